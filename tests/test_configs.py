@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
+from coin.data.zero_shot import read_head
 from coin.pipeline.sweep import read_sweep, sweep_points
 
 ROOT = Path(__file__).parent.parent / "configs"
@@ -25,7 +26,7 @@ COMMANDS = {
 # A Serve YAML is Ray's; tests/commands/test_serve.py builds its application.
 @pytest.mark.parametrize(
     "path",
-    sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "serve"),
+    sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("serve", "prompts")),
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_configuration_is_parsed(
@@ -43,6 +44,9 @@ def test_configuration_is_parsed(
         if path.parent.name == "paper":
             under = ["-c", str(path.parent / "base.yaml")]
             rest = ["--name=mine", f"--tasks={TASKS}"] if path.stem == "base" else []
+        if path.parent.name == "clip8":
+            monkeypatch.chdir(ROOT.parent)
+            under = ["-c", str(path.parent / "vit-b-32.yaml")]
         commands = [[command, *under, "-c", str(path), *rest]]
         if path.read_text().splitlines()[-1].startswith("  strategy"):  # a trainer section, for trainings as well
             commands.append(["fit", "-c", str(ROOT / "expert/mnist5k.yaml"), "-c", str(path)])
@@ -60,6 +64,13 @@ def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:
     for path in experts:
         assert "network: resnet50" in path.read_text()
         assert "weights: IMAGENET1K_V2" in path.read_text()
+
+
+def test_class_names_in_clips_words_are_one_for_each_class() -> None:
+    counts = {"sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43}
+    counts |= {"mnist": 10, "dtd": 47}
+    read = {path.stem: read_head({"zero_shot": str(path)}) for path in (ROOT / "prompts").glob("*.yaml")}
+    assert {name: len((head or {})["zero_shot"]["classes"]) for name, head in read.items()} == counts
 
 
 def test_every_file_says_how_to_run_it() -> None:

@@ -19,6 +19,7 @@ _SOURCES = {
     "run": [("pipeline/experiment.py", "Experiment")],
     "merge": [("pipeline/steps/merge.py", "merge")],
     "compress": [("pipeline/steps/compress.py", "compress")],
+    "export": [("pipeline/steps/export.py", "export")],
     "serve": [("commands/serve.py", "serve"), *_SYSTEM],
     "simulate": [("commands/simulate.py", "simulate"), *_MACHINES],
     "advise": [("commands/advise.py", "advise"), *_MACHINES],

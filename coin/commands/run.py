@@ -1,13 +1,14 @@
 """``coin run``: a whole experiment."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
+from coin.pipeline.downloads import downloads
 from coin.pipeline.launch import Launch
 from coin.pipeline.run import planned, run_experiment, run_step
 from coin.reporting.report import REPORT_HTML
@@ -59,9 +60,10 @@ def _print_plan(experiment: Experiment, machine: bool) -> None:
             for step, status in planned(experiment)
         ]
     )
-    waiting = rows["why"] != ""
+    waiting, wanted = rows["why"] != "", [asdict(each) for each in downloads(experiment) if not each.there]
     if machine:
-        print(as_json({"experiment": experiment.name, "to_do": int(waiting.sum()), "steps": rows}))
+        described = {"to_do": int(waiting.sum()), "steps": rows, "downloads": wanted}
+        print(as_json({"experiment": experiment.name, **described}))
         return
     shown = pd.DataFrame(
         {
@@ -71,6 +73,16 @@ def _print_plan(experiment: Experiment, machine: bool) -> None:
             "last time, s": rows["seconds"].astype(float).map(seconds),
         }
     )
+    if wanted:
+        title = f"to download: {sum(each['mib'] or 0 for each in wanted):,.0f} MiB, what is known of it"
+        table = pd.DataFrame(
+            {
+                "what": [each["what"] for each in wanted],
+                "MiB": ["?" if each["mib"] is None else f"{each['mib']:,.0f}" for each in wanted],
+                "from": [each["host"] or f"by hand: {each['advice']}" for each in wanted],
+            }
+        )
+        results_console().print(rich_table(table, title, texts=("what", "from")))
     title = f"{experiment.name}: {waiting.sum()} of {len(rows)} steps to do"
     results_console().print(rich_table(shown, title, texts=("step", "state", "why")))
 

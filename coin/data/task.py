@@ -1,10 +1,8 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
 from operator import itemgetter
-from typing import Any, ClassVar, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,42 +15,17 @@ from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
+from coin.data.shared import Shared
 from coin.data.transform import check_stored, to_input
+from coin.data.zero_shot import read_head
 from coin.errors import ConfigurationError, DataError
+from coin.files.downloads import Download
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 
 # Of the options that are whole numbers; BatchNorm cannot train on one sample.
 _LEAST = dict.fromkeys(("image_size", "eval_batch_size", "max_test"), 1)
 _LEAST |= dict.fromkeys(("batch_size", "max_train"), 2) | dict.fromkeys(("split_seed", "seed", "num_workers"), 0)
-
-T = TypeVar("T")
-
-
-class Shared:
-    """What the copies of one task have found out and read; in another process a copy does so for itself."""
-
-    def __init__(self) -> None:
-        self.latest: object = None  # what was read last, kept as long as there is a copy
-        self._facts: dict[Hashable, Any] = {}
-        self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
-
-    def fact(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return something small, found out once."""
-        if key not in self._facts:
-            self._facts[key] = find()
-        found: T = self._facts[key]
-        return found
-
-    def read(self, key: Hashable, read: Callable[[], T]) -> T:
-        """Return samples, read unless they are cached."""
-        found: T | None = self._read.get(key)
-        if found is None:
-            found = self._read[key] = read()
-        return found
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
 
 
 class TaskData(LightningDataModule, ABC):
@@ -83,8 +56,13 @@ class TaskData(LightningDataModule, ABC):
         max_test: The largest number of test samples, a stratified choice.
         num_workers: Worker processes of each loader; 0 works in the main process what is held in memory, and decodes
             what is not in a process a core, 8 at most.
+        head: Prompts and class names of a zero-shot head, for a CLIP (`coin.data.zero_shot.read_head`):
+            ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or ``{zero_shot: FILE.yaml}``. The classes
+            are in the order of the labels, and are the task's names from then on. None is for heads that are trained.
     """
 
+    added_options: ClassVar[tuple[str, ...]] = ("head",)
+    """Options that steps finished by earlier versions do not know: where they are None, keys and records lack them."""
     names: ClassVar[tuple[str, ...]]
     """The classes in the order of their labels."""
     content: ClassVar[str] = "images"
@@ -104,6 +82,7 @@ class TaskData(LightningDataModule, ABC):
         max_train: int | None = None,
         max_test: int | None = None,
         num_workers: int = 0,
+        head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -119,6 +98,7 @@ class TaskData(LightningDataModule, ABC):
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
+        self.head = read_head(head)
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least)
@@ -145,13 +125,26 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their labels."""
-        return self.class_names()
+        """The names of the classes, in the order of their labels; with a zero-shot head those in its prompts."""
+        own = None if self.head is None else self.head["zero_shot"]["classes"]
+        return self.class_names() if own is None else tuple(own)
+
+    @property
+    def zero_shot(self) -> tuple[list[str], list[str]] | None:
+        """The prompts and class names of a zero-shot head; None where the head is trained."""
+        if self.head is None:
+            return None
+        section = self.head["zero_shot"]
+        return section["prompts"], section["classes"] or [name.replace("_", " ") for name in self.class_names()]
 
     @property
     def num_classes(self) -> int:
         """C."""
         return len(self.classes)
+
+    def downloads(self) -> list[Download]:
+        """Return what `prepare_data` takes from the network."""
+        return []
 
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
@@ -174,6 +167,10 @@ class TaskData(LightningDataModule, ABC):
     def _check(self, source: Source) -> None:
         """Refuse what would fail much later and less clearly."""
         task = type(self).__name__
+        if (own := len(self.class_names())) != self.num_classes:
+            raise DataError(
+                f"{task} has {own} classes and head.zero_shot.classes names {self.num_classes}; give one name for each"
+            )
         for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
             if part is None:
                 continue

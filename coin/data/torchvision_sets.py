@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from coin.data.image_io import DAMAGE, in_parallel, to_square
-from coin.data.samples import Samples, Source
+from coin.data.image_folder import IN_MEMORY
+from coin.data.image_io import read_files
+from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData
 from coin.errors import DataError
+from coin.files.downloads import Download
 
 _BY_SPLIT = {"split": "train"}, {"split": "test"}
 _DIGITS = tuple("0123456789")
@@ -39,8 +41,12 @@ class TorchvisionTask(TaskData):
     """Where torchvision keeps the files, under ``root``."""
     dataset: ClassVar[str | None] = None
     """What torchvision calls the set; the class's name by default."""
-    arguments: ClassVar[tuple[dict[str, Any], dict[str, Any]]] = ({"train": True}, {"train": False})
-    """torchvision's further arguments, beside `root` and `download`, for the training and the test split."""
+    arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
+    """torchvision's further arguments beside `root` and `download`: of the training, any validation, the test split."""
+    mib: ClassVar[float | None] = None
+    """What is downloaded, in MiB."""
+    host: ClassVar[str] = ""
+    """Where it comes from."""
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -49,8 +55,15 @@ class TorchvisionTask(TaskData):
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
-        if self.download:
+        if self.download and self.host:
             self._shared.fact("downloaded", lambda: self._open(download=True))
+
+    def downloads(self) -> list[Download]:
+        """Return the set, there if its folder is."""
+        place, name = self.root / self.folder, type(self).__name__
+        there = place.is_dir() if self.folder else any(self.root.glob("*_32x32.mat"))
+        advice = f"torchvision's files for {name} belong in {place}"
+        return [Download(name, self.host if self.download else "", self.mib, there, advice)]
 
     def load(self) -> Source:
         """Read the downloaded files."""
@@ -84,6 +97,7 @@ class MNIST(TorchvisionTask):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
     folder = "MNIST/raw"
+    mib, host = 11, "ossci-datasets.s3.amazonaws.com"
     names = _DIGITS
 
 
@@ -91,6 +105,7 @@ class FashionMNIST(TorchvisionTask):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
     folder = "FashionMNIST/raw"
+    mib, host = 29, "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
     names = tuple(datasets.FashionMNIST.classes)
 
 
@@ -98,6 +113,7 @@ class KMNIST(TorchvisionTask):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
     folder = "KMNIST/raw"
+    mib, host = 20, "codh.rois.ac.jp"
     names = tuple(datasets.KMNIST.classes)
 
 
@@ -105,6 +121,7 @@ class EMNISTLetters(TorchvisionTask):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
 
     folder = "EMNIST/raw"
+    mib, host = 536, "biometrics.nist.gov"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
     dataset = "EMNIST"
     arguments = {"split": "letters", "train": True}, {"split": "letters", "train": False}
@@ -118,6 +135,7 @@ class CIFAR10(TorchvisionTask):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
     folder = "cifar-10-batches-py"
+    mib, host = 163, "www.cs.toronto.edu"
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -125,6 +143,7 @@ class CIFAR100(TorchvisionTask):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
     folder = "cifar-100-python"
+    mib, host = 161, "www.cs.toronto.edu"
     names = tuple(_CIFAR100.split())
 
 
@@ -132,6 +151,7 @@ class SVHN(TorchvisionTask):
     """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
     folder = ""
+    mib, host = 235, "ufldl.stanford.edu"
     names = _DIGITS
     arguments = _BY_SPLIT
 
@@ -140,32 +160,82 @@ class STL10(TorchvisionTask):
     """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
 
     folder = "stl10_binary"
+    mib, host = 2518, "ai.stanford.edu"
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
     arguments = _BY_SPLIT
 
 
-class GTSRB(TorchvisionTask):
-    """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images.
+class ImageFiles(TorchvisionTask):
+    """A set of image files. All become ``image_size``, and stay on the disk where they would take more than 1 GiB."""
 
-    The images differ in size, so they are resized to ``image_size`` when they are read: the short side first, then
-    the centre is cropped.
-    """
+    def files(self, dataset: Any) -> list[tuple[str, int]]:
+        """The paths and labels of an opened data set."""
+        if hasattr(dataset, "_image_files"):
+            return list(zip(map(str, dataset._image_files), dataset._labels, strict=True))
+        found = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
+        return [(str(path), int(label)) for path, label in found]
+
+    def load(self) -> Source:
+        """Find and, where they are held in memory, decode the images of all splits."""
+        splits = [sorted(self.files(split)) for split in self._open(download=False)]
+        paths = [[path for path, _ in split] for split in splits]
+        most = 0 if 3 * self.image_size**2 * sum(map(len, paths)) > IN_MEMORY else IN_MEMORY
+        try:
+            images = [read_files(own, self.image_size, most) for own in paths]
+        except DataError as error:
+            raise DataError(
+                f"{type(self).__name__} in {(self.root / self.folder).absolute()} is damaged ({error}); delete it to "
+                "download it again"
+            ) from error
+        labels = [torch.tensor([label for _, label in split]) for split in splits]
+        parts = [Samples.of(*part) for part in zip(images, labels, strict=True)]
+        if len(parts) == 1:
+            return hold_out(parts[0], self.split_seed)
+        return Source(parts[0], parts[-1], *parts[1:-1])
+
+
+class GTSRB(ImageFiles):
+    """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images."""
 
     folder = "gtsrb"
     names = tuple(map(str, range(43)))
     arguments = _BY_SPLIT
+    mib, host = 264, "sid.erda.dk"
 
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The decoded images at ``image_size``."""
-        labels = torch.zeros(len(dataset), dtype=torch.int64)
 
-        def read(position: int) -> Any:
-            image, labels[position] = dataset[position]
-            return to_square(image, self.image_size)
+class DTD(ImageFiles):
+    """Photographs of textures in 47 classes, the first partition: 1,880 images each to train, validate and test on."""
 
-        try:
-            return in_parallel(read, len(dataset), self.image_size), labels
-        except DAMAGE as error:
-            raise DataError(
-                f"GTSRB in {(self.root / self.folder).absolute()} is damaged ({error}); delete it to download it again"
-            ) from error
+    folder = "dtd"
+    names = tuple(map(str, range(47)))
+    arguments = {"split": "train"}, {"split": "val"}, {"split": "test"}
+    mib, host = 596, "www.robots.ox.ac.uk"
+
+
+class EuroSAT(ImageFiles):
+    """Satellite images of 10 kinds of land, 64×64 RGB; 27,000 images, of which a stratified fifth is for testing."""
+
+    folder = "eurosat"
+    names = tuple(map(str, range(10)))
+    arguments = ({},)
+    mib, host = 90, "huggingface.co"
+
+
+class StanfordCars(ImageFiles):
+    """Photographs of 196 models of cars; 8,144 and 8,041 images. Its address is gone: put its files there by hand."""
+
+    folder = "stanford_cars"
+    names = tuple(map(str, range(196)))
+    arguments = _BY_SPLIT
+
+
+class SUN397(ImageFiles):
+    """Photographs of 397 kinds of places; 108,754 images, of which a stratified fifth is for testing.
+
+    The benchmark's own test images are a partition that torchvision does not know: take `ImageFolder` for these.
+    """
+
+    folder = "SUN397"
+    names = tuple(map(str, range(397)))
+    arguments = ({},)
+    mib, host = 37_000, "vision.princeton.edu"

@@ -21,9 +21,9 @@ class ReadoutDistillation(Distillation):
 
         ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
 
-    with one affine readout R_j per task. It starts as expert j's head, is trained with the network, and is then
-    discarded: the decoder fits its own. The loss uses each calibration sample's task, but no label. By default there is
-    no search over options.
+    with one readout R_j per task. It starts as expert j's head, is trained with the network, unless that head is a
+    zero-shot one, and is then discarded: the decoder fits its own. The loss uses each calibration sample's task, but no
+    label. By default there is no search over options.
 
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
 

@@ -1,21 +1,19 @@
-"""The two passes of a refit: experts leave outputs at some positions, and the coded network is fitted to them."""
+"""The coded network's pass of a refit: every unit is fitted, before its call, to the experts' outputs at some rows."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, as_input, take
-from coin.errors import StateError
+from coin.core.batches import Batch, as_input
 from coin.merging.affine import fit_unit, output_rows
+from coin.merging.expert_outputs import ExpertOutputs, Rows, target_bytes
 from coin.merging.units import Trace, Unit, floating_parameters
 from coin.networks.rounding import Rounding
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
-from coin.statistics.sums import sum_type
 
 ROWS = 8
 """Rows of a regression for each of its unknowns: more where they are cheap, fewer where they are dear."""
@@ -32,24 +30,28 @@ LEAST = 256
 PROBED = 16
 """Samples by which positions are weighed: several rows of tokens are much alike from sample to sample."""
 
-_SAME = "give experts that make the same calls whatever their inputs"
-
 
 def chosen_places(
-    units: Sequence[Unit], order: Tensor, weights: Mapping[str, Tensor], device: torch.device
+    units: Sequence[Unit], order: Tensor, weights: Mapping[str, Tensor], device: torch.device, budget: float = math.inf
 ) -> dict[str, Tensor | None]:
     """Return for every unit's weight at which positions of every sample its rows are [P, q]; none for all of them.
 
     `order` [P] is every sample's place among those of its task, by which it is drawn: whichever task is the first, the
     rows are the same. q is the same for every sample. The positions of a sample are drawn as often as they weigh,
-    `position_weights`, one from each of q stretches of the same weight.
+    `position_weights`, one from each of q stretches of the same weight. Where the rows' outputs would take more bytes
+    than the budget, there are none but `ROWS` for each unknown.
     """
     places: dict[str, Tensor | None] = {}
     generator, samples = torch.Generator().manual_seed(0), len(order)
-    for unit in units:
+
+    def rows_of(unit: Unit, few: bool) -> int:
         cheap, dear = (_affordable(unit, share * samples) for share in (CHEAP, DEAR))
-        rows = max(LEAST, min(max(ROWS * unit.unknowns, cheap), dear))
-        each = math.ceil(rows / samples)
+        rows = max(LEAST, min(ROWS * unit.unknowns if few else max(ROWS * unit.unknowns, cheap), dear))
+        return math.ceil(rows / samples)
+
+    few = sum(target_bytes(unit, samples, rows_of(unit, few=False)) for unit in units) > budget
+    for unit in units:
+        each = rows_of(unit, few)
         places[unit.weight] = None
         if each < unit.positions:
             drawn = torch.rand(int(order.max()) + 1, each, generator=generator)[order]
@@ -106,89 +108,11 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     return weights
 
 
-class Rows(NamedTuple):
-    """What units are fitted to on P samples.
-
-    Attributes:
-        inputs: The samples.
-        mixtures: Every sample's mixture of the experts' outputs [N, P].
-        shares: What the samples weigh [P].
-        places: By the units' weights, at which positions, as `chosen_places` returns them.
-        weights: By the units' weights, what the positions weigh, as `position_weights` returns them.
-    """
-
-    inputs: Batch
-    mixtures: Tensor
-    shares: Tensor
-    places: Mapping[str, Tensor | None]
-    weights: Mapping[str, Tensor]
-
-
-def expert_targets(
-    experts: Sequence[nn.Module], trace: Trace, rows: Rows, batch_size: int
-) -> tuple[dict[str, Tensor], int]:
-    """Return the mixtures of the experts' outputs, which the units shall give, and how many passes that took.
-
-    An expert runs on the samples alone of whose mixtures it is part, `batch_size` at once. The targets [P, q, ·] are by
-    the units' weights, in the order of `output_rows`. Raises StateError where an expert makes other calls than the
-    coded network did in its `trace`, or gives outputs of another shape.
-    """
-    targets: dict[str, Tensor] = {}
-    passes = 0
-    for network, mixture in zip(experts, rows.mixtures, strict=True):
-        for part in filter(len, mixture.nonzero().flatten().split(batch_size)):
-            _add_targets(targets, network, trace, rows, part, mixture)
-            passes += len(part)
-    return targets, passes
-
-
-def _add_targets(
-    targets: dict[str, Tensor], network: nn.Module, trace: Trace, rows: Rows, part: Tensor, mixture: Tensor
-) -> None:
-    """Run an expert on the samples `part` [p], and add its share of their targets, of the mixtures [P]."""
-    ends = {unit.end: unit for unit in trace.units}
-    made: list[str] = []
-
-    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-        if (weight := names.get("weight")) is None:
-            return None
-        made.append(weight)
-        _check_calls(made, trace.calls)
-        output = function()
-        if unit := ends.get(weight):
-            shape = (len(output) // len(part), *output.shape[1:])
-            if shape != unit.shape:
-                raise StateError(
-                    f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]} in the coded network; "
-                    f"{_SAME}"
-                )
-            at = rows.places[unit.weight]
-            found = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
-            found = found.to(sum_type(found)).view(len(part), -1, found.shape[1])
-            if unit.weight not in targets:
-                targets[unit.weight] = found.new_zeros(len(mixture), *found.shape[1:])
-            share = mixture[part].to(found)
-            targets[unit.weight].index_add_(0, part.to(found.device), found * share[:, None, None])
-        return output
-
-    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
-        network(as_input(take(rows.inputs, part), network))
-    _check_calls([*made, ""], [*trace.calls, ""])
-
-
-def _check_calls(made: Sequence[str], expected: Sequence[str]) -> None:
-    """Raise StateError where the last call is another than the coded network makes at its place."""
-    there = expected[len(made) - 1] if len(made) <= len(expected) else ""
-    if made[-1] != there:
-        own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made[-1], there))
-        raise StateError(f"an expert {own} where the coded network {theirs}; {_SAME}")
-
-
 def fit_in_order(
     network: nn.Module,
     units: Sequence[Unit],
     rows: Rows,
-    targets: dict[str, Tensor],
+    targets: ExpertOutputs,
     ridge: float,
     rounding: Rounding | None = None,
     progress: Callable[[], None] = lambda: None,

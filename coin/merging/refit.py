@@ -17,10 +17,11 @@ from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.checks import check_coded, check_experts, warn_of_averaged
+from coin.merging.expert_outputs import ExpertOutputs, Rows, outputs_budget
 from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
-from coin.merging.passes import PROBED, Rows, chosen_places, expert_targets, fit_in_order, position_weights
+from coin.merging.passes import PROBED, chosen_places, fit_in_order, position_weights
 from coin.merging.target import FAR, Target, objective, spread
 from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
@@ -34,7 +35,6 @@ from coin.statistics.statistic import DataChoice, Statistic
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
-
 AHEAD = 0.8
 """Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
 
@@ -62,7 +62,8 @@ class Refit(Method):
     called. A layer with K unknowns for each output is fitted to `ROWS` · K rows, but to as many as take `CHEAP` of its
     calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every sample, at
     positions drawn evenly, but tokens as often as the outputs depend on them (`position_weights`). Where activations
-    do not fit `memory_mib`, it is as many samples as fit, and a warning.
+    do not fit `memory_mib`, it is as many samples as fit, and a warning; where experts' outputs do not fit a quarter of
+    it, `CHEAP` adds no rows, and experts run several times.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not, or where many answers are
     decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far
@@ -78,7 +79,7 @@ class Refit(Method):
         decoders: For which decoders target and ridge are chosen, by their mean error; by default the experiment's.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.
         head: Whether the head is fitted at last.
-        memory_mib: Bound on the coded network's activations, in MiB.
+        memory_mib: Bound on the coded network's activations, in MiB; a quarter of it is one on the experts' outputs.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
 
@@ -162,8 +163,8 @@ class Refit(Method):
         chosen |= {} if apart is None else {"spread": apart}
         chosen |= {} if made is None else {f"start_{name}": value for name, value in made.chosen.items()}
         if errors:
-            names = [f"{target}/{ridge:g}" for target, ridge in options]
-            chosen["held_out_error"] = dict(zip(names, errors, strict=True))
+            named = (f"{target}/{ridge:g}" for target, ridge in options)
+            chosen["held_out_error"] = dict(zip(named, errors, strict=True))
         return CodedModel(network, chosen, start)
 
     @torch.inference_mode(False)
@@ -180,8 +181,8 @@ class Refit(Method):
             return super().pack(experts, row, made, base, compression)
         bits, base_bits = compression.bits, compression.base_bits
         rounding = Rounding(reference_of(made.start.network, base, base_bits), bits)
-        options = Target(made.chosen["target"]), made.chosen["ridge"]
-        network = self._refit(experts, row, made.start, *options, rounding=rounding)
+        target, ridge = Target(made.chosen["target"]), made.chosen["ridge"]
+        network = self._refit(experts, row, made.start, target, ridge, rounding=rounding)
         return compress(network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
 
     def _started(self, experts: Experts, row: Sequence[float], made: CodedModel | None) -> "_Start":
@@ -231,12 +232,13 @@ class Refit(Method):
         order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
         probed = (order < math.ceil(PROBED / experts.count)).nonzero().flatten()
         weights = position_weights(network, trace, take(inputs, probed))
-        places = chosen_places(trace.units, order, weights, next(network.parameters()).device)
+        budget = outputs_budget(self.memory_mib)
+        places = chosen_places(trace.units, order, weights, next(network.parameters()).device, budget)
         rows = Rows(inputs, *objective(target, row, task), places, weights)
-        targets, passes = expert_targets(experts.networks, trace, rows, experts.pooled.batch_size)
-        experts.passes += passes + samples + (3 * len(probed) if weights else 0)
+        targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
         with progress(self.label, len(trace.units)) as advance:
             fit_in_order(network, trace.units, rows, targets, ridge, rounding, advance)
+        experts.passes += targets.passes + samples + (3 * len(probed) if weights else 0)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
         return network

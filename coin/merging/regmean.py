@@ -14,6 +14,7 @@ from coin.core.choices import check_number, parse_enum
 from coin.core.progress import tracked
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
+from coin.merging.average import average_of
 from coin.merging.checks import check_each, check_experts
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
@@ -160,19 +161,20 @@ def regmean_parameters(
         StateError: A Gram matrix fits no weight, in its rows or its groups.
         NumericalError: A damped Gram matrix is singular.
     """
-    merged = {key: weighted_mean(experts, weights, key, torch.float64) for key in experts[0]}
+    like, merged = experts[0], dict[str, Tensor]()
     for name in tracked(grams[0], label):
         key = name.removesuffix(TRANSPOSED)
-        if key not in merged:
+        if key not in like:
             raise StateError(
                 f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
                 "these experts"
             )
-        if layers == RegMeanLayers.linear and merged[key].ndim != 2:
+        if layers == RegMeanLayers.linear and like[key].ndim != 2:
             continue
         first, turned = grams[0][name], name != key  # then the map is x ↦ x W: its weight lies the other way round
-        bias = _bias_of(first, key, merged, turned)
-        average = _joint_map(merged, key, bias, len(first), turned)
+        bias = _bias_of(first, key, like, turned)
+        means = {own: weighted_mean(experts, weights, own, torch.float64) for own in (key, bias) if own is not None}
+        average = _joint_map(means, key, bias, len(first), turned)
         pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
         for expert, statistic, weight in zip(experts, grams, weights, strict=True):
             gram = statistic[name].double()
@@ -181,10 +183,10 @@ def regmean_parameters(
             total.add_(gram, alpha=weight)
         rows = (average + solve_damped(total, pull, damping, key)).flatten(0, 1)
         if bias is not None:
-            merged[bias] = rows[:, -1].reshape(merged[bias].shape)
+            merged[bias] = rows[:, -1].reshape(means[bias].shape).to(like[bias].dtype)
             rows = rows[:, :-1]
-        merged[key] = rows.T if turned else rows.reshape(merged[key].shape)
-    return {key: tensor.to(experts[0][key].dtype) for key, tensor in merged.items()}
+        merged[key] = (rows.T if turned else rows.reshape(means[key].shape)).to(like[key].dtype)
+    return {key: merged[key] if key in merged else average_of(experts, weights, key) for key in like}
 
 
 def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:

@@ -191,11 +191,7 @@ def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
     """Return `Ties`' merge, in the experts' types; of complex tensors the parts are entries of their own."""
-    thresholds = []  # the magnitude of the smallest entry of each task vector that the trim keeps
-    for expert in experts:
-        sizes = torch.cat([(_parts(expert[key]) - _parts(start)).abs().flatten() for key, start in initial.items()])
-        count = max(1, round(keep * sizes.numel()))
-        thresholds.append(float(sizes.kthvalue(sizes.numel() - count + 1).values))
+    thresholds = [_threshold(expert, initial, keep) for expert in experts]
     merged = {}
     for key, tensor in initial.items():
         start, dtype = _parts(tensor), experts[0][key].dtype
@@ -210,6 +206,19 @@ def ties(
         whole = start + scale * step
         merged[key] = (torch.view_as_complex(whole) if dtype.is_complex else whole).to(dtype)
     return merged
+
+
+def _threshold(expert: State, initial: State, keep: float) -> float:
+    """Return the magnitude of the smallest entry of a task vector that the trim keeps."""
+    entries = sum(start.numel() * (2 if start.is_complex() else 1) for start in initial.values())
+    sizes, filled = torch.empty(entries, dtype=torch.float64), 0
+    for key, start in initial.items():
+        own = (_parts(expert[key]) - _parts(start)).abs_().flatten()
+        sizes[filled : filled + len(own)] = own
+        filled += len(own)
+    place = entries - max(1, round(keep * entries))
+    sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
+    return float(sizes[place])
 
 
 def _parts(tensor: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from coin.core.lightning import plain_options, plot_against_epochs
 from coin.errors import ConfigurationError
-from coin.networks import NetworkConfig, add_adapters, initial_network
+from coin.networks import NetworkConfig, add_adapters, fill_head, initial_network
+from coin.networks.heads import is_frozen
 from coin.networks.recipe import (
     HEAD,
     OptimizerKind,
@@ -70,13 +71,18 @@ class Expert(LightningModule):
             self._build(num_classes)
 
     def configure_model(self) -> None:
-        """Build the network when training starts, if the class count was left to the datamodule."""
+        """Build the network when training starts, if the class count was left to the datamodule; fill a frozen head."""
+        trainer = self._trainer  # none where the class is used without one
+        datamodule = getattr(trainer, "datamodule", None)
         if self.network is None:
-            datamodule = getattr(self.trainer, "datamodule", None)
             if datamodule is None:
                 raise ConfigurationError("found no num_classes and no datamodule to ask, expected one of them")
             self.hparams["num_classes"] = datamodule.num_classes
             self._build(datamodule.num_classes)
+        zero_shot = getattr(datamodule, "zero_shot", None)
+        if zero_shot is not None or (trainer is not None and trainer.state.fn == "fit"):  # a checkpoint brings its head
+            assert self.network is not None
+            fill_head(self.network, self.config, zero_shot, type(datamodule).__name__)
 
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""
@@ -195,7 +201,8 @@ class Expert(LightningModule):
             self.config, num_classes, None if initial is None else Path(initial), seed=self.hparams["initial_seed"]
         )
         lora = self.recipe.lora
-        trained = trainable_names(network, self.recipe.trainable or ([HEAD] if lora else None))
+        beside = [] if is_frozen(network) else [HEAD]  # what trains beside adapters
+        trained = trainable_names(network, self.recipe.trainable or (beside if lora else None))
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)
         parameter_groups(network, self.recipe.lr, self.recipe.head_lr)  # refuses a rate of a head that is not trained

@@ -10,6 +10,7 @@ from coin.core.lightning import plot_against_epochs
 from coin.errors import ConfigurationError
 from coin.modules.distillation import DistillationModule
 from coin.networks import check_head, features_and_logits, head_name
+from coin.networks.heads import is_frozen
 from coin.networks.stages import full_precision
 
 
@@ -45,12 +46,12 @@ class ReadoutDistillationModule(DistillationModule):
         return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
 
     def _readout(self, network: nn.Module) -> nn.Linear:
-        """Return a copy of a network's head."""
+        """Return a copy of a network's head, which is trained unless the network's own is not."""
         name = head_name(network)
         head = network.get_submodule(name)
-        if not isinstance(head, nn.Linear) or head.bias is None:
+        if not isinstance(head, nn.Linear):
             raise ConfigurationError(
-                f"a readout needs a fully connected head with a bias, found {type(head).__name__} in '{name}'; leave "
+                f"a readout needs a fully connected head, found {type(head).__name__} in '{name}'; leave "
                 "ReadoutDistillation out for this network"
             )
-        return deepcopy(head).requires_grad_(True)
+        return deepcopy(head).requires_grad_(not is_frozen(network))

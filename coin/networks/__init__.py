@@ -27,6 +27,7 @@ from coin.networks.heads import (
     padded_state,
 )
 from coin.networks.lora import Lora, add_adapters, unwrap
+from coin.networks.pretrained import check_heads, fill_head, import_pretrained
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, run_network
 from coin.networks.weights import check_layout, fill_network, read_weights
@@ -43,14 +44,17 @@ __all__ = [
     "add_adapters",
     "build_network",
     "check_head",
+    "check_heads",
     "check_layout",
     "compress",
     "compress_as",
     "features_and_logits",
+    "fill_head",
     "fill_network",
     "has_batchnorm",
     "head_name",
     "import_checkpoint",
+    "import_pretrained",
     "initial_network",
     "int8_path",
     "kept_base",

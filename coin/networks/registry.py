@@ -11,8 +11,9 @@ from torch import nn
 from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
-from coin.networks.hub import HuggingFace, Timm
+from coin.networks.hub import HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
+from coin.networks.timm_networks import Timm
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -25,7 +26,8 @@ class NetworkConfig:
     Args:
         name: ``small_resnet``, ``small_vit``, ``minilm`` (of texts); a classification architecture of torchvision
             (``resnet50``, ``vit_b_16``, …); ``timm/NAME``; ``hf/FOLDER_OR_ID``, a classifier of images or sequences of
-            Hugging Face's transformers; or the import path of an `nn.Module` that takes ``num_classes``.
+            Hugging Face's transformers, or a CLIP with the option ``head: zero_shot``; or the import path of an
+            `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the input images, in pixels; for texts, their number of tokens.
         weights: The name of pretrained weights: torchvision's, such as ``IMAGENET1K_V2``; a tag of timm's, or
             ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0``, which a package ships;

@@ -2,15 +2,18 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 from torchvision import models
 
 from coin.errors import ConfigurationError, FileError, first_line
+from coin.files.downloads import Download
 from coin.files.packaged import imported
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallResNet, SmallViT
@@ -37,6 +40,15 @@ class NetworkSource(ABC):
     def reads(self) -> str:
         """What the network reads: ``images`` or ``texts``."""
         return "images"
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether the head is computed from the tasks' class names, and not trained."""
+        return False
+
+    def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
+        """Return the weights that it takes from the network, and those of `experts`, as far as they are known."""
+        return []
 
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:
@@ -141,6 +153,15 @@ class Torchvision(NetworkSource):
             "torchvision.models.list_models() lists the others",
         )
         self.check_weights([entry.name for entry in models.get_model_weights(self.name)])
+
+    def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
+        """Return torchvision's file of weights, with the size that it states."""
+        if self.weights is None:
+            return []
+        entry, folder = models.get_model_weights(self.name)[self.weights], Path(torch.hub.get_dir(), "checkpoints")
+        file = folder / Path(urlsplit(entry.url).path).name
+        host, advice = urlsplit(entry.url).hostname or "", f"copy weights of torchvision to {folder}"
+        return [Download(f"{self.name} {self.weights}", host, entry.meta.get("_file_size"), file.is_file(), advice)]
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""

@@ -48,8 +48,8 @@ class ExpertConfig(TrainingConfig):
     Args:
         weights: Which weights become the expert: ``last``, or ``best`` on the validation split.
         overrides: Options of this section that differ for a task, by task name.
-        checkpoints: Trained weights to use instead of training, by task name: a safetensors state dict or a Lightning
-            checkpoint.
+        checkpoints: Trained weights to use instead of training, by task name: a safetensors state dict, a Lightning
+            checkpoint, or ``hf/FOLDER_OR_ID`` for a network of Hugging Face's.
     """
 
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}

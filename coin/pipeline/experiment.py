@@ -14,7 +14,8 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
-from coin.networks import Compression, NetworkConfig, build_network, has_batchnorm, import_checkpoint
+from coin.networks import Compression, NetworkConfig, build_network, check_heads, has_batchnorm, import_checkpoint
+from coin.networks.pretrained import PREFIX
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.layout import ExperimentLayout
 from coin.pipeline.options import config_dict, to_config
@@ -109,8 +110,10 @@ class Experiment:
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
         if base is not None and base.task is not None:
             network.check_content(base.task.content)
+            check_heads(network, base.task.head is not None, "base")
         for task, data in tasks.items():
             network.check_content(data.content)
+            check_heads(network, data.head is not None, task)
             own = expert.of(task)
             data.check_augmentation(own.augmentation, own.transform)
             for method in methods:
@@ -168,7 +171,7 @@ class Experiment:
             if self.calibration.promise_samples:
                 task.promise(self.calibration.promise_samples, name=name)
             given = self.expert.checkpoints.get(name)
-            if given is not None:
+            if given is not None and not given.startswith(PREFIX):  # those of Hugging Face's are read at their import
                 import_checkpoint(self.network, task.num_classes, Path(given))
         self._checked = True
 

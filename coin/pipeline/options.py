@@ -39,6 +39,8 @@ def config_dict(value: Any) -> Any:
         own = getattr(value, "recorded_class", kind.__name__)
         name = own if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
         contents = getattr(value, "content_key", None)
+        added = getattr(kind, "added_options", ())
+        options = {option: given for option, given in options.items() if given is not None or option not in added}
         return {"class": name, **options, **({"contents": contents()} if contents else {})}
 
     return _plain(value, made)

@@ -8,11 +8,13 @@ from typing import Any
 
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
+from coin.files.downloads import hub_weights
+from coin.networks.pretrained import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.seed_files import SeedFiles
 from coin.pipeline.step import Step, by_stem
-from coin.pipeline.steps.train import import_network, train_network, write_initial
+from coin.pipeline.steps.train import import_from_hub, import_network, train_network, write_initial
 from coin.pipeline.work import choose_code, estimate
 from coin.statistics import Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -73,8 +75,21 @@ def expert_step(files: SeedFiles, name: str) -> Step:
     """Return the step that trains or imports a task's expert."""
     experiment, task, output = files.experiment, files.tasks[name], files.layout.expert(name)
     network, initial = experiment.network, experiment.layout.initial(task.num_classes)
-    if name in experiment.expert.checkpoints:
-        given = Path(experiment.expert.checkpoints[name])
+    place = experiment.expert.checkpoints.get(name)
+    if place is not None and place.startswith(PREFIX):
+        return Step(
+            f"expert-{name}",
+            files.folder,
+            f"expert {name}",
+            f"importing '{place}'",
+            partial(import_from_hub, config=network, name=name, task=task, place=place, initial=initial),
+            options={"network": network, "classes": list(task.classes), "place": place, "head": task.head},
+            inputs=[*hub_weights(local_place(place)), initial],
+            outputs=[output],
+            shared=True,
+        )
+    if place is not None:
+        given = Path(place)
         if not given.is_file():
             raise ConfigurationError(f"found no file '{given}', expected an expert's weights; check expert.checkpoints")
         return Step(
@@ -82,8 +97,12 @@ def expert_step(files: SeedFiles, name: str) -> Step:
             files.folder,
             f"expert {name}",
             f"importing '{given.name}'",
-            partial(import_network, config=network, task=name, classes=task.classes, given=given),
-            options={"network": network, "classes": list(task.classes)},
+            partial(import_network, config=network, name=name, task=task, given=given),
+            options={
+                "network": network,
+                "classes": list(task.classes),
+                **({"head": task.head} if task.head is not None else {}),
+            },
             inputs=[given],
             outputs=[output],
             shared=True,

@@ -9,6 +9,7 @@ from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
+from coin.pipeline.downloads import fetch
 from coin.pipeline.executors import raise_for, run_commands, step_command
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
@@ -107,6 +108,7 @@ def _begin(experiment: Experiment) -> None:
 
 def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
     """Prepare the data and the shared initialisation, and return the steps of every seed."""
+    on_rank_zero(partial(fetch, experiment))
     on_rank_zero(Tasks(experiment.tasks).prepare_data)
     for task in experiment.tasks.values():
         _ = task.num_classes  # fail early on a folder that is missing or has one class

@@ -9,11 +9,25 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from coin.data import CIFAR10, CIFAR100, GTSRB, KMNIST, MNIST, STL10, SVHN, EMNISTLetters, FashionMNIST
+from coin.data import (
+    CIFAR10,
+    CIFAR100,
+    DTD,
+    GTSRB,
+    KMNIST,
+    MNIST,
+    STL10,
+    SUN397,
+    SVHN,
+    EMNISTLetters,
+    EuroSAT,
+    FashionMNIST,
+    StanfordCars,
+)
 from coin.data.tasks import task_with
 from coin.errors import DataError
 
-ALL = (MNIST, FashionMNIST, KMNIST, EMNISTLetters, SVHN, CIFAR10, CIFAR100, GTSRB, STL10)
+ALL = (MNIST, FashionMNIST, KMNIST, EMNISTLetters, SVHN, CIFAR10, CIFAR100, GTSRB, STL10, DTD, EuroSAT, SUN397)
 RNG = np.random.default_rng(0)
 
 
@@ -24,7 +38,7 @@ def no_network(monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("no\nroute to host")
 
-    for module in ("mnist", "cifar", "svhn", "stl10", "gtsrb"):
+    for module in ("mnist", "cifar", "svhn", "stl10", "gtsrb", "dtd", "eurosat", "sun397"):
         for name in ("download_and_extract_archive", "download_url"):
             if hasattr(getattr(torchvision.datasets, module), name):
                 monkeypatch.setattr(f"torchvision.datasets.{module}.{name}", fail)
@@ -198,6 +212,80 @@ def test_a_damaged_gtsrb_image_is_an_error(tmp_path):
     (base / "GTSRB" / "Training" / "00003" / "00000.ppm").write_bytes(b"P6 oh")
     with pytest.raises(DataError, match=r"GTSRB in .*gtsrb is damaged .*; delete it to download it again"):
         GTSRB(root=str(tmp_path), download=False).setup()
+
+
+def picture(path, label, size=(30, 26)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (label % 256, 100, 0)).save(path, quality=95)
+
+
+def write_dtd(root):
+    names = [f"texture{label:02}" for label in range(47)]
+    for name, split in ((name, split) for name in names for split in ("train", "val", "test")):
+        picture(root / f"dtd/dtd/images/{name}/{split}.jpg", names.index(name))
+    (root / "dtd/dtd/labels").mkdir()
+    for split in ("train", "val", "test"):
+        lines = "\n".join(f"{name}/{split}.jpg" for name in names)
+        (root / f"dtd/dtd/labels/{split}1.txt").write_text(lines)
+
+
+def write_eurosat(root):
+    for label, number in ((label, number) for label in range(10) for number in range(10)):
+        picture(root / f"eurosat/2750/land{label}/{number}.jpg", label, (24, 24))
+
+
+def write_cars(root):
+    io = pytest.importorskip("scipy.io")
+    base = root / "stanford_cars"
+    (base / "devkit").mkdir(parents=True)
+    files = {"train": base / "devkit/cars_train_annos.mat", "test": base / "cars_test_annos_withlabels.mat"}
+    for split, file in files.items():
+        kinds = [("class", int), ("fname", object)]
+        rows = np.array([(label + 1, f"{label:05}.jpg") for label in range(196)], dtype=kinds)
+        io.savemat(file, {"annotations": rows})
+        for label in range(196):
+            picture(base / f"cars_{split}/{label:05}.jpg", label)
+    io.savemat(
+        base / "devkit/cars_meta.mat", {"class_names": np.array([f"car {label}" for label in range(196)], object)}
+    )
+
+
+def write_sun397(root):
+    names = [f"/p/place{label:03}/{'in' if label % 2 else 'out'}door" for label in range(397)]
+    for label, name in enumerate(names):
+        for number in range(5):
+            picture(root / f"SUN397{name}/sun_{number}.jpg", label)
+    (root / "SUN397/ClassName.txt").write_text("\n".join(names))
+
+
+@pytest.mark.parametrize(
+    ("task_class", "write", "sizes"),
+    [
+        (DTD, write_dtd, (47, 47, 47)),
+        (EuroSAT, write_eurosat, (80, None, 20)),
+        (StanfordCars, write_cars, (196, None, 196)),
+        (SUN397, write_sun397, (397 * 4, None, 397)),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_sets_of_image_files(tmp_path, task_class, write, sizes, monkeypatch):
+    task = task_class(root=str(tmp_path), image_size=24, validation_share=0.0)
+    (missing,) = task.downloads()
+    assert not missing.there
+    assert bool(missing.host) == (task_class is not StanfordCars)
+    write(tmp_path)
+    for most in (2**30, 0):  # in memory, and read when needed
+        monkeypatch.setattr("coin.data.torchvision_sets.IN_MEMORY", most)
+        task = task_class(root=str(tmp_path), image_size=24, validation_share=0.0)
+        assert task.downloads()[0].there
+        task.prepare_data()
+        splits = task.splits
+        assert [len(splits.train), splits.validation and len(splits.validation), len(splits.test)] == [*sizes]
+        assert splits.train.in_memory == (most > 0)
+        images, labels = splits.test.images(), splits.test.targets
+        assert images.shape[1:] == (3, 24, 24)
+        assert int((images[:, 0, 12, 12].int() - labels % 256).abs().max()) <= 3
+        assert set(labels.tolist()) == set(range(task.num_classes))
 
 
 @pytest.mark.parametrize("task_class", ALL)

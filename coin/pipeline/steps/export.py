@@ -1,0 +1,67 @@
+"""The export step: a network's file in, a folder out that transformers loads without coin."""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coin.errors import ConfigurationError, FileError
+from coin.networks import NetworkFile, head_name, load_network
+from coin.networks.hub import HuggingFace
+
+HEADS = "heads.safetensors"
+"""The file of the zero-shot heads in the folder of a CLIP's vision tower."""
+
+
+def export(network: str, output: str | None = None, experts: dict[str, str] | None = None) -> Path:
+    """Write a network, an expert or a coded model, as a folder that transformers loads.
+
+    Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
+    ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1. Other
+    networks have their head in the folder.
+
+    Args:
+        network: The network's safetensors file, which may be a compressed one.
+        output: The folder; by default beside the file, with its name.
+        experts: The experts' files by task, whose heads are written beside a coded vision tower. An expert's own head
+            is written without.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: The network is none of Hugging Face's, or an expert is not of its architecture.
+        FileError: A file cannot be read, or the folder cannot be written.
+    """
+    path = Path(network)
+    file = load_network(path)
+    source = file.config.source
+    if not isinstance(source, HuggingFace):
+        raise ConfigurationError(
+            f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…); others are plain "
+            "safetensors already, under the network's own names"
+        )
+    folder = path.with_suffix("") if output is None else Path(output)
+    if folder.is_file():
+        raise FileError(f"found the file '{folder}', expected a folder to write or none; give another --output")
+    try:
+        source.save(file.network, folder)
+        if source.zero_shot:
+            save_file(_heads(file, experts or {}), folder / HEADS)
+    except OSError as error:
+        raise FileError(f"cannot write '{folder}' ({error}); give another --output") from error
+    return folder
+
+
+def _heads(file: NetworkFile, experts: dict[str, str]) -> dict[str, Tensor]:
+    """Return the heads of experts by task; without any, that of the network itself, if it is an expert."""
+    files = {task: load_network(Path(path)) for task, path in experts.items()}
+    for task, other in files.items():
+        if other.config.name != file.config.name or other.config.options != file.config.options:
+            raise ConfigurationError(
+                f"found the expert '{task}' of {other.config.name}, expected {file.config.name}; give its own experts"
+            )
+    if not files and "code" not in file.provenance:
+        files = {str(file.provenance.get("task")): file}
+    head = f"{head_name(file.network)}.weight"
+    return {task: other.state[head].clone().contiguous() for task, other in files.items()}

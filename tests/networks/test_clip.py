@@ -1,0 +1,293 @@
+"""CLIP's vision tower under a zero-shot head: transformers' own logits, heads that stay, experts from folders."""
+
+from copy import deepcopy
+
+import pytest
+import small_clip
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from coin.coding import Code
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
+from coin.data.transform import to_input
+from coin.errors import CoinError, ConfigurationError
+from coin.files.downloads import hub_weights
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
+from coin.modules import Expert
+from coin.modules.coded import Coded
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    check_head,
+    features_and_logits,
+    fill_head,
+    import_pretrained,
+    load_network,
+    save_network,
+)
+from coin.networks.clip import QuickGELU, zero_shot_head
+from coin.networks.hub import _configuration, offline_unless_found
+from coin.networks.stages import stage_names
+from coin.statistics import fisher_diagonal
+
+DIGITS = ["zero", "one", "two", "three"]
+LETTERS = list("abcde")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder of a random CLIP."""
+    folder = tmp_path_factory.mktemp("clip")
+    small_clip.write_clip(folder)
+    _configuration.cache_clear()
+    return folder
+
+
+@pytest.fixture
+def config(place):
+    return NetworkConfig(f"hf/{place}", small_clip.SIDE, "pretrained", {"head": "zero_shot"})
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def tower(config, classes=DIGITS, prompts=small_clip.PROMPTS[:1], noise=0):
+    network = build_network(config, len(classes)).eval()
+    fill_head(network, config, (prompts, classes))
+    if noise:
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if name != "head.weight":
+                    draw = torch.Generator().manual_seed(noise)
+                    parameter += 0.1 * parameter.std().nan_to_num() * torch.randn(parameter.shape, generator=draw)
+    return network
+
+
+@torch.no_grad()
+def test_the_logits_are_clips_own_similarities(place, config, images):
+    network = tower(config)
+    found = network(to_input(images, small_clip.SIDE))
+    expected = small_clip.similarities(transformers.CLIPModel.from_pretrained(place), images, DIGITS)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    features, logits = features_and_logits(network, to_input(images, small_clip.SIDE))
+    check_head(network, features, logits)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
+    assert stage_names(network)[-1] == "head"
+
+
+def test_the_activation_is_transformers_own(monkeypatch):
+    monkeypatch.setattr("coin.networks.clip._PART", 64)
+    x = torch.randn(7, 5, 24, generator=torch.Generator().manual_seed(0))
+    expected = transformers.activations.QuickGELUActivation()(x)
+    assert torch.equal(QuickGELU()(x), expected)  # and x is as it was
+    with torch.no_grad():
+        torch.testing.assert_close(QuickGELU()(x.clone()), expected, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_several_prompts_are_the_unit_mean_of_their_unit_vectors(place):
+    head = zero_shot_head(str(place), small_clip.PROMPTS, LETTERS, offline_unless_found)
+    model = transformers.CLIPModel.from_pretrained(place)
+    tokens = small_clip.texts(LETTERS, small_clip.PROMPTS)
+    vectors = F.normalize(model.text_projection(model.text_model(**tokens).pooler_output), dim=1)
+    mean = F.normalize(vectors.view(len(LETTERS), len(small_clip.PROMPTS), -1).mean(1), dim=1)
+    torch.testing.assert_close(head, model.logit_scale.exp() * mean)
+    # The head is a property of the class: its rows do not depend on what stands beside it in a batch.
+    alone = zero_shot_head(str(place), small_clip.PROMPTS, LETTERS[3:4], offline_unless_found)
+    torch.testing.assert_close(alone[0], head[3])
+
+
+@torch.no_grad()
+def test_without_a_preprocessor_images_are_normalised_as_clips_are(config):
+    x = torch.rand(2, 3, small_clip.SIDE, small_clip.SIDE, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    network = tower(config)
+    own = network((x - mean) / std)
+    network._forward_pre_hooks.clear()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (small_clip.MEAN, small_clip.STD))
+    torch.testing.assert_close(own, network((x - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_head_is_kept_in_the_file_and_needs_no_text_tower_then(config, images, tmp_path, monkeypatch):
+    network = tower(config)
+    save_network(tmp_path / "expert.safetensors", network, config, 4, {})
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", lambda *_, **__: pytest.fail("read"))
+    x = to_input(images, small_clip.SIDE)
+    assert torch.equal(load_network(tmp_path / "expert.safetensors").network(x), network(x))
+
+
+@pytest.mark.parametrize("with_projection", [False, True])
+def test_experts_are_imported_from_folders_with_their_projection_or_the_bases(
+    config, place, tmp_path, with_projection, images
+):
+    kind = transformers.CLIPVisionModelWithProjection if with_projection else transformers.CLIPVisionModel
+    other = kind.from_pretrained(place)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter *= 1.1
+    other.save_pretrained(tmp_path / "tuned")
+    save_network(tmp_path / "initial.safetensors", build_network(config, 4), config, 4, {})
+    expert = import_pretrained(
+        config,
+        f"hf/{tmp_path / 'tuned'}",
+        tmp_path / "initial.safetensors",
+        (small_clip.PROMPTS[:1], DIGITS),
+        "numbers",
+    )
+    whole = transformers.CLIPModel.from_pretrained(place)
+    theirs = [name for name, _ in whole.named_parameters() if name.startswith("vision_model.")]
+    theirs += ["visual_projection.weight"] if with_projection else []
+    with torch.no_grad():
+        for name in theirs:
+            whole.get_parameter(name).mul_(1.1)
+        expected = small_clip.similarities(whole, images, DIGITS)
+        torch.testing.assert_close(expert.eval()(to_input(images, small_clip.SIDE)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+@pytest.mark.parametrize("safe", [True, False])
+def test_towers_are_read_under_the_names_of_any_version_of_transformers(config, place, tmp_path, prefix, safe):
+    transformers.CLIPVisionModel.from_pretrained(place).save_pretrained(tmp_path)
+    state = {
+        name.removeprefix("vision_model."): each for name, each in load_file(tmp_path / "model.safetensors").items()
+    }
+    state = {f"{prefix}{name}": 2 * tensor for name, tensor in state.items()}
+    if safe:
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    assert [path.parent for path in hub_weights(str(tmp_path))] == [tmp_path]
+    network = build_network(config, 4)
+    config.source.load(network, str(tmp_path))
+    start = build_network(config, 4).vision.state_dict()
+    for name, tensor in network.vision.state_dict().items():
+        factor = 1 if name == "visual_projection.weight" else 2
+        assert torch.equal(tensor, factor * start[name]), name
+
+
+def test_a_folder_of_another_kind_is_one_line(config, tmp_path):
+    save_network(tmp_path / "initial.safetensors", build_network(config, 4), config, 4, {})
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**size, image_size=32, patch_size=8))
+    vit.save_pretrained(tmp_path / "vit")
+    for folder in ("vit", "nothing"):
+        with pytest.raises(CoinError) as caught:
+            import_pretrained(config, f"hf/{tmp_path / folder}", tmp_path / "initial.safetensors", None, "numbers")
+        assert "\n" not in str(caught.value)
+        assert ";" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "zero_shot", "message"),
+    [
+        ({"options": {}}, (["{}"], DIGITS), "expected a CLIP with network.options.head=zero_shot; set it, or leave"),
+        ({}, None, "and the task 'numbers' without a head, expected prompts; give it head: {zero_shot"),
+        ({}, (["{}"], LETTERS), r"found a zero-shot head \[5, 24\] for the task 'numbers', expected \[4, 24\]"),
+        ({"options": {"head": "linear"}}, None, "found network.options.head 'linear', expected zero_shot, or nothing"),
+    ],
+)
+def test_heads_that_do_not_fit_are_one_line(config, change, zero_shot, message):
+    def fill():
+        other = NetworkConfig(config.name, 32, None, change.get("options", config.options))
+        fill_head(build_network(config, 4), other, zero_shot, "numbers")
+
+    with pytest.raises(ConfigurationError, match=message):
+        fill()
+
+
+def test_only_a_clip_has_a_zero_shot_head(tmp_path):
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="a ViTConfig, expected a CLIP; name one, such as hf/openai/clip"):
+        NetworkConfig(f"hf/{tmp_path}", 32, None, {"head": "zero_shot"})
+
+
+@pytest.mark.parametrize(
+    ("name", "tower_size", "beside"),
+    [("base-patch32", 87_849_216, 63_428_097), ("large-patch14", 303_966_208, 123_650_305)],
+)
+def test_the_two_sizes_are_known_without_a_network(name, tower_size, beside, monkeypatch):
+    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
+    config = NetworkConfig(f"hf/openai/clip-vit-{name}", 224, "pretrained", {"head": "zero_shot"})
+    expert, base = config.source.downloads([f"tanganke/clip-vit-{name}_mnist"])
+    assert expert.what == f"hf/tanganke/clip-vit-{name}_mnist"
+    # The head of two classes that is counted is of 512 or 768 features each.
+    assert abs(expert.mib * 2**20 / 4 - tower_size) <= 2 * 768
+    assert abs(base.mib * 2**20 / 4 - tower_size - beside) <= 2 * 768
+    assert not expert.there
+
+
+def test_the_head_is_not_trained(config):
+    module = Expert(config.name, 32, "pretrained", config.options, num_classes=4)
+    assert [name for name, each in module.network.named_parameters() if not each.requires_grad] == ["head.weight"]
+    with pytest.raises(ConfigurationError, match="whose head is computed from class names and not trained; leave it"):
+        Expert(config.name, 32, "pretrained", config.options, num_classes=4, trainable=["head"])
+    adapted = Expert(
+        config.name, 32, "pretrained", config.options, num_classes=4, lora={"rank": 2, "targets": ["*.fc1"]}
+    )
+    trained = [name for name, each in adapted.network.named_parameters() if each.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+
+
+def batches(count=12):
+    draw = torch.Generator().manual_seed(3)
+    return [[torch.randn(count, 3, 32, 32, generator=draw)] for _ in range(2)]
+
+
+METHODS = [Average(), Coin(), RegMean(), HeadFit(), Refit("own"), TaskArithmetic(0.5), Ties(1.0, 1.0), Wudi()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_identical_experts_merge_to_themselves_but_for_their_heads(method, config):
+    numbers, base = tower(config, noise=1), build_network(config, 4).eval()
+    (coded,) = merge_networks(
+        method, [numbers, deepcopy(numbers)], Code([[0.5, 0.5]]), calibration=batches(), initial=base
+    )
+    x = batches()[0][0]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            features_and_logits(coded, x)[0], features_and_logits(numbers, x)[0], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_an_experts_own_head_reads_a_merged_tower_as_text_similarities(config):
+    experts = [tower(config, noise=1), tower(config, LETTERS, noise=2)]
+    heads = [expert.head.weight.clone() for expert in experts]
+    code = Code([[0.5, 0.5]])
+    coded = merge_networks(Refit("own"), experts, code, calibration=batches())
+    assert all(torch.equal(expert.head.weight, head) for expert, head in zip(experts, heads, strict=True))
+    system = Coded(code, experts, coded)
+    system.fit_decoder([each for own in batches() for each in own], erased=[0, 1], kind="expert_head")
+    x = batches(5)[0][0]
+    answers = system.decode(x, erased=[0, 1])
+    with torch.no_grad():
+        features = features_and_logits(coded[0], x)[0]
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
+    for answer, head in zip(answers, heads, strict=True):
+        torch.testing.assert_close(answer[:, : len(head)], features @ head.T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fisher_of_a_tower_is_exact(config):
+    network, x = tower(config, noise=1), batches(3)[0][0]
+    expected = {key: torch.zeros_like(tensor) for key, tensor in network.named_parameters()}
+    network.requires_grad_(True)
+    for sample in x:
+        for logit in network(sample[None])[0]:
+            grads = torch.autograd.grad(logit, list(network.parameters()), retain_graph=True, materialize_grads=True)
+            for total, grad in zip(expected.values(), grads, strict=True):
+                total += grad**2 / len(x)
+    scale = max(float(tensor.max()) for tensor in expected.values())
+    for key, tensor in fisher_diagonal(network, [x]).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_experts_in_memory_and_their_passes(config):
+    experts = Experts([tower(config, noise=1), tower(config, LETTERS, noise=2)], calibration=batches())
+    assert [len(weight) for weight, _ in experts.heads] == [5, 5]
