@@ -115,11 +115,7 @@ class Experts:
 
     def blank(self) -> nn.Module:
         """Return `empty_model`, by its old name; for one version."""
-        warnings.warn(
-            "experts.blank() is now experts.empty_model(); the next version knows only the new name",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warnings.warn("experts.blank() is experts.empty_model() from now on", DeprecationWarning, stacklevel=2)
         return self.empty_model()
 
     def initial(self) -> tuple[State, State]:

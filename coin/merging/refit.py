@@ -22,7 +22,7 @@ from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import PROBED, chosen_places, fit_in_order, position_weights
-from coin.merging.target import FAR, Target, objective, spread
+from coin.merging.target import AHEAD, FAR, Target, objective, spread
 from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress, reference_of
@@ -35,8 +35,6 @@ from coin.statistics.statistic import DataChoice, Statistic
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
-AHEAD = 0.8
-"""Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
 
 
 class Refit(Method):
@@ -163,8 +161,7 @@ class Refit(Method):
         chosen |= {} if apart is None else {"spread": apart}
         chosen |= {} if made is None else {f"start_{name}": value for name, value in made.chosen.items()}
         if errors:
-            named = (f"{target}/{ridge:g}" for target, ridge in options)
-            chosen["held_out_error"] = dict(zip(named, errors, strict=True))
+            chosen["held_out_error"] = {f"{t}/{r:g}": error for (t, r), error in zip(options, errors, strict=True)}
         return CodedModel(network, chosen, start)
 
     @torch.inference_mode(False)

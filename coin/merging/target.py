@@ -19,6 +19,10 @@ FAR = 0.0125
 networks had been fine-tuned without restraint."""
 
 
+AHEAD = 0.8
+"""Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
+
+
 class Target(StrEnum):
     """What the layers of the coded network are fitted to."""
 

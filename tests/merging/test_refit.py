@@ -19,8 +19,8 @@ from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalErr
 from coin.merging import Experts, Refit
 from coin.merging.average import average_parameters
 from coin.merging.passes import LEAST, PROBED, chosen_places, position_weights
-from coin.merging.refit import AHEAD, RIDGES
-from coin.merging.target import FAR, OWN_SHARE, spread
+from coin.merging.refit import RIDGES
+from coin.merging.target import AHEAD, FAR, OWN_SHARE, spread
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
 from coin.networks.experts import ExpertFiles
