@@ -1,6 +1,6 @@
 """Methods that are no part of coin, as their authors might write them: plain PyTorch, and nothing of coin's.
 
-`coin.Foreign` says how such functions are called; ``configs/experiment/study/foreign.yaml`` runs all.
+`coin.UserMethod` says how such functions are called; ``configs/experiment/study/foreign.yaml`` runs all.
 """
 
 from copy import deepcopy
