@@ -29,7 +29,7 @@ from stored import (
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting import summarise, summary as reporting
-from coin.reporting.figures import as_png, nda_against_memory
+from coin.reporting.figures import nda_against_memory, style
 from coin.reporting.results import COLUMNS, NUMBERS, Row
 from coin.reporting.tables import risk_totals
 
@@ -262,6 +262,11 @@ def figure() -> Figure:
     return nda_against_memory(kept, network)
 
 
+def labels(drawn: Figure) -> str:
+    """What the points of a figure are called, with their numbers; its file has this text too."""
+    return "; ".join(text.get_text() for axes in drawn.axes for text in axes.texts)
+
+
 def with_tables(text: str) -> str:
     """Return a page with the tables between its markers made anew."""
     return re.sub(
@@ -275,4 +280,7 @@ def with_tables(text: str) -> str:
 if __name__ == "__main__":
     for path in FILES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-    (RESULTS / "stand-ins.png").write_bytes(as_png(figure()))
+    drawn = figure()
+    with style():
+        metadata = {"Software": None, "Description": labels(drawn)}
+        drawn.savefig(RESULTS / "stand-ins.png", dpi=200, facecolor="white", metadata=metadata)
