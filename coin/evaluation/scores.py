@@ -1,5 +1,6 @@
 """What is counted of a stand-in's answers, wherever it is evaluated: in memory, from files, as a compressed copy."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,9 @@ class Scores:
 
     def results(self) -> dict[str, Any]:
         """Return the fields of an `Outcome` that are measured on the test set, but the residual."""
-        points, samples = self.curves.compute()
+        with warnings.catch_warnings():  # answers without a risk have empty curves
+            warnings.filterwarnings("ignore", ".*RiskCurves was called before the ``update``.*", UserWarning)
+            points, samples = self.curves.compute()
         return {
             **{name: float(value) for name, value in self.accuracy.compute().items()},
             "confusion": self.confusion.compute().cpu().numpy().astype(np.int64),

@@ -1,5 +1,6 @@
 """The evaluation of systems in memory gives the numbers of the evaluator."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from torch import nn
 import coin
 from coin.data import to_input
 from coin.errors import ConfigurationError, DataError
+from coin.evaluation.scores import Scores
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
 
@@ -115,3 +117,13 @@ def test_what_is_missing_is_told():
         coin.evaluate(system, [pairs, inputs], decoders=["linear"])
     with pytest.raises(DataError, match="found no test batches of task '1'"):
         coin.evaluate(system, [pairs, []], decoders=["linear"])
+
+
+def test_answers_without_a_risk_have_empty_curves_and_no_warning() -> None:
+    """Copies of experts have no risk: `coin run` printed torchmetrics' warning in the middle of its progress."""
+    scores, logits = Scores(3), torch.eye(3)
+    scores.update(logits, logits, torch.arange(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scores.results()
+    assert (found["risk"], found["agreement"]) == ((), 1.0)
