@@ -2,6 +2,7 @@
 
 import doctest
 import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import coin
 @pytest.mark.parametrize("name", coin.__all__)
 def test_example_does_what_it_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     monkeypatch.syspath_prepend(tmp_path)
     Path("mine.py").write_text("def merge(experts, calibration, scale): ...")
     torch.manual_seed(0)

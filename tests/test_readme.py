@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import nbformat
@@ -33,6 +34,7 @@ def run_page(monkeypatch, tmp_path):
         torch.manual_seed(0)
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
         for name, code in re.findall(r"```python\n# (\w+\.py),.*?\n(.*?)```", page.read_text(), flags=re.DOTALL):
             Path(name).write_text(code)  # a file of the user's
         document = sybil.document.Document.parse(str(page), markdown.PythonCodeBlockParser())

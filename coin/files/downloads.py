@@ -4,6 +4,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import getproxies
 
 from coin.errors import FileError, first_line
 
@@ -75,7 +76,9 @@ def fetch_from_hub(place: str) -> None:
 
 
 def is_found(host: str) -> bool:
-    """Return whether a host has an address."""
+    """Return whether a host has an address, or a proxy is set, which may reach it."""
+    if getproxies():
+        return True
     try:
         socket.getaddrinfo(host, 443)
     except OSError:

@@ -51,7 +51,6 @@ DECODERS: list[Any] = [
 ]
 HEAD = ("head_fit", "refit_own", "refit_mix", "readout_distillation")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
-NO_BIAS = ["gpt2", "opt", "llama", "mixtral"]
 STAGES = {
     "timm/tnt": "returns [32, 16, 8]",
     "hugging_face/pvt_v2": "returns tuple",
@@ -61,7 +60,6 @@ STAGES = {
 }
 REFUSED: dict[str, dict[str, str]] = {
     "timm/resnetv2": dict.fromkeys(HEAD, "a fully connected"),
-    **{f"hugging_face/{name}": {"readout_distillation": "a fully connected"} for name in NO_BIAS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
     **{family: {"feature_ridge-stages": line} for family, line in STAGES.items()},
 }
