@@ -23,6 +23,9 @@ from coin.networks.heads import replace_head
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
+PREFIX = "hf/"
+"""What an identifier or a folder of Hugging Face's begins with."""
+
 CACHE = "fill the cache of huggingface_hub (HF_HOME)"
 
 
@@ -38,8 +41,7 @@ class HuggingFace(NetworkSource):
     @property
     def place(self) -> str:
         """A folder's absolute path, or an ID."""
-        place = self.name.removeprefix("hf/")
-        return str(Path(place).absolute()) if Path(place).is_dir() else place
+        return local_place(self.name)
 
     @property
     def zero_shot(self) -> bool:
@@ -107,7 +109,7 @@ class HuggingFace(NetworkSource):
             size = sum(parameter.numel() for parameter in whole.parameters())
             text = clip.parameters_beside(found) if self.zero_shot else 0
         sizes = dict.fromkeys(experts, size) | ({self.place: size + text} if self.weights is not None else {})
-        advice = "fill the cache of huggingface_hub (HF_HOME), or name folders"
+        advice = f"{CACHE}, or name folders"
         return [
             Download(f"hf/{place}", host, None if math.isnan(n) else n / 2**18, bool(hub_weights(place)), advice)
             for place, n in sizes.items()
@@ -185,6 +187,12 @@ class HuggingFace(NetworkSource):
                 f"found network.image_size {self.image_size} tokens for {self.name}, expected at most {longest}"
             )
         return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0)
+
+
+def local_place(place: str) -> str:
+    """Return what ``hf/PLACE`` names: a folder's absolute path, or an ID."""
+    plain = place.removeprefix(PREFIX)
+    return str(Path(plain).absolute()) if Path(plain).is_dir() else plain
 
 
 @cache

@@ -9,11 +9,8 @@ from torch import nn
 from coin.errors import ConfigurationError
 from coin.networks.files import load_network
 from coin.networks.heads import head_name, is_frozen
-from coin.networks.hub import HuggingFace
+from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig
-
-PREFIX = "hf/"
-"""What an identifier or a folder of Hugging Face's begins with, as in ``network.name``."""
 
 ZeroShot = tuple[Sequence[str], Sequence[str]]
 """A task's prompts and class names, of which a zero-shot head is computed."""
@@ -77,9 +74,3 @@ def import_pretrained(
     source.load(network, local_place(place))
     fill_head(network, config, zero_shot, task)
     return network
-
-
-def local_place(place: str) -> str:
-    """Return what ``hf/PLACE`` names: a folder's absolute path, or an ID."""
-    plain = place.removeprefix(PREFIX)
-    return str(Path(plain).absolute()) if Path(plain).is_dir() else plain

@@ -11,7 +11,7 @@ from torch import nn
 from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
-from coin.networks.hub import HuggingFace
+from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.timm_networks import Timm
 from coin.networks.weights import fill_network, read_weights, with_own_head
@@ -74,7 +74,7 @@ class NetworkConfig:
         kind: type[NetworkSource] = Torchvision
         if self.name.startswith("timm/"):
             kind = Timm
-        elif self.name.startswith("hf/"):
+        elif self.name.startswith(PREFIX):
             kind = HuggingFace
         elif self.name in Own.kinds:
             kind = Own

@@ -2,8 +2,7 @@
 
 from coin.data.task import TaskData
 from coin.files.downloads import Download, check_downloads, fetch_from_hub
-from coin.networks.hub import HuggingFace
-from coin.networks.pretrained import PREFIX, local_place
+from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.pipeline.experiment import Experiment
 
 

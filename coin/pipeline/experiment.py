@@ -15,7 +15,7 @@ from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig, build_network, check_heads, has_batchnorm, import_checkpoint
-from coin.networks.pretrained import PREFIX
+from coin.networks.hub import PREFIX
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.layout import ExperimentLayout
 from coin.pipeline.options import config_dict, to_config

@@ -9,7 +9,7 @@ from typing import Any
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.files.downloads import hub_weights
-from coin.networks.pretrained import PREFIX, local_place
+from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.seed_files import SeedFiles

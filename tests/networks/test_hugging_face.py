@@ -21,7 +21,6 @@ from coin.networks import (
     save_network,
 )
 from coin.networks.hub import _configuration
-from coin.statistics import fisher_diagonal
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CONFIGURATIONS = {
@@ -135,24 +134,14 @@ def test_images_of_another_size_have_their_positions_interpolated(folder):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "resnet"])
-def test_the_fisher_is_exact_and_merges_work(kind, folder):
+def test_the_fisher_is_exact_and_merges_work(kind, folder, check_fisher):
     network = build_network(NetworkConfig(folder(kind), size_of(kind)), 3, seed=1).eval()
     other = deepcopy(network)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     x = inputs_of(kind)
-    expected = {key: torch.zeros_like(tensor) for key, tensor in network.named_parameters()}
-    for sample in x:
-        for logit in network(sample[None])[0]:
-            grads = torch.autograd.grad(logit, list(network.parameters()), retain_graph=True, materialize_grads=True)
-            for total, grad in zip(expected.values(), grads, strict=True):
-                total += grad**2 / len(x)
-    scale = max(float(tensor.max()) for tensor in expected.values())
-    for key, tensor in fisher_diagonal(network, [x]).items():
-        torch.testing.assert_close(
-            tensor, expected[key], rtol=1e-3, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
-        )
+    check_fisher(network, x)
     experts = Experts([network, other], calibration=[[inputs_of(kind, 8)], [inputs_of(kind, 8).flip(0)]])
     for method in (Coin(), Refit("own")):
         made = method.make(experts, [0.5, 0.5])
