@@ -7,16 +7,9 @@ from coin.core.lazy import importing
 if TYPE_CHECKING:
     from coin.coding.answers import Answers
     from coin.coding.code import Code, check_erasure, decode_linear
+    from coin.coding.decoder import Decoder, FeatureCache
     from coin.coding.decoder_config import DecoderConfig, DecoderKind, distinct_decoders
-    from coin.coding.decoders import (
-        Decoder,
-        ExpertHeadDecoder,
-        FeatureCache,
-        Head,
-        LinearDecoder,
-        kept_bytes,
-        make_decoder,
-    )
+    from coin.coding.decoders import ExpertHeadDecoder, Head, LinearDecoder, kept_bytes, make_decoder
     from coin.coding.parity import fault_score, parity_residual, parity_significance
     from coin.coding.promise import Promise, promised_risk
     from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
@@ -53,5 +46,6 @@ __all__ = [
 ]
 
 __getattr__ = importing(
-    __name__, ["answers", "code", "decoder_config", "decoders", "parity", "promise", "ready", "ridge", "risk"]
+    __name__,
+    ["answers", "code", "decoder", "decoder_config", "decoders", "parity", "promise", "ready", "ridge", "risk"],
 )

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from coin.coding.code import Code
+from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig
-from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, RidgeDecoder, make_decoder
+from coin.coding.decoders import ExpertHeadDecoder, Head, make_decoder
 from coin.coding.promise import Promise
 from coin.coding.ridge import Projection, RidgeFit
+from coin.coding.ridge_decoder import RidgeDecoder
 from coin.errors import StateError
 
 Map = TypeVar("Map", RidgeFit, Projection)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code
-from coin.coding.decoders import Decoder
+from coin.coding.decoder import Decoder
 from coin.errors import DecodingError
 
 

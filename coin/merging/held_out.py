@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
-from coin.coding.decoders import FeatureCache
+from coin.coding.decoder import FeatureCache
 from coin.errors import CoinWarning, HeadError, NumericalError
 from coin.merging.experts import Experts
 from coin.networks.stages import common_widths

@@ -9,9 +9,9 @@ from coin.coding import (
     DecoderConfig,
     DecoderKind,
     FeatureCache,
-    decoders,
     distinct_decoders,
     make_decoder,
+    ridge_decoder,
 )
 from coin.coding.decoder_config import FeatureChoice, FittedOn
 from coin.coding.decoder_state import decoder_state, decoders_state, restore_decoder, restore_decoders
@@ -329,8 +329,8 @@ def test_decoders_that_share_their_work_are_those_that_do_not_and_do_it_once(opt
     calibration, test = noisy_answers(9, 1, code), noisy_answers(5, 2, code)
     config, kept, done = DecoderConfig("feature_ridge", **options), FeatureCache(), []
     for name in ("block_kernel", "project_blocks"):
-        real = getattr(decoders, name)
-        monkeypatch.setattr(decoders, name, lambda *given, real=real: done.append(given[0]) or real(*given))
+        real = getattr(ridge_decoder, name)
+        monkeypatch.setattr(ridge_decoder, name, lambda *given, real=real: done.append(given[0]) or real(*given))
     if "fitted_on" in options:
         calibration = dataclasses.replace(calibration, tasks=torch.arange(9) % 3)
     cases = [([system], erased) for system in (0, 1) for erased in code.erasures()]

@@ -306,7 +306,7 @@ def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
             metric, "update", lambda *values, skip=pictures: seen.extend(v.device.type for v in values[skip:])
         )
     # How many answers it integrates depends on their values, which tensors without any have not.
-    monkeypatch.setattr("coin.coding.decoders.decoding_risk", lambda decoded, errors: decoded.sum(1) + errors.sum())
+    monkeypatch.setattr("coin.coding.decoder.decoding_risk", lambda decoded, errors: decoded.sum(1) + errors.sum())
     with FakeTensorMode(allow_non_fake_inputs=True):  # it knows of devices that the machine has not
 
         def elsewhere(tensors):
