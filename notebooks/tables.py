@@ -29,8 +29,9 @@ from stored import (
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting import summarise, summary as reporting
-from coin.reporting.figures import nda_against_memory, style
+from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import COLUMNS, NUMBERS, Row
+from coin.reporting.style import style
 from coin.reporting.tables import risk_totals
 
 NOTEBOOKS = Path(__file__).parent

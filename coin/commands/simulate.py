@@ -20,9 +20,9 @@ from coin.files.atomic import atomic_path, write_text
 from coin.networks import load_network
 from coin.networks.compressed import compress
 from coin.pipeline.options import config_dict
-from coin.reporting.figures import as_png
 from coin.reporting.latency import print_simulation, tail_against
 from coin.reporting.results import requested_policy, write_frame
+from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer

@@ -1,101 +1,36 @@
-"""All figures: one colour a method, one marker a decoder, names beside what they name.
+"""Figures of NDA and of the risk of decoded answers; the `means` are rows of a summary, means over tasks."""
 
-Colours belong to methods, by name, in every figure: cold for closed forms, warm for what is trained, grey for the
-references. Variants of a method share its colour. `means` are rows of a summary, means over tasks.
-"""
-
-import io
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting.results import Counts
+from coin.reporting.style import (
+    INK,
+    SOFT,
+    WIDTH,
+    colour as colour,
+    column_of_names,
+    legend_below,
+    log_scale,
+    marker,
+    method_colour,
+    style,
+    tick_text,
+)
 from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, variant_names
 
 PAPER_NDA = 0.975
 """What the paper reports that COIN's NDA exceeds "in some cases" (arXiv 2409.01420, abstract): no least."""
-INK, _SOFT = "#1b1f24", "#6b7480"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#B8A800")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-WIDTH = 5.4
-"""Inches. Narrow, so that the text is still legible on a phone."""
-_METHODS = {
-    "average": "#56B4E9", "coin": "#0072B2", "regmean": "#6A3D9A", "head_fit": "#44AA99", "refit": "#009E73",
-    "full_fisher": "#332288", "gauss_newton": "#117733", "task_arithmetic": "#88A0C8", "ties": "#7BAFDE",
-    "wudi": "#B8A800", "base": "#A65628", "spare": "#CC79A7",
-    "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": _SOFT, "oracle": INK,
-}  # fmt: skip
-_OTHERS = ("#CC79A7", "#B8A800", "#A65628", "#F781BF", "#999933")
 _MANY = 4
 """So many forwards and more have one marker."""
 _NEAR = 0.5
 """Points of NDA below 100 up to which an axis is about linear."""
 _TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5))
-_NAMED = 16
-"""So many layers or classes are named on an axis."""
-# Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
-_STYLE: Any = {
-    "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "axes.edgecolor": INK,
-    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
-    "grid.alpha": 0.15, "legend.frameon": False, "legend.fontsize": 9, "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # names come from the user: a dollar sign is no mathematics
-}  # fmt: skip
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Draw in the house's style within this block, whatever the user's matplotlib settings say."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
-        yield
-
-
-def colour(index: int) -> str:
-    """Return the colour of a series that is no method, by its index; they repeat after eight."""
-    return COLOURS[index % len(COLOURS)]
-
-
-def marker(index: int) -> str:
-    """Return the marker of the series with this index."""
-    return MARKERS[index % len(MARKERS)]
-
-
-def method_colour(name: str) -> str:
-    """Return the colour of a method, whatever its label, BatchNorm policy or code add to its name."""
-    known = [method for method in _METHODS if name.startswith(method)]
-    return _METHODS[max(known, key=len)] if known else _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
-
-
-def as_png(figure: Figure, dpi: int = 200) -> bytes:
-    """Return a figure as PNG on white."""
-    buffer = io.BytesIO()
-    with style():
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: int = 3) -> None:
-    """Put the legend of `axes` under the figure, where it hides no point."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(
-        1, min(columns, len(labels), int(12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0))))
-    )
-    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
 def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str = "seconds") -> Figure:
@@ -111,7 +46,7 @@ def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str 
         least, most = (float(own[own > 0].min()), float(own.max())) if (own > 0).any() else (1.0, 1.0)
         free = 10 ** (math.floor(math.log10(least)) - 0.5)
         figure, axes = _scatter(means, cost.where(cost > 0, free), decoder)
-        _log_scale(axes)
+        log_scale(axes)
         some_free = bool((own <= 0).any())
         axes.set_xlim((free if some_free else least) / 1.6, most * 1.6)
         if some_free:
@@ -158,17 +93,17 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.set_ylim(lowest - 0.1 * (100.2 - lowest), _nda_of(_nearness(highest) + 0.1))
         shown = [tick for tick in (20, 40, 60, 80, 90, 95, 98, 99, 99.5, 100) if tick >= lowest - 1]
         axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
-        _log_scale(axes)
+        log_scale(axes)
         ticks = {tick: f"{tick:g}" for tick in _TICKS if at.min() / 1.3 <= tick <= at.max() * 1.3}
         if (sizes <= 0).any():
             ticks = {free: "0"} | {tick: text for tick, text in ticks.items() if tick > 1.5 * free}
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
-        _column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
+        column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
         axes.set(ylabel="NDA (%)", xlabel=f"kept beyond the experts' servers, in {unit} (log scale)")
         for i, count in enumerate(kinds):
             text = f"{count}{' or more' if count == _MANY else ''} network{'s' if count > 1 else ''} a lost answer"
-            axes.plot([], [], color=_SOFT, marker=marker(i), linestyle="none", label=text)
+            axes.plot([], [], color=SOFT, marker=marker(i), linestyle="none", label=text)
         legend_below(figure, axes)
         return figure
 
@@ -226,42 +161,12 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
                 )  # fmt: skip
             axes.set(ylabel="NDA (%)", title=f"decoder {decoder}")
             if logarithmic:
-                _log_scale(axes)
+                log_scale(axes)
             if not numeric or len(known) <= 8:
-                axes.set_xticks(known if numeric else range(len(known)), [_short(value) for value in known])
+                axes.set_xticks(known if numeric else range(len(known)), [tick_text(value) for value in known])
                 axes.minorticks_off()
         panels[-1].set_xlabel(f"{option} (log scale)" if logarithmic else option)
         legend_below(figure, panels[0])
-        return figure
-
-
-def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> Figure:
-    """Expert's answer against decoded answer, a panel per entry, each row in shares of the expert's answers.
-
-    `counts` are ``[C, C]`` by the panel's title, the expert's answer × the decoded answer; `classes` are C names.
-    """
-    with style():
-        figure = Figure(figsize=(WIDTH, 1.0 + (WIDTH - 1.4) / max(2, len(counts))))
-        panels = figure.subplots(1, max(2, len(counts)), squeeze=False)[0]
-        ticks = np.arange(0, len(classes), max(1, math.ceil(len(classes) / 26)))
-        names = [_short(classes[int(i)]) for i in ticks]
-        image = None
-        for axes, (title, matrix) in zip(panels, counts.items(), strict=False):
-            totals = matrix.sum(1, keepdims=True)
-            shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
-            # The square root lets the few confusions be seen beside a full diagonal.
-            image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-            axes.grid(visible=False)
-            axes.set_title(title, fontsize=9)
-            axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
-            axes.set_yticks(ticks, names if axes is panels[0] else [])
-            axes.set_xlabel("decoded answer", fontsize=9)
-            axes.tick_params(labelsize=7)
-        panels[0].set_ylabel("expert's answer", fontsize=9)
-        for axes in panels[len(counts) :]:
-            axes.set_visible(False)
-        if image is not None:
-            figure.colorbar(image, ax=list(panels), shrink=0.8, aspect=25).set_label("share", fontsize=9)
         return figure
 
 
@@ -281,72 +186,11 @@ def risk_curves(risk: pd.DataFrame) -> Figure:
             coverage.plot(100 * at["at"], 100 * at["decoded_accuracy"], **look)
             coverage.plot(100 * at["at"], 100 * at["expert_accuracy"], **look | {"marker": None, "linestyle": ":"})
         most = 100 * risk["risk"].max()
-        calibration.plot([0, most], [0, most], color=_SOFT, linestyle="--", linewidth=0.9)
+        calibration.plot([0, most], [0, most], color=SOFT, linestyle="--", linewidth=0.9)
         calibration.set(xlabel="risk (%), mean of a bin", ylabel="disagree with the expert (%)")
         coverage.set(xlabel="kept, of least risk (%)", ylabel="accuracy (%)")
         coverage.invert_xaxis()
         legend_below(figure, calibration)
-        return figure
-
-
-def layer_profile(layers: pd.DataFrame) -> Figure:
-    """Where the mass of the Fisher lies, and how far each merge is from the average, layer by layer.
-
-    Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once. `layers`
-    is what `coin.reporting.read_layers` returns.
-    """
-    with style():
-        names = list(dict.fromkeys(layers["layer"]))
-        named = layers.assign(name=variant_names(layers))
-        titles = {"fisher_share": "share of the Fisher's mass (%)", "distance": "distance from the average"}
-        drawn = {}
-        for column in titles:
-            table = named.pivot(index="name", columns="layer", values=column).reindex(columns=names)
-            table = table.loc[list(dict.fromkeys(named["name"]))].dropna(how="all")
-            if len(table := table[~table.round(6).duplicated()]):
-                drawn[column] = table * (100 if column == "fisher_share" else 1)
-        heights = [0.5 + 0.22 * len(table) for table in drawn.values()] or [1.0]
-        figure = Figure(figsize=(2 * WIDTH, 1.3 + sum(heights)))
-        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (column, table) in zip(panels, drawn.items(), strict=False):
-            values = np.ma.masked_invalid(table.to_numpy(float))
-            # Most layers hold little of the mass, and most merges stay near the average.
-            norm = SymLogNorm(1.0 if column == "fisher_share" else 0.1, vmin=0, vmax=max(float(values.max()), 1e-3))
-            image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest")
-            axes.grid(visible=False)
-            axes.set_yticks(range(len(table)), list(table.index), fontsize=8)
-            axes.set_title(titles[column], fontsize=9)
-            bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, format=FuncFormatter(_plain))
-            bar.ax.tick_params(labelsize=7)
-        ticks = np.arange(0, len(names), max(1, math.ceil(len(names) / 40)))
-        panels[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=7)
-        panels[-1].set_xlabel("layer, from the input to the head")
-        return figure
-
-
-def training_curves(curves: pd.DataFrame) -> Figure:
-    """Accuracy of every expert by epoch, a panel per task, a thin line per seed: in training and in validation.
-
-    `curves` has ``task``, ``seed``, ``epoch``, ``train/accuracy`` and ``val/accuracy``, with gaps.
-    """
-    with style():
-        tasks = list(dict.fromkeys(curves["task"]))
-        columns = min(3, len(tasks))
-        rows = math.ceil(len(tasks) / columns)
-        figure = Figure(figsize=(WIDTH, 0.8 + 1.9 * rows))
-        panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-        for axes, task in zip(panels, tasks, strict=False):
-            for kind, dash in (("train", "--"), ("val", "-")):
-                for _, line in curves[curves["task"] == task].groupby("seed"):
-                    line = line.dropna(subset=f"{kind}/accuracy")
-                    axes.plot(line["epoch"] + 1, 100 * line[f"{kind}/accuracy"], dash, color=INK, marker=".", lw=0.9)
-            axes.set(title=f"task {task}", xlabel="epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        for axes in panels[len(tasks) :]:
-            axes.set_visible(False)
-        panels[0].set_ylabel("accuracy (%)")
-        keys = [Line2D([], [], color=INK, linestyle=dash) for dash in ("--", "-")]
-        figure.legend(keys, ["training, mean of the epoch", "validation"], loc="outside lower center", ncols=2)
         return figure
 
 
@@ -373,36 +217,12 @@ def _scatter(means: pd.DataFrame, x: "pd.Series[float]", decoder: str) -> tuple[
             )
     low, high = axes.get_ylim()
     for nda in (nda for nda, at, _, _ in labels if at is None and nda > low - 1.5 * (high - low)):
-        axes.axhline(nda, color=_SOFT, linestyle="--", linewidth=1.1)
+        axes.axhline(nda, color=SOFT, linestyle="--", linewidth=1.1)
     if low - 0.5 * (high - low) < 100 * PAPER_NDA < high + 0.5 * (high - low):
         axes.axhline(100 * PAPER_NDA, color=INK, linewidth=0.9, linestyle=":")
-    _column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.8))
+    column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.8))
     axes.set_ylabel(f"NDA (%), {decoder} decoder")
     return figure, axes
-
-
-def _column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str]], gap: float) -> None:
-    """Write names beside the axes, from the best down and `gap` of its height apart, each with a line to its point."""
-    low, high = axes.get_ylim()
-    to_height = axes.transData + axes.transAxes.inverted()
-    labels = sorted((label for label in labels if not math.isnan(label[0])), key=lambda label: -label[0])
-    heights: list[float] = []
-    for nda, *_ in labels:
-        wanted = float(to_height.transform((axes.get_xlim()[1], min(max(nda, low), high)))[1])
-        heights.append(min(wanted, heights[-1] - gap) if heights else wanted)
-    floor = 0.02
-    for i in reversed(range(len(heights))):
-        heights[i] = max(heights[i], floor)
-        floor = heights[i] + gap
-    right = axes.get_yaxis_transform()
-    for (nda, x, text, ink), height in zip(labels, heights, strict=True):
-        beyond = x is None and nda < low
-        axes.annotate(
-            f"{text} ↓" if beyond else text, (1.0, nda) if x is None else (x, nda), (1.04, height),
-            xycoords=right if x is None else "data", textcoords="axes fraction", fontsize=9, color=ink, va="center",
-            annotation_clip=False,
-            arrowprops=None if beyond else {"arrowstyle": "-", "color": ink, "alpha": 0.35, "linewidth": 0.8},
-        )  # fmt: skip
 
 
 def _dots(means: pd.DataFrame, series: list[str], column: str, decoders: list[str]) -> Figure:
@@ -429,16 +249,9 @@ def _dots(means: pd.DataFrame, series: list[str], column: str, decoders: list[st
             axes.set_title(f"decoder {decoder}" if decoder else "")
         panels[-1, 0].set_xlabel("NDA (%), mean over tasks ± spread over seeds")
         for i, value in enumerate(series):
-            panels[0, 0].plot([], [], color=_SOFT, marker=marker(i), linestyle="none", label=value)
+            panels[0, 0].plot([], [], color=SOFT, marker=marker(i), linestyle="none", label=value)
         legend_below(figure, panels[0, 0], column)
         return figure
-
-
-def _log_scale(axes: Axes) -> None:
-    """Make the x axis logarithmic with plain numbers: matplotlib's own labels need parsed mathematics."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _nearness(nda: Any) -> Any:
@@ -448,13 +261,3 @@ def _nearness(nda: Any) -> Any:
 
 def _nda_of(nearness: Any) -> Any:
     return 100 + _NEAR * np.sinh(np.asarray(nearness))
-
-
-def _plain(value: float, _: object) -> str:
-    return f"{value:g}"
-
-
-def _short(value: object) -> str:
-    """Return a tick's text: a number in full, a long name cut off."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…"

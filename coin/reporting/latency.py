@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
@@ -15,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from coin.errors import ConfigurationError
-from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
+from coin.reporting.style import WIDTH, colour, legend_below, log_scale, marker, style
 
 _BLOCKS, _DRAWS = 20, 200
+_LABELLED = (1.0, 2.0, 5.0)
 _AXES = {
     "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
     "load": (1.0, "load by own answers alone"),
@@ -142,18 +141,9 @@ def tail_against(column: str, rows: pd.DataFrame) -> Figure:
                 )  # fmt: skip
             axes.set_title(_WANTS[want])
             axes.set_ylabel("p99.9 (ms, log scale)")
-            axes.set_yscale("log")
-            _plain_numbers(axes.yaxis)
+            log_scale(axes, "y", _LABELLED)
         if "log" in label:
-            panels[-1].set_xscale("log")
-            _plain_numbers(panels[-1].xaxis)
+            log_scale(panels[-1], "x", _LABELLED)
         panels[-1].set_xlabel(label)
         legend_below(figure, panels[0], columns=3)
         return figure
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 with plain numbers: matplotlib's own labels need parsed mathematics."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())

@@ -21,7 +21,7 @@ from PIL import Image
 from coin.core.progress import progress
 from coin.files.atomic import atomic_path, write_text
 from coin.files.yaml import as_text
-from coin.reporting import figures
+from coin.reporting import detail_figures, figures
 from coin.reporting.extras import (
     LAYERS_CSV,
     PROMISE_CSV,
@@ -34,6 +34,7 @@ from coin.reporting.extras import (
 from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
 from coin.reporting.results import RESULTS_CSV, read_confusions, requested_policy
 from coin.reporting.sources import Source, as_dict, facts_of, read_sources
+from coin.reporting.style import WIDTH, as_png
 from coin.reporting.summary import (
     REFERENCES,
     SUMMARY_CSV,
@@ -220,11 +221,11 @@ class _Page:
             yield source.name, sweep_text(source.frame, pd.DataFrame.from_dict(source.options, orient="index"))
 
     def _draw(self, name: str, figure: Figure, caption: str) -> dict[str, Any]:
-        png = figures.as_png(figure)
+        png = as_png(figure)
         slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-").lower() or "plot"
         with atomic_path(self.path.parent / PLOTS / f"{slug}.png") as temporary:
             temporary.write_bytes(png)
-        return {"image": _data("image/png", png), "caption": caption, "wide": figure.get_figwidth() > figures.WIDTH}
+        return {"image": _data("image/png", png), "caption": caption, "wide": figure.get_figwidth() > WIDTH}
 
     def _memory(self) -> Iterator[dict[str, Any]]:
         kept = stand_ins(self.summary)
@@ -287,12 +288,12 @@ class _Page:
                 logged.append(log.assign(task=task, seed=seed.name))
         if logged:
             caption = "The experts' accuracy while they are fine-tuned, a line per seed."
-            yield self._draw("training", figures.training_curves(pd.concat(logged, ignore_index=True)), caption)
+            yield self._draw("training", detail_figures.training_curves(pd.concat(logged, ignore_index=True)), caption)
 
     def _layers(self, source: Source) -> Iterator[dict[str, Any]]:
         layers = next((found for found in map(read_layers, source.seeds) if found is not None), None)
         if layers is not None:
-            yield self._draw("layers", figures.layer_profile(layers), _LAYERS)
+            yield self._draw("layers", detail_figures.layer_profile(layers), _LAYERS)
 
     def _risk(self, source: Source, found: Findings) -> dict[str, Any]:
         read = [own for own in map(read_risk, source.seeds) if own is not None]
@@ -330,7 +331,7 @@ class _Page:
                 caption = (
                     f"Task {task} lost, {found.best.decoder} decoder, all seeds. A perfect decoder fills the diagonal."
                 )
-                yield self._draw(f"confusion_{task}", figures.confusion_matrices(counts, names), caption)
+                yield self._draw(f"confusion_{task}", detail_figures.confusion_matrices(counts, names), caption)
 
     def _reproduce(self, source: Source) -> dict[str, Any]:
         """Return the command, which reads a file that the page itself hands out, and the files beside the page."""

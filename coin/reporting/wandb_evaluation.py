@@ -9,9 +9,10 @@ import pandas as pd
 from PIL import Image
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting import figures
 from coin.reporting.extras import Examples
+from coin.reporting.figures import nda_against_cost
 from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, confusion_key, requested_policy
+from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summarise, variant_names
 from coin.reporting.wandb_runs import folder_of
 from coin.reporting.wandb_settings import run_environment
@@ -135,7 +136,7 @@ def _log_overview(run: "wandb.Run", summary: pd.DataFrame, logged: dict[str, Any
     if not means["method"].isin(REFERENCES).all():
         import wandb
 
-        png = figures.as_png(figures.nda_against_cost(means), dpi=110)
+        png = as_png(nda_against_cost(means), dpi=110)
         logged["figures/nda_against_cost"] = wandb.Image(Image.open(io.BytesIO(png)))
     with run_environment(folder_of(run)):
         run.log(logged)

@@ -10,19 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from coin.reporting import summarise
+from coin.reporting.detail_figures import confusion_matrices, layer_profile, training_curves
 from coin.reporting.figures import (
-    as_png,
-    confusion_matrices,
-    layer_profile,
-    method_colour,
     nda_against_cost,
     nda_against_option,
     nda_against_residual,
     nda_against_samples,
     nda_by_experiment,
     nda_by_method,
-    training_curves,
 )
+from coin.reporting.style import as_png, method_colour
 from coin.reporting.summary import over_tasks
 
 LONG = ("ridge-own", "feature_ridge-stages", "feature_ridge-64", "feature_ridge-stages-64-random-own")

@@ -14,7 +14,7 @@ import pytest
 from coin.errors import FileError
 from coin.reporting import (
     Examples,
-    figures as drawn,
+    detail_figures as drawn,
     read_confusions,
     read_results,
     write_examples,
