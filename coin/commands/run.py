@@ -11,7 +11,7 @@ from coin.pipeline import Experiment
 from coin.pipeline.downloads import downloads
 from coin.pipeline.launch import Launch
 from coin.pipeline.run import planned, run_experiment, run_step
-from coin.reporting.report import REPORT_HTML
+from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary, results_console, rich_table, seconds
 

@@ -1,14 +1,8 @@
 """One self-contained HTML page from the files of experiments or sweeps, and its figures as PNG files."""
 
-import base64
-import io
-import itertools
-import json
 import os
 import re
-import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +10,19 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
-from PIL import Image
 
 from coin.core.progress import progress
 from coin.files.atomic import atomic_path, write_text
-from coin.files.yaml import as_text
-from coin.reporting import detail_figures, figures
-from coin.reporting.extras import (
-    LAYERS_CSV,
-    PROMISE_CSV,
-    RISK_CSV,
-    read_examples,
-    read_layers,
-    read_promises,
-    read_risk,
-)
-from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
-from coin.reporting.results import RESULTS_CSV, read_confusions, requested_policy
-from coin.reporting.sources import Source, as_dict, facts_of, read_sources
+from coin.reporting import detail_figures, figures, report_parts as parts
+from coin.reporting.extras import read_layers
+from coin.reporting.findings import Findings, findings, paired_differences
+from coin.reporting.report_parts import REPORT_HTML, Titled
+from coin.reporting.sources import Source, facts_of, read_sources
 from coin.reporting.style import WIDTH, as_png
-from coin.reporting.summary import (
-    REFERENCES,
-    SUMMARY_CSV,
-    decoders_of,
-    expert_accuracies,
-    largest_samples,
-    over_tasks,
-    shortlist,
-    stand_ins,
-    summarise,
-    variant_names,
-)  # fmt: skip
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, sweep_text
-from coin.reporting.tables import nda_tables, percent, promise_table, risk_table, risk_totals, stand_in_table
+from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, over_tasks, shortlist, stand_ins, summarise
+from coin.reporting.sweeps import as_numbers, sweep_text
+from coin.reporting.tables import nda_tables, stand_in_table
 
-REPORT_HTML = "report.html"
 PLOTS = "plots"
 _NDA = (
     "In %: accuracy of the decoded answer ÷ that of the lost expert itself, mean over the lost tasks, ± sample "
@@ -151,7 +123,7 @@ class _Page:
         configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–")
         described: list[dict[str, Any]] = [
             {"title": "Configuration", "tables": [("", configuration.reset_index(names=""))], "prose": True},
-            {"commands": [self._reproduce(each) for each in self.sources]},
+            {"commands": [parts.command(each, self.path, alone=len(self.sources) == 1) for each in self.sources]},
         ]
         sections: dict[str, list[dict[str, Any]]]
         if several:
@@ -159,7 +131,7 @@ class _Page:
             sections = {
                 "Findings": [{"list": headlines}],
                 "Methods and decoders": self._methods(self._across()),
-                "Experts": [{"tables": [("", _experts(self.summary))]}],
+                "Experts": [{"tables": [("", parts.experts_table(self.summary))]}],
                 "How to reproduce": described,
             }
         else:
@@ -169,20 +141,19 @@ class _Page:
                 "Differences between methods": [
                     {"list": found.significant_differences, "tables": self._differences(found), "text": _PAIRED}
                 ],
-                "Whether to trust it": [
-                    {"title": "Risk of decoded answers", **self._risk(source, found)},
-                    {"title": "Accuracy and agreement by task", "tables": _by_task(self.summary, found)},
-                    {"title": "Confusions", "figures": self._confusions(source, found)},
-                    {"title": "Examples", "examples": _examples(source, found)},
-                ],
+                "Whether to trust it": self._trust(source, found),
                 "Inside": [
-                    {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": self._curves()},
-                    {"title": "What was chosen", "tables": _chosen(source), "text": _CHOSEN, "prose": True},
+                    {
+                        "title": "Experts",
+                        "tables": [("", parts.experts_table(self.summary))],
+                        "figures": self._curves(),
+                    },
+                    {"title": "What was chosen", "tables": parts.choices(source), "text": _CHOSEN, "prose": True},
                     {"title": "Layers", "figures": self._layers(source)},
                 ],
                 "How to reproduce": described,
             }
-        drawn = {title: [each for each in map(_drawn, parts) if each] for title, parts in sections.items()}
+        drawn = {title: [each for each in map(_drawn, section) if each] for title, section in sections.items()}
         name = source.name if len(self.sources) == 1 else f"{len(self.sources)} experiments compared"
         said = (facts[0].get(fact, "") for fact in ("tasks", "network", "date", "machine"))
         return {
@@ -192,7 +163,7 @@ class _Page:
             "roles": roles,
             "cautions": [f"{'; '.join(whose)}: {text}" if several else text for text, whose in cautions.items()],
             "opening": list(self._memory()),
-            "sections": {title: parts for title, parts in drawn.items() if parts},
+            "sections": {title: section for title, section in drawn.items() if section},
         }
 
     def _kept(self) -> dict[str, Any]:
@@ -212,7 +183,7 @@ class _Page:
             {"figures": drawn if self.has_methods else ()},
         ]
 
-    def _tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
+    def _tables(self) -> Iterator[Titled]:
         sweeps = [source for source in self.sources if len(source.names) > 1]
         for (name, erased), table in nda_tables(self.summary).items():
             if not any(name in source.names for source in sweeps):
@@ -225,7 +196,7 @@ class _Page:
         slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-").lower() or "plot"
         with atomic_path(self.path.parent / PLOTS / f"{slug}.png") as temporary:
             temporary.write_bytes(png)
-        return {"image": _data("image/png", png), "caption": caption, "wide": figure.get_figwidth() > WIDTH}
+        return {"image": parts.data_url("image/png", png), "caption": caption, "wide": figure.get_figwidth() > WIDTH}
 
     def _memory(self) -> Iterator[dict[str, Any]]:
         kept = stand_ins(self.summary)
@@ -273,182 +244,46 @@ class _Page:
                 caption = f"NDA against {name}, mean ± spread over seeds{f'; mean over {others}' if others else ''}."
                 yield self._draw(f"{sweep.name}-nda_against_{name}", figure, caption)
 
-    def _differences(self, found: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
+    def _differences(self, found: Findings) -> Iterator[Titled]:
         for decoder in reversed(decoders_of(self.means)[:2]):
             table = paired_differences(found, decoder)
             if min(table.shape) > 1:
                 yield f"Difference in NDA, points, {decoder} decoder", table
 
     def _curves(self) -> Iterator[dict[str, Any]]:
-        columns, logged = ["epoch", "train/accuracy", "val/accuracy"], []
-        seeds = self.sources[0].seeds if len(self.found) == 1 else ()
-        for task, seed in itertools.product(dict.fromkeys(self.frame["task"]), seeds):
-            with suppress(OSError, ValueError, KeyError):  # a log, no result: it may be of another kind of training
-                log = pd.read_csv(seed / "experts" / task / "logs" / "metrics.csv")[columns]
-                logged.append(log.assign(task=task, seed=seed.name))
-        if logged:
+        if logged := parts.training_logs(self.sources[0]):
             caption = "The experts' accuracy while they are fine-tuned, a line per seed."
-            yield self._draw("training", detail_figures.training_curves(pd.concat(logged, ignore_index=True)), caption)
+            figure = detail_figures.training_curves(pd.concat(logged, ignore_index=True))
+            yield self._draw("training", figure, caption)
 
     def _layers(self, source: Source) -> Iterator[dict[str, Any]]:
-        layers = next((found for found in map(read_layers, source.seeds) if found is not None), None)
-        if layers is not None:
+        if (layers := next(source.read(read_layers), None)) is not None:
             yield self._draw("layers", detail_figures.layer_profile(layers), _LAYERS)
 
-    def _risk(self, source: Source, found: Findings) -> dict[str, Any]:
-        read = [own for own in map(read_risk, source.seeds) if own is not None]
-        if not read or found.best is None:
-            return {"tables": []}
-        totals = risk_totals(pd.concat(read, ignore_index=True))
-        totals = totals[(totals["decoder"] == found.best.decoder) & (totals["name"] != "oracle")]
-        shown = totals[totals["name"].isin(_shown(source, found))]
-        title = f"Agreement with the expert, and accuracy, of the answers kept, in %, {found.best.decoder} decoder"
-        tables = [(title, risk_table(totals))]
-        made = [own for own in map(read_promises, source.seeds) if own is not None]
-        if made:
-            promises = pd.concat(made, ignore_index=True)
-            promises = promises[(promises["decoder"] == found.best.decoder) & (promises["method"] != "oracle")]
-            title = f"Promised and found on the test sets, in %, {found.best.decoder} decoder"
-            tables.append((title, promise_table(promises)))
-        return {
-            "tables": tables,
-            "figures": [self._draw("risk", figures.risk_curves(shown), _RISK)],
-        }
-
-    def _confusions(self, source: Source, found: Findings) -> Iterator[dict[str, Any]]:
-        archives = [read_confusions(seed) for seed in source.seeds]
-        shown = _shown(source, found)
-        for task in dict.fromkeys(source.frame["task"]):
-            counts = {}
-            for name, key in shown.items():
-                own = [archive[f"{key}|{task}|{task}"] for archive in archives if f"{key}|{task}|{task}" in archive]
-                if own and len({each.shape for each in own}) == 1:
-                    counts[name] = np.sum(own, axis=0)
-            if counts and found.best:
-                size = len(next(iter(counts.values())))
-                classes = as_dict(source.document.get("classes")).get(task) or []
-                names = [str(name) for name in (classes if len(classes) == size else range(size))]
-                caption = (
-                    f"Task {task} lost, {found.best.decoder} decoder, all seeds. A perfect decoder fills the diagonal."
-                )
-                yield self._draw(f"confusion_{task}", detail_figures.confusion_matrices(counts, names), caption)
-
-    def _reproduce(self, source: Source) -> dict[str, Any]:
-        """Return the command, which reads a file that the page itself hands out, and the files beside the page."""
-        if source.sweep is not None:
-            name, path = f"{source.sweep.name}.yaml", source.folder / SWEEP_YAML
-            command = ["coin", "sweep", name]
-        else:
-            own = source.document["configuration"].get("name") or source.folder.resolve().name
-            name, path = f"{own}.yaml", source.seeds[0] / "config.yaml"
-            seeds = ",".join(str(seed) for seed in sorted(set(source.frame["seed"])))
-            command = ["coin", "run", "-c", name, f"--seeds=[{seeds}]", "--output=runs"]
-        files = [
-            source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))
+    def _trust(self, source: Source, found: Findings) -> list[dict[str, Any]]:
+        """Return risks, confusions and examples of the best decoder, if there is one, and accuracies by task."""
+        by_task = {"title": "Accuracy and agreement by task", "tables": parts.accuracy_by_task(self.summary, found)}
+        if (best := found.best) is None:
+            return [by_task]
+        keys = parts.keys_of_shown(source, best)
+        totals, tables = parts.risks(source, best.decoder)
+        curves = []
+        if tables:
+            curves = [self._draw("risk", figures.risk_curves(totals[totals["name"].isin(keys)]), _RISK)]
+        return [
+            {"title": "Risk of decoded answers", "tables": tables, "figures": curves},
+            by_task,
+            {"title": "Confusions", "figures": self._confusions(source, best.decoder, keys)},
+            {"title": "Examples", "examples": parts.example_images(source, best.decoder, keys)},
         ]
-        files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, RISK_CSV, PROMISE_CSV, LAYERS_CSV)]
-        versions = as_dict(source.document.get("versions"))
-        return {
-            "title": source.name if len(self.sources) > 1 else "",
-            "command": shlex.join(command),
-            "name": name,
-            "config": _data("text/yaml", path.read_bytes()) if path.is_file() else "",
-            "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
-            "json": json.dumps(source.document["configuration"], indent=2, ensure_ascii=False),
-            "files": [os.path.relpath(file.resolve(), self.path.parent.resolve()) for file in files if file.is_file()],
-            "wandb": url if (url := str(source.document.get("wandb"))).startswith("http") else "",
-            "offline": any(True for seed in source.seeds for _ in seed.glob("wandb/offline-run-*")),
-        }
+
+    def _confusions(self, source: Source, decoder: str, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        for task, counts, classes in parts.confusions(source, keys):
+            caption = f"Task {task} lost, {decoder} decoder, all seeds. A perfect decoder fills the diagonal."
+            yield self._draw(f"confusion_{task}", detail_figures.confusion_matrices(counts, classes), caption)
 
 
 def _drawn(part: dict[str, Any]) -> dict[str, Any]:
     """Return a part of a section with its generators run; nothing if there is nothing but words about it."""
     made = {name: list(value) if isinstance(value, Iterator) else value for name, value in part.items()}
     return made if any(made.get(name) for name in ("list", "tables", "figures", "examples", "commands")) else {}
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _shown(source: Source, found: Findings) -> dict[str, str]:
-    """Return the best method and COIN, with the best one's decoder: what ``confusion.npz`` and the like call them."""
-    best, frame = found.best, source.frame
-    if best is None:
-        return {}
-    frame = frame[frame["decoder"] == best.decoder].assign(name=variant_names)
-    keys = {}
-    for row in [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]:
-        keys[str(row["name"])] = f"{row['method']}|{requested_policy(row['batchnorm'])}|{best.decoder}"
-    return keys
-
-
-def _chosen(source: Source) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Return what every method chose, without the errors that it was chosen by."""
-    made = pd.DataFrame([(each.get("label"), each.get("batchnorm")) for each in source.methods]).astype(str)
-    if made.empty:
-        return
-    named = made.set_axis(["method", "batchnorm"], axis=1).assign(code_row="", layer="")
-    lines: dict[str, dict[str, dict[str, None]]] = {}
-    for name, each in zip(variant_names(named), source.methods, strict=True):
-        for option, value in as_dict(each.get("chosen")).items():
-            if not isinstance(value, dict):
-                text = f"{value:.3g}" if isinstance(value, float) else as_text(value)
-                lines.setdefault(name, {}).setdefault(option, {})[text] = None
-    said = [(name, "; ".join(f"{option}: {', '.join(v)}" for option, v in own.items())) for name, own in lines.items()]
-    if said:
-        yield "", pd.DataFrame(said, columns=["method", "chosen"])
-
-
-def _by_task(summary: pd.DataFrame, found: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Return the expert's accuracy, the decoded accuracy and the agreement of every task with the best decoder."""
-    best = found.best or found.roles.get(FLOOR)
-    if best is None:
-        return
-    alone = (summary["erased"] == summary["task"]) & (summary["decoder"] == best.decoder)
-    rows = largest_samples(summary[alone & (summary["method"] != "oracle")])
-    own = {f"{row['task']}: decoded": percent(row["mean"], row["spread"]) for row in _records(expert_accuracies(rows))}
-    lines: dict[str, dict[str, str]] = {"the expert itself": own}
-    for name, row in zip(variant_names(rows), _records(rows), strict=True):
-        line = lines.setdefault(name, {})
-        for what, column in (("decoded", "decoded_accuracy"), ("agreement", "agreement")):
-            line[f"{row['task']}: {what}"] = percent(row[f"{column}_mean"], row[f"{column}_std"])
-    table = pd.DataFrame([{"method": name, **line} for name, line in lines.items()]).fillna("–")
-    yield f"Accuracy of the decoded answers, and agreement with the expert, in %, {best.decoder} decoder", table
-
-
-def _records(frame: pd.DataFrame) -> list[dict[Any, Any]]:
-    return frame.to_dict("records")
-
-
-def _experts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the experts' own accuracies; experiments that share their experts share a line."""
-    experts = expert_accuracies(summary)
-    experts["test accuracy (%)"] = [percent(row["mean"], row["spread"]) for row in _records(experts)]
-    keys = ["task", "test accuracy (%)", "seeds"]
-    table = experts.groupby(keys, sort=False)["experiment"].agg(", ".join).reset_index().astype(str)
-    return table if experts["experiment"].nunique() > 1 else table[keys]
-
-
-def _examples(source: Source, found: Findings) -> Iterator[dict[str, Any]]:
-    """Return the example images by task, each with what the expert, the best method and COIN answer."""
-    examples = next((read for read in map(read_examples, source.seeds) if read is not None), None)
-    if examples is None or found.best is None:
-        return
-    shown = _shown(source, found).items()
-    decoded = {name: examples.decoded[key] for name, key in shown if key in examples.decoded}
-    for task, indices in examples.by_task().items():
-        images, differ = [], dict.fromkeys(decoded, 0)
-        for i in indices:
-            buffer = io.BytesIO()
-            Image.fromarray(examples.images[i]).save(buffer, format="PNG", optimize=True)
-            answers = [("expert", examples.name_of(int(examples.expert[i])), False)]
-            for name, own in decoded.items():
-                differ[name] += int(own[i] != examples.expert[i])
-                answers.append((name, examples.name_of(int(own[i])), bool(own[i] != examples.expert[i])))
-            label = examples.name_of(int(examples.label[i]))
-            images.append({"image": _data("image/png", buffer.getvalue()), "label": label, "answers": answers})
-        said = ", ".join(f"{count} of {len(indices)} for {name}" for name, count in differ.items())
-        text = f"A random draw of the test set, the same for all methods, {found.best.decoder} decoder. "
-        text += f"Answers that differ from the expert's: {said}."
-        yield {"title": f"Task {task} lost" if task else "", "text": text, "images": images}

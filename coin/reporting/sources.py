@@ -1,9 +1,9 @@
 """What a report is of: folders of experiments, seeds and sweeps, read as a whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -11,6 +11,8 @@ from coin.errors import FileError
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results
 from coin.reporting.summary import REFERENCES, seed_folders
 from coin.reporting.sweeps import SWEEP_CSV, Sweep, read_sweep_table, short_value
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Source:
     def options(self) -> dict[str, Mapping[str, str]]:
         """What the options of a sweep's experiments are."""
         return dict(zip(self.names, self.sweep.options.values(), strict=True)) if self.sweep else {}
+
+    def read(self, reader: Callable[[Path], Found | None]) -> Iterator[Found]:
+        """Yield what a reader of an optional file returns for the seeds' folders that have one."""
+        return (found for found in map(reader, self.seeds) if found is not None)
 
     @property
     def kinds(self) -> dict[str, str]:
