@@ -1,7 +1,6 @@
 """A coded system: the code, the experts and the coded models."""
 
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -22,18 +21,12 @@ from coin.coding import (
     Promise,
     make_decoder,
 )
-from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.core.batches import Batch, Forward, adapted, as_input, clone, take
-from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, HeadError, StateError
-from coin.files.safetensors import load_state, save_state
-from coin.files.tensors import check_same_layout, fingerprint
-from coin.merging.method import fill
-from coin.networks import Run, linear_heads, pad_logits, run_network
-from coin.networks.heads import of_one_width
-from coin.networks.stages import common_widths
+from coin.core.batches import Batch, Forward, adapted, as_input
+from coin.errors import ConfigurationError, DataError
+from coin.modules.coded_file import load_system, save_system
+from coin.modules.servers import num_classes, padded_logits, server_answers
+from coin.networks import linear_heads
 from coin.statistics.guard import eval_mode
-
-_SYSTEM = "coded system"
 
 
 class Coded(LightningModule):
@@ -104,7 +97,7 @@ class Coded(LightningModule):
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
         with eval_mode(self.coded):
-            return _padded([network(as_input(inputs, network)) for network in self.coded])
+            return padded_logits([network(as_input(inputs, network)) for network in self.coded])
 
     @torch.no_grad()
     def answers(
@@ -177,13 +170,14 @@ class Coded(LightningModule):
 
         By default the lost experts are those of the last `fit_decoder`. Only servers that the decoder needs run.
         """
-        decoder, places = self._decoder_of(erased)
+        decoder, lost = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
             with eval_mode(self.coded):
                 read = [self.coded[row] for row in decoder.rows(len(self.coded))]
                 linear_heads(read, as_input(inputs, read[0]))
             self._checked_heads = True
-        return decoder.decode(self._answers_for(decoder, inputs))[places]
+        decoded = decoder.decode(self._answers_for(decoder, inputs))
+        return decoded[[decoder.erased.index(expert) for expert in lost]]
 
     def risk(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
         """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
@@ -191,9 +185,9 @@ class Coded(LightningModule):
         It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises DecodingError if it has
         none.
         """
-        decoder, places = self._decoder_of(erased)
+        decoder, lost = self._decoder_of(erased)
         widths = dict(enumerate(self.classes or []))
-        each = zip([decoder.erased[place] for place in places], decoded, strict=True)
+        each = zip(lost, decoded, strict=True)
         return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
 
     def accept(
@@ -219,18 +213,18 @@ class Coded(LightningModule):
         Returns:
             A promise for each lost expert. If none can be given, none of its decoded answers are accepted.
         """
-        decoder, places = self._decoder_of(erased)
+        decoder, lost = self._decoder_of(erased)
         parts = [self._answers_for(decoder, batch, learning=True) for batch in _batches(inputs)]
         promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
-        return [promises[decoder.erased[place]] for place in places]
+        return [promises[expert] for expert in lost]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
         """Return which decoded logits are accepted, by their `risk` and `accept`, bool ``[|erased|, B]``.
 
         Raises DecodingError if `accept` was not called.
         """
-        decoder, places = self._decoder_of(erased)
-        each = zip([decoder.erased[place] for place in places], self.risk(decoded, erased), strict=True)
+        decoder, lost = self._decoder_of(erased)
+        each = zip(lost, self.risk(decoded, erased), strict=True)
         return torch.stack([decoder.accepted(expert, risk) for expert, risk in each])
 
     def save(self, path: str | Path) -> None:
@@ -238,20 +232,7 @@ class Coded(LightningModule):
 
         It holds the experts' fingerprints, not the experts. Tensors may hold infinities (masks).
         """
-        fitted, rests = decoders_state(list(self.decoders.values()))
-        state = {f"decoder.{name}": tensor for name, tensor in fitted.items()}
-        for row, network in enumerate(self.coded):
-            state |= {f"coded.{row}.{name}": tensor for name, tensor in _tensors_of(network).items()}
-        provenance = {
-            "what": _SYSTEM,
-            "code": self.code.matrix.tolist(),
-            "names": self.names,
-            "classes": self.classes,
-            "decoders": rests,
-            "experts": [fingerprint(_tensors_of(each)) for each in self.experts],
-        }
-        infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
-        save_state(Path(path), state, provenance, infinite)
+        save_system(self, Path(path))
 
     @classmethod
     def load(
@@ -273,37 +254,15 @@ class Coded(LightningModule):
             FileError: The file is missing, damaged or holds something else.
             StateError: The experts are not those that the system was saved with, or tensors do not fit.
         """
-        state, told = load_state(Path(path))
-        if told.get("what") != _SYSTEM:
-            raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
-        fingerprints = [fingerprint(_tensors_of(expert)) for expert in experts]
-        if other := [
-            place for place, pair in enumerate(zip(fingerprints, told["experts"], strict=False)) if len({*pair}) > 1
-        ]:
-            raise StateError(
-                f"expert {other[0]} is not the one that '{path}' was saved with; give those experts, or make the "
-                "system anew"
-            )
-        code = Code(told["code"])
-        networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in range(code.num_coded)]
-        system = cls(code, experts, networks, told["names"], forward)
-        for row, network in enumerate(networks):
-            prefix = f"coded.{row}."
-            own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-            check_same_layout([_tensors_of(network), own], ["the network", f"coded model {row} of '{path}'"])
-            fill(network, own)
-        fitted = {name[len("decoder.") :]: tensor for name, tensor in state.items() if name.startswith("decoder.")}
-        restored = restore_decoders(fitted, told["decoders"], code)
-        system.decoders, system.classes = {decoder.erased: decoder for decoder in restored}, told["classes"]
-        return system
+        return load_system(cls, Path(path), experts, coded, forward)
 
     @property
     def decoder(self) -> Decoder | None:
         """The decoder that was fitted last."""
         return next(reversed(self.decoders.values()), None)
 
-    def _decoder_of(self, erased: Sequence[int] | None) -> tuple[Decoder, list[int]]:
-        """Return the decoder of lost experts, and their indices among the experts that it decodes."""
+    def _decoder_of(self, erased: Sequence[int] | None) -> tuple[Decoder, tuple[int, ...]]:
+        """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
         key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
         able = [key] if key in self.decoders else []
         if erased:  # a decoder that reads no survivor does not mind which of them are left
@@ -313,8 +272,7 @@ class Coded(LightningModule):
             lost = "" if erased is None else f" of the loss of {list(erased)}"
             ready = f", only of {', '.join(str(list(each)) for each in self.decoders)}" if self.decoders else ""
             raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
-        decoder = self.decoders[able[0]]
-        return decoder, [decoder.erased.index(expert) for expert in key]
+        return self.decoders[able[0]], key
 
     def _answers_for(self, decoder: Decoder, inputs: Batch, *, learning: bool = False) -> Answers:
         """Return the answers that a decoder needs; for its fit, the lost experts' own too."""
@@ -335,57 +293,3 @@ def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
 def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
     """Return the answers to all batches, with their tasks if these are given."""
     return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))
-
-
-def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters and buffers by name, tied ones once, non-persistent ones included."""
-    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-
-
-def num_classes(expert: nn.Module, inputs: Any) -> int:
-    """Return an expert's number of logits before padding."""
-    with torch.no_grad(), eval_mode(expert):
-        logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
-    return logits.shape[1]
-
-
-def with_heads(
-    decoders: list[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch | None, needed: bool
-) -> tuple[list[DecoderConfig], list[Head] | None]:
-    """Return the decoders, and the experts' heads on the CPU if one of them needs these.
-
-    Where heads are not linear (`linear_heads`), expert_head is left out with a warning, unless it is needed.
-    """
-    if not any(config.kind is DecoderKind.expert_head for config in decoders):
-        return decoders, None
-    try:
-        return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
-    except HeadError as error:
-        if needed:
-            raise
-        warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
-        return [config for config in decoders if config.kind is not DecoderKind.expert_head], None
-
-
-def server_answers(
-    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, stages: bool, idle: Collection[int]
-) -> Answers:
-    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
-    servers = [None if index in idle else network for index, network in enumerate((*experts, *coded))]
-    found = [None if network is None else run_network(network, inputs, features, stages) for network in servers]
-    arrived = [run for run in found if run is not None]
-    missing = Run(arrived[0].features[:, :0], torch.full_like(arrived[0].logits, torch.nan))
-    runs = [missing if run is None else run for run in found]
-    logits, count = _padded([run.logits for run in runs]), len(experts)
-    return Answers(
-        experts=logits[:count],
-        coded=logits[count:],
-        expert_features=[run.features for run in runs[:count]] if features else None,
-        coded_features=[run.features for run in runs[count:]] if features else None,
-        feature_widths=common_widths(arrived),
-    )
-
-
-def _padded(logits: Sequence[Tensor]) -> Tensor:
-    width = max(entry.shape[1] for entry in logits)
-    return torch.stack([pad_logits(entry, width) for entry in logits])

@@ -32,7 +32,7 @@ from coin.evaluation.scores import FittedDecoder, Scores
 from coin.evaluation.spares import read_spares
 from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint
-from coin.modules.coded import server_answers, with_heads
+from coin.modules.servers import server_answers, with_heads
 from coin.networks import load_network, pad_head
 from coin.statistics.guard import disable_tf32
 
