@@ -151,13 +151,8 @@ class Query:
     def __init__(
         self, layout: Layout, policy: Policy, wanted: int, lateness: Lateness | None = None, patient: bool = True
     ) -> None:
-        self.layout, self.asks, self.wanted, self.lateness, self.late = (
-            layout,
-            policy.asks,
-            wanted,
-            lateness,
-            not patient,
-        )
+        self.layout, self.asks, self.wanted = layout, policy.asks, wanted
+        self.lateness, self.late = lateness, not patient
         self.load: Load = lambda server: 0
         self.asked = self.arrived = self.lost = self.avoided = 0
         self.decoded = 0

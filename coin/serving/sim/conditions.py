@@ -201,3 +201,16 @@ def phases(share: float, length: float, draw: random.Random) -> Iterator[float]:
         now += draw.expovariate(1 / length)
         yield now
         now += draw.expovariate(1 / between)
+
+
+class Phase:
+    """Returns whether a phase is on; call it with ascending times."""
+
+    def __init__(self, turns: Iterator[float]) -> None:
+        self._turns, self._on, self._next = turns, False, next(turns, float("inf"))
+
+    def is_on(self, now: float) -> bool:
+        """Return whether the phase is on at a time."""
+        while now >= self._next:
+            self._on, self._next = not self._on, next(self._turns)
+        return self._on

@@ -16,7 +16,8 @@ from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies, spread_spares
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.simulation import Outcome, Simulation
+from coin.serving.sim.run import Outcome
+from coin.serving.sim.simulation import Simulation
 
 _LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 """The quantiles of the latency, by the names of their columns."""

@@ -17,8 +17,16 @@ from coin.serving.layout import members, spread_copies
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, PolicyKind
 from coin.serving.replies import Reply
-from coin.serving.sim.conditions import Conditions, FrontEndCost, Service, ServiceKind, Slowdown, poisson_arrivals
-from coin.serving.sim.simulation import Phase, QueryTarget, Simulation, simulate
+from coin.serving.sim.conditions import (
+    Conditions,
+    FrontEndCost,
+    Phase,
+    Service,
+    ServiceKind,
+    Slowdown,
+    poisson_arrivals,
+)
+from coin.serving.sim.simulation import QueryTarget, Simulation, simulate
 
 CONDITIONS = Conditions(
     Service(ServiceKind.exponential, 0.01, tail=0.2, marginal=0.3),

@@ -21,7 +21,8 @@ from coin.serving.sim.conditions import (
     Slowdown,
     poisson_arrivals,
 )
-from coin.serving.sim.simulation import Outcome, QueryTarget, Simulation, _Run, simulate, simulate_all
+from coin.serving.sim.run import Outcome, Run
+from coin.serving.sim.simulation import QueryTarget, Simulation, simulate, simulate_all
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 STANDIN = Layout(3, 1, alone=(1, 1, 1))
@@ -134,7 +135,7 @@ def test_every_request_is_taken_off_its_server_once(kind: str, want: QueryTarget
     layout = None if Policy(kind).coded else spread_spares(3, 1)
     machines = () if layout is None else (0, 1, 2, 3, 3, 3)
     options = {"queue": 4, "want": want, "failures": failures, "deadline": 30.0, "batch": batch}
-    simulation = _Run(make(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
+    simulation = Run(make(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
     outcome = simulation.run()
     assert simulation.held == [0] * len(simulation.held)
     assert 0 < outcome.failed < outcome.answers
@@ -231,7 +232,7 @@ def test_a_spare_answers_for_every_expert_and_its_machine_runs_one_batch_at_a_ti
     """One expert always down: its queries are the spare's, an M/D/1 queue of a third of all."""
     service = Service(ServiceKind.deterministic, 10 * MS)
     options = {"service": service, "load": 0.6, "queries": 20_000, "machines": (0, 1, 2, 3, 3, 3)}
-    it = _Run(make("hedged", spread_spares(3, 1), failures=Failures(1e-9), **options))
+    it = Run(make("hedged", spread_spares(3, 1), failures=Failures(1e-9), **options))
     it.turns[0] = iter([0.0])
     outcome = it.run()
     assert outcome.spared / outcome.answers == pytest.approx(1 / 3, abs=0.05)
@@ -244,7 +245,7 @@ def test_a_spare_shares_its_machine_among_experts() -> None:
     """All experts down for ever at a load of 0.3 each: an M/D/1 queue at 0.9 on one machine, three at 0.3 on three."""
     service, waits = Service(ServiceKind.deterministic, 10 * MS), []
     for machines in ((0, 1, 2, 3, 3, 3), (0, 1, 2, 3, 4, 5)):
-        it = _Run(
+        it = Run(
             make(
                 "hedged",
                 spread_spares(3, 1),
