@@ -2,8 +2,9 @@
 
 from coin.statistics.cotangents import FisherKind
 from coin.statistics.files import load_statistic, save_statistic
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_diagonal, fisher_sums
+from coin.statistics.fisher import Precision, fisher_diagonal, fisher_sums
 from coin.statistics.gram import gram_sums
+from coin.statistics.memory import DEFAULT_MEMORY_MIB
 from coin.statistics.products import OutputMap
 from coin.statistics.sums import TRANSPOSED, Sums, check_shares, reduce_sums, shard
 

@@ -14,25 +14,19 @@ from coin.core.batches import (
     Forward,
     adapted,
     as_input,
-    channels_last,
     clone,
-    joined,
     samples_of,
     shapes_in,
     size_of,
     take,
-    tensors_in,
 )
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents, renamed_mc_samples
 from coin.statistics.guard import differentiable, evaluating, paired, trainable
-from coin.statistics.memory import PassLayout, choose_cut
+from coin.statistics.memory import DEFAULT_MEMORY_MIB, PassLayout, choose_cut, find_layout
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
-
-DEFAULT_MEMORY_MIB = 1024
-"""What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
 
 
 class Precision(StrEnum):
@@ -184,7 +178,9 @@ class FisherPass:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*shapes_in(inputs), size_of(inputs) > 1)
         try:
-            layout = self._layouts.get(key) or self._find_layout(take(inputs, slice(0, 1)))
+            layout = self._layouts.get(key) or find_layout(
+                self.network, self._parameters, self._totals, take(inputs, slice(0, 1))
+            )
         except RuntimeError as error:
             if self.precision is Precision.full or not re.search("type|BFloat16", str(error)):
                 raise
@@ -240,40 +236,6 @@ class FisherPass:
         return make_cotangents(
             self.kind, output.detach(), labels=labels, mc_samples=self.mc_samples, generator=self.generator
         )
-
-    def _find_layout(self, sample: Batch) -> PassLayout:
-        """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
-
-        If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
-        """
-        two = joined([sample, sample])
-        if any(tensor.ndim == 4 for tensor in tensors_in(two)):
-            try:
-                return self._layout_of(channels_last(two), last=True)
-            except RuntimeError:  # a view of its activations, or a backward pass, may hold in the usual order alone
-                pass
-        return self._layout_of(two, last=False)
-
-    def _layout_of(self, two: Batch, *, last: bool) -> PassLayout:
-        """Return the layout found on two copies of a sample, in the order of memory that they are in."""
-        tape = Tape(self._parameters, self._totals, None)
-        output = tape.run(self.network, two)
-        rows: dict[str, int] = {}
-        try:
-            untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
-            for call, names in tape.calls.items():
-                if untrusted.isdisjoint(names.values()):
-                    rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
-            if len(rows) < len(self._parameters):  # what is left to autograd has to batch its backward pass too
-                Tape(self._parameters, {}, rows).try_backward(self.network, two)
-        except RuntimeError:
-            if last:
-                raise
-            rows, tape.sorts = {}, False
-        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [
-            sum(each.numel() for each in tensors_in(two)) // 2
-        ]
-        return PassLayout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""

@@ -1,12 +1,17 @@
-"""How many samples and cotangents to take at once: within the memory allowed, and no more than pays."""
+"""What a Fisher pass finds out about a network, and how many samples it takes at once within the memory allowed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from coin.core.batches import Batch, channels_last
+from coin.core.batches import Batch, channels_last, joined, tensors_in
+from coin.statistics.rules.call import Totals
 from coin.statistics.sums import sum_type
+from coin.statistics.tape import Tape
+
+DEFAULT_MEMORY_MIB = 1024
+"""What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
 
 _GRADIENTS = 6
 """Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them."""
@@ -44,6 +49,43 @@ class PassLayout:
     def arranged(self, batch: Batch) -> Batch:
         """Return a batch with its images' channels last in memory, if the network takes them so."""
         return channels_last(batch) if self.channels_last else batch
+
+
+def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], totals: Totals, sample: Batch) -> PassLayout:
+    """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
+
+    The totals are the pass's own, by the parameters' names; nothing is added to them. If values decide what lies where,
+    one sample says nothing about others: then every cut is looked at by itself.
+    """
+    two = joined([sample, sample])
+    if any(tensor.ndim == 4 for tensor in tensors_in(two)):
+        try:
+            return _layout_of(network, parameters, totals, channels_last(two), last=True)
+        except RuntimeError:  # a view of its activations, or a backward pass, may hold in the usual order alone
+            pass
+    return _layout_of(network, parameters, totals, two, last=False)
+
+
+def _layout_of(
+    network: nn.Module, parameters: Mapping[str, Tensor], totals: Totals, two: Batch, *, last: bool
+) -> PassLayout:
+    """Return the layout found on two copies of a sample, in the order of memory that they are in."""
+    tape = Tape(parameters, totals, None)
+    output = tape.run(network, two)
+    rows: dict[str, int] = {}
+    try:
+        untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+        for call, names in tape.calls.items():
+            if untrusted.isdisjoint(names.values()):
+                rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
+        if len(rows) < len(parameters):  # what is left to autograd has to batch its backward pass too
+            Tape(parameters, {}, rows).try_backward(network, two)
+    except RuntimeError:
+        if last:
+            raise
+        rows, tape.sorts = {}, False
+    sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(two)) // 2]
+    return PassLayout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
 
 def choose_cut(layout: PassLayout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.statistics.cotangents import FisherKind, check_mc_samples
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_sums
+from coin.statistics.fisher import Precision, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.guard import trainable
+from coin.statistics.memory import DEFAULT_MEMORY_MIB
 from coin.statistics.sums import TRANSPOSED, Sums
 
 
