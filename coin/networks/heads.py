@@ -29,8 +29,7 @@ def head_name(network: nn.Module) -> str:
     bases = _base_models(layers)
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
-            outside = {name: -sum(f"{name}.".startswith(base) for base in bases) for name in names}
-            return max(names, key=lambda name: (outside[name], names.index(name)))
+            return min(reversed(names), key=lambda name: sum(f"{name}.".startswith(base) for base in bases))
     raise HeadError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
         "name it in an attribute 'head_name'"
@@ -59,9 +58,8 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
     """Replace the head by a freshly initialised one with `num_classes` outputs."""
     name = head_name(network)
     old = network.get_submodule(name)
-    new: nn.Linear | nn.Conv2d
     if isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+        new: nn.Module = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
     elif isinstance(old, nn.Conv2d):
         new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
     else:
@@ -186,9 +184,8 @@ def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:
     if padded is own:
         return
     found, expected = padded(inputs), own(inputs)
-    if found.shape[1] <= expected.shape[1] or not torch.allclose(
-        found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4
-    ):
+    is_wider = found.shape[1] > expected.shape[1]
+    if not is_wider or not torch.allclose(found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4):
         raise HeadError(
             f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}', which is padded since "
             "class counts differ; name the layer that gives them in an attribute 'head_name', or give experts of one "
@@ -298,5 +295,4 @@ def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> 
         weight = head.weight.detach().flatten(1)
         heads.append((weight, weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()))
     width = max(len(bias) for _, bias in heads)
-    more = [(0, width - len(bias)) for _, bias in heads]
-    return [(F.pad(weight, (0, 0, *rows)), F.pad(bias, rows)) for rows, (weight, bias) in zip(more, heads, strict=True)]
+    return [(F.pad(weight, (0, 0, 0, width - len(bias))), pad_logits(bias, width)) for weight, bias in heads]
