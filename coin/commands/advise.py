@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from coin.commands.coded_system import Choice, parse_options
+from coin.commands.coded_system import Choice
+from coin.commands.parser import parse_options
 from coin.commands.simulate import LACKING, SEEDS, Point, draw, lacking, read_profile, simulate_rows
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError

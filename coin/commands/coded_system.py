@@ -1,8 +1,7 @@
 """The coded system of a finished experiment: its experts, one method's coded models, one decoder, and their results."""
 
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from jsonargparse import ArgumentParser
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, FeatureCache, make_decoder
 from coin.coding.decoder_config import REPLICA
 from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.commands.parser import command_parser, parsed
 from coin.core.versions import versions
 from coin.errors import CoinError, ConfigurationError, FileError
 from coin.evaluation.variants import read_coded
@@ -285,21 +283,3 @@ def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path, alone: bool) 
         frame = frame if wanted is None else frame[frame[column] == wanted]
     systems = frame.groupby(["decoder", "method", "batchnorm"], sort=False)
     return systems.get_group(systems["decoded_accuracy"].mean().idxmax())
-
-
-def parse_options(
-    name: str, function: Callable[..., Any], arguments: Sequence[str], **sections: type
-) -> dict[str, Any]:
-    """Return the arguments of a command's function that takes a folder, and sections whose options stand by themselves.
-
-    Such a section is a dataclass argument of the function; its options are given by their own names.
-    """
-    parser = command_parser(name)
-    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    for section in sections.values():
-        parser.add_class_arguments(section)
-    parser.add_function_arguments(function, skip={"folder", *sections})
-    options = parsed(parser, arguments)
-    for argument, kind in sections.items():
-        options[argument] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
-    return options

@@ -1,6 +1,7 @@
 """The parser of the commands that are plain functions: YAML files, dotted overrides, ``--print_config``."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -42,6 +43,24 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
             "found a section of options that is null, expected 'key: value'; leave the section out for its defaults"
         ) from error
     options.pop("config", None)
+    return options
+
+
+def parse_options(
+    name: str, function: Callable[..., Any], arguments: Sequence[str], **sections: type
+) -> dict[str, Any]:
+    """Return the arguments of the function of a command on an experiment's folder.
+
+    The options of `sections`, arguments that are dataclasses, are given by their own names.
+    """
+    parser = command_parser(name)
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    for section in sections.values():
+        parser.add_class_arguments(section)
+    parser.add_function_arguments(function, skip={"folder", *sections})
+    options = parsed(parser, arguments)
+    for argument, kind in sections.items():
+        options[argument] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
     return options
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coin.coding import Decoder
-from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system
+from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
+from coin.commands.parser import parse_options
 from coin.errors import CoinError, CoinWarning
 from coin.serving.decodings import Decodings
 from coin.serving.layout import spread_spares

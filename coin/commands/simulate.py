@@ -11,8 +11,9 @@ import pandas as pd
 
 from coin.coding import DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
-from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system, read_every_result
+from coin.commands.coded_system import Choice, CodedSystem, read_coded_system, read_every_result
 from coin.commands.measure import measure_decoding, measure_service, measure_times
+from coin.commands.parser import parse_options
 from coin.core.processes import rank_zero_info
 from coin.core.versions import versions
 from coin.errors import ConfigurationError
