@@ -1,5 +1,7 @@
-"""The versions that a result depends on."""
+"""The versions that a result depends on, and the machine that it was measured on."""
 
+import os
+import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,3 +26,11 @@ def versions() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         found["git"] = "unknown"
     return found
+
+
+def machine() -> str:
+    """Return the system, the number of cores and the GPUs, in words."""
+    from torch import cuda  # only whoever measures has loaded it
+
+    devices = [cuda.get_device_name(i) for i in range(cuda.device_count())]
+    return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *devices])

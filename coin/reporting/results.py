@@ -7,8 +7,6 @@ ones.
 
 import json
 import math
-import os
-import platform
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from coin.core.versions import versions
+from coin.core.versions import machine, versions
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import atomic_path, write_text
 
@@ -138,7 +136,7 @@ def write_results(
         "classes": classes or {},
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
         "wandb": wandb_url,
     }
     text = as_json(document)  # a value that cannot be written leaves all three files as they were
@@ -286,13 +284,6 @@ def as_json(document: Any) -> str:
 
     finite = json.loads(json.dumps(document, default=plain), parse_constant=lambda name: None)
     return json.dumps(finite, indent=1, allow_nan=False, ensure_ascii=False)
-
-
-def _machine() -> str:
-    from torch import cuda  # only whoever measures has loaded it
-
-    devices = [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *devices])
 
 
 def _measured_twice(frame: pd.DataFrame) -> str:
