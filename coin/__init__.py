@@ -16,6 +16,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from coin.core.lazy import exported
+
 if TYPE_CHECKING:
     from coin.coding import (
         Answers as Answers,
@@ -75,19 +77,7 @@ if TYPE_CHECKING:
         save_statistic as save_statistic,
     )
 
-_ROOMS = {
-    "coin.coding": "Answers Code DecoderConfig DecoderKind Promise convex decoding_risk make_decoder fault_score"
-    " parity_residual parity_significance promised_risk uniform",
-    "coin.merging": "Average Base CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod"
-    " Method Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
-    "coin.coding.metrics": "DecodingAccuracy Residual",
-    "coin.distillation": "Distillation ReadoutDistillation distill",
-    "coin.modules": "Coded evaluate",
-    "coin.networks": "BatchNormPolicy Compressed compress recalibrate",
-    "coin.statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
-}
-_HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
-
+_HOMES = exported(__file__)
 __all__ = sorted(_HOMES)
 
 

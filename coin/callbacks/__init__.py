@@ -1,7 +1,5 @@
 """Callbacks: export of an expert and its Fisher when training ends, and a progress bar."""
 
-from coin.callbacks.export import ExpertExport, Weights
-from coin.callbacks.fisher import FisherEstimator
-from coin.callbacks.progress import RunProgress
-
-__all__ = ["ExpertExport", "FisherEstimator", "RunProgress", "Weights"]
+from coin.callbacks.export import ExpertExport as ExpertExport, Weights as Weights
+from coin.callbacks.fisher import FisherEstimator as FisherEstimator
+from coin.callbacks.progress import RunProgress as RunProgress

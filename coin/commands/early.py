@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import coin
+from coin.core.lazy import exported
 from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
@@ -97,7 +98,7 @@ def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
 def known_classes() -> list[str]:
     """Return the names of coin's tasks, methods and modules."""
     rooms = "data", "merging", "distillation", "modules"
-    return [name for room in rooms for name in _exported(f"{room}/__init__.py")]
+    return [name for room in rooms for name in exported(_ROOT / room / "__init__.py")]
 
 
 def _given_classes(command: str, arguments: Sequence[str]) -> dict[str, str]:
@@ -135,14 +136,6 @@ def _parameters(file: Path, name: str) -> list[str]:
         found = own[0]
     names = [each.arg for each in (*found.args.args, *found.args.kwonlyargs)]
     return [name for name in names if name != "self"]
-
-
-def _exported(file: str) -> list[str]:
-    """Return the names in ``__all__`` of a package of ours, as its source says."""
-    for each in _source(_ROOT / file):
-        if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id == "__all__":
-            return list(ast.literal_eval(each.value))
-    return []
 
 
 def _source(file: Path) -> list[ast.stmt]:

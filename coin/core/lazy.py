@@ -1,26 +1,37 @@
 """Packages whose modules are imported when one of their names is first used: a command then starts quickly."""
 
+import ast
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
-def importing(package: str, modules: Iterable[str]) -> Callable[[str], Any]:
+def exported(init: str | Path) -> dict[str, str]:
+    """Return the names that an ``__init__.py`` exports, imports of the form ``X as X``, each with its module's name.
+
+    They are read from the source: under ``if TYPE_CHECKING`` they stand for type checkers alone, and are not imported.
+    """
+    statements = ast.walk(ast.parse(Path(init).read_text(encoding="utf-8")))
+    imports = [each for each in statements if isinstance(each, ast.ImportFrom)]
+    return {name.asname: each.module or "" for each in imports for name in each.names if name.asname}
+
+
+def importing(package: str, init: str) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a package, which imports all of its modules when a name is first used (PEP 562).
 
     Args:
-        package: The package's ``__name__``; its ``__all__`` lists the names.
-        modules: The names of the modules that define them.
+        package: The package's ``__name__``.
+        init: Its ``__file__``; see `exported`.
     """
+    modules = exported(init)
 
     def attribute(name: str) -> Any:
-        names = vars(sys.modules[package])
-        if name not in names["__all__"]:
+        if name not in modules:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
-        for each in modules:
-            defined = vars(import_module(f"{package}.{each}"))
-            names.update({known: defined[known] for known in names["__all__"] if known in defined})
+        names = vars(sys.modules[package])
+        names.update({known: getattr(import_module(module), known) for known, module in modules.items()})
         return names[name]
 
     return attribute

@@ -1,6 +1,4 @@
 """Merge methods that train a coded model: distillation of the experts, their search and their training."""
 
-from coin.distillation.method import Distillation
-from coin.distillation.readout import ReadoutDistillation, distill
-
-__all__ = ["Distillation", "ReadoutDistillation", "distill"]
+from coin.distillation.method import Distillation as Distillation
+from coin.distillation.readout import ReadoutDistillation as ReadoutDistillation, distill as distill

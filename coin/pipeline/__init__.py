@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 from coin.core.lazy import importing
 
 if TYPE_CHECKING:
-    from coin.pipeline.experiment import Experiment
+    from coin.pipeline.experiment import Experiment as Experiment
 
-__all__ = ["Experiment"]
-
-__getattr__ = importing(__name__, ["experiment"])
+__getattr__ = importing(__name__, __file__)

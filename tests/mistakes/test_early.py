@@ -7,11 +7,12 @@ import sys
 import pytest
 
 import coin.data
+import coin.distillation
 import coin.merging
 import coin.modules
 from coin.commands import ON_TRAINER
 from coin.commands.coded_system import Choice
-from coin.commands.early import _exported, check_early, known_options
+from coin.commands.early import check_early, known_classes, known_options
 from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
 from coin.pipeline import Experiment
@@ -113,5 +114,6 @@ def test_what_is_known_is_what_there_is():
         added = {name for name, _ in getattr(Trainer, command).__annotations__.items()} - {"return"}
         supplied = {"datamodule", "configuration", "dataloaders", "train_dataloaders", "val_dataloaders"}
         assert known_options(command) == {"trainer", "model", "data", "seed_everything", *added} - supplied
-    for package in (coin.merging, coin.data, coin.modules):
-        assert _exported(f"{package.__name__.rpartition('.')[2]}/__init__.py") == package.__all__
+    rooms = (coin.merging, coin.data, coin.modules, coin.distillation)
+    assert all(any(hasattr(room, name) for room in rooms) for name in known_classes())
+    assert {"Coin", "Digits", "Coded", "Distillation"} <= {*known_classes()}
