@@ -9,15 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.results import (
-    INTEGERS,
-    KEYS,
-    one_line,
-    read_archive,
-    read_frame,
-    write_archive,
-    write_frame,
-)
+from coin.reporting.results import INTEGERS, KEYS, one_line, read_archive, read_frame, write_archive, write_frame
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"

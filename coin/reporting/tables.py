@@ -14,14 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting.summary import (
-    REFERENCES,
-    decoders_of,
-    expert_accuracies,
-    stand_ins,
-    undominated,
-    variant_names,
-)
+from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, stand_ins, undominated, variant_names
 
 WIDTH = 80
 """Columns of text without a terminal."""

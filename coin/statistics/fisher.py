@@ -9,17 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import (
-    Batch,
-    Forward,
-    adapted,
-    as_input,
-    clone,
-    samples_of,
-    shapes_in,
-    size_of,
-    take,
-)
+from coin.core.batches import Batch, Forward, adapted, as_input, clone, samples_of, shapes_in, size_of, take
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents, renamed_mc_samples
