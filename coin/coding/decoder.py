@@ -89,14 +89,14 @@ class Decoder(ABC):
         return tuple(range(num_coded))
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """What `decode` computes with, and so must be kept."""
-        return []
+    def tensors(self) -> dict[str, Tensor]:
+        """What `decode` computes with, and so must be kept, by name."""
+        return {}
 
     @property
     def nbytes(self) -> int:
         """How many bytes these are."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def passes(self, num_coded: int) -> int:
         """Return how many forward passes the answers took that `fit` has looked at."""

@@ -10,18 +10,13 @@ from torch import Tensor
 from coin.coding.code import Code
 from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig
-from coin.coding.decoders import ExpertHeadDecoder, Head, make_decoder
+from coin.coding.decoders import HEAD_PARTS, ExpertHeadDecoder, Head, make_decoder
 from coin.coding.promise import Promise
 from coin.coding.ridge import Projection, RidgeFit
 from coin.coding.ridge_decoder import RidgeDecoder
 from coin.errors import StateError
 
 Map = TypeVar("Map", RidgeFit, Projection)
-_MAPS: dict[type, tuple[str, ...]] = {
-    RidgeFit: ("coefficients", "input_mean", "target_mean"),
-    Projection: ("mean", "directions"),
-}
-"""What their answers need; how they were chosen is not kept."""
 
 
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -30,22 +25,14 @@ def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     `restore_decoder` gives the decoder back, whose answers and risks are the same to the last bit; one that was not
     fitted has no tensors.
     """
-    state = {} if decoder.moments is None else {"moments": decoder.moments}
+    moments = {} if decoder.moments is None else {"moments": decoder.moments}
     rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts,
             "samples_read": decoder.samples_read}  # fmt: skip
     if decoder.promises:
         rest["promises"] = {str(expert): asdict(each) for expert, each in decoder.promises.items()}
     if isinstance(decoder, RidgeDecoder):
         rest["widths"] = decoder.widths
-        groups: dict[str, Sequence[RidgeFit | Projection]]
-        groups = {"fitted": decoder.fitted, "projections": decoder.projections}
-        for group, maps in groups.items():
-            for place, each in enumerate(maps):
-                state |= {f"{group}.{place}.{name}": getattr(each, name) for name in _MAPS[type(each)]}
-    elif isinstance(decoder, ExpertHeadDecoder):
-        state |= {f"heads.{expert}.{part}": tensor for expert, head in decoder.heads.items()
-                  for part, tensor in zip(_HEAD, head, strict=True)}  # fmt: skip
-    return state, rest
+    return moments | decoder.tensors, rest
 
 
 def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: Code) -> Decoder:
@@ -103,7 +90,6 @@ def restore_decoders(state: Mapping[str, Tensor], rests: Sequence[Mapping[str, A
 
 
 _ADVICE = "fit the decoder anew"
-_HEAD = ("weight", "bias")
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -112,13 +98,13 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _head(expert: int, state: Mapping[str, Tensor]) -> Head:
-    weight, bias = (_copied(state[f"heads.{expert}.{part}"]) for part in _HEAD)
+    weight, bias = (_copied(state[f"heads.{expert}.{part}"]) for part in HEAD_PARTS)
     return weight, bias
 
 
 def _maps(kind: type[Map], group: str, state: Mapping[str, Tensor]) -> list[Map]:
     count = len({name.split(".")[1] for name in state if name.startswith(f"{group}.")})
-    return [kind(*(_copied(state[f"{group}.{place}.{name}"]) for name in _MAPS[kind])) for place in range(count)]
+    return [kind(*(_copied(state[f"{group}.{place}.{name}"]) for name in kind.kept)) for place in range(count)]
 
 
 def _check(decoder: RidgeDecoder) -> None:

@@ -17,6 +17,7 @@ from coin.errors import ConfigurationError, DecodingError
 
 Head = tuple[Tensor, Tensor]
 """A classifier head's weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest class count."""
+HEAD_PARTS = ("weight", "bias")
 
 
 class LinearDecoder(Decoder):
@@ -107,9 +108,10 @@ class ExpertHeadDecoder(Decoder):
         return tuple(sorted(set(self.row_of.values())))
 
     @property
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The heads."""
-        return [tensor for head in self.heads.values() for tensor in head]
+        parts = {expert: zip(HEAD_PARTS, head, strict=True) for expert, head in self.heads.items()}
+        return {f"heads.{expert}.{part}": tensor for expert, own in parts.items() for part, tensor in own}
 
     def passes(self, num_coded: int) -> int:
         """Return two for every sample: the expert's, and that of the coded model that it is read from."""

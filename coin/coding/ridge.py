@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ class RidgeFit:
         leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
         left_out: The error made for every sample by the same ridges fitted to all others ``[P, T]``.
 
-    A map that was read back from a file has no more than its first three tensors.
+    A map that was read back from a file has no more than the tensors that predictions need, those `kept`.
     """
 
+    kept: ClassVar = ("coefficients", "input_mean", "target_mean")
     coefficients: Tensor
     input_mean: Tensor
     target_mean: Tensor
@@ -127,6 +129,7 @@ def fit_ridge(
 class Projection:
     """The affine map x ↦ (x − mean) · directions of one network's features, mean ``[F]`` and directions ``[F, K]``."""
 
+    kept: ClassVar = ("mean", "directions")
     mean: Tensor
     directions: Tensor
 

@@ -79,10 +79,11 @@ class RidgeDecoder(Decoder):
         return self
 
     @property
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The regressions and the projections."""
-        fits = [each for fit in self.fitted for each in (fit.coefficients, fit.input_mean, fit.target_mean)]
-        return [*fits, *(tensor for each in self.projections for tensor in (each.mean, each.directions))]
+        maps: dict[str, RidgeFit | Projection] = {f"fitted.{place}": each for place, each in enumerate(self.fitted)}
+        maps |= {f"projections.{place}": each for place, each in enumerate(self.projections)}
+        return {f"{name}.{part}": getattr(each, part) for name, each in maps.items() for part in each.kept}
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""

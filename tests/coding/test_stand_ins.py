@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from coin.coding import Answers, Code, DecoderConfig, convex, kept_bytes, make_decoder
+from coin.coding import Answers, Code, DecoderConfig, convex, make_decoder
 from coin.coding.decoder_state import decoder_state, decoders_state, restore_decoder, restore_decoders
-from coin.coding.decoders import CORRECTION
+from coin.coding.decoders import CORRECTION, kept_bytes
 from coin.errors import DecodingError, NumericalError, StateError
 from coin.files.safetensors import load_state, save_state
 
@@ -175,7 +175,7 @@ def test_a_corrected_head_is_kept_as_it_is_and_one_that_is_right_stays():
     answers, heads = shifted_system(60)
     small = [(weight.float(), bias.float()) for weight, bias in heads]
     decoder = make_decoder(OWN_HEAD, PAIR, [0, 1], small).fit(answers)
-    assert {tensor.dtype for tensor in decoder.tensors} == {torch.float32}
+    assert {tensor.dtype for tensor in decoder.tensors.values()} == {torch.float32}
     restored = restore_decoder(*decoder_state(decoder), PAIR)
     assert torch.equal(restored.decode(answers), decoder.decode(answers))
     twice = decoder.decode(answers)
