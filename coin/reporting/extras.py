@@ -1,4 +1,8 @@
-"""Optional files beside the results: layers of a merge, example images, risks of decoded answers and promises."""
+"""Optional files beside the results: layers of a merge, example images, risks of decoded answers and promises.
+
+Readers return None where there is no such file. They raise a FileError where it is damaged, and writers where it cannot
+be written.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,11 +75,7 @@ class Examples:
 
 
 def write_examples(folder: Path, examples: Examples | None) -> None:
-    """Write ``examples.npz``, or take an earlier one away where there are no examples.
-
-    Raises:
-        FileError: The file cannot be written.
-    """
+    """Write ``examples.npz``, or take an earlier one away where there are no examples."""
     if examples is None:
         (folder / EXAMPLES_NPZ).unlink(missing_ok=True)
         return
@@ -86,11 +86,7 @@ def write_examples(folder: Path, examples: Examples | None) -> None:
 
 
 def read_examples(folder: Path) -> Examples | None:
-    """Return the examples, None where there is no such file.
-
-    Raises:
-        FileError: The file is damaged.
-    """
+    """Return the examples of ``examples.npz``, if there is one."""
     path = folder / EXAMPLES_NPZ
     if not path.exists():
         return None
@@ -109,19 +105,12 @@ def write_layers(folder: Path, layers: pd.DataFrame) -> None:
     ``code_row`` is which row of the code, ``fisher_share`` its share of the Fisher's mass (NaN for methods
     without one), ``distance`` that to the experts' β-average, relative to how far they are from it themselves: 0 for
     plain averaging, NaN where they agree.
-
-    Raises:
-        FileError: The file cannot be written.
     """
     write_frame(folder / LAYERS_CSV, layers[list(LAYER_COLUMNS)])
 
 
 def read_layers(folder: Path) -> pd.DataFrame | None:
-    """Return the layers, None where there is no such file.
-
-    Raises:
-        FileError: The file is damaged.
-    """
+    """Return the rows of ``layers.csv``, if there is one."""
     path = folder / LAYERS_CSV
     return read_frame(path, LAYER_COLUMNS, (), ("fisher_share", "distance")) if path.exists() else None
 
@@ -131,19 +120,12 @@ def write_risk(folder: Path, risk: pd.DataFrame) -> None:
 
     On ``coverage`` are the share `at` of the test samples with the least risk, on ``calibration`` those whose risk is
     within 0.05 above `at`. Of these `samples`, `risk` is the mean, and the rest is as in ``results.csv``.
-
-    Raises:
-        FileError: The file cannot be written.
     """
     write_frame(folder / RISK_CSV, risk)
 
 
 def read_risk(folder: Path) -> pd.DataFrame | None:
-    """Return the lines of ``risk.csv``, None where there is no such file.
-
-    Raises:
-        FileError: The file is damaged.
-    """
+    """Return the rows of ``risk.csv``, if there is one."""
     path, numbers = folder / RISK_CSV, ["at", *RISK_COLUMNS[-4:]]
     return read_frame(path, RISK_COLUMNS, (*INTEGERS, "samples"), numbers) if path.exists() else None
 
@@ -154,9 +136,6 @@ def write_promises(folder: Path, promises: pd.DataFrame) -> None:
     `threshold` is the largest risk of an accepted answer, NaN where no promise could be given from so many `samples`
     (`coin.promised_risk`). `promised` is the share of these that are accepted, `coverage` that of the test samples, and
     `found` how many of the latter differ from the expert's, as a share: `alpha` at most, with `confidence`.
-
-    Raises:
-        FileError: The file cannot be written.
     """
     if promises.empty:
         (folder / PROMISE_CSV).unlink(missing_ok=True)
@@ -165,11 +144,7 @@ def write_promises(folder: Path, promises: pd.DataFrame) -> None:
 
 
 def read_promises(folder: Path) -> pd.DataFrame | None:
-    """Return the rows of ``promise.csv``, None where there is no such file.
-
-    Raises:
-        FileError: The file is damaged.
-    """
+    """Return the rows of ``promise.csv``, if there is one."""
     path, numbers = folder / PROMISE_CSV, [name for name in PROMISE_COLUMNS[len(KEYS) :] if name not in _COUNTS]
     return read_frame(path, PROMISE_COLUMNS, (*INTEGERS, *_COUNTS), numbers) if path.exists() else None
 
