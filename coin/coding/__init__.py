@@ -6,20 +6,14 @@ from coin.core.lazy import importing
 
 if TYPE_CHECKING:
     from coin.coding.answers import Answers as Answers
-    from coin.coding.code import Code as Code, check_erasure as check_erasure, decode_linear as decode_linear
+    from coin.coding.code import Code as Code, decode_linear as decode_linear
     from coin.coding.decoder import Decoder as Decoder, FeatureCache as FeatureCache
     from coin.coding.decoder_config import (
         DecoderConfig as DecoderConfig,
         DecoderKind as DecoderKind,
         distinct_decoders as distinct_decoders,
     )
-    from coin.coding.decoders import (
-        ExpertHeadDecoder as ExpertHeadDecoder,
-        Head as Head,
-        LinearDecoder as LinearDecoder,
-        kept_bytes as kept_bytes,
-        make_decoder as make_decoder,
-    )
+    from coin.coding.decoders import LinearDecoder as LinearDecoder, make_decoder as make_decoder
     from coin.coding.parity import (
         fault_score as fault_score,
         parity_residual as parity_residual,
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
     from coin.coding.ready import (
         choose_code as choose_code,
         convex as convex,
-        decoded_error_bound as decoded_error_bound,
         simplex_codes as simplex_codes,
         uniform as uniform,
     )

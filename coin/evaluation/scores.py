@@ -10,7 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Decoder, kept_bytes
+from coin.coding import Answers, Decoder
+from coin.coding.decoders import kept_bytes
 from coin.coding.metrics import DecodingAccuracy, RiskCurves
 from coin.evaluation.variants import Variant
 

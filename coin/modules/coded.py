@@ -10,17 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.coding import (
-    Answers,
-    Code,
-    Decoder,
-    DecoderConfig,
-    DecoderKind,
-    ExpertHeadDecoder,
-    Head,
-    Promise,
-    make_decoder,
-)
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, make_decoder
+from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, Forward, adapted, as_input
 from coin.errors import ConfigurationError, DataError
 from coin.modules.coded_file import load_system, save_system

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from coin.coding import Answers, Code, DecoderConfig, FeatureCache, Head, distinct_decoders, make_decoder, uniform
+from coin.coding import Answers, Code, DecoderConfig, FeatureCache, distinct_decoders, make_decoder, uniform
+from coin.coding.decoders import Head
 from coin.coding.metrics import Residual
 from coin.core.batches import as_input
 from coin.core.progress import tracked

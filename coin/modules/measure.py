@@ -8,16 +8,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from coin.coding import (
-    Answers,
-    DecoderConfig,
-    DecoderKind,
-    ExpertHeadDecoder,
-    FeatureCache,
-    check_erasure,
-    distinct_decoders,
-    make_decoder,
-)
+from coin.coding import Answers, DecoderConfig, DecoderKind, FeatureCache, distinct_decoders, make_decoder
+from coin.coding.code import check_erasure
+from coin.coding.decoders import ExpertHeadDecoder
 from coin.coding.metrics import Residual
 from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError

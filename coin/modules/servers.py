@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.coding import Answers, DecoderConfig, DecoderKind, Head
+from coin.coding import Answers, DecoderConfig, DecoderKind
+from coin.coding.decoders import Head
 from coin.core.batches import Batch, as_input, take
 from coin.errors import CoinWarning, HeadError
 from coin.networks import Run, linear_heads, pad_logits, run_network

@@ -49,7 +49,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
     """Where the mass of the Fisher lies, and how far each merge is from the average, layer by layer.
 
     Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once. `layers`
-    is what `coin.reporting.read_layers` returns.
+    is what `coin.reporting.extras.read_layers` returns.
     """
     with style():
         names = list(dict.fromkeys(layers["layer"]))

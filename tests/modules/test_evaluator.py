@@ -17,8 +17,8 @@ from coin.evaluation.examples import ExampleSamples
 from coin.modules import DecodingEvaluator
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
 from coin.pipeline.steps.evaluate import record_evaluation
-from coin.reporting import read_configuration
 from coin.reporting.extras import RISK_NPZ, read_promises
+from coin.reporting.results import read_configuration
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]

@@ -21,8 +21,10 @@ from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
-from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
-from coin.reporting.results import requested_policy
+from coin.reporting import read_results, read_summary
+from coin.reporting.extras import read_examples, read_layers
+from coin.reporting.results import COLUMNS, requested_policy
+from coin.reporting.summary import write_summary
 
 pytestmark = pytest.mark.slow
 

@@ -25,8 +25,9 @@ from coin.errors import ConfigurationError
 from coin.pipeline.launch import Launch
 from coin.pipeline.records import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
-from coin.reporting import COLUMNS, read_results
+from coin.reporting import read_results
 from coin.reporting.extras import RISK_COLUMNS
+from coin.reporting.results import COLUMNS
 from coin.reporting.sweeps import sweep_frame, sweep_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("elsewhere")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coin.reporting import Row, confusion_key, write_results
+from coin.reporting.results import Row, confusion_key, write_results
 
 # method, BatchNorm policy, NDA of linear, ridge and feature_ridge, residual, seconds, forward-equivalents
 METHODS = (

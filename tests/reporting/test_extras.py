@@ -6,8 +6,17 @@ import pandas as pd
 import pytest
 
 from coin.errors import ConfigurationError, FileError
-from coin.reporting import Examples, read_examples, read_layers, write_examples, write_layers
-from coin.reporting.extras import EXAMPLES_NPZ, RISK_COLUMNS, read_risk, write_risk
+from coin.reporting.extras import (
+    EXAMPLES_NPZ,
+    RISK_COLUMNS,
+    Examples,
+    read_examples,
+    read_layers,
+    read_risk,
+    write_examples,
+    write_layers,
+    write_risk,
+)
 
 IMAGES = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
 ONE = np.array([0, 1])

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from coin.reporting import Row
 from coin.reporting.findings import (
     BASELINE,
     CLOSED_FORM,
@@ -17,6 +16,7 @@ from coin.reporting.findings import (
     paired,
     paired_differences,
 )
+from coin.reporting.results import Row
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 0.9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0

@@ -12,19 +12,18 @@ import pandas as pd
 import pytest
 
 from coin.errors import FileError
-from coin.reporting import (
+from coin.reporting import detail_figures as drawn, read_confusions, read_results, write_report
+from coin.reporting.extras import (
+    PROMISE_COLUMNS,
+    RISK_COLUMNS,
     Examples,
-    detail_figures as drawn,
-    read_confusions,
-    read_results,
     write_examples,
     write_layers,
-    write_report,
-    write_results,
+    write_promises,
+    write_risk,
 )
-from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS, write_promises, write_risk
 from coin.reporting.report import report_summary
-from coin.reporting.results import KEYS
+from coin.reporting.results import KEYS, write_results
 from coin.reporting.sources import read_sources
 
 FEW = (

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from coin.errors import ConfigurationError, FileError
-from coin.reporting import COLUMNS, Row, confusion_key, read_configuration, read_confusions, read_results, write_results
+from coin.reporting import read_confusions, read_results
+from coin.reporting.results import COLUMNS, Row, confusion_key, read_configuration, write_results
 
 ROW = Row(
     experiment="x",

@@ -6,8 +6,16 @@ import pandas as pd
 import pytest
 
 from coin.errors import FileError
-from coin.reporting import Row, read_summary, summarise, write_results, write_summary
-from coin.reporting.summary import decoders_of, expert_accuracies, largest_samples, over_tasks, variant_names
+from coin.reporting import read_summary, summarise
+from coin.reporting.results import Row, write_results
+from coin.reporting.summary import (
+    decoders_of,
+    expert_accuracies,
+    largest_samples,
+    over_tasks,
+    variant_names,
+    write_summary,
+)
 
 NUMBERS = (
     "expert_accuracy",

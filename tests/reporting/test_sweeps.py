@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from coin.errors import FileError
-from coin.reporting import write_report, write_results
-from coin.reporting.results import write_frame
+from coin.reporting import write_report
+from coin.reporting.results import write_frame, write_results
 from coin.reporting.sources import read_sources
 from coin.reporting.sweeps import as_numbers, read_sweep_table, sweep_frame, sweep_table
 

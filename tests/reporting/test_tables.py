@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from coin.reporting import Row, nda_tables, print_summary, summarise
+from coin.reporting import nda_tables, summarise
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
+from coin.reporting.results import Row
 from coin.reporting.summary import shortlist, stand_ins, undominated
 from coin.reporting.tables import (
     finding,
     heading,
     percent,
+    print_summary,
     promise_table,
     risk_table,
     risk_totals,

@@ -11,7 +11,8 @@ import pytest
 import wandb
 
 from coin.errors import CoinError, ConfigurationError, FileError
-from coin.reporting import Examples, summarise
+from coin.reporting import summarise
+from coin.reporting.extras import Examples
 from coin.reporting.results import Row, confusion_key
 from coin.reporting.wandb_evaluation import log_evaluation, log_method, log_summary
 from coin.reporting.wandb_runs import log_artifact, start_run, use_artifact

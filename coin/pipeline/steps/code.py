@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
+from coin.coding import Code, choose_code, convex, simplex_codes, uniform
+from coin.coding.ready import decoded_error_bound
 from coin.data import Calibration
 from coin.errors import ConfigurationError, FileError, NumericalError
 from coin.files.atomic import write_text

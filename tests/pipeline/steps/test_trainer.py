@@ -16,7 +16,7 @@ from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
 from coin.pipeline.steps.evaluate import result_rows
-from coin.reporting import read_examples
+from coin.reporting.extras import read_examples
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 
