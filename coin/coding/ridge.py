@@ -170,9 +170,7 @@ def fit_blocks(
         kernel = torch.stack([(kernel_of or block_kernel)(block) for block in blocks]).sum(0)
     side_by_side = targets.transpose(0, 1).reshape(samples, -1)
     fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, len(targets), kernel)
-    coefficients = (
-        fit.coefficients / scales[:, None]
-    ).contiguous()  # as it is read back: a product's bits depend on it
+    coefficients = (fit.coefficients / scales[:, None]).contiguous()  # as read back: a product's bits depend on it
     return replace(fit, coefficients=coefficients, input_mean=fit.input_mean * scales)
 
 

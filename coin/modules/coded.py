@@ -255,15 +255,14 @@ class Coded(LightningModule):
     def _decoder_of(self, erased: Sequence[int] | None) -> tuple[Decoder, tuple[int, ...]]:
         """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
         key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
-        able = [key] if key in self.decoders else []
-        if erased:  # a decoder that reads no survivor does not mind which of them are left
-            alone = [each for each, own in self.decoders.items() if not own.config.reads_survivors]
-            able += [each for each in alone if {*key} <= {*each}]
-        if not able:
+        # A decoder that reads no survivor does not mind which of them are left.
+        alone = (own for each, own in self.decoders.items() if not own.config.reads_survivors and {*key} <= {*each})
+        decoder = self.decoders.get(key) or (next(alone, None) if key else None)
+        if decoder is None:
             lost = "" if erased is None else f" of the loss of {list(erased)}"
             ready = f", only of {', '.join(str(list(each)) for each in self.decoders)}" if self.decoders else ""
             raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
-        return self.decoders[able[0]], key
+        return decoder, key
 
     def _answers_for(self, decoder: Decoder, inputs: Batch, *, learning: bool = False) -> Answers:
         """Return the answers that a decoder needs; for its fit, the lost experts' own too."""

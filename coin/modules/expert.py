@@ -196,10 +196,8 @@ class Expert(LightningModule):
         return int(steps)
 
     def _build(self, num_classes: int) -> None:
-        initial = self.hparams["initial"]
-        network = initial_network(
-            self.config, num_classes, None if initial is None else Path(initial), seed=self.hparams["initial_seed"]
-        )
+        initial, seed = self.hparams["initial"], self.hparams["initial_seed"]
+        network = initial_network(self.config, num_classes, None if initial is None else Path(initial), seed=seed)
         lora = self.recipe.lora
         beside = [] if is_frozen(network) else [HEAD]  # what trains beside adapters
         trained = trainable_names(network, self.recipe.trainable or (beside if lora else None))
@@ -213,7 +211,7 @@ class Expert(LightningModule):
             size = self.config.image_size
             texts = self.config.reads == "texts"
             example = torch.zeros(1, size, dtype=torch.int64) if texts else torch.zeros(1, 3, size, size)
-            add_adapters(network, lora, example, seed=self.hparams["initial_seed"])
+            add_adapters(network, lora, example, seed=seed)
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.recipe.compile_network:

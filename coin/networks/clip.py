@@ -140,10 +140,7 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def zero_shot_head(
-    place: str,
-    prompts: Sequence[str],
-    classes: Sequence[str],
-    reading: Callable[[], AbstractContextManager[None]],
+    place: str, prompts: Sequence[str], classes: Sequence[str], reading: Callable[[], AbstractContextManager[None]]
 ) -> Tensor:
     """Return CLIP's zero-shot head s·t ``[C, F]``, float32: t_k is the mean of the unit vectors of class k's prompts.
 

@@ -32,10 +32,8 @@ class Rounding:
 
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
-        base = self._tensors[name]
-        self.rounded[name] = quantise(
-            (weight.double().cpu() - base.double()).reshape(matrix_shape(base.shape)), self._bits
-        )
+        base = self._tensors[name].double()
+        self.rounded[name] = quantise((weight.double().cpu() - base).reshape(matrix_shape(base.shape)), self._bits)
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor, turned: bool = False) -> Tensor:

@@ -126,9 +126,8 @@ def nda_by_method(means: pd.DataFrame) -> Figure:
 def nda_by_experiment(means: pd.DataFrame) -> Figure:
     """Mean NDA ± spread of several experiments, a marker each, for the first two of `decoders_of`."""
     decoders = decoders_of(means)[:2]
-    return _dots(
-        means[means["decoder"].isin(decoders)], list(dict.fromkeys(means["experiment"])), "experiment", decoders
-    )
+    shown, experiments = means[means["decoder"].isin(decoders)], list(dict.fromkeys(means["experiment"]))
+    return _dots(shown, experiments, "experiment", decoders)
 
 
 def nda_against_samples(means: pd.DataFrame) -> Figure:
@@ -212,9 +211,7 @@ def _scatter(means: pd.DataFrame, x: "pd.Series[float]", decoder: str) -> tuple[
         text = f"{names[i]}  {nda:.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
         labels.append((nda, float(x[i]) if own[i] else None, text, ink))
         if own[i]:
-            axes.errorbar(
-                x[i], nda, 0 if math.isnan(spread) else spread, color=ink, marker="o", markersize=7, capsize=3
-            )
+            axes.errorbar(x[i], nda, np.nan_to_num(spread), color=ink, marker="o", markersize=7, capsize=3)
     low, high = axes.get_ylim()
     for nda in (nda for nda, at, _, _ in labels if at is None and nda > low - 1.5 * (high - low)):
         axes.axhline(nda, color=SOFT, linestyle="--", linewidth=1.1)

@@ -52,7 +52,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
     """
-    frame = frame.assign(batchnorm=frame["batchnorm"].map(requested_policy), **_untold(frame))
+    frame = _with_all_columns(frame)
     both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
     order = both.groupby([name for name in GROUP if name not in ("erased", "task")], sort=False).ngroup()
     return both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
@@ -63,10 +63,7 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
     erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
     tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
     sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
-    sized = frame.assign(
-        erased=sizes, task="mean", batchnorm=frame["batchnorm"].map(requested_policy), **_untold(frame)
-    )
-    return _mean(sized, list(KEYS)).reset_index()
+    return _mean(_with_all_columns(frame).assign(erased=sizes, task="mean"), list(KEYS)).reset_index()
 
 
 def write_summary(experiment_folder: Path) -> pd.DataFrame:
@@ -205,9 +202,10 @@ def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
     return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)
 
 
-def _untold(frame: pd.DataFrame) -> dict[str, float]:
-    """Return what results from before do not tell, as NaN."""
-    return {name: math.nan for name in STAND_IN_COSTS if name not in frame}
+def _with_all_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the requested BatchNorm policies, and NaN for what results from before do not tell."""
+    untold = {name: math.nan for name in STAND_IN_COSTS if name not in frame}
+    return frame.assign(batchnorm=frame["batchnorm"].map(requested_policy), **untold)
 
 
 def _comparable(configuration: Any) -> Any:

@@ -137,9 +137,7 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     means = means.assign(place=means.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0)
     for (_, *head), part in means.sort_values("place", kind="stable").groupby(["place", *heads], sort=False):
         ndas = {decoder: part.loc[part["decoder"] == decoder, "nda"] for decoder in decoders}
-        cells = {
-            d: percent(nda.mean(skipna=False), nda.std(), digits=1) if len(nda) else "–" for d, nda in ndas.items()
-        }
+        cells = {d: percent(x.mean(skipna=False), x.std(), digits=1) if len(x) else "–" for d, x in ndas.items()}
         lines.append(dict(zip(heads, map(str, head), strict=True)) | cells)
     return pd.DataFrame(lines, columns=[*heads, *decoders])
 
@@ -153,9 +151,8 @@ def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
 def _short_names(keys: list[str]) -> dict[str, str]:
     last = [key.rsplit(".")[-1] for key in keys]
     taken = {*COLUMNS} - {_SAMPLES}  # whose option it is
-    return {
-        key: name if last.count(name) == 1 and name not in taken else key for key, name in zip(keys, last, strict=True)
-    }
+    pairs = zip(keys, last, strict=True)
+    return {key: name if last.count(name) == 1 and name not in taken else key for key, name in pairs}
 
 
 def short_value(value: str, values: Sequence[str]) -> str:

@@ -245,7 +245,6 @@ _ENDS: dict[type[BaseException], str] = {
 def _joined(parts: Sequence[Answer], seconds: float) -> Answer:
     """Join the answers to a query's pieces."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
-    logits, risk, accepted = (
-        torch.cat(each) for each in zip(*((part.logits, part.risk, part.accepted) for part in parts), strict=True)
-    )
+    rows = [(part.logits, part.risk, part.accepted) for part in parts]
+    logits, risk, accepted = (torch.cat(each) for each in zip(*rows, strict=True))
     return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds, risk, accepted)

@@ -167,10 +167,9 @@ class FisherPass:
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*shapes_in(inputs), size_of(inputs) > 1)
+        first = take(inputs, slice(0, 1))
         try:
-            layout = self._layouts.get(key) or find_layout(
-                self.network, self._parameters, self._totals, take(inputs, slice(0, 1))
-            )
+            layout = self._layouts.get(key) or find_layout(self.network, self._parameters, self._totals, first)
         except RuntimeError as error:
             if self.precision is Precision.full or not re.search("type|BFloat16", str(error)):
                 raise

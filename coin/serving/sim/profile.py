@@ -207,9 +207,7 @@ class Profile:
         answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
         sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
         shares = {size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers for size in sizes}
-        spared, failed = (
-            sum(each) / answers for each in zip(*((it.spared, it.failed) for it in outcomes), strict=True)
-        )
+        spared, failed = sum(it.spared for it in outcomes) / answers, sum(it.failed for it in outcomes) / answers
         decoded, right = sum(shares.values()), spared * what.right() if spared else 0.0
         right += sum(share * what.right(size) for size, share in shares.items())
         memory_server, memory = self.memory(what)
