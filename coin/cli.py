@@ -4,7 +4,9 @@ A command's module is imported on use, so that commands without PyTorch start qu
 """
 
 import difflib
+import inspect
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -123,8 +125,21 @@ def _told(message: str) -> str:
         given = after.partition(" Given value: ")[2]
         found = f"found {given}: " if given.isidentifier() and given not in "".join(told) else ""
         text = f"{before.partition(' - ')[0].strip()} {found}{'; or '.join(dict.fromkeys(told))}"
+    if refused := re.search(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
+        path, option = refused.groups()
+        names = _options_of(path)
+        return unknown(f"{path.rpartition('.')[2]} option", option, names, f"one of {', '.join(names)}")
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
         name = name.split("; or ")[0]
         text = before + unknown("class", name, known_classes(), A_CLASS)
     return text if len(text) <= 400 else f"{text[:400]} …"
+
+
+def _options_of(path: str) -> list[str]:
+    """Return the names of the options that a class and its bases take."""
+    module, _, name = path.rpartition(".")
+    kinds = getattr(import_module(module), name).__mro__
+    taken = [each for kind in kinds for each in inspect.signature(kind.__init__).parameters.values()]
+    named = [each.name for each in taken if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return [name for name in dict.fromkeys(named) if name != "self"]

@@ -35,6 +35,7 @@ _DATA = {"datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
 _SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
 """Parameters that are no options themselves."""
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
+_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 A_CLASS = "one of coin's or a dotted import path"
 """What is expected of the name of a class."""
 
@@ -55,9 +56,18 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         return
     sections = [document for document in documents if isinstance(document, dict)]
     given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    null = next(
+        (f", or is it to be indented under '{k}'" for each in sections for k, v in each.items() if v is None), ""
+    )
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
-            raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}"))
+            raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}{null}"))
+    for entry in _entries(sections):
+        if stray := [key for key in entry if key not in _OF_A_CLASS] if "class_path" in entry else []:
+            raise ConfigurationError(
+                f"found {', '.join(map(repr, stray))} beside class_path: {entry['class_path']}, expected options under "
+                f"init_args; write {{class_path: {entry['class_path']}, init_args: {{{stray[0]}: …}}}}"
+            )
     classes = known_classes()
     for name in _class_names([*sections, _given_classes(command, arguments)]):
         if "." not in name and name not in (*classes, "Tasks"):
@@ -110,16 +120,23 @@ def _given_classes(command: str, arguments: Sequence[str]) -> dict[str, str]:
 
 def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the class paths of tasks, methods, models and data in files, or given by themselves."""
+    for entry in _entries(sections):
+        path = entry.get("class_path")
+        if isinstance(path, str) and path.isidentifier():
+            yield path
+
+
+def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the sections of objects; one that is given by its class alone, with its ``class_path`` only."""
     for section in sections:
-        tasks, methods = section.get("tasks"), section.get("methods")
+        tasks, methods = section.get("tasks"), section.get("methods", section.get("methods+"))
         for entry in (
             *(tasks.values() if isinstance(tasks, dict) else ()),
             *(methods if isinstance(methods, list) else ()),
             *(section.get(name) for name in ("model", "data", "method")),
         ):
-            path = entry.get("class_path") if isinstance(entry, dict) else entry
-            if isinstance(path, str) and path.isidentifier():
-                yield path
+            if entry is not None:
+                yield entry if isinstance(entry, dict) else {"class_path": entry}
 
 
 def _parameters(file: Path, name: str) -> list[str]:

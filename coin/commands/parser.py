@@ -1,5 +1,7 @@
 """The parser of the commands that are plain functions: YAML files, dotted overrides, ``--print_config``."""
 
+import re
+from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS
-from coin.commands.early import config_file
+from coin.commands.early import config_file, unknown
 from coin.commands.safe import check_options
 from coin.errors import ConfigurationError
 from coin.files.yaml import read_yaml
@@ -18,7 +20,7 @@ _WHOLE = {"methods": "[]", "tasks": "{}"}
 
 def command_parser(name: str) -> ArgumentParser:
     """Return a parser of ``coin NAME`` to which the command adds its options."""
-    parser = ArgumentParser(prog=f"coin {name}", description=COMMANDS[name], exit_on_error=False)
+    parser = ArgumentParser(prog=f"coin {name}", description=COMMANDS[name], exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file of options; several stack.")
     return parser
 
@@ -32,7 +34,12 @@ def add_json_argument(parser: ArgumentParser) -> None:
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a command's options, instantiated."""
-    found = parser.parse_args(checked(arguments))
+    try:
+        found = parser.parse_args(checked(arguments))
+    except ArgumentError as error:
+        if (mistake := _with_nearest(str(error), parser)) is None:
+            raise
+        raise mistake from error
     check_options(found.as_dict())
     try:
         options: dict[str, Any] = parser.instantiate(found).as_dict()
@@ -44,6 +51,20 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
         ) from error
     options.pop("config", None)
     return options
+
+
+def _with_nearest(message: str, parser: ArgumentParser) -> ConfigurationError | None:
+    """Return the mistake if a parser says that an option does not exist, with the nearest that does."""
+    known = [each.dest for each in parser._actions if not each.dest.endswith(("help", "config"))]
+    if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
+        section, name = match.groups()
+        known = [each.removeprefix(f"{section}.") for each in known if each.startswith(f"{section}.")]
+        return ConfigurationError(unknown(f"{section} option", name, known, f"one of {', '.join(known)}"))
+    if match := re.match(r"unrecognized arguments: --([\w.+-]+)", message):
+        return ConfigurationError(
+            unknown("option", f"--{match[1]}", [f"--{each}" for each in known], f"one of {parser.prog} --help")
+        )
+    return None
 
 
 def parse_options(

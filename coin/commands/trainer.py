@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
     silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
-    quiet: dict[str, object] = {"exit_on_error": False}
+    quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
     try:
         with _ENVIRONMENT:
             TrainerCLI(

@@ -69,6 +69,10 @@ class ExpertConfig(TrainingConfig):
             ) from error
 
 
+FEW = 10
+"""With fewer calibration samples a task there is a warning."""
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """The unlabelled samples that merging and decoding may use, and the Fisher computed on them.
@@ -118,7 +122,14 @@ class CalibrationConfig:
         return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
 
     def warn_of_too_few(self) -> None:
-        """Warn if there are too few samples for any promise."""
+        """Warn if there are too few samples to learn from, or for any promise."""
+        if self.samples_per_task < FEW:
+            warnings.warn(
+                f"found samples_per_task={self.samples_per_task}, expected at least {FEW}: merges and decoders are "
+                "fitted to these samples; raise it",
+                CoinWarning,
+                stacklevel=2,
+            )
         needed = samples_needed(self.promise_alpha, self.promise_confidence)
         if 0 < self.promise_samples < needed:
             warnings.warn(

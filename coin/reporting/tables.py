@@ -19,6 +19,8 @@ from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, s
 WIDTH = 80
 """Columns of text without a terminal."""
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
+FAR_ABOVE = 1.1
+"""An NDA above this says that experts are weak, not that a stand-in is good."""
 NEAR = 0.01
 """How far below the best NDA a stand-in may be to be called as good in a sentence."""
 BEST = "*"
@@ -186,6 +188,10 @@ def finding(kept: pd.DataFrame) -> str:
     near = kept[(kept["nda_mean"] >= kept["nda_mean"].max() - NEAR) & undominated(kept)]
     row = near.loc[near["memory_mib"].idxmin()]
     alone = kept[kept["name"] == REFERENCES[0]]["nda_mean"].max()
+    if row["nda_mean"] > FAR_ABOVE:
+        return (
+            "In short: the lost experts are hardly right themselves, so that NDA says little; see their own accuracy."
+        )
     rest = "" if math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
     how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
     return (

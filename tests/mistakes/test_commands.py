@@ -50,8 +50,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 TYPOS = {
     "a section": ("calibration:", "calibratoin:", "calibratoin"),
-    "an option": ("samples_per_task", "sample_per_task", "sample_per_task"),
-    "a task's option": ("max_train", "max_trian", "Option 'max_trian' is not accepted"),
+    "an option": ("samples_per_task", "sample_per_task", "(did you mean samples_per_task?)"),
+    "a task's option": ("max_train", "max_trian", "found Digits option 'max_trian' (did you mean max_train?)"),
     "a task's class": ("class_path: Digits", "class_path: Digist", "Digist"),
     "a section that is null": (
         "calibration: {samples_per_task: 4}",
@@ -62,7 +62,7 @@ TYPOS = {
     "a method's option": (
         "Average}",
         "Average, init_args: {batchnrom: keep}}",
-        "Option 'batchnrom' is not accepted",
+        "found Average option 'batchnrom' (did you mean batchnorm?)",
     ),
     "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
     "an experiment that leads out": ("name: small\n", "name: ../small\n", "found name '../small'"),
@@ -99,6 +99,8 @@ MISTAKES = {
     "nothing": (["run"], "required: name, tasks, methods"),
     "a list that is none": (["run", "--seeds=[a]"], "Expected a <class 'int'>. Got value: a"),
     "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
+    "half an option": (["run", "--expert.epoch=7"], "found option '--expert.epoch' (did you mean --expert.epochs?)"),
+    "half an option of the Trainer": (["fit", "--data=Digits", "--trainer.max_epoch=1"], "unrecognized arguments"),
     "a seed": (["fit", "--data=Digits", "--seed_everything=-1"], "seed"),
 }
 

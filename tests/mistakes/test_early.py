@@ -37,6 +37,14 @@ WRONG = {
         "methods: [{class_path: Refti}]\n",
         "found class 'Refti' (did you mean Refit?), expected one of coin's",
     ),
+    "options beside a class": (
+        "tasks: {a: {class_path: ImageFolder, root: data}}\n",
+        "found 'root' beside class_path: ImageFolder, expected options under init_args",
+    ),
+    "tasks that are not indented": (
+        "name: x\ntasks:\nlow: {class_path: MNIST5k}\n",
+        "found option 'low', expected one of base, ",
+    ),
     "a task": ("tasks: {a: {class_path: mnist5}}\n", "found class 'mnist5' (did you mean MNIST5k?)"),
 }
 

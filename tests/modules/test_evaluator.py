@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,11 @@ from torchmetrics import Metric
 from coin.coding import Answers, Code, make_decoder
 from coin.data import to_input
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, FileError
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.evaluation.examples import ExampleSamples
 from coin.modules import DecodingEvaluator
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
-from coin.pipeline.steps.evaluate import record_evaluation
+from coin.pipeline.steps.evaluate import record_evaluation, warn_of_weak_experts
 from coin.reporting.extras import RISK_NPZ, read_promises
 from coin.reporting.results import read_configuration
 
@@ -338,3 +339,16 @@ def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trai
     assert {id(metric) for metric, _ in moved} == {id(metric) for metric in evaluator._metrics}
     assert {device for _, device in moved} == {evaluator.device}
     assert not any(isinstance(module, Metric) for module in evaluator.modules()), "the networks' move would take them"
+
+
+def test_experts_that_are_hardly_right_are_told_of():
+    accuracies, classes = (
+        {"low": 0.25, "high": 0.99, "two": 0.55, "never": 0.0},
+        {"low": 10, "high": 5, "two": 2, "never": 3},
+    )
+    with pytest.warns(CoinWarning, match=r"'low' 25.0% \(chance is 10.0%\), 'two' 55.0% .*'never' 0.0%") as told:
+        warn_of_weak_experts(accuracies, classes)
+    assert "high" not in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_weak_experts({"low": 0.3}, {"low": 10})

@@ -205,6 +205,14 @@ def test_the_finding_is_the_smallest_of_the_nearly_best():
     assert finding(copies).endswith("in 2 MiB; an answer takes 1 network run, and up to 2 experts may be lost at once.")
 
 
+def test_nothing_is_found_where_experts_are_weaker_than_what_replaces_them():
+    columns = ["name", "decoder", "nda_mean", "nda_std", "memory_mib", "forwards", "losses"]
+    kept = pd.DataFrame(
+        [("average", "linear", 2.857, 0.0, 2, 1, 2), ("none", "ridge", 2.6, 0, 1, 1, 1)], columns=columns
+    )
+    assert finding(kept).startswith("In short: the lost experts are hardly right themselves")
+
+
 def test_results_that_do_not_tell_what_is_kept_have_no_such_table():
     summary = summarise(frame(*stand_in_rows()[-4:]))
     assert stand_ins(summary).empty

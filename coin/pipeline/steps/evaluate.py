@@ -1,6 +1,7 @@
 """Write the results of an evaluation: rows, confusion matrices and examples, as files and to W&B."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data.tasks import Tasks
+from coin.errors import CoinWarning
 from coin.evaluation.variants import Outcome
 from coin.modules import DecodingEvaluator
 from coin.reporting.extras import (
@@ -24,6 +26,9 @@ from coin.reporting.extras import (
 from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_archive, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
+
+WEAK = 0.2
+"""How much of the way from chance to being always right an expert has to be."""
 
 
 def record_evaluation(
@@ -63,6 +68,9 @@ def record_evaluation(
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
     classes = {name: task.classes for name, task in tasks.tasks.items()}
+    warn_of_weak_experts(
+        {row.task: row.expert_accuracy for row in rows}, {name: len(found) for name, found in classes.items()}
+    )
     write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
@@ -82,6 +90,19 @@ def record_evaluation(
     for run in runs:
         with logging_only("the evaluation"):
             log_evaluation(run, rows, confusions, examples, classes, risk)
+
+
+def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int]) -> None:
+    """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
+    chance = {name: 1 / classes[name] for name in accuracies}
+    if weak := [name for name, found in accuracies.items() if found < chance[name] + WEAK * (1 - chance[name])]:
+        each = ", ".join(f"'{name}' {accuracies[name]:.1%} (chance is {chance[name]:.1%})" for name in weak)
+        warnings.warn(
+            f"found experts that are hardly right: {each}, so that NDA says little; train them for longer, or see that "
+            "imported ones were trained on the inputs that networks get here, images normalised as ImageNet's",
+            CoinWarning,
+            stacklevel=2,
+        )
 
 
 def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
