@@ -95,6 +95,8 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
         log_scale(axes)
         ticks = {tick: f"{tick:g}" for tick in _TICKS if at.min() / 1.3 <= tick <= at.max() * 1.3}
+        if at.max() > 100 * at.min():  # more than have room
+            ticks = {tick: text for tick, text in ticks.items() if math.log10(tick).is_integer()}
         if (sizes <= 0).any():
             ticks = {free: "0"} | {tick: text for tick, text in ticks.items() if tick > 1.5 * free}
         axes.set_xticks(list(ticks), list(ticks.values()))

@@ -31,8 +31,8 @@ _NDA = (
     "the dearest decoder; the linear one costs nothing. The best is the best on the test sets."
 )
 _COST = (
-    "NDA against cost: up and left is better. Blue and green: closed forms; orange and red: trained; dashed: the "
-    "survivors alone, without a coded model; dotted: the paper's 97.5 %."
+    "NDA against cost: up and left is better. Blue and green: closed forms; orange and red: trained; dashed, if drawn: "
+    "the survivors alone, without a coded model; dotted: the paper's 97.5 %."
 )
 _KEPT = (
     "NDA of everything that may stand in for a lost expert against what it keeps. Up and left is better. The line joins"

@@ -102,6 +102,10 @@ def tick_text(value: object) -> str:
     return text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…"
 
 
+_LINE = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)}
+"""From a point to the left end of its name."""
+
+
 def column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str]], gap: float) -> None:
     """Write names beside the axes, from the best down and `gap` of its height apart, each with a line to its point."""
     low, high = axes.get_ylim()
@@ -122,5 +126,5 @@ def column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str
             f"{text} ↓" if beyond else text, (1.0, nda) if x is None else (x, nda), (1.04, height),
             xycoords=right if x is None else "data", textcoords="axes fraction", fontsize=9, color=ink, va="center",
             annotation_clip=False,
-            arrowprops=None if beyond else {"arrowstyle": "-", "color": ink, "alpha": 0.35, "linewidth": 0.8},
+            arrowprops=None if beyond else {**_LINE, "color": ink},
         )  # fmt: skip
