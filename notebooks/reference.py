@@ -29,10 +29,16 @@ LINKS = {
     "[Apache-2.0](LICENSE)": "Apache-2.0",
 }
 """How links between files of the repository are written on the site."""
+TRAINER = "https://lightning.ai/docs/pytorch/stable/common/trainer.html#trainer-flags"
 FORMULA = re.compile(r"(\${1,2})([^$<]+?)\1")
 OPTION = re.compile(r"^  (-\S.*?|\w+)(?:  +(\S.*))?$")
 SHARED = re.compile(r"- `(-h|--help|--config|--print_config|\S+\.help|.* CONFIG`)")
 """Options that every command or every section has."""
+LIGHTNINGS = re.compile(r"- `--trainer\.|\*\*Lightning's Trainer")
+"""Options of the Trainer, which Lightning describes."""
+SUBCLASSES = re.compile(r", known subclasses: [^)]*")
+TITLES = {"<class 'lightning": "The module", "A DataModule": "The data"}
+"""What sections of options are called whose own names say little, by how these begin."""
 ROOMS = {
     "coin.modules": "A system of experts and coded models",
     "coin.coding": "Codes, decoders, risk",
@@ -83,7 +89,10 @@ def commands() -> str:
     head = (
         "# Commands\n\nEvery command takes YAML files or names of shipped ones (`-c`, several stack), its options, and "
     )
-    head += "`--print_config`.\n`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's.\n"
+    head += "`--print_config`.\n`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's: they\n"
+    head += (
+        f"take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and `--trainer.matmul_precision`.\n"
+    )
     return "\n".join([head, *(command(name, what) for name, what in COMMANDS.items())])
 
 
@@ -100,13 +109,16 @@ def command(name: str, what: str) -> str:
         elif line.startswith("   "):
             lines[-1] += escaped(line.strip())
         elif line.endswith(":") and line != "options:":
-            lines += ["", f"**{line.removesuffix(':')}**", ""]
-    return "\n".join(line for line in lines if not SHARED.match(line)) + "\n"
+            title = next((name for start, name in TITLES.items() if line.startswith(start)), line.removesuffix(":"))
+            lines += ["", f"**{title}**", ""]
+    kept = [line for line in lines if not SHARED.match(line) and not LIGHTNINGS.match(line)]
+    return "\n".join(SUBCLASSES.sub("", line) for line in kept) + "\n"
 
 
 def escaped(text: str) -> str:
     """Return a line of help with its code as Markdown's."""
-    return re.sub(r"``(.*?)``", r"`\1`", text).replace("<", "&lt;")
+    text = re.sub(r"`([^`<]+) <(\S+)>`_", r"[\1](\2)", text)
+    return re.sub(r"``(.*?)``", r"`\1`", text.replace(":paramref:", "")).replace("<", "&lt;")
 
 
 def api() -> str:
