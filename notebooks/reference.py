@@ -91,7 +91,7 @@ def commands() -> str:
     )
     head += "`--print_config`.\n`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's: they\n"
     head += (
-        f"take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and `--trainer.matmul_precision`.\n"
+        f"take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and\n`--trainer.matmul_precision`.\n"
     )
     return "\n".join([head, *(command(name, what) for name, what in COMMANDS.items())])
 
