@@ -157,7 +157,7 @@ class Decoder(ABC):
         return risk <= (-math.inf if threshold is None else threshold)
 
     def _check(self, answers: Answers, *, fitting: bool = False) -> None:
-        """Raise DecodingError where the decoder is not fitted, unless it is being, or these are not its experts."""
+        """Raise DecodingError unless the answers are of the decoder's experts and, but for `fitting`, it is fitted."""
         if self.needs_fit and self.moments is None and not fitting:
             raise DecodingError(
                 f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
