@@ -44,6 +44,16 @@ class RidgeFit:
         mean, target_mean = self.input_mean.to(inputs.device), self.target_mean.to(inputs.device)
         return (inputs - mean) @ self.coefficients.to(inputs.device) + target_mean
 
+    def of_groups(self, chosen: Sequence[int], groups: int) -> "RidgeFit":
+        """Return the map to some of the groups of targets, in this order."""
+
+        def columns(x: Tensor) -> Tensor:
+            return x.reshape(*x.shape[:-1], groups, -1)[..., list(chosen), :].flatten(-2).contiguous()
+
+        by_target = {name: columns(getattr(self, name)) for name in ("coefficients", "target_mean", "left_out")}
+        by_group = {name: getattr(self, name)[list(chosen)] for name in ("ridges", "leave_one_out")}
+        return replace(self, **by_target, **by_group)
+
 
 def fit_ridge(
     inputs: Tensor,

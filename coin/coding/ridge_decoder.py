@@ -63,7 +63,15 @@ class RidgeDecoder(Decoder):
                 make = partial(block_kernel, block)
                 return make() if block is blocks[0] else kept.of(block, "kernel", make)
 
-            self.fitted = [fit_blocks(blocks, calibration.experts[list(self.erased)], kernel_of)]
+            def fit(lost: Sequence[int]) -> RidgeFit:
+                return fit_blocks(blocks, calibration.experts[list(lost)], kernel_of)
+
+            if self.survivors or components is not None or len(blocks) < 2:
+                self.fitted = [fit(self.erased)]
+            else:  # it reads the same whoever is lost: one decomposition for all losses
+                same = (self.config.name, *map(id, blocks[1:]))
+                every = kept.of(blocks[-1], same, partial(fit, range(self.num_experts)))
+                self.fitted = [every.of_groups(self.erased, self.num_experts)]
             self.samples_read = calibration.num_samples
         else:
             own = self._own_samples(calibration)

@@ -320,7 +320,13 @@ def test_own_needs_to_know_the_tasks_and_two_samples():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"features": "stages"}, {"components": 2}, {"features": "stages", "components": 3}, {"fitted_on": "own"}],
+    [
+        {},
+        {"features": "stages"},
+        {"components": 2},
+        {"features": "stages", "components": 3},
+        {"fitted_on": "own"},
+    ],
     ids=str,
 )
 def test_decoders_that_share_their_work_are_those_that_do_not_and_do_it_once(options, monkeypatch):
@@ -347,6 +353,31 @@ def test_decoders_that_share_their_work_are_those_that_do_not_and_do_it_once(opt
         decoded(config, calibration.with_coded(rows), test.with_coded(rows), erased, code) for rows, erased in cases
     ]
     assert all(torch.equal(one, other) for one, other in zip(shared, alone, strict=True))
+
+
+@pytest.mark.parametrize("features", ["last", "stages"])
+def test_without_survivors_all_losses_share_one_regression(features, monkeypatch):
+    code = Code([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
+    calibration, test = noisy_answers(9, 1, code), noisy_answers(5, 2, code)
+    config, kept, done = DecoderConfig("feature_ridge", survivors=False, features=features), FeatureCache(), []
+    real = ridge_decoder.fit_blocks
+    monkeypatch.setattr(ridge_decoder, "fit_blocks", lambda *given: done.append(given) or real(*given))
+    systems = [(calibration.with_coded(rows), test.with_coded(rows)) for rows in ([0], [1])]
+    shared = [
+        make_decoder(config, code, erased).fit(seen, kept) for seen, _ in systems for erased in ([0], [1], [2], [2, 0])
+    ]
+    assert len(done) == 2
+    alone = [make_decoder(config, code, each.erased).fit(systems[place // 4][0]) for place, each in enumerate(shared)]
+    for place, (one, other) in enumerate(zip(shared, alone, strict=True)):
+        assert torch.equal(one.decode(systems[place // 4][1]), other.decode(systems[place // 4][1]))
+        assert torch.equal(one.errors, other.errors)
+        (fit,) = one.fitted
+        columns = torch.cat([calibration.experts[expert] for expert in one.erased], 1)
+        direct = real(done[place // 4][0], calibration.experts[list(one.erased)])
+        assert torch.allclose(fit.coefficients, direct.coefficients)
+        assert torch.allclose(fit.target_mean, columns.double().mean(0))
+        assert torch.allclose(fit.left_out, direct.left_out)
+        assert torch.equal(fit.ridges, direct.ridges)
 
 
 # Answers
