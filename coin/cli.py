@@ -30,13 +30,19 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0, or 2 for a user's mistake, reported in one line on standard error.
+        The exit status: 0; 2 for a user's mistake and 130 for an interruption, in one line on standard error.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     name = next((each for each in arguments if not each.startswith("-")), "")
     try:
         with _warnings_in_one_line():
             _run(arguments, name)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        resumed = "; the same command goes on where it was" if name in ("run", "sweep") else ""
+        print(f"coin: interrupted{resumed}", file=sys.stderr)
+        return 130
     except Exception as error:
         mistake = _mistake_behind(error) or shortage_behind(error)
         if mistake is None:

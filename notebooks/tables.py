@@ -201,7 +201,7 @@ def stand_ins(kept: list[tuple[str, str]], columns: list[str]) -> str:
         shown = [spread(100 * own[suite].groupby("experiment").nda.mean()) for suite in columns]
         rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
     names = [STAND_INS[suite] for suite in columns]
-    return markdown(["what stands in", "memory", "forwards", "losses", *names], rows)
+    return markdown(["what stands in", "memory", "forwards", "lost at once", *names], rows)
 
 
 def serving() -> str:

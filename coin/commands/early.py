@@ -62,6 +62,9 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
             raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}{null}"))
+    for tasks in (section.get("tasks") for section in sections):
+        if stray := [key for key in tasks if key in _OF_A_CLASS] if isinstance(tasks, dict) else []:
+            raise ConfigurationError(f"found '{stray[0]}' as the name of a task; indent it under its task")
     for entry in _entries(sections):
         if stray := [key for key in entry if key not in _OF_A_CLASS] if "class_path" in entry else []:
             raise ConfigurationError(

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         print_summary(summary)
         print(f"report: {page}")
-        print(f"next: coin advise {experiment.folder} says what to keep for your servers; coin serve runs it")
+        servers = f"--servers={len(experiment.tasks) + 1} --memory_gib=1"
+        print(f"next: coin advise {experiment.folder} {servers} says what to keep for your servers; coin serve runs it")
 
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:

@@ -10,6 +10,7 @@ import torch
 from coin.core.batches import clear_caches, clone, twin
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.lightning import plain_options
+from coin.core.processes import rank_zero_info
 from coin.data import Augmentation
 from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves, search_grid
 from coin.distillation.training import MemoryTraining
@@ -147,9 +148,12 @@ class Distillation(Method):
                 "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
             )
         trial: DistillationModule | None = None
+        count = 0
 
         def losses(lr: float, steps: int, every: int) -> list[float]:
-            nonlocal trial
+            nonlocal trial, count
+            count += 1
+            rank_zero_info(f"{self.label}: trial {count}, at most {TRIALS}: lr={lr:.3g}, {steps} steps")
             trial = self._run(experts, row, lr, steps, held_out=share, every=every, before=trial)
             return trial.losses
 

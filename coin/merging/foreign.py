@@ -60,6 +60,10 @@ class UserMethod(Method):
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
+        if not isinstance(function, str):
+            raise ConfigurationError(
+                f"found {type(function).__name__} as a function, expected its import path, such as 'mine.merge'"
+            )
         self.function, self.options = function, options or {}
         self.label = self.validated_label(function.rpartition(".")[2] if label is None else label)
         self._function = imported("function", function, "a Python function")

@@ -1,5 +1,6 @@
 """An experiment: its options, checked as a whole; `coin.pipeline.run` runs it."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from coin.coding import DecoderConfig, distinct_decoders
 from coin.coding.decoder_config import SPARE
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
@@ -174,6 +175,17 @@ class Experiment:
             if given is not None and not given.startswith(PREFIX):  # those of Hugging Face's are read at their import
                 import_checkpoint(self.network, task.num_classes, Path(given))
         self._checked = True
+
+    def warn_of_other_starts(self) -> None:
+        """Warn if some experts are imported, and others fine-tuned from random weights."""
+        others = [task for task in self.tasks if task not in self.expert.checkpoints]
+        if self.expert.checkpoints and others and self.network.weights is None and self.base is None:
+            warnings.warn(
+                f"found checkpoints beside experts that are fine-tuned from random weights ({', '.join(others)}), "
+                "expected one start for all; give the checkpoints' own as network.weights",
+                CoinWarning,
+                stacklevel=2,
+            )
 
     def check_fit(self) -> None:
         """Check, before anything is trained, that the options fit this network (fail early).

@@ -29,6 +29,7 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
     _begin(experiment)
     if is_rank_zero():
         experiment.calibration.warn_of_too_few()
+        experiment.warn_of_other_starts()
     with folder_lock(experiment.folder, patient=sweep_of(experiment.folder) is not None):
         on_rank_zero(lambda: remove_leftovers(experiment.folder))
         runner = Runner(experiment)

@@ -90,7 +90,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.step(at[front], 100 * rows["nda_mean"][front], where="post", color=INK, linewidth=0.8, zorder=0)
         lowest, highest = min(nda for nda, *_ in labels), max(100.0, *(nda for nda, *_ in labels))
         axes.set_yscale("function", functions=(_nearness, _nda_of))
-        axes.set_ylim(lowest - 0.1 * (100.2 - lowest), _nda_of(_nearness(highest) + 0.1))
+        axes.set_ylim(lowest - 0.1 * (100.2 - lowest), _nda_of(_nearness(highest) + 0.16))
         shown = [tick for tick in (20, 40, 60, 80, 90, 95, 98, 99, 99.5, 100) if tick >= lowest - 1]
         axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
         log_scale(axes)

@@ -16,8 +16,8 @@ FEWEST_SEEDS = 3
 """The fewest seeds for which a difference is tested for significance."""
 _MOST = 5
 CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR = (
-    "best closed form", "best in a few steps", "fair baseline: best trained", "best foreign", "best compressed experts",
-    "floor: no coded model",
+    "best closed form", "best in a few steps", "fair baseline: best trained", "best of your own",
+    "best compressed experts", "floor: no coded model",
 )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def _cautions(means: pd.DataFrame) -> list[str]:
     out = []
     if (seeds := means["seed"].nunique()) < FEWEST_SEEDS:
         few = "One seed" if seeds == 1 else "Two seeds"
-        out.append(f"{few} only: differences are told from chance from three seeds on.")
+        out.append(f"{few} only: whether differences are significant is tested from three seeds on.")
     oracle = means[(means["method"] == "oracle") & (means["decoder"] == "linear")]
     if bool(((oracle["nda"] - 1).abs() > 1e-3).any()):
         out.append(f"The oracle should have 100 % NDA and has {percent(oracle['nda'].mean())} %: do not trust this.")

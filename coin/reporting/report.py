@@ -36,7 +36,7 @@ _COST = (
 )
 _KEPT = (
     "NDA of everything that may stand in for a lost expert against what it keeps. Up and left is better. The line joins"
-    " what nothing smaller is as good as; those and each method's best decoder are named. Round: one network runs for a"
+    " those that no smaller one equals; they and each method's best decoder are named. Round: one network runs for a"
     " lost answer; replica: the lost expert's own weights, compressed."
 )
 _LAYERS = (

@@ -301,3 +301,8 @@ def test_the_singular_vector_examples_are_their_formulas(monkeypatch: pytest.Mon
         nearest = vectors @ torch.diag(values.rsqrt()) @ vectors.T @ side
         projected = nearest @ found["tsv_m"] if side.shape[1] == 6 else found["tsv_m"] @ nearest.T
         torch.testing.assert_close(projected.square().sum(), kept.square().sum())
+
+
+def test_a_function_in_the_place_of_its_import_path_is_told():
+    with pytest.raises(ConfigurationError, match="found function as a function, expected its import path"):
+        UserMethod(lambda experts, calibration: experts[0])

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.errors import ConfigurationError, FileError, shortage_behind
+from coin.errors import CoinWarning, ConfigurationError, FileError, shortage_behind
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
 
@@ -285,3 +286,29 @@ def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path
     with pytest.raises(SystemExit):
         main(["run", "-c", str(under), "--tasks.a.init_args.max_train=9", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["tasks"]["a"]["init_args"]["max_train"] == 9
+
+
+@pytest.mark.parametrize("by_lightning", [False, True])
+def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if not by_lightning:
+                raise
+            sys.exit(1)  # as Lightning does
+
+    monkeypatch.setattr("coin.cli.check_early", interrupted)
+    assert main(["run", "-c", "quickstart"]) == 130
+    assert capsys.readouterr().err == "coin: interrupted; the same command goes on where it was\n"
+    monkeypatch.setattr("coin.cli.check_early", lambda *_: sys.exit(3))
+    with pytest.raises(SystemExit):
+        main(["run", "-c", "quickstart"])
+
+
+def test_experts_of_another_start_than_the_imported_ones_are_warned_of(config: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("coin.pipeline.run.on_rank_zero", lambda *_: sys.exit(3))  # before anything is done
+    options = f"{{digits: {config}}}"
+    told = "found checkpoints beside experts that are fine-tuned from random weights"
+    with pytest.warns(CoinWarning, match=told), pytest.raises(SystemExit):
+        main(["run", "-c", str(config), f"--expert.checkpoints={options}"])

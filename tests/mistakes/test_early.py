@@ -41,6 +41,10 @@ WRONG = {
         "tasks: {a: {class_path: ImageFolder, root: data}}\n",
         "found 'root' beside class_path: ImageFolder, expected options under init_args",
     ),
+    "options beside the tasks": (
+        "tasks:\n  a: {class_path: ImageFolder}\n  init_args: {root: data}\n",
+        "found 'init_args' as the name of a task; indent it under its task",
+    ),
     "tasks that are not indented": (
         "name: x\ntasks:\nlow: {class_path: MNIST5k}\n",
         "found option 'low', expected one of base, ",
