@@ -133,7 +133,7 @@ def _told(message: str) -> str:
         text = f"{before.partition(' - ')[0].strip()} {found}{'; or '.join(dict.fromkeys(told))}"
     if refused := re.search(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
         path, option = refused.groups()
-        names = _options_of(path)
+        names = _options_of(path) or ["--help"]
         return unknown(f"{path.rpartition('.')[2]} option", option, names, f"one of {', '.join(names)}")
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
@@ -143,9 +143,12 @@ def _told(message: str) -> str:
 
 
 def _options_of(path: str) -> list[str]:
-    """Return the names of the options that a class and its bases take."""
+    """Return the names of the options that a class and its bases take; none if it is not found by its path."""
     module, _, name = path.rpartition(".")
-    kinds = getattr(import_module(module), name).__mro__
+    try:
+        kinds = getattr(import_module(module), name).__mro__
+    except (ImportError, AttributeError, ValueError):
+        return []
     taken = [each for kind in kinds for each in inspect.signature(kind.__init__).parameters.values()]
     named = [each.name for each in taken if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     return [name for name in dict.fromkeys(named) if name != "self"]
