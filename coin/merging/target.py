@@ -19,7 +19,7 @@ FAR = 0.0125
 networks had been fine-tuned without restraint."""
 
 
-AHEAD = 0.8
+AHEAD = 0.85
 """Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
 
 
