@@ -4,7 +4,6 @@ A command's module is imported on use, so that commands without PyTorch start qu
 """
 
 import difflib
-import inspect
 import os
 import re
 import sys
@@ -133,8 +132,8 @@ def _told(message: str) -> str:
         text = f"{before.partition(' - ')[0].strip()} {found}{'; or '.join(dict.fromkeys(told))}"
     if refused := re.search(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
         path, option = refused.groups()
-        names = _options_of(path) or ["--help"]
-        return unknown(f"{path.rpartition('.')[2]} option", option, names, f"one of {', '.join(names)}")
+        if names := _options_of(path):
+            return unknown(f"{path.rpartition('.')[2]} option", option, names, f"one of {', '.join(names)}")
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
         name = name.split("; or ")[0]
@@ -143,12 +142,14 @@ def _told(message: str) -> str:
 
 
 def _options_of(path: str) -> list[str]:
-    """Return the names of the options that a class and its bases take; none if it is not found by its path."""
+    """Return the names of the options that a class takes; none if it is not found by its path."""
+    from jsonargparse import ArgumentParser  # which the command has imported by now
+
     module, _, name = path.rpartition(".")
+    parser = ArgumentParser(exit_on_error=False)
     try:
-        kinds = getattr(import_module(module), name).__mro__
+        parser.add_class_arguments(getattr(import_module(module), name))
     except (ImportError, AttributeError, ValueError):
         return []
-    taken = [each for kind in kinds for each in inspect.signature(kind.__init__).parameters.values()]
-    named = [each.name for each in taken if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    return [name for name in dict.fromkeys(named) if name != "self"]
+    names = dict.fromkeys(each.dest.partition(".")[0] for each in parser._actions)
+    return [name for name in names if name != "help"]

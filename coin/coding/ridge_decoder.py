@@ -66,7 +66,8 @@ class RidgeDecoder(Decoder):
             def fit(lost: Sequence[int]) -> RidgeFit:
                 return fit_blocks(blocks, calibration.experts[list(lost)], kernel_of)
 
-            if self.survivors or components is not None or len(blocks) < 2:
+            readable = bool(torch.isfinite(calibration.experts).all())  # of experts that are not lost too
+            if self.survivors or components is not None or len(blocks) < 2 or not readable:
                 self.fitted = [fit(self.erased)]
             else:  # it reads the same whoever is lost: one decomposition for all losses
                 same = (self.config.name, *map(id, blocks[1:]))

@@ -3,9 +3,13 @@
 import ast
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 import coin
 from coin.core.lazy import exported
@@ -52,16 +56,28 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     first = next(iter(arguments), "-")
     if command in _OF_A_FOLDER and not first.startswith("-") and not Path(first).is_dir():
         raise FileError(f"found no folder '{first}', expected an experiment's; make it with `coin run`")
+    sections = [document for document in documents if isinstance(document, dict)]
+    if command == "sweep" and first.endswith((".yaml", ".yml")) and Path(first).is_file():
+        swept = read_yaml(Path(first))
+        _check_entries([swept["set"]] if isinstance(swept, dict) and isinstance(swept.get("set"), dict) else [])
     if not (known := known_options(command)):
         return
-    sections = [document for document in documents if isinstance(document, dict)]
     given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
-    null = next(
-        (f", or is it to be indented under '{k}'" for each in sections for k, v in each.items() if v is None), ""
-    )
+    above = {key: before for section in sections for before, key in pairwise(section) if section[before] is None}
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
-            raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}{null}"))
+            indented = f", or is it to be indented under '{above[key]}'" if key in above else ""
+            expected = f"one of {', '.join(sorted(known))}{indented}"
+            raise ConfigurationError(unknown("option", name, sorted(known), expected))
+    _check_entries([*sections, *_given_entries(arguments)])
+    classes = known_classes()
+    for name in _class_names([*sections, _given_classes(command, arguments)]):
+        if "." not in name and name not in (*classes, "Tasks"):
+            raise ConfigurationError(unknown("class", name, classes, A_CLASS))
+
+
+def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigurationError where the options of a task, a method, a model or data are not under init_args."""
     for tasks in (section.get("tasks") for section in sections):
         if stray := [key for key in tasks if key in _OF_A_CLASS] if isinstance(tasks, dict) else []:
             raise ConfigurationError(f"found '{stray[0]}' as the name of a task; indent it under its task")
@@ -71,10 +87,6 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
                 f"found {', '.join(map(repr, stray))} beside class_path: {entry['class_path']}, expected options under "
                 f"init_args; write {{class_path: {entry['class_path']}, init_args: {{{stray[0]}: …}}}}"
             )
-    classes = known_classes()
-    for name in _class_names([*sections, _given_classes(command, arguments)]):
-        if "." not in name and name not in (*classes, "Tasks"):
-            raise ConfigurationError(unknown("class", name, classes, A_CLASS))
 
 
 def known_options(command: str) -> set[str]:
@@ -112,6 +124,19 @@ def known_classes() -> list[str]:
     """Return the names of coin's tasks, methods and modules."""
     rooms = "data", "merging", "distillation", "modules"
     return [name for room in rooms for name in exported(_ROOT / room / "__init__.py")]
+
+
+def _given_entries(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the tasks and methods that a command line writes out, and configurations that it writes out."""
+    for place in range(len(arguments)):
+        name, value = _option(arguments, place)
+        if name in ("--tasks", "--methods", "--methods+", "-c", "--config") and value.lstrip().startswith(("{", "[")):
+            with suppress(yaml.YAMLError):
+                given = yaml.safe_load(value)
+                if name not in ("-c", "--config"):
+                    yield {name[2:]: given}
+                elif isinstance(given, dict):
+                    yield given
 
 
 def _given_classes(command: str, arguments: Sequence[str]) -> dict[str, str]:

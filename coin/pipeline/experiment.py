@@ -177,12 +177,12 @@ class Experiment:
         self._checked = True
 
     def warn_of_other_starts(self) -> None:
-        """Warn if some experts are imported, and others fine-tuned from random weights."""
+        """Warn if some experts are imported, and others fine-tuned from a network without weights."""
         others = [task for task in self.tasks if task not in self.expert.checkpoints]
         if self.expert.checkpoints and others and self.network.weights is None and self.base is None:
             warnings.warn(
-                f"found checkpoints beside experts that are fine-tuned from random weights ({', '.join(others)}), "
-                "expected one start for all; give the checkpoints' own as network.weights",
+                f"found checkpoints beside experts that are fine-tuned without network.weights ({', '.join(others)}), "
+                "expected one start for all; give the checkpoints' own",
                 CoinWarning,
                 stacklevel=2,
             )

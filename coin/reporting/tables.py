@@ -20,7 +20,7 @@ WIDTH = 80
 """Columns of text without a terminal."""
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
 FAR_ABOVE = 1.1
-"""An NDA above this says that experts are weak, not that a stand-in is good."""
+"""An NDA above this says more of the experts than of a stand-in."""
 NEAR = 0.01
 """How far below the best NDA a stand-in may be to be called as good in a sentence."""
 BEST = "*"
@@ -189,9 +189,7 @@ def finding(kept: pd.DataFrame) -> str:
     row = near.loc[near["memory_mib"].idxmin()]
     alone = kept[kept["name"] == REFERENCES[0]]["nda_mean"].max()
     if row["nda_mean"] > FAR_ABOVE:
-        return (
-            "In short: the lost experts are hardly right themselves, so that NDA says little; see their own accuracy."
-        )
+        return "In short: what stands in is right more often than the lost experts; look at their own accuracy first."
     rest = "" if math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
     how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
     return (

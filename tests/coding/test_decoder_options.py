@@ -380,6 +380,15 @@ def test_without_survivors_all_losses_share_one_regression(features, monkeypatch
         assert torch.equal(fit.ridges, direct.ridges)
 
 
+def test_without_survivors_an_expert_that_is_not_lost_may_fail():
+    calibration = noisy_answers(9, 1, CODE)
+    calibration.experts[2] = torch.nan
+    config = DecoderConfig("feature_ridge", survivors=False)
+    assert make_decoder(config, CODE, [0]).fit(calibration).decode(calibration).isfinite().all()
+    with pytest.raises(NumericalError, match="hold a NaN"):
+        make_decoder(config, CODE, [2]).fit(calibration)
+
+
 # Answers
 
 

@@ -101,6 +101,14 @@ MISTAKES = {
     "a list that is none": (["run", "--seeds=[a]"], "Expected a <class 'int'>. Got value: a"),
     "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
     "half an option": (["run", "--expert.epoch=7"], "found option '--expert.epoch' (did you mean --expert.epochs?)"),
+    "a method's option, written out": (
+        ["run", "--methods=[{class_path: Coin, damping: 1}]"],
+        "found 'damping' beside class_path: Coin",
+    ),
+    "an option of an expert": (
+        ["fit", "--data=Digits", "--model.lrr=1"],
+        "found Expert option 'lrr' (did you mean lr?)",
+    ),
     "half an option of the Trainer": (["fit", "--data=Digits", "--trainer.max_epoch=1"], "unrecognized arguments"),
     "a seed": (["fit", "--data=Digits", "--seed_everything=-1"], "seed"),
 }
@@ -309,6 +317,6 @@ def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatc
 def test_experts_of_another_start_than_the_imported_ones_are_warned_of(config: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("coin.pipeline.run.on_rank_zero", lambda *_: sys.exit(3))  # before anything is done
     options = f"{{digits: {config}}}"
-    told = "found checkpoints beside experts that are fine-tuned from random weights"
+    told = "found checkpoints beside experts that are fine-tuned without network.weights"
     with pytest.warns(CoinWarning, match=told), pytest.raises(SystemExit):
         main(["run", "-c", str(config), f"--expert.checkpoints={options}"])

@@ -129,3 +129,19 @@ def test_what_is_known_is_what_there_is():
     rooms = (coin.merging, coin.data, coin.modules, coin.distillation)
     assert all(any(hasattr(room, name) for room in rooms) for name in known_classes())
     assert {"Coin", "Digits", "Coded", "Distillation"} <= {*known_classes()}
+
+
+def test_the_methods_of_a_sweep_are_looked_at_too(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("name: s\nexperiment: [x.yaml]\nset: {methods: [{class_path: Coin, damping: 1}]}\n")
+    with pytest.raises(ConfigurationError, match="found 'damping' beside class_path: Coin"):
+        check_early("sweep", [str(path), "--dry-run"])
+
+
+def test_only_what_follows_an_empty_section_may_belong_under_it(tmp_path):
+    path = tmp_path / "x.yaml"
+    for text, meant in (("base:\nlow: 1\n", True), ("low: 1\nbase:\n", False), ("base:\nname: x\nlow: 1\n", False)):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match="found option 'low'") as caught:
+            check_early("run", ["-c", str(path)])
+        assert ("indented under 'base'" in str(caught.value)) == meant

@@ -347,8 +347,8 @@ def test_experts_that_are_hardly_right_are_told_of():
         {"low": 10, "high": 5, "two": 2, "never": 3},
     )
     with pytest.warns(CoinWarning, match=r"'low' 25.0% \(chance is 10.0%\), 'two' 55.0% .*'never' 0.0%") as told:
-        warn_of_weak_experts(accuracies, classes)
+        warn_of_weak_experts(accuracies, classes, images=True)
     assert "high" not in str(told[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_weak_experts({"low": 0.3}, {"low": 10})
+        warn_of_weak_experts({"low": 0.3}, {"low": 10}, images=False)

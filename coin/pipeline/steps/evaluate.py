@@ -68,9 +68,9 @@ def record_evaluation(
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
     classes = {name: task.classes for name, task in tasks.tasks.items()}
-    warn_of_weak_experts(
-        {row.task: row.expert_accuracy for row in rows}, {name: len(found) for name, found in classes.items()}
-    )
+    counts = {name: len(found) for name, found in classes.items()}
+    images = all(task.content == "images" for task in tasks.tasks.values())
+    warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, counts, images=images)
     write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
@@ -92,14 +92,15 @@ def record_evaluation(
             log_evaluation(run, rows, confusions, examples, classes, risk)
 
 
-def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int]) -> None:
+def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int], *, images: bool) -> None:
     """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
     chance = {name: 1 / classes[name] for name in accuracies}
     if weak := [name for name, found in accuracies.items() if found < chance[name] + WEAK * (1 - chance[name])]:
         each = ", ".join(f"'{name}' {accuracies[name]:.1%} (chance is {chance[name]:.1%})" for name in weak)
+        inputs = "images normalised as ImageNet's" if images else "texts as the tokenizer cuts them"
         warnings.warn(
             f"found experts that are hardly right: {each}, so that NDA says little; train them for longer, or see that "
-            "imported ones were trained on the inputs that networks get here, images normalised as ImageNet's",
+            f"imported ones were trained on what networks get here, {inputs}",
             CoinWarning,
             stacklevel=2,
         )
