@@ -56,12 +56,9 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     first = next(iter(arguments), "-")
     if command in _OF_A_FOLDER and not first.startswith("-") and not Path(first).is_dir():
         raise FileError(f"found no folder '{first}', expected an experiment's; make it with `coin run`")
-    sections = [document for document in documents if isinstance(document, dict)]
-    if command == "sweep" and first.endswith((".yaml", ".yml")) and Path(first).is_file():
-        swept = read_yaml(Path(first))
-        _check_entries([swept["set"]] if isinstance(swept, dict) and isinstance(swept.get("set"), dict) else [])
     if not (known := known_options(command)):
         return
+    sections = [document for document in documents if isinstance(document, dict)]
     given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
     above = {key: before for section in sections for before, key in pairwise(section) if section[before] is None}
     for key in (*(key for section in sections for key in section), *given):
@@ -69,9 +66,10 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             indented = f", or is it to be indented under '{above[key]}'" if key in above else ""
             expected = f"one of {', '.join(sorted(known))}{indented}"
             raise ConfigurationError(unknown("option", name, sorted(known), expected))
-    _check_entries([*sections, *_given_entries(arguments)])
+    sections += _given_sections(command, arguments)
+    _check_entries(sections)
     classes = known_classes()
-    for name in _class_names([*sections, _given_classes(command, arguments)]):
+    for name in _class_names(sections):
         if "." not in name and name not in (*classes, "Tasks"):
             raise ConfigurationError(unknown("class", name, classes, A_CLASS))
 
@@ -126,24 +124,18 @@ def known_classes() -> list[str]:
     return [name for room in rooms for name in exported(_ROOT / room / "__init__.py")]
 
 
-def _given_entries(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the tasks and methods that a command line writes out, and configurations that it writes out."""
+def _given_sections(command: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield what a command line itself says of objects: classes by name, and sections that it writes out as YAML."""
+    classes = ("--model", "--data", *(["--method"] if command == "merge" else []))
     for place in range(len(arguments)):
         name, value = _option(arguments, place)
-        if name in ("--tasks", "--methods", "--methods+", "-c", "--config") and value.lstrip().startswith(("{", "[")):
+        if name in classes:
+            yield {name[2:]: value}
+        elif name in ("--tasks", "--methods", "--methods+", "-c", "--config") and value.lstrip().startswith(("{", "[")):
             with suppress(yaml.YAMLError):
                 given = yaml.safe_load(value)
-                if name not in ("-c", "--config"):
-                    yield {name[2:]: given}
-                elif isinstance(given, dict):
-                    yield given
-
-
-def _given_classes(command: str, arguments: Sequence[str]) -> dict[str, str]:
-    """Return the classes that a command line names as the model, the data and, for ``coin merge``, the method."""
-    named = ["--model", "--data", *(["--method"] if command == "merge" else [])]
-    options = [_option(arguments, place) for place in range(len(arguments))]
-    return {name[2:]: value for name, value in options if name in named}
+                section = given if name in ("-c", "--config") else {name[2:]: given}
+                yield section if isinstance(section, dict) else {}
 
 
 def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:

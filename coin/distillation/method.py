@@ -1,5 +1,6 @@
 """The ensemble-distillation baseline: a merge method that trains."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -148,12 +149,12 @@ class Distillation(Method):
                 "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
             )
         trial: DistillationModule | None = None
-        count = 0
+        is_grid = self.recorded_options["schedule"] == Schedule.one_cycle
+        most, tried = TRIALS if is_grid else len(rates), itertools.count(1)
 
         def losses(lr: float, steps: int, every: int) -> list[float]:
-            nonlocal trial, count
-            count += 1
-            rank_zero_info(f"{self.label}: trial {count}, at most {TRIALS}: lr={lr:.3g}, {steps} steps")
+            nonlocal trial
+            rank_zero_info(f"{self.label}: trial {next(tried)}, at most {most}: lr={lr:.3g}, {steps} steps")
             trial = self._run(experts, row, lr, steps, held_out=share, every=every, before=trial)
             return trial.losses
 
@@ -161,7 +162,7 @@ class Distillation(Method):
             found = losses(lr, steps, steps)
             return found[-1] if found and math.isfinite(found[-1]) else math.inf
 
-        if self.recorded_options["schedule"] == Schedule.one_cycle:
+        if is_grid:
             choice = search_grid(last_loss, rates, steps)
             if choice.at_edge:
                 lr, steps = choice.best

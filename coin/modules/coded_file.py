@@ -13,6 +13,7 @@ from coin.errors import FileError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State, check_same_layout, fingerprint
 from coin.merging.method import fill
+from coin.networks.experts import tensors_of
 from coin.networks.heads import of_one_width
 
 if TYPE_CHECKING:
@@ -77,4 +78,5 @@ def _below(prefix: str, state: State) -> dict[str, Tensor]:
 
 def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's parameters and buffers by name, tied ones once, non-persistent ones included."""
-    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    parameters, buffers = tensors_of(network)
+    return {**parameters, **buffers}

@@ -13,7 +13,6 @@ from coin.reporting.style import (
     INK,
     SOFT,
     WIDTH,
-    colour as colour,
     column_of_names,
     legend_below,
     log_scale,

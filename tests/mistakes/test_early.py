@@ -10,7 +10,7 @@ import coin.data
 import coin.distillation
 import coin.merging
 import coin.modules
-from coin.commands import ON_TRAINER
+from coin.commands import ON_TRAINER, sweep
 from coin.commands.coded_system import Choice
 from coin.commands.early import check_early, known_classes, known_options
 from coin.commands.simulate import simulate
@@ -131,11 +131,15 @@ def test_what_is_known_is_what_there_is():
     assert {"Coin", "Digits", "Coded", "Distillation"} <= {*known_classes()}
 
 
-def test_the_methods_of_a_sweep_are_looked_at_too(tmp_path):
+def test_the_methods_of_a_sweep_are_looked_at_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text("name: x\n")
     path = tmp_path / "s.yaml"
-    path.write_text("name: s\nexperiment: [x.yaml]\nset: {methods: [{class_path: Coin, damping: 1}]}\n")
+    path.write_text(
+        "name: s\nexperiment: [x.yaml]\nset: {methods: [{class_path: Coin, damping: 1}]}\ngrid: {seeds: [1]}\n"
+    )
     with pytest.raises(ConfigurationError, match="found 'damping' beside class_path: Coin"):
-        check_early("sweep", [str(path), "--dry-run"])
+        sweep.main([str(path), "--dry-run"])
 
 
 def test_only_what_follows_an_empty_section_may_belong_under_it(tmp_path):
