@@ -72,9 +72,9 @@ KEPT = {
     ("refit", "expert_head"): "**`Refit`, own head**",
     ("refit-3bit-int8base", "expert_head"): "the same, a 3-bit delta from an int8 base",
     ("refit-4bit-nobase", "expert_head"): "**the same in 4 bits**",
-    ("spare-8bit-nobase", "replica"): "copies of the experts in 8 bits",
-    ("spare-3bit-int8base", "replica"): "**copies of the experts**, 3-bit deltas from an int8 base",
-    ("spare-rank8-int8base", "replica"): "copies of the experts, deltas of rank 8 from an int8 base",
+    ("replica-8bit-nobase", "replica"): "copies of the experts in 8 bits",
+    ("replica-3bit-int8base", "replica"): "**copies of the experts**, 3-bit deltas from an int8 base",
+    ("replica-rank8-int8base", "replica"): "copies of the experts, deltas of rank 8 from an int8 base",
 }
 """What may stand in for a lost expert: method and decoder, and how the tables call it."""
 
@@ -86,7 +86,7 @@ IN_SHORT = [
     ("distillation", "feature_ridge"),
     ("refit", "expert_head"),
     ("refit-4bit-nobase", "expert_head"),
-    ("spare-3bit-int8base", "replica"),
+    ("replica-3bit-int8base", "replica"),
 ]
 """The rows of the README's table."""
 
@@ -99,8 +99,8 @@ DRAWN = {
     ("refit", "expert_head"): "refit, own head",
     ("refit-3bit-int8base", "expert_head"): "refit, own head, 3-bit delta",
     ("refit-4bit-nobase", "expert_head"): "refit, own head, 4 bits",
-    ("spare-3bit-int8base", "replica"): "spare: copies, 3-bit deltas",
-    ("spare-8bit-nobase", "replica"): "spare: copies in 8 bits",
+    ("replica-3bit-int8base", "replica"): "replica: copies, 3-bit deltas",
+    ("replica-8bit-nobase", "replica"): "replica: copies in 8 bits",
 }
 """The points of the README's figure: method and decoder, and what they are called in it."""
 
@@ -205,15 +205,21 @@ def stand_ins(kept: list[tuple[str, str]], columns: list[str]) -> str:
 
 
 def serving() -> str:
-    """Memory, p99.9 and accuracy of the simulated redundancies; a spare's memory in float32, float16 and int8."""
+    """Memory, p99.9 and accuracy of the simulated redundancies; a replica's memory in float32, float16 and int8."""
     eight = measured("experts")
     eight = eight[eight.groupby("experiment").task.transform("nunique") == 8]
     eight = eight[(eight.method == "refit") & (eight.decoder == "feature_ridge")]
-    right = {8: {"spare": eight.expert_accuracy.mean(), "coded_hedged": eight.decoded_accuracy.mean()}}
+    right = {8: {"replica": eight.expert_accuracy.mean(), "coded_hedged": eight.decoded_accuracy.mean()}}
     right[3] = dict(simulated("failures", 3).xs("one", level="want").standing_in_accuracy)
     rows = []
-    for experts, redundancy in ((3, "uncoded"), (3, "spare"), (3, "coded_hedged"), (8, "spare"), (8, "coded_hedged")):
-        kinds = ("spare", "spare_half", "spare_int8") if redundancy == "spare" else (redundancy,)
+    for experts, redundancy in (
+        (3, "uncoded"),
+        (3, "replica"),
+        (3, "coded_hedged"),
+        (8, "replica"),
+        (8, "coded_hedged"),
+    ):
+        kinds = ("replica", "replica_half", "replica_int8") if redundancy == "replica" else (redundancy,)
         sizes = [simulated("failures", experts).loc[(kind, "one")] for kind in kinds]
         memory = "; ".join(f"{size.memory_server / 2**20:.0f}, {size.memory / 2**20:.0f}" for size in sizes)
         tails = []
@@ -223,7 +229,7 @@ def serving() -> str:
                 middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
                 tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
         accuracy = right[experts].get(redundancy, math.nan)
-        name = "**spare**" if redundancy == "spare" else redundancy
+        name = "**replica**" if redundancy == "replica" else redundancy
         rows.append([f"{experts}, {name}", memory, *tails, "–" if math.isnan(accuracy) else percent(accuracy)])
     slow = ["slow 1 % of the time: one wanted", "all", "slow 5 %: one", "all", "down 1 %: one", "all"]
     return markdown(["N", "MiB: largest server, in all", *slow, "right, %"], rows)

@@ -9,9 +9,7 @@ from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
 REPLICA = "replica"
-"""What results have in place of a decoder where a compressed expert answers by itself."""
-SPARE = "spare"
-"""The kind of such an expert among the methods of the results."""
+"""What results have in place of a decoder where a compressed expert answers by itself; its kind among the methods."""
 
 
 class DecoderKind(StrEnum):

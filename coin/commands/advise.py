@@ -94,7 +94,7 @@ def advise(
     if servers - count != profile.code.num_coded:
         notes.append(f"coded: with {profile.code.num_coded} coded models only, as many as the experiment has measured")
     rows["fits"] = rows["memory_server"] <= room
-    taken = choose(rows, p999_ms, tolerance, accuracy)
+    taken = recommended_row(rows, p999_ms, tolerance, accuracy)
     rows["buy"] = rows.index == taken
     notes += _reasons(rows, known, room, p999_ms, tolerance, accuracy)
     notes += _while_repaired(points[taken], conditions, range(seeds), jobs) + when_coding(rows, want)
@@ -128,7 +128,7 @@ def candidates(
     return found
 
 
-def choose(rows: pd.DataFrame, p999_ms: float | None, tolerance: float, accuracy: float | None = None) -> int:
+def recommended_row(rows: pd.DataFrame, p999_ms: float | None, tolerance: float, accuracy: float | None = None) -> int:
     """Return the index of the row to take; see `advise`."""
     able = rows[rows["fits"]]
     survives = able[(able["losses"] > 0) & able["effective_accuracy"].notna()]
@@ -215,7 +215,7 @@ def when_coding(rows: pd.DataFrame, want: QueryTarget) -> list[str]:
     if want is QueryTarget.all and not coded.empty:
         count, extras = coded[["experts", "extras"]].iloc[0]
         notes.append(
-            f"asked at once for all answers, a coded model takes {count + extras} forward passes a query and a spare "
+            f"asked at once for all answers, a coded model takes {count + extras} forward passes a query and a replica "
             f"{2 * count}: one pass makes up for any expert"
         )
     elif want is QueryTarget.one:

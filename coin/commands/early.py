@@ -23,7 +23,7 @@ _MACHINES = [*_SYSTEM, ("serving/sim/conditions.py", "Conditions")]
 _SOURCES = {
     "run": [("pipeline/experiment.py", "Experiment")],
     "merge": [("pipeline/steps/merge.py", "merge")],
-    "compress": [("pipeline/steps/compress.py", "compress")],
+    "compress": [("pipeline/steps/compress.py", "compress_network")],
     "export": [("pipeline/steps/export.py", "export")],
     "serve": [("commands/serve.py", "serve"), *_SYSTEM],
     "simulate": [("commands/simulate.py", "simulate"), *_MACHINES],

@@ -35,7 +35,7 @@ def add_json_argument(parser: ArgumentParser) -> None:
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a command's options, instantiated."""
     try:
-        found = parser.parse_args(checked(arguments))
+        found = parser.parse_args(checked_arguments(arguments))
     except ArgumentError as error:
         if (mistake := _with_nearest(str(error), parser)) is None:
             raise
@@ -84,7 +84,7 @@ def parse_options(
     return options
 
 
-def checked(arguments: Sequence[str]) -> list[str]:
+def checked_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments, after checking that no YAML file has a key twice: YAML would take the last one.
 
     Options that replace a whole list are preceded by an empty one; otherwise an entry would inherit the options of the

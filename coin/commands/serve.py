@@ -13,11 +13,11 @@ from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
 from coin.commands.parser import parse_options
 from coin.errors import CoinError, CoinWarning
 from coin.serving.decodings import Decodings
-from coin.serving.layout import spread_spares
+from coin.serving.layout import spread_replicas
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
-from coin.serving.ray_app import RayOptions, System, application as ray_application, check_port, start
+from coin.serving.ray_app import RayOptions, System, check_port, ray_application, start
 from coin.serving.replies import ReplyFormat
 
 
@@ -34,8 +34,8 @@ def serve(
         folder: An experiment's folder, whose first seed is taken, or a seed's.
         choice: Which of the experiment's coded systems to serve.
         policy: Which servers a query asks; by default ``standin`` if the decoder needs no survivor (which that policy
-            requires), else ``coded_hedged``. With ``hedged`` and ``replicated``, spares that hold every expert replace
-            the coded models, one per row of the code; with ``uncoded`` there are neither.
+            requires), else ``coded_hedged``. With ``hedged`` and ``replicated``, replicas of all experts replace the
+            coded models, one per row of the code; with ``uncoded`` there are neither.
         quantile: The quantile of own answers' time after which they count as late.
         ray: Where and how to serve.
     """
@@ -74,10 +74,10 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind | None, quantile
         promise, thresholds = coded.thresholds()
         decodings = Decodings(coded.code, _decoders(coded), stages, classes, thresholds)
     else:
-        spares = 0 if rule.kind is PolicyKind.uncoded else coded.code.num_coded
-        layout = spread_spares(len(paths), spares)
-        for place in range(spares):
-            processes[f"spare-{place}"] = {f"spare-{place}-{task}": path for task, path in paths.items()}
+        replicas = 0 if rule.kind is PolicyKind.uncoded else coded.code.num_coded
+        layout = spread_replicas(len(paths), replicas)
+        for place in range(replicas):
+            processes[f"replica-{place}"] = {f"replica-{place}-{task}": path for task, path in paths.items()}
     platform = f"coin ({rule.kind}, {coded.method}, {coded.decoder.name})" if rule.coded else f"coin ({rule.kind})"
     return System(
         folder=folder,

@@ -113,11 +113,11 @@ def simulate(
     return rows
 
 
-_SPARES = "give the experiment spares: [{bits: 3, base_bits: 8}], and run it again"
+_REPLICAS = "give the experiment replicas: [{bits: 3, base_bits: 8}], and run it again"
 _DECODER = "add {} to the experiment's decoders, and run it again"
 LACKING = {
-    Redundancy.spare_delta: _SPARES,
-    Redundancy.neighbours: _SPARES,
+    Redundancy.replica_delta: _REPLICAS,
+    Redundancy.neighbours: _REPLICAS,
     Redundancy.standin: _DECODER.format("expert_head"),
     Redundancy.coded_proactive: _DECODER.format("feature_ridge"),
     Redundancy.coded_hedged: _DECODER.format("feature_ridge"),
@@ -164,7 +164,7 @@ def read_profile(
             conditions = replace(conditions, service=replace(service, marginal=float(np.mean(marginals))))
     else:
         times = (np.array([service.seconds]),) * len(servers)
-    sizes = tuple(kept_bytes(path) for path in system.experts.paths.values())
+    sizes = tuple(network_bytes(path) for path in system.experts.paths.values())
     profile = Profile(system.code, times, sizes, float(system.results["expert_accuracy"].mean()), decoding)
     every = _what_was_measured(frame, Choice())
     known = _stand_ins(system, profile, pd.concat([chosen[~chosen["replica"]], every[every["replica"]]]))
@@ -198,20 +198,20 @@ def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) ->
     found = [
         StandIn(Redundancy.uncoded),
         StandIn(Redundancy.copy, "", size, 0.0, right, 1.0),
-        StandIn(Redundancy.spare, "", 0.0, size, right, 1.0),
+        StandIn(Redundancy.replica, "", 0.0, size, right, 1.0),
     ]
     best, of_system = 0.0, (system.method, system.batchnorm, system.decoder.name)
     for row in measured.to_dict("records"):
         name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
         worst = float(row["worst"])
         if row["replica"]:
-            found += _deltas(system, name.removeprefix("spare-"), kept, accuracy, worst)
+            found += _deltas(system, name.removeprefix("replica-"), kept, accuracy, worst)
         elif not row["survivors"] and accuracy > best:
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded
             found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, worst, every))
         elif row["survivors"] and (name, row["batchnorm"], row["decoder"]) == of_system:
-            each = float(np.mean([kept_bytes(path) for path in system.coded]))  # regressions are the front end's
+            each = float(np.mean([network_bytes(path) for path in system.coded]))  # regressions are the front end's
             for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
                 found.append(StandIn(kind, "", each, 0.0, system.decoded_accuracy, worst))
     return found
@@ -226,11 +226,11 @@ def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float, worst:
     # How many bytes it takes, and how long to unpack, does not depend on what the base is.
     packed = compress(first, last, bits=how[0], rank=how[1], base_bits=0 if "nobase" in name else 32)
     seconds, each = float(np.median(measure_times(packed.network, 5))), float(packed.nbytes)
-    fixed, kinds = max(0.0, kept - each * len(paths)), (Redundancy.spare_delta, Redundancy.neighbours)
+    fixed, kinds = max(0.0, kept - each * len(paths)), (Redundancy.replica_delta, Redundancy.neighbours)
     return [StandIn(kind, name, fixed, each, {1: accuracy}, worst, unpacking=seconds) for kind in kinds]
 
 
-def kept_bytes(path: Path) -> int:
+def network_bytes(path: Path) -> int:
     """Return the bytes of a network's weights and buffers."""
     return sum(values.nbytes for values in load_network(path).network.state_dict().values())
 

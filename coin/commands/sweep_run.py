@@ -34,8 +34,8 @@ class PointRun(Command):
         files = [Path(path) for path in brought if path and Path(path).is_file()]
         options = {part: getattr(experiment, part) for part in parts}
         options["code"] = experiment.code and experiment.code.matrix
-        if experiment.spares:
-            options["spares"] = experiment.spares
+        if experiment.replicas:
+            options["replicas"] = experiment.replicas
         self.step = Step(
             "sweep",
             experiment.folder,

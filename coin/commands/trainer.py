@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands import ON_TRAINER, safe
-from coin.commands.parser import checked
+from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> None:
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
                 seed_everything_default=0,
-                args=checked(arguments),
+                args=checked_arguments(arguments),
             )
     except (ValueError, RuntimeError) as error:
         if "is not in bounds" in str(error):  # what Lightning says of a seed

@@ -100,7 +100,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch, after `checked`, as ordinary tensors on the network's device, of its first real parameter's type.
+    """Return a batch as ordinary tensors on the network's device, of its first real parameter's type.
 
     Integers (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
     """
@@ -111,10 +111,10 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
             tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
-    return map_tensors(ready, checked(batch, network))
+    return map_tensors(ready, checked_batch(batch, network))
 
 
-def checked(batch: Any, network: nn.Module) -> Batch:
+def checked_batch(batch: Any, network: nn.Module) -> Batch:
     """Return the batch, or the inputs of a pair (inputs, labels), after checking its type.
 
     Raises DataError if it is neither a tensor nor, for an `adapted` network, a mapping of tensors of one length.

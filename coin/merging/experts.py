@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, as_input, checked, samples_of, size_of, take
+from coin.core.batches import Batch, Forward, as_input, checked_batch, samples_of, size_of, take
 from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
@@ -85,7 +85,7 @@ class Experts:
         if calibration is not None and not all(isinstance(each, Calibration) for each in calibration):
             if any(isinstance(batches, Tensor) for batches in calibration):
                 raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
-            own = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
+            own = [[checked_batch(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(own):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             self._calibration = own

@@ -20,8 +20,8 @@ from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
 from coin.evaluation.examples import ExampleSamples, KeptSamples
+from coin.evaluation.replicas import read_replicas
 from coin.evaluation.scores import FittedDecoder, Scores
-from coin.evaluation.spares import read_spares
 from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint
 from coin.modules.servers import server_answers, with_heads
@@ -45,7 +45,7 @@ class DecodingEvaluator(LightningModule):
         decoders: The decoders: kinds, or sections of a kind and its options; by default all kinds, but expert_head only
             if head and features give the experts' logits.
         code: The code of the references, R×N; by default the first coded model's.
-        spares: The files of compressed experts, each of which replaces its own expert.
+        replicas: The files of compressed experts, each of which replaces its own expert.
         alpha: α, the largest probability that an accepted answer differs from the expert's (`coin.promised_risk`), if
             the datamodule has samples for a promise; all networks run once on these.
         confidence: The probability that the promise holds.
@@ -61,7 +61,7 @@ class DecodingEvaluator(LightningModule):
         coded: list[str] | None = None,
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         code: list[list[float]] | None = None,
-        spares: list[str] | None = None,
+        replicas: list[str] | None = None,
         alpha: float = 0.02,
         confidence: float = 0.95,
     ) -> None:
@@ -83,8 +83,9 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.spares = read_spares([Path(path) for path in spares or []], fingerprints, self.class_counts, self.code)
-        self.replicas = nn.ModuleList([spare.network for spare in self.spares])
+        paths = [Path(path) for path in replicas or []]
+        self.replicas = read_replicas(paths, fingerprints, self.class_counts, self.code)
+        self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
@@ -144,9 +145,9 @@ class DecodingEvaluator(LightningModule):
         answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
         with torch.autocast("cpu", enabled=False), disable_tf32():
             self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
-        for spare in self.spares:
-            if spare.task == dataloader_idx:
-                spare.scores.update(spare.network(inputs).cpu(), answers.experts[spare.task], labels.cpu())
+        for replica in self.replicas:
+            if replica.task == dataloader_idx:
+                replica.scores.update(replica.network(inputs).cpu(), answers.experts[replica.task], labels.cpu())
 
     def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
@@ -193,7 +194,7 @@ class DecodingEvaluator(LightningModule):
             for fitted in self.fitted
             for expert, scores in fitted.scores.items()
         ]
-        self.outcomes += [spare.outcome(self.tasks[spare.task]) for spare in self.spares]
+        self.outcomes += [replica.outcome(self.tasks[replica.task]) for replica in self.replicas]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[FittedDecoder]:
         """Fit a decoder for every variant and erasure; `share` is one network's seconds on the samples."""
@@ -224,5 +225,5 @@ class DecodingEvaluator(LightningModule):
         """All metrics. They are not submodules, so that they stay on the CPU."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
         scores = [each for fitted in self.fitted for each in fitted.scores.values()]
-        scores += [spare.scores for spare in self.spares]
+        scores += [replica.scores for replica in self.replicas]
         return [*residuals, *(metric for each in scores for metric in each.metrics), *self.examples.values()]

@@ -1,4 +1,4 @@
-"""How a network is compressed: the options of `coin.compress`, of spares and of merge methods."""
+"""How a network is compressed: the options of `coin.compress`, of replicas and of merge methods."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from coin.coding import DecoderConfig, distinct_decoders
-from coin.coding.decoder_config import SPARE
+from coin.coding.decoder_config import REPLICA
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import CoinWarning, ConfigurationError
@@ -44,7 +44,7 @@ class Experiment:
             (`coin.pipeline.steps.code.choose_weights`); by default one coded model with equal weights.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; by default all kinds.
-        spares: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
+        replicas: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
             options, such as ``{bits: 3}``, ``{bits: 3, base_bits: 8}`` or ``{rank: 8}``.
         seeds: A list of seeds, or one; the seed fixes the calibration samples and everything random after the base.
         output: The folder of all experiments.
@@ -69,7 +69,7 @@ class Experiment:
         code: list[list[float]] | int | str | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
-        spares: list[dict[str, Any]] | None = None,
+        replicas: list[dict[str, Any]] | None = None,
         seeds: int | list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
@@ -94,11 +94,11 @@ class Experiment:
         self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
         methods = [method.with_defaults(*settings) for method in methods]
-        self.spares = [Compression.of(section) for section in spares or []]
-        if any(spare.rounding for spare in self.spares):
-            raise ConfigurationError("found rounding in spares, expected none; only merge methods have this option")
+        self.replicas = [Compression.of(section) for section in replicas or []]
+        if any(replica.rounding for replica in self.replicas):
+            raise ConfigurationError("found rounding in replicas, expected none; only merge methods have this option")
         made = [(method, end) for method in methods for end in ("", *(f"-{each.name}" for each in method.compress))]
-        called = [f"{SPARE}-{each.name}" for each in self.spares]
+        called = [f"{REPLICA}-{each.name}" for each in self.replicas]
         names = [*(coded_name(method) + end for method, end in made), *called]
         variants = [*((method.label + end, str(method.batchnorm)) for method, end in made), *((c, "") for c in called)]
         for name_, variant in zip(names, variants, strict=True):
@@ -155,7 +155,7 @@ class Experiment:
             "decoders": [decoder.name for decoder in self.decoders],
             "tasks": config_dict(self.tasks if seed is None else self.tasks_of(seed)),
             "seed": seed,
-            **({"spares": config_dict(self.spares)} if self.spares else {}),
+            **({"replicas": config_dict(self.replicas)} if self.replicas else {}),
         }
 
     def check_parts(self) -> None:

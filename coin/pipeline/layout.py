@@ -22,7 +22,7 @@ class SeedLayout:
         self.code = folder / "code.json"
         """A code that the seed has chosen."""
         self.coded = folder / "coded"
-        self.spares = folder / "spares"
+        self.replicas = folder / "replicas"
         """The experts, compressed."""
         self.logs = folder / "logs"
         self.results = folder / RESULTS_CSV

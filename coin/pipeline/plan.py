@@ -16,7 +16,7 @@ from coin.pipeline.steps.code import AUTO
 from coin.pipeline.steps.compress import compress_files
 from coin.pipeline.steps.layers import compare_layers
 from coin.pipeline.steps.merge import coded_name
-from coin.pipeline.work import evaluate, log_results, merge
+from coin.pipeline.work import evaluate_seed, log_results, merge_method
 from coin.reporting.results import COLUMNS
 from coin.reporting.wandb_evaluation import METHOD_TAG, SUMMARY_TAG, log_summary
 
@@ -31,7 +31,7 @@ def plan(experiment: Experiment, seed: int) -> list[Step]:
         *(statistic_step(files, which, task) for which in statistics for task in files.tasks),
         *(merge_step(files, method) for method in methods),
         layers_step(files),
-        *(spares_step(files, compression) for compression in experiment.spares),
+        *(replicas_step(files, compression) for compression in experiment.replicas),
         evaluate_step(files),
         *(log_step(files, method) for method in methods),
     ]
@@ -47,7 +47,7 @@ def merge_step(files: SeedFiles, method: Method) -> Step:
         files.folder,
         name,
         "training" if method.is_trained else "merging",
-        partial(merge, files=files, method=method),
+        partial(merge_method, files=files, method=method),
         options={
             "method": method,
             "code": _code(experiment),
@@ -94,13 +94,13 @@ def layers_step(files: SeedFiles) -> Step:
     )
 
 
-def spares_step(files: SeedFiles, compression: Compression) -> Step:
+def replicas_step(files: SeedFiles, compression: Compression) -> Step:
     """Return the step that compresses every expert."""
-    paths = files.spare_paths(compression)
+    paths = files.replica_paths(compression)
     return Step(
-        f"spares-{compression.name}",
+        f"replicas-{compression.name}",
         files.folder,
-        f"spares of {compression.name}",
+        f"replicas of {compression.name}",
         "compressing",
         lambda _: compress_files(files.expert_paths, paths, files.initial, compression),
         options={"compression": compression},
@@ -115,16 +115,16 @@ def evaluate_step(files: SeedFiles) -> Step:
     """Return the step that measures every method with every decoder."""
     experiment, layout = files.experiment, files.layout
     coded = [path for method in experiment.methods for path in files.coded_paths(method)]
-    spares = [path for each in experiment.spares for path in files.spare_paths(each)[: len(files.tasks)]]
+    replicas = [path for each in experiment.replicas for path in files.replica_paths(each)[: len(files.tasks)]]
     options = experiment.config_dict(files.seed)  # results.json says all of them
     return Step(
         "evaluate",
         files.folder,
         "evaluation",
         "every method with every decoder",
-        partial(evaluate, files=files, coded=coded, spares=spares, options=options),
+        partial(evaluate_seed, files=files, coded=coded, replicas=replicas, options=options),
         options={**options, "code": _code(experiment), "columns": COLUMNS},
-        inputs=[*files.expert_paths, *coded, *spares, *files.code_files],
+        inputs=[*files.expert_paths, *coded, *replicas, *files.code_files],
         outputs=[
             *(layout.results, layout.results_json, layout.confusions, layout.risk, layout.risk_samples),
             *([layout.examples] if coded and experiment.network.reads == "images" else []),

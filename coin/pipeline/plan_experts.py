@@ -15,7 +15,7 @@ from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.seed_files import SeedFiles
 from coin.pipeline.step import Step, by_stem
 from coin.pipeline.steps.train import import_from_hub, import_network, train_network, write_initial
-from coin.pipeline.work import choose_code, estimate
+from coin.pipeline.work import choose_seed_code, estimate
 from coin.statistics import Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -135,7 +135,7 @@ def code_step(files: SeedFiles) -> Step:
         files.folder,
         "code",
         "choosing its weights",
-        partial(choose_code, files=files),
+        partial(choose_seed_code, files=files),
         options={"tasks": files.tasks, "calibration": files.experiment.calibration.merging},
         inputs=files.expert_paths,
         outputs=[files.layout.code],

@@ -64,9 +64,9 @@ class SeedFiles:
         paths, rounded = self.coded_paths(method), any(each.base_bits == 8 for each in method.compress)
         return [*paths, *self._int8_base(paths[0] if rounded else None)]
 
-    def spare_paths(self, compression: Compression) -> list[Path]:
+    def replica_paths(self, compression: Compression) -> list[Path]:
         """Return the files of the experts' compressed copies, and of their 8-bit base if they have one."""
-        paths = [self.layout.spares / f"{task}.{compression.name}.safetensors" for task in self.tasks]
+        paths = [self.layout.replicas / f"{task}.{compression.name}.safetensors" for task in self.tasks]
         return [*paths, *self._int8_base(paths[0] if compression.base_bits == 8 else None)]
 
     def _int8_base(self, beside: Path | None) -> list[Path]:

@@ -22,7 +22,7 @@ from coin.reporting.wandb_evaluation import best, log_method
 from coin.statistics.statistic import DataChoice, Statistic
 
 
-def choose_code(context: Context, files: SeedFiles) -> None:
+def choose_seed_code(context: Context, files: SeedFiles) -> None:
     """Choose the code's weights from calibration data."""
     write_choice(context.outputs[0], files.experts.networks, list(files.calibrations().values()))
     rank_zero_info(f"code: chosen weights {', '.join(f'{w:.3g}' for w in files.code.code.matrix[0].tolist())}")
@@ -43,7 +43,7 @@ def estimate(context: Context, files: SeedFiles, which: Statistic, task: str) ->
     return {f"{which.name}/{task}/{what}": cost for what, cost in costs.items()}
 
 
-def merge(context: Context, files: SeedFiles, method: Method) -> None:
+def merge_method(context: Context, files: SeedFiles, method: Method) -> None:
     """Make a method's coded models."""
     training = Training(files.data(files.tasks), files.layout.logs, files.seed, context.trainer, context.loggers)
     statistics, calibration = files.statistics(method), list(files.calibrations().values())
@@ -52,8 +52,8 @@ def merge(context: Context, files: SeedFiles, method: Method) -> None:
     make_coded_models(method, files.code, experts, files.layout.coded, samples)
 
 
-def evaluate(
-    context: Context, files: SeedFiles, coded: Sequence[Path], spares: Sequence[Path], options: Mapping[str, Any]
+def evaluate_seed(
+    context: Context, files: SeedFiles, coded: Sequence[Path], replicas: Sequence[Path], options: Mapping[str, Any]
 ) -> None:
     """Measure every method with every decoder; `options` is what ``results.json`` says of the experiment."""
     files.experts.release()
@@ -63,7 +63,7 @@ def evaluate(
         coded=[str(path) for path in coded],
         decoders=None if experiment.takes_all_decoders else list(experiment.decoders),
         code=files.code.code.matrix.tolist(),
-        spares=[str(path) for path in spares],
+        replicas=[str(path) for path in replicas],
         alpha=experiment.calibration.promise_alpha,
         confidence=experiment.calibration.promise_confidence,
     )

@@ -15,7 +15,7 @@ from coin.reporting.tables import BEST, percent, seconds
 FEWEST_SEEDS = 3
 """The fewest seeds for which a difference is tested for significance."""
 _MOST = 5
-CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR = (
+CLOSED_FORM, STEPS, BASELINE, FOREIGN, REPLICAS, FLOOR = (
     "best closed form", "best in a few steps", "fair baseline: best trained", "best of your own",
     "best compressed experts", "floor: no coded model",
 )  # fmt: skip
@@ -45,7 +45,7 @@ class Entry:
         if self.method in REFERENCES:
             return FLOOR if self.method == "none" else ""
         if self.decoder == REPLICA:
-            return SPARES
+            return REPLICAS
         if self.method == "foreign":  # whatever it is
             return FOREIGN
         return BASELINE if self.method in TRAINED else STEPS if self.method in ITERATIVE else CLOSED_FORM
@@ -72,7 +72,7 @@ class Findings:
     @property
     def best(self) -> Entry | None:
         """The best coded model, with its decoder."""
-        return _strongest(entry for role, entry in self.roles.items() if role not in (FLOOR, SPARES))
+        return _strongest(entry for role, entry in self.roles.items() if role not in (FLOOR, REPLICAS))
 
 
 def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Findings:
@@ -96,7 +96,7 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
         begins = (known for known in (*TRAINED, *ITERATIVE) if label.startswith(known))
         method = (kinds or {}).get(label) or next(begins, label)
         entries.append(Entry(str(name), method, str(decoder), rows.set_index("seed")["nda"], took))
-    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR)}
+    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FOREIGN, REPLICAS, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     cautions = _cautions(means)
     if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
@@ -105,7 +105,7 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     return Findings(_headline(erased, roles, entries), roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 
 
-def paired(one: Entry, other: Entry) -> tuple[float, float, int | None]:
+def paired_difference(one: Entry, other: Entry) -> tuple[float, float, int | None]:
     """Return by how much one's NDA is above another's: the mean over seeds, the spread, and the sign.
 
     The sign is 0 where the 95 % confidence interval of a paired t-test does not exclude zero, and None where the two
@@ -136,7 +136,7 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
     for entry in entries:
         line = {"method": entry.name}
         for other in filter(None, against):
-            mean, spread, sign = paired(entry, other)
+            mean, spread, sign = paired_difference(entry, other)
             line[f"minus {other.name}"] = "–" if entry is other else _points(mean, spread) + BEST * bool(sign)
         lines.append(line)
     return pd.DataFrame(lines)
@@ -158,8 +158,8 @@ def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str
     words, relation = {None: "against", 1: "above", 0: "not clearly apart from", -1: "below"}, ""
     for place, role in enumerate(others):
         other = roles[role]
-        same, relation = relation, words[paired(best, other)[2]]
-        what = {BASELINE: ", the best trained method", SPARES: ", compressed experts"}.get(role, "")
+        same, relation = relation, words[paired_difference(best, other)[2]]
+        what = {BASELINE: ", the best trained method", REPLICAS: ", compressed experts"}.get(role, "")
         named = f"for {other.name}{what}"
         said = f"{other.text} {'without a coded model' if role == FLOOR else named}"
         text += (", and " if place else ", ") + (said if relation == same else f"{relation} {said}")
@@ -168,7 +168,7 @@ def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str
 
 def _significant_differences(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     """Return differences that are clear, the most telling first; where none is, what was compared."""
-    best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role not in (FLOOR, SPARES))
+    best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role not in (FLOOR, REPLICAS))
     if best is None:
         return []
     trained = roles.get(BASELINE)
@@ -188,7 +188,7 @@ def _significant_differences(entries: list[Entry], roles: dict[str, Entry]) -> l
     for one, other, what in pairs:
         if one is None or other is None or one is other:
             continue
-        mean, spread, sign = paired(one, other)
+        mean, spread, sign = paired_difference(one, other)
         first, second = (f"{entry.name} ({entry.decoder})" for entry in (one, other))
         if sign:
             side = "above" if sign > 0 else "below"

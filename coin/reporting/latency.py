@@ -95,7 +95,7 @@ def _table(rows: pd.DataFrame, title: str) -> Table:
             f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
             f"{row['memory_server'] / 2**20:.0f}",
             f"{row['memory'] / 2**20:.0f}",
-            f"{100 * (row['share_decoded'] + row['share_spared']):.2f}",
+            f"{100 * (row['share_decoded'] + row['share_replicated']):.2f}",
             f"{100 * row['share_failed']:.2f}",
             f"{1e6 * row['unanswered']:.0f}",
             f"{row['forwards']:.2f}",

@@ -17,7 +17,7 @@ from coin.reporting import detail_figures, figures, report_parts as parts
 from coin.reporting.extras import read_layers
 from coin.reporting.findings import Findings, findings, paired_differences
 from coin.reporting.report_parts import REPORT_HTML, Titled
-from coin.reporting.sources import Source, facts_of, read_sources
+from coin.reporting.sources import ReportSource, facts_of, read_sources
 from coin.reporting.style import WIDTH, as_png
 from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, over_tasks, shortlist, stand_ins, summarise
 from coin.reporting.sweeps import as_numbers, sweep_text
@@ -92,7 +92,7 @@ def report_summary(folders: Sequence[Path]) -> pd.DataFrame:
 class _Page:
     """Collects what the template shows; figures are written as they are drawn."""
 
-    def __init__(self, path: Path, sources: Sequence[Source]) -> None:
+    def __init__(self, path: Path, sources: Sequence[ReportSource]) -> None:
         self.path, self.sources = path, sources
         self.frame = pd.concat([source.frame for source in sources], ignore_index=True)
         self.summary = summarise(self.frame)
@@ -256,11 +256,11 @@ class _Page:
             figure = detail_figures.training_curves(pd.concat(logged, ignore_index=True))
             yield self._draw("training", figure, caption)
 
-    def _layers(self, source: Source) -> Iterator[dict[str, Any]]:
+    def _layers(self, source: ReportSource) -> Iterator[dict[str, Any]]:
         if (layers := next(source.read(read_layers), None)) is not None:
             yield self._draw("layers", detail_figures.layer_profile(layers), _LAYERS)
 
-    def _trust(self, source: Source, found: Findings) -> list[dict[str, Any]]:
+    def _trust(self, source: ReportSource, found: Findings) -> list[dict[str, Any]]:
         """Return risks, confusions and examples of the best decoder, if there is one, and accuracies by task."""
         by_task = {"title": "Accuracy and agreement by task", "tables": parts.accuracy_by_task(self.summary, found)}
         if (best := found.best) is None:
@@ -277,7 +277,7 @@ class _Page:
             {"title": "Examples", "examples": parts.example_images(source, best.decoder, keys)},
         ]
 
-    def _confusions(self, source: Source, decoder: str, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    def _confusions(self, source: ReportSource, decoder: str, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         for task, counts, classes in parts.confusions(source, keys):
             caption = f"Task {task} lost, {decoder} decoder, all seeds. A perfect decoder fills the diagonal."
             yield self._draw(f"confusion_{task}", detail_figures.confusion_matrices(counts, classes), caption)

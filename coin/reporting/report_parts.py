@@ -18,7 +18,7 @@ from coin.files.yaml import as_text
 from coin.reporting.extras import LAYERS_CSV, PROMISE_CSV, RISK_CSV, read_examples, read_promises, read_risk
 from coin.reporting.findings import FLOOR, Entry, Findings
 from coin.reporting.results import RESULTS_CSV, Counts, read_confusions, requested_policy
-from coin.reporting.sources import Source, as_dict
+from coin.reporting.sources import ReportSource, as_dict
 from coin.reporting.summary import SUMMARY_CSV, expert_accuracies, largest_samples, variant_names
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML
 from coin.reporting.tables import percent, promise_table, risk_table, risk_totals
@@ -59,7 +59,7 @@ def accuracy_by_task(summary: pd.DataFrame, found: Findings) -> Iterator[Titled]
     yield f"Accuracy of the decoded answers, and agreement with the expert, in %, {best.decoder} decoder", table
 
 
-def choices(source: Source) -> Iterator[Titled]:
+def choices(source: ReportSource) -> Iterator[Titled]:
     """Return what every method chose, without the errors that it was chosen by."""
     made = pd.DataFrame([(each.get("label"), each.get("batchnorm")) for each in source.methods]).astype(str)
     if made.empty:
@@ -76,14 +76,14 @@ def choices(source: Source) -> Iterator[Titled]:
         yield "", pd.DataFrame(said, columns=["method", "chosen"])
 
 
-def keys_of_shown(source: Source, best: Entry) -> dict[str, str]:
+def keys_of_shown(source: ReportSource, best: Entry) -> dict[str, str]:
     """Return the best method and COIN, with the best one's decoder: what ``confusion.npz`` and the like call them."""
     frame = source.frame[source.frame["decoder"] == best.decoder].assign(name=variant_names)
     rows = [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]
     return {str(row["name"]): f"{row['method']}|{requested_policy(row['batchnorm'])}|{best.decoder}" for row in rows}
 
 
-def risks(source: Source, decoder: str) -> tuple[pd.DataFrame, list[Titled]]:
+def risks(source: ReportSource, decoder: str) -> tuple[pd.DataFrame, list[Titled]]:
     """Return a decoder's `risk_totals`, and the tables of its risks and promises; both empty where there are none."""
     if not (read := list(source.read(read_risk))):
         return pd.DataFrame(), []
@@ -98,7 +98,7 @@ def risks(source: Source, decoder: str) -> tuple[pd.DataFrame, list[Titled]]:
     return totals, tables
 
 
-def confusions(source: Source, keys: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Counts], list[str]]]:
+def confusions(source: ReportSource, keys: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Counts], list[str]]]:
     """Yield every task with its counts ``[C, C]`` over all seeds by method, `keys_of_shown`, and C names of classes."""
     archives = [read_confusions(seed) for seed in source.seeds]
     for task in dict.fromkeys(source.frame["task"]):
@@ -113,7 +113,7 @@ def confusions(source: Source, keys: Mapping[str, str]) -> Iterator[tuple[str, d
             yield task, counts, [str(name) for name in (classes if len(classes) == size else range(size))]
 
 
-def training_logs(source: Source) -> list[pd.DataFrame]:
+def training_logs(source: ReportSource) -> list[pd.DataFrame]:
     """Return every expert's accuracy by epoch, in training and in validation, as far as it was logged."""
     columns, logged = ["epoch", "train/accuracy", "val/accuracy"], []
     for task in dict.fromkeys(source.frame["task"]):
@@ -124,7 +124,7 @@ def training_logs(source: Source) -> list[pd.DataFrame]:
     return logged
 
 
-def example_images(source: Source, decoder: str, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def example_images(source: ReportSource, decoder: str, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the example images by task, each with what the expert and the methods of `keys_of_shown` answer."""
     if (examples := next(source.read(read_examples), None)) is None:
         return
@@ -146,7 +146,7 @@ def example_images(source: Source, decoder: str, keys: Mapping[str, str]) -> Ite
         yield {"title": f"Task {task} lost" if task else "", "text": text, "images": images}
 
 
-def command(source: Source, page: Path, *, alone: bool) -> dict[str, Any]:
+def command(source: ReportSource, page: Path, *, alone: bool) -> dict[str, Any]:
     """Return the command, which reads a file that the page itself hands out, and the files beside the page.
 
     `alone` says whether the page is of this source only.

@@ -16,7 +16,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Source:
+class ReportSource:
     """A folder of an experiment, a seed or a sweep: all its rows, and ``results.json`` of its first seed.
 
     ``experiment`` is unique among the sources of a report. ``seeds`` are those folders that hold results; of a sweep,
@@ -55,7 +55,7 @@ class Source:
         return {str(made.get("label")): str(made["method"]) for made in self.methods if made.get("method")}
 
 
-def read_sources(folders: Sequence[Path]) -> list[Source]:
+def read_sources(folders: Sequence[Path]) -> list[ReportSource]:
     """Read experiments' folders (with ``seed-*``), single seeds' folders or sweeps' folders (with ``sweep.csv``).
 
     Experiments of the same name are distinguished by their folders, those of a sweep by the sweep's name.
@@ -77,7 +77,7 @@ def read_sources(folders: Sequence[Path]) -> list[Source]:
     return found
 
 
-def _read(folder: Path) -> Source:
+def _read(folder: Path) -> ReportSource:
     sweep = read_sweep_table(folder)
     if sweep is not None:
         found = (seed for point in sweep.points for seed in sorted((folder / point).glob("seed-*")))
@@ -92,10 +92,10 @@ def _read(folder: Path) -> Source:
         frame = pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
     documents = [read_configuration(seed) for seed in seeds] or [{"configuration": {}}]
     methods = tuple(as_dict(made) for document in documents for made in document.get("methods") or ())
-    return Source(folder, tuple(seeds), frame, documents[0], methods, sweep)
+    return ReportSource(folder, tuple(seeds), frame, documents[0], methods, sweep)
 
 
-def facts_of(source: Source) -> dict[str, str]:
+def facts_of(source: ReportSource) -> dict[str, str]:
     """Return what was run, in words; what the results do not say is left out."""
     frame, configuration = source.frame, source.document["configuration"]
     network, base = as_dict(configuration.get("network")), as_dict(configuration.get("base"))

@@ -78,8 +78,8 @@ def spread_copies(num_experts: int, extras: int) -> Layout:
     return Layout(num_experts, copies=tuple(extra % num_experts for extra in range(extras)))
 
 
-def spread_spares(num_experts: int, extras: int) -> Layout:
-    """Return N experts with spares that each hold all experts: one server per network held."""
+def spread_replicas(num_experts: int, extras: int) -> Layout:
+    """Return N experts with replicas that each hold all experts: one server per network held."""
     return Layout(num_experts, copies=tuple(range(num_experts)) * extras)
 
 

@@ -1,4 +1,4 @@
-"""The application on Ray Serve: a deployment for every expert, coded model and spare, and the front end before them."""
+"""The application on Ray Serve: a deployment per expert, coded model and replica, and the front end before them."""
 
 import asyncio
 import logging
@@ -124,7 +124,7 @@ class RayOptions:
 
 
 class ModelProcess:
-    """One network, or all networks of a spare, in its own process, which runs one pass at a time.
+    """One network, or all networks of a replica, in its own process, which runs one pass at a time.
 
     A pass whose callers have all given up is not started; a running one is finished. All passes share one thread, with
     `threads` PyTorch threads. `batch` is the largest number of requests of several front ends run together.
@@ -203,7 +203,7 @@ def _asking(handle: Any, name: str) -> Server:
     return ask
 
 
-def application(system: System, options: RayOptions) -> Any:
+def ray_application(system: System, options: RayOptions) -> Any:
     """Return the Ray Serve application, for ``serve.run`` or as the builder of a Serve YAML."""
     serve = _serve()
     resources, limits, inputs = options.resources, options.limits, options.inputs
@@ -289,7 +289,7 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         waits = options.limits.deadline + _SENDING  # also for a front end that was killed, until Ray has another
         serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})
-        serve.run(application(system, options), name="coin", route_prefix="/")
+        serve.run(ray_application(system, options), name="coin", route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
         stop()
         raise ServingError(f"Ray cannot serve here ({error}); see its logs in /tmp/ray") from error

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 COUNTS = [397, 196, 45, 10, 10, 43, 10, 47]
 CLOSED = {"average": Average, "task_arithmetic": TaskArithmetic, "ties": Ties, "wudi": Wudi}
 FOREIGN = ("iso_c", "tsv_m")
-STEPS = ("head", "forward", *CLOSED, "gram", "regmean", "fisher", "coin", "refit", *FOREIGN, "spare")
+STEPS = ("head", "forward", *CLOSED, "gram", "regmean", "fisher", "coin", "refit", *FOREIGN, "replica")
 
 
 class Bench:

@@ -205,11 +205,11 @@ def test_decoders_are_fitted_once_and_kept_with_what_they_were_fitted_from(
     assert fits[3:] == ["linear"]
 
 
-def test_a_spare_holds_every_expert_and_answers_like_them(finished: Path) -> None:
+def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> None:
     system = read(finished, "hedged")
-    assert list(system.processes) == ["expert-digits", "expert-letters", "spare-0"]
+    assert list(system.processes) == ["expert-digits", "expert-letters", "replica-0"]
     own = [path for process in ("expert-digits", "expert-letters") for path in system.processes[process].values()]
-    assert system.processes["spare-0"] == dict(zip(("spare-0-digits", "spare-0-letters"), own, strict=True))
+    assert system.processes["replica-0"] == dict(zip(("replica-0-digits", "replica-0-letters"), own, strict=True))
     assert system.layout.copies == (0, 1)
     assert list(read(finished, "uncoded").processes) == ["expert-digits", "expert-letters"]
     images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -218,9 +218,9 @@ def test_a_spare_holds_every_expert_and_answers_like_them(finished: Path) -> Non
         async with front_end(system, lost) as front:
             return await front.ask(images, 0)
 
-    own, spare = asyncio.run(answers(1)), asyncio.run(answers(0))
-    assert (spare.decoded, spare.answered_by) == (False, ("spare-0-digits",))
-    torch.testing.assert_close(own.logits, spare.logits)
+    own, replica = asyncio.run(answers(1)), asyncio.run(answers(0))
+    assert (replica.decoded, replica.answered_by) == (False, ("replica-0-digits",))
+    torch.testing.assert_close(own.logits, replica.logits)
 
 
 def test_a_serve_yaml_builds_the_application(finished: Path) -> None:

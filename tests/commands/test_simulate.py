@@ -15,7 +15,7 @@ import yaml
 
 from coin.cli import main
 from coin.commands.coded_system import Choice, read_coded_system
-from coin.commands.simulate import kept_bytes
+from coin.commands.simulate import network_bytes
 from coin.errors import FileError
 from coin.files.safetensors import load_state, save_state
 from coin.networks import load_network
@@ -50,12 +50,12 @@ def known(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has measured coded models without survivors and compressed experts."""
     folder = tmp_path_factory.mktemp("known") / "seed-0"
     copytree(finished / "seed-0", folder)
-    network = kept_bytes(folder / "experts/digits/expert.safetensors") / MIB
+    network = network_bytes(folder / "experts/digits/expert.safetensors") / MIB
     stand_in(folder, "average", "expert_head", 0.9, network)
     stand_in(folder, "average", "feature_ridge-alone", 0.8, 2 * network)  # no better, and larger
     stand_in(folder, "coin", "feature_ridge-alone", 0.91, 1.5 * network)
-    stand_in(folder, "spare-3bit-int8base", "replica", 0.94, 0.45 * network)
-    stand_in(folder, "spare-rank8", "replica", 0.95, 1.3 * network)
+    stand_in(folder, "replica-3bit-int8base", "replica", 0.94, 0.45 * network)
+    stand_in(folder, "replica-rank8", "replica", 0.95, 1.3 * network)
     return folder
 
 
@@ -69,7 +69,7 @@ def simulated(known: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 VARIANTS = {
-    **{kind: {"3bit-int8base", "rank8"} for kind in ("spare_delta", "neighbours")},
+    **{kind: {"3bit-int8base", "rank8"} for kind in ("replica_delta", "neighbours")},
     "standin": {"average expert_head"},
 }
 
@@ -86,15 +86,15 @@ def test_a_row_for_every_load_stand_in_and_number_of_experts(simulated: tuple[Pa
     assert (
         (rows["share_decoded"] > 0) == rows["redundancy"].isin(["standin", "coded_proactive", "coded_hedged"])
     ).all()
-    sizes = [kept_bytes(known / f"experts/{task}/expert.safetensors") for task in ("digits", "letters")]
+    sizes = [network_bytes(known / f"experts/{task}/expert.safetensors") for task in ("digits", "letters")]
     first = rows[rows["experts"] == 2].groupby(["redundancy", "variant"])[["memory_server", "memory"]].first()
-    assert first.loc["spare", ""].memory_server == sum(sizes)
+    assert first.loc["replica", ""].memory_server == sum(sizes)
     assert first.loc["standin", "average expert_head"].memory == pytest.approx(sum(sizes) + sizes[0])
-    assert first.loc["spare_delta", "rank8"].memory == pytest.approx(sum(sizes) + 1.3 * sizes[0])
+    assert first.loc["replica_delta", "rank8"].memory == pytest.approx(sum(sizes) + 1.3 * sizes[0])
     experts = [load_network(known / f"experts/{task}/expert.safetensors").network for task in ("digits", "letters")]
     kept = 0.45 * sizes[0] - compress(*experts, bits=3).nbytes  # the base, and the delta of the other one
     assert first.loc["neighbours", "3bit-int8base"].memory == pytest.approx(sum(sizes) + 2 * kept)
-    delta = rows[(rows["redundancy"] == "spare_delta") & (rows["experts"] == 2)]
+    delta = rows[(rows["redundancy"] == "replica_delta") & (rows["experts"] == 2)]
     assert (pd.to_numeric(delta["unpacking_seconds"]) > 0).all()
     assert f"table: {folder / 'simulation.csv'}" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100 + len(str(folder))
@@ -111,15 +111,15 @@ def test_accuracies_are_those_of_the_results_or_unknown(simulated: tuple[Path, s
     expert, decoded = own.expert_accuracy.mean(), own.decoded_accuracy.mean()
     rows = pd.read_csv(simulated[0] / "simulation.csv")
     assert rows["expert_accuracy"].unique() == pytest.approx([expert])
-    shares = rows["share_decoded"] + rows["share_spared"]
+    shares = rows["share_decoded"] + rows["share_replicated"]
     expected = (1 - shares - rows["share_failed"]) * expert + shares * rows["standing_in_accuracy"].fillna(0)
     is_known = rows["effective_accuracy"].notna()
     np.testing.assert_allclose(rows["effective_accuracy"][is_known], expected[is_known])
     standing = rows[rows["experts"] == 2].groupby(["redundancy", rows["variant"].fillna("")])["standing_in_accuracy"]
     right = {
-        ("coded_hedged", ""): decoded, ("spare", ""): expert, ("failover", ""): 0.125,
+        ("coded_hedged", ""): decoded, ("replica", ""): expert, ("failover", ""): 0.125,
         ("neighbours", "rank8"): 0.95 * expert,
-        ("standin", "average expert_head"): 0.9 * expert, ("spare_delta", "3bit-int8base"): 0.94 * expert,
+        ("standin", "average expert_head"): 0.9 * expert, ("replica_delta", "3bit-int8base"): 0.94 * expert,
     }  # fmt: skip
     assert {name: standing.first()[name] for name in right} == pytest.approx(right)
     assert set(rows["redundancy"][~is_known]) == {"coded_proactive", "coded_hedged", "standin"}
@@ -175,17 +175,17 @@ def advised(capsys: pytest.CaptureFixture[str], finished: Path, output: Path, *m
 def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = kept_bytes(finished / "seed-0/experts/digits/expert.safetensors")
+    size = network_bytes(finished / "seed-0/experts/digits/expert.safetensors")
     budget = f"--memory_gib={1.2 * size / 2**30}"
     said, rows = advised(capsys, finished, tmp_path, "--servers=3", budget, "--decoder=feature_ridge")
     assert "failover: left out" in said
     assert "standin: left out" in said
-    assert "spare: does not fit" in said
+    assert "replica: does not fit" in said
     assert "buy " in said
-    assert "neighbours: left out, for nothing is known of it; give the experiment spares" in said
-    assert set(rows["redundancy"]) == {"uncoded", "copy", "spare", "coded_proactive", "coded_hedged"}
+    assert "neighbours: left out, for nothing is known of it; give the experiment replicas" in said
+    assert set(rows["redundancy"]) == {"uncoded", "copy", "replica", "coded_proactive", "coded_hedged"}
     assert (rows["quantile"][rows["redundancy"] == "copy"].sort_values() == [0, 0.5, 0.9, 0.99]).all()
-    assert not rows["fits"][rows["redundancy"] == "spare"].any()
+    assert not rows["fits"][rows["redundancy"] == "replica"].any()
     (advice,) = (line.split() for line in said.splitlines() if line.startswith(" → "))
     assert advice[1] == rows["redundancy"][rows["buy"]].item()
     assert sum(line.startswith(" × ") for line in said.splitlines()) == (~rows["fits"]).sum()
@@ -196,7 +196,7 @@ def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
     assert "keeps a p99.9 of 100000 ms" in said
     assert rows["losses"][rows["buy"]].item() > 0  # nothing would keep what is wanted too, but while all is well
     assert "of what fits and answers while an expert is lost, is right" in said
-    assert set(rows["extras"][rows["redundancy"] == "spare"]) == {1, 2}
+    assert set(rows["extras"][rows["redundancy"] == "replica"]) == {1, 2}
     assert set(rows["extras"][rows["redundancy"] == "coded_hedged"]) == {1}
     said, rows = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
     assert "nothing that fits keeps a p99.9 of 1 ms" in said
@@ -208,14 +208,14 @@ def test_the_cheapest_that_keeps_the_accuracy_is_advised(
     known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--servers=3", "--memory_gib=1", "--p999_ms=100000", "--quantiles=[0.9]"]
-    for share, kind, losses in ((0.94 - 1e-9, "neighbours", 1), (0.945, "spare", 2), (1.0, "spare", 2)):
+    for share, kind, losses in ((0.94 - 1e-9, "neighbours", 1), (0.945, "replica", 2), (1.0, "replica", 2)):
         said, rows = advised(capsys, known, tmp_path, *given, f"--accuracy={share}")
         (row,) = rows[rows["buy"]].to_dict("records")
         assert (row["redundancy"], row["losses"]) == (kind, losses)
         assert "while an expert's machine is repaired (1 h every 720" in said
         assert "in a year a query finds nobody for" in said
     assert "--want=all" in said
-    room = f"--memory_gib={1.9 * kept_bytes(known / 'experts/digits/expert.safetensors') / 2**30}"
+    room = f"--memory_gib={1.9 * network_bytes(known / 'experts/digits/expert.safetensors') / 2**30}"
     said, _ = advised(capsys, known, tmp_path, *given, room, "--want=all", "--accuracy=1", "--quantiles=[0.0, 0.9]")
     assert "nothing that fits keeps 100 % of any expert's accuracy (--accuracy); the nearest keeps 94.00 %" in said
     assert "asked at once for all answers, a coded model takes" in said

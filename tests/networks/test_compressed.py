@@ -244,8 +244,8 @@ def test_files_of_another_base_or_damaged_are_refused(base, tmp_path):
 def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base_bits, tmp_path):
     save_network(tmp_path / "base.safetensors", base, CONFIG, 6, {})
     network = near(base)
-    (tmp_path / "spares").mkdir()
-    paths = [tmp_path / f"spares/{task}.safetensors" for task in "ab"]
+    (tmp_path / "replicas").mkdir()
+    paths = [tmp_path / f"replicas/{task}.safetensors" for task in "ab"]
     for path in paths:
         compression = Compression(bits=3, base_bits=base_bits)
         kept_at, beside = kept_base(path, tmp_path / "base.safetensors", compression)
@@ -255,13 +255,13 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
     assert same(files[0].network, coin.compress(network, base, bits=3, base_bits=base_bits).network())
     assert files[0].provenance["label"] == "x"
     if base_bits == 8:  # the bytes on disk are those that are told
-        on_disk = sum(path.stat().st_size for path in (tmp_path / "spares").iterdir())
+        on_disk = sum(path.stat().st_size for path in (tmp_path / "replicas").iterdir())
         assert on_disk == pytest.approx(nbytes_together(files), rel=0.5)
     # Without its base it says what is missing; beside it it is found by its name.
     if base_bits == 32:
-        (tmp_path / "base.safetensors").rename(tmp_path / "spares/base.safetensors")
+        (tmp_path / "base.safetensors").rename(tmp_path / "replicas/base.safetensors")
         assert same(load_network(paths[0]).network, files[0].network)
-        (tmp_path / "spares/base.safetensors").unlink()
+        (tmp_path / "replicas/base.safetensors").unlink()
         with pytest.raises(CoinError, match="put it there"):
             load_network(paths[0])
 

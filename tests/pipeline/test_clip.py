@@ -89,10 +89,10 @@ def test_the_whole_table_in_small_and_its_export(
 
 def check_results(frame: pd.DataFrame) -> None:
     methods = {"base", "average", "task_arithmetic", "ties", "wudi", "regmean", "coin", "refit", "refit-4bit"}
-    methods |= {"iso_c", "tsv_m", "readout_distillation", "spare-3bit-int8base", "none", "oracle"}
+    methods |= {"iso_c", "tsv_m", "readout_distillation", "replica-3bit-int8base", "none", "oracle"}
     assert set(frame.method) == methods
     assert (frame[frame.method == "oracle"].nda == 1).all()
-    measured = frame[~frame.method.isin(["oracle", "none", "spare-3bit-int8base"])]
+    measured = frame[~frame.method.isin(["oracle", "none", "replica-3bit-int8base"])]
     own = measured[measured.decoder == "expert_head"]
     assert (measured.groupby("method").decoder.nunique() == 5).all()
     assert (own.forwards == 1).all()

@@ -12,7 +12,7 @@ from coin.reporting import read_results
 
 pytestmark = pytest.mark.slow
 
-SPARES = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}, {"rank": 4}]
+REPLICAS = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}, {"rank": 4}]
 METHODS = [
     {"class_path": "Average", "init_args": {"compress": {"bits": 8}}},
     {"class_path": "Refit", "init_args": {"compress": [{"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}]}},
@@ -26,35 +26,35 @@ def compressed(config: Path, finished: Path, tmp_path: Path) -> Path:
     folder = finished / "seed-0/experts"
     experts = {task: str(folder / task / "expert.safetensors") for task in ("digits", "letters")}
     base = {"checkpoint": str(finished / "base/base.safetensors")}
-    options |= {"methods": METHODS, "spares": SPARES, "expert": {"checkpoints": experts}, "base": base}
+    options |= {"methods": METHODS, "replicas": REPLICAS, "expert": {"checkpoints": experts}, "base": base}
     path = tmp_path / "options.yaml"
     path.write_text(yaml.safe_dump(options | {"decoders": ["linear", "expert_head"], "output": str(tmp_path)}))
     return path
 
 
-def test_spares_and_compressed_coded_models_are_rows_of_the_results(
+def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "-c", str(compressed)]) == 0
     seed = tmp_path / "tiny/seed-0"
     frame = read_results(seed)
-    spares = frame[frame.decoder == "replica"]
-    labels = ["spare-8bit", "spare-3bit", "spare-3bit-int8base", "spare-rank4"]
-    assert list(dict.fromkeys(spares.method)) == labels
-    assert spares.task.tolist() == ["digits", "letters"] * 4
-    assert (spares.erased == spares.task).all()
-    assert spares.forwards.eq(1).all()
-    assert spares.losses.eq(2).all()
-    assert spares.residual.isna().all()
-    assert spares.merge_seconds.gt(0).all()
-    assert spares[spares.method == "spare-8bit"].agreement.min() > 0.95
+    replicas = frame[frame.decoder == "replica"]
+    labels = ["replica-8bit", "replica-3bit", "replica-3bit-int8base", "replica-rank4"]
+    assert list(dict.fromkeys(replicas.method)) == labels
+    assert replicas.task.tolist() == ["digits", "letters"] * 4
+    assert (replicas.erased == replicas.task).all()
+    assert replicas.forwards.eq(1).all()
+    assert replicas.losses.eq(2).all()
+    assert replicas.residual.isna().all()
+    assert replicas.merge_seconds.gt(0).all()
+    assert replicas[replicas.method == "replica-8bit"].agreement.min() > 0.95
     # The bytes are those on disk, but for the files' headers, which are long beside so small a network.
     whole = (seed / "experts/digits/expert.safetensors").stat().st_size / 2**20
-    memory = spares.groupby("method").memory_mib.first()
-    assert whole < memory["spare-3bit"] < 1.5 * whole
-    on_disk = [path.stat().st_size for path in (seed / "spares").glob("*int8*")]
+    memory = replicas.groupby("method").memory_mib.first()
+    assert whole < memory["replica-3bit"] < 1.5 * whole
+    on_disk = [path.stat().st_size for path in (seed / "replicas").glob("*int8*")]
     assert len(on_disk) == 3  # the base and two experts
-    assert memory["spare-3bit-int8base"] == pytest.approx(sum(on_disk) / 2**20, rel=0.4)
+    assert memory["replica-3bit-int8base"] == pytest.approx(sum(on_disk) / 2**20, rel=0.4)
     coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
     assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit-nobase"]
     nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
@@ -62,7 +62,7 @@ def test_spares_and_compressed_coded_models_are_rows_of_the_results(
     kept = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
     assert kept["refit-2bit-nobase"] < kept["refit-8bit-int8base"] < kept["refit"]
     kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
-    assert kinds["spare-3bit"] == "spare"
+    assert kinds["replica-3bit"] == "replica"
     assert kinds["refit-2bit-nobase"] == "refit"
     assert (tmp_path / "tiny/report.html").is_file()
     # The configuration that was left repeats the run, and finds all of it done.
@@ -71,10 +71,10 @@ def test_spares_and_compressed_coded_models_are_rows_of_the_results(
     told = capsys.readouterr().err
     assert "evaluation: up to date" in told
     assert "compressing" not in told
-    # A spare that has gone is made again.
-    (seed / "spares/digits.3bit.safetensors").unlink()
+    # A replica that has gone is made again.
+    (seed / "replicas/digits.3bit.safetensors").unlink()
     assert main(["run", "-c", str(seed / "config.yaml")]) == 0
-    assert "spares of 3bit: compressing" in capsys.readouterr().err
+    assert "replicas of 3bit: compressing" in capsys.readouterr().err
 
 
 def test_the_command_compresses_experts_and_coded_models(
@@ -116,7 +116,7 @@ def test_the_command_compresses_experts_and_coded_models(
 
 def test_two_variants_of_one_name_are_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "twice.yaml"
-    for spares, found in (([{"bits": 3}, {"bits": 3}], "spare-3bit"), ([{"bits": 3, "bit": 4}], "bits or rank")):
-        path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"spares": spares}))
+    for replicas, found in (([{"bits": 3}, {"bits": 3}], "replica-3bit"), ([{"bits": 3, "bit": 4}], "bits or rank")):
+        path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"replicas": replicas}))
         assert main(["run", "-c", str(path)]) == 2
         assert found in capsys.readouterr().err

@@ -204,7 +204,12 @@ def test_a_point_whose_options_have_changed_is_not_finished(config: Path, tmp_pa
         file = write_sweep(tmp_path / "grid.yaml", config, set={**SWEEP["set"], **changes})
         return PointRun(sweep_points(read_sweep(file), tmp_path / "grid")[0], {}).inputs.key
 
-    changes: list[dict[str, Any]] = [{}, {"spares": [{"bits": 3}]}, {"spares": [{"bits": 4}]}, {"code": [[0.5, 0.5]]}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"replicas": [{"bits": 3}]},
+        {"replicas": [{"bits": 4}]},
+        {"code": [[0.5, 0.5]]},
+    ]
     assert len({key(**each) for each in changes}) == len(changes)
 
 

@@ -13,7 +13,7 @@ from coin.reporting.findings import (
     STEPS,
     Findings,
     findings,
-    paired,
+    paired_difference,
     paired_differences,
 )
 from coin.reporting.results import Row
@@ -117,7 +117,7 @@ def test_a_difference_is_clear_by_a_paired_interval(differences: list[float], si
     ours = [nda + difference for nda, difference in zip(seeds, differences, strict=True)]
     said = found(rows_of("average", seeds), rows_of("coin", ours))
     average, coin = said.entries
-    mean, _, found_sign = paired(coin, average)
+    mean, _, found_sign = paired_difference(coin, average)
     assert mean == pytest.approx(sum(differences) / len(differences))
     assert found_sign == sign
     table = paired_differences(said, "linear")

@@ -201,7 +201,7 @@ def test_the_finding_is_the_smallest_of_the_nearly_best():
         "In short: middle with linear keeps 98.5 % of a lost expert's accuracy in 4 MiB; an answer takes 3 network "
         "runs, and up to 1 expert may be lost at once; the survivors alone keep 40.0 %."
     )
-    copies = pd.DataFrame([("spare-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
+    copies = pd.DataFrame([("replica-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
     assert finding(copies).endswith("in 2 MiB; an answer takes 1 network run, and up to 2 experts may be lost at once.")
 
 

@@ -55,8 +55,10 @@ class Schedule:
         self.system = _system(linear_system, draw.randrange(len(CODES)))
         count, rows = self.system.code.num_experts, self.system.code.num_coded
         policy = Policy(kind, quantile)
-        spares = Layout(count, copies=tuple(range(count)) * rows) if draw.random() < 0.5 else spread_copies(count, rows)
-        self.layout = self.system.layout(policy) if policy.coded else spares
+        replicas = (
+            Layout(count, copies=tuple(range(count)) * rows) if draw.random() < 0.5 else spread_copies(count, rows)
+        )
+        self.layout = self.system.layout(policy) if policy.coded else replicas
         self.trouble = draw.choice((0.0, 0.1, 0.4))
         self.bad = bad
         self.small = bad is None and draw.random() < 0.3

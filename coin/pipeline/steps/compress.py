@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from coin.coding.decoder_config import SPARE
+from coin.coding.decoder_config import REPLICA
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
@@ -23,7 +23,7 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     if "code" in made:
         metadata = {**made, "label": f"{made['label']}-{compression.name}"}
     else:
-        metadata = {"label": f"{SPARE}-{compression.name}", "task": made.get("task")}
+        metadata = {"label": f"{REPLICA}-{compression.name}", "task": made.get("task")}
     metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
     started = time.perf_counter()
     base, beside = kept_base(output, base, compression)
@@ -38,7 +38,7 @@ def compress_files(networks: Sequence[Path], outputs: Sequence[Path], base: Path
         compress_file(network, output, base, compression)
 
 
-def compress(
+def compress_network(
     network: str,
     base: str | None = None,
     output: str | None = None,

@@ -52,6 +52,7 @@ def record_evaluation(
     rows = result_rows(model.outcomes, name, tasks.seed, tasks.samples_per_task)
     confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
     code = model.code.matrix.tolist()
+    replicas = {replica.variant.method: replica.variant for replica in model.replicas}
     methods = [
         {
             "label": variant.method,
@@ -60,7 +61,7 @@ def record_evaluation(
             "row": row,
             "chosen": chosen,
         }
-        for variant in [*model.variants, *{spare.variant.method: spare.variant for spare in model.spares}.values()]
+        for variant in [*model.variants, *replicas.values()]
         for row, chosen in enumerate(variant.chosen)
     ]
     size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20

@@ -13,10 +13,10 @@ from coin.coding.ready import convex
 from coin.core.choices import check_number
 from coin.reporting.latency import tail_intervals
 from coin.serving.decodings import coded_layout, standin_layout
-from coin.serving.layout import Layout, spread_copies, spread_spares
+from coin.serving.layout import Layout, spread_copies, spread_replicas
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.run import Outcome
+from coin.serving.sim.run import SimulationOutcome
 from coin.serving.sim.simulation import Simulation
 
 _LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
@@ -30,9 +30,9 @@ class Redundancy(StrEnum):
     """Nothing."""
     copy = "copy"
     """A copy of one expert on each extra server."""
-    spare = "spare"
+    replica = "replica"
     """All experts' weights on each extra server, which runs the one that is missing. Its answers are exact."""
-    spare_delta = "spare_delta"
+    replica_delta = "replica_delta"
     """The same from a base and the experts' compressed deltas (`coin.compress`), unpacked when it runs another one."""
     neighbours = "neighbours"
     """No extra server: every expert's keeps the base and the others' deltas, and answers for one of them."""
@@ -192,14 +192,14 @@ class Profile:
         elif what.reads_survivors:
             layout = coded_layout(self.code)
         else:
-            layout = (spread_copies if what.kind is Redundancy.copy else spread_spares)(count, extras)
+            layout = (spread_copies if what.kind is Redundancy.copy else spread_replicas)(count, extras)
         more = layout.num_servers - count
         return layout, (*experts, *(count + place * extras // more for place in range(more)))
 
-    def row(self, what: StandIn, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
+    def row(self, what: StandIn, simulation: Simulation, outcomes: Sequence[SimulationOutcome]) -> dict[str, object]:
         """Return the summary of one simulation over its seeds: a row of ``simulation.csv``.
 
-        Latencies are in seconds, and memory in bytes of weights: of the largest server, and of all. ``share_spared``
+        Latencies are in seconds, memory in bytes of weights: of the largest server, and of all. ``share_replicated``
         are answers of experts on other servers than their own; ``standing_in_accuracy`` is that of these and of decoded
         ones, and ``worst_nda`` the share of the expert's that they keep on the worst task. ``unanswered`` are the
         queries that nobody can answer while machines are broken down.
@@ -207,8 +207,11 @@ class Profile:
         answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
         sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
         shares = {size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers for size in sizes}
-        spared, failed = sum(it.spared for it in outcomes) / answers, sum(it.failed for it in outcomes) / answers
-        decoded, right = sum(shares.values()), spared * what.right() if spared else 0.0
+        replicated, failed = (
+            sum(it.replicated for it in outcomes) / answers,
+            sum(it.failed for it in outcomes) / answers,
+        )
+        decoded, right = sum(shares.values()), replicated * what.right() if replicated else 0.0
         right += sum(share * what.right(size) for size, share in shares.items())
         memory_server, memory = self.memory(what)
         intervals = tail_intervals([it.latencies for it in outcomes], list(_LEVELS.values()))
@@ -220,13 +223,13 @@ class Profile:
             "experts": self.code.num_experts, "extras": self.extras(what), "queries": simulation.queries,
             "seeds": len(outcomes), "memory_server": memory_server, "memory": memory, "losses": self.losses(what),
             "quantile": policy.quantile if policy.hedges else nan, "load": simulation.load, **latencies,
-            "share_decoded": decoded, "share_spared": spared, "share_failed": failed,
+            "share_decoded": decoded, "share_replicated": replicated, "share_failed": failed,
             "unanswered": simulation.unanswered(conditions.failures.broken),
             "forwards": float(np.mean([it.forwards for it in outcomes])),
             "utilisation": float(np.mean([it.utilisation for it in outcomes])), "expert_accuracy": self.accuracy,
-            "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
+            "standing_in_accuracy": right / (decoded + replicated) if decoded + replicated else nan,
             "worst_nda": what.worst,
-            "effective_accuracy": (1 - decoded - spared - failed) * self.accuracy + right,
+            "effective_accuracy": (1 - decoded - replicated - failed) * self.accuracy + right,
             "service_seconds": simulation.unit * (1 + conditions.service.tail),
             "decoding_seconds": simulation.decoding, "unpacking_seconds": what.unpacking,
         }  # fmt: skip

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationOutcome:
     """The outcome of one simulation's queries, without the warm-up.
 
     Attributes:
         latencies: Seconds from arrival to answer ``[Q]``, in the order of arrival; infinity for a query that failed.
-        decoded: By number of missing experts, how many answers were decoded; `spared`, how many came from copies.
+        decoded: By number of missing experts, how many answers were decoded; `replicated`, how many came from copies.
         answers: How many answers were wanted; `failed`, how many of those the failed queries had wanted.
         forwards: Forward passes started per query.
         utilisation: The share of the time that machines were busy, mean over machines.
@@ -34,7 +34,7 @@ class Outcome:
 
     latencies: NDArray[np.float64]
     decoded: dict[int, int]
-    spared: int
+    replicated: int
     answers: int
     failed: int
     forwards: float
@@ -46,7 +46,7 @@ class _Query(Query):
     """Among all."""
 
 
-class Run:
+class SimulationRun:
     """The events of a simulation: queries enter, servers answer or are lost, machines go down and come back."""
 
     def __init__(self, simulation: "Simulation") -> None:
@@ -83,9 +83,9 @@ class Run:
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.order = count()
         self.latencies, self.decoded = np.full(it.queries, np.inf), Counter[int]()
-        self.busy, self.begun, self.open, self.spared, self.failed = 0.0, 0, 0, 0, 0
+        self.busy, self.begun, self.open, self.replicated, self.failed = 0.0, 0, 0, 0, 0
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulationOutcome:
         """Return what came of the queries."""
         events, entries = self.events, self.entries
         for machine, turns in enumerate(self.turns):
@@ -100,8 +100,8 @@ class Run:
                 now, _, happen, about = heapq.heappop(events)
                 happen(now, *about)
         each = self.wanted[0].bit_count()
-        return Outcome(
-            self.latencies[self.warm_up :], dict(self.decoded), self.spared, (last - self.warm_up) * each,
+        return SimulationOutcome(
+            self.latencies[self.warm_up :], dict(self.decoded), self.replicated, (last - self.warm_up) * each,
             self.failed * each, self.begun / last, self.busy / (now * len(self.up)),
         )  # fmt: skip
 
@@ -260,4 +260,4 @@ class Run:
             gone = self.layout.every_expert & ~self.layout.read(query.arrived)[0]
             self.decoded[gone.bit_count()] += query.decoded.bit_count()
         if counted:
-            self.spared += (query.wanted & ~query.decoded & ~query.arrived).bit_count()
+            self.replicated += (query.wanted & ~query.decoded & ~query.arrived).bit_count()

@@ -15,7 +15,7 @@ from coin.core.progress import tracked
 from coin.serving.layout import Layout
 from coin.serving.policies import Policy
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.run import Outcome, Run
+from coin.serving.sim.run import SimulationOutcome, SimulationRun
 
 _FEWEST = 28
 """Queries: a quarter of them warms the system up, and intervals want 20 at least."""
@@ -102,24 +102,24 @@ class Simulation:
         return max(0.0, 1 - answered)
 
 
-def simulate(simulation: Simulation) -> Outcome:
+def run_simulation(simulation: Simulation) -> SimulationOutcome:
     """Run one simulation.
 
     A machine runs, in one batch, the requests of the server whose first request has waited longest. A query that ends
     withdraws its waiting requests, not those being served. Decoding delays the answer but occupies no server.
     """
-    return Run(simulation).run()
+    return SimulationRun(simulation).run()
 
 
-def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> list[Outcome]:
+def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> list[SimulationOutcome]:
     """Run simulations in parallel, by default one per core; results do not depend on the number of processes."""
     from coin.core.processes import cores  # which brings PyTorch, that the processes below need not wait for
 
     jobs = cores() if jobs is None else jobs
     check_integer("jobs", jobs, 1)
     if jobs == 1 or len(simulations) == 1:
-        return [simulate(simulation) for simulation in tracked(simulations, "simulating")]
+        return [run_simulation(simulation) for simulation in tracked(simulations, "simulating")]
     # Spawned processes start without what this one has loaded, PyTorch above all.
     with ProcessPoolExecutor(min(jobs, len(simulations)), mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(simulate, simulation) for simulation in simulations]
+        running = [pool.submit(run_simulation, simulation) for simulation in simulations]
         return [each.result() for each in tracked(running, "simulating")]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from coin.coding.ready import uniform
-from coin.commands.advise import candidates, choose
+from coin.commands.advise import candidates, recommended_row
 from coin.commands.simulate import simulate_rows
 from coin.serving.sim.conditions import Conditions, FrontEndCost, Service, Slowdown
 from coin.serving.sim.profile import Profile, Redundancy, StandIn
@@ -41,7 +41,7 @@ CHOICES = {
         {"p999": [0.10, 0.105], "forwards": [2.98, 1.94], "memory": [5, 9]}, None, 1,
     ),
     "less memory where these cannot": ({"p999": [0.1, 0.1], "forwards": [1.92, 1.94], "memory": [9, 5]}, None, 1),
-    "the README's spare in int8 at once: proactive, float32, int8, int8 at 0.9": (
+    "the README's replica in int8 at once: proactive, float32, int8, int8 at 0.9": (
         {
             "p999": [0.066, 0.056, 0.056, 0.075], "effective_accuracy": [0.9722, 0.9727, 0.9726, 0.974],
             "forwards": [2.98, 1.94, 1.94, 1.08], "memory": [39, 52, 33, 33], "fits": [True, False, True, True],
@@ -57,7 +57,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_what_to_buy(name: str) -> None:
     columns, wanted, best = CHOICES[name]
-    assert choose(advice(**columns), wanted, 0.005) == best
+    assert recommended_row(advice(**columns), wanted, 0.005) == best
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def rows() -> pd.DataFrame:
     known = [
         StandIn(Redundancy.uncoded),
         StandIn(Redundancy.copy, "", 400, 0, {1: 0.95}, 1.0),
-        StandIn(Redundancy.spare, "", 0, 400, {1: 0.95}, 1.0),
-        StandIn(Redundancy.spare_delta, "8bit-nobase", 0, 100, {1: 0.94}, 0.9, unpacking=0.005),
+        StandIn(Redundancy.replica, "", 0, 400, {1: 0.95}, 1.0),
+        StandIn(Redundancy.replica_delta, "8bit-nobase", 0, 100, {1: 0.94}, 0.9, unpacking=0.005),
         StandIn(Redundancy.neighbours, "4bit", 100, 60, {1: 0.948}, 0.97, unpacking=0.005),
         StandIn(Redundancy.standin, "refit expert_head", 405, 0, {1: 0.94}, 0.96),
         *(StandIn(kind, "", 400, 0, {1: 0.9}, 0.8) for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)),
@@ -94,16 +94,16 @@ BY_HAND = {
     # half of the queries have no copy: 0.005
     ("copy", 0.0): (50, 1.5),
     # both slow: 0.0001 is below
-    ("spare", 0.0): (10, 2),
-    # 650 hold the spare's 200 and one unpacked expert of 400: every other query has it unpack the other for 5 ms
-    ("spare_delta", 0.0): (15, 2),
+    ("replica", 0.0): (10, 2),
+    # 650 hold the replica's 200 and one unpacked expert of 400: every other query has it unpack the other for 5 ms
+    ("replica_delta", 0.0): (15, 2),
     # and no second expert beside a neighbour's own 400 and 160: it unpacks for every query
     ("neighbours", 0.0): (15, 2),
     ("standin", 0.0): (10, 2),
     # the expert's, and one of the two others that decoding needs: 0.0002
     ("coded_proactive", 0.0): (10, 3),
     # a tenth is called late after 10 ms, just before the answer is there, and then asked again
-    ("spare", 0.9): (20, 1.1),
+    ("replica", 0.9): (20, 1.1),
     ("standin", 0.9): (20, 1.1),
     ("coded_hedged", 0.9): (20, 1.2),
     ("coded_proactive", 0.9): (10, 3),
@@ -126,14 +126,14 @@ def test_every_redundancy_is_asked_at_once_and_later_but_the_two_that_are_then_o
 
 BOUGHT = {
     "two machines at once, one of them with one network": ({}, None, 0.02, None, ("standin", 0.0)),
-    "whose answers are right": ({}, None, 1e-5, None, ("spare", 0.0)),
+    "whose answers are right": ({}, None, 1e-5, None, ("replica", 0.0)),
     "a coded model where two networks do not fit": ({"largest": 400}, None, 0.02, None, ("coded_proactive", 0.0)),
     "the neighbour later where that will do": ({}, 27, 0.005, None, ("neighbours", 0.9)),
     "later where that will do": ({}, 55, 0.02, None, ("neighbours", 0.9)),
     "never nothing, where something fits": ({"largest": 400}, 55, 0.02, None, ("coded_hedged", 0.9)),
     "but what keeps the accuracy that is asked for": ({}, 55, 0.005, 0.95, ("neighbours", 0.9)),
-    "of the worst task, not of the mean": ({}, 55, 0.005, 0.98, ("spare", 0.9)),
-    "all of it": ({}, 55, 0.005, 1.0, ("spare", 0.9)),
+    "of the worst task, not of the mean": ({}, 55, 0.005, 0.98, ("replica", 0.9)),
+    "all of it": ({}, 55, 0.005, 1.0, ("replica", 0.9)),
     "or comes nearest": ({"largest": 560}, 55, 0.005, 1.0, ("neighbours", 0.9)),
 }
 
@@ -143,6 +143,6 @@ def test_the_advice_is_what_a_pencil_gives(name: str, rows: pd.DataFrame) -> Non
     budget, wanted, tolerance, accuracy, (kind, quantile) = BOUGHT[name]
     fits = rows.assign(fits=rows["memory_server"] <= budget.get("largest", 1000))
     if budget:  # the experts are as large: only what holds one network fits
-        fits["fits"] &= ~fits["redundancy"].str.startswith("spare")
-    row = fits.loc[choose(fits, wanted, tolerance, accuracy)]
+        fits["fits"] &= ~fits["redundancy"].str.startswith("replica")
+    row = fits.loc[recommended_row(fits, wanted, tolerance, accuracy)]
     assert (row["redundancy"], -1 if row["redundancy"] == "uncoded" else row["quantile"]) == (kind, quantile)

@@ -1,6 +1,6 @@
 """The simulation against the front end itself, on a virtual clock, with the same arrivals and service times.
 
-Without what the two have differently: the way there and back, in which the real server is idle; a spare's machine,
+Without what the two have differently: the way there and back, in which the real server is idle; a replica's machine,
 which serves its networks' batches in the order in which they were formed; and queues that are full.
 """
 
@@ -26,7 +26,7 @@ from coin.serving.sim.conditions import (
     Slowdown,
     poisson_arrivals,
 )
-from coin.serving.sim.simulation import QueryTarget, Simulation, simulate
+from coin.serving.sim.simulation import QueryTarget, Simulation, run_simulation
 
 CONDITIONS = Conditions(
     Service(ServiceKind.exponential, 0.01, tail=0.2, marginal=0.3),
@@ -105,9 +105,9 @@ def test_simulated_latencies_are_those_of_the_front_end(
     samples = (np.array([0.01]),) * layout.num_servers
     queries = 400 if want is QueryTarget.all else 1000
     simulation = Simulation(layout, policy, samples, CONDITIONS, 0.75, want=want, queries=queries, seed=3)
-    outcome = simulate(simulation)
+    outcome = run_simulation(simulation)
     found = served(simulation, system, virtually)
     np.testing.assert_allclose(found, outcome.latencies, rtol=1e-6)
     assert 0 < np.isinf(outcome.latencies).sum() < len(found) / 4
     assert bool(outcome.decoded) == policy.coded
-    assert bool(outcome.spared) != policy.coded
+    assert bool(outcome.replicated) != policy.coded

@@ -12,14 +12,14 @@ from coin.errors import ConfigurationError
 from coin.reporting.latency import print_simulation, tail_against, tail_intervals
 from coin.serving.sim.conditions import Conditions, Slowdown
 from coin.serving.sim.profile import Profile, Redundancy, StandIn
-from coin.serving.sim.simulation import QueryTarget, simulate
+from coin.serving.sim.simulation import QueryTarget, run_simulation
 
 CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))
 KNOWN = {
     Redundancy.uncoded: StandIn(Redundancy.uncoded),
     Redundancy.copy: StandIn(Redundancy.copy, "", 420, 0, {1: 0.95}),
-    Redundancy.spare: StandIn(Redundancy.spare, "", 0, 420, {1: 0.95}),
-    Redundancy.spare_delta: StandIn(Redundancy.spare_delta, "3bit-int8base", 105, 45, {1: 0.94}, unpacking=0.002),
+    Redundancy.replica: StandIn(Redundancy.replica, "", 0, 420, {1: 0.95}),
+    Redundancy.replica_delta: StandIn(Redundancy.replica_delta, "3bit-int8base", 105, 45, {1: 0.94}, unpacking=0.002),
     Redundancy.neighbours: StandIn(Redundancy.neighbours, "3bit-int8base", 105, 45, {1: 0.94}, unpacking=0.002),
     Redundancy.failover: StandIn(Redundancy.failover, "", 256, 0, {1: 0.7}, seconds=0.001),
     Redundancy.standin: StandIn(Redundancy.standin, "refit expert_head", 430, 0, {1: 0.93}),
@@ -34,28 +34,28 @@ def profile() -> Profile:
 
 def row(what: StandIn, own: Profile, want: QueryTarget = QueryTarget.one, load: float = 0.4) -> dict[str, object]:
     simulation = own.simulation(what, CONDITIONS, load=load, want=want, queries=2000)
-    return own.row(what, simulation, [simulate(simulation)])
+    return own.row(what, simulation, [run_simulation(simulation)])
 
 
 def test_memory_is_that_of_what_servers_hold() -> None:
     """Of the largest server, and of all: the experts' 400 + 420 + 440, and what an extra server or each keeps."""
     memory = {
-        "uncoded": (440, 1260), "copy": (440, 1680), "spare": (1260, 2520), "spare_delta": (440, 1500),
+        "uncoded": (440, 1260), "copy": (440, 1680), "replica": (1260, 2520), "replica_delta": (440, 1500),
         "neighbours": (635, 1260 + 3 * 195), "failover": (440, 1516), "standin": (440, 1690),
         "coded_proactive": (440, 1670), "coded_hedged": (440, 1670),
     }  # fmt: skip
     assert {kind: profile().memory(what) for kind, what in KNOWN.items()} == memory
     assert {kind: profile().losses(what) for kind, what in KNOWN.items()} == {
-        "uncoded": 0, "copy": 0, "spare": 3, "spare_delta": 3, "neighbours": 2, "failover": 3, "standin": 3,
+        "uncoded": 0, "copy": 0, "replica": 3, "replica_delta": 3, "neighbours": 2, "failover": 3, "standin": 3,
         "coded_proactive": 1, "coded_hedged": 1,
     }  # fmt: skip
     larger = profile().resized(8, 2)
-    assert larger.memory(KNOWN[Redundancy.spare]) == (3360, 3340 + 2 * 3360)
-    assert larger.memory(KNOWN[Redundancy.spare_delta]) == (465, 3340 + 2 * 465)
+    assert larger.memory(KNOWN[Redundancy.replica]) == (3360, 3340 + 2 * 3360)
+    assert larger.memory(KNOWN[Redundancy.replica_delta]) == (465, 3340 + 2 * 465)
     assert larger.memory(KNOWN[Redundancy.neighbours]) == (440 + 420, 3340 + 8 * 420)
     assert larger.memory(KNOWN[Redundancy.standin]) == (440, 3340 + 860)
     assert math.isnan(KNOWN[Redundancy.standin].elsewhere.right())
-    assert KNOWN[Redundancy.spare].elsewhere.right() == 0.95
+    assert KNOWN[Redundancy.replica].elsewhere.right() == 0.95
 
 
 def test_rows_tell_who_stood_in_and_how_right() -> None:
@@ -63,14 +63,14 @@ def test_rows_tell_who_stood_in_and_how_right() -> None:
     assert set(rows) == set(Redundancy)
     for kind, found in rows.items():
         assert (found["share_decoded"] > 0) == kind.is_coded  # type: ignore[operator]
-        assert (found["share_spared"] > 0) == (not kind.is_coded and kind is not Redundancy.uncoded)  # type: ignore[operator]
+        assert (found["share_replicated"] > 0) == (not kind.is_coded and kind is not Redundancy.uncoded)  # type: ignore[operator]
         assert found["extras"] == (kind not in (Redundancy.uncoded, Redundancy.neighbours))
         if kind is not Redundancy.uncoded:
             assert found["standing_in_accuracy"] == pytest.approx(KNOWN[kind].right())
-    assert rows[Redundancy.spare]["effective_accuracy"] == pytest.approx(0.95)
-    unknown = row(StandIn(Redundancy.spare_delta), profile())
+    assert rows[Redundancy.replica]["effective_accuracy"] == pytest.approx(0.95)
+    unknown = row(StandIn(Redundancy.replica_delta), profile())
     assert math.isnan(unknown["effective_accuracy"])  # type: ignore[arg-type]
-    assert rows[Redundancy.spare]["p999"] < rows[Redundancy.uncoded]["p999"]  # type: ignore[operator]
+    assert rows[Redundancy.replica]["p999"] < rows[Redundancy.uncoded]["p999"]  # type: ignore[operator]
     assert rows[Redundancy.standin]["forwards"] < rows[Redundancy.coded_hedged]["forwards"]  # type: ignore[operator]
 
 
@@ -80,7 +80,7 @@ def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_
     assert u == pytest.approx(1 / 721)
     two = u * (1 - (1 - u) ** 3)
     one = {
-        "uncoded": u, "copy": (u**2 + 2 * u) / 3, "spare": u**2, "spare_delta": u**2, "neighbours": u**3,
+        "uncoded": u, "copy": (u**2 + 2 * u) / 3, "replica": u**2, "replica_delta": u**2, "neighbours": u**3,
         "failover": u**2, "standin": u**2, "coded_proactive": two, "coded_hedged": two,
     }  # fmt: skip
     every = {"uncoded": 1 - (1 - u) ** 3, "standin": two, "neighbours": u**3}
@@ -92,8 +92,8 @@ def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_
 
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
-    kinds = (Redundancy.uncoded, Redundancy.spare, Redundancy.spare_delta, Redundancy.coded_hedged)
-    known = [KNOWN[kind] for kind in kinds[:2]] + [StandIn(Redundancy.spare_delta, "8bit"), KNOWN[kinds[3]]]
+    kinds = (Redundancy.uncoded, Redundancy.replica, Redundancy.replica_delta, Redundancy.coded_hedged)
+    known = [KNOWN[kind] for kind in kinds[:2]] + [StandIn(Redundancy.replica_delta, "8bit"), KNOWN[kinds[3]]]
     return pd.DataFrame(
         [row(what, profile(), want, load) for want in QueryTarget for load in (0.2, 0.4) for what in known]
     )
@@ -112,7 +112,7 @@ def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd
     assert lines["uncoded"][2] == "∞"
     assert lines["→"][1:3] == ["coded_proactive", "refit-3bit"] or lines["→"][1:3] == ["coded_proactive", "0"]
     assert lines["×"][1:4] == ["coded_proactive,", "2", "0"]
-    assert lines["spare_delta"][-1] == "–"
+    assert lines["replica_delta"][-1] == "–"
 
 
 @pytest.mark.parametrize("column", ["memory_server", "load"])
@@ -121,9 +121,9 @@ def test_figures_have_a_line_a_policy_and_no_infinite_point(column: str, rows: p
     figure = tail_against(column, lost)
     assert len(figure.axes) == 2
     lines = {each.get_label(): each.lines[0].get_xdata() for each in figure.axes[0].containers}
-    assert set(lines) == {"uncoded", "spare", "spare_delta", "coded_hedged"}
+    assert set(lines) == {"uncoded", "replica", "replica_delta", "coded_hedged"}
     assert len(lines["uncoded"]) == 1
-    assert len(lines["spare"]) == 2
+    assert len(lines["replica"]) == 2
 
 
 def test_quantiles_are_numpys() -> None:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from coin.errors import ConfigurationError
-from coin.serving.layout import Layout, spread_copies, spread_spares
+from coin.serving.layout import Layout, spread_copies, spread_replicas
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.sim.conditions import (
     Conditions,
@@ -21,8 +21,8 @@ from coin.serving.sim.conditions import (
     Slowdown,
     poisson_arrivals,
 )
-from coin.serving.sim.run import Outcome, Run
-from coin.serving.sim.simulation import QueryTarget, Simulation, simulate, simulate_all
+from coin.serving.sim.run import SimulationOutcome, SimulationRun
+from coin.serving.sim.simulation import QueryTarget, Simulation, run_simulation, simulate_all
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 STANDIN = Layout(3, 1, alone=(1, 1, 1))
@@ -65,7 +65,7 @@ def mean_and_error(latencies: NDArray[np.float64]) -> tuple[float, float]:
 @pytest.mark.parametrize("kind", [ServiceKind.exponential, ServiceKind.deterministic])
 def test_mean_wait_is_that_of_theory(kind: ServiceKind, load: float) -> None:
     """M/M/1: W = ρ/(1 − ρ)·E[S]; M/D/1 half of it (Pollaczek and Khinchine). 99.7 % intervals, fixed seeds."""
-    outcome = simulate(
+    outcome = run_simulation(
         make(layout=Layout(1), load=load, service=Service(kind, 10 * MS), queries=40_000, queue=10**6, deadline=1e9)
     )
     wait = load / (1 - load) * 10 * MS * (1 if kind is ServiceKind.exponential else 0.5)
@@ -77,7 +77,9 @@ def test_mean_wait_is_that_of_theory(kind: ServiceKind, load: float) -> None:
 
 def test_shifted_exponential_service_waits_as_pollaczek_and_khinchine_say() -> None:
     service = Service(ServiceKind.deterministic, 10 * MS, tail=0.5)
-    outcome = simulate(make(layout=Layout(1), load=0.6, service=service, queries=40_000, queue=10**6, deadline=1e9))
+    outcome = run_simulation(
+        make(layout=Layout(1), load=0.6, service=service, queries=40_000, queue=10**6, deadline=1e9)
+    )
     mean_service, variance = 15 * MS, (5 * MS) ** 2
     wait = 0.6 / 0.4 * (mean_service**2 + variance) / (2 * mean_service)
     mean, error = mean_and_error(outcome.latencies)
@@ -93,12 +95,12 @@ def test_latencies_are_those_of_lindleys_recursion() -> None:
     for arrival in arrivals:
         free = max(free, arrival) + next(services)
         expected.append(free - arrival)
-    np.testing.assert_allclose(simulate(it).latencies, expected[750:], rtol=1e-9)
+    np.testing.assert_allclose(run_simulation(it).latencies, expected[750:], rtol=1e-9)
 
 
 def test_replicated_server_takes_the_faster_of_two() -> None:
     """One expert, one copy, next to no load: the smaller of two exponential times has half the mean."""
-    outcome = simulate(make("replicated", spread_copies(1, 1), load=0.01, queries=10_000))
+    outcome = run_simulation(make("replicated", spread_copies(1, 1), load=0.01, queries=10_000))
     mean, error = mean_and_error(outcome.latencies)
     assert abs(mean - 5 * MS) < 3 * error + 0.02 * 5 * MS
     assert outcome.forwards == pytest.approx(2.0, abs=0.02)
@@ -106,7 +108,7 @@ def test_replicated_server_takes_the_faster_of_two() -> None:
 
 def test_decoding_at_once_is_an_order_statistic() -> None:
     """All of three experts from any three of four servers, next to no load: the third of four exponential times."""
-    outcome = simulate(make("coded_proactive", load=0.001, quantile=0.0, want=QueryTarget.all, queries=20_000))
+    outcome = run_simulation(make("coded_proactive", load=0.001, quantile=0.0, want=QueryTarget.all, queries=20_000))
     mean, error = mean_and_error(outcome.latencies)
     expected = 10 * MS * (1 / 4 + 1 / 3 + 1 / 2)
     assert abs(mean - expected) < 3 * error + 0.01 * expected
@@ -118,7 +120,7 @@ def test_decoding_at_once_is_an_order_statistic() -> None:
 @pytest.mark.parametrize("kind", ["coded_proactive", "coded_hedged"])
 @pytest.mark.parametrize("quantile", [0.6, 0.9])
 def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float) -> None:
-    outcome = simulate(make(kind, load=0.001, quantile=quantile, queries=40_000))
+    outcome = run_simulation(make(kind, load=0.001, quantile=quantile, queries=40_000))
     late = outcome.forwards - 1 if kind == "coded_hedged" else None
     decoded = sum(outcome.decoded.values()) / outcome.answers
     assert 0 < decoded <= 1 - quantile + 0.02
@@ -132,10 +134,12 @@ def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float
 def test_every_request_is_taken_off_its_server_once(kind: str, want: QueryTarget, batch: int) -> None:
     """Full queues, failing servers, deadlines: when all queries have ended, no server expects to answer any."""
     failures = Failures(share=0.05, length=50.0)
-    layout = None if Policy(kind).coded else spread_spares(3, 1)
+    layout = None if Policy(kind).coded else spread_replicas(3, 1)
     machines = () if layout is None else (0, 1, 2, 3, 3, 3)
     options = {"queue": 4, "want": want, "failures": failures, "deadline": 30.0, "batch": batch}
-    simulation = Run(make(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
+    simulation = SimulationRun(
+        make(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options)
+    )
     outcome = simulation.run()
     assert simulation.held == [0] * len(simulation.held)
     assert 0 < outcome.failed < outcome.answers
@@ -143,7 +147,7 @@ def test_every_request_is_taken_off_its_server_once(kind: str, want: QueryTarget
 
 def test_decoding_time_delays_decoded_answers_alone() -> None:
     plain, slow = (
-        simulate(make("coded_proactive", load=0.2, quantile=0.0, decoding=seconds)) for seconds in (0.0, 1.0)
+        run_simulation(make("coded_proactive", load=0.2, quantile=0.0, decoding=seconds)) for seconds in (0.0, 1.0)
     )
     added = slow.latencies - plain.latencies
     assert np.isclose(added, 0.0).mean() == pytest.approx(1 - sum(plain.decoded.values()) / plain.answers)
@@ -153,8 +157,8 @@ def test_decoding_time_delays_decoded_answers_alone() -> None:
 def test_policies_see_the_same_queries_and_phases() -> None:
     slow = Slowdown(0.1, 5.0, 50.0)
     layout = Layout(3)
-    alone = simulate(make("uncoded", layout, slowdown=slow)).latencies
-    np.testing.assert_array_equal(alone, simulate(make("replicated", layout, slowdown=slow)).latencies)
+    alone = run_simulation(make("uncoded", layout, slowdown=slow)).latencies
+    np.testing.assert_array_equal(alone, run_simulation(make("replicated", layout, slowdown=slow)).latencies)
 
 
 @pytest.mark.parametrize("want", list(QueryTarget))
@@ -162,7 +166,8 @@ def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: QueryTarget)
     # Uniform service and rare slow phases, so that what is late is late because of them.
     options = {"service": Service(ServiceKind.deterministic, 10 * MS), "slowdown": Slowdown(0.02, 20.0, 50.0)}
     outcomes = {
-        kind: simulate(make(kind, load=0.2, want=want, queries=6000, quantile=0.9, **options)) for kind in PolicyKind
+        kind: run_simulation(make(kind, load=0.2, want=want, queries=6000, quantile=0.9, **options))
+        for kind in PolicyKind
     }
     tails = {kind: np.quantile(outcome.latencies, 0.99, method="higher") for kind, outcome in outcomes.items()}
     assert tails[PolicyKind.coded_hedged] < 0.5 * tails[PolicyKind.uncoded]
@@ -176,7 +181,7 @@ def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: QueryTarget)
 def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded() -> None:
     failures = Failures(share=0.05, length=50.0, detection=2.0)
     options = {"load": 0.2, "failures": failures, "queries": 10_000}
-    lost = {kind: simulate(make(kind, **options)) for kind in PolicyKind}
+    lost = {kind: run_simulation(make(kind, **options)) for kind in PolicyKind}
     shares = {kind: outcome.failed / outcome.answers for kind, outcome in lost.items()}
     assert 0.02 < shares[PolicyKind.uncoded] < 0.05
     # A copy saves its own expert's queries either way: asked at once, or after the loss.
@@ -191,13 +196,13 @@ def test_nobody_waits_for_a_server_that_has_failed() -> None:
     # With hardly a cooldown, every query to a server that is down tries it; a tenth of the queries does.
     service = Service(ServiceKind.deterministic, 10 * MS)
     failures = Failures(share=0.1, length=2000.0, detection=3.0)
-    outcome = simulate(make("coded_hedged", load=0.05, service=service, failures=failures, cooldown=0.01, seed=1))
+    outcome = run_simulation(make("coded_hedged", load=0.05, service=service, failures=failures, cooldown=0.01, seed=1))
     assert outcome.decoded[1] > 0.1 * outcome.answers
     assert np.quantile(outcome.latencies, 0.9, method="higher") == pytest.approx(10 * MS)
 
 
 def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
-    outcome = simulate(make("coded_proactive", load=0.9, queries=5000, deadline=200.0))
+    outcome = run_simulation(make("coded_proactive", load=0.9, queries=5000, deadline=200.0))
     assert outcome.failed > 0
     assert outcome.latencies[np.isfinite(outcome.latencies)].max() <= 200 * 10 * MS + 1e-9
     assert outcome.utilisation > 0.9
@@ -228,27 +233,27 @@ def test_phases_take_their_share_of_the_time_and_are_shared_as_said(together: fl
     assert (slow[0] & slow[1]).mean() == pytest.approx(both, abs=0.02)
 
 
-def test_a_spare_answers_for_every_expert_and_its_machine_runs_one_batch_at_a_time() -> None:
-    """One expert always down: its queries are the spare's, an M/D/1 queue of a third of all."""
+def test_a_replica_answers_for_every_expert_and_its_machine_runs_one_batch_at_a_time() -> None:
+    """One expert always down: its queries are the replica's, an M/D/1 queue of a third of all."""
     service = Service(ServiceKind.deterministic, 10 * MS)
     options = {"service": service, "load": 0.6, "queries": 20_000, "machines": (0, 1, 2, 3, 3, 3)}
-    it = Run(make("hedged", spread_spares(3, 1), failures=Failures(1e-9), **options))
+    it = SimulationRun(make("hedged", spread_replicas(3, 1), failures=Failures(1e-9), **options))
     it.turns[0] = iter([0.0])
     outcome = it.run()
-    assert outcome.spared / outcome.answers == pytest.approx(1 / 3, abs=0.05)
+    assert outcome.replicated / outcome.answers == pytest.approx(1 / 3, abs=0.05)
     assert not outcome.decoded
     assert outcome.failed == 0
     assert outcome.forwards == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_spare_shares_its_machine_among_experts() -> None:
+def test_a_replica_shares_its_machine_among_experts() -> None:
     """All experts down for ever at a load of 0.3 each: an M/D/1 queue at 0.9 on one machine, three at 0.3 on three."""
     service, waits = Service(ServiceKind.deterministic, 10 * MS), []
     for machines in ((0, 1, 2, 3, 3, 3), (0, 1, 2, 3, 4, 5)):
-        it = Run(
+        it = SimulationRun(
             make(
                 "hedged",
-                spread_spares(3, 1),
+                spread_replicas(3, 1),
                 0.3,
                 service,
                 machines=machines,
@@ -260,19 +265,19 @@ def test_a_spare_shares_its_machine_among_experts() -> None:
         for machine in range(3):
             it.turns[machine] = iter([0.0])
         outcome = it.run()
-        assert outcome.spared == outcome.answers
+        assert outcome.replicated == outcome.answers
         waits.append(outcome.latencies.mean() - 10 * MS)
     assert waits[0] == pytest.approx(0.9 / 0.1 * 5 * MS, rel=0.3)
     assert waits[1] == pytest.approx(0.3 / 0.7 * 5 * MS, rel=0.3)
 
 
 @pytest.mark.parametrize(("unpacked", "share"), [(0, 1.0), (1, 2 / 3), (2, 1 / 3), (3, 0.0)])
-def test_a_spare_unpacks_what_it_does_not_have_at_hand(unpacked: int, share: float) -> None:
+def test_a_replica_unpacks_what_it_does_not_have_at_hand(unpacked: int, share: float) -> None:
     """All three experts gone, each query's drawn at random: of the last k distinct ones k/3 of the queries are."""
     service = Service(ServiceKind.deterministic, 10 * MS)
     options = {"machines": (0, 1, 2, 3, 3, 3), "broken": frozenset({0, 1, 2}), "queries": 1500, "quantile": 0.0}
-    it = make("hedged", spread_spares(3, 1), 1e-5, service, unpacking=5 * MS, unpacked=unpacked, **options)
-    latencies = simulate(it).latencies.round(4)
+    it = make("hedged", spread_replicas(3, 1), 1e-5, service, unpacking=5 * MS, unpacked=unpacked, **options)
+    latencies = run_simulation(it).latencies.round(4)
     assert ((latencies == 10 * MS) | (latencies == 15 * MS)).mean() > 0.999  # hardly one waits for another
     assert (latencies == 15 * MS).mean() == pytest.approx(share, abs=0.03)
 
@@ -285,11 +290,11 @@ def test_neighbours_share_the_load_of_a_machine_that_is_gone(experts: int) -> No
     layout = Layout(experts, copies=tuple(each for _, each in pairs))
     service = Service(ServiceKind.deterministic, 10 * MS)
     gone, well = (
-        simulate(make("hedged", layout, 0.3, service, machines=machines, broken=frozenset(broken), queries=8000))
+        run_simulation(make("hedged", layout, 0.3, service, machines=machines, broken=frozenset(broken), queries=8000))
         for broken in ({0}, ())
     )
     assert gone.failed == 0
-    assert gone.spared / gone.answers == pytest.approx(1 / experts, abs=0.05)
+    assert gone.replicated / gone.answers == pytest.approx(1 / experts, abs=0.05)
     assert gone.latencies.mean() > well.latencies.mean()
     assert gone.utilisation == pytest.approx(0.3, abs=0.04)  # (experts − 1) machines at 0.3·N/(N − 1), and one at 0
 
@@ -299,7 +304,7 @@ def test_batches_carry_a_load_that_one_at_a_time_could_not() -> None:
     service = Service(ServiceKind.deterministic, 10 * MS, marginal=0.1)
     layout = Layout(1)
     alone, together = (
-        np.quantile(simulate(make("uncoded", layout, 0.95, service, batch=batch, queries=20_000)).latencies, 0.99)
+        np.quantile(run_simulation(make("uncoded", layout, 0.95, service, batch=batch, queries=20_000)).latencies, 0.99)
         for batch in (1, 8)
     )
     assert together < 4 * 10 * MS < alone
@@ -308,13 +313,13 @@ def test_batches_carry_a_load_that_one_at_a_time_could_not() -> None:
 def test_the_front_end_takes_its_time_and_its_way() -> None:
     service = Service(ServiceKind.deterministic, 10 * MS)
     front_end = FrontEndCost(seconds=2 * MS, hop=3 * MS)
-    outcome = simulate(make("uncoded", Layout(3), 0.001, service, front_end=front_end))
+    outcome = run_simulation(make("uncoded", Layout(3), 0.001, service, front_end=front_end))
     assert np.median(outcome.latencies) == pytest.approx(15 * MS)
-    busy = simulate(make("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0, processes=1)))
+    busy = run_simulation(make("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0, processes=1)))
     # 150 queries a second at 6 ms each: an M/D/1 queue at 0.9 before the servers, 27 ms of waiting in the mean
-    free = simulate(make("uncoded", Layout(3), 0.5, service))
+    free = run_simulation(make("uncoded", Layout(3), 0.5, service))
     assert busy.latencies.mean() - free.latencies.mean() > 20 * MS
-    enough = simulate(make("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0)))
+    enough = run_simulation(make("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0)))
     assert enough.latencies.mean() - free.latencies.mean() < 10 * MS
 
 
@@ -350,4 +355,4 @@ def test_mistakes() -> None:
         Service(tail=-1.0)
     with pytest.raises(ConfigurationError, match="jobs=0"):
         simulate_all([make()], jobs=0)
-    assert isinstance(simulate(make()), Outcome)
+    assert isinstance(run_simulation(make()), SimulationOutcome)

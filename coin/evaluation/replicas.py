@@ -1,4 +1,4 @@
-"""The evaluation of spares: compressed copies of all experts, each of which replaces its own expert."""
+"""The evaluation of replicas: compressed copies of all experts, each of which replaces its own expert."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from coin.coding import Code
-from coin.coding.decoder_config import REPLICA, SPARE
+from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.evaluation.scores import Scores
 from coin.evaluation.variants import Outcome, Variant
@@ -16,7 +16,7 @@ from coin.networks import load_network, nbytes_together, pad_head
 
 
 @dataclass(frozen=True)
-class Spare:
+class Replica:
     """The compressed copy of one expert, and its results on that task's test set."""
 
     variant: Variant
@@ -25,7 +25,7 @@ class Spare:
     scores: Scores
 
     def outcome(self, task: str) -> Outcome:
-        """Return the results; a spare runs alone, and all experts may be lost at once."""
+        """Return the results; a replica runs alone, and all experts may be lost at once."""
         return Outcome(
             variant=self.variant,
             decoder=REPLICA,
@@ -41,7 +41,9 @@ class Spare:
         )
 
 
-def read_spares(paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
+def read_replicas(
+    paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code
+) -> list[Replica]:
     """Read compressed experts, with the total cost and memory of each label.
 
     Args:
@@ -58,18 +60,18 @@ def read_spares(paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequ
         if file.provenance.get("of") not in fingerprints:
             raise FileError(f"'{path}' is compressed from none of the experts given; compress them again")
     found = []
-    for label in dict.fromkeys(str(file.provenance.get("label", SPARE)) for file in files):
-        own = [file for file in files if file.provenance.get("label", SPARE) == label]
+    for label in dict.fromkeys(str(file.provenance.get("label", REPLICA)) for file in files):
+        own = [file for file in files if file.provenance.get("label", REPLICA) == label]
         variant = Variant(
             label,
             code,
             seconds=sum(float(file.provenance["seconds"]) for file in own),
             chosen=(own[0].provenance["compression"],),
-            kind=SPARE,
+            kind=REPLICA,
             memory=nbytes_together(own),
         )
         for file in own:
             task = fingerprints.index(file.provenance["of"])
             network = pad_head(file.network, max(counts))
-            found.append(Spare(variant, task, network, Scores(counts[task])))
+            found.append(Replica(variant, task, network, Scores(counts[task])))
     return found
