@@ -8,13 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.core.choices import check_integer, parse_enum
+from coin.core.choices import check_integer, parse_enum, renamed_option
 from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
-from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticOptions, statistic_sums
 
@@ -96,7 +95,7 @@ class FisherEstimator(Callback):
     ) -> None:
         check_integer("samples", samples, 1)
         self.samples = samples
-        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
         self.options = StatisticOptions(kind=kind, mc_samples=mc_samples, memory_mib=memory_mib, precision=precision)
         self.path = None if path is None else Path(path)
         self.weights = parse_enum(Weights, "weights", weights)

@@ -31,7 +31,12 @@ def enforce() -> None:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """With ``--safe``, refuse options that run commands or unpickle."""
-    if os.environ.get(VARIABLE) == "1" and (options.get("launch") or {}).get("slurm"):
-        raise ConfigurationError(f"found launch.slurm with {SAFE}, expected none: it holds commands; leave it out")
-    if os.environ.get(VARIABLE) == "1" and options.get("weights_only") is False:
+    if os.environ.get(VARIABLE) != "1":
+        return
+    for executor in ("slurm", "ray"):
+        if (options.get("launch") or {}).get(executor):
+            raise ConfigurationError(
+                f"found launch.{executor} with {SAFE}, expected none: it holds commands; leave it out"
+            )
+    if options.get("weights_only") is False:
         raise ConfigurationError(f"found weights_only false with {SAFE}, expected true: it unpickles; leave it out")

@@ -10,7 +10,8 @@ from coin.core.processes import rank_zero_info
 from coin.files.atomic import write_text
 from coin.pipeline.executors import Command, raise_for, run_commands
 from coin.pipeline.launch import Launch
-from coin.pipeline.records import folder_lock, inputs_of, record_step, status_of
+from coin.pipeline.locks import folder_lock
+from coin.pipeline.records import inputs_of, record_step, status_of
 from coin.pipeline.step import Step
 from coin.pipeline.sweep import SweepFile, SweepPoint
 from coin.reporting import write_report

@@ -1,12 +1,14 @@
-"""Options that name one entry of an enum, are a number in a range, or a list of names."""
+"""Options that name one entry of an enum, are a number in a range, a list of names, or have an old name."""
 
 import math
+import warnings
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 
 E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
 
 
 def parse_enum(kind: type[E], name: str, value: Any) -> E:
@@ -15,6 +17,14 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
         return kind(value)
     except ValueError as error:
         raise ConfigurationError(f"found {name}={value!r}, expected one of {', '.join(kind)}") from error
+
+
+def renamed_option(new: str, value: T | None, old: str, given: T | None) -> T | None:
+    """Return the value of a renamed option, which may still be given by its old name, with a warning."""
+    if given is None:
+        return value
+    warnings.warn(f"the option {old} is now {new}; the next version knows only the new name", CoinWarning, stacklevel=3)
+    return given if value is None else value
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

@@ -15,6 +15,7 @@ from coin.coding import Answers, Code, DecoderConfig, FeatureCache, distinct_dec
 from coin.coding.decoders import Head
 from coin.coding.metrics import Residual
 from coin.core.batches import as_input
+from coin.core.choices import renamed_option
 from coin.core.progress import tracked
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
@@ -49,6 +50,7 @@ class DecodingEvaluator(LightningModule):
         alpha: α, the largest probability that an accepted answer differs from the expert's (`coin.promised_risk`), if
             the datamodule has samples for a promise; all networks run once on these.
         confidence: The probability that the promise holds.
+        spares: The old name of replicas, for one version.
 
     Raises:
         ConfigurationError: There is nothing to evaluate, or a decoder is unknown or given twice.
@@ -64,6 +66,7 @@ class DecodingEvaluator(LightningModule):
         replicas: list[str] | None = None,
         alpha: float = 0.02,
         confidence: float = 0.95,
+        spares: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.decoders, self._takes_all = distinct_decoders(decoders), decoders is None
@@ -83,7 +86,7 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        paths = [Path(path) for path in replicas or []]
+        paths = [Path(path) for path in renamed_option("replicas", replicas, "spares", spares) or []]
         self.replicas = read_replicas(paths, fingerprints, self.class_counts, self.code)
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.alpha, self.confidence = alpha, confidence

@@ -1,13 +1,13 @@
 """The parts of an experiment file."""
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
 from coin.coding.promise import samples_needed
-from coin.core.choices import check_integer, check_number, parse_enum
+from coin.core.choices import check_integer, check_number, parse_enum, renamed_option
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
 from coin.pipeline.steps.train import TrainingConfig
@@ -82,7 +82,7 @@ class CalibrationConfig:
         fisher_data: The samples for the experts' statistics, for methods that do not set it: ``own``: each expert's own
             task; ``pooled``: all tasks; ``auto``: both, and the better one is used for each method.
         fisher_kind: Which Fisher diagonal.
-        fisher_cotangents: k, the number of random cotangents a sample, for the Monte Carlo kind only.
+        fisher_mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind only.
         fisher_precision: The floating-point type of the networks in the Fisher pass.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples per batch.
@@ -91,27 +91,31 @@ class CalibrationConfig:
             59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
         promise_alpha: α, the largest probability that an accepted answer differs from the expert's.
         promise_confidence: The probability that the promise holds.
+        fisher_cotangents: The old name of fisher_mc_samples, for one version.
     """
 
     samples_per_task: int = 200
     fisher_data: DataChoice = DataChoice.auto
     fisher_kind: FisherKind = FisherKind.exact
-    fisher_cotangents: int | None = None
+    fisher_mc_samples: int | None = None
     fisher_precision: Precision = Precision.full
     memory_mib: int = DEFAULT_MEMORY_MIB
     batch_size: int = 50
     promise_samples: int = 0
     promise_alpha: float = 0.02
     promise_confidence: float = 0.95
+    fisher_cotangents: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, fisher_cotangents: int | None) -> None:
+        mc_samples = renamed_option("fisher_mc_samples", self.fisher_mc_samples, "fisher_cotangents", fisher_cotangents)
+        object.__setattr__(self, "fisher_mc_samples", mc_samples)
         for name in ("samples_per_task", "batch_size", "memory_mib"):
             check_integer(name, getattr(self, name), 1)
         check_integer("promise_samples", self.promise_samples, 0)
         for name in ("promise_alpha", "promise_confidence"):
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
-        if self.fisher_cotangents is not None:
-            check_integer("fisher_cotangents", self.fisher_cotangents, 1)
+        if mc_samples is not None:
+            check_integer("fisher_mc_samples", mc_samples, 1)
         object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
         object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
         object.__setattr__(self, "fisher_precision", parse_enum(Precision, "fisher_precision", self.fisher_precision))
@@ -119,7 +123,8 @@ class CalibrationConfig:
     @property
     def merging(self) -> dict[str, Any]:
         """The options that the coded models depend on."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
+        options = {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
+        return options | {"fisher_cotangents": options.pop("fisher_mc_samples")}  # its old name, which records have
 
     def warn_of_too_few(self) -> None:
         """Warn if there are too few samples to learn from, or for any promise."""
@@ -141,7 +146,7 @@ class CalibrationConfig:
 
     def options_of(self, which: Statistic) -> StatisticOptions:
         """Return the options with which a statistic is computed."""
-        mc_samples = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
+        mc_samples = self.fisher_mc_samples if which.kind is FisherKind.monte_carlo else None
         precision = Precision.full if which.kind is None else self.fisher_precision
         return StatisticOptions(which.name, which.kind, mc_samples, self.memory_mib, precision)
 

@@ -1,4 +1,4 @@
-"""``coin`` commands side by side: as processes of this machine, or as an array of SLURM jobs.
+"""``coin`` commands side by side: as processes of this machine, an array of SLURM jobs, or tasks of Ray.
 
 A step of an experiment is then run by its own ``coin run -c … --only STEP``, which writes to the experiment's folder;
 the experiment finds its outputs there, as after an interrupted run. A point of a sweep is a ``coin run``.
@@ -31,7 +31,7 @@ class CommandFailedError(CoinError):
 
 
 class Command:
-    """A ``coin`` command as a subprocess, or as a callable for submitit; its output is appended to `log`.
+    """A ``coin`` command as a subprocess, or as a callable for submitit and Ray; its output is appended to `log`.
 
     Args:
         name: What it does, for a person.
@@ -65,7 +65,7 @@ class Command:
         return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
     def __call__(self) -> None:
-        """Run it within a job of the cluster."""
+        """Run it within a job or task of a cluster."""
         if self.start(child_environment(cores())).wait() != 0:
             raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
@@ -104,10 +104,12 @@ def run_commands(
         share_gpus: Whether each worker of this machine sees its share of the GPUs only.
 
     Raises:
-        ConfigurationError: submitit or SLURM is missing, or refuses an option.
+        ConfigurationError: submitit, SLURM or Ray is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
         return _run_as_array(commands, launch, folder, on_success)
+    if launch.executor is Executor.ray:
+        return _run_as_tasks(commands, launch, on_success)
     environments = worker_environments(launch.workers, share_gpus)
     return _run_side_by_side(commands, environments, on_success)
 
@@ -212,6 +214,50 @@ def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_succes
         else:
             failed.append(command)
         rank_zero_info(f"{command.name}: " + (f"failed ({first_line(ended)[:200]})" if ended else "finished"))
+    return failed
+
+
+def _run_as_tasks(commands: Sequence[C], launch: Launch, on_success: Callable[[C], None]) -> list[C]:
+    """Run commands as tasks of Ray, and return those that failed. A task whose machine is lost is started again."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "launch.executor=ray needs the package ray: pip install 'coded-coin[serve]'"
+        ) from error
+    options, folder = {"num_cpus": 1, "name": "coin", **launch.ray}, Path.cwd()
+
+    def run(command: Command) -> None:
+        os.chdir(folder)
+        command()
+
+    try:
+        address = options.pop("address", None)
+        task = ray.remote(**options)(run)
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
+    waiting, failed = list(commands), []
+    running: dict[Any, C] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < launch.workers:
+                command = waiting.pop(0)
+                running[task.remote(command)] = command
+                rank_zero_info(f"{command.name}: submitted")
+            (ended, *_), _ = ray.wait(list(running))
+            command = running.pop(ended)
+            try:
+                ray.get(ended)
+                on_success(command)
+                rank_zero_info(f"{command.name}: finished")
+            except ray.exceptions.RayError as error:
+                failed.append(command)
+                rank_zero_info(f"{command.name}: failed ({str(error).strip().splitlines()[-1][:200]})")
+    finally:
+        for ended in running:
+            ray.cancel(ended, force=True)
+        ray.shutdown()
     return failed
 
 

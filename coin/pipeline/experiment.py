@@ -9,6 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.coding.decoder_config import REPLICA
+from coin.core.choices import renamed_option
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import CoinWarning, ConfigurationError
@@ -53,6 +54,7 @@ class Experiment:
             ``batch_size`` samples a process, as always with Lightning), statistics and the evaluation their samples;
             the first process does the rest and writes all files, into a folder that all nodes share.
         wandb: What is logged to W&B.
+        spares: The old name of replicas, for one version.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -74,8 +76,12 @@ class Experiment:
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
+        spares: list[dict[str, Any]] | None = None,
     ) -> None:
-        self._given: dict[str, Any] = {option: value for option, value in locals().items() if option != "self"}
+        replicas = renamed_option("replicas", replicas, "spares", spares)
+        self._given: dict[str, Any] = {
+            option: value for option, value in locals().items() if option not in ("self", "spares")
+        }
         if not is_folder_name(name):
             raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
         if len(tasks) < 2:
@@ -120,9 +126,9 @@ class Experiment:
             for method in methods:
                 data.check_augmentation(Augmentation(method.augmentation))
         kinds = {which.kind for method in methods for which in method.statistics()}
-        if calibration.fisher_cotangents is not None and FisherKind.monte_carlo not in kinds:
+        if calibration.fisher_mc_samples is not None and FisherKind.monte_carlo not in kinds:
             raise ConfigurationError(
-                f"found fisher_cotangents={calibration.fisher_cotangents} and no method with a monte_carlo Fisher; "
+                f"found fisher_mc_samples={calibration.fisher_mc_samples} and no method with a monte_carlo Fisher; "
                 "leave it out, or set fisher_kind"
             )
         self.name = name

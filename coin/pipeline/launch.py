@@ -8,10 +8,11 @@ from coin.errors import ConfigurationError
 
 
 class Executor(StrEnum):
-    """Where steps are run: in processes of this machine (``local``), or in jobs of a cluster (``slurm``)."""
+    """Where steps are run: in processes of this machine, in jobs of a SLURM cluster, or in tasks of a Ray cluster."""
 
     local = "local"
     slurm = "slurm"
+    ray = "ray"
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,31 @@ class Launch:
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
             ``slurm``: one array of jobs, submitted by `submitit` (pip install 'coded-coin[slurm]'); the command waits
-            for them, and an interrupted one resumes when it is started again.
+            for them, and an interrupted one resumes when it is started again. ``ray``: tasks of Ray
+            (pip install 'coded-coin[serve]'), whose machines share this folder and this environment.
         workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
             ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless it says ``local`` or
             ``debug``, to try the jobs on this machine.
+        ray: What every task needs, as in `ray.remote`: ``num_cpus``, ``num_gpus``, ``resources``, …; and ``address``,
+            of a running cluster. By default Ray is started on this machine.
     """
 
     executor: Executor = Executor.local
     workers: int = 1
     slurm: dict[str, Any] = field(default_factory=dict)
+    ray: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigurationError(f"found launch.workers {self.workers}, expected at least 1")
-        if self.slurm and self.executor is not Executor.slurm:
-            raise ConfigurationError("found launch.slurm and launch.executor local; set launch.executor=slurm")
+        for executor, options in ((Executor.slurm, self.slurm), (Executor.ray, self.ray)):
+            if options and self.executor is not executor:
+                raise ConfigurationError(
+                    f"found launch.{executor} and launch.executor {self.executor}; set launch.executor={executor}"
+                )
 
     @property
     def side_by_side(self) -> bool:
         """Whether steps are run outside the experiment's own process."""
-        return self.executor is Executor.slurm or self.workers > 1
+        return self.executor is not Executor.local or self.workers > 1

@@ -151,7 +151,7 @@ def statistic_step(files: SeedFiles, which: Statistic, task: str) -> Step:
     tasks = files.tasks if which.data is DataChoice.pooled else {task: files.tasks[task]}
     options: dict[str, Any] = {"samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
     if which.kind is not None:
-        options |= {"kind": which.kind, "k": calibration.fisher_cotangents}
+        options |= {"kind": which.kind, "k": calibration.fisher_mc_samples}
         if calibration.fisher_precision is not Precision.full:
             options["precision"] = calibration.fisher_precision
     parts = tuple(map(str, which.options.values()))

@@ -2,39 +2,22 @@
 
 The points of a sweep share steps: a step that another point has finished with the same key is reused by linking its
 outputs. This is safe because the key is a hash of all inputs of the step.
-
-One process at a time works in a folder. The lock is released when its process ends, even if it is killed.
 """
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
-import os
-import platform
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from coin.core.processes import on_rank_zero
 from coin.core.versions import versions
-from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
 from coin.pipeline.options import config_dict
 from coin.pipeline.step import Step
 from coin.reporting.sweeps import SWEEP_YAML
-
-LOCK = ".lock"
-"""The file in a folder that is locked; it stays when the lock ends, and says who had it last."""
-
-_POLL_SECONDS = 0.5
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sweep_of(experiment: Path) -> Path | None:
@@ -72,28 +55,15 @@ class Inputs:
 def inputs_of(step: Step) -> Inputs:
     """Return a step's inputs as they are now; paths are those from the experiment's folder.
 
-    Raises FileError if a file is missing. With several processes, rank zero reads them and broadcasts the result.
+    Raises FileError if a file is missing.
     """
     experiment = step.folder.parent
-
-    def read() -> Inputs:
-        paths = {
-            path: path.relative_to(experiment) if path.is_relative_to(experiment) else path for path in step.inputs
-        }
-        return Inputs(config_dict(step.options), {str(name): sha256_of(path) for path, name in paths.items()})
-
-    return on_rank_zero(read)
+    paths = {path: path.relative_to(experiment) if path.is_relative_to(experiment) else path for path in step.inputs}
+    return Inputs(config_dict(step.options), {str(name): sha256_of(path) for path, name in paths.items()})
 
 
 def status_of(step: Step) -> Status:
-    """Return whether the step's record has the key of its inputs, and its outputs are those recorded.
-
-    With several processes, rank zero reads the record and broadcasts the result.
-    """
-    return on_rank_zero(lambda: _status(step))
-
-
-def _status(step: Step) -> Status:
+    """Return whether the step's record has the key of its inputs, and its outputs are those recorded."""
     record = _read(step.folder, step.name)
     seconds = record["seconds"] if isinstance(record.get("seconds"), float) else None
     if gone := next((path for path in step.inputs if not path.is_file()), None):
@@ -133,6 +103,12 @@ def _flat(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, options
 
 
+def reused_status(step: Step) -> Status:
+    """Return a step's status; outputs of a shared step that another point of the sweep has are linked first."""
+    status = status_of(step)
+    return status if status.is_current or not reuse_from_sweep(step) else Status("", status.seconds)
+
+
 def reuse_from_sweep(step: Step) -> bool:
     """Link the outputs of another point of the sweep that has finished the step; return whether there is one.
 
@@ -157,24 +133,20 @@ def reuse_from_sweep(step: Step) -> bool:
 
 
 def record_step(step: Step, inputs: Inputs, seconds: float | None = None) -> None:
-    """Record on rank zero that the step is finished.
+    """Record that the step is finished.
 
     Args:
         step: The step; its outputs are there.
         inputs: Its inputs as they were when it began.
         seconds: How long it took.
     """
-
-    def write() -> None:
-        record = {
-            "key": inputs.key,
-            "outputs": _contents(step.folder, step.outputs),
-            "inputs": {"options": inputs.options, "files": inputs.files},
-            "seconds": seconds,
-        }
-        write_text(step.folder / ".steps" / f"{step.name}.json", json.dumps(record, indent=1))
-
-    on_rank_zero(write)
+    record = {
+        "key": inputs.key,
+        "outputs": _contents(step.folder, step.outputs),
+        "inputs": {"options": inputs.options, "files": inputs.files},
+        "seconds": seconds,
+    }
+    write_text(step.folder / ".steps" / f"{step.name}.json", json.dumps(record, indent=1))
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -188,67 +160,3 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 
 def _contents(folder: Path, outputs: Sequence[Path]) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_of(path) for path in outputs}
-
-
-def alone(step: Step, key: str) -> AbstractContextManager[Any]:
-    """Return a context that waits while another point of the sweep runs the same shared step."""
-    sweep = on_rank_zero(lambda: sweep_of(step.folder.parent))
-    if sweep is None or not step.shared:
-        return contextlib.nullcontext()
-    return folder_lock(sweep / ".locks" / f"{step.name}-{key[:16]}", patient=True)
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
-    """Lock a folder during the block; with several processes, rank zero locks it for all.
-
-    Child processes do not inherit the lock. On a file system without locks there is a warning instead.
-
-    Args:
-        folder: The folder.
-        patient: Whether to wait while another process holds the lock.
-
-    Raises:
-        ConfigurationError: Another process works in the folder.
-        FileError: The folder cannot be written.
-    """
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
-    try:
-        on_rank_zero(lambda: _acquire(lock, folder, patient))
-        yield
-    finally:
-        lock.release()
-
-
-def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
-    path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'it does not say who'})"
-            if not patient:
-                raise ConfigurationError(
-                    f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
-                ) from None
-            warnings.warn(f"waiting for {at_work}", CoinWarning, stacklevel=2)
-            lock.acquire(poll_interval=_POLL_SECONDS)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise FileError(
-                f"cannot write '{path}': {error.strerror or error}; choose a folder you can write to with output"
-            ) from error
-        warnings.warn(
-            f"the file system of '{folder}' has no locks: see to it that only one coin command works there",
-            CoinWarning,
-            stacklevel=2,
-        )
-    with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
-        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
-
-
-def _text(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    return ""

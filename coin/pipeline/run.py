@@ -1,5 +1,6 @@
 """A whole experiment: its steps for every seed, the summary over seeds, and the reports."""
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from coin.pipeline.downloads import fetch
 from coin.pipeline.executors import raise_for, run_commands, step_command
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
+from coin.pipeline.locks import folder_lock
 from coin.pipeline.plan import plan, summary_steps
 from coin.pipeline.plan_experts import initial_steps
-from coin.pipeline.records import Status, folder_lock, status_of, sweep_of
-from coin.pipeline.runner import Runner, reused_status
+from coin.pipeline.records import Status, reused_status, status_of, sweep_of
+from coin.pipeline.runner import Runner
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.trainer import join_processes
 from coin.reporting import write_report
@@ -27,19 +29,26 @@ from coin.reporting.wandb_settings import check_connection
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
     """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
     _begin(experiment)
+    elsewhere = launch if launch is not None and launch.side_by_side else None
+    if elsewhere and process_count() > 1:
+        raise ConfigurationError(
+            f"found {process_count()} processes that share every training, and a launch section; leave out one"
+        )
     if is_rank_zero():
         experiment.calibration.warn_of_too_few()
         experiment.warn_of_other_starts()
-    with folder_lock(experiment.folder, patient=sweep_of(experiment.folder) is not None):
-        on_rank_zero(lambda: remove_leftovers(experiment.folder))
+    with ExitStack() as locks:
+        on_rank_zero(partial(_tidy, experiment.folder, locks))
         runner = Runner(experiment)
         plans = _plans(experiment, runner)
         for seed in plans:
             layout = experiment.layout.seed(seed)
             if is_rank_zero() and not layout.results.exists():
                 write_text(layout.config, experiment.as_yaml(seed))
-        if launch is not None and launch.side_by_side:
-            _run_elsewhere(experiment, plans, launch)
+            if elsewhere:
+                write_text(layout.launch, experiment.as_yaml(seed))
+        if elsewhere:
+            _run_elsewhere(experiment, plans, elsewhere)
         for seed, steps in plans.items():
             if experiment.calibration.promise_samples and not experiment.layout.seed(seed).promise.exists():
                 experiment.check_parts()
@@ -91,6 +100,12 @@ def _steps(experiment: Experiment) -> list[Step]:
     return [step for step in steps if not step.only_logs]
 
 
+def _tidy(folder: Path, locks: ExitStack) -> None:
+    """Lock an experiment's folder, and remove what an interrupted command has left there."""
+    locks.enter_context(folder_lock(folder, patient=sweep_of(folder) is not None))
+    remove_leftovers(folder)
+
+
 def _end_seed(experiment: Experiment, seed: int) -> None:
     """Write the configuration of the results that are there now, the latest of the experiment's."""
     layout = experiment.layout.seed(seed)
@@ -109,22 +124,21 @@ def _begin(experiment: Experiment) -> None:
 
 def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
     """Prepare the data and the shared initialisation, and return the steps of every seed."""
-    on_rank_zero(partial(fetch, experiment))
-    on_rank_zero(Tasks(experiment.tasks).prepare_data)
+    on_rank_zero(partial(_prepare, experiment))
     for task in experiment.tasks.values():
         _ = task.num_classes  # fail early on a folder that is missing or has one class
     runner.run(initial_steps(experiment))
     return {seed: plan(experiment, seed) for seed in experiment.seeds}
 
 
+def _prepare(experiment: Experiment) -> None:
+    """Download what is missing: weights, experts and data."""
+    fetch(experiment)
+    Tasks(experiment.tasks).prepare_data()
+
+
 def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch: Launch) -> None:
     """Run steps of all seeds that do not depend on one another in processes of their own, as far as that goes."""
-    if process_count() > 1:
-        raise ConfigurationError(
-            f"found {process_count()} processes that share every training, and a launch section; leave out one"
-        )
-    for seed in plans:
-        write_text(experiment.layout.seed(seed).launch, experiment.as_yaml(seed))
     every = [step for steps in plans.values() for step in steps]
     read = {path for step in every if step.elsewhere for path in step.inputs}
     for wave in waves(every):

@@ -9,21 +9,14 @@ from functools import partial
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
+from coin.pipeline.locks import claim
 from coin.pipeline.open_job import open_job
-from coin.pipeline.records import Status, alone, folder_lock, inputs_of, record_step, reuse_from_sweep, status_of
+from coin.pipeline.records import inputs_of, record_step, status_of
 from coin.pipeline.step import Context, Step
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
-
-
-def reused_status(step: Step) -> Status:
-    """Return a step's status; outputs of a shared step that another point of the sweep has are linked first."""
-    status = status_of(step)
-    if not status.is_current and on_rank_zero(partial(reuse_from_sweep, step)):
-        return Status("", status.seconds)
-    return status
 
 
 class Runner:
@@ -58,34 +51,28 @@ class Runner:
                 jobs.end(step)
 
     def _run(self, step: Step, jobs: "_Jobs", called: str) -> None:
-        if reused_status(step).is_current:
-            rank_zero_info(f"{called}: up to date")
-            return
-        lock = step.lock or step.folder / ".steps" / step.name
-        with folder_lock(lock, patient=self.patient):
-            inputs = inputs_of(step)
-            with alone(step, inputs.key):
-                status = reused_status(step)
-                if status.is_current:
-                    rank_zero_info(f"{called}: up to date")
-                    return
-                if step.trains and not self.patient:  # one expert alone asks for nothing of the later steps
-                    self.experiment.check_parts()
-                expected = f" (last time {status.seconds:.0f} s)" if status.seconds and status.seconds >= 1 else ""
-                rank_zero_info(f"{called}: {step.doing}{expected}")
-                job, started = jobs.get(step.job, open=step.opens_job), time.monotonic()
-                if job is not None:
-                    job.use_artifacts(step.uses)
-                work = partial(step.run, Context(inputs.key, step.outputs, self.experiment.trainer, job))
-                measures = work() if step.collective else on_rank_zero(work)
-                if job is not None:
-                    job.measures(measures or {})
-                    job.log_artifacts(step.logs)
-                jobs.end(step)
-                seconds = time.monotonic() - started
-                record_step(step, inputs, seconds)
-                if seconds >= LONG:
-                    rank_zero_info(f"{called}: done in {seconds:.0f} s")
+        with ExitStack() as locks:
+            claimed = on_rank_zero(partial(claim, step, locks, patient=self.patient))
+            if claimed is None:
+                rank_zero_info(f"{called}: up to date")
+                return
+            if step.trains and not self.patient:  # one expert alone asks for nothing of the later steps
+                self.experiment.check_parts()
+            last = f" (last time {claimed.seconds:.0f} s)" if claimed.seconds and claimed.seconds >= 1 else ""
+            rank_zero_info(f"{called}: {step.doing}{last}")
+            job, started = jobs.get(step.job, open=step.opens_job), time.monotonic()
+            if job is not None:
+                job.use_artifacts(step.uses)
+            work = partial(step.run, Context(claimed.inputs.key, step.outputs, self.experiment.trainer, job))
+            measures = work() if step.collective else on_rank_zero(work)
+            if job is not None:
+                job.measures(measures or {})
+                job.log_artifacts(step.logs)
+            jobs.end(step)
+            seconds = time.monotonic() - started
+            on_rank_zero(partial(record_step, step, claimed.inputs, seconds))
+            if seconds >= LONG:
+                rank_zero_info(f"{called}: done in {seconds:.0f} s")
 
     def _log(self, step: Step, jobs: "_Jobs") -> None:
         """Run a step that only logs to W&B, on rank zero; without a W&B run, or if it fails, it is tried again.

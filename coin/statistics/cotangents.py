@@ -1,13 +1,12 @@
 """The kinds of Fisher diagonal, and the cotangents whose squared vector-Jacobian products add up to each."""
 
 import math
-import warnings
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from coin.errors import CoinWarning, ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError
 
 
 class FisherKind(StrEnum):
@@ -42,16 +41,6 @@ def check_mc_samples(kind: FisherKind, mc_samples: int | None) -> None:
         )
     if mc_samples < 1:
         raise ConfigurationError(f"found mc_samples={mc_samples}, expected at least 1")
-
-
-def renamed_mc_samples(mc_samples: int | None, cotangents: int | None) -> int | None:
-    """Return the option mc_samples, which may still be given as `cotangents`, with a warning."""
-    if cotangents is None:
-        return mc_samples
-    warnings.warn(
-        "the option cotangents is now mc_samples; the next version knows only the new name", CoinWarning, stacklevel=3
-    )
-    return cotangents if mc_samples is None else mc_samples
 
 
 def make_cotangents(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, adapted, as_input, clone, samples_of, shapes_in, size_of, take
-from coin.core.choices import check_integer, parse_enum
+from coin.core.choices import check_integer, parse_enum, renamed_option
 from coin.errors import ConfigurationError, DataError
-from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents, renamed_mc_samples
+from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, paired, trainable
 from coin.statistics.memory import DEFAULT_MEMORY_MIB, PassLayout, choose_cut, find_layout
 from coin.statistics.sums import Sums, sum_type
@@ -113,7 +113,7 @@ class FisherPass:
     cotangents: InitVar[int | None] = None
 
     def __post_init__(self, cotangents: int | None) -> None:
-        self.mc_samples = renamed_mc_samples(self.mc_samples, cotangents)
+        self.mc_samples = renamed_option("mc_samples", self.mc_samples, "cotangents", cotangents)
         self.kind = FisherKind(self.kind)
         self.network = adapted(self.network, self.forward)
         self.precision = parse_enum(Precision, "precision", self.precision)

@@ -121,7 +121,11 @@ def test_a_callback_cannot_be_handed_a_function(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("options", "found"),
-    [({"launch": {"slurm": {"slurm_setup": ["rm -rf ~"]}}}, "launch.slurm"), ({"weights_only": False}, "weights_only")],
+    [
+        ({"launch": {"slurm": {"slurm_setup": ["rm -rf ~"]}}}, "launch.slurm"),
+        ({"launch": {"ray": {"runtime_env": {"pip": ["x"]}}}}, "launch.ray"),
+        ({"weights_only": False}, "weights_only"),
+    ],
 )
 def test_options_that_run_or_unpickle_are_refused(
     options: dict[str, object], found: str, monkeypatch: pytest.MonkeyPatch

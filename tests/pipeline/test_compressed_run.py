@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from coin.cli import main
+from coin.errors import CoinWarning
 from coin.networks import load_network
 from coin.reporting import read_results
 
@@ -71,6 +72,12 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     told = capsys.readouterr().err
     assert "evaluation: up to date" in told
     assert "compressing" not in told
+    # The option's old name is still known.
+    old = tmp_path / "old.yaml"
+    old.write_text((seed / "config.yaml").read_text().replace("replicas:", "spares:"))
+    with pytest.warns(CoinWarning, match="the option spares is now replicas"):
+        assert main(["run", "-c", str(old)]) == 0
+    assert "evaluation: up to date" in capsys.readouterr().err
     # A replica that has gone is made again.
     (seed / "replicas/digits.3bit.safetensors").unlink()
     assert main(["run", "-c", str(seed / "config.yaml")]) == 0

@@ -10,12 +10,12 @@ import yaml
 
 from coin.callbacks import Weights
 from coin.data import Augmentation, Digits
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.merging import Coin
 from coin.networks.recipe import OptimizerKind, Schedule
 from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
-from coin.pipeline.options import to_config
+from coin.pipeline.options import config_dict, to_config
 from coin.pipeline.steps.train import TrainingConfig
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -75,14 +75,24 @@ def test_a_base_is_checked_alike():
 
 
 def test_a_number_of_cotangents_belongs_to_monte_carlo():
-    assert CalibrationConfig(fisher_kind="monte_carlo", fisher_cotangents=4).fisher_kind is FisherKind.monte_carlo
+    assert CalibrationConfig(fisher_kind="monte_carlo", fisher_mc_samples=4).fisher_kind is FisherKind.monte_carlo
     # Another kind here may stand beside a method with one of its own: the experiment checks them together.
-    assert CalibrationConfig(fisher_kind=FisherKind.exact, fisher_cotangents=4).fisher_cotangents == 4
+    assert CalibrationConfig(fisher_kind=FisherKind.exact, fisher_mc_samples=4).fisher_mc_samples == 4
     for number in (0, 1.5):
         with pytest.raises(ConfigurationError, match="expected a whole number of at least 1"):
-            CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_cotangents=number)
+            CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_mc_samples=number)
     with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
         CalibrationConfig(fisher_kind="full")
+
+
+def test_the_old_name_of_the_monte_carlo_number_sets_it_and_keys_of_finished_steps_have_it():
+    with pytest.warns(CoinWarning, match="the option fisher_cotangents is now fisher_mc_samples"):
+        old = CalibrationConfig(fisher_cotangents=4)
+    new = CalibrationConfig(fisher_mc_samples=4)
+    assert old == new
+    assert config_dict(old) == config_dict(new)
+    assert new.merging["fisher_cotangents"] == 4
+    assert "fisher_mc_samples" not in new.merging
 
 
 def test_a_precision_is_that_of_fishers_and_of_no_gram_matrices():

@@ -9,7 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +123,75 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
             os.kill(int(number), 0)
 
 
-@pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG], ids=["local", "slurm"])
+class InstantRay(ModuleType):
+    """Ray's functions that are called, each task run at once; `most` is how many were under way at a time."""
+
+    exceptions = SimpleNamespace(RayError=CoinError)
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.under_way, self.most, self.options, self.calls = 0, 0, {}, list[str]()
+
+    def init(self, **options: Any) -> None:
+        self.options |= options
+
+    def remote(self, **options: Any) -> Callable[[Callable[[Command], None]], Any]:
+        self.options |= options
+
+        def start(run: Callable[[Command], None], command: Command) -> Callable[[], None]:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            return partial(run, command)
+
+        return lambda run: SimpleNamespace(remote=partial(start, run))
+
+    def wait(self, tasks: list[Any]) -> tuple[list[Any], list[Any]]:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: Callable[[], None]) -> None:
+        self.under_way -= 1
+        task()
+
+    def cancel(self, _: Any, *, force: bool) -> None:
+        self.calls.append(f"cancel {force}")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+@pytest.fixture
+def instant_ray(monkeypatch: pytest.MonkeyPatch) -> InstantRay:
+    ray = InstantRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return ray
+
+
+RAY = Launch(Executor.ray, 2, ray={"num_gpus": 0.5, "address": "auto"})
+
+
+def test_tasks_of_ray_are_as_many_at_a_time_as_workers(
+    instant_ray: InstantRay, jobs: list[Command], tmp_path: Path
+) -> None:
+    run_commands(jobs, RAY, tmp_path)
+    assert instant_ray.most == 2
+    told = {"num_cpus": 1, "num_gpus": 0.5, "name": "coin", "address": "auto"}
+    assert instant_ray.options.items() >= told.items()
+    assert instant_ray.calls == ["shutdown"]
+    instant_ray.wait = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_commands(jobs, RAY, tmp_path)
+    assert instant_ray.calls[1:] == ["cancel True", "cancel True", "shutdown"]
+
+
+def test_ray_itself_runs_commands(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    commands = [Command(name, [name], tmp_path / f"{name}.log") for name in ("--help", "nonsense")]
+    assert run_commands(commands, Launch(Executor.ray, 2), tmp_path) == commands[1:]
+    assert "usage: coin" in commands[0].log.read_text()
+
+
+@pytest.mark.usefixtures("instant_ray")
+@pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG, RAY], ids=["local", "slurm", "ray"])
 def test_a_failed_expert_stops_none_of_the_others(
     launch: Launch, jobs: list[Command], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +237,8 @@ def test_what_does_not_fit_is_one_line(
         Launch(workers=0)
     with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
         Launch(slurm={"timeout_min": 3})
+    with pytest.raises(ConfigurationError, match=r"launch\.ray and launch\.executor slurm; set .*executor=ray"):
+        Launch(Executor.slurm, ray={"num_gpus": 1})
     wrong = Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9})
     with pytest.raises(ConfigurationError, match=r"cannot submit jobs with .*speed"):
         run_commands(jobs, wrong, tmp_path / "submitit")
@@ -178,6 +251,9 @@ def test_what_does_not_fit_is_one_line(
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
         run_commands(jobs, DEBUG, tmp_path / "submitit")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[serve\]'"):
+        run_commands(jobs, RAY, tmp_path)
 
 
 @pytest.mark.usefixtures("no_reports")

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 import coin.pipeline.records
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.pipeline.records import LOCK, folder_lock
+from coin.pipeline.locks import LOCK, folder_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 

@@ -23,7 +23,7 @@ from coin.cli import main
 from coin.commands.sweep_run import PointRun
 from coin.errors import ConfigurationError
 from coin.pipeline.launch import Launch
-from coin.pipeline.records import folder_lock
+from coin.pipeline.locks import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import read_results
 from coin.reporting.extras import RISK_COLUMNS

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import nn
 
 from coin.callbacks import RunProgress
+from coin.core.choices import renamed_option
 from coin.core.lightning import silence_lightning
 from coin.data import TaskData
 from coin.data.tasks import Tasks
@@ -28,7 +29,6 @@ from coin.pipeline.steps.evaluate import record_evaluation
 from coin.pipeline.steps.statistics import estimate_over_tasks
 from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
-from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 
 _MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
@@ -139,7 +139,7 @@ class Trainer(pl.Trainer):
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
         options = StatisticOptions(statistic, kind, mc_samples, memory_mib, precision)
         network, config = _network(model, ckpt_path)
         if isinstance(datamodule, TaskData):

@@ -1,0 +1,113 @@
+"""Locks: one process at a time works in a folder. A lock is released when its process ends, even if it is killed."""
+
+import contextlib
+import errno
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.pipeline.records import Inputs, inputs_of, reused_status, sweep_of
+from coin.pipeline.step import Step
+
+LOCK = ".lock"
+"""The file in a folder that is locked; it stays when the lock ends, and says who had it last."""
+
+_POLL_SECONDS = 0.5
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A step that has to run, and is locked: its inputs as they are now, and the seconds of its last run if known."""
+
+    inputs: Inputs
+    seconds: float | None
+
+
+def claim(step: Step, locks: ExitStack, *, patient: bool) -> Claim | None:
+    """Lock a step; return None if it is up to date, or if another point of the sweep has its outputs.
+
+    Args:
+        step: The step.
+        locks: What holds its locks.
+        patient: Whether to wait while another process runs it.
+    """
+    if reused_status(step).is_current:
+        return None
+    locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=patient))
+    inputs = inputs_of(step)
+    locks.enter_context(alone(step, inputs.key))
+    status = reused_status(step)
+    return None if status.is_current else Claim(inputs, status.seconds)
+
+
+def alone(step: Step, key: str) -> AbstractContextManager[Any]:
+    """Return a context that waits while another point of the sweep runs the same shared step."""
+    sweep = sweep_of(step.folder.parent)
+    if sweep is None or not step.shared:
+        return contextlib.nullcontext()
+    return folder_lock(sweep / ".locks" / f"{step.name}-{key[:16]}", patient=True)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
+    """Lock a folder during the block.
+
+    Child processes do not inherit the lock. On a file system without locks there is a warning instead.
+
+    Args:
+        folder: The folder.
+        patient: Whether to wait while another process holds the lock.
+
+    Raises:
+        ConfigurationError: Another process works in the folder.
+        FileError: The folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
+    try:
+        _acquire(lock, folder, patient)
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'it does not say who'})"
+            if not patient:
+                raise ConfigurationError(
+                    f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
+                ) from None
+            warnings.warn(f"waiting for {at_work}", CoinWarning, stacklevel=2)
+            lock.acquire(poll_interval=_POLL_SECONDS)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise FileError(
+                f"cannot write '{path}': {error.strerror or error}; choose a folder you can write to with output"
+            ) from error
+        warnings.warn(
+            f"the file system of '{folder}' has no locks: see to it that only one coin command works there",
+            CoinWarning,
+            stacklevel=2,
+        )
+    with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""
