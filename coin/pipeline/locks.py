@@ -6,15 +6,14 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.pipeline.records import Inputs, inputs_of, reused_status, sweep_of
+from coin.pipeline.records import sweep_of
 from coin.pipeline.step import Step
 
 LOCK = ".lock"
@@ -22,31 +21,6 @@ LOCK = ".lock"
 
 _POLL_SECONDS = 0.5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A step that has to run, and is locked: its inputs as they are now, and the seconds of its last run if known."""
-
-    inputs: Inputs
-    seconds: float | None
-
-
-def claim(step: Step, locks: ExitStack, *, patient: bool) -> Claim | None:
-    """Lock a step; return None if it is up to date, or if another point of the sweep has its outputs.
-
-    Args:
-        step: The step.
-        locks: What holds its locks.
-        patient: Whether to wait while another process runs it.
-    """
-    if reused_status(step).is_current:
-        return None
-    locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=patient))
-    inputs = inputs_of(step)
-    locks.enter_context(alone(step, inputs.key))
-    status = reused_status(step)
-    return None if status.is_current else Claim(inputs, status.seconds)
 
 
 def alone(step: Step, key: str) -> AbstractContextManager[Any]:

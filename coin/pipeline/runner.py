@@ -3,20 +3,45 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
-from coin.pipeline.locks import claim
+from coin.pipeline.locks import alone, folder_lock
 from coin.pipeline.open_job import open_job
-from coin.pipeline.records import inputs_of, record_step, status_of
+from coin.pipeline.records import Inputs, inputs_of, record_step, reused_status, status_of
 from coin.pipeline.step import Context, Step
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A step that has to run, and is locked: its inputs as they are now, and the seconds of its last run if known."""
+
+    inputs: Inputs
+    seconds: float | None
+
+
+def claim(step: Step, locks: ExitStack, *, patient: bool) -> Claim | None:
+    """Lock a step; return None if it is up to date, or if another point of the sweep has its outputs.
+
+    Args:
+        step: The step.
+        locks: What holds its locks.
+        patient: Whether to wait while another process runs it.
+    """
+    if reused_status(step).is_current:
+        return None
+    locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=patient))
+    inputs = inputs_of(step)
+    locks.enter_context(alone(step, inputs.key))
+    status = reused_status(step)
+    return None if status.is_current else Claim(inputs, status.seconds)
 
 
 class Runner:

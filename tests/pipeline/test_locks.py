@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-import coin.pipeline.records
+import coin.pipeline.locks
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.pipeline.locks import LOCK, folder_lock
@@ -124,7 +124,7 @@ def test_coin_run_is_refused_where_another_is_at_work(
 
 def test_a_patient_process_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
-    monkeypatch.setattr(coin.pipeline.records, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(coin.pipeline.locks, "_POLL_SECONDS", 0.05)
     told = pytest.warns(CoinWarning, match="waiting for another coin")
     with holder(tmp_path, lambda: time.sleep(0.7)), told, folder_lock(tmp_path, patient=True):
         assert time.monotonic() - started > 0.3
