@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from filelock import FileLock
 from wandb.util import get_core_path
 
 from coin.cli import main
@@ -206,12 +207,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(config: Path, tmp_path_factory: pytest.TempPathFactory, fresh_wandb: Callable[[], None]) -> Path:
-    """The folder of the finished experiment; tests read it and leave it as it is."""
+    """The folder of the finished experiment; tests read it and leave it as it is, and all processes share it."""
     fresh_wandb()
-    output = tmp_path_factory.mktemp("runs")
+    temporary = tmp_path_factory.getbasetemp()
+    output = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "finished"
     environment = {name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")}
     try:
-        assert main(["run", "-c", str(config), f"--output={output}"]) == 0
+        with FileLock(f"{output}.lock"):
+            if not (output / "tiny/report.html").is_file():
+                assert main(["run", "-c", str(config), f"--output={output}"]) == 0
     finally:
         os.environ.update({name: value for name, value in environment.items() if value is not None})
     return output / "tiny"

@@ -20,8 +20,8 @@ from coin.pipeline import Experiment
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
 from coin.pipeline.locks import alone
 from coin.pipeline.options import config_dict
-from coin.pipeline.records import Status, inputs_of, record_step, status_of
-from coin.pipeline.runner import Runner, reused_status
+from coin.pipeline.records import Status, inputs_of, record_step, reused_status, status_of
+from coin.pipeline.runner import Runner
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.merge import coded_name, coded_paths
 
