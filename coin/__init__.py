@@ -83,7 +83,8 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "oddness":
-        warnings.warn("coin.oddness is now coin.fault_score; the next version knows only the new name", stacklevel=2)
+        told = "coin.oddness is now coin.fault_score; the next version knows only the new name"
+        warnings.warn(told, import_module("coin.errors").CoinWarning, stacklevel=2)
         name = "fault_score"
     if name not in _HOMES:
         raise AttributeError(f"module 'coin' has no attribute '{name}'")

@@ -133,7 +133,7 @@ def _told(message: str) -> str:
     if refused := re.search(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
         path, option = refused.groups()
         if names := _options_of(path):
-            return unknown(f"{path.rpartition('.')[2]} option", option, names, f"one of {', '.join(names)}")
+            return unknown(f"{path.rpartition('.')[2]} option", option, names)
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
         name = name.split("; or ")[0]

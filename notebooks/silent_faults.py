@@ -21,7 +21,7 @@ from torch import nn
 from coin.coding import Answers, make_decoder
 from coin.commands.coded_system import Choice, read_coded_system
 from coin.data.calibration import Calibration
-from coin.modules.servers import server_answers
+from coin.evaluation.servers import server_answers
 from coin.networks import load_network
 from coin.networks.heads import pad_head
 from coin.pipeline.layout import ExperimentLayout

@@ -19,7 +19,7 @@ from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
 from coin.modules import DecodingEvaluator
 from coin.reporting import read_results
-from coin.reporting.wandb_settings import run_environment
+from coin.tracking.settings import run_environment
 
 pytestmark = pytest.mark.slow
 

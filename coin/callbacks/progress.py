@@ -23,7 +23,7 @@ class RunProgress(RichProgressBar):
         self._give_back()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, unless it is within a training."""
+        """Close the bar and restore standard output, unless the validation is part of a training."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._give_back()

@@ -1,4 +1,4 @@
-"""What all decoders have in common: the experts that they decode, the errors that they make, and what they promise."""
+"""The base class of decoders: lost experts, error moments, risks and promises."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,13 +19,13 @@ Made = TypeVar("Made")
 
 
 class FeatureCache:
-    """What fitting decoders has made of the networks' features, for all that are fitted on the same ones."""
+    """Caches what decoders compute from features, for all decoders fitted on the same ones."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, tuple[Tensor, Any]] = {}
 
     def of(self, source: Tensor, what: Hashable, make: Callable[[], Made]) -> Made:
-        """Return what was made of this very tensor before, or make it."""
+        """Return the cached result for this tensor object; compute it on first use."""
         key = (id(source), what)
         if key not in self._made:
             self._made[key] = source, make()  # the source is held: no other tensor gets its id
@@ -57,7 +57,7 @@ class Decoder(ABC):
         """By lost expert, up to which risk its decoded answers are accepted."""
 
     def fit(self, calibration: Answers, kept: FeatureCache | None = None) -> Self:
-        """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
+        """Fit the decoder, if it has anything to fit; the targets are the lost experts' own logits.
 
         One `kept` saves work for the decoders of several systems and erasures that are fitted on the same answers.
         Here nothing is learnt but the errors that the decoder makes.
@@ -146,7 +146,7 @@ class Decoder(ABC):
         return self.promises
 
     def accepted(self, expert: int, risk: Tensor) -> Tensor:
-        """Return whether a lost expert's decoded answers of this risk ``[B]`` are accepted, bool: none are unpromised.
+        """Return which decoded answers with these risks ``[B]`` are accepted; without a promise, none.
 
         Raises:
             DecodingError: `accept` was not called.

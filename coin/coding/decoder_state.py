@@ -20,7 +20,7 @@ Map = TypeVar("Map", RidgeFit, Projection)
 
 
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what a decoder has learnt: its tensors by name, and what JSON holds of the rest.
+    """Return a decoder's fitted state: tensors by name, and its other values as JSON types.
 
     `restore_decoder` gives the decoder back, whose answers and risks are the same to the last bit; one that was not
     fitted has no tensors.
@@ -36,7 +36,7 @@ def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: Code) -> Decoder:
-    """Return the decoder that `decoder_state` has told of, for the code that it was made for.
+    """Rebuild a decoder from its `decoder_state` and its code.
 
     Raises:
         StateError: A tensor or value is missing, superfluous, or does not fit the code or the others.
@@ -72,7 +72,7 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
 
 
 def decoders_state(decoders: Sequence[Decoder]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the same of several decoders, for one file: each one's names begin with its place and a slash."""
+    """Return the states of several decoders for one file; names begin with the decoder's index and a slash."""
     told = [decoder_state(decoder) for decoder in decoders]
     state = {f"{place}/{name}": tensor for place, (own, _) in enumerate(told) for name, tensor in own.items()}
     return state, [rest for _, rest in told]

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from coin.errors import ConfigurationError, DataError
 
 COVERAGES = (1.0, 0.95, 0.8)
-"""The shares of the samples, those of least risk, whose accuracy is told."""
+"""The coverages (shares of lowest-risk samples) at which accuracy is reported."""
 
 
 class DecodingAccuracy(Metric):

@@ -1,4 +1,4 @@
-"""Up to which risk decoded answers may be taken for the expert's, with few of them wrong: as promised."""
+"""Promises: a risk threshold below which at most a share α of decoded answers differ from the expert's."""
 
 import math
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def samples_needed(alpha: float, confidence: float) -> int:
 
 
 def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
-    """Return the largest threshold on the risk with P(an answer differs given that it is accepted) ≤ α, confidently.
+    """Return the promise with the largest risk threshold for which P(differs | accepted) ≤ α at this confidence.
 
     The samples must be new, and like the queries: neither the networks nor the decoder may have learnt from them. With
     n accepted of which k differ, a threshold passes where the Clopper–Pearson bound of k of n is at most α, that is

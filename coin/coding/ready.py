@@ -1,4 +1,4 @@
-"""Codes to choose from: ready ones, those on a grid, and the choice by what a code does to decoded outputs."""
+"""Ready-made codes, grids of codes, and the choice among them by a bound on the decoded error."""
 
 from collections.abc import Callable, Iterable
 from itertools import combinations, pairwise

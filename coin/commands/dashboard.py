@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from coin.commands.parser import command_parser, parsed
-from coin.reporting.dashboard import dashboard
+from coin.tracking.dashboard import dashboard
 
 
 def main(arguments: Sequence[str]) -> None:

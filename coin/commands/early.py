@@ -1,4 +1,4 @@
-"""Mistakes that a command line and its files show by themselves, found before anything heavy is imported."""
+"""Early checks of the command line and its files, before heavy imports."""
 
 import ast
 import difflib
@@ -38,6 +38,7 @@ _BESIDE = {"run": {"launch", "only", "dry-run", "dry_run"}, "fisher": _OF_TRAINE
 _DATA = {"datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
 _SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
 """Parameters that are no options themselves."""
+_OLD_NAMES = ("spares", "fisher_cotangents", "cotangents")
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
 _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 A_CLASS = "one of coin's or a dotted import path"
@@ -110,9 +111,11 @@ def _option(arguments: Sequence[str], place: int) -> tuple[str, str]:
     return name, value if given else next(iter(arguments[place + 1 :]), "")
 
 
-def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
-    """Return the line about a name that is none of those known, with the nearest of them."""
-    lower = {each.lower(): each for each in known if each != name}
+def unknown(what: str, name: str, known: Sequence[str], expected: str = "") -> str:
+    """Return the line about a name that is none of those known, with the nearest of them; old names are left out."""
+    current = [each for each in known if each.lstrip("-").rpartition(".")[2] not in _OLD_NAMES]
+    expected = expected or f"one of {', '.join(current)}"
+    lower = {each.lower(): each for each in current if each != name}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     meant = f" (did you mean {lower[near[0]]}?)" if near else ""
     return f"found {what} '{name}'{meant}, expected {expected}; check it"

@@ -59,7 +59,7 @@ def _with_nearest(message: str, parser: ArgumentParser) -> ConfigurationError | 
     if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
         section, name = match.groups()
         known = [each.removeprefix(f"{section}.") for each in known if each.startswith(f"{section}.")]
-        return ConfigurationError(unknown(f"{section} option", name, known, f"one of {', '.join(known)}"))
+        return ConfigurationError(unknown(f"{section} option", name, known))
     if match := re.match(r"unrecognized arguments: (--[\w.+-]+)", message):
         every = [each for action in parser._actions for each in action.option_strings]
         return ConfigurationError(unknown("option", match[1], every, f"one that {parser.prog} --help lists"))

@@ -36,7 +36,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for executor in ("slurm", "ray"):
         if (options.get("launch") or {}).get(executor):
             raise ConfigurationError(
-                f"found launch.{executor} with {SAFE}, expected none: it holds commands; leave it out"
+                f"found launch.{executor} with {SAFE}, expected none: it can run commands; leave it out"
             )
     if options.get("weights_only") is False:
         raise ConfigurationError(f"found weights_only false with {SAFE}, expected true: it unpickles; leave it out")

@@ -205,7 +205,7 @@ def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) ->
         name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
         worst = float(row["worst"])
         if row["replica"]:
-            found += _deltas(system, name.removeprefix("replica-"), kept, accuracy, worst)
+            found += _deltas(system, re.sub("^(replica|spare)-", "", name), kept, accuracy, worst)
         elif not row["survivors"] and accuracy > best:
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded

@@ -8,7 +8,8 @@ import pandas as pd
 from coin.commands.run import experiment_of
 from coin.core.processes import rank_zero_info
 from coin.files.atomic import write_text
-from coin.pipeline.executors import Command, raise_for, run_commands
+from coin.pipeline.command import Command
+from coin.pipeline.executors import raise_for, run_commands
 from coin.pipeline.launch import Launch
 from coin.pipeline.locks import folder_lock
 from coin.pipeline.records import inputs_of, record_step, status_of
@@ -19,7 +20,7 @@ from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_ris
 from coin.reporting.results import read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
 from coin.reporting.tables import results_console
-from coin.reporting.wandb_settings import check_connection, user_tags
+from coin.tracking.settings import check_connection, user_tags
 
 
 class PointRun(Command):

@@ -23,7 +23,7 @@ from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
-from coin.reporting.wandb_settings import logger_mode, run_environment
+from coin.tracking.settings import logger_mode, run_environment
 
 
 class SaveFitConfig(SaveConfigCallback):

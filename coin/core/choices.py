@@ -19,12 +19,19 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
         raise ConfigurationError(f"found {name}={value!r}, expected one of {', '.join(kind)}") from error
 
 
-def renamed_option(new: str, value: T | None, old: str, given: T | None) -> T | None:
-    """Return the value of a renamed option, which may still be given by its old name, with a warning."""
+def renamed_option(new: str, value: T | None, old: str, given: T | None, stacklevel: int = 3) -> T | None:
+    """Return the value of a renamed option, which may still be given by its old name, with a warning.
+
+    Raises ConfigurationError if both are given.
+    """
     if given is None:
         return value
-    warnings.warn(f"the option {old} is now {new}; the next version knows only the new name", CoinWarning, stacklevel=3)
-    return given if value is None else value
+    warnings.warn(
+        f"the option {old} is now {new}; the next version knows only the new name", CoinWarning, stacklevel=stacklevel
+    )
+    if value is not None:
+        raise ConfigurationError(f"found both {new} and {old}, its old name, expected one; write {new}")
+    return given
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

@@ -23,7 +23,7 @@ _ADVICE = "name a class of torchvision.transforms.v2 and its init_args"
 
 
 class Augmentation(StrEnum):
-    """What happens to images that are trained on; evaluation, statistics and decoders never see it.
+    """How training images are augmented; evaluation, statistics and decoders use plain images.
 
     - ``none``: the images as they are;
     - ``crop``: a random crop of the full size after zero padding by an eighth of the side (4 pixels at 32×32);
@@ -38,7 +38,7 @@ class Augmentation(StrEnum):
 
 
 class View(NamedTuple):
-    """One random look at every sample of a selection; another epoch is another look."""
+    """One epoch's random augmentation of a selection."""
 
     augmentation: Augmentation
     seed: int

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """What the copies of one task have found out and read; in another process a copy does so for itself."""
+    """A cache shared by all copies of a task within one process."""
 
     def __init__(self) -> None:
         self.latest: object = None  # what was read last, kept as long as there is a copy

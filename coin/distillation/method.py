@@ -126,7 +126,7 @@ class Distillation(Method):
         with torch.inference_mode(False), torch.enable_grad():
             if lr is None:
                 choice, trial = self._search(experts, row)
-                (lr, steps), described = choice.best, choice.described
+                (lr, steps), described = choice.best, choice.config_dict
             module = self._run(experts, row, lr, steps, before=trial)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")

@@ -30,7 +30,7 @@ class SearchResult:
         return min(self.losses, key=lambda pair: self.losses[pair])
 
     @property
-    def described(self) -> dict[str, Any]:
+    def config_dict(self) -> dict[str, Any]:
         """The entry in a coded model's metadata."""
         lr, steps = self.best
         losses = {f"{rate:.3g} × {count}": loss for (rate, count), loss in self.losses.items()}

@@ -1,1 +1,1 @@
-"""What is evaluated and what is counted: coded systems from files, compressed experts, scores, example images."""
+"""Evaluation: coded systems from files, replicas, scores and example images."""

@@ -58,7 +58,7 @@ def read_replicas(
     files = [load_network(path) for path in paths]
     for path, file in zip(paths, files, strict=True):
         if file.provenance.get("of") not in fingerprints:
-            raise FileError(f"'{path}' is compressed from none of the experts given; compress them again")
+            raise FileError(f"'{path}' is not a compressed copy of these experts; compress them again")
     found = []
     for label in dict.fromkeys(str(file.provenance.get("label", REPLICA)) for file in files):
         own = [file for file in files if file.provenance.get("label", REPLICA) == label]

@@ -1,4 +1,4 @@
-"""What is counted of a stand-in's answers, wherever it is evaluated: in memory, from files, as a compressed copy."""
+"""A stand-in's scores: accuracy, agreement, confusion matrix and risk curves, the same in every evaluation."""
 
 import warnings
 from collections.abc import Iterable
@@ -91,7 +91,7 @@ class FittedDecoder:
         return scores.update(decoded, answers.experts[task], labels, risk, positions)
 
     def costs(self, system: Variant, fitted: Iterable["FittedDecoder"]) -> dict[str, Any]:
-        """Return `Variant.costs`, with what all decoders of its kind and system among those fitted keep."""
+        """Return `Variant.costs`, with the bytes of all fitted decoders of this variant and configuration."""
         own = self.variant, self.decoder.config
         kept = kept_bytes(each.decoder for each in fitted if (each.variant, each.decoder.config) == own)
         return system.costs(self.decoder.config, kept, len(self.decoder.erased))

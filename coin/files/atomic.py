@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever their writer is killed."""
+"""Atomic writes: a file is complete or absent, even if its writer is killed."""
 
 import hashlib
 import os
@@ -91,6 +91,6 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def is_folder_name(name: str) -> bool:
-    """Return whether a folder of this name is one, visible, and lies where it is put: no separators, no ``..``."""
+    """Return whether a name is a plain, visible folder name: no separators, no ``..``."""
     plain = bool(name) and name.isprintable() and not name.startswith(".") and "/" not in name and "\\" not in name
     return plain and len(name.encode()) <= _LONGEST_NAME

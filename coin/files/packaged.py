@@ -1,4 +1,4 @@
-"""What is not coin's own: modules and packaged files of extras, and what a user names by its import path."""
+"""Imports from outside coin: modules and files of optional extras, and a user's classes by import path."""
 
 import os
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""A user's YAML files: what is wrong with them is said in one line, before anything is made of them."""
+"""Reading a user's YAML files, with errors in one line."""
 
 import itertools
 import json

@@ -4,7 +4,6 @@ from coin.merging.average import Average as Average, HeadFit as HeadFit
 from coin.merging.closed_form import MergeMethod as MergeMethod
 from coin.merging.coin import Coin as Coin
 from coin.merging.experts import Experts as Experts
-from coin.merging.foreign import Foreign as Foreign, UserMethod as UserMethod
 from coin.merging.full_fisher import FullFisher as FullFisher
 from coin.merging.gauss_newton import GaussNewton as GaussNewton
 from coin.merging.method import (
@@ -17,3 +16,4 @@ from coin.merging.refit import Refit as Refit
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
 from coin.merging.target import Target as Target
 from coin.merging.task_vectors import Base as Base, TaskArithmetic as TaskArithmetic, Ties as Ties, Wudi as Wudi
+from coin.merging.user_method import Foreign as Foreign, UserMethod as UserMethod

@@ -17,7 +17,7 @@ MOST_AVERAGED = 0.1
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
-    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
+    """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
     sound = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
     if not sound or abs(sum(weights) - 1) > 1e-6:
         raise ConfigurationError(
@@ -62,7 +62,7 @@ def warn_of_averaged(averaged: Sequence[str], network: nn.Module, label: str) ->
         warnings.warn(
             f"method '{label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
             f"({len(averaged)} tensors, such as '{averaged[0]}'), which are no affine map's that runs once, or "
-            "whose rows cannot be told to be sample by sample; compare it with other methods on this network",
+            "whose outputs do not have one row per sample; compare it with other methods on this network",
             CoinWarning,
             stacklevel=3,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, as_input, checked_batch, samples_of, size_of, take
 from coin.data.calibration import Calibration, pooled
-from coin.errors import ConfigurationError, DataError
+from coin.errors import CoinWarning, ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
 from coin.networks.experts import ExpertFiles, ExpertNetworks
 from coin.networks.heads import check_padding, linear_heads, padded_state
@@ -115,7 +115,7 @@ class Experts:
 
     def blank(self) -> nn.Module:
         """Return `empty_model`, by its old name; for one version."""
-        warnings.warn("experts.blank() is experts.empty_model() from now on", DeprecationWarning, stacklevel=2)
+        warnings.warn("experts.blank() is experts.empty_model() from now on", CoinWarning, stacklevel=2)
         return self.empty_model()
 
     def initial(self) -> tuple[State, State]:

@@ -1,4 +1,4 @@
-"""The coded network's pass of a refit: every unit is fitted, before its call, to the experts' outputs at some rows."""
+"""The coded network's pass in a refit: each unit is fitted to the experts' outputs just before its call."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -14,8 +14,8 @@ from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Prom
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, Forward, adapted, as_input
 from coin.errors import ConfigurationError, DataError
+from coin.evaluation.servers import num_classes, padded_logits, server_answers
 from coin.modules.coded_file import load_system, save_system
-from coin.modules.servers import num_classes, padded_logits, server_answers
 from coin.networks import linear_heads
 from coin.statistics.guard import eval_mode
 

@@ -23,9 +23,9 @@ from coin.errors import ConfigurationError
 from coin.evaluation.examples import ExampleSamples, KeptSamples
 from coin.evaluation.replicas import read_replicas
 from coin.evaluation.scores import FittedDecoder, Scores
+from coin.evaluation.servers import server_answers, with_heads
 from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint
-from coin.modules.servers import server_answers, with_heads
 from coin.networks import load_network, pad_head
 from coin.statistics.guard import disable_tf32
 
@@ -130,7 +130,7 @@ class DecodingEvaluator(LightningModule):
                     seen = self.variants[fitted.variant].seen(answers)
                     fitted.decoder.accept(seen, self.alpha, self.confidence, self.class_counts)
         self.examples = {
-            place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.alone(place)))
+            place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.single_loss_decoders(place)))
             for place, task in enumerate(data.tasks.values())
             if task.content == "images" and len(self.coded)
         }
@@ -169,7 +169,7 @@ class DecodingEvaluator(LightningModule):
             expert = answers.experts[task][:, : self.class_counts[task]].argmax(1)
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
 
-    def alone(self, task: int) -> list[tuple[Variant, str]]:
+    def single_loss_decoders(self, task: int) -> list[tuple[Variant, str]]:
         """Return the variant and decoder of each decoded answer in `kept`, in order."""
         alone = [fitted for fitted in self.fitted if list(fitted.scores) == [task]]
         return [(self.variants[fitted.variant], fitted.decoder.config.name) for fitted in alone]

@@ -15,9 +15,9 @@ from coin.coding.metrics import Residual
 from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
 from coin.evaluation.scores import FittedDecoder, Scores
+from coin.evaluation.servers import num_classes, with_heads
 from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded
-from coin.modules.servers import num_classes, with_heads
 from coin.statistics.guard import disable_tf32, eval_mode
 
 

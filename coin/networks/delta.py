@@ -115,7 +115,7 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 def encode(
     tensor: Tensor, base: Tensor, bits: int | None, rank: int | None, rounded: Rounded | None = None
 ) -> tuple[int, Tensor]:
-    """Return how a tensor is kept, and the bytes of it.
+    """Encode a tensor: return its storage kind and its bytes.
 
     Matrices are kept as asked. Vectors are, and matrices that would not be smaller, in float16; integers and what
     float16 does not hold to a thousandth as they are; and what equals the base's not at all.

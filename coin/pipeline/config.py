@@ -11,9 +11,9 @@ from coin.core.choices import check_integer, check_number, parse_enum, renamed_o
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
 from coin.pipeline.steps.train import TrainingConfig
-from coin.reporting.wandb_settings import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
+from coin.tracking.settings import TAG_LENGTH
 
 # What an override may be; of Any, jsonargparse would make objects where there is a class_path.
 _Plain: TypeAlias = bool | int | float | list | dict | str | None  # type: ignore[type-arg]
@@ -107,7 +107,9 @@ class CalibrationConfig:
     fisher_cotangents: InitVar[int | None] = None
 
     def __post_init__(self, fisher_cotangents: int | None) -> None:
-        mc_samples = renamed_option("fisher_mc_samples", self.fisher_mc_samples, "fisher_cotangents", fisher_cotangents)
+        mc_samples = renamed_option(
+            "fisher_mc_samples", self.fisher_mc_samples, "fisher_cotangents", fisher_cotangents, 4
+        )
         object.__setattr__(self, "fisher_mc_samples", mc_samples)
         for name in ("samples_per_task", "batch_size", "memory_mib"):
             check_integer(name, getattr(self, name), 1)

@@ -1,4 +1,4 @@
-"""What an experiment takes from the network before anything is done."""
+"""What an experiment downloads before it starts."""
 
 from coin.data.task import TaskData
 from coin.files.downloads import Download, check_downloads, fetch_from_hub

@@ -12,76 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from coin.core.processes import cores, rank_zero_info
-from coin.errors import CoinError, ConfigurationError, first_line
+from coin.errors import ConfigurationError, first_line
+from coin.pipeline.command import Command, CommandFailedError, child_environment
 from coin.pipeline.launch import Executor, Launch
-from coin.pipeline.layout import LAUNCH_YAML
-from coin.pipeline.step import Step
+from coin.pipeline.ray_tasks import run_as_tasks
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
-
-
-class CommandFailedError(CoinError):
-    """Some commands have failed; all others have finished."""
-
-
-class Command:
-    """A ``coin`` command as a subprocess, or as a callable for submitit and Ray; its output is appended to `log`.
-
-    Args:
-        name: What it does, for a person.
-        arguments: The command's arguments.
-        log: The file of its output.
-        variables: Environment variables beside those of this process.
-    """
-
-    def __init__(
-        self, name: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
-    ) -> None:
-        self.name = name
-        self.arguments = arguments
-        self.log = log
-        self.variables = variables or {}
-
-    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Start the process."""
-        command = [sys.executable, "-m", "coin", *self.arguments]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as log:
-            print(f"# {' '.join(command)}", file=log, flush=True)
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **self.variables}
-            )
-
-    def last_line(self) -> str:
-        """Return the last line that the process printed."""
-        if not self.log.is_file():
-            return "it has printed nothing"
-        return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-
-    def __call__(self) -> None:
-        """Run it within a job or task of a cluster."""
-        if self.start(child_environment(cores())).wait() != 0:
-            raise CommandFailedError(f"{self.name}: {self.last_line()}")
-
-    def checkpoint(self) -> Any:
-        """Return the job to requeue when the cluster preempts this one: the same job, which resumes."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def step_command(step: Step) -> Command:
-    """Return the command that runs a step of one seed."""
-    log = (step.lock or step.folder / "logs" / step.name) / "launch.log"
-    arguments = ("run", "-c", str(step.folder / LAUNCH_YAML), "--only", step.name)
-    return Command(f"{step.of_seed}{step.what}", arguments, log)
-
 
 C = TypeVar("C", bound=Command)
 
@@ -109,7 +51,7 @@ def run_commands(
     if launch.executor is Executor.slurm:
         return _run_as_array(commands, launch, folder, on_success)
     if launch.executor is Executor.ray:
-        return _run_as_tasks(commands, launch, on_success)
+        return run_as_tasks(commands, launch, on_success)
     environments = worker_environments(launch.workers, share_gpus)
     return _run_side_by_side(commands, environments, on_success)
 
@@ -127,13 +69,6 @@ def worker_environments(workers: int, share_gpus: bool = True) -> list[dict[str,
         return [environment] * workers
     shares = [devices[place::workers] or [devices[place % len(devices)]] for place in range(workers)]
     return [{**environment, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
-
-
-def child_environment(threads: int) -> dict[str, str]:
-    """Return a subprocess's environment with this number of threads, unless ``OMP_NUM_THREADS`` is set."""
-    # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
-    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    return {"OMP_NUM_THREADS": str(threads), **inherited}
 
 
 def _run_side_by_side(
@@ -214,50 +149,6 @@ def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_succes
         else:
             failed.append(command)
         rank_zero_info(f"{command.name}: " + (f"failed ({first_line(ended)[:200]})" if ended else "finished"))
-    return failed
-
-
-def _run_as_tasks(commands: Sequence[C], launch: Launch, on_success: Callable[[C], None]) -> list[C]:
-    """Run commands as tasks of Ray, and return those that failed. A task whose machine is lost is started again."""
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "launch.executor=ray needs the package ray: pip install 'coded-coin[serve]'"
-        ) from error
-    options, folder = {"num_cpus": 1, "name": "coin", **launch.ray}, Path.cwd()
-
-    def run(command: Command) -> None:
-        os.chdir(folder)
-        command()
-
-    try:
-        address = options.pop("address", None)
-        task = ray.remote(**options)(run)
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
-    waiting, failed = list(commands), []
-    running: dict[Any, C] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < launch.workers:
-                command = waiting.pop(0)
-                running[task.remote(command)] = command
-                rank_zero_info(f"{command.name}: submitted")
-            (ended, *_), _ = ray.wait(list(running))
-            command = running.pop(ended)
-            try:
-                ray.get(ended)
-                on_success(command)
-                rank_zero_info(f"{command.name}: finished")
-            except ray.exceptions.RayError as error:
-                failed.append(command)
-                rank_zero_info(f"{command.name}: failed ({str(error).strip().splitlines()[-1][:200]})")
-    finally:
-        for ended in running:
-            ray.cancel(ended, force=True)
-        ray.shutdown()
     return failed
 
 

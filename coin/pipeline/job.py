@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from lightning.pytorch.loggers import Logger
 
-from coin.reporting.wandb_runs import log_artifact, record_input, use_artifact
-from coin.reporting.wandb_settings import logging_only
+from coin.tracking.runs import log_artifact, record_input, use_artifact
+from coin.tracking.settings import logging_only
 
 if TYPE_CHECKING:
     import wandb

@@ -1,4 +1,4 @@
-"""The options of where steps of an experiment, or points of a sweep, run; `coin.pipeline.executors` runs them there."""
+"""The ``launch`` section: where steps of an experiment, or points of a sweep, run."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,8 +30,9 @@ class Launch:
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
             ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless it says ``local`` or
             ``debug``, to try the jobs on this machine.
-        ray: What every task needs, as in `ray.remote`: ``num_cpus``, ``num_gpus``, ``resources``, …; and ``address``,
-            of a running cluster. By default Ray is started on this machine.
+        ray: What every task needs, as in `ray.remote`: ``num_cpus`` (also its threads; by default the cores divided by
+            `workers`), ``num_gpus`` (by default 0), ``resources``, …; and the ``address`` of a running cluster.
+            Without one Ray is started on this machine.
     """
 
     executor: Executor = Executor.local

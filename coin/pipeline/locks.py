@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def alone(step: Step, key: str) -> AbstractContextManager[Any]:
+def shared_step_lock(step: Step, key: str) -> AbstractContextManager[Any]:
     """Return a context that waits while another point of the sweep runs the same shared step."""
     sweep = sweep_of(step.folder.parent)
     if sweep is None or not step.shared:
@@ -60,7 +60,7 @@ def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'it does not say who'})"
+            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'its process is unknown'})"
             if not patient:
                 raise ConfigurationError(
                     f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
@@ -73,7 +73,7 @@ def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
                 f"cannot write '{path}': {error.strerror or error}; choose a folder you can write to with output"
             ) from error
         warnings.warn(
-            f"the file system of '{folder}' has no locks: see to it that only one coin command works there",
+            f"the file system of '{folder}' has no locks: run only one coin command there",
             CoinWarning,
             stacklevel=2,
         )

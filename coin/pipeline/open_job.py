@@ -13,8 +13,8 @@ from coin.files.atomic import write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
 from coin.pipeline.steps.code import AUTO
-from coin.reporting.wandb_runs import start_run
-from coin.reporting.wandb_settings import in_sweep, logging_only
+from coin.tracking.runs import start_run
+from coin.tracking.settings import in_sweep, logging_only
 
 
 @contextmanager

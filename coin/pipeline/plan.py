@@ -1,4 +1,4 @@
-"""The plan of an experiment: what there is to do, from which files, into which files. Nothing is done here."""
+"""The plan of an experiment: its steps as data, with their input and output files."""
 
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from coin.pipeline.steps.layers import compare_layers
 from coin.pipeline.steps.merge import coded_name
 from coin.pipeline.work import evaluate_seed, log_results, merge_method
 from coin.reporting.results import COLUMNS
-from coin.reporting.wandb_evaluation import METHOD_TAG, SUMMARY_TAG, log_summary
+from coin.tracking.evaluation import METHOD_TAG, SUMMARY_TAG, log_summary
 
 
 def plan(experiment: Experiment, seed: int) -> list[Step]:

@@ -27,7 +27,7 @@ def sweep_of(experiment: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a step has to run, and why: '' if it is up to date; `seconds` of its last run, if they are known."""
+    """A step's status: why it has to run ('' if it is up to date), and the seconds of its last run, if known."""
 
     why: str
     seconds: float | None = None

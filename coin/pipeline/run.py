@@ -10,8 +10,9 @@ from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
+from coin.pipeline.command import step_command
 from coin.pipeline.downloads import fetch
-from coin.pipeline.executors import raise_for, run_commands, step_command
+from coin.pipeline.executors import raise_for, run_commands
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
 from coin.pipeline.locks import folder_lock
@@ -23,7 +24,7 @@ from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.trainer import join_processes
 from coin.reporting import write_report
 from coin.reporting.summary import write_summary
-from coin.reporting.wandb_settings import check_connection
+from coin.tracking.settings import check_connection
 
 
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:

@@ -9,11 +9,11 @@ from functools import partial
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
-from coin.pipeline.locks import alone, folder_lock
+from coin.pipeline.locks import folder_lock, shared_step_lock
 from coin.pipeline.open_job import open_job
 from coin.pipeline.records import Inputs, inputs_of, record_step, reused_status, status_of
 from coin.pipeline.step import Context, Step
-from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
+from coin.tracking.settings import in_sweep, logging_only, run_environment
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
@@ -39,7 +39,7 @@ def claim(step: Step, locks: ExitStack, *, patient: bool) -> Claim | None:
         return None
     locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=patient))
     inputs = inputs_of(step)
-    locks.enter_context(alone(step, inputs.key))
+    locks.enter_context(shared_step_lock(step, inputs.key))
     status = reused_status(step)
     return None if status.is_current else Claim(inputs, status.seconds)
 

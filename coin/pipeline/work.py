@@ -18,8 +18,8 @@ from coin.pipeline.steps.statistics import estimate_over_tasks
 from coin.pipeline.steps.trainer import make_trainer
 from coin.reporting.results import read_results, requested_policy
 from coin.reporting.summary import summarise, variant_names
-from coin.reporting.wandb_evaluation import best, log_method
 from coin.statistics.statistic import DataChoice, Statistic
+from coin.tracking.evaluation import best, log_method
 
 
 def choose_seed_code(context: Context, files: SeedFiles) -> None:

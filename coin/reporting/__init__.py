@@ -1,4 +1,4 @@
-"""Tables, figures and the HTML report from measured rows alone, without PyTorch; `wandb_*` sends them to W&B."""
+"""Tables, figures and the HTML report from measured rows alone, without PyTorch."""
 
 from typing import TYPE_CHECKING
 

@@ -171,7 +171,7 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
 
 
 def risk_curves(risk: pd.DataFrame) -> Figure:
-    """Whether decoded answers disagree with the expert's as often as foretold, and how right those of least risk are.
+    """Calibration of the predicted risk, and the accuracy of the lowest-risk answers.
 
     `risk` are `coin.reporting.tables.risk_totals`, a colour per ``name``.
     """

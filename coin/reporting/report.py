@@ -45,8 +45,8 @@ _LAYERS = (
 )
 _RISK = (
     "Left: how often decoded answers differ from the expert's, against the risk that was estimated for them without "
-    "labels, in bins of 5 %. Dashed: as foretold. Right: their accuracy, and the expert's own (dotted), on the answers "
-    "of least risk. All tasks and seeds."
+    "labels, in bins of 5 %. Dashed: as predicted. Right: their accuracy, and the expert's own (dotted), on the "
+    "answers of least risk. All tasks and seeds."
 )
 _PAIRED = (
     "Paired by seed, ± standard deviation over seeds. Bold, and among the findings: what a 95 % confidence interval "

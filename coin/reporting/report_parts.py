@@ -77,7 +77,7 @@ def choices(source: ReportSource) -> Iterator[Titled]:
 
 
 def keys_of_shown(source: ReportSource, best: Entry) -> dict[str, str]:
-    """Return the best method and COIN, with the best one's decoder: what ``confusion.npz`` and the like call them."""
+    """Return the keys in ``confusion.npz`` of the best method and of COIN, both with the best method's decoder."""
     frame = source.frame[source.frame["decoder"] == best.decoder].assign(name=variant_names)
     rows = [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]
     return {str(row["name"]): f"{row['method']}|{requested_policy(row['batchnorm'])}|{best.decoder}" for row in rows}

@@ -100,7 +100,7 @@ def risk_table(totals: pd.DataFrame) -> pd.DataFrame:
     """Return a line per method's variant of `risk_totals` of one decoder: accuracy and agreement in % by coverage."""
     lines: dict[str, dict[str, str]] = {}
     for row in totals[totals["curve"] == "coverage"].to_dict("records"):
-        line = lines.setdefault(row["name"], {"foretold": percent(1 - row["risk"])})
+        line = lines.setdefault(row["name"], {"predicted": percent(1 - row["risk"])})
         for what, column in (("agree", "agreement"), ("right", "decoded_accuracy"), ("expert", "expert_accuracy")):
             line[f"{what} at {row['at']:.0%}"] = percent(row[column])
     return pd.DataFrame([{"method": name, **line} for name, line in lines.items()])

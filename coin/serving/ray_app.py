@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coin.coding import DecoderConfig
 from coin.core.choices import check_integer, check_number
+from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import ConfigurationError, ServingError
 from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
@@ -35,11 +36,6 @@ if TYPE_CHECKING:
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
-# What Ray reads from the environment: nothing is reported to its makers, and servers are not last in line for the
-# processor, as Ray's workers are otherwise.
-_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-# On any system the own ports of a cluster of this machine alone, which take orders, listen at the loopback address.
-_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # A server has nothing to finish: the front end gives every query its end before it stops.
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
 _SENDING = 0.5  # seconds for a front end's last word to pass Ray's proxy
@@ -265,8 +261,7 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
         ConfigurationError: Ray is not installed.
         ServingError: Ray cannot serve here.
     """
-    for name, value in {**_RAY, **({} if options.address else _ALONE)}.items():
-        os.environ.setdefault(name, value)
+    set_ray_variables(options.address)
     serve = _serve()
     import ray
 
@@ -284,8 +279,7 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
         ray.shutdown()
 
     try:
-        if not ray.is_initialized():
-            ray.init(options.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        start_ray(options.address)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         waits = options.limits.deadline + _SENDING  # also for a front end that was killed, until Ray has another
         serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})

@@ -132,7 +132,7 @@ class Reader:
                     if len(read) > limits.bytes:
                         raise too_large
         except ClientDisconnect:
-            raise SlowError("found half a body, and nobody to send the rest") from None
+            raise SlowError("found an incomplete body: the client closed the connection; send it again") from None
         except TimeoutError:
             raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
         return bytes(read)

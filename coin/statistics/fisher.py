@@ -113,7 +113,7 @@ class FisherPass:
     cotangents: InitVar[int | None] = None
 
     def __post_init__(self, cotangents: int | None) -> None:
-        self.mc_samples = renamed_option("mc_samples", self.mc_samples, "cotangents", cotangents)
+        self.mc_samples = renamed_option("mc_samples", self.mc_samples, "cotangents", cotangents, 4)
         self.kind = FisherKind(self.kind)
         self.network = adapted(self.network, self.forward)
         self.precision = parse_enum(Precision, "precision", self.precision)

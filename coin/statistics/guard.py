@@ -33,7 +33,7 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def paired(network: nn.Module, sample: Batch, cotangents: Tensor) -> tuple[Batch, Tensor]:
-    """Return a sample ``[1, …]`` twice where the network has a BatchNorm, the copy's cotangents ``[…, 1, C]`` zero.
+    """Duplicate a sample ``[1, …]`` if the network has a BatchNorm; the copy's cotangents ``[…, 1, C]`` are zero.
 
     In PyTorch 2.13 on CPUs the backward pass of `torch.nn.functional.batch_norm` in eval mode is wrong for a batch of
     one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``: the strides of a dimension of size 1

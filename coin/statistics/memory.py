@@ -1,4 +1,4 @@
-"""What a Fisher pass finds out about a network, and how many samples it takes at once within the memory allowed."""
+"""Planning a Fisher pass: which layer rules apply, and how many samples fit in memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ResNets at 32×32, where smaller cuts read the weights too often."""
 
 @dataclass(frozen=True)
 class PassLayout:
-    """What is known of a network before its samples of one shape are cut.
+    """The layout of a pass over samples of one shape: applicable rules and memory per sample.
 
     Attributes:
         rows: Parameter name → k, the leading rows that a sample has in the input of the parameter's one call, for all

@@ -1,4 +1,4 @@
-"""Linear systems: ridge regressions by their Gram matrices, and what is known by its products alone, as Fishers are."""
+"""Linear solvers: ridge regression from Gram matrices, and conjugate gradients for operators such as Fishers."""
 
 import math
 from collections.abc import Callable

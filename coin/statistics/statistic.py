@@ -173,7 +173,7 @@ def available_data(given: Given | Mapping[str, Any] | None, name: StatisticKind,
 def compute_statistic(
     networks: Iterable[nn.Module], samples: Sequence[Iterable[Batch]], kind: FisherKind | None
 ) -> tuple[list[State], float]:
-    """Return every network's Fisher of a kind, or its Gram matrices for none, on its samples, and the passes it took.
+    """Return each network's Fisher (Gram matrices if the kind is None) on its samples, and the passes spent.
 
     Parameters that are frozen in one network have none in all: they are averaged.
     """

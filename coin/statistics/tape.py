@@ -112,7 +112,7 @@ class Tape:
         return set().union(*wrong)
 
     def close(self, output: Tensor, misplaced: Collection[str] = ()) -> set[str]:
-        """Settle who is responsible for which parameter, before the backward passes that count.
+        """Decide which call's rule handles each parameter, before the counted backward passes.
 
         Returned are the names that the rules must not answer for, because the parameter is misplaced, called more than
         once or also used outside a ruled call: their per-sample gradients have to be summed before squaring.

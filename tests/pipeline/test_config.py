@@ -88,6 +88,8 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
 def test_the_old_name_of_the_monte_carlo_number_sets_it_and_keys_of_finished_steps_have_it():
     with pytest.warns(CoinWarning, match="the option fisher_cotangents is now fisher_mc_samples"):
         old = CalibrationConfig(fisher_cotangents=4)
+    with pytest.warns(CoinWarning), pytest.raises(ConfigurationError, match="found both fisher_mc_samples and"):
+        CalibrationConfig(fisher_mc_samples=2, fisher_cotangents=4)
     new = CalibrationConfig(fisher_mc_samples=4)
     assert old == new
     assert config_dict(old) == config_dict(new)

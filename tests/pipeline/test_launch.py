@@ -19,17 +19,12 @@ import torch
 
 import coin.pipeline.run
 from coin.cli import main
-from coin.errors import CoinError, ConfigurationError
+from coin.core.processes import cores
+from coin.errors import CoinError, CoinWarning, ConfigurationError
 from coin.files.safetensors import load_state
-from coin.pipeline.executors import (
-    Command,
-    Executor,
-    Launch,
-    raise_for,
-    run_commands,
-    step_command,
-    worker_environments,
-)
+from coin.pipeline.command import Command, step_command
+from coin.pipeline.executors import raise_for, run_commands, worker_environments
+from coin.pipeline.launch import Executor, Launch
 from coin.pipeline.step import Step
 
 pytestmark = pytest.mark.slow
@@ -132,8 +127,14 @@ class InstantRay(ModuleType):
         super().__init__("ray")
         self.under_way, self.most, self.options, self.calls = 0, 0, {}, list[str]()
 
-    def init(self, **options: Any) -> None:
-        self.options |= options
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, address: str, **options: Any) -> None:
+        self.options |= {"address": address, **options}
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2, "GPU": 1}
 
     def remote(self, **options: Any) -> Callable[[Callable[[Command], None]], Any]:
         self.options |= options
@@ -174,7 +175,7 @@ def test_tasks_of_ray_are_as_many_at_a_time_as_workers(
 ) -> None:
     run_commands(jobs, RAY, tmp_path)
     assert instant_ray.most == 2
-    told = {"num_cpus": 1, "num_gpus": 0.5, "name": "coin", "address": "auto"}
+    told = {"num_cpus": max(1, cores() // 2), "num_gpus": 0.5, "name": "coin", "address": "auto"}
     assert instant_ray.options.items() >= told.items()
     assert instant_ray.calls == ["shutdown"]
     instant_ray.wait = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
@@ -183,11 +184,24 @@ def test_tasks_of_ray_are_as_many_at_a_time_as_workers(
     assert instant_ray.calls[1:] == ["cancel True", "cancel True", "shutdown"]
 
 
-def test_ray_itself_runs_commands(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+def test_what_no_machine_of_ray_has_is_said(instant_ray: InstantRay, jobs: list[Command], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"found launch.ray with {'GPU': 3}, expected no more than {'GPU': 1}"):
+        run_commands(jobs, Launch(Executor.ray, ray={"num_gpus": 3}), tmp_path)
+    with pytest.warns(CoinWarning, match="tasks wait until a machine joins"):
+        run_commands(jobs, Launch(Executor.ray, ray={"resources": {"coin": 1}, "address": "auto"}), tmp_path)
+    assert instant_ray.calls == ["shutdown", "shutdown"]
+    assert instant_ray.options["address"] == "auto"
+
+
+def test_ray_itself_runs_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray.remote_function")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")  # of another cluster, which is not asked for
     commands = [Command(name, [name], tmp_path / f"{name}.log") for name in ("--help", "nonsense")]
     assert run_commands(commands, Launch(Executor.ray, 2), tmp_path) == commands[1:]
     assert "usage: coin" in commands[0].log.read_text()
+    assert "nonsense: failed: coin: error: found command 'nonsense'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("instant_ray")

@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_told_of(number: int, tmp_path: Path, mon
         raise OSError(number, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.warns(CoinWarning, match="has no locks: see to it"), folder_lock(tmp_path):
+    with pytest.warns(CoinWarning, match="has no locks: run only one"), folder_lock(tmp_path):
         pass
 
 

@@ -18,7 +18,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.merging import Average, Coin
 from coin.pipeline import Experiment
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
-from coin.pipeline.locks import alone
+from coin.pipeline.locks import shared_step_lock
 from coin.pipeline.options import config_dict
 from coin.pipeline.records import Status, inputs_of, record_step, reused_status, status_of
 from coin.pipeline.runner import Runner
@@ -188,20 +188,20 @@ def test_a_point_waits_for_another_that_does_the_same_step(points: tuple[Path, P
     done: list[str] = []
 
     def wait() -> None:
-        with alone(second, "k"):
+        with shared_step_lock(second, "k"):
             done.append("second")
 
     waiting = threading.Thread(target=wait)
-    with alone(first, "k"):
+    with shared_step_lock(first, "k"):
         waiting.start()
-        with alone(second, "other key"), alone(replace(second, name="expert-a"), "k"):
+        with shared_step_lock(second, "other key"), shared_step_lock(replace(second, name="expert-a"), "k"):
             done.append("other steps")
         waiting.join(1)
         done.append("first")
     waiting.join(60)
     assert done == ["other steps", "first", "second"]
     (tmp_path / "sweep.yaml").unlink()
-    with alone(first, "k"), alone(second, "k"):  # outside a sweep nobody waits
+    with shared_step_lock(first, "k"), shared_step_lock(second, "k"):  # outside a sweep nobody waits
         pass
 
 

@@ -135,7 +135,7 @@ def test_risk_is_told_over_all_tasks_and_seeds_every_sample_alike():
     np.testing.assert_allclose(totals.iloc[0, 5:].to_numpy(float), [0.15, 0.8, 0.7, 0.9])
     line = {
         "method": "coin",
-        "foretold": "85.00",
+        "predicted": "85.00",
         "agree at 80%": "80.00",
         "right at 80%": "70.00",
         "expert at 80%": "90.00",

@@ -24,8 +24,8 @@ from coin.reporting.extras import (
     write_risk,
 )
 from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_archive, write_results
-from coin.reporting.wandb_evaluation import log_evaluation
-from coin.reporting.wandb_settings import logging_only
+from coin.tracking.evaluation import log_evaluation
+from coin.tracking.settings import logging_only
 
 WEAK = 0.2
 """How much of the way from chance to being always right an expert has to be."""
@@ -160,7 +160,9 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task")}
     decoded: dict[str, list[Any]] = {}
     for task, kept in model.kept.items():
-        for (variant, decoder), answers in zip(model.alone(list(model.tasks).index(task)), kept.decoded.T, strict=True):
+        for (variant, decoder), answers in zip(
+            model.single_loss_decoders(list(model.tasks).index(task)), kept.decoded.T, strict=True
+        ):
             key = "|".join((variant.method, requested_policy(variant.batchnorm), decoder))
             decoded.setdefault(key, []).append(answers.numpy() + len(names))
         for name in ("expert", "label"):

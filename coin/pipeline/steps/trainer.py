@@ -27,9 +27,9 @@ from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.pipeline.steps.evaluate import record_evaluation
 from coin.pipeline.steps.statistics import estimate_over_tasks
-from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import StatisticKind, StatisticOptions
+from coin.tracking.settings import check_connection, logger_mode
 
 _MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
 """Precisions with weights of 16 bits, and what is meant by them."""

@@ -11,7 +11,7 @@ from typing import Any
 import wandb
 
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.reporting.wandb_settings import OFFLINE_MODES, check_connection
+from coin.tracking.settings import OFFLINE_MODES, check_connection
 
 _RUNS = 200  # the latest ones, enough for every name that an experiment logs
 

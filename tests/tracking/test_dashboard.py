@@ -13,7 +13,7 @@ import wandb_workspaces.workspaces.interface as interface
 from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.reporting import dashboard
-from coin.reporting.dashboard import workspace
+from coin.tracking.dashboard import workspace
 
 LOGGED = [
     *(f"nda/{decoder}/{leaf}" for decoder in ("linear", "ridge") for leaf in ("mean", "mnist", "letters")),

@@ -14,8 +14,8 @@ from coin.reporting.figures import nda_against_cost
 from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, confusion_key, requested_policy
 from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summarise, variant_names
-from coin.reporting.wandb_runs import folder_of
-from coin.reporting.wandb_settings import run_environment
+from coin.tracking.runs import folder_of
+from coin.tracking.settings import run_environment
 
 if TYPE_CHECKING:
     import wandb

@@ -14,9 +14,9 @@ from coin.errors import CoinError, ConfigurationError, FileError
 from coin.reporting import summarise
 from coin.reporting.extras import Examples
 from coin.reporting.results import Row, confusion_key
-from coin.reporting.wandb_evaluation import log_evaluation, log_method, log_summary
-from coin.reporting.wandb_runs import log_artifact, start_run, use_artifact
-from coin.reporting.wandb_settings import check_connection, run_environment
+from coin.tracking.evaluation import log_evaluation, log_method, log_summary
+from coin.tracking.runs import log_artifact, start_run, use_artifact
+from coin.tracking.settings import check_connection, run_environment
 
 Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
 Read = Callable[[Path], list[dict[str, Any]]]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coin.files.atomic import link_file, sha256_of
-from coin.reporting.wandb_settings import OFFLINE_MODES, TAG_LENGTH, mode, run_environment, user_tags
+from coin.tracking.settings import OFFLINE_MODES, TAG_LENGTH, mode, run_environment, user_tags
 
 if TYPE_CHECKING:
     import wandb

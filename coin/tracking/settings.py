@@ -90,7 +90,7 @@ def logger_mode(logger: "WandbLogger") -> str | None:
 
 @contextmanager
 def logging_only(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong within this block into a warning: what has been measured lies on the disk already.
+    """Turn logging errors in this block into warnings; the results are already on disk.
 
     W&B's exceptions share no base class, and those of its dead service are Python's own.
     """

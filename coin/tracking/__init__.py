@@ -1,0 +1,1 @@
+"""W&B: runs and artifacts, what an evaluation logs there, and the dashboard."""
