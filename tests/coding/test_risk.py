@@ -47,7 +47,7 @@ def test_between_two_classes_it_is_the_tail_of_the_margin_over_its_error():
     assert decoding_risk(decoded, moments).tolist() == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("classes", [3, 10, 100])
+@pytest.mark.parametrize("classes", [3, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_among_many_classes_as_many_answers_differ_as_foretold(classes):
     """The pairwise maximum foretold 0.28 for 0.38 at ten classes, and 0.34 for 0.56 at a hundred."""
     draw = torch.Generator().manual_seed(classes)

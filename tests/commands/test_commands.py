@@ -103,6 +103,7 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(route: Path, finished: P
     pd.testing.assert_series_equal(own.residual, wanted.residual, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(finished: Path, tmp_path: Path) -> None:
     command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", "--code=[[0.4, 0.6]]"]
     done = subprocess.run(
@@ -221,6 +222,7 @@ def test_a_command_that_goes_well_says_nothing_on_standard_error(finished: Path,
     assert done.stdout == f"{tmp_path / 'report.html'}\n"
 
 
+@pytest.mark.slow
 def test_brought_experts_take_the_place_of_training(finished: Path, config: Path, tmp_path: Path) -> None:
     given = f"{{digits: {finished}/seed-0/experts/digits/expert.safetensors}}"
     extra = [f"--output={tmp_path}", f"--expert.checkpoints={given}"]

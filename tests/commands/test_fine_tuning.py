@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from coin.cli import main
@@ -63,6 +64,7 @@ def test_an_expert_of_a_head_alone_merges_with_one_that_was_trained_as_a_whole(t
     assert not coded[name].equal(head[name])
 
 
+@pytest.mark.slow
 def test_the_seed_of_a_command_is_that_of_its_model_and_its_data(tmp_path: Path) -> None:
     def weights(*options: str) -> dict[str, torch.Tensor]:
         network = ["--model.network=small_resnet", "--model.image_size=16", "--model.options={width: 4}"]

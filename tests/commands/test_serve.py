@@ -100,6 +100,7 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
 @pytest.mark.parametrize(
     ("method", "decoder"), [("coin", "expert_head"), ("coin", "feature_ridge-alone"), ("coin-8bit", "expert_head")]
 )
+@pytest.mark.slow
 def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path, method: str, decoder: str) -> None:
     choice = Choice(method, "auto", decoder)
     system = read_system(str(alone), choice, None, 0.9)

@@ -31,7 +31,12 @@ MAY_IMPORT = {
 }
 
 
-@pytest.mark.parametrize("what", MAY_IMPORT)
+SLOW = ("networks", "Lightning")  # their imports alone take seconds
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow if what in SLOW else ()) for what in MAY_IMPORT]
+)
 def test_a_command_imports_what_it_uses(what, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "e.yaml").write_text("name: e\nmethods: [{class_path: Average}]\n")

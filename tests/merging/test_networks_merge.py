@@ -133,6 +133,7 @@ def test_calibration_inputs_take_the_networks_type(make_expert, batches):
 
 
 @pytest.mark.parametrize("method", [Average, Refit])
+@pytest.mark.slow
 def test_compressed_coded_models_stand_beside_the_whole_ones(make_expert, batches, method):
     experts, initial = [make_expert(1), make_expert(2)], make_expert(0)
     given = {"calibration": [[batch] for batch in batches]}

@@ -109,6 +109,7 @@ def test_weights_of_16_bits_are_refused(make_trainer, precision):
         make_trainer(precision=f"{precision}-true")
 
 
+@pytest.mark.slow
 def test_a_compiled_expert_trains_alike_and_keeps_its_names(tmp_path, make_trainer, synthetic, monkeypatch):
     calls = []
 

@@ -72,6 +72,7 @@ def test_the_loss_of_a_step_is_coding_plus_weighted_readout(experts, tasks, make
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_experts_answers_are_better_readable_with_readouts_than_without(experts, tasks, make_trainer):
     options = {"steps": 60, "lr": 3e-3, "batch_size": 8, "augmentation": "none"}
     data = tasks()
@@ -111,6 +112,7 @@ class Killed(Callback):
 
 @pytest.mark.parametrize("kind", [Distillation, ReadoutDistillation])
 @pytest.mark.parametrize(("augmentation", "step"), [("none", 5), ("shift", 10)])
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
     tmp_path, experts, tasks, make_trainer, kind, augmentation, step
 ):

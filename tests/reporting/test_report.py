@@ -25,6 +25,7 @@ from coin.reporting.extras import (
 from coin.reporting.report import report_summary
 from coin.reporting.results import KEYS, write_results
 from coin.reporting.sources import read_sources
+from coin.reporting.style import as_png
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
@@ -88,6 +89,12 @@ def risks_of(*keys: dict) -> pd.DataFrame:
     points += [("calibration", at, 50, at + 0.05, 0.95 - at, 0.9, 0.95) for at in (0.0, 0.1)]
     lines = [[*key.values(), *point] for key in keys for point in points]
     return pd.DataFrame(lines, columns=list(RISK_COLUMNS))
+
+
+@pytest.fixture(autouse=True)
+def coarse_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw with few pixels, which nothing here looks at."""
+    monkeypatch.setattr(as_png, "__defaults__", (20,))
 
 
 @pytest.fixture

@@ -306,6 +306,7 @@ def test_the_deadline_begins_before_the_body_is_read(serve_toy: Any) -> None:
     assert time.monotonic() - began < 2.3
 
 
+@pytest.mark.slow
 def test_a_front_end_starts_without_what_only_training_needs() -> None:
     """Lightning took ten of the fifteen seconds in which a front end that was killed was back, on two busy cores."""
     names = "coin.serving.app, coin.serving.ray_app, coin.serving.model"

@@ -61,7 +61,12 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+LARGE = ("resnet50", "efficientnet_b0", "convnext_tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in ARCHITECTURES]
+)
 def test_equals_the_dense_loop(name: str) -> None:
     torch.manual_seed(1)
     network = randomised(ARCHITECTURES[name]())

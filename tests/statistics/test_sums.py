@@ -34,6 +34,7 @@ os._exit(0)  # gloo may abort a process that ends while the other one still list
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     script, result = tmp_path / "worker.py", tmp_path / "sums.pt"
     script.write_text(WORKER)
