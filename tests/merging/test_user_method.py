@@ -171,7 +171,7 @@ def test_its_old_name_makes_the_same_with_a_warning(path: str) -> None:
 
 
 def test_the_old_name_of_an_empty_model_works_with_a_warning() -> None:
-    with pytest.warns(DeprecationWarning, match="experts.empty_model"):
+    with pytest.warns(CoinWarning, match="experts.empty_model"):
         assert experts().blank().state_dict().keys() == experts().empty_model().state_dict().keys()
 
 

@@ -12,7 +12,7 @@ import wandb_workspaces.workspaces.interface as interface
 
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.reporting import dashboard
+from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
 
 LOGGED = [
