@@ -61,7 +61,7 @@ imports: $(VENV)/.dev  ## check that imports flow one way
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev  ## run the tests that are quick, and list the 20 slowest
-	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py

@@ -59,7 +59,9 @@ def test_among_many_classes_as_many_answers_differ_as_foretold(classes):
     assert float(decoding_risk(decoded, moments).mean()) == pytest.approx(float(differ), abs=0.025)
 
 
-@pytest.mark.parametrize(("rank", "shift"), [(5, 0.0), (100, 0.0), (100, 50.0)])
+@pytest.mark.parametrize(
+    ("rank", "shift"), [(5, 0.0), *(pytest.param(100, shift, marks=pytest.mark.slow) for shift in (0.0, 50.0))]
+)
 def test_errors_in_few_directions_or_that_all_classes_share(rank, shift):
     """Each factor of the moments had to be found anew, and was not; rivals beyond 32 counted as independent."""
     draw = torch.Generator().manual_seed(0)

@@ -201,6 +201,7 @@ def test_gram_files_for_regmean(route: Path, tmp_path: Path) -> None:
     assert load_provenance(tmp_path / "regmean.safetensors")["samples_per_task"] == 24
 
 
+@pytest.mark.slow
 def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}", "--json"]) == 0
     page = (tmp_path / "again.html").read_text()
@@ -215,6 +216,7 @@ def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, caps
     )
 
 
+@pytest.mark.slow
 def test_a_command_that_goes_well_says_nothing_on_standard_error(finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "coin", "report", str(finished), f"--output={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

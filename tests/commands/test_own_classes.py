@@ -14,7 +14,8 @@ class Mine(Digits):
 """
 
 
-@pytest.mark.parametrize("safely", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("safely", [False, True])
 def test_a_task_in_the_working_folder_is_found_but_not_where_configurations_are_not_trusted(
     tmp_path: Path, safely: bool
 ) -> None:

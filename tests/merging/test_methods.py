@@ -74,7 +74,8 @@ METHODS = {
 # A few steps where those to the end take seconds, and on a transformer a minute.
 BRIEF = (FullFisher(max_iterations=3, tolerance=0.9), 1e-6)
 every_method = pytest.mark.parametrize("name", METHODS)
-every_network = pytest.mark.parametrize("kind", NETWORKS)
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "vit" else ()) for kind in NETWORKS]
+every_network = pytest.mark.parametrize("kind", KINDS)
 
 
 def setup(kind, dtype=torch.float64):

@@ -111,6 +111,7 @@ def start_passes(samples, held_out, *, head_fit):
 
 
 @pytest.mark.parametrize("recalibrated", [False, True])
+@pytest.mark.slow
 def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibrated, monkeypatch):
     """The start takes the policy with the smaller residual, and one more pass of all samples to recalibrate."""
     residuals = iter([1.0, 0.5] * 3 if recalibrated else [0.5, 1.0] * 3)

@@ -55,6 +55,7 @@ def answers_of(paths, inputs):
     return Answers(torch.stack(logits[:2]), torch.stack(logits[2:]), features[:2], features[2:], widths[0])
 
 
+@pytest.mark.slow
 def test_every_configuration_equals_a_slow_loop(experts, write_coded, tasks, make_trainer):
     coded = write_coded(CODE, experts)
     evaluator = DecodingEvaluator(experts, coded, CONFIGS)

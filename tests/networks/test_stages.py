@@ -38,6 +38,7 @@ def images(size, count=3):  # no network here has as many tokens
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_stages_from_one_pass(name):
     size = FAMILIES[name]

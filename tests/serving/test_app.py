@@ -452,6 +452,7 @@ SECONDS = float(os.environ.get("COIN_LOAD_SECONDS", "4"))
 """How long the mixed load lasts; 300 for evidence."""
 
 
+@pytest.mark.slow
 def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy: Any) -> None:
     """No answer is wrong, nobody waits longer than the deadline and a bit, and memory does not grow."""
     limits = InputLimits(bytes=300_000, pixels=10_000, samples=64, seconds=1.0)

@@ -63,6 +63,7 @@ def mean_and_error(latencies: NDArray[np.float64]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("load", [0.3, 0.7])
 @pytest.mark.parametrize("kind", [ServiceKind.exponential, ServiceKind.deterministic])
+@pytest.mark.slow
 def test_mean_wait_is_that_of_theory(kind: ServiceKind, load: float) -> None:
     """M/M/1: W = ρ/(1 − ρ)·E[S]; M/D/1 half of it (Pollaczek and Khinchine). 99.7 % intervals, fixed seeds."""
     outcome = run_simulation(
@@ -119,6 +120,7 @@ def test_decoding_at_once_is_an_order_statistic() -> None:
 
 @pytest.mark.parametrize("kind", ["coded_proactive", "coded_hedged"])
 @pytest.mark.parametrize("quantile", [0.6, 0.9])
+@pytest.mark.slow
 def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float) -> None:
     outcome = run_simulation(make(kind, load=0.001, quantile=quantile, queries=40_000))
     late = outcome.forwards - 1 if kind == "coded_hedged" else None
@@ -246,6 +248,7 @@ def test_a_replica_answers_for_every_expert_and_its_machine_runs_one_batch_at_a_
     assert outcome.forwards == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_replica_shares_its_machine_among_experts() -> None:
     """All experts down for ever at a load of 0.3 each: an M/D/1 queue at 0.9 on one machine, three at 0.3 on three."""
     service, waits = Service(ServiceKind.deterministic, 10 * MS), []
@@ -272,6 +275,7 @@ def test_a_replica_shares_its_machine_among_experts() -> None:
 
 
 @pytest.mark.parametrize(("unpacked", "share"), [(0, 1.0), (1, 2 / 3), (2, 1 / 3), (3, 0.0)])
+@pytest.mark.slow
 def test_a_replica_unpacks_what_it_does_not_have_at_hand(unpacked: int, share: float) -> None:
     """All three experts gone, each query's drawn at random: of the last k distinct ones k/3 of the queries are."""
     service = Service(ServiceKind.deterministic, 10 * MS)
