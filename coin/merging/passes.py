@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from coin.merging.affine import fit_unit, output_rows
 from coin.merging.expert_outputs import ExpertOutputs, Rows, target_bytes
 from coin.merging.units import Trace, Unit, floating_parameters
 from coin.networks.rounding import Rounding
-from coin.statistics.guard import differentiable, evaluating
+from coin.statistics.guard import activations_in_place, differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
 
@@ -110,18 +111,19 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
 
 def fit_in_order(
     network: nn.Module,
-    units: Sequence[Unit],
+    trace: Trace,
     rows: Rows,
     targets: ExpertOutputs,
     ridge: float,
     rounding: Rounding | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the coded network once, in place fitting every unit to its targets before its call; see `fit_unit`.
+    """Run the coded network once, in place fitting every unit of its trace before its call; see `fit_unit`.
 
     A row weighs what its sample does, times what its position does.
     """
-    waiting = {unit.weight: unit for unit in units}
+    waiting = {unit.weight: unit for unit in trace.units}
+    overwriting = activations_in_place(network) if trace.overwrites else nullcontext()
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         if unit := waiting.get(names.get("weight", "")):
@@ -132,5 +134,5 @@ def fit_in_order(
             fit_unit(network, unit, call, target, at, mine, ridge, rounding)
             progress()
 
-    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+    with evaluating(network, gradients=False), overwriting, Interceptor(floating_parameters(network), visit):
         network(as_input(rows.inputs, network))

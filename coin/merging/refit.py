@@ -234,7 +234,7 @@ class Refit(Method):
         rows = Rows(inputs, *objective(target, row, task), places, weights)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
         with progress(self.label, len(trace.units)) as advance:
-            fit_in_order(network, trace.units, rows, targets, ridge, rounding, advance)
+            fit_in_order(network, trace, rows, targets, ridge, rounding, advance)
         experts.passes += targets.passes + samples + (3 * len(probed) if weights else 0)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)

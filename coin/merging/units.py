@@ -17,7 +17,7 @@ from coin.core.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_sum
 from coin.networks.batchnorm import folded
-from coin.statistics.guard import differentiable, evaluating
+from coin.statistics.guard import can_overwrite, differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
@@ -25,11 +25,13 @@ from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.tape import Tape
 
-PROBES = 20
-"""Forward-equivalents that the search takes: of two and of three samples, and of three with two backward passes."""
+PROBES = 24
+"""Forward-equivalents that the search takes: of two samples, three times, of three, and of three with two backward
+passes."""
 
-_ALIVE = 3
-"""Tensors of a call's size that are alive beside what the modules around it were called with."""
+_ALIVE, _OVERWRITTEN = 3, 2
+"""Tensors of a call's size that are alive beside what the modules around it were called with, of any network and of one
+whose activations overwrite their inputs."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class Trace(NamedTuple):
         units: Its affine units, in the order of execution.
         calls: The weights of all calls, in this order.
         floats: How many of one sample are in memory at once, at most.
+        overwrites: Whether activations may overwrite their inputs in it (`can_overwrite`).
     """
 
     units: list[Unit]
     calls: list[str]
     floats: int
+    overwrites: bool
 
 
 def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -114,8 +118,10 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
             shape = (seen.shape[0] // 2, *seen.shape[1:])
             places, outputs = prod(shape) // seen.outputs, seen.outputs // seen.groups
             units.append(Unit(seen.weight, seen.bias, norm, shape, places, seen.unknowns, outputs, seen.is_convolution))
-    floats = max((seen.around + _ALIVE * seen.shape.numel()) // 2 for seen in two) if two else 1
-    return Trace(units, [seen.weight for seen in two], floats)
+    overwrites = can_overwrite(network, take(inputs, torch.arange(2) % size_of(inputs)))
+    alive = _OVERWRITTEN if overwrites else _ALIVE
+    floats = max((seen.around + alive * seen.shape.numel()) // 2 for seen in two) if two else 1
+    return Trace(units, [seen.weight for seen in two], floats, overwrites)
 
 
 def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:

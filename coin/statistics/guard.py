@@ -1,14 +1,14 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, clear_caches, joined
+from coin.core.batches import Batch, as_input, clear_caches, joined
 from coin.errors import ConfigurationError
 
 
@@ -97,8 +97,8 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
 
     Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended, as are TF32 and
     bfloat16 inside products (`disable_tf32`). Every module's mode is restored one by one, and a buffer that the block
-    wrote to gets its old values back. Attention runs on its plain kernels: the fused ones can neither batch their
-    backward pass nor differentiate forwards.
+    wrote to gets its old values back. With gradients attention runs on its plain kernels: the fused ones can neither
+    batch their backward pass nor differentiate forwards. Without, the fused ones take much less memory.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -110,7 +110,7 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
             torch.autocast(device, enabled=False),
-            sdpa_kernel(SDPBackend.MATH),
+            sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext(),
             disable_tf32(),
         ):
             yield
@@ -123,3 +123,50 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
                 for (buffer, old), differs in zip(buffers, changed, strict=True):
                     if bool(differs):
                         buffer.copy_(old)
+
+
+_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
+_PARTS = 16  # of a batch, one of which is computed beside it at a time
+
+
+@contextmanager
+def activations_in_place(network: nn.Module) -> Iterator[None]:
+    """Run a block without gradients in which activations overwrite their inputs, some samples at a time.
+
+    Where nothing else reads these inputs (`can_overwrite`) a pass is the same to rounding and takes less memory.
+    """
+    modules = [
+        module
+        for module in network.modules()
+        if type(module).__module__ in _ACTIVATIONS and not [*module.parameters(), *module.children()]
+    ]
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = _overwriting(module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _overwriting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def overwrite(*args: Tensor) -> Tensor:
+        if len(args) != 1:
+            return forward(*args)
+        for part in torch.split(args[0], max(1, len(args[0]) // _PARTS)):
+            part.copy_(forward(part))
+        return args[0]
+
+    return overwrite
+
+
+def can_overwrite(network: nn.Module, inputs: Batch) -> bool:
+    """Return whether a network's outputs are the same to the bit if its activations overwrite their inputs."""
+    with evaluating(network, gradients=False), suppress(RuntimeError, TypeError):
+        expected = network(as_input(inputs, network))
+        with activations_in_place(network):
+            return bool(torch.equal(network(as_input(inputs, network)), expected))
+    return False
