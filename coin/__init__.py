@@ -83,8 +83,10 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "oddness":
+        from coin.errors import CoinWarning
+
         told = "coin.oddness is now coin.fault_score; the next version knows only the new name"
-        warnings.warn(told, import_module("coin.errors").CoinWarning, stacklevel=2)
+        warnings.warn(told, CoinWarning, stacklevel=2)
         name = "fault_score"
     if name not in _HOMES:
         raise AttributeError(f"module 'coin' has no attribute '{name}'")

@@ -57,8 +57,8 @@ def run_as_tasks(commands: Sequence[C], launch: Launch, on_success: Callable[[C]
         return failed
     finally:
         signal.signal(signal.SIGTERM, before)
-        for task in running:
-            ray.cancel(task, force=True)
+        for unfinished in running:
+            ray.cancel(unfinished, force=True)
         ray.shutdown()
 
 

@@ -135,11 +135,7 @@ def activations_in_place(network: nn.Module) -> Iterator[None]:
 
     Where nothing else reads these inputs (`can_overwrite`) a pass is the same to rounding and takes less memory.
     """
-    modules = [
-        module
-        for module in network.modules()
-        if type(module).__module__ in _ACTIVATIONS and not [*module.parameters(), *module.children()]
-    ]
+    modules = _activations(network)
     before = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
@@ -150,6 +146,11 @@ def activations_in_place(network: nn.Module) -> Iterator[None]:
             del module.forward
             if forward is not None:
                 module.forward = forward
+
+
+def _activations(network: nn.Module) -> list[nn.Module]:
+    every = (module for module in network.modules() if type(module).__module__ in _ACTIVATIONS)
+    return [module for module in every if not [*module.parameters(), *module.children()]]
 
 
 def _overwriting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -164,7 +165,9 @@ def _overwriting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def can_overwrite(network: nn.Module, inputs: Batch) -> bool:
-    """Return whether a network's outputs are the same to the bit if its activations overwrite their inputs."""
+    """Return whether a network has activations, and its outputs stay the same to the bit if they overwrite inputs."""
+    if not _activations(network):
+        return False
     with evaluating(network, gradients=False), suppress(RuntimeError, TypeError):
         expected = network(as_input(inputs, network))
         with activations_in_place(network):

@@ -31,6 +31,7 @@ NETWORKS = {
     "plain": (plain(nn.GELU(), nn.SiLU(), nn.PReLU()), True),
     "read again": (Reread(), False),
     "over the samples": (plain(nn.Softmax(dim=0)), False),
+    "no activation that is a module": (plain(nn.Identity()), False),
     "shared": (nn.Sequential(nn.Linear(6, 6), nn.Tanh(), plain(nn.Tanh())), True),
 }
 
