@@ -28,10 +28,16 @@ def percent(share: float) -> str:
 
 
 @cache
-def measured(suite: str, lost: int = 1) -> pd.DataFrame:
-    """The rows of a suite's sweep where so many experts are lost."""
+def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
+    """The rows of a suite's sweep where so many experts are lost; all if None."""
     frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
-    return frame[frame.erased.str.count(r"\+") + 1 == lost]
+    return frame if lost is None else frame[frame.erased.str.count(r"\+") + 1 == lost]
+
+
+def made(suite: str) -> str:
+    """Return the command that makes a suite's numbers, and the revision at which it did."""
+    revisions = pd.read_csv(RESULTS / "made.csv", index_col="suite").revision
+    return f"coin sweep configs/study/{suite}.yaml, at {revisions[suite]}"
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:

@@ -1,0 +1,162 @@
+"""The figures and tables of 03_results.ipynb, from the results in notebooks/results."""
+
+import json
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import HTML
+from matplotlib.figure import Figure
+from stored import DECODERS, RESULTS, made, measured
+
+from coin.reporting import figures, summarise
+from coin.reporting.results import NUMBERS, requested_policy
+from coin.reporting.style import colour
+from coin.reporting.summary import expert_accuracies, over_tasks, stand_ins, variant_names
+from coin.reporting.tables import percent
+
+SUITES = ("imagenet-pair", "imagenet-triple", "pair", "real", "transformer")
+"""The suites that have the same methods."""
+METHODS = ("none", "average", "coin", "head_fit", "refit", "distillation", "readout_distillation")
+"""What every suite has."""
+DEFAULTS = ("", "keep", "auto")
+"""BatchNorm's policies that nobody asked for."""
+
+
+def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
+    """A suite's rows with so many experts lost, or all; each run, of a seed and a draw of the base, counts as a seed."""
+    rows = measured(suite, lost)
+    rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
+    numbers = [name for name in NUMBERS if name in rows]
+    return rows.assign(**{name: pd.to_numeric(rows[name]) for name in numbers})
+
+
+def means(suite: str, methods: tuple[str, ...] = ()) -> pd.DataFrame:
+    """NDA and cost over the runs of a suite, mean and deviation; of some methods, as they are by default."""
+    every = over_tasks(summarise(runs(suite)))
+    every = every[every.method != "oracle"]
+    if not methods:
+        return every
+    return every[every.method.isin(methods) & every.batchnorm.isin(DEFAULTS)].assign(batchnorm="")
+
+
+def of_two(part: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the paper's decoder and of `feature_ridge`."""
+    return part[part.decoder.isin(DECODERS)]
+
+
+def folded(suite: str, table: pd.DataFrame) -> HTML:
+    """A table to unfold, under the command and the revision that made its numbers."""
+    return HTML(f"<details><summary>{suite}: {made(suite)}</summary>{table.to_html()}</details>")
+
+
+def cells(part: pd.DataFrame) -> "pd.Series[str]":
+    """NDA in %, mean ± deviation."""
+    return pd.Series([percent(*pair, digits=1) for pair in zip(part.nda_mean, part.nda_std, strict=True)], part.index)
+
+
+def nda_table(part: pd.DataFrame) -> pd.DataFrame:
+    """NDA by method and decoder, with passes and seconds of making the coded model."""
+    part = part.assign(method=variant_names(part), cell=cells(part))
+    shown = part.pivot_table(index="method", columns="decoder", values="cell", aggfunc="first", sort=False)
+    costs = part.groupby("method", sort=False)[["merge_passes_mean", "merge_seconds_mean"]].first().round().astype(int)
+    shown = shown.fillna("–").rename_axis(columns=None)
+    return shown.assign(passes=costs.merge_passes_mean, seconds=costs.merge_seconds_mean)
+
+
+def nda_by(part: pd.DataFrame, option: "str | pd.Series[Any]") -> pd.DataFrame:
+    """NDA by decoder and method, a column for each value of an option."""
+    part = part.assign(cell=cells(part), option=part[option] if isinstance(option, str) else option)
+    shown = part.pivot_table(index=["decoder", "method"], columns="option", values="cell", aggfunc="first", sort=False)
+    return shown[sorted(shown)].fillna("–").rename_axis(columns=option if isinstance(option, str) else None)
+
+
+def accuracies(suites: tuple[str, ...]) -> pd.DataFrame:
+    """How many runs there are, and how right the experts are in them."""
+    found = {suite: expert_accuracies(summarise(runs(suite)))[["task", "seeds", "mean", "spread"]] for suite in suites}
+    return pd.concat(found).droplevel(1)
+
+
+def of_stand_ins(suite: str, experts: int | None = None) -> tuple[pd.DataFrame, float]:
+    """What may stand in for one of so many experts, the most by default, and the size of a network in MiB."""
+    rows = runs(f"stand-ins-{suite}", None)
+    counts = rows.groupby("seed").task.transform("nunique")
+    rows = rows[counts == (experts or counts.max())]
+    network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
+    return stand_ins(summarise(rows)), float(network)
+
+
+def memory_figure(suite: str) -> Figure:
+    """NDA against what is kept, in networks of the suite's size."""
+    figure = figures.nda_against_memory(*of_stand_ins(suite))
+    figure.suptitle(suite)
+    return figure
+
+
+def kept_by_count(counts: tuple[int, ...] = (2, 3, 5, 8)) -> pd.DataFrame:
+    """NDA ± deviation and memory in networks, for each number of experts."""
+    columns = {}
+    for count in counts:
+        kept, network = of_stand_ins("experts", count)
+        kept = kept.set_index(["name", "decoder"])
+        columns[f"N = {count}"], columns[f"networks, {count}"] = cells(kept), (kept.memory_mib / network).round(2)
+    columns["runs"], columns["losses"] = kept.forwards, kept.losses
+    return pd.DataFrame(columns).sort_values(f"networks, {counts[-1]}")
+
+
+def behind_the_best(suite: str, options: dict[str, list[str]]) -> pd.DataFrame:
+    """By how many points of NDA, run by run, an `auto` is behind the best fixed choice, known only afterwards."""
+    rows = runs(suite)
+    ndas = 100 * rows.assign(variant=variant_names(rows)).groupby(["decoder", "variant", "seed"]).nda.mean()
+    lines = {}
+    for asked, fixed in options.items():
+        lost = {d: ndas[d].unstack().loc[fixed].max() - ndas[d].unstack().loc[asked] for d in DECODERS}
+        lines[asked] = {f"{d}: {what}": f"{getattr(lost[d], what)():.1f}" for d in DECODERS for what in ("mean", "max")}
+    return pd.DataFrame(lines).T
+
+
+def by_experts() -> tuple[pd.DataFrame, "pd.Series[int]"]:
+    """NDA and cost of one coded model for two to eight experts, and the number of experts of each row."""
+    rows = runs("experts")
+    found = over_tasks(summarise(rows.assign(experiment=[str(len(json.loads(tasks))) for tasks in rows.tasks])))
+    found = found[found.method != "oracle"]
+    return found, found.experiment.astype(int)
+
+
+def by_samples() -> pd.DataFrame:
+    """NDA and cost by P: the suite `samples`, and `pair`, whose runs of the same seeds and bases have P = 200."""
+    rows = pd.concat([runs("samples"), runs("pair")], ignore_index=True).assign(experiment="samples", batchnorm="")
+    keys = rows.seeds + "/" + rows["base.seed"].astype(str)
+    rows = rows[keys.isin(set(keys[rows.samples_per_task != 200])) & rows.decoder.isin([*DECODERS, "ridge"])]
+    return over_tasks(summarise(rows[rows.method != "oracle"].assign(seed=keys)))
+
+
+def default_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose BatchNorm policy nobody asked for."""
+    return rows[rows.batchnorm.map(requested_policy).isin(DEFAULTS)]
+
+
+def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
+    """How often batches expose and name an expert that answers wrongly, and how much less right it is."""
+    faults = pd.read_csv(RESULTS / "silent-faults" / "faults.csv")
+    found = ["alarm", "named", "false_alarm"]
+    by_seed = faults.groupby(["fault", "experts", "method", "batch", "seed"], sort=False)[found].mean()
+    with figures.style():
+        figure, panels = plt.subplots(2, 3, figsize=(9, 5.4), sharex=True, sharey=True)
+        for column, (fault, part) in enumerate(by_seed.groupby("fault", sort=False)):
+            for axes, what in zip(panels[:, column], found, strict=False):
+                groups = part[what].groupby(["experts", "method"], sort=False)
+                for place, ((count, method), own) in enumerate(groups):
+                    at = 100 * own.groupby("batch").agg(["mean", "std"])
+                    look = {"color": colour(place // 2), "marker": figures.marker(place // 2), "capsize": 2}
+                    look |= {"linestyle": ":" if method == "none" else "-", "label": f"N = {count}, {method}"}
+                    axes.errorbar(range(len(at)), at["mean"], at["std"], **look)
+                axes.set_xticks(range(len(at)), at.index)
+                axes.set_title(f"{fault}: {what}")
+            panels[1, column].set_xlabel("inputs in a batch")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("batches (%)")
+        figures.legend_below(figure, panels[0, 0], columns=4)
+    right = faults.groupby(["fault", "experts"], sort=False)[["expert_accuracy", "faulty_accuracy"]].mean()
+    mean = by_seed.groupby(["fault", "experts", "method", "batch"], sort=False).mean()
+    return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
