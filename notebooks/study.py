@@ -24,7 +24,7 @@ DEFAULTS = ("", "keep", "auto")
 
 
 def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
-    """A suite's rows with so many experts lost, or all; each run, of a seed and a draw of the base, counts as a seed."""
+    """A suite's rows with so many experts lost, or all; each run, a seed and a draw of the base, counts as a seed."""
     rows = measured(suite, lost)
     rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
     numbers = [name for name in NUMBERS if name in rows]

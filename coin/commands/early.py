@@ -2,8 +2,10 @@
 
 import ast
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -69,10 +71,15 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             raise ConfigurationError(unknown("option", name, sorted(known), expected))
     sections += _given_sections(command, arguments)
     _check_entries(sections)
+    _check_sections(command, sections, given)
     classes = known_classes()
-    for name in _class_names(sections):
-        if "." not in name and name not in (*classes, "Tasks"):
-            raise ConfigurationError(unknown("class", name, classes, A_CLASS))
+    for entry in _entries(sections):
+        path = entry.get("class_path")
+        if not isinstance(path, str) or not path.isidentifier() or path == "Tasks":
+            continue
+        if path not in classes:
+            raise ConfigurationError(unknown("class", path, classes, A_CLASS))
+        _check_keys(path, entry.get("init_args"), class_options(path))
 
 
 def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
@@ -86,6 +93,26 @@ def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
                 f"found {', '.join(map(repr, stray))} beside class_path: {entry['class_path']}, expected options under "
                 f"init_args; write {{class_path: {entry['class_path']}, init_args: {{{stray[0]}: …}}}}"
             )
+
+
+def _check_sections(command: str, sections: Sequence[dict[str, Any]], given: Sequence[str]) -> None:
+    """Raise ConfigurationError for an option that a section lacks, in a file or as ``--section.option``."""
+    for name, kind in _section_classes(command).items():
+        known = class_options(kind)
+        for section in sections:
+            _check_keys(name, section.get(name), known)
+        for option in given:
+            first, _, rest = option.partition(".")
+            if known and first == name and rest and rest.partition(".")[0].removesuffix("+") not in (*known, "help"):
+                every = [f"--{name}.{each}" for each in known]
+                expected = f"one that coin {command} --help lists"
+                raise ConfigurationError(unknown("option", f"--{option}", every, expected))
+
+
+def _check_keys(what: str, options: Any, known: Sequence[str]) -> None:
+    for key in options if known and isinstance(options, dict) else ():
+        if str(key).partition(".")[0].removesuffix("+") not in known:
+            raise ConfigurationError(unknown(f"{what} option", str(key), known))
 
 
 def known_options(command: str) -> set[str]:
@@ -141,19 +168,13 @@ def _given_sections(command: str, arguments: Sequence[str]) -> Iterator[dict[str
                 yield section if isinstance(section, dict) else {}
 
 
-def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield the class paths of tasks, methods, models and data in files, or given by themselves."""
-    for entry in _entries(sections):
-        path = entry.get("class_path")
-        if isinstance(path, str) and path.isidentifier():
-            yield path
-
-
 def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the sections of objects; one that is given by its class alone, with its ``class_path`` only."""
     for section in sections:
         tasks, methods = section.get("tasks"), section.get("methods", section.get("methods+"))
+        base = section.get("base")
         for entry in (
+            base.get("task") if isinstance(base, dict) else None,
             *(tasks.values() if isinstance(tasks, dict) else ()),
             *(methods if isinstance(methods, list) else ()),
             *(section.get(name) for name in ("model", "data", "method")),
@@ -162,21 +183,74 @@ def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield entry if isinstance(entry, dict) else {"class_path": entry}
 
 
-def _parameters(file: Path, name: str) -> list[str]:
-    """Return the parameters of a function, a method ``Class.method`` or a class, as the source says."""
-    statements: Sequence[ast.stmt] = _source(file)
+def _section_classes(command: str) -> dict[str, str]:
+    """Return the options of a command that are dataclasses, with their classes' names, as the source says."""
+    found = {"launch": "Launch"} if command == "run" else {}
+    for file, owner in _SOURCES.get(command, []):
+        for name, annotation in _annotated(_definition(_ROOT / file, owner)).items():
+            kind = annotation.removesuffix(" | None")
+            if kind in (files := _files_of_classes()) and _is_dataclass(_definition(files[kind], kind)):
+                found[name] = kind
+    return found
+
+
+def class_options(name: str) -> list[str]:
+    """Return the options of one of coin's classes, those of its bases too, as the source says; none if it does not."""
+    if name not in (files := _files_of_classes()):
+        return []
+    found = _definition(files[name], name)
+    assert isinstance(found, ast.ClassDef)
+    bases = [class_options(ast.unparse(base)) for base in found.bases if ast.unparse(base) not in ("ABC", "Generic")]
+    inherited = list(dict.fromkeys(option for base in bases for option in base))
+    own = _parameters(files[name], name)
+    if _is_dataclass(found):
+        return [*inherited, *own] if all(bases) else []
+    if (init := _init(found)) is None:
+        return inherited
+    if init.args.kwarg is None:
+        return own
+    return list(dict.fromkeys([*own, *inherited])) if bases and all(bases) else []
+
+
+@cache
+def _files_of_classes() -> dict[str, Path]:
+    texts = ((path, path.read_text(encoding="utf-8")) for path in _ROOT.rglob("*.py"))
+    return {name: path for path, text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE)}
+
+
+def _definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
+    """Return a function, a method ``Class.method`` or a class in a file."""
+    statements: Sequence[ast.stmt] = ast.parse(file.read_text(encoding="utf-8")).body
     for part in name.split("."):
         defined = [each for each in statements if isinstance(each, ast.ClassDef | ast.FunctionDef)]
         found = next(each for each in defined if each.name == part)
         statements = found.body
-    if isinstance(found, ast.ClassDef):
-        own = [each for each in found.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
-        if not own:  # a dataclass
-            return [each.target.id for each in found.body if isinstance(each, ast.AnnAssign)]  # type: ignore[union-attr]
-        found = own[0]
-    names = [each.arg for each in (*found.args.args, *found.args.kwonlyargs)]
-    return [name for name in names if name != "self"]
+    return found
 
 
-def _source(file: Path) -> list[ast.stmt]:
-    return ast.parse(file.read_text(encoding="utf-8")).body
+def _is_dataclass(found: ast.ClassDef | ast.FunctionDef) -> bool:
+    return any("dataclass" in ast.unparse(each) for each in found.decorator_list)
+
+
+def _init(found: ast.ClassDef | ast.FunctionDef) -> ast.FunctionDef | None:
+    """Return the function that takes the parameters; none where a class has none of its own."""
+    if isinstance(found, ast.FunctionDef):
+        return found
+    return next((each for each in found.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
+
+
+def _annotated(found: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
+    """Return the parameters of a function or class with what they are annotated with."""
+    pairs: list[tuple[str, ast.expr | None]] = []
+    if _is_dataclass(found):
+        fields = [each for each in found.body if isinstance(each, ast.AnnAssign)]
+        pairs = [(each.target.id, each.annotation) for each in fields if isinstance(each.target, ast.Name)]
+    elif (init := _init(found)) is not None:
+        pairs = [(each.arg, each.annotation) for each in (*init.args.args, *init.args.kwonlyargs)]
+    kept = [(name, annotation) for name, annotation in pairs if name != "self" and not name.startswith("_")]
+    return {name: "" if annotation is None else ast.unparse(annotation) for name, annotation in kept}
+
+
+def _parameters(file: Path, name: str) -> list[str]:
+    """Return the parameters of a function, a method ``Class.method`` or a class, as the source says."""
+    return list(_annotated(_definition(file, name)))

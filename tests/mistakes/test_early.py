@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -10,12 +11,15 @@ import coin.data
 import coin.distillation
 import coin.merging
 import coin.modules
+from coin.cli import _options_of
 from coin.commands import ON_TRAINER, sweep
 from coin.commands.coded_system import Choice
-from coin.commands.early import check_early, known_classes, known_options
+from coin.commands.early import check_early, class_options, known_classes, known_options
 from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
 from coin.pipeline import Experiment
+from coin.pipeline.config import ExpertConfig
+from coin.pipeline.launch import Launch
 from coin.pipeline.steps.merge import merge
 from coin.pipeline.steps.trainer import Trainer
 from coin.serving.sim.conditions import Conditions
@@ -50,6 +54,18 @@ WRONG = {
         "found option 'low', expected one of base, ",
     ),
     "a task": ("tasks: {a: {class_path: mnist5}}\n", "found class 'mnist5' (did you mean MNIST5k?)"),
+    "a section's option": (
+        "expert: {epoch: 3}\n",
+        "found expert option 'epoch' (did you mean epochs?), expected one of optimizer, lr, ",
+    ),
+    "a method's option": (
+        "methods: [{class_path: Coin, init_args: {dampign: 1}}]\n",
+        "found Coin option 'dampign' (did you mean damping?), expected one of damping, fisher_kind, ",
+    ),
+    "an option of the base's task": (
+        "base: {task: {class_path: ImageFolder, init_args: {rot: data}}}\n",
+        "found ImageFolder option 'rot' (did you mean root?), expected one of root, in_memory, ",
+    ),
 }
 
 
@@ -77,8 +93,13 @@ def test_files_of_other_commands_are_read_early_too(command, tmp_path):
 def test_an_option_of_the_command_line_that_does_not_exist():
     with pytest.raises(ConfigurationError, match=r"found option 'seds' \(did you mean seeds\?\)"):
         check_early("run", ["--seds=[1]"])
+    with pytest.raises(ConfigurationError, match=r"found option '--expert.epoch' \(did you mean --expert.epochs\?\)"):
+        check_early("run", ["--expert.epoch", "3"])
     for sound in (
         "--seeds=[1]",
+        "--expert.epochs=3",
+        "--base.task.init_args.root=x",
+        "--launch.workers=2",
         "--calibration.samples_per_task=5",
         "--methods+=x",
         "--print_config",
@@ -129,6 +150,21 @@ def test_what_is_known_is_what_there_is():
     rooms = (coin.merging, coin.data, coin.modules, coin.distillation)
     assert all(any(hasattr(room, name) for room in rooms) for name in known_classes())
     assert {"Coin", "Digits", "Coded", "Distillation"} <= {*known_classes()}
+
+
+def test_the_options_of_classes_are_those_that_the_parser_takes():
+    rooms = (coin.merging, coin.data, coin.distillation)
+    found = {
+        name: (class_options(name), _options_of(f"{room.__name__}.{name}"))
+        for name in known_classes()
+        for room in rooms
+        if hasattr(room, name)
+    }
+    assert all(early == parser for early, parser in found.values() if early and parser)
+    assert {"Refit", "GaussNewton", "Distillation", "MNIST5k", "Tweets"} <= {n for n, each in found.items() if each[0]}
+    assert class_options("ExpertConfig") == [each.name for each in fields(ExpertConfig)]
+    assert class_options("Launch") == [each.name for each in fields(Launch)]
+    assert class_options("Nothing") == class_options("Target") == []
 
 
 def test_the_methods_of_a_sweep_are_looked_at_too(tmp_path, monkeypatch):
