@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from stored import DECODERS, RESULTS, made, measured
 
 from coin.reporting import figures, summarise
-from coin.reporting.results import NUMBERS, requested_policy
+from coin.reporting.results import NUMBERS
 from coin.reporting.style import colour
 from coin.reporting.summary import expert_accuracies, over_tasks, stand_ins, variant_names
 from coin.reporting.tables import percent
@@ -124,16 +124,10 @@ def by_experts() -> tuple[pd.DataFrame, "pd.Series[int]"]:
 
 
 def by_samples() -> pd.DataFrame:
-    """NDA and cost by P: the suite `samples`, and `pair`, whose runs of the same seeds and bases have P = 200."""
-    rows = pd.concat([runs("samples"), runs("pair")], ignore_index=True).assign(experiment="samples", batchnorm="")
-    keys = rows.seeds + "/" + rows["base.seed"].astype(str)
-    rows = rows[keys.isin(set(keys[rows.samples_per_task != 200])) & rows.decoder.isin([*DECODERS, "ridge"])]
-    return over_tasks(summarise(rows[rows.method != "oracle"].assign(seed=keys)))
-
-
-def default_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose BatchNorm policy nobody asked for."""
-    return rows[rows.batchnorm.map(requested_policy).isin(DEFAULTS)]
+    """NDA and cost by P, of the suite `samples`."""
+    rows = runs("samples")
+    rows = rows[rows.decoder.isin([*DECODERS, "ridge"]) & (rows.method != "oracle")]
+    return over_tasks(summarise(rows.assign(experiment="samples", batchnorm="")))
 
 
 def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:

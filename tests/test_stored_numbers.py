@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -52,7 +51,7 @@ def test_simulations_have_twenty_seeds_and_eight_experts_five(tables: ModuleType
 
 
 def test_with_features_refit_is_ahead_of_distillation_at_every_number_of_samples(tables: ModuleType) -> None:
-    rows = pd.concat([tables.measured("samples"), tables.measured("pair")])  # 200 samples are the pair's
+    rows = tables.measured("samples")
     assert set(rows.samples_per_task) == {25, 100, 200, 400, 1600}
     for count in rows.samples_per_task.unique():
         own = rows[rows.samples_per_task == count]
