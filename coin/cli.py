@@ -12,6 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def _run(arguments: list[str], name: str) -> None:
         raise ConfigurationError(f"found no command, expected one of {', '.join(COMMANDS)}")
     if arguments[0] in ("-h", "--help"):
         print(_help())
+        return
+    if arguments[0] == "--version":
+        print(f"coin {version('coded-coin')}")
         return
     if arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)

@@ -20,7 +20,7 @@ from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
 from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules, which are found by short names
-from coin.reporting.results import read_results
+from coin.reporting.results import RESULTS_CSV, read_results
 from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
 from coin.tracking.settings import logger_mode, run_environment
@@ -94,7 +94,8 @@ class TrainerCLI(LightningCLI):
         options = self.config["evaluate"]
         if self.trainer.is_global_zero:
             folder = Path(options["output"] or self.trainer.default_root_dir)
-            print_summary(summarise(read_results(folder)))
+            print_summary(summarise(read_results(folder)), reported=False)
+            print(f"table: {folder / RESULTS_CSV}")
 
 
 _ENVIRONMENT = ExitStack()

@@ -30,7 +30,7 @@ def check_same_layout(states: Sequence[State], names: Sequence[str] | None = Non
             found = f"tensor '{unlike}' is {shapes[0]} in {name} but {shapes[1]} in {called[0]}"
         else:
             continue
-        raise StateError(f"{found}; give tensors of one architecture and class count")
+        raise StateError(f"{found}; give tensors of one architecture")
 
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:

@@ -183,6 +183,8 @@ def merge_networks(
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
     (1, [], True)
     """
+    if not isinstance(method, Method):
+        raise ConfigurationError(f"found method {method!r}, expected an object of a method's class; give coin.Refit()")
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))

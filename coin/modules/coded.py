@@ -123,7 +123,7 @@ class Coded(LightningModule):
     def fit_decoder(
         self,
         calibration: Iterable[Any],
-        erased: Sequence[int],
+        erased: Sequence[int | str],
         kind: DecoderKind | str | DecoderConfig,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> "Coded":
@@ -137,10 +137,11 @@ class Coded(LightningModule):
                 expert_head that is not corrected use them only to estimate errors for `risk`, and work without any. The
                 first batch is used to check that heads and features give the experts' logits; without calibration the
                 first decoded batch is used to check the coded models'.
-            erased: Indices of the lost experts.
+            erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
+        erased = self._indices(erased)
         decoder = make_decoder(kind, self.code, erased)
         parts: list[Answers] = []
         batches = _batches(calibration)
@@ -156,7 +157,7 @@ class Coded(LightningModule):
         self.decoders[decoder.erased] = decoder
         return self
 
-    def decode(self, inputs: Batch, erased: Sequence[int] | None = None) -> Tensor:
+    def decode(self, inputs: Batch, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return lost experts' logits ``[|erased|, B, C]``, decoded from the remaining servers, after `fit_decoder`.
 
         By default the lost experts are those of the last `fit_decoder`. Only servers that the decoder needs run.
@@ -170,7 +171,7 @@ class Coded(LightningModule):
         decoded = decoder.decode(self._answers_for(decoder, inputs))
         return decoded[[decoder.erased.index(expert) for expert in lost]]
 
-    def risk(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
+    def risk(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
 
         It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises DecodingError if it has
@@ -187,7 +188,7 @@ class Coded(LightningModule):
         confidence: float = 0.95,
         *,
         inputs: Iterable[Any],
-        erased: Sequence[int] | None = None,
+        erased: Sequence[int | str] | None = None,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
         """Set the risk up to which decoded answers are accepted, so that at most α of these differ from the expert's.
@@ -209,7 +210,7 @@ class Coded(LightningModule):
         promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
         return [promises[expert] for expert in lost]
 
-    def accepted(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
+    def accepted(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return which decoded logits are accepted, by their `risk` and `accept`, bool ``[|erased|, B]``.
 
         Raises DecodingError if `accept` was not called.
@@ -252,9 +253,20 @@ class Coded(LightningModule):
         """The decoder that was fitted last."""
         return next(reversed(self.decoders.values()), None)
 
-    def _decoder_of(self, erased: Sequence[int] | None) -> tuple[Decoder, tuple[int, ...]]:
+    def _indices(self, erased: Sequence[int | str]) -> tuple[int, ...]:
+        """Return experts that are given by index or by name; a ConfigurationError for an unknown one."""
+        if not isinstance(erased, Sequence) or isinstance(erased, str):
+            raise ConfigurationError(f"found erased={erased!r}, expected a list of lost experts; give [{erased!r}]")
+        known: dict[int | str, int] = {index: index for index in range(len(self.experts))}
+        known |= {name: index for index, name in enumerate(self.names)}
+        if unknown := [each for each in erased if each not in known]:
+            expected = f"0 to {len(self.experts) - 1}, or one of {', '.join(self.names)}"
+            raise ConfigurationError(f"found lost expert {unknown[0]!r}, expected {expected}; name one that there is")
+        return tuple(known[each] for each in erased)
+
+    def _decoder_of(self, erased: Sequence[int | str] | None) -> tuple[Decoder, tuple[int, ...]]:
         """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
-        key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
+        key = next(reversed(self.decoders), ()) if erased is None else self._indices(erased)
         # A decoder that reads no survivor does not mind which of them are left.
         alone = (own for each, own in self.decoders.items() if not own.config.reads_survivors and {*key} <= {*each})
         decoder = self.decoders.get(key) or (next(alone, None) if key else None)

@@ -103,7 +103,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         network.register_forward_pre_hook(_with_channels_last)
     head_name(network)  # refuses a network without one
     if (file := config.weights_file) is not None:
-        fill_network(network, with_own_head(network, read_weights(file), seed=seed), str(file))
+        state = read_weights(file, network.state_dict().keys())
+        fill_network(network, with_own_head(network, state, seed=seed), str(file))
     return network
 
 

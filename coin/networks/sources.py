@@ -85,9 +85,12 @@ class NetworkSource(ABC):
         except NotImplementedError:  # of the meta device, on which not every network can be built
             raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
+            told, advice = first_line(error), "change network.image_size or network.options"
+            if "num_classes" in told and isinstance(error, TypeError):
+                advice = "let its __init__ take num_classes, the number of logits"
             raise ConfigurationError(
                 f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}: "
-                f"{first_line(error)}; change network.image_size or network.options"
+                f"{told}; {advice}"
             ) from error
         return network
 

@@ -1,6 +1,6 @@
 """State dicts from elsewhere, checked name by name, and from files of the kinds that people have."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -59,17 +59,31 @@ def with_own_head(
     return found
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of a network with these names, without what stands before all of them, such as ``module.``.
+
+    Tensors beside the network's are left out then; a state without such a prefix is returned as it is.
+    """
+    first = min(names, default="")
+    for found in state if first not in state else ():
+        prefix = found.removesuffix(first)
+        if prefix.endswith(".") and all(prefix + name in state for name in names):
+            return {name: state[prefix + name] for name in names}
+    return dict(state)
+
+
+def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """Read a network's tensors from a file of any of the kinds that people have.
 
     Understood are ``coin``'s own files, any flat safetensors state dict, and Lightning or plain PyTorch checkpoints
-    (read with ``weights_only=True``; a Lightning checkpoint's ``network.`` prefix is dropped). A FileError for others.
+    (read with ``weights_only=True``). A FileError for others. Given the `names` of the network's tensors, a prefix
+    before all of them is dropped: a Lightning checkpoint's ``network.`` or ``model.``, ``module.`` of DDP.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return without_prefix(load_file(path), names)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise FileError(
@@ -82,6 +96,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
-    if any(name.startswith("network.") for name in state):
+    state = without_prefix(state, names)
+    if state.keys().isdisjoint(names) and any(name.startswith("network.") for name in state):
         state = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
     return state

@@ -149,7 +149,7 @@ def results_console(width: int = WIDTH) -> Console:
     return Console(width=None if sys.stdout.isatty() else width)
 
 
-def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
+def print_summary(summary: pd.DataFrame, console: Console | None = None, *, reported: bool = True) -> None:
     """Print the experts' own accuracies, one table of NDA per experiment and size of erasure, and what to keep.
 
     The linear decoder and the winning one always have their columns; of the others and of the costs there is as much as
@@ -158,6 +158,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     Args:
         summary: What `coin.reporting.summarise` returns.
         console: Where to print; `results_console` by default.
+        reported: Whether a report and ``summary.csv`` are written, which are then named.
     """
     console = console or results_console()
     experts = expert_accuracies(summary)
@@ -173,13 +174,15 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         references = sum(name.partition("[")[0] in REFERENCES for name in table["method"])
         title = f"{experiment}: NDA in %, {erased} lost"
         console.print(rich_table(table[shown], title, ends=[len(table) - references]))
-    rest = f" Not shown: {', '.join(left_out)}; see summary.csv." if left_out else ""
+    where = "summary.csv" if reported else "results.csv"
+    rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
     for experiment, part in summary.groupby("experiment", sort=False):
         table = stand_in_table(stand_ins(part), all_rows=False)
         if len(table):
             console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
-            console.print(Text("No other is as good in NDA, memory, forwards and losses; all of them in the report."))
+            rest = "; all of them in the report" if reported else ""
+            console.print(Text(f"No other is as good in NDA, memory, forwards and losses{rest}."))
             console.print(Text(finding(stand_ins(part))))
 
 

@@ -53,6 +53,7 @@ class Tape:
         Raises DataError for another output, and StateError where a ruled call's input was changed in place.
         """
         versions: dict[Call, int] = {}
+        watching: list[Interceptor] = []
         self._samples = size_of(inputs)
 
         def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
@@ -61,14 +62,16 @@ class Tape:
                 return None
             source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
             self.calls[call], versions[call] = names, source._version
-            if interceptor.decides:
+            if watching[0].decides:
                 self.decided.update(names.values())
             result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
             return result
 
         with Interceptor(self._parameters, visit, follow=self.rows is None) as interceptor:
+            watching.append(interceptor)
             output: Tensor = network(inputs)
         self.sorts = interceptor.sorts
+        watching.clear()  # it holds `visit`, which held it: with all activations they would await garbage collection
         if output.ndim != 2 or len(output) != self._samples:
             raise DataError(f"the network's output is {list(output.shape)}, expected logits [{self._samples}, C]")
         for call, version in versions.items():

@@ -70,7 +70,9 @@ def test_fit_gives_the_experts_of_the_run(route: Path, finished: Path) -> None:
         assert provenance["network"]["name"] == "small_resnet"
 
 
-def test_merge_and_evaluate_give_the_numbers_of_the_run(route: Path, finished: Path) -> None:
+def test_merge_and_evaluate_give_the_numbers_of_the_run(
+    route: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     coded = route / "coded"
     shared = [f"--experts={experts_of(route)}", "--code=[[0.4, 0.6]]", f"--output={coded}", *CALIBRATION]
     assert main(["merge", *shared, "--method=Average"]) == 0
@@ -91,6 +93,10 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(route: Path, finished: P
         *QUIET,
     ]
     assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"table: {route / 'results' / 'results.csv'}\n")
+    assert "report" not in said
+    assert "summary.csv" not in said
     keys = ["method", "batchnorm", "decoder", "task"]
     own = read_results(route / "results").set_index(keys)
     own_heads = own.index.get_level_values("decoder") == "expert_head"  # of all kinds, the default

@@ -156,3 +156,9 @@ def test_compressed_coded_models_stand_beside_the_whole_ones(make_expert, batche
             for name in names[:2]:
                 assert (compressed[name].network()(x) - answers).norm() < 0.1 * answers.norm()
     assert merged.compressed[0][names[2]].nbytes < merged.compressed[0][names[0]].nbytes / 2
+
+
+@pytest.mark.parametrize("method", [Coin, "Coin"])
+def test_what_is_no_method_is_refused(make_expert, method):
+    with pytest.raises(ConfigurationError, match="expected an object of a method's class"):
+        merge_networks(method, [make_expert(0), make_expert(1)], Code([[0.5, 0.5]]))

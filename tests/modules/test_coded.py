@@ -211,6 +211,22 @@ def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
         (fresh := system_of().fit_decoder([], [0], "linear")).risk(fresh.decode(inputs))
 
 
+def test_lost_experts_are_given_by_index_or_by_name(inputs):
+    system = Coded(system_of().code, system_of().experts, system_of().coded, names=["a", "b", "c"])
+    system.fit_decoder(inputs.split(7), ["b"], "ridge")
+    assert list(system.decoders) == [(1,)]
+    assert torch.equal(system.decode(inputs, ["b"]), system.decode(inputs, [1]))
+    for erased, found in (
+        (["d"], "found lost expert 'd', expected 0 to 2, or one of a, b, c"),
+        ([3], "found lost exp"),
+    ):
+        with pytest.raises(ConfigurationError, match=found):
+            system.fit_decoder(inputs.split(7), erased, "ridge")
+    for erased in (0, "a"):
+        with pytest.raises(ConfigurationError, match=f"found erased={erased!r}, expected a list of lost experts"):
+            system.decode(inputs, erased)
+
+
 def test_answers_are_accepted_as_promised_by_inputs_of_each_experts_own_task(inputs):
     system = system_of([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
     system.fit_decoder(inputs.split(7), [0, 2], "linear")

@@ -23,6 +23,10 @@ class Small(nn.Module):
 class Reader(nn.Embedding):
     reads = "texts"
 
+class Fixed(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+
 def function(num_classes):
     return nn.Linear(1, num_classes)
 """
@@ -61,6 +65,11 @@ def test_a_class_is_found():
 def test_what_is_no_network_is_one_line(name, message):
     with pytest.raises(ConfigurationError, match=message):
         NetworkConfig(name)
+
+
+def test_a_class_that_takes_no_class_count_is_told_to():
+    with pytest.raises(ConfigurationError, match="argument 'num_classes'; let its __init__ take num_classes"):
+        build_network(NetworkConfig("ownnetworks.Fixed", 16), 5)
 
 
 def test_it_is_refused_where_configurations_are_not_trusted(monkeypatch):

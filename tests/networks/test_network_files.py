@@ -95,6 +95,26 @@ def test_weights_are_read_from_all_that_people_have(tmp_path, small_config, form
     assert same(read_weights(path), state)
 
 
+@pytest.mark.parametrize("prefix", ["network.", "model.", "module.", "net._orig_mod."])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_stands_before_all_names_is_dropped(small_config, tmp_path, prefix, suffix):
+    network = build_network(small_config, 3, seed=4)
+    state = {**{prefix + name: value for name, value in network.state_dict().items()}, "loss.scale": torch.ones(1)}
+    path = tmp_path / f"expert.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
+    assert same(import_checkpoint(small_config, 3, path).state_dict(), network.state_dict())
+    assert import_checkpoint(small_config, 5, path, fresh_head=True).fc.out_features == 5
+
+
+def test_a_part_of_a_network_behind_a_prefix_is_refused(small_config, tmp_path):
+    state = build_network(small_config, 3, seed=4).state_dict()
+    save_file(
+        {f"model.{name}": value for name, value in state.items() if name != "fc.bias"}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(StateError, match=r"has no tensor 'fc\.bias'"):
+        import_checkpoint(small_config, 3, tmp_path / "x.safetensors")
+
+
 def test_pickled_objects_are_refused_and_not_run(tmp_path):
     class Payload:
         def __reduce__(self):

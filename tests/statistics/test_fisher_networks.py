@@ -1,5 +1,7 @@
 """The Fisher diagonal of whole architectures, in float64 per tensor, against one backward per sample and output."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -98,3 +100,15 @@ def test_memory_bound_and_batch_sizes_do_not_change_the_numbers() -> None:
     assert tight.count == whole.count == 7
     assert tight.passes == whole.passes == 7 * (1 + 2 * CLASSES)
     assert_equal_per_tensor(dict(tight.values), dict(whole.values), 1e-12)
+
+
+def test_nothing_of_a_pass_waits_for_the_garbage_collector() -> None:
+    network = SmallViT(CLASSES, 32, 8, depth=2, heads=2, width=16, mlp_width=32)
+    parameter = weakref.ref(network.get_parameter("heads.head.weight"))
+    gc.disable()
+    try:
+        fisher = weakref.ref(fisher_diagonal(network, [torch.rand(2, 3, 32, 32)])["heads.head.weight"])
+        del network
+        assert parameter() is fisher() is None
+    finally:
+        gc.enable()

@@ -199,7 +199,7 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
             "found a model without a network, expected an Expert with num_classes, or ckpt_path=expert.safetensors"
         )
     if ckpt_path is not None:
-        fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
+        fill_network(network, read_weights(Path(ckpt_path), network.state_dict().keys()), ckpt_path)
     return unwrap(network), model.config
 
 
