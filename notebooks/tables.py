@@ -158,7 +158,7 @@ def few_samples() -> str:
 
 def risks() -> str:
     """How many decoded answers differ from the expert's, in %: as predicted and as found, of all and of the surest."""
-    totals = risk_totals(pd.read_csv(RESULTS / "risk/risk.csv", keep_default_na=False))
+    totals = risk_totals(pd.read_csv(RESULTS / "imagenet-pair/risk.csv", keep_default_na=False))
     totals = totals[(totals["name"] == "refit") & (totals.curve == "coverage")]
     rows = []
     for decoder in DECODERS:
