@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from coin.reporting.results import requested_policy
+from coin.reporting import summarise
+from coin.reporting.results import NUMBERS, requested_policy
+from coin.reporting.summary import stand_ins
 
 RESULTS = Path(__file__).parent / "results"
 DECODERS = ("linear", "feature_ridge")
+DEFAULTS = ("", "keep", "auto")
+"""BatchNorm's policies that nobody asked for."""
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -34,6 +38,14 @@ def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
     return frame if lost is None else frame[frame.erased.str.count(r"\+") + 1 == lost]
 
 
+def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
+    """A suite's rows with so many experts lost, or all; each run, a seed and a draw of the base, counts as a seed."""
+    rows = measured(suite, lost)
+    rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
+    numbers = [name for name in NUMBERS if name in rows]
+    return rows.assign(**{name: pd.to_numeric(rows[name]) for name in numbers})
+
+
 def made(suite: str) -> str:
     """Return the command that makes a suite's numbers, and the revision at which it did."""
     revisions = pd.read_csv(RESULTS / "made.csv", index_col="suite").revision
@@ -42,7 +54,7 @@ def made(suite: str) -> str:
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """A method's rows, of BatchNorm's policies those of the default."""
-    return rows[(rows.method == method) & rows.batchnorm.map(requested_policy).isin(["", "keep", "auto"])]
+    return rows[(rows.method == method) & rows.batchnorm.map(requested_policy).isin(DEFAULTS)]
 
 
 def ndas(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
@@ -69,6 +81,15 @@ def stood_in(suite: str) -> pd.DataFrame:
     rows = rows.assign(memory_mib=pd.to_numeric(rows.memory_mib))
     network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
     return rows.assign(networks=rows.memory_mib / network)
+
+
+def of_stand_ins(suite: str, experts: int | None = None) -> tuple[pd.DataFrame, float]:
+    """What may stand in for one of so many experts, the most by default, and the size of a network in MiB."""
+    rows = runs(f"stand-ins-{suite}", None)
+    counts = rows.groupby("seed").task.transform("nunique")
+    rows = rows[counts == (experts or counts.max())]
+    network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
+    return stand_ins(summarise(rows)), float(network)
 
 
 def simulated(scenario: str, experts: int) -> pd.DataFrame:

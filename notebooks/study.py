@@ -7,28 +7,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from stored import DECODERS, RESULTS, made, measured
+from stored import DECODERS, DEFAULTS, RESULTS, made, of_stand_ins, runs
 
 from coin.reporting import figures, summarise
-from coin.reporting.results import NUMBERS
 from coin.reporting.style import colour
-from coin.reporting.summary import expert_accuracies, over_tasks, stand_ins, variant_names
+from coin.reporting.summary import expert_accuracies, over_tasks, variant_names
 from coin.reporting.tables import percent
 
 SUITES = ("imagenet-pair", "imagenet-triple", "pair", "real", "transformer")
 """The suites that have the same methods."""
 METHODS = ("none", "average", "coin", "head_fit", "refit", "distillation", "readout_distillation")
 """What every suite has."""
-DEFAULTS = ("", "keep", "auto")
-"""BatchNorm's policies that nobody asked for."""
-
-
-def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
-    """A suite's rows with so many experts lost, or all; each run, a seed and a draw of the base, counts as a seed."""
-    rows = measured(suite, lost)
-    rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
-    numbers = [name for name in NUMBERS if name in rows]
-    return rows.assign(**{name: pd.to_numeric(rows[name]) for name in numbers})
 
 
 def means(suite: str, methods: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -75,15 +64,6 @@ def accuracies(suites: tuple[str, ...]) -> pd.DataFrame:
     """How many runs there are, and how right the experts are in them."""
     found = {suite: expert_accuracies(summarise(runs(suite)))[["task", "seeds", "mean", "spread"]] for suite in suites}
     return pd.concat(found).droplevel(1)
-
-
-def of_stand_ins(suite: str, experts: int | None = None) -> tuple[pd.DataFrame, float]:
-    """What may stand in for one of so many experts, the most by default, and the size of a network in MiB."""
-    rows = runs(f"stand-ins-{suite}", None)
-    counts = rows.groupby("seed").task.transform("nunique")
-    rows = rows[counts == (experts or counts.max())]
-    network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
-    return stand_ins(summarise(rows)), float(network)
 
 
 def memory_figure(suite: str) -> Figure:

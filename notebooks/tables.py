@@ -21,6 +21,7 @@ from stored import (
     measured,
     milliseconds,
     ndas,
+    of_stand_ins,
     percent,
     simulated,
     spread,
@@ -28,9 +29,8 @@ from stored import (
 )
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting import summarise, summary as reporting
 from coin.reporting.figures import nda_against_memory
-from coin.reporting.results import COLUMNS, NUMBERS, Row
+from coin.reporting.results import COLUMNS, Row
 from coin.reporting.style import style
 from coin.reporting.tables import risk_totals
 
@@ -259,13 +259,9 @@ TABLES = {
 
 def figure() -> Figure:
     """Memory against NDA of the README's rows and of two more, on the ImageNet pair."""
-    rows = stood_in("imagenet-pair")
-    rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment="ImageNet pair")
-    rows[list(NUMBERS)] = rows[list(NUMBERS)].apply(pd.to_numeric, errors="coerce")
-    kept = reporting.stand_ins(summarise(rows))
+    kept, network = of_stand_ins("imagenet-pair")
     names = [DRAWN.get(pair, "") for pair in zip(kept["name"], kept["decoder"], strict=True)]
     kept = kept.assign(name=names, decoder=REPLICA)[[name != "" for name in names]]
-    network = float(rows.memory_mib.iloc[0] / rows.networks.iloc[0])
     return nda_against_memory(kept, network)
 
 

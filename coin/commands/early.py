@@ -185,11 +185,11 @@ def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _section_classes(command: str) -> dict[str, str]:
     """Return the options of a command that are dataclasses, with their classes' names, as the source says."""
-    found = {"launch": "Launch"} if command == "run" else {}
+    found, files = {"launch": "Launch"} if command == "run" else {}, _files_of_classes()
     for file, owner in _SOURCES.get(command, []):
         for name, annotation in _annotated(_definition(_ROOT / file, owner)).items():
             kind = annotation.removesuffix(" | None")
-            if kind in (files := _files_of_classes()) and _is_dataclass(_definition(files[kind], kind)):
+            if kind in files and _is_dataclass(_definition(files[kind], kind)):
                 found[name] = kind
     return found
 
@@ -202,7 +202,7 @@ def class_options(name: str) -> list[str]:
     assert isinstance(found, ast.ClassDef)
     bases = [class_options(ast.unparse(base)) for base in found.bases if ast.unparse(base) not in ("ABC", "Generic")]
     inherited = list(dict.fromkeys(option for base in bases for option in base))
-    own = _parameters(files[name], name)
+    own = list(_annotated(found))
     if _is_dataclass(found):
         return [*inherited, *own] if all(bases) else []
     if (init := _init(found)) is None:
@@ -218,9 +218,14 @@ def _files_of_classes() -> dict[str, Path]:
     return {name: path for path, text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE)}
 
 
+@cache
+def _source(file: Path) -> Sequence[ast.stmt]:
+    return ast.parse(file.read_text(encoding="utf-8")).body
+
+
 def _definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
     """Return a function, a method ``Class.method`` or a class in a file."""
-    statements: Sequence[ast.stmt] = ast.parse(file.read_text(encoding="utf-8")).body
+    statements = _source(file)
     for part in name.split("."):
         defined = [each for each in statements if isinstance(each, ast.ClassDef | ast.FunctionDef)]
         found = next(each for each in defined if each.name == part)

@@ -227,7 +227,8 @@ def import_checkpoint(
     Raises FileError if the file cannot be used, StateError if it is of another architecture or not finite.
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
-    state = read_weights(path, network.state_dict().keys())
+    names = network.state_dict().keys()
+    state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
         raise FileError(
             f"'{path}' holds LoRA adapters beside the weights, expected them merged; give the expert.safetensors that "
@@ -235,8 +236,6 @@ def import_checkpoint(
         )
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
-        state = with_own_head(
-            network, state, seed=seed, wider=None if wider is None else read_weights(wider, state.keys())
-        )
+        state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))
     fill_network(network, state, str(path))
     return network

@@ -174,15 +174,14 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
         references = sum(name.partition("[")[0] in REFERENCES for name in table["method"])
         title = f"{experiment}: NDA in %, {erased} lost"
         console.print(rich_table(table[shown], title, ends=[len(table) - references]))
-    where = "summary.csv" if reported else "results.csv"
+    where, everything = ("summary.csv", "; all of them in the report") if reported else ("results.csv", "")
     rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
     for experiment, part in summary.groupby("experiment", sort=False):
         table = stand_in_table(stand_ins(part), all_rows=False)
         if len(table):
             console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
-            rest = "; all of them in the report" if reported else ""
-            console.print(Text(f"No other is as good in NDA, memory, forwards and losses{rest}."))
+            console.print(Text(f"No other is as good in NDA, memory, forwards and losses{everything}."))
             console.print(Text(finding(stand_ins(part))))
 
 
