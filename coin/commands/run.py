@@ -9,6 +9,7 @@ from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
 from coin.pipeline.downloads import downloads
+from coin.pipeline.executors import check_launch
 from coin.pipeline.launch import Launch
 from coin.pipeline.run import planned, run_experiment, run_step
 from coin.reporting.report_parts import REPORT_HTML
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _read(arguments)
     experiment = options.experiment
     if options.dry_run:
-        _print_plan(experiment, options.json)
+        _print_plan(experiment, options.launch, options.json)
+        check_launch(options.launch, experiment.layout.submitit)
         return
     if options.only is not None:
         run_step(experiment, options.only)
@@ -53,23 +55,27 @@ def experiment_of(arguments: Sequence[str]) -> Experiment:
     return _read(arguments).experiment
 
 
-def _print_plan(experiment: Experiment, machine: bool) -> None:
-    """Print every step, whether it has to run and why, and how long its last run took."""
+def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
+    """Print every step, whether it has to run, why and where, and how long its last run took."""
     rows = pd.DataFrame(
         [
-            {"of": step.of_seed, "step": step.what, "name": step.name, "why": status.why, "seconds": status.seconds}
+            {
+                "of": step.of_seed, "step": step.what, "name": step.name, "why": status.why, "seconds": status.seconds,
+                "elsewhere": launch.side_by_side and step.elsewhere,
+            }
             for step, status in planned(experiment)
         ]
-    )
+    )  # fmt: skip
     waiting, wanted = rows["why"] != "", [asdict(each) for each in downloads(experiment) if not each.there]
     if machine:
-        described = {"to_do": int(waiting.sum()), "steps": rows, "downloads": wanted}
+        described = {"to_do": int(waiting.sum()), "steps": rows, "downloads": wanted, "elsewhere": str(launch)}
         print(as_json({"experiment": experiment.name, **described}))
         return
     shown = pd.DataFrame(
         {
             "step": rows["of"] + rows["name"],
-            "state": waiting.map({True: "to do", False: "up to date"}),
+            "state": waiting.map({True: "to do", False: "up to date"})
+            + (waiting & rows["elsewhere"]).map({True: " elsewhere", False: ""}),
             "why": rows["why"],
             "last time, s": rows["seconds"].astype(float).map(seconds),
         }
@@ -86,6 +92,8 @@ def _print_plan(experiment: Experiment, machine: bool) -> None:
         results_console().print(rich_table(table, title, texts=("what", "from")))
     title = f"{experiment.name}: {waiting.sum()} of {len(rows)} steps to do"
     results_console().print(rich_table(shown, title, texts=("step", "state", "why")))
+    if launch.side_by_side:
+        print(f"elsewhere: {launch}")
 
 
 def _read(arguments: Sequence[str]) -> _Options:

@@ -55,12 +55,18 @@ class ImageFolder(TaskData):
             )
         return classes
 
+    def check_files(self) -> None:
+        """Refuse splits that are missing, that lack a class, or a class without images; no image is read."""
+        super().check_files()
+        for split in self._splits:
+            self._checked(split)
+
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
         paths: list[str] = []
         labels: list[int] = []
         ends = [0]
-        for split in ("train", "test", *({"val"} & self._listing.keys())):
+        for split in self._splits:
             for label, (name, images) in enumerate(self._checked(split).items()):
                 paths += [str(self.root / split / name / image) for image in images]
                 labels += [label] * len(images)
@@ -101,6 +107,11 @@ class ImageFolder(TaskData):
         if empty := next((name for name, images in files.items() if not images), None):
             raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
         return files
+
+    @property
+    def _splits(self) -> tuple[str, ...]:
+        """The splits that it needs, and validation if there is one."""
+        return "train", "test", *({"val"} & self._listing.keys())
 
     @property
     def _listing(self) -> dict[str, dict[str, list[str]]]:

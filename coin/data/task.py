@@ -146,6 +146,10 @@ class TaskData(LightningDataModule, ABC):
         """Return what `prepare_data` takes from the network."""
         return []
 
+    def check_files(self) -> None:
+        """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""
+        _ = self.num_classes
+
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
         self._source = self._shared.latest = self._shared.read(self._key, self._read)

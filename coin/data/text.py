@@ -68,6 +68,11 @@ class TextFile(TextTask):
             raise DataError(f"'{self.train}' has {len(labels)} label(s) in '{self.label_column}'; expected at least 2")
         return tuple(sorted(labels))
 
+    def check_files(self) -> None:
+        """Refuse files that are missing, without their columns, or with a class that the training file lacks."""
+        super().check_files()
+        self._checked(self.test)
+
     def load(self) -> Source:
         """Read and tokenise both files."""
         return Source(self._samples(self.train), self._samples(self.test))
@@ -78,11 +83,15 @@ class TextFile(TextTask):
         return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
 
     def _samples(self, path: Path) -> Samples:
-        table = self._table(path)
+        table = self._checked(path)
         places = {name: place for place, name in enumerate(self.class_names())}
-        if unknown := sorted(set(table[self.label_column]) - places.keys()):
-            raise DataError(f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same")
         return self.samples(table[self.text_column].tolist(), table[self.label_column].map(places).tolist())
+
+    def _checked(self, path: Path) -> pd.DataFrame:
+        table = self._table(path)
+        if unknown := sorted(set(table[self.label_column]) - set(self.class_names())):
+            raise DataError(f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same")
+        return table
 
     def _table(self, path: Path) -> pd.DataFrame:
         if not path.is_file():

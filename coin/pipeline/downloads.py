@@ -13,7 +13,7 @@ def downloads(experiment: Experiment) -> list[Download]:
     taken = experiment.base is not None or written  # then the network's own weights are not read again
     source = experiment.network.source
     of_network = [each for each in source.downloads(_experts(experiment)) if source.zero_shot or not taken]
-    return [*(each for task in _tasks(experiment) for each in task.downloads()), *of_network]
+    return [*(each for task in every_task(experiment) for each in task.downloads()), *of_network]
 
 
 def fetch(experiment: Experiment) -> None:
@@ -28,11 +28,12 @@ def fetch(experiment: Experiment) -> None:
         fetch_from_hub(place)
 
 
+def every_task(experiment: Experiment) -> list[TaskData]:
+    """Return the tasks of an experiment, that of its base among them."""
+    base = experiment.base
+    return [*experiment.tasks.values(), *([base.task] if base is not None and base.task is not None else [])]
+
+
 def _experts(experiment: Experiment) -> list[str]:
     given = experiment.expert.checkpoints.values()
     return list(dict.fromkeys(local_place(place) for place in given if place.startswith(PREFIX)))
-
-
-def _tasks(experiment: Experiment) -> list[TaskData]:
-    base = experiment.base
-    return [*experiment.tasks.values(), *([base.task] if base is not None and base.task is not None else [])]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -124,8 +124,14 @@ def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         process.wait()
 
 
-def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_success: Callable[[C], None]) -> list[C]:
-    """Run commands as one array of jobs of a cluster, and return those that failed."""
+def check_launch(launch: Launch, folder: Path) -> None:
+    """Refuse a launch section that submits nothing here, before anything is run; for SLURM, with submitit's words."""
+    if launch.executor is Executor.slurm:
+        _submitit(launch, folder)
+
+
+def _submitit(launch: Launch, folder: Path) -> Any:
+    """Return submitit's executor with the options of the launch section."""
     try:
         import submitit
     except ModuleNotFoundError as error:
@@ -136,6 +142,15 @@ def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_succes
     try:
         executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)
+    except Exception as error:  # submitit's errors share no base class
+        raise ConfigurationError(f"cannot submit jobs with {launch.slurm}: {first_line(error)}") from error
+    return executor
+
+
+def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_success: Callable[[C], None]) -> list[C]:
+    """Run commands as one array of jobs of a cluster, and return those that failed."""
+    executor = _submitit(launch, folder)
+    try:
         jobs = executor.submit_array(commands)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit jobs with {launch.slurm}: {first_line(error)}") from error

@@ -53,3 +53,10 @@ class Launch:
     def side_by_side(self) -> bool:
         """Whether steps are run outside the experiment's own process."""
         return self.executor is not Executor.local or self.workers > 1
+
+    def __str__(self) -> str:
+        """What runs outside the command's own process, and what each gets: ``16 jobs of SLURM at a time, each …``."""
+        kind = {Executor.local: "process", Executor.slurm: "SLURM job", Executor.ray: "task of Ray"}[self.executor]
+        options = ", ".join(f"{name}={value}" for name, value in {**self.slurm, **self.ray}.items())
+        each = f", each with {options}" if options else ""
+        return f"each in a {kind} of its own, {self.workers} at a time{each}"

@@ -11,8 +11,8 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.command import step_command
-from coin.pipeline.downloads import fetch
-from coin.pipeline.executors import raise_for, run_commands
+from coin.pipeline.downloads import every_task, fetch
+from coin.pipeline.executors import check_launch, raise_for, run_commands
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
 from coin.pipeline.locks import folder_lock
@@ -35,6 +35,8 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
         raise ConfigurationError(
             f"found {process_count()} processes that share every training, and a launch section; leave out one"
         )
+    if elsewhere:
+        check_launch(elsewhere, experiment.layout.submitit)
     if is_rank_zero():
         experiment.calibration.warn_of_too_few()
         experiment.warn_of_other_starts()
@@ -59,7 +61,11 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
 
 
 def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
-    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written."""
+    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written.
+
+    Data that are here are checked as a run does.
+    """
+    _check_files(experiment)
     found: list[tuple[Step, Status]] = []
     made_anew: dict[Path, str] = {}
     for step in _steps(experiment):
@@ -126,10 +132,16 @@ def _begin(experiment: Experiment) -> None:
 def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
     """Prepare the data and the shared initialisation, and return the steps of every seed."""
     on_rank_zero(partial(_prepare, experiment))
-    for task in experiment.tasks.values():
-        _ = task.num_classes  # fail early on a folder that is missing or has one class
+    _check_files(experiment)
     runner.run(initial_steps(experiment))
     return {seed: plan(experiment, seed) for seed in experiment.seeds}
+
+
+def _check_files(experiment: Experiment) -> None:
+    """Fail early on data that are here and lack something."""
+    for task in every_task(experiment):
+        if all(each.there for each in task.downloads()):
+            task.check_files()
 
 
 def _prepare(experiment: Experiment) -> None:

@@ -1,8 +1,7 @@
 """The servers, and which experts a set of answers covers."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, lru_cache, reduce
 from operator import or_
 
 
@@ -29,17 +28,17 @@ class Layout:
     _read: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _hosts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def num_servers(self) -> int:
         """All servers: experts, coded models and copies."""
         return self.num_experts + self.num_coded + len(self.copies)
 
-    @property
+    @cached_property
     def everyone(self) -> int:
         """The set of all servers."""
         return (1 << self.num_servers) - 1
 
-    @property
+    @cached_property
     def every_expert(self) -> int:
         """The set of all experts, which is that of their own servers."""
         return (1 << self.num_experts) - 1
@@ -83,9 +82,7 @@ def spread_replicas(num_experts: int, extras: int) -> Layout:
     return Layout(num_experts, copies=tuple(range(num_experts)) * extras)
 
 
-def members(mask: int) -> Iterator[int]:
-    """Yield the members of a set in ascending order."""
-    while mask:
-        lowest = mask & -mask
-        yield lowest.bit_length() - 1
-        mask ^= lowest
+@lru_cache(maxsize=4096)
+def members(mask: int) -> tuple[int, ...]:
+    """Return the members of a set in ascending order."""
+    return tuple(place for place in range(mask.bit_length()) if mask >> place & 1)

@@ -36,7 +36,7 @@ Whom = Callable[[Layout, int, int, Load], int]
 
 def _host(layout: Layout, experts: int, servers: int, load: Load) -> int:
     """For each expert the least loaded server that holds it."""
-    hosts = (list(members(layout.hosts(1 << expert) & servers)) for expert in members(experts))
+    hosts = (members(layout.hosts(1 << expert) & servers) for expert in members(experts))
     return sum(1 << min(each, key=load) for each in hosts if each)
 
 

@@ -185,6 +185,18 @@ def test_other_files_are_passed_over(root):
         (lambda root: write(root / "test/bee", 1), r"test has the class 'bee', unlike .*train; both need"),
         (lambda root: shutil.rmtree(root / "test/cat"), r"test lacks the class 'cat', unlike .*train"),
         (lambda root: write(root / "val/ant", 1), "val lacks the class 'cat'"),
+    ],
+)
+def test_a_folder_that_lacks_something_is_told_before_any_image_is_read(root, change, message):
+    change(root)
+    for use in (ImageFolder.check_files, ImageFolder.setup):
+        with pytest.raises(DataError, match=message):
+            use(ImageFolder(str(root)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (lambda root: (root / "test/cat/002.png").write_text("hello"), "002.png cannot be read as an image"),
         (
             lambda root: Image.fromarray(np.full((12, 12), 40_000, np.uint16)).save(root / "test/cat/deep.png"),
@@ -192,7 +204,7 @@ def test_other_files_are_passed_over(root):
         ),
     ],
 )
-def test_mistakes_are_told(root, change, message):
+def test_an_image_that_cannot_be_used_is_told(root, change, message):
     change(root)
     with pytest.raises(DataError, match=message):
         ImageFolder(str(root)).setup()

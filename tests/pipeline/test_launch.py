@@ -284,3 +284,33 @@ def test_a_seeds_configuration_does_not_launch_again(finished: Path) -> None:
     text = (finished / "seed-0/config.yaml").read_text()
     assert "launch" not in text
     assert "only:" not in text
+
+
+def test_a_dry_run_says_what_each_job_gets_and_a_misspelt_option_is_told_before_anything_runs(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "-c", str(config), f"--output={tmp_path / 'runs'}", "--launch.executor=slurm"]
+    jobs = "--launch.slurm={cluster: debug, timeout_min: 9}"
+    assert main([*command, jobs, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "elsewhere: each in a SLURM job of its own, 1 at a time, each with cluster=debug, timeout_min=9" in told
+    states = {line.split()[2]: " ".join(line.split()[3:6]) for line in told.splitlines() if " seed 0: " in line}
+    assert states["expert-digits"] == "to do elsewhere"
+    assert states["evaluate"] == "to do after"
+    for more in ([], ["--dry-run"]):
+        assert main([*command, jobs.replace("_min", "_mni"), *more]) == 2
+        assert "cannot submit jobs with" in capsys.readouterr().err
+    assert not (tmp_path / "runs/tiny/base").exists()
+
+
+def test_a_folder_that_lacks_a_class_is_told_before_the_base_is_trained(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("train/a", "train/b", "test/a"):
+        (tmp_path / "images" / place).mkdir(parents=True)
+        shutil.copy(Path(__file__).parents[2] / "notebooks/results/frontier.png", tmp_path / "images" / place)
+    task = f"--tasks.digits={{class_path: ImageFolder, init_args: {{root: {tmp_path / 'images'}}}}}"
+    for more in ([], ["--dry-run"]):
+        assert main(["run", "-c", str(config), f"--output={tmp_path / 'runs'}", task, *more]) == 2
+        assert "test lacks the class 'b', unlike" in capsys.readouterr().err
+    assert not (tmp_path / "runs/tiny/base").exists()

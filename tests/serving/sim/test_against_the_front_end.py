@@ -79,7 +79,7 @@ def served(simulation: Simulation, system: Any, virtually: Any) -> np.ndarray:
             if simulation.want is QueryTarget.all:
                 await front.ask_all(inputs)
             else:
-                await front.ask(inputs, next(members(wanted[place])))
+                await front.ask(inputs, members(wanted[place])[0])
         except ServingError:
             return
         latencies[place] = asyncio.get_running_loop().time() - arrival
