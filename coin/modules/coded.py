@@ -97,7 +97,7 @@ class Coded(LightningModule):
         *,
         features: bool = False,
         stages: bool = False,
-        erased: Sequence[int] = (),
+        erased: Sequence[int | str] = (),
         silent: Sequence[int] = (),
     ) -> Answers:
         """Run every server that is not lost, once; the entries of the others are NaN.
@@ -106,10 +106,10 @@ class Coded(LightningModule):
             inputs: ``[B, ...]``.
             features: Whether the servers return penultimate features beside their logits.
             stages: Whether these are the features of all stages.
-            erased: Lost experts, which do not run.
+            erased: Lost experts, by index or by name, which do not run.
             silent: Coded models that do not run.
         """
-        idle = {*erased, *(len(self.experts) + row for row in silent)}
+        idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
         with eval_mode(self):
             return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, stages, idle)
 

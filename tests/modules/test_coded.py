@@ -216,6 +216,8 @@ def test_lost_experts_are_given_by_index_or_by_name(inputs):
     system.fit_decoder(inputs.split(7), ["b"], "ridge")
     assert list(system.decoders) == [(1,)]
     assert torch.equal(system.decode(inputs, ["b"]), system.decode(inputs, [1]))
+    answers = system.answers(inputs, erased=["c"]).experts
+    assert answers.isnan().all(dim=-1).any(dim=-1).tolist() == [False, False, True]
     for erased, found in (
         (["d"], "found lost expert 'd', expected 0 to 2, or one of a, b, c"),
         ([3], "found lost exp"),
