@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, as_input
+from coin.core.batches import Batch, as_input, samples_of
 from coin.merging.affine import fit_unit, output_rows
 from coin.merging.expert_outputs import ExpertOutputs, Rows, target_bytes
 from coin.merging.units import Trace, Unit, floating_parameters
@@ -82,9 +82,10 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     outputs at all but the class token do not matter, and those of the first at some tokens hardly. A unit that the
     outputs do not reach has none.
     """
-    outputs: dict[str, tuple[Call, Tensor]] = {}
     ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
     parameters = floating_parameters(network)
+    outputs: dict[str, tuple[Call, Tensor]] = {}
+    sums: dict[str, Tensor] = {}
     if not ends:
         return {}
 
@@ -96,17 +97,17 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
         return output.clone()  # which may be changed in place
 
     with evaluating(network), differentiable(parameters.values()), Interceptor(parameters, visit):
-        logits = network(as_input(inputs, network))
-        cotangent = (logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits).detach()
-        found = [each for each in outputs.items() if each[1][1].requires_grad]
-        gradients = torch.autograd.grad(logits, [output for _, (_, output) in found], cotangent, allow_unused=True)
-    weights = {}
-    for (weight, (call, _)), gradient in zip(found, gradients, strict=True):
-        if gradient is not None and bool(gradient.any()):
-            rows = output_rows(call, gradient, len(logits), None).double().square().sum(1)
-            mean = rows.view(len(logits), -1).mean(0)
-            weights[weight] = 0.5 + 0.5 * mean / mean.mean()
-    return weights
+        for sample in samples_of(inputs):  # the graphs of many at once take much memory
+            outputs.clear()
+            logits = network(as_input(sample, network))
+            cotangent = (logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits).detach()
+            found = [each for each in outputs.items() if each[1][1].requires_grad]
+            gradients = torch.autograd.grad(logits, [output for _, (_, output) in found], cotangent, allow_unused=True)
+            for (weight, (call, _)), gradient in zip(found, gradients, strict=True):
+                if gradient is not None:
+                    squares = output_rows(call, gradient, 1, None).double().square().sum(1)
+                    sums[weight] = squares + sums.get(weight, 0)
+    return {weight: 0.5 + 0.5 * each / each.mean() for weight, each in sums.items() if bool(each.any())}
 
 
 def fit_in_order(

@@ -79,7 +79,7 @@ def measure(step: str, network: str, count: int, samples: int) -> str:
             # The coded network on all samples takes as long as every expert on its own; the head wants all on all.
             passes *= 2 + count
             options = {"calibration": tasks}
-            run = partial(coin.merge_networks, coin.Refit("own", memory_mib=3072), experts, code, **options)
+            run = partial(coin.merge_networks, coin.Refit("own", memory_mib=2560), experts, code, **options)
         else:
             passes *= (count + 1) * (1 + TESTS / samples)  # all networks on all tasks' samples, and on their tests
             coded = coin.merge_networks(coin.Average(), experts, code, calibration=tasks)
