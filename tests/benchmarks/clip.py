@@ -1,10 +1,11 @@
 """Time and memory of every step of the CLIP table, at the networks' true size, with random weights and a few images.
 
-    python tests/benchmarks/clip.py [--size base-patch32 | large-patch14] [--experts N] [--images n] [--folder DIR]
+    python tests/benchmarks/clip.py [--size base-patch32 | large-patch14] [--experts N] [--images n] [--blocks n]
 
 One thread, float32, each step in a process of its own: seconds of processor time, which other programs on the machine
 hardly change, and the process's high-water mark less what it was before the step, in MiB and in networks. The experts
-are a random base with noise on every tensor, of the class counts of the eight tasks. Nothing is downloaded.
+are a random base with noise on every tensor, of the class counts of the eight tasks. Nothing is downloaded. With fewer
+`--blocks` than the tower has, the activations of many images can be measured in less time.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, UserMethod, Wudi
 from coin.networks import Compression, NetworkConfig, build_network, load_network, save_network
+from coin.networks.clip import KNOWN
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.steps.compress import compress_file
 from coin.statistics import fisher_diagonal, gram_sums
@@ -40,9 +42,13 @@ STEPS = ("head", "forward", *CLOSED, "gram", "regmean", "fisher", "coin", "refit
 class Bench:
     """The files of the experts, and what is measured on them."""
 
-    def __init__(self, folder: Path, size: str, experts: int, images: int) -> None:
-        self.folder, self.images, self.classes = folder, images, COUNTS[:experts]
-        self.config = NetworkConfig(f"hf/openai/clip-vit-{size}", 224, None, {"head": "zero_shot"})
+    def __init__(self, options: argparse.Namespace) -> None:
+        folder, experts, name = options.folder, options.experts, f"openai/clip-vit-{options.size}"
+        self.folder, self.images, self.classes = folder, options.images, COUNTS[:experts]
+        self.memory_mib = options.memory_mib
+        self.config = NetworkConfig(f"hf/{name}", 224, None, {"head": "zero_shot"})
+        if options.blocks is not None:
+            KNOWN[name].setdefault("vision_config", {})["num_hidden_layers"] = options.blocks
         self.initial = folder / "initial.safetensors"
         self.paths = {f"task{index}": folder / f"task{index}.safetensors" for index in range(experts)}
         self.row = [1 / experts] * experts
@@ -112,7 +118,7 @@ class Bench:
         if name == "coin":
             return lambda: Coin(fisher_kind="monte_carlo", fisher_data="own").make(self.experts(fisher), self.row)
         if name == "refit":
-            return lambda: Refit("own", memory_mib=25600).make(self.experts(), self.row)
+            return lambda: Refit("own", memory_mib=self.memory_mib).make(self.experts(), self.row)
         if name in FOREIGN:
             sys.path.append(str(ROOT))
             return lambda: UserMethod(f"notebooks.foreign_methods.{name}").make(self.experts(), self.row)
@@ -123,8 +129,6 @@ class Bench:
     def texts(self) -> None:
         """Run the text tower on 64 prompts of 16 tokens."""
         import transformers
-
-        from coin.networks.clip import KNOWN
 
         config = transformers.CLIPConfig(**KNOWN[self.config.name.removeprefix("hf/")])
         config.text_config.projection_dim = config.projection_dim
@@ -147,19 +151,22 @@ def main() -> None:
     parser.add_argument("--size", default="base-patch32", choices=["base-patch32", "large-patch14"])
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--blocks", type=int, help="of the vision tower, where not all")
+    parser.add_argument("--memory_mib", type=int, default=18688, help="of Refit; the default is that of the table")
+    parser.add_argument("--folder", type=Path, help="keeps the files")
     parser.add_argument("--steps", nargs="+", default=STEPS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only:
-        print(json.dumps(measured(Bench(options.folder, options.size, options.experts, options.images), options.only)))
+        print(json.dumps(measured(Bench(options), options.only)))
         return
     with TemporaryDirectory() as own:
         folder = options.folder or Path(own)
         folder.mkdir(parents=True, exist_ok=True)
-        same = ["--size", options.size, "--experts", str(options.experts), "--images", str(options.images)]
-        command = [sys.executable, "-W", "ignore", __file__, *same, "--folder", str(folder)]
+        same = ("size", "experts", "images", "blocks", "memory_mib")
+        given = [f"--{name}={getattr(options, name)}" for name in same if getattr(options, name) is not None]
+        command = [sys.executable, "-W", "ignore", __file__, *given, f"--folder={folder}"]
         model = 0.0
         print(f"CLIP {options.size}, {options.experts} experts, {options.images} images each, one thread")
         print(f"{'step':18}{'seconds':>9}{'MiB':>8}{'networks':>10}")
