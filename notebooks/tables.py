@@ -7,11 +7,13 @@ NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a
 
 import math
 import re
+from io import StringIO
 from pathlib import Path
 
 import docstring_parser
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.console import Console
 from stored import (
     DECODERS,
     RESULTS,
@@ -32,7 +34,8 @@ from coin.coding.decoder_config import REPLICA
 from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import COLUMNS, Row
 from coin.reporting.style import style
-from coin.reporting.tables import risk_totals
+from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
+from coin.reporting.tables import finding, rich_table, risk_totals, stand_in_table
 
 NOTEBOOKS = Path(__file__).parent
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
@@ -82,7 +85,6 @@ IN_SHORT = [
     ("none", "feature_ridge"),
     ("average", "expert_head"),
     ("coin", "linear"),
-    ("coin", "feature_ridge"),
     ("distillation", "feature_ridge"),
     ("refit", "expert_head"),
     ("refit-4bit-nobase", "expert_head"),
@@ -189,19 +191,31 @@ def wrong_experts() -> str:
 
 
 def stand_ins(kept: list[tuple[str, str]], columns: list[str]) -> str:
-    """What stands in: its memory with two and eight experts, networks run for an answer, losses, and NDA by suite."""
+    """What stands in: its memory with two (and eight) experts, networks run for an answer, losses, and NDA by suite."""
     rows = []
     for method, decoder in kept:
         every = {suite: stood_in(suite) for suite in STAND_INS}
         own = {suite: part[(part.method == method) & (part.decoder == decoder)] for suite, part in every.items()}
         first = next(part for part in own.values() if len(part))
-        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in (first, own["experts"])]
+        sizes = (first, own["experts"]) if "experts" in columns else (first,)
+        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in sizes]
         forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "1"
         losses = "all" if float(first.losses.iloc[0]) > 1 else "1"
         shown = [spread(100 * own[suite].groupby("experiment").nda.mean()) for suite in columns]
         rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
     names = [STAND_INS[suite] for suite in columns]
     return markdown(["what stands in", "memory", "forwards", "lost at once", *names], rows)
+
+
+def demo() -> str:
+    """The end of what `make demo` prints, of its table the two best."""
+    kept = summary_stand_ins(read_summary(RESULTS / "demo"))
+    table = stand_in_table(kept, all_rows=False).iloc[-2:]
+    console = Console(width=80, file=StringIO())
+    console.print(rich_table(table, "quickstart: what to keep", ["method", "decoder"]))
+    console.print(finding(kept), markup=False, highlight=False)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    return "\n".join(["```", *filter(None, lines), "```"])
 
 
 def serving() -> str:
@@ -243,7 +257,8 @@ def columns() -> str:
 
 
 TABLES = {
-    "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "small-pair", "experts"]),
+    "demo": demo,
+    "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "small-pair"]),
     "stand-ins": lambda: stand_ins(list(KEPT), list(STAND_INS)),
     "suites": suites,
     "reached": reached,

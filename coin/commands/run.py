@@ -81,7 +81,8 @@ def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
         }
     )
     if wanted:
-        title = f"to download: {sum(each['mib'] or 0 for each in wanted):,.0f} MiB, what is known of it"
+        known = sum(each["mib"] or 0 for each in wanted if each["host"])
+        title = f"to download: {known:,.0f} MiB, what is known of it"
         table = pd.DataFrame(
             {
                 "what": [each["what"] for each in wanted],

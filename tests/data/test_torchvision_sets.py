@@ -27,7 +27,7 @@ from coin.data import (
 from coin.data.tasks import task_with
 from coin.errors import DataError
 
-ALL = (MNIST, FashionMNIST, KMNIST, EMNISTLetters, SVHN, CIFAR10, CIFAR100, GTSRB, STL10, DTD, EuroSAT, SUN397)
+ALL = (MNIST, FashionMNIST, KMNIST, EMNISTLetters, SVHN, CIFAR10, CIFAR100, GTSRB, STL10, DTD, EuroSAT)
 RNG = np.random.default_rng(0)
 
 
