@@ -42,6 +42,10 @@ _SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
 """Parameters that are no options themselves."""
 _OLD_NAMES = ("spares", "fisher_cotangents", "cotangents")
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
+_OF_A_FILE = ("compress", "export")
+_PACKAGES = {"serve": (("ray", "fastapi"), "serve")}
+"""What a command needs beyond the installation, and the extra that brings it."""
+_SCALARS = {"int": int, "float": float, "bool": bool, "None": type(None)}
 _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 A_CLASS = "one of coin's or a dotted import path"
 """What is expected of the name of a class."""
@@ -79,7 +83,15 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             continue
         if path not in classes:
             raise ConfigurationError(unknown("class", path, classes, A_CLASS))
-        _check_keys(path, entry.get("init_args"), class_options(path))
+        _check_options(path, entry.get("init_args"), annotated_options(path))
+    _check_decoders(sections)
+    if sum("tasks" in section for section in sections) == 1 and not any(name.startswith("tasks") for name in given):
+        _check_folders(sections)
+    if command in _OF_A_FILE and not first.startswith("-") and not Path(first).is_file():
+        raise FileError(f"found no file '{first}', expected a network's safetensors file; check the path")
+    needed, extra = _PACKAGES.get(command, ((), ""))
+    if first not in ("-h", "--help") and (lacking := [each for each in needed if find_spec(each) is None]):
+        raise ConfigurationError(f"coin {command} needs the package {lacking[0]}: pip install 'coded-coin[{extra}]'")
 
 
 def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
@@ -98,9 +110,9 @@ def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
 def _check_sections(command: str, sections: Sequence[dict[str, Any]], given: Sequence[str]) -> None:
     """Raise ConfigurationError for an option that a section lacks, in a file or as ``--section.option``."""
     for name, kind in _section_classes(command).items():
-        known = class_options(kind)
+        known = annotated_options(kind)
         for section in sections:
-            _check_keys(name, section.get(name), known)
+            _check_options(name, section.get(name), known)
         for option in given:
             first, _, rest = option.partition(".")
             if known and first == name and rest and rest.partition(".")[0].removesuffix("+") not in (*known, "help"):
@@ -109,10 +121,44 @@ def _check_sections(command: str, sections: Sequence[dict[str, Any]], given: Seq
                 raise ConfigurationError(unknown("option", f"--{option}", every, expected))
 
 
-def _check_keys(what: str, options: Any, known: Sequence[str]) -> None:
-    for key in options if known and isinstance(options, dict) else ():
+def _check_options(what: str, options: Any, known: dict[str, str]) -> None:
+    """Raise ConfigurationError for an option that is not known, or a number or truth value that is none."""
+    for key, value in options.items() if known and isinstance(options, dict) else ():
         if str(key).partition(".")[0].removesuffix("+") not in known:
-            raise ConfigurationError(unknown(f"{what} option", str(key), known))
+            raise ConfigurationError(unknown(f"{what} option", str(key), [*known]))
+        kinds = known.get(str(key), "").split(" | ")
+        if all(kind in _SCALARS for kind in kinds) and not any(_is(value, _SCALARS[kind]) for kind in kinds):
+            expected = " or ".join("nothing" if kind == "None" else kind for kind in kinds)
+            raise ConfigurationError(f"found {what}.{key}={value!r}, expected {expected}; check it")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of a YAML file, where 1e-3 is a text, is of this kind."""
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            return kind(value) == float(value)
+        except (TypeError, ValueError, OverflowError):
+            return False
+    return isinstance(value, kind)
+
+
+def _check_folders(sections: Sequence[dict[str, Any]]) -> None:
+    """Raise FileError where the images of a task are not where it says; with a zero-shot head they may come later."""
+    for entry in _entries(sections):
+        options = entry.get("init_args")
+        if entry.get("class_path") != "ImageFolder" or not isinstance(options, dict) or "head" in options:
+            continue
+        if isinstance(root := options.get("root"), str) and not (train := Path(root).absolute() / "train").is_dir():
+            raise FileError(f"{train} does not exist; expected images as {train}/CLASS/image.png; set root to another")
+
+
+def _check_decoders(sections: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigurationError for a decoder that does not exist, or whose options do not go together."""
+    for given in (section.get("decoders") for section in sections):
+        if isinstance(given, list):
+            from coin.coding.decoder_config import distinct_decoders
+
+            distinct_decoders(given)
 
 
 def known_options(command: str) -> set[str]:
@@ -194,22 +240,28 @@ def _section_classes(command: str) -> dict[str, str]:
     return found
 
 
-def class_options(name: str) -> list[str]:
-    """Return the options of one of coin's classes, those of its bases too, as the source says; none if it does not."""
+def annotated_options(name: str) -> dict[str, str]:
+    """Return the options of one of coin's classes, those of its bases too, and their annotations, as the source says.
+
+    None if the source does not say it.
+    """
     if name not in (files := _files_of_classes()):
-        return []
+        return {}
     found = _definition(files[name], name)
     assert isinstance(found, ast.ClassDef)
-    bases = [class_options(ast.unparse(base)) for base in found.bases if ast.unparse(base) not in ("ABC", "Generic")]
-    inherited = list(dict.fromkeys(option for base in bases for option in base))
-    own = list(_annotated(found))
+    names = [ast.unparse(base) for base in found.bases]
+    bases = [annotated_options(base) for base in names if base not in ("ABC", "Generic")]
+    inherited: dict[str, str] = {}
+    for base in bases:
+        inherited |= {option: base[option] for option in base if option not in inherited}
+    own = _annotated(found)
     if _is_dataclass(found):
-        return [*inherited, *own] if all(bases) else []
+        return inherited | own if all(bases) else {}
     if (init := _init(found)) is None:
         return inherited
     if init.args.kwarg is None:
         return own
-    return list(dict.fromkeys([*own, *inherited])) if bases and all(bases) else []
+    return own | {name: inherited[name] for name in inherited if name not in own} if bases and all(bases) else {}
 
 
 @cache

@@ -232,7 +232,8 @@ class StanfordCars(ImageFiles):
 class SUN397(ImageFiles):
     """Photographs of 397 kinds of places; 108,754 images, 37 GB, of which a stratified fifth is for testing.
 
-    Its address is gone (https://github.com/pytorch/vision/issues/9348): put its files there by hand. The benchmark's own test images are a partition that torchvision does not know: take `ImageFolder` for these.
+    Its address is gone (https://github.com/pytorch/vision/issues/9348): put its files there by hand. The benchmark's
+    own test images are a partition that torchvision does not know: take `ImageFolder` for these.
     """
 
     folder = "SUN397"

@@ -14,7 +14,7 @@ import coin.modules
 from coin.cli import _options_of
 from coin.commands import ON_TRAINER, sweep
 from coin.commands.coded_system import Choice
-from coin.commands.early import check_early, class_options, known_classes, known_options
+from coin.commands.early import annotated_options, check_early, known_classes, known_options
 from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
 from coin.pipeline import Experiment
@@ -61,6 +61,20 @@ WRONG = {
     "a method's option": (
         "methods: [{class_path: Coin, init_args: {dampign: 1}}]\n",
         "found Coin option 'dampign' (did you mean damping?), expected one of damping, fisher_kind, ",
+    ),
+    "a number of a section": ("expert: {lr: 1e-3, epochs: many}\n", "found expert.epochs='many', expected int"),
+    "a number of a method": (
+        "methods: [{class_path: Refit, init_args: {ridge: none at all}}]\n",
+        "found Refit.ridge='none at all', expected float or nothing",
+    ),
+    "a folder of images": (
+        "tasks: {a: {class_path: ImageFolder, init_args: {root: /nowhere}}}\n",
+        "/nowhere/train does not exist; expected images as /nowhere/train/CLASS/image.png",
+    ),
+    "a decoder": ("decoders: [linear, lineer]\n", "found decoder='lineer', expected one of linear, ridge, "),
+    "a decoder's option": (
+        "decoders: [{kind: ridge, feat: last}]\n",
+        "found option 'feat' of a decoder, expected kind, ",
     ),
     "an option of the base's task": (
         "base: {task: {class_path: ImageFolder, init_args: {rot: data}}}\n",
@@ -117,6 +131,7 @@ def test_classes_of_ones_own_and_files_of_other_shapes_are_left_to_the_parser(tm
 
 
 ELSEWHERE = {
+    "a file": (["compress", "nothing.safetensors", "out"], "found no file 'nothing.safetensors', expected a network"),
     "a folder": (["report", "nowhere"], "found no folder 'nowhere'"),
     "an option of a function": (["compress", "a", "--bts=3"], r"found option 'bts' \(did you mean bits\?\)"),
     "an option of a section": (
@@ -155,16 +170,16 @@ def test_what_is_known_is_what_there_is():
 def test_the_options_of_classes_are_those_that_the_parser_takes():
     rooms = (coin.merging, coin.data, coin.distillation)
     found = {
-        name: (class_options(name), _options_of(f"{room.__name__}.{name}"))
+        name: ([*annotated_options(name)], _options_of(f"{room.__name__}.{name}"))
         for name in known_classes()
         for room in rooms
         if hasattr(room, name)
     }
     assert all(early == parser for early, parser in found.values() if early and parser)
     assert {"Refit", "GaussNewton", "Distillation", "MNIST5k", "Tweets"} <= {n for n, each in found.items() if each[0]}
-    assert class_options("ExpertConfig") == [each.name for each in fields(ExpertConfig)]
-    assert class_options("Launch") == [each.name for each in fields(Launch)]
-    assert class_options("Nothing") == class_options("Target") == []
+    assert [*annotated_options("ExpertConfig")] == [each.name for each in fields(ExpertConfig)]
+    assert [*annotated_options("Launch")] == [each.name for each in fields(Launch)]
+    assert annotated_options("Nothing") == annotated_options("Target") == {}
 
 
 def test_the_methods_of_a_sweep_are_looked_at_too(tmp_path, monkeypatch):
