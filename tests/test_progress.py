@@ -1,4 +1,4 @@
-"""What is told of progress: nothing without a terminal, and never on standard output."""
+"""What is told of progress: a bar on a terminal, else a line now and then, and nothing on standard output."""
 
 import sys
 
@@ -36,9 +36,25 @@ def test_a_terminal_shows_the_share_and_is_left_clean(
     assert not printed.err.rpartition("\x1b[2K")[2].strip("\r\n\x1b[?25h")  # the line is wiped, the cursor is back
 
 
-def test_without_a_terminal_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(capsys: pytest.CaptureFixture[str]) -> None:
     rich.reconfigure()
     with progress("work", 3) as advance:
         advance()
     assert list(tracked([1, 2], "work")) == [1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_long_work_says_now_and_then_how_long_it_will_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rich.reconfigure()
+    clock = [0.0]
+    monkeypatch.setattr("coin.core.progress.time.monotonic", lambda: clock[0])
+    for total in (10, None, float("inf")):
+        with progress("work [x]", total) as advance:
+            for _ in range(7):
+                clock[0] += 12.0
+                advance()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == ["work [x]: 30%, about 84 s left", "work [x]: 60%, about 48 s left"]

@@ -1,9 +1,13 @@
-"""A Trainer's progress bar."""
+"""A Trainer's progress."""
+
+from typing import Any
 
 import rich
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+
+from coin.core.progress import ProgressLines
 
 
 class RunProgress(RichProgressBar):
@@ -33,3 +37,22 @@ class RunProgress(RichProgressBar):
             self.progress.stop()
             self.progress = None
             rich.reconfigure()
+
+
+class LoggedProgress(Callback):
+    """A line on standard error now and then, for trainings without a terminal."""
+
+    def __init__(self) -> None:
+        self._lines = ProgressLines("training", None)
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count the steps that are left."""
+        self._step = trainer.global_step
+        self._lines = ProgressLines("training", trainer.estimated_stepping_batches - self._step)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Count a step of the optimizer, if this was one."""
+        if steps := trainer.global_step - self._step:
+            self._step += steps
+            self._lines(steps)

@@ -6,7 +6,7 @@ import pytest
 import rich
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
-from coin.callbacks import RunProgress
+from coin.callbacks import LoggedProgress, RunProgress
 from coin.modules import Expert
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3}
@@ -42,3 +42,14 @@ def test_one_bar_at_most(make_trainer, monkeypatch):
     assert bars(enable_progress_bar=True) == [RunProgress]
     assert bars(enable_progress_bar=True, callbacks=TQDMProgressBar()) == [TQDMProgressBar]
     assert bars(enable_progress_bar=False) == []
+
+
+def test_without_a_terminal_a_training_tells_how_long_it_will_take(make_trainer, synthetic, monkeypatch, capsys):
+    monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
+    trainer = make_trainer(max_epochs=2, enable_progress_bar=True, accumulate_grad_batches=2)
+    trainer.fit(Expert(**SMALL), datamodule=synthetic())
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
+    assert len(told) == trainer.global_step > 1
+    assert told[-1] == "training: 100%, about 0 s left"
+    quiet = make_trainer(enable_progress_bar=False)
+    assert not any(isinstance(each, LoggedProgress) for each in quiet.callbacks)

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
-from coin.callbacks import RunProgress
+from coin.callbacks import LoggedProgress, RunProgress
 from coin.core.choices import renamed_option
 from coin.core.lightning import silence_lightning
 from coin.data import TaskData
@@ -59,7 +59,8 @@ class Trainer(pl.Trainer):
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
-        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is added unless there is another progress bar.
+        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is added unless there is another progress bar;
+            without a terminal `LoggedProgress`, a line every half minute.
         enable_progress_bar: Whether to show progress; without a terminal, only a bar among `callbacks` is shown.
         matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
             ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
@@ -85,8 +86,9 @@ class Trainer(pl.Trainer):
             )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
         if not any(isinstance(callback, ProgressBar) for callback in given):
+            if enable_progress_bar:
+                given.append(RunProgress() if sys.stderr.isatty() else LoggedProgress())
             enable_progress_bar = enable_progress_bar and sys.stderr.isatty()
-            given += [RunProgress()] if enable_progress_bar else []
         super().__init__(
             use_distributed_sampler=use_distributed_sampler,
             callbacks=given,
