@@ -71,7 +71,8 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
             indented = f", or is it to be indented under '{above[key]}'" if key in above else ""
-            expected = f"one of {', '.join(sorted(known))}{indented}"
+            current = sorted(known - {*_OLD_NAMES, "dry_run"})
+            expected = f"one of {', '.join(current)}{indented}"
             raise ConfigurationError(unknown("option", name, sorted(known), expected))
     sections += _given_sections(command, arguments)
     _check_entries(sections)

@@ -6,6 +6,7 @@ the experiment finds its outputs there, as after an interrupted run. A point of 
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,11 @@ def _submitit(launch: Launch, folder: Path) -> Any:
             "launch.executor=slurm needs the package submitit: pip install 'coded-coin[slurm]'"
         ) from error
     options = {"cluster": "slurm", "name": "coin", "slurm_array_parallelism": launch.workers, **launch.slurm}
+    if options["cluster"] == "slurm" and shutil.which("srun") is None:
+        raise ConfigurationError(
+            "found no srun on this machine, expected a SLURM cluster's login node; launch.slurm.cluster=debug tries "
+            "the jobs here"
+        )
     try:
         executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)
