@@ -79,17 +79,19 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         counts = rows["forwards"].clip(upper=_MANY).astype(int)
         kinds = sorted(set(counts))
         labels: list[tuple[float, float | None, str, str]] = []
+        ends = [100.0]
         for i, row in enumerate(rows.to_dict("records")):
             nda, spread = 100 * row["nda_mean"], 100 * (0.0 if math.isnan(row["nda_std"]) else row["nda_std"])
             look: Any = {"color": method_colour(row["name"]), "alpha": 1.0 if i in named else 0.3, "markersize": 6.5}
             axes.errorbar(at[i], nda, spread or None, capsize=2, marker=marker(kinds.index(counts[i])), **look)
             if i in named:
+                ends += [nda - spread, nda + spread]
                 read = "" if row["decoder"] == REPLICA else f", {row['decoder']}"
                 labels.append((nda, float(at[i]), f"{row['name']}{read}  {nda:.1f}", look["color"]))
         axes.step(at[front], 100 * rows["nda_mean"][front], where="post", color=INK, linewidth=0.8, zorder=0)
-        lowest, highest = min(nda for nda, *_ in labels), max(100.0, *(nda for nda, *_ in labels))
+        lowest, highest = min(ends), max(ends)
         axes.set_yscale("function", functions=(_nearness, _nda_of))
-        axes.set_ylim(lowest - 0.1 * (100.2 - lowest), _nda_of(_nearness(highest) + 0.16))
+        axes.set_ylim(*(_nda_of(_nearness(end) + room) for end, room in ((lowest, -0.06), (highest, 0.06))))
         shown = [tick for tick in (20, 40, 60, 80, 90, 95, 98, 99, 99.5, 100) if tick >= lowest - 1]
         axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
         log_scale(axes)
@@ -101,7 +103,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
         column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
-        axes.set(ylabel="NDA (%)", xlabel=f"kept beyond the experts' servers, in {unit} (log scale)")
+        axes.set(ylabel="NDA (%), finer near 100", xlabel=f"kept beyond the experts' servers, in {unit} (log scale)")
         for i, count in enumerate(kinds):
             text = f"{count}{' or more' if count == _MANY else ''} network{'s' if count > 1 else ''} a lost answer"
             axes.plot([], [], color=SOFT, marker=marker(i), linestyle="none", label=text)
