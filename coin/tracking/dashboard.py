@@ -13,6 +13,8 @@ import wandb
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.tracking.settings import OFFLINE_MODES, check_connection
 
+_FIGURES = ("nda_against_memory", "nda_against_cost", "risk")
+"""Of an evaluation, ``figures/NAME``."""
 _RUNS = 200  # the latest ones, enough for every name that an experiment logs
 
 
@@ -79,23 +81,34 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
         y = wr.SummaryMetric(f"nda/{decoder}/mean")
         return wr.ScatterPlot(title=f"NDA against {against}, {decoder}", x=x, y=y, log_x=log)
 
-    costs = {
-        "seconds": "seconds in all",
-        "passes": "forward-equivalents in all",
-        "memory_mib": "what must be kept in MiB",
-    }
+    costs = {"seconds": "seconds in all", "passes": "forward-equivalents in all"}
     axes = {"samples_per_task": "P", "num_experts": "N"}
-    curves = {"Validation accuracy": "val/accuracy", "Training loss": "train/loss"}
+    curves = {"Validation accuracy of the experts": "val/accuracy", "Loss of all that is trained": "train/loss"}
+
+    def confusion(task: str) -> Any:
+        key, names = f"confusion/{task}/{task}", ("Actual", "Predicted", "nPredictions")
+        return wr.CustomChart(
+            query={"summaryTable": {"tableKey": f"{key}_table"}},
+            chart_name="wandb/confusion_matrix/v1",
+            chart_fields={name: name for name in names},
+            chart_strings={"title": f"expert (actual) against decoded, {task} lost"},
+        )
+
     sections: Mapping[str, list[Any]] = {
+        "NDA against memory": [
+            points(each, wr.SummaryMetric(f"memory_mib/{each}"), "what must be kept in MiB", True) for each in decoders
+        ],
         "NDA by method": [bars(f"NDA, {each}", f"nda/{each}/mean") for each in decoders],
+        "Training": [wr.LinePlot(title=title, x="epoch", y=[metric]) for title, metric in curves.items()],
+        "Memory, cost and risk of each seed": [wr.MediaBrowser(media_keys=[f"figures/{each}"]) for each in _FIGURES],
+        "Confusion": [confusion(task) for task in tasks],
         "NDA against cost": [
             points(d, wr.SummaryMetric(f"{u}/{d}"), s, True) for d in decoders for u, s in costs.items()
         ],
         "NDA by task": [bars(f"NDA, {t} lost, {each}", f"nda/{each}/{t}") for t in tasks for each in decoders],
         "NDA against P and N": [points(d, wr.Config(axis), said) for axis, said in axes.items() for d in decoders],
         "NDA against the residual": [points(each, wr.SummaryMetric("residual"), "the residual") for each in decoders],
-        "Tables": [wr.WeavePanelSummaryTable(table_name=each) for each in ("summary", "results", "examples")],
-        "Experts": [wr.LinePlot(title=title, x="epoch", y=[metric]) for title, metric in curves.items()],
+        "Tables": [wr.WeavePanelSummaryTable(table_name=each) for each in ("summary", "results", "risk", "examples")],
     }
     return ws.Workspace(
         entity=entity,

@@ -10,15 +10,17 @@ from PIL import Image
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting.extras import Examples
-from coin.reporting.figures import nda_against_cost
+from coin.reporting.figures import nda_against_cost, nda_against_memory, risk_curves
 from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, confusion_key, requested_policy
 from coin.reporting.style import as_png
-from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summarise, variant_names
+from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, stand_ins, summarise, variant_names
+from coin.reporting.tables import risk_totals
 from coin.tracking.runs import folder_of
 from coin.tracking.settings import run_environment
 
 if TYPE_CHECKING:
     import wandb
+    from matplotlib.figure import Figure
 
 METHOD_TAG = "method"
 """The tag of the runs that hold one method each."""
@@ -36,8 +38,8 @@ def log_evaluation(
 ) -> None:
     """Log one seed's evaluation as an overview of all its methods: `_log_overview`, and what is of the seed alone.
 
-    That are the tables ``results`` (all rows), ``risk`` and ``examples``, and the confusions of the best method, a
-    chart a task.
+    That are the tables ``results`` (all rows), ``risk`` and ``examples``, the curves of the risk with the best
+    decoder, and the confusions of the best method, a chart a task.
 
     Args:
         run: An open run of job type ``evaluate``.
@@ -52,9 +54,13 @@ def log_evaluation(
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     summary = summarise(frame)
     found = best(summary)
-    logged = {"results": _table(frame)}
+    logged: dict[str, Any] = {"results": _table(frame)}
     if risk is not None:
         logged["risk"] = _table(risk)
+        totals = risk_totals(risk)
+        shown = totals[totals["decoder"] == found.get("best_decoder")]
+        if len(shown):
+            logged["figures/risk"] = _image(risk_curves(shown))
     if examples is not None:
         logged["examples"] = _examples(examples, found.get("best_decoder"))
     for row, name in zip(rows, variant_names(frame), strict=True):
@@ -126,7 +132,7 @@ def best(summary: pd.DataFrame) -> dict[str, Any]:
 
 
 def _log_overview(run: "wandb.Run", summary: pd.DataFrame, logged: dict[str, Any]) -> None:
-    """Log NDA against cost as a figure beside what else is to be logged, and the final numbers into the summary.
+    """Log NDA against memory and against cost as figures, what else is to be logged, and the summary's final numbers.
 
     The summary has ``nda/<method>/<decoder>/mean``, the means over tasks each lost alone; and, for sweeps,
     ``nda_mean/<decoder>`` (the best method's) and ``nda_mean_best`` with ``best_method`` and ``best_decoder``. The best
@@ -134,15 +140,20 @@ def _log_overview(run: "wandb.Run", summary: pd.DataFrame, logged: dict[str, Any
     """
     means = over_tasks(summary.assign(name=variant_names(summary)))
     if not means["method"].isin(REFERENCES).all():
-        import wandb
-
-        png = as_png(nda_against_cost(means), dpi=110)
-        logged["figures/nda_against_cost"] = wandb.Image(Image.open(io.BytesIO(png)))
+        logged["figures/nda_against_cost"] = _image(nda_against_cost(means))
+        if len(kept := stand_ins(summary)):
+            logged["figures/nda_against_memory"] = _image(nda_against_memory(kept))
     with run_environment(folder_of(run)):
         run.log(logged)
     means = largest_samples(means).dropna(subset="nda_mean")
     overview = {f"nda/{row['name']}/{row['decoder']}/mean": row["nda_mean"] for row in means.to_dict("records")}
     run.summary.update(overview | best(summary))
+
+
+def _image(figure: "Figure") -> "wandb.Image":
+    import wandb
+
+    return wandb.Image(Image.open(io.BytesIO(as_png(figure, dpi=110))))
 
 
 def _table(frame: pd.DataFrame) -> "wandb.Table":

@@ -15,8 +15,9 @@ from coin.errors import ConfigurationError
 from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
 
+DECODERS = ("linear", "ridge")
 LOGGED = [
-    *(f"nda/{decoder}/{leaf}" for decoder in ("linear", "ridge") for leaf in ("mean", "mnist", "letters")),
+    *(f"nda/{decoder}/{leaf}" for decoder in DECODERS for leaf in ("mean", "mnist", "letters")),
     *(f"{unit}/{decoder}" for unit in ("seconds", "passes") for decoder in ("linear", "ridge")),
     "nda/linear/mnist+letters/mnist",
     "residual",
@@ -54,10 +55,19 @@ def test_points_are_nda_against_cost_samples_and_residual():
     assert ("summary:residual", "summary:nda/linear/mean") in axes["NDA against the residual"]
 
 
-def test_tables_and_the_experts_curves():
+def test_memory_stands_first_then_methods_curves_figures_and_confusions():
     found = panels()
-    assert all(name in str(found["Tables"]) for name in ("summary", "results", "examples"))
-    assert [panel["metrics"] for panel in found["Experts"]] == [["val/accuracy"], ["train/loss"]]
+    assert [*found][:5] == [
+        "NDA against memory", "NDA by method", "Training", "Memory, cost and risk of each seed", "Confusion",
+    ]  # fmt: skip
+    assert {point["xAxis"] for point in found["NDA against memory"]} == {f"summary:memory_mib/{d}" for d in DECODERS}
+    assert [panel["metrics"] for panel in found["Training"]] == [["val/accuracy"], ["train/loss"]]
+    assert [panel["mediaKeys"] for panel in found["Memory, cost and risk of each seed"]] == [
+        ["figures/nda_against_memory"], ["figures/nda_against_cost"], ["figures/risk"],
+    ]  # fmt: skip
+    assert [chart["panelDefId"] for chart in found["Confusion"]] == ["wandb/confusion_matrix/v1"] * 2
+    assert all(f"confusion/{task}/{task}_table" in str(found["Confusion"]) for task in ("letters", "mnist"))
+    assert all(name in str(found["Tables"]) for name in ("summary", "results", "risk", "examples"))
 
 
 def test_runs_are_grouped_by_experiment_job_type_and_method_and_filtered_by_experiment():

@@ -12,7 +12,7 @@ import wandb
 
 from coin.errors import CoinError, ConfigurationError, FileError
 from coin.reporting import summarise
-from coin.reporting.extras import Examples
+from coin.reporting.extras import RISK_COLUMNS, Examples
 from coin.reporting.results import Row, confusion_key
 from coin.tracking.evaluation import log_evaluation, log_method, log_summary
 from coin.tracking.runs import log_artifact, start_run, use_artifact
@@ -62,7 +62,9 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     run = start_run(
         folder, group="quickstart", job_type="evaluate", name="evaluate seed 0", config={"lr": 0.1}, tags=["overview"]
     )
-    log_evaluation(run, rows, confusions, examples, {"mnist": [f"digit {i}" for i in range(10)]})
+    curve = {"curve": "coverage", "at": 1.0, "samples": 9, "risk": 0.1, "agreement": 0.9}
+    risk = pd.DataFrame([vars(row) | curve for row in rows])[[*RISK_COLUMNS]]
+    log_evaluation(run, rows, confusions, examples, {"mnist": [f"digit {i}" for i in range(10)]}, risk)
     run.finish()
 
     (run_folder,) = run_folders(folder)
@@ -104,7 +106,8 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     assert {(i, k): n for i, k, n in cells} == {
         (f"digit {i}", f"digit {k}"): counts[i, k] for i, k in zip(*counts.nonzero(), strict=True)
     }
-    assert list((run_folder / "files/media/images/figures").glob("nda_against_cost_*"))
+    for name in ("nda_against_cost", "nda_against_memory", "risk"):
+        assert list((run_folder / "files/media/images/figures").glob(f"{name}_*"))
 
 
 def test_artifacts_have_aliases_and_link_their_files(tmp_path: Path, read_wandb: Read):
