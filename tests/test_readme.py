@@ -95,7 +95,8 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
         assert target in TARGETS, target
 
 
-def test_commands_of_the_pages_have_their_options_and_files() -> None:
+def test_commands_of_the_pages_have_their_options_and_files(monkeypatch) -> None:
+    monkeypatch.setattr("coin.commands.early._PACKAGES", {})  # Ray need not be here
     blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     commands = [found[1] for line in lines if (found := re.search(r"\bcoin ([a-z]+ .*)", line))]

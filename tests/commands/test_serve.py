@@ -251,6 +251,8 @@ def test_mistake_is_one_line(
     case: str, finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as though it were not installed
+    if case != "no Ray":
+        monkeypatch.setattr("coin.commands.early._PACKAGES", {})
     arguments, wanted = MISTAKES[case]
     assert main(["serve", *(argument.replace("FOLDER", str(finished)) for argument in arguments)]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -258,7 +260,10 @@ def test_mistake_is_one_line(
     assert wanted in line
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.commands.early._PACKAGES", {})  # Ray need not be here
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxies do
         taken.bind(("127.0.0.1", 0))
