@@ -49,7 +49,8 @@ def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
 def made(suite: str) -> str:
     """Return the command that makes a suite's numbers, and the revision at which it did."""
     revisions = pd.read_csv(RESULTS / "made.csv", index_col="suite").revision
-    return f"coin sweep configs/study/{suite}.yaml, at {revisions[suite]}"
+    command = "coin simulate" if suite == "serving" else f"coin sweep configs/study/{suite}.yaml"
+    return f"{command}, at {revisions[suite]}"
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:

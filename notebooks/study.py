@@ -1,4 +1,4 @@
-"""The figures and tables of 03_results.ipynb, from the results in notebooks/results."""
+"""The figures and tables of the notebooks from 03 on, from the results in notebooks/results."""
 
 import json
 from typing import Any
@@ -7,15 +7,28 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from stored import DECODERS, DEFAULTS, RESULTS, made, of_stand_ins, runs
+from stored import DECODERS, DEFAULTS, RESULTS, made, measured, of_stand_ins, runs, spread
 
 from coin.reporting import figures, summarise
-from coin.reporting.style import colour
+from coin.reporting.latency import tail_against
+from coin.reporting.style import MARKERS, WIDTH, colour, method_colour
 from coin.reporting.summary import expert_accuracies, over_tasks, variant_names
 from coin.reporting.tables import percent
 
 SUITES = ("imagenet-pair", "imagenet-triple", "pair", "real", "transformer")
 """The suites that have the same methods."""
+SCENARIOS = {
+    "rare-stragglers": "each machine is slow by a factor of five for a hundredth of the time",
+    "stragglers": "each is slow for a twentieth of the time",
+    "failures": "each is down for a hundredth of the time",
+}
+WAYS = {
+    '{"epochs": 3, "lr": 0.01, "batch_size": 64}': "unrestricted, lr 0.01",
+    '{"epochs": 3, "lr": 0.002, "batch_size": 64, "freeze_batchnorm": true}': "lr 0.002, BatchNorm frozen",
+    '{"epochs": 3, "lr": 0.005, "batch_size": 64, "freeze_batchnorm": true, "l2_sp": 0.1}': "lr 0.005, frozen, L2",
+}
+TRAINED = {5: "last stages, lr 0.01, frozen", 1: "head only, lr 0.05, frozen"}
+"""How experts are fine-tuned: the sections `expert` of the sweep, or how many parts of the network they train."""
 METHODS = ("none", "average", "coin", "head_fit", "refit", "distillation", "readout_distillation")
 """What every suite has."""
 
@@ -34,9 +47,9 @@ def of_two(part: pd.DataFrame) -> pd.DataFrame:
     return part[part.decoder.isin(DECODERS)]
 
 
-def folded(suite: str, table: pd.DataFrame) -> HTML:
+def folded(suite: str, table: pd.DataFrame, called: str = "") -> HTML:
     """A table to unfold, under the command and the revision that made its numbers."""
-    return HTML(f"<details><summary>{suite}: {made(suite)}</summary>{table.to_html()}</details>")
+    return HTML(f"<details><summary>{called or suite}: {made(suite)}</summary>{table.to_html()}</details>")
 
 
 def cells(part: pd.DataFrame) -> "pd.Series[str]":
@@ -134,3 +147,74 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     right = faults.groupby(["fault", "experts"], sort=False)[["expert_accuracy", "faulty_accuracy"]].mean()
     mean = by_seed.groupby(["fault", "experts", "method", "batch"], sort=False).mean()
     return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
+
+
+def simulation(scenario: str, experts: int) -> pd.DataFrame:
+    """The rows of a simulation, as `coin simulate` wrote them."""
+    return pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
+
+
+def tails(scenario: str, experts: int) -> pd.DataFrame:
+    """Latency in ms, memory in MiB and shares in %, by what a query wants and what stands in."""
+    rows = simulation(scenario, experts).set_index(["want", "redundancy"])
+    times = {"p50": "p50", "p99.9": "p999", "from": "p999_low", "to": "p999_high"}
+    sizes = {"MiB a server": "memory_server", "MiB in all": "memory"}
+    shares = {"failed %": "share_failed", "right %": "effective_accuracy"}
+    found = pd.DataFrame({name: 1e3 * rows[column] for name, column in times.items()})
+    found = found.assign(**{name: rows[column] / 2**20 for name, column in sizes.items()}, forwards=rows.forwards)
+    found["stood in %"] = 100 * (rows.share_decoded + rows.share_replicated)
+    return found.assign(**{name: 100 * rows[column] for name, column in shares.items()}).round(2)
+
+
+def tail_figure(scenario: str) -> Figure:
+    """The p99.9 against the memory of the largest server, with three and with eight experts."""
+    figure = tail_against("memory_server", pd.concat([simulation(scenario, count) for count in (3, 8)]))
+    figure.suptitle(f"{scenario}, 3 and 8 experts")
+    return figure
+
+
+def fine_tuned() -> pd.DataFrame:
+    """The rows of the suite `fine-tuning`, with the way of training, the tasks, and the distance from the start."""
+    rows = measured("fine-tuning")
+    distance = pd.read_csv(RESULTS / "fine-tuning" / "distance.csv").groupby("experiment").body.mean()
+    return rows.assign(
+        way=[WAYS.get(expert) or TRAINED[len(json.loads(expert)["trainable"])] for expert in rows.expert],
+        set=[" + ".join(json.loads(tasks)) for tasks in rows.tasks],
+        distance=100 * rows.experiment.map(distance),
+        accuracy=100 * rows.expert_accuracy,
+    )
+
+
+def own_accuracy(rows: pd.DataFrame) -> pd.DataFrame:
+    """How right the experts of each way of training are, in %, over seeds."""
+    own = rows.drop_duplicates(["way", "task", "seed", "set"]).groupby(["way", "seed", "task"], sort=False)
+    return own.accuracy.first().groupby(["way", "task"], sort=False).agg(spread).unstack()
+
+
+def nda_by_way(rows: pd.DataFrame) -> pd.DataFrame:
+    """NDA in % over seeds, by tasks and way of training."""
+    shown = rows[~rows.method.isin(["oracle", "none"])].assign(nda=100 * rows.nda)
+    shown = shown.groupby(["set", "way", "decoder", "method", "seed"], sort=False).nda.mean()
+    return shown.groupby(["set", "way", "decoder", "method"], sort=False).agg(spread).unstack([2, 3])
+
+
+def nda_against(rows: pd.DataFrame, column: str, label: str) -> Figure:
+    """NDA against another number, both ± deviation over seeds: a row for each set of tasks, a marker for each way."""
+    rows = rows[~rows.method.isin(["none", "oracle"]) & rows[column].notna()]
+    sets, decoders, ways = (list(rows[name].unique()) for name in ("set", "decoder", "way"))
+    with figures.style():
+        figure = Figure(figsize=(1.5 * WIDTH, 2.6 * len(sets)))
+        panels = figure.subplots(len(sets), len(decoders), squeeze=False, sharex=True)
+        keys = ["set", "decoder", "way", "method"]
+        for (tasks, decoder, way, method), own in (
+            rows.groupby([*keys, "seed"], sort=False)[[column, "nda"]].mean().groupby(keys, sort=False)
+        ):
+            mean, deviation = own.mean(), own.std().fillna(0)
+            look = {"color": method_colour(method), "marker": MARKERS[ways.index(way)], "label": f"{method}, {way}"}
+            axes = panels[sets.index(tasks)][decoders.index(decoder)]
+            axes.errorbar(mean[column], 100 * mean.nda, 100 * deviation.nda, deviation[column], **look)
+            axes.set(title=f"{tasks}, {decoder}", ylabel="NDA (%)")
+        for axes in panels[-1]:
+            axes.set_xlabel(label)
+        figures.legend_below(figure, panels[0][0], columns=3)
+    return figure
