@@ -23,8 +23,8 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
     Args:
         network: The network's safetensors file, which may be a compressed one.
         output: The folder; by default beside the file, with its name.
-        experts: The experts' files by task, whose heads are written beside a coded vision tower. An expert's own head
-            is written without.
+        experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
+            the run whose ``coded/`` the tower lies in. With an expert its own head is written.
 
     Returns:
         The folder.
@@ -47,10 +47,17 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
     try:
         source.save(file.network, folder)
         if source.zero_shot:
-            save_file(_heads(file, experts or {}), folder / HEADS)
+            given = _of_its_run(path) if experts is None and "code" in file.provenance else experts
+            save_file(_heads(file, given or {}), folder / HEADS)
     except OSError as error:
         raise FileError(f"cannot write '{folder}' ({error}); give another --output") from error
     return folder
+
+
+def _of_its_run(coded: Path) -> dict[str, str]:
+    """Return the files of the experts that lie beside a run's coded models, by task."""
+    files = sorted(coded.absolute().parent.parent.glob("experts/*/expert.safetensors"))
+    return {file.parent.name: str(file) for file in files}
 
 
 def _heads(file: NetworkFile, experts: dict[str, str]) -> dict[str, Tensor]:
