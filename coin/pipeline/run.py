@@ -22,8 +22,9 @@ from coin.pipeline.records import Status, reused_status, status_of, sweep_of
 from coin.pipeline.runner import Runner
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.trainer import join_processes
-from coin.reporting import write_report
-from coin.reporting.summary import write_summary
+from coin.reporting import read_results, write_report
+from coin.reporting.summary import stand_ins, summarise, write_summary
+from coin.reporting.tables import IN_SHORT, finding
 from coin.tracking.settings import check_connection
 
 
@@ -57,6 +58,8 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
                 experiment.check_parts()
             runner.run(steps)
             _end_seed(experiment, seed)
+            if len(plans) > 1:
+                on_rank_zero(partial(_tell, experiment, seed))
         return on_rank_zero(partial(_summarise, experiment))
 
 
@@ -119,6 +122,13 @@ def _end_seed(experiment: Experiment, seed: int) -> None:
     if is_rank_zero():
         layout.results_json.touch()  # of seeds with different options, the latest run's count
         write_text(layout.config, experiment.as_yaml(seed))
+
+
+def _tell(experiment: Experiment, seed: int) -> None:
+    """Print what a seed has found, before the others are done."""
+    kept = stand_ins(summarise(read_results(experiment.layout.seed(seed).folder)))
+    if len(kept):
+        rank_zero_info(f"seed {seed}: {finding(kept).removeprefix(IN_SHORT)}")
 
 
 def _begin(experiment: Experiment) -> None:

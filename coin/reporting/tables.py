@@ -23,6 +23,8 @@ FAR_ABOVE = 1.1
 """An NDA above this says more of the experts than of a stand-in."""
 NEAR = 0.01
 """How far below the best NDA a stand-in may be to be called as good in a sentence."""
+IN_SHORT = "In short: "
+"""How a finding begins."""
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
 
@@ -191,11 +193,11 @@ def finding(kept: pd.DataFrame) -> str:
     row = near.loc[near["memory_mib"].idxmin()]
     alone = kept[kept["name"] == REFERENCES[0]]["nda_mean"].max()
     if row["nda_mean"] > FAR_ABOVE:
-        return "In short: what stands in is right more often than the lost experts; look at their own accuracy first."
+        return f"{IN_SHORT}what stands in is right more often than the lost experts; look at their own accuracy first."
     rest = "" if math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
     how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
     return (
-        f"In short: {row['name']}{how} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
+        f"{IN_SHORT}{row['name']}{how} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
         f"{row['memory_mib']:.3g} MiB; an answer takes {counted(row['forwards'], 'network run')}, and up to "
         f"{counted(row['losses'], 'expert')} may be lost at once{rest}."
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,15 @@ def test_seeds_with_codes_of_their_own_are_one_experiment(chosen: Path) -> None:
     page = (chosen / "report.html").read_text()
     shown = ", ".join(f"{weight:.3g}" for weight in codes[0][0])
     assert f"[[{shown}]], chosen from the calibration data of seed-0" in page
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_every_seed_tells_what_it_found(chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(chosen, tmp_path / "chosen")
+    assert main(["run", "-c", str(chosen.with_suffix(".yaml")), f"--output={tmp_path}"]) == 0
+    told = [line.split(": ", 1) for line in capsys.readouterr().err.splitlines() if line.startswith("seed ")]
+    assert [seed for seed, _ in told] == ["seed 0", "seed 1"]
+    assert all(" lost expert" in text for _, text in told)
 
 
 @pytest.mark.usefixtures("no_reports")
