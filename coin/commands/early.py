@@ -42,6 +42,7 @@ _SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
 """Parameters that are no options themselves."""
 _OLD_NAMES = ("spares", "fisher_cotangents", "cotangents")
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
+_OF_DATA = ("fisher", "evaluate")
 _OF_A_FILE = ("compress", "export")
 _PACKAGES = {"serve": (("ray", "fastapi"), "serve")}
 """What a command needs beyond the installation, and the extra that brings it."""
@@ -86,6 +87,9 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             raise ConfigurationError(unknown("class", path, classes, A_CLASS))
         _check_options(path, entry.get("init_args"), annotated_options(path))
     _check_decoders(sections)
+    names = {str(name).partition(".")[0] for name in (*given, *(key for section in sections for key in section))}
+    if command in _OF_DATA and not names & {"data", "help", "print_config"} and "-h" not in arguments:
+        raise ConfigurationError(f"found no data for coin {command}, expected tasks; give --data, or a file with data:")
     if sum("tasks" in section for section in sections) == 1 and not any(name.startswith("tasks") for name in given):
         _check_folders(sections)
     if command in _OF_A_FILE and not first.startswith("-") and not Path(first).is_file():

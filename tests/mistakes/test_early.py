@@ -131,6 +131,10 @@ def test_classes_of_ones_own_and_files_of_other_shapes_are_left_to_the_parser(tm
 
 
 ELSEWHERE = {
+    "no data": (
+        ["evaluate", "--model=DecodingEvaluator"],
+        "found no data for coin evaluate, expected tasks; give --data",
+    ),
     "a file": (["compress", "nothing.safetensors", "out"], "found no file 'nothing.safetensors', expected a network"),
     "a folder": (["report", "nowhere"], "found no folder 'nowhere'"),
     "an option of a function": (["compress", "a", "--bts=3"], r"found option 'bts' \(did you mean bits\?\)"),
