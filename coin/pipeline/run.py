@@ -43,7 +43,7 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
         experiment.warn_of_other_starts()
     with ExitStack() as locks:
         on_rank_zero(partial(_tidy, experiment.folder, locks))
-        runner = Runner(experiment)
+        runner = Runner(experiment, total=len(_steps(experiment)))
         plans = _plans(experiment, runner)
         for seed in plans:
             layout = experiment.layout.seed(seed)

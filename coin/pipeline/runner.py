@@ -50,11 +50,14 @@ class Runner:
     Args:
         experiment: The experiment.
         patient: Whether to wait for other commands that run the same steps, as a process that runs one step does.
+        total: How many steps all calls have together, for their numbers; by default each call counts its own.
     """
 
-    def __init__(self, experiment: Experiment, *, patient: bool = False) -> None:
+    def __init__(self, experiment: Experiment, *, patient: bool = False, total: int | None = None) -> None:
         self.experiment = experiment
         self.patient = patient
+        self.total = total
+        self._begun = 0
 
     def run(self, steps: Sequence[Step]) -> None:
         """Run every step of one folder that is not up to date, in order.
@@ -63,16 +66,18 @@ class Runner:
         """
         if self.patient:
             steps = [replace(step, job=step.job_alone or step.job) for step in steps]
-        count = sum(not step.only_logs for step in steps)
+        count = self.total or sum(not step.only_logs for step in steps)
+        self._begun = self._begun if self.total else 0
         with ExitStack() as stack:
             for folder in dict.fromkeys(step.folder for step in steps):
                 stack.enter_context(run_environment(folder))
             jobs = _Jobs(self.experiment, steps, stack)
-            for place, step in enumerate(steps):
+            for step in steps:
                 if step.only_logs:
                     on_rank_zero(partial(self._log, step, jobs))
                 else:
-                    self._run(step, jobs, f"[{place + 1}/{count}] {step.of_seed}{step.what}")
+                    self._begun += 1
+                    self._run(step, jobs, f"[{self._begun}/{count}] {step.of_seed}{step.what}")
                 jobs.end(step)
 
     def _run(self, step: Step, jobs: "_Jobs", called: str) -> None:
