@@ -46,9 +46,9 @@ class Bench:
         folder, experts, name = options.folder, options.experts, f"openai/clip-vit-{options.size}"
         self.folder, self.images, self.classes = folder, options.images, COUNTS[:experts]
         self.memory_mib = options.memory_mib
-        self.config = NetworkConfig(f"hf/{name}", 224, None, {"head": "zero_shot"})
         if options.blocks is not None:
             KNOWN[name].setdefault("vision_config", {})["num_hidden_layers"] = options.blocks
+        self.config = NetworkConfig(f"hf/{name}", 224, None, {"head": "zero_shot"})
         self.initial = folder / "initial.safetensors"
         self.paths = {f"task{index}": folder / f"task{index}.safetensors" for index in range(experts)}
         self.row = [1 / experts] * experts
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--blocks", type=int, help="of the vision tower, where not all")
-    parser.add_argument("--memory_mib", type=int, default=18688, help="of Refit; the default is that of the table")
+    parser.add_argument("--memory_mib", type=int, default=16384, help="of Refit; the default is that of the table")
     parser.add_argument("--folder", type=Path, help="keeps the files")
     parser.add_argument("--steps", nargs="+", default=STEPS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
