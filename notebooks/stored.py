@@ -93,10 +93,14 @@ def of_stand_ins(suite: str, experts: int | None = None) -> tuple[pd.DataFrame, 
     return stand_ins(summarise(rows)), float(network)
 
 
+def simulation(scenario: str, experts: int) -> pd.DataFrame:
+    """Return the rows of a simulation, as `coin simulate` wrote them."""
+    return pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
+
+
 def simulated(scenario: str, experts: int) -> pd.DataFrame:
     """Return the rows of a simulation, by redundancy and by what a query wants: one answer or all."""
-    frame = pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
-    return frame.set_index(["redundancy", "want"])
+    return simulation(scenario, experts).set_index(["redundancy", "want"])
 
 
 def milliseconds(seconds: float) -> str:

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from stored import DECODERS, DEFAULTS, RESULTS, made, measured, of_stand_ins, runs, spread
+from stored import DECODERS, DEFAULTS, RESULTS, made, measured, of_stand_ins, runs, simulation, spread
 
 from coin.reporting import figures, summarise
 from coin.reporting.latency import tail_against
@@ -147,11 +147,6 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     right = faults.groupby(["fault", "experts"], sort=False)[["expert_accuracy", "faulty_accuracy"]].mean()
     mean = by_seed.groupby(["fault", "experts", "method", "batch"], sort=False).mean()
     return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
-
-
-def simulation(scenario: str, experts: int) -> pd.DataFrame:
-    """The rows of a simulation, as `coin simulate` wrote them."""
-    return pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
 
 
 def tails(scenario: str, experts: int) -> pd.DataFrame:

@@ -142,11 +142,10 @@ def reached(target: float = 97.5) -> str:
 def claims(target: float = 97.5) -> str:
     """The paper's claims: in how many runs they hold, where they hold best, and what it takes."""
     every, rows = {**SUITES, "transformer": "small ViT", "text": "texts"}, []
-    few = {"small pair": measured("samples")[measured("samples").samples_per_task == 25]}
     of_suites = {name: measured(suite) for suite, name in every.items()}
     for claim, parts in (
         (f"NDA above {target} % in some cases", of_suites),
-        ("the same with under 1 % of the training data (P = 25: 0.6 %)", few),
+        ("the same with under 1 % of the training data (P = 25: 0.6 %)", {"small pair": with_few_samples()}),
     ):
         for method, decoder, name in CLAIMED:
             found = {suite: ndas(part, method, decoder) for suite, part in parts.items()}
@@ -189,10 +188,15 @@ def dearer() -> str:
     return markdown(["distillation's cost, in those of", *SUITES.values()], rows)
 
 
+def with_few_samples() -> pd.DataFrame:
+    """The rows of the small pair with 25 samples of each task."""
+    rows = measured("samples")
+    return rows[rows.samples_per_task == 25]
+
+
 def few_samples() -> str:
     """NDA with 25 samples of each task, and on a small vision transformer with 200."""
-    few = measured("samples")
-    few = few[few.samples_per_task == 25]
+    few = with_few_samples()
     names = {method: METHODS[method] for method in ("coin", "refit", "distillation")}
     rows = [
         [name, both_decoders(few, method), both_decoders(measured("transformer"), method)]

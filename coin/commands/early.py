@@ -40,7 +40,8 @@ _BESIDE = {"run": {"launch", "only", "dry-run", "dry_run"}, "fisher": _OF_TRAINE
 _DATA = {"datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
 _SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
 """Parameters that are no options themselves."""
-_OLD_NAMES = ("spares", "fisher_cotangents", "cotangents")
+_UNLISTED = ("spares", "fisher_cotangents", "cotangents", "dry_run")
+"""Old names, and second spellings."""
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
 _OF_DATA = ("fisher", "evaluate")
 _OF_A_FILE = ("compress", "export")
@@ -72,8 +73,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
             indented = f", or is it to be indented under '{above[key]}'" if key in above else ""
-            current = sorted(known - {*_OLD_NAMES, "dry_run"})
-            expected = f"one of {', '.join(current)}{indented}"
+            expected = f"one of {', '.join(_listed(sorted(known)))}{indented}"
             raise ConfigurationError(unknown("option", name, sorted(known), expected))
     sections += _given_sections(command, arguments)
     _check_entries(sections)
@@ -191,12 +191,17 @@ def _option(arguments: Sequence[str], place: int) -> tuple[str, str]:
 
 def unknown(what: str, name: str, known: Sequence[str], expected: str = "") -> str:
     """Return the line about a name that is none of those known, with the nearest of them; old names are left out."""
-    current = [each for each in known if each.lstrip("-").rpartition(".")[2] not in _OLD_NAMES]
+    current = _listed(known)
     expected = expected or f"one of {', '.join(current)}"
     lower = {each.lower(): each for each in current if each != name}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     meant = f" (did you mean {lower[near[0]]}?)" if near else ""
     return f"found {what} '{name}'{meant}, expected {expected}; check it"
+
+
+def _listed(known: Sequence[str]) -> list[str]:
+    """Return the names that a person is told of."""
+    return [each for each in known if each.lstrip("-").rpartition(".")[2] not in _UNLISTED]
 
 
 def known_classes() -> list[str]:

@@ -67,8 +67,9 @@ def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
         ]
     )  # fmt: skip
     waiting, wanted = rows["why"] != "", [asdict(each) for each in downloads(experiment) if not each.there]
+    where = str(launch) if launch.side_by_side else None
     if machine:
-        described = {"to_do": int(waiting.sum()), "steps": rows, "downloads": wanted, "elsewhere": str(launch)}
+        described = {"to_do": int(waiting.sum()), "steps": rows, "downloads": wanted, "elsewhere": where}
         print(as_json({"experiment": experiment.name, **described}))
         return
     shown = pd.DataFrame(
@@ -93,8 +94,8 @@ def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
         results_console().print(rich_table(table, title, texts=("what", "from")))
     title = f"{experiment.name}: {waiting.sum()} of {len(rows)} steps to do"
     results_console().print(rich_table(shown, title, texts=("step", "state", "why")))
-    if launch.side_by_side:
-        print(f"elsewhere: {launch}")
+    if where is not None:
+        print(f"elsewhere: {where}")
 
 
 def _read(arguments: Sequence[str]) -> _Options:

@@ -11,7 +11,7 @@ from typing import Any
 import wandb
 
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.tracking.settings import OFFLINE_MODES, check_connection
+from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, OFFLINE_MODES, check_connection
 
 _FIGURES = ("nda_against_memory", "nda_against_cost", "risk")
 """Of an evaluation, ``figures/NAME``."""
@@ -86,11 +86,10 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
     curves = {"Validation accuracy of the experts": "val/accuracy", "Loss of all that is trained": "train/loss"}
 
     def confusion(task: str) -> Any:
-        key, names = f"confusion/{task}/{task}", ("Actual", "Predicted", "nPredictions")
         return wr.CustomChart(
-            query={"summaryTable": {"tableKey": f"{key}_table"}},
-            chart_name="wandb/confusion_matrix/v1",
-            chart_fields={name: name for name in names},
+            query={"summaryTable": {"tableKey": f"confusion/{task}/{task}_table"}},
+            chart_name=CONFUSION_CHART,
+            chart_fields={name: name for name in CONFUSION_COLUMNS},
             chart_strings={"title": f"expert (actual) against decoded, {task} lost"},
         )
 

@@ -16,7 +16,7 @@ from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, stand_ins, summarise, variant_names
 from coin.reporting.tables import risk_totals
 from coin.tracking.runs import folder_of
-from coin.tracking.settings import run_environment
+from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, run_environment
 
 if TYPE_CHECKING:
     import wandb
@@ -186,8 +186,8 @@ def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
     names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
     cells: Any = [[names[i], names[k], int(counts[i, k])] for i, k in zip(*counts.nonzero(), strict=True)]
     return wandb.plot_table(
-        vega_spec_name="wandb/confusion_matrix/v1",
-        data_table=wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=cells),
-        fields={"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
+        vega_spec_name=CONFUSION_CHART,
+        data_table=wandb.Table(columns=[*CONFUSION_COLUMNS], data=cells),
+        fields={name: name for name in CONFUSION_COLUMNS},
         string_fields={"title": title},
     )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
 OFFLINE_MODES = ("offline", "dryrun", "disabled")
+CONFUSION_CHART = "wandb/confusion_matrix/v1"
+CONFUSION_COLUMNS = ("Actual", "Predicted", "nPredictions")
+"""W&B's chart of a confusion matrix, and the columns of its table."""
 TAG_LENGTH = 64
 """W&B refuses longer tags, and empty ones."""
 

@@ -86,9 +86,10 @@ class Trainer(pl.Trainer):
             )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
         if not any(isinstance(callback, ProgressBar) for callback in given):
+            watched = sys.stderr.isatty()
             if enable_progress_bar:
-                given.append(RunProgress() if sys.stderr.isatty() else LoggedProgress())
-            enable_progress_bar = enable_progress_bar and sys.stderr.isatty()
+                given.append(RunProgress() if watched else LoggedProgress())
+            enable_progress_bar = enable_progress_bar and watched
         super().__init__(
             use_distributed_sampler=use_distributed_sampler,
             callbacks=given,

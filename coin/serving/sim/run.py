@@ -69,8 +69,8 @@ class SimulationRun:
             for server, samples in enumerate(it.samples)
         ]
         self.marginal = 1.0 if conditions.service.marginal is None else conditions.service.marginal
-        self.slow = [[Phase(turns) for turns in conditions.slow_phases(each, it.seed, unit)] for each in machines]
-        self.is_ever_slow = conditions.slowdown.share > 0
+        slow = [conditions.slow_phases(each, it.seed, unit) if conditions.slowdown.share else () for each in machines]
+        self.slow = [[Phase(turns) for turns in each] for each in slow]
         self.turns = [
             iter([0.0]) if each in it.broken else conditions.down_phases(each, it.seed, unit) for each in machines
         ]
@@ -168,7 +168,7 @@ class SimulationRun:
             if query.state is State.pending:
                 batch.append(query)
         seconds = next(self.times[chosen]) * (1 + self.marginal * (len(batch) - 1)) + self._unpack(machine, chosen)
-        if self.is_ever_slow and any(phase.is_on(now) for phase in self.slow[machine]):
+        if any(phase.is_on(now) for phase in self.slow[machine]):
             seconds *= self.conditions.slowdown.factor
         self.serving[machine] = current = chosen, batch
         self.begun += len(batch)
