@@ -53,28 +53,19 @@ def distil(experts, calibration, row, steps=150, lr=1e-3, batch_size=64):
     return student
 
 
-def matrices(network):
-    """Return the weights of fully connected layers and ungrouped convolutions, the head (the last one) left out."""
-    weights = []
-    for module in network.modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            weights.append(module.weight)
-        elif isinstance(module, nn.MultiheadAttention):
-            weights.append(module.in_proj_weight)
-    return weights[:-1]
+def by_matrix(tensors, row, initial, name, layer, merge, scale):
+    """Return initial + scale · merge(N β_i times the task vectors), or the average of what is no matrix.
+
+    Matrices are the weights of fully connected layers, of attention and of ungrouped convolutions.
+    """
+    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    if not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention) or grouped or not name.endswith("weight"):
+        return sum(weight * tensor for weight, tensor in zip(row, tensors, strict=True))
+    steps = [(own - initial).flatten(1) * len(row) * share for own, share in zip(tensors, row, strict=True)]
+    return initial + scale * merge(steps).reshape(initial.shape)
 
 
-def by_matrix(experts, row, initial, merge, scale):
-    """Return the average of the experts, but in every matrix initial + scale · merge(N β_i times the task vectors)."""
-    merged = averaged(experts, row)
-    with torch.no_grad():
-        for new, start, *own in zip(*map(matrices, (merged, initial, *experts)), strict=True):
-            steps = [(weight - start).flatten(1) * len(row) * share for weight, share in zip(own, row, strict=True)]
-            new.copy_(start + scale * merge(steps).reshape(start.shape))
-    return merged
-
-
-def iso_c(experts, calibration, row, initial, scale=1.0):
+def iso_c(tensors, row, initial, name, layer, scale=1.0):
     """Give the sum of the task vectors, USVᵀ, one singular value: mean(S) · UVᵀ.
 
     Source: Marczak et al., *No task left behind: isotropic model merging with common and task-specific subspaces*
@@ -85,10 +76,10 @@ def iso_c(experts, calibration, row, initial, scale=1.0):
         u, s, v = torch.linalg.svd(sum(steps), full_matrices=False)
         return s.mean() * u @ v
 
-    return by_matrix(experts, row, initial, isotropic, scale)
+    return by_matrix(tensors, row, initial, name, layer, isotropic, scale)
 
 
-def tsv_m(experts, calibration, row, initial, scale=1.0):
+def tsv_m(tensors, row, initial, name, layer, scale=1.0):
     """Put the top r/N singular vectors of every task vector side by side, U and V replaced by their polar factors.
 
     Source: Gargiulo et al., *Task singular vectors: reducing task interference in model merging* (CVPR 2025,
@@ -107,4 +98,4 @@ def tsv_m(experts, calibration, row, initial, scale=1.0):
         p, _, q = torch.linalg.svd(rows, full_matrices=False)
         return p @ q
 
-    return by_matrix(experts, row, initial, side_by_side, scale)
+    return by_matrix(tensors, row, initial, name, layer, side_by_side, scale)

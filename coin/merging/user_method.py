@@ -14,9 +14,11 @@ from coin.core.batches import as_input, clone, size_of
 from coin.errors import CoinWarning, ConfigurationError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
+from coin.files.tensors import State, weighted_mean
 from coin.merging.checks import check_coded, check_experts
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
+from coin.networks.heads import head_name
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice
 
@@ -31,6 +33,12 @@ class UserMethod(Method):
 
     A parameter called ``row`` gets the code row β, a list of N numbers; one called ``initial`` the shared
     initialisation, a network like the experts. Autograd is on, and torch's random numbers start from the run's seed.
+
+    A function whose first parameter is called ``tensors`` merges one tensor at a time, ``function(tensors, **options)``
+    → the merged one, so that N networks are never in memory at once. ``tensors`` are the experts' N tensors of one
+    name and shape, ``initial`` is that of the shared initialisation; a parameter called ``name`` gets the name, one
+    called ``layer`` the module that has the tensor, of a network whose own weights do not matter. It is called for all
+    parameters and buffers of floating point but the head's, which belongs to its task and is averaged.
 
     What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
     them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
@@ -69,13 +77,16 @@ class UserMethod(Method):
         self._function = imported("function", function, "a Python function")
         try:
             signature = inspect.signature(self._function)
-            self._asks = {"row", "initial"} & signature.parameters.keys()
-            signature.bind(None, None, **dict.fromkeys(self._asks), **self.options)
+            self._by_tensor = next(iter(signature.parameters), "") == "tensors"
+            offered = {"row", "initial", "name", "layer"} if self._by_tensor else {"row", "initial"}
+            self._asks = offered & signature.parameters.keys()
+            inputs = (None,) if self._by_tensor else (None, None)
+            signature.bind(*inputs, **dict.fromkeys(self._asks), **self.options)
             self._source = inspect.getfile(inspect.unwrap(self._function))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"found function '{function}', expected a Python function of experts and calibration that takes the "
-                f"options {self.options} ({error}); change it, or its options"
+                f"found function '{function}', expected a Python function of experts and calibration, or of "
+                f"tensors, that takes the options {self.options} ({error}); change it, or its options"
             ) from error
         self.reads_initial = "initial" in self._asks
         self.compress = self.compressed(compress)
@@ -90,32 +101,69 @@ class UserMethod(Method):
         check_experts(experts, row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            networks = [_counted(clone(network).eval(), experts) for network in experts.source.each_network()]
-            samples = experts.samples(DataChoice.own)
-            calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
-            extra: dict[str, Any] = {"row": list(row)} if "row" in self._asks else {}
-            if self.reads_initial:
-                parameters, buffers = experts.initial()
-                extra["initial"] = _counted(experts.empty_model().eval(), experts)
-                fill(extra["initial"], {**parameters, **buffers})
-            try:
-                made = self._function(networks, calibration, **extra, **self.options)
-            except Exception as error:
-                frames = traceback.extract_tb(error.__traceback__)
-                lines = [frame.lineno for frame in frames if frame.filename == self._source]
-                raise ConfigurationError(
-                    f"function '{self.function}' of method '{self.label}' raised {type(error).__name__}: "
-                    f"{first_line(error)}; see line {lines[-1] if lines else 1} of '{self._source}'"
-                ) from error
+            state = (self._merged_tensors if self._by_tensor else self._merged_network)(experts, row)
+        network = experts.empty_model().eval()
+        if self._by_tensor:
+            fill(network, state)
+        else:
+            fill_network(network, state, f"the network that {self.function} returned")
+        check_coded(network, experts, self.label)
+        return CodedModel(network)
+
+    def _merged_network(self, experts: Experts, row: Sequence[float]) -> State:
+        """Call the function on networks, and return the tensors of the one that it returns."""
+        networks = [_counted(clone(network).eval(), experts) for network in experts.source.each_network()]
+        samples = experts.samples(DataChoice.own)
+        calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
+        initial = None
+        if self.reads_initial:
+            parameters, buffers = experts.initial()
+            initial = _counted(experts.empty_model().eval(), experts)
+            fill(initial, {**parameters, **buffers})
+        made = self._call(networks, calibration, row=list(row), initial=initial)
         if not isinstance(made, nn.Module):
             raise ConfigurationError(
                 f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts; "
                 "return one of them, or a copy"
             )
-        network = experts.empty_model().eval()
-        fill_network(network, made.state_dict(), f"the network that {self.function} returned")
-        check_coded(network, experts, self.label)
-        return CodedModel(network)
+        return made.state_dict()
+
+    def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
+        """Call the function on the experts' tensors of each name, and return what it returns."""
+        skeleton, merged = experts.source.skeleton, {}
+        head = head_name(skeleton)
+        starts = experts.initial() if self.reads_initial else ({}, {})
+        for states, start in zip((experts.parameters, experts.buffers), starts, strict=True):
+            for name, first in states[0].items():
+                owner = name.rpartition(".")[0]
+                if not first.is_floating_point():
+                    merged[name] = first
+                elif owner == head:
+                    merged[name] = weighted_mean(states, row, name, torch.float64).to(first.dtype)
+                else:
+                    tensors, initial = [state[name].clone() for state in states], start.get(name)
+                    layer = skeleton.get_submodule(owner)
+                    made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
+                    if not isinstance(made, Tensor) or made.shape != first.shape:
+                        found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+                        raise ConfigurationError(
+                            f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape "
+                            f"{list(first.shape)}; return the merged tensor"
+                        )
+                    merged[name] = made.detach().to(first.dtype)
+        return merged
+
+    def _call(self, *inputs: Any, **offered: Any) -> Any:
+        """Call the function with what it asks for and its options; its errors name its line."""
+        try:
+            return self._function(*inputs, **{name: offered[name] for name in self._asks}, **self.options)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == self._source]
+            raise ConfigurationError(
+                f"function '{self.function}' of method '{self.label}' raised {type(error).__name__}: "
+                f"{first_line(error)}; see line {lines[-1] if lines else 1} of '{self._source}'"
+            ) from error
 
 
 class Foreign(UserMethod):

@@ -12,6 +12,8 @@ from torch import nn
 from coin.coding import Code
 from coin.errors import CoinError, CoinWarning, ConfigurationError
 from coin.merging import Average, Experts, Foreign, Method, UserMethod, merge_networks
+from coin.networks import NetworkConfig, build_network, save_network
+from coin.networks.experts import ExpertFiles
 from coin.pipeline.options import config_dict, to_config
 from coin.pipeline.records import Inputs
 from coin.pipeline.steps.merge import coded_name
@@ -69,6 +71,16 @@ def infinite(experts, calibration):
 def infinite_buffer(experts, calibration):
     experts[0][0].running_var[0] = float("nan")
     return experts[0]
+
+def tensor(tensors, row, initial, name, layer, scale=1.0):
+    tensors[0].mul_(row[0]).add_(row[1] * tensors[1])
+    return scale * tensors[0] + initial if isinstance(layer, nn.BatchNorm2d) and name == "stem.1.weight" else tensors[0]
+
+def flat(tensors):
+    return tensors[0].flatten()[1:]
+
+def no_tensor(tensors):
+    return tensors
 
 none = first
 number = 3
@@ -147,6 +159,28 @@ def test_it_merges_in_memory_beside_others_and_with_networks_that_read_mappings(
     assert torch.equal(made(torch.ones(2, 4)), given.networks[0](torch.ones(2, 4)))
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_function_of_tensors_gets_one_of_every_expert_at_a_time(in_files: bool, tmp_path: Path) -> None:
+    config, classes = NetworkConfig("small_resnet", 8, options={"width": 2}), (3, 5)
+    networks = [build_network(config, count, seed=seed).eval() for seed, count in enumerate(classes)]
+    initial = build_network(config, 5, seed=9).eval()
+    networks[1].get_buffer("stem.1.running_mean").fill_(1)
+    paths = {"initial": initial} | {f"task{index}": network for index, network in enumerate(networks)}
+    for name, each in paths.items():
+        save_network(tmp_path / f"{name}.safetensors", each, config, each.fc.out_features, {})  # type: ignore[union-attr, arg-type]
+    files = ExpertFiles(
+        {f"task{i}": tmp_path / f"task{i}.safetensors" for i in (0, 1)}, tmp_path / "initial.safetensors"
+    )
+    given = Experts(files) if in_files else Experts(networks, initial=initial)
+    made = UserMethod("mine.tensor", {"scale": 3.0}).make(given, ROW).network.state_dict()
+    average = Average(batchnorm="average").make(given, ROW).network.state_dict()  # type: ignore[arg-type]
+    assert torch.equal(given.networks[0].state_dict()["stem.1.weight"], networks[0].state_dict()["stem.1.weight"])
+    average["stem.1.weight"] = 3 * average["stem.1.weight"] + initial.state_dict()["stem.1.weight"]
+    for name, tensor in average.items():
+        torch.testing.assert_close(made[name], tensor, msg=name)
+    assert len(made["fc.weight"]) == 5
+
+
 def test_it_is_called_by_its_functions_name_or_a_label() -> None:
     method = UserMethod("mine.told", {"scale": 2.0})
     assert (method.label, coded_name(method), method.batchnorm) == ("told", "told", "")
@@ -208,7 +242,7 @@ def test_a_record_of_it_changes_with_the_source_file_and_the_options(
             r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'scale'\)",
         ),
         ("mine.told", {"row": [1]}, "multiple values for keyword argument 'row'"),
-        ("textwrap.dedent", {}, "of experts and calibration .*too many positional arguments"),
+        ("textwrap.dedent", {}, "of experts and calibration, or .*too many positional arguments"),
     ],
 )
 def test_what_cannot_be_called_is_refused(function: str, options: dict[str, object], message: str) -> None:
@@ -236,6 +270,8 @@ def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
             "wider",
             r"^'the network that mine\.wider returned' has tensor '1\.weight' of shape \[5, 4\], expected \[3, 4",
         ),
+        ("flat", r"^function 'mine\.flat' returned shape \[3\] for '0\.weight', expected a tensor of shape \[4\]"),
+        ("no_tensor", r"^function 'mine\.no_tensor' returned list for '0\.weight', expected a tensor of shape \[4\]"),
         ("infinite", r"^the coded model of method 'infinite' is not finite: tensor '1\.bias'"),
         ("infinite_buffer", r"^the coded model of method 'infinite_buffer' is not finite: buffer '0\.running_var'"),
     ],
