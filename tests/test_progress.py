@@ -58,3 +58,16 @@ def test_without_a_terminal_long_work_says_now_and_then_how_long_it_will_take(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines() == ["work [x]: 30%, about 84 s left", "work [x]: 60%, about 48 s left"]
+
+
+def test_without_a_terminal_nothing_is_said_of_the_last_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rich.reconfigure()
+    clock = [0.0]
+    monkeypatch.setattr("coin.core.progress.time.monotonic", lambda: clock[0])
+    with progress("work", 100) as advance:
+        for _ in range(99):
+            clock[0] += 0.32
+            advance()
+    assert capsys.readouterr().err == ""

@@ -87,6 +87,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             raise ConfigurationError(unknown("class", path, classes, A_CLASS))
         _check_options(path, entry.get("init_args"), annotated_options(path))
     _check_decoders(sections)
+    _check_network(sections, dict(_option(arguments, place) for place in range(len(arguments))))
     names = {str(name).partition(".")[0] for name in (*given, *(key for section in sections for key in section))}
     if command in _OF_DATA and not names & {"data", "help", "print_config"} and "-h" not in arguments:
         raise ConfigurationError(f"found no data for coin {command}, expected tasks; give --data, or a file with data:")
@@ -164,6 +165,25 @@ def _check_decoders(sections: Sequence[dict[str, Any]]) -> None:
             from coin.coding.decoder_config import distinct_decoders
 
             distinct_decoders(given)
+
+
+def _check_network(sections: Sequence[dict[str, Any]], given: dict[str, str]) -> None:
+    """Raise ConfigurationError for a name that is no network of coin or torchvision, and names no other source."""
+    networks = [section["network"] for section in sections if isinstance(section.get("network"), dict)]
+    for name in (given.get("--network.name"), *(network.get("name") for network in networks)):
+        if isinstance(name, str) and name and not set("./") & set(name) and name not in (known := known_networks()):
+            expected = (
+                "small_resnet, small_vit, minilm, one of torchvision, timm/NAME, hf/FOLDER_OR_ID or a class's path"
+            )
+            raise ConfigurationError(unknown("network.name", name, known, expected))
+
+
+def known_networks() -> list[str]:
+    """Return the names of coin's own networks and of torchvision's classifiers, as the sources say."""
+    (torchvision,) = find_spec("torchvision").submodule_search_locations  # type: ignore[union-attr, misc]
+    texts = [path.read_text(encoding="utf-8") for path in Path(torchvision, "models").glob("*.py")]
+    registered = re.compile(r"@register_model\(\)\n(?:@.*\n)*def (\w+)")
+    return ["small_resnet", "small_vit", "minilm", *(name for text in texts for name in registered.findall(text))]
 
 
 def known_options(command: str) -> set[str]:

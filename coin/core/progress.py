@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 EVERY = 30.0
 """Seconds between two lines."""
+SOON = 5.0
+"""What takes fewer seconds is not told of."""
 
 
 class ProgressLines:
@@ -30,8 +32,8 @@ class ProgressLines:
         self.done += steps
         now = time.monotonic()
         if self.total is not None and math.isfinite(self.total) and now - self.told >= EVERY:
-            left = (now - self.began) / self.done * (self.total - self.done)
-            rank_zero_info(f"{self.what}: {self.done / self.total:.0%}, about {left:.0f} s left")
+            if (left := (now - self.began) / self.done * (self.total - self.done)) >= SOON:
+                rank_zero_info(f"{self.what}: {self.done / self.total:.0%}, about {left:.0f} s left")
             self.told = now
 
 

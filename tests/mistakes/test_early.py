@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+from torchvision import models
 
 import coin.data
 import coin.distillation
@@ -14,9 +15,10 @@ import coin.modules
 from coin.cli import _options_of
 from coin.commands import ON_TRAINER, sweep
 from coin.commands.coded_system import Choice
-from coin.commands.early import annotated_options, check_early, known_classes, known_options
+from coin.commands.early import annotated_options, check_early, known_classes, known_networks, known_options
 from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
+from coin.networks.sources import Own
 from coin.pipeline import Experiment
 from coin.pipeline.config import ExpertConfig
 from coin.pipeline.launch import Launch
@@ -71,6 +73,10 @@ WRONG = {
         "tasks: {a: {class_path: ImageFolder, init_args: {root: /nowhere}}}\n",
         "/nowhere/train does not exist; expected images as /nowhere/train/CLASS/image.png",
     ),
+    "a network": (
+        "network: {name: resnet51}\n",
+        "found network.name 'resnet51' (did you mean resnet50?), expected small_resnet, ",
+    ),
     "a decoder": ("decoders: [linear, lineer]\n", "found decoder='lineer', expected one of linear, ridge, "),
     "a decoder's option": (
         "decoders: [{kind: ridge, feat: last}]\n",
@@ -119,6 +125,8 @@ def test_an_option_of_the_command_line_that_does_not_exist():
         "--print_config",
         "--only",
         "--json",
+        "--network.name=hf/openai/clip-vit-base-patch32",
+        "--network.name=mine.Net",
     ):
         check_early("run", [sound])
     check_early("run", ["-c", "{name: x}"])
@@ -169,6 +177,7 @@ def test_what_is_known_is_what_there_is():
     rooms = (coin.merging, coin.data, coin.modules, coin.distillation)
     assert all(any(hasattr(room, name) for room in rooms) for name in known_classes())
     assert {"Coin", "Digits", "Coded", "Distillation"} <= {*known_classes()}
+    assert {*known_networks()} == {*Own.kinds, *models.list_models(module=models)}
 
 
 def test_the_options_of_classes_are_those_that_the_parser_takes():
