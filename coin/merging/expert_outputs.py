@@ -63,6 +63,8 @@ class ExpertOutputs:
 
     Attributes:
         passes: How many samples have gone through experts.
+        total: How many will have, when all targets are made.
+        advance: Called with the number of samples after every batch of an expert.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class ExpertOutputs:
                 left = budget
             self._groups[-1].append(unit)
             left -= size
-        self.passes = 0
+        self.passes, self.total = 0, len(self._groups) * int(rows.mixtures.count_nonzero())
+        self.advance: Callable[[float], None] = lambda _: None
 
     def pop(self, weight: str) -> Tensor:
         """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
@@ -94,6 +97,7 @@ class ExpertOutputs:
                 for part in filter(len, mixture.nonzero().flatten().split(self._batch_size)):
                     _add_targets(self._made, network, ends, self._trace, self._rows, part, mixture)
                     self.passes += len(part)
+                    self.advance(len(part))
         return self._made.pop(weight)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, as_input, checked_batch, samples_of, size_of, take
+from coin.core.progress import progress
 from coin.data.calibration import Calibration, pooled
 from coin.errors import CoinWarning, ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
@@ -191,9 +192,12 @@ class Experts:
         """Return all experts' answers to a part of `split`; they run once."""
         read = (part, features, stages)
         if read not in self._outputs:
-            found = [self.run(each, self.split[part], features, stages) for each in self.source.each_network()]
-            for index, run in enumerate(found):
-                check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
+            found = []
+            with progress("experts on calibration samples", self.count) as advance:
+                for index, each in enumerate(self.source.each_network()):
+                    found.append(self.run(each, self.split[part], features, stages))
+                    check_finite({"logits": found[-1].logits}, f"the calibration output of expert {index}")
+                    advance()
             self._outputs[read] = found
         return self._outputs[read]
 

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -35,6 +36,9 @@ from coin.statistics.statistic import DataChoice, Statistic
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
+
+FIT = 2
+"""A sample's pass through the coded network with the fits counts as so many of an expert's passes in the progress."""
 
 
 class Refit(Method):
@@ -233,8 +237,9 @@ class Refit(Method):
         places = chosen_places(trace.units, order, weights, next(network.parameters()).device, budget)
         rows = Rows(inputs, *objective(target, row, task), places, weights)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
-        with progress(self.label, len(trace.units)) as advance:
-            fit_in_order(network, trace, rows, targets, ridge, rounding, advance)
+        with progress(f"{self.label}, layers", targets.total + FIT * samples) as targets.advance:
+            step = partial(targets.advance, FIT * samples / len(trace.units))
+            fit_in_order(network, trace, rows, targets, ridge, rounding, step)
         experts.passes += targets.passes + samples + (3 * len(probed) if weights else 0)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)

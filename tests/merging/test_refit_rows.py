@@ -1,5 +1,7 @@
 """Which layers Refit may fit row by row: those whose rows lie sample by sample, in every network alike."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hostile import CLASSES, batches, moved
@@ -79,3 +81,27 @@ def test_refit_of_networks_whose_backward_pass_cannot_be_batched():
     experts = [moved(network, 1, 0.3), moved(network, 2, 0.3)]
     made = coin.merge_networks(coin.Refit("mix"), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
     assert made.chosen[0]["averaged"] == []
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_progress_is_of_all_passes_of_the_experts_and_of_the_fits(groups, monkeypatch):
+    told = []
+
+    @contextmanager
+    def progress(what, total):
+        done = []
+        yield done.append
+        told.append((what, total, sum(done)))
+
+    monkeypatch.setattr("coin.merging.refit.progress", progress)
+    if groups == 2:  # experts run anew for every layer
+        monkeypatch.setattr("coin.merging.refit.outputs_budget", lambda _: 0)
+    network, calibration = (
+        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, CLASSES)),
+        [[torch.randn(9, 4)] for _ in range(3)],
+    )
+    experts = Experts([moved(network, seed, 0.3) for seed in range(3)], calibration=calibration)
+    coin.Refit("own", head=False).make(experts, [0.25, 0.25, 0.5])
+    ((what, total, done),) = told
+    assert (what, total) == ("refit, layers", groups * 27 + 2 * 27)
+    assert done == pytest.approx(total)
