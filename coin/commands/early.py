@@ -1,11 +1,10 @@
 """Early checks of the command line and its files, before heavy imports."""
 
-import ast
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +12,20 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-import coin
+from coin.commands.signatures import (
+    ROOT,
+    annotated,
+    annotated_options,
+    choices_of,
+    definition,
+    files_of_classes,
+    is_dataclass,
+    parameters,
+)
 from coin.core.lazy import exported
 from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
-_ROOT = Path(coin.__file__).parent
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
 _SYSTEM = [("commands/coded_system.py", "Choice")]
 _MACHINES = [*_SYSTEM, ("serving/sim/conditions.py", "Conditions")]
@@ -49,6 +56,8 @@ _PACKAGES = {"serve": (("ray", "fastapi"), "serve")}
 """What a command needs beyond the installation, and the extra that brings it."""
 _SCALARS = {"int": int, "float": float, "bool": bool, "None": type(None)}
 _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""The ends of files of weights, where a name would do too."""
 A_CLASS = "one of coin's or a dotted import path"
 """What is expected of the name of a class."""
 
@@ -75,7 +84,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             indented = f", or is it to be indented under '{above[key]}'" if key in above else ""
             expected = f"one of {', '.join(_listed(sorted(known)))}{indented}"
             raise ConfigurationError(unknown("option", name, sorted(known), expected))
-    sections += _given_sections(command, arguments)
+    sections = _with_given(command, arguments, sections)
     _check_entries(sections)
     _check_sections(command, sections, given)
     classes = known_classes()
@@ -87,16 +96,20 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             raise ConfigurationError(unknown("class", path, classes, A_CLASS))
         _check_options(path, entry.get("init_args"), annotated_options(path))
     _check_decoders(sections)
-    _check_network(sections, dict(_option(arguments, place) for place in range(len(arguments))))
+    _check_network(sections)
+    _check_tasks_and_code(sections)
     names = {str(name).partition(".")[0] for name in (*given, *(key for section in sections for key in section))}
-    if command in _OF_DATA and not names & {"data", "help", "print_config"} and "-h" not in arguments:
+    if "-h" in arguments or names & {"help", "print_config"}:
+        return
+    _check_files(command, sections)
+    if command in _OF_DATA and "data" not in names:
         raise ConfigurationError(f"found no data for coin {command}, expected tasks; give --data, or a file with data:")
     if sum("tasks" in section for section in sections) == 1 and not any(name.startswith("tasks") for name in given):
         _check_folders(sections)
     if command in _OF_A_FILE and not first.startswith("-") and not Path(first).is_file():
         raise FileError(f"found no file '{first}', expected a network's safetensors file; check the path")
     needed, extra = _PACKAGES.get(command, ((), ""))
-    if first not in ("-h", "--help") and (lacking := [each for each in needed if find_spec(each) is None]):
+    if lacking := [each for each in needed if find_spec(each) is None]:
         raise ConfigurationError(f"coin {command} needs the package {lacking[0]}: pip install 'coded-coin[{extra}]'")
 
 
@@ -117,18 +130,18 @@ def _check_sections(command: str, sections: Sequence[dict[str, Any]], given: Seq
     """Raise ConfigurationError for an option that a section lacks, in a file or as ``--section.option``."""
     for name, kind in _section_classes(command).items():
         known = annotated_options(kind)
-        for section in sections:
-            _check_options(name, section.get(name), known)
         for option in given:
             first, _, rest = option.partition(".")
             if known and first == name and rest and rest.partition(".")[0].removesuffix("+") not in (*known, "help"):
                 every = [f"--{name}.{each}" for each in known]
                 expected = f"one that coin {command} --help lists"
                 raise ConfigurationError(unknown("option", f"--{option}", every, expected))
+        for section in sections:
+            _check_options(name, section.get(name), known)
 
 
 def _check_options(what: str, options: Any, known: dict[str, str]) -> None:
-    """Raise ConfigurationError for an option that is not known, or a number or truth value that is none."""
+    """Raise ConfigurationError for an option that is not known, or a number, truth value or choice that is none."""
     for key, value in options.items() if known and isinstance(options, dict) else ():
         if str(key).partition(".")[0].removesuffix("+") not in known:
             raise ConfigurationError(unknown(f"{what} option", str(key), [*known]))
@@ -136,6 +149,9 @@ def _check_options(what: str, options: Any, known: dict[str, str]) -> None:
         if all(kind in _SCALARS for kind in kinds) and not any(_is(value, _SCALARS[kind]) for kind in kinds):
             expected = " or ".join("nothing" if kind == "None" else kind for kind in kinds)
             raise ConfigurationError(f"found {what}.{key}={value!r}, expected {expected}; check it")
+        choices = [choice for kind in kinds for choice in choices_of(kind)]
+        if choices and isinstance(value, str) and value not in choices:
+            raise ConfigurationError(unknown(f"{what}.{key}", value, choices))
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -167,15 +183,51 @@ def _check_decoders(sections: Sequence[dict[str, Any]]) -> None:
             distinct_decoders(given)
 
 
-def _check_network(sections: Sequence[dict[str, Any]], given: dict[str, str]) -> None:
+def _check_network(sections: Sequence[dict[str, Any]]) -> None:
     """Raise ConfigurationError for a name that is no network of coin or torchvision, and names no other source."""
-    networks = [section["network"] for section in sections if isinstance(section.get("network"), dict)]
-    for name in (given.get("--network.name"), *(network.get("name") for network in networks)):
-        if isinstance(name, str) and name and not set("./") & set(name) and name not in (known := known_networks()):
-            expected = (
-                "small_resnet, small_vit, minilm, one of torchvision, timm/NAME, hf/FOLDER_OR_ID or a class's path"
-            )
-            raise ConfigurationError(unknown("network.name", name, known, expected))
+    names = [network.get("name") for network in _mappings(sections, "network") if "name" in network]
+    name = names[-1] if names else None
+    if isinstance(name, str) and name and not set("./") & set(name) and name not in (known := known_networks()):
+        expected = "small_resnet, small_vit, minilm, one of torchvision, timm/NAME, hf/FOLDER_OR_ID or a class's path"
+        raise ConfigurationError(unknown("network.name", name, known, expected))
+
+
+def _mappings(sections: Sequence[dict[str, Any]], name: str) -> list[dict[Any, Any]]:
+    """Return a section wherever it is given."""
+    return [section[name] for section in sections if isinstance(section.get(name), dict)]
+
+
+def _check_files(command: str, sections: Sequence[dict[str, Any]]) -> None:
+    """Raise FileError where a file of weights is missing; what is given in two places is left to the parser."""
+    named = [("network.weights", each.get("weights")) for each in _mappings(sections, "network")]
+    named += [("base.checkpoint", each.get("checkpoint")) for each in _mappings(sections, "base")]
+    for checkpoints in _mappings(_mappings(sections, "expert"), "checkpoints"):
+        named += [(f"expert.checkpoints.{task}", path) for task, path in checkpoints.items()]
+    for option in ("experts", "fisher", "gram") if command == "merge" else ():
+        named += [(f"{option}.{task}", path) for each in _mappings(sections, option) for task, path in each.items()]
+    keys = [key for key, _ in named]
+    for key, path in named:
+        if not isinstance(path, str) or path.startswith("hf/") or keys.count(key) > 1:
+            continue
+        is_name = key == "network.weights" and not path.endswith(_WEIGHTS) and os.sep not in path
+        if not is_name and not Path(path).is_file():
+            raise FileError(f"found no file '{path}', expected {key}; check the path")
+
+
+def _check_tasks_and_code(sections: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigurationError for an option of a task that does not exist, or a row of the code that is none."""
+    tasks = {str(task) for each in _mappings(sections, "tasks") for task in each}
+    experts = _mappings(sections, "expert")
+    named = {str(task) for name in ("overrides", "checkpoints") for each in _mappings(experts, name) for task in each}
+    if tasks and (stray := sorted(named - tasks)):
+        raise ConfigurationError(unknown("an expert of task", stray[0], sorted(tasks)))
+    for code in (section.get("code") for section in sections):
+        for row in code if isinstance(code, list) else ():
+            numbers = isinstance(row, list) and all(isinstance(weight, int | float) for weight in row)
+            if numbers and (min(row, default=-1) < 0 or abs(sum(row) - 1) > 1e-6):
+                raise ConfigurationError(
+                    f"found code row {row}, whose sum is {sum(row):g}, expected non-negative weights that sum to 1"
+                )
 
 
 def known_networks() -> list[str]:
@@ -188,11 +240,11 @@ def known_networks() -> list[str]:
 
 def known_options(command: str) -> set[str]:
     """Return the options of a command, or the sections that begin them; none where its parser starts quickly."""
-    options = {name for file, owner in _SOURCES.get(command, []) for name in _parameters(_ROOT / file, owner)}
+    options = {name for file, owner in _SOURCES.get(command, []) for name in parameters(ROOT / file, owner)}
     if command in ("fit", "validate", "test", "predict"):
         (lightning,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
         file = Path(lightning) / "pytorch/trainer/trainer.py"
-        options = _OF_TRAINER.union(_parameters(file, f"Trainer.{command}"))
+        options = _OF_TRAINER.union(parameters(file, f"Trainer.{command}"))
     return (options | _BESIDE.get(command, set())) - _SUPPLIED
 
 
@@ -227,21 +279,43 @@ def _listed(known: Sequence[str]) -> list[str]:
 def known_classes() -> list[str]:
     """Return the names of coin's tasks, methods and modules."""
     rooms = "data", "merging", "distillation", "modules"
-    return [name for room in rooms for name in exported(_ROOT / room / "__init__.py")]
+    return [name for room in rooms for name in exported(ROOT / room / "__init__.py")]
 
 
-def _given_sections(command: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield what a command line itself says of objects: classes by name, and sections that it writes out as YAML."""
-    classes = ("--model", "--data", *(["--method"] if command == "merge" else []))
+def _with_given(command: str, arguments: Sequence[str], documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the documents and what a command line itself says: ``--expert.lr=1`` is a section ``{expert: {lr: 1}}``.
+
+    Options of a class that is given before get its ``class_path``.
+    """
+    sections = [*documents]
     for place in range(len(arguments)):
         name, value = _option(arguments, place)
-        if name in classes:
-            yield {name[2:]: value}
-        elif name in ("--tasks", "--methods", "--methods+", "-c", "--config") and value.lstrip().startswith(("{", "[")):
-            with suppress(yaml.YAMLError):
-                given = yaml.safe_load(value)
-                section = given if name in ("-c", "--config") else {name[2:]: given}
-                yield section if isinstance(section, dict) else {}
+        given: Any = value
+        with suppress(yaml.YAMLError):
+            given = yaml.safe_load(value)
+        keys = name[2:].split(".") if name.startswith("--") and name != "--config" else []
+        if name == "--methods+" and not isinstance(given, list):
+            given = [given]
+        for depth in range(len(keys), 0, -1):
+            given = {keys[depth - 1]: given}
+            if keys[depth - 1] == "init_args" and (known := _class_at(sections, keys[: depth - 1])):
+                given["class_path"] = known
+        is_label = keys[:1] == ["method"] and command != "merge"  # as results have it
+        if isinstance(given, dict) and name.startswith("-") and not is_label:
+            sections.append(given)
+    return sections
+
+
+def _class_at(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> str | None:
+    """Return the class that is given last at a place, such as ``tasks.mnist``."""
+    found = None
+    for document in documents:
+        section: Any = document
+        for key in keys:
+            section = section.get(key) if isinstance(section, dict) else None
+        section = section.get("class_path") if isinstance(section, dict) else section
+        found = section if isinstance(section, str) else found
+    return found
 
 
 def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -261,83 +335,10 @@ def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _section_classes(command: str) -> dict[str, str]:
     """Return the options of a command that are dataclasses, with their classes' names, as the source says."""
-    found, files = {"launch": "Launch"} if command == "run" else {}, _files_of_classes()
+    found, files = {"launch": "Launch"} if command == "run" else {}, files_of_classes()
     for file, owner in _SOURCES.get(command, []):
-        for name, annotation in _annotated(_definition(_ROOT / file, owner)).items():
+        for name, annotation in annotated(definition(ROOT / file, owner)).items():
             kind = annotation.removesuffix(" | None")
-            if kind in files and _is_dataclass(_definition(files[kind], kind)):
+            if kind in files and is_dataclass(definition(files[kind], kind)):
                 found[name] = kind
     return found
-
-
-def annotated_options(name: str) -> dict[str, str]:
-    """Return the options of one of coin's classes, those of its bases too, and their annotations, as the source says.
-
-    None if the source does not say it.
-    """
-    if name not in (files := _files_of_classes()):
-        return {}
-    found = _definition(files[name], name)
-    assert isinstance(found, ast.ClassDef)
-    names = [ast.unparse(base) for base in found.bases]
-    bases = [annotated_options(base) for base in names if base not in ("ABC", "Generic")]
-    inherited: dict[str, str] = {}
-    for base in bases:
-        inherited |= {option: base[option] for option in base if option not in inherited}
-    own = _annotated(found)
-    if _is_dataclass(found):
-        return inherited | own if all(bases) else {}
-    if (init := _init(found)) is None:
-        return inherited
-    if init.args.kwarg is None:
-        return own
-    return own | {name: inherited[name] for name in inherited if name not in own} if bases and all(bases) else {}
-
-
-@cache
-def _files_of_classes() -> dict[str, Path]:
-    texts = ((path, path.read_text(encoding="utf-8")) for path in _ROOT.rglob("*.py"))
-    return {name: path for path, text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE)}
-
-
-@cache
-def _source(file: Path) -> Sequence[ast.stmt]:
-    return ast.parse(file.read_text(encoding="utf-8")).body
-
-
-def _definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
-    """Return a function, a method ``Class.method`` or a class in a file."""
-    statements = _source(file)
-    for part in name.split("."):
-        defined = [each for each in statements if isinstance(each, ast.ClassDef | ast.FunctionDef)]
-        found = next(each for each in defined if each.name == part)
-        statements = found.body
-    return found
-
-
-def _is_dataclass(found: ast.ClassDef | ast.FunctionDef) -> bool:
-    return any("dataclass" in ast.unparse(each) for each in found.decorator_list)
-
-
-def _init(found: ast.ClassDef | ast.FunctionDef) -> ast.FunctionDef | None:
-    """Return the function that takes the parameters; none where a class has none of its own."""
-    if isinstance(found, ast.FunctionDef):
-        return found
-    return next((each for each in found.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
-
-
-def _annotated(found: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
-    """Return the parameters of a function or class with what they are annotated with."""
-    pairs: list[tuple[str, ast.expr | None]] = []
-    if _is_dataclass(found):
-        fields = [each for each in found.body if isinstance(each, ast.AnnAssign)]
-        pairs = [(each.target.id, each.annotation) for each in fields if isinstance(each.target, ast.Name)]
-    elif (init := _init(found)) is not None:
-        pairs = [(each.arg, each.annotation) for each in (*init.args.args, *init.args.kwonlyargs)]
-    kept = [(name, annotation) for name, annotation in pairs if name != "self" and not name.startswith("_")]
-    return {name: "" if annotation is None else ast.unparse(annotation) for name, annotation in kept}
-
-
-def _parameters(file: Path, name: str) -> list[str]:
-    """Return the parameters of a function, a method ``Class.method`` or a class, as the source says."""
-    return list(_annotated(_definition(file, name)))

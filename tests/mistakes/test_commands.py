@@ -85,7 +85,7 @@ MISTAKES = {
     "a method for a model": (["fit", "--model=Distillation", "--data=Digits"], "(did you mean DistillationModule?)"),
     "a task's class": (
         ["fit", "--data.class_path=Mnist5k"],
-        "Parser key \"data\": found class 'Mnist5k' (did you mean MNIST5k?)",
+        "found class 'Mnist5k' (did you mean MNIST5k?)",
     ),
     "a folder's root": (
         ["fit", "--data=ImageFolder"],

@@ -1,6 +1,7 @@
 """What a command line and its files show by themselves is told before anything heavy is imported."""
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +16,8 @@ import coin.modules
 from coin.cli import _options_of
 from coin.commands import ON_TRAINER, sweep
 from coin.commands.coded_system import Choice
-from coin.commands.early import annotated_options, check_early, known_classes, known_networks, known_options
+from coin.commands.early import check_early, known_classes, known_networks, known_options
+from coin.commands.signatures import annotated_options
 from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
 from coin.networks.sources import Own
@@ -77,6 +79,28 @@ WRONG = {
         "network: {name: resnet51}\n",
         "found network.name 'resnet51' (did you mean resnet50?), expected small_resnet, ",
     ),
+    "a choice of a section": (
+        "calibration: {fisher_kind: exat}\n",
+        "found calibration.fisher_kind 'exat' (did you mean exact?), expected one of exact, monte_carlo, ",
+    ),
+    "a choice of a method": (
+        "methods: [{class_path: Refit, init_args: {target: oun}}]\n",
+        "found Refit.target 'oun' (did you mean own?), expected one of own, mix, both, auto",
+    ),
+    "an expert's file": (
+        "expert: {checkpoints: {a: nowhere.ckpt, b: hf/someone/model}}\n",
+        "found no file 'nowhere.ckpt', expected expert.checkpoints.a",
+    ),
+    "a base's file": ("base: {checkpoint: nowhere.pt}\n", "found no file 'nowhere.pt', expected base.checkpoint"),
+    "a network's file": ("network: {weights: nowhere.pt}\n", "found no file 'nowhere.pt', expected network.weights"),
+    "an expert of no task": (
+        "tasks: {a: {class_path: Digits}}\nexpert: {overrides: {aa: {epochs: 1}}}\n",
+        "found an expert of task 'aa' (did you mean a?), expected one of a; check it",
+    ),
+    "a row of the code": (
+        "code: [[0.5, 0.6]]\n",
+        "found code row [0.5, 0.6], whose sum is 1.1, expected non-negative weights that sum to 1",
+    ),
     "a decoder": ("decoders: [linear, lineer]\n", "found decoder='lineer', expected one of linear, ridge, "),
     "a decoder's option": (
         "decoders: [{kind: ridge, feat: last}]\n",
@@ -121,7 +145,7 @@ def test_an_option_of_the_command_line_that_does_not_exist():
         "--base.task.init_args.root=x",
         "--launch.workers=2",
         "--calibration.samples_per_task=5",
-        "--methods+=x",
+        "--methods+=Average",
         "--print_config",
         "--only",
         "--json",
@@ -130,6 +154,37 @@ def test_an_option_of_the_command_line_that_does_not_exist():
     ):
         check_early("run", [sound])
     check_early("run", ["-c", "{name: x}"])
+
+
+GIVEN = {
+    "--tasks.mnist.class_path=MNIST5kk": "found class 'MNIST5kk' (did you mean MNIST5k?)",
+    "--tasks.mnist.init_args.max_tran=9": "found MNIST5k option 'max_tran' (did you mean max_train?)",
+    "--tasks.letters.init_args.max_train=many": "found Glyphs.max_train='many', expected int or nothing",
+    "--methods+={class_path: Foo}": "found class 'Foo'",
+    "--methods+=Foo": "found class 'Foo'",
+    "--base.task.class_path=Foo": "found class 'Foo'",
+    "--expert.lr=abc": "found expert.lr='abc', expected float",
+    "--decoders=[linr]": "found decoder='linr'",
+    "--expert.checkpoints.mnist=nowhere.pt": "found no file 'nowhere.pt', expected expert.checkpoints.mnist",
+    "--calibration.fisher_data=mine": "found calibration.fisher_data 'mine', expected one of own, pooled, auto",
+}
+
+
+@pytest.mark.parametrize("option", GIVEN)
+def test_options_of_the_command_line_are_looked_at_like_a_files(option, tmp_path):
+    (tmp_path / "x.yaml").write_text(
+        "tasks: {mnist: {class_path: MNIST5k}, letters: {class_path: Glyphs, init_args: {classes: A-J}}}\n"
+    )
+    name, _, value = option.partition("=")
+    for given in ([option], [name, value]):
+        with pytest.raises((ConfigurationError, FileError), match=re.escape(GIVEN[option])):
+            check_early("run", ["-c", str(tmp_path / "x.yaml"), *given])
+
+
+def test_a_label_of_results_is_no_class_and_a_file_that_is_given_anew_is_left_to_the_parser(tmp_path):
+    (tmp_path / "x.yaml").write_text("network: {weights: nowhere.pt}\n")
+    check_early("run", ["-c", str(tmp_path / "x.yaml"), "--network.weights=null", "--tasks.a.max_train=9"])
+    check_early("simulate", [str(tmp_path), "--method=refit-4bit"])
 
 
 def test_classes_of_ones_own_and_files_of_other_shapes_are_left_to_the_parser(tmp_path):
