@@ -24,6 +24,8 @@ ADVICE_CSV = "advice.csv"
 QUANTILES = (0.0, 0.5, 0.9, 0.99)
 SEEDS = 8
 """Of 20,000 queries each: some hundred are slower than the p99.9."""
+NEAR = 1.1
+"""A p99.9 of so many times the lowest is as good: less is not worth a forward pass."""
 HOURS = 8766
 """Of a year."""
 
@@ -49,9 +51,10 @@ def advise(
     """Return all possible stand-ins with the recommended one marked, and the reasons as text.
 
     The candidates are all stand-ins in the results, with every number of extra servers, asked at once or after several
-    quantiles of lateness. A candidate must fit the budget, answer while any one expert is lost, and be accurate enough.
-    Of these it keeps those that meet the requested p99.9; if none is requested or none meets it, those whose p99.9 does
-    not differ significantly from the lowest. Ties are broken by the fewest forward passes (to a tenth of one), then the
+    quantiles of lateness. A candidate must fit the budget, answer while any one expert is lost, and be accurate enough;
+    none counts as more accurate than the experts, which could only be luck. Of these it keeps those that meet the
+    requested p99.9; if none is requested or none meets it, those whose p99.9 is at most a tenth above the lowest or
+    does not differ significantly from it. Ties are broken by the fewest forward passes (to a tenth of one), then the
     fewest servers, the least total memory, the lowest p99.9.
 
     Args:
@@ -136,13 +139,15 @@ def recommended_row(rows: pd.DataFrame, p999_ms: float | None, tolerance: float,
     survives = able[(able["losses"] > 0) & able["effective_accuracy"].notna()]
     able = able if survives.empty else survives
     if accuracy is None:
-        able = able[able["effective_accuracy"] >= able["effective_accuracy"].max() - tolerance]
+        right = able["effective_accuracy"].clip(upper=able["expert_accuracy"])
+        able = able[right >= right.max() - tolerance]
     else:
         share = able["worst_nda"].fillna(0)
         able = able[share >= min(accuracy, share.max())]
     keeps = able[able["p999"] <= (np.inf if p999_ms is None else p999_ms / 1e3)]
     if p999_ms is None or keeps.empty:
-        keeps = able[able["p999_low"] <= able.sort_values(["p999", "p999_high"])["p999_high"].iloc[0]]
+        lowest = able.sort_values(["p999", "p999_high"]).iloc[0]
+        keeps = able[(able["p999_low"] <= lowest["p999_high"]) | (able["p999"] <= NEAR * lowest["p999"])]
     order = keeps.assign(forwards=keeps["forwards"].round(1)).sort_values(["forwards", "extras", "memory", "p999"])
     return int(order.index[0])
 
@@ -169,27 +174,28 @@ def _reasons(
             most = int((room - what.fixed) // what.each)
             name = f"{what.kind} {what.variant}".strip()
             notes.append(f"{name}: would fit up to {most} experts of this size, a coded model any number")
-    tail = "whose p99.9 cannot be told from the lowest"
+    tail = "have a p99.9 within a tenth of the lowest, or not measurably above it"
     if p999_ms is not None and row["p999"] <= p999_ms / 1e3:
-        tail = f"keeps a p99.9 of {p999_ms:g} ms"
+        tail = f"keep a p99.9 of {p999_ms:g} ms"
     elif p999_ms is not None:
         notes.append(f"nothing that fits keeps a p99.9 of {p999_ms:g} ms; this is the nearest")
-    right = f"is right to within {100 * tolerance:g} points of the best (--tolerance)"
+    right = f"are right to within {100 * tolerance:g} points of the best (--tolerance)"
     if accuracy is not None:
-        right = f"keeps {100 * accuracy:g} % of any expert's accuracy (--accuracy)"
+        share = f"{100 * accuracy:g} % of any expert's accuracy (--accuracy)"
+        right = f"keep {share}"
         if not row["worst_nda"] >= accuracy:
-            notes.append(f"nothing that fits {right}; the nearest keeps {100 * row['worst_nda']:.2f} %")
-            right = "comes nearest to it"
+            notes.append(f"nothing that fits keeps {share}; the nearest keeps {100 * row['worst_nda']:.2f} %")
+            right = "come nearest to it"
     extras = int(row["extras"])
     buy = named({**row.to_dict(), "extras": 0})
     buy = buy if not extras else f"{extras} server{'s' if extras > 1 else ''} of {buy}"
     late = f", asked after the {row['quantile']:g} quantile" if row["quantile"] else ", asked at once"
     late = "" if row["redundancy"] == Redundancy.uncoded else late
-    fits = "of what fits and answers while an expert is lost" if row["losses"] else "of what fits"
+    fits = "fit, answer while an expert is lost" if row["losses"] else "fit"
     return [
         *notes,
-        f"{fits}, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
-        "then the least memory",
+        f"among those that {fits}, {right} and {tail}, this one takes the fewest forward passes, then the fewest "
+        "servers, then the least memory",
         f"buy {buy}{late}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
         f"{milliseconds(row['p999_high'])}], {100 * row['effective_accuracy']:.2f} % right, "
         f"{row['forwards']:.2f} forward passes a query, {row['memory_server'] / 2**20:.0f} MiB on the largest server, "
@@ -224,9 +230,7 @@ def when_coding(rows: pd.DataFrame, want: QueryTarget) -> list[str]:
         notes.append(
             "a coded model is what to take where all answers are wanted at once (--want=all): one pass for any"
         )
-    notes.append(
-        "and where wrong experts are to be found: of what is kept, it alone answers beside experts that are well"
-    )
+    notes.append("only a coded model can also expose an expert that answers wrongly")
     return notes
 
 

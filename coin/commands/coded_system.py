@@ -105,7 +105,7 @@ class CodedSystem:
         """A one-line summary of the system and its accuracy."""
         right = " and ".join(f"{100 * share:.2f} % with {lost} lost" for lost, share in self.decoded_accuracy.items())
         name = f"{self.method} ({self.batchnorm})" if self.batchnorm else self.method
-        return f"coded: {name} with the {self.decoder.name} decoder: {right} of the decoded answers are right"
+        return f"coded: {name} with the {self.decoder.name} decoder; decoded answers that are right: {right}"
 
     @property
     def tokenizer(self) -> str | None:

@@ -51,6 +51,7 @@ _UNLISTED = ("spares", "fisher_cotangents", "cotangents", "dry_run")
 """Old names, and second spellings."""
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
 _OF_DATA = ("fisher", "evaluate")
+_OF_OPTIONS = ("run", "merge", "fit", "validate", "test", "predict", "fisher", "evaluate")
 _OF_A_FILE = ("compress", "export")
 _PACKAGES = {"serve": (("ray", "fastapi"), "serve")}
 """What a command needs beyond the installation, and the extra that brings it."""
@@ -72,6 +73,8 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     files = (config_file(arguments, place) for place in range(len(arguments)))
     documents = [read_yaml(path) for path in files if path is not None]
     first = next(iter(arguments), "-")
+    if command in _OF_OPTIONS and re.fullmatch(r"[^-].*\.ya?ml", first):
+        raise ConfigurationError(f"found '{first}' without an option, expected -c {first}")
     if command in _OF_A_FOLDER and not first.startswith("-") and not Path(first).is_dir():
         raise FileError(f"found no folder '{first}', expected an experiment's; make it with `coin run`")
     if not (known := known_options(command)):
@@ -90,6 +93,8 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
     classes = known_classes()
     for entry in _entries(sections):
         path = entry.get("class_path")
+        if isinstance(path, str) and path.startswith("torchvision.") and (own := path.rpartition(".")[2]) in classes:
+            raise ConfigurationError(f"found class '{path}', expected one of coin's; write class_path: {own}")
         if not isinstance(path, str) or not path.isidentifier() or path == "Tasks":
             continue
         if path not in classes:
@@ -114,7 +119,10 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
 
 
 def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigurationError where the options of a task, a method, a model or data are not under init_args."""
+    """Raise ConfigurationError where methods are no list, or options of a class are not under init_args."""
+    for methods in (section["methods"] for section in sections if "methods" in section):
+        if isinstance(methods, str | dict) and methods:
+            raise ConfigurationError(f"found methods: {methods}, expected a list; write methods: [{methods}]")
     for tasks in (section.get("tasks") for section in sections):
         if stray := [key for key in tasks if key in _OF_A_CLASS] if isinstance(tasks, dict) else []:
             raise ConfigurationError(f"found '{stray[0]}' as the name of a task; indent it under its task")
@@ -171,7 +179,8 @@ def _check_folders(sections: Sequence[dict[str, Any]]) -> None:
         if entry.get("class_path") != "ImageFolder" or not isinstance(options, dict) or "head" in options:
             continue
         if isinstance(root := options.get("root"), str) and not (train := Path(root).absolute() / "train").is_dir():
-            raise FileError(f"{train} does not exist; expected images as {train}/CLASS/image.png; set root to another")
+            other = f"the folder above, {train.parent.parent}" if train.parent.name == "train" else "another"
+            raise FileError(f"{train} does not exist; expected images as {train}/CLASS/image.png; set root to {other}")
 
 
 def _check_decoders(sections: Sequence[dict[str, Any]]) -> None:

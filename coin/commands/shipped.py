@@ -41,7 +41,8 @@ def shipped(command: str, name: str) -> str:
     files = [path for folder in folders for path in (*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml")))]
     known = {path.stem: str(path) for path in files}
     if name not in known:
-        raise FileError(unknown("configuration", name, list(known), f"a file or one of {', '.join(known)}"))
+        line = unknown("configuration", name, list(known), "a file, or the name of one in configs/")
+        raise FileError(line if "did you mean" in line else f"{line}; there are {', '.join(known)}")
     return known[name]
 
 

@@ -1,5 +1,6 @@
 """Options that name one entry of an enum, are a number in a range, a list of names, or have an old name."""
 
+import difflib
 import math
 import warnings
 from enum import StrEnum
@@ -16,7 +17,9 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
     try:
         return kind(value)
     except ValueError as error:
-        raise ConfigurationError(f"found {name}={value!r}, expected one of {', '.join(kind)}") from error
+        near = difflib.get_close_matches(str(value), list(kind), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {', '.join(kind)}") from error
 
 
 def renamed_option(new: str, value: T | None, old: str, given: T | None, stacklevel: int = 3) -> T | None:

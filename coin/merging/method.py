@@ -165,7 +165,7 @@ class Method(ABC):
 def merge_networks(
     method: Method,
     networks: Sequence[nn.Module],
-    code: Code,
+    code: Code | Sequence[Sequence[float]],
     *,
     fishers: Given | None = None,
     grams: Given | None = None,
@@ -176,13 +176,15 @@ def merge_networks(
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
-    See `Experts` for the other arguments; `decoders` are the decoders for which `Refit` optimises its choices. The
-    networks are of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
+    The code is a `coin.Code` or its rows. See `Experts` for the other arguments; `decoders` are the decoders for which
+    `Refit` optimises its choices. The networks are of the experts' class and called in its way, not by `forward`.
+    Raises as `Method.make`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
     (1, [], True)
     """
+    code = code if isinstance(code, Code) else Code(code)
     if not isinstance(method, Method):
         raise ConfigurationError(f"found method {method!r}, expected an object of a method's class; give coin.Refit()")
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)

@@ -44,8 +44,9 @@ class UserMethod(Method):
     them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
 
     Args:
-        function: Its import path, also relative to the working folder. If its source file changes, the coded models are
-            made again; changes in modules that it imports are not detected.
+        function: Its import path, also relative to the working folder; in Python the function itself will do, where no
+            run has to find it again. If its source file changes, the coded models are made again; changes in modules
+            that it imports are not detected.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
         compress: As for every method (`coin.MergeMethod`).
@@ -63,18 +64,22 @@ class UserMethod(Method):
 
     def __init__(
         self,
-        function: str,
+        function: str,  # of a configuration; a function is taken too
         options: dict[str, Any] | None = None,
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
+        self._function: Any = function if callable(function) else None
+        if self._function is not None:
+            function = f"{self._function.__module__}.{getattr(self._function, '__name__', type(function).__name__)}"
         if not isinstance(function, str):
             raise ConfigurationError(
-                f"found {type(function).__name__} as a function, expected its import path, such as 'mine.merge'"
+                f"found {type(function).__name__} as a function, expected one, or its import path, such as 'mine.merge'"
             )
         self.function, self.options = function, options or {}
-        self.label = self.validated_label(function.rpartition(".")[2] if label is None else label)
-        self._function = imported("function", function, "a Python function")
+        self.label = self.validated_label(function.rpartition(".")[2].strip("<>") if label is None else label)
+        if self._function is None:
+            self._function = imported("function", function, "a Python function")
         try:
             signature = inspect.signature(self._function)
             self._by_tensor = next(iter(signature.parameters), "") == "tensors"
@@ -90,7 +95,8 @@ class UserMethod(Method):
             ) from error
         self.reads_initial = "initial" in self._asks
         self.compress = self.compressed(compress)
-        self._content = sha256_of(Path(self._source))  # of now: it may be edited while experts train
+        file = Path(self._source)
+        self._content = sha256_of(file) if file.is_file() else ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
         """Return a hash of the function's source file at import time."""

@@ -28,7 +28,7 @@ class Coded(LightningModule):
     ``requires_grad`` are restored. Inputs are moved to their device.
 
     Args:
-        code: The code, R×N.
+        code: The code, R×N, or its rows.
         experts: The N experts.
         coded: The R coded models, one per row of the code.
         names: The experts' tasks; ``0``, ``1``, … by default.
@@ -57,13 +57,14 @@ class Coded(LightningModule):
 
     def __init__(
         self,
-        code: Code,
+        code: Code | Sequence[Sequence[float]],
         experts: Sequence[nn.Module],
         coded: Sequence[nn.Module],
         names: Sequence[str] | None = None,
         forward: Forward | None = None,
     ) -> None:
         super().__init__()
+        code = code if isinstance(code, Code) else Code(code)
         if len(experts) != code.num_experts or len(coded) != code.num_coded:
             raise ConfigurationError(
                 f"found {len(experts)} experts and {len(coded)} coded models, the code is for {code.num_experts} "

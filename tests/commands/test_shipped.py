@@ -44,7 +44,10 @@ def test_files_and_options_written_out_stay_as_they_are(tmp_path, monkeypatch):
 def test_an_unknown_name_ends_in_a_line_with_the_names_there_are(capsys):
     assert main(["run", "-c", "quikstart"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "found configuration 'quikstart' (did you mean quickstart?), expected a file or one of quickstart" in line
+    assert "found configuration 'quikstart' (did you mean quickstart?)" in line
+    assert main(["run", "-c", "zzz"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "found configuration 'zzz', expected a file" in line
     assert all(f" {path.stem}," in line for path in (ROOT / "configs/experiment/study").glob("*.yaml"))
     with pytest.raises(FileError, match="found configuration 'pairs'"):
         shipped(SWEEPS, "pairs")

@@ -339,6 +339,16 @@ def test_the_singular_vector_examples_are_their_formulas(monkeypatch: pytest.Mon
         torch.testing.assert_close(projected.square().sum(), kept.square().sum())
 
 
-def test_a_function_in_the_place_of_its_import_path_is_told():
-    with pytest.raises(ConfigurationError, match="found function as a function, expected its import path"):
-        UserMethod(lambda experts, calibration: experts[0])
+def test_a_function_is_taken_in_the_place_of_its_import_path() -> None:
+    given = experts()
+
+    def second(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[1]
+
+    method = UserMethod(second)  # type: ignore[arg-type]
+    assert (method.label, method.function) == ("second", f"{__name__}.second")
+    made = method.make(given, ROW).network
+    assert torch.equal(made[0].weight, given.networks[1][0].weight)
+    assert UserMethod(lambda experts, calibration: experts[0]).label == "lambda"  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="found int as a function, expected one, or its import path"):
+        UserMethod(3)  # type: ignore[arg-type]

@@ -57,6 +57,16 @@ WRONG = {
         "name: x\ntasks:\nlow: {class_path: MNIST5k}\n",
         "found option 'low', expected one of base, ",
     ),
+    "methods that are no list": ("methods: Refit\n", "found methods: Refit, expected a list; write methods: [Refit]"),
+    "a task of torchvision's": (
+        "tasks: {a: {class_path: torchvision.datasets.ImageFolder}}\n",
+        "found class 'torchvision.datasets.ImageFolder', expected one of coin's; write class_path: ImageFolder",
+    ),
+    "a folder of images one too deep": (
+        "tasks: {a: {class_path: ImageFolder, init_args: {root: /nowhere/train}}}\n",
+        "/nowhere/train/train does not exist; expected images as /nowhere/train/train/CLASS/image.png; set root to the "
+        "folder above, /nowhere",
+    ),
     "a task": ("tasks: {a: {class_path: mnist5}}\n", "found class 'mnist5' (did you mean MNIST5k?)"),
     "a section's option": (
         "expert: {epoch: 3}\n",
@@ -101,7 +111,10 @@ WRONG = {
         "code: [[0.5, 0.6]]\n",
         "found code row [0.5, 0.6], whose sum is 1.1, expected non-negative weights that sum to 1",
     ),
-    "a decoder": ("decoders: [linear, lineer]\n", "found decoder='lineer', expected one of linear, ridge, "),
+    "a decoder": (
+        "decoders: [linear, lineer]\n",
+        "found decoder='lineer' (did you mean linear?), expected one of linear, ridge, ",
+    ),
     "a decoder's option": (
         "decoders: [{kind: ridge, feat: last}]\n",
         "found option 'feat' of a decoder, expected kind, ",
@@ -185,6 +198,11 @@ def test_a_label_of_results_is_no_class_and_a_file_that_is_given_anew_is_left_to
     (tmp_path / "x.yaml").write_text("network: {weights: nowhere.pt}\n")
     check_early("run", ["-c", str(tmp_path / "x.yaml"), "--network.weights=null", "--tasks.a.max_train=9"])
     check_early("simulate", [str(tmp_path), "--method=refit-4bit"])
+
+
+def test_a_file_without_an_option_is_told_which():
+    with pytest.raises(ConfigurationError, match=r"found 'mine.yaml' without an option, expected -c mine.yaml"):
+        check_early("run", ["mine.yaml"])
 
 
 def test_classes_of_ones_own_and_files_of_other_shapes_are_left_to_the_parser(tmp_path):

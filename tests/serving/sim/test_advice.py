@@ -23,6 +23,7 @@ def advice(**columns: Any) -> pd.DataFrame:
         "forwards": 1.0,
         "losses": 1,
         "effective_accuracy": 0.95,
+        "expert_accuracy": 1.0,
     }
     frame = pd.DataFrame({**plain, **columns})
     return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
@@ -34,6 +35,9 @@ CHOICES = {
     "whose accuracy is known": ({"p999": [0.5, 0.1], "effective_accuracy": [0.95, math.nan]}, None, 0),
     "as right as the best that fits": ({"p999": [0.1, 0.5], "effective_accuracy": [0.94, 0.95]}, None, 1),
     "or nearly": ({"p999": [0.1, 0.5], "effective_accuracy": [0.946, 0.95]}, None, 0),
+    "none is more right than the experts": (
+        {"p999": [0.1, 0.1], "effective_accuracy": [0.98, 0.95], "expert_accuracy": 0.95, "forwards": [2.0, 1.0]}, None, 1,
+    ),
     "whatever does not fit is": (
         {"p999": [0.1, 0.5], "effective_accuracy": [0.94, 0.95], "fits": [True, False]}, None, 0,
     ),
@@ -58,6 +62,12 @@ CHOICES = {
 def test_what_to_buy(name: str) -> None:
     columns, wanted, best = CHOICES[name]
     assert recommended_row(advice(**columns), wanted, 0.005) == best
+
+
+def test_a_latency_within_a_tenth_of_the_lowest_is_not_worth_a_pass() -> None:
+    sharp = advice(p999=[0.100, 0.109, 0.111], forwards=[2.0, 1.5, 1.0])
+    sharp = sharp.assign(p999_low=sharp["p999"] - 1e-4, p999_high=sharp["p999"] + 1e-4)
+    assert recommended_row(sharp, None, 0.005) == 1
 
 
 @pytest.fixture(scope="module")
