@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         print_summary(summary)
         print(f"report: {page}")
-        servers = f"--servers={len(experiment.tasks) + 1} --memory_gib=1"
+        servers = f"--servers={len(experiment.tasks) + 1} --memory_gib=1 -c rare-stragglers"
         print(f"next: coin advise {experiment.folder} {servers} says what to keep for your servers; coin serve runs it")
 
 
@@ -83,7 +83,8 @@ def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
     )
     if wanted:
         known = sum(each["mib"] or 0 for each in wanted if each["host"])
-        title = f"to download: {known:,.0f} MiB, what is known of it"
+        unknown = " at least" if any(each["mib"] is None for each in wanted) else ""
+        title = f"to download:{unknown} {known:,.0f} MiB"
         table = pd.DataFrame(
             {
                 "what": [each["what"] for each in wanted],

@@ -57,7 +57,7 @@ class Row:
         decoder_seconds: Wall time of fitting the decoder, the networks' answers to the calibration samples included.
         decoder_passes: Forward-equivalents spent on it: every expert and coded model on every sample that is read.
         memory_mib: What must be kept beyond the experts' own servers, in MiB: networks as they are kept, and heads or
-            regressions for every erasure of the code; NaN for the oracle, as the two after it, and in older results.
+            regressions for every erasure of the code; NaN for the oracle (as the next two) and in older results.
         forwards: Networks run for one lost answer, the survivors that are asked among them.
         losses: The most experts that may be lost at once.
     """

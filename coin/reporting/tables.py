@@ -183,7 +183,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
         table = stand_in_table(stand_ins(part), all_rows=False)
         if len(table):
             console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
-            console.print(Text(f"No other is as good in NDA, memory, forwards and losses{everything}."))
+            console.print(Text(f"What no other beats in NDA, memory, forwards and losses{everything}."))
             console.print(Text(finding(stand_ins(part))))
 
 

@@ -308,7 +308,7 @@ def test_a_folder_that_lacks_a_class_is_told_before_the_base_is_trained(
 ) -> None:
     for place in ("train/a", "train/b", "test/a"):
         (tmp_path / "images" / place).mkdir(parents=True)
-        shutil.copy(Path(__file__).parents[2] / "notebooks/results/frontier.png", tmp_path / "images" / place)
+        shutil.copy(Path(__file__).parents[2] / "notebooks/results/stand-ins.png", tmp_path / "images" / place)
     task = f"--tasks.digits={{class_path: ImageFolder, init_args: {{root: {tmp_path / 'images'}}}}}"
     for more in ([], ["--dry-run"]):
         assert main(["run", "-c", str(config), f"--output={tmp_path / 'runs'}", task, *more]) == 2
