@@ -67,9 +67,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Return a notebook with its formulas as MathML, which browsers show by themselves."""
+    """Return a notebook with the site's links, and its formulas as MathML, which browsers show by themselves."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
+    html = re.sub(r'href="([\w/-]+)\.(md|ipynb)(?=["#])', r'href="\1.html', html)
 
     def mathml(found: re.Match[str]) -> str:
         return convert(unescape(found[2]), "block" if found[1] == "$$" else "inline")
