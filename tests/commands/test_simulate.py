@@ -1,6 +1,7 @@
 """``coin simulate`` on a finished experiment: its files, what they say, and what it says to mistakes."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
@@ -193,15 +194,15 @@ def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
     assert (tmp_path / "plots/advice.png").is_file()
     more = ["--memory_gib=1", "--quantiles=[0.9]", *FAILOVER]
     said, rows = advised(capsys, finished, tmp_path, "--servers=4", "--p999_ms=100000", *more)
-    assert "keeps a p99.9 of 100000 ms" in said
+    assert "p99.9 of 100000 ms" in said
     assert rows["losses"][rows["buy"]].item() > 0  # nothing would keep what is wanted too, but while all is well
-    assert "of what fits and answers while an expert is lost, is right" in said
     assert set(rows["extras"][rows["redundancy"] == "replica"]) == {1, 2}
     assert set(rows["extras"][rows["redundancy"] == "coded_hedged"]) == {1}
     said, rows = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
-    assert "nothing that fits keeps a p99.9 of 1 ms" in said
+    assert "nothing that fits" in said
+    assert "p99.9 of 1 ms" in said
     assert list(rows["redundancy"][rows["buy"]]) == ["uncoded"]
-    assert "nothing that fits answers while an expert is lost; give more" in said
+    assert "give more --servers or --memory_gib" in said
 
 
 def test_the_cheapest_that_keeps_the_accuracy_is_advised(
@@ -212,13 +213,11 @@ def test_the_cheapest_that_keeps_the_accuracy_is_advised(
         said, rows = advised(capsys, known, tmp_path, *given, f"--accuracy={share}")
         (row,) = rows[rows["buy"]].to_dict("records")
         assert (row["redundancy"], row["losses"]) == (kind, losses)
-        assert "while an expert's machine is repaired (1 h every 720" in said
-        assert "in a year a query finds nobody for" in said
+        assert "1 h every 720; --failures.mttr, .mtbf" in said
     assert "--want=all" in said
     room = f"--memory_gib={1.9 * network_bytes(known / 'experts/digits/expert.safetensors') / 2**30}"
     said, _ = advised(capsys, known, tmp_path, *given, room, "--want=all", "--accuracy=1", "--quantiles=[0.0, 0.9]")
-    assert "nothing that fits keeps 100 % of any expert's accuracy (--accuracy); the nearest keeps 94.00 %" in said
-    assert "asked at once for all answers, a coded model takes" in said
+    assert re.search(r"nothing that fits .* 100 % .*--accuracy.* 94\.00 %", said)
 
 
 def test_what_is_not_named_is_the_most_accurate_that_was_measured(

@@ -1,5 +1,7 @@
 """What is said of made-up rows: only what is clear of the spread, and against whom."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pandas as pd
@@ -57,6 +59,11 @@ def test_roles_are_the_best_of_each_kind_with_its_best_decoder():
     assert said.best.name == "gauss_newton"
 
 
+def tells(lines: Iterable[str], *parts: str) -> bool:
+    """Whether one line has all parts, in this order."""
+    return any(re.search(".*".join(map(re.escape, parts)), line) for line in lines)
+
+
 def test_a_role_is_of_what_a_method_is_whatever_its_label():
     rows = [
         rows_of("best-fisher", [0.9] * 3),
@@ -68,7 +75,7 @@ def test_a_role_is_of_what_a_method_is_whatever_its_label():
     said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation", "slerp": "foreign"})
     roles = {role: entry.name for role, entry in said.roles.items()}
     assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)", FOREIGN: "slerp"}
-    assert "best-fisher (linear) is 10.00 ± 0.00 points above average (linear)." in said.significant_differences
+    assert tells(said.significant_differences, "best-fisher (linear)", "10.00 ± 0.00", "above average (linear)")
     assert "minus kd (keep)" in paired_differences(said, "linear")
     assert BASELINE not in findings(frame).roles  # the label alone does not tell
 
@@ -138,21 +145,21 @@ def test_findings_are_five_at_most_and_speak_against_a_method_too():
         [replace(row, merge_seconds=30.0) for row in rows_of("distillation", [0.98, 0.991, 1.0], decoder="ridge")],
     )
     assert len(said.significant_differences) == 5
-    assert said.significant_differences[0].startswith(
-        "coin (ridge) is 3.03 ± 0.06 points below distillation (ridge), at 4.2 s"
-    )
-    assert "15.00 ± 0.00 points above none (ridge), without a coded model" in said.significant_differences[1]
-    assert "coin (linear) is 10.00 ± 0.00 points below average (linear)." in said.significant_differences
+    first, second, *_ = said.significant_differences
+    assert tells([first], "coin (ridge)", "3.03 ± 0.06", "below distillation (ridge)", "4.2 s")
+    assert tells([second], "15.00 ± 0.00", "above none (ridge)")
+    assert tells(said.significant_differences, "coin (linear)", "10.00 ± 0.00", "below average (linear)")
     level = found(rows_of("average", [0.96, 0.98, 0.97]), rows_of("coin", [0.97, 0.96, 0.98]))
     pairs = "coin (linear) against average (linear), coin (linear) against the 97.5 % (paper, in some cases)"
-    assert level.significant_differences == (f"None of these differences is clear: {pairs}.",)
+    (line,) = level.significant_differences
+    assert tells([line], "None", pairs)
     for alone in (rows_of("refit", [0.9, 0.91, 0.92]), rows_of("none", [0.8] * 3), rows_of("oracle", [1.0] * 3)):
         assert found(alone).significant_differences == ()  # nothing was compared
 
 
 def test_the_paper_s_figure_is_compared_with_coin_and_the_linear_decoder():
     (text,) = found(rows_of("coin", [0.96, 0.961, 0.962])).significant_differences
-    assert text == "coin (linear) is 1.40 ± 0.10 points below the 97.5 % (paper, in some cases)."
+    assert tells([text], "coin (linear)", "1.40 ± 0.10", "below the 97.5 %")
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -175,10 +182,8 @@ def test_cautions():
 def test_where_nothing_is_defined_the_headline_says_why():
     nan = float("nan")
     none, coin = rows_of("none", [nan], code_row="", batchnorm=""), rows_of("coin", [nan])
-    assert found(none, coin).headline == (
-        "When one of 1 experts is lost, NDA is not defined, since an expert is never right."
-    )
-    assert found(none).headline.endswith("since an expert is never right; there is no coded model.")
+    assert tells([found(none, coin).headline], "one of 1", "not defined", "never right")
+    assert tells([found(none).headline], "never right", "no coded model")
 
 
 def test_only_the_p_of_most_methods_and_the_smallest_loss_are_compared():
@@ -189,6 +194,7 @@ def test_only_the_p_of_most_methods_and_the_smallest_loss_are_compared():
     ]  # fmt: skip
     said = found(rows)
     assert {entry.name for entry in said.entries} == {"coin", "average", "ties"}
-    assert said.cautions == ("Not compared with the others at P = 200, its P differs: distillation-7000 (P = 7000).",)
+    (caution,) = said.cautions
+    assert tells([caution], "P = 200", "distillation-7000 (P = 7000)")
     assert said.best is not None
     assert said.best.name == "coin"

@@ -1,6 +1,7 @@
 """Tables of NDA, as text and in a terminal of 80 columns."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -197,12 +198,10 @@ def test_the_finding_is_the_smallest_of_the_nearly_best():
         ("beaten", "linear", 0.984, 0.0, 4, 3, 1),
     ]
     kept = pd.DataFrame(rows, columns=columns)
-    assert finding(kept) == (
-        "In short: middle with linear keeps 98.5 % of a lost expert's accuracy in 4 MiB; an answer takes 3 network "
-        "runs, and up to 1 expert may be lost at once; the survivors alone keep 40.0 %."
-    )
+    told = r"middle with linear .* 98\.5 % .* 4 MiB; .* 3 network runs, .* 1 expert .*; the survivors .* 40\.0 %"
+    assert re.search(told, finding(kept))
     copies = pd.DataFrame([("replica-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
-    assert finding(copies).endswith("in 2 MiB; an answer takes 1 network run, and up to 2 experts may be lost at once.")
+    assert re.search(r" 2 MiB; .* 1 network run, .* 2 experts", finding(copies))
 
 
 def test_nothing_is_found_where_experts_are_weaker_than_what_replaces_them():
@@ -210,7 +209,7 @@ def test_nothing_is_found_where_experts_are_weaker_than_what_replaces_them():
     kept = pd.DataFrame(
         [("average", "linear", 2.857, 0.0, 2, 1, 2), ("none", "ridge", 2.6, 0, 1, 1, 1)], columns=columns
     )
-    assert finding(kept).startswith("In short: what stands in is right more often than the lost experts")
+    assert not re.search(r"\d", finding(kept))  # no number of what is none
 
 
 def test_results_that_do_not_tell_what_is_kept_have_no_such_table():
