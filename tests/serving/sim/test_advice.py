@@ -36,7 +36,7 @@ CHOICES = {
     "as right as the best that fits": ({"p999": [0.1, 0.5], "effective_accuracy": [0.94, 0.95]}, None, 1),
     "or nearly": ({"p999": [0.1, 0.5], "effective_accuracy": [0.946, 0.95]}, None, 0),
     "none is more right than the experts": (
-        {"p999": [0.1, 0.1], "effective_accuracy": [0.98, 0.95], "expert_accuracy": 0.95, "forwards": [2.0, 1.0]}, None, 1,
+        {"p999": 0.1, "effective_accuracy": [0.98, 0.95], "expert_accuracy": 0.95, "forwards": [2.0, 1.0]}, None, 1,
     ),
     "whatever does not fit is": (
         {"p999": [0.1, 0.5], "effective_accuracy": [0.94, 0.95], "fits": [True, False]}, None, 0,
