@@ -150,6 +150,25 @@ class TaskData(LightningDataModule, ABC):
         """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""
         _ = self.num_classes
 
+    def num_training(self) -> int | None:
+        """Return how many training samples there are, where files tell it without being read; else None."""
+        return None
+
+    def _left_to_train(self, samples: int, *, validation: bool) -> int:
+        """Return how many of so many samples are trained on: `split_source`."""
+        held_out = 0 if validation or not self.validation_share else max(1, round(self.validation_share * samples))
+        left = samples - held_out
+        return left if self.max_train is None else min(left, self.max_train)
+
+    def check_calibration(self, samples: int, there: int, name: str | None = None) -> None:
+        """Refuse more calibration samples than training samples are there; a `DataError` that says `name`."""
+        if samples > there:
+            raise DataError(
+                f"{samples} calibration samples asked of {self._called(name)}, whose training split has {there}, "
+                f"validation samples aside; set calibration.samples_per_task of a run, or --samples of coin fisher, to "
+                f"{there} or less"
+            )
+
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
         self._source = self._shared.latest = self._shared.read(self._key, self._read)
@@ -238,12 +257,7 @@ class TaskData(LightningDataModule, ABC):
         """
         check_integer("calibration samples", samples, 1)
         train = self.splits.train
-        if samples > len(train):
-            raise DataError(
-                f"{samples} calibration samples asked of {self._called(name)}, whose training split has {len(train)}; "
-                f"ask for at most {len(train)}: calibration.samples_per_task or a method's own in a run, --samples of "
-                "coin fisher, samples_per_task of Tasks"
-            )
+        self.check_calibration(samples, len(train), name)
         return self._drawn(train, samples, batch_size, Stream.CALIBRATION)
 
     def promise(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:

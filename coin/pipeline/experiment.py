@@ -144,6 +144,11 @@ class Experiment:
         self.wandb = wandb
         self._checked = False
 
+    @property
+    def most_samples(self) -> int:
+        """The largest P of a method."""
+        return max(self.calibration.samples_per_task, *(method.samples_per_task or 0 for method in self.methods), 0)
+
     def as_yaml(self, seed: int) -> str:
         """Return the configuration with which ``coin run`` repeats one seed."""
         return str(yaml.safe_dump(to_config({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
@@ -172,9 +177,8 @@ class Experiment:
         """
         if self._checked:
             return
-        samples = max(self.calibration.samples_per_task, *(method.samples_per_task or 0 for method in self.methods), 0)
         for name, task in self.tasks.items():
-            task.calibration(samples, name=name)
+            task.calibration(self.most_samples, name=name)
             if self.calibration.promise_samples:
                 task.promise(self.calibration.promise_samples, name=name)
             given = self.expert.checkpoints.get(name)

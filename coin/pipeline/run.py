@@ -152,6 +152,9 @@ def _check_files(experiment: Experiment) -> None:
     for task in every_task(experiment):
         if all(each.there for each in task.downloads()):
             task.check_files()
+    for name, task in experiment.tasks.items():
+        if all(each.there for each in task.downloads()) and (there := task.num_training()) is not None:
+            task.check_calibration(experiment.most_samples, there, name)
 
 
 def _prepare(experiment: Experiment) -> None:

@@ -139,7 +139,7 @@ def test_a_bad_option_of_the_export_is_refused_at_construction():
 
 def test_more_samples_than_there_are_is_one_clear_error_before_the_training(fit):
     started = Started()
-    with pytest.raises(DataError, match=r"1000 calibration samples asked of Synthetic.*at most 32"):
+    with pytest.raises(DataError, match=r"1000 calibration samples asked of Synthetic.* to 32 or less"):
         fit(FisherEstimator(samples=1000), started, epochs=1)
     assert not started.training
 

@@ -32,6 +32,18 @@ def root(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("options", [{}, {"validation_share": 0.0}, {"max_train": 7}, {"validation_share": 0.33}])
+@pytest.mark.parametrize("with_validation", [False, True])
+def test_the_number_of_training_images_is_known_without_reading_them(root, options, with_validation):
+    if with_validation:
+        write(root / "val/cat", 2)
+        write(root / "val/ant", 2)
+    task = ImageFolder(str(root), **options)
+    number = task.num_training()
+    task.setup()
+    assert number == len(task.splits.train)
+
+
 def test_a_folder_becomes_a_task(root):
     task = ImageFolder(str(root), validation_share=0.2)
     assert task.classes == ("ant", "cat")

@@ -313,4 +313,8 @@ def test_a_folder_that_lacks_a_class_is_told_before_the_base_is_trained(
     for more in ([], ["--dry-run"]):
         assert main(["run", "-c", str(config), f"--output={tmp_path / 'runs'}", task, *more]) == 2
         assert "test lacks the class 'b', unlike" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "images/test/a", tmp_path / "images/test/b")
+    for more in ([], ["--dry-run"]):
+        assert main(["run", "-c", str(config), f"--output={tmp_path / 'runs'}", task, *more]) == 2
+        assert "calibration samples asked of the task 'digits' (ImageFolder)" in capsys.readouterr().err
     assert not (tmp_path / "runs/tiny/base").exists()
