@@ -1,13 +1,18 @@
 """The comparison of coded models and experts layer by layer, as ``layers.csv``."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from coin.core.processes import rank_zero_info
 from coin.core.progress import tracked
+from coin.errors import CoinWarning
+from coin.files.tensors import State
 from coin.merging import Experts
+from coin.merging.target import FAR, spread
 from coin.networks import load_network
 from coin.networks.experts import ExpertFiles, parameters_of
 from coin.reporting.extras import write_layers
@@ -15,11 +20,29 @@ from coin.reporting.layers import fisher_shares, relative_distances
 from coin.statistics.files import StatisticPaths
 from coin.statistics.statistic import StatisticKind
 
+UNRELATED = 0.6
+"""Two networks of independent random weights are 1 apart, N are √(N-1); experts of one start were at most 0.25."""
+
+
+def _tell_how_far_apart(experts: Sequence[State]) -> None:
+    """Say how far experts are apart, relative to their weights, and warn where they cannot have one start."""
+    apart = spread(experts, [1 / len(experts)] * len(experts))
+    where = "near one another" if apart <= FAR else "far from one another"
+    rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
+    if apart > UNRELATED:
+        warnings.warn(
+            f"found experts that are {apart:.0%} of their weights apart, as networks of different starts are, expected "
+            "one start for all; fine-tune them from the same weights, for others cannot be merged",
+            CoinWarning,
+            stacklevel=2,
+        )
+
 
 def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, StatisticPaths]) -> None:
     """Write for every coded model and layer its share of Fisher mass and its distance to the experts.
 
-    Without a coded model the file is removed.
+    Without a coded model the file is removed. Says how far the experts are apart (`coin.merging.target.spread`), and
+    warns where they are as far apart as networks that have no start in common.
 
     Args:
         output: ``layers.csv``.
@@ -30,6 +53,7 @@ def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, Statis
         output.unlink(missing_ok=True)
         return
     experts = Experts(files).parameters
+    _tell_how_far_apart(experts)
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}  # methods share their statistics, and the rows of a code too
     rows: list[dict[str, Any]] = []
     for path, statistics in tracked(coded.items(), "layers"):
