@@ -51,7 +51,7 @@ class Refit(Method):
 
         own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
         mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
-        both: their sum, `OWN_SHARE` / N of the first and the rest of the second
+        both: their sum, `OWN_SHARE` / N (0.6 / N) of the first and the rest of the second
 
     over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is one regression for each group, a normalisation layer that follows no linear map one for each
