@@ -52,6 +52,11 @@ def folded(suite: str, table: pd.DataFrame, called: str = "") -> HTML:
     return HTML(f"<details><summary>{called or suite}: {made(suite)}</summary>{table.to_html()}</details>")
 
 
+def sources(suites: tuple[str, ...]) -> str:
+    """The commands and revisions of the results that a table is made of, to stand below it."""
+    return f"\n\n*Made of {'; '.join(map(made, suites))}.*"
+
+
 def cells(part: pd.DataFrame) -> "pd.Series[str]":
     """NDA in %, mean ± deviation."""
     return pd.Series([percent(*pair, digits=1) for pair in zip(part.nda_mean, part.nda_std, strict=True)], part.index)
