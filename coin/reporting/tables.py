@@ -1,6 +1,7 @@
 """Tables of mean NDA as data frames of text, for terminal, page and notebooks; and how a terminal shows them."""
 
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -147,8 +148,8 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
 
 
 def results_console(width: int = WIDTH) -> Console:
-    """Return a console for results: as wide as the terminal, or of a fixed width without one."""
-    return Console(width=None if sys.stdout.isatty() else width)
+    """Return a console for results: as wide as the terminal or as COLUMNS says, else of a fixed width."""
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else width)
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None, *, reported: bool = True) -> None:
