@@ -88,10 +88,10 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
             expected = f"one of {', '.join(_listed(sorted(known)))}{indented}"
             raise ConfigurationError(unknown("option", name, sorted(known), expected))
     sections = _with_given(command, arguments, sections)
-    _check_entries(sections)
+    _check_entries(sections, command)
     _check_sections(command, sections, given)
     classes = known_classes()
-    for entry in _entries(sections):
+    for entry in _entries(sections, command):
         path = entry.get("class_path")
         if isinstance(path, str) and path.startswith("torchvision.") and (own := path.rpartition(".")[2]) in classes:
             raise ConfigurationError(f"found class '{path}', expected one of coin's; write class_path: {own}")
@@ -118,7 +118,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         raise ConfigurationError(f"coin {command} needs the package {lacking[0]}: pip install 'coded-coin[{extra}]'")
 
 
-def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
+def _check_entries(sections: Sequence[dict[str, Any]], command: str) -> None:
     """Raise ConfigurationError where methods are no list, or options of a class are not under init_args."""
     for methods in (section["methods"] for section in sections if "methods" in section):
         if isinstance(methods, str | dict) and methods:
@@ -126,7 +126,7 @@ def _check_entries(sections: Sequence[dict[str, Any]]) -> None:
     for tasks in (section.get("tasks") for section in sections):
         if stray := [key for key in tasks if key in _OF_A_CLASS] if isinstance(tasks, dict) else []:
             raise ConfigurationError(f"found '{stray[0]}' as the name of a task; indent it under its task")
-    for entry in _entries(sections):
+    for entry in _entries(sections, command):
         if stray := [key for key in entry if key not in _OF_A_CLASS] if "class_path" in entry else []:
             raise ConfigurationError(
                 f"found {', '.join(map(repr, stray))} beside class_path: {entry['class_path']}, expected options under "
@@ -174,7 +174,7 @@ def _is(value: Any, kind: type) -> bool:
 
 def _check_folders(sections: Sequence[dict[str, Any]]) -> None:
     """Raise FileError where the images of a task are not where it says; with a zero-shot head they may come later."""
-    for entry in _entries(sections):
+    for entry in _entries(sections, "run"):
         options = entry.get("init_args")
         if entry.get("class_path") != "ImageFolder" or not isinstance(options, dict) or "head" in options:
             continue
@@ -206,37 +206,46 @@ def _mappings(sections: Sequence[dict[str, Any]], name: str) -> list[dict[Any, A
     return [section[name] for section in sections if isinstance(section.get(name), dict)]
 
 
+def _last(sections: Sequence[dict[str, Any]], *names: str) -> Any:
+    """Return what is given last at a place, such as expert, checkpoints: it takes the place of what was before."""
+    *above, name = names
+    for each in above:
+        sections = _mappings(sections, each)
+    given = [section[name] for section in sections if name in section]
+    return given[-1] if given else None
+
+
 def _check_files(command: str, sections: Sequence[dict[str, Any]]) -> None:
-    """Raise FileError where a file of weights is missing; what is given in two places is left to the parser."""
-    named = [("network.weights", each.get("weights")) for each in _mappings(sections, "network")]
-    named += [("base.checkpoint", each.get("checkpoint")) for each in _mappings(sections, "base")]
-    for checkpoints in _mappings(_mappings(sections, "expert"), "checkpoints"):
-        named += [(f"expert.checkpoints.{task}", path) for task, path in checkpoints.items()]
-    for option in ("experts", "fisher", "gram") if command == "merge" else ():
-        named += [(f"{option}.{task}", path) for each in _mappings(sections, option) for task, path in each.items()]
-    keys = [key for key, _ in named]
-    for key, path in named:
-        if not isinstance(path, str) or path.startswith("hf/") or keys.count(key) > 1:
-            continue
-        is_name = key == "network.weights" and not path.endswith(_WEIGHTS) and os.sep not in path
-        if not is_name and not Path(path).is_file():
+    """Raise FileError where a file of weights is missing."""
+    weights, base = _last(sections, "network", "weights"), _last(sections, "base")
+    is_name = not isinstance(weights, str) or (not weights.endswith(_WEIGHTS) and os.sep not in weights)
+    named = {"network.weights": None if is_name else weights}
+    named["base.checkpoint"] = base.get("checkpoint") if isinstance(base, dict) else None
+    options = [("experts",), ("fisher",), ("gram",)] if command == "merge" else [("expert", "checkpoints")]
+    for option in options:
+        given = _last(sections, *option)
+        for task, path in given.items() if isinstance(given, dict) else ():
+            named[".".join((*option, str(task)))] = path
+    for key, path in named.items():
+        if isinstance(path, str) and not path.startswith("hf/") and not Path(path).is_file():
             raise FileError(f"found no file '{path}', expected {key}; check the path")
 
 
 def _check_tasks_and_code(sections: Sequence[dict[str, Any]]) -> None:
     """Raise ConfigurationError for an option of a task that does not exist, or a row of the code that is none."""
     tasks = {str(task) for each in _mappings(sections, "tasks") for task in each}
-    experts = _mappings(sections, "expert")
-    named = {str(task) for name in ("overrides", "checkpoints") for each in _mappings(experts, name) for task in each}
-    if tasks and (stray := sorted(named - tasks)):
-        raise ConfigurationError(unknown("an expert of task", stray[0], sorted(tasks)))
-    for code in (section.get("code") for section in sections):
-        for row in code if isinstance(code, list) else ():
-            numbers = isinstance(row, list) and all(isinstance(weight, int | float) for weight in row)
-            if numbers and (min(row, default=-1) < 0 or abs(sum(row) - 1) > 1e-6):
-                raise ConfigurationError(
-                    f"found code row {row}, whose sum is {sum(row):g}, expected non-negative weights that sum to 1"
-                )
+    for name in ("overrides", "checkpoints"):
+        given = _last(sections, "expert", name)
+        named = set(map(str, given)) if isinstance(given, dict) else set()
+        if tasks and (stray := sorted(named - tasks)):
+            raise ConfigurationError(unknown("an expert of task", stray[0], sorted(tasks)))
+    code = _last(sections, "code")
+    for row in code if isinstance(code, list) else ():
+        numbers = isinstance(row, list) and all(isinstance(weight, int | float) for weight in row)
+        if numbers and (min(row, default=-1) < 0 or abs(sum(row) - 1) > 1e-6):
+            raise ConfigurationError(
+                f"found code row {row}, whose sum is {sum(row):g}, expected non-negative weights that sum to 1"
+            )
 
 
 def known_networks() -> list[str]:
@@ -300,7 +309,7 @@ def _with_given(command: str, arguments: Sequence[str], documents: Sequence[dict
     for place in range(len(arguments)):
         name, value = _option(arguments, place)
         given: Any = value
-        with suppress(yaml.YAMLError):
+        with suppress(yaml.YAMLError, ValueError):  # which a text raises that is nearly a date
             given = yaml.safe_load(value)
         keys = name[2:].split(".") if name.startswith("--") and name != "--config" else []
         if name == "--methods+" and not isinstance(given, list):
@@ -309,8 +318,8 @@ def _with_given(command: str, arguments: Sequence[str], documents: Sequence[dict
             given = {keys[depth - 1]: given}
             if keys[depth - 1] == "init_args" and (known := _class_at(sections, keys[: depth - 1])):
                 given["class_path"] = known
-        is_label = keys[:1] == ["method"] and command != "merge"  # as results have it
-        if isinstance(given, dict) and name.startswith("-") and not is_label:
+        of_last = len(keys) > 1 and keys[0] in ("methods", "methods+")  # --methods.target is of the last method
+        if isinstance(given, dict) and name.startswith("-") and not of_last:
             sections.append(given)
     return sections
 
@@ -327,8 +336,9 @@ def _class_at(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> str |
     return found
 
 
-def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _entries(sections: Iterable[dict[str, Any]], command: str) -> Iterator[dict[str, Any]]:
     """Yield the sections of objects; one that is given by its class alone, with its ``class_path`` only."""
+    single = ("model", "data", *(["method"] if command == "merge" else []))  # elsewhere a method is a result's label
     for section in sections:
         tasks, methods = section.get("tasks"), section.get("methods", section.get("methods+"))
         base = section.get("base")
@@ -336,7 +346,7 @@ def _entries(sections: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             base.get("task") if isinstance(base, dict) else None,
             *(tasks.values() if isinstance(tasks, dict) else ()),
             *(methods if isinstance(methods, list) else ()),
-            *(section.get(name) for name in ("model", "data", "method")),
+            *(section.get(name) for name in single),
         ):
             if entry is not None:
                 yield entry if isinstance(entry, dict) else {"class_path": entry}

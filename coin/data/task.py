@@ -154,11 +154,11 @@ class TaskData(LightningDataModule, ABC):
         """Return how many training samples there are, where files tell it without being read; else None."""
         return None
 
-    def _left_to_train(self, samples: int, *, validation: bool) -> int:
-        """Return how many of so many samples are trained on: `split_source`."""
+    def _left_to_train(self, samples: int, *, validation: bool) -> int | None:
+        """Return how many of so many samples are trained on: `split_source`, which refuses to leave none."""
         held_out = 0 if validation or not self.validation_share else max(1, round(self.validation_share * samples))
         left = samples - held_out
-        return left if self.max_train is None else min(left, self.max_train)
+        return None if left < 1 else left if self.max_train is None else min(left, self.max_train)
 
     def check_calibration(self, samples: int, there: int, name: str | None = None) -> None:
         """Refuse more calibration samples than training samples are there; a `DataError` that says `name`."""

@@ -73,7 +73,7 @@ class TextFile(TextTask):
         super().check_files()
         self._checked(self.test)
 
-    def num_training(self) -> int:
+    def num_training(self) -> int | None:
         """Return how many of the rows are trained on."""
         return self._left_to_train(len(self._table(self.train)), validation=False)
 

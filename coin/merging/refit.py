@@ -238,7 +238,7 @@ class Refit(Method):
         rows = Rows(inputs, *objective(target, row, task), places, weights)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
         with progress(f"{self.label}, layers", targets.total + FIT * samples) as targets.advance:
-            step = partial(targets.advance, FIT * samples / len(trace.units))
+            step = partial(targets.advance, FIT * samples / max(1, len(trace.units)))
             fit_in_order(network, trace, rows, targets, ridge, rounding, step)
         experts.passes += targets.passes + samples + (3 * len(probed) if weights else 0)
         if self.head:

@@ -62,14 +62,15 @@ def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tenso
     return mixtures / shares.where(shares > 0, 1), shares
 
 
-def spread(experts: Sequence[State], row: Sequence[float]) -> float:
+def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, ...] = ()) -> float:
     """Return how far experts are apart: the median over their matrices of √(Σ_i β_i ‖W_i − W̄‖²) / ‖W̄‖, W̄ = Σ_i β_i W_i.
 
-    Of matrices that agree in all experts it is 0; of networks without a matrix too.
+    Of matrices that agree in all experts it is 0; of networks without a matrix too. Names that begin with one of those
+    in `without` are left out.
     """
     found = [0.0]
     for name, first in experts[0].items():
-        if first.ndim > 1 and first.is_floating_point():
+        if first.ndim > 1 and first.is_floating_point() and not name.startswith(without):
             every = [expert[name].double() for expert in experts]  # which may be read from files
             mean = sum((beta * each for beta, each in zip(row, every, strict=True)), torch.zeros_like(every[0]))
             apart = sum(beta * float((each - mean).square().sum()) for beta, each in zip(row, every, strict=True))

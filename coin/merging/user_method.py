@@ -38,7 +38,7 @@ class UserMethod(Method):
     → the merged one, so that N networks are never in memory at once. ``tensors`` are the experts' N tensors of one
     name and shape, ``initial`` is that of the shared initialisation; a parameter called ``name`` gets the name, one
     called ``layer`` the module that has the tensor, of a network whose own weights do not matter. It is called for all
-    parameters and buffers of floating point but the head's, which belongs to its task and is averaged.
+    numbers that are learnt or kept with them but the head's, which belongs to its task and is averaged.
 
     What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
     them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
@@ -137,17 +137,20 @@ class UserMethod(Method):
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
         """Call the function on the experts' tensors of each name, and return what it returns."""
         skeleton, merged = experts.source.skeleton, {}
-        head = head_name(skeleton)
+        head, persistent = head_name(skeleton), skeleton.state_dict().keys()
         starts = experts.initial() if self.reads_initial else ({}, {})
         for states, start in zip((experts.parameters, experts.buffers), starts, strict=True):
             for name, first in states[0].items():
                 owner = name.rpartition(".")[0]
-                if not first.is_floating_point():
+                if name not in persistent:  # as masks are, which are made, not learnt
                     merged[name] = first
-                elif owner == head:
+                elif not (first.is_floating_point() or first.is_complex()):
+                    merged[name] = weighted_mean(states, row, name)  # the largest count
+                elif f"{owner}.".startswith(f"{head}."):
                     merged[name] = weighted_mean(states, row, name, torch.float64).to(first.dtype)
                 else:
-                    tensors, initial = [state[name].clone() for state in states], start.get(name)
+                    tensors = [state[name].clone() for state in states]
+                    initial = start[name].clone() if name in start else None
                     layer = skeleton.get_submodule(owner)
                     made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
                     if not isinstance(made, Tensor) or made.shape != first.shape:

@@ -44,6 +44,10 @@ def test_the_number_of_training_images_is_known_without_reading_them(root, optio
     assert number == len(task.splits.train)
 
 
+def test_where_none_is_left_to_train_on_the_number_is_not_told(root):
+    assert ImageFolder(str(root), validation_share=0.99).num_training() is None
+
+
 def test_a_folder_becomes_a_task(root):
     task = ImageFolder(str(root), validation_share=0.2)
     assert task.classes == ("ant", "cat")

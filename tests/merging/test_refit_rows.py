@@ -8,6 +8,7 @@ from hostile import CLASSES, batches, moved
 from torch import nn
 
 import coin
+from coin.errors import CoinWarning
 from coin.merging import Experts
 
 
@@ -105,3 +106,18 @@ def test_the_progress_is_of_all_passes_of_the_experts_and_of_the_fits(groups, mo
     ((what, total, done),) = told
     assert (what, total) == ("refit, layers", groups * 27 + 2 * 27)
     assert done == pytest.approx(total)
+
+
+def test_a_network_without_a_layer_that_can_be_refitted_is_averaged():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.head(x).tanh())
+
+    experts = Experts([Twice(), Twice()], calibration=[[torch.randn(9, 4)]] * 2)
+    with pytest.warns(CoinWarning, match="kept the average"):
+        made = coin.Refit("own", head=False).make(experts, [0.5, 0.5])
+    assert made.chosen["averaged"] == ["head.bias", "head.weight"]

@@ -73,8 +73,10 @@ def infinite_buffer(experts, calibration):
     return experts[0]
 
 def tensor(tensors, row, initial, name, layer, scale=1.0):
+    assert name.rpartition(".")[0] != "fc"
     tensors[0].mul_(row[0]).add_(row[1] * tensors[1])
-    return scale * tensors[0] + initial if isinstance(layer, nn.BatchNorm2d) and name == "stem.1.weight" else tensors[0]
+    scaled = isinstance(layer, nn.BatchNorm2d) and name == "stem.1.weight"
+    return initial.add_(scale * tensors[0]) if scaled else tensors[0]
 
 def flat(tensors):
     return tensors[0].flatten()[1:]
@@ -165,6 +167,8 @@ def test_a_function_of_tensors_gets_one_of_every_expert_at_a_time(in_files: bool
     networks = [build_network(config, count, seed=seed).eval() for seed, count in enumerate(classes)]
     initial = build_network(config, 5, seed=9).eval()
     networks[1].get_buffer("stem.1.running_mean").fill_(1)
+    networks[1].get_buffer("stem.1.num_batches_tracked").fill_(7)
+    start = deepcopy(initial.state_dict())
     paths = {"initial": initial} | {f"task{index}": network for index, network in enumerate(networks)}
     for name, each in paths.items():
         save_network(tmp_path / f"{name}.safetensors", each, config, each.fc.out_features, {})  # type: ignore[union-attr, arg-type]
@@ -175,10 +179,31 @@ def test_a_function_of_tensors_gets_one_of_every_expert_at_a_time(in_files: bool
     made = UserMethod("mine.tensor", {"scale": 3.0}).make(given, ROW).network.state_dict()
     average = Average(batchnorm="average").make(given, ROW).network.state_dict()  # type: ignore[arg-type]
     assert torch.equal(given.networks[0].state_dict()["stem.1.weight"], networks[0].state_dict()["stem.1.weight"])
-    average["stem.1.weight"] = 3 * average["stem.1.weight"] + initial.state_dict()["stem.1.weight"]
+    average["stem.1.weight"] = 3 * average["stem.1.weight"] + start["stem.1.weight"]
+    assert torch.equal(initial.state_dict()["stem.1.weight"], start["stem.1.weight"])
     for name, tensor in average.items():
         torch.testing.assert_close(made[name], tensor, msg=name)
     assert len(made["fc.weight"]) == 5
+
+
+def test_a_function_of_tensors_gets_complex_ones_too_and_no_masks() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+            self.head = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+            self.register_buffer("mask", torch.full((3,), -torch.inf), persistent=False)
+
+    given, names = Experts([Odd().eval(), Odd().eval()]), []
+
+    def mean(tensors: list[torch.Tensor], row: list[float], name: str) -> torch.Tensor:
+        names.append(name)
+        return row[0] * tensors[0] + row[1] * tensors[1]
+
+    made = UserMethod(mean).make(given, ROW).network  # type: ignore[arg-type]
+    assert names == ["k"]
+    torch.testing.assert_close(made.k, 0.25 * given.networks[0].k + 0.75 * given.networks[1].k)
+    assert made.mask.isinf().all()  # type: ignore[operator, union-attr]
 
 
 def test_it_is_called_by_its_functions_name_or_a_label() -> None:

@@ -194,10 +194,32 @@ def test_options_of_the_command_line_are_looked_at_like_a_files(option, tmp_path
             check_early("run", ["-c", str(tmp_path / "x.yaml"), *given])
 
 
+REPLACED = {
+    "checkpoints": ("expert: {checkpoints: {a: nowhere.pt}}", ["--expert.checkpoints={b: pyproject.toml}"]),
+    "overrides": ("expert: {overrides: {z: {epochs: 1}}}", ["--expert.overrides={}"]),
+    "a base": ("base: {checkpoint: nowhere.pt}", ["--base=null"]),
+    "a code": ("code: [[0.5, 0.6]]", ["--code=auto"]),
+    "the last method's option": ("methods: [{class_path: Refit}]", ["--methods.target=own"]),
+    "a method's help": ("methods: []", ["--methods.help=Refit"]),
+    "nearly a date": ("name: x", ["--name=2024-02-30"]),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_a_later_option_replaces_is_not_looked_at(what, tmp_path):
+    content, options = REPLACED[what]
+    (tmp_path / "x.yaml").write_text(f"tasks: {{a: {{class_path: Digits}}, b: {{class_path: Digits}}}}\n{content}\n")
+    (tmp_path / "pyproject.toml").touch()
+    options = [option.replace("pyproject.toml", str(tmp_path / "pyproject.toml")) for option in options]
+    check_early("run", ["-c", str(tmp_path / "x.yaml"), *options])
+
+
 def test_a_label_of_results_is_no_class_and_a_file_that_is_given_anew_is_left_to_the_parser(tmp_path):
     (tmp_path / "x.yaml").write_text("network: {weights: nowhere.pt}\n")
     check_early("run", ["-c", str(tmp_path / "x.yaml"), "--network.weights=null", "--tasks.a.max_train=9"])
     check_early("simulate", [str(tmp_path), "--method=refit-4bit"])
+    (tmp_path / "y.yaml").write_text("method: refit-4bit\n")
+    check_early("advise", [str(tmp_path), "-c", str(tmp_path / "y.yaml")])
 
 
 def test_a_file_without_an_option_is_told_which():

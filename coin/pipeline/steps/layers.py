@@ -15,21 +15,22 @@ from coin.merging import Experts
 from coin.merging.target import FAR, spread
 from coin.networks import load_network
 from coin.networks.experts import ExpertFiles, parameters_of
+from coin.networks.heads import head_name
 from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
 from coin.statistics.files import StatisticPaths
 from coin.statistics.statistic import StatisticKind
 
 UNRELATED = 0.6
-"""Two networks of independent random weights are 1 apart, N are √(N-1); experts of one start were at most 0.25."""
+"""N networks of independent random weights are √(N-1) apart; of one start two were at most 0.25."""
 
 
-def _tell_how_far_apart(experts: Sequence[State]) -> None:
-    """Say how far experts are apart, relative to their weights, and warn where they cannot have one start."""
-    apart = spread(experts, [1 / len(experts)] * len(experts))
+def _tell_how_far_apart(experts: Sequence[State], head: str) -> None:
+    """Say how far experts' bodies are apart, relative to their weights, and warn where they cannot have one start."""
+    apart = spread(experts, [1 / len(experts)] * len(experts), (head,))
     where = "near one another" if apart <= FAR else "far from one another"
     rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
-    if apart > UNRELATED:
+    if len(experts) > 1 and apart > UNRELATED * (len(experts) - 1) ** 0.5:
         warnings.warn(
             f"found experts that are {apart:.0%} of their weights apart, as networks of different starts are, expected "
             "one start for all; fine-tune them from the same weights, for others cannot be merged",
@@ -53,7 +54,7 @@ def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, Statis
         output.unlink(missing_ok=True)
         return
     experts = Experts(files).parameters
-    _tell_how_far_apart(experts)
+    _tell_how_far_apart(experts, f"{head_name(files.skeleton)}.")
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}  # methods share their statistics, and the rows of a code too
     rows: list[dict[str, Any]] = []
     for path, statistics in tracked(coded.items(), "layers"):
