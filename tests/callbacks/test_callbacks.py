@@ -123,7 +123,10 @@ def test_the_old_name_of_mc_samples_is_taken_with_a_warning():
         ({"kind": "empirical", "mc_samples": 2}, "found mc_samples=2 for the empirical Fisher"),
         ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected at least 1"),
         ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
-        ({"kind": "exactly"}, "found kind='exactly', expected one of exact, monte_carlo, categorical, empirical"),
+        (
+            {"kind": "exactly"},
+            r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo, categorical, empirical",
+        ),
         ({"weights": "first"}, "found weights='first', expected one of last, best"),
     ],
 )
