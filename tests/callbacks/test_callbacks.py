@@ -125,7 +125,7 @@ def test_the_old_name_of_mc_samples_is_taken_with_a_warning():
         ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
         (
             {"kind": "exactly"},
-            r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo, categorical, empirical",
+            r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo, categorical",
         ),
         ({"weights": "first"}, "found weights='first', expected one of last, best"),
     ],
