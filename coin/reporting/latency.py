@@ -84,7 +84,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
 def _table(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("redundancy", overflow="fold")
-    for heading in ("late", "p99.9", "95 %", "server", "all", "stood\nin", "failed", "down", "forw.", "acc."):
+    for heading in ("late", "p99.9", "95 %", "most\nMiB", "all\nMiB", "stood\nin", "none", "down", "forw.", "acc."):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows.to_dict("records"):
         mark = "→ " if row.get("buy") else "× " if not row.get("fits", True) else ""

@@ -46,6 +46,7 @@ def test_one_bar_at_most(make_trainer, monkeypatch):
 
 def test_without_a_terminal_a_training_tells_how_long_it_will_take(make_trainer, synthetic, monkeypatch, capsys):
     monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
+    monkeypatch.setattr("coin.core.progress.SOON", 0.0)
     trainer = make_trainer(max_epochs=2, enable_progress_bar=True, accumulate_grad_batches=2)
     trainer.fit(Expert(**SMALL), datamodule=synthetic())
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]

@@ -129,7 +129,7 @@ MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no value": ({"grid": {"seeds": []}}, "seeds"),
     "a number as a key": ({"grid": {7: [1]}}, "key 7"),
     "an option of no experiment": ({"grid": {"expert.speed": [1]}}, "speed"),
-    "sections that do not fit": ({"grid": {"base": [{"checkpoint": "b.ckpt"}]}}, "both or neither"),
+    "sections that do not fit": ({"grid": {"base": [{"checkpoint": __file__}]}}, "both or neither"),
     "a value that no experiment takes": ({"grid": {"calibration.samples_per_task": [9, 0]}}, "0"),
     "cut off": ("a: [", "cannot use 's.yaml' as YAML"),
     "empty": ("", "found no keys in 's.yaml'"),
@@ -341,6 +341,8 @@ def test_failing_point_leaves_the_others_alone(
     bases = [
         {"task": None, "checkpoint": str(folder / "base/base.safetensors")} for folder in (tmp_path, swept / NAMES[0])
     ]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/base.safetensors").write_text("damaged")
     file = write_sweep(tmp_path / "grid.yaml", config, grid={"base": bases})
     assert main(["sweep", str(file), f"--output={tmp_path}", "--jobs=1"]) == 2
     captured = capsys.readouterr()
