@@ -44,12 +44,18 @@ def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(capsys: pyte
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_long_work_says_now_and_then_how_long_it_will_take(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, of which there is one number, on a machine without a terminal."""
     rich.reconfigure()
-    clock = [0.0]
-    monkeypatch.setattr("coin.core.progress.time.monotonic", lambda: clock[0])
+    time = [0.0]
+    monkeypatch.setattr("coin.core.progress.time.monotonic", lambda: time[0])
+    return time
+
+
+def test_without_a_terminal_long_work_says_now_and_then_how_long_it_will_take(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
     for total in (10, None, float("inf")):
         with progress("work [x]", total) as advance:
             for _ in range(7):
@@ -61,11 +67,8 @@ def test_without_a_terminal_long_work_says_now_and_then_how_long_it_will_take(
 
 
 def test_without_a_terminal_nothing_is_said_of_the_last_seconds(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
-    rich.reconfigure()
-    clock = [0.0]
-    monkeypatch.setattr("coin.core.progress.time.monotonic", lambda: clock[0])
     with progress("work", 100) as advance:
         for _ in range(99):
             clock[0] += 0.32

@@ -1,7 +1,5 @@
 """Early checks of the command line and its files, before heavy imports."""
 
-import difflib
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -22,8 +20,10 @@ from coin.commands.signatures import (
     is_dataclass,
     parameters,
 )
+from coin.core.choices import did_you_mean
 from coin.core.lazy import exported
 from coin.errors import ConfigurationError, FileError
+from coin.files.weights import names_a_file
 from coin.files.yaml import read_yaml
 
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
@@ -57,8 +57,6 @@ _PACKAGES = {"serve": (("ray", "fastapi"), "serve")}
 """What a command needs beyond the installation, and the extra that brings it."""
 _SCALARS = {"int": int, "float": float, "bool": bool, "None": type(None)}
 _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-"""The ends of files of weights, where a name would do too."""
 A_CLASS = "one of coin's or a dotted import path"
 """What is expected of the name of a class."""
 
@@ -194,8 +192,7 @@ def _check_decoders(sections: Sequence[dict[str, Any]]) -> None:
 
 def _check_network(sections: Sequence[dict[str, Any]]) -> None:
     """Raise ConfigurationError for a name that is no network of coin or torchvision, and names no other source."""
-    names = [network.get("name") for network in _mappings(sections, "network") if "name" in network]
-    name = names[-1] if names else None
+    name = _last(sections, "network", "name")
     if isinstance(name, str) and name and not set("./") & set(name) and name not in (known := known_networks()):
         expected = "small_resnet, small_vit, minilm, one of torchvision, timm/NAME, hf/FOLDER_OR_ID or a class's path"
         raise ConfigurationError(unknown("network.name", name, known, expected))
@@ -218,8 +215,7 @@ def _last(sections: Sequence[dict[str, Any]], *names: str) -> Any:
 def _check_files(command: str, sections: Sequence[dict[str, Any]]) -> None:
     """Raise FileError where a file of weights is missing."""
     weights, base = _last(sections, "network", "weights"), _last(sections, "base")
-    is_name = not isinstance(weights, str) or (not weights.endswith(_WEIGHTS) and os.sep not in weights)
-    named = {"network.weights": None if is_name else weights}
+    named = {"network.weights": weights if isinstance(weights, str) and names_a_file(weights) else None}
     named["base.checkpoint"] = base.get("checkpoint") if isinstance(base, dict) else None
     options = [("experts",), ("fisher",), ("gram",)] if command == "merge" else [("expert", "checkpoints")]
     for option in options:
@@ -283,10 +279,7 @@ def unknown(what: str, name: str, known: Sequence[str], expected: str = "") -> s
     """Return the line about a name that is none of those known, with the nearest of them; old names are left out."""
     current = _listed(known)
     expected = expected or f"one of {', '.join(current)}"
-    lower = {each.lower(): each for each in current if each != name}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    meant = f" (did you mean {lower[near[0]]}?)" if near else ""
-    return f"found {what} '{name}'{meant}, expected {expected}; check it"
+    return f"found {what} '{name}'{did_you_mean(name, current)}, expected {expected}; check it"
 
 
 def _listed(known: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import difflib
 import math
 import warnings
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -17,9 +18,15 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
     try:
         return kind(value)
     except ValueError as error:
-        near = difflib.get_close_matches(str(value), list(kind), n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {', '.join(kind)}") from error
+        meant, expected = did_you_mean(str(value), list(kind)), ", ".join(kind)
+        raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {expected}") from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean …?)" with the nearest of the known names, whatever their case; "" where none is near."""
+    lower = {each.lower(): each for each in known if each != name}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" (did you mean {lower[near[0]]}?)" if near else ""
 
 
 def renamed_option(new: str, value: T | None, old: str, given: T | None, stacklevel: int = 3) -> T | None:

@@ -1,6 +1,5 @@
 """Networks by name, from wherever they come."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ from torch import nn
 
 from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
+from coin.files.weights import names_a_file
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.timm_networks import Timm
 from coin.networks.weights import fill_network, read_weights, with_own_head
-
-_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class NetworkConfig:
     @property
     def weights_file(self) -> Path | None:
         """The file that `weights` are; none where they have a name."""
-        if self.weights is None or not (self.weights.endswith(_FILES) or os.sep in self.weights):
-            return None
-        return Path(self.weights)
+        return Path(self.weights) if self.weights is not None and names_a_file(self.weights) else None
 
     @property
     def source(self) -> NetworkSource:

@@ -149,11 +149,11 @@ def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
 
 def _check_files(experiment: Experiment) -> None:
     """Fail early on data that are here and lack something."""
-    for task in every_task(experiment):
-        if all(each.there for each in task.downloads()):
-            task.check_files()
+    here = [task for task in every_task(experiment) if all(each.there for each in task.downloads())]
+    for task in here:
+        task.check_files()
     for name, task in experiment.tasks.items():
-        if all(each.there for each in task.downloads()) and (there := task.num_training()) is not None:
+        if task in here and (there := task.num_training()) is not None:
             task.check_calibration(experiment.most_samples, there, name)
 
 
