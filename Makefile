@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
+RESULTS := notebooks/results
 SLOW := -m 'not slow'
 # Python compiles what it imports, and most of what torch and wandb bring it never does.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu fuzz notebooks docs clean
+.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu fuzz notebooks study docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -78,6 +79,19 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
+
+# Each line goes on where it was killed, but for the scripts, which take minutes.
+study: $(VENV)/.demo  ## every result in notebooks/results anew, and the tables: its merges alone take 12 hours
+	$(PIP) '.[demo,text]'
+	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) || exit 1; done
+	$(BIN)/python notebooks/promises.py $(RESULTS)/stand-ins-imagenet-pair/*/seed-* --output $(RESULTS)/stand-ins-imagenet-pair/promises.csv
+	$(BIN)/python notebooks/fine_tuning_distance.py $(RESULTS)/fine-tuning/*/seed-* --output $(RESULTS)/fine-tuning/distance.csv
+	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/experts/*-30[23]-tasks-[012]/seed-* --output $(RESULTS)/silent-faults/faults.csv
+	$(BIN)/coin run --seeds=[0] -c configs/experiment/quickstart-3.yaml -c configs/experiment/study/serving.yaml --name=serving-3
+	$(BIN)/coin run --seeds=[0] -c configs/experiment/beyond/eight-experts.yaml -c configs/experiment/study/serving.yaml --name=serving-8
+	for n in 3 8; do for how in rare-stragglers stragglers failures; do \
+		$(BIN)/coin simulate runs/serving-$$n -c configs/simulate/$$how.yaml --loads=[0.4] --output=$(RESULTS)/serving/$$how-$$n || exit 1; done; done
+	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
