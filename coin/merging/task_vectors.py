@@ -10,6 +10,7 @@ from coin.core.choices import check_number
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
+from coin.merging.method import Compress
 from coin.merging.regmean import regmean_parameters
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
@@ -28,8 +29,14 @@ class Base(MergeMethod):
     reads_initial = True
     batchnorm = BatchNormPolicy.keep
 
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, label: str | None = None) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+    def __init__(
+        self,
+        *,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.keep,
+        label: str | None = None,
+        compress: Compress = None,
+    ) -> None:
+        super().__init__(batchnorm=batchnorm, label=label, compress=compress)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the initialisation."""
