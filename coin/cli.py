@@ -77,6 +77,8 @@ def _run(arguments: list[str], name: str) -> None:
     elif (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
     options = with_shipped(name, arguments[1:])
+    if name in ("run", "sweep"):
+        options = [re.sub("^--executor(?==|$)", "--launch.executor", each) for each in options]
     check_early(name, options)
     if name in ON_TRAINER:
         import_module("coin.commands.trainer").main([name, *options])
@@ -100,18 +102,25 @@ not on coin's allow-list (coin.commands.safe)."""
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     """Print our own warnings like our errors, without the line of source code that Python adds."""
-    plain = warnings.formatwarning
+    plain = warnings.showwarning
 
-    def formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
-        if issubclass(category, CoinWarning):
-            return f"coin: warning: {' '.join(str(message).split())}\n"
-        return plain(message, category, *place)
+    def formatted(message: Warning | str, *place: Any) -> str:
+        return f"coin: warning: {' '.join(str(message).split())}\n"
 
-    warnings.formatwarning = formatted  # type: ignore[assignment]
+    def shown(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        usual = warnings.formatwarning  # Lightning's, once that is imported
+        try:
+            if issubclass(category, CoinWarning):
+                warnings.formatwarning = formatted  # type: ignore[assignment]
+            plain(message, category, *place)
+        finally:
+            warnings.formatwarning = usual
+
+    warnings.showwarning = shown  # type: ignore[assignment]
     try:
         yield
     finally:
-        warnings.formatwarning = plain
+        warnings.showwarning = plain
 
 
 def _mistake_behind(error: BaseException | None) -> CoinError | None:

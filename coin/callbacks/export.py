@@ -13,6 +13,7 @@ from torch import nn
 from coin.core.batches import clone
 from coin.core.choices import parse_enum
 from coin.errors import ConfigurationError, NumericalError
+from coin.files.atomic import hashes
 from coin.files.tensors import not_finite
 from coin.networks import NetworkConfig, save_network, unwrap
 
@@ -66,11 +67,12 @@ class ExpertExport(Callback):
     Args:
         path: The file; by default ``expert.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
+        task: The task's name, for the file; by default the class of the data.
     """
 
-    def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
+    def __init__(self, path: str | None = None, weights: Weights = Weights.last, task: str | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.weights = parse_enum(Weights, "weights", weights)
+        self.weights, self.task = parse_enum(Weights, "weights", weights), task
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, before training, that the expert can be written after it (fail early)."""
@@ -91,7 +93,8 @@ class ExpertExport(Callback):
         config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})
         provenance = {
             "made_by": "coin fit",
-            "task": None if data is None else type(data).__name__,
+            "task": self.task or (None if data is None else type(data).__name__),
+            "sha256": hashes([Path(options["initial"])] if options.get("initial") else []),
             "classes": None if data is None else list(data.classes),
             "options": {name: value for name, value in options.items() if not name.startswith("_")},
             "epochs": trainer.current_epoch,

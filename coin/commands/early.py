@@ -23,6 +23,7 @@ from coin.commands.signatures import (
 from coin.core.choices import did_you_mean
 from coin.core.lazy import exported
 from coin.errors import ConfigurationError, FileError
+from coin.files.packaged import how_to_install
 from coin.files.weights import names_a_file
 from coin.files.yaml import read_yaml
 
@@ -113,7 +114,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         raise FileError(f"found no file '{first}', expected a network's safetensors file; check the path")
     needed, extra = _PACKAGES.get(command, ((), ""))
     if lacking := [each for each in needed if find_spec(each) is None]:
-        raise ConfigurationError(f"coin {command} needs the package {lacking[0]}: pip install 'coded-coin[{extra}]'")
+        raise ConfigurationError(f"coin {command} needs the package {lacking[0]}: {how_to_install(extra)}")
 
 
 def _check_entries(sections: Sequence[dict[str, Any]], command: str) -> None:

@@ -17,7 +17,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     try:
         # Not of an installed package, perhaps within another project's repository.
         command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty"]

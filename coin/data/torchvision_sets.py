@@ -59,9 +59,10 @@ class TorchvisionTask(TaskData):
             self._shared.fact("downloaded", lambda: self._open(download=True))
 
     def downloads(self) -> list[Download]:
-        """Return the set, there if its folder is."""
+        """Return the set, there if its folder has a file: a download that failed leaves empty ones."""
         place, name = self.root / self.folder, type(self).__name__
-        there = place.is_dir() if self.folder else any(self.root.glob("*_32x32.mat"))
+        files = place.rglob("*") if self.folder else self.root.glob("*_32x32.mat")
+        there = any(path.is_file() for path in files)
         advice = f"torchvision's files for {name} belong in {place}"
         return [Download(name, self.host if self.download else "", self.mib, there, advice)]
 

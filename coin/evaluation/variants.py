@@ -59,11 +59,17 @@ class Variant:
         """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
         return self.method == ORACLE
 
-    def applies(self, config: DecoderConfig) -> bool:
-        """Whether the decoder applies: features need a network, and all but regressions need coded outputs."""
-        if self.is_none:
-            return config.kind is not DecoderKind.linear and config.reads_survivors
-        return not self.is_oracle or config.kind is DecoderKind.linear
+    def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
+        """Return those of the decoders that apply: features need a network, and all but regressions coded outputs.
+
+        Where none reads the survivors alone, ``none`` has ``ridge``: no table is without it.
+        """
+        if self.is_oracle:
+            return [config for config in every if config.kind is DecoderKind.linear]
+        if not self.is_none:
+            return every
+        alone = [config for config in every if config.kind is not DecoderKind.linear and config.reads_survivors]
+        return alone or [DecoderConfig(DecoderKind.ridge)]
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
         """Return the columns ``memory_mib``, ``forwards`` and ``losses``; `kept` is the bytes stored for decoding.

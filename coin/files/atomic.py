@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,6 +85,11 @@ def sha256_of(path: Path) -> str:
     if time.time() - found.st_mtime > _CLOCK_STEP:
         _hashes[known] = digest
     return digest
+
+
+def hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of those of the paths that are files, for the metadata of what was made of them."""
+    return {str(path): sha256_of(path) for path in paths if path.is_file()}
 
 
 _hashes: dict[tuple[int, int, int, int], str] = {}

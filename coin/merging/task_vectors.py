@@ -28,6 +28,7 @@ class Base(MergeMethod):
     name = "base"
     reads_initial = True
     batchnorm = BatchNormPolicy.keep
+    added_options = ("compress",)
 
     def __init__(
         self,

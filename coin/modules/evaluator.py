@@ -205,8 +205,7 @@ class DecodingEvaluator(LightningModule):
             (index, erased, config)
             for index, variant in enumerate(self.variants)
             for erased in variant.erasures()
-            for config in self.decoders
-            if variant.applies(config)
+            for config in variant.decoders(self.decoders)
         ]
         fitted, kept = [], FeatureCache()
         for index, erased, config in tracked(combinations, "fitting decoders"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from coin.core.batches import clone, twin
 from coin.core.choices import check_integer, check_number, is_list_of_names
 from coin.errors import ConfigurationError
+from coin.files.packaged import how_to_install
 from coin.networks.heads import head_name
 
 
@@ -48,7 +49,7 @@ class Lora:
 def check_peft() -> None:
     """Raise a ConfigurationError unless peft is installed."""
     if find_spec("peft") is None:
-        raise ConfigurationError("found lora and no package peft, expected it; pip install 'coded-coin[lora]'")
+        raise ConfigurationError(f"found lora and no package peft, expected it; {how_to_install('lora')}")
 
 
 def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int = 0) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from coin.core.processes import cores, rank_zero_info
 from coin.errors import ConfigurationError, first_line
+from coin.files.packaged import extra_module
 from coin.pipeline.command import Command, CommandFailedError, child_environment
 from coin.pipeline.launch import Executor, Launch
 from coin.pipeline.ray_tasks import run_as_tasks
@@ -133,12 +134,7 @@ def check_launch(launch: Launch, folder: Path) -> None:
 
 def _submitit(launch: Launch, folder: Path) -> Any:
     """Return submitit's executor with the options of the launch section."""
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "launch.executor=slurm needs the package submitit: pip install 'coded-coin[slurm]'"
-        ) from error
+    submitit = extra_module("submitit", "slurm")
     options = {"cluster": "slurm", "name": "coin", "slurm_array_parallelism": launch.workers, **launch.slurm}
     if options["cluster"] == "slurm" and shutil.which("srun") is None:
         raise ConfigurationError(

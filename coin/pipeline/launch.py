@@ -23,9 +23,9 @@ class Launch:
 
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
-            ``slurm``: one array of jobs, submitted by `submitit` (pip install 'coded-coin[slurm]'); the command waits
+            ``slurm``: one array of jobs, submitted by `submitit` (extra ``slurm``); the command waits
             for them, and an interrupted one resumes when it is started again. ``ray``: tasks of Ray
-            (pip install 'coded-coin[serve]'), whose machines share this folder and this environment.
+            (extra ``serve``), whose machines share this folder and this environment.
         workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
             ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless it says ``local`` or

@@ -40,7 +40,7 @@ def config_dict(value: Any) -> Any:
         name = own if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
         contents = getattr(value, "content_key", None)
         added = getattr(kind, "added_options", ())
-        options = {option: given for option, given in options.items() if given is not None or option not in added}
+        options = {option: given for option, given in options.items() if option not in added or given not in (None, [])}
         return {"class": name, **options, **({"contents": contents()} if contents else {})}
 
     return _plain(value, made)

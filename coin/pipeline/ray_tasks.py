@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from coin.core.processes import cores, rank_zero_info
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import CoinWarning, ConfigurationError, first_line
+from coin.files.packaged import extra_module
 from coin.pipeline.command import Command, CommandFailedError
 from coin.pipeline.launch import Launch
 
@@ -22,12 +23,7 @@ def run_as_tasks(commands: Sequence[C], launch: Launch, on_success: Callable[[C]
     options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
     address = options.pop("address", None)
     set_ray_variables(address)
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "launch.executor=ray needs the package ray: pip install 'coded-coin[serve]'"
-        ) from error
+    ray = extra_module("ray", "serve")
     before = signal.getsignal(signal.SIGTERM)  # Ray's own handler would abort
     running: dict[Any, C] = {}
     try:

@@ -21,6 +21,7 @@ from coin.coding import DecoderConfig
 from coin.core.choices import check_integer, check_number
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import ConfigurationError, ServingError
+from coin.files.packaged import how_to_install
 from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout
@@ -238,7 +239,7 @@ def _serve() -> Any:
         import fastapi  # noqa: F401 (Ray Serve has none without its extra)
         from ray import serve
     except ImportError as error:
-        raise ConfigurationError("found no Ray Serve, expected it; pip install 'coded-coin[serve]'") from error
+        raise ConfigurationError(f"found no Ray Serve, expected it; {how_to_install('serve')}") from error
     return serve
 
 

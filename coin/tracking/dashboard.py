@@ -11,6 +11,7 @@ from typing import Any
 import wandb
 
 from coin.errors import CoinError, ConfigurationError, first_line
+from coin.files.packaged import how_to_install
 from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, OFFLINE_MODES, check_connection
 
 _FIGURES = ("nda_against_memory", "nda_against_cost", "risk")
@@ -129,6 +130,6 @@ def _import() -> tuple[Any, Any]:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
-        needed = "which builds dashboards; install it with `pip install 'coded-coin[dashboard]'`"
+        needed = f"which builds dashboards: {how_to_install('dashboard')}"
         raise ConfigurationError(f"found no package wandb-workspaces ({error}), {needed}") from error
     return workspaces, reports

@@ -225,7 +225,7 @@ def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> N
 
 
 def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
-    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
     (app,) = yaml.safe_load(text)["applications"]
     assert app["import_path"] == "coin.commands.serve:application"
@@ -242,7 +242,7 @@ MISTAKES = {
     "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
     "input limit": (["FOLDER", "--ray.inputs.bytes=0"], "bytes=0"),
     "threads": (["FOLDER", "--ray.resources.threads=0"], "threads=0"),
-    "no Ray": (["FOLDER"], "pip install 'coded-coin[serve]'"),
+    "no Ray": (["FOLDER"], "pip install '.[serve]'"),
 }
 
 
@@ -279,7 +279,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_read(
 @pytest.fixture
 def on_ray(finished: Path, tmp_path: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """A client of ``coin serve``, and its process."""
-    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -379,7 +379,7 @@ def test_ray_serves_and_a_killed_expert_is_decoded(
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
 def test_a_client_gets_answers_while_none_one_and_all_experts_are_killed(alone: Path) -> None:
-    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "tests/benchmarks/standins.py"), str(alone), "--method=coin", "--seconds=5"]
     environment = {**os.environ, "PYTHONPATH": str(root)}

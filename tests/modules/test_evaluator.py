@@ -149,6 +149,11 @@ def test_without_coded_models_the_references_stand_on_a_uniform_code(experts, ta
     assert len(outcomes) == 6
 
 
+def test_the_survivors_alone_stand_in_every_table(experts, tasks, make_trainer):
+    outcomes = run(DecodingEvaluator(experts, decoders=["linear", "expert_head"]), tasks, make_trainer)
+    assert {(o.variant.method, o.decoder) for o in outcomes} == {("none", "ridge"), ("oracle", "linear")}
+
+
 def test_losing_every_expert_is_not_asked_of_the_survivors(write_experts, write_coded, synthetic, make_trainer):
     experts = write_experts([3, 3])
     evaluator = DecodingEvaluator(experts, write_coded([[0.7, 0.3], [0.3, 0.7]], experts), ["ridge"])

@@ -189,7 +189,7 @@ def test_options_replace_entries_of_the_configuration(folder):
 def test_without_the_package_the_extra_is_named(without_package):
     _configuration.cache_clear()
     without_package("transformers")
-    with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install 'coded-coin\[text\]'"):
+    with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install '\.\[text\]'"):
         NetworkConfig("hf/some/model")
 
 

@@ -153,7 +153,7 @@ def test_without_peft_one_line_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("coin.networks.lora.find_spec", lambda name: None if name == "peft" else found(name))
     with pytest.raises(
-        ConfigurationError, match=r"^found lora and no package peft, .* pip install 'coded-coin\[lora\]'$"
+        ConfigurationError, match=r"^found lora and no package peft, .* pip install '\.\[lora\]' in a copy"
     ):
         add_adapters(build_network(VIT, 3), Lora(), IMAGES[:1].float())
 

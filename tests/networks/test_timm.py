@@ -152,7 +152,7 @@ def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
 
 def test_without_the_package_the_extra_is_named(without_package):
     without_package("timm")
-    with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install 'coded-coin\[timm\]'"):
+    with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install '\.\[timm\]'"):
         NetworkConfig("timm/resnet50")
 
 

@@ -263,10 +263,10 @@ def test_what_does_not_fit_is_one_line(
     assert "found no task or step 'nothing', expected one of digits, letters" in capsys.readouterr().err
     assert not Path("runs/mistake").exists()
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[slurm\]'"):
         run_commands(jobs, DEBUG, tmp_path / "submitit")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[serve\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[serve\]'"):
         run_commands(jobs, RAY, tmp_path)
 
 

@@ -19,6 +19,7 @@ import coin.pipeline.run
 import coin.pipeline.work
 from coin.cli import main
 from coin.errors import ConfigurationError
+from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
 from coin.reporting import read_results, read_summary
@@ -187,6 +188,17 @@ def test_coded_model_says_what_made_it(finished: Path) -> None:
     assert provenance["samples_per_task"] == 24
     assert provenance["method"]["options"]["damping"] == 1e-6
     assert len(provenance["sha256"]) == 4  # two experts, two Fisher files
+    kept = load_provenance(finished / "seed-0/coded/coin-keep.safetensors")[
+        "sha256"
+    ]  # statistics of the initialisation
+    initial = {path for path in kept.keys() - provenance["sha256"].keys() if "initial" in path}
+    assert {kept[path] for path in initial} == {sha256_of(Path(path)) for path in initial} != set()
+
+
+def test_an_expert_says_what_it_was_made_of(finished: Path) -> None:
+    provenance = load_provenance(finished / "seed-0/experts/letters/expert.safetensors")
+    assert provenance["task"] == "letters"
+    assert list(provenance["sha256"].values()) == [sha256_of(finished / "base/initial-6.safetensors")]
 
 
 def test_distilled_model_keeps_the_statistics_of_its_start(finished: Path) -> None:

@@ -191,8 +191,8 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_a
     monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
     monkeypatch.setenv("WANDB_TAGS", "mine")
     arguments = [str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"]
-    for more in ([], ["--launch.workers=2"], ["--jobs=4", "--launch.executor=slurm"]):
-        coin.commands.sweep.main([*arguments, *more])
+    for more in ([], ["--launch.workers=2"], ["--jobs=4", "--executor=slurm"]):
+        assert main(["sweep", *arguments, *more]) == 0
     commands = started[0][0]
     assert [command.name for command in commands] == NAMES
     assert {command.variables["WANDB_TAGS"] for command in commands} == {"mine,sweep-grid"}

@@ -128,7 +128,7 @@ def test_what_cannot_be_is_one_line(
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     assert main(["dashboard", "me/coin"]) == 2
-    assert "pip install 'coded-coin[dashboard]'" in capsys.readouterr().err
+    assert "pip install '.[dashboard]'" in capsys.readouterr().err
 
 
 def test_a_server_s_runs_become_a_workspace_with_an_address(

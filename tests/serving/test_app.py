@@ -33,7 +33,7 @@ from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.replies import Reply, ReplyFormat
 
-pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'coded-coin[serve]'")
+pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install '.[serve]'")
 uvicorn = pytest.importorskip("uvicorn")
 
 from coin.serving.app import make_app  # noqa: E402 (needs FastAPI)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'coded-coin[serve]'")
+pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install '.[serve]'")
 
 from coin.errors import OverloadedError
 from coin.serving import reading

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA
 from coin.errors import ConfigurationError
+from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
 
@@ -24,7 +25,8 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
         metadata = {**made, "label": f"{made['label']}-{compression.name}"}
     else:
         metadata = {"label": f"{REPLICA}-{compression.name}", "task": made.get("task")}
-    metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
+    inputs = hashes([network, *([base] if base else [])])
+    metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict()), "sha256": inputs}
     started = time.perf_counter()
     base, beside = kept_base(output, base, compression)
     packed = compress_as(compression, file.network, beside)

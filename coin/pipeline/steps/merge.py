@@ -9,7 +9,7 @@ from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
-from coin.files.atomic import sha256_of
+from coin.files.atomic import hashes
 from coin.files.safetensors import load_provenance
 from coin.merging import Experts, Method
 from coin.networks import has_batchnorm, kept_base, save_compressed, save_network
@@ -40,6 +40,7 @@ def make_coded_models(
     assert isinstance(files, ExpertFiles)
     paths = coded_paths(method, code.num_coded, folder)
     read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
+    read += [files.initial] if method.reads_initial and files.initial is not None else []
     for index, row in enumerate(code.matrix.tolist()):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
@@ -57,7 +58,7 @@ def make_coded_models(
                 "class_counts": [file.num_classes for file in files.opened.values()],
                 "experts": list(files.fingerprints.values()),
                 "samples_per_task": method.samples_per_task or samples_per_task,
-                "sha256": {str(path): sha256_of(path) for path in read},
+                "sha256": hashes(read),
                 "seconds": seconds,
                 "passes": took,
                 "chosen": made.chosen,

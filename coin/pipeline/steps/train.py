@@ -17,7 +17,7 @@ from coin.data import Augmentation, TaskData
 from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
 from coin.errors import FileError
-from coin.files.atomic import write_text
+from coin.files.atomic import hashes, write_text
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert
 from coin.networks import NetworkConfig, import_checkpoint, import_pretrained, initial_network, save_network
@@ -97,7 +97,7 @@ def train_network(
         seed=seed,
         **{option.name: getattr(config, option.name) for option in fields(Recipe)},
     )
-    export = ExpertExport(str(output), weights)
+    export = ExpertExport(str(output), weights, output.parent.name)
     callbacks: list[Callback] = [export]
     if weights == Weights.best:
         callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
@@ -134,7 +134,8 @@ def write_initial(
         checkpoint: The pretrained weights; None takes the network's own.
     """
     initial = initial_network(network, classes, checkpoint, wider=wider)
-    save_network(context.outputs[0], initial, network, classes, {"made_by": "coin run", "base": str(checkpoint)})
+    made = {"made_by": "coin run", "base": str(checkpoint), "sha256": hashes([checkpoint] if checkpoint else [])}
+    save_network(context.outputs[0], initial, network, classes, made)
 
 
 def import_network(context: Context, config: NetworkConfig, name: str, task: TaskData, given: Path) -> None:
@@ -154,7 +155,7 @@ def _write_expert(
     context: Context, network: nn.Module, config: NetworkConfig, name: str, task: TaskData, source: str
 ) -> None:
     provenance = {"made_by": "coin run", "source": source, "task": name, "classes": list(task.classes)}
-    described = provenance if task.head is None else {**provenance, "head": task.head}
+    described = {**provenance, "sha256": hashes([Path(source)]), **({} if task.head is None else {"head": task.head})}
     save_network(context.outputs[0], network, config, task.num_classes, described)
 
 
