@@ -46,11 +46,15 @@ def run_page(monkeypatch, tmp_path):
 
 
 def test_the_readmes_coded_model_answers_as_the_lost_expert(run_page, capsys) -> None:
-    names = run_page(README)
+    run_page(README)
     assert float(re.findall(r"\d\.\d+", capsys.readouterr().out)[0]) > 0.8
+
+
+def test_a_page_measures_a_system_and_keeps_it(run_page) -> None:
+    names = run_page(ROOT / "notebooks/docs/networks.md")
     assert set(names["table"].decoder) == {"linear", "ridge", "feature_ridge", "expert_head"}
     again = coin.Coded.load("system.safetensors", names["experts"])
-    assert torch.equal(again.decode(names["inputs"], [0])[0], names["answers"])
+    assert torch.equal(again.decode(names["inputs"], [0, 2]), names["answers"])
 
 
 @pytest.mark.parametrize(
