@@ -12,6 +12,7 @@ from coin.callbacks import Weights
 from coin.data import Augmentation, Digits
 from coin.errors import CoinWarning, ConfigurationError
 from coin.merging import Coin
+from coin.networks import NetworkConfig
 from coin.networks.recipe import OptimizerKind, Schedule
 from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
@@ -130,11 +131,14 @@ class Forgetful(OwnTask):
 def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> None:
     own: Any = {"a": OwnTask("images", max_train=40), "b": Digits(augmentation="shift")}
     code: Any = [[np.float64(0.25), 0.75]]
-    experiment = Experiment("x", own, [Coin(damping=0.1)], expert=ExpertConfig(lr=np.float64(0.5)), code=code)
+    network = NetworkConfig("small_resnet", 16)
+    expert = ExpertConfig(lr=np.float64(0.5))
+    experiment = Experiment("x", own, [Coin(damping=0.1)], network=network, expert=expert, code=code)
     said = yaml.safe_load(experiment.as_yaml(7))
     assert said["seeds"] == [7]
     assert said["tasks"]["a"]["init_args"]["folder"] == "images"
     assert said["tasks"]["a"]["init_args"]["max_train"] == 40
+    assert said["tasks"]["a"]["init_args"]["image_size"] == 16  # what the network takes
     assert said["tasks"]["a"]["class_path"].endswith("test_config.OwnTask")
     assert said["tasks"]["b"]["class_path"] == "coin.data.Digits"
     assert said["tasks"]["b"]["init_args"]["augmentation"] == "shift"
