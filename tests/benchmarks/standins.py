@@ -29,6 +29,8 @@ import torch
 from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
 from coin.files.safetensors import load_provenance
 from coin.serving.decodings import Decodings
+from coin.serving.images import read_array
+from coin.serving.limits import InputLimits
 from coin.serving.model import NetworkServer
 
 IMAGES = 4
@@ -59,9 +61,12 @@ def references(system: CodedSystem) -> dict[str, tuple[torch.Tensor, torch.Tenso
     decodings = Decodings(system.code, system.fitted_decoders())
     for place, (task, data) in enumerate(system.data().tasks.items()):
         images = next(iter(data.test_dataloader()))[0]
-        arrived = {number: server(images) for number, server in enumerate(servers) if number >= len(system.tasks)}
+        # The front end brings them to the networks' size, in whole numbers.
+        size = system.experts.config.image_size
+        seen = read_array(images.numpy().tobytes(), images.shape, size, InputLimits(samples=len(images)))
+        arrived = {number: server(seen) for number, server in enumerate(servers) if number >= len(system.tasks)}
         decoded = decodings.decode(arrived, [place])[0][place].logits
-        own, stand_in = (each[:, : data.num_classes].softmax(1) for each in (servers[place](images).logits, decoded))
+        own, stand_in = (each[:, : data.num_classes].softmax(1) for each in (servers[place](seen).logits, decoded))
         found[task] = images, own, stand_in
     return found
 
