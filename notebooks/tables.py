@@ -75,6 +75,7 @@ KEPT = {
     ("average", "expert_head-own"): "`Average`, own head corrected",
     ("average", "feature_ridge"): "`Average`, `feature_ridge`",
     ("wudi", "expert_head"): "`Wudi` (no data), own head",
+    ("wudi", "expert_head-own"): "`Wudi`, own head corrected",
     ("coin", "linear"): "`Coin`, the paper's decoder",
     ("coin", "expert_head-own"): "`Coin`, own head corrected",
     ("coin", "feature_ridge"): "`Coin`, `feature_ridge`",
