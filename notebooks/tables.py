@@ -115,11 +115,11 @@ IN_SHORT = [
 
 DRAWN = {
     ("none", "feature_ridge"): "none: survivors alone",
-    ("base", "expert_head-own"): "base, own head corrected",
     ("average", "expert_head-own"): "average, own head corrected",
     ("coin", "linear"): "coin, the paper's decoder",
     ("coin", "feature_ridge"): "coin, feature_ridge",
     ("distillation", "expert_head-own"): "distillation, own head corrected",
+    ("distillation-4bit-nobase", "expert_head-own"): "distillation, the same in 4 bits",
     ("refit", "expert_head"): "refit, own head",
     ("refit-3bit-int8base", "expert_head"): "refit, own head, 3-bit delta",
     ("refit-4bit-nobase", "expert_head"): "refit, own head, 4 bits",
