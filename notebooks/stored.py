@@ -95,12 +95,17 @@ def of_stand_ins(suite: str, experts: int | None = None) -> tuple[pd.DataFrame, 
 
 def simulation(scenario: str, experts: int) -> pd.DataFrame:
     """Return the rows of a simulation, as `coin simulate` wrote them."""
-    return pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
+    rows = pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
+    return rows.fillna({"variant": ""})
 
 
 def simulated(scenario: str, experts: int) -> pd.DataFrame:
-    """Return the rows of a simulation, by redundancy and by what a query wants: one answer or all."""
-    return simulation(scenario, experts).set_index(["redundancy", "want"])
+    """Return the rows of a simulation, by redundancy and by what a query wants: one answer or all.
+
+    Of several coded models that answer alone it is the most accurate.
+    """
+    rows = simulation(scenario, experts).drop_duplicates(["redundancy", "want"], keep="last")
+    return rows.set_index(["redundancy", "want"])
 
 
 def milliseconds(seconds: float) -> str:

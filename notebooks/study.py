@@ -156,7 +156,7 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
 
 def tails(scenario: str, experts: int) -> pd.DataFrame:
     """Latency in ms, memory in MiB and shares in %, by what a query wants and what stands in."""
-    rows = simulation(scenario, experts).set_index(["want", "redundancy"])
+    rows = simulation(scenario, experts).set_index(["want", "redundancy", "variant"])
     times = {"p50": "p50", "p99.9": "p999", "from": "p999_low", "to": "p999_high"}
     sizes = {"MiB a server": "memory_server", "MiB in all": "memory"}
     shares = {"failed %": "share_failed", "right %": "effective_accuracy"}

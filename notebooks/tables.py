@@ -87,11 +87,12 @@ KEPT = {
     ("refit-both", "linear"): "`Refit(both)`, the paper's decoder",
     ("refit-both", "expert_head-own"): "`Refit(both)`, own head corrected",
     ("refit-both", "feature_ridge"): "`Refit(both)`, `feature_ridge`",
+    ("base-4bit-nobase", "expert_head-own"): "the base itself, own head corrected, in 4 bits",
     ("average-4bit-nobase", "expert_head-own"): "`Average`, own head corrected, in 4 bits",
     ("distillation-4bit-nobase", "expert_head-own"): "`Distillation`, own head corrected, in 4 bits",
     ("refit-4bit-nobase", "expert_head"): "**`Refit`, own head, in 4 bits**",
     ("refit-4bit-nobase", "expert_head-own"): "`Refit`, own head corrected, in 4 bits",
-    ("refit-both-4bit-nobase", "expert_head-own"): "`Refit(both)`, own head corrected, in 4 bits",
+    ("refit-both-4bit-nobase", "expert_head-own"): "**`Refit(both)`, own head corrected, in 4 bits**",
     ("distillation-3bit-int8base", "expert_head-own"): "`Distillation`, own head corrected, a 3-bit delta",
     ("refit-3bit-int8base", "expert_head"): "`Refit`, own head, a 3-bit delta",
     ("replica-8bit-nobase", "replica"): "copies of the experts in 8 bits",
@@ -106,9 +107,9 @@ IN_SHORT = [
     ("average", "expert_head-own"),
     ("coin", "linear"),
     ("distillation", "expert_head-own"),
-    ("refit-both", "expert_head-own"),
     ("refit", "expert_head"),
     ("refit-4bit-nobase", "expert_head"),
+    ("refit-both-4bit-nobase", "expert_head-own"),
     ("replica-3bit-int8base", "replica"),
 ]
 """The rows of the README's table."""
@@ -283,35 +284,33 @@ def demo() -> str:
     return "\n".join(["```", *filter(None, lines), "```"])
 
 
+SERVED = {
+    "uncoded": "nothing",
+    "replica": "`replica`: all experts' weights",
+    "replica_delta": "`replica_delta`: a base in 8 bits and 3-bit deltas",
+    "standin": "`standin`: the coded model alone, own head",
+    "coded_hedged": "`coded_hedged`: with the survivors, `feature_ridge`",
+}
+"""What stands on the one server more, and how the table calls it."""
+
+
 def serving() -> str:
-    """Memory, p99.9 and accuracy of the simulated redundancies; a replica's memory in float32, float16 and int8."""
-    eight = measured("experts")
-    eight = eight[eight.groupby("experiment").task.transform("nunique") == 8]
-    eight = eight[(eight.method == "refit") & (eight.decoder == "feature_ridge")]
-    right = {8: {"replica": eight.expert_accuracy.mean(), "coded_hedged": eight.decoded_accuracy.mean()}}
-    right[3] = dict(simulated("failures", 3).xs("one", level="want").standing_in_accuracy)
+    """Memory, p99.9 and accuracy of what may stand in, as simulated for three and for eight experts."""
     rows = []
-    for experts, redundancy in (
-        (3, "uncoded"),
-        (3, "replica"),
-        (3, "coded_hedged"),
-        (8, "replica"),
-        (8, "coded_hedged"),
-    ):
-        kinds = ("replica", "replica_half", "replica_int8") if redundancy == "replica" else (redundancy,)
-        sizes = [simulated("failures", experts).loc[(kind, "one")] for kind in kinds]
-        memory = "; ".join(f"{size.memory_server / 2**20:.0f}, {size.memory / 2**20:.0f}" for size in sizes)
-        tails = []
-        for scenario in ("rare-stragglers", "stragglers", "failures"):
-            for want in ("one", "all"):
-                row = simulated(scenario, experts).loc[(redundancy, want)]
-                middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
-                tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
-        accuracy = right[experts].get(redundancy, math.nan)
-        name = "**replica**" if redundancy == "replica" else redundancy
-        rows.append([f"{experts}, {name}", memory, *tails, "–" if math.isnan(accuracy) else percent(accuracy)])
+    for experts in (3, 8):
+        sizes = simulated("failures", experts)
+        for redundancy, name in SERVED.items():
+            size, tails = sizes.loc[(redundancy, "one")], []
+            memory = f"{size.memory_server / 2**20:.0f}, {size.memory / 2**20:.0f}"
+            for scenario in ("rare-stragglers", "stragglers", "failures"):
+                for want in ("one", "all"):
+                    row = simulated(scenario, experts).loc[(redundancy, want)]
+                    middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
+                    tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
+            right = size.standing_in_accuracy
+            rows.append([str(experts), name, memory, *tails, "–" if math.isnan(right) else percent(right)])
     slow = [f"{what}, query for {whom}" for what in ("slow 1 %", "slow 5 %", "down 1 %") for whom in ("one", "all")]
-    return markdown(["N", "MiB: largest server, in all", *slow, "right, %"], rows)
+    return markdown(["N", "on one server more", "MiB: largest server, in all", *slow, "right, %"], rows)
 
 
 def columns() -> str:
