@@ -84,13 +84,6 @@ def accuracies(suites: tuple[str, ...]) -> pd.DataFrame:
     return pd.concat(found).droplevel(1)
 
 
-def memory_figure(suite: str) -> Figure:
-    """NDA against what is kept, in networks of the suite's size."""
-    figure = figures.nda_against_memory(*of_stand_ins(suite))
-    figure.suptitle(suite)
-    return figure
-
-
 def kept_by_count(counts: tuple[int, ...] = (2, 3, 5, 8)) -> pd.DataFrame:
     """NDA ± deviation and memory in networks, for each number of experts."""
     columns = {}

@@ -7,6 +7,7 @@ NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a
 
 import math
 import re
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -116,6 +117,7 @@ IN_SHORT = [
 
 DRAWN = {
     ("none", "feature_ridge"): "none: survivors alone",
+    ("base", "expert_head-own"): "base, own head corrected",
     ("average", "expert_head-own"): "average, own head corrected",
     ("coin", "linear"): "coin, the paper's decoder",
     ("coin", "feature_ridge"): "coin, feature_ridge",
@@ -128,6 +130,16 @@ DRAWN = {
     ("replica-8bit-nobase", "replica"): "replica: copies in 8 bits",
 }
 """The points of the README's figure: method and decoder, and what they are called in it."""
+
+DRAWN_TOO = DRAWN | {
+    ("base-4bit-nobase", "expert_head-own"): "base, the same in 4 bits",
+    ("coin", "expert_head-own"): "coin, own head corrected",
+    ("wudi", "expert_head-own"): "wudi, own head corrected",
+    ("refit", "expert_head-own"): "refit, own head corrected",
+    ("refit-both", "expert_head-own"): "refit(both), own head corrected",
+    ("refit-both-4bit-nobase", "expert_head-own"): "refit(both), the same in 4 bits",
+}
+"""The same of the study's figures."""
 
 
 def suites() -> str:
@@ -337,10 +349,11 @@ TABLES = {
 }
 
 
-def figure() -> Figure:
-    """Memory against NDA of the README's rows and of two more, on the ImageNet pair."""
-    kept, network = of_stand_ins("imagenet-pair")
-    names = [DRAWN.get(pair, "") for pair in zip(kept["name"], kept["decoder"], strict=True)]
+def figure(suite: str = "imagenet-pair", drawn: Mapping[tuple[str, str], str] = DRAWN) -> Figure:
+    """Memory against NDA of some of what may stand in, by default of the README's figure."""
+    kept, network = of_stand_ins(suite)
+    methods = kept["name"].str.removesuffix(" (keep)")  # what is said of a base with BatchNorm
+    names = [drawn.get(pair, "") for pair in zip(methods, kept["decoder"], strict=True)]
     kept = kept.assign(name=names, decoder=REPLICA)[[name != "" for name in names]]
     return nda_against_memory(kept, network)
 
