@@ -102,9 +102,9 @@ def simulation(scenario: str, experts: int) -> pd.DataFrame:
 def simulated(scenario: str, experts: int) -> pd.DataFrame:
     """Return the rows of a simulation, by redundancy and by what a query wants: one answer or all.
 
-    Of several coded models that answer alone it is the most accurate.
+    Of several coded models that answer alone it is the smallest.
     """
-    rows = simulation(scenario, experts).drop_duplicates(["redundancy", "want"], keep="last")
+    rows = simulation(scenario, experts).drop_duplicates(["redundancy", "want"], keep="first")
     return rows.set_index(["redundancy", "want"])
 
 

@@ -313,7 +313,7 @@ def serving() -> str:
         sizes = simulated("failures", experts)
         for redundancy, name in SERVED.items():
             size, tails = sizes.loc[(redundancy, "one")], []
-            memory = f"{size.memory_server / 2**20:.0f}, {size.memory / 2**20:.0f}"
+            memory = f"{(size.memory - sizes.loc[('uncoded', 'one')].memory) / 2**20:.1f}"
             for scenario in ("rare-stragglers", "stragglers", "failures"):
                 for want in ("one", "all"):
                     row = simulated(scenario, experts).loc[(redundancy, want)]
@@ -322,7 +322,7 @@ def serving() -> str:
             right = size.standing_in_accuracy
             rows.append([str(experts), name, memory, *tails, "–" if math.isnan(right) else percent(right)])
     slow = [f"{what}, query for {whom}" for what in ("slow 1 %", "slow 5 %", "down 1 %") for whom in ("one", "all")]
-    return markdown(["N", "on one server more", "MiB: largest server, in all", *slow, "right, %"], rows)
+    return markdown(["N", "on one server more", "MiB", *slow, "right, %"], rows)
 
 
 def columns() -> str:
