@@ -160,8 +160,8 @@ def tails(scenario: str, experts: int) -> pd.DataFrame:
 
 
 def tail_figure(scenario: str) -> Figure:
-    """The p99.9 against the memory of the largest server, with three and with eight experts."""
-    figure = tail_against("memory_server", pd.concat([simulation(scenario, count) for count in (3, 8)]))
+    """The p99.9 against the memory of all servers, with three and with eight experts."""
+    figure = tail_against("memory", pd.concat([simulation(scenario, count) for count in (3, 8)]))
     figure.suptitle(f"{scenario}, 3 and 8 experts")
     return figure
 

@@ -19,6 +19,7 @@ _BLOCKS, _DRAWS = 20, 200
 _LABELLED = (1.0, 2.0, 5.0)
 _AXES = {
     "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
+    "memory": (1 / 2**20, "weights on all servers (MiB, log scale)"),
     "load": (1.0, "load by own answers alone"),
 }
 _WANTS = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
@@ -119,7 +120,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def tail_against(column: str, rows: pd.DataFrame) -> Figure:
-    """The 99.9 % quantile of the latency against ``memory_server`` or ``load``, a panel a kind of query.
+    """The 99.9 % quantile of the latency against ``memory_server``, ``memory`` or ``load``, a panel a kind of query.
 
     Points are joined over numbers of experts and of extra servers; those whose quantile is infinite are left out.
     """

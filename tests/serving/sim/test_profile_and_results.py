@@ -115,7 +115,7 @@ def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd
     assert lines["replica_delta"][-1] == "–"
 
 
-@pytest.mark.parametrize("column", ["memory_server", "load"])
+@pytest.mark.parametrize("column", ["memory_server", "memory", "load"])
 def test_figures_have_a_line_a_policy_and_no_infinite_point(column: str, rows: pd.DataFrame) -> None:
     lost = rows.assign(p999=rows["p999"].where((rows["redundancy"] != "uncoded") | (rows["load"] < 0.4), np.inf))
     figure = tail_against(column, lost)
