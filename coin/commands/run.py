@@ -46,8 +46,9 @@ def main(arguments: Sequence[str]) -> None:
     else:
         print_summary(summary)
         print(f"report: {page}")
-        servers = f"--servers={len(experiment.tasks) + 1} --memory_gib=1 -c rare-stragglers"
-        print(f"next: coin advise {experiment.folder} {servers} says what to keep for your servers; coin serve runs it")
+        advise = f"coin advise {experiment.folder} --servers={len(experiment.tasks) + 1} --memory_gib=1"
+        print(f"next: {advise} -c rare-stragglers says what to keep for your servers")
+        print(f"      coin serve {experiment.folder} answers queries")
 
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:
