@@ -104,8 +104,8 @@ def simulated(scenario: str, experts: int) -> pd.DataFrame:
 
     Of several coded models that answer alone it is the smallest.
     """
-    rows = simulation(scenario, experts).drop_duplicates(["redundancy", "want"], keep="first")
-    return rows.set_index(["redundancy", "want"])
+    rows = simulation(scenario, experts).sort_values("memory", kind="stable")
+    return rows.drop_duplicates(["redundancy", "want"]).set_index(["redundancy", "want"])
 
 
 def milliseconds(seconds: float) -> str:

@@ -300,7 +300,7 @@ SERVED = {
     "uncoded": "nothing",
     "replica": "`replica`: all experts' weights",
     "replica_delta": "`replica_delta`: a base in 8 bits and 3-bit deltas",
-    "standin": "`standin`: the coded model alone, own head",
+    "standin": "`standin`: the coded model alone",
     "coded_hedged": "`coded_hedged`: with the survivors, `feature_ridge`",
 }
 """What stands on the one server more, and how the table calls it."""
@@ -320,6 +320,8 @@ def serving() -> str:
                     middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
                     tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
             right = size.standing_in_accuracy
+            if redundancy == "standin":
+                name += ", own head corrected" if size.variant.endswith("-own") else ", own head"
             rows.append([str(experts), name, memory, *tails, "–" if math.isnan(right) else percent(right)])
     slow = [f"{what}, query for {whom}" for what in ("slow 1 %", "slow 5 %", "down 1 %") for whom in ("one", "all")]
     return markdown(["N", "on one server more", "MiB", *slow, "right, %"], rows)

@@ -1,5 +1,6 @@
 """Tasks from torchvision's data sets, with their checksummed download."""
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,8 +62,8 @@ class TorchvisionTask(TaskData):
     def downloads(self) -> list[Download]:
         """Return the set, there if its folder has a file: a download that failed leaves empty ones."""
         place, name = self.root / self.folder, type(self).__name__
-        files = place.rglob("*") if self.folder else self.root.glob("*_32x32.mat")
-        there = any(path.is_file() for path in files)
+        files = os.walk(place, followlinks=True) if self.folder else [("", [], [*self.root.glob("*_32x32.mat")])]
+        there = any(names for _, _, names in files)
         advice = f"torchvision's files for {name} belong in {place}"
         return [Download(name, self.host if self.download else "", self.mib, there, advice)]
 

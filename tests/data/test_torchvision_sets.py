@@ -274,6 +274,12 @@ def test_sets_of_image_files(tmp_path, task_class, write, sizes, monkeypatch):
     assert not missing.there
     (tmp_path / task_class.folder / "raw").mkdir(parents=True)  # what is left of a download that failed
     assert not task.downloads()[0].there
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/images").touch()
+    link = tmp_path / task_class.folder / "linked"
+    link.symlink_to(tmp_path / "elsewhere")
+    assert task.downloads()[0].there
+    link.unlink()
     assert bool(missing.host) == (task_class not in (StanfordCars, SUN397))
     write(tmp_path)
     for most in (2**30, 0):  # in memory, and read when needed

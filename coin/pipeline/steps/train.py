@@ -97,7 +97,7 @@ def train_network(
         seed=seed,
         **{option.name: getattr(config, option.name) for option in fields(Recipe)},
     )
-    export = ExpertExport(str(output), weights, output.parent.name)
+    export = ExpertExport(str(output), weights, None if initial is None else output.parent.name)
     callbacks: list[Callback] = [export]
     if weights == Weights.best:
         callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
@@ -134,7 +134,8 @@ def write_initial(
         checkpoint: The pretrained weights; None takes the network's own.
     """
     initial = initial_network(network, classes, checkpoint, wider=wider)
-    made = {"made_by": "coin run", "base": str(checkpoint), "sha256": hashes([checkpoint] if checkpoint else [])}
+    read = [Path(str(each)) for each in (checkpoint, wider, network.weights) if each]
+    made = {"made_by": "coin run", "base": str(checkpoint), "sha256": hashes(read)}
     save_network(context.outputs[0], initial, network, classes, made)
 
 
