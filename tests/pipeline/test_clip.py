@@ -201,7 +201,7 @@ def test_an_expert_that_is_trained_here_keeps_its_head(tmp_path: Path) -> None:
     changed = [name for name, each in network.named_parameters() if not torch.equal(each, initial.get_parameter(name))]
     assert len(changed) > 30
     frame = read_results(tmp_path / "two/seed-0")
-    assert set(frame.method) == {"average", "task_arithmetic"}
+    assert set(frame.method) == {"average", "task_arithmetic", "none"}
     assert main(["run", "-c", "two/seed-0/config.yaml", "--output=.", "--name=again"]) == 0
     assert read_results(tmp_path / "again/seed-0").nda.tolist() == frame.nda.tolist()
 

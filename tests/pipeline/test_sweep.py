@@ -222,7 +222,7 @@ def test_table_holds_every_points_results(swept: Path) -> None:
     for name, rows in frame.groupby("experiment"):
         results = pd.read_csv(next((swept / str(name)).glob("seed-*/results.csv")), keep_default_na=False)
         pd.testing.assert_frame_equal(rows[list(COLUMNS)].reset_index(drop=True), results)
-    assert set(frame.method) == {"average", "oracle"}
+    assert set(frame.method) == {"average", "oracle", "none"}
     risk = pd.read_csv(swept / "risk.csv", keep_default_na=False)
     assert list(risk.columns) == ["calibration.samples_per_task", "seeds", *RISK_COLUMNS]
     assert len(risk) == sum(len(pd.read_csv(path)) for path in swept.glob("*/seed-*/risk.csv"))
@@ -278,10 +278,10 @@ def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:
     )
     table = sweep_table(frame, keys, "a sweep")
     cells = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
-    assert list(cells) == ["samples_per_task", "method", "linear"]
-    assert cells["samples_per_task"] == ["12", "24"]
-    assert cells["method"] == ["average", "average"]
-    for line, samples in enumerate((12, 24)):
+    assert list(cells) == ["samples_per_task", "method", "linear", "ridge"]
+    assert cells["samples_per_task"] == ["12", "12", "24", "24"]
+    assert cells["method"] == ["average", "none"] * 2
+    for line, samples in ((0, 12), (2, 24)):
         rows = frame[(frame.samples_per_task == samples) & (frame.method == "average")]
         first, second = (100 * rows.nda[rows.seed == seed].mean() for seed in (0, 1))
         spread = abs(first - second) / math.sqrt(2)
