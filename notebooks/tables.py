@@ -310,13 +310,14 @@ def serving() -> str:
     """Memory, p99.9 and accuracy of what may stand in, as simulated for three and for eight experts."""
     rows = []
     for experts in (3, 8):
-        sizes = simulated("failures", experts)
+        every = {scenario: simulated(scenario, experts) for scenario in ("rare-stragglers", "stragglers", "failures")}
+        sizes = every["failures"]
         for redundancy, name in SERVED.items():
             size, tails = sizes.loc[(redundancy, "one")], []
             memory = f"{(size.memory - sizes.loc[('uncoded', 'one')].memory) / 2**20:.1f}"
-            for scenario in ("rare-stragglers", "stragglers", "failures"):
+            for found in every.values():
                 for want in ("one", "all"):
-                    row = simulated(scenario, experts).loc[(redundancy, want)]
+                    row = found.loc[(redundancy, want)]
                     middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
                     tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
             right = size.standing_in_accuracy

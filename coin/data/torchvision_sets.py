@@ -62,8 +62,8 @@ class TorchvisionTask(TaskData):
     def downloads(self) -> list[Download]:
         """Return the set, there if its folder has a file: a download that failed leaves empty ones."""
         place, name = self.root / self.folder, type(self).__name__
-        files = os.walk(place, followlinks=True) if self.folder else [("", [], [*self.root.glob("*_32x32.mat")])]
-        there = any(names for _, _, names in files)
+        inside = os.walk(place, followlinks=True)
+        there = any(files for _, _, files in inside) if self.folder else any(self.root.glob("*_32x32.mat"))
         advice = f"torchvision's files for {name} belong in {place}"
         return [Download(name, self.host if self.download else "", self.mib, there, advice)]
 

@@ -88,8 +88,8 @@ def sha256_of(path: Path) -> str:
 
 
 def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of those of the paths that are files, for the metadata of what was made of them."""
-    return {str(path): sha256_of(path) for path in paths if path.is_file()}
+    """Return the SHA-256 of files by their paths, for the metadata of what was made of them."""
+    return {str(path): sha256_of(path) for path in paths}
 
 
 _hashes: dict[tuple[int, int, int, int], str] = {}

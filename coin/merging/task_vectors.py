@@ -10,7 +10,6 @@ from coin.core.choices import check_number
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
-from coin.merging.method import Compress
 from coin.merging.regmean import regmean_parameters
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
@@ -30,14 +29,8 @@ class Base(MergeMethod):
     batchnorm = BatchNormPolicy.keep
     added_options = ("compress",)
 
-    def __init__(
-        self,
-        *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.keep,
-        label: str | None = None,
-        compress: Compress = None,
-    ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label, compress=compress)
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any) -> None:
+        super().__init__(batchnorm=batchnorm, **options)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the initialisation."""

@@ -151,11 +151,8 @@ class Experiment:
 
     def as_yaml(self, seed: int) -> str:
         """Return the configuration with which ``coin run`` repeats one seed."""
-        return str(
-            yaml.safe_dump(
-                to_config({**self._given, "tasks": self.tasks, "seeds": [seed]}), sort_keys=False, allow_unicode=True
-            )
-        )
+        given = to_config({**self._given, "tasks": self.tasks, "seeds": [seed]})
+        return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
     def tasks_of(self, seed: int) -> dict[str, TaskData]:
         """Return the tasks with a seed set."""

@@ -113,7 +113,7 @@ def expert_step(files: SeedFiles, name: str) -> Step:
         files.folder,
         f"expert {name}",
         f"fine-tuning for {config.epochs} epochs",
-        partial(train_network, config=config, network=network, task=task, seed=files.seed, initial=initial),
+        partial(train_network, config=config, network=network, task=task, seed=files.seed, name=name, initial=initial),
         options={"training": config, "network": network, **options},
         inputs=[initial],
         outputs=[output],

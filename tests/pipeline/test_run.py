@@ -188,9 +188,8 @@ def test_coded_model_says_what_made_it(finished: Path) -> None:
     assert provenance["samples_per_task"] == 24
     assert provenance["method"]["options"]["damping"] == 1e-6
     assert len(provenance["sha256"]) == 4  # two experts, two Fisher files
-    kept = load_provenance(finished / "seed-0/coded/coin-keep.safetensors")[
-        "sha256"
-    ]  # statistics of the initialisation
+    keep = load_provenance(finished / "seed-0/coded/coin-keep.safetensors")
+    kept = keep["sha256"]  # its statistics are the initialisation's
     initial = {path for path in kept.keys() - provenance["sha256"].keys() if "initial" in path}
     assert {kept[path] for path in initial} == {sha256_of(Path(path)) for path in initial} != set()
 

@@ -25,7 +25,7 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
         metadata = {**made, "label": f"{made['label']}-{compression.name}"}
     else:
         metadata = {"label": f"{REPLICA}-{compression.name}", "task": made.get("task")}
-    inputs = hashes([network, *([base] if base else [])])
+    inputs = hashes(each for each in (network, base) if each)
     metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict()), "sha256": inputs}
     started = time.perf_counter()
     base, beside = kept_base(output, base, compression)

@@ -1,6 +1,7 @@
 """The training of one network on one task: the base, and the experts."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -61,6 +62,7 @@ def train_network(
     task: TaskData,
     *,
     seed: int,
+    name: str | None = None,
     initial: Path | None = None,
 ) -> None:
     """Train one network on one task and write it as a safetensors file, with checkpoints in the same folder.
@@ -73,6 +75,7 @@ def train_network(
         network: The network to train.
         task: The task.
         seed: The seed of the samples' order and of dropout.
+        name: The task's name; none for the base's.
         initial: The shared initialisation's file; None starts from the network's own weights.
     """
     (output,) = context.outputs
@@ -97,7 +100,7 @@ def train_network(
         seed=seed,
         **{option.name: getattr(config, option.name) for option in fields(Recipe)},
     )
-    export = ExpertExport(str(output), weights, None if initial is None else output.parent.name)
+    export = ExpertExport(str(output), weights, name)
     callbacks: list[Callback] = [export]
     if weights == Weights.best:
         callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
@@ -134,14 +137,14 @@ def write_initial(
         checkpoint: The pretrained weights; None takes the network's own.
     """
     initial = initial_network(network, classes, checkpoint, wider=wider)
-    read = [Path(str(each)) for each in (checkpoint, wider, network.weights) if each]
-    made = {"made_by": "coin run", "base": str(checkpoint), "sha256": hashes(read)}
+    read = hashes(each for each in (checkpoint, wider, network.weights_file) if each)
+    made = {"made_by": "coin run", "base": str(checkpoint), "sha256": read}
     save_network(context.outputs[0], initial, network, classes, made)
 
 
 def import_network(context: Context, config: NetworkConfig, name: str, task: TaskData, given: Path) -> None:
     """Write a task's expert from a file of weights that the user brings."""
-    _write_expert(context, import_checkpoint(config, task.num_classes, given), config, name, task, str(given))
+    _write_expert(context, import_checkpoint(config, task.num_classes, given), config, name, task, str(given), [given])
 
 
 def import_from_hub(
@@ -149,14 +152,15 @@ def import_from_hub(
 ) -> None:
     """Write a task's expert from a folder or ID of Hugging Face's; see `coin.networks.import_pretrained`."""
     network = import_pretrained(config, place, initial, task.zero_shot, name)
-    _write_expert(context, network, config, name, task, place)
+    _write_expert(context, network, config, name, task, place, [initial])
 
 
 def _write_expert(
-    context: Context, network: nn.Module, config: NetworkConfig, name: str, task: TaskData, source: str
-) -> None:
+    context: Context, network: nn.Module, config: NetworkConfig, name: str, task: TaskData, source: str,
+    read: Sequence[Path],
+) -> None:  # fmt: skip
     provenance = {"made_by": "coin run", "source": source, "task": name, "classes": list(task.classes)}
-    described = {**provenance, "sha256": hashes([Path(source)]), **({} if task.head is None else {"head": task.head})}
+    described = {**provenance, "sha256": hashes(read), **({} if task.head is None else {"head": task.head})}
     save_network(context.outputs[0], network, config, task.num_classes, described)
 
 
