@@ -17,18 +17,18 @@ from coin.files.tensors import State, check_finite
 from coin.networks.experts import ExpertFiles, ExpertNetworks
 from coin.networks.heads import check_padding, linear_heads, padded_state
 from coin.networks.stages import Run, run_network
-from coin.statistics import FisherKind
+from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.files import StatisticPaths, open_statistics
-from coin.statistics.guard import evaluating
-from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, available_data, compute_statistic
+from coin.statistics.guard import evaluating, trainable
+from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, StatisticOptions, statistic_sums
 
 
 class Experts:
     """N experts of one architecture, with their statistics and calibration samples.
 
     If class counts differ, heads, given statistics and the shared initialisation are padded with zeros to the largest
-    count; coded models then have that many outputs. Statistics that are not given are computed from the calibration
-    data on demand. Experts in files, and their statistics, are read on demand too.
+    count, which coded models then have. Statistics that are not given are computed from the calibration data on demand.
+    Experts in files, and their statistics, are read on demand too.
 
     Args:
         networks: The experts, or their files with that of the shared initialisation.
@@ -38,8 +38,7 @@ class Experts:
         calibration: For every expert the samples of its own task: a `coin.data.Calibration`, or batches ``[B, …]``,
             read once; of pairs (inputs, labels) the inputs.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
-            then also be mappings of tensors. Coded models within a method are called with batches too; those that
-            `merge_networks` returns are called as the experts' class.
+            then also be mappings of tensors.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
         train: A `coin.pipeline.steps.distill.Training` for methods that train; without one they train in memory.
 
@@ -213,16 +212,26 @@ class Experts:
         return found
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return the data (own, pooled) for which a statistic is available and that a method's option allows."""
+        """Return the data (own, pooled) for which a statistic is available and that a method's option allows.
+
+        One that is computed, or given without data, is for any. Raises ConfigurationError where there are none.
+        """
         stored: dict[str, Any] = dict.fromkeys(which.data for which in self.statistic_paths if which.name is name)
-        return available_data(stored or self._given[name], name, data)
+        given = stored or self._given[name]
+        if not isinstance(given, Mapping):
+            return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
+        allowed = [DataChoice(each) for each in given if data in (DataChoice.auto, each)]
+        if not allowed:
+            found = f"found {name} statistics of {', '.join(given)} data, expected {data}"
+            raise ConfigurationError(f"{found}; give such ones, or set {name}_data")
+        return allowed
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
 
-        A head is padded like the expert's, whose added logits are zero. The exact Fisher of a linear head is the same
-        for every output, since each logit is its own row times the features: the padded rows get it too. The other
-        kinds weigh outputs by probabilities, of which those have none: zero. Gram matrices are of inputs.
+        A Fisher's head is padded like the expert's. The exact one of a linear head is the same for every output, since
+        each logit is its own row times the features: the padded rows get it too. The other kinds weigh outputs by
+        probabilities, of which padded ones have none: they get zeros.
         """
         if which not in self._statistics:
             states, padding = self._states(which), self.source.padding
@@ -246,8 +255,17 @@ class Experts:
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes.
 
-        Fishers are those of the experts before padding: a padded class would get a probability too.
+        Fishers are those of the experts before padding: a padded class would get a probability too. Parameters that are
+        frozen in one expert have none in all: they are averaged.
         """
-        states, passes = compute_statistic(self.source.each_network(padded=kind is None), samples, kind)
-        self.passes += passes
-        return states
+        if kind is FisherKind.empirical:
+            raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
+        options = StatisticOptions(StatisticKind.gram if kind is None else StatisticKind.fisher, kind)
+        means, trained = [], []
+        for network, batches in zip(self.source.each_network(padded=kind is None), samples, strict=True):
+            trained.append(set(trainable(network)))
+            sums = statistic_sums(network, batches, options)
+            means.append(sums.mean())
+            self.passes += sums.passes
+        shared = set.intersection(*trained)
+        return [{name: mean[name] for name in mean if name.removesuffix(TRANSPOSED) in shared} for mean in means]

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.statistics.cotangents import FisherKind, check_mc_samples
 from coin.statistics.fisher import Precision, fisher_sums
 from coin.statistics.gram import gram_sums
-from coin.statistics.guard import trainable
 from coin.statistics.memory import DEFAULT_MEMORY_MIB
-from coin.statistics.sums import TRANSPOSED, Sums
+from coin.statistics.sums import Sums
 
 
 class StatisticKind(StrEnum):
@@ -122,16 +120,10 @@ def statistic_sums(
     rank: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Sums:
-    """Return the sums of a network's statistic over this process's samples.
+    """Return the sums of a network's statistic over this process's samples, on the network's device.
 
-    Args:
-        network: The network, on the device of the pass.
-        batches: The batches of the samples.
-        options: Which statistic.
-        labels: The true classes of these samples, if ``options.needs_labels``.
-        seed: The seed of Monte Carlo's random cotangents.
-        rank: This process's rank, on which they depend too.
-        progress: Called with the number of samples that are done.
+    `labels` are these samples' true classes, if the options need them; Monte Carlo's random cotangents depend on the
+    seed and on this process's rank. `progress` is called with the number of samples that are done.
     """
     if options.kind is None:
         return gram_sums(network, batches, progress=progress)
@@ -154,37 +146,3 @@ def statistic_sums(
 
 Given = Sequence[State] | Mapping[str, Sequence[State]]
 """Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
-
-
-def available_data(given: Given | Mapping[str, Any] | None, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-    """Return the data that an option allows of those that a statistic is given for, which are `given`'s keys.
-
-    One that is computed, or given without data, is for any. Raises ConfigurationError where there are none.
-    """
-    if not isinstance(given, Mapping):
-        return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
-    allowed = [DataChoice(each) for each in given if data in (DataChoice.auto, each)]
-    if not allowed:
-        found = f"found {name} statistics of {', '.join(given)} data, expected {data}"
-        raise ConfigurationError(f"{found}; give such ones, or set {name}_data")
-    return allowed
-
-
-def compute_statistic(
-    networks: Iterable[nn.Module], samples: Sequence[Iterable[Batch]], kind: FisherKind | None
-) -> tuple[list[State], float]:
-    """Return each network's Fisher (Gram matrices if the kind is None) on its samples, and the passes spent.
-
-    Parameters that are frozen in one network have none in all: they are averaged.
-    """
-    if kind is FisherKind.empirical:
-        raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
-    options = StatisticOptions(StatisticKind.gram if kind is None else StatisticKind.fisher, kind)
-    means, passes, trained = [], 0.0, []
-    for network, batches in zip(networks, samples, strict=True):
-        trained.append(set(trainable(network)))
-        sums = statistic_sums(network, batches, options)
-        means.append(sums.mean())
-        passes += sums.passes
-    shared = set.intersection(*trained)
-    return [{name: mean[name] for name in mean if name.removesuffix(TRANSPOSED) in shared} for mean in means], passes
