@@ -18,41 +18,26 @@ from coin.statistics.sums import sum_type
 _SAME = "give experts that make the same calls whatever their inputs"
 
 
-SHARE = 4
-"""The experts' outputs that are fitted may take one part in so many of a refit's ``memory_mib`` at once."""
-
-MIB = 64
-"""They may take so much in any case, in MiB: below, experts would run often for little."""
-
-
 def outputs_budget(memory_mib: int) -> int:
-    """Return how many bytes of experts' outputs are held at once."""
-    return max(memory_mib // SHARE, MIB) << 20
+    """Return how many bytes of experts' outputs a refit holds at once; with fewer than 64 MiB experts run too often."""
+    return max(memory_mib // 4, 64) << 20
 
 
 class Rows(NamedTuple):
-    """What units are fitted to on P samples.
-
-    Attributes:
-        inputs: The samples.
-        mixtures: Every sample's mixture of the experts' outputs [N, P].
-        shares: What the samples weigh [P].
-        places: By the units' weights, at which positions, as `chosen_places` returns them.
-        weights: By the units' weights, what the positions weigh, as `position_weights` returns them.
-    """
+    """What units are fitted to on P samples; `places` and `weights` are by the names of the units' weights."""
 
     inputs: Batch
-    mixtures: Tensor
-    shares: Tensor
-    places: Mapping[str, Tensor | None]
-    weights: Mapping[str, Tensor]
+    mixtures: Tensor  # every sample's mixture of the experts' outputs [N, P]
+    shares: Tensor  # what the samples weigh [P]
+    places: Mapping[str, Tensor | None]  # of `chosen_places`
+    weights: Mapping[str, Tensor]  # of `position_weights`
 
 
 class ExpertOutputs:
-    """The mixtures of the experts' outputs, which the units shall give, by the units' weights in their order.
+    """The mixtures of the experts' outputs to which the units of a trace are fitted, made on demand in their order.
 
-    They are made when they are asked for, of as many units at once as fit into `budget` bytes; for every such group an
-    expert runs on the samples alone of whose mixtures it is part, `batch_size` at once.
+    As many units at once as fit into `budget` bytes; for every such group an expert runs, `batch_size` samples at once,
+    on those of whose mixtures it is part.
 
     Args:
         experts: Returns the experts, which may be loaded one at a time.
@@ -95,54 +80,43 @@ class ExpertOutputs:
             ends = {unit.end: unit for unit in self._groups.pop(0)}
             for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
                 for part in filter(len, mixture.nonzero().flatten().split(self._batch_size)):
-                    _add_targets(self._made, network, ends, self._trace, self._rows, part, mixture)
+                    self._add(network, ends, part, mixture)
                     self.passes += len(part)
                     self.advance(len(part))
         return self._made.pop(weight)
+
+    def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
+        """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
+        made: list[str] = []
+
+        def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+            if (weight := names.get("weight")) is None:
+                return None
+            made.append(weight)
+            _check_calls(made, self._trace.calls)
+            output = function()
+            if unit := ends.get(weight):
+                shape = (len(output) // len(part), *output.shape[1:])
+                if shape != unit.shape:
+                    found = f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]}"
+                    raise StateError(f"{found} in the coded network; {_SAME}")
+                at = self._rows.places[unit.weight]
+                rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
+                rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+                if unit.weight not in self._made:
+                    self._made[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
+                share = mixture[part].to(rows)
+                self._made[unit.weight].index_add_(0, part.to(rows.device), rows * share[:, None, None])
+            return output
+
+        with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+            network(as_input(take(self._rows.inputs, part), network))
+        _check_calls([*made, ""], [*self._trace.calls, ""])
 
 
 def target_bytes(unit: Unit, samples: int, places: int) -> int:
     """Return how many bytes a unit's targets take at so many places of every sample, in float32."""
     return 4 * samples * min(places, unit.positions) * (math.prod(unit.shape) // unit.positions)
-
-
-def _add_targets(
-    targets: dict[str, Tensor],
-    network: nn.Module,
-    ends: Mapping[str, Unit],
-    trace: Trace,
-    rows: Rows,
-    part: Tensor,
-    mixture: Tensor,
-) -> None:
-    """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
-    made: list[str] = []
-
-    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-        if (weight := names.get("weight")) is None:
-            return None
-        made.append(weight)
-        _check_calls(made, trace.calls)
-        output = function()
-        if unit := ends.get(weight):
-            shape = (len(output) // len(part), *output.shape[1:])
-            if shape != unit.shape:
-                raise StateError(
-                    f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]} in the coded network; "
-                    f"{_SAME}"
-                )
-            at = rows.places[unit.weight]
-            found = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
-            found = found.to(sum_type(found)).view(len(part), -1, found.shape[1])
-            if unit.weight not in targets:
-                targets[unit.weight] = found.new_zeros(len(mixture), *found.shape[1:])
-            share = mixture[part].to(found)
-            targets[unit.weight].index_add_(0, part.to(found.device), found * share[:, None, None])
-        return output
-
-    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
-        network(as_input(take(rows.inputs, part), network))
-    _check_calls([*made, ""], [*trace.calls, ""])
 
 
 def _check_calls(made: Sequence[str], expected: Sequence[str]) -> None:
