@@ -16,14 +16,7 @@ from coin.statistics.sums import sum_type
 
 
 def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:
-    """Return a call's outputs at some positions of every sample, as rows [P·q, ·], sample by sample.
-
-    Args:
-        call: The call, with the samples, or several rows of each, along the leading dimension.
-        output: What it returned.
-        samples: P.
-        places: Which positions, int64 [P, q]; none for all.
-    """
+    """Return a call's outputs for P samples at positions `places` [P, q] of each, none for all, as rows [P·q, ·]."""
     if isinstance(call, ElementwiseCall):
         whole = (1,) * (output.ndim - 1 - len(call.shape)) + call.shape
         entries = [1 + place for place, size in enumerate(whole) if size > 1]
@@ -38,7 +31,7 @@ def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None)
 def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what a call's weight multiplies at the same positions [G, P·q, K'], and by which entries of a row [K'].
 
-    Rows are of a type to sum in. A convolution's are tap by tap, without the taps that meet no image.
+    A convolution's rows are tap by tap, without the taps that meet no image.
     """
     if isinstance(call, ConvolutionCall):
         return _patches(call.inputs, call.geometry, samples, places)
@@ -97,17 +90,10 @@ def fit_unit(
     ridge: float,
     rounding: Rounding | None = None,
 ) -> None:
-    """Refit a unit of a network in place, at its call in a forward pass of P samples.
+    """Refit a unit in place to targets [P, q, ·], at the call of its map in a forward pass of P samples.
 
-    Args:
-        network: The network.
-        unit: The unit.
-        call: The call of its map.
-        target: What the unit shall return at the positions [P, q, ·].
-        places: Which positions, as for `output_rows`.
-        shares: The rows' weights [P, q].
-        ridge: λ, relative.
-        rounding: If given, the matrix is rounded, and the bias fitted to what that leaves.
+    Places are as for `output_rows`, shares the rows' weights [P, q], and the ridge is relative. With a rounding the
+    matrix is rounded, and the bias fitted to what that leaves.
     """
     weight = network.get_parameter(unit.weight)
     turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]

@@ -12,8 +12,7 @@ from coin.files.tensors import State, check_finite, check_same_layout
 from coin.merging.experts import Experts
 from coin.networks.experts import parameters_of
 
-MOST_AVERAGED = 0.1
-"""With a larger share of parameters that cannot be refitted a warning is given."""
+MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
 
 
 def check_row(weights: Sequence[float], count: int) -> None:

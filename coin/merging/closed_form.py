@@ -20,31 +20,24 @@ from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
 from coin.networks.experts import parameters_of
 from coin.networks.parametrised import renormalise
 
-SAME = "same"
-"""What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
+SAME = "same"  # what BatchNormPolicy.auto is called where all experts have the same buffers
 
 
 class Candidate(NamedTuple):
-    """One candidate for a coded model's parameters.
+    """One candidate for a coded model's parameters."""
 
-    Attributes:
-        options: Its distinguishing options, as plain values for the record.
-        parameters: In the experts' types.
-        trial: The parameters computed without the held-out samples, used to judge it; by default `parameters`.
-    """
-
-    options: dict[str, Any]
-    parameters: State
-    trial: State | None = None
+    options: dict[str, Any]  # that distinguish it, plain values for the record
+    parameters: State  # in the experts' types
+    trial: State | None = None  # computed without the held-out samples, to judge it; by default `parameters`
 
 
 class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
-    If there are several candidates or BatchNorm policies, the one with the smallest error of decoded answers on
-    held-out calibration samples is chosen (`choose`), without labels; its passes count as cost. No fixed policy is
-    safe: ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is possible), ``recalibrate``
-    those whose statistics were frozen (18 where 92 is).
+    Of several candidates and BatchNorm policies the one with the smallest error of decoded answers on held-out
+    calibration samples is chosen (`choose`), without labels; its passes count as cost. No fixed policy is safe:
+    ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is possible), ``recalibrate`` those
+    whose statistics were frozen (18 where 92 is).
 
     Args:
         batchnorm: The BatchNorm merge policy.

@@ -80,20 +80,15 @@ def coin_parameters(
     """Return COIN's closed form, in the experts' types.
 
     θ = (Σ_i β_i F_i + λ)⁻¹ (Σ_i β_i F_i θ_i + λ Σ_i β_i θ_i), entry by entry, with F_i the diagonal of the Fisher of
-    the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters. Damping therefore pulls
-    towards the β-average, never towards zero. The result is the β-average where every F_i is exactly zero, and in
-    parameters missing from an expert's Fisher, such as frozen ones.
+    the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters: damping pulls towards the
+    β-average. That is the result where every F_i is zero, and in parameters that some Fisher lacks (frozen ones).
 
-    It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
-    entry leave it alone, however small their Fisher.
+    It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: entries in which experts
+    agree stay, however small their Fisher.
     """
     known = _covered_by(fishers)
-    entries = sum(fishers[0][key].numel() for key in known)
-    mass = sum(
-        weight * float(fisher[key].sum(dtype=torch.float64))
-        for fisher, weight in zip(fishers, weights, strict=True)
-        for key in known
-    )
+    entries, pairs = sum(fishers[0][key].numel() for key in known), zip(fishers, weights, strict=True)
+    mass = sum(weight * float(fisher[key].sum(dtype=torch.float64)) for fisher, weight in pairs for key in known)
     absolute = damping * mass / max(entries, 1)
 
     merged: dict[str, Tensor] = {}
@@ -112,9 +107,9 @@ def coin_parameters(
 
 
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
-    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
+    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64, of the parameters in all Fishers.
 
-    Only parameters in all Fishers are used. Raises NumericalError if dividing by the floor overflows the Fishers' type.
+    It is ones where every entry is zero. Raises NumericalError if dividing by the floor overflows the Fishers' type.
     """
     totals = {key: weighted_mean(fishers, weights, key, torch.float64) for key in _covered_by(fishers)}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
@@ -134,10 +129,7 @@ def _covered_by(fishers: Sequence[State]) -> list[str]:
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:
-    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones.
-
-    They may lack some parameters of the expert, such as frozen ones.
-    """
+    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones."""
     zero = []
     for index, fisher in enumerate(fishers):
         name = f"the Fisher of expert {index}"

@@ -16,8 +16,7 @@ from coin.networks.stages import common_widths
 
 LINEAR = DecoderConfig(DecoderKind.linear)
 
-FEW = 10
-"""With fewer held-out samples a choice is little better than chance, and a warning says so."""
+FEW = 10  # with fewer held-out samples a choice is little better than chance, and a warning says so
 
 Option = TypeVar("Option")
 
@@ -33,18 +32,9 @@ def choose(
 ) -> tuple[Option, list[float]]:
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
 
-    A single option is not tried, and has no error. With fewer than `FEW` held-out samples there is a warning.
-
-    Args:
-        options: The options; of equally good ones the first is chosen.
-        build: Maps an option to its coded model, made without the held-out samples.
-        experts: The experts and their calibration data.
-        row: The code row β ``[N]``.
-        label: The method's, for messages.
-        decoders: The decoders whose mean error is compared.
-        handicap: A factor on an option's error for the comparison.
-
-    Raises NumericalError if no option has a finite error.
+    A single option is not tried, and has no error; of equally good ones the first is taken. `build` maps an option to
+    its coded model, made without the held-out samples; `handicap` to a factor on its error, which is the decoders'
+    mean. With fewer than `FEW` held-out samples there is a warning. Raises NumericalError if no error is finite.
     """
     if len(options) == 1:
         return options[0], []
@@ -70,11 +60,11 @@ def held_out_error(
 ) -> float:
     """Return the mean cosine distance of decoded answers to the experts' own on held-out samples, in [0, 2].
 
-    With f̂_j what a decoder makes of the answers that arrive when expert j is lost, it is the mean over tasks j and
-    decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer
-    names does not change with its size or offset. The squared error ‖f_c − Σ_i β_i f_i‖ does, and prefers outputs that
-    have shrunk. Decoders are fitted on the other samples; with fewer than two of a task only the linear one judges, and
-    without heads that give the logits expert_head does not, beside others. Infinite if it is no number.
+    That is the mean over tasks j and decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), with f̂_j what is decoded when
+    expert j is lost, and logits less their mean over the classes: size and offset do not change which class an answer
+    names, while the squared error ‖f_c − Σ_i β_i f_i‖ prefers outputs that have shrunk. Decoders are fitted on the
+    other samples; with fewer than two of a task only the linear one judges, and expert_head judges only where heads
+    give the logits, unless it is alone. Infinite if it is no number.
     """
     fitted = experts.tasks[: experts.split[0].num_samples]
     if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:

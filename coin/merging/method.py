@@ -107,11 +107,7 @@ class Method(ABC):
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code.
-
-        Args:
-            experts: The experts, their statistics and calibration data.
-            row: The code row β ``[N]``, non-negative with sum 1.
+        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1.
 
         Raises:
             ConfigurationError: The row is invalid, or an input that the method needs is missing.
@@ -205,9 +201,9 @@ def merge_networks(
 def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
     """Return the closed-form method given by another method's option `start`.
 
-    `start` is a method's name in results, for default options, or ``{class_path: …, init_args: {…}}`` as in an
-    experiment's list of methods. Raises ConfigurationError if it is unknown, trains, needs the shared initialisation
-    although `reads_initial` is false, or an option is unknown or out of its range.
+    That is a method's name, for default options, or ``{class_path: …, init_args: {…}}`` as in an experiment's list of
+    methods. Raises ConfigurationError if it is unknown, trains, needs the shared initialisation although
+    `reads_initial` is false, or an option is unknown or out of its range.
     """
     section: Any = {"class_path": start} if isinstance(start, str) else start
     kinds = [each for each in _subclasses(Method) if not each.is_trained and (reads_initial or not each.reads_initial)]

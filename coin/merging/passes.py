@@ -16,31 +16,21 @@ from coin.statistics.guard import activations_in_place, differentiable, evaluati
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
 
-ROWS = 8
-"""Rows of a regression for each of its unknowns: more where they are cheap, fewer where they are dear."""
-
-CHEAP, DEAR = 0.5, 4.0
-"""As many rows there are at least, and at most, as take these shares of the time of the layer's calls."""
-
-READ = 16
-"""How many multiplications take as long as reading a number where it lies alone."""
-
-LEAST = 256
-"""The fewest rows of a regression, where there are as many."""
-
-PROBED = 16
-"""Samples by which positions are weighed: several rows of tokens are much alike from sample to sample."""
+ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
+CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
+READ = 16  # multiplications that take as long as reading a number where it lies alone
+LEAST = 256  # rows of a regression, where there are as many
+PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
 
 
 def chosen_places(
     units: Sequence[Unit], order: Tensor, weights: Mapping[str, Tensor], device: torch.device, budget: float = math.inf
 ) -> dict[str, Tensor | None]:
-    """Return for every unit's weight at which positions of every sample its rows are [P, q]; none for all of them.
+    """Return by units' weights at which positions of every sample the rows are [P, q]; none for all positions.
 
-    `order` [P] is every sample's place among those of its task, by which it is drawn: whichever task is the first, the
-    rows are the same. q is the same for every sample. The positions of a sample are drawn as often as they weigh,
-    `position_weights`, one from each of q stretches of the same weight. Where the rows' outputs would take more bytes
-    than the budget, there are none but `ROWS` for each unknown.
+    A sample's positions are drawn as often as they weigh (`position_weights`), one from each of q stretches of the same
+    weight, and by its place `order` [P] in its task, so that the order of the tasks does not matter. Where the rows'
+    outputs would take more bytes than the budget there are only `ROWS` for each unknown.
     """
     places: dict[str, Tensor | None] = {}
     generator, samples = torch.Generator().manual_seed(0), len(order)
@@ -64,11 +54,8 @@ def chosen_places(
 
 
 def _affordable(unit: Unit, samples: float) -> float:
-    """Return how many rows' regression takes as long as the unit's calls on so many samples.
-
-    With K unknowns for each of O outputs n rows take n K (min(n, K) + 2 O) multiplications and n K numbers read at
-    places apart, each as long as `READ` of them; a position of the call takes K O.
-    """
+    """Return how many rows' regression takes as long as the unit's calls on so many samples."""
+    # With K unknowns for each of O outputs n rows take n K (min(n, K) + 2 O + READ) multiplications, a position K O.
     k, o, calls = unit.unknowns, unit.outputs, samples * unit.positions * unit.outputs
     each = 2 * o + READ
     return calls / (k + each) if calls > k * (k + each) else math.sqrt(each * each / 4 + calls) - each / 2
@@ -77,10 +64,9 @@ def _affordable(unit: Unit, samples: float) -> float:
 def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:
     """Return, by the weights of units that are no convolutions, what the positions weigh [L], with mean 1.
 
-    Half of a weight is the same for all positions; the other half goes with the mean square over samples of the
-    gradient of ½‖f‖², f less its mean over the classes, by the unit's outputs there. In a transformer the last layers'
-    outputs at all but the class token do not matter, and those of the first at some tokens hardly. A unit that the
-    outputs do not reach has none.
+    One half is the same for all positions; the other half goes with the mean square over samples of the gradient of
+    ½‖f‖² by the unit's outputs there, f less its mean over the classes: in a transformer the last layers' outputs at
+    all but the class token do not matter. A unit that the outputs do not reach has none.
     """
     ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
     parameters = floating_parameters(network)
@@ -119,10 +105,7 @@ def fit_in_order(
     rounding: Rounding | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the coded network once, in place fitting every unit of its trace before its call; see `fit_unit`.
-
-    A row weighs what its sample does, times what its position does.
-    """
+    """Run the coded network once, fitting every unit of its trace in place before its call (`fit_unit`)."""
     waiting = {unit.weight: unit for unit in trace.units}
     overwriting = activations_in_place(network) if trace.overwrites else nullcontext()
 
@@ -130,7 +113,7 @@ def fit_in_order(
         if unit := waiting.get(names.get("weight", "")):
             target, at = targets.pop(unit.weight), rows.places[unit.weight]
             mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
-            if at is None and unit.weight in rows.weights:  # places are drawn by them
+            if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
                 mine = mine * rows.weights[unit.weight].to(mine)
             fit_unit(network, unit, call, target, at, mine, ridge, rounding)
             progress()

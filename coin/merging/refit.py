@@ -34,11 +34,8 @@ from coin.networks.rounding import Rounding
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
-RIDGES = (0.01, 0.03, 0.1, 0.3)
-"""What the ridge is chosen from."""
-
-FIT = 2
-"""A sample's pass through the coded network with the fits counts as so many of an expert's passes in the progress."""
+RIDGES = (0.01, 0.03, 0.1, 0.3)  # what the ridge is chosen from
+FIT = 2  # passes of an expert that a pass of the coded network with its fits counts as, in the progress
 
 
 class Refit(Method):
@@ -59,13 +56,12 @@ class Refit(Method):
     embedding, a weight that is used twice) keeps the start, and the result names it. At last the head is fitted to
     Σ_i β_i f_i (`fit_head`). No labels, no training, no learning rate.
 
-    It takes one forward pass of every expert (``own``: on its own task's samples alone), in which it leaves each
-    layer's outputs at some positions, and one of the coded network, in which every layer is fitted just before it is
-    called. A layer with K unknowns for each output is fitted to `ROWS` · K rows, but to as many as take `CHEAP` of its
-    calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every sample, at
-    positions drawn evenly, but tokens as often as the outputs depend on them (`position_weights`). Where activations
-    do not fit `memory_mib`, it is as many samples as fit, and a warning; where experts' outputs do not fit a quarter of
-    it, `CHEAP` adds no rows, and experts run several times.
+    It takes one forward pass of every expert (``own``: on its own task's samples alone), which leaves each layer's
+    outputs at some positions, and one of the coded network, in which every layer is fitted just before it is called. A
+    layer with K unknowns for each output is fitted to `ROWS` · K rows (more if they take less than `CHEAP` of its
+    calls' time, fewer if more than `DEAR`, at least `LEAST`), as many of every sample, at positions drawn evenly, but
+    tokens as often as the outputs depend on them. Where activations do not fit `memory_mib`, it takes as many samples
+    as fit, with a warning; where experts' outputs do not fit a quarter of it, experts run several times.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not, or where many answers are
     decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far

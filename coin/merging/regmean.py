@@ -23,11 +23,8 @@ from coin.statistics import TRANSPOSED
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
-ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)
-"""What α is chosen from; 1 is its bound, and 0 a diagonal merge."""
-
-DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
-"""What the damping is chosen from: at 100 little but the average is left."""
+ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)  # what α is chosen from; 1 is its bound, and 0 a diagonal merge
+DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # what the damping is chosen from: at 100 little but the average is left
 
 
 class RegMeanLayers(StrEnum):
@@ -81,8 +78,7 @@ class RegMean(MergeMethod):
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices that the option asks for."""
-        choice = self.gram_data or DataChoice.auto
-        return tuple(Statistic(StatisticKind.gram, data) for data in choice.alternatives)
+        return tuple(Statistic(StatisticKind.gram, data) for data in (self.gram_data or DataChoice.auto).alternatives)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
@@ -150,10 +146,9 @@ def regmean_parameters(
     """Return the RegMean merge, in the experts' types; parameters without a Gram matrix get the β-average.
 
     For a layer with weights W_i ``[C_out, K]`` and inputs a of expert i with Gram matrix G_i = E Σ_positions aaᵀ, the
-    minimiser of Σ_i β_i E‖Wa − W_ia‖² is W = (Σ_i β_i W_i G_i)(Σ_i β_i G_i)⁻¹. It is computed as the β-average plus
-    Σ_i β_i (W_i − W̄) G_i (Σ_k β_k G_k + λI)⁻¹ by a Cholesky factorisation in float64, with λ = damping × the mean
-    diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
-    weight of an input that is always 1. Groups of a grouped convolution are separate maps.
+    minimiser of Σ_i β_i E‖Wa − W_ia‖² is W = (Σ_i β_i W_i G_i)(Σ_i β_i G_i)⁻¹. It is computed as the β-average W̄ plus
+    Σ_i β_i (W_i − W̄) G_i (Σ_k β_k G_k + λI)⁻¹ in float64, with λ = damping × the mean diagonal entry of Σβ_kG_k, per
+    group of a convolution. A bias is solved for jointly, as the weight of an input that is always 1.
 
     The Gram matrices ``[G, K, K]``, named as by `coin.statistics.gram_sums`, have off-diagonal entries multiplied by α.
 
@@ -165,10 +160,8 @@ def regmean_parameters(
     for name in tracked(grams[0], label):
         key = name.removesuffix(TRANSPOSED)
         if key not in like:
-            raise StateError(
-                f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
-                "these experts"
-            )
+            found = f"there is a Gram matrix for '{key}', which the experts do not have"
+            raise StateError(f"{found}; compute the Gram matrices of these experts")
         if layers == RegMeanLayers.linear and like[key].ndim != 2:
             continue
         first, turned = grams[0][name], name != key  # then the map is x ↦ x W: its weight lies the other way round
@@ -190,10 +183,7 @@ def regmean_parameters(
 
 
 def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:
-    """Return the bias that a Gram matrix ``[G, K, K]`` with one more row than the weight has solves for too, or None.
-
-    Raises StateError unless it fits the weight.
-    """
+    """Return the bias that a Gram matrix ``[G, K, K]`` solves for too, if any; StateError unless it fits."""
     weight, rows = state[key], gram.shape[-1]
     width, outputs = (len(weight), weight.shape[1]) if turned else (weight[0].numel(), len(weight))
     bias = key.removesuffix("weight") + "bias" if rows == width + 1 else None

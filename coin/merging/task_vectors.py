@@ -47,10 +47,9 @@ class Wudi(MergeMethod):
 
     is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, relative to the mean
     diagonal entry, pulls to the β-average, so that experts that agree merge to themselves. It is for fully
-    connected layers and convolutions of one group. Averaged are all other parameters, weights that several modules
-    share, and maps that an expert has left as they were: they have no Gram matrix. So is the head, unless `head`:
-    task vectors that do not meet are added up, not averaged, which is what its features can bear and the coded
-    outputs Σ_i β_i f_i cannot.
+    connected layers and convolutions of one group; averaged are all other parameters, weights that several modules
+    share, and maps that an expert has left as they were. So is the head, unless `head`: task vectors that do not meet
+    are added up, not averaged, which suits features, but not the coded outputs Σ_i β_i f_i.
 
     Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
     vectors* (ICML 2025), there minimised by gradient descent, heads left out.

@@ -25,30 +25,23 @@ from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.tape import Tape
 
+# Forward-equivalents of the search: of two samples, three times, of three, and of three with two backward passes.
 PROBES = 24
-"""Forward-equivalents that the search takes: of two samples, three times, of three, and of three with two backward
-passes."""
-
+# Tensors of a call's size alive beside the inputs of the modules around it; where activations overwrite their inputs.
 _ALIVE, _OVERWRITTEN = 3, 2
-"""Tensors of a call's size that are alive beside what the modules around it were called with, of any network and of one
-whose activations overwrite their inputs."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """An affine map of a network by the names of its weight and bias, with the module of the BatchNorm behind it.
-
-    `shape` is that of what it returns for one sample, the rows of the sample first, and `positions` at how many places
-    the same weights were used. A group has so many `unknowns` for each of its `outputs`.
-    """
+    """An affine map of a network, by its parameters' names, with the BatchNorm behind it."""
 
     weight: str
     bias: str | None
-    norm: str | None
-    shape: tuple[int, ...]
-    positions: int
-    unknowns: int
-    outputs: int
+    norm: str | None  # the BatchNorm's module
+    shape: tuple[int, ...]  # of its output for one sample, the sample's rows first
+    positions: int  # at which the same weights were used
+    unknowns: int  # of each output
+    outputs: int  # of each group
     is_convolution: bool
 
     @property
@@ -68,19 +61,12 @@ class Unit:
 
 
 class Trace(NamedTuple):
-    """A network's forward pass.
-
-    Attributes:
-        units: Its affine units, in the order of execution.
-        calls: The weights of all calls, in this order.
-        floats: How many of one sample are in memory at once, at most.
-        overwrites: Whether activations may overwrite their inputs in it (`can_overwrite`).
-    """
+    """A network's forward pass, in the order of execution."""
 
     units: list[Unit]
-    calls: list[str]
-    floats: int
-    overwrites: bool
+    calls: list[str]  # the weights of all calls
+    floats: int  # of one sample in memory at once, at most
+    overwrites: bool  # whether activations may overwrite their inputs (`can_overwrite`)
 
 
 def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -89,14 +75,12 @@ def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def affine_units(network: nn.Module, inputs: Batch) -> Trace:
-    """Find a network's affine units, by running it on two and on three samples.
+    """Find the affine units of a network in eval mode, by running it on two and on three samples.
 
-    A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
-    whose output has the samples, or several rows of each, along its leading dimension: sample by sample, as their
-    gradients say, and in every network alike, so that several rows that activations have sorted are none. A BatchNorm
-    over a linear map's outputs that alone reads them, and next, is part of it.
-
-    The network is in eval mode. Raises StateError where the calls depend on the number of samples.
+    A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass, and
+    whose output has the samples, or several rows of each, in order along its leading dimension, as gradients say; rows
+    that activations have sorted do not count, since they differ between networks. A BatchNorm that alone and next reads
+    a linear map's outputs is part of its unit. Raises StateError where the calls depend on the number of samples.
     """
     two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
     if [seen.weight for seen in two] != [seen.weight for seen in three]:
@@ -137,13 +121,13 @@ def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
 
 
 class _Seen(NamedTuple):
-    """A call of a trace: its parameters, its input's and output's place in memory, their sizes, what it is."""
+    """A call of a trace."""
 
     weight: str
     bias: str | None
-    source: tuple[int, int]
-    output: tuple[int, int]
-    shape: torch.Size
+    source: tuple[int, int]  # the input's place in memory
+    output: tuple[int, int]  # the output's
+    shape: torch.Size  # of the output
     around: int  # the floats that the modules around it were called with
     outputs: int  # at each position
     unknowns: int  # of each output
@@ -155,16 +139,13 @@ class _Seen(NamedTuple):
 
 
 class _Readers(TorchFunctionMode):
-    """Counts how many functions that return tensors read each address, and each parameter by id: `times`, `parameters`.
-
-    All tensors are kept so that no memory is used twice. A parameter may be read once, by a view of it alone.
-    """
+    """Counts how many functions that return tensors read each address, and each parameter by id."""
 
     def __init__(self) -> None:
         super().__init__()
         self.times: Counter[int] = Counter()
         self.parameters: Counter[int] = Counter()
-        self._tensors: list[Tensor] = []
+        self._tensors: list[Tensor] = []  # kept so that no memory is used twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -37,8 +37,8 @@ class UserMethod(Method):
     A function whose first parameter is called ``tensors`` merges one tensor at a time, ``function(tensors, **options)``
     → the merged one, so that N networks are never in memory at once. ``tensors`` are the experts' N tensors of one
     name and shape, ``initial`` is that of the shared initialisation; a parameter called ``name`` gets the name, one
-    called ``layer`` the module that has the tensor, of a network whose own weights do not matter. It is called for all
-    numbers that are learnt or kept with them but the head's, which belongs to its task and is averaged.
+    called ``layer`` the module that has the tensor, with arbitrary weights. It is called for all parameters and kept
+    buffers but the head's, which belongs to its task and is averaged.
 
     What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
     them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
