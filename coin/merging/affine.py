@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coin.merging.units import Unit
 from coin.networks.rounding import Rounding
-from coin.statistics.rules.call import Call
+from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall

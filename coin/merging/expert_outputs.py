@@ -12,7 +12,7 @@ from coin.merging.affine import output_rows
 from coin.merging.units import Trace, Unit, floating_parameters
 from coin.statistics.guard import evaluating
 from coin.statistics.intercept import Interceptor
-from coin.statistics.rules.call import Call
+from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type
 
 _SAME = "give experts that make the same calls whatever their inputs"

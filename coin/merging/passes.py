@@ -14,7 +14,7 @@ from coin.merging.units import Trace, Unit, floating_parameters
 from coin.networks.rounding import Rounding
 from coin.statistics.guard import activations_in_place, differentiable, evaluating
 from coin.statistics.intercept import Interceptor
-from coin.statistics.rules.call import Call
+from coin.statistics.rules import Call
 
 ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
 CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most

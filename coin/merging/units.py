@@ -19,7 +19,7 @@ from coin.files.tensors import State, weighted_sum
 from coin.networks.batchnorm import folded
 from coin.statistics.guard import can_overwrite, differentiable, evaluating
 from coin.statistics.intercept import Interceptor
-from coin.statistics.rules.call import Call
+from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall

@@ -38,30 +38,22 @@ class StatisticFile:
 def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seconds: float, **provenance: Any) -> None:
     """Write the mean of a statistic, ``fisher`` or ``gram``, from the sums over all processes.
 
-    Beside it the file says the fingerprint of the network's weights, what the pass took in wall time, and any further
-    JSON values: the kind, the task, the data, the seed.
-
-    Raises:
-        StateError: There are no samples or a value is not finite.
-        FileError: The file cannot be written.
+    Beside it the file holds the fingerprint of the network's weights, the wall time of the pass, and any further JSON
+    values. Raises StateError where there are no samples or a value is not finite, FileError where it cannot be written.
     """
-    found = {"statistic": statistic, "weights": weights}
     spent = {"samples": sums.count, "seconds": seconds, "passes": sums.passes}
-    save_state(path, sums.mean(), provenance | found | spent)
+    save_state(path, sums.mean(), {**provenance, "statistic": statistic, "weights": weights, **spent})
 
 
 def open_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
     """Open a statistic that `write_statistic` wrote, of the weights with a fingerprint; none accepts any.
 
-    Raises:
-        FileError: The file is missing, damaged, of another statistic, or of other weights than the expert's,
-            or a Fisher has a negative number.
-        StateError: A number is not finite.
+    Raises FileError where the file is missing, damaged, of another statistic or of other weights, or a Fisher has a
+    negative number; StateError where a number is not finite.
     """
     values = StateFile(path)
     provenance = values.provenance
-    found = provenance.get("statistic")
-    if found != statistic:
+    if (found := provenance.get("statistic")) != statistic:
         raise FileError(
             f"'{path}' holds {found or 'no statistic'}, expected {statistic}; give the file that coin fisher wrote"
         )
@@ -87,19 +79,15 @@ def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[st
     """Open one statistic of every expert, and check that it is of the weights with these fingerprints, by task."""
     own = paths.get(which, {})
     if missing := [task for task in weights if task not in own]:
-        raise ConfigurationError(
-            f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
-            "name the file"
-        )
+        found = f"found no {which} of expert '{missing[0]}', which the method needs"
+        raise ConfigurationError(f"{found}; run coin fisher on it and name the file")
     return [open_statistic(own[task], statistic=which.name, weights=mark) for task, mark in weights.items()]
 
 
 def _check_weights(path: Path | str, provenance: dict[str, Any], weights: str, advice: str) -> None:
     if (found := provenance.get("weights")) != weights:
-        raise FileError(
-            f"'{path}' is of weights {str(found)[:12]}…, expected {weights[:12]}…: the expert has changed since; "
-            f"{advice}"
-        )
+        marks = f"{str(found)[:12]}…, expected {weights[:12]}…"
+        raise FileError(f"'{path}' is of weights {marks}: the expert has changed since; {advice}")
 
 
 def save_statistic(

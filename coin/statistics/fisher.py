@@ -81,7 +81,7 @@ class FisherPass:
     """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over the batches it is given, U the cotangents of the kind.
 
     Args:
-        network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
+        network: As for `fisher_sums`.
         kind: Which diagonal.
         labels: True classes [P] in the order of the samples, for the empirical kind.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind (1 if None).
@@ -92,9 +92,6 @@ class FisherPass:
         forward: (network, batch) → logits [B, C], for a network that is not called with one tensor; batches may then be
             mappings of tensors too.
         cotangents: The old name of mc_samples, for one version.
-
-    Attributes:
-        count: Samples so far.
 
     Raises:
         ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
@@ -136,9 +133,8 @@ class FisherPass:
     def add(self, batch: Any) -> None:
         """Add a batch [B, …], cut to fit the memory.
 
-        Raises:
-            DataError: The network's output is not [B, C], labels do not fit, or the batch holds no tensors.
-            StateError: The network changes in place what a gradient needs.
+        Raises DataError where the network's output is not [B, C], labels do not fit, or the batch holds no tensors;
+        StateError where the network changes in place what a gradient needs.
         """
         with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
@@ -151,11 +147,7 @@ class FisherPass:
                     self.progress(done)
 
     def sums(self) -> Sums:
-        """Return the sums, in float32 at least, when all batches were added.
-
-        Raises:
-            DataError: There were no samples, or there are labels of others.
-        """
+        """Return the sums, in float32 at least; DataError where there were none, or another number of labels."""
         if self.count == 0:
             raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
         if self.labels is not None and len(self.labels) != self.count:
@@ -200,10 +192,7 @@ class FisherPass:
         return size_of(piece)
 
     def _mixes(self, output: Tensor, alone: Tensor, inputs: Batch) -> bool:
-        """Say whether outputs [B, C] depend on neighbours: the first is not `alone`, or the ends differ by themselves.
-
-        The last and the first sample are run in this order, without those between: another order and another number.
-        """
+        """Say whether outputs [B, C] depend on neighbours: the first is not `alone`, or the ends differ if run alone."""
         rounding = torch.finfo(output.dtype).eps ** 0.5 * alone.abs().amax()
         with torch.no_grad():
             ends = torch.tensor([len(output) - 1, 0][: len(output)])
@@ -243,8 +232,8 @@ class FisherPass:
     def _add_one_by_one(self, logits: Tensor, rows: Tensor, names: set[str]) -> None:
         """Add a sample's squares for the parameters named, by one backward pass for each of its V cotangents.
 
-        The general route: exact whatever the network does with a parameter, as it rests on the sample's gradient alone.
-        The logits [b, C] are of the sample, or of copies of it that have cotangents [V, b, C] of zero.
+        This is exact whatever the network does with a parameter. The logits [b, C] are of the sample, or of copies of
+        it that have cotangents [V, b, C] of zero.
         """
         self._passes += len(logits)
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}

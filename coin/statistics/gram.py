@@ -13,13 +13,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from coin.core.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
-from coin.statistics.rules.call import Call
+from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.sums import TRANSPOSED, Sums, sum_type
 
-_BLOCK = 1 << 24
-"""Floats of unfolded patches formed at a time."""
+_BLOCK = 1 << 24  # floats of unfolded patches formed at a time
 
 
 def gram_sums(
@@ -31,15 +30,12 @@ def gram_sums(
 ) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
-    Trainable is what requires gradients; if nothing does, as in a network that was frozen, everything.
+    Trainable is what requires gradients; if nothing does, as in a network that was frozen, everything. Linear maps are
+    calls of linear, convolutions, addmm, and matmul by a matrix, and the projections of self-attention.
 
     a is the input that the map multiplies at a position, in the order of ``weight.flatten(1)`` (for a convolution: the
-    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a trainable bias:
-    the parameter that is called as the weight is, "bias" for "weight". Another's bias, as of a head that is tied to an
-    embedding, is not the map's own.
-
-    Linear maps are calls of linear, of convolutions, of addmm, and of matmul by a matrix, and the projections of
-    self-attention.
+    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a trainable bias,
+    the parameter named as the weight is, "bias" for "weight".
 
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
@@ -51,8 +47,8 @@ def gram_sums(
     Returns:
         Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias. A weight
         [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`, with G = 1 and K = in, plus 1.
-        A map that is called more than once has the sum over its calls; one that no row of any batch came to, none.
-        Every other trainable parameter of two dimensions or more is in `Sums.uncovered`.
+        A map that is called more than once has the sum over its calls. Every other trainable parameter of two
+        dimensions or more, and a map that no row came to, is in `Sums.uncovered`.
 
     Raises:
         ConfigurationError: There are no parameters.
@@ -111,8 +107,7 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
 def linear_maps(network: nn.Module) -> list[str]:
     """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
 
-    A name ends in `TRANSPOSED` where the weight is ``[K, C_out]``, as in Hugging Face's Conv1D. A weight that several
-    modules hold is left out.
+    Those ``[K, C_out]`` of Hugging Face's Conv1D end in `TRANSPOSED`. What several modules hold is left out.
     """
     holders = [(name, module) for name, module in network.named_modules() if module._parameters]
     uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())

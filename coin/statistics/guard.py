@@ -36,8 +36,7 @@ def paired(network: nn.Module, sample: Batch, cotangents: Tensor) -> tuple[Batch
     """Duplicate a sample ``[1, …]`` if the network has a BatchNorm; the copy's cotangents ``[…, 1, C]`` are zero.
 
     In PyTorch 2.13 on CPUs the backward pass of `torch.nn.functional.batch_norm` in eval mode is wrong for a batch of
-    one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``: the strides of a dimension of size 1
-    tell nothing, and the gradient is read as if its channels came last. With two samples it is right.
+    one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``; with two samples it is right.
     """
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return sample, cotangents
@@ -72,10 +71,10 @@ def disable_tf32() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode, and restore every module's mode one by one.
+    """Run a block with the network in eval mode, and restore every module's mode.
 
-    Before every pass, and in the end, modules forget what they keep in eval mode (`clear_caches`): a pass without
-    gradients may have made it, or one with other parameters.
+    Before every pass, and in the end, modules forget what they cache in eval mode (`clear_caches`): a pass without
+    gradients, or with other parameters, may have made it.
     """
     modes = {module: module.training for module in network.modules()}
     try:
@@ -95,10 +94,10 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
-    Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended, as are TF32 and
-    bfloat16 inside products (`disable_tf32`). Every module's mode is restored one by one, and a buffer that the block
-    wrote to gets its old values back. With gradients attention runs on its plain kernels: the fused ones can neither
-    batch their backward pass nor differentiate forwards. Without, the fused ones take much less memory.
+    A caller's `torch.no_grad`, `torch.inference_mode` and autocast are suspended, as are TF32 and bfloat16 inside
+    products (`disable_tf32`). Modes, and buffers that the block wrote to, are restored. With gradients attention runs
+    on its plain kernels: the fused ones, which take much less memory, can neither batch their backward pass nor
+    differentiate forwards.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()

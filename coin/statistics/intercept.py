@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coin.core.batches import nested_tensors
-from coin.statistics.rules.call import Call
+from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
@@ -51,14 +51,12 @@ class Interceptor(TorchFunctionMode):
     """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
 
     Functions are watched and not modules: a module's weight that is used without its forward (Swin's attention), or a
-    subclass that computes something else first (ConvNeXt's LayerNorm2d), is then treated by what is computed. What has
-    no rule is only slower.
+    subclass that computes something else first (ConvNeXt's LayerNorm2d), is then treated by what is computed.
 
     Attributes:
-        sorts: Whether the network did anything by which values decide where a row goes, as a mixture of experts does:
-            what lies where may then differ from batch to batch.
-        decides: Whether it did so by values that depend on its parameters: what lies where may then differ between
-            networks too. Only if `follow`: then what is made of parameters is followed, detached or not.
+        sorts: Whether values decided where a row goes, as in a mixture of experts: that may differ between batches.
+        decides: Whether values did that depend on parameters, detached or not: that may differ between networks too.
+            Only if `follow`.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, *, follow: bool = False) -> None:
@@ -222,12 +220,10 @@ def _expand(weight: Tensor, *sizes: Any, size: Any = None, **options: Any) -> Ca
 
 
 def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Spell out `torch.nn.functional.multi_head_attention_forward` for self-attention, under masks or not.
+    """Spell out `torch.nn.functional.multi_head_attention_forward` for self-attention [T, B, E], under masks or not.
 
-    Its projections of query, key, value [T, B, E] are then ordinary linear calls with the samples first.
-    As in torch, what is_causal says replaces the mask only where there is neither padding nor a call for the weights.
-    None stands for every other form of attention (cross attention, extra keys, separate projections, dropout), which is
-    left to the function itself.
+    Its projections are then ordinary linear calls with the samples first. None stands for every other form of attention
+    (cross attention, extra keys, separate projections, dropout), which is left to the function itself.
     """
     bound = _ATTENTION.bind(*arguments, **options)
     bound.apply_defaults()
@@ -242,7 +238,7 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
     b, t, _ = x.shape
     packed = F.linear(x, a["in_proj_weight"], a["in_proj_bias"]).view(b, t, 3, a["num_heads"], -1)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D]
-    if causal and padding is None and not a["need_weights"]:
+    if causal and padding is None and not a["need_weights"]:  # elsewhere torch takes the mask
         mask = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
     bias = None if mask is None else _added(mask if mask.ndim == 2 else mask.view(b, -1, t, t), x)  # to the scores
     if padding is not None:  # [B, T]

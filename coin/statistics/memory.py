@@ -6,45 +6,34 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, channels_last, joined, tensors_in
-from coin.statistics.rules.call import Totals
+from coin.statistics.rules import Totals
 from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
-DEFAULT_MEMORY_MIB = 1024
-"""What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
-
+DEFAULT_MEMORY_MIB = 1024  # the default of memory_mib: a Fisher pass's peak beyond the network and the accumulators
+# Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them.
 _GRADIENTS = 6
-"""Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them."""
-
+# Floats kept for the backward pass per float of a ruled call's input: the input itself, and as much between calls.
 _KEPT = 2
-"""Floats kept for the backward pass per float of a ruled call's input: the input itself, and as much between calls."""
-
+# Bytes of the widest layer's cotangents on CPUs: more gain no speed, fewer read the weights too often (ResNets, 32×32).
 _ENOUGH_BYTES = 48 << 20
-"""On CPUs, cotangents of the widest layer beyond this many bytes gain no more speed, and only take memory: measured on
-ResNets at 32×32, where smaller cuts read the weights too often."""
 
 
 @dataclass(frozen=True)
 class PassLayout:
     """The layout of a pass over samples of one shape: applicable rules and memory per sample.
 
-    Attributes:
-        rows: Parameter name → k, the leading rows that a sample has in the input of the parameter's one call, for all
-            that a layer rule may answer for; None if it has to be found out for every cut.
-        activations: Floats per sample in the inputs of all ruled calls together.
-        widest: Floats per sample in the largest of those inputs.
-        logits: The output [C] for the first of these samples, on its own.
-        channels_last: Whether the network takes images whose channels come last in memory. Pointwise convolutions are
-            then plain products, and depthwise ones several times as fast.
-        mixes: Whether a sample's output depends on its neighbours in the batch, so that it has to run alone.
+    `rows` holds, for the parameters that a layer rule may answer for, k, the leading rows that a sample has in the
+    input of the parameter's one call; None if it has to be found out for every cut. With its channels last in memory
+    an image's pointwise convolutions are plain products, and depthwise ones several times as fast.
     """
 
     rows: Mapping[str, int] | None
-    activations: int
-    widest: int
-    logits: Tensor
-    channels_last: bool
-    mixes: bool = False
+    activations: int  # floats per sample in the inputs of all ruled calls together
+    widest: int  # floats per sample in the largest of those inputs
+    logits: Tensor  # the output [C] for the first of these samples, on its own
+    channels_last: bool  # whether the network takes such images
+    mixes: bool = False  # whether a sample's output depends on its neighbours in the batch: then it runs alone
 
     def arranged(self, batch: Batch) -> Batch:
         """Return a batch with its images' channels last in memory, if the network takes them so."""
@@ -54,8 +43,7 @@ class PassLayout:
 def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], totals: Totals, sample: Batch) -> PassLayout:
     """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
 
-    The totals are the pass's own, by the parameters' names; nothing is added to them. If values decide what lies where,
-    one sample says nothing about others: then every cut is looked at by itself.
+    Nothing is added to the totals. If values decide what lies where, every cut has to be looked at by itself.
     """
     two = joined([sample, sample])
     if any(tensor.ndim == 4 for tensor in tensors_in(two)):
@@ -89,11 +77,10 @@ def _layout_of(
 
 
 def choose_cut(layout: PassLayout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
-    """Choose how many samples b and cotangents v go through a pass together.
+    """Choose how many samples b and cotangents v go through a pass together; one each at least.
 
-    The estimate for b samples and v of V cotangents is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V
-    are kept together as long as one sample fits, since the Gram rule gains from them; then v shrinks. One sample and
-    one cotangent always go, whatever the bound says. `like` is a parameter: its type and device are the pass's.
+    The estimate is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V cotangents stay together as long as
+    one sample fits, since the Gram rule gains from them; then v shrinks. `like` is a parameter, of the pass's type.
     """
     kept = layout.activations * _KEPT * like.element_size()
     widest = layout.widest * sum_type(like).itemsize

@@ -16,12 +16,8 @@ from coin.statistics.sums import sum_type
 class OutputMap:
     """The map θ → f_θ(x_1 … x_P), [P, C], with its Jacobian J as an operator.
 
-    The network runs in eval mode, BatchNorm on its running statistics, and is left as found. Parameters that a call
-    does not name keep the network's own values. Every method is one pass over the inputs, batch by batch.
-
-    Args:
-        network: Maps [B, …] to [B, C].
-        inputs: Batches [B, …], iterated anew by every method.
+    The network, [B, …] to [B, C], runs in eval mode and is left as found; parameters that a call does not name keep its
+    own values. Every method is one pass over the inputs, batch by batch.
 
     Attributes:
         passes: Forward-equivalents spent so far: 1 a sample for outputs, 2 for a jvp, 3 for a vjp.

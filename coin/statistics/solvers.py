@@ -8,19 +8,19 @@ from torch import Tensor
 
 from coin.errors import NumericalError
 
-_PATIENCE = 5
-"""Iterations without a better held-out prediction after which the Krylov space grows no further."""
+_PATIENCE = 5  # iterations without a better held-out prediction after which the Krylov space grows no further
+# Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes.
+_HALVES = 512
 
 
 def conjugate_gradient(
     operator: Callable[[Tensor], Tensor], right: Tensor, metric: Tensor, max_steps: int, tolerance: float
 ) -> tuple[Tensor, list[float]]:
-    """Return x with A x = b, and ‖b − A x‖ / ‖b‖ at the start and after every step, by the recursion.
+    """Return x ``[K]`` with A x = b, and ‖b − A x‖ / ‖b‖ at the start and after every step, by the recursion.
 
     Conjugate gradients from x = 0 (Hestenes and Stiefel, 1952), preconditioned with `metric`, a positive diagonal near
-    A's. They end when that ratio is at most `tolerance`, or after `max_steps`, each of which applies `operator`,
-    v ↦ A v, once. All vectors are ``[K]``; A is symmetric and positive definite, or semidefinite with b in its range.
-    Raises NumericalError where the curvature along a direction is not positive and finite.
+    A's, until that ratio is at most `tolerance`, or for `max_steps` of `operator`, v ↦ A v. A is symmetric and positive
+    definite, or semidefinite with b in its range. Raises NumericalError where a curvature is not positive and finite.
     """
 
     def dot(left: Tensor, right: Tensor) -> float:
@@ -50,9 +50,9 @@ def solve_in_sample_space(
     """Return damped least squares for many parameters and few outputs, solved where the outputs live.
 
     For a residual r over P samples with C outputs each, the step δ that minimises 1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ is
-    δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, of P·C rows and columns, however many parameters there are. One
-    vjp and one jvp multiply by K. A Lanczos basis of K from r serves every λ, and J may cover samples that it does not
-    train on, so λ and the number of iterations are chosen on held-out samples at no extra cost.
+    δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, of P·C rows and columns. One vjp and one jvp multiply by K. A
+    Lanczos basis of K from r serves every λ, and J may cover samples that it does not train on, so λ and the number of
+    iterations are chosen on held-out samples at no extra cost.
 
     Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3.
 
@@ -146,11 +146,8 @@ def fit_affine(
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
         change: Returns what ΔW becomes, given it and M = cov(a) + λI [G, K, K], by which a change E costs tr(E M Eᵀ).
 
-    Returns:
-        ΔW [G, O, K] and Δb [G, O], in float64.
-
-    Raises:
-        NumericalError: A row is not finite, or too large to be squared, or the ridge is too small.
+    Returns ΔW [G, O, K] and Δb [G, O], in float64. Raises NumericalError where a row is not finite, or too large to be
+    squared, or the ridge is too small.
     """
     (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
     weights = (shares / shares.sum()).to(inputs)
@@ -174,20 +171,13 @@ def fit_affine(
 
 
 def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Return rows [G, n, K] less their mean, times the roots of their weights; the mean [G, K] in float64.
-
-    Without an intercept the mean is 0, or NaN where a row is not finite.
-    """
+    """Return rows [G, n, K] less their mean, times the roots of their weights; the mean [G, K] in float64."""
     root = weights.sqrt()[:, None]
     if intercept:
         mean = weights @ rows
         return (rows - mean[:, None]).mul_(root), mean.double()
     zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
-    return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)
-
-
-_HALVES = 512
-"""Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes."""
+    return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)  # for the caller to refuse
 
 
 def _products(a: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
     The processes first agree on the tensors, as one may not have covered what another has; StateError where they differ
-    otherwise. All accumulators then travel as one float64 vector, the count behind them, in a single SUM reduction on
-    the device that the backend needs.
+    otherwise. Then all travel as one float64 vector in a single reduction, on the device that the backend needs.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return sums

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from coin.core.batches import Batch, size_of
 from coin.errors import DataError, StateError
 from coin.statistics.intercept import Interceptor, reached_tensors
-from coin.statistics.rules.call import Call, Totals
+from coin.statistics.rules import Call, Totals
 from coin.statistics.sums import sum_type
 
 
@@ -31,8 +31,7 @@ class Tape:
     Attributes:
         calls: The ruled calls and the parameters in their roles.
         cotangents: V, the number of cotangents in the backward pass that is running.
-        sorts: Whether values may decide where a row goes (`Interceptor`).
-        decided: The names at whose calls activations had decided before (`Interceptor.decides`).
+        sorts, decided: As `Interceptor` found: whether values decide where a row goes; the names called after they did.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
@@ -86,13 +85,12 @@ class Tape:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each.
 
         A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
-        touches: at every row exactly the scale of the sample that it is counted to must arrive. One repetition for each
-        digit of the samples' numbers in base 4 tells all samples apart. A row at which no gradient arrives has no
-        share in the squares and is as good as any.
+        touches: at every row exactly the scale of its sample must arrive. One repetition for each digit of the samples'
+        numbers in base 4 tells all samples apart. A row at which no gradient arrives has no share in the squares.
 
-        The output's graph is kept. If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to
-        be trusted for other samples too; where a weight of zero is all that hides the gradient, it is looked behind.
-        Unless `batched`, the repetitions run one after another, for networks whose backward pass takes no batch.
+        If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to be trusted for other
+        samples too; a weight of zero that hides the gradient is looked behind. Unless `batched`, the repetitions run
+        one after another, for networks whose backward pass takes no batch. The output's graph is kept.
         """
         numbers = torch.arange(self._samples, device=output.device)
         scales = [torch.ones_like(numbers)]
@@ -117,8 +115,8 @@ class Tape:
     def close(self, output: Tensor, misplaced: Collection[str] = ()) -> set[str]:
         """Decide which call's rule handles each parameter, before the counted backward passes.
 
-        Returned are the names that the rules must not answer for, because the parameter is misplaced, called more than
-        once or also used outside a ruled call: their per-sample gradients have to be summed before squaring.
+        Returned are the names that the rules must not answer for, since their per-sample gradients have to be summed
+        before squaring: misplaced, called more than once or also used outside a ruled call.
         """
         times = Counter(name for names in self.calls.values() for name in names.values())
         reached = reached_tensors(output)

@@ -1,1 +1,45 @@
 """Layer rules: squared per-sample gradients of a layer's parameters from its input and its output's cotangents."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Totals = Mapping[str, Tensor]
+"""Role ("weight", "bias") → accumulator of Σ_n Σ_v (Uᵥ · ∂f/∂θ)², written in place; that of a frozen θ is absent."""
+
+
+@dataclass(eq=False)
+class Call(ABC):
+    """One call of a function that has a layer rule, on B samples.
+
+    V cotangents of the output arrive as g [V, N, …], in the totals' type and possibly in several chunks of V; a rule
+    adds what it can at once and the rest in `finish`. N is the leading dimension of input and output: B·k, with the k
+    rows of a sample lying together, as the windows of a windowed attention.
+
+    Attributes:
+        inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
+        weight, bias: The tensors that the function takes in these roles.
+        roles: Role → the tensor whose squared gradients are wanted.
+        reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.roles = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+        self.reads_input = self.weight.requires_grad
+
+    @abstractmethod
+    def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
+        """Add the squares that the cotangents g [V, N, …] of the output bring."""
+
+    @abstractmethod
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
+        """Return the cotangents of the input [V, N, …], as if the weight were the given one."""
+
+    def finish(self, samples: int, totals: Totals) -> None:  # noqa: B027 (most rules defer nothing)
+        """Add what was deferred until all cotangents had been seen."""

@@ -14,8 +14,7 @@ from typing_extensions import override
 from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
 from coin.statistics.sums import sum_type
 
-_FEW = 32
-"""Positions of a sample below which a depthwise convolution is the quicker one tap by tap, as measured on a CPU."""
+_FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Geometry:
     groups: int
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the spatial size of the output for an input of spatial size `size`."""
+        """Return the spatial size of the output for an input of this size."""
         return tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
@@ -53,9 +52,9 @@ class Geometry:
         return rows.as_strided(shape, (outer, *taps, sample, *steps)).reshape(channels, prod(self.kernel), -1)
 
     def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return which places of an image of this size the kernel's taps meet at output places [...]: [..., taps].
+        """Return which places of an image the taps meet at output places [...]: [..., taps]; and which meet any.
 
-        Places are counted row by row. The second tensor says which taps meet the image at all.
+        Places are counted row by row.
         """
         taps = torch.unravel_index(torch.arange(prod(self.kernel), device=places.device), self.kernel)
         rows = torch.unravel_index(places, self.output_size(size))
@@ -77,10 +76,7 @@ class Geometry:
         return steps, [distance * d for distance, d in zip(distances, self.dilation, strict=True)]
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
-        """Return, for every kernel tap that meets an image of this size, its flat index and where it does.
-
-        That is slices of the output positions, and of the input positions.
-        """
+        """Return each tap that meets an image of this size: its flat index, slices of output and of input positions."""
         output = self.output_size(size)
         axes = []
         for n, out, k, s, p, d in zip(size, output, self.kernel, self.stride, self.padding, self.dilation, strict=True):
@@ -104,7 +100,7 @@ class ConvolutionCall(LinearCall):
     """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel].
 
     The Gram rule takes one product per kernel tap, over the positions where that tap meets the image. The weight's
-    accumulator is written as [G, O/G, taps · C/G], which is a view of memory laid out with the channels last.
+    accumulator is a view [G, O/G, taps · C/G] of memory with the channels last.
     """
 
     geometry: Geometry = field(kw_only=True)
@@ -168,8 +164,8 @@ class ConvolutionCall(LinearCall):
 class DepthwiseCall(ConvolutionCall):
     """A convolution of each channel by itself, W [C, 1, *kernel].
 
-    One matrix product a channel and sample, of all cotangents with the input at all taps; both are laid out for it by
-    transposing a matrix, which is the quick way. On few positions, where the matrices are tiny, one product a tap.
+    One matrix product a channel and sample, of all cotangents with the input at all taps; on few positions, where the
+    matrices are tiny, one product a tap.
     """
 
     @override

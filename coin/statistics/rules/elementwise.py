@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.call import Call, Totals
+from coin.statistics.rules import Call, Totals
 from coin.statistics.rules.linear import BLOCK
 from coin.statistics.sums import sum_type
 
@@ -19,16 +19,11 @@ class ElementwiseCall(Call):
 
     weight += Σ_nv (Σ_t g x̂)² and bias += Σ_nv (Σ_t g)², where t runs over all that the parameter was broadcast over
     within a sample. x̂ comes from the input, never from dividing the output by the weight, which may be zero.
-
-    Attributes:
-        shape: In which both are broadcast over x[n].
-        normalised: x → x̂, of x's shape, in the type of sums; None if the weight is added.
-        pull_back: (g, weight, x) → the cotangents of x.
     """
 
-    shape: tuple[int, ...]
-    normalised: Callable[[Tensor], Tensor] | None
-    pull_back: Callable[[Tensor, Tensor, Tensor], Tensor]
+    shape: tuple[int, ...]  # in which both are broadcast over x[n]
+    normalised: Callable[[Tensor], Tensor] | None  # x → x̂, in the type of sums; None if the weight is added
+    pull_back: Callable[[Tensor, Tensor, Tensor], Tensor]  # (g, weight, x) → the cotangents of x
 
     def __post_init__(self) -> None:
         super().__post_init__()

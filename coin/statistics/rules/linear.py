@@ -1,7 +1,4 @@
-"""The rules for linear maps, applied at one position a sample or at many, and for `embedding`, on one-hot rows.
-
-Neither the Gram rule nor the direct rule holds more than a block of per-sample gradients.
-"""
+"""The rules for linear maps, applied at one position a sample or at many, and for `embedding`, on one-hot rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,13 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.call import Call, Totals
+from coin.statistics.rules import Call, Totals
 
-BLOCK = 1 << 20
-"""Floats that a rule makes at a time, as a direct rule's per-sample gradients."""
-
-CACHED = 1 << 18
-"""Floats of a single gradient that stay in a core's cache until they are squared, as measured on CPUs."""
+BLOCK = 1 << 20  # floats that a rule makes at a time, as a direct rule's per-sample gradients
+CACHED = 1 << 18  # floats of a gradient that stay in a core's cache until they are squared, as measured on CPUs
 
 
 @dataclass(eq=False)
@@ -30,16 +24,11 @@ class LinearCall(Call):
     and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
 
     The positions of this class are all but the last dimension of the input, a [N, …, I]; a subclass may say otherwise.
-
-    Attributes:
-        parameter: What W is a view of; itself if None.
-        transposed: Whether that is its transpose [I, O], as in a @ parameter.
     """
 
-    parameter: Tensor | None = None
-    transposed: bool = False
-    many_rows: ClassVar[bool] = True
-    """Whether the Gram rule knows what to do with several rows a sample."""
+    parameter: Tensor | None = None  # what W is a view of; itself if None
+    transposed: bool = False  # whether that is W's transpose [I, O], as in a @ parameter
+    many_rows: ClassVar[bool] = True  # whether the Gram rule can take several rows a sample
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,12 +102,9 @@ class EmbeddingCall(Call):
 
 
 def prefers_gram(positions: int, cotangents: int, columns: int) -> bool:
-    """Say whether the Gram rule is the quicker one for T positions, V cotangents and W [O, K], as measured on CPUs.
-
-    Per output and sample, the Gram rule multiplies V·T(T+1)/2 times outside a matrix product, which takes as long as 17
-    times inside one, and K·T(T+1)/2 times inside; the direct rule V·T·K times inside, and squares V·K numbers, as long
-    as 8 times.
-    """
+    """Say whether the Gram rule is the quicker one for T positions, V cotangents and W [O, K], as measured on CPUs."""
+    # Per output and sample the Gram rule multiplies K·T(T+1)/2 times inside a matrix product, and V·T(T+1)/2 times
+    # outside, each as long as 17 inside; the direct rule V·T·K times inside, and squares V·K numbers, as long as 8.
     pairs = positions * (positions + 1) // 2
     return positions == 1 or (17 * cotangents + columns) * pairs <= cotangents * columns * (positions + 8)
 
@@ -138,10 +124,7 @@ def contract_pairs(g: Tensor) -> Tensor:
 
 
 def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
-    """Add Σ_n Σ_p pairs_np a_t a_t' to `total` [G, O/G, K], of contracted pairs [B, P, O] and inputs a [B, T, G·K].
-
-    The sum is one of squares, but where positions cancel its terms do not, and rounding may leave less than nothing.
-    """
+    """Add Σ_n Σ_p pairs_np a_t a_t' to `total` [G, O/G, K], of contracted pairs [B, P, O] and inputs a [B, T, G·K]."""
     groups, outputs, k = total.shape
     first, second, _ = position_pairs(a.shape[1], a.device)
     products = torch.square(a) if len(first) == 1 else a.index_select(1, first).mul_(a.index_select(1, second))
@@ -151,15 +134,15 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total[0].addmm_(left[0], right[0])
     else:
         total.add_(torch.bmm(left, right))
-    if len(first) > 1:
+    if len(first) > 1:  # a sum of squares, of which rounding may leave less than nothing where positions cancel
         total.clamp_min_(0)
 
 
 def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
-    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K] by forming the per-sample gradients a block at a time.
+    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs [G, T, K] in a.
 
-    The cotangents g are [V, B, T, O], and each sample's inputs in a [G, T, K]. Small gradients are formed several at a
-    time, and of large ones some outputs: squared while it is in a core's cache, a gradient costs a third as much.
+    Small gradients are formed several at a time, and of large ones some outputs: squared while it is in a core's cache,
+    a gradient costs a third as much.
     """
     groups, outputs, k = total.shape
     small = 2 * total.numel() <= CACHED or total.device.type != "cpu"  # elsewhere many small products cost more
