@@ -167,8 +167,8 @@ class Distillation(Method):
             if choice.at_edge:
                 lr, steps = choice.best
                 warnings.warn(
-                    f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the "
-                    "edge of what it tried; begin nearer with learning_rates and steps",
+                    f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the edge of "
+                    "what it tried; begin nearer with learning_rates and steps",
                     CoinWarning,
                     stacklevel=2,
                 )
@@ -191,7 +191,7 @@ class Distillation(Method):
     ) -> DistillationModule:
         """Train a module with these options, validated at regular steps on the held-out share of the samples.
 
-        It reuses the experts of a trial `before`, and, if both are trials on the same samples, their cached outputs.
+        It reuses the experts of a trial `before`, and their cached outputs if both are trials.
         """
         training = self._training(experts)
         run_options = training.run_options(experts, self.recorded_options)

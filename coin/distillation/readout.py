@@ -10,14 +10,13 @@ from coin.core.batches import Forward
 from coin.distillation.method import Distillation
 from coin.errors import ConfigurationError
 from coin.merging import merge_networks
-from coin.modules.readout_distillation import ReadoutDistillationModule
+from coin.modules.distillation import ReadoutDistillationModule
 
 
 class ReadoutDistillation(Distillation):
     """Distillation with an additional loss: every expert's own output must be linear in the features.
 
-    The decoder `feature_ridge` needs from the coded network, on samples of task j, features φ from which f_j can be
-    read linearly; it needs Σ_i β_i f_i only as far as the linear decoder does. So the loss is
+    The decoder `feature_ridge` needs, on samples of task j, features φ from which f_j can be read linearly. The loss is
 
         ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
 

@@ -5,24 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-POINTS = 10
-"""How often a run with a constant learning rate looks at the held-out samples: the numbers of steps to choose from."""
-
-TRIALS = 12
-"""The most trials of one search."""
+POINTS = 10  # validations of a run with a constant learning rate: the numbers of steps to choose from
+TRIALS = 12  # the most trials of one search
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        losses: The held-out losses of all pairs (learning rate, number of steps) that were tried.
-        at_edge: Whether the best of them is at the edge of what was tried.
-    """
-
-    losses: dict[tuple[float, int], float]
-    at_edge: bool
+    losses: dict[tuple[float, int], float]  # held out, of all pairs (learning rate, number of steps) that were tried
+    at_edge: bool  # whether the best of them is at the edge of what was tried
 
     @property
     def best(self) -> tuple[float, int]:
@@ -40,13 +32,9 @@ class SearchResult:
 def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], steps: int) -> SearchResult:
     """Descend on a grid of learning rates and numbers of steps, until all four neighbours are worse.
 
-    The grid extends beyond the given rates by their ratio (√10 for a single rate), and from `steps` by powers of two;
-    so the result is at the edge only if the trials run out.
-
-    Args:
-        loss: The held-out loss of a pair; infinite where a run diverges.
-        rates: Learning rates, ascending; the search starts in the middle.
-        steps: The number of steps that the search starts with.
+    It starts with `steps` and the middle one of the ascending rates, and extends beyond these by their ratio (√10 for a
+    single rate) and by powers of two; so the result is at the edge only if the trials run out. The held-out loss of a
+    pair is infinite where a run diverges.
     """
     ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else math.sqrt(10)
     tried: dict[tuple[int, int], float] = {}
@@ -72,12 +60,9 @@ def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], ste
 
 
 def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequence[float], steps: int) -> SearchResult:
-    """Try the given learning rates, each with about ten numbers of steps along one run at a constant rate.
+    """Try the given learning rates, ascending, each with about ten numbers of steps along one run at a constant rate.
 
-    Args:
-        losses: Returns a run's held-out losses at a learning rate, one per validation.
-        rates: Rising.
-        steps: The number of steps of a run.
+    `losses` returns a run's held-out losses, given the rate and the number of steps between validations.
     """
     every = max(1, steps // POINTS)
     tried = {

@@ -20,10 +20,7 @@ from coin.statistics.guard import differentiable, trainable
 
 
 class MemoryTraining:
-    """Trains on calibration batches in memory, on the experts' device: no files, no logger, no output.
-
-    Experts in files bring another one as ``train``, with the same three methods.
-    """
+    """Trains on calibration batches in memory, silently; experts in files bring another as ``train``, made alike."""
 
     def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
         """Return the number of pooled calibration samples, the held-out ones among them."""

@@ -6,11 +6,13 @@ from coin.core.lazy import importing
 
 if TYPE_CHECKING:
     from coin.modules.coded import Coded as Coded
-    from coin.modules.distillation import DistillationModule as DistillationModule
+    from coin.modules.distillation import (
+        DistillationModule as DistillationModule,
+        ReadoutDistillationModule as ReadoutDistillationModule,
+    )
     from coin.modules.evaluator import DecodingEvaluator as DecodingEvaluator
     from coin.modules.expert import Expert as Expert
     from coin.modules.measure import evaluate as evaluate
-    from coin.modules.readout_distillation import ReadoutDistillationModule as ReadoutDistillationModule
 
 # All at once: a command finds a class by its short name among those that are imported.
 __getattr__ = importing(__name__, __file__)

@@ -107,7 +107,7 @@ class Coded(LightningModule):
             inputs: ``[B, ...]``.
             features: Whether the servers return penultimate features beside their logits.
             stages: Whether these are the features of all stages.
-            erased: Lost experts, by index or by name, which do not run.
+            erased: The lost experts, by index or by name.
             silent: Coded models that do not run.
         """
         idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
@@ -130,22 +130,19 @@ class Coded(LightningModule):
     ) -> "Coded":
         """Fit a decoder for lost experts.
 
-        Call it once for every erasure to be decoded. For a decoder that needs no survivor, one call with all experts is
-        enough for every erasure.
+        Call it once for every erasure to be decoded; for a decoder that needs no survivor, once with all experts.
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and an
                 expert_head that is not corrected use them only to estimate errors for `risk`, and work without any. The
-                first batch is used to check that heads and features give the experts' logits; without calibration the
-                first decoded batch is used to check the coded models'.
+                first batch also checks that heads and features give the logits.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
-        erased = self._indices(erased)
+        erased, batches = self._indices(erased), _batches(calibration)
         decoder = make_decoder(kind, self.code, erased)
         parts: list[Answers] = []
-        batches = _batches(calibration)
         first = list(islice(batches, 1))
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
@@ -175,12 +172,10 @@ class Coded(LightningModule):
     def risk(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
 
-        It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises DecodingError if it has
-        none.
+        It is `coin.decoding_risk` with the decoder's errors on calibration inputs; DecodingError if it has none.
         """
         decoder, lost = self._decoder_of(erased)
-        widths = dict(enumerate(self.classes or []))
-        each = zip(lost, decoded, strict=True)
+        widths, each = dict(enumerate(self.classes or [])), zip(lost, decoded, strict=True)
         return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
 
     def accept(

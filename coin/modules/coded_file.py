@@ -55,10 +55,8 @@ def load_system(
     found = [fingerprint(_tensors_of(expert)) for expert in experts]
     pairs = enumerate(zip(found, told["experts"], strict=False))
     if other := [place for place, (own, expected) in pairs if own != expected]:
-        raise StateError(
-            f"expert {other[0]} is not the one that '{path}' was saved with; give those experts, or make the system "
-            "anew"
-        )
+        found_other = f"expert {other[0]} is not the one that '{path}' was saved with"
+        raise StateError(f"{found_other}; give those experts, or make the system anew")
     code = Code(told["code"])
     networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in range(code.num_coded)]
     system = kind(code, experts, networks, told["names"], forward)

@@ -1,5 +1,6 @@
-"""The LightningModule that trains a coded model on the experts' weighted outputs."""
+"""The LightningModules that train a coded model on the experts' weighted outputs, and with readouts of every expert."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, Experts, HeadFit
 from coin.merging.checks import check_row
 from coin.merging.method import starting_method
-from coin.networks import build_network, fill_network, load_network, pad_head
+from coin.networks import (
+    build_network,
+    check_head,
+    features_and_logits,
+    fill_network,
+    head_name,
+    load_network,
+    pad_head,
+)
+from coin.networks.heads import is_frozen
 from coin.networks.recipe import Schedule
 from coin.networks.stages import full_precision
 
@@ -78,9 +88,7 @@ class DistillationModule(LightningModule):
         """Clear what the student caches of its parameters in eval mode: they have changed."""
         clear_caches(self.student)
 
-    def on_validation_batch_start(self, *_: Any) -> None:
-        """Clear the student's cache, as before a training step."""
-        clear_caches(self.student)
+    on_validation_batch_start = on_train_batch_start
 
     def configure_model(self) -> None:
         """Load the experts and build the student; its weights are replaced when training starts."""
@@ -221,6 +229,49 @@ class DistillationModule(LightningModule):
 
     def _log(self, name: str, loss: Tensor, samples: int, *, prog_bar: bool = False) -> None:
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True, prog_bar=prog_bar)
+
+
+class ReadoutDistillationModule(DistillationModule):
+    """Distillation with an additional loss, of linear readouts of every expert; see `coin.ReadoutDistillation`."""
+
+    def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
+        """Take the experts and the student, and copy the experts' heads as the first readouts."""
+        super().hold(teachers, student)
+        self.readouts = nn.ModuleList([self._readout(network) for network in teachers])
+
+    def on_fit_start(self) -> None:
+        """Note which task each training sample is from, and start."""
+        super().on_fit_start()
+        plot_against_epochs(self, ["train/readout_loss"])
+        assert self.samples is not None
+        self._parts = self.samples.part.to(self.device)
+
+    def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
+        """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
+        positions, inputs = batch
+        outputs = self._training_outputs(positions, inputs)
+        features, logits = features_and_logits(self.student, inputs)
+        if batch_idx == 0:
+            check_head(self.student, features.detach(), logits.detach())
+        loss = self._coding_loss(logits, self.target(outputs), "train")
+        parts = self._parts[positions]
+        read = torch.stack([readout(features) for readout in self.readouts])
+        own = torch.arange(len(parts), device=parts.device)
+        errors = full_precision(read[parts, own]) - full_precision(outputs[parts, own])
+        readout_loss = 0.5 * errors.square().sum(1).mean()
+        self._log("train/readout_loss", readout_loss, len(own))
+        return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
+
+    def _readout(self, network: nn.Module) -> nn.Linear:
+        """Return a copy of a network's head, which is trained unless the network's own is not."""
+        name = head_name(network)
+        head = network.get_submodule(name)
+        if not isinstance(head, nn.Linear):
+            raise ConfigurationError(
+                f"a readout needs a fully connected head, found {type(head).__name__} in '{name}'; leave "
+                "ReadoutDistillation out for this network"
+            )
+        return deepcopy(head).requires_grad_(not is_frozen(network))
 
 
 class _OneCycle(OneCycleLR):

@@ -118,10 +118,8 @@ def _scored(system: Coded, fitted: Sequence[FittedDecoder], task: int, loader: I
     residual, seen = Residual(), 0
     for batch in loader if fitted else ():
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise DataError(
-                f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels) of a task's test "
-                "set"
-            )
+            found = f"found a test batch of type {type(batch).__name__}"
+            raise DataError(f"{found}, expected pairs (inputs, labels) of a task's test set")
         inputs, labels = batch
         answers = _answers(system, inputs, [each.decoder.config for each in fitted])
         if not seen:

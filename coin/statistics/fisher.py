@@ -192,7 +192,7 @@ class FisherPass:
         return size_of(piece)
 
     def _mixes(self, output: Tensor, alone: Tensor, inputs: Batch) -> bool:
-        """Say whether outputs [B, C] depend on neighbours: the first is not `alone`, or the ends differ if run alone."""
+        """Say whether outputs [B, C] depend on neighbours: the first is not `alone`, or the ends are not."""
         rounding = torch.finfo(output.dtype).eps ** 0.5 * alone.abs().amax()
         with torch.no_grad():
             ends = torch.tensor([len(output) - 1, 0][: len(output)])
