@@ -27,16 +27,13 @@ from coin.networks.recipe import Schedule
 class Distillation(Method):
     """A network trained without labels on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² over calibration data.
 
-    Every training is a `DistillationModule` of its own. It starts from a closed-form merge, in eval mode throughout:
-    BatchNorm keeps the running statistics of the start (policy ``keep``) and dropout is off. With `augmentation` every
-    epoch has new views of the samples, on which the experts run too; held-out samples are never augmented.
+    It starts from a closed-form merge, and trains in eval mode throughout: BatchNorm keeps the running statistics of
+    the start and dropout is off. With `augmentation` every epoch has new views of the samples, on which the experts run
+    too; held-out samples are never augmented.
 
     Without `lr`, learning rate and number of steps are chosen by the loss on held-out calibration samples, and the
-    final run is on all samples; the method's cost includes this search. With `merge_networks` it trains in memory on
-    the calibration batches, with a silent Trainer of its own.
-
-    The defaults are those of a fair baseline. The older, plain recipe is ``start: average, augmentation: none,
-    schedule: constant``.
+    final run is on all samples; the method's cost includes this search. The defaults are those of a fair baseline; the
+    older, plain recipe is ``start: average, augmentation: none, schedule: constant``.
 
     Source: the baseline of arXiv 2409.01420, after Lin et al., *Ensemble Distillation for Robust Model Fusion in
     Federated Learning*, NeurIPS 2020; the schedule: Smith and Topin, *Super-convergence* (2018).
@@ -117,11 +114,7 @@ class Distillation(Method):
         self.augmentation = str(augmentation)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Train the coded model for one row of the code, and count its cost; see `coin.merging.Method.make`.
-
-        Without `lr`, the pair of learning rate and number of steps with the smallest held-out loss is chosen; the final
-        run is on all samples. Raises NumericalError if all runs diverge.
-        """
+        """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""
         lr, steps, described, trial = self.recorded_options["lr"], self.recorded_options["steps"], {}, None
         with torch.inference_mode(False), torch.enable_grad():
             if lr is None:

@@ -19,10 +19,9 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 class Coin(MergeMethod):
     """The KL barycentre of the experts with each KL replaced by its diagonal second-order form; see `coin_parameters`.
 
-    The objective depends on the data of the Fishers: with ``pooled`` data it is the coding objective E_x‖f_θ − Σ_i β_i
-    f_i‖² to second order (exactly for one linear layer); with ``own`` data Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖², which
-    compares each expert only on its own task's inputs. ``auto`` makes both and keeps the one with the smaller error of
-    decoded answers on held-out samples (the Fishers use these samples, but not the coded model's error on them).
+    With ``pooled`` Fishers the objective is the coding objective E_x‖f_θ − Σ_i β_i f_i‖² to second order (exactly for
+    one linear layer); with ``own`` ones Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖². ``auto`` makes both and keeps the one with the
+    smaller error of decoded answers on held-out samples.
 
     Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
     models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.

@@ -35,8 +35,8 @@ class Experts:
         fishers: Every expert's Fisher diagonal; or a mapping of these by data, ``own`` and ``pooled``.
         grams: Every expert's Gram matrices, in the same form.
         initial: The shared initialisation, for methods and policies that need it.
-        calibration: For every expert the samples of its own task: a `coin.data.Calibration`, or batches ``[B, …]``,
-            read once; of pairs (inputs, labels) the inputs.
+        calibration: For every expert its own task's samples: a `coin.data.Calibration`, or batches ``[B, …]``, read
+            once; of pairs (inputs, labels) the inputs.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
             then also be mappings of tensors.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.

@@ -27,9 +27,8 @@ class FullFisher(Coin):
     of expert i on its calibration inputs, and D = Σ_i β_i diag F_i plus 10⁻³ of its mean. It is solved by conjugate
     gradients preconditioned with D, from θ̄. What no sample reaches, or an expert's diagonal lacks, stays there.
 
-    Running out of iterations is a warning with the remaining residual, not an error: stopping early damps. The record
-    then says ``converged: false``, as the result depends on the number of iterations. With ``fisher_data: auto`` the
-    data are those that are better for `Coin`, whose closed form is tried.
+    Running out of iterations is a warning, not an error: stopping early damps. The record then says
+    ``converged: false``. With ``fisher_data: auto`` the data are those that are better for `Coin`.
 
     Source: arXiv 2409.01420, the quadratic form before its diagonal approximation; Tam et al., *Merging by matching
     models in task parameter subspaces* (TMLR 2024), for conjugate gradients on merging objectives.

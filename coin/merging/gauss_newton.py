@@ -19,20 +19,18 @@ from coin.statistics.products import OutputMap
 from coin.statistics.solvers import solve_in_sample_space
 from coin.statistics.statistic import DataChoice, Statistic
 
-DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
-"""The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
+DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))  # λ, 10⁻⁶ … 10⁶: trying more costs nothing
 
 
 class GaussNewton(Coin):
     """A few Levenberg–Marquardt steps on ½E‖f_θ − Σ_i β_i f_i‖² from the COIN point, or from another closed form's.
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
-    D = F + ridge · mean(F), in sample space (`solve_in_sample_space`). F is Σ_i β_i F_i at the COIN point. Another
-    start is made without the held-out samples, and F is its exact Fisher: what was refitted has other coordinates than
-    the experts. λ and the number of Krylov iterations are the pair whose linearised prediction is best on the held-out
-    fifth of the pooled calibration samples; a step is halved until it lowers their actual error, and the steps end when
-    it falls by less than `tolerance`, or at `max_steps`. No labels, no learning rate. BatchNorm's statistics stay the
-    start's: recalibrating them afterwards would undo part of the fit.
+    D = F + ridge · mean(F), in sample space (`solve_in_sample_space`). F is Σ_i β_i F_i at the COIN point; another
+    start is made without the held-out samples, and F is its exact Fisher. λ and the number of Krylov iterations are the
+    pair whose linearised prediction is best on the held-out fifth of the pooled calibration samples; a step is halved
+    until it lowers their actual error, and the steps end when it falls by less than `tolerance`, or at `max_steps`. No
+    labels, no learning rate. BatchNorm's statistics stay the start's.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.

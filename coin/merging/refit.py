@@ -43,29 +43,27 @@ class Refit(Method):
 
     Let a be the coded network's input of a layer, all layers before it being refitted already, z_i expert i's output of
     the layer for the same sample, with the BatchNorm behind it, and W̄ the start's map with its BatchNorm folded in,
-    γ/σ·W: of ``average`` the β-average of the experts' folded maps, of another start its own, with the statistics that
-    its BatchNorm policy has given it. The layer becomes the minimiser of
+    γ/σ·W (of ``average`` the β-average of the experts' folded maps). The layer becomes the minimiser of
 
         own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
         mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
         both: their sum, `OWN_SHARE` / N (0.6 / N) of the first and the rest of the second
 
     over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
-    grouped convolution is one regression for each group, a normalisation layer that follows no linear map one for each
-    channel. The map is written back with its BatchNorm an identity that carries b. What cannot be refitted (an
-    embedding, a weight that is used twice) keeps the start, and the result names it. At last the head is fitted to
-    Σ_i β_i f_i (`fit_head`). No labels, no training, no learning rate.
+    grouped convolution is a regression for each group, a normalisation that follows no linear map one for each channel.
+    A BatchNorm becomes an identity that carries b. What cannot be refitted (an embedding, a weight that is used twice)
+    keeps the start, and the result names it. At last the head is fitted to Σ_i β_i f_i (`fit_head`). No labels, no
+    training, no learning rate.
 
-    It takes one forward pass of every expert (``own``: on its own task's samples alone), which leaves each layer's
-    outputs at some positions, and one of the coded network, in which every layer is fitted just before it is called. A
-    layer with K unknowns for each output is fitted to `ROWS` · K rows (more if they take less than `CHEAP` of its
-    calls' time, fewer if more than `DEAR`, at least `LEAST`), as many of every sample, at positions drawn evenly, but
-    tokens as often as the outputs depend on them. Where activations do not fit `memory_mib`, it takes as many samples
-    as fit, with a warning; where experts' outputs do not fit a quarter of it, experts run several times.
+    It takes one forward pass of every expert (``own``: on its own task's samples alone), and one of the coded network,
+    in which every layer is fitted just before it is called. A layer with K unknowns for each output is fitted to
+    `ROWS` · K rows (more if they take less than `CHEAP` of its calls' time, fewer if more than `DEAR`, at least
+    `LEAST`), at positions drawn evenly, but tokens as often as the outputs depend on them. Where activations do not
+    fit `memory_mib`, it takes as many samples as fit, with a warning; where experts' outputs do not fit a quarter of
+    it, experts run several times.
 
-    ``own`` is best where the experts are near a strong base, ``both`` where they are not, or where many answers are
-    decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far
-    want ``both`` with ``start: coin`` and ``last: 0.5``.
+    ``own`` is best near a strong base, ``both`` elsewhere and for many experts; ``mix`` was behind ``both`` on every
+    set of tasks. Transformers that were fine-tuned far want ``both`` with ``start: coin`` and ``last: 0.5``.
 
     Source: this project's. Related, none of which codes: RegMean++ (the merged network's inputs), Chain of Merges, LOT.
 
@@ -145,15 +143,15 @@ class Refit(Method):
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
         made = None if self._start is None else self._start.make(experts, row)
         start = self._started(experts, row, made)
-        decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
-
-        def trial(option: tuple[Target, float]) -> nn.Module:
-            return self._refit(experts, row, start, *option, held_out=True)
-
-        def handicap(option: tuple[Target, float]) -> float:
-            return 1 / AHEAD if option[0] is Target.both else 1.0
-
-        (target, ridge), errors = choose(options, trial, experts, row, self.label, decoders, handicap)
+        (target, ridge), errors = choose(
+            options,
+            lambda option: self._refit(experts, row, start, *option, held_out=True),
+            experts,
+            row,
+            self.label,
+            [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]],
+            lambda option: 1 / AHEAD if option[0] is Target.both else 1.0,
+        )
         network = self._refit(experts, row, start, target, ridge)
         check_coded(network, experts, self.label)
         warn_of_averaged(start.averaged, network, self.label)
@@ -170,9 +168,8 @@ class Refit(Method):
     ) -> Compressed:
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
-        A layer is rounded column by column, the later ones making up for the errors of those before, its bias is fitted
-        to what that leaves, and the next layer to the inputs that the rounded ones give (`coin.networks.rounding`).
-        What cannot be refitted is rounded to the nearest before all else. See `Method.pack`.
+        A layer is rounded column by column (`coin.networks.rounding`), its bias fitted to the rest, and the next
+        layer to the inputs that follow. What cannot be refitted is rounded to the nearest first. See `Method.pack`.
         """
         if compression.bits is None or compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)

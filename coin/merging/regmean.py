@@ -39,9 +39,9 @@ class RegMeanLayers(StrEnum):
 class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
-    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The defaults
-    were tuned on calibration samples of the embedded tasks. If None, α and then the damping are chosen by the error on
-    held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
+    With 200 samples the Gram matrix of a wide layer is nearly singular, and weak damping fits noise. The defaults were
+    tuned on calibration samples of the embedded tasks. If None, damping and α are chosen by the error on held-out
+    calibration samples, with Gram matrices of the others; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2, §3.3.
 

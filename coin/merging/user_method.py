@@ -28,8 +28,7 @@ class UserMethod(Method):
 
     * ``experts``: the N networks, with equally many outputs, in eval mode; copies, which the function may change.
     * ``calibration``: for every expert the list of its own task's batches ``[B, …]``: all P samples, without labels.
-    * What it returns is a network of the experts' architecture, such as a copy of one of them. Its parameters and
-      buffers, BatchNorm's statistics too, are taken as they are.
+    * What it returns is a network of the experts' architecture; all its tensors are taken as they are.
 
     A parameter called ``row`` gets the code row β, a list of N numbers; one called ``initial`` the shared
     initialisation, a network like the experts. Autograd is on, and torch's random numbers start from the run's seed.
@@ -40,13 +39,12 @@ class UserMethod(Method):
     called ``layer`` the module that has the tensor, with arbitrary weights. It is called for all parameters and kept
     buffers but the head's, which belongs to its task and is averaged.
 
-    What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
-    them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
+    Its cost is the wall time, and the samples that pass through the experts, the initialisation and copies of them:
+    1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
 
     Args:
-        function: Its import path, also relative to the working folder; in Python the function itself will do, where no
-            run has to find it again. If its source file changes, the coded models are made again; changes in modules
-            that it imports are not detected.
+        function: Its import path, also relative to the working folder, or in Python the function itself. If its source
+            file changes, the coded models are made again; changes in modules that it imports are not detected.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
         compress: As for every method (`coin.MergeMethod`).

@@ -192,11 +192,10 @@ class Coded(LightningModule):
         Args:
             alpha: α, the largest probability of a difference, in (0, 1).
             confidence: The probability that the promise holds, in (0, 1).
-            inputs: New inputs, in batches as for `fit_decoder`, distributed like the queries and not used to train or
-                fit experts, coded models or decoder. All experts run on them.
+            inputs: New inputs, in batches as for `fit_decoder`, distributed like the queries and not used to fit
+                anything. All experts run on them.
             erased: The lost experts; those of the last `fit_decoder` by default.
-            tasks: Of which expert's task each input is, int64 over all batches; each expert's promise is then from its
-                own. None takes every input for all.
+            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone.
 
         Returns:
             A promise for each lost expert. If none can be given, none of its decoded answers are accepted.

@@ -33,12 +33,9 @@ from coin.statistics.guard import disable_tf32
 class DecodingEvaluator(LightningModule):
     """Measures how well lost experts are decoded, on every task's test set. The data is a `coin.data.Tasks`.
 
-    Every expert and coded model runs once per batch. Decoders are fitted on the pooled calibration samples of the
-    datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`, and some test images
-    of every task, with the answers of its expert and all decoded ones, in `kept` (`coin.evaluation.examples`).
-
-    Two references are evaluated beside the methods: ``none``, decoding from the surviving experts alone, and
-    ``oracle``, with Σβ_if_i as the coded output (NDA 1 by construction: a check of the evaluator).
+    Every expert and coded model runs once per batch; decoders are fitted on the pooled calibration samples first. After
+    ``trainer.test`` the results are in `outcomes`, and some test images with their answers in `kept`. Beside the
+    methods stand ``none``, the surviving experts alone, and ``oracle``, Σβ_if_i as the coded output (NDA 1).
 
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
@@ -48,7 +45,7 @@ class DecodingEvaluator(LightningModule):
         code: The code of the references, R×N; by default the first coded model's.
         replicas: The files of compressed experts, each of which replaces its own expert.
         alpha: α, the largest probability that an accepted answer differs from the expert's (`coin.promised_risk`), if
-            the datamodule has samples for a promise; all networks run once on these.
+            the datamodule has samples for a promise.
         confidence: The probability that the promise holds.
         spares: The old name of replicas, for one version.
 
@@ -99,9 +96,8 @@ class DecodingEvaluator(LightningModule):
 
     def forward(self, inputs: Tensor) -> Answers:
         """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once."""
-        features = any(decoder.reads_features for decoder in self.decoders)
-        stages = any(decoder.reads_stages for decoder in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features, stages, idle=())
+        reads = [any(getattr(each, name) for each in self.decoders) for name in ("reads_features", "reads_stages")]
+        return server_answers(self.experts, self.coded, inputs, *reads, idle=())
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""

@@ -39,16 +39,15 @@ def evaluate(
         decoders: Kinds or configurations; by default all kinds, but expert_head only if head and features give the
             experts' logits.
         calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
-            labels; the linear decoder and an expert_head that is not corrected need none, but have no risk without.
+            labels; the linear decoder and an expert_head that is not corrected need them for the risk alone.
         erasures: Which experts are lost together; each alone by default.
 
     Returns:
         One row a decoder, erasure and lost expert, with the columns ``decoder``, ``erased`` (names joined by ``+``),
-        ``task`` (the system's name of it), ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement``
-        (`coin.DecodingAccuracy`), ``risk`` (the mean of `coin.decoding_risk`: about 1 − agreement where it holds),
-        ``residual`` (`coin.Residual`), ``decoder_passes`` (networks run to fit the decoder, a sample each), and what
-        the stand-in costs: ``memory_mib`` (the coded models, and the heads or regressions of these erasures),
-        ``forwards`` (networks run for one lost answer) and ``losses`` (the most at once).
+        ``task``, ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement`` (`coin.DecodingAccuracy`), ``risk``
+        (the mean of `coin.decoding_risk`), ``residual`` (`coin.Residual`), ``decoder_passes`` (networks run to fit the
+        decoder, a sample each), and what the stand-in costs: ``memory_mib`` (the coded models, and the heads or
+        regressions), ``forwards`` (networks run for one lost answer) and ``losses`` (the most at once).
 
     Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
     calibration data; DecodingError where an erasure names no expert or is beyond what a decoder can; DataError where a
