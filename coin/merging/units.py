@@ -3,7 +3,7 @@
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from typing import Any, NamedTuple, cast
@@ -83,7 +83,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     a linear map's outputs is part of its unit. Raises StateError where the calls depend on the number of samples.
     """
     two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
-    if [seen.weight for seen in two] != [seen.weight for seen in three]:
+    if [seen.unit.weight for seen in two] != [seen.unit.weight for seen in three]:
         raise StateError(
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
             "that make the same calls whatever their inputs"
@@ -91,21 +91,18 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     misplaced, decided = _misplaced(network, take(inputs, torch.arange(3) % size_of(inputs)))
     units: list[Unit] = []
     for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
+        unit, weight = seen.unit, seen.unit.weight
         leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
-        is_part = bool(units) and units[-1].end == seen.weight
-        placed = seen.weight not in misplaced and (seen.weight not in decided or seen.shape[:-1] == (2,))
-        if seen.is_unit and leads and placed and not is_part:
-            norm = None
-            joins = following is not None and seen.is_map and following.is_batchnorm and following.bias is not None
-            if following is not None and joins and following.source == seen.output:
-                norm = following.weight.rpartition(".")[0]
-            shape = (seen.shape[0] // 2, *seen.shape[1:])
-            places, outputs = prod(shape) // seen.outputs, seen.outputs // seen.groups
-            units.append(Unit(seen.weight, seen.bias, norm, shape, places, seen.unknowns, outputs, seen.is_convolution))
+        placed = weight not in misplaced and (weight not in decided or seen.shape[:-1] == (2,))
+        if seen.is_unit and leads and placed and not (units and units[-1].end == weight):
+            reads = following is not None and following.is_batchnorm and following.source == seen.output
+            if following is not None and reads and seen.is_map and following.unit.bias is not None:
+                unit = replace(unit, norm=following.unit.weight.rpartition(".")[0])
+            units.append(unit)
     overwrites = can_overwrite(network, take(inputs, torch.arange(2) % size_of(inputs)))
     alive = _OVERWRITTEN if overwrites else _ALIVE
     floats = max((seen.around + alive * seen.shape.numel()) // 2 for seen in two) if two else 1
-    return Trace(units, [seen.weight for seen in two], floats, overwrites)
+    return Trace(units, [seen.unit.weight for seen in two], floats, overwrites)
 
 
 def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
@@ -121,18 +118,13 @@ def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
 
 
 class _Seen(NamedTuple):
-    """A call of a trace."""
+    """A call of a trace, as a unit without BatchNorm."""
 
-    weight: str
-    bias: str | None
+    unit: Unit
     source: tuple[int, int]  # the input's place in memory
     output: tuple[int, int]  # the output's
     shape: torch.Size  # of the output
     around: int  # the floats that the modules around it were called with
-    outputs: int  # at each position
-    unknowns: int  # of each output
-    groups: int  # of outputs
-    is_convolution: bool
     is_unit: bool  # it is linear in its weight and bias, which nothing else reads
     is_map: bool  # a BatchNorm over its output has a channel for every row of the weight
     is_batchnorm: bool  # of a module that alone reads its input, and of a weight and bias that nothing else reads
@@ -195,14 +187,12 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         is_map = convolution or (isinstance(call, LinearCall) and not call.transposed and output.ndim == 2)
         norm = isinstance(network.get_submodule(weight.rpartition(".")[0]), _BatchNorm)
         alone = norm and unshared and readers.times[source[0]] == 1
-        bias, is_unit = names.get("bias"), affine and unshared
-        size = max(1, named[weight].numel())
-        outputs = output.shape[1 if convolution else -1] if isinstance(call, LinearCall) else size
+        size, shape = max(1, named[weight].numel()), (len(output) // size_of(samples), *output.shape[1:])
+        outputs = output.shape[1 if convolution else -1] if linear else size
         groups = call.geometry.groups if isinstance(call, ConvolutionCall) else 1 if linear else outputs
-        sizes = outputs, size // outputs, groups
-        seen.append(
-            _Seen(weight, bias, source, made, output.shape, around, *sizes, convolution, is_unit, is_map, alone)
-        )
+        sizes = prod(shape) // outputs, size // outputs, outputs // groups
+        unit = Unit(weight, names.get("bias"), None, shape, *sizes, convolution)
+        seen.append(_Seen(unit, source, made, output.shape, around, affine and unshared, is_map, alone))
     return seen
 
 
