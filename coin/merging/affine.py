@@ -29,10 +29,7 @@ def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None)
 
 
 def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a call's weight multiplies at the same positions [G, P·q, K'], and by which entries of a row [K'].
-
-    A convolution's rows are tap by tap, without the taps that meet no image.
-    """
+    """Return what a call's weight multiplies at the same positions [G, P·q, K'], and by which entries of a row [K']."""
     if isinstance(call, ConvolutionCall):
         return _patches(call.inputs, call.geometry, samples, places)
     if isinstance(call, ElementwiseCall):
@@ -44,7 +41,7 @@ def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor,
 
 
 def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the patches of images [P·k, C, *size] at output places [P, q], all for none, as `input_rows` does."""
+    """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
     size, channels, groups = tuple(inputs.shape[2:]), inputs.shape[1], geometry.groups
     each, outputs = len(inputs) // samples, prod(geometry.output_size(size))
     if places is None:

@@ -1,6 +1,5 @@
 """What merge methods check: code rows, experts and the coded models they make."""
 
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -17,8 +16,8 @@ MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted
 
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
-    sound = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
-    if not sound or abs(sum(weights) - 1) > 1e-6:
+    sound = len(weights) == count and all(weight >= 0 for weight in weights)
+    if not sound or not abs(sum(weights) - 1) <= 1e-6:
         raise ConfigurationError(
             f"found {len(weights)} weights for {count} experts, {list(weights)}, expected one each, non-negative "
             "numbers that sum to 1; give a row of the code"

@@ -36,20 +36,9 @@ class Rows(NamedTuple):
 class ExpertOutputs:
     """The mixtures of the experts' outputs to which the units of a trace are fitted, made on demand in their order.
 
-    As many units at once as fit into `budget` bytes; for every such group an expert runs, `batch_size` samples at once,
-    on those of whose mixtures it is part.
-
-    Args:
-        experts: Returns the experts, which may be loaded one at a time.
-        trace: The coded network's pass.
-        rows: The samples and positions.
-        batch_size: Samples that an expert runs on at once.
-        budget: In bytes; one unit's targets are made whatever they take.
-
-    Attributes:
-        passes: How many samples have gone through experts.
-        total: How many will have, when all targets are made.
-        advance: Called with the number of samples after every batch of an expert.
+    As many units at once as fit into `budget` bytes, one at least; for every such group each expert, of those that
+    `experts` returns, runs on the samples of whose mixtures it is part, `batch_size` at once. `passes` counts the
+    samples that have gone through experts, of `total`; `advance` is called with their number after every batch.
     """
 
     def __init__(
@@ -73,8 +62,7 @@ class ExpertOutputs:
     def pop(self, weight: str) -> Tensor:
         """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
 
-        Raises StateError where an expert makes other calls than the coded network did in its trace, or gives outputs of
-        another shape.
+        Raises StateError where an expert makes other calls than the traced network, or gives outputs of another shape.
         """
         while weight not in self._made:
             ends = {unit.end: unit for unit in self._groups.pop(0)}

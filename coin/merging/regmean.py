@@ -102,11 +102,9 @@ class RegMean(MergeMethod):
         return CodedModel(made.network, made.chosen | chosen)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the solution for the Gram matrices of every kind of data that the option allows.
-
-        Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
-        """
+        """Yield the solution for the Gram matrices of every kind of data that the option allows."""
         data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
+        # Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
         judged = len(data) > 1 and experts.is_calibrated
         judged = judged and all(each.num_samples for each in experts.fitted(DataChoice.own))
         most = 2 if self.layers is RegMeanLayers.linear else math.inf

@@ -36,10 +36,8 @@ class Target(StrEnum):
 
 
 def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P].
-
-    A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
-    """
+    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P]."""
+    # A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
     beta = torch.tensor(row, dtype=torch.float64)
     own_share = {Target.own: 1.0, Target.both: OWN_SHARE / len(row), Target.mix: 0.0}[target]
     # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.

@@ -206,19 +206,13 @@ class Coded(LightningModule):
         return [promises[expert] for expert in lost]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
-        """Return which decoded logits are accepted, by their `risk` and `accept`, bool ``[|erased|, B]``.
-
-        Raises DecodingError if `accept` was not called.
-        """
+        """Return which decoded logits are accepted, bool ``[|erased|, B]``; DecodingError before `accept`."""
         decoder, lost = self._decoder_of(erased)
         each = zip(lost, self.risk(decoded, erased), strict=True)
         return torch.stack([decoder.accepted(expert, risk) for expert, risk in each])
 
     def save(self, path: str | Path) -> None:
-        """Write the code, the coded models and the fitted decoders to one safetensors file.
-
-        It holds the experts' fingerprints, not the experts. Tensors may hold infinities (masks).
-        """
+        """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file."""
         save_system(self, Path(path))
 
     @classmethod

@@ -88,7 +88,9 @@ class DistillationModule(LightningModule):
         """Clear what the student caches of its parameters in eval mode: they have changed."""
         clear_caches(self.student)
 
-    on_validation_batch_start = on_train_batch_start
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Clear the student's cache, as before a training step."""
+        clear_caches(self.student)
 
     def configure_model(self) -> None:
         """Load the experts and build the student; its weights are replaced when training starts."""
@@ -237,7 +239,7 @@ class ReadoutDistillationModule(DistillationModule):
     def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
         """Take the experts and the student, and copy the experts' heads as the first readouts."""
         super().hold(teachers, student)
-        self.readouts = nn.ModuleList([self._readout(network) for network in teachers])
+        self.readouts = nn.ModuleList(map(_readout, teachers))
 
     def on_fit_start(self) -> None:
         """Note which task each training sample is from, and start."""
@@ -262,16 +264,17 @@ class ReadoutDistillationModule(DistillationModule):
         self._log("train/readout_loss", readout_loss, len(own))
         return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
 
-    def _readout(self, network: nn.Module) -> nn.Linear:
-        """Return a copy of a network's head, which is trained unless the network's own is not."""
-        name = head_name(network)
-        head = network.get_submodule(name)
-        if not isinstance(head, nn.Linear):
-            raise ConfigurationError(
-                f"a readout needs a fully connected head, found {type(head).__name__} in '{name}'; leave "
-                "ReadoutDistillation out for this network"
-            )
-        return deepcopy(head).requires_grad_(not is_frozen(network))
+
+def _readout(network: nn.Module) -> nn.Linear:
+    """Return a copy of a network's head, which is trained unless the network's own is not."""
+    name = head_name(network)
+    head = network.get_submodule(name)
+    if not isinstance(head, nn.Linear):
+        raise ConfigurationError(
+            f"a readout needs a fully connected head, found {type(head).__name__} in '{name}'; leave "
+            "ReadoutDistillation out for this network"
+        )
+    return deepcopy(head).requires_grad_(not is_frozen(network))
 
 
 class _OneCycle(OneCycleLR):

@@ -96,8 +96,9 @@ class DecodingEvaluator(LightningModule):
 
     def forward(self, inputs: Tensor) -> Answers:
         """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once."""
-        reads = [any(getattr(each, name) for each in self.decoders) for name in ("reads_features", "reads_stages")]
-        return server_answers(self.experts, self.coded, inputs, *reads, idle=())
+        features = any(decoder.reads_features for decoder in self.decoders)
+        stages = any(decoder.reads_stages for decoder in self.decoders)
+        return server_answers(self.experts, self.coded, inputs, features, stages, idle=())
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""

@@ -156,11 +156,7 @@ class Expert(LightningModule):
         return self(images).softmax(1)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser and the schedule, which advances every step.
-
-        Raises ConfigurationError if the schedule needs the length of the run and it is unknown, as with ``max_time``
-        alone.
-        """
+        """Return the optimiser and the schedule, which advances every step; ConfigurationError as `_steps`."""
         recipe = self.recipe
         assert self.network is not None
         groups = parameter_groups(self.network, recipe.lr, recipe.head_lr)
@@ -180,7 +176,7 @@ class Expert(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps(self) -> int:
-        """Return the number of optimiser steps of the whole run, the length of the schedule."""
+        """Return the number of steps of the whole run; ConfigurationError if unknown, or another than it began with."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigurationError(

@@ -230,11 +230,7 @@ class FisherPass:
         return general
 
     def _add_one_by_one(self, logits: Tensor, rows: Tensor, names: set[str]) -> None:
-        """Add a sample's squares for the parameters named, by one backward pass for each of its V cotangents.
-
-        This is exact whatever the network does with a parameter. The logits [b, C] are of the sample, or of copies of
-        it that have cotangents [V, b, C] of zero.
-        """
+        """Add a sample's squares for some parameters, by a backward pass for each cotangent; copies have zero ones."""
         self._passes += len(logits)
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
         tensors = list(chosen.values())

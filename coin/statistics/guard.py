@@ -71,11 +71,8 @@ def disable_tf32() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode, and restore every module's mode.
-
-    Before every pass, and in the end, modules forget what they cache in eval mode (`clear_caches`): a pass without
-    gradients, or with other parameters, may have made it.
-    """
+    """Run a block with the network in eval mode, and restore every module's mode."""
+    # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     modes = {module: module.training for module in network.modules()}
     try:
         for module in modes:
@@ -130,9 +127,9 @@ _PARTS = 16  # of a batch, one of which is computed beside it at a time
 
 @contextmanager
 def activations_in_place(network: nn.Module) -> Iterator[None]:
-    """Run a block without gradients in which activations overwrite their inputs, some samples at a time.
+    """Run a block without gradients in which activations overwrite their inputs, to take less memory.
 
-    Where nothing else reads these inputs (`can_overwrite`) a pass is the same to rounding and takes less memory.
+    They do so some samples at a time; it is right where nothing else reads these inputs (`can_overwrite`).
     """
     modules = _activations(network)
     before = [vars(module).get("forward") for module in modules]

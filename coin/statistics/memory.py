@@ -24,15 +24,14 @@ class PassLayout:
     """The layout of a pass over samples of one shape: applicable rules and memory per sample.
 
     `rows` holds, for the parameters that a layer rule may answer for, k, the leading rows that a sample has in the
-    input of the parameter's one call; None if it has to be found out for every cut. With its channels last in memory
-    an image's pointwise convolutions are plain products, and depthwise ones several times as fast.
+    input of the parameter's one call; None if it has to be found out for every cut.
     """
 
     rows: Mapping[str, int] | None
     activations: int  # floats per sample in the inputs of all ruled calls together
     widest: int  # floats per sample in the largest of those inputs
     logits: Tensor  # the output [C] for the first of these samples, on its own
-    channels_last: bool  # whether the network takes such images
+    channels_last: bool  # in memory, if the network takes such images: then convolutions are faster
     mixes: bool = False  # whether a sample's output depends on its neighbours in the batch: then it runs alone
 
     def arranged(self, batch: Batch) -> Batch:

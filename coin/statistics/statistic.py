@@ -64,7 +64,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class StatisticOptions:
-    """How a statistic is computed; the same options wherever it is: of a file, after a training, in an experiment.
+    """How a statistic is computed, of a file, after a training or in an experiment.
 
     Args:
         statistic: ``fisher`` or ``gram``.

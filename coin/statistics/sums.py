@@ -38,10 +38,7 @@ class Sums:
         return {name: value / self.count for name, value in self.values.items()}
 
     def __add__(self, other: "Sums") -> "Sums":
-        """Return the sums over both sets of samples; entries missing in one are taken from the other.
-
-        Raises StateError where the names or shapes differ in anything else.
-        """
+        """Return the sums over both sets of samples, with zeros for uncovered entries; StateError if others differ."""
         left, right = self._beside(other), other._beside(self)
         check_same_layout([left, right], ["the first sums", "the second sums"])
         values = {name: value + right[name] for name, value in left.items()}

@@ -27,20 +27,16 @@ class Tape:
         totals: Parameter name → accumulator.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
             None rules every call of B·k rows.
-
-    Attributes:
-        calls: The ruled calls and the parameters in their roles.
-        cotangents: V, the number of cotangents in the backward pass that is running.
-        sorts, decided: As `Interceptor` found: whether values decide where a row goes; the names called after they did.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
         self._parameters, self._totals, self.rows = parameters, totals, rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
-        self.calls: dict[Call, dict[str, str]] = {}
-        self.decided: set[str] = set()
-        self.cotangents, self.sorts, self._last = 1, False, True
+        self.calls: dict[Call, dict[str, str]] = {}  # the ruled ones, and the parameters in their roles
+        self.decided: set[str] = set()  # parameters at whose calls activations had decided (`Interceptor.decides`)
+        self.sorts = False  # whether values may decide where a row goes (`Interceptor`)
+        self.cotangents, self._last = 1, True  # those of the backward pass that is running
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
         self._placed: dict[Call, bool] = {}
@@ -113,10 +109,9 @@ class Tape:
         return set().union(*wrong)
 
     def close(self, output: Tensor, misplaced: Collection[str] = ()) -> set[str]:
-        """Decide which call's rule handles each parameter, before the counted backward passes.
+        """Decide which call's rule handles each parameter, before the counted backward passes; return the other names.
 
-        Returned are the names that the rules must not answer for, since their per-sample gradients have to be summed
-        before squaring: misplaced, called more than once or also used outside a ruled call.
+        Their gradients have to be summed before squaring: misplaced, called twice or also used outside a ruled call.
         """
         times = Counter(name for names in self.calls.values() for name in names.values())
         reached = reached_tensors(output)
