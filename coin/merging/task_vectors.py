@@ -107,8 +107,8 @@ class _DeltaGrams(Mapping[str, Tensor]):
 class TaskArithmetic(MergeMethod):
     """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
 
-    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average, so only
-    then do identical experts merge to themselves: a larger scale goes beyond them, on purpose.
+    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average; a larger
+    one goes beyond it, on purpose.
 
     Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is the scale that its
     successors use where nothing is held out (Yadav et al., NeurIPS 2023, section 5).

@@ -74,10 +74,8 @@ class Coded(LightningModule):
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
-        self.decoders: dict[tuple[int, ...], Decoder] = {}
-        """By the lost experts, what decodes them; the last one is what `decode` takes by default."""
-        self.classes: list[int] | None = None
-        """How many classes every expert has of its own, once it is known."""
+        self.decoders: dict[tuple[int, ...], Decoder] = {}  # by the lost experts; `decode` takes the last by default
+        self.classes: list[int] | None = None  # how many every expert has of its own, once it is known
         self._checked_heads = False  # whether logits are known to be the heads' of the features
         self.training = False
 
@@ -231,9 +229,8 @@ class Coded(LightningModule):
             coded: Networks for the coded models' tensors, filled in place; copies of the first expert by default.
             forward: How networks are called, see the class.
 
-        Raises:
-            FileError: The file is missing, damaged or holds something else.
-            StateError: The experts are not those that the system was saved with, or tensors do not fit.
+        Raises FileError where the file is missing, damaged or holds something else; StateError where the experts are
+        not those that the system was saved with, or tensors do not fit.
         """
         return load_system(cls, Path(path), experts, coded, forward)
 

@@ -39,8 +39,7 @@ AUTO = "auto"
 class DistillationModule(LightningModule):
     """One training of a network, without labels, on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖².
 
-    It is made by the merge method `coin.Distillation`, which describes the training. The data is a `coin.data.Tasks`,
-    or loaders of its `samples`.
+    `coin.Distillation` makes it, and describes it. The data is a `coin.data.Tasks`, or loaders of its `samples`.
 
     Args:
         code_row: β, one weight per expert, non-negative and summing to 1.
@@ -70,15 +69,13 @@ class DistillationModule(LightningModule):
         self.student: Any = None  # the network that is trained, once there is one
         self.teachers: nn.ModuleList | list[nn.Module] = []
         self.readouts = nn.ModuleList()
-        self.samples: Calibration | None = None
-        """The calibration samples to train on, in the order of their positions; by default the datamodule's."""
+        self.samples: Calibration | None = None  # to train on, in the order of their positions; or the datamodule's
         self.passes = 0.0
         self.losses: list[float] = []
         self.chosen: dict[str, Any] = {}
-        self.begun: dict[str, Tensor] | None = None
-        """The student's tensors at the start, where they are known already; made when training starts otherwise."""
+        self.begun: dict[str, Tensor] | None = None  # the student's tensors at the start, where they are known already
+        # The experts' logits [N, ·, C], by held-out batch; by None for training samples that never change.
         self.known: dict[int | None, Tensor] = {}
-        """The experts' logits ``[N, ·, C]``: for training samples that never change, and for each held-out batch."""
 
     def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
         """Set the experts, in eval mode, and the student; its weights are replaced by the start."""

@@ -54,11 +54,8 @@ def make_cotangents(
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
     exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
-    exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x).
-
-    Raises:
-        ConfigurationError: More random cotangents than classes.
-        DataError: A label outside [0, C), or another number of labels than samples.
+    exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x). Raises ConfigurationError for
+    k > C, DataError for a label outside [0, C) or another number of labels than samples.
     """
     samples, classes = logits.shape
     identity = torch.eye(classes).to(logits)

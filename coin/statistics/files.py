@@ -2,10 +2,9 @@
 
 Other programs can read them: `safetensors.torch.load_file` gives the tensors, and the file's metadata have one JSON
 value under ``coin`` (``statistic``, ``kind``, ``task``, ``data``, ``samples``, ``passes``, ``seconds``, and
-``weights``, the fingerprint of the network's tensors). A Fisher holds a tensor a parameter, of its name and shape: the
-mean over the samples of its squared derivatives, of what outputs the kind says. A Gram file holds for the weight of
-every linear map the mean over the samples of Σ_positions a aᵀ, [G, K, K], of its inputs as
-`coin.statistics.gram_sums` describes them.
+``weights``, the fingerprint of the network's tensors). A Fisher holds the mean over the samples of the squared
+derivatives of the kind's outputs by every parameter; a Gram file for the weight of every linear map the mean of
+Σ_positions a aᵀ, [G, K, K], of its inputs (`coin.statistics.gram_sums`).
 """
 
 from collections.abc import Mapping
@@ -102,8 +101,7 @@ def save_statistic(
         kind: Which Fisher it is; nothing of Gram matrices.
 
     Raises:
-        StateError: There is a tensor for a parameter that the network does not have, or one that is neither of the
-            parameter's shape nor a Gram matrix ``[G, K, K]``; or a number is not finite, or a Fisher negative.
+        StateError: A tensor fits no parameter of the network, or a number is not finite, or a Fisher negative.
         FileError: The file cannot be written.
 
     >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])

@@ -36,7 +36,7 @@ class Precision(StrEnum):
 
 
 class FisherOptions(TypedDict, total=False):
-    """The options of a Fisher pass, all of which may be left out; see `FisherPass`."""
+    """The options of a Fisher pass, all of which may be left out; see `fisher_sums`."""
 
     kind: FisherKind
     labels: Tensor | None
@@ -57,7 +57,16 @@ def fisher_sums(network: nn.Module, batches: Iterable[Any], **options: Unpack[Fi
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         batches: Input batches [B, …], of any sizes, or pairs of inputs and labels, whose labels are not looked at.
-        **options: Those of `FisherPass`, which also says what is raised.
+        **options: The ``kind`` of diagonal; ``labels`` [P], for the empirical one; ``mc_samples``, random cotangents a
+            sample, 1 by default, and their ``generator``, for the Monte Carlo one. ``memory_mib`` bounds the working
+            memory in MiB: batches are cut, numbers do not change. ``precision`` is what the network runs in,
+            ``progress`` is called with the number of samples after every cut, and ``forward``, (network, batch) →
+            logits, for a network that is not called with one tensor; batches may then be mappings of tensors too.
+
+    Raises:
+        ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
+        DataError: There are no samples, the output is not [B, C], labels do not fit, or a batch holds no tensors.
+        StateError: The network changes in place what a gradient needs.
     """
     fisher = FisherPass(network, **options)
     for batch in batches:
@@ -78,24 +87,7 @@ def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Unpac
 
 @dataclass(eq=False)
 class FisherPass:
-    """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over the batches it is given, U the cotangents of the kind.
-
-    Args:
-        network: As for `fisher_sums`.
-        kind: Which diagonal.
-        labels: True classes [P] in the order of the samples, for the empirical kind.
-        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind (1 if None).
-        generator: Source of Monte Carlo's randomness; torch's global one if None.
-        memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
-        precision: The type that the network runs in.
-        progress: Called with the number of samples done after every cut.
-        forward: (network, batch) → logits [B, C], for a network that is not called with one tensor; batches may then be
-            mappings of tensors too.
-        cotangents: The old name of mc_samples, for one version.
-
-    Raises:
-        ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
-    """
+    """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over batches, U the cotangents of the kind; options as for `fisher_sums`."""
 
     network: nn.Module
     _: KW_ONLY
@@ -107,7 +99,7 @@ class FisherPass:
     precision: Precision = Precision.full
     progress: Callable[[int], None] | None = None
     forward: Forward | None = None
-    cotangents: InitVar[int | None] = None
+    cotangents: InitVar[int | None] = None  # the old name of mc_samples, for one version
 
     def __post_init__(self, cotangents: int | None) -> None:
         self.mc_samples = renamed_option("mc_samples", self.mc_samples, "cotangents", cotangents, 4)
@@ -131,11 +123,7 @@ class FisherPass:
         self.count, self._passes = 0, 0.0
 
     def add(self, batch: Any) -> None:
-        """Add a batch [B, …], cut to fit the memory.
-
-        Raises DataError where the network's output is not [B, C], labels do not fit, or the batch holds no tensors;
-        StateError where the network changes in place what a gradient needs.
-        """
+        """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
             start = 0

@@ -63,9 +63,8 @@ def solve_in_sample_space(
         dampings: λ ``[K]``, positive.
         max_iterations: Largest size of the Krylov space, which stops growing earlier where that no longer helps.
 
-    Returns:
-        The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
-        samples; none if no u is predicted to help them. Raises NumericalError where a product is not finite.
+    Returns the u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the
+    held-out samples, if any u is predicted to help them. Raises NumericalError where a product is not finite.
     """
     r, ridges = residual.double().flatten(), dampings.double() * int(training.sum())
     fitted = training[:, None].expand_as(residual).flatten().double()
