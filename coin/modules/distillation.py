@@ -19,16 +19,8 @@ from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, Experts, HeadFit
 from coin.merging.checks import check_row
 from coin.merging.method import starting_method
-from coin.networks import (
-    build_network,
-    check_head,
-    features_and_logits,
-    fill_network,
-    head_name,
-    load_network,
-    pad_head,
-)
-from coin.networks.heads import is_frozen
+from coin.networks import build_network, features_and_logits, fill_network, load_network, pad_head
+from coin.networks.heads import check_head, head_name, is_frozen
 from coin.networks.recipe import Schedule
 from coin.networks.stages import full_precision
 
