@@ -31,7 +31,6 @@ class StatisticFile:
     samples: int
     seconds: float
     passes: float
-    provenance: dict[str, Any]
 
 
 def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seconds: float, **provenance: Any) -> None:
@@ -67,7 +66,7 @@ def open_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
         raise FileError(
             f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
         ) from error
-    return StatisticFile(values, *spent, provenance)
+    return StatisticFile(values, *spent)
 
 
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
