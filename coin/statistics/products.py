@@ -29,13 +29,13 @@ class OutputMap:
         """Return f_θ at all inputs, [P, C]."""
         with evaluating(self._network, gradients=False):
             state = _own(parameters)
-            return _rows([functional_call(self._network, state, (x,)) for x in self._batches(1)])
+            return torch.cat([functional_call(self._network, state, (x,)) for x in self._batches(1)])
 
     def jvp(self, parameters: State, tangent: State) -> Tensor:
         """Return J·v at θ, [P, C]; raises StateError unless the tangent v has the parameters' names and shapes."""
         with evaluating(self._network):
             push = self._along(parameters, tangent)
-            return _rows([push(x).detach() for x in self._batches(2)])
+            return torch.cat([push(x).detach() for x in self._batches(2)])
 
     def vjp(self, parameters: State, cotangent: Tensor) -> dict[str, Tensor]:
         """Return Jᵀ·u at θ; raises StateError unless the cotangent u [P, C] has a row for every input."""
@@ -50,15 +50,16 @@ class OutputMap:
         with evaluating(self._network):
             push = self._along(parameters, tangent)
             total, seen = self._pull_back(parameters, 5, lambda x, _: push(x))
-        if seen == 0:
-            raise StateError("found no inputs, expected at least one batch")
         return {name: (value / seen).to(parameters[name].dtype) for name, value in total.items()}
 
     def _batches(self, passes: int) -> Iterator[Batch]:
+        inputs = None
         for batch in self._inputs:
             inputs = as_input(batch, self._network)
             self.passes += passes * size_of(inputs)
             yield inputs
+        if inputs is None:
+            raise StateError("found no inputs, expected at least one batch")
 
     def _along(self, parameters: State, tangent: State) -> Callable[[Batch], Tensor]:
         """Return x → J·v there."""
@@ -112,9 +113,3 @@ def _by_two_vjps(function: Callable[[dict[str, Tensor]], Tensor], at: State, alo
 def _own(state: State) -> dict[str, Tensor]:
     """Return ordinary tensors without history; autograd refuses those made under inference mode."""
     return {name: value.clone() if value.is_inference() else value.detach() for name, value in state.items()}
-
-
-def _rows(pieces: list[Tensor]) -> Tensor:
-    if not pieces:
-        raise StateError("found no inputs, expected at least one batch")
-    return torch.cat(pieces)
