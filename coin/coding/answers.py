@@ -26,8 +26,7 @@ class Answers:
             features; None where there are only these. A lost expert may then have no features, ``[B, 0]``.
         tasks: The index of each input's task, int64 ``[B]``; None if unknown.
 
-    Raises:
-        DecodingError: The shapes do not fit together, or a task is none of the experts'.
+    Raises DecodingError where the shapes do not fit together, or a task is none of the experts'.
 
     >>> answers = coin.Answers(experts=torch.randn(2, 5, 3), coded=torch.randn(1, 5, 3))
     >>> answers.num_experts, answers.num_coded, answers.num_samples

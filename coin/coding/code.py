@@ -23,10 +23,8 @@ class Code:
         matrix: Coding weights ``[R, N]``, R ≥ 1 and N ≥ 1; rows non-negative with sum 1 (within 1e-6). Kept in
             float64 with its rows divided by their sums, unless these are 1 but for rounding.
 
-    Raises:
-        ConfigurationError: The matrix is not a rectangle of finite numbers, a weight is negative, or a row does not
-            sum to 1.
-        DecodingError: Some erasure of up to R experts cannot be decoded; the message names the first.
+    Raises ConfigurationError where the matrix is no rectangle of finite numbers, a weight is negative, or a row does
+    not sum to 1; DecodingError where an erasure of up to R experts cannot be decoded, the first of which it names.
 
     >>> code = coin.Code([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
     >>> code.num_coded, code.max_erasures, code.encode(torch.eye(3)[:, None]).tolist()

@@ -62,10 +62,9 @@ class Decoder(ABC):
         One `kept` saves work for the decoders of several systems and erasures that are fitted on the same answers.
         Here nothing is learnt but the errors that the decoder makes.
 
-        Raises:
-            DecodingError: The answers come from another number of experts, nothing arrives to decode from, or the
-                answers lack the features, stages or tasks that the options ask for.
-            NumericalError: There are fewer than two samples, or a value is not finite.
+        Raises DecodingError where the answers come from another number of experts, nothing arrives to decode from, or
+        the features, stages or tasks that the options ask for are missing; NumericalError where there are fewer than
+        two samples, or a value is not finite.
         """
         errors = self.decode(calibration) - calibration.experts[list(self.erased)]
         if odd := (~torch.isfinite(errors).all(2).all(0)).nonzero().flatten().tolist():
@@ -80,8 +79,7 @@ class Decoder(ABC):
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits ``[len(erased), B, C]``, whose own entries are not read, in their type.
 
-        Raises:
-            DecodingError: The decoder was not fitted, or the answers do not fit it.
+        Raises DecodingError where the decoder was not fitted, or the answers do not fit it.
         """
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
@@ -107,9 +105,7 @@ class Decoder(ABC):
         """E e eᵀ of the errors e = f̂ − f of each lost expert ``[|erased|, C, C]``.
 
         The mean is over the calibration inputs of `fit`, each of them left out of the regression that decodes it.
-
-        Raises:
-            DecodingError: There was no `fit`, which the linear decoder needs for this too.
+        Raises DecodingError where there was no `fit`, which the linear decoder needs for this too.
         """
         if self.moments is None:
             raise DecodingError(f"the {self.config.name} decoder knows no errors; call fit with calibration answers")
@@ -146,11 +142,7 @@ class Decoder(ABC):
         return self.promises
 
     def accepted(self, expert: int, risk: Tensor) -> Tensor:
-        """Return which decoded answers with these risks ``[B]`` are accepted; without a promise, none.
-
-        Raises:
-            DecodingError: `accept` was not called.
-        """
+        """Return which decoded answers with these risks ``[B]`` are accepted; DecodingError before `accept`."""
         if expert not in self.promises:
             raise DecodingError(f"the {self.config.name} decoder has promised nothing; call accept with new inputs")
         threshold = self.promises[expert].threshold

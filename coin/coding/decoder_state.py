@@ -22,8 +22,7 @@ Map = TypeVar("Map", RidgeFit, Projection)
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a decoder's fitted state: tensors by name, and its other values as JSON types.
 
-    `restore_decoder` gives the decoder back, whose answers and risks are the same to the last bit; one that was not
-    fitted has no tensors.
+    `restore_decoder` gives the decoder back, whose answers and risks are the same to the last bit.
     """
     moments = {} if decoder.moments is None else {"moments": decoder.moments}
     rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts,
@@ -38,9 +37,8 @@ def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: Code) -> Decoder:
     """Rebuild a decoder from its `decoder_state` and its code.
 
-    Raises:
-        StateError: A tensor or value is missing, superfluous, or does not fit the code or the others.
-        DecodingError: There is no such decoder of the code.
+    Raises StateError where a tensor or value is missing, superfluous, or does not fit the code or the others, and
+    DecodingError where there is no such decoder of the code.
     """
     try:
         decoder = make_decoder(DecoderConfig.named(rest["decoder"]), code, rest["erased"])

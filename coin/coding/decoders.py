@@ -58,16 +58,11 @@ class ExpertHeadDecoder(Decoder):
     """The lost experts' own heads on the penultimate features of the coded model with the largest β for each.
 
     Exact where the coded model's features are the expert's. No other server is asked, so all experts may be lost.
+    `decode` needs the `heads` of all experts, or of the lost ones by expert.
 
     With ``fitted_on: own`` the head (W, b) becomes (W + ΔW, b + Δb): ΔW φ + Δb is the ridge regression, with the ridge
     `CORRECTION`, of what the expert says on its own task's calibration inputs, less Wφ + b, on the coded model's
     features φ there. No label, and as many tensors as without.
-
-    Args:
-        code: The code.
-        erased: The lost experts.
-        heads: The heads of all experts, or theirs by expert; `decode` needs them.
-        config: The decoder's options.
     """
 
     def __init__(
@@ -157,14 +152,9 @@ def make_decoder(
 ) -> Decoder:
     """Return an unfitted decoder of a kind with its default options, or of a configuration.
 
-    The calibrated kinds read only the number of experts from the code, and serve without coded answers too. Raises
+    The calibrated kinds read only the number of experts from the code, and serve without coded answers too. For
+    expert_head it takes the heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`). Raises
     DecodingError where there is no such kind, or it cannot decode the erasure.
-
-    Args:
-        kind: The decoder.
-        code: The code.
-        erased: The lost experts.
-        heads: The heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`): for expert_head.
 
     >>> answers = coin.Answers(torch.ones(3, 1, 2), coded=2 * torch.ones(1, 1, 2))
     >>> coin.make_decoder("linear", code, erased=[0]).decode(answers)

@@ -20,12 +20,8 @@ class DecodingAccuracy(Metric):
     of samples that are classified correctly, ``nda``, their ratio (`normalized_decoding_accuracy`), and ``agreement``,
     the share of samples where both predict the same class. The state is four integer counts, summed over processes.
 
-    Args:
-        num_classes: The task's class count C_j: only the first C_j outputs are read, which drops the padding. None
-            reads all.
-
-    Raises:
-        ConfigurationError: `num_classes` is less than 1.
+    Only the first C_j outputs are read, the task's `num_classes`, which drops the padding; None reads all. Raises
+    ConfigurationError where it is less than 1.
 
     >>> metric = coin.DecodingAccuracy()
     >>> metric.update(torch.eye(4)[[0, 1, 2, 2]], torch.eye(4), torch.arange(4))  # decoded, the expert's, labels
@@ -46,12 +42,9 @@ class DecodingAccuracy(Metric):
         self.add_state("counts", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, decoded: Tensor, expert: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits f̂_j and f_j ``[B, C]`` with C ≥ C_j, and labels ``[B]``.
+        """Add a batch: logits f̂_j and f_j ``[B, C]`` with C ≥ C_j, and labels ``[B]``; DataError for other shapes.
 
         A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
-
-        Raises:
-            DataError: The shapes do not fit together, or there are fewer outputs than classes.
         """
         if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
             raise DataError(
@@ -95,10 +88,8 @@ class RiskCurves(Metric):
     """How well the risk predicts errors of decoded answers, on one expert's own task.
 
     `compute` returns a list of `RiskPoint`, and of every sample its risk and whether the decoded answer differs from
-    the expert's ``[n, 2]``. Every sample has a row, which one process fills in; rows are summed over processes.
-
-    Args:
-        samples: The size of the test set; in one process it may be left out.
+    the expert's ``[n, 2]``. Every sample of the test set, whose size may be left out in one process, has a row, which
+    one process fills in; rows are summed over processes.
     """
 
     is_differentiable = False
@@ -155,11 +146,7 @@ class Residual(Metric):
         self.add_state("squares", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, coded: Tensor, target: Tensor) -> None:
-        """Add a batch: the coded model's logits and Σ_i β_i f_i, both ``[B, C]``.
-
-        Raises:
-            DataError: The shapes differ.
-        """
+        """Add a batch: the coded model's logits and Σ_i β_i f_i, both ``[B, C]``, else a DataError."""
         if coded.shape != target.shape:
             raise DataError(
                 f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same"

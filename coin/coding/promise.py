@@ -48,10 +48,7 @@ class Promise:
 
 
 def samples_needed(alpha: float, confidence: float) -> int:
-    """Return how many samples must be accepted without a single error for a promise of α, such as 59 for 5 % at 95 %.
-
-    Both are in (0, 1).
-    """
+    """Return how many samples must be accepted without one error for a promise of α in (0, 1): 59 for 5 % at 95 %."""
     return math.ceil(math.log1p(-confidence) / math.log1p(-alpha))
 
 
@@ -73,13 +70,9 @@ def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: floa
 
     Args:
         risks: Of the decoded answers ``[P]``; those whose risk is NaN are not accepted.
-        differs: Whether they differ from the expert's ``[P]``, bool.
-        alpha: In (0, 1).
-        confidence: In (0, 1).
-
-    Raises:
-        ConfigurationError: One of these two is not.
-        DataError: There are not as many risks as answers.
+        differs: Whether they differ from the expert's ``[P]``, bool; DataError for another shape.
+        alpha: In (0, 1), else a ConfigurationError.
+        confidence: In (0, 1) too.
     """
     if risks.ndim != 1 or risks.shape != differs.shape:
         raise DataError(

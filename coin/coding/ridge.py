@@ -21,14 +21,11 @@ class RidgeFit:
     """An affine map x ↦ (x − input_mean) · coefficients + target_mean in float64, and how it was chosen.
 
     Args:
-        coefficients: ``[D, T]``.
-        input_mean: ``[D]``.
-        target_mean: ``[T]``.
+        coefficients: ``[D, T]``, with `input_mean` ``[D]`` and `target_mean` ``[T]``: the tensors that are `kept` in
+            files.
         ridges: The absolute ridge chosen for each group of targets ``[G]``.
         leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
         left_out: The error made for every sample by the same ridges fitted to all others ``[P, T]``.
-
-    A map that was read back from a file has no more than the tensors that predictions need, those `kept`.
     """
 
     kept: ClassVar = ("coefficients", "input_mean", "target_mean")
@@ -84,8 +81,7 @@ def fit_ridge(
         intercept: Without one nothing is centred, and H is U diag(s²/(s² + λ)) Uᵀ.
         exponents: k of the ridges to choose from, 10^k times the mean of s².
 
-    Raises:
-        NumericalError: There are fewer than two samples, or a value is not finite.
+    Raises NumericalError where there are fewer than two samples, or a value is not finite.
     """
     samples = inputs.shape[0]
     if samples < 2:

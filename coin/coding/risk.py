@@ -25,11 +25,11 @@ _SURE = 1e-4
 def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
     """Return the estimated probability that the lost expert's own answer is another class ``[B]``, in float64.
 
-    With a the decoded class and e the decoder's error, it is P(e_a − e_b > f̂_a − f̂_b for some b ≠ a), for normal errors
-    with the second moments E e eᵀ: any of the rivals may win. They are from calibration inputs that the decoder was not
-    fitted on (`Decoder.errors`), so no label is needed. It holds as far as queries are like the calibration inputs, and
-    falls short where the coded model was fitted on these, and where errors go with what is decoded, as large ones of
-    the linear decoder do. 0 where the decoder makes no error, 1 where what was decoded is not finite.
+    With a the decoded class and e the decoder's error, it is P(e_a − e_b > f̂_a − f̂_b for some b ≠ a), for normal
+    errors with the second moments E e eᵀ: any of the rivals may win. They are from calibration inputs that the decoder
+    was not fitted on (`Decoder.errors`), so no label is needed. It holds as far as queries are like the calibration
+    inputs, and falls short where the coded model was fitted on these, and where errors go with what is decoded, as
+    large ones of the linear decoder do. 0 where the decoder makes no error, 1 where what was decoded is not finite.
 
     >>> decoded, errors = torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 0.5 * torch.eye(3)
     >>> [round(risk, 3) for risk in coin.decoding_risk(decoded, errors).tolist()]
@@ -37,10 +37,7 @@ def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
 
     Args:
         decoded: The decoded logits of one lost expert, without padding ``[B, C]``.
-        errors: The second moments E e eᵀ of their errors ``[C, C]``.
-
-    Raises:
-        NumericalError: The moments are not finite.
+        errors: The second moments E e eᵀ of their errors ``[C, C]``; a NumericalError where they are not finite.
     """
     logits, moments = decoded.double(), errors.to(decoded.device).double()
     if not bool(torch.isfinite(moments).all()):
@@ -89,18 +86,12 @@ def _any_exceeds(
     """Return P(some rival's error exceeds its margin) ``[B]``, to a bounded relative error.
 
     Draw a rival k by its own tail, and errors given that k's exceeds its margin; then the probability is the sum of the
-    tails times E 1/S, with S the number of rivals whose errors do.
+    tails times E 1/S, with S the number of rivals whose errors do. `margins` ``[B, K]`` are in units of their errors,
+    `scale`; `answer` ``[B, 1]`` is the decoded class, `rivals` ``[B, K]`` the others in the margins' order; `moments`
+    ``[C, C]`` and the errors `drawn` ``[M, C]`` belong together.
 
     Source: Owen, Maximov and Chertkov, *Importance sampling the union of rare events with an application to power
     systems analysis* (Electronic Journal of Statistics 2019), section 3; here with quasi-random points.
-
-    Args:
-        margins: In units of their errors ``[B, K]``.
-        scale: These units ``[B, K]``.
-        answer: The decoded classes ``[B, 1]``.
-        rivals: The others, in the margins' order ``[B, K]``.
-        moments: Of the errors ``[C, C]``.
-        drawn: Errors ``[M, C]``.
     """
     own, across = moments[answer, answer], moments[answer, rivals]
     tails, points = torch.special.ndtr(-margins), _points(2 + drawn.shape[1]).to(margins)

@@ -35,10 +35,9 @@ class ExampleSamples(Metric):
     The samples do not depend on the batch size or the number of processes.
 
     Args:
-        samples: The size of the test set.
+        samples: The size of the test set; `count`, the largest number of samples to keep.
         image_size: The side of the inputs in pixels.
         ways: K, the number of ways in which answers are decoded.
-        count: The largest number of samples to keep.
     """
 
     is_differentiable = False

@@ -44,16 +44,10 @@ class Replica:
 def read_replicas(
     paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code
 ) -> list[Replica]:
-    """Read compressed experts, with the total cost and memory of each label.
+    """Read files of ``coin run`` or ``coin compress``, with the total cost and memory of each label.
 
-    Args:
-        paths: Their files, written by ``coin run`` or ``coin compress``.
-        fingerprints: The experts' fingerprints.
-        counts: Their class counts.
-        code: The code of the evaluation.
-
-    Raises:
-        FileError: A file is missing or damaged, or not a copy of one of these experts.
+    `fingerprints` are the experts', `counts` their class counts, `code` that of the evaluation. Raises FileError where
+    a file is missing or damaged, or not a copy of one of these experts.
     """
     files = [load_network(path) for path in paths]
     for path, file in zip(paths, files, strict=True):

@@ -39,12 +39,8 @@ class Scores:
     ) -> Tensor:
         """Add a batch, and return the answered classes ``[B]``.
 
-        Args:
-            answer: The stand-in's logits ``[B, C]``.
-            expert: The expert's own.
-            labels: The true classes ``[B]``.
-            risk: The answers' risks ``[B]``, if they have any.
-            positions: The samples' places in the test set ``[B]``, if there are risks.
+        `answer` and `expert` are the stand-in's and the expert's logits ``[B, C]``, `labels` the true classes ``[B]``;
+        the answers' risks ``[B]``, if there are any, come with the samples' `positions` in the test set ``[B]``.
         """
         self.accuracy.update(answer, expert, labels)
         answer, expert = answer[:, : self.num_classes], expert[:, : self.num_classes]
@@ -68,13 +64,9 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class FittedDecoder:
-    """A fitted decoder for one erasure, with the scores of every lost expert.
+    """A fitted decoder for one erasure of the coded system with the index `variant`, with the scores by lost expert.
 
-    Attributes:
-        decoder: The decoder.
-        scores: By lost expert.
-        variant: The index of the coded system under evaluation.
-        seconds: The wall time of the fit; `passes` is its cost, networks run on a sample.
+    `seconds` is the wall time of the fit, `passes` its cost: networks run on a sample.
     """
 
     decoder: Decoder

@@ -46,10 +46,9 @@ def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> 
 
 
 def layer_profile(layers: pd.DataFrame) -> Figure:
-    """Where the mass of the Fisher lies, and how far each merge is from the average, layer by layer.
+    """Where the Fisher's mass lies, and how far each merge is from the average, of the rows that `read_layers` returns.
 
-    Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once. `layers`
-    is what `coin.reporting.extras.read_layers` returns.
+    Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once.
     """
     with style():
         names = list(dict.fromkeys(layers["layer"]))

@@ -29,18 +29,11 @@ Answers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Test images with what was answered for them, when their tasks' experts were lost one at a time.
+    """Test images ``[n, H, W, 3]``, uint8, with what was answered for them when their tasks' experts were lost alone.
 
-    Args:
-        images: ``[n, H, W, 3]``, uint8.
-        expert: The expert's answers ``[n]``, each a place in `names`.
-        label: The labels ``[n]``, in the same form.
-        decoded: The decoded answers ``[n]``, in the same form, by ``method|batchnorm|decoder``.
-        names: The names of the classes, those of all tasks one after the other; may be empty.
-        task: The task that each image is of ``[n]``; empty where that is not known.
-
-    Raises:
-        ConfigurationError: The shapes or types do not fit together.
+    The `expert`'s answers, the `label` and what was `decoded`, by ``method|batchnorm|decoder``, are places ``[n]`` in
+    `names`, the classes of all tasks one after the other (may be empty). `task` is that of each image, empty where it
+    is not known. Raises ConfigurationError where shapes or types do not fit together.
     """
 
     images: npt.NDArray[np.uint8]

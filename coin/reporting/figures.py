@@ -33,10 +33,10 @@ _TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5
 
 
 def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str = "seconds") -> Figure:
-    """Mean NDA ± spread of every method against what it cost, decoder included, for one decoder.
+    """Mean NDA ± spread of every method against what it cost, decoder included, in ``seconds`` or ``passes``.
 
     What is free stands at the left end of the logarithmic axis. Names stand at the right, the best one first. The
-    decoder is the one with the largest mean NDA by default; the unit ``seconds`` or ``passes``.
+    decoder is the one with the largest mean NDA by default.
     """
     with style():
         means, decoder = _of_decoder(means, decoder, last=True)
@@ -57,14 +57,11 @@ def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str 
 
 
 def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
-    """Mean NDA ± spread of every stand-in against what it keeps, on a logarithmic axis; a marker by its forwards.
+    """Mean NDA ± spread of `stand_ins` against what they keep, on a logarithmic axis; a marker by their forwards.
 
     Named are those that no other beats in both (joined by a line), and every method with its best decoder. What keeps
-    nothing stands at the left end. Points below all that are named are left out.
-
-    Args:
-        stand_ins: As `coin.reporting.summary.stand_ins` returns them.
-        network_mib: The size of one network, which is then the unit of the axis; MiB otherwise.
+    nothing stands at the left end. Points below all that are named are left out. The unit is a network's size if given,
+    else MiB.
     """
     with style():
         rows = stand_ins.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True)
@@ -173,10 +170,7 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
 
 
 def risk_curves(risk: pd.DataFrame) -> Figure:
-    """Calibration of the predicted risk, and the accuracy of the lowest-risk answers.
-
-    `risk` are `coin.reporting.tables.risk_totals`, a colour per ``name``.
-    """
+    """Calibration of the predicted risk, and accuracy of the lowest-risk answers, of `risk_totals`: a colour a name."""
     with style():
         figure = Figure(figsize=(WIDTH, 3.0))
         calibration, coverage = figure.subplots(1, 2)

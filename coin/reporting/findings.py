@@ -76,11 +76,9 @@ class Findings:
 
 
 def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Findings:
-    """Return what the rows of one experiment say; its variants are compared seed by seed.
+    """Return what the rows of one experiment's ``results.csv`` say; its variants are compared seed by seed.
 
-    Args:
-        frame: Rows of one experiment's ``results.csv``, of one or several seeds.
-        kinds: Label → the method's own name; a label that is not among them says by its beginning what it is.
+    `kinds` are the methods' own names by label; a label that is not among them says by its beginning what it is.
     """
     means = seed_means(frame).assign(name=lambda rows: variant_names(rows))
     erased = min(means["erased"], key=lambda size: int(size.partition(" ")[0]))
@@ -120,14 +118,9 @@ def paired_difference(one: Entry, other: Entry) -> tuple[float, float, int | Non
 
 
 def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
-    """Return differences in NDA between methods in points, ± spread over seeds; those that are clear carry `BEST`.
+    """Return differences in NDA with one decoder in points, ± spread over seeds; those that are clear carry `BEST`.
 
-    Args:
-        found: What `findings` returns.
-        decoder: Which decoder.
-
-    Returns:
-        Text: a line per method, minus each of a few: the survivors alone, averaging, COIN, the best trained.
+    As text: a line per method, minus each of a few: the survivors alone, averaging, COIN, the best trained.
     """
     entries = [entry for entry in found.entries if entry.decoder == decoder and entry.method != "oracle"]
     against = [_strongest(entries, method=method) for method in ("none", "average", "coin")]

@@ -34,19 +34,15 @@ class Interval(NamedTuple):
 
 
 def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float], seed: int = 0) -> list[Interval]:
-    """Return quantiles of several series together, with percentile intervals of a block bootstrap.
+    """Return quantiles of several series ``[Q]`` together, with percentile intervals of a block bootstrap.
 
     Latencies of neighbouring queries depend on one another, so that what is drawn again, 200 times, are blocks: whole
     series where there are at least 20, and else each is cut into 20. A quantile is the smallest value that at least
-    this share of the values does not exceed: infinite values, which are failures, are never interpolated.
+    this share of the values does not exceed: infinite values, which are failures, are never interpolated. Raises
+    ConfigurationError where a series has fewer than 20 values.
 
     Source: Kunsch, *The jackknife and the bootstrap for general stationary observations* (1989), with blocks that do
     not overlap as in Carlstein (1986).
-
-    Args:
-        series: Values in their order ``[Q]``, at least 20 each.
-        levels: Of the quantiles, in (0, 1).
-        seed: Of the bootstrap's draws.
     """
     if min(map(len, series)) < _BLOCKS:
         raise ConfigurationError(f"found fewer than {_BLOCKS} latencies, expected as many; simulate more queries")

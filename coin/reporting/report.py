@@ -68,8 +68,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
     Args:
         folders: Experiments (``runs/NAME``), single seeds (``runs/NAME/seed-0``), sweeps, or several to compare.
-        output: The HTML file, or a folder for ``report.html``. By default the one folder that is reported, or the
-            nearest folder above all of them.
+        output: The HTML file, or a folder for ``report.html``; by default the nearest folder above all `folders`.
 
     Raises:
         FileError: A folder holds no results, a file is damaged, or the report cannot be written.

@@ -118,9 +118,8 @@ def write_results(
         classes: The names of every task's classes.
         wandb_url: Where the evaluation's W&B run is to be seen; None where it is not online.
 
-    Raises:
-        ConfigurationError: There are no rows, two rows measure the same thing, or a task has a reserved name.
-        FileError: A file cannot be written.
+    Raises ConfigurationError where there are no rows, two rows measure the same thing, or a task has a reserved name,
+    and FileError where a file cannot be written.
     """
     if not rows:
         raise ConfigurationError("found no rows to write, expected at least one measurement")
@@ -149,8 +148,7 @@ def write_results(
 def read_results(folder: Path) -> pd.DataFrame:
     """Return the rows of ``results.csv`` with `COLUMNS` in order; text stays text, an empty number is NaN.
 
-    Raises:
-        FileError: The file is missing, damaged, lacks a column or a number, or has a row twice.
+    Raises FileError where the file is missing, damaged, lacks a column or a number, or has a row twice.
     """
     path = folder / RESULTS_CSV
     frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)[list(COLUMNS)]
@@ -165,8 +163,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 def read_configuration(folder: Path) -> dict[str, Any]:
     """Return the object of ``results.json``: ``rows``, ``methods``, ``configuration``, ``versions`` and the rest.
 
-    Raises:
-        FileError: The file is missing or damaged.
+    Raises FileError where the file is missing or damaged.
     """
     path = folder / RESULTS_JSON
     try:
@@ -189,11 +186,7 @@ def confusion_key(row: Row) -> str:
 
 
 def read_confusions(folder: Path) -> dict[str, Counts]:
-    """Return the counts ``[C, C]`` of ``confusion.npz`` by `confusion_key`; nothing where there is no such file.
-
-    Raises:
-        FileError: The file is damaged.
-    """
+    """Return the counts ``[C, C]`` of ``confusion.npz`` by `confusion_key`, none without it; FileError if damaged."""
     path = folder / CONFUSION_NPZ
     if not path.exists():
         return {}
@@ -216,10 +209,8 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
-    What a stand-in costs is NaN in files of earlier versions, which do not tell.
-
-    Raises:
-        FileError: The file is missing, damaged, or lacks a column or a row.
+    What a stand-in costs is NaN in files of earlier versions. Raises FileError where the file is missing, damaged, or
+    lacks a column or a row.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`")
@@ -248,11 +239,7 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
 
 
 def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of an ``.npz`` file.
-
-    Raises:
-        FileError: It is damaged.
-    """
+    """Return the arrays of an ``.npz`` file; FileError if it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

@@ -58,10 +58,8 @@ class ReportSource:
 def read_sources(folders: Sequence[Path]) -> list[ReportSource]:
     """Read experiments' folders (with ``seed-*``), single seeds' folders or sweeps' folders (with ``sweep.csv``).
 
-    Experiments of the same name are distinguished by their folders, those of a sweep by the sweep's name.
-
-    Raises:
-        FileError: No folder is given, one holds no results, or a file is damaged.
+    Experiments of the same name are distinguished by their folders, those of a sweep by the sweep's name. Raises
+    FileError where no folder is given, one holds no results, or a file is damaged.
     """
     unique = {folder.resolve(): folder for folder in folders}
     if not unique:

@@ -84,10 +84,7 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: 
 
 
 def log_scale(axes: Axes, which: str = "x", subs: Sequence[float] = ()) -> None:
-    """Make an axis logarithmic, labelled with plain numbers, at `subs` times powers of ten if these are given.
-
-    matplotlib's own labels need parsed mathematics.
-    """
+    """Make an axis logarithmic, labelled with plain numbers, at `subs` times powers of ten if these are given."""
     axes.set(**{f"{which}scale": "log"})
     axis: Axis = getattr(axes, f"{which}axis")
     if subs:

@@ -38,7 +38,7 @@ SUMMARY_COLUMNS = (*GROUP, "seeds", *(f"{name}_{part}" for name in NUMBERS for p
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return mean and spread over seeds, per task and as the mean over tasks.
+    """Return mean and spread over seeds of rows of ``results.csv``, per task and as the mean over tasks.
 
     One row per group of `GROUP`, in order of appearance, with the BatchNorm policy that was asked for: seeds may have
     chosen differently. After the tasks of each variant come rows with ``task = "mean"``: for every size r of erasure,
@@ -46,11 +46,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     over seeds. The spread is the sample standard deviation over seeds: NaN with one seed. A number that is NaN in any
     seed or task is NaN in the mean.
 
-    Args:
-        frame: Rows of one or several ``results.csv``, as `read_results` returns them.
-
-    Returns:
-        `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
+    The columns are `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each.
     """
     frame = _with_all_columns(frame)
     both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
@@ -69,8 +65,7 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
 def write_summary(experiment_folder: Path) -> pd.DataFrame:
     """Collect ``seed-*/results.csv`` below an experiment's folder, write ``summary.csv`` there and return it.
 
-    Raises:
-        FileError: There is no seed with results, a file is damaged, or the summary cannot be written.
+    Raises FileError where no seed has results, a file is damaged, or the summary cannot be written.
     """
     folders = seed_folders(experiment_folder)
     if not folders:
@@ -83,11 +78,7 @@ def write_summary(experiment_folder: Path) -> pd.DataFrame:
 
 
 def read_summary(experiment_folder: Path) -> pd.DataFrame:
-    """Return what `write_summary` wrote.
-
-    Raises:
-        FileError: The file is missing or damaged.
-    """
+    """Return what `write_summary` wrote; FileError where it is missing or damaged."""
     numbers = SUMMARY_COLUMNS[len(GROUP) + 1 :]
     integers = ("samples_per_task", "seeds")
     return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, integers, numbers)[list(SUMMARY_COLUMNS)]
@@ -96,8 +87,7 @@ def read_summary(experiment_folder: Path) -> pd.DataFrame:
 def seed_folders(experiment_folder: Path) -> list[Path]:
     """Return the folders ``seed-*`` that hold results of one configuration, by increasing seed.
 
-    Seeds that were measured with other options than the latest one would spoil a mean; they are left out, with a
-    warning that names them.
+    Seeds with other options than the latest one would spoil a mean: they are left out, with a warning that names them.
     """
     found = [path.parent for path in experiment_folder.glob(f"seed-*/{RESULTS_CSV}")]
     if len(found) > 1:
@@ -121,13 +111,9 @@ def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
 def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     """Return what may be kept for a lost expert: a row per method's variant and decoder, by what it takes to keep.
 
-    Args:
-        summary: What `summarise` returns, of one experiment.
-
-    Returns:
-        ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
-        ``forwards``, ``losses`` and ``merge_seconds``; nothing of results that do not tell the first six, as the
-        oracle's.
+    Of one experiment's `summary`: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone),
+    ``memory_mib``, ``forwards``, ``losses`` and ``merge_seconds``; nothing of results that do not tell the first six,
+    as the oracle's.
     """
     means = largest_samples(over_tasks(summary.assign(name=variant_names(summary))))
     costs = list(STAND_IN_COSTS)
@@ -174,14 +160,11 @@ def decoders_of(means: pd.DataFrame) -> list[str]:
 
 
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
-    """Return one name per row that tells a method's variants apart.
+    """Return one name per row of results, of a summary or of ``layers.csv`` that tells a method's variants apart.
 
     A name depends on the method's own options alone: its label, and the BatchNorm policy that was asked for where that
     is not the method's default (``coin (recalibrate)``). Where a method was read out through several sets of coded
-    models, the set follows in brackets (``coin[0+1]``).
-
-    Args:
-        frame: Rows of results or of a summary; or of ``layers.csv``, where the brackets hold the row of the code.
+    models, the set follows in brackets (``coin[0+1]``); of ``layers.csv``, the row of the code.
     """
     if "layer" in frame:
         several = pd.Series(frame["code_row"].nunique() > 1, index=frame.index)

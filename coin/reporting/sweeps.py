@@ -47,11 +47,7 @@ class Sweep:
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
-    """Return the sweep whose folder this is, None where it holds no ``sweep.csv``.
-
-    Raises:
-        FileError: The file is damaged.
-    """
+    """Return the sweep whose folder this is, None where it holds no ``sweep.csv``; FileError where that is damaged."""
     path = folder / SWEEP_CSV
     if not path.is_file():
         return None
@@ -81,13 +77,9 @@ def sweep_frame(
 ) -> pd.DataFrame | None:
     """Return the rows of all points' results behind one column per swept key, None where there are none.
 
-    Args:
-        points: The swept keys' values and the seeds' folders of every finished point. A value that is a list or a
-            section is written as JSON.
-        read: What of a seed's folder: the rows of ``results.csv``, or of ``risk.csv``.
-
-    Raises:
-        FileError: A point's results are missing or damaged.
+    `points` are the swept keys' values and the seeds' folders of every finished point; a value that is a list or a
+    section is written as JSON. `read` returns a seed's rows: those of ``results.csv``, or of ``risk.csv``. Raises
+    FileError where a point's results are missing or damaged.
     """
     frames = []
     for values, folders in points:
@@ -103,13 +95,7 @@ def sweep_frame(
 
 
 def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
-    """Return `sweep_text` as a table for the terminal.
-
-    Args:
-        frame: What `sweep_frame` returns.
-        swept: The swept keys, the frame's first columns.
-        title: The table's title.
-    """
+    """Return `sweep_text` of a `sweep_frame`, whose first columns are the swept keys, as a table for the terminal."""
     keys = [key for key in swept if key != SEEDS]
     points = frame[["experiment", *keys]].drop_duplicates("experiment")
     text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
@@ -120,13 +106,10 @@ def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
 
 
 def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return mean NDA ± spread in % as text, a line per point and method, a column per decoder.
+    """Return mean NDA ± spread in % of rows of results as text, a line per point and method, a column per decoder.
 
-    Points that differ in their seeds alone share a line. The oracle, whose NDA is 1 everywhere, is left out.
-
-    Args:
-        frame: Rows of ``results.csv``.
-        points: The options, by experiment.
+    The options of `points` are by experiment. Points that differ in their seeds alone share a line. The oracle, whose
+    NDA is 1 everywhere, is left out.
     """
     keys = [str(key) for key in points.columns]
     means = seed_means(frame[frame["method"] != "oracle"])

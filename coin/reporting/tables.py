@@ -87,9 +87,9 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
 
 
 def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
-    """Return the points of ``risk.csv`` over all tasks that are lost alone and all seeds, by ``name`` and decoder.
+    """Return the points of ``risk.csv`` over all tasks lost alone and all seeds, by ``name`` (a variant's) and decoder.
 
-    Every test sample has the same weight. ``name`` is a method's variant.
+    Every test sample has the same weight.
     """
     alone = risk[risk["erased"] == risk["task"]].assign(name=variant_names)
     numbers = ["risk", "agreement", "decoded_accuracy", "expert_accuracy"]
@@ -156,12 +156,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     """Print the experts' own accuracies, one table of NDA per experiment and size of erasure, and what to keep.
 
     The linear decoder and the winning one always have their columns; of the others and of the costs there is as much as
-    fits the width.
-
-    Args:
-        summary: What `coin.reporting.summarise` returns.
-        console: Where to print; `results_console` by default.
-        reported: Whether a report and ``summary.csv`` are written, which are then named.
+    fits the width. A report and ``summary.csv`` are named where these are written (`reported`).
     """
     console = console or results_console()
     experts = expert_accuracies(summary)
@@ -205,13 +200,9 @@ def finding(kept: pd.DataFrame) -> str:
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:
-    """Return a frame of text as a table for the terminal.
+    """Return a frame of text as a table for the terminal; the columns in `texts` are set to the left, and may break.
 
-    Args:
-        table: The cells.
-        title: What stands above.
-        texts: The columns that are set to the left, and may break.
-        ends: A rule follows after so many rows.
+    A rule follows after each number of rows in `ends`.
     """
     out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in table.columns:

@@ -24,8 +24,8 @@ class Decodings:
         fitted: Decoders of different erasures, or one of all experts that needs no survivor.
         feature_widths: The widths of the stages within the servers' features, for decoders that read several stages.
         class_counts: Every expert's class count, for the risk of its decoded answers; by default all outputs.
-        thresholds: The risk up to which an expert's decoded answers are accepted, by the lost experts and this expert;
-            for a decoder that needs no survivor, by this expert alone.
+        thresholds: The risk up to which an expert's answers are accepted, by the lost experts and this one; for a
+            decoder that needs no survivor, by this one alone.
     """
 
     def __init__(
@@ -45,17 +45,10 @@ class Decodings:
     def decode(
         self, replies: Mapping[int, Reply], wanted: Iterable[int] | None = None
     ) -> tuple[dict[int, Decoded], tuple[int, ...]]:
-        """Decode experts whose replies are missing.
+        """Return the `wanted` experts' decoded answers, by default all missing ones', and the servers that were read.
 
-        Args:
-            replies: The replies to one batch by server, at least one from a coded model.
-            wanted: Which experts; by default all whose replies are missing.
-
-        Returns:
-            The decoded answers by expert, and the servers that they were decoded from.
-
-        Raises:
-            DecodingError: The replies do not suffice, or decoded answers are not finite.
+        `replies` are those to one batch by server, at least one of a coded model. Raises DecodingError where they do
+        not suffice, or decoded answers are not finite.
         """
         count, decoder = self.code.num_experts, self._alone
         present = [expert for expert in range(count) if expert in replies]
@@ -116,9 +109,7 @@ def coded_layout(code: Code) -> Layout:
 def standin_layout(code: Code, every_row: bool) -> Layout:
     """Return the servers of a code whose decoder needs no survivor.
 
-    Args:
-        code: The code.
-        every_row: Whether it needs all coded models for an expert, or only the one with the expert's largest weight.
+    For an expert it needs all coded models (`every_row`), or only the one with the expert's largest weight.
     """
     best = code.matrix.argmax(0).tolist()
     rows = [(1 << code.num_coded) - 1 if every_row else 1 << row for row in best]

@@ -39,8 +39,7 @@ class FrontEnd:
     Args:
         servers: The coroutine function of each server by name, in the layout's order: experts, coded models, copies.
         layout: The servers, asked by the `policy`.
-        expects: The format of a valid reply.
-        probe: One input ``[1, ...]``, sent to a server that is considered down.
+        expects: The format of a valid reply; `probe`: one input ``[1, ...]``, sent to a server that seems down.
         decodings: The decoders; required if the layout has coded models.
         limits: Timeouts and queue lengths.
     """
@@ -115,12 +114,9 @@ class FrontEnd:
     async def ask(self, inputs: Tensor, expert: int) -> Answer:
         """Return an expert's answer to inputs ``[B, ...]``.
 
-        Raises:
-            LostError: The remaining servers cannot answer.
-            DeadlineError: No answer came in time.
-            OverloadedError: There are too many queries, or the queue of a required server is full.
-            ServingError: The front end is not running.
-            DecodingError: The decoder failed.
+        Raises a ServingError: LostError where the remaining servers cannot answer, DeadlineError where no answer came
+        in time, OverloadedError where there are too many queries or a required queue is full, or itself where the front
+        end is not running. Raises DecodingError where the decoder fails.
         """
         with self.admitted():
             (answer,) = await self.ask_experts(inputs, [expert])

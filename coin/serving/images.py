@@ -64,11 +64,7 @@ def _unreadable(error: Exception) -> DataError:
 def read_array(values: bytes | Sequence[object], shape: Sequence[int], image_size: int, limits: InputLimits) -> Tensor:
     """Return pixels as uint8 in their shape, or ``[B, 3, S, S]`` by `to_squares`; DataError if they are invalid.
 
-    Args:
-        values: The pixels, as raw bytes or as numbers from 0 to 255, nested or not.
-        shape: ``[B, 1 or 3, H, W]``.
-        image_size: S.
-        limits: On one image, and on B.
+    The values are raw bytes or numbers from 0 to 255, nested or not, of shape ``[B, 1 or 3, H, W]``; S is `image_size`.
     """
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")

@@ -15,14 +15,8 @@ from coin.serving.replies import Reply
 class NetworkServer:
     """An expert or a coded model that answers batches of stored inputs.
 
-    Args:
-        path: The network's safetensors file.
-        outputs: C, to which the logits of a network with fewer classes are padded by zeros.
-        decoder: The decoder of the replies, which determines the features to send.
-        device: The network's device.
-
-    Raises:
-        FileError: The file is missing or damaged.
+    Its safetensors file is read here, which raises FileError if it is missing or damaged. The logits of a network with
+    fewer classes are padded by zeros to `outputs`; the decoder determines the features to send.
     """
 
     def __init__(self, path: Path, outputs: int, decoder: DecoderConfig, device: str = "cpu") -> None:
@@ -43,11 +37,7 @@ class NetworkServer:
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     def __call__(self, stored: Tensor) -> Reply:
-        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, or texts, int64 tokens ``[B, L]``.
-
-        Raises:
-            DataError: They have another type or shape.
-        """
+        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, or texts, int64 ``[B, L]``; else a DataError."""
         run = self._run(stored)
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 

@@ -142,10 +142,8 @@ class Query:
 
     Args:
         layout: The servers, asked by the `policy`.
-        wanted: The experts whose answers are wanted.
-        lateness: The estimate of own answers' time, or None.
-        patient: Whether to wait for own answers until `become_late`. False if a wanted expert's last answer failed: its
-            server is tried without waiting for it.
+        wanted: The experts whose answers are wanted; `lateness`, the estimate of own answers' time, or None.
+        patient: Whether to wait for own answers until `become_late`; not if a wanted expert's last answer failed.
     """
 
     def __init__(

@@ -258,9 +258,7 @@ def check_port(options: RayOptions) -> None:
 def start(system: System, options: RayOptions) -> Callable[[], None]:
     """Serve on Ray Serve until the returned function is called, which first lets running queries finish.
 
-    Raises:
-        ConfigurationError: Ray is not installed.
-        ServingError: Ray cannot serve here.
+    Raises ConfigurationError where Ray is not installed, ServingError where it cannot serve here.
     """
     set_ray_variables(options.address)
     serve = _serve()

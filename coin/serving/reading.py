@@ -29,10 +29,7 @@ class SlowError(ServingError):
 
 @dataclass
 class Budget:
-    """A shared budget, of which each user may take half of what the others leave.
-
-    So no user can take all of it, and small requests succeed even under heavy load.
-    """
+    """A shared budget: each user may take half of what the others leave, so that small requests always succeed."""
 
     most: int
     what: str
@@ -81,10 +78,8 @@ class Reader:
     async def read(self, request: Request, model: str, header: int | None) -> tuple[Parsed, Tensor]:
         """Return a request for a model and its inputs; `header` is the length of its JSON if binary data follows.
 
-        Raises:
-            DataError: The body is invalid, too large, or does not fit the served system.
-            OverloadedError: Too much is being read already.
-            SlowError: The body takes too long to arrive.
+        Raises DataError where the body is invalid, too large, or does not fit the served system, OverloadedError where
+        too much is being read already, and SlowError where the body takes too long to arrive.
         """
         encoding = request.headers.get("content-encoding", "identity").lower()
         with ExitStack() as held:

@@ -12,12 +12,7 @@ from coin.errors import ServingError
 
 @dataclass(frozen=True)
 class Reply:
-    """One server's reply to a batch.
-
-    Attributes:
-        logits: ``[B, C]``.
-        features: ``[B, F]``, for decoders that read them.
-    """
+    """One server's reply to a batch: logits ``[B, C]`` and, for decoders that read them, features ``[B, F]``."""
 
     logits: Tensor
     features: Tensor | None = None
@@ -33,12 +28,7 @@ Server = Callable[[Tensor], Awaitable[Reply]]
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """The format of a valid reply.
-
-    Args:
-        outputs: C, the number of logits of every server.
-        features: F, the number of features; None if servers return logits only.
-    """
+    """The format of a valid reply: C logits and F features of every server, None if they return logits only."""
 
     outputs: int
     features: int | None = None
@@ -71,16 +61,13 @@ class Answer:
     """The answer to a query for one expert.
 
     Attributes:
-        expert: The expert.
-        logits: ``[B, C]``.
-        decoded: Whether any of the logits were decoded from other servers' answers; otherwise they are the expert's
-            own.
+        expert: The expert; its logits are ``[B, C]``.
+        decoded: Whether any were decoded from other servers' answers; otherwise they are the expert's own.
         answered_by: The names of the servers whose answers these are or were decoded from.
         seconds: The time from the query to its answer.
         risk: The estimated probability that the expert's own answer is another class ``[B]`` (`coin.coding`): 0 where
             the answer is the expert's own, NaN where it is not known.
-        accepted: Whether it is the expert's own, or decoded with a risk below the threshold of the run's promise
-            ``[B]``.
+        accepted: Whether it is the expert's own, or its risk is below the threshold of the run's promise ``[B]``.
     """
 
     expert: int

@@ -53,10 +53,8 @@ class InferRequest(BaseModel):
 class Parsed:
     """A request whose inputs have not been read yet.
 
-    Args:
-        outputs: The requested outputs, and whether each uses the binary extension.
-        bytes: The length of its uncompressed body; `pixels`: the total of its image files.
-        read: Returns its inputs in the servers' format, or raises `DataError`.
+    Its `outputs` say whether each uses the binary extension; `bytes` is the length of its uncompressed body, `pixels`
+    the total of its image files. `read` returns its inputs in the servers' format, or raises `DataError`.
     """
 
     request: InferRequest

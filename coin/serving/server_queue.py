@@ -31,15 +31,10 @@ class Request:
 class ServerQueue:
     """Sends requests to one server, first come first served, several in one batch.
 
-    A batch is lost, with its requests, if its reply is invalid, the server raises, or the timeout passes; the next
-    batch is sent anyway. Cancelled requests are dropped before they are sent. While the server is considered down and
-    no query asks it, a probe is sent after every cooldown, so that queries need not try it.
-
-    Args:
-        name: The server's name.
-        server: Answers a batch; `expects`: the format of a valid reply.
-        probe: One input ``[1, ...]``.
-        limits: The limits on waiting.
+    A batch is lost, with its requests, if its reply is not as `expects` says, the server raises, or the timeout passes;
+    the next batch is sent anyway. Cancelled requests are dropped before they are sent. While the server is considered
+    down and no query asks it, the input `probe` ``[1, ...]`` is sent after every cooldown, so that queries need not try
+    it.
     """
 
     def __init__(self, name: str, server: Server, expects: ReplyFormat, probe: Tensor, limits: Limits) -> None:

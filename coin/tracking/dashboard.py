@@ -27,10 +27,8 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
         group: The one experiment to show; none shows all.
         name: What the workspace is called; none calls it after the experiment, or ``coin``.
 
-    Raises:
-        ConfigurationError: ``WANDB_MODE`` is offline, ``wandb-workspaces`` is not installed, or the project is missing
-            or has no run of a method.
-        ConnectionFailedError: There is no API key, or the server does not answer.
+    Raises ConfigurationError where ``WANDB_MODE`` is offline, ``wandb-workspaces`` is not installed, or the project is
+    missing or has no run of a method; ConnectionFailedError where there is no API key or no answer.
     """
     parts = project.split("/")
     if len(parts) > 2 or not all(parts):

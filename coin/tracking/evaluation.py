@@ -36,18 +36,11 @@ def log_evaluation(
     classes: Mapping[str, Sequence[str]] | None = None,
     risk: pd.DataFrame | None = None,
 ) -> None:
-    """Log one seed's evaluation as an overview of all its methods: `_log_overview`, and what is of the seed alone.
+    """Log one seed's evaluation into an open run: `_log_overview`, and what is of the seed alone.
 
-    That are the tables ``results`` (all rows), ``risk`` and ``examples``, the curves of the risk with the best
-    decoder, and the confusions of the best method, a chart a task.
-
-    Args:
-        run: An open run of job type ``evaluate``.
-        rows: One seed's measurements.
-        confusions: Counts ``[C, C]`` by `confusion_key`.
-        examples: Test images with the answers.
-        classes: The names of each task's classes.
-        risk: As in ``risk.csv``.
+    That are the tables ``results`` (all rows), ``risk`` (as in ``risk.csv``) and ``examples`` (test images with the
+    answers), the curves of the risk with the best decoder, and the `confusions` of the best method, counts ``[C, C]``
+    by `confusion_key`, a chart a task with the names of its `classes`.
     """
     if run.disabled:
         return
@@ -73,7 +66,7 @@ def log_evaluation(
 
 
 def log_method(run: "wandb.Run", rows: pd.DataFrame) -> None:
-    """Write one method's numbers into the summary of its run, so that a dashboard can group runs by ``variant``.
+    """Write one method's numbers of one seed into the summary of its run: a dashboard can group runs by ``variant``.
 
     The summary has ``nda/<decoder>/<task>`` and ``…/mean``, likewise ``agreement`` and ``decoded_accuracy``; what
     making the coded model took, ``residual``, ``merge_seconds`` and ``merge_passes``; and ``seconds/<decoder>`` and
@@ -81,10 +74,6 @@ def log_method(run: "wandb.Run", rows: pd.DataFrame) -> None:
     The loss of several tasks stands before its task: ``nda/linear/a+b/a``, ``nda/linear/2-of-3/mean``. The
     configuration says what was measured: ``variant``, ``method``, ``batchnorm`` (the policy asked for),
     ``selected_batchnorm``.
-
-    Args:
-        run: The run in which the method's coded models were made, or a new one.
-        rows: The method's rows of one seed, as `coin.reporting.read_results` returns them.
     """
     first = rows.iloc[0]
     own = {

@@ -69,7 +69,7 @@ def log_artifact(
     aliases: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Log a file as an artifact: an expert, a statistic, a coded model.
+    """Log a file as an artifact: an expert, a statistic, a coded model; FileError where there is no such file.
 
     The file is linked into the run's folder and not copied; since every file of an experiment is renamed into its place
     and never written to, a later step may write a new one without spoiling this.
@@ -81,22 +81,16 @@ def log_artifact(
         type: ``initialisation``, ``expert``, ``statistics``, ``coded-model`` or ``results``.
         aliases: What this version is called, such as ``seed-0``.
         metadata: What made the file.
-
-    Raises:
-        FileError: There is no such file.
     """
     with run_environment(folder_of(run)):
         run.log_artifact(_artifact(run, path, name, type, metadata), aliases=["latest", *aliases])
 
 
 def use_artifact(run: "wandb.Run", path: Path, name: str, type: str) -> None:
-    """Say that a run reads a file which an earlier run logged as an artifact.
+    """Say that a run reads a file which an earlier run logged as an artifact; FileError where there is no such file.
 
     W&B takes lineage online only. The file's SHA-256 goes into the run's configuration under ``inputs`` in any case;
     the artifact that the earlier run logged has the same value as ``sha256`` in its metadata.
-
-    Raises:
-        FileError: There is no such file.
     """
     record_input(run, path, name)
     if not (run.offline or run.disabled):
@@ -105,11 +99,7 @@ def use_artifact(run: "wandb.Run", path: Path, name: str, type: str) -> None:
 
 
 def record_input(run: "wandb.Run", path: Path, name: str) -> None:
-    """Write the SHA-256 of a file that a run reads into the run's configuration, under ``inputs``.
-
-    Raises:
-        FileError: There is no such file.
-    """
+    """Write the SHA-256 of a file that a run reads into the run's configuration, under ``inputs``; else a FileError."""
     config: Any = run.config
     config.update({"inputs": {**config.get("inputs", {}), _allowed(name): sha256_of(path)}}, allow_val_change=True)
 

@@ -33,11 +33,8 @@ def run_environment(folder: Path, asked: str | None = None) -> Iterator[None]:
     """Within this block, W&B works offline unless it is asked otherwise, and keeps its files below ``folder/wandb``.
 
     ``WANDB_MODE`` and ``WANDB_SILENT`` are left alone where the user set them. ``WANDB_DIR`` and ``WANDB_DATA_DIR``
-    are not: a run whose artifacts are staged elsewhere does not survive a move to another machine.
-
-    Args:
-        folder: The run's folder, such as ``runs/NAME/seed-0``.
-        asked: The mode that a logger was given; none takes the environment's.
+    are not: a run whose artifacts are staged elsewhere does not survive a move to another machine. `asked` is the mode
+    that a logger was given; none takes the environment's.
     """
     folder = folder.absolute()
     wanted = asked or mode()
@@ -58,8 +55,7 @@ def run_environment(folder: Path, asked: str | None = None) -> Iterator[None]:
 def mode() -> str:
     """Return ``WANDB_MODE`` as the user set it; otherwise ``offline``, or ``online`` for an agent of a W&B sweep.
 
-    Raises:
-        ConfigurationError: It is none of the modes that an experiment has a use for.
+    Raises ConfigurationError where it is none of the modes that an experiment has a use for.
     """
     found = os.environ.get("WANDB_MODE") or ("online" if in_sweep() else "offline")
     known = ("online", "shared", *OFFLINE_MODES)
@@ -110,12 +106,8 @@ def logging_only(what: str) -> Iterator[None]:
 def check_connection(asked: str | None = None, *, later: bool = True) -> None:
     """Log in to W&B where it is asked to work online, which takes a key and an answer; do nothing offline.
 
-    Args:
-        asked: The mode that a logger was given; none takes the environment's.
-        later: Whether the advice is to log offline and to go online later.
-
-    Raises:
-        ConnectionFailedError: There is no API key, or the server does not answer or refuses it.
+    `asked` is the mode that a logger was given, none takes the environment's; `later` advises to go online later.
+    Raises ConnectionFailedError where there is no API key, or the server does not answer or refuses it.
     """
     wanted = asked or mode()
     if wanted in OFFLINE_MODES:

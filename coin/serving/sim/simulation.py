@@ -42,8 +42,7 @@ class Simulation:
         machines: Every server's machine, which runs one batch at a time; by default one machine per server.
         want: Whose answers a query wants.
         queries: The number of queries; the first quarter is warm-up and not reported.
-        seed: The seed of everything random. Simulations that differ only in the policy have the same queries and
-            phases.
+        seed: The seed of everything random; with one seed, different policies have the same queries and phases.
         decoding: Seconds to decode an answer.
         unpacking: Seconds to unpack a copy of an expert that the machine has not unpacked.
         unpacked: The number of unpacked copies that a machine keeps; 0 unpacks for every batch.
