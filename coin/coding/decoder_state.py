@@ -1,6 +1,6 @@
 """A fitted decoder as named tensors and plain values, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from coin.coding.code import Code
 from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig
-from coin.coding.decoders import HEAD_PARTS, ExpertHeadDecoder, Head, make_decoder
+from coin.coding.decoders import HEAD_PARTS, ExpertHeadDecoder, make_decoder
 from coin.coding.promise import Promise
 from coin.coding.ridge import Projection, RidgeFit
 from coin.coding.ridge_decoder import RidgeDecoder
 from coin.errors import StateError
 
 Map = TypeVar("Map", RidgeFit, Projection)
+_ADVICE = "fit the decoder anew"
 
 
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,6 +41,8 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
     Raises StateError where a tensor or value is missing, superfluous, or does not fit the code or the others, and
     DecodingError where there is no such decoder of the code.
     """
+    # In memory of its own, aligned as a computed tensor is: a product's last bit may depend on that.
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     try:
         decoder = make_decoder(DecoderConfig.named(rest["decoder"]), code, rest["erased"])
         experts, decoder.samples_read = int(rest["num_experts"]), int(rest["samples_read"])
@@ -48,10 +51,10 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
             decoder.fitted = _maps(RidgeFit, "fitted", state)
             decoder.projections = _maps(Projection, "projections", state)
         elif isinstance(decoder, ExpertHeadDecoder) and any(name.startswith("heads.") for name in state):
-            decoder.heads = {expert: _head(expert, state) for expert in decoder.erased}
-        promises = rest.get("promises", {}).items()
-        decoder.promises = {int(expert): Promise(**each) for expert, each in promises}
-        decoder.moments = _copied(state["moments"]) if "moments" in state else None
+            weights, biases = ([state[f"heads.{e}.{part}"] for e in decoder.erased] for part in HEAD_PARTS)
+            decoder.heads = dict(zip(decoder.erased, zip(weights, biases, strict=True), strict=True))
+        decoder.promises = {int(expert): Promise(**each) for expert, each in rest.get("promises", {}).items()}
+        decoder.moments = state.get("moments")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(
             f"found a decoder's state that is not whole ({error}), expected all of it; {_ADVICE}"
@@ -60,12 +63,9 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
         raise StateError(f"found a decoder of {experts} experts, expected {code.num_experts}; {_ADVICE}")
     if superfluous := sorted(state.keys() - decoder_state(decoder)[0].keys()):
         raise StateError(f"found '{superfluous[0]}' in a decoder's state, expected no such tensor; {_ADVICE}")
-    if isinstance(decoder, RidgeDecoder):
-        _check(decoder)
-    elif isinstance(decoder, ExpertHeadDecoder):
-        for weight, bias in decoder.heads.values():
-            _check_shape(weight, (len(bias), weight.shape[-1]))
-            _check_shape(bias, (len(bias),))
+    for tensor, expected in _shapes(decoder):
+        if tensor.shape != expected:
+            raise StateError(f"found {list(tensor.shape)} in a decoder's state, expected {list(expected)}; {_ADVICE}")
     return decoder
 
 
@@ -87,42 +87,27 @@ def restore_decoders(state: Mapping[str, Tensor], rests: Sequence[Mapping[str, A
     return [restore_decoder(each, rest, code) for each, rest in zip(own, rests, strict=True)]
 
 
-_ADVICE = "fit the decoder anew"
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """Return a tensor in memory of its own, aligned as a computed one is: a product's last bit may depend on that."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _head(expert: int, state: Mapping[str, Tensor]) -> Head:
-    weight, bias = (_copied(state[f"heads.{expert}.{part}"]) for part in HEAD_PARTS)
-    return weight, bias
-
-
 def _maps(kind: type[Map], group: str, state: Mapping[str, Tensor]) -> list[Map]:
     count = len({name.split(".")[1] for name in state if name.startswith(f"{group}.")})
-    return [kind(*(_copied(state[f"{group}.{place}.{name}"]) for name in kind.kept)) for place in range(count)]
+    return [kind(*(state[f"{group}.{place}.{name}"] for name in kind.kept)) for place in range(count)]
 
 
-def _check(decoder: RidgeDecoder) -> None:
-    """Raise unless the regressions take what arrives, reduced where there are projections, and give the lost logits."""
+def _shapes(decoder: Decoder) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Yield tensors with the shapes that fit what arrives, reduced by the projections, and the lost logits."""
+    if isinstance(decoder, ExpertHeadDecoder):
+        for weight, bias in decoder.heads.values():
+            yield from ((weight, (len(bias), weight.shape[-1])), (bias, (len(bias),)))
+    if not isinstance(decoder, RidgeDecoder):
+        return
     logits, *networks = [sum(widths) for widths in decoder.widths] or [0]
     for width, projection in zip(networks, decoder.projections, strict=False):
-        _check_shape(projection.directions, (width, projection.directions.shape[1]))
-        _check_shape(projection.mean, (width,))
-    reduced = [projection.directions.shape[1] for projection in decoder.projections] or networks
-    inputs, outputs = logits + sum(reduced), 0 if decoder.moments is None else decoder.moments.shape[-1]
+        yield from ((projection.directions, (width, projection.directions.shape[1])), (projection.mean, (width,)))
+    inputs = logits + sum([projection.directions.shape[1] for projection in decoder.projections] or networks)
+    outputs = 0 if decoder.moments is None else decoder.moments.shape[-1]
     groups = len(decoder.erased) // max(len(decoder.fitted), 1)
     for fit in decoder.fitted:
-        _check_shape(fit.coefficients, (inputs, groups * outputs))
-        _check_shape(fit.input_mean, (inputs,))
-        _check_shape(fit.target_mean, (groups * outputs,))
+        yield from ((fit.coefficients, (inputs, groups * outputs)), (fit.input_mean, (inputs,)))
+        yield fit.target_mean, (groups * outputs,)
     if decoder.fitted:
         assert decoder.moments is not None
-        _check_shape(decoder.moments, (len(decoder.erased), outputs, outputs))
-
-
-def _check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise StateError(f"found {list(tensor.shape)} in a decoder's state, expected {list(expected)}; {_ADVICE}")
+        yield decoder.moments, (len(decoder.erased), outputs, outputs)

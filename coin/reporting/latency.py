@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from coin.errors import ConfigurationError
 from coin.reporting.style import WIDTH, colour, legend_below, log_scale, marker, style
+from coin.reporting.tables import rich_table
 
 _BLOCKS, _DRAWS = 20, 200
 _LABELLED = (1.0, 2.0, 5.0)
@@ -66,7 +65,7 @@ def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float
 def print_simulation(rows: pd.DataFrame, console: Console) -> None:
     """Print a table for each kind of query, number of experts and load."""
     for (want, experts, load), group in rows.groupby(["want", "experts", "load"], sort=False):
-        console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
+        console.print(rich_table(_table(group), f"{experts} experts, {want} wanted, load {load:g}", ["redundancy"]))
     console.print(
         Text(
             "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % "
@@ -78,27 +77,24 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
     )
 
 
-def _table(rows: pd.DataFrame, title: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("redundancy", overflow="fold")
-    for heading in ("late", "p99.9", "95 %", "most\nMiB", "all\nMiB", "stood\nin", "none", "down", "forw.", "acc."):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows.to_dict("records"):
-        mark = "→ " if row.get("buy") else "× " if not row.get("fits", True) else ""
-        table.add_row(
-            mark + named(row),
-            "–" if np.isnan(row["quantile"]) else f"{row['quantile']:g}",
-            milliseconds(row["p999"]),
-            f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
-            f"{row['memory_server'] / 2**20:.0f}",
-            f"{row['memory'] / 2**20:.0f}",
-            f"{100 * (row['share_decoded'] + row['share_replicated']):.2f}",
-            f"{100 * row['share_failed']:.2f}",
-            f"{1e6 * row['unanswered']:.0f}",
-            f"{row['forwards']:.2f}",
-            "–" if np.isnan(row["effective_accuracy"]) else f"{100 * row['effective_accuracy']:.2f}",
-        )
-    return table
+def _table(rows: pd.DataFrame) -> pd.DataFrame:
+    lines = [
+        {
+            "redundancy": ("→ " if row.get("buy") else "× " if not row.get("fits", True) else "") + named(row),
+            "late": "–" if np.isnan(row["quantile"]) else f"{row['quantile']:g}",
+            "p99.9": milliseconds(row["p999"]),
+            "95 %": f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
+            "most\nMiB": f"{row['memory_server'] / 2**20:.0f}",
+            "all\nMiB": f"{row['memory'] / 2**20:.0f}",
+            "stood\nin": f"{100 * (row['share_decoded'] + row['share_replicated']):.2f}",
+            "none": f"{100 * row['share_failed']:.2f}",
+            "down": f"{1e6 * row['unanswered']:.0f}",
+            "forw.": f"{row['forwards']:.2f}",
+            "acc.": "–" if np.isnan(row["effective_accuracy"]) else f"{100 * row['effective_accuracy']:.2f}",
+        }
+        for row in rows.to_dict("records")
+    ]
+    return pd.DataFrame(lines)
 
 
 def named(row: Mapping[Any, Any]) -> str:
