@@ -98,7 +98,10 @@ class FrontEnd:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a query as running until the end of the block; raises if it is refused (see `ask`)."""
+        """Count a query as running until the end of the block.
+
+        Raises ServingError where the front end is not running, OverloadedError where there are too many queries.
+        """
         if not self._running:
             raise ServingError("the front end is not running, or stops; ask again later")
         if self._open >= self.limits.queries:
@@ -111,26 +114,14 @@ class FrontEnd:
             self._open -= 1
             self._ended.set()
 
-    async def ask(self, inputs: Tensor, expert: int) -> Answer:
-        """Return an expert's answer to inputs ``[B, ...]``.
+    async def ask_experts(self, inputs: Tensor, experts: Sequence[int], deadline: float) -> list[Answer]:
+        """Return some experts' answers to inputs ``[B, ...]`` of a query that was `admitted`, by a time of the loop.
 
         Raises a ServingError: LostError where the remaining servers cannot answer, DeadlineError where no answer came
-        in time, OverloadedError where there are too many queries or a required queue is full, or itself where the front
-        end is not running. Raises DecodingError where the decoder fails.
+        in time, OverloadedError where the queue of a required server is full. Raises DecodingError where the decoder
+        fails.
         """
-        with self.admitted():
-            (answer,) = await self.ask_experts(inputs, [expert])
-        return answer
-
-    async def ask_all(self, inputs: Tensor) -> list[Answer]:
-        """Return all experts' answers to inputs ``[B, ...]``; see `ask`."""
-        with self.admitted():
-            return await self.ask_experts(inputs, range(self.layout.num_experts))
-
-    async def ask_experts(self, inputs: Tensor, experts: Sequence[int], deadline: float | None = None) -> list[Answer]:
-        """Return some experts' answers for a query that was `admitted`, by a time of the event loop; see `ask`."""
         began = asyncio.get_running_loop().time()
-        deadline = began + self.limits.deadline if deadline is None else deadline
         try:
             pieces = torch.split(inputs, self.limits.batch)
             found = [await self._ask_piece(piece, experts, deadline) for piece in pieces]

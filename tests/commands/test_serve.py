@@ -33,6 +33,7 @@ from coin.serving.model import NetworkServer
 from coin.serving.policies import PolicyKind
 from coin.serving.ray_app import System
 from coin.serving.replies import Reply
+from tests.serving.conftest import ask_all, ask_one
 
 
 def read(folder: Path, policy: str | None = None, decoder: str | None = "feature_ridge") -> System:
@@ -82,7 +83,7 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
         right = count = 0
         async with front_end(system, lost) as front:
             for images, labels in tasks[task].test_dataloader():
-                answer = await front.ask(images, expert)
+                answer = await ask_one(front, images, expert)
                 assert answer.decoded == (lost == expert)
                 assert len(answer.risk) == len(labels)
                 assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
@@ -123,7 +124,7 @@ def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path
             for expert, task in enumerate(tasks.values()):
                 right = count = 0
                 for images, labels in task.test_dataloader():
-                    answer = await front.ask(images, expert)
+                    answer = await ask_one(front, images, expert)
                     assert answer.decoded == (expert in lost)
                     if policy is None:
                         assert answer.answered_by == (("coded-0",) if answer.decoded else (front.queues[expert].name,))
@@ -168,7 +169,7 @@ def test_what_a_run_promises_is_told_beside_the_risk(alone: Path, tmp_path: Path
 
     async def answers(*lost: int) -> Any:
         async with front_end(system, *lost) as front:
-            return await front.ask_all(images)
+            return await ask_all(front, images)
 
     for lost in ((), (0,), (0, 1)):
         for answer, threshold in zip(asyncio.run(answers(*lost)), (0.5, -1.0), strict=True):
@@ -217,7 +218,7 @@ def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> N
 
     async def answers(lost: int) -> Any:
         async with front_end(system, lost) as front:
-            return await front.ask(images, 0)
+            return await ask_one(front, images, 0)
 
     own, replica = asyncio.run(answers(1)), asyncio.run(answers(0))
     assert (replica.decoded, replica.answered_by) == (False, ("replica-0-digits",))

@@ -2,7 +2,7 @@
 
 import asyncio
 import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -10,11 +10,26 @@ import torch
 
 from coin.coding import Code, make_decoder
 from coin.serving.decodings import Decodings, coded_layout, standin_layout
+from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout, spread_copies
 from coin.serving.policies import Policy, PolicyKind
-from coin.serving.replies import Reply, ReplyFormat
+from coin.serving.replies import Answer, Reply, ReplyFormat
 
 OUTPUTS = 3
+
+
+async def ask_all(front: FrontEnd, inputs: torch.Tensor, experts: Sequence[int] | None = None) -> list[Answer]:
+    """Return experts' answers, all by default, within the front end's own time for a query."""
+    deadline = asyncio.get_running_loop().time() + front.limits.deadline
+    with front.admitted():
+        return await front.ask_experts(
+            inputs, range(front.layout.num_experts) if experts is None else experts, deadline
+        )
+
+
+async def ask_one(front: FrontEnd, inputs: torch.Tensor, expert: int) -> Answer:
+    """Return one expert's answer."""
+    return (await ask_all(front, inputs, [expert]))[0]
 
 
 class _NoFiles(selectors.DefaultSelector):

@@ -16,6 +16,7 @@ from coin.serving.limits import InputLimits, Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Reply, ReplyFormat
 from coin.serving.server_queue import Request, ServerQueue
+from tests.serving.conftest import ask_all, ask_one
 
 MATRIX = [[0.5, 0.3, 0.2]]
 X = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
@@ -125,7 +126,7 @@ def test_own_answer_in_time(world: Any, virtually: Any, policy: str) -> None:
     async def main() -> None:
         async with it.front as front:
             for expert, name in ((1, "b"), (2, "c")):
-                answer = await front.ask(X, expert)
+                answer = await ask_one(front, X, expert)
                 assert exact(answer.logits, it.system.truth(expert, X))
                 assert (answer.decoded, answer.answered_by) == (False, (name,))
                 assert answer.seconds == pytest.approx([0.0, 0.2, 0.3][expert])
@@ -138,7 +139,7 @@ def test_own_answer_in_time(world: Any, virtually: Any, policy: str) -> None:
 def test_replica_answers_first_and_without_load_the_expert_itself(world: Any, virtually: Any) -> None:
     async def main(it: World) -> tuple[str, ...]:
         async with it.front as front:
-            return (await front.ask(X, 0)).answered_by
+            return (await ask_one(front, X, 0)).answered_by
 
     servers = [after(0.2), after(0.2), after(0.2), after(0.1)]
     assert virtually(main(world(servers, "replicated"))) == ("extra",)
@@ -150,7 +151,7 @@ def test_late_expert_is_decoded_and_others_are_asked_only_then(world: Any, virtu
 
     async def main() -> None:
         async with it.front as front:
-            answer = await front.ask(X, 0)
+            answer = await ask_one(front, X, 0)
             assert exact(answer.logits, it.system.truth(0, X))
             assert answer.decoded
             assert answer.answered_by == ("b", "c", "extra")
@@ -163,7 +164,7 @@ def test_late_expert_is_decoded_and_others_are_asked_only_then(world: Any, virtu
 def test_proactive_decodes_at_once_when_late_and_own_answer_wins_before(world: Any, virtually: Any) -> None:
     async def main(it: World) -> Any:
         async with it.front as front:
-            return await front.ask(X, 0)
+            return await ask_one(front, X, 0)
 
     late = virtually(main(world([after(9.0), after(0.1), after(0.2), after(0.3)], "coded_proactive")))
     assert (late.decoded, late.seconds) == (True, pytest.approx(0.5))
@@ -178,7 +179,7 @@ def test_a_coded_server_stands_in_alone_for_any_number_of_experts(world: Any, vi
 
     async def main() -> None:
         async with it.front as front:
-            late, lost, all_three = await front.ask(X, 0), await front.ask(X, 1), await front.ask_all(X)
+            late, lost, all_three = await ask_one(front, X, 0), await ask_one(front, X, 1), await ask_all(front, X)
             for answer, seconds in ((late, 0.5 + 0.3), (lost, 0.3)):
                 assert (answer.decoded, answer.answered_by) == (True, ("extra",))
                 assert exact(answer.logits, it.system.truth(answer.expert, X))
@@ -196,10 +197,10 @@ def test_a_stand_in_that_is_lost_leaves_the_expert_itself(world: Any, virtually:
 
     async def main() -> None:
         async with it.front as front:
-            slow = await front.ask(X, 0)
+            slow = await ask_one(front, X, 0)
             assert (slow.decoded, slow.seconds) == (False, pytest.approx(2.0))
             with pytest.raises(LostError, match="lost b, extra"):
-                await front.ask(X, 1)
+                await ask_one(front, X, 1)
 
     virtually(main())
 
@@ -210,7 +211,7 @@ def test_garbage_is_lost_and_decoded(world: Any, virtually: Any, behaviour: Beha
 
     async def main() -> None:
         async with it.front as front:
-            answer = await front.ask(X, 0)
+            answer = await ask_one(front, X, 0)
             assert answer.decoded
             assert exact(answer.logits, it.system.truth(0, X))
             assert answer.seconds == pytest.approx(0.3 + 0.1 if behaviour is hangs else 0.1)
@@ -226,8 +227,8 @@ def test_more_losses_than_the_code_makes_up_for(world: Any, virtually: Any, poli
     async def main() -> None:
         async with it.front as front:
             with pytest.raises(LostError, match=r"lost a, .* more than"):
-                await front.ask(X, 0)
-            assert (await front.ask(X, 2)).answered_by == ("c",)
+                await ask_one(front, X, 0)
+            assert (await ask_one(front, X, 2)).answered_by == ("c",)
 
     virtually(main())
     assert it.front.counts["lost"] == 1
@@ -238,7 +239,7 @@ def test_everybody_is_asked_for_all_experts(world: Any, virtually: Any) -> None:
 
     async def main() -> None:
         async with it.front as front:
-            answers = await front.ask_all(X)
+            answers = await ask_all(front, X)
             assert [answer.decoded for answer in answers] == [False, True, False]
             for expert, answer in enumerate(answers):
                 assert answer.expert == expert
@@ -255,7 +256,7 @@ def test_deadline(world: Any, virtually: Any) -> None:
         async with it.front as front:
             began = asyncio.get_running_loop().time()
             with pytest.raises(DeadlineError, match=r"no answer in 2 s, still waiting for a, b;"):
-                await front.ask(X, 0)
+                await ask_one(front, X, 0)
             assert asyncio.get_running_loop().time() - began == pytest.approx(2.0)
 
     virtually(main())
@@ -275,13 +276,13 @@ def test_server_is_left_alone_while_it_is_down_and_tried_again(world: Any, virtu
         nonlocal healthy
         async with it.front as front:
             for _ in range(4):
-                assert (await front.ask(X, 0)).decoded
+                assert (await ask_one(front, X, 0)).decoded
             assert it.asked[0] == 2
             assert front.queues[0].is_down
             healthy = True
-            assert (await front.ask(X, 0)).decoded
+            assert (await ask_one(front, X, 0)).decoded
             await asyncio.sleep(5.0)
-            assert not (await front.ask(X, 0)).decoded
+            assert not (await ask_one(front, X, 0)).decoded
             assert not front.queues[0].is_down
 
     virtually(main())
@@ -292,12 +293,12 @@ def test_nobody_waits_for_a_server_that_hangs(world: Any, virtually: Any) -> Non
 
     async def main() -> None:
         async with it.front as front:
-            first = await front.ask(X, 0)
+            first = await ask_one(front, X, 0)
             assert first.seconds == pytest.approx(0.6)  # late after 0.5 s: nothing is known of the server
             await asyncio.sleep(2.0)
             (patience,) = (each.seconds for each in front.lateness.values())
             for _ in range(3):  # the timeout is known; the server is down after the second one, and left to its queue
-                answer = await front.ask(X, 0)
+                answer = await ask_one(front, X, 0)
                 assert answer.decoded
                 assert answer.seconds == pytest.approx(0.1)
                 await asyncio.sleep(8.0)
@@ -321,7 +322,7 @@ def test_an_expert_that_is_back_answers_itself_whatever_others_ask(world: Any, v
         nonlocal began
         async with it.front as front:
             for number in range(400):
-                answer = await front.ask(X, 0 if number % 10 == 9 else 1 + number % 2)
+                answer = await ask_one(front, X, 0 if number % 10 == 9 else 1 + number % 2)
                 if answer.expert == 0 and not answer.decoded:
                     began = asyncio.get_running_loop().time()
                     break
@@ -346,7 +347,7 @@ def test_a_server_that_nobody_asks_is_tried_until_it_is_back(world: Any, virtual
         async with it.front as front:
             assert front.can_answer()
             with pytest.raises(LostError):
-                await front.ask(X, 0)
+                await ask_one(front, X, 0)
             assert not front.can_answer()
             assert front.can_answer(2)
             await asyncio.sleep(3.5)
@@ -372,10 +373,10 @@ def test_a_large_query_is_cut_to_batches_that_go_as_any_query_of_their_size(worl
 
     async def main() -> None:
         async with it.front as front:
-            poison = asyncio.create_task(front.ask(large, 0))
+            poison = asyncio.create_task(ask_one(front, large, 0))
             for number in range(20):
                 await asyncio.sleep(0.1)
-                others.append((await front.ask(X, 1 + number % 2)).seconds)
+                others.append((await ask_one(front, X, 1 + number % 2)).seconds)
             answer = await poison
             assert (answer.decoded, answer.answered_by) == (False, ("a",))
             assert exact(answer.logits, it.system.truth(0, large))
@@ -394,7 +395,7 @@ def test_a_large_query_does_not_wait_for_a_server_that_hangs(world: Any, virtual
 
     async def main() -> None:
         async with it.front as front:
-            answer = await front.ask(large, 0)
+            answer = await ask_one(front, large, 0)
             assert exact(answer.logits, it.system.truth(0, large))
             assert answer.seconds < 5.0
 
@@ -415,8 +416,8 @@ def test_each_expert_and_size_of_a_batch_has_a_lateness_of_its_own(world: Any, v
         async with it.front as front:
             for number in range(300):
                 for _ in range(20):
-                    await front.ask(X, 2)
-                slow, eight = await front.ask(X, 1), await front.ask(X.repeat(8, 1), 0)
+                    await ask_one(front, X, 2)
+                slow, eight = await ask_one(front, X, 1), await ask_one(front, X.repeat(8, 1), 0)
                 if number >= 200:
                     decoded["slow"] += slow.decoded
                     decoded["eight"] += eight.decoded
@@ -433,7 +434,7 @@ def test_server_that_is_down_is_asked_where_nobody_else_can_answer(world: Any, v
         async with it.front as front:
             for _ in range(3):
                 with pytest.raises(LostError):
-                    await front.ask(X, 0)
+                    await ask_one(front, X, 0)
 
     virtually(main())
     assert it.asked[0] == 3
@@ -444,11 +445,11 @@ def test_queries_wait_in_a_bounded_queue_and_beyond_it_are_decoded(world: Any, v
 
     async def main() -> None:
         async with it.front as front:
-            first = asyncio.create_task(front.ask(X, 0))
+            first = asyncio.create_task(ask_one(front, X, 0))
             await asyncio.sleep(0.01)  # at the server
-            second = asyncio.create_task(front.ask(X, 0))
+            second = asyncio.create_task(ask_one(front, X, 0))
             await asyncio.sleep(0.01)  # in the queue
-            third = await front.ask(X, 0)
+            third = await ask_one(front, X, 0)
             assert third.decoded
             assert third.seconds == pytest.approx(0.1)
             assert not (await first).decoded
@@ -470,7 +471,7 @@ def test_a_full_queue_is_overload_and_no_loss(
         async with it.front as front:
             tasks = []
             for _ in range(5 if policy == "uncoded" else 3):  # there are two servers, or one
-                tasks.append(asyncio.create_task(front.ask(X, 0)))
+                tasks.append(asyncio.create_task(ask_one(front, X, 0)))
                 await asyncio.sleep(0.01)
             with pytest.raises(OverloadedError, match=told):
                 await tasks[-1]
@@ -485,13 +486,13 @@ def test_draining_refuses_new_queries_and_answers_those_that_are_under_way(world
 
     async def main() -> None:
         async with it.front as front:
-            tasks = [asyncio.create_task(front.ask(X, 0)) for _ in range(3)]
+            tasks = [asyncio.create_task(ask_one(front, X, 0)) for _ in range(3)]
             await asyncio.sleep(0.1)
             draining = asyncio.create_task(front.drain())
             await asyncio.sleep(0.1)
             assert not front.can_answer()
             with pytest.raises(ServingError, match="stops"):
-                await front.ask(X, 0)
+                await ask_one(front, X, 0)
             await draining
             assert asyncio.get_running_loop().time() == pytest.approx(3.0)
             assert [(await task).decoded for task in tasks] == [False] * 3
@@ -542,7 +543,7 @@ def test_too_many_queries_are_refused(world: Any, virtually: Any) -> None:
 
     async def main() -> None:
         async with it.front as front:
-            tasks = [asyncio.create_task(front.ask(X, 0)) for _ in range(3)]
+            tasks = [asyncio.create_task(ask_one(front, X, 0)) for _ in range(3)]
             done = await asyncio.gather(*tasks, return_exceptions=True)
             assert [type(each) for each in done].count(OverloadedError) == 1
             assert front.counts["overloaded"] == 1
@@ -556,7 +557,7 @@ def test_requests_are_batched_up_to_the_limit_and_told_apart(world: Any, virtual
 
     async def main() -> None:
         async with it.front as front:
-            answers = await asyncio.gather(*(front.ask(x, 1) for x in queries))
+            answers = await asyncio.gather(*(ask_one(front, x, 1) for x in queries))
             for x, answer in zip(queries, answers, strict=True):
                 assert exact(answer.logits, it.system.truth(1, x))
 
@@ -575,7 +576,7 @@ def test_one_bad_row_loses_only_its_own_query(world: Any, virtually: Any) -> Non
     async def main() -> None:
         async with it.front as front:
             queries = [torch.full((1, 2), value, dtype=torch.float64) for value in (0.0, 1.0, 2.0, 3.0)]
-            answers = await asyncio.gather(*(front.ask(x, 0) for x in queries))
+            answers = await asyncio.gather(*(ask_one(front, x, 0) for x in queries))
             assert [answer.decoded for answer in answers] == [False, False, True, False]
 
     virtually(main())
@@ -586,7 +587,7 @@ def test_cancelled_query_leaves_nothing_behind(world: Any, virtually: Any) -> No
 
     async def main() -> None:
         async with it.front as front:
-            tasks = [asyncio.create_task(front.ask(X, 0)) for _ in range(5)]
+            tasks = [asyncio.create_task(ask_one(front, X, 0)) for _ in range(5)]
             await asyncio.sleep(0.01)
             for task in tasks[1:]:
                 task.cancel()
@@ -607,13 +608,13 @@ def test_stopping_fails_queries_at_once_and_refuses_new_ones(world: Any, virtual
 
     async def main() -> None:
         it.front.start()
-        task = asyncio.create_task(it.front.ask(X, 0))
+        task = asyncio.create_task(ask_one(it.front, X, 0))
         await asyncio.sleep(0.1)
         await it.front.stop()
         with pytest.raises(ServingError, match="stopping"):
             await task
         with pytest.raises(ServingError, match="not running"):
-            await it.front.ask(X, 0)
+            await ask_one(it.front, X, 0)
 
     virtually(main())
 

@@ -19,6 +19,7 @@ from coin.serving.layout import Layout, members, spread_copies
 from coin.serving.limits import Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Answer, Reply
+from tests.serving.conftest import ask_all
 
 CODES = ([[0.5, 0.5]], [[0.5, 0.3, 0.2]], [[0.6, 0.4, 0.0], [0.0, 0.4, 0.6]], [[0.4, 0.3, 0.2, 0.1]])
 FAILURES = ("raise", "hang", "nan", "shape", "give up")
@@ -136,9 +137,7 @@ class Schedule:
         loop = asyncio.get_running_loop()
         query.began = loop.time()
         experts = list(members(query.wanted))
-        task = asyncio.create_task(
-            self._one(query.inputs, experts[0]) if len(experts) == 1 else self.front.ask_all(query.inputs)
-        )
+        task = asyncio.create_task(ask_all(self.front, query.inputs, experts))
         if query.cancel_at is not None:
             loop.call_later(query.cancel_at, task.cancel)
         try:
@@ -146,9 +145,6 @@ class Schedule:
         except (ServingError, asyncio.CancelledError) as error:
             query.error = error
         query.ended = loop.time()
-
-    async def _one(self, inputs: torch.Tensor, expert: int) -> list[Answer]:
-        return [await self.front.ask(inputs, expert)]
 
     def check(self) -> None:
         for query in self.queries:

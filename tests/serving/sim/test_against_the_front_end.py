@@ -27,6 +27,7 @@ from coin.serving.sim.conditions import (
     poisson_arrivals,
 )
 from coin.serving.sim.simulation import QueryTarget, Simulation, run_simulation
+from tests.serving.conftest import ask_all, ask_one
 
 CONDITIONS = Conditions(
     Service(ServiceKind.exponential, 0.01, tail=0.2, marginal=0.3),
@@ -77,9 +78,9 @@ def served(simulation: Simulation, system: Any, virtually: Any) -> np.ndarray:
         inputs = torch.randn(1, 2, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
         try:
             if simulation.want is QueryTarget.all:
-                await front.ask_all(inputs)
+                await ask_all(front, inputs)
             else:
-                await front.ask(inputs, members(wanted[place])[0])
+                await ask_one(front, inputs, members(wanted[place])[0])
         except ServingError:
             return
         latencies[place] = asyncio.get_running_loop().time() - arrival
