@@ -56,12 +56,10 @@ class FittedOn(StrEnum):
 
 _ALONE = "alone"
 _ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
-
-_KINDS = {
+_KINDS = {  # to which kinds an option applies; the others are feature_ridge's
     "fitted_on": (DecoderKind.ridge, DecoderKind.feature_ridge, DecoderKind.expert_head),
     "survivors": (DecoderKind.ridge, DecoderKind.feature_ridge),
 }
-"""To which kinds an option applies; the others are feature_ridge's."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 from coin.core.choices import check_number
 from coin.errors import DataError
 
-_STEPS = 40
-"""How many numbers of accepted samples are tried, from the least that can be enough to all."""
+_STEPS = 40  # numbers of accepted samples that are tried, from the least that can be enough to all
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,8 @@ POINTS = 512
 
 FEW_POINTS = 64
 """Those with more than 256 classes."""
-
-_FLOATS = 1 << 22
-"""What may be held of one kind for the answers that are integrated at once."""
-
-_SURE = 1e-4
-"""Below it the sum over the rivals is the risk: that two win at once does not matter."""
+_FLOATS = 1 << 22  # what may be held of one kind for the answers that are integrated at once
+_SURE = 1e-4  # below it the sum over the rivals is the risk: that two win at once does not matter
 
 
 @torch.no_grad()

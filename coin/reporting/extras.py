@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from coin.errors import ConfigurationError, FileError
-from coin.reporting.results import INTEGERS, KEYS, one_line, read_archive, read_frame, write_archive, write_frame
+from coin.errors import ConfigurationError, FileError, first_line
+from coin.reporting.results import INTEGERS, KEYS, read_archive, read_frame, write_archive, write_frame
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
@@ -89,7 +89,7 @@ def read_examples(folder: Path) -> Examples | None:
         decoded = dict(zip(by, found["decoded"], strict=True))
         return Examples(found["images"], found["expert"], found["label"], decoded, names, tasks)
     except (KeyError, ValueError, TypeError) as error:
-        raise FileError(f"'{path}' holds no example images ({one_line(error)}); make it again") from error
+        raise FileError(f"'{path}' holds no example images ({first_line(error)}); make it again") from error
 
 
 def write_layers(folder: Path, layers: pd.DataFrame) -> None:

@@ -25,10 +25,8 @@ from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, var
 
 PAPER_NDA = 0.975
 """What the paper reports that COIN's NDA exceeds "in some cases" (arXiv 2409.01420, abstract): no least."""
-_MANY = 4
-"""So many forwards and more have one marker."""
-_NEAR = 0.5
-"""Points of NDA below 100 up to which an axis is about linear."""
+_MANY = 4  # so many forwards and more have one marker
+_NEAR = 0.5  # points of NDA below 100 up to which an axis is about linear
 _TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5))
 
 
@@ -108,10 +106,10 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         return figure
 
 
-def nda_against_residual(means: pd.DataFrame, decoder: str | None = None) -> Figure:
-    """Mean NDA ± spread against the residual ‖f_c − Σβf‖ / ‖Σβf‖, for one decoder, ``linear`` by default."""
+def nda_against_residual(means: pd.DataFrame) -> Figure:
+    """Mean NDA ± spread against the residual ‖f_c − Σβf‖ / ‖Σβf‖, for the first of `decoders_of`."""
     with style():
-        means, decoder = _of_decoder(means[means["method"] != "none"], decoder, last=False)
+        means, decoder = _of_decoder(means[means["method"] != "none"], None, last=False)
         means = means[np.isfinite(means["residual_mean"])]
         figure, axes = _scatter(means, means["residual_mean"], decoder)
         axes.set_xlabel("residual, ‖f_c − Σβf‖ / ‖Σβf‖")

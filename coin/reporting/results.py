@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from coin.core.versions import machine, versions
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.atomic import atomic_path, write_text
 
 RESULTS_CSV = "results.csv"
@@ -171,7 +171,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"'{path}' cannot be read as JSON ({one_line(error)}); make it again") from error
+        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it again") from error
     if not isinstance(document, dict) or not isinstance(document.get("configuration"), dict):
         raise FileError(f"'{path}' holds no 'configuration', expected an object with one; make it again")
     return document
@@ -218,7 +218,7 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         # As text first: pandas would read a task called "NA" as missing and the code row "0" as a number.
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
+        raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it again") from error
     later = [name for name in columns if name.startswith(STAND_IN_COSTS) and name not in frame.columns]
     frame = frame.assign(**dict.fromkeys(later, ""))
     if missing := [name for name in columns if name not in frame.columns]:
@@ -234,7 +234,7 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         for name in numbers:
             frame[name] = [float(text or "nan") for text in frame[name]]
     except (TypeError, ValueError) as error:
-        raise FileError(f"'{path}' is damaged in column '{name}' ({one_line(error)}); make it again") from error
+        raise FileError(f"'{path}' is damaged in column '{name}' ({first_line(error)}); make it again") from error
     return frame
 
 
@@ -244,7 +244,7 @@ def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except _DAMAGED as error:
-        raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
+        raise FileError(f"'{path}' is not a whole .npz file ({first_line(error)}); make it again") from error
 
 
 def write_archive(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -252,11 +252,6 @@ def write_archive(path: Path, arrays: Mapping[str, Any]) -> None:
     named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **named)
-
-
-def one_line(error: Exception) -> str:
-    """Return an exception's message on one line, its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def as_json(document: Any) -> str:

@@ -29,8 +29,8 @@ _METHODS = {
     "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": SOFT, "oracle": INK,
 }  # fmt: skip
 _OTHERS = ("#CC79A7", "#B8A800", "#A65628", "#F781BF", "#999933")
-_NAMED = 16
-"""So many characters of a name are written on an axis."""
+_NAMED = 16  # so many characters of a name are written on an axis
+_LINE = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)}  # from a point to its name
 # Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
 _STYLE: Any = {
     "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -97,10 +97,6 @@ def tick_text(value: object) -> str:
     """Return a tick's text: a number in full, a long name cut off."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…"
-
-
-_LINE = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)}
-"""From a point to the left end of its name."""
 
 
 def column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str]], gap: float) -> None:

@@ -21,8 +21,7 @@ SWEEP_YAML = "sweep.yaml"
 """The sweep's own file, kept beside its table."""
 SEEDS = "seeds"
 _SAMPLES = "samples_per_task"
-_LONGEST = 24
-"""Longer values are named by their place among the values."""
+_LONGEST = 24  # longer values are named by their place among the values
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from rich.text import Text
 from coin.coding.decoder_config import REPLICA
 from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, stand_ins, undominated, variant_names
 
-WIDTH = 80
-"""Columns of text without a terminal."""
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
 FAR_ABOVE = 1.1
 """An NDA above this says more of the experts than of a stand-in."""
@@ -147,9 +145,9 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
 
 
-def results_console(width: int = WIDTH) -> Console:
-    """Return a console for results: as wide as the terminal or as COLUMNS says, else of a fixed width."""
-    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else width)
+def results_console() -> Console:
+    """Return a console for results: as wide as the terminal or as COLUMNS says, else of 80 columns."""
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else 80)
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None, *, reported: bool = True) -> None:

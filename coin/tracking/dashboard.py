@@ -14,8 +14,7 @@ from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.packaged import how_to_install
 from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, OFFLINE_MODES, check_connection
 
-_FIGURES = ("nda_against_memory", "nda_against_cost", "risk")
-"""Of an evaluation, ``figures/NAME``."""
+_FIGURES = ("nda_against_memory", "nda_against_cost", "risk")  # of an evaluation, ``figures/NAME``
 _RUNS = 200  # the latest ones, enough for every name that an experiment logs
 
 

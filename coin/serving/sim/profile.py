@@ -19,8 +19,7 @@ from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.run import SimulationOutcome
 from coin.serving.sim.simulation import Simulation
 
-_LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-"""The quantiles of the latency, by the names of their columns."""
+_LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}  # quantiles of the latency, by the names of their columns
 
 
 class Redundancy(StrEnum):
@@ -207,10 +206,8 @@ class Profile:
         answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
         sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
         shares = {size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers for size in sizes}
-        replicated, failed = (
-            sum(it.replicated for it in outcomes) / answers,
-            sum(it.failed for it in outcomes) / answers,
-        )
+        replicated = sum(it.replicated for it in outcomes) / answers
+        failed = sum(it.failed for it in outcomes) / answers
         decoded, right = sum(shares.values()), replicated * what.right() if replicated else 0.0
         right += sum(share * what.right(size) for size, share in shares.items())
         memory_server, memory = self.memory(what)

@@ -17,8 +17,7 @@ from coin.serving.policies import Policy
 from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.run import SimulationOutcome, SimulationRun
 
-_FEWEST = 28
-"""Queries: a quarter of them warms the system up, and intervals want 20 at least."""
+_FEWEST = 28  # queries: a quarter of them warms the system up, and intervals want 20 at least
 
 
 class QueryTarget(StrEnum):
