@@ -21,10 +21,7 @@ _ADVICE = "fit the decoder anew"
 
 
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a decoder's fitted state: tensors by name, and its other values as JSON types.
-
-    `restore_decoder` gives the decoder back, whose answers and risks are the same to the last bit.
-    """
+    """Return a decoder's state, for `restore_decoder`: tensors by name, and its other values as JSON types."""
     moments = {} if decoder.moments is None else {"moments": decoder.moments}
     rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts,
             "samples_read": decoder.samples_read}  # fmt: skip

@@ -172,10 +172,7 @@ def make_decoder(
 
 
 def kept_bytes(decoders: Iterable[Decoder]) -> int:
-    """Return how many bytes the decoders of several erasures need in all.
-
-    Without survivors an expert is decoded in the same way for every erasure, and is counted once.
-    """
+    """Return how many bytes decoders of several erasures need; without survivors every expert's are counted once."""
     kept, ready = 0, set[int]()
     for decoder in sorted(decoders, key=lambda each: len(each.erased)):
         if decoder.config.reads_survivors or not ready >= {*decoder.erased}:

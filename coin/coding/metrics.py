@@ -92,8 +92,6 @@ class RiskCurves(Metric):
     one process fills in; rows are summed over processes.
     """
 
-    is_differentiable = False
-    higher_is_better = None
     full_state_update = False
     seen: Tensor
 

@@ -40,8 +40,6 @@ class ExampleSamples(Metric):
         ways: K, the number of ways in which answers are decoded.
     """
 
-    is_differentiable = False
-    higher_is_better = None
     full_state_update = False
     answers: Tensor
     images: Tensor

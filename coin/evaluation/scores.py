@@ -1,27 +1,30 @@
-"""A stand-in's scores: accuracy, agreement, confusion matrix and risk curves, the same in every evaluation."""
+"""Scores of decoders and of replicas: accuracy, agreement, confusion matrix and risk curves."""
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Decoder
+from coin.coding import Answers, Code, Decoder
+from coin.coding.decoder_config import REPLICA
 from coin.coding.decoders import kept_bytes
 from coin.coding.metrics import DecodingAccuracy, RiskCurves
-from coin.evaluation.variants import Variant
+from coin.errors import FileError
+from coin.evaluation.variants import Outcome, Variant
+from coin.networks import load_network, nbytes_together, pad_head
 
 
 class Scores:
-    """The totals of a stand-in's answers for one lost expert, on that expert's own test set.
+    """The totals of a stand-in's answers for an expert of so many classes, on that expert's own test set.
 
-    Args:
-        num_classes: C_j, the number of the expert's own classes.
-        samples: The size of the test set; in one process it may be left out.
+    In one process its size, `samples`, may be left out.
     """
 
     def __init__(self, num_classes: int, samples: int = 0) -> None:
@@ -87,3 +90,59 @@ class FittedDecoder:
         own = self.variant, self.decoder.config
         kept = kept_bytes(each.decoder for each in fitted if (each.variant, each.decoder.config) == own)
         return system.costs(self.decoder.config, kept, len(self.decoder.erased))
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The compressed copy of one expert, with its results on that task's test set."""
+
+    variant: Variant
+    task: int
+    network: nn.Module
+    scores: Scores
+
+    def outcome(self, task: str) -> Outcome:
+        """Return the results; a replica runs alone, and all experts may be lost at once."""
+        return Outcome(
+            variant=self.variant,
+            decoder=REPLICA,
+            erased=(task,),
+            task=task,
+            residual=math.nan,
+            decoder_seconds=0.0,
+            decoder_passes=0.0,
+            memory_mib=self.variant.memory / 2**20,
+            forwards=1,
+            losses=self.variant.code.num_experts,
+            **self.scores.results(),
+        )
+
+
+def read_replicas(
+    paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code
+) -> list[Replica]:
+    """Read files of ``coin run`` or ``coin compress``, with the total cost and memory of each label.
+
+    `fingerprints` are the experts', `counts` their class counts, `code` that of the evaluation. Raises FileError where
+    a file is missing or damaged, or not a copy of one of these experts.
+    """
+    files = [load_network(path) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if file.provenance.get("of") not in fingerprints:
+            raise FileError(f"'{path}' is not a compressed copy of these experts; compress them again")
+    found = []
+    for label in dict.fromkeys(str(file.provenance.get("label", REPLICA)) for file in files):
+        own = [file for file in files if file.provenance.get("label", REPLICA) == label]
+        variant = Variant(
+            label,
+            code,
+            seconds=sum(float(file.provenance["seconds"]) for file in own),
+            chosen=(own[0].provenance["compression"],),
+            kind=REPLICA,
+            memory=nbytes_together(own),
+        )
+        for file in own:
+            task = fingerprints.index(file.provenance["of"])
+            network = pad_head(file.network, max(counts))
+            found.append(Replica(variant, task, network, Scores(counts[task])))
+    return found

@@ -26,7 +26,7 @@ class Variant:
     """One coded system under evaluation: a merge method with its options, or one of the two references.
 
     Attributes:
-        method: Its name in the results.
+        method: Its name in the results; `kind`, the method's own, None if its file does not have it.
         code: The code; references have one too.
         batchnorm: Its BatchNorm policy, with the selected one after a colon for ``auto`` (``auto:recalibrate``); empty
             if it does not apply.
@@ -34,7 +34,6 @@ class Variant:
         samples_per_task: P, the calibration samples of each task used to make it, or None.
         seconds: The wall time of making it; `passes` is its cost in forward-equivalents.
         chosen: The options chosen for each coded model, as recorded in its file; empty if there was no choice.
-        kind: The merge method's name, not its label; None if its file does not have it.
         memory: The bytes of its coded models as stored, with the base of compressed ones.
     """
 
@@ -101,18 +100,15 @@ class Outcome:
     """The results for one lost expert, under one erasure, with one variant and one decoder.
 
     Attributes:
-        erased: The lost tasks.
-        task: The task whose expert was decoded, on whose test set.
+        erased: The lost tasks; `task`, the one whose expert was decoded, on whose test set.
         expert_accuracy: See `DecodingAccuracy`, also for the next three.
         residual: See `Residual`, on the test set; NaN without coded models.
         decoder_seconds: The wall time of fitting the decoder, including its share of running the networks.
         decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
             variant on every sample that the decoder reads.
         confusion: Counts ``[C_j, C_j]``, the expert's class by the decoded class.
-        memory_mib: What must be kept beyond the experts' own servers, in MiB: the coded models, and the heads or
-            regressions for every erasure of the code.
-        forwards: Networks run for one lost answer.
-        losses: The largest number of experts that may be lost at once.
+        memory_mib: Kept beyond the experts' own servers, in MiB: coded models, and what all erasures' decoders keep.
+        forwards: Networks run for one lost answer; `losses`, the most experts that may be lost at once.
         risk: The calibration of the decoded answers' risk; None for a replica, which has no risk.
         samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
         promise: The risk up to which answers are accepted; None if no promise was requested.

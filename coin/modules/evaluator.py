@@ -21,8 +21,7 @@ from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
 from coin.evaluation.examples import ExampleSamples, KeptSamples
-from coin.evaluation.replicas import read_replicas
-from coin.evaluation.scores import FittedDecoder, Scores
+from coin.evaluation.scores import FittedDecoder, Scores, read_replicas
 from coin.evaluation.servers import server_answers, with_heads
 from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint

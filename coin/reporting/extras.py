@@ -4,7 +4,7 @@ Readers return None where there is no such file. They raise a FileError where it
 be written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,8 +104,7 @@ def write_layers(folder: Path, layers: pd.DataFrame) -> None:
 
 def read_layers(folder: Path) -> pd.DataFrame | None:
     """Return the rows of ``layers.csv``, if there is one."""
-    path = folder / LAYERS_CSV
-    return read_frame(path, LAYER_COLUMNS, (), ("fisher_share", "distance")) if path.exists() else None
+    return _read_optional(folder / LAYERS_CSV, LAYER_COLUMNS, (), ("fisher_share", "distance"))
 
 
 def write_risk(folder: Path, risk: pd.DataFrame) -> None:
@@ -119,8 +118,7 @@ def write_risk(folder: Path, risk: pd.DataFrame) -> None:
 
 def read_risk(folder: Path) -> pd.DataFrame | None:
     """Return the rows of ``risk.csv``, if there is one."""
-    path, numbers = folder / RISK_CSV, ["at", *RISK_COLUMNS[-4:]]
-    return read_frame(path, RISK_COLUMNS, (*INTEGERS, "samples"), numbers) if path.exists() else None
+    return _read_optional(folder / RISK_CSV, RISK_COLUMNS, (*INTEGERS, "samples"), ("at", *RISK_COLUMNS[-4:]))
 
 
 def write_promises(folder: Path, promises: pd.DataFrame) -> None:
@@ -138,8 +136,10 @@ def write_promises(folder: Path, promises: pd.DataFrame) -> None:
 
 def read_promises(folder: Path) -> pd.DataFrame | None:
     """Return the rows of ``promise.csv``, if there is one."""
-    path, numbers = folder / PROMISE_CSV, [name for name in PROMISE_COLUMNS[len(KEYS) :] if name not in _COUNTS]
-    return read_frame(path, PROMISE_COLUMNS, (*INTEGERS, *_COUNTS), numbers) if path.exists() else None
+    integers = ("samples", "needed")
+    numbers = [name for name in PROMISE_COLUMNS[len(KEYS) :] if name not in integers]
+    return _read_optional(folder / PROMISE_CSV, PROMISE_COLUMNS, (*INTEGERS, *integers), numbers)
 
 
-_COUNTS = ("samples", "needed")
+def _read_optional(path: Path, *columns: Sequence[str]) -> pd.DataFrame | None:
+    return read_frame(path, *columns) if path.exists() else None

@@ -1,7 +1,4 @@
-"""A merge layer by layer: where the Fisher's mass lies, and how far the coded model is from the average.
-
-A layer is a module that holds parameters of its own: a convolution, a normalisation, a linear layer.
-"""
+"""A merge layer by layer, that is module by module with parameters: the Fisher's mass, and the way from the average."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -178,10 +178,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 
 def confusion_key(row: Row) -> str:
-    """Return the name of a row's counts in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``.
-
-    The policy is the requested one, so that the counts of all seeds have one name.
-    """
+    """Return a row's name in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``, with the requested policy."""
     return "|".join((row.method, requested_policy(row.batchnorm), row.decoder, row.erased, row.task))
 
 

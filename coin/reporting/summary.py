@@ -63,10 +63,7 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_summary(experiment_folder: Path) -> pd.DataFrame:
-    """Collect ``seed-*/results.csv`` below an experiment's folder, write ``summary.csv`` there and return it.
-
-    Raises FileError where no seed has results, a file is damaged, or the summary cannot be written.
-    """
+    """Write and return ``summary.csv`` of an experiment's ``seed-*/results.csv``; FileError where none can be read."""
     folders = seed_folders(experiment_folder)
     if not folders:
         raise FileError(

@@ -4,7 +4,5 @@ N experts run on one server each. A query wants one expert's answer, or all expe
 policy (`coin.serving.policies`). It returns an expert's own answer if that comes in time; otherwise it takes another
 server's or decodes one, and marks it. Servers are coroutines: ``coin serve`` makes them from Ray Serve's deployments
 (`coin.serving.ray_app`), and `coin.serving.app` serves the Open Inference Protocol. Requests that queue up while a
-server is busy form its next batch: no request waits for others to arrive.
-
-The modules of the policies and the simulation need no PyTorch, FastAPI or Ray.
+server is busy form its next batch. The modules of policies and simulation need no PyTorch, FastAPI or Ray.
 """

@@ -75,8 +75,7 @@ class _Collector:
 def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str = "") -> FastAPI:
     """Return the application, which starts and stops the front end with itself.
 
-    Its ``state.drain`` refuses new queries and waits for running ones; its ``state.name`` labels the metrics of this
-    front end.
+    Its ``state.drain`` refuses new queries and waits for running ones; ``state.name`` labels the front end's metrics.
     """
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")

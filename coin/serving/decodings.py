@@ -107,10 +107,7 @@ def coded_layout(code: Code) -> Layout:
 
 
 def standin_layout(code: Code, every_row: bool) -> Layout:
-    """Return the servers of a code whose decoder needs no survivor.
-
-    For an expert it needs all coded models (`every_row`), or only the one with the expert's largest weight.
-    """
+    """Return the servers of a code whose decoder needs no survivor, but `every_row` or an expert's heaviest one."""
     best = code.matrix.argmax(0).tolist()
     rows = [(1 << code.num_coded) - 1 if every_row else 1 << row for row in best]
     return Layout(code.num_experts, code.num_coded, alone=tuple(rows))

@@ -65,8 +65,8 @@ class Answer:
         decoded: Whether any were decoded from other servers' answers; otherwise they are the expert's own.
         answered_by: The names of the servers whose answers these are or were decoded from.
         seconds: The time from the query to its answer.
-        risk: The estimated probability that the expert's own answer is another class ``[B]`` (`coin.coding`): 0 where
-            the answer is the expert's own, NaN where it is not known.
+        risk: The probability that the expert's own is another class ``[B]`` (`coin.coding`): 0 of its own, NaN if
+            unknown.
         accepted: Whether it is the expert's own, or its risk is below the threshold of the run's promise ``[B]``.
     """
 

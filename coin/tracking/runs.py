@@ -23,18 +23,11 @@ def start_run(
     tags: Sequence[str] = (),
     run_id: str | None = None,
 ) -> "wandb.Run":
-    """Start a W&B run that keeps its files below ``folder/wandb``, beside others that are open.
+    """Start a W&B run of an experiment, the `group`, that keeps its files below ``folder/wandb``, beside open others.
 
-    System metrics, git and the console are taken as W&B does by default.
-
-    Args:
-        folder: The run's folder.
-        group: The experiment's name.
-        job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
-        name: What the run is, for a person: ``quickstart-seed-0-expert-mnist``.
-        config: The resolved configuration.
-        tags: Short words to filter by, beside those in ``WANDB_TAGS``.
-        run_id: W&B's own name of the run; one that W&B knows has it go on with that run.
+    System metrics, git and the console are taken as W&B does by default. The job type is ``expert``, ``fisher``,
+    ``method`` or ``evaluate``; the name is for a person: ``quickstart-seed-0-expert-mnist``; the tags are words to
+    filter by, beside those in ``WANDB_TAGS``. With a `run_id` that W&B knows it goes on with that run.
     """
     import wandb
 
@@ -72,15 +65,9 @@ def log_artifact(
     """Log a file as an artifact: an expert, a statistic, a coded model; FileError where there is no such file.
 
     The file is linked into the run's folder and not copied; since every file of an experiment is renamed into its place
-    and never written to, a later step may write a new one without spoiling this.
-
-    Args:
-        run: An open run.
-        path: The file.
-        name: The artifact's name, the same for all seeds; characters that W&B does not allow become hyphens.
-        type: ``initialisation``, ``expert``, ``statistics``, ``coded-model`` or ``results``.
-        aliases: What this version is called, such as ``seed-0``.
-        metadata: What made the file.
+    and never written to, a later step may write a new one without spoiling this. The name is the same for all seeds,
+    told apart by aliases such as ``seed-0``; characters that W&B does not allow become hyphens. The type is
+    ``initialisation``, ``expert``, ``statistics``, ``coded-model`` or ``results``; `metadata` is what made the file.
     """
     with run_environment(folder_of(run)):
         run.log_artifact(_artifact(run, path, name, type, metadata), aliases=["latest", *aliases])

@@ -67,8 +67,8 @@ def mode() -> str:
 def in_sweep() -> bool:
     """Return whether an agent of a W&B sweep has started this process.
 
-    The agent fixes the identity of the one run that it waits for, and W&B gives it to whatever run this process
-    starts. It is kept for the evaluation, whose summary has the numbers that sweeps are judged by.
+    It fixes the identity of the one run that it waits for, and W&B gives that to whatever run this process starts. It
+    is kept for the evaluation, whose summary has the numbers that sweeps are judged by.
     """
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 

@@ -75,10 +75,8 @@ class StandIn:
     """A stand-in for experts: an extra server keeps ``fixed + each · N`` bytes of weights.
 
     Args:
-        kind: Its kind, and when it is asked.
-        variant: Its name in the results, within its kind.
-        fixed: Bytes that a server keeps, however many experts there are.
-        each: Bytes that it keeps for each.
+        kind: Its kind, and when it is asked; `variant`, its name in the results within its kind.
+        fixed: Bytes that a server keeps, however many experts there are; `each`, those for each.
         accuracy: The accuracy of its answers, by the number of lost experts if it depends on it; empty if not measured.
         worst: The smallest NDA over tasks with one expert lost.
         every_row: Whether a coded answer needs all coded models, or one.
@@ -157,10 +155,9 @@ class Profile:
     def simulation(
         self, what: StandIn, conditions: Conditions, quantile: float = 0.9, memory: float | None = None, **options: Any
     ) -> Simulation:
-        """Return the simulation of these experts with a stand-in.
+        """Return the simulation of these experts with a stand-in; the options are those of `Simulation`.
 
-        A server keeps one expert unpacked, or as many as fit beside its weights into `memory` bytes; the options are
-        those of `Simulation`.
+        A server keeps one expert unpacked, or as many as fit beside its weights into `memory` bytes.
         """
         layout, machines = self._servers(what)
         own = PolicyKind.uncoded if what.kind is Redundancy.uncoded else PolicyKind.hedged
