@@ -53,10 +53,7 @@ def convex(num_experts: int, num_coded: int) -> Code:
 
 
 def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
-    """Return all codes of one row whose weights are positive multiples of 1/resolution.
-
-    There are (resolution − 1 choose N − 1) of them: 9 for two experts at resolution 10, 36 for three.
-    """
+    """Return all codes of one row whose weights are positive multiples of 1/resolution, (resolution − 1 over N − 1)."""
     if not 1 <= num_experts <= resolution:
         raise ConfigurationError(f"found resolution {resolution} for {num_experts} experts, expected at least as many")
     every = combinations(range(1, resolution), num_experts - 1)

@@ -23,10 +23,7 @@ CLOSED_FORM, STEPS, BASELINE, FOREIGN, REPLICAS, FLOOR = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's variant, ``name`` as in tables, with one decoder: its NDA by seed, its seconds as a mean over seeds.
-
-    ``method`` is the method's own name, whatever its label.
-    """
+    """A variant of a `method`, whatever its label, with one decoder: its NDA by seed, its mean seconds over seeds."""
 
     name: str
     method: str
@@ -130,7 +127,7 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
         line = {"method": entry.name}
         for other in filter(None, against):
             mean, spread, sign = paired_difference(entry, other)
-            line[f"minus {other.name}"] = "–" if entry is other else _points(mean, spread) + BEST * bool(sign)
+            line[f"minus {other.name}"] = "–" if entry is other else percent(mean, spread, plus="+") + BEST * bool(sign)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -185,7 +182,7 @@ def _significant_differences(entries: list[Entry], roles: dict[str, Entry]) -> l
         first, second = (f"{entry.name} ({entry.decoder})" for entry in (one, other))
         if sign:
             side = "above" if sign > 0 else "below"
-            out.append(f"{first} is {_points(abs(mean), spread, '')} points {side} {second}{what}.")
+            out.append(f"{first} is {percent(abs(mean), spread)} points {side} {second}{what}.")
         elif sign == 0:
             level.append(f"{first} against {second}")
     return out or ([f"None of these differences is clear: {', '.join(dict.fromkeys(level))}."] if level else [])
@@ -209,9 +206,3 @@ def _strongest(entries: Iterable[Entry], **wanted: str) -> Entry | None:
     fit = [entry for entry in entries if all(getattr(entry, name) == value for name, value in wanted.items())]
     measured = [entry for entry in fit if not entry.nda.isna().any()]
     return max(measured, key=lambda entry: float(entry.nda.mean()), default=None)
-
-
-def _points(mean: float, spread: float, sign: str = "+") -> str:
-    if math.isnan(mean):
-        return "–"
-    return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(spread) else f" ± {100 * spread:.2f}")

@@ -161,10 +161,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """Return the object of ``results.json``: ``rows``, ``methods``, ``configuration``, ``versions`` and the rest.
-
-    Raises FileError where the file is missing or damaged.
-    """
+    """Return the object of ``results.json``: configuration, methods, versions …; FileError if missing or damaged."""
     path = folder / RESULTS_JSON
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -28,11 +28,11 @@ BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
 
 
-def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: int = 2) -> str:
+def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: int = 2, plus: str = "") -> str:
     """Return ``98.02 ± 0.31`` in percent, without the spread where there is none, ``–`` where there is no number."""
     if math.isnan(mean):
         return "–"
-    return f"{100 * mean:.{digits}f}" + ("" if math.isnan(spread) else f"{sign}{100 * spread:.{digits}f}")
+    return f"{100 * mean:{plus}.{digits}f}" + ("" if math.isnan(spread) else f"{sign}{100 * spread:.{digits}f}")
 
 
 def seconds(value: float) -> str:
@@ -85,10 +85,7 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
 
 
 def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
-    """Return the points of ``risk.csv`` over all tasks lost alone and all seeds, by ``name`` (a variant's) and decoder.
-
-    Every test sample has the same weight.
-    """
+    """Return the points of ``risk.csv`` over all samples of tasks lost alone, by ``name`` (a variant's) and decoder."""
     alone = risk[risk["erased"] == risk["task"]].assign(name=variant_names)
     numbers = ["risk", "agreement", "decoded_accuracy", "expert_accuracy"]
     alone[numbers] = alone[numbers].mul(alone["samples"], axis=0)

@@ -34,7 +34,7 @@ class FrontEnd:
     Every query gets one answer or one `ServingError`, by its deadline at the latest. A query larger than a batch is cut
     into batches, which are sent one after the other, each like a query of its size: a large query is not late because
     of its size, and blocks others for one batch at a time. All timing is that of the running event loop: with a virtual
-    clock everything is deterministic. Use it as an async context manager, or call `start` and `stop`.
+    clock everything is deterministic. Use it as an async context manager.
 
     Args:
         servers: The coroutine function of each server by name, in the layout's order: experts, coded models, copies.
@@ -65,17 +65,18 @@ class FrontEnd:
         self._open, self._running = 0, False
 
     async def __aenter__(self) -> Self:
-        self.start()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.stop()
-
-    def start(self) -> None:
         """Start taking queries, in the running event loop."""
         for queue in self.queues:
             queue.start()
         self._running = True
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Take no more queries, and fail the running ones."""
+        self._running = False
+        for query in list(self._pending):
+            self._end(query, ServingError("the front end is stopping; ask again later"))
+        await asyncio.gather(*(queue.stop() for queue in self.queues))
 
     async def drain(self) -> None:
         """Take no more queries, and wait for the running ones, which end by their deadline."""
@@ -83,13 +84,6 @@ class FrontEnd:
         while self._open:
             self._ended.clear()
             await self._ended.wait()
-
-    async def stop(self) -> None:
-        """Take no more queries, and fail the running ones."""
-        self._running = False
-        for query in list(self._pending):
-            self._end(query, ServingError("the front end is stopping; ask again later"))
-        await asyncio.gather(*(queue.stop() for queue in self.queues))
 
     def can_answer(self, experts: int | None = None) -> bool:
         """Whether the servers considered up suffice for a set of experts, by default all."""

@@ -1,7 +1,4 @@
-"""``coin dashboard``: makes the workspace of a project on W&B's server from what its methods' runs have logged.
-
-It needs the package ``wandb-workspaces`` (the extra ``dashboard``), which is imported where a workspace is built.
-"""
+"""``coin dashboard``: a workspace on W&B's server, made by ``wandb-workspaces`` from what methods' runs have logged."""
 
 import os
 from collections.abc import Collection, Mapping

@@ -607,10 +607,9 @@ def test_stopping_fails_queries_at_once_and_refuses_new_ones(world: Any, virtual
     it = world([hangs] * 4)
 
     async def main() -> None:
-        it.front.start()
-        task = asyncio.create_task(ask_one(it.front, X, 0))
-        await asyncio.sleep(0.1)
-        await it.front.stop()
+        async with it.front:
+            task = asyncio.create_task(ask_one(it.front, X, 0))
+            await asyncio.sleep(0.1)
         with pytest.raises(ServingError, match="stopping"):
             await task
         with pytest.raises(ServingError, match="not running"):
