@@ -112,17 +112,14 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
     """Solve the code's equations for the lost outputs, in the least-squares sense.
 
     f̂_E = B_E⁺ (f_c − B_S f_S) with B_E, B_S the columns of the lost and the surviving experts. One row and one lost
-    expert j: (f_c − Σ_{i≠j} β_i f_i)/β_j, the paper's decoder (arXiv 2409.01420, section II).
+    expert j: (f_c − Σ_{i≠j} β_i f_i)/β_j, the paper's decoder (arXiv 2409.01420, section II). Raises DecodingError
+    where more experts are lost than coded models answered, or the columns of the lost experts are linearly dependent.
 
     Args:
         matrix: Rows of the code whose coded models answered ``[R, N]``.
         coded: Their outputs ``[R, B, C]``.
         survivors: Outputs of the experts not in `erased`, in ascending order ``[N − |erased|, B, C]``.
         erased: Indices of the lost experts, in the order of what is returned: ``[|erased|, B, C]`` in `coded`'s type.
-
-    Raises:
-        DecodingError: More experts are lost than coded models answered, or the columns of the lost experts are
-            linearly dependent.
     """
     erased = check_erasure(erased, matrix.shape[1])
     present = [expert for expert in range(matrix.shape[1]) if expert not in erased]

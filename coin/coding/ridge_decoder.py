@@ -15,13 +15,12 @@ from coin.errors import DecodingError
 
 
 class RidgeDecoder(Decoder):
-    """The calibrated decoders: ridge regression from what arrives to the lost experts' logits.
+    """The calibrated decoders: ridge regression from what arrives to the lost experts' logits, in float64.
 
     Inputs are the logits of the coded models and of the surviving experts side by side, targets the lost experts' own
     logits on the same calibration inputs; both are centred, and each lost expert gets the ridge with the smallest
     leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
-    budget: something must arrive, that is all. All arithmetic is in float64. With ``survivors: false`` the coded models
-    alone are read.
+    budget: something must arrive, that is all. With ``survivors: false`` the coded models alone are read.
 
     As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and each stage of
     each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With

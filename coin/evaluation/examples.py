@@ -30,14 +30,9 @@ class KeptSamples:
 
 
 class ExampleSamples(Metric):
-    """Keeps the first few samples of a test set in a fixed random order, with the answers to them.
+    """Keeps the first `count` samples of a test set in a fixed random order, with the answers to them in K ways.
 
-    The samples do not depend on the batch size or the number of processes.
-
-    Args:
-        samples: The size of the test set; `count`, the largest number of samples to keep.
-        image_size: The side of the inputs in pixels.
-        ways: K, the number of ways in which answers are decoded.
+    They depend neither on the batch size nor on the number of processes. The inputs' side is `image_size` pixels.
     """
 
     full_state_update = False

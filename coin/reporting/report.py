@@ -64,14 +64,12 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` from the files of experiments alone, and return the page's path.
 
     The page needs no network and no second file. Optional files of a seed (``layers.csv``, ``examples.npz``, the
-    experts' logs) get their sections where they exist.
+    experts' logs) get their sections where they exist. Raises FileError where a folder holds no results, a file is
+    damaged, or the report cannot be written.
 
     Args:
         folders: Experiments (``runs/NAME``), single seeds (``runs/NAME/seed-0``), sweeps, or several to compare.
         output: The HTML file, or a folder for ``report.html``; by default the nearest folder above all `folders`.
-
-    Raises:
-        FileError: A folder holds no results, a file is damaged, or the report cannot be written.
     """
     sources = read_sources([Path(folder) for folder in folders])
     path = output or Path(os.path.commonpath([source.folder.resolve() for source in sources]))

@@ -69,10 +69,8 @@ POLICIES = {
 class Policy:
     """Decides which servers a query asks: at first, when its own servers are late, and after a loss.
 
-    Args:
-        kind: Which servers it asks, and when.
-        quantile: The quantile of own answers' time after which one is late (`Lateness`); 0 does not wait. Only for
-            policies that hedge.
+    An own answer is late after the `quantile` of own answers' time (`Lateness`); 0 does not wait. Only for policies
+    that hedge.
     """
 
     kind: PolicyKind

@@ -44,14 +44,10 @@ _SENDING = 0.5  # seconds for a front end's last word to pass Ray's proxy
 
 @dataclass(frozen=True)
 class System:
-    """Everything that is served.
+    """Everything that is served: what `FrontEnd` takes, the decoder of the replies and the system's description.
 
-    Args:
-        folder: The folder of the networks' files, a path visible to all machines.
-        processes: The network files in `folder` of every process's servers, in the layout's order.
-        decoder: The decoder of the replies.
-        layout, policy, expects, probe, decodings: See `FrontEnd`.
-        description: The description of the served system.
+    `processes` are the networks' files of every process's servers, in the layout's order, below `folder`, a path that
+    all machines see.
     """
 
     folder: str
