@@ -151,9 +151,7 @@ class Decoder(ABC):
     def _check(self, answers: Answers, *, fitting: bool = False) -> None:
         """Raise DecodingError unless the answers are of the decoder's experts and, but for `fitting`, it is fitted."""
         if self.needs_fit and self.moments is None and not fitting:
-            raise DecodingError(
-                f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
-            )
+            raise DecodingError(f"the {self.config.name} decoder is not fitted; call fit with calibration answers")
         if answers.num_experts != self.num_experts:
             raise DecodingError(
                 f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}; keep the lost "

@@ -103,9 +103,7 @@ class DecoderConfig:
             if self.kind not in kinds:
                 raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
         if self.components is None and "projection" in self._given:
-            raise ConfigurationError(
-                f"found projection={self.projection} without components; say how many, or leave it"
-            )
+            raise ConfigurationError(f"found projection={self.projection} without components; say how many or leave it")
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
@@ -115,9 +113,7 @@ class DecoderConfig:
         options = decoder if isinstance(decoder, dict) else {"kind": decoder}
         known = [option.name for option in fields(cls)]
         if "kind" not in options:
-            raise ConfigurationError(
-                f"found a decoder {options} without kind, expected one of {', '.join(DecoderKind)}"
-            )
+            raise ConfigurationError(f"found decoder {options} without kind, expected one of {', '.join(DecoderKind)}")
         if unknown := [name for name in options if name not in known]:
             raise ConfigurationError(f"found option '{unknown[0]}' of a decoder, expected {', '.join(known)}")
         return cls(**options)
