@@ -18,7 +18,7 @@ from coin.pipeline.steps.layers import compare_layers
 from coin.pipeline.steps.merge import coded_name
 from coin.pipeline.work import evaluate_seed, log_results, merge_method
 from coin.reporting.results import COLUMNS
-from coin.tracking.evaluation import METHOD_TAG, SUMMARY_TAG, log_summary
+from coin.tracking.evaluation import log_summary
 
 
 def plan(experiment: Experiment, seed: int) -> list[Step]:
@@ -161,7 +161,7 @@ def summary_steps(experiment: Experiment, summary: pd.DataFrame) -> list[Step]:
         "logging it to W&B",
         lambda context: log_summary(context.wandb_run, summary),
         inputs=[experiment.layout.summary],
-        job=JobConfig("evaluate", "summary", None, (SUMMARY_TAG,)),
+        job=JobConfig("evaluate", "summary", None, ("summary",)),
         only_logs=True,
     )
     return [step] if len(experiment.seeds) > 1 else []
@@ -174,4 +174,4 @@ def _code(experiment: Experiment) -> Any:
 
 def _method_job(files: SeedFiles, method: Method) -> JobConfig:
     config = {"method": method.label, "batchnorm": str(method.batchnorm)}
-    return JobConfig("method", coded_name(method), files.seed, (METHOD_TAG, method.label), config)
+    return JobConfig("method", coded_name(method), files.seed, ("method", method.label), config)

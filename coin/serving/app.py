@@ -17,12 +17,11 @@ from starlette.exceptions import HTTPException
 
 from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
 from coin.serving.front_end import FrontEnd
-from coin.serving.images import TooLargeError
 from coin.serving.layout import members
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import ALL, VERSION, Description, response
 from coin.serving.reading import Reader, SlowError
-from coin.serving.requests import EncodingError, InferRequest
+from coin.serving.requests import EncodingError, InferRequest, TooLargeError
 
 logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own, as JSON where told to
 

@@ -12,10 +12,9 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from coin.errors import DataError, OverloadedError, ServingError
-from coin.serving.images import TooLargeError
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description
-from coin.serving.requests import Parsed, parse
+from coin.serving.requests import Parsed, TooLargeError, parse
 
 Result = TypeVar("Result")
 

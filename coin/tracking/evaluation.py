@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     import wandb
     from matplotlib.figure import Figure
 
-METHOD_TAG = "method"
-"""The tag of the runs that hold one method each."""
-SUMMARY_TAG = "summary"
-"""The tag of the run that holds all seeds."""
-
 
 def log_evaluation(
     run: "wandb.Run",

@@ -29,9 +29,9 @@ import torch
 from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
 from coin.files.safetensors import load_provenance
 from coin.serving.decodings import Decodings
-from coin.serving.images import read_array
 from coin.serving.limits import InputLimits
 from coin.serving.model import NetworkServer
+from coin.serving.requests import read_array
 
 IMAGES = 4
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from coin.data.image_io import read_files as read_from_disk
 from coin.errors import DataError
-from coin.serving.images import TooLargeError, open_file, read_array, to_squares
 from coin.serving.limits import InputLimits
+from coin.serving.requests import TooLargeError, open_file, read_array, to_squares
 
 LIMITS = InputLimits(pixels=64 * 64)
 

@@ -15,11 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from coin.data import tokens
 from coin.errors import DataError
-from coin.serving.images import TooLargeError
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description, response
 from coin.serving.replies import Answer
-from coin.serving.requests import EncodingError, Parsed, parse
+from coin.serving.requests import EncodingError, Parsed, TooLargeError, parse
 
 
 @pytest.fixture

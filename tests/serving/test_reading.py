@@ -14,10 +14,10 @@ pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install '.[
 
 from coin.errors import OverloadedError
 from coin.serving import reading
-from coin.serving.images import TooLargeError
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description
 from coin.serving.reading import Budget, Reader
+from coin.serving.requests import TooLargeError
 
 
 def test_nobody_takes_more_than_half_of_what_the_others_leave() -> None:
