@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from coin.core.runtime import tune_process
+from coin.__main__ import tune_process
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ import pandas as pd
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
-from coin.pipeline.downloads import downloads
 from coin.pipeline.executors import check_launch
 from coin.pipeline.launch import Launch
-from coin.pipeline.run import planned, run_experiment, run_step
+from coin.pipeline.run import downloads, planned, run_experiment, run_step
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary, results_console, rich_table, seconds

@@ -38,10 +38,6 @@ class SeedLayout:
         """Return the file of a task's expert; its checkpoints and logs are in the same folder."""
         return self.folder / "experts" / task / "expert.safetensors"
 
-    def log(self, job_type: str, name: str) -> Path:
-        """Return the folder of a job's logs."""
-        return self.expert(name).parent if job_type == "expert" else self.logs / name
-
 
 class ExperimentLayout:
     """The files of an experiment, in ``runs/NAME``; ``base`` holds the shared initialisation."""

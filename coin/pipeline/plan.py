@@ -1,24 +1,26 @@
 """The plan of an experiment: its steps as data, with their input and output files."""
 
-from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from coin.merging import Method
+from coin.merging import Experts, Method
+from coin.modules import DecodingEvaluator
 from coin.networks import Compression
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.plan_experts import code_step, expert_step, statistic_files, statistic_step
 from coin.pipeline.seed_files import SeedFiles
-from coin.pipeline.step import Step, by_stem
+from coin.pipeline.step import Context, Step, by_stem
 from coin.pipeline.steps.code import AUTO
 from coin.pipeline.steps.compress import compress_files
+from coin.pipeline.steps.distill import Training
 from coin.pipeline.steps.layers import compare_layers
-from coin.pipeline.steps.merge import coded_name
-from coin.pipeline.work import evaluate_seed, log_results, merge_method
-from coin.reporting.results import COLUMNS
-from coin.tracking.evaluation import log_summary
+from coin.pipeline.steps.merge import coded_name, make_coded_models
+from coin.pipeline.steps.trainer import make_trainer
+from coin.reporting.results import COLUMNS, read_results, requested_policy
+from coin.reporting.summary import summarise, variant_names
+from coin.tracking.evaluation import best, log_method, log_summary
 
 
 def plan(experiment: Experiment, seed: int) -> list[Step]:
@@ -42,12 +44,20 @@ def merge_step(files: SeedFiles, method: Method) -> Step:
     experiment, statistics, name = files.experiment, files.statistics(method), coded_name(method)
     trainer = {"trainer": experiment.trainer} if method.is_trained else {}
     initial = [files.initial] if method.reads_initial else []
+
+    def merge(context: Context) -> None:
+        training = Training(files.data(files.tasks), files.layout.logs, files.seed, context.trainer, context.loggers)
+        calibration = list(files.calibrations().values())
+        experts = Experts(files.experts, statistics=statistics, calibration=calibration, train=training)
+        samples = experiment.calibration.samples_per_task
+        make_coded_models(method, files.code, experts, files.layout.coded, samples)
+
     return Step(
         f"coded-{name}",
         files.folder,
         name,
         "training" if method.is_trained else "merging",
-        partial(merge_method, files=files, method=method),
+        merge,
         options={
             "method": method,
             "code": _code(experiment),
@@ -117,12 +127,27 @@ def evaluate_step(files: SeedFiles) -> Step:
     coded = [path for method in experiment.methods for path in files.coded_paths(method)]
     replicas = [path for each in experiment.replicas for path in files.replica_paths(each)[: len(files.tasks)]]
     options = experiment.config_dict(files.seed)  # results.json says all of them
+
+    def evaluate(context: Context) -> None:
+        files.experts.release()
+        model = DecodingEvaluator(
+            experts={name: str(layout.expert(name)) for name in files.tasks},
+            coded=[str(path) for path in coded],
+            decoders=None if experiment.takes_all_decoders else list(experiment.decoders),
+            code=files.code.code.matrix.tolist(),
+            replicas=[str(path) for path in replicas],
+            alpha=experiment.calibration.promise_alpha,
+            confidence=experiment.calibration.promise_confidence,
+        )
+        trainer = make_trainer(files.folder, context.trainer, logger=context.loggers)
+        trainer.evaluate(model, files.data(files.tasks), str(files.folder), experiment.name, options)
+
     return Step(
         "evaluate",
         files.folder,
         "evaluation",
         "every method with every decoder",
-        partial(evaluate_seed, files=files, coded=coded, replicas=replicas, options=options),
+        evaluate,
         options={**options, "code": _code(experiment), "columns": COLUMNS},
         inputs=[*files.expert_paths, *coded, *replicas, *files.code_files],
         outputs=[
@@ -138,14 +163,24 @@ def evaluate_step(files: SeedFiles) -> Step:
 
 
 def log_step(files: SeedFiles, method: Method) -> Step:
-    """Return the step that logs a method's results to its W&B run."""
+    """Return the step that logs a method's results to its W&B run, and marks the coded models of the best method."""
     coded = Artifacts("coded-model", by_stem(files.coded_paths(method)))
+
+    def log_results(context: Context) -> None:
+        rows = read_results(files.folder)
+        policy = rows["batchnorm"].map(requested_policy)
+        own = rows[(rows["method"] == method.label) & policy.isin(["", str(method.batchnorm)])]
+        assert context.job is not None
+        if variant_names(own).iloc[0] == best(summarise(rows)).get("best_method"):
+            context.job.log_artifacts(coded, ["best"])
+        log_method(context.wandb_run, own)
+
     return Step(
         f"wandb-{coded_name(method)}",
         files.folder,
         coded_name(method),
         "logging its results to W&B",
-        partial(log_results, files=files, method=method, coded=coded),
+        log_results,
         inputs=[files.layout.results],
         job=_method_job(files, method),
         only_logs=True,

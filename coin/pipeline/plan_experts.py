@@ -6,16 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coin.core.processes import rank_zero_info
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.files.downloads import hub_weights
+from coin.networks import load_network
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.seed_files import SeedFiles
-from coin.pipeline.step import Step, by_stem
-from coin.pipeline.steps.train import import_from_hub, import_network, train_network, write_initial
-from coin.pipeline.work import choose_seed_code, estimate
+from coin.pipeline.step import Context, Measures, Step, by_stem
+from coin.pipeline.steps.code import write_choice
+from coin.pipeline.steps.train import import_expert, train_network, write_initial
+from coin.pipeline.steps.trainer import estimate_over_tasks, make_trainer
 from coin.statistics import Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -75,46 +78,34 @@ def expert_step(files: SeedFiles, name: str) -> Step:
     """Return the step that trains or imports a task's expert."""
     experiment, task, output = files.experiment, files.tasks[name], files.layout.expert(name)
     network, initial = experiment.network, experiment.layout.initial(task.num_classes)
-    place = experiment.expert.checkpoints.get(name)
-    if place is not None and place.startswith(PREFIX):
-        return Step(
-            f"expert-{name}",
-            files.folder,
-            f"expert {name}",
-            f"importing '{place}'",
-            partial(import_from_hub, config=network, name=name, task=task, place=place, initial=initial),
-            options={"network": network, "classes": list(task.classes), "place": place, "head": task.head},
-            inputs=[*hub_weights(local_place(place)), initial],
-            outputs=[output],
-            shared=True,
-        )
-    if place is not None:
-        given = Path(place)
-        if not given.is_file():
-            raise ConfigurationError(f"found no file '{given}', expected an expert's weights; check expert.checkpoints")
-        return Step(
-            f"expert-{name}",
-            files.folder,
-            f"expert {name}",
-            f"importing '{given.name}'",
-            partial(import_network, config=network, name=name, task=task, given=given),
-            options={
-                "network": network,
-                "classes": list(task.classes),
-                **({"head": task.head} if task.head is not None else {}),
-            },
-            inputs=[given],
-            outputs=[output],
-            shared=True,
-        )
-    config, options = experiment.expert.of(name), {"task": task, "trainer": experiment.trainer, "seed": files.seed}
+    called = f"expert-{name}", files.folder, f"expert {name}"
+    if (place := experiment.expert.checkpoints.get(name)) is not None:
+        options: dict[str, Any] = {"network": network, "classes": list(task.classes)}
+        if place.startswith(PREFIX):
+            shown, inputs = place, [*hub_weights(local_place(place)), initial]
+            options |= {"place": place, "head": task.head}
+        else:
+            shown, inputs = Path(place).name, [Path(place)]
+            options |= {} if task.head is None else {"head": task.head}
+            if not inputs[0].is_file():
+                raise ConfigurationError(
+                    f"found no file '{inputs[0]}', expected an expert's weights; check expert.checkpoints"
+                )
+        work = partial(import_expert, config=network, name=name, task=task, place=place, initial=initial)
+        doing = f"importing '{shown}'"
+        return Step(*called, doing, work, options=options, inputs=inputs, outputs=[output], shared=True)
+    config = experiment.expert.of(name)
     return Step(
-        f"expert-{name}",
-        files.folder,
-        f"expert {name}",
+        *called,
         f"fine-tuning for {config.epochs} epochs",
         partial(train_network, config=config, network=network, task=task, seed=files.seed, name=name, initial=initial),
-        options={"training": config, "network": network, **options},
+        options={
+            "training": config,
+            "network": network,
+            "task": task,
+            "trainer": experiment.trainer,
+            "seed": files.seed,
+        },
         inputs=[initial],
         outputs=[output],
         collective=True,
@@ -130,12 +121,17 @@ def expert_step(files: SeedFiles, name: str) -> Step:
 
 def code_step(files: SeedFiles) -> Step:
     """Return the step that chooses the code from calibration data."""
+
+    def choose(context: Context) -> None:
+        write_choice(context.outputs[0], files.experts.networks, list(files.calibrations().values()))
+        rank_zero_info(f"code: chosen weights {', '.join(f'{w:.3g}' for w in files.code.code.matrix[0].tolist())}")
+
     return Step(
         "code",
         files.folder,
         "code",
         "choosing its weights",
-        partial(choose_seed_code, files=files),
+        choose,
         options={"tasks": files.tasks, "calibration": files.experiment.calibration.merging},
         inputs=files.expert_paths,
         outputs=[files.layout.code],
@@ -157,12 +153,25 @@ def statistic_step(files: SeedFiles, which: Statistic, task: str) -> Step:
     parts = tuple(map(str, which.options.values()))
     called = "-".join((which.name, *parts))
     job = JobConfig("fisher", called, files.seed, parts, {"statistic": which.name, **which.options})
+
+    def estimate(context: Context) -> Measures:
+        costs = estimate_over_tasks(
+            make_trainer(files.folder, context.trainer),
+            load_network(expert).network,
+            files.data(tasks),
+            calibration.options_of(which),
+            path,
+            task=task,
+            data=str(which.data),
+        )
+        return {f"{which.name}/{task}/{what}": cost for what, cost in costs.items()}
+
     return Step(
         path.stem,
         files.folder,
         f"{which} of {task}",
         "computing",
-        partial(estimate, files=files, which=which, task=task),
+        estimate,
         options={"tasks": tasks, **options},
         inputs=[expert],
         outputs=[path],

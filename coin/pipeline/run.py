@@ -7,11 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_zero_info
+from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
+from coin.files.downloads import Download, check_downloads, fetch_from_hub
+from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.pipeline.command import step_command
-from coin.pipeline.downloads import every_task, fetch
 from coin.pipeline.executors import check_launch, raise_for, run_commands
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
@@ -141,7 +143,7 @@ def _begin(experiment: Experiment) -> None:
 
 def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
     """Prepare the data and the shared initialisation, and return the steps of every seed."""
-    on_rank_zero(partial(_prepare, experiment))
+    on_rank_zero(partial(_fetch, experiment))
     _check_files(experiment)
     runner.run(initial_steps(experiment))
     return {seed: plan(experiment, seed) for seed in experiment.seeds}
@@ -149,18 +151,12 @@ def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
 
 def _check_files(experiment: Experiment) -> None:
     """Fail early on data that are here and lack something."""
-    here = [task for task in every_task(experiment) if all(each.there for each in task.downloads())]
+    here = [task for task in _every_task(experiment) if all(each.there for each in task.downloads())]
     for task in here:
         task.check_files()
     for name, task in experiment.tasks.items():
         if task in here and (there := task.num_training()) is not None:
             task.check_calibration(experiment.most_samples, there, name)
-
-
-def _prepare(experiment: Experiment) -> None:
-    """Download what is missing: weights, experts and data."""
-    fetch(experiment)
-    Tasks(experiment.tasks).prepare_data()
 
 
 def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch: Launch) -> None:
@@ -185,3 +181,37 @@ def _summarise(experiment: Experiment) -> pd.DataFrame:
         write_report([experiment.layout.seed(seed).folder])
     write_report([experiment.folder])
     return summary
+
+
+def downloads(experiment: Experiment) -> list[Download]:
+    """Return the data sets, the network's weights and the experts that come from the network, here or not."""
+    counts = {task.num_classes for task in experiment.tasks.values()}
+    written = all(experiment.layout.initial(count).is_file() for count in counts)
+    taken = experiment.base is not None or written  # then the network's own weights are not read again
+    source = experiment.network.source
+    of_network = [each for each in source.downloads(_experts(experiment)) if source.zero_shot or not taken]
+    return [*(each for task in _every_task(experiment) for each in task.downloads()), *of_network]
+
+
+def _fetch(experiment: Experiment) -> None:
+    """Download what is missing: experts, CLIP and data; a FileError in one line names all that cannot be.
+
+    Other weights are downloaded where they are read.
+    """
+    check_downloads(downloads(experiment))
+    source = experiment.network.source
+    own = [source.place] if isinstance(source, HuggingFace) and source.zero_shot and source.weights is not None else []
+    for place in (*own, *_experts(experiment)):
+        fetch_from_hub(place)
+    Tasks(experiment.tasks).prepare_data()
+
+
+def _every_task(experiment: Experiment) -> list[TaskData]:
+    """Return the tasks of an experiment, that of its base among them."""
+    base = experiment.base
+    return [*experiment.tasks.values(), *([base.task] if base is not None and base.task is not None else [])]
+
+
+def _experts(experiment: Experiment) -> list[str]:
+    given = experiment.expert.checkpoints.values()
+    return list(dict.fromkeys(local_place(place) for place in given if place.startswith(PREFIX)))

@@ -1,39 +1,35 @@
 """Running steps: the one place that knows records, keys, locks, ranks, W&B runs, artifacts and progress."""
 
+import secrets
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from coin.core.processes import on_rank_zero, rank_zero_info
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from coin.core.processes import is_rank_zero, on_rank_zero, rank_zero_info
+from coin.files.atomic import write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
 from coin.pipeline.locks import folder_lock, shared_step_lock
-from coin.pipeline.open_job import open_job
 from coin.pipeline.records import Inputs, inputs_of, record_step, reused_status, status_of
 from coin.pipeline.step import Context, Step
+from coin.pipeline.steps.code import AUTO
+from coin.tracking.runs import start_run
 from coin.tracking.settings import in_sweep, logging_only, run_environment
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A step that has to run, and is locked: its inputs as they are now, and the seconds of its last run if known."""
+def _claim(step: Step, locks: ExitStack, *, patient: bool) -> tuple[Inputs, float | None] | None:
+    """Lock a step that has to run, and return its inputs and the seconds of its last run; None if it is up to date.
 
-    inputs: Inputs
-    seconds: float | None
-
-
-def claim(step: Step, locks: ExitStack, *, patient: bool) -> Claim | None:
-    """Lock a step; return None if it is up to date, or if another point of the sweep has its outputs.
-
-    Args:
-        step: The step.
-        locks: What holds its locks.
-        patient: Whether to wait while another process runs it.
+    It is up to date too if another point of the sweep has its outputs. `patient`: wait while another process runs it.
     """
     if reused_status(step).is_current:
         return None
@@ -41,7 +37,7 @@ def claim(step: Step, locks: ExitStack, *, patient: bool) -> Claim | None:
     inputs = inputs_of(step)
     locks.enter_context(shared_step_lock(step, inputs.key))
     status = reused_status(step)
-    return None if status.is_current else Claim(inputs, status.seconds)
+    return None if status.is_current else (inputs, status.seconds)
 
 
 class Runner:
@@ -82,25 +78,26 @@ class Runner:
 
     def _run(self, step: Step, jobs: "_Jobs", called: str) -> None:
         with ExitStack() as locks:
-            claimed = on_rank_zero(partial(claim, step, locks, patient=self.patient))
+            claimed = on_rank_zero(partial(_claim, step, locks, patient=self.patient))
             if claimed is None:
                 rank_zero_info(f"{called}: up to date")
                 return
             if step.trains and not self.patient:  # one expert alone asks for nothing of the later steps
                 self.experiment.check_parts()
-            last = f" (last time {claimed.seconds:.0f} s)" if claimed.seconds and claimed.seconds >= 1 else ""
+            inputs, before = claimed
+            last = f" (last time {before:.0f} s)" if before and before >= 1 else ""
             rank_zero_info(f"{called}: {step.doing}{last}")
             job, started = jobs.get(step.job, open=step.opens_job), time.monotonic()
             if job is not None:
                 job.use_artifacts(step.uses)
-            work = partial(step.run, Context(claimed.inputs.key, step.outputs, self.experiment.trainer, job))
+            work = partial(step.run, Context(inputs.key, step.outputs, self.experiment.trainer, job))
             measures = work() if step.collective else on_rank_zero(work)
             if job is not None:
                 job.measures(measures or {})
                 job.log_artifacts(step.logs)
             jobs.end(step)
             seconds = time.monotonic() - started
-            on_rank_zero(partial(record_step, step, claimed.inputs, seconds))
+            on_rank_zero(partial(record_step, step, inputs, seconds))
             if seconds >= LONG:
                 rank_zero_info(f"{called}: done in {seconds:.0f} s")
 
@@ -158,3 +155,82 @@ class _Jobs:
         job = own.enter_context(open_job(self.experiment, config, again=again))
         self._open[config] = job, own
         return job
+
+
+@contextmanager
+def open_job(experiment: Experiment, config: JobConfig, *, again: bool = False) -> Iterator[Job]:
+    """Yield a job with its loggers: CSV files in its ``logs`` folder, and a W&B run in the experiment's group.
+
+    All W&B runs of a seed are in ``runs/NAME/seed-K/wandb``, so that one ``wandb sync`` uploads them. An interrupted
+    job resumes its run, whose id is stored in its folder. Several jobs may run at once. An agent of a W&B sweep logs to
+    one run, the evaluation's.
+
+    Args:
+        experiment: The experiment.
+        config: What the job is.
+        again: Whether a finished job resumes its run.
+    """
+    seed, name = config.seed, config.name
+    home, folder = _folders(experiment, config)
+    seeds = [] if seed is None else [f"seed-{seed}"]
+    types = [] if config.type in ("method", "evaluate") or name.startswith(config.type) else [config.type]
+    called = "-".join([experiment.name, *seeds, *types, name])  # quickstart-seed-0-expert-mnist
+    folder.mkdir(parents=True, exist_ok=True)
+    # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
+    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
+    run, kept, done = None, folder / f"wandb-run-id-{config.type}", folder / f"wandb-run-done-{config.type}"
+    if is_rank_zero() and (config.type == "evaluate" or not in_sweep()):
+        with logging_only(f"the start of the run '{called}'"):
+            run = start_run(
+                home,
+                group=experiment.name,
+                job_type=config.type,
+                name=called,
+                config=_run_config(experiment, seed) | dict(config.config),
+                tags=[*config.tags, experiment.network.name, *experiment.wandb.tags],
+                run_id=None if in_sweep() else _run_id(kept, done if again else kept),
+            )
+            loggers.append(WandbLogger(experiment=run))
+    failed = True
+    try:
+        yield Job(experiment.name, seed, run, loggers, folder)
+        failed = False
+    finally:
+        if run is not None:
+            with logging_only(f"the end of the run '{called}'"):
+                run.finish(exit_code=int(failed))
+            if not failed:
+                with suppress(FileNotFoundError):
+                    kept.replace(done)
+
+
+def _folders(experiment: Experiment, config: JobConfig) -> tuple[Path, Path]:
+    """Return the folder of a job's W&B run, and that of its logs."""
+    layout = experiment.layout
+    if config.seed is None:
+        return (layout.base, layout.base) if config.name == "base" else (layout.folder, layout.logs)
+    seed = layout.seed(config.seed)
+    return seed.folder, seed.expert(config.name).parent if config.type == "expert" else seed.logs / config.name
+
+
+def _run_id(kept: Path, done: Path) -> str:
+    """Return the W&B run id stored in one of two files, or a new id, which is written to the first."""
+    for path in (kept, done):
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
+    found = secrets.token_hex(4)
+    write_text(kept, found)
+    return found
+
+
+def _run_config(experiment: Experiment, seed: int | None) -> dict[str, Any]:
+    """Return a run's configuration: all options under ``experiment``, and the values that runs are grouped by."""
+    code = AUTO if experiment.code is None else experiment.code.matrix.tolist()
+    return {
+        "experiment": {**experiment.config_dict(seed), "code": code},
+        "network": experiment.network.name,
+        "seed": seed,
+        "samples_per_task": experiment.calibration.samples_per_task,
+        "num_experts": len(experiment.tasks),
+        "num_coded": 1 if experiment.code is None else experiment.code.num_coded,
+    }

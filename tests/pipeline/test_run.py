@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
+import coin.pipeline.plan_experts
 import coin.pipeline.run
-import coin.pipeline.work
 from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.files.atomic import sha256_of
@@ -430,7 +430,7 @@ def test_the_configuration_stays_that_of_the_results_until_there_are_others(
     def stop(*_: object) -> NoReturn:
         raise ConfigurationError("stopped")
 
-    monkeypatch.setattr(coin.pipeline.work, "make_trainer", stop)
+    monkeypatch.setattr(coin.pipeline.plan_experts, "make_trainer", stop)
     arguments = ["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=9"]
     assert main(arguments) == 2
     assert (copy / "seed-0/config.yaml").read_text() == before

@@ -276,7 +276,7 @@ def test_a_coded_model_is_logged_before_the_evaluation_reads_it(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("work.log_method", "the runs of the methods"), ("open_job.start_run", "the start of the run")],
+    [("plan.log_method", "the runs of the methods"), ("runner.start_run", "the start of the run")],
 )
 def test_runs_of_methods_that_failed_are_tried_again(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str

@@ -1,7 +1,6 @@
 """The training of one network on one task: the base, and the experts."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import ClassVar
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
 from coin.callbacks import ExpertExport, Weights
 from coin.core.choices import check_integer
@@ -22,6 +20,7 @@ from coin.files.atomic import hashes, write_text
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert
 from coin.networks import NetworkConfig, import_checkpoint, import_pretrained, initial_network, save_network
+from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
 from coin.pipeline.step import Context
 from coin.pipeline.steps.trainer import make_trainer
@@ -142,26 +141,18 @@ def write_initial(
     save_network(context.outputs[0], initial, network, classes, made)
 
 
-def import_network(context: Context, config: NetworkConfig, name: str, task: TaskData, given: Path) -> None:
-    """Write a task's expert from a file of weights that the user brings."""
-    _write_expert(context, import_checkpoint(config, task.num_classes, given), config, name, task, str(given), [given])
-
-
-def import_from_hub(
+def import_expert(
     context: Context, config: NetworkConfig, name: str, task: TaskData, place: str, initial: Path
 ) -> None:
-    """Write a task's expert from a folder or ID of Hugging Face's; see `coin.networks.import_pretrained`."""
-    network = import_pretrained(config, place, initial, task.zero_shot, name)
-    _write_expert(context, network, config, name, task, place, [initial])
-
-
-def _write_expert(
-    context: Context, network: nn.Module, config: NetworkConfig, name: str, task: TaskData, source: str,
-    read: Sequence[Path],
-) -> None:  # fmt: skip
-    provenance = {"made_by": "coin run", "source": source, "task": name, "classes": list(task.classes)}
-    described = {**provenance, "sha256": hashes(read), **({} if task.head is None else {"head": task.head})}
-    save_network(context.outputs[0], network, config, task.num_classes, described)
+    """Write a task's expert from the user's file of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
+    if place.startswith(PREFIX):
+        network, source, read = import_pretrained(config, place, initial, task.zero_shot, name), place, initial
+    else:
+        read = Path(place)
+        network, source = import_checkpoint(config, task.num_classes, read), str(read)
+    made = {"made_by": "coin run", "source": source, "task": name, "classes": list(task.classes)}
+    made |= {"sha256": hashes([read]), **({} if task.head is None else {"head": task.head})}
+    save_network(context.outputs[0], network, config, task.num_classes, made)
 
 
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:

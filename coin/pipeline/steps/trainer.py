@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import nn
 
 from coin.callbacks import LoggedProgress, RunProgress
+from coin.callbacks.fisher import estimate_statistic
 from coin.core.choices import renamed_option
 from coin.core.lightning import silence_lightning
 from coin.data import TaskData
@@ -26,7 +27,6 @@ from coin.evaluation.variants import Outcome
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.pipeline.steps.evaluate import record_evaluation
-from coin.pipeline.steps.statistics import estimate_over_tasks
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.tracking.settings import check_connection, logger_mode
@@ -204,6 +204,24 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path), network.state_dict().keys()), ckpt_path)
     return unwrap(network), model.config
+
+
+def estimate_over_tasks(
+    trainer: pl.Trainer, network: nn.Module, tasks: Tasks, options: StatisticOptions, path: Path, **provenance: Any
+) -> dict[str, float]:
+    """Start the Trainer's processes, and on them `estimate_statistic` over the tasks' calibration samples."""
+    launcher, start = trainer.strategy.launcher, trainer.strategy.setup_environment
+    start() if launcher is None else launcher.launch(start)
+    if trainer.local_rank == 0:
+        tasks.prepare_data()
+    trainer.strategy.barrier()
+    network.to(trainer.strategy.root_device)
+    samples, seed = tasks.samples_per_task, tasks.seed
+    costs = estimate_statistic(
+        trainer, network, tasks.calibration(), options, path, samples_per_task=samples, seed=seed, **provenance
+    )
+    network.cpu()
+    return costs
 
 
 def make_trainer(folder: Path, options: Mapping[str, Any], **fixed: Any) -> Trainer:

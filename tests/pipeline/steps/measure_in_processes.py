@@ -14,8 +14,7 @@ from coin.data import Digits
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
-from coin.pipeline.steps.statistics import estimate_over_tasks
-from coin.pipeline.steps.trainer import Trainer
+from coin.pipeline.steps.trainer import Trainer, estimate_over_tasks
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import StatisticOptions
 

@@ -5,7 +5,7 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.networks import build_network
-from coin.pipeline.steps.statistics import estimate_over_tasks
+from coin.pipeline.steps.trainer import estimate_over_tasks
 from coin.statistics import FisherKind, fisher_sums
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import StatisticOptions
