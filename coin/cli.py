@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from coin.commands import COMMANDS, ON_TRAINER
-from coin.commands.early import A_CLASS, check_early, known_classes, unknown
+from coin.commands.early import A_CLASS, check_early, unknown
 from coin.commands.safe import SAFE, VARIABLE, enforce
 from coin.commands.shipped import with_shipped
+from coin.commands.signatures import known_classes
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
 
 

@@ -12,8 +12,9 @@ import torch
 
 import coin
 from coin.commands import COMMANDS
-from coin.commands.early import check_early, known_options
+from coin.commands.early import check_early
 from coin.commands.shipped import SWEEPS, shipped, with_shipped
+from coin.commands.signatures import known_options
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
 

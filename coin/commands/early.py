@@ -11,43 +11,20 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from coin.commands.signatures import (
-    ROOT,
-    annotated,
     annotated_options,
     choices_of,
-    definition,
-    files_of_classes,
-    is_dataclass,
-    parameters,
+    known_classes,
+    known_networks,
+    known_options,
+    section_classes,
 )
 from coin.core.choices import did_you_mean
-from coin.core.lazy import exported
 from coin.errors import ConfigurationError, FileError
 from coin.files.packaged import how_to_install
 from coin.files.weights import names_a_file
 from coin.files.yaml import read_yaml
 
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
-_SYSTEM = [("commands/coded_system.py", "Choice")]
-_MACHINES = [*_SYSTEM, ("serving/sim/conditions.py", "Conditions")]
-_SOURCES = {
-    "run": [("pipeline/experiment.py", "Experiment")],
-    "merge": [("pipeline/steps/merge.py", "merge")],
-    "compress": [("pipeline/steps/compress.py", "compress_network")],
-    "export": [("pipeline/steps/export.py", "export")],
-    "serve": [("commands/serve.py", "serve"), *_SYSTEM],
-    "simulate": [("commands/simulate.py", "simulate"), *_MACHINES],
-    "advise": [("commands/advise.py", "advise"), *_MACHINES],
-    "fisher": [("pipeline/steps/trainer.py", "Trainer.fisher")],
-    "evaluate": [("pipeline/steps/trainer.py", "Trainer.evaluate")],
-}
-"""The functions and classes whose parameters are a command's options, by file; other commands start quickly."""
-_OF_TRAINER = {"trainer", "model", "data", "seed_everything"}
-_BESIDE = {"run": {"launch", "only", "dry-run", "dry_run"}, "fisher": _OF_TRAINER, "evaluate": _OF_TRAINER}
-"""Options beside these parameters."""
-_DATA = {"datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
-_SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
-"""Parameters that are no options themselves."""
 _UNLISTED = ("spares", "fisher_cotangents", "cotangents", "dry_run")
 """Old names, and second spellings."""
 _OF_A_FOLDER = ("report", "serve", "simulate", "advise")
@@ -99,9 +76,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         if path not in classes:
             raise ConfigurationError(unknown("class", path, classes, A_CLASS))
         _check_options(path, entry.get("init_args"), annotated_options(path))
-    _check_decoders(sections)
-    _check_network(sections)
-    _check_tasks_and_code(sections)
+    _check_values(sections)
     names = {str(name).partition(".")[0] for name in (*given, *(key for section in sections for key in section))}
     if "-h" in arguments or names & {"help", "print_config"}:
         return
@@ -119,10 +94,10 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
 
 def _check_entries(sections: Sequence[dict[str, Any]], command: str) -> None:
     """Raise ConfigurationError where methods are no list, or options of a class are not under init_args."""
-    for methods in (section["methods"] for section in sections if "methods" in section):
+    for methods in _given_at(sections, "methods"):
         if isinstance(methods, str | dict) and methods:
             raise ConfigurationError(f"found methods: {methods}, expected a list; write methods: [{methods}]")
-    for tasks in (section.get("tasks") for section in sections):
+    for tasks in _given_at(sections, "tasks"):
         if stray := [key for key in tasks if key in _OF_A_CLASS] if isinstance(tasks, dict) else []:
             raise ConfigurationError(f"found '{stray[0]}' as the name of a task; indent it under its task")
     for entry in _entries(sections, command):
@@ -135,7 +110,7 @@ def _check_entries(sections: Sequence[dict[str, Any]], command: str) -> None:
 
 def _check_sections(command: str, sections: Sequence[dict[str, Any]], given: Sequence[str]) -> None:
     """Raise ConfigurationError for an option that a section lacks, in a file or as ``--section.option``."""
-    for name, kind in _section_classes(command).items():
+    for name, kind in section_classes(command).items():
         known = annotated_options(kind)
         for option in given:
             first, _, rest = option.partition(".")
@@ -182,35 +157,30 @@ def _check_folders(sections: Sequence[dict[str, Any]]) -> None:
             raise FileError(f"{train} does not exist; expected images as {train}/CLASS/image.png; set root to {other}")
 
 
-def _check_decoders(sections: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigurationError for a decoder that does not exist, or whose options do not go together."""
-    for given in (section.get("decoders") for section in sections):
-        if isinstance(given, list):
+def _check_values(sections: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigurationError for a decoder, network, task of an expert or row of the code that is none."""
+    for decoders in _given_at(sections, "decoders"):
+        if isinstance(decoders, list):
             from coin.coding.decoder_config import distinct_decoders
 
-            distinct_decoders(given)
-
-
-def _check_network(sections: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigurationError for a name that is no network of coin or torchvision, and names no other source."""
+            distinct_decoders(decoders)
     name = _last(sections, "network", "name")
     if isinstance(name, str) and name and not set("./") & set(name) and name not in (known := known_networks()):
         expected = "small_resnet, small_vit, minilm, one of torchvision, timm/NAME, hf/FOLDER_OR_ID or a class's path"
         raise ConfigurationError(unknown("network.name", name, known, expected))
-
-
-def _mappings(sections: Sequence[dict[str, Any]], name: str) -> list[dict[Any, Any]]:
-    """Return a section wherever it is given."""
-    return [section[name] for section in sections if isinstance(section.get(name), dict)]
-
-
-def _last(sections: Sequence[dict[str, Any]], *names: str) -> Any:
-    """Return what is given last at a place, such as expert, checkpoints: it takes the place of what was before."""
-    *above, name = names
-    for each in above:
-        sections = _mappings(sections, each)
-    given = [section[name] for section in sections if name in section]
-    return given[-1] if given else None
+    tasks = {str(task) for each in _given_at(sections, "tasks") if isinstance(each, dict) for task in each}
+    for option in ("overrides", "checkpoints"):
+        given = _last(sections, "expert", option)
+        stray = sorted(set(map(str, given)) - tasks) if isinstance(given, dict) else []
+        if tasks and stray:
+            raise ConfigurationError(unknown("an expert of task", stray[0], sorted(tasks)))
+    code = _last(sections, "code")
+    for row in code if isinstance(code, list) else ():
+        numbers = isinstance(row, list) and all(isinstance(weight, int | float) for weight in row)
+        if numbers and (min(row, default=-1) < 0 or abs(sum(row) - 1) > 1e-6):
+            raise ConfigurationError(
+                f"found code row {row}, whose sum is {sum(row):g}, expected non-negative weights that sum to 1"
+            )
 
 
 def _check_files(command: str, sections: Sequence[dict[str, Any]]) -> None:
@@ -226,41 +196,6 @@ def _check_files(command: str, sections: Sequence[dict[str, Any]]) -> None:
     for key, path in named.items():
         if isinstance(path, str) and not path.startswith("hf/") and not Path(path).is_file():
             raise FileError(f"found no file '{path}', expected {key}; check the path")
-
-
-def _check_tasks_and_code(sections: Sequence[dict[str, Any]]) -> None:
-    """Raise ConfigurationError for an option of a task that does not exist, or a row of the code that is none."""
-    tasks = {str(task) for each in _mappings(sections, "tasks") for task in each}
-    for name in ("overrides", "checkpoints"):
-        given = _last(sections, "expert", name)
-        named = set(map(str, given)) if isinstance(given, dict) else set()
-        if tasks and (stray := sorted(named - tasks)):
-            raise ConfigurationError(unknown("an expert of task", stray[0], sorted(tasks)))
-    code = _last(sections, "code")
-    for row in code if isinstance(code, list) else ():
-        numbers = isinstance(row, list) and all(isinstance(weight, int | float) for weight in row)
-        if numbers and (min(row, default=-1) < 0 or abs(sum(row) - 1) > 1e-6):
-            raise ConfigurationError(
-                f"found code row {row}, whose sum is {sum(row):g}, expected non-negative weights that sum to 1"
-            )
-
-
-def known_networks() -> list[str]:
-    """Return the names of coin's own networks and of torchvision's classifiers, as the sources say."""
-    (torchvision,) = find_spec("torchvision").submodule_search_locations  # type: ignore[union-attr, misc]
-    texts = [path.read_text(encoding="utf-8") for path in Path(torchvision, "models").glob("*.py")]
-    registered = re.compile(r"@register_model\(\)\n(?:@.*\n)*def (\w+)")
-    return ["small_resnet", "small_vit", "minilm", *(name for text in texts for name in registered.findall(text))]
-
-
-def known_options(command: str) -> set[str]:
-    """Return the options of a command, or the sections that begin them; none where its parser starts quickly."""
-    options = {name for file, owner in _SOURCES.get(command, []) for name in parameters(ROOT / file, owner)}
-    if command in ("fit", "validate", "test", "predict"):
-        (lightning,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
-        file = Path(lightning) / "pytorch/trainer/trainer.py"
-        options = _OF_TRAINER.union(parameters(file, f"Trainer.{command}"))
-    return (options | _BESIDE.get(command, set())) - _SUPPLIED
 
 
 def config_file(arguments: Sequence[str], place: int) -> Path | None:
@@ -288,12 +223,6 @@ def _listed(known: Sequence[str]) -> list[str]:
     return [each for each in known if each.lstrip("-").rpartition(".")[2] not in _UNLISTED]
 
 
-def known_classes() -> list[str]:
-    """Return the names of coin's tasks, methods and modules."""
-    rooms = "data", "merging", "distillation", "modules"
-    return [name for room in rooms for name in exported(ROOT / room / "__init__.py")]
-
-
 def _with_given(command: str, arguments: Sequence[str], documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the documents and what a command line itself says: ``--expert.lr=1`` is a section ``{expert: {lr: 1}}``.
 
@@ -310,24 +239,27 @@ def _with_given(command: str, arguments: Sequence[str], documents: Sequence[dict
             given = [given]
         for depth in range(len(keys), 0, -1):
             given = {keys[depth - 1]: given}
-            if keys[depth - 1] == "init_args" and (known := _class_at(sections, keys[: depth - 1])):
-                given["class_path"] = known
+            if keys[depth - 1] == "init_args":
+                before = _given_at(sections, *keys[: depth - 1])
+                classes = [each.get("class_path") if isinstance(each, dict) else each for each in before]
+                if known := [each for each in classes if isinstance(each, str)]:
+                    given["class_path"] = known[-1]
         of_last = len(keys) > 1 and keys[0] in ("methods", "methods+")  # --methods.target is of the last method
         if isinstance(given, dict) and name.startswith("-") and not of_last:
             sections.append(given)
     return sections
 
 
-def _class_at(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> str | None:
-    """Return the class that is given last at a place, such as ``tasks.mnist``."""
-    found = None
-    for document in documents:
-        section: Any = document
-        for key in keys:
-            section = section.get(key) if isinstance(section, dict) else None
-        section = section.get("class_path") if isinstance(section, dict) else section
-        found = section if isinstance(section, str) else found
-    return found
+def _given_at(sections: Iterable[Any], *names: str) -> list[Any]:
+    """Return all that is given at a place, such as expert, checkpoints."""
+    for name in names:
+        sections = [section[name] for section in sections if isinstance(section, dict) and name in section]
+    return list(sections)
+
+
+def _last(sections: Iterable[Any], *names: str) -> Any:
+    """Return what is given last at a place: it takes the place of what was before."""
+    return next(reversed(_given_at(sections, *names)), None)
 
 
 def _entries(sections: Iterable[dict[str, Any]], command: str) -> Iterator[dict[str, Any]]:
@@ -344,14 +276,3 @@ def _entries(sections: Iterable[dict[str, Any]], command: str) -> Iterator[dict[
         ):
             if entry is not None:
                 yield entry if isinstance(entry, dict) else {"class_path": entry}
-
-
-def _section_classes(command: str) -> dict[str, str]:
-    """Return the options of a command that are dataclasses, with their classes' names, as the source says."""
-    found, files = {"launch": "Launch"} if command == "run" else {}, files_of_classes()
-    for file, owner in _SOURCES.get(command, []):
-        for name, annotation in annotated(definition(ROOT / file, owner)).items():
-            kind = annotation.removesuffix(" | None")
-            if kind in files and is_dataclass(definition(files[kind], kind)):
-                found[name] = kind
-    return found

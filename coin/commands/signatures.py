@@ -1,21 +1,76 @@
-"""What classes and functions of coin take, read from the source: importing them takes seconds."""
+"""What commands, classes and functions of coin take, read from the source: importing them takes seconds."""
 
 import ast
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import coin
+from coin.commands import ON_TRAINER
+from coin.core.lazy import exported
 
 ROOT = Path(coin.__file__).parent
+_SYSTEM = [("commands/coded_system.py", "Choice")]
+_MACHINES = [*_SYSTEM, ("serving/sim/conditions.py", "Conditions")]
+_SOURCES = {
+    "run": [("pipeline/experiment.py", "Experiment")],
+    "merge": [("pipeline/steps/merge.py", "merge")],
+    "compress": [("pipeline/steps/compress.py", "compress_network")],
+    "export": [("pipeline/steps/export.py", "export")],
+    "serve": [("commands/serve.py", "serve"), *_SYSTEM],
+    "simulate": [("commands/simulate.py", "simulate"), *_MACHINES],
+    "advise": [("commands/advise.py", "advise"), *_MACHINES],
+    "fisher": [("pipeline/steps/trainer.py", "Trainer.fisher")],
+    "evaluate": [("pipeline/steps/trainer.py", "Trainer.evaluate")],
+}
+"""The functions and classes whose parameters are a command's options, by file; other commands start quickly."""
+_OF_TRAINER = {"trainer", "model", "data", "seed_everything"}
+_BESIDE = {"run": {"launch", "only", "dry-run", "dry_run"}, **dict.fromkeys(ON_TRAINER, _OF_TRAINER)}
+"""Options beside these parameters."""
+_LOADERS = {"datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
+_SUPPLIED = {*_LOADERS, "configuration", "conditions", "choice"}
+"""Parameters that are no options themselves."""
+
+
+def known_networks() -> list[str]:
+    """Return the names of coin's own networks and of torchvision's classifiers, as the sources say."""
+    (torchvision,) = find_spec("torchvision").submodule_search_locations  # type: ignore[union-attr, misc]
+    texts = [path.read_text(encoding="utf-8") for path in Path(torchvision, "models").glob("*.py")]
+    registered = re.compile(r"@register_model\(\)\n(?:@.*\n)*def (\w+)")
+    return ["small_resnet", "small_vit", "minilm", *(name for text in texts for name in registered.findall(text))]
+
+
+def known_options(command: str) -> set[str]:
+    """Return the options of a command, or the sections that begin them; none where its parser starts quickly."""
+    sources = [(ROOT / file, owner) for file, owner in _SOURCES.get(command, [])]
+    if command in ("fit", "validate", "test", "predict"):
+        (lightning,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
+        sources = [(Path(lightning, "pytorch/trainer/trainer.py"), f"Trainer.{command}")]
+    options = {name for file, owner in sources for name in annotated(definition(file, owner))}
+    return (options | _BESIDE.get(command, set())) - _SUPPLIED
+
+
+def known_classes() -> list[str]:
+    """Return the names of coin's tasks, methods and modules."""
+    rooms = "data", "merging", "distillation", "modules"
+    return [name for room in rooms for name in exported(ROOT / room / "__init__.py")]
+
+
+def section_classes(command: str) -> dict[str, str]:
+    """Return the options of a command that are dataclasses, with their classes' names, as the source says."""
+    found, files = {"launch": "Launch"} if command == "run" else {}, files_of_classes()
+    for file, owner in _SOURCES.get(command, []):
+        for name, annotation in annotated(definition(ROOT / file, owner)).items():
+            kind = annotation.removesuffix(" | None")
+            if kind in files and is_dataclass(definition(files[kind], kind)):
+                found[name] = kind
+    return found
 
 
 def annotated_options(name: str) -> dict[str, str]:
-    """Return the options of one of coin's classes, those of its bases too, and their annotations, as the source says.
-
-    None if the source does not say it.
-    """
+    """Return the options of one of coin's classes with their annotations; none where the source does not say them."""
     if name not in (files := files_of_classes()):
         return {}
     found = definition(files[name], name)
@@ -92,8 +147,3 @@ def annotated(found: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
         pairs = [(each.arg, each.annotation) for each in (*init.args.args, *init.args.kwonlyargs)]
     kept = [(name, annotation) for name, annotation in pairs if name != "self" and not name.startswith("_")]
     return {name: "" if annotation is None else ast.unparse(annotation) for name, annotation in kept}
-
-
-def parameters(file: Path, name: str) -> list[str]:
-    """Return the parameters of a function, a method ``Class.method`` or a class, as the source says."""
-    return list(annotated(definition(file, name)))

@@ -16,8 +16,8 @@ import coin.modules
 from coin.cli import _options_of
 from coin.commands import ON_TRAINER, sweep
 from coin.commands.coded_system import Choice
-from coin.commands.early import check_early, known_classes, known_networks, known_options
-from coin.commands.signatures import annotated_options
+from coin.commands.early import check_early
+from coin.commands.signatures import annotated_options, known_classes, known_networks, known_options
 from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
 from coin.networks.sources import Own
