@@ -20,11 +20,7 @@ class CommandFailedError(CoinError):
 class Command:
     """A ``coin`` command as a subprocess, or as a callable for submitit and Ray; its output is appended to `log`.
 
-    Args:
-        name: What it does, for a person.
-        arguments: The command's arguments.
-        log: The file of its output.
-        variables: Environment variables beside those of this process.
+    `name` says what it does, for a person; `variables` are environment variables beside those of this process.
     """
 
     def __init__(

@@ -40,12 +40,7 @@ def run_commands(
 ) -> list[C]:
     """Run commands, several at a time, wait for all of them, and return those that failed.
 
-    Args:
-        commands: The commands.
-        launch: Where, and how many at a time.
-        folder: The folder for submitit's own files.
-        on_success: Called with every command that succeeded.
-        share_gpus: Whether each worker of this machine sees its share of the GPUs only.
+    `folder` is for submitit's own files; with `share_gpus` each worker of this machine sees its share of the GPUs only.
 
     Raises:
         ConfigurationError: submitit, SLURM or Ray is missing, or refuses an option.
@@ -74,18 +69,11 @@ def worker_environments(workers: int, share_gpus: bool = True) -> list[dict[str,
 
 
 def _run_side_by_side(
-    commands: Sequence[C],
-    environments: Sequence[Mapping[str, str]],
-    on_success: Callable[[C], None],
+    commands: Sequence[C], environments: Sequence[Mapping[str, str]], on_success: Callable[[C], None]
 ) -> list[C]:
-    """Run commands on this machine in order, wait for all of them, and return those that failed.
+    """Run commands on this machine, one in each environment at a time; they end with this process.
 
-    The subprocesses end with this process. Call it from the main thread: Python delivers signals only there.
-
-    Args:
-        commands: The commands.
-        environments: One per concurrent process; running commands never share one.
-        on_success: Called with every command that succeeded.
+    Call it from the main thread: Python delivers signals only there.
     """
     waiting, failed = list(commands), []
     running: dict[int, tuple[C, subprocess.Popen[bytes], float]] = {}

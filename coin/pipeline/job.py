@@ -28,12 +28,8 @@ class Artifacts:
 class JobConfig:
     """The W&B run and the CSV logs of one or several steps; equal ones are one run.
 
-    Args:
-        type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
-        name: The task, method or statistic.
-        seed: The seed; None for a run that all seeds share.
-        tags: Tags of the W&B run.
-        config: Further entries of the run's configuration.
+    `type` is ``expert``, ``fisher``, ``method`` or ``evaluate``, `name` the task, method or statistic; the seed is None
+    for a run that all seeds share. `config` adds to the run's configuration.
     """
 
     type: str

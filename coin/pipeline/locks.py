@@ -33,13 +33,9 @@ def shared_step_lock(step: Step, key: str) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
-    """Lock a folder during the block.
+    """Lock a folder during the block; if `patient`, wait while another process holds the lock.
 
     Child processes do not inherit the lock. On a file system without locks there is a warning instead.
-
-    Args:
-        folder: The folder.
-        patient: Whether to wait while another process holds the lock.
 
     Raises:
         ConfigurationError: Another process works in the folder.

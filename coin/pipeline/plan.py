@@ -13,7 +13,7 @@ from coin.pipeline.plan_experts import code_step, expert_step, statistic_files, 
 from coin.pipeline.seed_files import SeedFiles
 from coin.pipeline.step import Context, Step, by_stem
 from coin.pipeline.steps.code import AUTO
-from coin.pipeline.steps.compress import compress_files
+from coin.pipeline.steps.compress import compress_file
 from coin.pipeline.steps.distill import Training
 from coin.pipeline.steps.layers import compare_layers
 from coin.pipeline.steps.merge import coded_name, make_coded_models
@@ -107,12 +107,17 @@ def layers_step(files: SeedFiles) -> Step:
 def replicas_step(files: SeedFiles, compression: Compression) -> Step:
     """Return the step that compresses every expert."""
     paths = files.replica_paths(compression)
+
+    def compress(_: Context) -> None:
+        for network, output in zip(files.expert_paths, paths, strict=False):  # after these may stand the 8-bit base
+            compress_file(network, output, files.initial, compression)
+
     return Step(
         f"replicas-{compression.name}",
         files.folder,
         f"replicas of {compression.name}",
         "compressing",
-        lambda _: compress_files(files.expert_paths, paths, files.initial, compression),
+        compress,
         options={"compression": compression},
         inputs=[*files.expert_paths, files.initial],
         outputs=paths,

@@ -106,14 +106,11 @@ def _flat(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def reused_status(step: Step) -> Status:
     """Return a step's status; outputs of a shared step that another point of the sweep has are linked first."""
     status = status_of(step)
-    return status if status.is_current or not reuse_from_sweep(step) else Status("", status.seconds)
+    return status if status.is_current or not _reuse_from_sweep(step) else Status("", status.seconds)
 
 
-def reuse_from_sweep(step: Step) -> bool:
-    """Link the outputs of another point of the sweep that has finished the step; return whether there is one.
-
-    This is safe because the key is a hash of all inputs of the step.
-    """
+def _reuse_from_sweep(step: Step) -> bool:
+    """Link the outputs of another point of the sweep that has finished the step; return whether there is one."""
     sweep = sweep_of(step.folder.parent)
     if sweep is None or not step.shared or not all(path.is_file() for path in step.inputs):
         return False
@@ -133,13 +130,7 @@ def reuse_from_sweep(step: Step) -> bool:
 
 
 def record_step(step: Step, inputs: Inputs, seconds: float | None = None) -> None:
-    """Record that the step is finished.
-
-    Args:
-        step: The step; its outputs are there.
-        inputs: Its inputs as they were when it began.
-        seconds: How long it took.
-    """
+    """Record that the step is finished, with its inputs as they were when it began and the seconds that it took."""
     record = {
         "key": inputs.key,
         "outputs": _contents(step.folder, step.outputs),

@@ -86,12 +86,7 @@ def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
 def run_step(experiment: Experiment, name: str) -> None:
     """Run one step for every seed, and the steps that it depends on; wait for other commands that run them.
 
-    Args:
-        experiment: The experiment.
-        name: The step's name in the plan, or a task, for the step of its expert.
-
-    Raises:
-        ConfigurationError: There is no such step.
+    `name` is the step's in the plan, or a task's, for the step of its expert; a ConfigurationError if there is none.
     """
     known = {step.name for step in _steps(experiment)}
     step = name if name in known else f"expert-{name}"

@@ -43,10 +43,8 @@ def _claim(step: Step, locks: ExitStack, *, patient: bool) -> tuple[Inputs, floa
 class Runner:
     """Runs steps one after the other; with several processes, all of them call it with the same steps.
 
-    Args:
-        experiment: The experiment.
-        patient: Whether to wait for other commands that run the same steps, as a process that runs one step does.
-        total: How many steps all calls have together, for their numbers; by default each call counts its own.
+    If `patient`, it waits for other commands that run the same steps, as a process that runs one step does. `total` is
+    how many steps all calls have together, for their numbers; by default each call counts its own.
     """
 
     def __init__(self, experiment: Experiment, *, patient: bool = False, total: int | None = None) -> None:
@@ -162,13 +160,8 @@ def open_job(experiment: Experiment, config: JobConfig, *, again: bool = False) 
     """Yield a job with its loggers: CSV files in its ``logs`` folder, and a W&B run in the experiment's group.
 
     All W&B runs of a seed are in ``runs/NAME/seed-K/wandb``, so that one ``wandb sync`` uploads them. An interrupted
-    job resumes its run, whose id is stored in its folder. Several jobs may run at once. An agent of a W&B sweep logs to
-    one run, the evaluation's.
-
-    Args:
-        experiment: The experiment.
-        config: What the job is.
-        again: Whether a finished job resumes its run.
+    job resumes its run, whose id is stored in its folder; `again`: a finished one too. Several jobs may run at once. An
+    agent of a W&B sweep logs to one run, the evaluation's.
     """
     seed, name = config.seed, config.name
     home, folder = _folders(experiment, config)

@@ -20,14 +20,7 @@ Measures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Context:
-    """What a step is given when it runs.
-
-    Args:
-        key: The step's key, a hash of its inputs.
-        outputs: The files to write.
-        trainer: The experiment's ``trainer`` section.
-        job: The open job with its loggers; None for a step without one.
-    """
+    """What a step is given when it runs: its key, its files to write, the ``trainer`` section and the open job."""
 
     key: str
     outputs: Sequence[Path] = ()

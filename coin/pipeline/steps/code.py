@@ -37,16 +37,9 @@ class SeedCode:
 
 
 def read_code(option: Any, num_experts: int) -> Code | None:
-    """Return the code for an experiment's option `code`; None for `AUTO`.
+    """Return the code for an experiment's option `code` and N experts; None for `AUTO`.
 
-    Args:
-        option: None for one coded model with equal weights, a number R for the predefined code of R coded models
-            (`coin.coding.convex`), R rows of N weights, or ``auto``.
-        num_experts: N.
-
-    Raises:
-        CoinError: The option is none of these, is for another number of experts, or cannot decode every erasure of R
-            experts.
+    Raises CoinError if the option is no code, is for another number of experts, or cannot decode every erasure of R.
     """
     if option == AUTO:
         return None
@@ -72,13 +65,8 @@ def candidate_codes(num_experts: int) -> list[Code]:
     resolution = num_experts
     while resolution < _CANDIDATES + 1 and math.comb(resolution, num_experts - 1) <= _CANDIDATES:
         resolution += 1
-    first = uniform(num_experts)
-    grid = [
-        code
-        for code in simplex_codes(num_experts, resolution)
-        if not torch.allclose(code.matrix, first.matrix, rtol=0, atol=1e-9)
-    ]
-    return [first, *grid]
+    first, grid = uniform(num_experts), simplex_codes(num_experts, resolution)
+    return [first, *(each for each in grid if not torch.allclose(each.matrix, first.matrix, rtol=0, atol=1e-9))]
 
 
 def choose_weights(
@@ -88,11 +76,7 @@ def choose_weights(
 
     The residual of a candidate β is the root mean square of f̄(β) − Σ_i β_i f_i over samples and logits, where f̄(β) is
     the β-average of the experts (`coin.merging.Average` with its BatchNorm policy); `coin.coding.choose_code`
-    multiplies it by the code's worst noise amplification.
-
-    Args:
-        networks: The N experts, with equally many outputs.
-        calibrations: Each task's calibration samples; at most `SAMPLES` of each are used.
+    multiplies it by the code's worst noise amplification. At most `SAMPLES` samples of each task are used.
 
     Returns:
         The code, the scores of all candidates, and the forward-equivalents spent.

@@ -1,7 +1,6 @@
 """The compression step: a network's file in, its packed delta from a base's as a file out."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA
@@ -32,12 +31,6 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     packed = compress_as(compression, file.network, beside)
     metadata["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
     save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)
-
-
-def compress_files(networks: Sequence[Path], outputs: Sequence[Path], base: Path, compression: Compression) -> None:
-    """Compress several networks' files; after their outputs may stand that of the 8-bit base."""
-    for network, output in zip(networks, outputs, strict=False):
-        compress_file(network, output, base, compression)
 
 
 def compress_network(

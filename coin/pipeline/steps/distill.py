@@ -16,14 +16,9 @@ from coin.pipeline.steps.trainer import make_trainer
 
 @dataclass
 class Training:
-    """Trains coded models, for the methods that train; in place of `coin.distillation.training.MemoryTraining`.
+    """Trains coded models, in place of `coin.distillation.training.MemoryTraining`.
 
-    Args:
-        tasks: The tasks with P calibration samples each.
-        folder: The folder for logs.
-        seed: The seed of the samples' order, for methods that do not set one.
-        options: The experiment's ``trainer`` section.
-        loggers: The loggers of the final run.
+    `options` is the experiment's ``trainer`` section; the loggers are those of the final run.
     """
 
     tasks: Tasks
@@ -47,9 +42,8 @@ class Training:
 
     def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
         """Run the experiment's Trainer."""
-        seed = module.hparams["seed"]
-        batch_size = module.hparams["batch_size"]
-        data = Tasks(self.tasks.tasks, module.hparams["samples_per_task"], batch_size, held_out, seed)
+        samples, batch_size, seed = (module.hparams[name] for name in ("samples_per_task", "batch_size", "seed"))
+        data = Tasks(self.tasks.tasks, samples, batch_size, held_out, seed)
         loggers = False if held_out else list(self.loggers) or False
         trainer = make_trainer(self.folder, self.options, logger=loggers, **options)
         seed_everything(seed, workers=True, verbose=False)

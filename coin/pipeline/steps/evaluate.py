@@ -30,6 +30,12 @@ from coin.tracking.settings import logging_only
 WEAK = 0.2
 """How much of the way from chance to being always right an expert has to be."""
 
+_MEASURED = (
+    *("decoder", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"),
+    *("decoder_seconds", "decoder_passes", "memory_mib", "forwards", "losses"),
+)
+"""What a row of the results has of an outcome, under the same names."""
+
 
 def record_evaluation(
     model: DecodingEvaluator,
@@ -39,30 +45,19 @@ def record_evaluation(
     configuration: Mapping[str, Any] | None,
     loggers: Sequence[Logger],
 ) -> None:
-    """Write the results of an evaluation.
+    """Write what an evaluator has measured on tasks to a folder, and log the same numbers to the W&B loggers.
 
-    Args:
-        model: The evaluator, after its run.
-        tasks: The tasks that it ran on.
-        folder: The folder for ``results.csv``, ``results.json`` and the other files.
-        name: The experiment's name in the results.
-        configuration: The configuration that ``results.json`` holds beside the code.
-        loggers: The W&B loggers among them get the same numbers.
+    `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
     rows = result_rows(model.outcomes, name, tasks.seed, tasks.samples_per_task)
-    confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
+    pairs = list(zip(rows, model.outcomes, strict=True))
+    confusions = {confusion_key(row): outcome.confusion for row, outcome in pairs}
     code = model.code.matrix.tolist()
     replicas = {replica.variant.method: replica.variant for replica in model.replicas}
     methods = [
-        {
-            "label": variant.method,
-            "method": variant.kind,
-            "batchnorm": variant.batchnorm,
-            "row": row,
-            "chosen": chosen,
-        }
-        for variant in [*model.variants, *replicas.values()]
-        for row, chosen in enumerate(variant.chosen)
+        {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm, "row": row, "chosen": chosen}
+        for each in [*model.variants, *replicas.values()]
+        for row, chosen in enumerate(each.chosen)
     ]
     size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20
     configuration = {"tasks": list(model.tasks), "code": code, "network_mib": size, **(configuration or {})}
@@ -75,22 +70,19 @@ def record_evaluation(
     write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
-    risk = pd.DataFrame(
-        [
-            {**{key: getattr(row, key) for key in KEYS}, **point._asdict()}
-            for row, outcome in zip(rows, model.outcomes, strict=True)
-            for point in outcome.risk
-        ],
-        columns=list(RISK_COLUMNS),
-    )
+    points = [_keys_of(row) | point._asdict() for row, outcome in pairs for point in outcome.risk]
+    risk = pd.DataFrame(points, columns=list(RISK_COLUMNS))
     write_risk(folder, risk)
-    samples = {confusion_key(row): each.samples for row, each in zip(rows, model.outcomes, strict=True) if each.risk}
-    write_archive(folder / RISK_NPZ, samples)
-    kept = [_kept_promise(row, outcome) for row, outcome in zip(rows, model.outcomes, strict=True) if outcome.promise]
+    write_archive(folder / RISK_NPZ, {confusion_key(row): each.samples for row, each in pairs if each.risk})
+    kept = [_kept_promise(row, outcome) for row, outcome in pairs if outcome.promise]
     write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))
     for run in runs:
         with logging_only("the evaluation"):
             log_evaluation(run, rows, confusions, examples, classes, risk)
+
+
+def _keys_of(row: Row) -> dict[str, Any]:
+    return {key: getattr(row, key) for key in KEYS}
 
 
 def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int], *, images: bool) -> None:
@@ -113,7 +105,7 @@ def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
     assert promise is not None
     threshold = math.nan if promise.threshold is None else promise.threshold
     accepted = risk <= np.float32(threshold)
-    return {key: getattr(row, key) for key in KEYS} | {
+    return _keys_of(row) | {
         **{name: getattr(promise, name) for name in ("alpha", "confidence", "samples", "needed")},
         "threshold": threshold,
         "promised": promise.coverage,
@@ -130,23 +122,12 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
             seed=seed,
             method=outcome.variant.method,
             batchnorm=outcome.variant.batchnorm,
-            decoder=outcome.decoder,
             code_row="+".join(str(row) for row in range(len(outcome.variant.networks))),
             erased="+".join(outcome.erased),
-            task=outcome.task,
             samples_per_task=outcome.variant.samples_per_task or samples_per_task,
-            expert_accuracy=outcome.expert_accuracy,
-            decoded_accuracy=outcome.decoded_accuracy,
-            nda=outcome.nda,
-            agreement=outcome.agreement,
-            residual=outcome.residual,
             merge_seconds=outcome.variant.seconds,
             merge_passes=outcome.variant.passes,
-            decoder_seconds=outcome.decoder_seconds,
-            decoder_passes=outcome.decoder_passes,
-            memory_mib=outcome.memory_mib,
-            forwards=outcome.forwards,
-            losses=outcome.losses,
+            **{name: getattr(outcome, name) for name in _MEASURED},
         )
         for outcome in outcomes
     ]

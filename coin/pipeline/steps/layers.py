@@ -42,13 +42,8 @@ def _tell_how_far_apart(experts: Sequence[State], head: str) -> None:
 def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, StatisticPaths]) -> None:
     """Write for every coded model and layer its share of Fisher mass and its distance to the experts.
 
-    Without a coded model the file is removed. Says how far the experts are apart (`coin.merging.target.spread`), and
-    warns where they are as far apart as networks that have no start in common.
-
-    Args:
-        output: ``layers.csv``.
-        files: The experts.
-        coded: The statistics that a coded model was made from, by its file.
+    `coded` has the statistics that a coded model was made from, by its file; without any the file is removed. Says how
+    far the experts are apart, and warns where they are as far apart as networks that have no start in common.
     """
     if not coded:
         output.unlink(missing_ok=True)

@@ -26,12 +26,7 @@ def make_coded_models(
 ) -> list[Path]:
     """Make the coded models of one method, one per row of the code, write them, and return their files.
 
-    Args:
-        method: The method with its options.
-        choice: The code, R×N, and the cost of choosing it, which is added to the coded models' cost.
-        experts: The experts in files, their statistics and calibration data.
-        folder: The folder for the files (`coded_paths`) and an 8-bit base (`coin.networks.int8_path`).
-        samples_per_task: P, recorded in the files.
+    The cost of choosing the code is added to the coded models' cost; P, `samples_per_task`, is recorded in the files.
 
     Raises:
         ConfigurationError: An input that the method needs is missing.

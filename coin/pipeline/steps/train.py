@@ -66,16 +66,8 @@ def train_network(
 ) -> None:
     """Train one network on one task and write it as a safetensors file, with checkpoints in the same folder.
 
-    An interrupted run resumes from its last complete epoch, if the step's key is the same.
-
-    Args:
-        context: The step's key, its output, the Trainer's options and the loggers of losses and accuracies.
-        config: The training options, and ``weights`` of `coin.pipeline.config.ExpertConfig`.
-        network: The network to train.
-        task: The task.
-        seed: The seed of the samples' order and of dropout.
-        name: The task's name; none for the base's.
-        initial: The shared initialisation's file; None starts from the network's own weights.
+    An interrupted run resumes from its last complete epoch, if the step's key is the same. The seed is that of the
+    samples' order and of dropout. The base has no `name`, and no `initial`: it starts from the network's own weights.
     """
     (output,) = context.outputs
     on_rank_zero(task.prepare_data)
@@ -126,14 +118,9 @@ def train_network(
 def write_initial(
     context: Context, network: NetworkConfig, classes: int, wider: Path | None, checkpoint: Path | None
 ) -> None:
-    """Write the shared initialisation for a number of classes.
+    """Write the shared initialisation for a number of classes, by default with the network's own weights.
 
-    Args:
-        context: The step's output.
-        network: The network.
-        classes: The number of outputs.
-        wider: The file of the initialisation with the most classes, whose body this one shares.
-        checkpoint: The pretrained weights; None takes the network's own.
+    Its body is that of `wider`, the file of the initialisation with the most classes.
     """
     initial = initial_network(network, classes, checkpoint, wider=wider)
     read = hashes(each for each in (checkpoint, wider, network.weights_file) if each)

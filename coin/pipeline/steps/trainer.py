@@ -248,10 +248,7 @@ def join_processes(folder: Path, options: dict[str, Any]) -> None:
     """Set up the process group for the Trainer's options, before the first step.
 
     Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
-
-    Raises:
-        ConfigurationError: The experiment's ``trainer`` section has an option fixed by the steps, or does not fit the
-            running processes.
+    Raises ConfigurationError if the section has an option fixed by the steps, or does not fit the running processes.
     """
     if taken := next(iter(options.keys() & _DECIDED.keys()), None):
         raise ConfigurationError(f"found trainer.{taken}, which each step sets itself; {_DECIDED[taken]}")
