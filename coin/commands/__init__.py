@@ -1,4 +1,4 @@
-"""The commands: one module each, whose ``main`` takes the command's arguments; `coin.cli` imports it on use."""
+"""The commands: modules whose ``main`` takes the arguments; `coin.cli` imports them on use."""
 
 COMMANDS = {
     "run": "Run a whole experiment, resumably.",
@@ -20,4 +20,6 @@ COMMANDS = {
 }
 """The commands and what they do. Those of the Trainer are LightningCLI's, the others functions of `coin.commands`."""
 
+ON_FILES = {"merge": "merge", "compress": "compress_network", "export": "export"}
+"""Commands that are a function of a step of the pipeline, and its name there."""
 ON_TRAINER = ("fit", "validate", "test", "predict", "fisher", "evaluate")

@@ -1,7 +1,8 @@
 """``coin run``: a whole experiment."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 
@@ -16,31 +17,21 @@ from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary, results_console, rich_table, seconds
 
 
-@dataclass(frozen=True)
-class _Options:
-    experiment: Experiment
-    launch: Launch
-    only: str | None
-    json: bool
-    dry_run: bool
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
-    options = _read(arguments)
-    experiment = options.experiment
-    if options.dry_run:
-        _print_plan(experiment, options.launch, options.json)
-        check_launch(options.launch, experiment.layout.submitit)
+    experiment, options = _read(arguments)
+    if options["dry_run"]:
+        _print_plan(experiment, options["launch"], options["json"])
+        check_launch(options["launch"], experiment.layout.submitit)
         return
-    if options.only is not None:
-        run_step(experiment, options.only)
+    if options["only"] is not None:
+        run_step(experiment, options["only"])
         return
-    summary = run_experiment(experiment, options.launch)
+    summary = run_experiment(experiment, options["launch"])
     page = experiment.folder / REPORT_HTML
     if not is_rank_zero():
         return
-    if options.json:
+    if options["json"]:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
     else:
         print_summary(summary)
@@ -52,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:
     """Return the experiment that the arguments of ``coin run`` describe."""
-    return _read(arguments).experiment
+    return _read(arguments)[0]
 
 
 def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
@@ -99,7 +90,8 @@ def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
         print(f"elsewhere: {where}")
 
 
-def _read(arguments: Sequence[str]) -> _Options:
+def _read(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
+    """Return the experiment, and the options beside it."""
     parser = command_parser("run")
     parser.add_class_arguments(Experiment)
     parser.add_class_arguments(Launch, "launch")
@@ -116,5 +108,5 @@ def _read(arguments: Sequence[str]) -> _Options:
     )
     add_json_argument(parser)
     options = parsed(parser, arguments)
-    given = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
-    return _Options(Experiment(**options), **given)
+    beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
+    return Experiment(**options), beside
