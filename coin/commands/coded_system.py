@@ -53,18 +53,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class CodedSystem:
-    """A coded system of one seed.
-
-    Attributes:
-        folder: The seed's folder.
-        experts: The experts, in the order of the code.
-        coded: The coded models' files, in the order of the code's rows.
-        code: The code.
-        method: The merge method's label in the results.
-        batchnorm: Its BatchNorm policy.
-        decoder: The decoder.
-        results: Its results in all seeds.
-    """
+    """A coded system of one seed, with experts and coded models in the code's order, and its results in all seeds."""
 
     folder: Path
     experts: ExpertFiles
@@ -109,11 +98,7 @@ class CodedSystem:
 
     @property
     def tokenizer(self) -> str | None:
-        """The tokenizer of a system for texts; None for images and for the packaged encoder.
-
-        Raises:
-            ConfigurationError: Tasks have different tokenizers; a front end needs one for all.
-        """
+        """The tokenizer of all tasks of a system for texts; None for images and for the packaged encoder."""
         if self.experts.config.reads != "texts":
             return None
         found = {getattr(task, "tokenizer", None) for task in self._described().values()}
@@ -160,10 +145,9 @@ class CodedSystem:
         return self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
 
     def fitted_decoders(self) -> list[Decoder]:
-        """Return the decoders for every erasure that the code can decode, fitted as in the evaluation.
+        """Return the decoders for every erasure, fitted as in the evaluation, and stored in the seed's folder.
 
-        A decoder that needs no survivor is fitted once, for all experts. Fitted decoders are stored in the seed's
-        folder, with their inputs.
+        A decoder that needs no survivor is fitted once, for all experts.
         """
         path, source = self.kept_decoders, self._source()
         with suppress(CoinError):  # there is none, or it is damaged or of another version
@@ -199,7 +183,7 @@ class CodedSystem:
 
     def _source(self) -> dict[str, Any]:
         """Return all inputs of the decoders' fit."""
-        source: dict[str, Any] = {
+        return {
             "experts": {task: sha256_of(path) for task, path in self.experts.paths.items()},
             "coded": [sha256_of(path) for path in self.coded],
             "code": self.code.matrix.tolist(),
@@ -208,7 +192,6 @@ class CodedSystem:
             "calibration": self._calibration,
             "coin": versions()["coded-coin"],
         }
-        return source
 
     @cached_property
     def _networks(self) -> "Coded":
@@ -219,10 +202,8 @@ class CodedSystem:
     def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
         decoders, kept = self.unfitted_decoders(next(iter(calibration))), FeatureCache()
-        parts = [
-            self._networks.answers(batch, features=config.reads_features, stages=config.reads_stages)
-            for batch in calibration
-        ]
+        reads = {"features": config.reads_features, "stages": config.reads_stages}
+        parts = [self._networks.answers(batch, **reads) for batch in calibration]
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         return [decoder.fit(answers, kept) for decoder in decoders]
 

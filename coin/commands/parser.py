@@ -69,10 +69,7 @@ def _with_nearest(message: str, parser: ArgumentParser) -> ConfigurationError | 
 def parse_options(
     name: str, function: Callable[..., Any], arguments: Sequence[str], **sections: type
 ) -> dict[str, Any]:
-    """Return the arguments of the function of a command on an experiment's folder.
-
-    The options of `sections`, arguments that are dataclasses, are given by their own names.
-    """
+    """Return the arguments of a command's function on an experiment's folder; `sections` are dataclasses of options."""
     parser = command_parser(name)
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
     for section in sections.values():

@@ -202,10 +202,10 @@ def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) ->
     ]
     best, of_system = 0.0, (system.method, system.batchnorm, system.decoder.name)
     for row in measured.to_dict("records"):
-        name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
-        worst = float(row["worst"])
+        name, kept = str(row["method"]), 2**20 * float(row["memory_mib"])
+        accuracy, worst = float(row["decoded_accuracy"]), float(row["worst"])
         if row["replica"]:
-            found += _deltas(system, re.sub("^(replica|spare)-", "", name), kept, accuracy, worst)
+            found += _deltas(system, name.removeprefix(f"{REPLICA}-"), kept, accuracy, worst)
         elif not row["survivors"] and accuracy > best:
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded

@@ -24,12 +24,7 @@ from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run every unfinished point of a sweep, collect their results in one table, and print and report it.
-
-    Raises:
-        CommandFailedError: Some points have failed; all others have finished.
-        CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
-    """
+    """Run a sweep's file, or print its points; nothing is run if the file or a point's experiment is not valid."""
     parser = command_parser("sweep")
     parser.add_argument("file", type=str, help="The sweep's YAML, or the name of one in configs/study.")
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")

@@ -36,7 +36,7 @@ def process_count() -> int:
 
 def is_rank_zero() -> bool:
     """Return whether this process is rank zero, which writes files and messages."""
-    return process_count() == 1 or _rank() == 0
+    return process_count() == 1 or bool(sys.modules["torch"].distributed.get_rank() == 0)
 
 
 def rank_zero_info(text: str) -> None:
@@ -46,20 +46,16 @@ def rank_zero_info(text: str) -> None:
 
 
 def on_rank_zero(compute: Callable[[], T]) -> T:
-    """Run `compute` on rank zero only, and return its result on all processes.
+    """Run `compute` on rank zero only, and return its result, which must be picklable, on all processes.
 
     Within `compute` rank zero runs alone: nested calls do not broadcast.
-
-    Args:
-        compute: The function to run. Its result must be picklable; None is fine for work that writes files, which the
-            other processes can read afterwards.
 
     Raises:
         OtherProcessError: On all other processes, if rank zero has raised an error or has ended.
     """
     if process_count() == 1 or _alone.get():
         return compute()
-    if _rank() != 0:
+    if not is_rank_zero():
         try:
             done, received = _broadcast(None)
         except RuntimeError as error:  # its connection is closed
@@ -77,12 +73,6 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
         _alone.reset(token)
     _broadcast((True, result))
     return result
-
-
-def _rank() -> int:
-    from torch import distributed
-
-    return distributed.get_rank()
 
 
 def _broadcast(value: Any) -> Any:

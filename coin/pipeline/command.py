@@ -61,7 +61,7 @@ class Command:
 
 def step_command(step: Step) -> Command:
     """Return the command that runs a step of one seed."""
-    log = (step.lock or step.folder / "logs" / step.name) / "launch.log"
+    log = (step.training or step.folder / "logs" / step.name) / "launch.log"
     arguments = ("run", "-c", str(step.folder / LAUNCH_YAML), "--only", step.name)
     return Command(f"{step.of_seed}{step.what}", arguments, log)
 

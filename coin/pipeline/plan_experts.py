@@ -45,8 +45,7 @@ def initial_steps(experiment: Experiment) -> list[Step]:
                 outputs=[pretrained],
                 collective=True,
                 shared=True,
-                trains=True,
-                lock=folder,
+                training=folder,
                 job=job,
             )
         )
@@ -110,9 +109,8 @@ def expert_step(files: SeedFiles, name: str) -> Step:
         outputs=[output],
         collective=True,
         shared=True,
-        trains=True,
         elsewhere=True,
-        lock=output.parent,
+        training=output.parent,
         job=JobConfig("expert", name, files.seed, (name,), {"task": name}),
         uses=[Artifacts("initialisation", by_stem([initial]))],
         logs=Artifacts("expert", {name: output}),

@@ -1,7 +1,7 @@
 """Resumable steps: a step is repeated only if its inputs have changed.
 
-The points of a sweep share steps: a step that another point has finished with the same key is reused by linking its
-outputs. This is safe because the key is a hash of all inputs of the step.
+The points of a sweep share steps: outputs that another point has made with the same key, a hash of all inputs, are
+linked.
 """
 
 import contextlib

@@ -34,11 +34,11 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
     """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
     _begin(experiment)
     elsewhere = launch if launch is not None and launch.side_by_side else None
-    if elsewhere and process_count() > 1:
-        raise ConfigurationError(
-            f"found {process_count()} processes that share every training, and a launch section; leave out one"
-        )
     if elsewhere:
+        if (count := process_count()) > 1:
+            raise ConfigurationError(
+                f"found {count} processes that share every training, and a launch section; leave out one"
+            )
         check_launch(elsewhere, experiment.layout.submitit)
     if is_rank_zero():
         experiment.calibration.warn_of_too_few()
@@ -161,7 +161,7 @@ def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch:
     for wave in waves(every):
         Runner(experiment).run([step for step in wave if not step.elsewhere and read.intersection(step.outputs)])
         waiting = [step for step in wave if step.elsewhere and not reused_status(step).is_current]
-        if any(step.trains for step in waiting):
+        if any(step.training for step in waiting):
             experiment.check_parts()
         if waiting:
             rank_zero_info(f"running {len(waiting)} steps, {launch.workers} at a time")

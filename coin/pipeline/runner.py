@@ -33,7 +33,7 @@ def _claim(step: Step, locks: ExitStack, *, patient: bool) -> tuple[Inputs, floa
     """
     if reused_status(step).is_current:
         return None
-    locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=patient))
+    locks.enter_context(folder_lock(step.training or step.folder / ".steps" / step.name, patient=patient))
     inputs = inputs_of(step)
     locks.enter_context(shared_step_lock(step, inputs.key))
     status = reused_status(step)
@@ -80,7 +80,7 @@ class Runner:
             if claimed is None:
                 rank_zero_info(f"{called}: up to date")
                 return
-            if step.trains and not self.patient:  # one expert alone asks for nothing of the later steps
+            if step.training and not self.patient:  # one expert alone asks for nothing of the later steps
                 self.experiment.check_parts()
             inputs, before = claimed
             last = f" (last time {before:.0f} s)" if before and before >= 1 else ""

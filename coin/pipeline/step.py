@@ -55,9 +55,9 @@ class Step:
         outputs: The files that it writes.
         collective: Whether all processes run it; otherwise rank zero does, and the others wait.
         shared: Whether points of a sweep share it, where their options and inputs are the same.
-        trains: Whether it trains an expert or the base: the user's data are checked before the first of these.
         elsewhere: Whether it may run in a process of its own.
-        lock: A folder that is locked while it runs, for steps that keep checkpoints.
+        training: The folder of a training with its checkpoints, locked while it runs; the user's data are checked
+            before the first training.
         job: Its W&B run and loggers, if it has one.
         job_alone: Those of a step that runs in a process of its own, if they differ; one process opens a W&B run.
         opens_job: Whether it starts that job; otherwise it logs to it if it is open.
@@ -76,9 +76,8 @@ class Step:
     outputs: Sequence[Path] = ()
     collective: bool = False
     shared: bool = False
-    trains: bool = False
     elsewhere: bool = False
-    lock: Path | None = None
+    training: Path | None = None
     job: JobConfig | None = None
     job_alone: JobConfig | None = None
     opens_job: bool = True

@@ -42,7 +42,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Command]:
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    steps = [Step(f"expert-{x}", tmp_path, f"expert {x}", "fine-tuning", print, lock=tmp_path / x) for x in "abc"]
+    steps = [Step(f"expert-{x}", tmp_path, f"expert {x}", "fine-tuning", print, training=tmp_path / x) for x in "abc"]
     return [step_command(step) for step in steps]
 
 
