@@ -51,11 +51,10 @@ def advise(
     """Return all possible stand-ins with the recommended one marked, and the reasons as text.
 
     The candidates are all stand-ins in the results, with every number of extra servers, asked at once or after several
-    quantiles of lateness. A candidate must fit the budget, answer while any one expert is lost, and be accurate enough;
-    none counts as more accurate than the experts, which could only be luck. Of these it keeps those that meet the
-    requested p99.9; if none is requested or none meets it, those whose p99.9 is at most a tenth above the lowest or
-    does not differ significantly from it. Ties are broken by the fewest forward passes (to a tenth of one), then the
-    fewest servers, the least total memory, the lowest p99.9.
+    quantiles of lateness. One must fit the budget, answer while any one expert is lost, and be accurate enough; none
+    counts as more accurate than the experts. Those are kept that meet the requested p99.9; without a request, or if
+    none meets it, those whose p99.9 is at most a tenth above the lowest or not significantly different. Of these the
+    fewest forward passes (to a tenth of one) win, then the fewest servers, the least memory, the lowest p99.9.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -64,12 +63,11 @@ def advise(
         servers: The largest number of servers, the experts' own included.
         memory_gib: The memory for weights on one server, in GiB.
         p999_ms: The requested 99.9 % quantile of the latency, in ms.
-        accuracy: The required accuracy of the answers for a lost expert, as a share of that expert's accuracy, in (0,
-            1], on the worst task. None requires accuracy within `tolerance` of the best.
+        accuracy: The required accuracy of answers for a lost expert, as a share of its own, in (0, 1], on the worst
+            task. None requires accuracy within `tolerance` of the best.
         want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
         load: The share of the experts' capacity that own answers use.
-        quantiles: The quantiles of own answers' time after which they count as late; by default 0 (ask at once), 0.5,
-            0.9 and 0.99.
+        quantiles: Quantiles of own answers' time after which they are late; by default 0 (at once), 0.5, 0.9 and 0.99.
         tolerance: How far the accuracy of all answers may lie below the best, in [0, 1).
         queries: Queries per seed.
         seeds: How many seeds.

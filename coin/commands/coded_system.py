@@ -202,7 +202,7 @@ class CodedSystem:
     def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
         decoders, kept = self.unfitted_decoders(next(iter(calibration))), FeatureCache()
-        reads = {"features": config.reads_features, "stages": config.reads_stages}
+        reads: dict[str, Any] = {"features": config.reads_features, "stages": config.reads_stages}
         parts = [self._networks.answers(batch, **reads) for batch in calibration]
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         return [decoder.fit(answers, kept) for decoder in decoders]

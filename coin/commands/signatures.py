@@ -60,28 +60,26 @@ def known_classes() -> list[str]:
 
 def section_classes(command: str) -> dict[str, str]:
     """Return the options of a command that are dataclasses, with their classes' names, as the source says."""
-    found, files = {"launch": "Launch"} if command == "run" else {}, files_of_classes()
+    found = {"launch": "Launch"} if command == "run" else {}
     for file, owner in _SOURCES.get(command, []):
         for name, annotation in annotated(definition(ROOT / file, owner)).items():
             kind = annotation.removesuffix(" | None")
-            if kind in files and is_dataclass(definition(files[kind], kind)):
+            if (section := _class(kind)) and _is_dataclass(section):
                 found[name] = kind
     return found
 
 
 def annotated_options(name: str) -> dict[str, str]:
     """Return the options of one of coin's classes with their annotations; none where the source does not say them."""
-    if name not in (files := files_of_classes()):
+    if (found := _class(name)) is None:
         return {}
-    found = definition(files[name], name)
-    assert isinstance(found, ast.ClassDef)
     names = [ast.unparse(base) for base in found.bases]
     bases = [annotated_options(base) for base in names if base not in ("ABC", "Generic")]
     inherited: dict[str, str] = {}
     for base in bases:
         inherited |= {option: base[option] for option in base if option not in inherited}
     own = annotated(found)
-    if is_dataclass(found):
+    if _is_dataclass(found):
         return inherited | own if all(bases) else {}
     if (init := _init(found)) is None:
         return inherited
@@ -92,10 +90,8 @@ def annotated_options(name: str) -> dict[str, str]:
 
 def choices_of(name: str) -> list[str]:
     """Return the names and values of one of coin's enumerations; none of what is none."""
-    if name not in (files := files_of_classes()):
-        return []
-    found = definition(files[name], name)
-    if not isinstance(found, ast.ClassDef) or "StrEnum" not in map(ast.unparse, found.bases):
+    found = _class(name)
+    if found is None or "StrEnum" not in map(ast.unparse, found.bases):
         return []
     pairs = [(each.targets[0], each.value) for each in found.body if isinstance(each, ast.Assign)]
     names = [place.id for place, _ in pairs if isinstance(place, ast.Name)]
@@ -103,8 +99,14 @@ def choices_of(name: str) -> list[str]:
     return [*names, *(str(value) for value in values if value not in names)]
 
 
+def _class(name: str) -> ast.ClassDef | None:
+    """Return the definition of one of coin's classes."""
+    found = definition(file, name) if (file := _files_of_classes().get(name)) else None
+    return found if isinstance(found, ast.ClassDef) else None
+
+
 @cache
-def files_of_classes() -> dict[str, Path]:
+def _files_of_classes() -> dict[str, Path]:
     """Return where coin's classes are defined, by name."""
     texts = ((path, path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py"))
     return {name: path for path, text in texts for name in re.findall(r"^class (\w+)", text, re.MULTILINE)}
@@ -125,8 +127,7 @@ def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
     return found
 
 
-def is_dataclass(found: ast.ClassDef | ast.FunctionDef) -> bool:
-    """Whether a definition is that of a dataclass."""
+def _is_dataclass(found: ast.ClassDef | ast.FunctionDef) -> bool:
     return any("dataclass" in ast.unparse(each) for each in found.decorator_list)
 
 
@@ -140,7 +141,7 @@ def _init(found: ast.ClassDef | ast.FunctionDef) -> ast.FunctionDef | None:
 def annotated(found: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
     """Return the parameters of a function or class with what they are annotated with."""
     pairs: list[tuple[str, ast.expr | None]] = []
-    if is_dataclass(found):
+    if _is_dataclass(found):
         fields = [each for each in found.body if isinstance(each, ast.AnnAssign)]
         pairs = [(each.target.id, each.annotation) for each in fields if isinstance(each.target, ast.Name)]
     elif (init := _init(found)) is not None:

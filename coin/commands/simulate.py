@@ -59,14 +59,13 @@ def simulate(
     Args:
         folder: An experiment's folder, or a seed's.
         conditions: The machines and the front end to simulate.
-        choice: Which of the experiment's coded systems; by default the most accurate one that uses survivors, and all
-            coded models that answer alone.
+        choice: Which coded systems; by default the most accurate one that uses survivors, and all that answer alone.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; by default both.
         policies: The kinds of stand-in; by default all whose accuracy is in the results.
         quantiles: The quantiles of own answers' time after which they count as late; by default 0.9.
         loads: The loads; by default 0.2, 0.4 and 0.6.
-        experts: Numbers of experts; by default the experiment's. For other numbers experts are repeated, and the
-            accuracy of coded answers is unknown.
+        experts: Numbers of experts; by default the experiment's. For others experts are repeated, and the accuracy of
+            coded answers is unknown.
         extras: Numbers of extra servers; by default the number of the experiment's coded models.
         queries: Queries per seed.
         seeds: The seeds of everything random; by default 20.

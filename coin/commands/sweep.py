@@ -1,10 +1,8 @@
 """``coin sweep``: every point of a grid as a ``coin run`` in a process of its own, resumable.
 
-Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
-base, the experts and the statistics that are the same for them; see `coin.pipeline.records`. An interrupted sweep can
-be restarted: finished points are skipped, the others resume. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
-points, behind one column per swept key, ``risk.csv`` and ``promise.csv`` those at the end of the sweep; ``sweep.yaml``
-is a copy of the sweep's file.
+Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share
+steps (`coin.pipeline.records`); a sweep that is started again skips finished points. ``runs/SWEEP/sweep.csv`` holds the
+rows of all finished points, behind a column per swept key; ``risk.csv`` and ``promise.csv`` are written at the end.
 """
 
 import os
@@ -19,7 +17,7 @@ from coin.core.choices import check_integer
 from coin.core.processes import cores
 from coin.errors import ConfigurationError
 from coin.files.yaml import as_text
-from coin.pipeline.launch import Executor, Launch
+from coin.pipeline.launch import Launch
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 
 
@@ -43,7 +41,10 @@ def main(arguments: Sequence[str]) -> None:
             f"found WORLD_SIZE={processes}, expected one: every point is a process of its own; start coin sweep "
             "without torchrun or srun"
         )
-    launch = _launch(options["launch"], options["jobs"])
+    launch, jobs = options["launch"], options["jobs"]
+    if jobs is None:
+        jobs = max(1, cores() // 2) if not launch.side_by_side else launch.workers
+    check_integer("jobs", jobs, 1)
     plan = read_sweep(Path(shipped(SWEEPS, options["file"])))
     plan = replace(plan, experiment=tuple(shipped("run", file) for file in plan.experiment))
     folder = Path(options["output"]) / plan.name
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     from coin.commands.sweep_run import run_sweep  # imports PyTorch
 
-    run_sweep(plan, points, folder, launch)
+    run_sweep(plan, points, folder, replace(launch, workers=jobs))
 
 
 def _print_plan(points: Sequence[SweepPoint], folder: Path) -> None:
@@ -65,11 +66,3 @@ def _print_plan(points: Sequence[SweepPoint], folder: Path) -> None:
         values = ", ".join(f"{key}={as_text(value)}" for key, value in point.values.items())
         print(f"{point.name}: {values}: {'has results' if results else 'no results yet'}")
     print(f"{len(points)} points in '{folder}'")
-
-
-def _launch(given: Launch, jobs: int | None) -> Launch:
-    """Return how points are run: `jobs` at a time, or as many as the launch section says."""
-    if jobs is None:
-        jobs = max(1, cores() // 2) if given.executor is Executor.local and given.workers == 1 else given.workers
-    check_integer("jobs", jobs, 1)
-    return replace(given, workers=jobs)

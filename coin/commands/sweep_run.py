@@ -54,9 +54,7 @@ class PointRun(Command):
 def run_sweep(plan: SweepFile, points: Sequence[SweepPoint], folder: Path, launch: Launch) -> None:
     """Run every unfinished point, collect their results in one table, and print and report it.
 
-    Raises:
-        CommandFailedError: Some points have failed; all others have finished.
-        CoinError: The experiment of a point is not valid; nothing has been run.
+    Raises CommandFailedError if some points have failed; all others have finished.
     """
     check_connection()
     tags = ",".join([*user_tags(), f"sweep-{plan.name}"])

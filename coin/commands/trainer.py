@@ -49,10 +49,7 @@ class TrainerCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
 
     def _parse_ckpt_path(self) -> None:
-        """Take the architecture from the checkpoint, except for ``fit``, which keeps the configured one.
-
-        Lightning would replace all of the configured model's options by the checkpoint's, and do so in ``fit`` too.
-        """
+        """Take only the architecture from the checkpoint, and none for ``fit``; Lightning would take all options."""
         subcommand = self.config.subcommand
         if subcommand not in ("validate", "test", "predict", "fisher"):
             return

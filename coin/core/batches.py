@@ -26,8 +26,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def adapted(network: Network, forward: Forward | None) -> Network:
     """Return a network that is called with a batch, and calls the user's function with itself and the batch.
 
-    It is a copy that shares all tensors with the network, which is unchanged. `forward` gets a second copy, with the
-    class's own call. It keeps this behaviour in deep copies and in `torch.func.functional_call`.
+    It is a copy that shares all tensors with the network, also when deep-copied or called by
+    `torch.func.functional_call`. `forward` gets a second copy, with the class's own call.
     """
     if forward is None:
         return network
@@ -58,12 +58,8 @@ def clone(network: Network) -> Network:
 
 
 def _copied(network: Network, memo: dict[int, Any]) -> Network:
-    """Return a deep copy, given what is taken for which id.
-
-    Tensors that a forward pass stored in modules, such as the weight of `torch.nn.utils.weight_norm`, are copied by
-    value: tensors with a gradient history cannot be deep-copied.
-    """
-    for module in network.modules():
+    """Return a deep copy, given what is taken for which id."""
+    for module in network.modules():  # tensors with a history, as weight_norm stores, cannot be deep-copied
         left = [tensor for tensor in nested_tensors(vars(module)) if not tensor.is_leaf]
         memo |= {id(tensor): tensor.detach().clone() for tensor in left}
     copied = copy.deepcopy(network, memo)
@@ -79,7 +75,10 @@ def clear_caches(network: nn.Module) -> None:
     """
     modes = {module: module.training for module in network.modules()}
     keeping = [module for module in modes if type(module).train is not nn.Module.train]
-    found = {module: (dict(vars(module)), _own_tensors(module)) for module in keeping}
+    found = {}
+    for module in keeping:
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        found[module] = dict(vars(module)), [(tensor, tensor.detach().clone()) for tensor in own]
     for module in keeping:
         module.train()
         module.train(modes[module])
@@ -91,12 +90,6 @@ def clear_caches(network: nn.Module) -> None:
             vars(module).update(held)
             for tensor, old in tensors:
                 tensor.data.copy_(old)
-
-
-def _own_tensors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return a module's own parameters and buffers, each with a copy."""
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return [(tensor, tensor.detach().clone()) for tensor in own]
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:

@@ -59,10 +59,7 @@ def check_number(
     most: float = math.inf,
     strict: bool = False,
 ) -> None:
-    """Raise ConfigurationError unless a value is finite, at least `low` (above it, if strict) and below `high`.
-
-    It must also be at most `most`.
-    """
+    """Raise ConfigurationError unless a number is finite, ≥ `low` (or >, if strict), < `high` and ≤ `most`."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (number and (value > low if strict else value >= low) and value < high and value <= most):
         bounds = {"above" if strict else "at least": low, "below": high, "at most": most}

@@ -19,12 +19,7 @@ def exported(init: str | Path) -> dict[str, str]:
 
 
 def importing(package: str, init: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package, which imports all of its modules when a name is first used (PEP 562).
-
-    Args:
-        package: The package's ``__name__``.
-        init: Its ``__file__``; see `exported`.
-    """
+    """Return the ``__getattr__`` of a package, which imports all of its modules when a name is first used (PEP 562)."""
     modules = exported(init)
 
     def attribute(name: str) -> Any:

@@ -32,10 +32,9 @@ def silence_lightning() -> None:
 
 
 def plain_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a constructor's arguments, its ``locals()``, for `save_hyperparameters`.
+    """Return a constructor's arguments, its ``locals()``, for `save_hyperparameters`, as ``weights_only`` loads them.
 
-    They are passed by name, since within LightningCLI Lightning would save the command's model options instead; and as
-    plain values, since checkpoints are loaded with ``weights_only``.
+    Given none, Lightning would save the command's model options within LightningCLI.
     """
     own = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
     return {name: str(value) if isinstance(value, StrEnum) else value for name, value in own.items()}

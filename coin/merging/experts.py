@@ -40,7 +40,7 @@ class Experts:
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
             then also be mappings of tensors.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
-        train: A `coin.pipeline.steps.distill.Training` for methods that train; without one they train in memory.
+        train: A `coin.pipeline.steps.merge.Training` for methods that train; without one they train in memory.
 
     Attributes:
         source: The experts, in memory or in files.

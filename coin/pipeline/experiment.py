@@ -49,10 +49,9 @@ class Experiment:
             options, such as ``{bits: 3}``, ``{bits: 3, base_bits: 8}`` or ``{rank: 8}``.
         seeds: A list of seeds, or one; the seed fixes the calibration samples and everything random after the base.
         output: The folder of all experiments.
-        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. With several
-            devices or nodes, all processes go through all steps: trainings share out their batches (of
-            ``batch_size`` samples a process, as always with Lightning), statistics and the evaluation their samples;
-            the first process does the rest and writes all files, into a folder that all nodes share.
+        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. Several
+            processes share out the batches of trainings (of ``batch_size`` samples each) and the samples of statistics
+            and the evaluation; the first one does the rest and writes all files, into a folder that all nodes share.
         wandb: What is logged to W&B.
         spares: The old name of replicas, for one version.
 
@@ -171,11 +170,7 @@ class Experiment:
         }
 
     def check_parts(self) -> None:
-        """Check the user's data and checkpoints before anything is trained (fail early).
-
-        Raises:
-            CoinError: Images cannot be read, a task has too few of them, or a checkpoint is not of this network.
-        """
+        """Raise CoinError, before any training, if data are unreadable or too few, or a checkpoint does not fit."""
         if self._checked:
             return
         for name, task in self.tasks.items():
@@ -201,9 +196,8 @@ class Experiment:
     def check_fit(self) -> None:
         """Check, before anything is trained, that the options fit this network (fail early).
 
-        Raises:
-            ConfigurationError: Variants differ in their BatchNorm policy alone, and there is no BatchNorm; a pattern
-                matches no parameter or layer, or a head with its own rate is not trained.
+        Raises ConfigurationError if variants differ in their BatchNorm policy alone, and there is no BatchNorm; if a
+        pattern matches no parameter or layer, or a head with its own rate is not trained.
         """
         network, labels = self.network, [method.label for method in self.methods]
         repeated = [label for label in labels if labels.count(label) > 1]

@@ -33,13 +33,10 @@ def shared_step_lock(step: Step, key: str) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
-    """Lock a folder during the block; if `patient`, wait while another process holds the lock.
+    """Lock a folder during the block; on a file system without locks there is a warning instead.
 
-    Child processes do not inherit the lock. On a file system without locks there is a warning instead.
-
-    Raises:
-        ConfigurationError: Another process works in the folder.
-        FileError: The folder cannot be written.
+    If another process holds the lock, wait if `patient`, else raise ConfigurationError. Children do not inherit it.
+    Raises FileError if the folder cannot be written.
     """
     lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
     try:
@@ -50,13 +47,15 @@ def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
-    path = folder / LOCK
+    path, holder = folder / LOCK, ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'its process is unknown'})"
+            with contextlib.suppress(OSError):
+                holder = path.read_text(encoding="utf-8", errors="replace").strip()
+            at_work = f"another coin command at work in '{folder}' ({holder or 'its process is unknown'})"
             if not patient:
                 raise ConfigurationError(
                     f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
@@ -75,9 +74,3 @@ def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
         )
     with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
         path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
-
-
-def _text(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    return ""

@@ -50,14 +50,12 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
     """Return a value as plain JSON values, with tasks and methods converted by `made`."""
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | Tensor):
+        return value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Tensor):
-        return value.tolist()
     if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
         value = value.as_dict()
     if isinstance(value, Mapping):

@@ -8,15 +8,13 @@ from coin.merging import Experts, Method
 from coin.modules import DecodingEvaluator
 from coin.networks import Compression
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.plan_experts import code_step, expert_step, statistic_files, statistic_step
 from coin.pipeline.seed_files import SeedFiles
-from coin.pipeline.step import Context, Step, by_stem
+from coin.pipeline.step import Artifacts, Context, JobConfig, Step, by_stem
 from coin.pipeline.steps.code import AUTO
 from coin.pipeline.steps.compress import compress_file
-from coin.pipeline.steps.distill import Training
 from coin.pipeline.steps.layers import compare_layers
-from coin.pipeline.steps.merge import coded_name, make_coded_models
+from coin.pipeline.steps.merge import Training, coded_name, make_coded_models
 from coin.pipeline.steps.trainer import make_trainer
 from coin.reporting.results import COLUMNS, read_results, requested_policy
 from coin.reporting.summary import summarise, variant_names

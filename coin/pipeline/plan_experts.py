@@ -13,9 +13,8 @@ from coin.files.downloads import hub_weights
 from coin.networks import load_network
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.job import Artifacts, JobConfig
 from coin.pipeline.seed_files import SeedFiles
-from coin.pipeline.step import Context, Measures, Step, by_stem
+from coin.pipeline.step import Artifacts, Context, JobConfig, Measures, Step, by_stem
 from coin.pipeline.steps.code import write_choice
 from coin.pipeline.steps.train import import_expert, train_network, write_initial
 from coin.pipeline.steps.trainer import estimate_over_tasks, make_trainer

@@ -14,10 +14,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from coin.core.processes import is_rank_zero, on_rank_zero, rank_zero_info
 from coin.files.atomic import write_text
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.job import Job, JobConfig
 from coin.pipeline.locks import folder_lock, shared_step_lock
 from coin.pipeline.records import Inputs, inputs_of, record_step, reused_status, status_of
-from coin.pipeline.step import Context, Step
+from coin.pipeline.step import Context, Job, JobConfig, Step
 from coin.pipeline.steps.code import AUTO
 from coin.tracking.runs import start_run
 from coin.tracking.settings import in_sweep, logging_only, run_environment
@@ -104,10 +103,9 @@ class Runner:
 
         An agent of a W&B sweep logs evaluations alone.
         """
+        assert step.job is not None
         job = jobs.get(step.job, open=False)
-        if (in_sweep() and step.job is not None and step.job.type != "evaluate") or (
-            job is None and status_of(step).is_current
-        ):
+        if (in_sweep() and step.job.type != "evaluate") or (job is None and status_of(step).is_current):
             return
         with logging_only("the runs of the methods"):
             job = job or jobs.reopened(step)
@@ -163,8 +161,12 @@ def open_job(experiment: Experiment, config: JobConfig, *, again: bool = False) 
     job resumes its run, whose id is stored in its folder; `again`: a finished one too. Several jobs may run at once. An
     agent of a W&B sweep logs to one run, the evaluation's.
     """
-    seed, name = config.seed, config.name
-    home, folder = _folders(experiment, config)
+    seed, name, layout = config.seed, config.name, experiment.layout
+    if seed is None:
+        home, folder = (layout.base, layout.base) if name == "base" else (layout.folder, layout.logs)
+    else:
+        own = layout.seed(seed)
+        home, folder = own.folder, own.expert(name).parent if config.type == "expert" else own.logs / name
     seeds = [] if seed is None else [f"seed-{seed}"]
     types = [] if config.type in ("method", "evaluate") or name.startswith(config.type) else [config.type]
     called = "-".join([experiment.name, *seeds, *types, name])  # quickstart-seed-0-expert-mnist
@@ -197,15 +199,6 @@ def open_job(experiment: Experiment, config: JobConfig, *, again: bool = False) 
                     kept.replace(done)
 
 
-def _folders(experiment: Experiment, config: JobConfig) -> tuple[Path, Path]:
-    """Return the folder of a job's W&B run, and that of its logs."""
-    layout = experiment.layout
-    if config.seed is None:
-        return (layout.base, layout.base) if config.name == "base" else (layout.folder, layout.logs)
-    seed = layout.seed(config.seed)
-    return seed.folder, seed.expert(config.name).parent if config.type == "expert" else seed.logs / config.name
-
-
 def _run_id(kept: Path, done: Path) -> str:
     """Return the W&B run id stored in one of two files, or a new id, which is written to the first."""
     for path in (kept, done):
@@ -218,12 +211,12 @@ def _run_id(kept: Path, done: Path) -> str:
 
 def _run_config(experiment: Experiment, seed: int | None) -> dict[str, Any]:
     """Return a run's configuration: all options under ``experiment``, and the values that runs are grouped by."""
-    code = AUTO if experiment.code is None else experiment.code.matrix.tolist()
+    code = experiment.code
     return {
-        "experiment": {**experiment.config_dict(seed), "code": code},
+        "experiment": {**experiment.config_dict(seed), "code": AUTO if code is None else code.matrix.tolist()},
         "network": experiment.network.name,
         "seed": seed,
         "samples_per_task": experiment.calibration.samples_per_task,
         "num_experts": len(experiment.tasks),
-        "num_coded": 1 if experiment.code is None else experiment.code.num_coded,
+        "num_coded": 1 if code is None else code.num_coded,
     }

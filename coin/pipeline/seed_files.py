@@ -10,7 +10,7 @@ from coin.merging import Method
 from coin.networks import Compression, int8_path
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.job import Artifacts
+from coin.pipeline.step import Artifacts
 from coin.pipeline.steps.code import SeedCode, read_choice
 from coin.pipeline.steps.merge import coded_paths
 from coin.statistics.statistic import DataChoice, Statistic

@@ -57,12 +57,7 @@ class SweepPoint:
 
 
 def read_sweep(path: Path) -> SweepFile:
-    """Read a sweep's file.
-
-    Raises:
-        FileError: The file is missing or no text.
-        ConfigurationError: It is no sweep.
-    """
+    """Read a sweep's file; a FileError if it is missing or no text, a ConfigurationError if it is no sweep."""
 
     def check(fits: object, found: str, expected: str) -> None:
         if not fits:
@@ -100,11 +95,7 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
-    """Return the points of the grids in the file's order, the last key varying fastest, in the sweep's folder.
-
-    Raises:
-        ConfigurationError: A point is in the grid twice.
-    """
+    """Return the points of the grids in order, the last key varying fastest; a ConfigurationError for one twice."""
     files = [argument for file in sweep.experiment for argument in ("-c", file)]
     points: list[SweepPoint] = []
     axes = [[[(key, *pair) for pair in enumerate(values)] for key, values in grid.items()] for grid in sweep.grids]

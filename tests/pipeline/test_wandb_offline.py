@@ -267,7 +267,7 @@ def test_a_coded_model_is_logged_before_the_evaluation_reads_it(
 ) -> None:
     shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb", "coded"))
     told: list[tuple[str, str]] = []
-    jobs = "coin.pipeline.job"
+    jobs = "coin.pipeline.step"
     monkeypatch.setattr(f"{jobs}.log_artifact", lambda run, path, name, *_: told.append(("made", name)))
     monkeypatch.setattr(f"{jobs}.use_artifact", lambda run, path, name, *_: told.append(("read", name)))
     assert main(["run", "-c", str(config), f"--output={tmp_path}", "--methods=[Average]"]) == 0

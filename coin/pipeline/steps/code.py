@@ -83,7 +83,7 @@ def choose_weights(
     """
     few = [each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations]
     experts = Experts(networks, calibration=few)
-    method, residuals = Average(), {}
+    method, residuals, table = Average(), {}, []
     candidates = candidate_codes(len(networks))
     for code in candidates:
         row = code.matrix[0].tolist()
@@ -95,15 +95,8 @@ def choose_weights(
                 f"the outputs of the experts or of their average with weights {row} on calibration data are not "
                 "finite; check the experts, or give a code"
             )
-    table = [
-        {
-            "row": code.matrix[0].tolist(),
-            "residual": residuals[code],
-            "amplification": code.worst_amplification(),
-            "score": decoded_error_bound(code, residuals[code]),
-        }
-        for code in candidates
-    ]
+        described = {"row": row, "residual": residuals[code], "amplification": code.worst_amplification()}
+        table.append({**described, "score": decoded_error_bound(code, residuals[code])})
     return choose_code(candidates, residuals.__getitem__), table, experts.passes
 
 
@@ -111,13 +104,8 @@ def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequen
     """Choose a code and write it as JSON, with the candidates' scores and the cost; see `choose_weights`."""
     started = time.perf_counter()
     code, table, passes = choose_weights(networks, calibrations)
-    document = {
-        "matrix": code.matrix.tolist(),
-        "seconds": time.perf_counter() - started,
-        "passes": passes,
-        "candidates": table,
-    }
-    write_text(path, json.dumps(document, indent=1))
+    document = {"matrix": code.matrix.tolist(), "seconds": time.perf_counter() - started, "passes": passes}
+    write_text(path, json.dumps({**document, "candidates": table}, indent=1))
 
 
 def read_choice(path: Path) -> SeedCode:

@@ -47,17 +47,13 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
     try:
         source.save(file.network, folder)
         if source.zero_shot:
-            given = _of_its_run(path) if experts is None and "code" in file.provenance else experts
-            save_file(_heads(file, given or {}), folder / HEADS)
+            if experts is None and "code" in file.provenance:  # those that lie beside its run's coded models
+                own = sorted(path.absolute().parent.parent.glob("experts/*/expert.safetensors"))
+                experts = {expert.parent.name: str(expert) for expert in own}
+            save_file(_heads(file, experts or {}), folder / HEADS)
     except OSError as error:
         raise FileError(f"cannot write '{folder}' ({error}); give another --output") from error
     return folder
-
-
-def _of_its_run(coded: Path) -> dict[str, str]:
-    """Return the files of the experts that lie beside a run's coded models, by task."""
-    files = sorted(coded.absolute().parent.parent.glob("experts/*/expert.safetensors"))
-    return {file.parent.name: str(file) for file in files}
 
 
 def _heads(file: NetworkFile, experts: dict[str, str]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -137,7 +137,7 @@ def import_expert(
     else:
         read = Path(place)
         network, source = import_checkpoint(config, task.num_classes, read), str(read)
-    made = {"made_by": "coin run", "source": source, "task": name, "classes": list(task.classes)}
+    made: dict[str, Any] = {"made_by": "coin run", "source": source, "task": name, "classes": list(task.classes)}
     made |= {"sha256": hashes([read]), **({} if task.head is None else {"head": task.head})}
     save_network(context.outputs[0], network, config, task.num_classes, made)
 

@@ -53,9 +53,8 @@ class Trainer(pl.Trainer):
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
     `DistributedSampler` would repeat samples.
 
-    In a SLURM job Lightning's automatic requeue is off: it would save a checkpoint in the middle of an epoch, which
-    cannot be resumed exactly. ``configs/cluster/run.sbatch`` requeues the job itself. To use Lightning's, pass the
-    plugin ``SLURMEnvironment``.
+    In a SLURM job Lightning's automatic requeue is off: its checkpoint in the middle of an epoch cannot be resumed
+    exactly. ``configs/cluster/run.sbatch`` requeues the job itself; the plugin ``SLURMEnvironment`` brings Lightning's.
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
