@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coin.commands import COMMANDS, ON_FILES, ON_TRAINER
+from coin.commands import COMMANDS, FUNCTIONS, ON_TRAINER
 from coin.commands.early import A_CLASS, check_early, unknown
 from coin.commands.safe import SAFE, VARIABLE, enforce
 from coin.commands.shipped import with_shipped
@@ -81,8 +81,8 @@ def _run(arguments: list[str], name: str) -> None:
     if name in ("run", "sweep"):
         options = [re.sub("^--executor(?==|$)", "--launch.executor", each) for each in options]
     check_early(name, options)
-    if name in ON_TRAINER or name in ON_FILES:
-        import_module(f"coin.commands.{'trainer' if name in ON_TRAINER else 'files'}").main([name, *options])
+    if name in ON_TRAINER or name in FUNCTIONS:
+        import_module(f"coin.commands.{'trainer' if name in ON_TRAINER else 'functions'}").main([name, *options])
     else:
         import_module(f"coin.commands.{name}").main(options)
 

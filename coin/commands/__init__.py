@@ -20,6 +20,11 @@ COMMANDS = {
 }
 """The commands and what they do. Those of the Trainer are LightningCLI's, the others functions of `coin.commands`."""
 
-ON_FILES = {"merge": "merge", "compress": "compress_network", "export": "export"}
-"""Commands that are a function of a step of the pipeline, and its name there."""
+FUNCTIONS = {
+    "merge": "coin.pipeline.steps.merge.merge",
+    "compress": "coin.pipeline.steps.compress.compress_network",
+    "export": "coin.pipeline.steps.export.export",
+    "dashboard": "coin.tracking.dashboard.dashboard",
+}
+"""Commands that only pass their options to a function."""
 ON_TRAINER = ("fit", "validate", "test", "predict", "fisher", "evaluate")

@@ -23,13 +23,11 @@ class Launch:
 
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
-            ``slurm``: one array of jobs, submitted by `submitit` (extra ``slurm``); the command waits
-            for them, and an interrupted one resumes when it is started again. ``ray``: tasks of Ray
-            (extra ``serve``), whose machines share this folder and this environment.
+            ``slurm``: one array of jobs, submitted by `submitit` (extra ``slurm``), for which the command waits.
+            ``ray``: tasks of Ray (extra ``serve``), whose machines share this folder and this environment.
         workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
-            ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless it says ``local`` or
-            ``debug``, to try the jobs on this machine.
+            ``slurm_partition``, …; and ``cluster``: ``slurm``, or ``local`` or ``debug`` to try jobs on this machine.
         ray: What every task needs, as in `ray.remote`: ``num_cpus`` (also its threads; by default the cores divided by
             `workers`), ``num_gpus`` (by default 0), ``resources``, …; and the ``address`` of a running cluster.
             Without one Ray is started on this machine.

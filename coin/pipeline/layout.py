@@ -7,7 +7,6 @@ from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 from coin.reporting.summary import SUMMARY_CSV
 
 LAUNCH_YAML = "launch.yaml"
-"""The configuration of a seed for steps in processes of their own."""
 
 
 class SeedLayout:
@@ -15,15 +14,11 @@ class SeedLayout:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = folder / "config.yaml"
-        """The configuration with which ``coin run`` repeats the seed."""
-        self.launch = folder / LAUNCH_YAML
-        """The same, for steps that processes of their own run."""
-        self.code = folder / "code.json"
-        """A code that the seed has chosen."""
+        self.config = folder / "config.yaml"  # with which ``coin run`` repeats the seed
+        self.launch = folder / LAUNCH_YAML  # the same, for steps in processes of their own
+        self.code = folder / "code.json"  # that the seed has chosen
         self.coded = folder / "coded"
         self.replicas = folder / "replicas"
-        """The experts, compressed."""
         self.logs = folder / "logs"
         self.results = folder / RESULTS_CSV
         self.results_json = folder / RESULTS_JSON

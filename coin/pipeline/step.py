@@ -126,48 +126,27 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an experiment.
+    """One step of an experiment."""
 
-    Args:
-        name: Its name, unique in the folder.
-        folder: The folder with its record and its outputs: ``base`` or ``seed-K`` of an experiment.
-        what: What it makes, for its line of progress: "expert digits".
-        doing: What it does for that: "fine-tuning for 3 epochs".
-        run: The work; it may return measures for its job's summary.
-        options: Everything but files that its outputs depend on.
-        inputs: The files that it reads.
-        outputs: The files that it writes.
-        collective: Whether all processes run it; otherwise rank zero does, and the others wait.
-        shared: Whether points of a sweep share it, where their options and inputs are the same.
-        elsewhere: Whether it may run in a process of its own.
-        training: The folder of a training with its checkpoints, locked while it runs; the user's data are checked
-            before the first training.
-        job: Its W&B run and loggers, if it has one.
-        job_alone: Those of a step that runs in a process of its own, if they differ; one process opens a W&B run.
-        opens_job: Whether it starts that job; otherwise it logs to it if it is open.
-        uses: Artifacts that it reads.
-        logs: Artifacts among its outputs.
-        only_logs: Whether it only logs to W&B; without a W&B run it is not recorded, and tried again next time.
-    """
-
-    name: str
-    folder: Path
-    what: str
-    doing: str
-    run: Callable[[Context], Measures | None]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # unique in the folder
+    folder: Path  # of its record and its outputs: ``base`` or ``seed-K`` of an experiment
+    what: str  # what it makes, for its line of progress: "expert digits"
+    doing: str  # what it does for that: "fine-tuning for 3 epochs"
+    run: Callable[[Context], Measures | None]  # the work; measures are for its job's summary
+    options: Mapping[str, Any] = field(default_factory=dict)  # everything but files that its outputs depend on
     inputs: Sequence[Path] = ()
     outputs: Sequence[Path] = ()
-    collective: bool = False
-    shared: bool = False
-    elsewhere: bool = False
+    collective: bool = False  # whether all processes run it; otherwise rank zero does, and the others wait
+    shared: bool = False  # whether points of a sweep share it, where their options and inputs are the same
+    elsewhere: bool = False  # whether it may run in a process of its own
+    # The folder of a training with its checkpoints, locked while it runs; before the first one the data are checked.
     training: Path | None = None
     job: JobConfig | None = None
-    job_alone: JobConfig | None = None
-    opens_job: bool = True
-    uses: Sequence[Artifacts] = ()
-    logs: Artifacts | None = None
-    only_logs: bool = False
+    job_alone: JobConfig | None = None  # that of a step in a process of its own: one process opens a W&B run
+    opens_job: bool = True  # whether it starts its job; otherwise it logs to it if it is open
+    uses: Sequence[Artifacts] = ()  # artifacts that it reads
+    logs: Artifacts | None = None  # artifacts among its outputs
+    only_logs: bool = False  # whether it only logs to W&B; without a W&B run it is not recorded, and tried again
 
     @property
     def of_seed(self) -> str:

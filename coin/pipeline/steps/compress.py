@@ -11,10 +11,7 @@ from coin.networks import Compression, compress_as, int8_path, kept_base, load_n
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
-    """Compress a network's file. A compressed coded model keeps its metadata, and gets a label of its own.
-
-    Raises ConfigurationError if the output is also an input.
-    """
+    """Compress a network's file to another one; a compressed coded model keeps its metadata, with its own label."""
     read = [network, *([base, int8_path(output, base)] if base else [])]
     if output.resolve() in [path.resolve() for path in read]:
         raise ConfigurationError(f"found the output '{output}', which is read; expected another file, give --output")
@@ -47,14 +44,11 @@ def compress_network(
         network: The network's safetensors file.
         base: The file of the shared initialisation. The compressed file refers to it by path: leave it there, or in the
             same folder.
-        output: The compressed file; by default beside the network, with the compression in its name.
+        output: The compressed file, which is returned; by default beside the network, with the compression in its name.
         bits: 1 … 8 bits a value; or
         rank: the rank of every delta.
         base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
             delta is taken from it; 0: not at all, the network itself is rounded.
-
-    Returns:
-        The file that was written.
     """
     compression, source = Compression(bits, rank, base_bits), Path(network)
     path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)

@@ -58,14 +58,13 @@ class Trainer(pl.Trainer):
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
-        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is added unless there is another progress bar;
-            without a terminal `LoggedProgress`, a line every half minute.
+        callbacks: Lightning's or your own; without a progress bar among them `coin.callbacks.RunProgress` is added, or
+            where there is no terminal `LoggedProgress`, a line every half minute.
         enable_progress_bar: Whether to show progress; without a terminal, only a bar among `callbacks` is shown.
         matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
             ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
-        **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` applies to the networks' passes in training and
-            evaluation. Statistics and decoding always use full precision, without TF32 (torch's default for
-            convolutions on GPUs).
+        **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` is of networks in training and evaluation;
+            statistics and decoding always use full precision, without TF32 (torch's default for convolutions on GPUs).
     """
 
     callbacks: list[Callback]
