@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,17 @@ class CommandFailedError(CoinError):
     """Some commands have failed; all others have finished."""
 
 
+@dataclass(eq=False)
 class Command:
     """A ``coin`` command as a subprocess, or as a callable for submitit and Ray; its output is appended to `log`.
 
     `name` says what it does, for a person; `variables` are environment variables beside those of this process.
     """
 
-    def __init__(
-        self, name: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
-    ) -> None:
-        self.name = name
-        self.arguments = arguments
-        self.log = log
-        self.variables = variables or {}
+    name: str
+    arguments: Sequence[str]
+    log: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """Start the process."""
