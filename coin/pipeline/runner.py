@@ -51,6 +51,8 @@ class Runner:
         self.patient = patient
         self.total = total
         self._begun = 0
+        self._stack = ExitStack()
+        self._open: dict[JobConfig | None, tuple[Job, ExitStack]] = {}
 
     def run(self, steps: Sequence[Step]) -> None:
         """Run every step of one folder that is not up to date, in order.
@@ -61,19 +63,22 @@ class Runner:
             steps = [replace(step, job=step.job_alone or step.job) for step in steps]
         count = self.total or sum(not step.only_logs for step in steps)
         self._begun = self._begun if self.total else 0
-        with ExitStack() as stack:
+        last = {step.job: step for step in steps}
+        self._open.clear()
+        with self._stack as stack:
             for folder in dict.fromkeys(step.folder for step in steps):
                 stack.enter_context(run_environment(folder))
-            jobs = _Jobs(self.experiment, steps, stack)
             for step in steps:
+                ends = last[step.job] is step
                 if step.only_logs:
-                    on_rank_zero(partial(self._log, step, jobs))
+                    earlier = [each for each in steps if each.job == step.job and not each.only_logs]
+                    on_rank_zero(partial(self._log, step, earlier, ends))
                 else:
                     self._begun += 1
-                    self._run(step, jobs, f"[{self._begun}/{count}] {step.of_seed}{step.what}")
-                jobs.end(step)
+                    self._run(step, ends, f"[{self._begun}/{count}] {step.of_seed}{step.what}")
+                self._end_job(step, ends)
 
-    def _run(self, step: Step, jobs: "_Jobs", called: str) -> None:
+    def _run(self, step: Step, ends: bool, called: str) -> None:
         with ExitStack() as locks:
             claimed = on_rank_zero(partial(_claim, step, locks, patient=self.patient))
             if claimed is None:
@@ -84,7 +89,7 @@ class Runner:
             inputs, before = claimed
             last = f" (last time {before:.0f} s)" if before and before >= 1 else ""
             rank_zero_info(f"{called}: {step.doing}{last}")
-            job, started = jobs.get(step.job, open=step.opens_job), time.monotonic()
+            job, started = self._job(step, opens=step.opens_job), time.monotonic()
             if job is not None:
                 job.use_artifacts(step.uses)
             work = partial(step.run, Context(inputs.key, step.outputs, self.experiment.trainer, job))
@@ -92,65 +97,44 @@ class Runner:
             if job is not None:
                 job.measures(measures or {})
                 job.log_artifacts(step.logs)
-            jobs.end(step)
+            self._end_job(step, ends)
             seconds = time.monotonic() - started
             on_rank_zero(partial(record_step, step, inputs, seconds))
             if seconds >= LONG:
                 rank_zero_info(f"{called}: done in {seconds:.0f} s")
 
-    def _log(self, step: Step, jobs: "_Jobs") -> None:
+    def _log(self, step: Step, earlier: Sequence[Step], ends: bool) -> None:
         """Run a step that only logs to W&B, on rank zero; without a W&B run, or if it fails, it is tried again.
 
         An agent of a W&B sweep logs evaluations alone.
         """
         assert step.job is not None
-        job = jobs.get(step.job, open=False)
+        job = self._job(step, opens=False)
         if (in_sweep() and step.job.type != "evaluate") or (job is None and status_of(step).is_current):
             return
         with logging_only("the runs of the methods"):
-            job = job or jobs.reopened(step)
-            if job.run is not None:
+            if job is None and (job := self._job(step, opens=True, again=True)):
+                for each in earlier:  # of a finished job: an interrupted offline run may have lost what it held
+                    job.use_artifacts(each.uses)
+                    job.repeat_curve()
+                    job.log_artifacts(each.logs)
+            if job is not None and job.run is not None:
                 inputs = inputs_of(step)
                 step.run(Context("", job=job))
-                jobs.end(step)
+                self._end_job(step, ends)
                 record_step(step, inputs)
 
+    def _job(self, step: Step, *, opens: bool, again: bool = False) -> Job | None:
+        """Return a step's job, which is started if it is not open; `again`: though it has finished before."""
+        if step.job is not None and step.job not in self._open and opens:
+            own = self._stack.enter_context(ExitStack())
+            self._open[step.job] = own.enter_context(open_job(self.experiment, step.job, again=again)), own
+        return self._open[step.job][0] if step.job in self._open else None
 
-class _Jobs:
-    """The jobs that are open, by what they are."""
-
-    def __init__(self, experiment: Experiment, steps: Sequence[Step], stack: ExitStack) -> None:
-        self.experiment, self.steps, self.stack = experiment, steps, stack
-        self.last = {step.job: step for step in steps}
-        self._open: dict[JobConfig | None, tuple[Job, ExitStack]] = {}
-
-    def get(self, config: JobConfig | None, *, open: bool) -> Job | None:
-        """Return a step's job, which is started if it is not open."""
-        if config is not None and config not in self._open and open:
-            self._start(config, again=False)
-        return self._open[config][0] if config in self._open else None
-
-    def reopened(self, step: Step) -> Job:
-        """Open a finished job again, and log again what it held: an interrupted offline run may have lost it."""
-        assert step.job is not None
-        job = self._start(step.job, again=True)
-        for earlier in self.steps:
-            if earlier.job == step.job and not earlier.only_logs:
-                job.use_artifacts(earlier.uses)
-                job.repeat_curve()
-                job.log_artifacts(earlier.logs)
-        return job
-
-    def end(self, step: Step) -> None:
+    def _end_job(self, step: Step, ends: bool) -> None:
         """End a step's job, if this is the last of its steps and it is open."""
-        if self.last[step.job] is step and step.job in self._open:
+        if ends and step.job in self._open:
             self._open.pop(step.job)[1].close()
-
-    def _start(self, config: JobConfig, *, again: bool) -> Job:
-        own = self.stack.enter_context(ExitStack())
-        job = own.enter_context(open_job(self.experiment, config, again=again))
-        self._open[config] = job, own
-        return job
 
 
 @contextmanager
