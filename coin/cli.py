@@ -3,7 +3,6 @@
 A command's module is imported on use, so that commands without PyTorch start quickly.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from coin.commands.early import A_CLASS, check_early, unknown
 from coin.commands.safe import SAFE, VARIABLE, enforce
 from coin.commands.shipped import with_shipped
 from coin.commands.signatures import known_classes
+from coin.core.choices import did_you_mean
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
 
 
@@ -70,8 +70,7 @@ def _run(arguments: list[str], name: str) -> None:
         print(f"coin {version('coded-coin')}")
         return
     if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        meant = did_you_mean(arguments[0], COMMANDS)
         raise ConfigurationError(f"found command '{arguments[0]}'{meant}, expected one of {', '.join(COMMANDS)}")
     if safe:
         enforce()
