@@ -1,6 +1,6 @@
 """The paths of one seed's files, and the experts, code and calibration samples read from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -61,17 +61,17 @@ class SeedFiles:
 
     def coded_outputs(self, method: Method) -> list[Path]:
         """Return the same files, and the 8-bit base of compressed variants."""
-        paths, rounded = self.coded_paths(method), any(each.base_bits == 8 for each in method.compress)
-        return [*paths, *self._int8_base(paths[0] if rounded else None)]
+        return self._with_int8_base(self.coded_paths(method), method.compress)
 
     def replica_paths(self, compression: Compression) -> list[Path]:
         """Return the files of the experts' compressed copies, and of their 8-bit base if they have one."""
         paths = [self.layout.replicas / f"{task}.{compression.name}.safetensors" for task in self.tasks]
-        return [*paths, *self._int8_base(paths[0] if compression.base_bits == 8 else None)]
+        return self._with_int8_base(paths, [compression])
 
-    def _int8_base(self, beside: Path | None) -> list[Path]:
-        """Return the file of the 8-bit base, whose name has a hash of the initialisation: none before that is there."""
-        return [int8_path(beside, self.initial)] if beside is not None and self.initial.is_file() else []
+    def _with_int8_base(self, paths: list[Path], compressions: Sequence[Compression]) -> list[Path]:
+        """Return files and that of their 8-bit base, whose name has the initialisation's hash, once that is there."""
+        has_base = any(each.base_bits == 8 for each in compressions) and self.initial.is_file()
+        return [*paths, int8_path(paths[0], self.initial)] if has_base else paths
 
     def statistics(self, method: Method) -> dict[Statistic, dict[str, Path]]:
         """Return the files of the statistics that a method needs."""
