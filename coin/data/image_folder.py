@@ -10,7 +10,7 @@ import torch
 
 from coin.data.image_io import read_files
 from coin.data.samples import Samples, Source
-from coin.data.task import TaskData
+from coin.data.task import TaskData, once
 from coin.errors import DataError
 from coin.files.downloads import Download
 
@@ -25,13 +25,13 @@ class ImageFolder(TaskData):
     The classes are the folders' names, sorted. Files with other than image extensions and hidden files are passed
     over. Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images
     are squares of one size that is not above ``image_size``, they are stored as they are. The folder is listed once for
-    a task and its copies: a task that is made anew sees what has been added.
+    a task and its copies.
 
     Args:
         root: The folder.
-        in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, for
-            folders that do not fit into memory: always at ``image_size``, and in worker processes (see
-            ``num_workers``). None holds in memory what takes up to 1 GiB, all splits together.
+        in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, always
+            at ``image_size`` and in worker processes (see ``num_workers``). None holds in memory what takes up to
+            1 GiB, all splits together.
         kwargs: See `TaskData`.
     """
 
@@ -81,7 +81,7 @@ class ImageFolder(TaskData):
 
     def content_key(self) -> str:
         """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed."""
-        return self._shared.fact("content", self._hash)
+        return once(self._shared.facts, "content", self._hash)
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
@@ -120,18 +120,15 @@ class ImageFolder(TaskData):
     @property
     def _listing(self) -> dict[str, dict[str, list[str]]]:
         """The names of the images of each class, both sorted, of each split that there is."""
-        return self._shared.fact(
-            "listing",
-            lambda: {
-                split: {name: _images(self.root / split / name) for name in _folders(self.root / split)}
-                for split in ("train", "val", "test")
-                if (self.root / split).is_dir()
-            },
-        )
+        return once(self._shared.facts, "listing", lambda: _listed(self.root))
 
 
-def _folders(folder: Path) -> list[str]:
-    return [name for name in _visible(folder) if (folder / name).is_dir()]
+def _listed(root: Path) -> dict[str, dict[str, list[str]]]:
+    splits = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    return {
+        split: {name: _images(folder / name) for name in _visible(folder) if (folder / name).is_dir()}
+        for split, folder in splits.items()
+    }
 
 
 def _images(folder: Path) -> list[str]:

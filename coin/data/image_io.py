@@ -4,9 +4,9 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -52,9 +52,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{path} has pixels of type {image.mode!r}; expected 8 bits a channel, convert it first"
-                )
+                raise DataError(f"{path} has pixels of type {image.mode!r}; expected 8 bits a channel: convert it")
             yield image
     except DataError:
         raise
@@ -70,22 +68,19 @@ def read_file(path: str, side: int, native: bool = False) -> NDArray[np.uint8]:
         return to_square(image, side)
 
 
-def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int) -> Tensor:
-    """The images ``read(0)`` to ``read(count - 1)``, each [3, side, side], as one tensor, uint8 [count, 3, side, side].
-
-    They are read by threads (PIL decodes outside Python's lock): for what is read once, as a whole.
-    """
-    out = torch.empty(count, 3, side, side, dtype=torch.uint8)
+def read_in_parallel(paths: Sequence[str], side: int, native: bool = False) -> Tensor:
+    """Read files as `read_file` does, by threads (PIL decodes outside Python's lock): uint8 [P, 3, side, side]."""
+    out = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     view = out.numpy()
     threads = min(32, cores())
-    step = max(1, min(64, count // threads))  # a job of many, for handing it to a thread costs as well
+    step = max(1, min(64, len(paths) // threads))  # a job of many, for handing it to a thread costs as well
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + step, count)):
-            view[i] = read(i)
+        for i in range(start, min(start + step, len(paths))):
+            view[i] = read_file(paths[i], side, native)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, range(0, count, step)))  # which raises the first error and gives up the jobs after it
+        list(pool.map(fill, range(0, len(paths), step)))  # which raises the first error and gives up the jobs after it
     return out
 
 
@@ -103,17 +98,13 @@ class LazyImages:
     def __getitem__(self, positions: Tensor, /) -> Tensor:
         """The images at these positions (int64 [B]), uint8 [B, 3, side, side]."""
         images = torch.empty(len(positions), 3, self.side, self.side, dtype=torch.uint8)
-        for image, position in zip(images.numpy(), positions.tolist(), strict=True):
-            image[:] = self._read(position)
+        for image, path in zip(images.numpy(), self._paths[positions.numpy()], strict=True):
+            image[:] = read_file(os.fsdecode(path), self.side)
         return images
 
     def decoded(self, positions: Tensor) -> Tensor:
         """The same as indexing, in parallel: for a selection that is to stay in memory."""
-        places = positions.tolist()
-        return in_parallel(lambda i: self._read(places[i]), len(places), self.side)
-
-    def _read(self, position: int) -> NDArray[np.uint8]:
-        return read_file(os.fsdecode(self._paths[position]), self.side)
+        return read_in_parallel([os.fsdecode(path) for path in self._paths[positions.numpy()]], self.side)
 
 
 def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
@@ -125,9 +116,8 @@ def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) ->
     with open_image(paths[0]) as first:
         width, height = first.size
     if width == height <= image_size and 3 * width**2 * len(paths) <= most:
-        try:
-            return in_parallel(lambda i: read_file(paths[i], width, native=True), len(paths), width)
-        except OtherSizeError:
-            pass
-    lazy = LazyImages(paths, image_size)
-    return lazy.decoded(torch.arange(len(paths))) if 3 * image_size**2 * len(paths) <= most else lazy
+        with suppress(OtherSizeError):
+            return read_in_parallel(paths, width, native=True)
+    if 3 * image_size**2 * len(paths) <= most:
+        return read_in_parallel(paths, image_size)
+    return LazyImages(paths, image_size)

@@ -18,18 +18,11 @@ from coin.errors import ConfigurationError, DataError
 
 @dataclass(frozen=True)
 class Samples:
-    """A selection of labelled samples, which copies indices, never images.
+    """A selection of labelled samples, which copies indices, never images."""
 
-    Attributes:
-        store: All images of the source's part that this was selected from, uint8 [N, C, H, W] (or tokens), or what
-            reads them by position.
-        labels: Class indices of the whole store, int64 [N].
-        index: Positions in the store that are selected, int64 [P].
-    """
-
-    store: Tensor | LazyImages
-    labels: Tensor
-    index: Tensor
+    store: Tensor | LazyImages  # all images that were selected from, uint8 [N, C, H, W], or tokens
+    labels: Tensor  # class indices of the whole store, int64 [N]
+    index: Tensor  # positions in the store that are selected, int64 [P]
 
     @classmethod
     def of(cls, store: Tensor | LazyImages, labels: Tensor) -> Self:
@@ -94,10 +87,7 @@ def hold_out(samples: Samples, seed: int) -> Source:
 def split_source(
     source: Source, validation_share: float, split_seed: int, max_train: int | None, max_test: int | None
 ) -> Source:
-    """Set validation samples aside where the source brings none, and limit the splits; see `coin.data.TaskData`.
-
-    All choices are stratified. Reducing a split keeps a subset of it.
-    """
+    """Set validation samples aside where the source brings none, and limit the splits to stratified subsets."""
     test = source.test
     if max_test is not None:
         test, _ = test.stratified(max_test, seeded(split_seed, Stream.TEST_SPLIT))
@@ -135,9 +125,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         if not isinstance(draw, Draw):
-            raise ConfigurationError(
-                "the loader's sampler was replaced (overfit_batches does that); use max_train for a small training set"
-            )
+            raise ConfigurationError("the sampler was replaced, as overfit_batches does; use max_train instead")
         images = self.samples.images(draw.positions)
         if draw.epoch is not None:
             view = View(self.augmentation, self.seed, draw.epoch)

@@ -75,9 +75,7 @@ class TrainingBatches(Sampler[Draw]):
         if batch_size < 2:
             raise ConfigurationError(f"batch_size is {batch_size}; training needs at least 2 (BatchNorm)")
         if samples // world_size < 2:
-            raise DataError(
-                f"{samples} training samples over {world_size} process(es); every process needs at least 2 of them"
-            )
+            raise DataError(f"{samples} training samples over {world_size} process(es); each needs at least 2 of them")
         self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, epoch
         self.rank, self.world_size = rank, world_size
         share = samples // world_size

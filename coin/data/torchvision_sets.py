@@ -11,7 +11,7 @@ from torchvision import datasets
 from coin.data.image_folder import IN_MEMORY
 from coin.data.image_io import read_files
 from coin.data.samples import Samples, Source, hold_out
-from coin.data.task import TaskData
+from coin.data.task import TaskData, once
 from coin.errors import DataError
 from coin.files.downloads import Download
 
@@ -38,26 +38,21 @@ class TorchvisionTask(TaskData):
         kwargs: See `TaskData`.
     """
 
-    folder: ClassVar[str]
-    """Where torchvision keeps the files, under ``root``."""
-    dataset: ClassVar[str | None] = None
-    """What torchvision calls the set; the class's name by default."""
+    folder: ClassVar[str]  # where torchvision keeps the files, under root
+    dataset: ClassVar[str | None] = None  # what torchvision calls the set; the class's name by default
+    # torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
-    """torchvision's further arguments beside `root` and `download`: of the training, any validation, the test split."""
-    mib: ClassVar[float | None] = None
-    """What is downloaded, in MiB."""
-    host: ClassVar[str] = ""
-    """Where it comes from."""
+    mib: ClassVar[float | None] = None  # what is downloaded
+    host: ClassVar[str] = ""  # where it comes from
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
-        self.download = download
+        self.root, self.download = Path(root), download
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
         if self.download and self.host:
-            self._shared.fact("downloaded", lambda: self._open(download=True))
+            once(self._shared.facts, "downloaded", lambda: self._open(download=True))
 
     def downloads(self) -> list[Download]:
         """Return the set, there if its folder has a file: a download that failed leaves empty ones."""

@@ -12,15 +12,11 @@ _EXPECTED = "expected head: {zero_shot: {prompts: ['a photo of a {}.'], classes:
 
 
 def read_head(given: Any) -> dict[str, Any] | None:
-    """Return the option as plain values, ``{zero_shot: {prompts, classes}}``, with the contents of a file in its place.
+    """Return ``{zero_shot: {prompts: [...], classes: [...]}}`` or ``{zero_shot: FILE.yaml}`` with the file's contents.
 
-    Args:
-        given: ``{zero_shot: {prompts: [...], classes: [...]}}``, or ``{zero_shot: FILE.yaml}``. ``{}`` in a prompt
-            stands for the class; without classes it is the task's own names, with spaces for underscores. None is none.
-
-    Raises:
-        ConfigurationError: It is something else, a prompt has no ``{}``, or two classes have one name.
-        FileError: The file cannot be read.
+    ``{}`` in a prompt stands for the class; without classes it is the task's own names, with spaces for underscores.
+    Raises ConfigurationError if it is something else, a prompt has no ``{}`` or two classes have one name, FileError
+    where the file cannot be read.
     """
     if given is None:
         return None

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from coin.data.image_io import DAMAGE, to_square
-from coin.data.tokens import tokenize
+from coin.data.transform import tokenize
 from coin.errors import DataError, first_line
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from coin.data import tokens
+from coin.data import transform
 from coin.errors import DataError
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description, response
@@ -112,10 +112,10 @@ def test_json_of_many_numbers_is_refused_before_it_is_parsed(about: Description)
 
 def test_a_tokenizer_is_read_once(about: Description) -> None:
     read(body(), None, about).read()
-    loads = tokens._loaded.cache_info().misses
+    loads = transform._loaded.cache_info().misses
     for _ in range(5):
         read(body(), None, about).read()
-    assert tokens._loaded.cache_info().misses == loads
+    assert transform._loaded.cache_info().misses == loads
 
 
 def data(told: dict[str, Any]) -> dict[str, Any]:
