@@ -17,8 +17,7 @@ from coin.files.atomic import hashes
 from coin.files.tensors import not_finite
 from coin.networks import NetworkConfig, save_network, unwrap
 
-_DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}
-"""The options of a module from which its network is built."""
+_DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}  # from which a module builds its network
 
 
 class Weights(StrEnum):
@@ -47,17 +46,16 @@ def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
     """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
 
-    It is the plain architecture: not compiled, adapters merged into the weights, every parameter trainable. So files
-    have the architecture's names, and a Fisher covers all parameters, as ``coin fisher`` computes it from the expert's
-    file: parameters that one expert did not train matter in a merge with others that did.
+    It is not compiled, adapters are merged into the weights, and every parameter is trainable, so that a Fisher covers
+    all: those that one expert did not train matter in a merge with others that did.
     """
     network: Any = module.network
     monitored = _monitored(trainer)
     if weights == Weights.last or monitored is None:
         return unwrap(copy(network))  # a copy leaves torch.compile's call behind
     state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
-    best, prefix = clone(network), "network."
-    best.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+    best, own = clone(network), "network."
+    best.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
     return unwrap(best)
 
 
@@ -85,9 +83,7 @@ class ExpertExport(Callback):
             return
         path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
         if not_finite(network.state_dict()) is not None:
-            raise NumericalError(
-                f"training diverged: the weights for '{path}' are not finite; give a smaller learning rate"
-            )
+            raise NumericalError(f"training diverged: the weights for '{path}' are not finite; give a smaller lr")
         options = dict(pl_module.hparams)
         data = getattr(trainer, "datamodule", None)
         config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})

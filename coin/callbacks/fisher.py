@@ -30,19 +30,9 @@ def estimate_statistic(
 ) -> dict[str, float]:
     """Compute a network's statistic, write it on the first process, and return its cost in ``seconds`` and ``passes``.
 
-    The samples are divided among the Trainer's processes, which run already.
-
-    Args:
-        trainer: The Trainer.
-        network: The network, on the device of the pass.
-        calibration: The samples: of the expert's own task, or of all tasks.
-        options: Which statistic.
-        path: The file.
-        seed: The seed of Monte Carlo's random cotangents, and of the samples.
-        **provenance: Further metadata of the file: the data (``own`` or ``pooled``), the task.
-
-    Raises:
-        ConfigurationError: There are fewer samples than processes.
+    The samples, of the expert's own task or of all tasks, are divided among the Trainer's running processes. The seed
+    is of Monte Carlo's random cotangents and of the samples; `provenance` is further metadata of the file. Raises
+    ConfigurationError if there are fewer samples than processes.
     """
     rank, world = trainer.global_rank, trainer.world_size
     check_shares(calibration.num_samples, world)
@@ -52,18 +42,11 @@ def estimate_statistic(
     with progress(str(options.statistic), share.num_samples) as advance:
         own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)
     sums = reduce_sums(own)
-    costs = {"seconds": time.perf_counter() - started, "passes": sums.passes}
+    seconds = time.perf_counter() - started
     if trainer.is_global_zero:
-        write_statistic(
-            path,
-            sums,
-            weights=fingerprint(network.state_dict()),
-            seconds=costs["seconds"],
-            seed=seed,
-            **options.provenance,
-            **provenance,
-        )
-    return costs
+        told: dict[str, Any] = {"weights": fingerprint(network.state_dict()), "seconds": seconds, "seed": seed}
+        write_statistic(path, sums, **told, **options.provenance, **provenance)
+    return {"seconds": seconds, "passes": sums.passes}
 
 
 class FisherEstimator(Callback):
@@ -94,10 +77,9 @@ class FisherEstimator(Callback):
         cotangents: int | None = None,
     ) -> None:
         check_integer("samples", samples, 1)
-        self.samples = samples
         mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
         self.options = StatisticOptions(kind=kind, mc_samples=mc_samples, memory_mib=memory_mib, precision=precision)
-        self.path = None if path is None else Path(path)
+        self.samples, self.path = samples, None if path is None else Path(path)
         self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from coin.core.progress import ProgressLines
 
 
 class RunProgress(RichProgressBar):
-    """Lightning's bar on standard error, since results belong on standard output, and gone when the run is done."""
+    """Lightning's bar on standard error, and gone when the run is done: results belong on standard output."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
@@ -22,7 +22,7 @@ class RunProgress(RichProgressBar):
             self.progress.live.transient = True
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar, and give rich's console, on which Lightning prints the results, back to standard output."""
+        """Close the bar, and give rich's console, for Lightning's results, back to standard output."""
         super().on_test_end(trainer, pl_module)
         self._give_back()
 
@@ -41,10 +41,6 @@ class RunProgress(RichProgressBar):
 
 class LoggedProgress(Callback):
     """A line on standard error now and then, for trainings without a terminal."""
-
-    def __init__(self) -> None:
-        self._lines = ProgressLines("training", None)
-        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count the steps that are left."""
