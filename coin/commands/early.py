@@ -20,8 +20,8 @@ from coin.commands.signatures import (
 )
 from coin.core.choices import did_you_mean
 from coin.errors import ConfigurationError, FileError
+from coin.files.downloads import names_a_file
 from coin.files.packaged import how_to_install
-from coin.files.weights import names_a_file
 from coin.files.yaml import read_yaml
 
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}

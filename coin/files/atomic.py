@@ -18,10 +18,7 @@ _CLOCK_STEP = 2.0  # seconds after which a file that is written to anew has anot
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it when the block ends without an error.
-
-    A reader therefore sees the old file or the whole new one. A FileError where it cannot be written.
-    """
+    """Yield a temporary path, renamed onto `path` when the block ends well; a FileError where it cannot be written."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,10 +34,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except FileError:  # says what it is about
         raise
     except OSError as error:
-        reason = error.strerror or error
-        raise FileError(
-            f"cannot write '{path}': {reason}; free the space or choose a folder you can write to"
-        ) from error
+        told = f"cannot write '{path}': {error.strerror or error}"
+        raise FileError(f"{told}; free the space or choose a folder you can write to") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -71,10 +66,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; a FileError where it cannot be read.
-
-    A process reads a file that has not changed once.
-    """
+    """Return the SHA-256 of a file, read once unless it has changed; a FileError where it cannot be read."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())

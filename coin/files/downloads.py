@@ -1,34 +1,33 @@
 """What a command would download: named with its size, found in its place or not, and fetched from Hugging Face."""
 
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from coin.errors import FileError, first_line
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The files of weights in a folder of Hugging Face's, the better one first."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face's, the better one first
 
 
 @dataclass(frozen=True)
 class Download:
-    """Something that comes from the network.
+    """Something that comes from the network."""
 
-    Attributes:
-        what: What it is: an identifier, or a data set.
-        host: The host that it comes from; '' for what has to be put in its place by hand.
-        mib: Its size in MiB; None where it is not known.
-        there: Whether it is here already.
-        advice: How to get it by hand.
-    """
+    what: str  # an identifier, or a data set
+    host: str  # where it comes from; '' for what has to be put in its place by hand
+    mib: float | None  # None where the size is not known
+    there: bool  # whether it is here already
+    advice: str  # how to get it by hand
 
-    what: str
-    host: str
-    mib: float | None
-    there: bool
-    advice: str
+
+def names_a_file(weights: str) -> bool:
+    """Whether weights are given by a file, and not by a name such as ``IMAGENET1K_V2``."""
+    return weights.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin")) or os.sep in weights
 
 
 def hub_weights(place: str) -> list[Path]:
@@ -48,10 +47,7 @@ def hub_weights(place: str) -> list[Path]:
 
 
 def fetch_from_hub(place: str) -> None:
-    """Download what is missing of an ID: its weights in one format, its configuration and its tokenizer.
-
-    Raises a FileError where the hub cannot be reached, or has no such weights.
-    """
+    """Download what is missing of an ID, its weights in one format; a FileError where the hub has or gives none."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -63,10 +59,9 @@ def fetch_from_hub(place: str) -> None:
             try:
                 hf_hub_download(place, name)
                 return
-            except LocalEntryNotFoundError:  # of the network, not of the repository
-                raise
-            except EntryNotFoundError:
-                continue
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError):  # of the network, not of the repository
+                    raise
         snapshot_download(place, allow_patterns=["model-*.safetensors"])  # in several files
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileError(
@@ -77,13 +72,22 @@ def fetch_from_hub(place: str) -> None:
 
 def is_found(host: str) -> bool:
     """Return whether a host has an address, or a proxy is set, which may reach it."""
-    if getproxies():
-        return True
+    with suppress(OSError):
+        return bool(getproxies() or socket.getaddrinfo(host, 443))
+    return False
+
+
+@contextmanager
+def offline_unless_found() -> Iterator[None]:
+    """Run a block with the hub's cache alone where the hub's host has no address: it would try for half a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not is_found(urlsplit(constants.ENDPOINT).hostname or "")
     try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def check_downloads(downloads: Sequence[Download]) -> None:

@@ -19,9 +19,8 @@ def packaged_file(package: str, file: str, extra: str = "text") -> Path:
     found = find_spec(package)
     path = None if found is None or found.origin is None else Path(found.origin).parent / file
     if path is None or not path.is_file():
-        raise FileError(
-            f"found no package {package} with a file {file}, expected it installed: {how_to_install(extra)}"
-        )
+        expected = f"expected it installed: {how_to_install(extra)}"
+        raise FileError(f"found no package {package} with a file {file}, {expected}")
     return path
 
 
@@ -34,10 +33,7 @@ def extra_module(name: str, extra: str) -> Any:
 
 
 def imported(option: str, path: str, expected: str) -> Any:
-    """Import what an option names by its import path; ``coin`` looks in the working folder too.
-
-    A ConfigurationError where it cannot be, and with ``--safe``, which imports nothing of a user's.
-    """
+    """Import what an option names by its import path; a ConfigurationError where it cannot be, or with ``--safe``."""
     if os.environ.get("COIN_SAFE") == "1":
         raise ConfigurationError(f"found {option} '{path}' with --safe, expected nothing of your own; leave it out")
     module, _, name = path.rpartition(".")

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,17 +19,10 @@ _MAPPED = 2**20  # after so many bytes of tensors the file is mapped anew, so th
 
 
 def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
-    """Write named tensors and their provenance, one JSON value.
+    """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``.
 
-    Args:
-        path: The file, written under a temporary name and renamed.
-        state: Tensors of any shape and type.
-        provenance: Anything that JSON holds; `versions()` is added under ``versions``.
-        infinite: Names of tensors that may hold infinities.
-
-    Raises:
-        StateError: A tensor is not finite: such a file is never written.
-        FileError: The file cannot be written.
+    Raises StateError, and writes nothing, if a tensor is not finite, except infinities in those named in `infinite`;
+    FileError where the file cannot be written.
     """
     check_finite(state, f"the state for '{path}'", infinite)
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
@@ -53,15 +45,9 @@ def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite
 class StateFile(Mapping[str, Tensor]):
     """The named tensors of a safetensors file that `save_state` wrote, read on access.
 
-    None is kept. A tensor is the file's own memory, mapped: its values are read when something computes with them, and
-    are let go with the tensor. It must not be written to.
-
-    Args:
-        path: The file.
-        names: Which tensors, in what order; none takes all of them in the file's order.
-
-    Raises:
-        FileError: The file is missing, damaged, or was not written by ``coin``; later, that it has changed since.
+    A tensor is the file's own memory, mapped: its values are read when something computes with them, and are let go
+    with the tensor. It must not be written to. With `names` there are these tensors alone, in this order. Raises
+    FileError where the file is missing, damaged or not written by ``coin``, and where it has changed since.
     """
 
     def __init__(self, path: Path, names: Iterable[str] | None = None) -> None:
@@ -87,15 +73,6 @@ class StateFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def select(self, names: Iterable[str]) -> "StateFile":
-        """Return the same file with these tensors alone, in this order."""
-        return StateFile(self.path, names)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the tensors' shapes, which are read without the tensors."""
-        file = self._opened()
-        return {name: torch.Size(file.get_slice(name).get_shape()) for name in self}
 
     def _opened(self) -> Any:
         if not self.path.is_file():
@@ -123,7 +100,7 @@ class StateFile(Mapping[str, Tensor]):
 
 
 def load_provenance(path: Path) -> dict[str, Any]:
-    """Return the JSON value that `save_state` wrote with a file, without its tensors; raises as `StateFile`."""
+    """Return the JSON value that `save_state` wrote with the tensors; raises as `StateFile`."""
     return StateFile(path).provenance
 
 

@@ -12,10 +12,7 @@ State = Mapping[str, Tensor]
 
 
 def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
-    """Raise a StateError that names the first tensor unless all states have the same names and shapes.
-
-    `names` are what the message calls them; ``state 0``, ``state 1``, … otherwise.
-    """
+    """Raise a StateError, which calls the states by `names`, unless their tensors have the same names and shapes."""
     if not states:
         raise StateError("found no states, expected at least one")
     called = names or [f"state {i}" for i in range(len(states))]
@@ -34,15 +31,10 @@ def check_same_layout(states: Sequence[State], names: Sequence[str] | None = Non
 
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
-    """Return the name of the first tensor that holds a NaN or an infinity, None if none does.
-
-    Those named in `infinite` may hold infinities, as a causal mask does.
-    """
+    """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
     for key, tensor in state.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
         # A NaN or an infinity shows in the sum, which takes a tenth of the time; only a sum can overflow, too.
-        if bool(torch.isfinite(tensor.sum())):
+        if not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor.sum())):
             continue
         wrong = torch.isnan(tensor).any() if key in infinite else ~torch.isfinite(tensor).all()
         if bool(wrong):
@@ -57,12 +49,11 @@ def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> Non
 
 
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return Σ_i w_i · state_i, tensor by tensor, for weights that sum to 1.
+    """Return Σ_i w_i · state_i, tensor by tensor, for weights that sum to 1; a StateError where names or shapes differ.
 
     Entries that agree in all states stay as they are, to the last bit and infinities included, and a state of weight
-    zero has no say. Floating-point and complex tensors are summed in their own type; of others (BatchNorm's
-    ``num_batches_tracked``) the maximum over the states is taken, since a weighted count has no meaning. A StateError
-    where names or shapes differ.
+    zero has no say. Floating-point and complex tensors are summed in their own type; of counts (BatchNorm's
+    ``num_batches_tracked``) the maximum over the states is taken.
     """
     check_same_layout(states)
     if len(states) != len(weights):
@@ -73,10 +64,7 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
 def weighted_mean(
     states: Sequence[State], weights: Sequence[float], key: str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype`; of states of the same layout.
-
-    Complex tensors are summed in the complex type of `dtype`'s parts.
-    """
+    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype` (or the complex type of such parts)."""
     first = states[0][key]
     if dtype is not None:
         first = first.to(dtype.to_complex() if first.is_complex() else dtype)

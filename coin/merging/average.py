@@ -11,8 +11,8 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod, refined
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
+from coin.networks.delta import Rounding
 from coin.networks.heads import check_head, head_name
-from coin.networks.rounding import Rounding
 
 
 class Average(MergeMethod):

@@ -28,9 +28,9 @@ from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
+from coin.networks.delta import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.parametrised import renormalise
-from coin.networks.rounding import Rounding
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -168,7 +168,7 @@ class Refit(Method):
     ) -> Compressed:
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
-        A layer is rounded column by column (`coin.networks.rounding`), its bias fitted to the rest, and the next
+        A layer is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next
         layer to the inputs that follow. What cannot be refitted is rounded to the nearest first. See `Method.pack`.
         """
         if compression.bits is None or compression.rounding is RoundingKind.nearest:

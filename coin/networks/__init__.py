@@ -9,7 +9,10 @@ from coin.networks.compressed import Compressed as Compressed, compress as compr
 from coin.networks.compression import Compression as Compression
 from coin.networks.files import (
     NetworkFile as NetworkFile,
+    check_heads as check_heads,
+    fill_head as fill_head,
     import_checkpoint as import_checkpoint,
+    import_pretrained as import_pretrained,
     initial_network as initial_network,
     int8_path as int8_path,
     kept_base as kept_base,
@@ -28,11 +31,6 @@ from coin.networks.heads import (
     padded_rows as padded_rows,
 )
 from coin.networks.lora import Lora as Lora, add_adapters as add_adapters, unwrap as unwrap
-from coin.networks.pretrained import (
-    check_heads as check_heads,
-    fill_head as fill_head,
-    import_pretrained as import_pretrained,
-)
 from coin.networks.registry import NetworkConfig as NetworkConfig, build_network as build_network
 from coin.networks.stages import Run as Run, run_network as run_network
 from coin.networks.weights import fill_network as fill_network, read_weights as read_weights

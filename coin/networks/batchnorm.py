@@ -42,21 +42,13 @@ def has_batchnorm(network: nn.Module) -> bool:
 
 
 def folded(state: State, weight: str, bias: str | None, norm: str, eps: float) -> dict[str, Tensor]:
-    """Return the tensors of a linear map and the BatchNorm after it, the latter folded into the map, in float64.
+    """Return the tensors of a linear map and the BatchNorm `norm` after it, folded into the map, in float64.
 
     With the map's weight W and bias b, and the BatchNorm's γ, β, μ and σ² = variance + eps, the weight becomes γ/σ·W,
     the map's bias 0, and the BatchNorm an identity whose bias is β + γ/σ·(b − μ).
-
-    Args:
-        state: The tensors of a network.
-        weight: The name of the map's weight.
-        bias: Of its bias, where it has one.
-        norm: Of the BatchNorm.
-        eps: The BatchNorm's.
     """
-    gain, shift, mean, variance = (
-        state[f"{norm}.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
-    )
+    parts = ("weight", "bias", "running_mean", "running_var")
+    gain, shift, mean, variance = (state[f"{norm}.{part}"].double() for part in parts)
     scale, kernel = gain / (variance + eps).sqrt(), state[weight].double()
     before = state[bias].double() if bias is not None else torch.zeros_like(mean)
     return {
@@ -77,11 +69,10 @@ def _tracking(network: nn.Module) -> list[_BatchNorm]:
 def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> int:
     """Re-estimate all BatchNorm layers' statistics in place, and return the number of samples.
 
-    They become the average over batches of a layer's batch statistics, weighted by batch size, with all layers using
-    batch statistics as in training. A layer that runs several times per pass counts each time; layers whose `train`
-    keeps them in eval mode are included; a layer that never runs keeps its statistics. A batch of one sample has no
-    variance and is joined to the next, the last one to the one before it. Raises StateError, with the network
-    unchanged, for fewer than two samples.
+    They become the mean of a layer's batch statistics, weighted by batch size, all layers running as in training. A
+    layer that runs several times per pass counts each time; layers whose `train` keeps them in eval mode are included;
+    one that never runs keeps its statistics. A batch of one sample has no variance and is joined to a neighbour. Raises
+    StateError, with the network unchanged, for fewer than two samples.
 
     Args:
         network: The network.

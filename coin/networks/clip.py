@@ -1,7 +1,7 @@
 """CLIP's vision tower as a classifier: its head is computed from class names by the text tower, and never trained."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, FileError
+from coin.files.downloads import offline_unless_found
 from coin.files.packaged import extra_module
 
 ZERO_SHOT = "zero_shot"
@@ -41,8 +42,7 @@ _PART = 2**22  # numbers that are activated at once
 class QuickGELU(nn.Module):
     """CLIP's activation x · σ(1.702 x); in place, a part at a time, where nothing is differentiated.
 
-    The one of transformers, which gives the same, takes x three times more: with it a pass of ViT-L/14 on many images
-    takes 20 MiB an image, without 11.
+    With that of transformers, which holds x three more times, ViT-L/14 takes 20 MiB an image instead of 11.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,11 +109,7 @@ def parameters_beside(found: Any) -> int:
 
 
 def load_tower(tower: ClipTower, place: str) -> None:
-    """Fill a tower with the weights of a folder or ID: a `CLIPModel`, or a `CLIPVisionModel`, with projection or not.
-
-    What the folder lacks of the projection stays as it is: fine-tuned towers are often saved without it. A ValueError
-    where another tensor is missing.
-    """
+    """Fill a tower from a folder or ID; a missing projection stays as it is, a ValueError for another tensor."""
     own: Any = tower.vision
     with _quietly():
         found, info = type(own).from_pretrained(place, config=own.config, output_loading_info=True)
@@ -139,28 +135,23 @@ def _quietly() -> Iterator[None]:
 
 
 @torch.no_grad()
-def zero_shot_head(
-    place: str, prompts: Sequence[str], classes: Sequence[str], reading: Callable[[], AbstractContextManager[None]]
-) -> Tensor:
-    """Return CLIP's zero-shot head s·t ``[C, F]``, float32: t_k is the mean of the unit vectors of class k's prompts.
+def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Return CLIP's zero-shot head s·t ``[C, F]``, float32, with s = exp(logit_scale).
 
-    It is scaled to length 1 again, and by s = exp(logit_scale); with one prompt the logits are `CLIPModel`'s own
-    ``logits_per_image``.
+    t_k is the mean of the unit vectors of class k's prompts, scaled to length 1 again. With one prompt the logits are
+    `CLIPModel`'s own ``logits_per_image``. Source: Radford et al. (ICML 2021), section 3.1.4, prompt ensembling.
 
     Args:
         place: A folder or ID of a `CLIPModel` with its tokenizer.
         prompts: Texts in which ``{}`` stands for the class.
         classes: C names, as they are to stand in the prompts.
-        reading: The context in which files are read or downloaded.
 
     Raises:
         FileError: The model or its tokenizer cannot be read.
-
-    Source: Radford et al. (ICML 2021), section 3.1.4, prompt ensembling.
     """
     transformers = extra_module("transformers", "text")
     try:
-        with reading(), _quietly():
+        with offline_unless_found(), _quietly():
             model = transformers.CLIPModel.from_pretrained(place).float().eval()
             tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError) as error:
@@ -174,9 +165,8 @@ def zero_shot_head(
         texts = [prompt.replace("{}", name) for prompt in prompts]
         vectors = []
         for start in range(0, len(texts), _BATCH):
-            tokens = tokenizer(
-                texts[start : start + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt"
-            )
+            some = texts[start : start + _BATCH]
+            tokens = tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             pooled = model.text_model(**tokens).pooler_output
             vectors.append(F.normalize(model.text_projection(pooled), dim=-1))
         rows.append(F.normalize(torch.cat(vectors).mean(0), dim=-1))

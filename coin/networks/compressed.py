@@ -91,9 +91,7 @@ class Compressed:
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
-        """Load a compressed network, given its base; for an int8 base it may be the original one.
-
-        If the file needs no base (``base_bits=0``), `base` is any network of the architecture.
+        """Load a compressed network, given its base: the original one for an int8 base, any for ``base_bits=0``.
 
         Raises:
             FileError: The file is missing or damaged, holds no compressed network, or is of another base.
@@ -140,8 +138,8 @@ def compress(
 
     Args:
         network: The network.
-        base: The network that it was fine-tuned or merged from; not needed for ``base_bits=0``. For 8 it may already be
-            rounded.
+        base: The network that it was fine-tuned or merged from, for ``base_bits=8`` possibly rounded already; not
+            needed for 0.
         bits: 1 … 8 bits a value; or
         rank: the rank of every delta, 1 or more; a matrix that is smaller than its factors is kept in float16.
         base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, and the delta is taken from it; 0: not
@@ -149,8 +147,7 @@ def compress(
         rounded: Deltas that are already rounded, by tensor; used unchanged.
 
     Raises:
-        ConfigurationError: An option is out of its range, both or neither of bits and rank are given, there is no base,
-            or what is given is no network.
+        ConfigurationError: An option or a type is wrong, or there is no base.
         StateError: Network and base differ in more than the outputs of their heads, or are not finite.
 
     >>> base = torch.nn.Linear(64, 32)
@@ -161,7 +158,7 @@ def compress(
     >>> compressed.nbytes, (compressed.network().weight - network.weight).abs().max() < 0.01
     (896, tensor(True))
     """
-    Compression(bits, rank, base_bits)
+    Compression(bits, rank, base_bits)  # checks them
     if base_bits and base is None:
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
     bases = nn.Module | Compressed | Reference | None
@@ -186,14 +183,11 @@ def compress_as(how: Compression, network: nn.Module, base: Base) -> Compressed:
 
 
 class Reference(NamedTuple):
-    """The reference that a network's tensors are a delta from."""
+    """The tensors that a network's are a delta from, and where they come from."""
 
-    base: nn.Module
-    """The base as it is kept; the network itself where there is none."""
-    kept: Compressed | None
-    """The bytes that it is kept in, if these are not its own."""
-    norms: list[str]
-    """The BatchNorms that are folded."""
+    base: nn.Module  # as it is kept; the network itself where there is none
+    kept: Compressed | None  # the bytes that it is kept in, if these are not its own
+    norms: list[str]  # the BatchNorms that are folded
     tensors: dict[str, Tensor]
 
 
@@ -240,8 +234,7 @@ def _reference(network: nn.Module, base: nn.Module | None, norms: Sequence[str])
             if name in own and name in state and state[name].shape[1:] == own[name].shape[1:]:
                 rows = state[name][: len(own[name])]
                 state[name] = torch.cat([rows, rows.new_zeros(len(own[name]) - len(rows), *rows.shape[1:])])
-    shapes, theirs = ({name: tensor.shape for name, tensor in each.items()} for each in (own, state))
-    check_layout(shapes, theirs, "the base")
+    check_layout(own, state, "the base")
     folds = _folds(network)
     for norm in norms:
         bias = f"{folds[norm].removesuffix('weight')}bias"

@@ -12,13 +12,10 @@ _BASES = {32: "", 8: "-int8base", 0: "-nobase"}
 
 
 class RoundingKind(StrEnum):
-    """When a coded model is rounded."""
+    """Whether `Refit` rounds while it fits, each layer making up for errors before it, or to the ``nearest`` after."""
 
     refit = "refit"
-    """While `Refit` fits its layers, so that each makes up for the errors of those before."""
-
     nearest = "nearest"
-    """Afterwards."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,7 @@ class Compression:
         rank: the rank of every delta.
         base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
             at all, so that this is plain quantisation of the network.
-        rounding: ``refit`` or ``nearest``, for a merge method that can round while it fits; by default the method's
-            own.
+        rounding: ``refit`` or ``nearest``, for a merge method that can round while it fits; by default its own.
 
     Raises:
         ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.

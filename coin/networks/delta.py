@@ -1,12 +1,15 @@
-"""A tensor as its difference from a base's, in few bits a value or of low rank, packed into bytes: pure functions."""
+"""A tensor as its difference from a base's, in few bits a value or of low rank, packed into bytes."""
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from coin.networks.compressed import Reference
 
 EQUAL, HALF, WHOLE = 0, 16, 32
 """How a tensor is kept, beside 1 … 8 bits a value and, as −r, a rank: not at all, its delta in float16, itself."""
@@ -17,10 +20,8 @@ _CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
 class Rounded(NamedTuple):
     """A matrix in few bits a value, with a scale a row whose sign says which of the levels the row takes."""
 
-    codes: Tensor
-    """``[rows, K]``, uint8."""
-    scale: Tensor
-    """``[rows]``, bfloat16."""
+    codes: Tensor  # [rows, K], uint8
+    scale: Tensor  # [rows], bfloat16
     bits: int
 
     def dense(self) -> Tensor:
@@ -56,8 +57,7 @@ def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _codes(matrix: Tensor, scale: Tensor, bits: int, even: bool) -> Tensor:
     """Return the codes of the nearest levels, even ones or dense ones."""
-    # Where a row's scale is zero, its values are, and any level will do.
-    over = matrix / scale.clamp(min=1e-38)[:, None]
+    over = matrix / scale.clamp(min=1e-38)[:, None]  # of a row of zeros any level will do
     if even and bits > 1:
         return over.mul_(2 ** (bits - 1)).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(2 ** (bits - 1))
     dense = levels(bits)[0]
@@ -115,30 +115,24 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 def encode(
     tensor: Tensor, base: Tensor, bits: int | None, rank: int | None, rounded: Rounded | None = None
 ) -> tuple[int, Tensor]:
-    """Encode a tensor: return its storage kind and its bytes.
+    """Encode a tensor as its difference from a base of its shape and type: return its storage kind and its bytes.
 
-    Matrices are kept as asked. Vectors are, and matrices that would not be smaller, in float16; integers and what
-    float16 does not hold to a thousandth as they are; and what equals the base's not at all.
-
-    Args:
-        tensor: Of any shape and type.
-        base: Of the same.
-        bits: b, 1 … 8; or
-        rank: r.
-        rounded: What the difference has been rounded to already.
+    Matrices are kept in `bits` a value, in `rank`, or as they are `rounded` already; vectors, and matrices that would
+    not be smaller, in float16; integers and what float16 does not hold to a thousandth as they are; and what equals the
+    base's not at all.
     """
     if torch.equal(tensor, base):
         return EQUAL, torch.empty(0, dtype=torch.uint8)
     if not tensor.is_floating_point() or not bool((tensor.isfinite() & base.isfinite()).all()):
         return WHOLE, _bytes(tensor)
     delta, (rows, columns) = _wide(tensor) - _wide(base), matrix_shape(tensor.shape)
-    half = delta.half()
     if tensor.ndim > 1 and rounded is not None:
         return rounded.bits, torch.cat([pack(rounded.codes, rounded.bits), _bytes(rounded.scale)])
     if tensor.ndim > 1 and bits is not None and columns * bits + 16 < columns * 16:
         return encode(tensor, base, None, None, quantise(delta.reshape(rows, columns), bits))
     if tensor.ndim > 1 and rank is not None and rank * (rows + columns) < rows * columns:
         return -rank, torch.cat([_bytes(factor) for factor in low_rank(delta.reshape(rows, columns), rank)])
+    half = delta.half()
     if float((half - delta).abs().max()) <= float(delta.abs().max()) / 1000:
         return HALF, _bytes(half)
     return WHOLE, _bytes(tensor)
@@ -189,24 +183,17 @@ def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
     return data.clone().view(dtype)  # a clone, so that it begins where the type may
 
 
-_BLOCK = 128
-"""Columns whose errors are carried over to the rest at a time."""
+_BLOCK = 128  # columns whose errors are carried over to the rest at a time
 
 
 def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> Tensor:
     """Return the codes [G, O, K] of matrices rounded column by column, the columns to come making up for the errors.
 
-    With M = metric = R Rᵀ and U = R⁻¹, both upper triangular, column k is rounded to q_k and every later one l becomes
-    w_l − (w_k − q_k) U_kl / U_kk, the minimiser of tr((q − w) M (q − w)ᵀ) given the columns rounded so far. Columns go
-    by falling M_kk.
+    With M = metric [G, K, K] = R Rᵀ, positive definite, and U = R⁻¹, both upper triangular, column k is rounded to q_k
+    and every later one l becomes w_l − (w_k − q_k) U_kl / U_kk, the minimiser of tr((q − w) M (q − w)ᵀ) given the
+    columns rounded so far. Columns go by falling M_kk. `scales` [G, O, K] are those of every entry (`Rounded`).
 
     Source: Frantar et al., *GPTQ* (ICLR 2023, arXiv 2210.17323), algorithm 1.
-
-    Args:
-        wanted: [G, O, K].
-        scales: Of every entry, with the sign that says which levels it takes, [G, O, K], bfloat16.
-        bits: b.
-        metric: [G, K, K], positive definite.
     """
     order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
     wanted, scales, metric = wanted[..., order], scales[..., order], metric[:, order][:, :, order]
@@ -225,3 +212,49 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
             wanted[..., k:end] -= errors[..., k - start, None] * upper[:, None, k, k:end]
         wanted[..., end:] -= errors @ upper[:, start:end, end:]
     return codes[..., order.argsort()]
+
+
+class Rounding:
+    """Rounds a network's matrices to few bits a value, as deltas from a reference; `rounded` holds those so far."""
+
+    def __init__(self, reference: "Reference", bits: int) -> None:
+        self.reference, self._bits, self._tensors = reference, bits, reference.tensors
+        self.rounded: dict[str, Rounded] = {}
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
+        shape, floats = self._tensors[name].shape, self._tensors[name].is_floating_point()
+        return len(shape) > 1 and floats and matrix_shape(shape)[1] * (16 - self._bits) > 16
+
+    def weight(self, name: str) -> Tensor:
+        """Return a rounded weight as it is read back."""
+        return added(self._tensors[name], self.rounded[name].dense())
+
+    def round(self, name: str, weight: Tensor) -> Tensor:
+        """Round a weight to the nearest and return it."""
+        base = self._tensors[name].double()
+        self.rounded[name] = quantise((weight.double().cpu() - base).reshape(matrix_shape(base.shape)), self._bits)
+        return self.weight(name)
+
+    def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor, turned: bool = False) -> Tensor:
+        """Round weight + step, and return the step to what it became.
+
+        The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K].
+        `turned` says that the weight is ΔW's transpose.
+        """
+        base = self._tensors[name].double()
+
+        def grouped(x: Tensor) -> Tensor:
+            return (x.T if turned else x).reshape(step.shape)
+
+        def flat(x: Tensor) -> Tensor:
+            x = x.flatten(0, 1)
+            return (x.T if turned else x).reshape(matrix_shape(base.shape))
+
+        now = grouped(weight.double().cpu() - base)
+        wanted = now + step.cpu()
+        scale = quantise(flat(wanted), self._bits).scale
+        scales = grouped(scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
+        codes = round_columns(wanted, scales, self._bits, metric.cpu())
+        self.rounded[name] = Rounded(flat(codes), scale, self._bits)
+        return (grouped(self.rounded[name].dense().reshape(base.shape)) - now).to(step)

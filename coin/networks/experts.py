@@ -19,8 +19,8 @@ from coin.networks.weights import check_layout
 class ExpertNetworks:
     """Experts in memory: `networks` have padded heads, in copies that share all other tensors with those `unpadded`.
 
-    They are called by `forward`, if given (`coin.core.batches.adapted`); `padding` is the head's name and its number of
-    outputs where it is padded. Raises ConfigurationError if there are none, HeadError if heads cannot be padded.
+    `padding` is the head's name and its number of outputs where it is padded. Raises ConfigurationError if there are no
+    experts, HeadError if heads cannot be padded.
     """
 
     def __init__(
@@ -110,10 +110,7 @@ class ExpertFiles:
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """A network of the experts' architecture with `width` logits, for its names and shapes, without weights.
-
-        Raises a StateError where the tensors of an expert do not fit it.
-        """
+        """A network of the experts' architecture and `width`, without weights; a StateError where one does not fit."""
         config, width = self.config, self.width  # from files, whose tensors must not become meta ones
         try:
             with torch.device("meta"):
@@ -151,10 +148,10 @@ class ExpertFiles:
 
     def _parts(self, file: NetworkFile) -> tuple[State, State]:
         """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
-        skeleton, state = self.skeleton, file.state
+        skeleton = self.skeleton
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-        parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
-        buffers = state.select([name for name in skeleton.state_dict() if name not in every])
+        parameters = file.select([name for name, _ in skeleton.named_parameters()])
+        buffers = file.select([name for name in skeleton.state_dict() if name not in every])
         return padded_state(parameters, *self.padding), buffers
 
     def initial_tensors(self) -> tuple[State, State] | None:
@@ -166,7 +163,7 @@ class ExpertFiles:
         return self._parts(file)
 
     def empty_model(self) -> nn.Module:
-        """Return a new network of the experts' architecture, whose contents do not matter."""
+        """Return a new network of the experts' architecture, with arbitrary weights."""
         return build_network(self.config, self.width)
 
     def release(self) -> None:
@@ -176,8 +173,7 @@ class ExpertFiles:
 
 def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
     """Check that a file has the tensors of a network; only its head may have fewer outputs."""
-    own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
-    for name in (f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"):
-        if name in own:
-            own[name] = torch.Size([min(file.num_classes, width), *own[name][1:]])
-    check_layout(own, file.state.shapes(), str(file.state.path))
+    own = skeleton.state_dict()
+    for name in own.keys() & {f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"}:
+        own[name] = own[name][: min(file.num_classes, width)]
+    check_layout(own, file.state, str(file.path))

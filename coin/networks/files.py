@@ -1,4 +1,4 @@
-"""Networks as safetensors files with their architecture and provenance."""
+"""Networks as safetensors files with their architecture and provenance, and those that were trained elsewhere."""
 
 import operator
 import os
@@ -10,39 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
+from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, int8
 from coin.networks.compression import Compression
+from coin.networks.heads import head_name, is_frozen
+from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 
-
-class Unpacked(dict[str, Tensor]):
-    """The tensors of a compressed network, with the interface of `StateFile`."""
-
-    def __init__(self, path: Path, state: State) -> None:
-        super().__init__(state)
-        self.path = path
-
-    def select(self, names: Iterable[str]) -> "Unpacked":
-        """Return these tensors alone, in this order."""
-        return Unpacked(self.path, {name: self[name] for name in names})
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the tensors' shapes."""
-        return {name: tensor.shape for name, tensor in self.items()}
+ZeroShot = tuple[Sequence[str], Sequence[str]]
+"""A task's prompts and class names, of which a zero-shot head is computed."""
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network's file: its tensors, read on access, and its metadata (`provenance`)."""
+    """A network's file: its tensors, of a whole network read on access, and its metadata (`provenance`)."""
 
-    state: StateFile | Unpacked
+    path: Path
+    state: State
     config: NetworkConfig
     num_classes: int
     provenance: dict[str, Any]
@@ -61,8 +52,14 @@ class NetworkFile:
     def network(self) -> nn.Module:
         """The network, in eval mode; raises StateError if its tensors do not fit the architecture."""
         network = build_network(self.config, self.num_classes)
-        fill_network(network, self.state, str(self.state.path))
+        fill_network(network, self.state, str(self.path))
         return network.eval()
+
+    def select(self, names: Iterable[str]) -> State:
+        """Return these tensors alone, in this order; of a whole network read on access, too."""
+        if isinstance(self.state, StateFile):
+            return StateFile(self.path, names)
+        return {name: self.state[name] for name in names}
 
 
 def nbytes_together(files: Iterable[NetworkFile]) -> int:
@@ -74,21 +71,16 @@ def nbytes_together(files: Iterable[NetworkFile]) -> int:
 def save_network(
     path: Path, network: nn.Module, config: NetworkConfig, num_classes: int, provenance: Mapping[str, Any]
 ) -> None:
-    """Write a network's parameters and buffers with its architecture and its provenance.
-
-    Raises StateError if a parameter is not finite or a buffer holds a NaN, FileError if it cannot be written.
-    """
-    # As a causal mask does.
-    infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
+    """Write a network, its architecture and provenance; a StateError for values not finite, but infinite buffers."""
+    infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]  # causal masks
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
     save_state(path, network.state_dict(), described | ({"infinite": infinite} if infinite else {}), infinite)
 
 
 def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
-    """Return the base's file, to be recorded in a compressed network's file, and the base as stored.
+    """Return the file that a compressed network's names as its base, and the base as stored.
 
-    An 8-bit base is written to the folder of `path` unless it exists (`int8_path`). Raises ConfigurationError if the
-    compression needs a base and there is none.
+    An 8-bit base is written beside `path` unless it exists. Raises ConfigurationError if a base is needed and missing.
     """
     if not compression.base_bits:
         return None, None
@@ -116,6 +108,7 @@ def save_compressed(
 ) -> None:
     """Write a compressed network that names its base's file (`kept_base`); `open_network` reads it back."""
     described = {
+        **provenance,
         "network": asdict(config),
         "num_classes": num_classes,
         "compression": asdict(compression),
@@ -123,7 +116,7 @@ def save_compressed(
         "nbytes": made.nbytes,
         "base_nbytes": made.base_nbytes,
     }
-    made.save(path, {**provenance, **described})
+    made.save(path, described)
 
 
 def int8_path(path: Path, base: Path) -> Path:
@@ -132,11 +125,7 @@ def int8_path(path: Path, base: Path) -> Path:
 
 
 def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
-    """Open a network's file, whole or compressed, and check its values and metadata.
-
-    Args:
-        path: The file.
-        above: The compressed files that it is the base of.
+    """Open a network's file, whole or compressed, and check its values and metadata; `above` are those it is a base of.
 
     Raises:
         FileError: The file, or a compressed one's base, is missing or damaged, or does not hold a network.
@@ -148,10 +137,11 @@ def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
     infinite = state.provenance.get("infinite", [])
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
     config, num_classes = _described(path, state.provenance)
-    with suppress(NotImplementedError), torch.device("meta"):  # raised by a constructor that looks at its weights
-        described = build_network(config, num_classes).state_dict()
-        check_layout({name: tensor.shape for name, tensor in described.items()}, state.shapes(), str(path))
-    return NetworkFile(state, config, num_classes, state.provenance)
+    with suppress(NotImplementedError):  # raised by a constructor that looks at its weights
+        with torch.device("meta"):
+            described = build_network(config, num_classes).state_dict()
+        check_layout(described, state, str(path))
+    return NetworkFile(path, state, config, num_classes, state.provenance)
 
 
 def _open_compressed(path: Path, provenance: dict[str, Any], above: Sequence[Path]) -> NetworkFile:
@@ -171,7 +161,7 @@ def _open_compressed(path: Path, provenance: dict[str, Any], above: Sequence[Pat
         base = open_network(found, above).network
     network = Compressed.load(path, base).network()
     check_finite(network.state_dict(), f"the network in '{path}'", {name for name, _ in network.named_buffers()})
-    return NetworkFile(Unpacked(path, network.state_dict()), config, num_classes, provenance)
+    return NetworkFile(path, network.state_dict(), config, num_classes, provenance)
 
 
 def load_network(path: Path) -> NetworkFile:
@@ -199,10 +189,10 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
 def initial_network(
     config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0, wider: Path | None = None
 ) -> nn.Module:
-    """Build the shared initialisation that all experts of one class count start from.
+    """Build the shared initialisation of all experts of one class count, from a base checkpoint or from the seed.
 
-    It comes from a base checkpoint, whose head is kept if its class count agrees, or from the seed. Given the file
-    `wider` of an initialisation with more classes, only the head differs: it has the first rows of the wider head.
+    The checkpoint's head is kept if its class count agrees. Given the file `wider` of an initialisation with more
+    classes, only the head differs: it has the first rows of the wider head.
     """
     source = checkpoint or wider
     if source is None:
@@ -221,10 +211,8 @@ def import_checkpoint(
 ) -> nn.Module:
     """Build a network that was trained elsewhere, from a state dict as safetensors or a checkpoint.
 
-    Its head must have `num_classes` logits, unless `fresh_head` allows a new one, drawn from the seed or taken from the
-    first rows of the head in the file `wider`.
-
-    Raises FileError if the file cannot be used, StateError if it is of another architecture or not finite.
+    Its head must have `num_classes` logits, unless `fresh_head` allows a new one, drawn from the seed or the first rows
+    of that in the file `wider`. Raises FileError for a file that cannot be used, StateError for another architecture.
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     names = network.state_dict().keys()
@@ -238,4 +226,57 @@ def import_checkpoint(
     if fresh_head:
         state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))
     fill_network(network, state, str(path))
+    return network
+
+
+def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
+    """Refuse a task with a zero-shot head for a network that trains its own, and the reverse; a ConfigurationError."""
+    if zero_shot and not config.source.zero_shot:
+        raise ConfigurationError(
+            f"found head.zero_shot for the task '{task}' and the network '{config.name}', whose head is trained, "
+            "expected a CLIP with network.options.head=zero_shot; set it, or leave the task's head out"
+        )
+    if config.source.zero_shot and not zero_shot:
+        raise ConfigurationError(
+            f"found network.options.head zero_shot and the task '{task}' without a head, expected prompts; give it "
+            "head: {zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}"
+        )
+
+
+@torch.no_grad()
+def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | None, task: str = "task") -> None:
+    """Compute a task's zero-shot head and write it into a network that has such a head; raises as `check_heads`."""
+    check_heads(config, zero_shot is not None, task)
+    if zero_shot is None or not is_frozen(network):
+        return
+    source = config.source
+    assert isinstance(source, HuggingFace)
+    head = zero_shot_head(source.place, *zero_shot)
+    weight = network.get_submodule(head_name(network)).get_parameter("weight")
+    if head.shape != weight.shape:
+        raise ConfigurationError(
+            f"found a zero-shot head {list(head.shape)} for the task '{task}', expected {list(weight.shape)}; give "
+            "one name for each class"
+        )
+    weight.copy_(head)
+
+
+def import_pretrained(
+    config: NetworkConfig, place: str, initial: Path, zero_shot: ZeroShot | None, task: str
+) -> nn.Module:
+    """Return a task's expert with the weights of Hugging Face's folder or ID, ``hf/PLACE``.
+
+    The file `initial` is the shared initialisation's, whose projection is kept where a CLIP tower was saved without.
+    Raises ConfigurationError where the network is none of Hugging Face's or the head does not fit the task, FileError
+    or StateError where the weights cannot be read or are of another architecture.
+    """
+    source = config.source
+    if not isinstance(source, HuggingFace):
+        raise ConfigurationError(
+            f"found the expert '{place}' for the network '{config.name}', expected a network of Hugging Face's (hf/…); "
+            "give a file of weights, or change network.name"
+        )
+    network = load_network(initial).network
+    source.load(network, local_place(place))
+    fill_head(network, config, zero_shot, task)
     return network

@@ -37,7 +37,7 @@ def head_name(network: nn.Module) -> str:
 
 
 def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names, each with its dots, of Hugging Face's base models: what a model calls so, or is without one."""
+    """Return the names, with a dot, of Hugging Face's base models: what a model calls so, or itself without one."""
     found = set()
     for name, layer in layers.items():
         if prefix := getattr(type(layer), "base_model_prefix", ""):
@@ -71,23 +71,17 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
 
 
 def initialise_head(head: nn.Module) -> None:
-    """Draw a head anew: small, whatever its constructor draws, so that the first steps leave the pretrained rest alone.
-
-    A constructor may draw entries of 1/√C; with few classes their gradients destroy the pretrained layers.
-    """
+    """Draw a head anew, small: entries of 1/√C, as constructors draw, give gradients that destroy pretrained layers."""
     with torch.no_grad():
         for name, parameter in head.named_parameters(recurse=False):
             parameter.zero_() if name == "bias" else parameter.normal_(std=0.01)
 
 
 def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False) -> dict[str, Tensor]:
-    """Return the head's tensors padded to `num_outputs` rows, none where it has as many; a HeadError if it has more.
+    """Return the tensors of the head, by its dotted name, padded to `num_outputs` rows; none where it has as many.
 
-    Args:
-        state: A network's tensors, or a statistic with the same names.
-        head: The head's dotted name.
-        num_outputs: The number of rows after padding.
-        mean: Whether a padded row is the mean of the others; otherwise it is zero (and so is a padded logit).
+    The state is a network's, or a statistic with the same names. New rows are zero, or the mean of the others. Raises
+    HeadError if there are more rows.
     """
     padded = {}
     for part in ("weight", "bias"):
@@ -113,8 +107,8 @@ def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = Fals
 def pad_head(network: Network, num_outputs: int) -> Network:
     """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
 
-    It is a new one that shares all other tensors with the network. Raises a HeadError where the head is neither a
-    Linear nor a Conv2d layer, its weight is used elsewhere too, or it has more outputs.
+    It shares all other tensors with the network. Raises HeadError where the head is neither a Linear nor a Conv2d
+    layer, its weight is used elsewhere too, or it has more outputs.
     """
     name = head_name(network)
     head = network.get_submodule(name)
@@ -144,11 +138,7 @@ def _tell_classes(network: nn.Module, num_classes: int) -> None:
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
-    """Return networks that differ in their class counts alone with their heads padded to the largest (`pad_head`).
-
-    Networks that differ otherwise are returned unchanged, and `check_same_layout` rejects them. Raises HeadError if
-    only class counts differ, but the heads cannot be padded or found.
-    """
+    """Return networks padded to the largest class count (`pad_head`), as they are where they differ in more."""
     every = [dict(network.named_parameters(remove_duplicate=False)) for network in networks]
     shapes = [{name: parameter.shape for name, parameter in parameters.items()} for parameters in every]
     first = shapes[0]
@@ -171,12 +161,10 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
     """Return logits ``[..., C]`` padded with zeros to ``[..., num_outputs]``; a StateError if they are more."""
-    if logits.shape[-1] > num_outputs:
-        raise StateError(
-            f"found {logits.shape[-1]} logits to pad to {num_outputs}, expected at most {num_outputs}; give the "
-            "largest class count"
-        )
-    return F.pad(logits, (0, num_outputs - logits.shape[-1]))
+    if (found := logits.shape[-1]) > num_outputs:
+        expected = f"expected at most {num_outputs}; give the largest class count"
+        raise StateError(f"found {found} logits to pad to {num_outputs}, {expected}")
+    return F.pad(logits, (0, num_outputs - found))
 
 
 def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:
@@ -194,11 +182,10 @@ def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:
 
 
 def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
-    """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
+    """Run a network once on inputs ``[B, ...]``; return its penultimate features ``[B, F]`` and its logits ``[B, C]``.
 
-    The features ``[B, F]`` are the head's input. Where that has positions they are those of the position at which the
-    head gives the logits, as the last token of a GPT, or else the average over positions. Whether the logits are the
-    head of those is for `check_head` to say.
+    The features are the head's input. Where that has positions, those of the position at which the head gives the
+    logits, as the last token of a GPT, or else the average over positions.
     """
     head = network.get_submodule(head_name(network))
     captured: list[tuple[Tensor, Tensor]] = []
@@ -234,11 +221,10 @@ _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2
 def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     """Raise HeadError unless a network's logits are W φ + b, with (W, b) its head and φ the head's input.
 
-    Methods that fit a head or start from one assume so; a temperature, a softmax or a nonlinearity after the head
-    breaks it. The features ``[B, F]`` and logits ``[B, C]`` are those of `features_and_logits`. Every logit is
-    compared, in float64, in units of |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
-    A HeadError, too, where the head is neither a Linear nor a 1×1 Conv2d layer; a NumericalError where an output is not
-    finite.
+    A temperature, a softmax or a nonlinearity after the head breaks what methods that fit a head assume, and so does a
+    head that is neither a Linear nor a 1×1 Conv2d layer. Features ``[B, F]`` and logits ``[B, C]`` are those of
+    `features_and_logits`. Every logit is compared, in float64, in units of |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which
+    rounding errors grow whatever cancels. Raises NumericalError where an output is not finite.
     """
     for what, outputs in (("logits", logits), ("head's inputs", features)):
         if not bool(torch.isfinite(outputs).all()):
@@ -271,16 +257,15 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     )
 
 
-_FEW = 8
-"""Samples that tell whether logits are the head's of the features."""
+_FEW = 8  # samples that tell whether logits are the head's of the features
 
 
 @torch.no_grad()
 def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> list[tuple[Tensor, Tensor]]:
     """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.
 
-    The networks, in eval mode, run on the first few of the inputs, and a HeadError names the first one whose logits are
-    not the head of its features (`check_head`); without inputs only the layers are looked at.
+    The networks, in eval mode, run on the first few of the inputs and are checked by `check_head`; without inputs only
+    the layers are.
     """
     heads = []
     for network in networks:

@@ -3,9 +3,8 @@
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,26 @@ from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.downloads import Download, hub_weights, is_found
+from coin.files.downloads import Download, hub_weights, offline_unless_found
 from coin.files.packaged import extra_module
 from coin.networks import clip
 from coin.networks.heads import replace_head
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
-PREFIX = "hf/"
-"""What an identifier or a folder of Hugging Face's begins with."""
-
+PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
 CACHE = "fill the cache of huggingface_hub (HF_HOME)"
+
+_Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]
+_Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], _Arguments]
 
 
 class HuggingFace(NetworkSource):
     """``hf/FOLDER_OR_ID``: what `AutoModelForImageClassification` or `AutoModelForSequenceClassification` makes of it.
 
     With the option ``head: zero_shot`` it is a CLIP's vision tower (`coin.networks.clip.ClipTower`), whose heads the
-    tasks describe. Weights are ``pretrained`` or none. Other options replace entries of the configuration. Texts are
-    attended to where their tokens are not the configuration's ``pad_token_id``; images are normalised as the folder's
-    ``preprocessor_config.json`` says, where there is one, and else as ImageNet's or CLIP's usually are.
+    tasks describe. Other options replace entries of the configuration. Texts are attended to where their tokens are not
+    its ``pad_token_id``; images are normalised as ``preprocessor_config.json`` says, or as ImageNet's or CLIP's.
     """
 
     @property
@@ -118,8 +117,8 @@ class HuggingFace(NetworkSource):
     def load(self, network: nn.Module, place: str) -> None:
         """Fill a network that was built here with the weights of another folder or ID, such as an expert's.
 
-        A zero-shot head, and a projection that is not there, stay as they are. Raises a FileError where it cannot be
-        read, a ConfigurationError or StateError where it is of another architecture.
+        A zero-shot head stays as it is. Raises FileError where they cannot be read, ConfigurationError or StateError
+        where they are of another architecture.
         """
         with offline_unless_found():
             if isinstance(network, clip.ClipTower):
@@ -135,10 +134,6 @@ class HuggingFace(NetworkSource):
         inner.save_pretrained(folder)
         if self.reads == "images" and (processor := self._processor()):
             (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
-
-    def zero_shot_head(self, prompts: Sequence[str], classes: Sequence[str]) -> Tensor:
-        """Return the zero-shot head ``[C, F]`` of a task, by the text tower of the same place."""
-        return clip.zero_shot_head(self.place, prompts, classes, offline_unless_found)
 
     def _kind(self) -> tuple[str, Any]:
         """Return the kind of inputs, and the class that builds the model."""
@@ -162,14 +157,12 @@ class HuggingFace(NetworkSource):
         """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
 
-        try:
-            with offline_unless_found():
-                processor: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(self.place)[0]
-        except OSError:
-            processor = {}
-        return processor
+        with suppress(OSError), offline_unless_found():
+            return dict(ImageProcessingMixin.get_image_processor_dict(self.place)[0])
+        return {}
 
-    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
+    def _reading_images(self, found: Any, network: nn.Module) -> "_Hook":
+        """Return a hook that hands images over by name, in their own normalisation."""
         processor = self._processor()
         usual = (clip.MEAN, clip.STD) if self.zero_shot else (None, None)
         mean, std = (processor.get(f"image_{part}", own) for part, own in zip(("mean", "std"), usual, strict=True))
@@ -178,15 +171,33 @@ class HuggingFace(NetworkSource):
         resized = getattr(found, "image_size", None) not in (None, self.image_size)
         option = "interpolate_pos_encoding"
         interpolates = resized and option in inspect.signature(network.forward).parameters
-        return _ByName("pixel_values", normalise=normalise, options={option: True} if interpolates else {})
+        options = {option: True} if interpolates else {}
 
-    def _reading_texts(self, found: Any) -> "_ByName":
+        def by_name(network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> _Arguments:
+            if not inputs:
+                return inputs, given
+            images, *_ = inputs if normalise is None else normalise(network, inputs)
+            return (), {"pixel_values": images, **options, **given}
+
+        return by_name
+
+    def _reading_texts(self, found: Any) -> "_Hook":
+        """Return a hook that hands tokens over by name, with the mask of no padding."""
         longest = getattr(found, "max_position_embeddings", None)
         if longest is not None and self.image_size > longest:
             raise ConfigurationError(
                 f"found network.image_size {self.image_size} tokens for {self.name}, expected at most {longest}"
             )
-        return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0)
+        padding = getattr(found, "pad_token_id", None) or 0
+
+        def by_name(network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> _Arguments:
+            if not inputs:
+                return inputs, given
+            mask = inputs[0] != padding
+            mask[:, 0] = True  # so that an empty text attends to something
+            return (), {"input_ids": inputs[0], "attention_mask": mask.long(), **given}
+
+        return by_name
 
 
 def local_place(place: str) -> str:
@@ -215,19 +226,6 @@ def _configuration(place: str, name: str) -> Any:
         ) from error
 
 
-@contextmanager
-def offline_unless_found() -> Iterator[None]:
-    """Run a block with the hub's cache alone where the hub's host has no address: it would try for half a minute."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not is_found(urlsplit(constants.ENDPOINT).hostname or "")
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 class Renormalised:
     """A hook that gives a network its own normalisation of images in [0, 1], where ours is ImageNet's usual one."""
 
@@ -242,30 +240,6 @@ class Renormalised:
             return inputs
         scale, shift = (images.new_tensor(each).view(3, 1, 1) for each in (self.scale, self.shift))
         return (images * scale + shift, *others)
-
-
-@dataclass
-class _ByName:
-    """A hook that hands inputs over by name: images in their own normalisation, tokens with the mask of no padding."""
-
-    name: str
-    padding: int | None = None
-    normalise: Renormalised | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(
-        self, network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        if not inputs:
-            return inputs, given
-        if self.normalise is not None:
-            inputs = self.normalise(network, inputs)
-        options = dict(self.options)
-        if self.padding is not None:
-            mask = inputs[0] != self.padding
-            mask[:, 0] = True  # so that an empty text attends to something
-            options["attention_mask"] = mask.long()
-        return (), {self.name: inputs[0], **options, **given}
 
 
 def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:

@@ -28,8 +28,7 @@ class Lora:
         rank: The number of A's rows and of B's columns.
         alpha: The numerator of the adapters' scale.
         targets: Glob patterns over the names of the linear layers to adapt, such as ``*.mlp.*``; the head is trained
-            as a whole, whatever they say. Only layers that run by themselves can be adapted: attention that packs its
-            projections (`nn.MultiheadAttention`) reads their weights past them.
+            as a whole. Only layers that run by themselves can be adapted, not those within `nn.MultiheadAttention`.
         dropout: Of the adapters' inputs, in [0, 1).
     """
 
@@ -53,11 +52,10 @@ def check_peft() -> None:
 
 
 def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int = 0) -> None:
-    """Put adapters into the matching linear layers of a network, in place.
+    """Put adapters, their A drawn from the seed, into the matching linear layers of a network, in place.
 
-    What requires a gradient among the network's own parameters stays as it is. `example` is one input ``[1, ...]``,
-    which shows what layers run; the seed is of the adapters' A. A ConfigurationError where peft is missing, or a
-    pattern matches no layer that can be adapted.
+    What requires a gradient among the network's own parameters stays as it is. `example`, an input ``[1, ...]``, shows
+    what layers run. Raises ConfigurationError where peft is missing or a pattern matches no layer that can be adapted.
     """
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -84,13 +82,8 @@ def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int =
     for parameter, requires_grad in trained.items():
         parameter.requires_grad_(requires_grad)
     for name in adapted:
-        # torch's transformer layers take a fast path in evaluation that would read the weights past the adapters;
-        # they do not where a layer has a hook.
-        network.get_submodule(name).register_forward_pre_hook(_no_fast_path)
-
-
-def _no_fast_path(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    pass
+        # With a hook, torch's transformer layers take no fast path in evaluation, which reads past the adapters.
+        network.get_submodule(name).register_forward_pre_hook(lambda *_: None)
 
 
 @torch.no_grad()
@@ -106,10 +99,7 @@ def adaptable_layers(network: nn.Module, example: Tensor) -> list[str]:
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return a network as its architecture has it: adapters merged into the weights, every parameter trainable.
-
-    It is the network itself where it is plain already, else a copy.
-    """
+    """Return a network, or a copy, as its architecture has it: adapters merged into the weights, all trainable."""
     modules = dict(network.named_modules())
     adapted = [name for name, each in modules.items() if hasattr(each, "lora_A") and hasattr(each, "get_base_layer")]
     if not adapted and all(parameter.requires_grad for parameter in network.parameters()):

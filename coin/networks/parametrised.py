@@ -17,18 +17,12 @@ from coin.files.tensors import State
 def renormalise(network: nn.Module, experts: Sequence[State]) -> None:
     """Give a merged network's spectral norms the singular vectors of its own weights, in place.
 
-    Spectral normalisation divides a weight by uᵀWv with the buffers u and v. Averaged, they are the singular vectors of
-    nothing, and the layer's norm is anything. Where all experts have the same ones they stay, as all buffers do.
-
-    Args:
-        network: The merged network, `torch.nn.utils.spectral_norm` of either kind in it.
-        experts: Every expert's buffers, by name.
-
-    A method that changes parameters afterwards, as training does, keeps the vectors that it started with.
+    Spectral normalisation divides a weight by uᵀWv with the buffers u and v. Averages of the `experts`' buffers are the
+    singular vectors of nothing; where all are equal they stay.
 
     Raises:
-        StateError: Another parametrisation has buffers that differ between experts, so that their average means
-            nothing, as `torch.nn.utils.parametrizations.orthogonal`; or masks of `torch.nn.utils.prune` do.
+        StateError: Buffers of another parametrisation, as of `torch.nn.utils.parametrizations.orthogonal`, or masks of
+            `torch.nn.utils.prune` differ between experts, so that their average means nothing.
     """
     known = set()
     for names, buffers, matrix in _spectral_norms(network):
@@ -58,13 +52,8 @@ def renormalise(network: nn.Module, experts: Sequence[State]) -> None:
 def _differ(experts: Sequence[State], names: Sequence[str]) -> list[str]:
     """Return those of the names whose tensors are not the same in all experts."""
     first, *others = experts
-    return [
-        name
-        for name in names
-        if name in first
-        and first[name].is_floating_point()
-        and not all(torch.equal(first[name], o[name]) for o in others)
-    ]
+    floats = [name for name in names if name in first and first[name].is_floating_point()]
+    return [name for name in floats if not all(torch.equal(first[name], other[name]) for other in others)]
 
 
 def _spectral_norms(network: nn.Module) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:

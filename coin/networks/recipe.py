@@ -47,14 +47,12 @@ class Recipe:
         weight_decay: The factor of the L2 penalty (``sgd``) or of the decay (``adamw``).
         schedule: The learning-rate schedule, over all optimiser steps of the run.
         label_smoothing: The share of the target spread over all classes, in [0, 1).
-        l2_sp: The factor α of the penalty ½α‖θ − θ₀‖² towards the shared initialisation θ₀, over all parameters that
-            are trained but the head's. Source: Li et al., *Explicit inductive bias for transfer learning with
-            convolutional networks* (ICML 2018), L²-SP.
+        l2_sp: The factor α of the penalty ½α‖θ − θ₀‖² towards the shared initialisation θ₀, over all trained parameters
+            but the head's. Source: Li et al., *Explicit inductive bias for transfer learning* (ICML 2018), L²-SP.
         freeze_batchnorm: Whether BatchNorm layers stay in eval mode: their running statistics are fixed, their weights
             and biases train.
-        trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``; the word ``head``
-            stands for the head, whatever it is called. None trains all, or with `lora` the head. BatchNorm's running
-            statistics are no parameters: see `freeze_batchnorm`.
+        trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``, or ``head``,
+            whatever the head is called. None trains all, or with `lora` the head. See `freeze_batchnorm` for BatchNorm.
         lora: Low-rank adapters, trained instead of the layers that they adapt; see `coin.networks.Lora`. They are
             merged into the weights before the expert is written or its Fisher estimated.
         compile_network: Whether to run the network through `torch.compile`.
@@ -89,10 +87,8 @@ class Recipe:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"found {name}={getattr(self, name)!r}, expected true or false")
         if self.trainable is not None and not is_list_of_names(self.trainable):
-            raise ConfigurationError(
-                f"found trainable={self.trainable!r}, expected a list of names or glob patterns, such as "
-                "[head], or null"
-            )
+            expected = "expected a list of names or glob patterns, such as [head], or null"
+            raise ConfigurationError(f"found trainable={self.trainable!r}, {expected}")
         if self.lora is not None:
             self._check_lora()
 
@@ -114,10 +110,7 @@ class Recipe:
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Return the names of the parameters that match glob patterns or `HEAD`, in the network's order; by default all.
-
-    A frozen head's are not among them. Raises ConfigurationError if a pattern matches nothing.
-    """
+    """Return the names that match globs or `HEAD`, by default all but a frozen head's; each must match some."""
     names = [name for name, _ in network.named_parameters()]
     if is_frozen(network):
         names = without_head(network, names)

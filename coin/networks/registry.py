@@ -9,7 +9,7 @@ from torch import nn
 
 from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
-from coin.files.weights import names_a_file
+from coin.files.downloads import names_a_file
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
@@ -82,8 +82,7 @@ class NetworkConfig:
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:
     """Build a network with a head of `num_classes` outputs.
 
-    The same arguments give the same weights, whatever the state of the global random generators, which are left as
-    found. The seed is of the random initialisation: the whole network's, or with pretrained weights the head's.
+    The seed draws its random weights, with pretrained ones the head's; global generators do not matter and stay.
 
     Raises:
         ConfigurationError: The options do not fit the architecture.
@@ -96,14 +95,9 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         torch.manual_seed(seed)
         network = config.source.build(num_classes)
     if config.source.channels_last:
-        network.register_forward_pre_hook(_with_channels_last)
+        network.register_forward_pre_hook(lambda _, arguments: tuple(map(channels_last, arguments)))
     head_name(network)  # refuses a network without one
     if (file := config.weights_file) is not None:
         state = read_weights(file, network.state_dict().keys())
         fill_network(network, with_own_head(network, state, seed=seed), str(file))
     return network
-
-
-def _with_channels_last(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Order images [B, C, H, W] with the channels last in memory, before a network sees them."""
-    return tuple(map(channels_last, arguments))

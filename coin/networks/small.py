@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
@@ -28,12 +27,8 @@ class SmallResNet(nn.Module):
             nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
         widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(_block(channels, out, stride=1 if out == channels else 2), _block(out, out, stride=1))
-                for channels, out in pairwise(widths)
-            )
-        )
+        pairs = ((_block(channels, out), _block(out, out)) for channels, out in pairwise(widths))
+        self.stages = nn.Sequential(*(nn.Sequential(*pair) for pair in pairs))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
@@ -42,25 +37,21 @@ class SmallResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
-        features = self.pool(self.stages(self.stem(images)))
-        return self.fc(torch.flatten(features, 1))  # type: ignore[no-any-return]
+        return self.fc(self.pool(self.stages(self.stem(images))).flatten(1))  # type: ignore[no-any-return]
 
 
-def _block(channels: int, out: int, *, stride: int) -> BasicBlock:
-    shortcut = None
-    if stride != 1 or channels != out:
-        shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
-    return BasicBlock(channels, out, stride, shortcut)
+def _block(channels: int, out: int) -> BasicBlock:
+    if channels == out:
+        return BasicBlock(channels, out)
+    return BasicBlock(channels, out, 2, nn.Sequential(conv1x1(channels, out, 2), nn.BatchNorm2d(out)))
 
 
 class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's vision transformer at a size that two CPU cores can train; 0.8 M parameters.
 
-    Patches of 4 pixels, a class token, learned positions, six blocks of four heads and width 128. The classifier is
-    called ``heads.head`` and starts at zero, as in ``vit_b_16``.
-
-    Every channel of every image is first brought to mean 0 and variance 1, without parameters. Without BatchNorm and
-    pretraining, the tokens of coloured images otherwise differ mostly by the image's colours, and training stalls.
+    The classifier is called ``heads.head`` and starts at zero, as in ``vit_b_16``. Every channel of every image is
+    first brought to mean 0 and variance 1: without BatchNorm and pretraining, the tokens of coloured images otherwise
+    differ mostly by the image's colours, and training stalls.
 
     Args:
         num_classes: The number of logits.

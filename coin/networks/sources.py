@@ -28,8 +28,8 @@ class NetworkSource(ABC):
     image_size: int
     weights: str | None
     options: dict[str, Any]
-    # Whether the networks take images with the channels last in memory, in which depthwise convolutions train at twice
-    # the speed. A network of the user's may view its activations in a way that only the usual order allows.
+    # Whether images come with the channels last in memory, in which depthwise convolutions train at twice the speed. A
+    # network of the user's may view its activations in a way that only the usual order allows.
     channels_last: ClassVar[bool] = False
 
     @abstractmethod
@@ -67,16 +67,13 @@ class NetworkSource(ABC):
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
-        if self.weights is None or self.weights in known:
-            return
-        if not known:
+        if self.weights is not None and not known:
             raise ConfigurationError(
                 f"'{self.name}' has no pretrained weights; set network.weights=null, or to a file of its own weights"
             )
-        raise ConfigurationError(
-            f"found network.weights '{self.weights}', expected null, a file or one of {', '.join(known)} "
-            f"for {self.name}"
-        )
+        if self.weights not in (None, *known):
+            expected = f"null, a file or one of {', '.join(known)} for {self.name}"
+            raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected}")
 
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
         """Call a constructor; what does not fit becomes one line."""
@@ -115,8 +112,7 @@ class Own(NetworkSource):
     """The small networks for tests and quick runs, and an encoder of texts."""
 
     kinds: ClassVar[dict[str, type[nn.Module]]] = {"small_resnet": SmallResNet, "small_vit": SmallViT, "minilm": MiniLM}
-    # The constructor's name for the size of the inputs, where it wants one.
-    sizes: ClassVar[dict[str, str]] = {"small_vit": "image_size", "minilm": "length"}
+    sizes: ClassVar[dict[str, str]] = {"small_vit": "image_size", "minilm": "length"}  # what they call image_size
     channels_last = True
 
     def check(self) -> None:
@@ -143,8 +139,8 @@ class Own(NetworkSource):
 class Torchvision(NetworkSource):
     """The classification architectures of torchvision."""
 
-    # These return their auxiliary logits beside the main ones while training, unless they are built without; and with
-    # pretrained weights they rescale their input, which a file read back must do too, so they always do.
+    # They have auxiliary logits in training, unless built without; and with pretrained weights they rescale their
+    # input, which a file read back must do too, so they always do.
     auxiliary: ClassVar[set[str]] = {"googlenet", "inception_v3"}
     channels_last = True
 
@@ -214,8 +210,6 @@ class ImportPath(NetworkSource):
 
     def _kind(self) -> type[nn.Module]:
         kind = imported("network.name", self.name, "a class")
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ConfigurationError(
-                f"found network.name '{self.name}', a {type(kind).__name__}, expected an nn.Module"
-            )
-        return kind
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            return kind
+        raise ConfigurationError(f"found network.name '{self.name}', a {type(kind).__name__}, expected an nn.Module")

@@ -67,32 +67,28 @@ def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:
 def stage_names(network: nn.Module) -> list[str]:
     """Return the dotted names of the modules whose outputs are the network's stages, and last the head's name.
 
-    The last stage is the head's input, all others are outputs. A network is read as the chain of its blocks: its
-    children in the order of registration, with `nn.Sequential` and `nn.ModuleList` opened up. A stage ends before
-    every block that lowers the resolution (one with a stride, or torchvision's patch merging). Where no block
-    does but the first, the stages are those of timm's ``feature_info`` if they differ in resolution; else, as for a
-    vision transformer, the network is cut into four along its longest list of blocks. A network where this goes wrong
-    names its stages itself in an attribute ``stage_names: list[str]``, without the head.
+    The last stage is the head's input. A network is read as the chain of its blocks: its children in the order of
+    registration, with `nn.Sequential` and `nn.ModuleList` opened up. A stage ends before every block that lowers the
+    resolution (one with a stride, or torchvision's patch merging). Where no block does but the first, the stages are
+    those of timm's ``feature_info`` if they differ in resolution; else, as for a vision transformer, the network is cut
+    into four along its longest list of blocks. A network where this goes wrong names its stages itself in an attribute
+    ``stage_names: list[str]``, without the head.
     """
     head = head_name(network)
     own = getattr(network, "stage_names", None)
     if own is not None:
         return [*own, head]
-    chain = []
-    for name, block in _blocks(network):
-        chain.append((name, block))
-        if _is_within(head, name):
-            break
-    ends = [name for (name, _), (_, following) in pairwise(chain) if _lowers_resolution(following)]
+    chain = list(_blocks(network))
+    last = next((place for place, (name, _) in enumerate(chain) if _is_within(head, name)), len(chain))
+    ends = [name for (name, _), (_, following) in pairwise(chain[: last + 1]) if _lowers_resolution(following)]
     return [*(_outermost(network, name) for name in ends or _told(network) or _parts(network, head)), head]
 
 
 def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Run a network once; return its stages' features ``[B, F]``, its logits ``[B, C]``, and the widths of the stages.
 
-    The features stand side by side; maps and sequences are averaged over positions, wherever their channels are
-    (`_channels_are_last`), the class token among them; of a tuple the first is read. The last stage is what
-    `features_and_logits` returns.
+    The features stand side by side; maps and sequences are averaged over positions, the class token among them; of a
+    tuple the first is read. The last stage is what `features_and_logits` returns.
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in stage_names(network)[:-1]}
     samples, square = size_of(inputs), False
@@ -142,9 +138,8 @@ def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
 
 def _lowers_resolution(block: nn.Module) -> bool:
     strides = [module.stride for module in block.modules() if isinstance(module, _STRIDED)]
-    if any(max(stride if isinstance(stride, tuple) else (stride,)) > 1 for stride in strides):
-        return True
-    return any(isinstance(module, PatchMerging | PatchMergingV2) for module in block.modules())
+    merges = any(isinstance(module, PatchMerging | PatchMergingV2) for module in block.modules())
+    return merges or any(max(stride if isinstance(stride, tuple) else (stride,)) > 1 for stride in strides)
 
 
 def _told(network: nn.Module) -> list[str]:
@@ -157,10 +152,7 @@ def _told(network: nn.Module) -> list[str]:
 
 
 def _parts(network: nn.Module, head: str) -> list[str]:
-    """Return the blocks that end all parts but the last, when the longest list of them is cut into four equal parts.
-
-    Lists of layers of one type, as a transformer's, come before others, as the layers of a small MLP within.
-    """
+    """Return the ends of all parts but the last when the longest list of blocks, of one type first, is cut in four."""
 
     def rank(blocks: dict[str, nn.Module]) -> tuple[bool, int]:
         return len(blocks) > 1 == len({type(block) for block in blocks.values()}), len(blocks)
@@ -198,10 +190,7 @@ def _is_channels_last(stage: nn.Module) -> bool:
 
 
 def _layers(network: nn.Module, stage: nn.Module, shape: Sequence[int]) -> list[nn.Module]:
-    """Return the layers of a stage that tell of channels, in the order of registration.
-
-    Where it has none, as an activation, it is the one registered before, if it fits what the stage returns.
-    """
+    """Return the layers of a stage that tell of channels; where it has none, as an activation, the one before it."""
     if inside := [module for module in stage.modules() if _width(module)]:
         return inside
     before = [module for module in takewhile(lambda module: module is not stage, network.modules()) if _width(module)]
@@ -218,11 +207,10 @@ def _width(layer: nn.Module) -> int:
 def _channels_are_last(shape: Sequence[int], layers: Sequence[nn.Module], told: bool, ratio: float) -> bool:
     """Return whether a stage's outputs ``[B, *shape]`` have their channels last, not as the first axis after B.
 
-    Maps that are told to have, by timm's ``output_fmt`` or as torchvision's, have them last. Else that axis has the
-    channels that is as long as the last of the layers says with as many channels as one of the two, and not the other.
-    If none says, a map's axes of positions have the image's ratio of height to width; in the end they are first in a
-    map, last in a sequence. After convolutions and their normalisations alone they are first, but where the layers say
-    that they are last, and in a map the ratio too: of several convolutions side by side the sum is in no layer.
+    Maps that are `told` to have them last do. Else the last of the layers with as many channels as one of the two axes
+    says which. If none says, a map's axes of positions have the image's ratio of height to width, and else channels are
+    first in a map, last in a sequence. After convolutions and normalisations alone they are first, unless the layers,
+    and in a map the ratio too, say last: of several convolutions side by side the sum is in no layer.
     """
     first, last = shape[0], shape[-1]
     if told and len(shape) == 3:

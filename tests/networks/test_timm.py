@@ -143,7 +143,7 @@ def test_what_cannot_be_built_is_one_line(config, message):
 
 
 def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
-    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
+    monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
     with pytest.raises(
         FileError, match=r"cannot download the weights a1_in1k of timm/resnet50 .*HF_HOME.*or to a file"
     ):

@@ -117,7 +117,7 @@ def check_experts(folder: Path, places: Path) -> None:
         expected = small_clip.similarities(whole.eval(), images, task.classes)
         found = file.network(to_input(images, small_clip.SIDE))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert load_provenance(file.state.path)["head"]["zero_shot"]["classes"] == list(task.classes)
+        assert load_provenance(file.path)["head"]["zero_shot"]["classes"] == list(task.classes)
 
 
 # What others run: transformers, and no coin.
@@ -241,7 +241,6 @@ def test_a_task_without_a_head_is_one_line(tmp_path: Path, capsys: pytest.Captur
 def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The shipped experiments, in a folder without data, on a machine without a network and a cache."""
     monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
-    monkeypatch.setattr("coin.networks.hub.is_found", lambda host: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
     (tmp_path / "configs").symlink_to(ROOT / "configs")
