@@ -30,10 +30,8 @@ class Weights(StrEnum):
 def check_weights(trainer: Trainer, module: LightningModule, weights: Weights) -> None:
     """Check, before training, that the requested weights will exist and the module can be exported (fail early)."""
     if not isinstance(getattr(module, "network", None), nn.Module) or not module.hparams.keys() >= _DESCRIBED:
-        raise ConfigurationError(
-            f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options; "
-            "leave out ExpertExport and FisherEstimator, or set model to Expert"
-        )
+        told = f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options"
+        raise ConfigurationError(f"{told}; leave out ExpertExport and FisherEstimator, or set model to Expert")
     if weights == Weights.best and _monitored(trainer) is None:
         raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last")
 

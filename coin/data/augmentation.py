@@ -119,8 +119,6 @@ def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: V
     for image in changed:
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != changed[0].shape:
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise ConfigurationError(
-                f"the transforms give {found}, expected torch.uint8 images of one size; leave out what changes their "
-                "type, and crop or resize them to one size"
-            )
+            told = f"the transforms give {found}, expected torch.uint8 images of one size"
+            raise ConfigurationError(f"{told}; leave out what changes their type, and crop or resize them to one size")
     return torch.stack(changed)

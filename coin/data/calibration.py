@@ -92,10 +92,8 @@ class Calibration:
         if not 0 < share < 1:
             raise ConfigurationError(f"the held-out share is {share}; expected a number between 0 and 1")
         if self.num_samples < 2:
-            raise DataError(
-                f"found {self.num_samples} calibration samples, expected at least 2: one fits, one is held out; raise "
-                "the number of samples"
-            )
+            told = f"found {self.num_samples} calibration samples"
+            raise DataError(f"{told}, expected at least 2: one fits, one is held out; raise the number of samples")
         held_out = min(max(1, round(share * self.num_samples)), self.num_samples - 1)
         border = self.num_samples - held_out
         return self.subset(range(border)), self.subset(range(border, self.num_samples))

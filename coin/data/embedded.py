@@ -127,10 +127,8 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
             characters += between if ends.isalnum() and ends[0] <= ends[1] else [part]
     for place, character in enumerate(characters):
         if len(character) != 1 or not character.isalnum() or character in characters[:place]:
-            raise ConfigurationError(
-                f"the classes {classes!r} hold {character!r}; expected letters and digits, each once, and rising "
-                "ranges, as in 'A-J' or 'K-Za-z'"
-            )
+            told = f"the classes {classes!r} hold {character!r}; expected letters and digits"
+            raise ConfigurationError(f"{told}, each once, and rising ranges, as in 'A-J' or 'K-Za-z'")
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)

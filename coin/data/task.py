@@ -123,10 +123,8 @@ class TaskData(LightningDataModule, ABC):
         """Refuse an augmentation or a transform of what are no images."""
         if self.content != "images" and (transform or augmentation is not Augmentation.none):
             found = "a transform" if transform else f"augmentation '{augmentation}'"
-            raise ConfigurationError(
-                f"found {found} for {type(self).__name__}, whose samples are {self.content}, expected none; leave it "
-                "out of the task, the expert and the method"
-            )
+            told = f"found {found} for {type(self).__name__}, whose samples are {self.content}"
+            raise ConfigurationError(f"{told}, expected none; leave it out of the task, the expert and the method")
 
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of their labels; a network is built with them before data are read."""

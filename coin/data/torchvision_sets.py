@@ -93,32 +93,28 @@ class TorchvisionTask(TaskData):
 class MNIST(TorchvisionTask):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder = "MNIST/raw"
-    mib, host = 11, "ossci-datasets.s3.amazonaws.com"
+    folder, mib, host = "MNIST/raw", 11, "ossci-datasets.s3.amazonaws.com"
     names = _DIGITS
 
 
 class FashionMNIST(TorchvisionTask):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder = "FashionMNIST/raw"
-    mib, host = 29, "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    folder, mib, host = "FashionMNIST/raw", 29, "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
     names = tuple(datasets.FashionMNIST.classes)
 
 
 class KMNIST(TorchvisionTask):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder = "KMNIST/raw"
-    mib, host = 20, "codh.rois.ac.jp"
+    folder, mib, host = "KMNIST/raw", 20, "codh.rois.ac.jp"
     names = tuple(datasets.KMNIST.classes)
 
 
 class EMNISTLetters(TorchvisionTask):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
 
-    folder = "EMNIST/raw"
-    mib, host = 536, "biometrics.nist.gov"
+    folder, mib, host = "EMNIST/raw", 536, "biometrics.nist.gov"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
     dataset = "EMNIST"
     arguments = {"split": "letters", "train": True}, {"split": "letters", "train": False}
@@ -131,24 +127,21 @@ class EMNISTLetters(TorchvisionTask):
 class CIFAR10(TorchvisionTask):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
-    folder = "cifar-10-batches-py"
-    mib, host = 163, "www.cs.toronto.edu"
+    folder, mib, host = "cifar-10-batches-py", 163, "www.cs.toronto.edu"
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class CIFAR100(TorchvisionTask):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
-    folder = "cifar-100-python"
-    mib, host = 161, "www.cs.toronto.edu"
+    folder, mib, host = "cifar-100-python", 161, "www.cs.toronto.edu"
     names = tuple(_CIFAR100.split())
 
 
 class SVHN(TorchvisionTask):
     """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
-    folder = ""
-    mib, host = 235, "ufldl.stanford.edu"
+    folder, mib, host = "", 235, "ufldl.stanford.edu"
     names = _DIGITS
     arguments = _BY_SPLIT
 
@@ -156,8 +149,7 @@ class SVHN(TorchvisionTask):
 class STL10(TorchvisionTask):
     """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
 
-    folder = "stl10_binary"
-    mib, host = 2518, "ai.stanford.edu"
+    folder, mib, host = "stl10_binary", 2518, "ai.stanford.edu"
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
     arguments = _BY_SPLIT
 
@@ -180,10 +172,8 @@ class ImageFiles(TorchvisionTask):
         try:
             images = [read_files(own, self.image_size, most) for own in paths]
         except DataError as error:
-            raise DataError(
-                f"{type(self).__name__} in {(self.root / self.folder).absolute()} is damaged ({error}); delete it to "
-                "download it again"
-            ) from error
+            told = f"{type(self).__name__} in {(self.root / self.folder).absolute()} is damaged ({error})"
+            raise DataError(f"{told}; delete it to download it again") from error
         labels = [torch.tensor([label for _, label in split]) for split in splits]
         parts = [Samples.of(*part) for part in zip(images, labels, strict=True)]
         if len(parts) == 1:
@@ -194,28 +184,25 @@ class ImageFiles(TorchvisionTask):
 class GTSRB(ImageFiles):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images."""
 
-    folder = "gtsrb"
+    folder, mib, host = "gtsrb", 264, "sid.erda.dk"
     names = tuple(map(str, range(43)))
     arguments = _BY_SPLIT
-    mib, host = 264, "sid.erda.dk"
 
 
 class DTD(ImageFiles):
     """Photographs of textures in 47 classes, the first partition: 1,880 images each to train, validate and test on."""
 
-    folder = "dtd"
+    folder, mib, host = "dtd", 596, "www.robots.ox.ac.uk"
     names = tuple(map(str, range(47)))
     arguments = {"split": "train"}, {"split": "val"}, {"split": "test"}
-    mib, host = 596, "www.robots.ox.ac.uk"
 
 
 class EuroSAT(ImageFiles):
     """Satellite images of 10 kinds of land, 64×64 RGB; 27,000 images, of which a stratified fifth is for testing."""
 
-    folder = "eurosat"
+    folder, mib, host = "eurosat", 90, "huggingface.co"
     names = tuple(map(str, range(10)))
     arguments = ({},)
-    mib, host = 90, "huggingface.co"
 
 
 class StanfordCars(ImageFiles):

@@ -31,8 +31,6 @@ def read_head(given: Any) -> dict[str, Any] | None:
             f"found head.zero_shot.prompts {prompts!r:.200}, expected a list of texts with {{}} for the class"
         )
     if classes is not None and (not is_list_of_names(classes) or len(set(classes)) < len(classes)):
-        raise ConfigurationError(
-            f"found head.zero_shot.classes {classes!r:.200}, expected a list of distinct names, in the order of the "
-            "labels; put numbers in quotes"
-        )
+        told = f"found head.zero_shot.classes {classes!r:.200}, expected a list of distinct names"
+        raise ConfigurationError(f"{told}, in the order of the labels; put numbers in quotes")
     return {"zero_shot": {"prompts": list(prompts), "classes": None if classes is None else list(classes)}}

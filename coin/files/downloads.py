@@ -64,10 +64,8 @@ def fetch_from_hub(place: str) -> None:
                     raise
         snapshot_download(place, allow_patterns=["model-*.safetensors"])  # in several files
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise FileError(
-            f"cannot download hf/{place} ({first_line(error)[:150]}); fill the cache of huggingface_hub (HF_HOME), or "
-            "give a folder"
-        ) from error
+        told = f"cannot download hf/{place} ({first_line(error)[:150]})"
+        raise FileError(f"{told}; fill the cache of huggingface_hub (HF_HOME), or give a folder") from error
 
 
 def is_found(host: str) -> bool:

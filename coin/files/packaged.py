@@ -40,7 +40,5 @@ def imported(option: str, path: str, expected: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # the module is the user's, and does what it likes
-        raise ConfigurationError(
-            f"found {option} '{path}', expected the import path of {expected} ({first_line(error)}); check the "
-            "spelling, or run where its module is"
-        ) from error
+        told = f"found {option} '{path}', expected the import path of {expected} ({first_line(error)})"
+        raise ConfigurationError(f"{told}; check the spelling, or run where its module is") from error

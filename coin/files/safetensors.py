@@ -93,10 +93,8 @@ class StateFile(Mapping[str, Tensor]):
         try:
             return dict(json.loads(self._file.metadata()[_METADATA_KEY]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise FileError(
-                f"'{self.path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with "
-                "coin fit, or import the weights by expert.checkpoints of coin run"
-            ) from error
+            told = f"'{self.path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin fit"
+            raise FileError(f"{told}, or import the weights by expert.checkpoints of coin run") from error
 
 
 def load_provenance(path: Path) -> dict[str, Any]:

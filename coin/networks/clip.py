@@ -12,11 +12,10 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.downloads import offline_unless_found
 from coin.files.packaged import extra_module
 
-ZERO_SHOT = "zero_shot"
-"""The value of ``network.options.head`` for a vision tower with a zero-shot head."""
+ZERO_SHOT = "zero_shot"  # the value of network.options.head for a vision tower with a zero-shot head
 
+# CLIP's normalisation of images in [0, 1], for folders without a preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's normalisation of images in [0, 1], for folders without a ``preprocessor_config.json``."""
 
 _LARGE = {
     "projection_dim": 768,
@@ -82,8 +81,7 @@ class ClipTower(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return the logits ``[B, C]`` of images ``[B, 3, S, S]`` in CLIP's normalisation."""
         vision = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        logits: Tensor = self.head(F.normalize(vision.image_embeds, dim=-1))
-        return logits
+        return self.head(F.normalize(vision.image_embeds, dim=-1))  # type: ignore[no-any-return]
 
 
 def vision_config(found: Any, name: str) -> Any:
@@ -155,10 +153,8 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
             model = transformers.CLIPModel.from_pretrained(place).float().eval()
             tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(
-            f"cannot read CLIP's text tower and tokenizer of '{place}' ({' '.join(str(error).split())[:150]}); give a "
-            "folder or ID of a whole CLIPModel with its tokenizer"
-        ) from error
+        told = f"cannot read CLIP's text tower and tokenizer of '{place}' ({' '.join(str(error).split())[:150]})"
+        raise FileError(f"{told}; give a folder or ID of a whole CLIPModel with its tokenizer") from error
     longest = model.config.text_config.max_position_embeddings
     rows = []
     for name in classes:
@@ -170,5 +166,4 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
             pooled = model.text_model(**tokens).pooler_output
             vectors.append(F.normalize(model.text_projection(pooled), dim=-1))
         rows.append(F.normalize(torch.cat(vectors).mean(0), dim=-1))
-    scale: Tensor = model.logit_scale.exp()
-    return torch.stack(rows) * scale
+    return torch.stack(rows) * model.logit_scale.exp()  # type: ignore[no-any-return]

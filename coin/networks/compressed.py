@@ -1,6 +1,7 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits or of low rank."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,10 +19,10 @@ from coin.networks.delta import Rounded, decode, encode, size
 from coin.networks.heads import head_name, replace_head
 from coin.networks.weights import check_layout, fill_network
 
-PACKED = "packed"
-"""The one tensor of a compressed network's file."""
+PACKED = "packed"  # the one tensor of a compressed network's file
 
 
+@dataclass(eq=False, repr=False)
 class Compressed:
     """A network as packed bytes, a delta from a base; made by `compress`.
 
@@ -34,18 +35,13 @@ class Compressed:
     56
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        base_bits: int,
-        data: Tensor,
-        kinds: Sequence[int],
-        folded: Sequence[str],
-        outputs: int | None,
-        kept: "Compressed | None" = None,
-    ) -> None:
-        self.base, self.base_bits, self._data, self._outputs, self._kept = base, base_bits, data, outputs, kept
-        self._kinds, self._folded = list(kinds), list(folded)
+    base: nn.Module
+    base_bits: int
+    _data: Tensor
+    _kinds: list[int]
+    _folded: list[str]  # the BatchNorms that are
+    _outputs: int | None  # of the head, where the base's has others
+    _kept: "Compressed | None" = None  # the base's bytes
 
     @property
     def nbytes(self) -> int:
@@ -68,10 +64,8 @@ class Compressed:
         reference, kinds = _reference(network, self.base if self.base_bits else None, self._folded), self._kinds
         sizes = [size(kind, tensor) for kind, tensor in zip(kinds, reference.values(), strict=False)]
         if len(kinds) != len(reference) or sum(sizes) != self.nbytes:
-            raise StateError(
-                f"found {len(kinds)} compressed tensors of {self.nbytes} bytes for a {type(network).__name__}, "
-                f"expected {len(reference)} of {sum(sizes)}; give a base of the same architecture"
-            )
+            told = f"found {len(kinds)} compressed tensors of {self.nbytes} bytes for a {type(network).__name__}"
+            raise StateError(f"{told}, expected {len(reference)} of {sum(sizes)}; give a base of the same architecture")
         parts = zip(reference.items(), kinds, torch.split(self._data, sizes), strict=True)
         state = {name: decode(kind, part, tensor) for (name, tensor), kind, part in parts}
         fill_network(network, {name: state[first] for name, first in _ties(network).items()}, "the compressed network")
@@ -100,7 +94,7 @@ class Compressed:
         try:
             told, data = file.provenance["compressed"], file[PACKED].clone()
             mark, base_bits, intact = told["base"], told["base_bits"], told["sum"] == fingerprint({PACKED: data})
-            made = cls(base, base_bits, data, told["kinds"], told["folded"], told["outputs"])
+            made = cls(base, base_bits, data, list(told["kinds"]), list(told["folded"]), told["outputs"])
         except (KeyError, TypeError) as error:
             raise FileError(
                 f"'{path}' holds no compressed network, expected a file that coin compress wrote; make it again"

@@ -24,8 +24,7 @@ from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 
-ZeroShot = tuple[Sequence[str], Sequence[str]]
-"""A task's prompts and class names, of which a zero-shot head is computed."""
+ZeroShot = tuple[Sequence[str], Sequence[str]]  # a task's prompts and class names, for a zero-shot head
 
 
 @dataclass(frozen=True)
@@ -218,10 +217,8 @@ def import_checkpoint(
     names = network.state_dict().keys()
     state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
-        raise FileError(
-            f"'{path}' holds LoRA adapters beside the weights, expected them merged; give the expert.safetensors that "
-            "was written at the end of that training"
-        )
+        told = f"'{path}' holds LoRA adapters beside the weights, expected them merged"
+        raise FileError(f"{told}; give the expert.safetensors that was written at the end of that training")
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
         state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))
@@ -254,10 +251,8 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
     head = zero_shot_head(source.place, *zero_shot)
     weight = network.get_submodule(head_name(network)).get_parameter("weight")
     if head.shape != weight.shape:
-        raise ConfigurationError(
-            f"found a zero-shot head {list(head.shape)} for the task '{task}', expected {list(weight.shape)}; give "
-            "one name for each class"
-        )
+        told = f"found a zero-shot head {list(head.shape)} for the task '{task}'"
+        raise ConfigurationError(f"{told}, expected {list(weight.shape)}; give one name for each class")
     weight.copy_(head)
 
 

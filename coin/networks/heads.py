@@ -12,6 +12,8 @@ from coin.core.batches import Batch, Network, take, twin
 from coin.errors import HeadError, NumericalError, StateError
 from coin.files.tensors import State
 
+_ADVICE = "name the layer that gives the logits in an attribute 'head_name', or give experts of one class count"
+
 
 def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head.
@@ -30,10 +32,8 @@ def head_name(network: nn.Module) -> str:
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
             return min(reversed(names), key=lambda name: sum(f"{name}.".startswith(base) for base in bases))
-    raise HeadError(
-        f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
-        "name it in an attribute 'head_name'"
-    )
+    told = f"found no Linear or Conv2d layer in {type(network).__name__}"
+    raise HeadError(f"{told}, expected a classifier head; name it in an attribute 'head_name'")
 
 
 def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -116,10 +116,8 @@ def pad_head(network: Network, num_outputs: int) -> Network:
     uses = sum(each is own.get("weight") for _, each in network.named_parameters(remove_duplicate=False))
     if not isinstance(head, nn.Linear | nn.Conv2d) or getattr(head, "groups", 1) > 1 or uses != 1:
         found = "whose weight is used elsewhere too" if uses > 1 else f"of type {type(head).__name__}"
-        raise HeadError(
-            f"found experts of unequal class counts and a head '{name}' {found}, expected a Linear or Conv2d layer to "
-            "pad; name another in an attribute 'head_name', or give experts of one class count"
-        )
+        told = f"found experts of unequal class counts and a head '{name}' {found}"
+        raise HeadError(f"{told}, expected a Linear or Conv2d layer to pad; {_ADVICE}")
     rows = padded_rows(own, "", num_outputs)
     if not rows:
         return network
@@ -150,11 +148,8 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
     head = head_name(networks[0])
     own = {id(parameter) for parameter in networks[0].get_submodule(head).parameters(recurse=False)}
     if other := sorted(name for name in differing if id(every[0][name]) not in own):
-        raise HeadError(
-            f"tensor '{other[0]}' is {list(differing[other[0]])} in one expert but {list(first[other[0]])} in another, "
-            f"and their head is '{head}'; name the layer that gives the logits in an attribute 'head_name', or give "
-            "experts of one class count"
-        )
+        found = f"{list(differing[other[0]])} in one expert but {list(first[other[0]])} in another"
+        raise HeadError(f"tensor '{other[0]}' is {found}, and their head is '{head}'; {_ADVICE}")
     width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
     return [pad_head(network, width) for network in networks]
 
@@ -174,11 +169,8 @@ def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:
     found, expected = padded(inputs), own(inputs)
     is_wider = found.shape[1] > expected.shape[1]
     if not is_wider or not torch.allclose(found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4):
-        raise HeadError(
-            f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}', which is padded since "
-            "class counts differ; name the layer that gives them in an attribute 'head_name', or give experts of one "
-            "class count"
-        )
+        told = f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}'"
+        raise HeadError(f"{told}, which is padded since class counts differ; {_ADVICE}")
 
 
 def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
@@ -228,10 +220,8 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     """
     for what, outputs in (("logits", logits), ("head's inputs", features)):
         if not bool(torch.isfinite(outputs).all()):
-            raise NumericalError(
-                f"the {what} of {type(network).__name__} hold a NaN or an infinity, expected finite ones; check the "
-                "inputs and the network"
-            )
+            told = f"the {what} of {type(network).__name__} hold a NaN or an infinity"
+            raise NumericalError(f"{told}, expected finite ones; check the inputs and the network")
     name = head_name(network)
     head = network.get_submodule(name)
     found = ""

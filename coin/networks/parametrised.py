@@ -43,10 +43,8 @@ def renormalise(network: nn.Module, experts: Sequence[State]) -> None:
             if isinstance(hook, BasePruningMethod):
                 mask = f"{name}.{hook._tensor_name}_mask".lstrip(".")
                 if _differ(experts, [mask]):
-                    raise StateError(
-                        f"the pruning mask '{mask}' differs between experts, and its average prunes nothing; call "
-                        "torch.nn.utils.prune.remove on the experts first"
-                    )
+                    told = f"the pruning mask '{mask}' differs between experts, and its average prunes nothing"
+                    raise StateError(f"{told}; call torch.nn.utils.prune.remove on the experts first")
 
 
 def _differ(experts: Sequence[State], names: Sequence[str]) -> list[str]:

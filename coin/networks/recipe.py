@@ -16,8 +16,7 @@ from coin.networks.heads import head_name, is_frozen
 from coin.networks.lora import Lora, check_peft
 from coin.networks.stages import full_precision
 
-HEAD = "head"
-"""The pattern that stands for a network's head, whatever it is called."""
+HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
 
 
 class OptimizerKind(StrEnum):
@@ -115,10 +114,8 @@ def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[
     if is_frozen(network):
         names = without_head(network, names)
         if patterns is not None and HEAD in patterns:
-            raise ConfigurationError(
-                f"found trainable pattern '{HEAD}' for a {type(network).__name__}, whose head is computed from class "
-                "names and not trained; leave it out"
-            )
+            told = f"found trainable pattern '{HEAD}' for a {type(network).__name__}"
+            raise ConfigurationError(f"{told}, whose head is computed from class names and not trained; leave it out")
     if patterns is None:
         return names
     found: set[str] = set()

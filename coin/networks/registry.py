@@ -54,10 +54,8 @@ class NetworkConfig:
     def check_content(self, content: str) -> None:
         """Refuse data that the network does not read, ``images`` or ``texts``, with a ConfigurationError."""
         if content != self.reads:
-            raise ConfigurationError(
-                f"found a task of {content} for the network '{self.name}', expected {self.reads}; change the task or "
-                "network.name"
-            )
+            told = f"found a task of {content} for the network '{self.name}'"
+            raise ConfigurationError(f"{told}, expected {self.reads}; change the task or network.name")
 
     @property
     def weights_file(self) -> Path | None:

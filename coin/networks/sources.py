@@ -85,10 +85,8 @@ class NetworkSource(ABC):
             told, advice = first_line(error), "change network.image_size or network.options"
             if "num_classes" in told and isinstance(error, TypeError):
                 advice = "let its __init__ take num_classes, the number of logits"
-            raise ConfigurationError(
-                f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}: "
-                f"{told}; {advice}"
-            ) from error
+            problem = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
+            raise ConfigurationError(f"{problem}: {told}; {advice}") from error
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:

@@ -28,6 +28,7 @@ _WIDTHS: dict[Any, str] = {
     nn.Embedding: "embedding_dim",
 }
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_ADVICE = "name the stages in an attribute 'stage_names'"
 
 
 class Run(NamedTuple):
@@ -57,10 +58,8 @@ def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:
     """Return the widths of all networks' stages, None where only the penultimate features are wanted."""
     first, *others = dict.fromkeys(run.widths for run in runs)
     if others:
-        raise ConfigurationError(
-            f"found networks with stages of widths {first} and {others[0]}, expected one architecture; use the last "
-            "features"
-        )
+        told = f"found networks with stages of widths {first} and {others[0]}"
+        raise ConfigurationError(f"{told}, expected one architecture; use the last features")
     return first
 
 
@@ -102,10 +101,8 @@ def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor
                 found = output[0] if isinstance(output, tuple) and output else output
                 if not isinstance(found, Tensor) or not 2 <= found.ndim <= 4 or len(found) != samples:
                     shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                    raise StateError(
-                        f"the stage '{name}' returns {shape}, expected [B, C, H, W], [B, T, C] or [B, C]; name the "
-                        "stages in an attribute 'stage_names'"
-                    )
+                    expected = f"expected [B, C, H, W], [B, T, C] or [B, C]; {_ADVICE}"
+                    raise StateError(f"the stage '{name}' returns {shape}, {expected}")
                 square |= found.ndim == 3 and found.shape[1] == samples > 1
                 if found.ndim > 2:
                     axes, is_told = found.shape[1:], told or _is_channels_last(module)
@@ -119,10 +116,8 @@ def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor
         stages_and_logits(network, take(inputs, slice(0, 1)))
     for name, outputs in pooled.items():
         if len(outputs) != 1:
-            raise StateError(
-                f"the stage '{name}' of {type(network).__name__} ran {len(outputs)} times in one pass, expected once; "
-                "name the stages in an attribute 'stage_names'"
-            )
+            told = f"the stage '{name}' of {type(network).__name__} ran {len(outputs)} times in one pass"
+            raise StateError(f"{told}, expected once; {_ADVICE}")
     features = [*(outputs[0] for outputs in pooled.values()), last]
     return torch.cat(features, 1), logits, tuple(feature.shape[1] for feature in features)
 

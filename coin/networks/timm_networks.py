@@ -37,10 +37,8 @@ class Timm(NetworkSource):
         timm = extra_module("timm", "timm")
         name, _, tag = self.name.removeprefix("timm/").partition(".")
         if tag:
-            raise ConfigurationError(
-                f"found network.name '{self.name}' with a tag, expected the architecture alone; set network.name="
-                f"timm/{name} and network.weights={tag}"
-            )
+            told = f"found network.name '{self.name}' with a tag, expected the architecture alone"
+            raise ConfigurationError(f"{told}; set network.name=timm/{name} and network.weights={tag}")
         known = [f"timm/{each}" for each in timm.list_models()]
         self.check_name(known, "a classifier of timm", "timm.list_models() lists them")
         tags = [each.partition(".")[2] for each in timm.list_models(f"{name}.*", pretrained=True)]

@@ -30,10 +30,8 @@ def check_layout(own: State, state: State, source: str) -> None:
         raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
     for name, tensor in own.items():
         if (found := state[name].shape) != tensor.shape:
-            raise StateError(
-                f"'{source}' has tensor '{name}' of shape {list(found)}, expected {list(tensor.shape)}; it has another "
-                "architecture or another number of classes: give one of the same"
-            )
+            told = f"'{source}' has tensor '{name}' of shape {list(found)}, expected {list(tensor.shape)}"
+            raise StateError(f"{told}; it has another architecture or another number of classes: give one of the same")
 
 
 def with_own_head(
