@@ -110,8 +110,7 @@ class TextFile(TextTask):
         return table[columns].astype(str)
 
 
-# The topics: six American airlines (14,000 tweets), a football affair of 2015 (10,000), a music festival's
-# line-up and a company (3,800 each).
+# Six American airlines (14,000 tweets), a football affair (10,000), a music festival and a company (3,800 each).
 _KEYWORDS = {
     "airlines": r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
     "deflategate": r"deflate|patriots",

@@ -58,11 +58,7 @@ class ClipTower(nn.Module):
 
     v(x) ``[B, F]`` is the projected class token, t_k the unit text vector of class k, and s CLIP's scale, so that the
     features are those that CLIP compares. The head's weight ``[C, F]`` is s·t (`zero_shot_head`), zero until it is
-    filled, and is not trained.
-
-    Args:
-        config: A `CLIPVisionConfig`, with ``projection_dim``.
-        num_classes: C.
+    filled, and is not trained. The `config` is a `CLIPVisionConfig` with ``projection_dim``.
     """
 
     head_name = "head"
@@ -87,10 +83,9 @@ class ClipTower(nn.Module):
 def vision_config(found: Any, name: str) -> Any:
     """Return the configuration of a CLIP's vision tower; a ConfigurationError for what is no CLIP."""
     if getattr(found, "model_type", None) not in ("clip", "clip_vision_model"):
-        raise ConfigurationError(
-            f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}, expected a "
-            "CLIP; name one, such as hf/openai/clip-vit-base-patch32, or leave the option out"
-        )
+        told = f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}"
+        advice = "name one, such as hf/openai/clip-vit-base-patch32, or leave the option out"
+        raise ConfigurationError(f"{told}, expected a CLIP; {advice}")
     own = getattr(found, "vision_config", found)
     own.projection_dim = found.projection_dim
     return own

@@ -108,6 +108,5 @@ def unwrap(network: nn.Module) -> nn.Module:
     for name in adapted:
         layer: Any = plain.get_submodule(name)
         layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(plain.get_submodule(parent), child, layer.get_base_layer())
+        plain.set_submodule(name, layer.get_base_layer())
     return plain.requires_grad_(True)

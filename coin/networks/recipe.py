@@ -109,7 +109,7 @@ class Recipe:
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Return the names that match globs or `HEAD`, by default all but a frozen head's; each must match some."""
+    """Return names that match globs or `HEAD`, all but a frozen head by default; ConfigurationError for no match."""
     names = [name for name, _ in network.named_parameters()]
     if is_frozen(network):
         names = without_head(network, names)
