@@ -3,8 +3,9 @@
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,6 @@ from coin.networks.weights import fill_network
 
 PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
 CACHE = "fill the cache of huggingface_hub (HF_HOME)"
-
-_Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]
-_Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], _Arguments]
 
 
 class HuggingFace(NetworkSource):
@@ -161,8 +159,7 @@ class HuggingFace(NetworkSource):
             return dict(ImageProcessingMixin.get_image_processor_dict(self.place)[0])
         return {}
 
-    def _reading_images(self, found: Any, network: nn.Module) -> "_Hook":
-        """Return a hook that hands images over by name, in their own normalisation."""
+    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
         processor = self._processor()
         usual = (clip.MEAN, clip.STD) if self.zero_shot else (None, None)
         mean, std = (processor.get(f"image_{part}", own) for part, own in zip(("mean", "std"), usual, strict=True))
@@ -171,33 +168,15 @@ class HuggingFace(NetworkSource):
         resized = getattr(found, "image_size", None) not in (None, self.image_size)
         option = "interpolate_pos_encoding"
         interpolates = resized and option in inspect.signature(network.forward).parameters
-        options = {option: True} if interpolates else {}
+        return _ByName("pixel_values", normalise=normalise, options={option: True} if interpolates else {})
 
-        def by_name(network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> _Arguments:
-            if not inputs:
-                return inputs, given
-            images, *_ = inputs if normalise is None else normalise(network, inputs)
-            return (), {"pixel_values": images, **options, **given}
-
-        return by_name
-
-    def _reading_texts(self, found: Any) -> "_Hook":
-        """Return a hook that hands tokens over by name, with the mask of no padding."""
+    def _reading_texts(self, found: Any) -> "_ByName":
         longest = getattr(found, "max_position_embeddings", None)
         if longest is not None and self.image_size > longest:
             raise ConfigurationError(
                 f"found network.image_size {self.image_size} tokens for {self.name}, expected at most {longest}"
             )
-        padding = getattr(found, "pad_token_id", None) or 0
-
-        def by_name(network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> _Arguments:
-            if not inputs:
-                return inputs, given
-            mask = inputs[0] != padding
-            mask[:, 0] = True  # so that an empty text attends to something
-            return (), {"input_ids": inputs[0], "attention_mask": mask.long(), **given}
-
-        return by_name
+        return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0)
 
 
 def local_place(place: str) -> str:
@@ -240,6 +219,27 @@ class Renormalised:
             return inputs
         scale, shift = (images.new_tensor(each).view(3, 1, 1) for each in (self.scale, self.shift))
         return (images * scale + shift, *others)
+
+
+@dataclass
+class _ByName:
+    """A hook that hands inputs over by name: images in their own normalisation, tokens with the mask of no padding."""
+
+    name: str
+    padding: int | None = None
+    normalise: Renormalised | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+        if not inputs:
+            return inputs, given
+        batch, *_ = inputs if self.normalise is None else self.normalise(network, inputs)
+        options = dict(self.options)
+        if self.padding is not None:
+            mask = batch != self.padding
+            mask[:, 0] = True  # so that an empty text attends to something
+            options["attention_mask"] = mask.long()
+        return (), {self.name: batch, **options, **given}
 
 
 def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:

@@ -83,7 +83,11 @@ def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int =
         parameter.requires_grad_(requires_grad)
     for name in adapted:
         # With a hook, torch's transformer layers take no fast path in evaluation, which reads past the adapters.
-        network.get_submodule(name).register_forward_pre_hook(lambda *_: None)
+        network.get_submodule(name).register_forward_pre_hook(_no_fast_path)
+
+
+def _no_fast_path(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    pass
 
 
 @torch.no_grad()

@@ -93,9 +93,14 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         torch.manual_seed(seed)
         network = config.source.build(num_classes)
     if config.source.channels_last:
-        network.register_forward_pre_hook(lambda _, arguments: tuple(map(channels_last, arguments)))
+        network.register_forward_pre_hook(_with_channels_last)
     head_name(network)  # refuses a network without one
     if (file := config.weights_file) is not None:
         state = read_weights(file, network.state_dict().keys())
         fill_network(network, with_own_head(network, state, seed=seed), str(file))
     return network
+
+
+def _with_channels_last(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Order images [B, C, H, W] with the channels last in memory; a function, so that networks can be pickled."""
+    return tuple(map(channels_last, arguments))
