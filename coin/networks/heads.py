@@ -116,8 +116,8 @@ def pad_head(network: Network, num_outputs: int) -> Network:
     uses = sum(each is own.get("weight") for _, each in network.named_parameters(remove_duplicate=False))
     if not isinstance(head, nn.Linear | nn.Conv2d) or getattr(head, "groups", 1) > 1 or uses != 1:
         found = "whose weight is used elsewhere too" if uses > 1 else f"of type {type(head).__name__}"
-        told = f"found experts of unequal class counts and a head '{name}' {found}"
-        raise HeadError(f"{told}, expected a Linear or Conv2d layer to pad; {_ADVICE}")
+        told = f"found experts of unequal class counts and a head '{name}' {found}, expected a Linear or Conv2d layer"
+        raise HeadError(f"{told} to pad; name another in an attribute 'head_name', or give experts of one class count")
     rows = padded_rows(own, "", num_outputs)
     if not rows:
         return network
