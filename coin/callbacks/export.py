@@ -81,7 +81,8 @@ class ExpertExport(Callback):
             return
         path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
         if not_finite(network.state_dict()) is not None:
-            raise NumericalError(f"training diverged: the weights for '{path}' are not finite; give a smaller lr")
+            told = f"training diverged: the weights for '{path}' are not finite"
+            raise NumericalError(f"{told}; give a smaller learning rate")
         options = dict(pl_module.hparams)
         data = getattr(trainer, "datamodule", None)
         config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})

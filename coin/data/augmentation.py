@@ -90,7 +90,8 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
         return list(parser.instantiate(parsed).transform)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
-        raise ConfigurationError(f"found transform {spec!r:.200} that cannot be made ({reason}); {_ADVICE}") from error
+        told = f"found transform {spec!r:.200}, which cannot be made ({reason})"
+        raise ConfigurationError(f"{told}; {_ADVICE}") from error
 
 
 def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         if not isinstance(draw, Draw):
-            raise ConfigurationError("the sampler was replaced, as overfit_batches does; use max_train instead")
+            raise ConfigurationError(
+                "the loader's sampler was replaced (overfit_batches does that); use max_train for a small training set"
+            )
         images = self.samples.images(draw.positions)
         if draw.epoch is not None:
             view = View(self.augmentation, self.seed, draw.epoch)
