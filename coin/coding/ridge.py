@@ -89,7 +89,8 @@ def fit_ridge(
     x, y = inputs.to(torch.float64), targets.to(torch.float64)
     for what, values in (("inputs", x), ("targets", y)):
         if not bool(torch.isfinite(values).all()):
-            raise NumericalError(f"the calibration {what} of the decoder hold NaN or infinity, expected finite logits")
+            told = f"the calibration {what} of the decoder hold a NaN or an infinity"
+            raise NumericalError(f"{told}, expected finite logits; check the experts")
     input_mean, target_mean = (each.mean(0) if intercept else torch.zeros_like(each[0]) for each in (x, y))
     eps = torch.finfo(torch.float64).eps
     # The round-off of centring is not signal: without this cut a constant input gets huge coefficients.

@@ -62,7 +62,7 @@ def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, .
     found = [0.0]
     for name, first in experts[0].items():
         if first.ndim > 1 and first.is_floating_point() and not name.startswith(without):
-            every = [expert[name].double() for expert in experts]  # which may be read from files
+            every = [expert[name].detach().double() for expert in experts]  # which may be read from files
             mean = sum((beta * each for beta, each in zip(row, every, strict=True)), torch.zeros_like(every[0]))
             apart = sum(beta * float((each - mean).square().sum()) for beta, each in zip(row, every, strict=True))
             found.append((apart / max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)) ** 0.5)

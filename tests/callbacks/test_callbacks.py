@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator, Weights
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
+from coin.files.safetensors import load_provenance
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
 from coin.networks import load_network, read_weights
@@ -68,7 +69,8 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
     assert all(torch.equal(statistic.values[name], value) for name, value in wanted.items())
     cotangents = {"exact": 3, "monte_carlo": 2, "categorical": 3, "empirical": 1}[kind]
     assert (statistic.samples, statistic.passes) == (20, 20 * (1 + 2 * cotangents))
-    assert (statistic.provenance["kind"], statistic.provenance["data"]) == (kind, "own")
+    made = load_provenance(path)
+    assert (made["kind"], made["data"]) == (kind, "own")
     with pytest.raises(FileError, match="expected gram"):
         open_statistic(path, statistic="gram")
     with pytest.raises(FileError, match="the expert has changed since"):

@@ -816,6 +816,15 @@ def test_experts_that_agree_or_have_no_matrix_are_not_apart():
     assert spread([{"weight": torch.zeros(3, 2)}] * 2, (0.5, 0.5)) == 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_spread_of_parameters_that_are_trained_warns_of_nothing():
+    torch.set_warn_always(True)
+    try:
+        assert spread([{"weight": torch.ones(3, 2, requires_grad=True)}] * 2, (0.5, 0.5)) == 0
+    finally:
+        torch.set_warn_always(False)
+
+
 @every_target
 def test_an_expert_that_has_no_share_of_the_row_is_not_run(target):
     networks, tasks = kind_of("convolutions")
