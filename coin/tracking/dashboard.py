@@ -16,15 +16,16 @@ _RUNS = 200  # the latest ones, enough for every name that an experiment logs
 
 
 def dashboard(project: str, group: str | None = None, name: str | None = None) -> str:
-    """Make a W&B workspace for the experiments of a project, online, and return its address.
+    """Make a W&B workspace for the experiments of a project, online.
 
     Args:
         project: ``ENTITY/PROJECT``, or ``PROJECT`` of your default entity.
         group: The one experiment to show; none shows all.
         name: What the workspace is called; none calls it after the experiment, or ``coin``.
 
-    Raises ConfigurationError where ``WANDB_MODE`` is offline, ``wandb-workspaces`` is not installed, or the project is
-    missing or has no run of a method; ConnectionFailedError where there is no API key or no answer.
+    Returns its address. Raises ConfigurationError where ``WANDB_MODE`` is offline, ``wandb-workspaces`` is not
+    installed, or the project is missing or has no run of a method; ConnectionFailedError where there is no API key or
+    no answer.
     """
     parts = project.split("/")
     if len(parts) > 2 or not all(parts):

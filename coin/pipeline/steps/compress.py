@@ -44,11 +44,14 @@ def compress_network(
         network: The network's safetensors file.
         base: The file of the shared initialisation. The compressed file refers to it by path: leave it there, or in the
             same folder.
-        output: The compressed file, which is returned; by default beside the network, with the compression in its name.
+        output: The compressed file; by default beside the network, with the compression in its name.
         bits: 1 … 8 bits a value; or
         rank: the rank of every delta.
         base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
             delta is taken from it; 0: not at all, the network itself is rounded.
+
+    Returns:
+        The compressed file.
     """
     compression, source = Compression(bits, rank, base_bits), Path(network)
     path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)

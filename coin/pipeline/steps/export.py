@@ -22,9 +22,12 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
 
     Args:
         network: The network's safetensors file, which may be a compressed one.
-        output: The folder, which is returned; by default beside the file, with its name.
+        output: The folder; by default beside the file, with its name.
         experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
             the run whose ``coded/`` the tower lies in. With an expert its own head is written.
+
+    Returns:
+        The folder.
 
     Raises:
         ConfigurationError: The network is none of Hugging Face's, or an expert is not of its architecture.

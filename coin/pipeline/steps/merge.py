@@ -140,7 +140,7 @@ def merge(
     seed: int = 0,
     trainer: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Merge experts into coded models, and return the files that were written.
+    """Merge experts into coded models.
 
     Args:
         experts: The experts' safetensors files by task.
@@ -156,6 +156,9 @@ def merge(
         batch_size: Calibration samples per batch.
         seed: The seed of the calibration samples and their order.
         trainer: Options of the Trainer, for distillation.
+
+    Returns:
+        The files that were written.
     """
     matrix = read_code(code, len(experts))
     assert matrix is not None  # only an experiment chooses its code
