@@ -25,13 +25,13 @@ class ImageFolder(TaskData):
     The classes are the folders' names, sorted. Files with other than image extensions and hidden files are passed
     over. Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images
     are squares of one size that is not above ``image_size``, they are stored as they are. The folder is listed once for
-    a task and its copies.
+    a task and its copies: a task that is made anew sees what has been added.
 
     Args:
         root: The folder.
-        in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, always
-            at ``image_size`` and in worker processes (see ``num_workers``). None holds in memory what takes up to
-            1 GiB, all splits together.
+        in_memory: Decode everything once, into 3·S² bytes an image. False, for folders that do not fit into memory,
+            decodes each batch when it is needed, always at ``image_size`` and in worker processes (see
+            ``num_workers``). None holds in memory what takes up to 1 GiB, all splits together.
         kwargs: See `TaskData`.
     """
 

@@ -55,11 +55,12 @@ class TaskData(LightningDataModule, ABC):
     """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
 
     The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
-    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does. Samples
-    are sharded over processes by index, so the Trainer runs with ``use_distributed_sampler=False``.
+    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does without
+    a Trainer. Samples are sharded over processes by index, so the Trainer runs with ``use_distributed_sampler=False``.
 
     A subclass gives the classes, in the order of their labels (`names`, or `class_names` where they depend on its
-    options), and reads the images (`load`). All copies of a task by `coin.data.tasks.task_with` share what is read.
+    options), and reads the images (`load`), or texts if its `content` is ``texts``. All copies of a task by
+    `coin.data.tasks.task_with` share what is read.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
@@ -105,13 +106,20 @@ class TaskData(LightningDataModule, ABC):
         head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
-        self.validation_share, self.split_seed, self.seed = validation_share, split_seed, seed or 0
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.validation_share = validation_share
+        self.split_seed = split_seed
+        self.seed = seed or 0
         self.augmentation = parse_enum(Augmentation, "augmentation", augmentation)
-        self.transform, self.head = transform, read_head(head)
+        self.transform = transform
         self.check_augmentation(self.augmentation, transform)
         build_transforms(transform)  # refuses what cannot be made
-        self.max_train, self.max_test, self.num_workers = max_train, max_test, num_workers
+        self.max_train = max_train
+        self.max_test = max_test
+        self.num_workers = num_workers
+        self.head = read_head(head)
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least)
@@ -257,7 +265,8 @@ class TaskData(LightningDataModule, ABC):
         """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
         if isinstance(batch, Tensor):
             return to_input(batch, self.image_size)
-        return to_input(batch[0], self.image_size), batch[1]
+        images, labels = batch
+        return to_input(images, self.image_size), labels
 
     def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more."""

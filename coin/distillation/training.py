@@ -20,7 +20,7 @@ from coin.statistics.guard import differentiable, trainable
 
 
 class MemoryTraining:
-    """Trains on calibration batches in memory, silently; experts in files bring another as ``train``, made alike."""
+    """Trains on batches in memory, silently; experts in files bring another as ``train``, with these three methods."""
 
     def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
         """Return the number of pooled calibration samples, the held-out ones among them."""

@@ -38,7 +38,8 @@ class Experts:
         calibration: For every expert its own task's samples: a `coin.data.Calibration`, or batches ``[B, …]``, read
             once; of pairs (inputs, labels) the inputs.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
-            then also be mappings of tensors.
+            then also be mappings of tensors. Coded models within a method are called with batches too; those that
+            `merge_networks` returns are called as the experts' class.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
         train: A `coin.pipeline.steps.merge.Training` for methods that train; without one they train in memory.
 

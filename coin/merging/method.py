@@ -29,7 +29,12 @@ Compress = dict[str, Any] | list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class CodedModel:
-    """A method's result for one row of a code: the coded model in eval mode, and the options that were chosen.
+    """A method's result for one row of a code.
+
+    Attributes:
+        network: The coded model, in eval mode.
+        chosen: The options that were chosen, and how a solve ended: plain values for the record.
+        start: What a `Refit` began from; `Method.pack` begins there again.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
@@ -37,8 +42,8 @@ class CodedModel:
     """
 
     network: nn.Module
-    chosen: dict[str, Any] = field(default_factory=dict)  # and how a solve ended: plain values for the record
-    start: Any = None  # what a `Refit` began from; `Method.pack` begins there again
+    chosen: dict[str, Any] = field(default_factory=dict)
+    start: Any = None
 
 
 class Merged(list[nn.Module]):

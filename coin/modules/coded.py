@@ -105,7 +105,7 @@ class Coded(LightningModule):
             inputs: ``[B, ...]``.
             features: Whether the servers return penultimate features beside their logits.
             stages: Whether these are the features of all stages.
-            erased: The lost experts, by index or by name.
+            erased: The lost experts, by index or by name, which do not run.
             silent: Coded models that do not run.
         """
         idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
@@ -138,8 +138,9 @@ class Coded(LightningModule):
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
-        erased, batches = self._indices(erased), _batches(calibration)
+        erased = self._indices(erased)
         decoder = make_decoder(kind, self.code, erased)
+        batches = _batches(calibration)
         parts: list[Answers] = []
         first = list(islice(batches, 1))
         if isinstance(decoder, ExpertHeadDecoder):
@@ -173,7 +174,8 @@ class Coded(LightningModule):
         It is `coin.decoding_risk` with the decoder's errors on calibration inputs; DecodingError if it has none.
         """
         decoder, lost = self._decoder_of(erased)
-        widths, each = dict(enumerate(self.classes or [])), zip(lost, decoded, strict=True)
+        widths = dict(enumerate(self.classes or []))
+        each = zip(lost, decoded, strict=True)
         return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
 
     def accept(
@@ -193,7 +195,8 @@ class Coded(LightningModule):
             inputs: New inputs, in batches as for `fit_decoder`, distributed like the queries and not used to fit
                 anything. All experts run on them.
             erased: The lost experts; those of the last `fit_decoder` by default.
-            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone.
+            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own
+                alone; None takes every input for all.
 
         Returns:
             A promise for each lost expert. If none can be given, none of its decoded answers are accepted.
@@ -229,8 +232,9 @@ class Coded(LightningModule):
             coded: Networks for the coded models' tensors, filled in place; copies of the first expert by default.
             forward: How networks are called, see the class.
 
-        Raises FileError where the file is missing, damaged or holds something else; StateError where the experts are
-        not those that the system was saved with, or tensors do not fit.
+        Raises:
+            FileError: The file is missing, damaged or holds something else.
+            StateError: The experts are not those that the system was saved with, or tensors do not fit.
         """
         return load_system(cls, Path(path), experts, coded, forward)
 

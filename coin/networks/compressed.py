@@ -141,7 +141,8 @@ def compress(
         rounded: Deltas that are already rounded, by tensor; used unchanged.
 
     Raises:
-        ConfigurationError: An option or a type is wrong, or there is no base.
+        ConfigurationError: An option or a type is wrong, bits and rank are both given or both left out, or there is no
+            base.
         StateError: Network and base differ in more than the outputs of their heads, or are not finite.
 
     >>> base = torch.nn.Linear(64, 32)
@@ -168,7 +169,7 @@ def compress(
     made = [encode(tensor, reference[name], bits, rank, (rounded or {}).get(name)) for name, tensor in own.items()]
     outputs = next((len(own[name]) for name, tensor in _unique(base).items() if tensor.shape != own[name].shape), None)
     data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
-    return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
+    return Compressed(base, base_bits, data, [kind for kind, _ in made], list(norms), outputs, kept)
 
 
 def compress_as(how: Compression, network: nn.Module, base: Base) -> Compressed:

@@ -109,7 +109,7 @@ class Recipe:
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Return names that match globs or `HEAD`, all but a frozen head by default; ConfigurationError for no match."""
+    """Return names that match globs or `HEAD`, all by default, no frozen head's; ConfigurationError for no match."""
     names = [name for name, _ in network.named_parameters()]
     if is_frozen(network):
         names = without_head(network, names)

@@ -49,9 +49,10 @@ def _block(channels: int, out: int) -> BasicBlock:
 class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's vision transformer at a size that two CPU cores can train; 0.8 M parameters.
 
-    The classifier is called ``heads.head`` and starts at zero, as in ``vit_b_16``. Every channel of every image is
-    first brought to mean 0 and variance 1: without BatchNorm and pretraining, the tokens of coloured images otherwise
-    differ mostly by the image's colours, and training stalls.
+    It has patches of 4 pixels, a class token, learned positions, six blocks of four heads and width 128. The classifier
+    is called ``heads.head`` and starts at zero, as in ``vit_b_16``. Every channel of every image is first brought to
+    mean 0 and variance 1: without BatchNorm and pretraining, the tokens of coloured images otherwise differ mostly by
+    the image's colours, and training stalls.
 
     Args:
         num_classes: The number of logits.

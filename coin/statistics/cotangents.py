@@ -58,7 +58,7 @@ def make_cotangents(
     k > C, DataError for a label outside [0, C) or another number of labels than samples.
     """
     samples, classes = logits.shape
-    identity = torch.eye(classes).to(logits)
+    identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
     if kind is FisherKind.exact:
         return identity[:, None].expand(classes, samples, classes)
     if kind is FisherKind.monte_carlo:

@@ -17,8 +17,8 @@ class OutputMap:
     """The map θ → f_θ(x_1 … x_P), [P, C], with its Jacobian J as an operator.
 
     The network, [B, …] to [B, C], runs in eval mode and is left as found; parameters that a call does not name keep its
-    own values. Every method is one pass over the inputs; `passes` counts forward-equivalents: 1 a sample for outputs,
-    2 for a jvp, 3 for a vjp.
+    own values. Every method is one pass over the inputs, iterated anew; `passes` counts forward-equivalents: 1 a sample
+    for outputs, 2 for a jvp, 3 for a vjp.
     """
 
     def __init__(self, network: nn.Module, inputs: Iterable[Batch]) -> None:

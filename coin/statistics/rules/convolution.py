@@ -52,7 +52,7 @@ class Geometry:
         return rows.as_strided(shape, (outer, *taps, sample, *steps)).reshape(channels, prod(self.kernel), -1)
 
     def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return which places of an image (row by row) the taps meet at output places [...]: [..., taps]; if any."""
+        """Return where in an image (row by row) taps are at output places [...]: [..., taps]; whether they meet it."""
         taps = torch.unravel_index(torch.arange(prod(self.kernel), device=places.device), self.kernel)
         rows = torch.unravel_index(places, self.output_size(size))
         met, inside = torch.zeros_like(places)[..., None], torch.ones_like(places)[..., None] > 0
