@@ -91,7 +91,7 @@ class CoinWarning(UserWarning):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or the error's type if the message is empty."""
-    lines = str(error).splitlines()
+    lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -38,9 +38,9 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
     Raises StateError where a tensor or value is missing, superfluous, or does not fit the code or the others, and
     DecodingError where there is no such decoder of the code.
     """
-    # In memory of its own, aligned as a computed tensor is: a product's last bit may depend on that.
-    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     try:
+        # In memory of its own, aligned as a computed tensor is: a product's last bit may depend on that.
+        state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         decoder = make_decoder(DecoderConfig.named(rest["decoder"]), code, rest["erased"])
         experts, decoder.samples_read = int(rest["num_experts"]), int(rest["samples_read"])
         if isinstance(decoder, RidgeDecoder):

@@ -18,7 +18,7 @@ COMMANDS = {
     "test": "Measure an expert on the test set.",
     "predict": "Predict with an expert.",
 }
-"""The commands and what they do. Those of the Trainer are LightningCLI's, the others functions of `coin.commands`."""
+"""The commands and what they do. Those of the Trainer are LightningCLI's, the others functions."""
 
 FUNCTIONS = {
     "merge": "coin.pipeline.steps.merge.merge",

@@ -1,13 +1,11 @@
 """What a command would download: named with its size, found in its place or not, and fetched from Hugging Face."""
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from coin.errors import FileError, first_line
 
@@ -70,6 +68,9 @@ def fetch_from_hub(place: str) -> None:
 
 def is_found(host: str) -> bool:
     """Return whether a host has an address, or a proxy is set, which may reach it."""
+    import socket  # these two take 50 ms, and every command imports this file
+    from urllib.request import getproxies
+
     with suppress(OSError):
         return bool(getproxies() or socket.getaddrinfo(host, 443))
     return False

@@ -147,7 +147,7 @@ def example_images(source: ReportSource, decoder: str, keys: Mapping[str, str]) 
 
 
 def command(source: ReportSource, page: Path, *, alone: bool) -> dict[str, Any]:
-    """Return the command, which reads a file that the page itself hands out, and the files beside a page of several."""
+    """Return the command, which reads a file that the page itself hands out, and the files beside the page."""
     if source.sweep is not None:
         name, path = f"{source.sweep.name}.yaml", source.folder / SWEEP_YAML
         words = ["coin", "sweep", name]

@@ -63,7 +63,7 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_summary(experiment_folder: Path) -> pd.DataFrame:
-    """Write and return ``summary.csv`` of an experiment's ``seed-*/results.csv``; FileError where none can be read."""
+    """Write and return ``summary.csv`` of an experiment's ``seed-*/results.csv``; FileError where one is unreadable."""
     folders = seed_folders(experiment_folder)
     if not folders:
         raise FileError(

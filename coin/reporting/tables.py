@@ -201,8 +201,10 @@ def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method"
     """
     out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in table.columns:
-        justify, fold = ("left", False) if name in texts else ("right", True)
-        out.add_column(Text(heading(str(name))), justify=justify, no_wrap=fold, overflow="fold")  # type: ignore[arg-type]
+        if name in texts:
+            out.add_column(Text(heading(str(name))), overflow="fold")
+        else:  # a number that is cut says so
+            out.add_column(Text(heading(str(name))), justify="right", no_wrap=True, overflow="ellipsis")
     starred = {name: any(str(cell).endswith(BEST) for cell in table[name]) for name in table.columns}
     for place, row in enumerate(table.itertuples(index=False), 1):
         cells = (

@@ -491,6 +491,7 @@ def test_a_state_that_is_not_whole_is_refused():
         "'fitted.0.input_mean'": ({name: state[name] for name in state if name != "fitted.0.input_mean"}, rest),
         "no such tensor": ({**state, "fitted.0.more": state["moments"]}, rest),
         r"expected \[6, 2\]": ({**state, "fitted.0.coefficients": torch.zeros(5, 2)}, rest),
+        "not whole": ({**state, "moments": None}, rest),
         "'widths'": (state, {name: rest[name] for name in rest if name != "widths"}),
         "4 experts, expected 3": (state, {**rest, "num_experts": 4}),
     }

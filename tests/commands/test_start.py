@@ -8,7 +8,8 @@ import pytest
 from coin.cli import main
 
 HEAVY = (
-    "torch torchvision lightning torchmetrics wandb pandas matplotlib scipy scipy.stats timm peft sklearn mlxtend ray"
+    "torch torchvision lightning torchmetrics wandb pandas matplotlib scipy scipy.stats timm peft sklearn mlxtend ray "
+    "urllib.request"
 )
 START = """
 import sys
@@ -20,12 +21,13 @@ for line in sys.argv[2:]:
         status = help_was_printed.code
 print("imported:", *(name for name in sys.argv[1].split() if name in sys.modules))
 """
-NETWORKS = ("torch", "torchvision", "pandas", "matplotlib", "scipy")
+FIGURES = ("pandas", "matplotlib", "scipy", "urllib.request")
+NETWORKS = ("torch", "torchvision", *FIGURES)
 LIGHTNING = (*NETWORKS, "lightning", "torchmetrics", "scipy.stats")
 MAY_IMPORT = {
     "nothing": (["--help", "sweep {sweep} --dry-run", "report --help", "sweep nothing.yaml", "advise nowhere"], ()),
-    "a report": (["report {empty}"], ("pandas", "matplotlib", "scipy")),
-    "W&B": (["dashboard --help"], ("wandb",)),
+    "a report": (["report {empty}"], FIGURES),
+    "W&B": (["dashboard --help"], ("wandb", "urllib.request")),
     "networks": ([f"{name} --help" for name in ("compress", "serve", "simulate", "advise")], NETWORKS),
     "Lightning": ([f"{name} --help" for name in ("run", "fit", "fisher", "evaluate", "merge")], LIGHTNING),
 }

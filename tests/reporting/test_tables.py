@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from coin.reporting.tables import (
     percent,
     print_summary,
     promise_table,
+    rich_table,
     risk_table,
     risk_totals,
     seconds,
@@ -85,6 +87,14 @@ def test_the_table_fits_80_columns_with_the_winning_decoder_in_it(measure):
     assert table.iloc[1, 3] in next(line for line in text.splitlines() if "average" in line and "1000" in line)
     assert "Not shown: " in text
     assert "ridge-8" in text.partition("Not shown: ")[2]
+
+
+@pytest.mark.parametrize("width", range(12, 40))
+def test_a_number_that_is_cut_for_a_narrow_terminal_says_so(width):
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(rich_table(pd.DataFrame({"method": ["refit feature_ridge"], "server MiB": ["102400"]}), "t"))
+    numbers = re.findall(r"\b1[0-9]*…?", console.export_text())
+    assert [number for number in numbers if number == "102400" or number.endswith("…")] == numbers
 
 
 def test_a_wide_terminal_has_all_and_markup_in_a_name_stands_as_it_is(measure):
