@@ -223,14 +223,13 @@ def with_few_samples() -> pd.DataFrame:
 
 
 def few_samples() -> str:
-    """NDA with 25 samples of each task, and on a small vision transformer with 200."""
-    few = with_few_samples()
-    names = {method: METHODS[method] for method in ("coin", "refit", "distillation")}
-    rows = [
-        [name, both_decoders(few, method), both_decoders(measured("transformer"), method)]
-        for method, name in names.items()
-    ]
-    return markdown(["merge", "small pair, P = 25", "small ViT, P = 200"], rows)
+    """NDA with 25 to 1,600 samples of each task, and on a small vision transformer with 200."""
+    of_pair = dict([*measured("samples").groupby("samples_per_task")])
+    parts = {f"small pair, P = {samples:,}": of_pair[samples] for samples in (25, 200, 1600)}
+    parts["small ViT, P = 200"] = measured("transformer")
+    names = {method: METHODS[method] for method in ("none", "average", "coin", "refit", "distillation")}
+    rows = [[name, *(both_decoders(part, method) for part in parts.values())] for method, name in names.items()]
+    return markdown(["merge", *parts], rows)
 
 
 def risks() -> str:
