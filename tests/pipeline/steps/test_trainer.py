@@ -44,7 +44,7 @@ def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, 
     statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
     assert_same(statistic.values, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
     assert (statistic.samples, statistic.passes) == (11, 11 * 7)
-    made = statistic.provenance
+    made = statistic.values.provenance
     assert (made["kind"], made["data"], made["seed"]) == ("exact", "own", 3)
 
 
@@ -56,7 +56,7 @@ def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
     wanted = fisher_of(expert.network, Tasks(tasks.tasks, samples_per_task=9, seed=6).calibration())
     assert_same(statistic.values, wanted)
     assert statistic.samples == 18
-    assert (statistic.provenance["data"], statistic.provenance["seed"]) == ("pooled", 6)
+    assert (statistic.values.provenance["data"], statistic.values.provenance["seed"]) == ("pooled", 6)
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical", "categorical"])
@@ -81,7 +81,7 @@ def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
             weights=fingerprint(network.state_dict()),
         )
         assert_same(statistic.values, wanted)
-        assert statistic.provenance["kind"] == kind
+        assert statistic.values.provenance["kind"] == kind
 
 
 def test_a_fisher_in_bfloat16_says_so_in_its_file(tmp_path, synthetic, make_trainer):
@@ -91,7 +91,7 @@ def test_a_fisher_in_bfloat16_says_so_in_its_file(tmp_path, synthetic, make_trai
     wanted = fisher_of(expert.network, synthetic(seed=3).calibration(11))
     moved = sum(float((statistic.values[name] - value).abs().sum()) for name, value in wanted.items())
     assert 0 < moved < 0.05 * sum(float(value.sum()) for value in wanted.values())
-    assert statistic.provenance["precision"] == "bfloat16"
+    assert statistic.values.provenance["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize("options", [{"kind": "exact"}, {"mc_samples": 2}, {"precision": "bfloat16"}])
