@@ -172,7 +172,7 @@ def claims(target: float = 97.5) -> str:
     of_suites = {name: measured(suite) for suite, name in every.items()}
     for claim, parts in (
         (f"NDA above {target} % in some cases", of_suites),
-        ("the same with under 1 % of the training data (P = 25: 0.6 %)", {"small pair": with_few_samples()}),
+        ("the same with under 1 % of the training data (P = 25: 0.6 %)", {"small pair": of_small_pair(25)}),
     ):
         for method, decoder, name in CLAIMED:
             found = {suite: ndas(part, method, decoder) for suite, part in parts.items()}
@@ -216,16 +216,15 @@ def dearer() -> str:
     return markdown(["distillation's cost, in those of", *SUITES.values()], rows)
 
 
-def with_few_samples() -> pd.DataFrame:
-    """The rows of the small pair with 25 samples of each task."""
+def of_small_pair(samples: int) -> pd.DataFrame:
+    """The rows of the small pair with so many samples of each task."""
     rows = measured("samples")
-    return rows[rows.samples_per_task == 25]
+    return rows[rows.samples_per_task == samples]
 
 
 def few_samples() -> str:
     """NDA with 25 to 1,600 samples of each task, and on a small vision transformer with 200."""
-    of_pair = dict([*measured("samples").groupby("samples_per_task")])
-    parts = {f"small pair, P = {samples:,}": of_pair[samples] for samples in (25, 200, 1600)}
+    parts = {f"small pair, P = {samples:,}": of_small_pair(samples) for samples in (25, 200, 1600)}
     parts["small ViT, P = 200"] = measured("transformer")
     names = {method: METHODS[method] for method in ("none", "average", "coin", "refit", "distillation")}
     rows = [[name, *(both_decoders(part, method) for part in parts.values())] for method, name in names.items()]

@@ -36,7 +36,11 @@ def process_count() -> int:
 
 def is_rank_zero() -> bool:
     """Return whether this process is rank zero, which writes files and messages."""
-    return process_count() == 1 or bool(sys.modules["torch"].distributed.get_rank() == 0)
+    if process_count() == 1:
+        return True
+    from torch import distributed
+
+    return distributed.get_rank() == 0
 
 
 def rank_zero_info(text: str) -> None:

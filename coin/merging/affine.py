@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.merging.units import Unit
-from coin.networks.delta import Rounding
+from coin.networks.compressed import Rounding
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall

@@ -11,7 +11,7 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod, refined
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
-from coin.networks.delta import Rounding
+from coin.networks.compressed import Rounding
 from coin.networks.heads import check_head, head_name
 
 

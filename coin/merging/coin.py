@@ -86,7 +86,8 @@ def coin_parameters(
     agree stay, however small their Fisher.
     """
     known = _covered_by(fishers)
-    entries, pairs = sum(fishers[0][key].numel() for key in known), zip(fishers, weights, strict=True)
+    entries = sum(fishers[0][key].numel() for key in known)
+    pairs = zip(fishers, weights, strict=True)
     mass = sum(weight * float(fisher[key].sum(dtype=torch.float64)) for fisher, weight in pairs for key in known)
     absolute = damping * mass / max(entries, 1)
 

@@ -11,7 +11,7 @@ from coin.core.batches import Batch, as_input, samples_of
 from coin.merging.affine import fit_unit, output_rows
 from coin.merging.expert_outputs import ExpertOutputs, Rows, target_bytes
 from coin.merging.units import Trace, Unit, floating_parameters
-from coin.networks.delta import Rounding
+from coin.networks.compressed import Rounding
 from coin.statistics.guard import activations_in_place, differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call

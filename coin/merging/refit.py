@@ -26,9 +26,8 @@ from coin.merging.passes import PROBED, chosen_places, fit_in_order, position_we
 from coin.merging.target import AHEAD, FAR, Target, objective, spread
 from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Base, Compressed, compress, reference_of
+from coin.networks.compressed import Base, Compressed, Rounding, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
-from coin.networks.delta import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.parametrised import renormalise
 from coin.statistics import FisherKind
@@ -168,8 +167,8 @@ class Refit(Method):
     ) -> Compressed:
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
-        A layer is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next
-        layer to the inputs that follow. What cannot be refitted is rounded to the nearest first. See `Method.pack`.
+        A layer is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to
+        the inputs that follow. What cannot be refitted is rounded to the nearest first. See `Method.pack`.
         """
         if compression.bits is None or compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)

@@ -195,8 +195,8 @@ class Coded(LightningModule):
             inputs: New inputs, in batches as for `fit_decoder`, distributed like the queries and not used to fit
                 anything. All experts run on them.
             erased: The lost experts; those of the last `fit_decoder` by default.
-            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own
-                alone; None takes every input for all.
+            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone; None
+                takes every input for all.
 
         Returns:
             A promise for each lost expert. If none can be given, none of its decoded answers are accepted.

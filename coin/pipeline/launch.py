@@ -24,8 +24,8 @@ class Launch:
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
             ``slurm``: one array of jobs, submitted by `submitit` (extra ``slurm``), for which the command waits;
-            started again it resumes an interrupted one.
-            ``ray``: tasks of Ray (extra ``serve``), whose machines share this folder and this environment.
+            started again it resumes an interrupted one. ``ray``: tasks of Ray (extra ``serve``), whose machines share
+            this folder and this environment.
         workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
             ``slurm_partition``, …; and ``cluster``: ``slurm``, or ``local`` or ``debug`` to try jobs on this machine.

@@ -53,6 +53,7 @@ class Runner:
         self._begun = 0
         self._stack = ExitStack()
         self._open: dict[JobConfig | None, tuple[Job, ExitStack]] = {}
+        self._last: dict[JobConfig | None, Step] = {}  # of a job's steps
 
     def run(self, steps: Sequence[Step]) -> None:
         """Run every step of one folder that is not up to date, in order.
@@ -63,22 +64,21 @@ class Runner:
             steps = [replace(step, job=step.job_alone or step.job) for step in steps]
         count = self.total or sum(not step.only_logs for step in steps)
         self._begun = self._begun if self.total else 0
-        last = {step.job: step for step in steps}
+        self._last = {step.job: step for step in steps}
         self._open.clear()
         with self._stack as stack:
             for folder in dict.fromkeys(step.folder for step in steps):
                 stack.enter_context(run_environment(folder))
             for step in steps:
-                ends = last[step.job] is step
                 if step.only_logs:
                     earlier = [each for each in steps if each.job == step.job and not each.only_logs]
-                    on_rank_zero(partial(self._log, step, earlier, ends))
+                    on_rank_zero(partial(self._log, step, earlier))
                 else:
                     self._begun += 1
-                    self._run(step, ends, f"[{self._begun}/{count}] {step.of_seed}{step.what}")
-                self._end_job(step, ends)
+                    self._run(step, f"[{self._begun}/{count}] {step.of_seed}{step.what}")
+                self._end_job(step)
 
-    def _run(self, step: Step, ends: bool, called: str) -> None:
+    def _run(self, step: Step, called: str) -> None:
         with ExitStack() as locks:
             claimed = on_rank_zero(partial(_claim, step, locks, patient=self.patient))
             if claimed is None:
@@ -97,13 +97,13 @@ class Runner:
             if job is not None:
                 job.measures(measures or {})
                 job.log_artifacts(step.logs)
-            self._end_job(step, ends)
+            self._end_job(step)
             seconds = time.monotonic() - started
             on_rank_zero(partial(record_step, step, inputs, seconds))
             if seconds >= LONG:
                 rank_zero_info(f"{called}: done in {seconds:.0f} s")
 
-    def _log(self, step: Step, earlier: Sequence[Step], ends: bool) -> None:
+    def _log(self, step: Step, earlier: Sequence[Step]) -> None:
         """Run a step that only logs to W&B, on rank zero; without a W&B run, or if it fails, it is tried again.
 
         An agent of a W&B sweep logs evaluations alone.
@@ -121,7 +121,7 @@ class Runner:
             if job is not None and job.run is not None:
                 inputs = inputs_of(step)
                 step.run(Context("", job=job))
-                self._end_job(step, ends)
+                self._end_job(step)
                 record_step(step, inputs)
 
     def _job(self, step: Step, *, opens: bool, again: bool = False) -> Job | None:
@@ -131,9 +131,9 @@ class Runner:
             self._open[step.job] = own.enter_context(open_job(self.experiment, step.job, again=again)), own
         return self._open[step.job][0] if step.job in self._open else None
 
-    def _end_job(self, step: Step, ends: bool) -> None:
+    def _end_job(self, step: Step) -> None:
         """End a step's job, if this is the last of its steps and it is open."""
-        if ends and step.job in self._open:
+        if self._last[step.job] is step and step.job in self._open:
             self._open.pop(step.job)[1].close()
 
 

@@ -58,10 +58,10 @@ def fisher_sums(network: nn.Module, batches: Iterable[Any], **options: Unpack[Fi
         batches: Input batches [B, …], of any sizes, or pairs of inputs and labels, whose labels are not looked at.
         **options: The ``kind`` of diagonal; ``labels`` [P] in the order of the samples, for the empirical one;
             ``mc_samples``, random cotangents a sample, 1 by default, and their ``generator``, torch's global one by
-            default, for the Monte Carlo one. ``memory_mib`` bounds the working
-            memory in MiB: batches are cut, numbers do not change. ``precision`` is what the network runs in,
-            ``progress`` is called with the number of samples after every cut, and ``forward``, (network, batch) →
-            logits, for a network that is not called with one tensor; batches may then be mappings of tensors too.
+            default, for the Monte Carlo one. ``memory_mib`` bounds the working memory in MiB: batches are cut, numbers
+            do not change. ``precision`` is what the network runs in, ``progress`` is called with the number of samples
+            after every cut, and ``forward``, (network, batch) → logits, for a network that is not called with one
+            tensor; batches may then be mappings of tensors too.
 
     Raises:
         ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.

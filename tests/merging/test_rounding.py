@@ -9,9 +9,9 @@ from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.merging import Average, Experts, Refit
-from coin.networks.compressed import Compressed, compress, reference_of
+from coin.networks.compressed import Compressed, Rounding, compress, reference_of
 from coin.networks.compression import Compression
-from coin.networks.delta import Rounded, Rounding, matrix_shape, quantise, round_columns
+from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
 
 every_network = pytest.mark.parametrize("kind", [*NETWORKS, *ATTENTION])
