@@ -1,6 +1,5 @@
 """Where networks come from: our own small ones and torchvision's by name, a class of the user's by its import path."""
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from coin.core.choices import did_you_mean
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.downloads import Download
 from coin.files.packaged import imported
@@ -58,12 +58,11 @@ class NetworkSource(ABC):
         """
 
     def check_name(self, known: Iterable[str], expected: str, advice: str) -> None:
-        """Refuse a name that is not known; `advice` stands where no known one is close."""
+        """Refuse a name that is not known; `advice` says where the known ones are listed."""
         names = set(known)
         if self.name not in names:
-            close = difflib.get_close_matches(self.name, names, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else advice
-            raise ConfigurationError(f"found network.name '{self.name}', expected {expected}; {hint}")
+            meant = did_you_mean(self.name, names)
+            raise ConfigurationError(f"found network.name '{self.name}'{meant}, expected {expected}; {advice}")
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
