@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from coin.cli import main
 from coin.data import Digits, ImageFolder, MNIST5k, TaskData
 from coin.data.transform import to_input
+from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.networks import load_network
 from coin.networks.hub import _configuration
@@ -117,7 +118,10 @@ def check_experts(folder: Path, places: Path) -> None:
         expected = small_clip.similarities(whole.eval(), images, task.classes)
         found = file.network(to_input(images, small_clip.SIDE))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert load_provenance(file.path)["head"]["zero_shot"]["classes"] == list(task.classes)
+        provenance = load_provenance(file.path)
+        assert provenance["head"]["zero_shot"]["classes"] == list(task.classes)
+        weights = places / f"clip_{name}/model.safetensors"
+        assert provenance["sha256"][str(weights)] == sha256_of(weights)
 
 
 # What others run: transformers, and no coin.
