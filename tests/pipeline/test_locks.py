@@ -37,11 +37,14 @@ def holder(folder: Path, then: Callable[[], object] = lambda: time.sleep(60)) ->
     ready, told = os.pipe()
     process = os.fork()
     if not process:
-        os.setsid()
-        with folder_lock(folder):
-            os.write(told, b"held")
-            then()
-        os._exit(0)
+        try:
+            os.setsid()
+            with folder_lock(folder):
+                os.write(told, b"held")
+                then()
+        finally:
+            os._exit(0)  # whatever happens: it must not go on with the tests of its parent
+    os.close(told)  # where it ends early, reading ends too
     try:
         assert os.read(ready, 4) == b"held"
         yield process
