@@ -81,15 +81,15 @@ def serve_toy() -> Iterator[Any]:
 
     def serve(inputs: InputLimits | None = None, **limits: Any) -> tuple[Toy, httpx.Client, int]:
         toy = Toy(inputs or InputLimits(bytes=5000, pixels=1000, samples=4), **limits)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(toy.app, port=port, log_level="error", lifespan="on"))
-        thread = threading.Thread(target=server.run)
+        bound = socket.create_server(("127.0.0.1", 0))  # handed over: a free port could be gone when it is asked for
+        port = bound.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(toy.app, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
         running.append((toy, server, thread, client))
         while not server.started:
+            assert thread.is_alive(), "the server ended before it began"
             time.sleep(0.01)
         return toy, client, port
 
