@@ -1,5 +1,6 @@
 """Experts side by side: the same experts as one after the other, each worker on a place of its own."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def send(number: signal.Signals, *processes: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # it has ended: the others must be told all the same
+            os.kill(process, number)
+
+
 def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_trained_by_two(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,8 +73,7 @@ def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_train
     parent = subprocess.Popen([sys.executable, "-m", "coin", *command], stderr=subprocess.DEVNULL)
     wait_for(lambda: all((folder / "checkpoints/step-key").exists() for folder in folders))
     orphans = [int((folder / ".lock").read_text().split()[1]) for folder in folders]
-    for process in (*orphans, parent.pid):
-        os.kill(process, signal.SIGSTOP)
+    send(signal.SIGSTOP, *orphans, parent.pid)
     steps = tmp_path / "tiny/seed-0/.steps"
     waiting = [log for log in logs if not (steps / f"expert-{log.parent.name}.json").exists()]  # one may have ended
     parent.kill()
@@ -77,8 +83,7 @@ def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_train
         try:
             wait_for(lambda: all("waiting for another coin command at work" in log.read_text() for log in waiting))
         finally:
-            for process in orphans:
-                os.kill(process, signal.SIGCONT)
+            send(signal.SIGCONT, *orphans)
 
     watch = threading.Thread(target=let_go)
     watch.start()
