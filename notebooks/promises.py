@@ -1,6 +1,6 @@
 """Whether the promise on decoded answers holds, over random splits of stored test answers: folders of seeds → CSV.
 
-    python notebooks/promises.py runs/pair/seed-* --output notebooks/results/promises/splits.csv
+    python notebooks/promises.py runs/pair/seed-* --output splits.csv
 
 Every split takes some of the test answers in ``risk.npz`` for the promise, and looks at the accepted ones of the rest.
 ``given`` is the share of the splits in which anything is promised; ``broken`` that in which more of the accepted rest
