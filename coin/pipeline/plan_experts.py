@@ -89,9 +89,7 @@ def expert_step(files: SeedFiles, name: str) -> Step:
                 raise ConfigurationError(
                     f"found no file '{inputs[0]}', expected an expert's weights; check expert.checkpoints"
                 )
-        work = partial(
-            import_expert, config=network, name=name, task=task, place=place, initial=initial, read=tuple(inputs)
-        )
+        work = partial(import_expert, config=network, name=name, task=task, place=place, initial=initial)
         doing = f"importing '{shown}'"
         return Step(*called, doing, work, options=options, inputs=inputs, outputs=[output], shared=True)
     config = experiment.expert.of(name)

@@ -92,7 +92,7 @@ class Runner:
             job, started = self._job(step, opens=step.opens_job), time.monotonic()
             if job is not None:
                 job.use_artifacts(step.uses)
-            work = partial(step.run, Context(inputs.key, step.outputs, self.experiment.trainer, job))
+            work = partial(step.run, Context(inputs.key, step.outputs, step.inputs, self.experiment.trainer, job))
             measures = work() if step.collective else on_rank_zero(work)
             if job is not None:
                 job.measures(measures or {})

@@ -104,10 +104,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Context:
-    """What a step is given when it runs: its key, its files to write, the ``trainer`` section and the open job."""
+    """What a step is given when it runs: its key, its outputs and inputs, the ``trainer`` section and the open job."""
 
     key: str
     outputs: Sequence[Path] = ()
+    inputs: Sequence[Path] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)
     job: Job | None = None
 

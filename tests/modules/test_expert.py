@@ -89,7 +89,7 @@ def test_predictions_are_probabilities_in_the_order_of_the_test_set(synthetic, m
         ({"label_smoothing": 1.0}, "found label_smoothing=1.0"),
         ({"optimizer": "rmsprop"}, "found optimizer='rmsprop', expected one of sgd, adamw"),
         ({"schedule": "linear"}, "found schedule='linear', expected one of constant, cosine, one_cycle"),
-        ({"network": "small_resnett"}, "did you mean small_resnet"),
+        ({"network": "small_resnett"}, r"\(did you mean small_resnet\?\)"),
         ({"num_classes": 0}, "found 0 classes"),
         ({"l2_sp": -1.0}, "^found l2_sp=-1.0"),
         ({"l2_sp": float("inf")}, "^found l2_sp=inf"),

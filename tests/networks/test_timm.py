@@ -118,7 +118,7 @@ def test_other_contents_of_the_package_are_refused(tmp_path, monkeypatch):
         (("timm/resnet50", 64, "a1"), r"found network.weights 'a1', expected null, a file or one of default, a1_in1k"),
         (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), "found network.weights 'IMAGENET1K_LITE0', expected null"),
         (("timm/test_resnet", 64, "nothing/there.pt"), "found no file 'nothing/there.pt', expected network.weights"),
-        (("tim/resnet50",), "found network.name 'tim/resnet50'.*, expected .*timm/NAME"),
+        (("tim/resnet50",), r"found network.name 'tim/resnet50' \(did you mean resnet50\?\), expected .*timm/NAME"),
     ],
 )
 def test_what_is_not_known_is_one_line(arguments, message):

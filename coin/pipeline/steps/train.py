@@ -1,7 +1,6 @@
 """The training of one network on one task: the base, and the experts."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -130,18 +129,15 @@ def write_initial(
 
 
 def import_expert(
-    context: Context, config: NetworkConfig, name: str, task: TaskData, place: str, initial: Path, read: Sequence[Path]
+    context: Context, config: NetworkConfig, name: str, task: TaskData, place: str, initial: Path
 ) -> None:
-    """Write a task's expert from the user's file of weights, or from a folder or ID of Hugging Face's (``hf/…``).
-
-    The metadata have the hashes of `read`, the files that it is made of.
-    """
+    """Write a task's expert from the user's file of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
     if place.startswith(PREFIX):
         network = import_pretrained(config, place, initial, task.zero_shot, name)
     else:
         network = import_checkpoint(config, task.num_classes, Path(place))
     made: dict[str, Any] = {"made_by": "coin run", "source": place, "task": name, "classes": list(task.classes)}
-    made |= {"sha256": hashes(read), **({} if task.head is None else {"head": task.head})}
+    made |= {"sha256": hashes(context.inputs), **({} if task.head is None else {"head": task.head})}
     save_network(context.outputs[0], network, config, task.num_classes, made)
 
 

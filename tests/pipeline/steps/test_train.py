@@ -40,7 +40,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
         task: TaskData = synthetic()
         config = ExpertConfig(epochs=4, lr=0.05, batch_size=8, weights=weights)
         output = tmp_path / folder / "expert.safetensors"
-        context = Context("key", [output], {"accelerator": "cpu", "num_sanity_val_steps": 0})
+        context = Context("key", [output], trainer={"accelerator": "cpu", "num_sanity_val_steps": 0})
         train_network(context, config, small_config, task, seed=3)
         return dict(load_state(output)[0])
 
