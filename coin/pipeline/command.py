@@ -40,6 +40,12 @@ class Command:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **self.variables}
             )
 
+    def note(self, line: str) -> None:
+        """Append a line to the log: what has become of the process, where it did not say so itself."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            print(line, file=log)
+
     def last_line(self) -> str:
         """Return the last line that the process printed."""
         if not self.log.is_file():

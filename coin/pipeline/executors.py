@@ -149,11 +149,14 @@ def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_succes
         rank_zero_info(f"{command.name}: job {job.job_id}")
     failed: list[C] = []
     for command, job in zip(commands, jobs, strict=True):
-        if ended := job.exception():
-            failed.append(command)
-        else:
+        if (ended := job.exception()) is None:
             on_success(command)
-        rank_zero_info(f"{command.name}: " + (f"failed ({first_line(ended)[:200]})" if ended else "finished"))
+            rank_zero_info(f"{command.name}: finished")
+            continue
+        failed.append(command)
+        if CommandFailedError.__name__ not in f"{type(ended).__name__}: {ended}":  # the command itself said nothing
+            command.note(f"job {job.job_id} ended without a result, in state {job.state}; see {job.paths.stderr}")
+        rank_zero_info(f"{command.name}: failed: {command.last_line()}")
     return failed
 
 

@@ -102,6 +102,8 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
         headers = {"retry-after": "1"} if status in (429, 503, 504) else {}
         if status in (408, 413, 429, 503):  # nobody reads on in a body that was given up, or here after the end
             headers["connection"] = "close"
+        if status in (413, 429, 503):
+            await reader.discard(request)
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
 
     @app.exception_handler(RequestValidationError)

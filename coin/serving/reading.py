@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -96,6 +96,16 @@ class Reader:
                 take_pixels(parsed.pixels)
                 inputs = await self._run(False, parsed.read, held)
         return parsed, inputs
+
+    async def discard(self, request: Request) -> None:
+        """Read on in the body of a refused query, but no longer than a body may take.
+
+        A connection that is closed before is reset, and a client that is still sending never sees the answer.
+        """
+        with suppress(ClientDisconnect, RuntimeError, TimeoutError):  # RuntimeError: it was read to its end
+            async with asyncio.timeout(self.limits.seconds):
+                async for _ in request.stream():
+                    pass
 
     async def _run(self, light: bool, function: Callable[[], Result], held: ExitStack) -> Result:
         """Run a function in a thread; if the caller gives up, the budget stays reserved until the thread ends."""

@@ -23,14 +23,15 @@ def submit(script: str) -> None:
     (NOTES / f"array-{job}").touch()
     if os.fork() == 0:
         os.setsid()
+        (NOTES / f"array-{job}").write_text(str(os.getpid()))
         for stream in (0, 1, 2):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         running: dict[int, subprocess.Popen[bytes]] = {}
         waiting = list(range(first, last + 1))
         while waiting or running:
             for task in [task for task, process in running.items() if process.poll() is not None]:
-                running.pop(task)
-                (NOTES / f"ended-{job}_{task}").touch()
+                process = running.pop(task)
+                (NOTES / f"ended-{job}_{task}").write_text("FAILED" if process.returncode else "COMPLETED")
             while waiting and len(running) < at_once:
                 task = waiting.pop(0)
                 own = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": str(task)}
@@ -48,7 +49,8 @@ def account() -> None:
     print("JobID|State|NodeList")
     for task in NOTES.glob("task-*"):
         name = task.name.removeprefix("task-")
-        print(f"{name}|{'COMPLETED' if (NOTES / f'ended-{name}').exists() else 'RUNNING'}|localhost")
+        ended = NOTES / f"ended-{name}"
+        print(f"{name}|{ended.read_text() if ended.exists() else 'RUNNING'}|localhost")
 
 
 if __name__ == "__main__":

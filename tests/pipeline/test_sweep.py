@@ -21,8 +21,10 @@ import coin.commands.sweep
 import coin.commands.sweep_run
 from coin.cli import main
 from coin.commands.sweep_run import PointRun
-from coin.errors import ConfigurationError
-from coin.pipeline.launch import Launch
+from coin.errors import CoinError, ConfigurationError
+from coin.pipeline.command import Command
+from coin.pipeline.executors import raise_for, run_commands
+from coin.pipeline.launch import Executor, Launch
 from coin.pipeline.locks import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import read_results
@@ -373,7 +375,7 @@ while [ "${1#-}" != "$1" ]; do
   case "$1" in --*=*|--unbuffered) ;; --*) shift ;; esac
   shift
 done
-exec "$@"
+exec "$@" 2>>$FAKE_SLURM/said-${SLURM_JOB_ID}_$SLURM_ARRAY_TASK_ID
 """,
 }
 
@@ -389,6 +391,28 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))}
     path = f"{fakes}:{os.environ['PATH']}"
     return own | {"PATH": path, "PYTHONPATH": str(ROOT), "FAKE_SLURM": str(tmp_path), "WANDB_MODE": "disabled"}
+
+
+def test_the_state_of_a_job_that_the_cluster_ended_is_told(
+    cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text("import os; os.kill(os.getppid(), 9)")
+    ended = Command("ended", ["--help"], tmp_path / "a/ended.log", {"PYTHONPATH": f"{tmp_path}/site:{ROOT}"})
+    wrong = Command("wrong", ["nonsense"], tmp_path / "b/wrong.log")
+    right = Command("right", ["--help"], tmp_path / "c/right.log")
+    failed = run_commands([ended, wrong, right], Launch(Executor.slurm, 2, {"timeout_min": 5}), tmp_path / "submitit")
+    assert failed == [ended, wrong]
+    told = capsys.readouterr().err
+    state = f"job 7700_0 ended without a result, in state FAILED; see {tmp_path}/submitit/7700_0_0_log.err"
+    assert f"ended: failed: {state}\n" in told
+    assert "wrong: failed: coin: error: found command 'nonsense'" in told
+    assert "right: finished\n" in told
+    with pytest.raises(CoinError, match=r"2 of 3 steps failed, the first of them ended: job 7700_0 ended without"):
+        raise_for(failed, 3, "steps")
 
 
 def test_a_sweep_of_six_points_goes_on_where_it_was_killed(
@@ -409,15 +433,19 @@ def test_a_sweep_of_six_points_goes_on_where_it_was_killed(
     wait_for(table.exists, sweep)
     sweep.kill()
     sweep.wait()
-    for task in tmp_path.glob("task-*"):  # and its jobs with it
-        name = task.name.removeprefix("task-")
-        if not (tmp_path / f"ended-{name}").exists():
+    array = int((tmp_path / "array-7700").read_text())
+    os.kill(array, signal.SIGSTOP)  # and its jobs with it: none of them ends or begins meanwhile
+    for task in tmp_path.glob("task-*"):
+        if not (tmp_path / f"ended-{task.name.removeprefix('task-')}").exists():
             os.killpg(int(task.read_text()), signal.SIGKILL)
+    os.kill(array, signal.SIGKILL)
     results = tmp_path / "runs/grid"
     before = {path: path.stat().st_mtime_ns for path in results.glob("*/seed-*/results.csv")}
     assert 0 < len(before) < 6
     done = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, "\n".join(
+        [done.stderr, *(f"{path.name}:\n{path.read_text()}" for path in sorted(tmp_path.glob("said-*")))]
+    )
     assert "6 points, " in done.stderr
     assert pd.read_csv(table).experiment.nunique() == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before

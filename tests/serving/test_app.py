@@ -254,6 +254,23 @@ def test_body_that_does_not_tell_its_length_is_not_read_beyond_the_limit(serve_t
     assert found.status_code == 413
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 300000", "Transfer-Encoding: chunked"])
+def test_a_client_that_still_sends_is_told_why_it_is_refused(serve_toy: Any, length: str) -> None:
+    """A connection that is closed with half of the body on its way is reset, and the answer may be lost."""
+    _, client, port = serve_toy(InputLimits(bytes=1000))
+    part = bytes(100_000) if "Content" in length else b"186a0\r\n" + bytes(100_000) + b"\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST /v2/models/colours/infer HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n"
+        connection.sendall(head.encode())
+        for _ in range(3):
+            connection.sendall(part)
+            time.sleep(0.3)
+        connection.sendall(b"" if "Content" in length else b"0\r\n\r\n")
+        connection.settimeout(5)
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 413")
+    assert client.get("/health").status_code == 200
+
+
 def half_sent(port: int, length: int = 1_000_000) -> socket.socket:
     """Begin an upload and send a hundred bytes of it."""
     connection = socket.create_connection(("127.0.0.1", port))
