@@ -1,5 +1,6 @@
 """Distributed processes: rank zero, and results that it computes for all of them."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -94,6 +95,23 @@ def _control() -> "ProcessGroup":
 
     group: ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     return group
+
+
+@cache
+def leave_processes_at_exit() -> None:
+    """Have the process group destroyed before the interpreter ends, as Lightning does for NCCL alone.
+
+    A thread of gloo that still holds a tensor then would abort the process, and its launcher would call the whole run
+    failed: https://github.com/pytorch/pytorch/pull/179291.
+    """
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def cores() -> int:

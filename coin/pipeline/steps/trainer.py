@@ -20,6 +20,7 @@ from coin.callbacks import LoggedProgress, RunProgress
 from coin.callbacks.fisher import estimate_statistic
 from coin.core.choices import renamed_option
 from coin.core.lightning import silence_lightning
+from coin.core.processes import leave_processes_at_exit
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
@@ -88,6 +89,7 @@ class Trainer(pl.Trainer):
             if enable_progress_bar:
                 given.append(RunProgress() if watched else LoggedProgress())
             enable_progress_bar = enable_progress_bar and watched
+        leave_processes_at_exit()
         super().__init__(
             use_distributed_sampler=use_distributed_sampler,
             callbacks=given,

@@ -3,6 +3,7 @@
 Run as a script under ``torch.distributed.run``, or imported for the same with one process.
 """
 
+import atexit
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ from coin.networks import load_network
 from coin.pipeline.steps.trainer import Trainer, estimate_over_tasks
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import StatisticOptions
+
+
+def say_what_is_left() -> None:
+    print("left in its process group" if torch.distributed.is_initialized() else "left its process group")
 
 
 def measure(folder: Path, devices: int) -> None:
@@ -75,4 +80,5 @@ def measure(folder: Path, devices: int) -> None:
 
 
 if __name__ == "__main__":
+    atexit.register(say_what_is_left)  # before coin's own, and so run after it
     measure(Path(sys.argv[1]), devices=int(sys.argv[2]))

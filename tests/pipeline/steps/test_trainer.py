@@ -193,6 +193,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_co
         [*launch, str(SCRIPT), str(two), "2"], env=quiet, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["left its process group"] * 2  # gloo may abort at the end of one that is left
 
     alone, shared = (torch.load(folder / "fisher.pt", weights_only=True) for folder in (one, two))
     assert (alone["processes"], shared["processes"]) == (1, 2)
