@@ -21,6 +21,8 @@ def submit(script: str) -> None:
     first, last, at_once = map(int, re.search(r"--array=(\d+)-(\d+)%(\d+)", text).groups())  # type: ignore[union-attr]
     job = f"{JOB}{len(list(NOTES.glob('array-*'))):02d}"
     (NOTES / f"array-{job}").touch()
+    spooled = NOTES / f"script-{job}"  # as SLURM does: submitit moves its file while the first tasks begin
+    spooled.write_text(text)
     if os.fork() == 0:
         os.setsid()
         (NOTES / f"array-{job}").write_text(str(os.getpid()))
@@ -37,7 +39,7 @@ def submit(script: str) -> None:
                 own = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": str(task)}
                 own |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
                 own |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURMD_NODENAME": "localhost"}
-                running[task] = subprocess.Popen(["bash", script], env=os.environ | own, start_new_session=True)
+                running[task] = subprocess.Popen(["bash", str(spooled)], env=os.environ | own, start_new_session=True)
                 (NOTES / f"task-{job}_{task}").write_text(str(running[task].pid))
             time.sleep(0.05)
         os._exit(0)
