@@ -91,8 +91,8 @@ def kept_by_count(counts: tuple[int, ...] = (2, 3, 5, 8)) -> pd.DataFrame:
         kept, network = of_stand_ins("experts", count)
         kept = kept.set_index(["name", "decoder"])
         columns[f"N = {count}"], columns[f"networks, {count}"] = cells(kept), (kept.memory_mib / network).round(2)
-    columns["runs"], columns["losses"] = kept.forwards, kept.losses
-    return pd.DataFrame(columns).sort_values(f"networks, {counts[-1]}")
+    columns["runs"], columns["losses"] = kept.forwards.astype(int), kept.losses.astype(int)
+    return pd.DataFrame(columns).sort_values(f"networks, {counts[-1]}").astype(object).fillna("–")
 
 
 def behind_the_best(suite: str, options: dict[str, list[str]]) -> pd.DataFrame:
