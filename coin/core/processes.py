@@ -27,12 +27,14 @@ class OtherProcessError(CoinError):
     """Another process has stopped; it reports the reason itself."""
 
 
+def _has_group() -> bool:
+    torch = sys.modules.get("torch")  # where nothing has imported it there is no process group
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def process_count() -> int:
     """Return the number of processes, 1 without a process group."""
-    torch = sys.modules.get("torch")  # where nothing has imported it there is no process group
-    if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return int(torch.distributed.get_world_size())
+    return int(sys.modules["torch"].distributed.get_world_size()) if _has_group() else 1
 
 
 def is_rank_zero() -> bool:
@@ -108,10 +110,8 @@ def leave_processes_at_exit() -> None:
 
 
 def _leave_processes() -> None:
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if _has_group():
+        sys.modules["torch"].distributed.destroy_process_group()
 
 
 def cores() -> int:

@@ -33,15 +33,14 @@ class Command:
     def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """Start the process."""
         command = [sys.executable, "-m", "coin", *self.arguments]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.note(f"# {' '.join(command)}")
         with self.log.open("a", encoding="utf-8") as log:
-            print(f"# {' '.join(command)}", file=log, flush=True)
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **self.variables}
             )
 
     def note(self, line: str) -> None:
-        """Append a line to the log: what has become of the process, where it did not say so itself."""
+        """Append a line to the log, as where a process could not say itself what has become of it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as log:
             print(line, file=log)

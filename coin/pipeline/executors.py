@@ -149,15 +149,21 @@ def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_succes
         rank_zero_info(f"{command.name}: job {job.job_id}")
     failed: list[C] = []
     for command, job in zip(commands, jobs, strict=True):
-        if (ended := job.exception()) is None:
+        if ended := job.exception():
+            failed.append(command)
+            lost = f"job {job.job_id} ended without a result, in state {job.state}; see {job.paths.stderr}"
+            _tell_failure(command, ended, lost)
+        else:
             on_success(command)
             rank_zero_info(f"{command.name}: finished")
-            continue
-        failed.append(command)
-        if CommandFailedError.__name__ not in f"{type(ended).__name__}: {ended}":  # the command itself said nothing
-            command.note(f"job {job.job_id} ended without a result, in state {job.state}; see {job.paths.stderr}")
-        rank_zero_info(f"{command.name}: failed: {command.last_line()}")
     return failed
+
+
+def _tell_failure(command: Command, error: BaseException, otherwise: str) -> None:
+    """Say that a command has failed, and why; `otherwise` is why where the command itself could not say it."""
+    if CommandFailedError.__name__ not in f"{type(error).__name__}: {error}":
+        command.note(otherwise)
+    rank_zero_info(f"{command.name}: failed: {command.last_line()}")
 
 
 def _run_as_tasks(commands: Sequence[C], launch: Launch, on_success: Callable[[C], None]) -> list[C]:
@@ -190,8 +196,7 @@ def _run_as_tasks(commands: Sequence[C], launch: Launch, on_success: Callable[[C
                 rank_zero_info(f"{command.name}: finished")
             except ray.exceptions.RayError as error:
                 failed.append(command)
-                own = isinstance(getattr(error, "cause", None), CommandFailedError)
-                rank_zero_info(f"{command.name}: failed: {command.last_line() if own else first_line(error)[:200]}")
+                _tell_failure(command, error, first_line(error)[:200])
         return failed
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -100,10 +100,10 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
         status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
         logger.info("refused", extra={"path": request.url.path, "status": status, "error": str(error)})
         headers = {"retry-after": "1"} if status in (429, 503, 504) else {}
-        if status in (408, 413, 429, 503):  # nobody reads on in a body that was given up, or here after the end
+        if status in (408, 413, 429, 503):  # what is left of the body, after a while, is nobody's to read
             headers["connection"] = "close"
-        if status in (413, 429, 503):
-            await reader.discard(request)
+            if status != 408:  # which has waited for it
+                await reader.discard(request)
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
 
     @app.exception_handler(RequestValidationError)

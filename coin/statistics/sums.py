@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, distributed
 
+from coin.core.processes import process_count
 from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import check_same_layout
 
@@ -62,7 +63,7 @@ def reduce_sums(sums: Sums) -> Sums:
     The processes first agree on the tensors, as one may not have covered what another has; StateError where they differ
     otherwise. Then all travel as one float64 vector in a single reduction, on the device that the backend needs.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if process_count() == 1:
         return sums
     where = next((tensor.device for tensor in sums.values.values()), torch.device("cpu"))
     if distributed.get_backend() == "nccl" and where.type != "cuda":

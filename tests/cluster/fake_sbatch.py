@@ -20,12 +20,10 @@ def submit(script: str) -> None:
     text = Path(script).read_text()
     first, last, at_once = map(int, re.search(r"--array=(\d+)-(\d+)%(\d+)", text).groups())  # type: ignore[union-attr]
     job = f"{JOB}{len(list(NOTES.glob('array-*'))):02d}"
-    (NOTES / f"array-{job}").touch()
     spooled = NOTES / f"script-{job}"  # as SLURM does: submitit moves its file while the first tasks begin
     spooled.write_text(text)
-    if os.fork() == 0:
+    if (array := os.fork()) == 0:
         os.setsid()
-        (NOTES / f"array-{job}").write_text(str(os.getpid()))
         for stream in (0, 1, 2):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         running: dict[int, subprocess.Popen[bytes]] = {}
@@ -43,6 +41,7 @@ def submit(script: str) -> None:
                 (NOTES / f"task-{job}_{task}").write_text(str(running[task].pid))
             time.sleep(0.05)
         os._exit(0)
+    (NOTES / f"array-{job}").write_text(str(array))
     print(f"Submitted batch job {job}")
 
 
