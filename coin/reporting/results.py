@@ -174,6 +174,28 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     return document
 
 
+def check_current(seed_folder: Path) -> None:
+    """Raise FileError where a seed's results are of other experts than those that stand in its folder.
+
+    ``experts`` in the configuration of ``results.json`` has the key of every task's expert, and so has
+    ``experts/TASK/done.json``. Where one of them does not say it, nothing is checked.
+    """
+    recorded = read_configuration(seed_folder)["configuration"].get("experts")
+    for task, key in (recorded if isinstance(recorded, dict) else {}).items():
+        path = seed_folder / "experts" / task / "done.json"
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["key"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise FileError(f"'{path}' is damaged ({first_line(error)}); run `coin run` again") from error
+        if found != key:
+            raise FileError(
+                f"the results in '{seed_folder}' are of another expert '{task}' than the one that stands there; "
+                "run `coin run` again"
+            )
+
+
 def confusion_key(row: Row) -> str:
     """Return a row's name in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``, with the requested policy."""
     return "|".join((row.method, requested_policy(row.batchnorm), row.decoder, row.erased, row.task))

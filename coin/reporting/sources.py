@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from coin.errors import FileError
-from coin.reporting.results import RESULTS_CSV, read_configuration, read_results
+from coin.reporting.results import RESULTS_CSV, check_current, read_configuration, read_results
 from coin.reporting.summary import REFERENCES, seed_folders
 from coin.reporting.sweeps import SWEEP_CSV, Sweep, read_sweep_table, short_value
 
@@ -87,6 +87,8 @@ def _read(folder: Path) -> ReportSource:
                 f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' nor '{SWEEP_CSV}' in '{folder}', expected "
                 "the folder of an experiment, of one seed or of a sweep; make it with `coin run` or `coin sweep`"
             )
+        for seed in seeds:
+            check_current(seed)
         frame = pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
     documents = [read_configuration(seed) for seed in seeds] or [{"configuration": {}}]
     methods = tuple(as_dict(made) for document in documents for made in document.get("methods") or ())

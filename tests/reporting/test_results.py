@@ -8,7 +8,7 @@ import pytest
 
 from coin.errors import ConfigurationError, FileError
 from coin.reporting import read_confusions, read_results
-from coin.reporting.results import COLUMNS, Row, confusion_key, read_configuration, write_results
+from coin.reporting.results import COLUMNS, Row, check_current, confusion_key, read_configuration, write_results
 
 ROW = Row(
     experiment="x",
@@ -165,3 +165,17 @@ def test_damaged_archive_and_json(tmp_path: Path):
         read_confusions(tmp_path)
     with pytest.raises(FileError, match="cannot be read as JSON"):
         read_configuration(tmp_path)
+
+
+def test_results_of_other_experts_than_those_there_are_refused(tmp_path: Path):
+    write_results(tmp_path, [ROW], {"experts": {"a": "key-1", "gone": "key-2"}})
+    check_current(tmp_path)  # nothing is recorded beside the experts
+    done = tmp_path / "experts" / "a" / "done.json"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"key": "key-1"}')
+    check_current(tmp_path)
+    for content, said in (('{"key": "key-3"}', "of another expert 'a' .* run `coin run` again"), ("{", "is damaged")):
+        done.write_text(content)
+        with pytest.raises(FileError, match=said) as caught:
+            check_current(tmp_path)
+        assert "\n" not in str(caught.value)
