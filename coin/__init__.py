@@ -46,7 +46,6 @@ if TYPE_CHECKING:
         CodedModel as CodedModel,
         Coin as Coin,
         Experts as Experts,
-        Foreign as Foreign,
         FullFisher as FullFisher,
         GaussNewton as GaussNewton,
         HeadFit as HeadFit,

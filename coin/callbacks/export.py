@@ -15,7 +15,7 @@ from coin.core.choices import parse_enum
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.atomic import hashes
 from coin.files.tensors import not_finite
-from coin.networks import NetworkConfig, save_network, unwrap
+from coin.networks import NetworkConfig, save_network, without_frozen
 
 _DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}  # from which a module builds its network
 
@@ -44,17 +44,17 @@ def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
     """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
 
-    It is not compiled, adapters are merged into the weights, and every parameter is trainable, so that a Fisher covers
+    It is not compiled, and every parameter is trainable, so that a Fisher covers
     all: those that one expert did not train matter in a merge with others that did.
     """
     network: Any = module.network
     monitored = _monitored(trainer)
     if weights == Weights.last or monitored is None:
-        return unwrap(copy(network))  # a copy leaves torch.compile's call behind
+        return without_frozen(copy(network))  # a copy leaves torch.compile's call behind
     state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
     best, own = clone(network), "network."
     best.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
-    return unwrap(best)
+    return without_frozen(best)
 
 
 class ExpertExport(Callback):

@@ -61,7 +61,7 @@ class TrainerCLI(LightningCLI):
             raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
         found = checkpoint_options(Path(path))
         init_args = options["model"]["init_args"]
-        for name in ("network", "image_size", "options", "num_classes", "lora"):
+        for name in ("network", "image_size", "options", "num_classes"):
             if name in found and name in init_args:
                 init_args[name] = found[name]
         for name in ("weights", "initial"):  # about to be overwritten: nothing to download or to look for

@@ -16,4 +16,4 @@ from coin.merging.refit import Refit as Refit
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
 from coin.merging.target import Target as Target
 from coin.merging.task_vectors import Base as Base, TaskArithmetic as TaskArithmetic, Ties as Ties, Wudi as Wudi
-from coin.merging.user_method import Foreign as Foreign, UserMethod as UserMethod
+from coin.merging.user_method import UserMethod as UserMethod

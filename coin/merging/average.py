@@ -77,11 +77,10 @@ def fit_head(
     """
     name = head_name(network)
     head = network.get_submodule(name)
-    if not isinstance(head, nn.Linear) or "weight" not in head._parameters:  # but computed of others at every pass
+    if not isinstance(head, nn.Linear):
         raise HeadError(
-            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer whose weight is "
-            "a parameter; name another in an attribute 'head_name', leave the method out for this network, or give "
-            "Refit head=False"
+            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer; name another in "
+            "an attribute 'head_name', leave the method out for this network, or give Refit head=False"
         )
     target = experts.target(row, held_out=held_out).double()
     run = experts.run(network, experts.split[0] if held_out else experts.pooled, features=True)

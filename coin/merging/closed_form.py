@@ -18,7 +18,6 @@ from coin.merging.held_out import choose
 from coin.merging.method import CodedModel, Compress, Method, fill
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
 from coin.networks.experts import parameters_of
-from coin.networks.parametrised import renormalise
 
 SAME = "same"  # what BatchNormPolicy.auto is called where all experts have the same buffers
 
@@ -136,7 +135,6 @@ class MergeMethod(Method):
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.empty_model().eval()
         fill(network, {**parameters, **buffers})
-        renormalise(network, experts.buffers)
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
         return network

@@ -1,6 +1,5 @@
 """The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, Forward, as_input, checked_batch, samples_of, size_of, take
 from coin.core.progress import progress
 from coin.data.calibration import Calibration, pooled
-from coin.errors import CoinWarning, ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
 from coin.networks.experts import ExpertFiles, ExpertNetworks
 from coin.networks.heads import check_padding, linear_heads, padded_state
@@ -113,11 +112,6 @@ class Experts:
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return self.source.empty_model()
-
-    def blank(self) -> nn.Module:
-        """Return `empty_model`, by its old name; for one version."""
-        warnings.warn("experts.blank() is experts.empty_model() from now on", CoinWarning, stacklevel=2)
-        return self.empty_model()
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError if there is none."""

@@ -29,7 +29,6 @@ from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Rounding, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.experts import parameters_of, tensors_of
-from coin.networks.parametrised import renormalise
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -183,7 +182,6 @@ class Refit(Method):
         if made is None:
             network, states = experts.empty_model().eval(), list(experts.source.tensors)
             fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
-            renormalise(network, experts.buffers)
         else:
             network, states, row = clone(made.network), [tensors_of(made.network)], [1.0]
         inputs = joined(list(experts.pooled))

@@ -27,7 +27,6 @@ class Base(MergeMethod):
     name = "base"
     reads_initial = True
     batchnorm = BatchNormPolicy.keep
-    added_options = ("compress",)
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any) -> None:
         super().__init__(batchnorm=batchnorm, **options)

@@ -1,8 +1,6 @@
 """User-defined merge functions, evaluated like every other method."""
 
 import inspect
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import as_input, clone, size_of
-from coin.errors import CoinWarning, ConfigurationError, first_line
+from coin.errors import ConfigurationError
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
 from coin.files.tensors import State, weighted_mean
@@ -55,10 +53,9 @@ class UserMethod(Method):
     'merge'
     """
 
-    name = "foreign"
+    name = "user_method"
     reads_initial = True  # for all that is known of the class: so no other method starts from one
     batchnorm = ""  # the function's own business
-    recorded_class = "Foreign"  # the class's old name, which records and keys of finished steps have
 
     def __init__(
         self,
@@ -85,7 +82,7 @@ class UserMethod(Method):
             self._asks = offered & signature.parameters.keys()
             inputs = (None,) if self._by_tensor else (None, None)
             signature.bind(*inputs, **dict.fromkeys(self._asks), **self.options)
-            self._source = inspect.getfile(inspect.unwrap(self._function))
+            file = Path(inspect.getfile(inspect.unwrap(self._function)))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"found function '{function}', expected a Python function of experts and calibration, or of "
@@ -93,7 +90,6 @@ class UserMethod(Method):
             ) from error
         self.reads_initial = "initial" in self._asks
         self.compress = self.compressed(compress)
-        file = Path(self._source)
         self._content = sha256_of(file) if file.is_file() else ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
@@ -161,29 +157,8 @@ class UserMethod(Method):
         return merged
 
     def _call(self, *inputs: Any, **offered: Any) -> Any:
-        """Call the function with what it asks for and its options; its errors name its line."""
-        try:
-            return self._function(*inputs, **{name: offered[name] for name in self._asks}, **self.options)
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == self._source]
-            raise ConfigurationError(
-                f"function '{self.function}' of method '{self.label}' raised {type(error).__name__}: "
-                f"{first_line(error)}; see line {lines[-1] if lines else 1} of '{self._source}'"
-            ) from error
-
-
-class Foreign(UserMethod):
-    """The old name of `UserMethod`, for one version: makes one, with a warning.
-
-    >>> issubclass(coin.Foreign, coin.UserMethod)
-    True
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> UserMethod:  # type: ignore[misc]
-        """Return a `UserMethod`."""
-        warnings.warn("Foreign is now UserMethod; the next version knows only the new name", CoinWarning, stacklevel=2)
-        return UserMethod(*args, **kwargs)
+        """Call the function with what it asks for and its options."""
+        return self._function(*inputs, **{name: offered[name] for name in self._asks}, **self.options)
 
 
 def _counted(network: nn.Module, experts: Experts) -> nn.Module:

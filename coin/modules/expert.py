@@ -16,10 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from coin.core.lightning import plain_options, plot_against_epochs
 from coin.errors import ConfigurationError
-from coin.networks import NetworkConfig, add_adapters, fill_head, initial_network
-from coin.networks.heads import is_frozen
+from coin.networks import NetworkConfig, fill_head, initial_network
 from coin.networks.recipe import (
-    HEAD,
     OptimizerKind,
     Recipe,
     Schedule,
@@ -194,20 +192,13 @@ class Expert(LightningModule):
     def _build(self, num_classes: int) -> None:
         initial, seed = self.hparams["initial"], self.hparams["initial_seed"]
         network = initial_network(self.config, num_classes, None if initial is None else Path(initial), seed=seed)
-        lora = self.recipe.lora
-        beside = [] if is_frozen(network) else [HEAD]  # what trains beside adapters
-        trained = trainable_names(network, self.recipe.trainable or (beside if lora else None))
+        trained = trainable_names(network, self.recipe.trainable)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)
         parameter_groups(network, self.recipe.lr, self.recipe.head_lr)  # refuses a rate of a head that is not trained
         if self.recipe.l2_sp:
             state = network.state_dict()
             self._start = {name: state[name].clone() for name in without_head(network, trained)}
-        if lora is not None:
-            size = self.config.image_size
-            texts = self.config.reads == "texts"
-            example = torch.zeros(1, size, dtype=torch.int64) if texts else torch.zeros(1, 3, size, size)
-            add_adapters(network, lora, example, seed=seed)
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.recipe.compile_network:

@@ -30,7 +30,10 @@ from coin.networks.heads import (
     pad_logits as pad_logits,
     padded_rows as padded_rows,
 )
-from coin.networks.lora import Lora as Lora, add_adapters as add_adapters, unwrap as unwrap
 from coin.networks.registry import NetworkConfig as NetworkConfig, build_network as build_network
 from coin.networks.stages import Run as Run, run_network as run_network
-from coin.networks.weights import fill_network as fill_network, read_weights as read_weights
+from coin.networks.weights import (
+    fill_network as fill_network,
+    read_weights as read_weights,
+    without_frozen as without_frozen,
+)

@@ -13,14 +13,14 @@ from coin.files.tensors import State, fingerprint
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network
-from coin.networks.weights import check_layout
+from coin.networks.weights import check_layout, check_plain
 
 
 class ExpertNetworks:
     """Experts in memory: `networks` have padded heads, in copies that share all other tensors with those `unpadded`.
 
     `padding` is the head's name and its number of outputs where it is padded. Raises ConfigurationError if there are no
-    experts, HeadError if heads cannot be padded.
+    experts, HeadError if heads cannot be padded, StateError as `check_plain`.
     """
 
     def __init__(
@@ -28,6 +28,8 @@ class ExpertNetworks:
     ) -> None:
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
+        for network in networks:
+            check_plain(network)
         self.unpadded = [adapted(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
         self.skeleton, self.initial = self.networks[0], initial

@@ -218,7 +218,7 @@ def import_checkpoint(
     state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
         told = f"'{path}' holds LoRA adapters beside the weights, expected them merged"
-        raise FileError(f"{told}; give the expert.safetensors that was written at the end of that training")
+        raise FileError(f"{told}; save what peft's merge_and_unload() returns")
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
         state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))

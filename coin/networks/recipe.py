@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.choices import check_number, is_list_of_names, parse_enum
-from coin.errors import ConfigurationError, first_line
+from coin.errors import ConfigurationError
 from coin.networks.heads import head_name, is_frozen
-from coin.networks.lora import Lora, check_peft
 from coin.networks.stages import full_precision
 
 HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
@@ -51,9 +50,7 @@ class Recipe:
         freeze_batchnorm: Whether BatchNorm layers stay in eval mode: their running statistics are fixed, their weights
             and biases train.
         trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``, or ``head``,
-            whatever the head is called. None trains all, or with `lora` the head. See `freeze_batchnorm` for BatchNorm.
-        lora: Low-rank adapters, trained instead of the layers that they adapt; see `coin.networks.Lora`. They are
-            merged into the weights before the expert is written or its Fisher estimated.
+            whatever the head is called. None trains all. See `freeze_batchnorm` for BatchNorm.
         compile_network: Whether to run the network through `torch.compile`.
     """
 
@@ -69,7 +66,6 @@ class Recipe:
     l2_sp: float = 0.0
     freeze_batchnorm: bool = False
     trainable: list[str] | None = None
-    lora: Lora | None = None
     compile_network: bool = False
 
     def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
@@ -88,24 +84,6 @@ class Recipe:
         if self.trainable is not None and not is_list_of_names(self.trainable):
             expected = "expected a list of names or glob patterns, such as [head], or null"
             raise ConfigurationError(f"found trainable={self.trainable!r}, {expected}")
-        if self.lora is not None:
-            self._check_lora()
-
-    def _check_lora(self) -> None:
-        """Convert an override's plain values to `Lora` options, and check them."""
-        given: Any = self.lora
-        try:
-            object.__setattr__(self, "lora", given if isinstance(given, Lora) else Lora(**given))
-        except TypeError as error:
-            raise ConfigurationError(
-                f"found lora={given!r}, expected null or some of rank, alpha, targets and dropout: {first_line(error)}"
-            ) from error
-        check_peft()
-        if self.l2_sp:
-            raise ConfigurationError(
-                f"found l2_sp={self.l2_sp} with lora, whose adapters start at zero and are drawn there by "
-                "weight_decay; leave one of them out"
-            )
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:

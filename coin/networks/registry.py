@@ -14,7 +14,7 @@ from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.timm_networks import Timm
-from coin.networks.weights import fill_network, read_weights, with_own_head
+from coin.networks.weights import check_plain, fill_network, read_weights, with_own_head
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     Raises:
         ConfigurationError: The options do not fit the architecture.
         FileError: Pretrained weights could not be downloaded or read.
-        StateError: A file of weights is of another architecture.
+        StateError: A file of weights is of another architecture, or a weight is no parameter of its own.
     """
     if num_classes < 1:
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
@@ -94,6 +94,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         network = config.source.build(num_classes)
     if config.source.channels_last:
         network.register_forward_pre_hook(_with_channels_last)
+    check_plain(network)
     head_name(network)  # refuses a network without one
     if (file := config.weights_file) is not None:
         state = read_weights(file, network.state_dict().keys())

@@ -7,8 +7,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from coin.core.batches import clear_caches
+from coin.core.batches import clear_caches, clone
 from coin.errors import FileError, StateError, first_line
 from coin.files.tensors import State
 from coin.networks.heads import head_name, initialise_head
@@ -19,6 +23,34 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
     check_layout(network.state_dict(), state, source)
     network.load_state_dict(dict(state))
     clear_caches(network)
+
+
+def without_frozen(network: nn.Module) -> nn.Module:
+    """Return the network, or a copy where some of its parameters are frozen, with all of them trainable."""
+    if all(parameter.requires_grad for parameter in network.parameters()):
+        return network
+    return clone(network).requires_grad_(True)
+
+
+_REMOVERS = {
+    WeightNorm: "remove_weight_norm(layer, 'weight')",
+    SpectralNorm: "remove_spectral_norm(layer, 'weight') and copy what it leaves into a new layer",
+    BasePruningMethod: "prune.remove(layer, 'weight')",
+}
+
+
+def check_plain(network: nn.Module) -> None:
+    """Raise a StateError where a weight is computed from other tensors at every pass, as of a parametrisation."""
+    for name, module in network.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        removers = [remover for kind, remover in _REMOVERS.items() if any(isinstance(hook, kind) for hook in hooks)]
+        if is_parametrized(module):
+            removers = ["parametrize.remove_parametrizations(layer, 'weight')"]
+        if removers:
+            raise StateError(
+                f"a weight of layer '{name}' is computed at every pass (weight_norm, spectral_norm, pruning or another "
+                f"parametrisation), expected a parameter; call torch.nn.utils.{removers[0]}"
+            )
 
 
 def check_layout(own: State, state: State, source: str) -> None:

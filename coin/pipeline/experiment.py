@@ -211,7 +211,7 @@ class Experiment:
         ]
         if self.base is not None and self.base.task is not None:
             trained.append(self.base)
-        checked: list[dict[str, Any]] = [{"trainable": None, "head_lr": None, "lora": None}]
+        checked: list[dict[str, Any]] = [{"trainable": None, "head_lr": None}]
         for config in trained:
             options = {name: getattr(config, name) for name in checked[0]}
             if options not in checked:

@@ -43,7 +43,7 @@ class Entry:
             return FLOOR if self.method == "none" else ""
         if self.decoder == REPLICA:
             return REPLICAS
-        if self.method == "foreign":  # whatever it is
+        if self.method == "user_method":  # whatever it is
             return FOREIGN
         return BASELINE if self.method in TRAINED else STEPS if self.method in ITERATIVE else CLOSED_FORM
 

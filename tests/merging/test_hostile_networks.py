@@ -115,26 +115,6 @@ def test_distillation_of_networks_that_cache():
         torch.testing.assert_close(made(batches(4)[0][0]), uncached(made)(batches(4)[0][0]))
 
 
-@pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm).*:FutureWarning")
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
-@pytest.mark.parametrize("method", methods(), ids=lambda method: method.label)
-def test_old_reparametrised_weights_are_copied(norm, method):
-    """Their weight is no parameter but a tensor with a history, which deepcopy refuses."""
-    torch.manual_seed(0)
-    first, second = (
-        nn.Sequential(norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES)).double().eval() for _ in range(2)
-    )
-    second.load_state_dict({name: 1.1 * tensor for name, tensor in first.state_dict().items()})
-    for network in (first, second):
-        network(batches(4)[0][0])
-    made = coin.merge_networks(method, [first, second], coin.Code([[0.5, 0.5]]), calibration=batches(4))[0]
-    assert torch.isfinite(made(batches(4)[0][0])).all()
-    if method.label == "average":
-        average = {name: (tensor + second.state_dict()[name]) / 2 for name, tensor in first.state_dict().items()}
-        for name, parameter in made.named_parameters():
-            torch.testing.assert_close(parameter.detach(), average[name])
-
-
 def test_experts_are_found_as_they_were():
     experts = [moved(cached(), 1).train(), moved(cached(), 2).eval()]
     Experts(experts, calibration=batches(4)).target([0.5, 0.5])

@@ -98,11 +98,6 @@ def test_predictions_are_probabilities_in_the_order_of_the_test_set(synthetic, m
         ({"trainable": "head"}, "^found trainable='head', expected a list"),
         ({"trainable": []}, r"^found trainable=\[\]"),
         ({"trainable": [3]}, r"^found trainable=\[3\]"),
-        ({"lora": {"rnak": 3}}, "found lora={'rnak': 3}, expected null or some of rank, alpha, targets and dropout"),
-        ({"lora": 4}, "found lora=4, expected null or some of rank"),
-        ({"lora": {"rank": 0}}, "found lora.rank=0"),
-        ({"lora": {"targets": ["nothing"]}}, "found lora.targets pattern 'nothing'"),
-        ({"lora": {}, "l2_sp": 0.1}, r"found l2_sp=0\.1 with lora"),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):

@@ -9,13 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
-from coin.callbacks import ExpertExport, FisherEstimator
-from coin.errors import ConfigurationError, FileError
-from coin.files.tensors import fingerprint
+from coin.callbacks import FisherEstimator
+from coin.errors import ConfigurationError
 from coin.modules import Expert
-from coin.networks import NetworkConfig, build_network, load_network
+from coin.networks import NetworkConfig, build_network
 from coin.networks.recipe import squared_distance, trainable_names
-from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3}
@@ -176,81 +174,9 @@ def test_a_head_alone_may_have_a_rate_of_its_own(synthetic, make_trainer):
         Expert(**SMALL, trainable=["stem.*"], head_lr=0.1)
 
 
-VIT = {"network": "small_vit", "image_size": 16, "options": {"depth": 2, "width": 16, "mlp_width": 24}}
-LORA = {"rank": 2, "targets": ["*.mlp.*"], "dropout": 0.2}
-
-
-def shapes(network):
-    return {name: tensor.shape for name, tensor in network.state_dict().items()}
-
-
-def test_adapters_are_merged_in_what_is_written(tmp_path, synthetic, make_trainer):
-    """The expert's file and its Fisher have the architecture's own names, and the layers that were adapted moved."""
-    run = tmp_path / "run"
-    callbacks = [ExpertExport(), FisherEstimator(samples=8)]
-    expert = Expert(**VIT, lora=LORA, num_classes=3, lr=0.05)
-    make_trainer(max_epochs=1, callbacks=callbacks).fit(expert, datamodule=synthetic())
-    file = load_network(run / "expert.safetensors")
-    initial = build_network(NetworkConfig("small_vit", 16, None, VIT["options"]), 3)
-    assert shapes(file.network) == shapes(initial)
-    moved = {
-        name
-        for name, tensor in file.network.state_dict().items()
-        if not torch.equal(tensor, initial.state_dict()[name])
-    }
-    layers = {f"encoder.layers.encoder_layer_{i}.mlp.{j}.weight" for i in range(2) for j in (0, 3)}
-    assert moved == layers | {"heads.head.weight", "heads.head.bias"}
-    inputs = synthetic().on_after_batch_transfer(next(iter(synthetic().test_dataloader())), 0)[0]
-    with torch.no_grad():
-        torch.testing.assert_close(file.network(inputs), expert.eval()(inputs))
-    mark = fingerprint(file.network.state_dict())
-    fisher = open_statistic(run / "expert.fisher.safetensors", statistic="fisher", weights=mark).values
-    wanted = fisher_diagonal(file.network, synthetic().calibration(8))
-    assert fisher.keys() == wanted.keys() == dict(initial.named_parameters()).keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(fisher[name], tensor, rtol=1e-4, atol=1e-7)
-
-
 def test_a_head_alone_has_a_fisher_of_all_parameters(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, trainable=["head"])
     make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples=8)]).fit(expert, datamodule=synthetic())
     fisher = open_statistic(tmp_path / "run/expert.fisher.safetensors", statistic="fisher").values
     assert fisher.keys() == dict(expert.network.named_parameters()).keys()
     assert {name for name, each in expert.network.named_parameters() if each.requires_grad} == HEAD
-
-
-@pytest.mark.parametrize("weights", ["last", "best"])
-def test_adapters_of_the_best_checkpoint_are_merged_as_well(tmp_path, synthetic, make_trainer, weights):
-    saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/loss", save_top_k=-1)
-    path = tmp_path / "expert.safetensors"
-    trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saver, ExpertExport(str(path), weights)])
-    trainer.fit(Expert(**VIT, lora=LORA, num_classes=3, lr=0.5), datamodule=synthetic())
-    chosen = saver.best_model_path if weights == "best" else saver._last_checkpoint_saved
-    expert = Expert.load_from_checkpoint(chosen, weights_only=True).eval()
-    inputs = torch.randn(4, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(load_network(path).network(inputs), expert(inputs))
-
-
-def test_a_resumed_training_of_adapters_equals_an_undisturbed_one(tmp_path, synthetic, make_trainer):
-    def run(folder, callbacks=(), ckpt_path=None):
-        saver = ModelCheckpoint(tmp_path / folder, save_last=True)
-        trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saver, *callbacks])
-        expert = Expert(**VIT, lora=LORA, trainable=["head", "*ln*"], lr=0.05, head_lr=0.1)
-        trainer.fit(expert, datamodule=synthetic(), ckpt_path=ckpt_path)
-        return expert.network.state_dict()
-
-    undisturbed = run("undisturbed")
-    with pytest.raises(KeyError, match="killed"):
-        run("resumed", [Stop()])
-    checkpoint = tmp_path / "resumed/last.ckpt"
-    resumed = run("resumed", ckpt_path=checkpoint)
-    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
-    with pytest.raises(FileError, match="holds LoRA adapters beside the weights, expected them merged; give the"):
-        Expert(**VIT, num_classes=3, initial=str(checkpoint))
-
-
-def test_without_peft_a_training_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr("coin.networks.lora.find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match="found lora and no package peft"):
-        Expert(**VIT, lora=LORA)

@@ -227,12 +227,6 @@ def test_the_head_is_not_trained(config):
     assert [name for name, each in module.network.named_parameters() if not each.requires_grad] == ["head.weight"]
     with pytest.raises(ConfigurationError, match="whose head is computed from class names and not trained; leave it"):
         Expert(config.name, 32, "pretrained", config.options, num_classes=4, trainable=["head"])
-    adapted = Expert(
-        config.name, 32, "pretrained", config.options, num_classes=4, lora={"rank": 2, "targets": ["*.fc1"]}
-    )
-    trained = [name for name, each in adapted.network.named_parameters() if each.requires_grad]
-    assert trained
-    assert all(".lora_" in name for name in trained)
 
 
 def batches(count=12):

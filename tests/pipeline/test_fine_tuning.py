@@ -79,16 +79,8 @@ def test_a_transform_of_a_task_or_of_an_expert_makes_another_expert(make_expert:
     assert not changed(experts[1], experts[0])
 
 
-def test_adapters_are_trained_for_one_task_and_merged(make_expert: Any) -> None:
-    vit = {"name": "small_vit", "image_size": 16, "options": {"depth": 1, "width": 16, "mlp_width": 16}}
-    own = {"letters": {"lora": {"rank": 2, "targets": ["*.mlp.0"]}}}
-    found = changed(*make_expert("letters", network=vit, overrides=own))
-    layers = {"encoder.layers.encoder_layer_0.mlp.0.weight"}
-    assert found == layers | {"heads.head.weight", "heads.head.bias"}
-
-
 def test_a_run_and_a_single_training_have_the_same_options() -> None:
-    for options in ({"l2_sp": -1}, {"trainable": "head"}, {"head_lr": 0}, {"freeze_batchnorm": "yes"}, {"lora": 4}):
+    for options in ({"l2_sp": -1}, {"trainable": "head"}, {"head_lr": 0}, {"freeze_batchnorm": "yes"}):
         (name,) = options
         with pytest.raises(ConfigurationError, match=f"^found {name}="):
             ExpertConfig(overrides={"a": options}).of("a")
@@ -98,7 +90,6 @@ def test_a_run_and_a_single_training_have_the_same_options() -> None:
     ("section", "message"),
     [
         ("expert.overrides.letters={trainable: [layer4.*]}", "found trainable pattern 'layer4.*', which matches no"),
-        ("expert={lora: {rank: 2}}", "found lora.targets pattern '*', which matches no linear layer of SmallResNet"),
         ("base.trainable=[fc.wieght]", "the nearest names are fc.weight"),
         ("expert={head_lr: 0.1, trainable: [stem.*]}", "found head_lr=0.1 and a head that is not trained"),
     ],
@@ -125,7 +116,6 @@ def test_overrides_on_the_command_line_are_plain_values_of_their_types(
         "head_lr": None,
         "optimizer": "adamw",
         "trainable": ["head", "fc.*"],
-        "lora": {"rank": 2},
         "transform": [NESTED],
     }
     for name, value in options.items():

@@ -82,9 +82,8 @@ VIT = "{name: timm/vit_tiny_patch16_224, image_size: 32, options: {patch_size: 8
         (RESNET50, "freeze_batchnorm: true"),
         (RESNET50, "overrides: {letters: {trainable: [head], freeze_batchnorm: true}}"),
         (VIT, "l2_sp: 0.1"),
-        (VIT, "lora: {rank: 2, targets: ['*.attn.qkv', '*.mlp.*']}"),
     ],
-    ids=["resnet50", "resnet50-head-only", "vit", "vit-lora"],
+    ids=["resnet50", "resnet50-head-only", "vit"],
 )
 def test_networks_of_timm(network: str, expert: str, tmp_path: Path) -> None:
     run(f"network: {network}{IMAGES.rstrip().removesuffix('}')}, {expert}}}", tmp_path)

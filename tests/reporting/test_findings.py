@@ -72,7 +72,7 @@ def test_a_role_is_of_what_a_method_is_whatever_its_label():
         rows_of("slerp", [0.85] * 3, batchnorm=""),
     ]
     frame = pd.DataFrame([vars(row) for part in rows for row in part])
-    said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation", "slerp": "foreign"})
+    said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation", "slerp": "user_method"})
     roles = {role: entry.name for role, entry in said.roles.items()}
     assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)", FOREIGN: "slerp"}
     assert tells(said.significant_differences, "best-fisher (linear)", "10.00 ± 0.00", "above average (linear)")

@@ -26,7 +26,7 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
 from coin.evaluation.variants import Outcome
 from coin.modules import DecodingEvaluator, Expert
-from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
+from coin.networks import NetworkConfig, fill_network, load_network, read_weights, without_frozen
 from coin.pipeline.steps.evaluate import record_evaluation
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import StatisticKind, StatisticOptions
@@ -203,7 +203,7 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path), network.state_dict().keys()), ckpt_path)
-    return unwrap(network), model.config
+    return without_frozen(network), model.config
 
 
 def estimate_over_tasks(
