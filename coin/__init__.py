@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         compress as compress,
         recalibrate as recalibrate,
     )
+    from coin.reporting.choice import choose as choose
     from coin.statistics import (
         FisherKind as FisherKind,
         Precision as Precision,

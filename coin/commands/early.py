@@ -27,7 +27,7 @@ from coin.files.yaml import read_yaml
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
 _UNLISTED = ("spares", "fisher_cotangents", "cotangents", "dry_run")
 """Old names, and second spellings."""
-_OF_A_FOLDER = ("report", "serve", "simulate", "advise")
+_OF_A_FOLDER = ("report", "serve", "simulate", "choose")
 _OF_DATA = ("fisher", "evaluate")
 _OF_OPTIONS = ("run", "merge", "fit", "validate", "test", "predict", "fisher", "evaluate")
 _OF_A_FILE = ("compress", "export")

@@ -36,8 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         print_summary(summary)
         print(f"report: {page}")
-        advise = f"coin advise {experiment.folder} --servers={len(experiment.tasks) + 1} --memory_gib=1"
-        print(f"next: {advise} -c rare-stragglers says what to keep for your servers")
+        print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
         print(f"      coin serve {experiment.folder} answers queries")
 
 

@@ -18,7 +18,6 @@ _FOLDERS = {
     "evaluate": ("evaluate", "logger", "cluster"),
     "merge": ("merge",),
     "simulate": ("simulate",),
-    "advise": ("simulate",),
     SWEEPS: ("study", "sweep"),
 }
 """The folders of a command's files."""

@@ -21,7 +21,6 @@ _SOURCES = {
     "export": [("pipeline/steps/export.py", "export")],
     "serve": [("commands/serve.py", "serve"), *_SYSTEM],
     "simulate": [("commands/simulate.py", "simulate"), *_MACHINES],
-    "advise": [("commands/advise.py", "advise"), *_MACHINES],
     "fisher": [("pipeline/steps/trainer.py", "Trainer.fisher")],
     "evaluate": [("pipeline/steps/trainer.py", "Trainer.evaluate")],
 }

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from coin.errors import FileError
-from coin.reporting.results import RESULTS_CSV, check_current, read_configuration, read_results
-from coin.reporting.summary import REFERENCES, seed_folders
-from coin.reporting.sweeps import SWEEP_CSV, Sweep, read_sweep_table, short_value
+from coin.reporting.results import RESULTS_CSV, read_configuration
+from coin.reporting.summary import REFERENCES, read_run
+from coin.reporting.sweeps import Sweep, read_sweep_table, short_value
 
 Found = TypeVar("Found")
 
@@ -81,15 +81,8 @@ def _read(folder: Path) -> ReportSource:
         found = (seed for point in sweep.points for seed in sorted((folder / point).glob("seed-*")))
         seeds, frame = [seed for seed in found if (seed / RESULTS_CSV).is_file()], sweep.frame
     else:
-        seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
-        if not seeds:
-            raise FileError(
-                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' nor '{SWEEP_CSV}' in '{folder}', expected "
-                "the folder of an experiment, of one seed or of a sweep; make it with `coin run` or `coin sweep`"
-            )
-        for seed in seeds:
-            check_current(seed)
-        frame = pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
+        found_seeds, frame = read_run(folder)
+        seeds = found_seeds
     documents = [read_configuration(seed) for seed in seeds] or [{"configuration": {}}]
     methods = tuple(as_dict(made) for document in documents for made in document.get("methods") or ())
     return ReportSource(folder, tuple(seeds), frame, documents[0], methods, sweep)

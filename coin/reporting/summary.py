@@ -15,6 +15,7 @@ from coin.reporting.results import (
     RESULTS_CSV,
     RESULTS_JSON,
     STAND_IN_COSTS,
+    check_current,
     read_configuration,
     read_frame,
     read_results,
@@ -100,6 +101,22 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
 
+def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:
+    """Return the seeds' folders of an experiment (or the one seed's folder that is given), and all their rows.
+
+    Raises FileError where there are no results, a file is damaged, or results are of other experts than those there.
+    """
+    seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
+    if not seeds:
+        raise FileError(
+            f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
+            "experiment or of one seed; make it with `coin run`"
+        )
+    for seed in seeds:
+        check_current(seed)
+    return seeds, pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
+
+
 def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of means over tasks, each lost alone."""
     return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
@@ -109,13 +126,17 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     """Return what may be kept for a lost expert: a row per method's variant and decoder, by what it takes to keep.
 
     Of one experiment's `summary`: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone),
-    ``memory_mib``, ``forwards``, ``losses`` and ``merge_seconds``; nothing of results that do not tell the first six,
-    as the oracle's.
+    ``memory_mib``, ``forwards``, ``losses``, ``merge_seconds``, and ``nda_worst``, the mean over seeds on the
+    ``worst_task``; nothing of results that do not tell the first six, as the oracle's.
     """
-    means = largest_samples(over_tasks(summary.assign(name=variant_names(summary))))
+    summary = summary.assign(name=variant_names(summary))
+    keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
+    alone = summary[summary["erased"] == summary["task"]].sort_values("nda_mean", kind="stable")
+    worst = alone.drop_duplicates(keys).rename(columns={"task": "worst_task", "nda_mean": "nda_worst"})
+    means = largest_samples(over_tasks(summary)).merge(worst[[*keys, "worst_task", "nda_worst"]], on=keys, how="left")
     costs = list(STAND_IN_COSTS)
     means = means.rename(columns={f"{cost}_mean": cost for cost in (*costs, "merge_seconds")})
-    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds"]]
+    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds", "nda_worst", "worst_task"]]
     kept = kept.dropna(subset=["nda_mean", *costs])
     return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
 

@@ -84,6 +84,13 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
     return pd.DataFrame(lines)
 
 
+def choice_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that `choose` returns as text, the first with `BEST`; accuracy is that of the worst task."""
+    table = stand_in_table(rows).drop(columns=["merge s", "NDA"])
+    table.insert(2, "worst task", [percent(nda) + BEST * (place == 0) for place, nda in enumerate(rows["nda_worst"])])
+    return table
+
+
 def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
     """Return the points of ``risk.csv`` over all samples of tasks lost alone, by ``name`` (a variant's) and decoder."""
     alone = risk[risk["erased"] == risk["task"]].assign(name=variant_names)
@@ -191,6 +198,16 @@ def finding(kept: pd.DataFrame) -> str:
         f"{IN_SHORT}{row['name']}{how} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
         f"{row['memory_mib']:.3g} MiB; an answer takes {counted(row['forwards'], 'network run')}, and up to "
         f"{counted(row['losses'], 'expert')} may be lost at once{rest}."
+    )
+
+
+def describe(row: "pd.Series[Any]") -> str:
+    """Return a row of `stand_ins` in words: what it is, what it keeps on the worst task, and what it costs."""
+    how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
+    return (
+        f"{row['name']}{how} ({percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, "
+        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB; {counted(row['forwards'], 'network run')} an answer; up to "
+        f"{row['losses']:g} lost at once)"
     )
 
 

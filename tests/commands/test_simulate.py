@@ -1,7 +1,6 @@
 """``coin simulate`` on a finished experiment: its files, what they say, and what it says to mistakes."""
 
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
@@ -161,91 +160,6 @@ def test_times_are_measured(finished: Path, tmp_path: Path) -> None:
     assert options["conditions"]["service"]["marginal"] >= 0
 
 
-ADVISE = [*GIVEN[:2], "--jobs=1", "--queries=1000", "--seeds=3", "--slowdown.share=0.02"]
-
-
-def advised(capsys: pytest.CaptureFixture[str], finished: Path, output: Path, *more: str) -> tuple[str, pd.DataFrame]:
-    assert main(["advise", str(finished), *ADVISE, f"--output={output}", *more]) == 0
-    rows = pd.read_csv(output / "advice.csv")
-    assert rows["buy"].sum() == 1
-    shown = capsys.readouterr()
-    assert "simulating" in shown.err  # it takes minutes, and says what it does
-    return shown.out, rows
-
-
-def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    size = network_bytes(finished / "seed-0/experts/digits/expert.safetensors")
-    budget = f"--memory_gib={1.2 * size / 2**30}"
-    said, rows = advised(capsys, finished, tmp_path, "--servers=3", budget, "--decoder=feature_ridge")
-    assert "failover: left out" in said
-    assert "standin: left out" in said
-    assert "replica: does not fit" in said
-    assert "buy " in said
-    assert "neighbours: left out, for nothing is known of it; give the experiment replicas" in said
-    assert set(rows["redundancy"]) == {"uncoded", "copy", "replica", "coded_proactive", "coded_hedged"}
-    assert (rows["quantile"][rows["redundancy"] == "copy"].sort_values() == [0, 0.5, 0.9, 0.99]).all()
-    assert not rows["fits"][rows["redundancy"] == "replica"].any()
-    (advice,) = (line.split() for line in said.splitlines() if line.startswith(" → "))
-    assert advice[1] == rows["redundancy"][rows["buy"]].item()
-    assert sum(line.startswith(" × ") for line in said.splitlines()) == (~rows["fits"]).sum()
-    assert (rows["memory_server"][rows["buy"]] <= 1.2 * size).all()
-    assert (tmp_path / "plots/advice.png").is_file()
-    more = ["--memory_gib=1", "--quantiles=[0.9]", *FAILOVER]
-    said, rows = advised(capsys, finished, tmp_path, "--servers=4", "--p999_ms=100000", *more)
-    assert "p99.9 of 100000 ms" in said
-    assert rows["losses"][rows["buy"]].item() > 0  # nothing would keep what is wanted too, but while all is well
-    assert set(rows["extras"][rows["redundancy"] == "replica"]) == {1, 2}
-    assert set(rows["extras"][rows["redundancy"] == "coded_hedged"]) == {1}
-    said, rows = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
-    assert "nothing that fits" in said
-    assert "p99.9 of 1 ms" in said
-    assert list(rows["redundancy"][rows["buy"]]) == ["uncoded"]
-    assert "give more --servers or --memory_gib" in said
-
-
-def test_the_cheapest_that_keeps_the_accuracy_is_advised(
-    known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--servers=3", "--memory_gib=1", "--p999_ms=100000", "--quantiles=[0.9]"]
-    for share, kind, losses in ((0.94 - 1e-9, "neighbours", 1), (0.945, "replica", 2), (1.0, "replica", 2)):
-        said, rows = advised(capsys, known, tmp_path, *given, f"--accuracy={share}")
-        (row,) = rows[rows["buy"]].to_dict("records")
-        assert (row["redundancy"], row["losses"]) == (kind, losses)
-        assert "1 h every 720; --failures.mttr, .mtbf" in said
-    assert "--want=all" in said
-    room = f"--memory_gib={1.9 * network_bytes(known / 'experts/digits/expert.safetensors') / 2**30}"
-    said, _ = advised(capsys, known, tmp_path, *given, room, "--want=all", "--accuracy=1", "--quantiles=[0.0, 0.9]")
-    assert re.search(r"nothing that fits .* 100 % .*--accuracy.* 94\.00 %", said)
-
-
-def test_what_is_not_named_is_the_most_accurate_that_was_measured(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "copy"
-    copytree(finished / "seed-0", copy)
-    rows = pd.read_csv(copy / "results.csv", keep_default_na=False)
-    measured = rows["batchnorm"].str.startswith("auto") | (rows["batchnorm"] == "keep")
-    for (method, decoder), share in {
-        ("average", "linear"): 0.72, ("average", "feature_ridge"): 0.93, ("coin", "linear"): 0.83,
-        ("coin", "feature_ridge"): 0.94, ("distillation", "linear"): 0.93, ("distillation", "feature_ridge"): 0.96,
-    }.items():  # fmt: skip
-        rows.loc[(rows["method"] == method) & (rows["decoder"] == decoder) & measured, "decoded_accuracy"] = share
-    rows.loc[~measured | (rows["decoder"] == "ridge"), "decoded_accuracy"] = 0.5
-    rows.to_csv(copy / "results.csv", index=False)
-    given = ["--servers=3", "--memory_gib=1", "--quantiles=[0.0]"]
-    for named, expected, right in (
-        ([], r"distillation \(keep\) with the feature_ridge", 96),
-        (["--decoder=linear"], r"distillation \(keep\) with the linear", 93),
-        (["--method=average"], r"average \(auto\) with the feature_ridge", 93),
-    ):
-        said, advice = advised(capsys, copy, tmp_path, *given, *named)
-        assert re.search(f"coded: {expected} .* {right}\\.00 % with 1 lost", said)
-        decoded = advice[advice["redundancy"] == "coded_proactive"]["standing_in_accuracy"].unique()
-        assert decoded == pytest.approx([right / 100])
-
-
 def test_options_of_another_version_that_serving_does_not_need_are_not_read(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copytree(finished / "seed-0", copy)
@@ -309,8 +223,6 @@ MISTAKES = {
         "results of auto, recalibrate, keep;",
     ),
     "no failover": (["simulate", "FOLDER", *GIVEN, "--policies=[failover]"], "--failover.accuracy"),
-    "too few servers": (["advise", "FOLDER", *GIVEN[:2], "--servers=1", "--memory_gib=1"], "at least 2"),
-    "too little memory": (["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1e-9"], "an expert's"),
     "unknown policy": (["simulate", "FOLDER", "--policies=[magic]"], "magic"),
     "load": (["simulate", "FOLDER", *GIVEN, "--loads=[1.5]"], "1.5"),
     "quantile": (["simulate", "FOLDER", *GIVEN, "--quantiles=[2.0]"], "2.0"),
@@ -320,13 +232,6 @@ MISTAKES = {
     "share": (["simulate", "FOLDER", "--slowdown.share=1.5"], "1.5"),
     "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "queries=3"),
     "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=27"], "at least 28"),
-    "tolerance": (["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--tolerance=1.5"], "below 1"),
-    "accuracy": (["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--accuracy=1.1"], "at most 1"),
-    "no accuracy": (["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--accuracy=0"], "above 0"),
-    "quantile of advice": (
-        ["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--quantiles=[1.0]"],
-        "quantile",
-    ),
     "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "loads=[]"),
     "no policies": (["simulate", "FOLDER", *GIVEN, "--policies=[]"], "policies=[], expected one or more"),
     "a policy twice": (["simulate", "FOLDER", *GIVEN, "--policies=[copy, copy]"], "['copy', 'copy']"),

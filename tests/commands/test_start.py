@@ -25,10 +25,10 @@ FIGURES = ("pandas", "matplotlib", "scipy", "urllib.request")
 NETWORKS = ("torch", "torchvision", *FIGURES)
 LIGHTNING = (*NETWORKS, "lightning", "torchmetrics", "scipy.stats")
 MAY_IMPORT = {
-    "nothing": (["--help", "sweep {sweep} --dry-run", "report --help", "sweep nothing.yaml", "advise nowhere"], ()),
+    "nothing": (["--help", "sweep {sweep} --dry-run", "report --help", "sweep nothing.yaml", "choose nowhere"], ()),
     "a report": (["report {empty}"], FIGURES),
     "W&B": (["dashboard --help"], ("wandb", "urllib.request")),
-    "networks": ([f"{name} --help" for name in ("compress", "serve", "simulate", "advise")], NETWORKS),
+    "networks": ([f"{name} --help" for name in ("compress", "serve", "simulate")], NETWORKS),
     "Lightning": ([f"{name} --help" for name in ("run", "fit", "fisher", "evaluate", "merge")], LIGHTNING),
 }
 

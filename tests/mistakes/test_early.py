@@ -219,7 +219,7 @@ def test_a_label_of_results_is_no_class_and_a_file_that_is_given_anew_is_left_to
     check_early("run", ["-c", str(tmp_path / "x.yaml"), "--network.weights=null", "--tasks.a.max_train=9"])
     check_early("simulate", [str(tmp_path), "--method=refit-4bit"])
     (tmp_path / "y.yaml").write_text("method: refit-4bit\n")
-    check_early("advise", [str(tmp_path), "-c", str(tmp_path / "y.yaml")])
+    check_early("simulate", [str(tmp_path), "-c", str(tmp_path / "y.yaml")])
 
 
 def test_a_file_without_an_option_is_told_which():

@@ -182,7 +182,16 @@ def stand_in_rows() -> list[Row]:
 def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     kept = stand_ins(summarise(frame(*stand_in_rows())))
     costs = ["memory_mib", "forwards", "losses"]
-    assert list(kept.columns) == ["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds"]
+    assert list(kept.columns) == [
+        "name",
+        "decoder",
+        "nda_mean",
+        "nda_std",
+        *costs,
+        "merge_seconds",
+        "nda_worst",
+        "worst_task",
+    ]
     assert list(zip(kept["name"], kept["memory_mib"], strict=True)) == [("a", 10), ("b", 10), ("b", 12), ("c", 1234)]
     assert list(undominated(kept)) == [True, True, False, False]
     assert list(shortlist(kept)) == [True, True, True, True]  # b's best decoder is beaten, and shown

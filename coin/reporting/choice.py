@@ -1,0 +1,74 @@
+"""Which stand-in to keep, from an experiment's results and a user's limits."""
+
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from coin.core.choices import check_integer, check_number
+from coin.errors import FileError
+from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.tables import counted, describe
+
+
+def choose(
+    folder: str | Path,
+    accuracy: float = 0.98,
+    memory_mib: float | None = None,
+    forwards: float | None = None,
+    losses: int | Literal["all"] = 1,
+) -> tuple[pd.DataFrame, str]:
+    """Return the stand-ins of an experiment that meet these wishes, the cheapest first, and the reason in a sentence.
+
+    The cheapest keeps the least memory and, of those, runs the fewest networks. No row meets the wishes: the frame is
+    empty, and the sentence says what comes nearest. Raises FileError where the folder holds no results.
+
+    Args:
+        folder: An experiment's folder, or a seed's.
+        accuracy: The share of a lost expert's own accuracy to be kept on the worst task, in (0, 1]; no stand-in counts
+            as more accurate than the expert.
+        memory_mib: The most memory beyond the experts' own servers, in MiB.
+        forwards: The most networks run for one lost answer.
+        losses: How many experts may be lost at once: a number, or ``all``.
+    """
+    frame = read_run(Path(folder))[1]
+    kept = stand_ins(summarise(frame))
+    if kept.empty:
+        raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
+    return cheapest(kept, frame["task"].nunique(), accuracy, memory_mib, forwards, losses)
+
+
+def cheapest(
+    kept: pd.DataFrame,
+    num_tasks: int,
+    accuracy: float,
+    memory_mib: float | None = None,
+    forwards: float | None = None,
+    losses: int | Literal["all"] = 1,
+) -> tuple[pd.DataFrame, str]:
+    """Return the rows of `stand_ins` that meet these wishes, and the reason in a sentence; see `choose`."""
+    check_number("accuracy", accuracy, low=0, most=1, strict=True)
+    for name, value in (("memory_mib", memory_mib), ("forwards", forwards)):
+        if value is not None:
+            check_number(name, value, low=0)
+    least = num_tasks if losses == "all" else losses
+    check_integer("losses", least, 1)
+    order = {"memory_mib": True, "forwards": True, "nda_worst": False, "losses": False}
+    kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
+    kept = kept.sort_values(list(order), ascending=list(order.values()), kind="stable")
+    wishes = {f"at least {100 * accuracy:g} % on the worst task": kept["nda_worst"] >= accuracy}
+    if memory_mib is not None:
+        wishes[f"at most {memory_mib:g} MiB"] = kept["memory_mib"] <= memory_mib
+    if forwards is not None:
+        wishes[f"at most {counted(forwards, 'network run')}"] = kept["forwards"] <= forwards
+    wishes["all experts lost at once" if losses == "all" else f"{least} lost at once"] = kept["losses"] >= least
+    met = pd.DataFrame(wishes)
+    rows = kept[met.all(axis=1)]
+    asked = f"what is asked for ({', '.join(wishes)})"
+    if len(rows):
+        reason = f"the least memory of the {len(rows)} that meet" if len(rows) > 1 else "all that meets"
+        return rows.reset_index(drop=True), f"Keep {describe(rows.iloc[0])}. It is {reason} {asked}."
+    accurate, within = kept[met.iloc[:, 0]], kept[met.iloc[:, 1:].all(axis=1)].sort_values("nda_worst", kind="stable")
+    nearest = [f"the smallest that is accurate enough is {describe(accurate.iloc[0])}"] if len(accurate) else []
+    nearest += [f"the most accurate within the limits is {describe(within.iloc[-1])}"] if len(within) else []
+    return rows, f"Nothing meets {asked}; {'; '.join(nearest) or 'nothing comes near'}."
