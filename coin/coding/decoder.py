@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coin.coding.answers import Answers
 from coin.coding.code import check_erasure
-from coin.coding.decoder_config import DecoderConfig
+from coin.coding.decoder_config import DecoderConfig, FittedOn
 from coin.coding.promise import Promise, promised_risk
 from coin.coding.risk import decoding_risk
 from coin.errors import DecodingError, NumericalError
@@ -49,8 +49,8 @@ class Decoder(ABC):
         self.survivors = left if config.reads_survivors else ()
         """The experts whose answers `decode` reads."""
         self.num_experts = num_experts
-        self.samples_read = 0
-        """How many of the calibration inputs `fit` has looked at."""
+        self.samples_read: dict[int, int] = {}
+        """How many of the calibration inputs `fit` has looked at for each lost expert."""
         self.moments: Tensor | None = None
         """`errors`, once they are known."""
         self.promises: dict[int, Promise] = {}
@@ -96,9 +96,12 @@ class Decoder(ABC):
         """How many bytes these are."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def passes(self, num_coded: int) -> int:
-        """Return how many forward passes the answers took that `fit` has looked at."""
-        return (len({*self.erased, *self.survivors}) + num_coded) * self.samples_read
+    def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
+        """Return how many forward passes the answers took that `fit` has looked at, for some of the lost experts."""
+        lost = self.erased if erased is None else tuple(erased)
+        read = [self.samples_read.get(expert, 0) for expert in lost]
+        samples = sum(read) if self.config.fitted_on is FittedOn.own else max(read)
+        return (len({*lost, *self.survivors}) + num_coded) * samples
 
     @property
     def errors(self) -> Tensor:

@@ -23,8 +23,7 @@ _ADVICE = "fit the decoder anew"
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a decoder's state, for `restore_decoder`: tensors by name, and its other values as JSON types."""
     moments = {} if decoder.moments is None else {"moments": decoder.moments}
-    rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts,
-            "samples_read": decoder.samples_read}  # fmt: skip
+    rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts}
     if decoder.promises:
         rest["promises"] = {str(expert): asdict(each) for expert, each in decoder.promises.items()}
     if isinstance(decoder, RidgeDecoder):
@@ -42,7 +41,7 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
         # In memory of its own, aligned as a computed tensor is: a product's last bit may depend on that.
         state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         decoder = make_decoder(DecoderConfig.named(rest["decoder"]), code, rest["erased"])
-        experts, decoder.samples_read = int(rest["num_experts"]), int(rest["samples_read"])
+        experts = int(rest["num_experts"])
         if isinstance(decoder, RidgeDecoder):
             decoder.widths = [list(map(int, widths)) for widths in rest["widths"]]
             decoder.fitted = _maps(RidgeFit, "fitted", state)

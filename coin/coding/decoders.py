@@ -95,7 +95,7 @@ class ExpertHeadDecoder(Decoder):
             stored = self._uncorrected[expert][0]
             self.heads[expert] = (weight + fit.coefficients.T).contiguous().to(stored), (bias + shift).to(stored)
             moments.append(second_moments(pad(fit.left_out, (0, width - len(bias)))[None]))
-        self.moments, self.samples_read = torch.cat(moments), sum(map(len, own.values()))
+        self.moments, self.samples_read = torch.cat(moments), {expert: len(samples) for expert, samples in own.items()}
         return self
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
@@ -108,9 +108,9 @@ class ExpertHeadDecoder(Decoder):
         parts = {expert: zip(HEAD_PARTS, head, strict=True) for expert, head in self.heads.items()}
         return {f"heads.{expert}.{part}": tensor for expert, own in parts.items() for part, tensor in own}
 
-    def passes(self, num_coded: int) -> int:
+    def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
         """Return two for every sample: the expert's, and that of the coded model that it is read from."""
-        return 2 * self.samples_read
+        return 2 * sum(self.samples_read.get(expert, 0) for expert in erased or self.erased)
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""

@@ -72,15 +72,14 @@ class RidgeDecoder(Decoder):
                 same = (self.config.name, *map(id, blocks[1:]))
                 every = kept.of(blocks[-1], same, partial(fit, range(self.num_experts)))
                 self.fitted = [every.of_groups(self.erased, self.num_experts)]
-            self.samples_read = calibration.num_samples
+            self.samples_read = dict.fromkeys(self.erased, calibration.num_samples)
         else:
             own = self._own_samples(calibration)
             self.fitted = [
                 fit_blocks([block[samples] for block in blocks], calibration.experts[[expert]][:, samples])
                 for expert, samples in own.items()
             ]
-            read = sum(map(len, own.values()))
-            self.samples_read = read if components is None else calibration.num_samples  # a projection looks at all
+            self.samples_read = {expert: len(samples) for expert, samples in own.items()}
         shape = (-1, calibration.experts.shape[2])
         left_out = [fit.left_out.reshape(len(fit.left_out), *shape).transpose(0, 1) for fit in self.fitted]
         self.moments = torch.cat([second_moments(errors) for errors in left_out])

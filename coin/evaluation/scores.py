@@ -69,14 +69,28 @@ class Scores:
 class FittedDecoder:
     """A fitted decoder for one erasure of the coded system with the index `variant`, with the scores by lost expert.
 
-    `seconds` is the wall time of the fit, `passes` its cost: networks run on a sample.
+    `fit_seconds` is the wall time of the fit for one erasure, `network_seconds` one network's on a sample.
     """
 
     decoder: Decoder
     scores: dict[int, Scores] = field(default_factory=dict)
     variant: int = 0
-    seconds: float = 0.0
-    passes: float = 0.0
+    fit_seconds: float = 0.0
+    network_seconds: float = 0.0
+
+    def decodes(self, erased: Sequence[int]) -> bool:
+        """Return whether this is the decoder for the loss of these experts."""
+        return tuple(erased) == self.decoder.erased or not self.decoder.config.reads_survivors
+
+    def passes(self, erased: Sequence[int], num_coded: int) -> float:
+        """Return the cost of the fit for the loss of these experts: networks run on a sample."""
+        return float(self.decoder.passes(num_coded, erased)) if self.decoder.needs_fit else 0.0
+
+    def seconds(self, erased: Sequence[int], num_coded: int) -> float:
+        """Return the wall time of the fit, the networks' included that it needs."""
+        if not self.decoder.needs_fit:
+            return 0.0
+        return self.fit_seconds + self.network_seconds * self.passes(erased, num_coded)
 
     def update(self, task: int, answers: Answers, labels: Tensor, positions: Tensor) -> Tensor:
         """Decode one lost expert's answers to a batch of its task, score them, and return the classes ``[B]``."""
@@ -85,11 +99,11 @@ class FittedDecoder:
         risk = None if self.decoder.moments is None else self.decoder.risk(task, decoded, scores.num_classes)
         return scores.update(decoded, answers.experts[task], labels, risk, positions)
 
-    def costs(self, system: Variant, fitted: Iterable["FittedDecoder"]) -> dict[str, Any]:
+    def costs(self, system: Variant, num_lost: int, fitted: Iterable["FittedDecoder"]) -> dict[str, Any]:
         """Return `Variant.costs`, with the bytes of all fitted decoders of this variant and configuration."""
         own = self.variant, self.decoder.config
         kept = kept_bytes(each.decoder for each in fitted if (each.variant, each.decoder.config) == own)
-        return system.costs(self.decoder.config, kept, len(self.decoder.erased))
+        return system.costs(self.decoder.config, kept, num_lost)
 
 
 @dataclass(frozen=True)

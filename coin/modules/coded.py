@@ -6,17 +6,24 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
+import pandas as pd
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
-from coin.core.batches import Batch, Forward, adapted, as_input
-from coin.errors import ConfigurationError, DataError
+from coin.core.batches import Batch, Forward, adapted, as_input, clone
+from coin.errors import ConfigurationError, DataError, FileError
 from coin.evaluation.servers import num_classes, padded_logits, server_answers
-from coin.modules.coded_file import load_system, save_system
-from coin.networks import linear_heads
+from coin.files.safetensors import load_provenance
+from coin.files.tensors import check_same_layout, fingerprint
+from coin.merging.method import fill
+from coin.modules.coded_file import SystemFile, all_tensors, load_system, save_system
+from coin.networks import linear_heads, load_network
+from coin.networks.heads import of_one_width
+from coin.reporting.results import RESULTS_CSV, read_results, requested_policy
+from coin.reporting.summary import seed_folders
 from coin.statistics.guard import eval_mode
 
 
@@ -74,8 +81,18 @@ class Coded(LightningModule):
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
-        self.decoders: dict[tuple[int, ...], Decoder] = {}  # by the lost experts; `decode` takes the last by default
-        self.classes: list[int] | None = None  # how many every expert has of its own, once it is known
+        self.decoders: dict[tuple[int, ...], Decoder] = {}
+        """The fitted decoders by the lost experts; `decode` takes the last by default."""
+        self.classes: list[int] | None = None
+        """How many classes every expert has of its own, once it is known."""
+        self.class_names: list[list[str]] | None = None
+        """Their names, of a run."""
+        self.method = self.batchnorm = ""
+        """The method and the requested BatchNorm policy whose coded models these are, of a run."""
+        self.results: pd.DataFrame | None = None
+        """The rows of a run's ``results.csv`` with this method and decoder."""
+        self.files: tuple[Path, ...] = ()
+        """The networks' files in a run, the experts' first."""
         self._checked_heads = False  # whether logits are known to be the heads' of the features
         self.training = False
 
@@ -214,7 +231,9 @@ class Coded(LightningModule):
 
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file."""
-        save_system(self, Path(path))
+        experts = [fingerprint(expert.state_dict()) for expert in self.experts]
+        decoders, coded = list(self.decoders.values()), list(self.coded)
+        save_system(Path(path), self.code, self.names, self.classes, decoders, coded, experts)
 
     @classmethod
     def load(
@@ -236,7 +255,63 @@ class Coded(LightningModule):
             FileError: The file is missing, damaged or holds something else.
             StateError: The experts are not those that the system was saved with, or tensors do not fit.
         """
-        return load_system(cls, Path(path), experts, coded, forward)
+        return cls._of_file(load_system(Path(path)), experts, coded, forward)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, method: str | None = None, decoder: str | None = None) -> Self:
+        """Return a coded system that an experiment has evaluated, with its decoders and promises.
+
+        It has the attributes `method`, `batchnorm`, `results`, `files` and `class_names` too. A decoder that needs no
+        survivor is one for the loss of all experts, and decodes any.
+
+        Args:
+            folder: An experiment's folder, whose first seed is taken, or a seed's.
+            method: The method's name in the results, or that of its file in ``systems``, which tells BatchNorm policies
+                apart.
+            decoder: The decoder's name in the results. What is left out is that of the most accurate decoded answers.
+
+        Raises:
+            ConfigurationError: There are no such results.
+            FileError: A file is missing, damaged, or of other experts or coded models than stand there.
+            StateError: The experts are not those that the system was made of.
+        """
+        seed = Path(folder) if (Path(folder) / RESULTS_CSV).is_file() else next(iter(seed_folders(Path(folder))), None)
+        if seed is None:
+            raise FileError(
+                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
+                "experiment or of one seed; make it with `coin run`"
+            )
+        made = {path.stem: load_provenance(path) for path in sorted((seed / "systems").glob("*.safetensors"))}
+        names = {(each["method"], each["batchnorm"]): name for name, each in made.items()}
+        variant, rows = _chosen_rows(read_results(seed), names, method, decoder)
+        file = load_system(seed / "systems" / f"{variant}.safetensors")
+        experts = [seed / "experts" / name / "expert.safetensors" for name in file.names]
+        opened = [load_network(each) for each in experts]
+        file.decoders = [each for each in file.decoders if each.config.name == rows["decoder"].iloc[0]]
+        system = cls._of_file(file, [each.network for each in opened])
+        system.method, system.batchnorm, system.results = made[variant]["method"], made[variant]["batchnorm"], rows
+        system.files = (*experts, *file.coded_files)
+        system.class_names = [list(map(str, e.provenance.get("classes") or range(e.num_classes))) for e in opened]
+        return system
+
+    @classmethod
+    def _of_file(
+        cls,
+        file: SystemFile,
+        experts: Sequence[nn.Module],
+        coded: Sequence[nn.Module] | None = None,
+        forward: Forward | None = None,
+    ) -> Self:
+        file.check_experts(experts)
+        if file.coded_files:
+            coded = [load_network(each).network for each in file.coded_files]
+        networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in file.coded]
+        system = cls(file.code, experts, networks, file.names, forward)
+        for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
+            check_same_layout([all_tensors(network), own], ["the network", f"coded model {row} of '{file.path}'"])
+            fill(network, own)
+        system.decoders, system.classes = {decoder.erased: decoder for decoder in file.decoders}, file.classes
+        return system
 
     @property
     def decoder(self) -> Decoder | None:
@@ -285,3 +360,27 @@ def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
 def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
     """Return the answers to all batches, with their tasks if these are given."""
     return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))
+
+
+def _chosen_rows(
+    frame: pd.DataFrame, names: Mapping[tuple[str, str], str], method: str | None, decoder: str | None
+) -> tuple[str, pd.DataFrame]:
+    """Return the name of the variant and the rows with the most accurate decoded answers, of what is named if it is.
+
+    `names` are those of the variants by method and requested BatchNorm policy.
+    """
+    keys = zip(frame["method"], frame["batchnorm"].map(requested_policy), strict=True)
+    variants = pd.Series([names.get(key, "") for key in keys], index=frame.index)
+    frame, variants = frame[variants != ""], variants[variants != ""]
+    decoders, methods = list(dict.fromkeys(frame["decoder"])), list(dict.fromkeys(frame["method"]))
+    chosen = (frame["decoder"] == (decoder or frame["decoder"])) & (
+        (frame["method"] == (method or frame["method"])) | (variants == method)
+    )
+    if not chosen.any():
+        raise ConfigurationError(
+            f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected one of the methods "
+            f"{', '.join(methods) or '(none)'} with one of the decoders {', '.join(decoders) or '(none)'}; name such"
+        )
+    groups = frame[chosen].groupby([variants[chosen], "decoder"], sort=False)
+    best = groups["decoded_accuracy"].mean().idxmax()
+    return str(variants[groups.groups[best][0]]), groups.get_group(best)

@@ -25,6 +25,7 @@ from coin.evaluation.scores import FittedDecoder, Scores, read_replicas
 from coin.evaluation.servers import server_answers, with_heads
 from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint
+from coin.modules.coded_file import save_system
 from coin.networks import load_network, pad_head
 from coin.statistics.guard import disable_tf32
 
@@ -75,7 +76,8 @@ class DecodingEvaluator(LightningModule):
         width = max(self.class_counts)
         self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
         fingerprints = [fingerprint(file.network.state_dict()) for file in files]
-        networks, self.variants = read_coded([Path(path) for path in coded or []], fingerprints)
+        self.fingerprints, self.coded_files = fingerprints, [Path(path) for path in coded or []]
+        networks, self.variants = read_coded(self.coded_files, fingerprints)
         self.coded = nn.ModuleList(networks)
         first = self.variants[0].code if self.variants else uniform(len(experts))
         self.code = first if code is None else Code(code)
@@ -160,14 +162,14 @@ class DecodingEvaluator(LightningModule):
         for fitted in self.fitted:
             if task in fitted.scores:
                 answer = fitted.update(task, seen[fitted.variant], labels, positions)
-                alone += [answer] if len(fitted.scores) == 1 else []
+                alone += [answer] if fitted.decodes((task,)) else []
         if task in self.examples:
             expert = answers.experts[task][:, : self.class_counts[task]].argmax(1)
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
 
     def single_loss_decoders(self, task: int) -> list[tuple[Variant, str]]:
         """Return the variant and decoder of each decoded answer in `kept`, in order."""
-        alone = [fitted for fitted in self.fitted if list(fitted.scores) == [task]]
+        alone = [fitted for fitted in self.fitted if fitted.decodes((task,))]
         return [(self.variants[fitted.variant], fitted.decoder.config.name) for fitted in alone]
 
     def on_test_epoch_end(self) -> None:
@@ -179,44 +181,60 @@ class DecodingEvaluator(LightningModule):
         residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
         self.outcomes = [
             Outcome(
-                variant=self.variants[fitted.variant],
+                variant=variant,
                 decoder=fitted.decoder.config.name,
-                erased=tuple(self.tasks[lost] for lost in fitted.decoder.erased),
+                erased=tuple(self.tasks[lost] for lost in erased),
                 task=self.tasks[expert],
-                residual=residuals[fitted.variant][expert] if fitted.variant in residuals else math.nan,
-                decoder_seconds=fitted.seconds,
-                decoder_passes=fitted.passes,
+                residual=residuals[index][expert] if index in residuals else math.nan,
+                decoder_seconds=fitted.seconds(erased, len(variant.networks)),
+                decoder_passes=fitted.passes(erased, len(variant.networks)),
                 promise=fitted.decoder.promises.get(expert),
-                **scores.results(),
-                **fitted.costs(self.variants[fitted.variant], self.fitted),
+                **fitted.scores[expert].results(),
+                **fitted.costs(variant, len(erased), self.fitted),
             )
+            for index, variant in enumerate(self.variants)
+            for erased in variant.erasures()
+            for config in variant.decoders(self.decoders)
             for fitted in self.fitted
-            for expert, scores in fitted.scores.items()
+            if (fitted.variant, fitted.decoder.config) == (index, config) and fitted.decodes(erased)
+            for expert in erased
         ]
         self.outcomes += [replica.outcome(self.tasks[replica.task]) for replica in self.replicas]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[FittedDecoder]:
-        """Fit a decoder for every variant and erasure; `share` is one network's seconds on the samples."""
-        combinations = [
-            (index, erased, config)
+        """Fit a decoder for every variant and erasure; one that reads no survivor is fitted for all losses at once.
+
+        `share` is one network's seconds on the samples.
+        """
+        everyone = tuple(range(len(self.experts)))
+        combinations = dict.fromkeys(
+            (index, erased if config.reads_survivors else everyone, config)
             for index, variant in enumerate(self.variants)
             for erased in variant.erasures()
             for config in variant.decoders(self.decoders)
-        ]
+        )
         fitted, kept = [], FeatureCache()
-        for index, erased, config in tracked(combinations, "fitting decoders"):
+        for index, erased, config in tracked(list(combinations), "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
             decoder = make_decoder(config, variant.code, erased, self.heads).fit(seen, kept)
-            seconds = passes = 0.0
-            if decoder.needs_fit:
-                seconds = time.perf_counter() - started
-                passes = float(decoder.passes(len(variant.networks)))
-                seconds += share * passes / answers.num_samples
+            seconds = (time.perf_counter() - started) / (1 if config.reads_survivors else len(erased))
             scores = {lost: Scores(self.class_counts[lost], self._test_sizes[lost]) for lost in erased}
-            fitted.append(FittedDecoder(decoder, scores, index, seconds, passes))
+            fitted.append(FittedDecoder(decoder, scores, index, seconds, share / answers.num_samples))
         return fitted
+
+    def save_systems(self, folder: Path) -> None:
+        """Write every variant's code, fitted decoders and promises to a file of `coin.modules.Coded.save`.
+
+        The coded models are named in it, and the files called as theirs are, without the row.
+        """
+        for index, variant in enumerate(self.variants):
+            if paths := [self.coded_files[network] for network in variant.networks]:
+                decoders = [fitted.decoder for fitted in self.fitted if fitted.variant == index]
+                told = {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]}
+                path = folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors"
+                save_system(path, variant.code, self.tasks, self.class_counts, decoders, paths, self.fingerprints, told)
 
     @property
     def _metrics(self) -> list[Metric]:

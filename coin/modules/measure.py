@@ -105,7 +105,7 @@ def evaluate(
             "risk": float(each.scores[task].curves.compute()[1][:, 0].double().mean()),
             "residual": residuals[task],
             "decoder_passes": decoder.passes(rows),
-            **each.costs(coded, fitted),
+            **each.costs(coded, len(decoder.erased), fitted),
         }
         for each, decoder in zip(fitted, every, strict=True)
         for task in decoder.erased

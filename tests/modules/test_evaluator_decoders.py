@@ -89,8 +89,8 @@ def test_own_samples_cost_only_what_they_are(experts, write_coded, tasks, make_t
     for outcome in evaluator.outcomes:
         if outcome.variant.method != "average":
             continue
-        # The projection of features is fitted on all samples, whoever is lost.
-        read = {"linear": 0, "ridge-own": samples / 2}.get(outcome.decoder, samples)
+        own = "-own" in outcome.decoder
+        read = 0 if outcome.decoder == "linear" else samples / 2 if own else samples
         assert outcome.decoder_passes == 3 * read
 
 

@@ -70,6 +70,7 @@ def record_evaluation(
     write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
+    model.save_systems(folder / "systems")
     points = [_keys_of(row) | point._asdict() for row, outcome in pairs for point in outcome.risk]
     risk = pd.DataFrame(points, columns=list(RISK_COLUMNS))
     write_risk(folder, risk)
