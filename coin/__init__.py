@@ -46,8 +46,6 @@ if TYPE_CHECKING:
         CodedModel as CodedModel,
         Coin as Coin,
         Experts as Experts,
-        FullFisher as FullFisher,
-        GaussNewton as GaussNewton,
         HeadFit as HeadFit,
         Merged as Merged,
         MergeMethod as MergeMethod,

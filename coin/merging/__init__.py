@@ -4,8 +4,6 @@ from coin.merging.average import Average as Average, HeadFit as HeadFit
 from coin.merging.closed_form import MergeMethod as MergeMethod
 from coin.merging.coin import Coin as Coin
 from coin.merging.experts import Experts as Experts
-from coin.merging.full_fisher import FullFisher as FullFisher
-from coin.merging.gauss_newton import GaussNewton as GaussNewton
 from coin.merging.method import (
     CodedModel as CodedModel,
     Merged as Merged,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coin.core.choices import check_number, parse_enum
-from coin.errors import CoinWarning, NumericalError, StateError
+from coin.errors import CoinWarning, StateError
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
@@ -60,13 +60,9 @@ class Coin(MergeMethod):
         """Return the Fishers requested by the options."""
         return tuple(map(self.fisher, (self.fisher_data or DataChoice.auto).alternatives))
 
-    def available(self, experts: Experts) -> list[DataChoice]:
-        """Return the data for which there are Fishers and that the option allows."""
-        return experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto)
-
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the closed form for the Fishers of every kind of data that the option allows."""
-        for data in self.available(experts):
+        for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
             fishers = experts.statistic(self.fisher(data))
             check_fishers(fishers, experts.parameters[0])
             merged = coin_parameters(experts.parameters, fishers, row, self.damping)
@@ -104,23 +100,6 @@ def coin_parameters(
             average.add_(pull.div_(curvature.masked_fill_(curvature <= 0, 1)))
         merged[key] = average.to(experts[0][key].dtype)
     return merged
-
-
-def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
-    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64, of the parameters in all Fishers.
-
-    It is ones where every entry is zero. Raises NumericalError if dividing by the floor overflows the Fishers' type.
-    """
-    totals = {key: weighted_mean(fishers, weights, key, torch.float64) for key in _covered_by(fishers)}
-    mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
-    floor = ridge * mean if mean > 0 else 1.0
-    largest = torch.finfo(next(iter(fishers[0].values())).dtype).max
-    if floor * largest < 1:
-        raise NumericalError(
-            f"the mean entry of the Fishers is {mean:.3g}, too small to divide by; check the experts' outputs on the "
-            "calibration data"
-        )
-    return {key: total + floor for key, total in totals.items()}
 
 
 def _covered_by(fishers: Sequence[State]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from coin.merging.affine import fit_unit, output_rows
 from coin.merging.expert_outputs import ExpertOutputs, Rows, target_bytes
 from coin.merging.units import Trace, Unit, floating_parameters
 from coin.networks.compressed import Rounding
-from coin.statistics.guard import activations_in_place, differentiable, evaluating
+from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 
@@ -107,7 +106,6 @@ def fit_in_order(
 ) -> None:
     """Run the coded network once, fitting every unit of its trace in place before its call (`fit_unit`)."""
     waiting = {unit.weight: unit for unit in trace.units}
-    overwriting = activations_in_place(network) if trace.overwrites else nullcontext()
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         if unit := waiting.get(names.get("weight", "")):
@@ -118,5 +116,5 @@ def fit_in_order(
             fit_unit(network, unit, call, target, at, mine, ridge, rounding)
             progress()
 
-    with evaluating(network, gradients=False), overwriting, Interceptor(floating_parameters(network), visit):
+    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
         network(as_input(rows.inputs, network))

@@ -44,8 +44,7 @@ class Refit(Method):
     γ/σ·W (of ``average`` the β-average of the experts' folded maps). The layer becomes the minimiser of
 
         own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
-        mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
-        both: their sum, `OWN_SHARE` / N (0.6 / N) of the first and the rest of the second
+        both: `OWN_SHARE` / N (0.6 / N) of that sum, and the rest of E_{x pooled} ‖W a(x) + b − Σ_i β_i z_i(x)‖²
 
     over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is a regression for each group, a normalisation that follows no linear map one for each channel.
@@ -60,13 +59,13 @@ class Refit(Method):
     fit `memory_mib`, it takes as many samples as fit, with a warning; where experts' outputs do not fit a quarter of
     it, experts run several times.
 
-    ``own`` is best near a strong base, ``both`` elsewhere and for many experts; ``mix`` was behind ``both`` on every
-    set of tasks. Transformers that were fine-tuned far want ``both`` with ``start: coin`` and ``last: 0.5``.
+    ``own`` is best near a strong base, ``both`` elsewhere and for many experts. Transformers that were fine-tuned far
+    want ``both`` with ``start: coin`` and ``last: 0.5``.
 
     Source: this project's. Related, none of which codes: RegMean++ (the merged network's inputs), Chain of Merges, LOT.
 
     Args:
-        target: ``own``, ``mix``, ``both`` or ``auto``.
+        target: ``own``, ``both`` or ``auto``.
         start: ``average``; another closed form's name, such as ``wudi`` or ``coin``; or its ``class_path`` and
             ``init_args``. It is made of all samples, before any are held out.
         last: Which share of the layers is refitted, the last ones, in (0, 1]; the others keep the start.

@@ -24,11 +24,8 @@ class Target(StrEnum):
     own = "own"
     """On every task's samples, what that task's expert makes of them at this layer."""
 
-    mix = "mix"
-    """On all samples, the β-average of what all experts make of them."""
-
     both = "both"
-    """On all samples, between the two: the sum of both objectives."""
+    """Beside that, on all samples, the β-average of what all experts make of them."""
 
     auto = "auto"
     """Both where the experts are `FAR` apart; else own and both are tried, and both taken if its held-out error is at
@@ -39,7 +36,7 @@ def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tenso
     """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P]."""
     # A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
     beta = torch.tensor(row, dtype=torch.float64)
-    own_share = {Target.own: 1.0, Target.both: OWN_SHARE / len(row), Target.mix: 0.0}[target]
+    own_share = OWN_SHARE / len(row) if target is Target.both else 1.0
     # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.
     own = own_share * (beta / torch.bincount(task, minlength=len(row)))[task]
     mixed = torch.full_like(own, (1 - own_share) / len(task))

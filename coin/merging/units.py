@@ -17,7 +17,7 @@ from coin.core.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_sum
 from coin.networks.batchnorm import folded
-from coin.statistics.guard import can_overwrite, differentiable, evaluating
+from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
@@ -25,10 +25,9 @@ from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.tape import Tape
 
-# Forward-equivalents of the search: of two samples, three times, of three, and of three with two backward passes.
-PROBES = 24
-# Tensors of a call's size alive beside the inputs of the modules around it; where activations overwrite their inputs.
-_ALIVE, _OVERWRITTEN = 3, 2
+# Forward-equivalents of the search: of two samples, of three, and of three with two backward passes.
+PROBES = 20
+_ALIVE = 3  # tensors of a call's size alive beside the inputs of the modules around it
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ class Trace(NamedTuple):
     units: list[Unit]
     calls: list[str]  # the weights of all calls
     floats: int  # of one sample in memory at once, at most
-    overwrites: bool  # whether activations may overwrite their inputs (`can_overwrite`)
 
 
 def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -99,10 +97,8 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
             if following is not None and reads and seen.is_map and following.unit.bias is not None:
                 unit = replace(unit, norm=following.unit.weight.rpartition(".")[0])
             units.append(unit)
-    overwrites = can_overwrite(network, take(inputs, torch.arange(2) % size_of(inputs)))
-    alive = _OVERWRITTEN if overwrites else _ALIVE
-    floats = max((seen.around + alive * seen.shape.numel()) // 2 for seen in two) if two else 1
-    return Trace(units, [seen.unit.weight for seen in two], floats, overwrites)
+    floats = max((seen.around + _ALIVE * seen.shape.numel()) // 2 for seen in two) if two else 1
+    return Trace(units, [seen.unit.weight for seen in two], floats)
 
 
 def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:

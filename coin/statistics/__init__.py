@@ -1,4 +1,4 @@
-"""Passes over calibration data that return named tensors: Fisher diagonals, Gram matrices, matrix-free products."""
+"""Passes over calibration data that return named tensors: Fisher diagonals and Gram matrices."""
 
 from coin.statistics.cotangents import FisherKind as FisherKind
 from coin.statistics.files import load_statistic as load_statistic, save_statistic as save_statistic
@@ -9,7 +9,6 @@ from coin.statistics.fisher import (
 )
 from coin.statistics.gram import gram_sums as gram_sums
 from coin.statistics.memory import DEFAULT_MEMORY_MIB as DEFAULT_MEMORY_MIB
-from coin.statistics.products import OutputMap as OutputMap
 from coin.statistics.sums import (
     TRANSPOSED as TRANSPOSED,
     Sums as Sums,

@@ -1,14 +1,14 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, as_input, clear_caches, joined
+from coin.core.batches import Batch, clear_caches, joined
 from coin.errors import ConfigurationError
 
 
@@ -119,53 +119,3 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
                 for (buffer, old), differs in zip(buffers, changed, strict=True):
                     if bool(differs):
                         buffer.copy_(old)
-
-
-_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
-_PARTS = 16  # of a batch, one of which is computed beside it at a time
-
-
-@contextmanager
-def activations_in_place(network: nn.Module) -> Iterator[None]:
-    """Run a block without gradients in which activations overwrite their inputs, to take less memory.
-
-    They do so some samples at a time; it is right where nothing else reads these inputs (`can_overwrite`).
-    """
-    modules = _activations(network)
-    before = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = _overwriting(module.forward)
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-def _activations(network: nn.Module) -> list[nn.Module]:
-    every = (module for module in network.modules() if type(module).__module__ in _ACTIVATIONS)
-    return [module for module in every if not [*module.parameters(), *module.children()]]
-
-
-def _overwriting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def overwrite(*args: Tensor) -> Tensor:
-        if len(args) != 1:
-            return forward(*args)
-        for part in torch.split(args[0], max(1, len(args[0]) // _PARTS)):
-            part.copy_(forward(part))
-        return args[0]
-
-    return overwrite
-
-
-def can_overwrite(network: nn.Module, inputs: Batch) -> bool:
-    """Return whether a network has activations, and its outputs stay the same to the bit if they overwrite inputs."""
-    if not _activations(network):
-        return False
-    with evaluating(network, gradients=False), suppress(RuntimeError, TypeError):
-        expected = network(as_input(inputs, network))
-        with activations_in_place(network):
-            return bool(torch.equal(network(as_input(inputs, network)), expected))
-    return False

@@ -1,6 +1,5 @@
-"""Linear solvers: ridge regression from Gram matrices, and conjugate gradients for operators such as Fishers."""
+"""Ridge regressions, from Gram matrices and from rows."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,91 +7,8 @@ from torch import Tensor
 
 from coin.errors import NumericalError
 
-_PATIENCE = 5  # iterations without a better held-out prediction after which the Krylov space grows no further
 # Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes.
 _HALVES = 512
-
-
-def conjugate_gradient(
-    operator: Callable[[Tensor], Tensor], right: Tensor, metric: Tensor, max_steps: int, tolerance: float
-) -> tuple[Tensor, list[float]]:
-    """Return x ``[K]`` with A x = b, and ‖b − A x‖ / ‖b‖ at the start and after every step, by the recursion.
-
-    Conjugate gradients from x = 0 (Hestenes and Stiefel, 1952), preconditioned with `metric`, a positive diagonal near
-    A's, until that ratio is at most `tolerance`, or for `max_steps` of `operator`, v ↦ A v. A is symmetric and positive
-    definite, or semidefinite with b in its range. Raises NumericalError where a curvature is not positive and finite.
-    """
-
-    def dot(left: Tensor, right: Tensor) -> float:
-        return float(torch.sum(left * right, dtype=torch.float64))
-
-    x, residual, direction = torch.zeros_like(right), right.clone(), torch.zeros_like(right)
-    size, rho = math.sqrt(dot(right, right)), 1.0
-    residuals = [1.0 if size else 0.0]
-    while not residuals[-1] <= tolerance and len(residuals) <= max_steps:
-        scaled = residual / metric
-        previous, rho = rho, dot(residual, scaled)
-        direction.mul_(rho / previous).add_(scaled)
-        product = operator(direction)
-        curvature = dot(direction, product)
-        if not 0 < curvature < math.inf:
-            found = f"conjugate gradients met a curvature of {curvature:.3g} at step {len(residuals)}"
-            raise NumericalError(f"{found}, expected it positive and finite; raise the damping")
-        x.add_(direction, alpha=rho / curvature)
-        residual.sub_(product, alpha=rho / curvature)
-        residuals.append(math.sqrt(dot(residual, residual)) / size)
-    return x, residuals
-
-
-def solve_in_sample_space(
-    product: Callable[[Tensor], Tensor], residual: Tensor, training: Tensor, dampings: Tensor, max_iterations: int
-) -> Tensor | None:
-    """Return damped least squares for many parameters and few outputs, solved where the outputs live.
-
-    For a residual r over P samples with C outputs each, the step δ that minimises 1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ is
-    δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, of P·C rows and columns. One vjp and one jvp multiply by K. A
-    Lanczos basis of K from r serves every λ, and J may cover samples that it does not train on, so λ and the number of
-    iterations are chosen on held-out samples at no extra cost.
-
-    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3.
-
-    Args:
-        product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
-        residual: r on all samples ``[P, C]``.
-        training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
-        dampings: λ ``[K]``, positive.
-        max_iterations: Largest size of the Krylov space, which stops growing earlier where that no longer helps.
-
-    Returns the u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the
-    held-out samples, if any u is predicted to help them. Raises NumericalError where a product is not finite.
-    """
-    r, ridges = residual.double().flatten(), dampings.double() * int(training.sum())
-    fitted = training[:, None].expand_as(residual).flatten().double()
-    judged, size = 1 - fitted, (r * fitted).norm()
-    best, least, found_at = None, (r * judged).square().sum(), 0
-    basis, images = (r * fitted / size)[None], r.new_empty(0, len(r))
-    while size > 0 and len(images) < max_iterations:
-        image = product(basis[-1].view_as(residual).to(residual)).double().flatten()
-        if not bool(torch.isfinite(image).all()):
-            raise NumericalError("a Jacobian product on the calibration data is not finite; check the experts' outputs")
-        images = torch.cat([images, image[None]])
-        projected = basis @ images.T
-        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
-        # Coordinates in the basis of (T + λP)⁻¹ ‖r‖e₁, one column per damping.
-        columns = vectors @ (vectors[0][:, None] * size / (values.clamp_min(0)[:, None] + ridges))
-        errors = ((r[:, None] - images.T @ columns).square() * judged[:, None]).sum(0)
-        index = int(errors.argmin())
-        if errors[index] < least:
-            best, least, found_at = basis.T @ columns[:, index], errors[index], len(images)
-        elif len(images) - found_at >= _PATIENCE:
-            break
-        following = image * fitted
-        for _ in range(2):  # which is enough: one pass of Gram–Schmidt leaves what rounding put back
-            following = following - basis.T @ (basis @ following)
-        if following.norm() <= 1e-10 * image.norm():
-            break
-        basis = torch.cat([basis, following[None] / following.norm()])
-    return None if best is None else best.view_as(residual).to(residual)
 
 
 def damped(gram: Tensor, ridges: Tensor) -> Tensor:

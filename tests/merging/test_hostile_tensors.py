@@ -83,7 +83,7 @@ def test_refit_of_a_batchnorm_without_bias():
     )
     experts = [moved(network.double(), 1).eval(), moved(network.double(), 2).eval()]
     x, residuals = torch.cat([batch for task in batches(3, 6, 6) for batch in task]), []
-    for method in (coin.Average(batchnorm="average"), coin.Refit("mix")):
+    for method in (coin.Average(batchnorm="average"), coin.Refit("both")):
         made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(3, 6, 6))[0]
         residuals.append(float((made(x) - sum(expert(x) for expert in experts) / 2).norm()))
     assert residuals[1] < residuals[0]

@@ -7,7 +7,7 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, StateError
-from coin.merging import Average, Base, Coin, GaussNewton, HeadFit, Refit, merge_networks
+from coin.merging import Average, Base, Coin, HeadFit, Refit, merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
 from coin.pipeline.options import config_dict
 from coin.statistics import fisher_diagonal
@@ -94,7 +94,7 @@ def test_a_policy_asks_for_nothing_where_there_is_no_batchnorm():
 
 def test_experts_in_train_mode_are_left_as_found_and_merge_the_same(make_expert, batches):
     experts = [make_expert(1), make_expert(2)]
-    method = GaussNewton(max_steps=1, max_iterations=2)
+    method = Refit()
     (wanted,) = merge_networks(method, experts, CODE, calibration=[batches] * 2)
     training = [deepcopy(expert).train() for expert in experts]
     (merged,) = merge_networks(method, training, CODE, calibration=[batches] * 2)

@@ -84,7 +84,7 @@ def test_what_a_start_wants_and_costs_is_the_refits():
     with pytest.raises(ConfigurationError, match="found start='distillation', expected one of"):
         Refit(start="distillation")
     with pytest.raises(ConfigurationError, match="which needs the shared initialisation; choose other options"):
-        coin.GaussNewton(start={"class_path": "Refit", "init_args": {"start": "wudi"}})
+        coin.Distillation(start={"class_path": "Refit", "init_args": {"start": "wudi"}})
 
 
 # Choices
@@ -189,7 +189,7 @@ def test_decoders_are_told_of_only_where_they_decide():
         return config_dict(method.with_defaults(*SETTINGS, of(*names)))
 
     one, two = ["linear"], ["linear", "expert_head"]
-    for method in (Refit("own"), Refit("mix", start="coin"), coin.Average(), coin.Coin(), coin.RegMean()):
+    for method in (Refit("own"), Refit("both", start="coin"), coin.Average(), coin.Coin(), coin.RegMean()):
         assert said(method, *one) == said(method, *two)
     for method in (Refit(), Refit("own", ridge=None)):
         assert said(method, *one) != said(method, *two)

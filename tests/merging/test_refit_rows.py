@@ -52,7 +52,7 @@ def test_refit_leaves_rows_alone_that_are_not_of_the_sample_that_it_takes_them_f
     network = Arranged(arrange).double()
     experts, calibration = [moved(network, 1, 0.3), moved(network, 2, 0.3)], batches(3, 4)
     x, residuals = torch.cat([batch for task in calibration for batch in task]), {}
-    for method in (coin.Average(), coin.Refit("mix", head=False)):
+    for method in (coin.Average(), coin.Refit("both", head=False)):
         made = method.make(Experts(experts, calibration=calibration), [0.5, 0.5])
         residuals[method.label] = float((made.network(x) - sum(expert(x) for expert in experts) / 2).norm())
     rows = {"first.weight", "first.bias", "second.weight", "second.bias"}
@@ -80,7 +80,7 @@ def test_refit_of_networks_whose_backward_pass_cannot_be_batched():
     torch.manual_seed(0)
     network = Through(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
     experts = [moved(network, 1, 0.3), moved(network, 2, 0.3)]
-    made = coin.merge_networks(coin.Refit("mix"), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
+    made = coin.merge_networks(coin.Refit("both"), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
     assert made.chosen[0]["averaged"] == []
 
 

@@ -6,9 +6,8 @@ from torch import nn
 
 from coin.data import pooled
 from coin.errors import ConfigurationError
-from coin.merging import Average, Coin, Experts, GaussNewton, HeadFit, Refit, Target
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, Target
 from coin.merging.method import starting_method
-from coin.statistics import fisher_diagonal
 from coin.statistics.statistic import DataChoice
 
 ROW = (0.4, 0.6)
@@ -32,10 +31,6 @@ def setup():
     return Experts(networks, calibration=[torch.randn(60, 2, 4, 4, generator=draw).double().split(20) for _ in ROW])
 
 
-def error(experts, coded):
-    return float((experts.run(coded, experts.split[1]).logits - experts.target(ROW)[-24:]).norm())
-
-
 @pytest.mark.parametrize(
     ("start", "kind", "options"),
     [
@@ -45,7 +40,6 @@ def error(experts, coded):
         ("refit", Refit, {"target": Target.auto}),
         ({"class_path": "Refit", "init_args": {"target": "own", "ridge": None}}, Refit, {"target": Target.own}),
         ({"class_path": "coin.merging.Average", "init_args": {"batchnorm": "recalibrate"}}, Average, {}),
-        ({"class_path": "GaussNewton", "init_args": {"start": "refit"}}, GaussNewton, {"start": "refit"}),
         ({"class_path": "HeadFit", "init_args": None}, HeadFit, {}),
     ],
 )
@@ -70,7 +64,7 @@ def test_a_variant_that_somebody_has_made_of_a_method_does_not_take_its_name():
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ("refined", r"^found start='refined', expected one of average, coin, full_fisher, gauss_newton, head_fit, "),
+        ("refined", r"^found start='refined', expected one of average, coin, head_fit, "),
         ("ties", "found start='ties', expected"),  # needs the shared initialisation
         ("distillation", "found start='distillation', expected"),
         (
@@ -83,39 +77,13 @@ def test_a_variant_that_somebody_has_made_of_a_method_does_not_take_its_name():
         ({"class_path": "Refit", "init_args": {"goal": "own"}}, "expected options of Refit .*unexpected.*'goal'"),
         (
             {"class_path": "Refit", "init_args": {"target": "all"}},
-            "found target='all', expected one of own, mix, both, auto",
+            "found target='all', expected one of own, both, auto",
         ),
     ],
 )
 def test_what_cannot_be_a_start_is_refused(start, message):
     with pytest.raises(ConfigurationError, match=message):
         starting_method(start)
-    with pytest.raises(ConfigurationError, match=message):
-        GaussNewton(start=start)
-
-
-def test_gauss_newton_goes_on_from_a_refit_without_the_held_out_samples(monkeypatch):
-    experts = setup()
-    start = Refit("own")
-    refitted = start.make(Experts(experts.networks, calibration=experts.fitted(DataChoice.own)), ROW).network
-    metrics = []
-    real = GaussNewton._steps
-    monkeypatch.setattr(GaussNewton, "_steps", lambda self, *given: (metrics.append(given[-1]), real(self, *given))[1])
-    method = GaussNewton(start={"class_path": "Refit", "init_args": {"target": "own"}}, ridge=0.01)
-    assert method.statistics() == ()
-    before = experts.passes
-    made = method.make(experts, ROW)
-    assert made.chosen["target"] == "own"
-    assert error(experts, made.network) < 0.9 * error(experts, refitted)
-    fisher = fisher_diagonal(refitted, experts.split[0])
-    floor = 0.01 * torch.cat([each.flatten() for each in fisher.values()]).mean()
-    for name, metric in metrics[0].items():
-        torch.testing.assert_close(metric, fisher[name] + floor)
-    for name, buffer in refitted.named_buffers():
-        assert torch.equal(made.network.get_buffer(name), buffer)
-    alone = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
-    start.make(alone, ROW)
-    assert experts.passes - before > alone.passes + 96 * 4  # the start, its Fisher, and the steps
 
 
 def test_without_held_out_leaves_every_tasks_last_samples_out():

@@ -238,15 +238,14 @@ def test_every_expert_is_read_and_hashed_once_a_seed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(hashlib, "file_digest", counted_digest)
     monkeypatch.setattr("coin.files.atomic._CLOCK_STEP", -1.0)  # the test is faster than the clock may be
     plain = "batchnorm: average, fisher_data"
-    full = f"{{class_path: FullFisher, init_args: {{max_iterations: 2, {plain}: pooled}}}}"
+    pooled = f"{{class_path: Coin, init_args: {{label: pooled, {plain}: pooled}}}}"
     coin = f"{{class_path: Coin, init_args: {{{plain}: own}}}}"
-    methods = ", ".join([AVERAGE, coin, "{class_path: RegMean}", full])
+    methods = ", ".join([AVERAGE, coin, "{class_path: RegMean}", pooled])
     folder = run(tmp_path, name="once", code="null", methods=methods) / "seed-0"
     assert len(read) == 1
     assert len(set(hashed)) == len(hashed), "a file was hashed twice"
-    # The full Fisher of a pooled diagonal runs on the pooled samples: 5 passes a product, sample and expert. Beside it
-    # the exact diagonal takes one forward pass and a backward pass for each of an expert's classes.
-    made = load_provenance(folder / "coded/full_fisher-average.safetensors")
-    assert made["passes"] == (1 + 2) * 5 * 2 * 24 + 24 * ((1 + 2 * 10) + (1 + 2 * 6))
+    # The exact diagonal takes one forward pass and a backward pass for each of an expert's classes.
+    made = load_provenance(folder / "coded/pooled-average.safetensors")
+    assert made["passes"] == 24 * ((1 + 2 * 10) + (1 + 2 * 6))
     made = load_provenance(folder / "coded/coin-average.safetensors")
     assert made["passes"] == 12 * ((1 + 2 * 10) + (1 + 2 * 6))
