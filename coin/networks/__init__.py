@@ -8,7 +8,6 @@ from coin.networks.batchnorm import (
 from coin.networks.compressed import Compressed as Compressed, compress as compress, compress_as as compress_as
 from coin.networks.compression import Compression as Compression
 from coin.networks.files import (
-    NetworkFile as NetworkFile,
     check_heads as check_heads,
     fill_head as fill_head,
     import_checkpoint as import_checkpoint,
@@ -28,7 +27,6 @@ from coin.networks.heads import (
     linear_heads as linear_heads,
     pad_head as pad_head,
     pad_logits as pad_logits,
-    padded_rows as padded_rows,
 )
 from coin.networks.registry import NetworkConfig as NetworkConfig, build_network as build_network
 from coin.networks.stages import Run as Run, run_network as run_network

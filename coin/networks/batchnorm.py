@@ -123,15 +123,10 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
 
 def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield the batches, those of one sample joined to the next, the last to the one before it."""
-    ready: Batch | None = None  # held back until it is known that no single sample is left after it
-    single: Batch | None = None
+    held: list[Batch] = []
     for batch in batches:
-        piece = batch if single is None else joined([single, batch])
-        if size_of(piece) < 2:
-            single = piece
-            continue
-        if ready is not None:
-            yield ready
-        ready, single = piece, None
-    if ready is not None:
-        yield ready if single is None else joined([ready, single])
+        held.append(joined([held.pop(), batch]) if held and size_of(held[-1]) < 2 else batch)
+        if len(held) > 1 and size_of(held[-1]) > 1:
+            yield held.pop(0)
+    if sum(map(size_of, held)) > 1:
+        yield joined(held)

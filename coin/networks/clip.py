@@ -17,41 +17,6 @@ ZERO_SHOT = "zero_shot"  # the value of network.options.head for a vision tower 
 # CLIP's normalisation of images in [0, 1], for folders without a preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-_LARGE = {
-    "projection_dim": 768,
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    },
-    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
-}
-KNOWN: dict[str, dict[str, Any]] = {"openai/clip-vit-base-patch32": {}, "openai/clip-vit-large-patch14": _LARGE}
-"""Architectures that need no network to be planned with: identifiers → entries of `CLIPConfig` that are no defaults.
-
-Source: Radford et al., *Learning transferable visual models from natural language supervision* (ICML 2021), table 20.
-"""
-
-_BATCH = 64  # texts a pass
-_PART = 2**22  # numbers that are activated at once
-
-
-class QuickGELU(nn.Module):
-    """CLIP's activation x · σ(1.702 x); in place, a part at a time, where nothing is differentiated.
-
-    With that of transformers, which holds x three more times, ViT-L/14 takes 20 MiB an image instead of 11.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the activations, of x's shape."""
-        if torch.is_grad_enabled():
-            return x * torch.sigmoid(1.702 * x)
-        for part in torch.split(x, max(1, _PART // max(1, x[:1].numel()))):
-            part.mul_(torch.sigmoid(1.702 * part))
-        return x
-
 
 class ClipTower(nn.Module):
     """CLIP's vision tower under a zero-shot head: logits s · t_k·φ(x) with φ(x) = v(x)/‖v(x)‖.
@@ -68,9 +33,6 @@ class ClipTower(nn.Module):
         super().__init__()
         transformers = extra_module("transformers", "text")
         self.vision = transformers.CLIPVisionModelWithProjection(config)
-        for block in self.vision.vision_model.encoder.layers:
-            if type(block.mlp.activation_fn).__name__ == "QuickGELUActivation":
-                block.mlp.activation_fn = QuickGELU()
         self.head = nn.Linear(config.projection_dim, num_classes, bias=False).requires_grad_(False)
         nn.init.zeros_(self.head.weight)
 
@@ -91,16 +53,6 @@ def vision_config(found: Any, name: str) -> Any:
     return own
 
 
-def parameters_beside(found: Any) -> int:
-    """Return how many parameters a CLIP has beside its vision tower: of the text tower, and the scale."""
-    if not hasattr(found, "text_config"):
-        return 0
-    transformers = extra_module("transformers", "text")
-    found.text_config.projection_dim = found.projection_dim
-    text = transformers.CLIPTextModelWithProjection(found.text_config)
-    return 1 + sum(int(parameter.numel()) for parameter in text.parameters())
-
-
 def load_tower(tower: ClipTower, place: str) -> None:
     """Fill a tower from a folder or ID; a missing projection stays as it is, a ValueError for another tensor."""
     own: Any = tower.vision
@@ -114,17 +66,14 @@ def load_tower(tower: ClipTower, place: str) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Run a block without transformers' progress bars and its report of what a part of a model leaves unread."""
+    """Run a block without transformers' report of what a part of a model leaves unread."""
     logging = extra_module("transformers", "text").utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -154,11 +103,7 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
     rows = []
     for name in classes:
         texts = [prompt.replace("{}", name) for prompt in prompts]
-        vectors = []
-        for start in range(0, len(texts), _BATCH):
-            some = texts[start : start + _BATCH]
-            tokens = tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            pooled = model.text_model(**tokens).pooler_output
-            vectors.append(F.normalize(model.text_projection(pooled), dim=-1))
-        rows.append(F.normalize(torch.cat(vectors).mean(0), dim=-1))
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        vectors = model.text_projection(model.text_model(**tokens).pooler_output)
+        rows.append(F.normalize(F.normalize(vectors, dim=-1).mean(0), dim=-1))
     return torch.stack(rows) * model.logit_scale.exp()  # type: ignore[no-any-return]

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Forward, adapted, clone
@@ -12,7 +11,7 @@ from coin.errors import ConfigurationError
 from coin.files.tensors import State, fingerprint
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
-from coin.networks.registry import NetworkConfig, build_network
+from coin.networks.registry import NetworkConfig, build_network, empty_network
 from coin.networks.weights import check_layout, check_plain
 
 
@@ -85,15 +84,8 @@ class ExpertFiles:
 
     @cached_property
     def opened(self) -> dict[str, NetworkFile]:
-        """The opened files, tensors not yet read; raises CoinError if they do not belong together."""
-        opened = {task: open_network(path) for task, path in self.paths.items()}
-        first = next(iter(opened.values())).config.name
-        for task, file in opened.items():
-            if file.config.name != first:
-                raise ConfigurationError(
-                    f"found expert '{task}' of architecture {file.config.name}, expected {first} as of the first"
-                )
-        return opened
+        """The opened files, tensors not yet read."""
+        return {task: open_network(path) for task, path in self.paths.items()}
 
     @property
     def config(self) -> NetworkConfig:
@@ -113,14 +105,9 @@ class ExpertFiles:
     @cached_property
     def skeleton(self) -> nn.Module:
         """A network of the experts' architecture and `width`, without weights; a StateError where one does not fit."""
-        config, width = self.config, self.width  # from files, whose tensors must not become meta ones
-        try:
-            with torch.device("meta"):
-                network = build_network(config, width)
-        except NotImplementedError:  # RegNets look at their tensors while they are built
-            network = build_network(config, width).to("meta")
+        network = empty_network(self.config, self.width)
         for file in self.opened.values():
-            _check(file, network, width)
+            _check(file, network, self.width)
         return network
 
     @cached_property

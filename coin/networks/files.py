@@ -3,7 +3,6 @@
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,13 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite, fingerprint
+from coin.files.tensors import State, check_finite
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, int8
 from coin.networks.compression import Compression
 from coin.networks.heads import head_name, is_frozen
 from coin.networks.hub import HuggingFace, local_place
-from coin.networks.registry import NetworkConfig, build_network
+from coin.networks.registry import NetworkConfig, build_network, empty_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 
 ZeroShot = tuple[Sequence[str], Sequence[str]]  # a task's prompts and class names, for a zero-shot head
@@ -88,11 +87,11 @@ def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[
     file = load_network(base)
     if compression.base_bits != 8:
         return base, file.network
-    kept_at, mark = int8_path(path, base), fingerprint(file.state)
-    if not kept_at.is_file() or StateFile(kept_at).provenance.get("rounded_from") != mark:
+    kept_at = int8_path(path, base)  # which has the base's hash in its name
+    if not kept_at.is_file():
         kept = int8(file.network)
         told = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
-        kept.save(kept_at, {"made_by": "coin compress", "rounded_from": mark, **told})
+        kept.save(kept_at, {"made_by": "coin compress", **told})
     return kept_at, Compressed.load(kept_at, file.network)
 
 
@@ -123,8 +122,8 @@ def int8_path(path: Path, base: Path) -> Path:
     return path.with_name(f"{base.stem}-{sha256_of(base)[:8]}-int8.safetensors")
 
 
-def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
-    """Open a network's file, whole or compressed, and check its values and metadata; `above` are those it is a base of.
+def open_network(path: Path) -> NetworkFile:
+    """Open a network's file, whole or compressed, and check its values and metadata.
 
     Raises:
         FileError: The file, or a compressed one's base, is missing or damaged, or does not hold a network.
@@ -132,32 +131,25 @@ def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
     """
     state = StateFile(path)
     if "compressed" in state.provenance:
-        return _open_compressed(path, state.provenance, [*above, path.resolve()])
+        return _open_compressed(path, state.provenance)
     infinite = state.provenance.get("infinite", [])
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
     config, num_classes = _described(path, state.provenance)
-    with suppress(NotImplementedError):  # raised by a constructor that looks at its weights
-        with torch.device("meta"):
-            described = build_network(config, num_classes).state_dict()
-        check_layout(described, state, str(path))
+    check_layout(empty_network(config, num_classes).state_dict(), state, str(path))
     return NetworkFile(path, state, config, num_classes, state.provenance)
 
 
-def _open_compressed(path: Path, provenance: dict[str, Any], above: Sequence[Path]) -> NetworkFile:
+def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
     """Unpack a compressed network, with its base if it has one."""
     config, num_classes = _described(path, provenance)
-    if (named := provenance.get("base_file")) is None and provenance["compressed"].get("base"):
-        raise FileError(f"'{path}' does not name the file of its base; read it with coin.Compressed.load and the base")
-    if named is None:
+    if (named := provenance.get("base_file")) is None:
         base = build_network(config, num_classes)
     else:
         places = [path.parent / named, path.parent / Path(named).name]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")
-        if found.resolve() in above:
-            raise FileError(f"'{path}' is a delta from itself, by way of its base '{found}'; put the base there")
-        base = open_network(found, above).network
+        base = open_network(found).network
     network = Compressed.load(path, base).network()
     check_finite(network.state_dict(), f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     return NetworkFile(path, network.state_dict(), config, num_classes, provenance)
@@ -228,15 +220,12 @@ def import_checkpoint(
 
 def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
     """Refuse a task with a zero-shot head for a network that trains its own, and the reverse; a ConfigurationError."""
-    if zero_shot and not config.source.zero_shot:
+    if zero_shot != config.source.zero_shot:
+        head, kind = ("with", "trained") if zero_shot else ("without", "computed from class names")
         raise ConfigurationError(
-            f"found head.zero_shot for the task '{task}' and the network '{config.name}', whose head is trained, "
-            "expected a CLIP with network.options.head=zero_shot; set it, or leave the task's head out"
-        )
-    if config.source.zero_shot and not zero_shot:
-        raise ConfigurationError(
-            f"found network.options.head zero_shot and the task '{task}' without a head, expected prompts; give it "
-            "head: {zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}"
+            f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}; set "
+            "network.options.head=zero_shot, of a CLIP, and every task's head: {zero_shot: {prompts: ['a photo of a "
+            "{}.'], classes: [...]}}, or neither"
         )
 
 
@@ -250,9 +239,6 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
     assert isinstance(source, HuggingFace)
     head = zero_shot_head(source.place, *zero_shot)
     weight = network.get_submodule(head_name(network)).get_parameter("weight")
-    if head.shape != weight.shape:
-        told = f"found a zero-shot head {list(head.shape)} for the task '{task}'"
-        raise ConfigurationError(f"{told}, expected {list(weight.shape)}; give one name for each class")
     weight.copy_(head)
 
 

@@ -12,7 +12,7 @@ from coin.core.batches import Batch, Network, take, twin
 from coin.errors import HeadError, NumericalError, StateError
 from coin.files.tensors import State
 
-_ADVICE = "name the layer that gives the logits in an attribute 'head_name', or give experts of one class count"
+_ADVICE = "name the layer that gives the logits in an attribute 'head_name', or give experts of one architecture"
 
 
 def head_name(network: nn.Module) -> str:
@@ -136,22 +136,17 @@ def _tell_classes(network: nn.Module, num_classes: int) -> None:
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
-    """Return networks padded to the largest class count (`pad_head`), as they are where they differ in more."""
-    every = [dict(network.named_parameters(remove_duplicate=False)) for network in networks]
-    shapes = [{name: parameter.shape for name, parameter in parameters.items()} for parameters in every]
-    first = shapes[0]
-    if any(other.keys() != first.keys() for other in shapes):
+    """Return networks padded to the largest class count; HeadError where shapes differ elsewhere than in the head."""
+    shapes = [{name: p.shape for name, p in each.named_parameters(remove_duplicate=False)} for each in networks]
+    first, head = shapes[0], head_name(networks[0])
+    if any(other.keys() != first.keys() for other in shapes):  # they are refused by name where they are merged
         return list(networks)
     differing = {name: other[name] for other in shapes for name in first if other[name] != first[name]}
-    if not differing or any(shape[1:] != first[name][1:] or not shape for name, shape in differing.items()):
-        return list(networks)
-    head = head_name(networks[0])
-    own = {id(parameter) for parameter in networks[0].get_submodule(head).parameters(recurse=False)}
-    if other := sorted(name for name in differing if id(every[0][name]) not in own):
-        found = f"{list(differing[other[0]])} in one expert but {list(first[other[0]])} in another"
-        raise HeadError(f"tensor '{other[0]}' is {found}, and their head is '{head}'; {_ADVICE}")
+    for name in sorted(differing.keys() - {f"{head}.{part}".lstrip(".") for part in ("weight", "bias")}):
+        found = f"{list(differing[name])} in one expert but {list(first[name])} in another"
+        raise HeadError(f"tensor '{name}' is {found}, and their head is '{head}'; {_ADVICE}")
     width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
-    return [pad_head(network, width) for network in networks]
+    return [pad_head(network, width) for network in networks] if differing else list(networks)
 
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:

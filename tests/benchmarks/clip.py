@@ -20,13 +20,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 
 from coin.data import Calibration
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, UserMethod, Wudi
 from coin.networks import Compression, NetworkConfig, build_network, load_network, save_network
-from coin.networks.clip import KNOWN
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.steps.compress import compress_file
 from coin.statistics import fisher_diagonal, gram_sums
@@ -34,6 +34,18 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 ROOT = Path(__file__).parents[2]
 COUNTS = [397, 196, 45, 10, 10, 43, 10, 47]
+LARGE = {
+    "projection_dim": 768,
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+}
+SIZES: dict[str, dict[str, Any]] = {"base-patch32": {}, "large-patch14": LARGE}  # what differs from CLIPConfig's own
 CLOSED = {"average": Average, "task_arithmetic": TaskArithmetic, "ties": Ties, "wudi": Wudi}
 FOREIGN = ("iso_c", "tsv_m")
 STEPS = ("head", "forward", *CLOSED, "gram", "regmean", "fisher", "coin", "refit", *FOREIGN, "replica")
@@ -43,12 +55,14 @@ class Bench:
     """The files of the experts, and what is measured on them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        folder, experts, name = options.folder, options.experts, f"openai/clip-vit-{options.size}"
+        folder, experts = options.folder, options.experts
         self.folder, self.images, self.classes = folder, options.images, COUNTS[:experts]
         self.memory_mib = options.memory_mib
+        self.clip = transformers.CLIPConfig(**SIZES[options.size])
         if options.blocks is not None:
-            KNOWN[name].setdefault("vision_config", {})["num_hidden_layers"] = options.blocks
-        self.config = NetworkConfig(f"hf/{name}", 224, None, {"head": "zero_shot"})
+            self.clip.vision_config.num_hidden_layers = options.blocks
+        self.clip.save_pretrained(folder / "clip")
+        self.config = NetworkConfig(f"hf/{folder / 'clip'}", 224, None, {"head": "zero_shot"})
         self.initial = folder / "initial.safetensors"
         self.paths = {f"task{index}": folder / f"task{index}.safetensors" for index in range(experts)}
         self.row = [1 / experts] * experts
@@ -128,11 +142,9 @@ class Bench:
     @torch.no_grad()
     def texts(self) -> None:
         """Run the text tower on 64 prompts of 16 tokens."""
-        import transformers
-
-        config = transformers.CLIPConfig(**KNOWN[self.config.name.removeprefix("hf/")])
-        config.text_config.projection_dim = config.projection_dim
-        transformers.CLIPTextModelWithProjection(config.text_config)(input_ids=torch.randint(3, 999, (64, 16)))
+        config = self.clip.text_config
+        config.projection_dim = self.clip.projection_dim
+        transformers.CLIPTextModelWithProjection(config)(input_ids=torch.randint(3, 999, (64, 16)))
 
 
 def measured(bench: Bench, name: str) -> dict[str, float]:

@@ -143,7 +143,7 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
             self.classes, self.inner = nn.Linear(6, classes), nn.Linear(6, 6)
 
     for kind, message in (
-        (Tied, "'head' whose weight is used elsewhere too, expected a Linear or Conv2d layer to pad; name another"),
+        (Tied, r"'words\.weight' is \[2, 8\] in one expert but \[3, 8\] in another, and their head is 'head'; name"),
         (
             Early,
             r"'classes\.bias' is \[2\] in one expert but \[3\] in another, and their head is 'inner'; name",
@@ -161,7 +161,9 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
 
 def test_networks_that_differ_in_more_are_refused_by_tensor():
     other = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
-    with pytest.raises(StateError, match=r"tensor '0\.weight' is \[9, 6\] in expert 1 but \[8, 6\] in expert 0"):
+    with pytest.raises(
+        HeadError, match=r"tensor '0\.bias' is \[9\] in one expert but \[8\] in another, .* of one arch"
+    ):
         merge_networks(Average(), [make(1, 3), other], CODE)
     with pytest.raises(StateError, match=r"expert 1 has no tensor '2\.bias'"):
         merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8))], CODE)

@@ -113,7 +113,7 @@ def pruned(layer):
     ("wrap", "remover"),
     [
         (nn.utils.weight_norm, "remove_weight_norm"),
-        (nn.utils.spectral_norm, "remove_spectral_norm"),
+        (nn.utils.spectral_norm, None),  # what torch's own remover leaves cannot be loaded
         (pruned, "prune.remove"),
         (nn.utils.parametrizations.weight_norm, "parametrize.remove_parametrizations"),
         (nn.utils.parametrizations.spectral_norm, "parametrize.remove_parametrizations"),
@@ -123,16 +123,12 @@ def test_weights_that_are_computed_at_every_pass_are_refused_until_they_are_para
     """Their average, or what is fitted to them, means nothing or is lost at the next pass."""
     torch.manual_seed(0)
     experts = [nn.Sequential(nn.Linear(4, 5), wrap(nn.Linear(5, CLASSES))).eval() for _ in "ab"]
-    advice = rf"^a weight of layer '1' is computed .*; call torch\.nn\.utils\.{remover}\(layer, 'weight'\)"
-    with pytest.raises(StateError, match=advice) as caught:
+    with pytest.raises(StateError, match=r"^a weight of layer '1' is computed") as caught:
         coin.Experts(experts)
     assert "\n" not in str(caught.value)
-    remove = operator.attrgetter(remover)(nn.utils)
-    for expert in experts:
-        remove(expert[1], "weight")
-        if remover == "remove_spectral_norm":  # torch leaves hooks behind
-            layer = nn.Linear(5, CLASSES)
-            layer.load_state_dict({"weight": expert[1].weight, "bias": expert[1].bias})
-            expert[1] = layer
-    made = coin.merge_networks(coin.Average(), experts, coin.Code([[0.5, 0.5]]))[0]
-    torch.testing.assert_close(made[1].weight, (experts[0][1].weight + experts[1][1].weight) / 2)
+    if remover is not None:
+        assert f"{remover}(layer, 'weight')" in str(caught.value)
+        for expert in experts:
+            operator.attrgetter(remover)(nn.utils)(expert[1], "weight")
+        made = coin.merge_networks(coin.Average(), experts, coin.Code([[0.5, 0.5]]))[0]
+        torch.testing.assert_close(made[1].weight, (experts[0][1].weight + experts[1][1].weight) / 2)

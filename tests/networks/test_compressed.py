@@ -291,12 +291,3 @@ def test_compressing_destroys_neither_the_network_nor_the_base(base, tmp_path, c
         (line,) = capsys.readouterr().err.splitlines()
         assert "expected another file" in line
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_delta_from_itself_is_refused(base, tmp_path):
-    paths, how = [tmp_path / f"{name}.safetensors" for name in "ab"], Compression(bits=3)
-    made = compress_as(how, near(base), base)
-    for path, other in zip(paths, reversed(paths), strict=True):
-        save_compressed(path, made, CONFIG, 6, other, how, {})
-    with pytest.raises(FileError, match="a delta from itself"):
-        load_network(paths[0])

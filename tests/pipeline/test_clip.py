@@ -219,11 +219,7 @@ def test_an_expert_that_is_trained_here_keeps_its_head(tmp_path: Path) -> None:
         ("prompts: ['{}']\nclasses: [0, 1]", [], "found head.zero_shot.classes [0, 1], expected a list of distinct"),
         ("[1]", [], "found head {'zero_shot': 'digits.yaml'}, expected head: {zero_shot: {prompts:"),
         ("prompts: ['{}']\nclasses: [a, b]", [], "Digits has 10 classes and head.zero_shot.classes names 2; give one"),
-        (
-            DIGITS,
-            ["--network.options={}"],
-            "found head.zero_shot for the task 'digits' and the network 'hf/base'",
-        ),
+        (DIGITS, ["--network.options={}"], "found the task 'digits' with head.zero_shot and the network 'hf/base'"),
         (DIGITS, ["--expert.checkpoints.digits=hf/else"], "hf/else"),
     ],
 )
@@ -238,41 +234,16 @@ def test_what_does_not_fit_is_one_line(
 @pytest.mark.usefixtures("random_clip")
 def test_a_task_without_a_head_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "two.yaml").write_text(TWO.replace(", head: {zero_shot: digits.yaml}", ""))
-    assert "found network.options.head zero_shot and the task 'digits' without a head, expected prompts" in run(capsys)
+    assert "found the task 'digits' without head.zero_shot and the network 'hf/base'" in run(capsys)
 
 
-@pytest.fixture
-def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The shipped experiments, in a folder without data, on a machine without a network and a cache."""
+def test_without_a_network_one_line_names_the_tower(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     _configuration.cache_clear()
-    files = [CONFIGS / "vit-b-32.yaml", CONFIGS / "vit-l-14.yaml"]
-    return ["run", *(f"--config={each}" for each in files)]
-
-
-def test_a_dry_run_names_what_will_be_downloaded_with_its_size(
-    shipped: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*shipped, "--dry-run", "--json"]) == 0
-    wanted = {each["what"]: each for each in json.loads(capsys.readouterr().out)["downloads"]}
-    assert len(wanted) == 17
-    assert wanted["DTD"]["mib"] == 596
-    assert wanted["StanfordCars"]["host"] == wanted["SUN397"]["host"] == ""
-    assert wanted["hf/tanganke/clip-vit-large-patch14_sun397"]["mib"] == pytest.approx(4 * 303.97e6 / 2**20, rel=1e-3)
-    assert wanted["hf/openai/clip-vit-large-patch14"]["mib"] == pytest.approx(4 * 427.6e6 / 2**20, rel=1e-3)
-    assert main([*shipped, "--dry-run"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "to download: at least 12,104 MiB" in told
-    assert "by hand: images belong in" in told
-
-
-def test_without_a_network_one_line_names_all_that_is_missing(
-    shipped: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(shipped) == 2
+    assert main(["run", f"--config={CONFIGS / 'vit-b-32.yaml'}"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("coin: error: found 17 missing inputs that cannot be downloaded: SUN397, StanfordCars, ")
-    assert "hf/openai/clip-vit-large-patch14; torchvision's files for SUN397 belong in data/SUN397;" in line
+    assert line.startswith("coin: error: found network.name 'hf/openai/clip-vit-base-patch32', expected hf/FOLDER with")

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coin.errors import ConfigurationError, FileError
-from coin.networks import NetworkFile, head_name, load_network
+from coin.networks import head_name, load_network
+from coin.networks.files import NetworkFile
 from coin.networks.hub import HuggingFace
 
 HEADS = "heads.safetensors"
