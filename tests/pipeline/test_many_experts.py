@@ -24,10 +24,10 @@ from coin.networks import (
     build_network,
     load_network,
     pad_head,
-    padded_rows,
     save_network,
 )
 from coin.networks.experts import ExpertFiles
+from coin.networks.heads import padded_rows
 from coin.pipeline.steps.merge import merge
 from coin.statistics import fisher_diagonal, gram_sums
 
