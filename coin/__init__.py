@@ -12,80 +12,37 @@ Source: Jhunjhunwala, Jali, Joshi and Wang, *Erasure Coded Neural Network Infere
 arXiv 2409.01420.
 """
 
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from coin.core.lazy import exported
-
 if TYPE_CHECKING:
-    from coin.coding import (
-        Answers as Answers,
-        Code as Code,
-        DecoderConfig as DecoderConfig,
-        DecoderKind as DecoderKind,
-        Promise as Promise,
-        convex as convex,
-        decoding_risk as decoding_risk,
-        fault_score as fault_score,
-        make_decoder as make_decoder,
-        parity_residual as parity_residual,
-        parity_significance as parity_significance,
-        promised_risk as promised_risk,
-        uniform as uniform,
-    )
-    from coin.coding.metrics import DecodingAccuracy as DecodingAccuracy, Residual as Residual
-    from coin.distillation import (
-        Distillation as Distillation,
-        ReadoutDistillation as ReadoutDistillation,
-        distill as distill,
-    )
-    from coin.merging import (
-        Average as Average,
-        Base as Base,
-        CodedModel as CodedModel,
-        Coin as Coin,
-        Experts as Experts,
-        HeadFit as HeadFit,
-        Merged as Merged,
-        MergeMethod as MergeMethod,
-        Method as Method,
-        Refit as Refit,
-        RegMean as RegMean,
-        TaskArithmetic as TaskArithmetic,
-        Ties as Ties,
-        UserMethod as UserMethod,
-        Wudi as Wudi,
-        merge_networks as merge_networks,
-    )
-    from coin.modules import Coded as Coded, evaluate as evaluate
-    from coin.networks import (
-        BatchNormPolicy as BatchNormPolicy,
-        Compressed as Compressed,
-        compress as compress,
-        recalibrate as recalibrate,
-    )
-    from coin.reporting.choice import choose as choose
-    from coin.statistics import (
-        FisherKind as FisherKind,
-        Precision as Precision,
-        fisher_diagonal as fisher_diagonal,
-        gram_sums as gram_sums,
-        load_statistic as load_statistic,
-        save_statistic as save_statistic,
-    )
+    from coin.coding import *  # noqa: F403
+    from coin.coding.metrics import *  # noqa: F403
+    from coin.distillation import *  # noqa: F403
+    from coin.merging import *  # noqa: F403
+    from coin.modules import *  # noqa: F403
+    from coin.networks import *  # noqa: F403
+    from coin.reporting.choice import *  # noqa: F403
+    from coin.statistics import *  # noqa: F403
 
-_HOMES = exported(__file__)
-__all__ = sorted(_HOMES)
+_HOMES = {
+    "coding": "Answers Code DecoderConfig DecoderKind Promise convex decoding_risk fault_score make_decoder "
+    "parity_residual parity_significance promised_risk uniform",
+    "coding.metrics": "DecodingAccuracy Residual",
+    "distillation": "Distillation ReadoutDistillation distill",
+    "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
+    "Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
+    "modules": "Coded evaluate",
+    "networks": "BatchNormPolicy Compressed compress recalibrate",
+    "reporting.choice": "choose",
+    "statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
+}
+"""The rooms and their names above."""
+__all__ = sorted(name for names in _HOMES.values() for name in names.split())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "oddness":
-        from coin.errors import CoinWarning
-
-        told = "coin.oddness is now coin.fault_score; the next version knows only the new name"
-        warnings.warn(told, CoinWarning, stacklevel=2)
-        name = "fault_score"
-    if name not in _HOMES:
-        raise AttributeError(f"module 'coin' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    for room, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"coin.{room}"), name)
+    raise AttributeError(f"module 'coin' has no attribute '{name}'")

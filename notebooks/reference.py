@@ -128,7 +128,7 @@ def api() -> str:
     lines = ["# Python", "", "The names of `import coin`, and the tasks of `coin.data`. Examples start from:", ""]
     lines += ["```python", *start, "```", ""]
     for room, title in ROOMS.items():
-        names = [f"coin.{name}" for name in coin.__all__ if coin._HOMES[name] == room]
+        names = [f"coin.{name}" for name in sorted(coin._HOMES[room.removeprefix("coin.")].split())]
         lines += [f"## {title}", "", *(f"::: {name}\n" for name in names)]
     lines += ["## Tasks", "", *(f"::: coin.data.{name}\n" for name in TASKS)]
     return "\n".join(lines)

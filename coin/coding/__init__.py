@@ -1,32 +1,25 @@
 """The code and its decoders: pure functions of outputs."""
 
-from typing import TYPE_CHECKING
-
-from coin.core.lazy import importing
-
-if TYPE_CHECKING:
-    from coin.coding.answers import Answers as Answers
-    from coin.coding.code import Code as Code, decode_linear as decode_linear
-    from coin.coding.decoder import Decoder as Decoder, FeatureCache as FeatureCache
-    from coin.coding.decoder_config import (
-        DecoderConfig as DecoderConfig,
-        DecoderKind as DecoderKind,
-        distinct_decoders as distinct_decoders,
-    )
-    from coin.coding.decoders import LinearDecoder as LinearDecoder, make_decoder as make_decoder
-    from coin.coding.parity import (
-        fault_score as fault_score,
-        parity_residual as parity_residual,
-        parity_significance as parity_significance,
-    )
-    from coin.coding.promise import Promise as Promise, promised_risk as promised_risk
-    from coin.coding.ready import (
-        choose_code as choose_code,
-        convex as convex,
-        simplex_codes as simplex_codes,
-        uniform as uniform,
-    )
-    from coin.coding.ridge import fit_ridge as fit_ridge
-    from coin.coding.risk import decoding_risk as decoding_risk
-
-__getattr__ = importing(__name__, __file__)
+from coin.coding.answers import Answers as Answers
+from coin.coding.code import Code as Code, decode_linear as decode_linear
+from coin.coding.decoder import Decoder as Decoder, FeatureCache as FeatureCache
+from coin.coding.decoder_config import (
+    DecoderConfig as DecoderConfig,
+    DecoderKind as DecoderKind,
+    distinct_decoders as distinct_decoders,
+)
+from coin.coding.decoders import LinearDecoder as LinearDecoder, make_decoder as make_decoder
+from coin.coding.parity import (
+    fault_score as fault_score,
+    parity_residual as parity_residual,
+    parity_significance as parity_significance,
+)
+from coin.coding.promise import Promise as Promise, promised_risk as promised_risk
+from coin.coding.ready import (
+    choose_code as choose_code,
+    convex as convex,
+    simplex_codes as simplex_codes,
+    uniform as uniform,
+)
+from coin.coding.ridge import fit_ridge as fit_ridge
+from coin.coding.risk import decoding_risk as decoding_risk

@@ -4,18 +4,21 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS
-from coin.commands.early import config_file, unknown
-from coin.commands.safe import check_options
-from coin.errors import ConfigurationError
+from coin.commands.shipped import config_file
+from coin.core.choices import did_you_mean
+from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
 _WHOLE = {"methods": "[]", "tasks": "{}"}
 """Options whose entries are objects, and what they are without any."""
+_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.+-]+).*|(?:Group '(.+)' does not accept o|O)ption '([^']+)'.*")
+_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def command_parser(name: str) -> ArgumentParser:
@@ -37,33 +40,18 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     try:
         found = parser.parse_args(checked_arguments(arguments))
     except ArgumentError as error:
-        if (mistake := _with_nearest(str(error), parser)) is None:
+        if (unknown := _UNKNOWN.fullmatch(str(error))) is None:
             raise
-        raise mistake from error
-    check_options(found.as_dict())
-    try:
-        options: dict[str, Any] = parser.instantiate(found).as_dict()
-    except TypeError as error:
-        if "must be a mapping" not in str(error):
-            raise
+        name = unknown[1] or ".".join(filter(None, unknown.groups()))
+        known = [each.dest for each in parser._actions if not each.dest.endswith(("help", "config"))]
         raise ConfigurationError(
-            "found a section of options that is null, expected 'key: value'; leave the section out for its defaults"
+            f"found option '{name}'{did_you_mean(name, known)}, expected one that {parser.prog} --help lists; check it"
         ) from error
+    if empty := [name for name in parser.groups or () if found.get(name, "") is None]:
+        raise ConfigurationError(f"found no options in {empty[0]}, expected 'option: value' lines; or leave it out")
+    options: dict[str, Any] = parser.instantiate(found).as_dict()
     options.pop("config", None)
     return options
-
-
-def _with_nearest(message: str, parser: ArgumentParser) -> ConfigurationError | None:
-    """Return the mistake if a parser says that an option does not exist, with the nearest that does."""
-    known = [each.dest for each in parser._actions if not each.dest.endswith(("help", "config"))]
-    if match := re.fullmatch(r"Group '(.+)' does not accept option '(.+)'", message):
-        section, name = match.groups()
-        known = [each.removeprefix(f"{section}.") for each in known if each.startswith(f"{section}.")]
-        return ConfigurationError(unknown(f"{section} option", name, known))
-    if match := re.match(r"unrecognized arguments: (--[\w.+-]+)", message):
-        every = [each for action in parser._actions for each in action.option_strings]
-        return ConfigurationError(unknown("option", match[1], every, f"one that {parser.prog} --help lists"))
-    return None
 
 
 def parse_options(
@@ -76,13 +64,15 @@ def parse_options(
         parser.add_class_arguments(section)
     parser.add_function_arguments(function, skip={"folder", *sections})
     options = parsed(parser, arguments)
+    if not Path(options["folder"]).is_dir():
+        raise FileError(f"found no folder '{options['folder']}', expected an experiment's; make it with coin run")
     for argument, kind in sections.items():
         options[argument] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
     return options
 
 
 def checked_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, after checking that no YAML file has a key twice: YAML would take the last one.
+    """Return the arguments, after reading every YAML file that they name, with errors in one line.
 
     Options that replace a whole list are preceded by an empty one; otherwise an entry would inherit the options of the
     entry that it replaces, even if that is of another class.
@@ -93,7 +83,17 @@ def checked_arguments(arguments: Sequence[str]) -> list[str]:
         keys: Collection[str] = [option.removeprefix("--")] if option.startswith("--") else []
         if (path := config_file(arguments, place)) is not None:
             document = read_yaml(path)
+            _check_classes(document)
             keys = document if isinstance(document, dict) else []
         found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
         found.append(argument)
     return found
+
+
+def _check_classes(value: Any) -> None:
+    """Raise ConfigurationError where options stand beside a ``class_path``: jsonargparse would name another class."""
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_classes(each)
+    if isinstance(value, dict) and "class_path" in value and (stray := value.keys() - _OF_A_CLASS):
+        told = f"found '{min(stray)}' beside class_path: {value['class_path']}, expected options under init_args"
+        raise ConfigurationError(f"{told}; write init_args: {{{min(stray)}: …}}")

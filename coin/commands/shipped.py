@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import coin
-from coin.commands.early import config_file, unknown
+from coin.core.choices import did_you_mean
 from coin.errors import FileError
 
 _PACKAGE = Path(coin.__file__).parent
@@ -40,9 +40,16 @@ def shipped(command: str, name: str) -> str:
     files = [path for folder in folders for path in (*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml")))]
     known = {path.stem: str(path) for path in files}
     if name not in known:
-        line = unknown("configuration", name, list(known), "a file, or the name of one in configs/")
-        raise FileError(line if "did you mean" in line else f"{line}; there are {', '.join(known)}")
+        meant = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise FileError(f"found no configuration '{name}', expected a file, or the name of one in configs/{meant}")
     return known[name]
+
+
+def config_file(arguments: Sequence[str], place: int) -> Path | None:
+    """Return the file that an argument names, if it is ``-c`` or ``--config``; none of options written out."""
+    option, given, path = arguments[place].partition("=")
+    path = path if given else next(iter(arguments[place + 1 :]), "")
+    return Path(path) if option in ("-c", "--config") and path and not path.lstrip().startswith("{") else None
 
 
 def with_shipped(command: str, arguments: Sequence[str]) -> list[str]:

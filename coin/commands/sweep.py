@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from coin.commands.early import check_early
 from coin.commands.parser import command_parser, parsed
 from coin.commands.shipped import SWEEPS, shipped
 from coin.core.choices import check_integer
@@ -49,8 +48,6 @@ def main(arguments: Sequence[str]) -> None:
     plan = replace(plan, experiment=tuple(shipped("run", file) for file in plan.experiment))
     folder = Path(options["output"]) / plan.name
     points = sweep_points(plan, folder)
-    for point in points:
-        check_early("run", point.arguments)
     if options["dry_run"]:
         _print_plan(points, folder)
         return

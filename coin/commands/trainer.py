@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands import ON_TRAINER, safe
+from coin.commands import ON_TRAINER
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError, StateError
@@ -69,9 +69,8 @@ class TrainerCLI(LightningCLI):
                 init_args[name] = None
 
     def before_instantiate_classes(self) -> None:
-        """Set missing seeds, and with ``--safe`` refuse options that an allow-list of classes cannot cover."""
+        """Set missing seeds."""
         options = self.config[self.subcommand]
-        safe.check_options(options.as_dict())
         for part in ("model", "data"):
             _hand_on_seed(options.get(part), int(options["seed_everything"]))
 
@@ -113,7 +112,7 @@ def _hand_on_seed(options: Any, seed: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
     silence_lightning()
-    warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
+    warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
     quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
     try:
         with _ENVIRONMENT:

@@ -1,34 +1,26 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
-from typing import TYPE_CHECKING
-
-from coin.core.lazy import importing
-
-if TYPE_CHECKING:
-    from coin.data.augmentation import Augmentation as Augmentation
-    from coin.data.calibration import Calibration as Calibration, pooled as pooled
-    from coin.data.embedded import Digits as Digits, Glyphs as Glyphs, MNIST5k as MNIST5k
-    from coin.data.image_folder import ImageFolder as ImageFolder
-    from coin.data.samples import Samples as Samples, Source as Source
-    from coin.data.task import TaskData as TaskData
-    from coin.data.text import TextFile as TextFile, TextTask as TextTask, Tweets as Tweets
-    from coin.data.torchvision_sets import (
-        CIFAR10 as CIFAR10,
-        CIFAR100 as CIFAR100,
-        DTD as DTD,
-        GTSRB as GTSRB,
-        KMNIST as KMNIST,
-        MNIST as MNIST,
-        STL10 as STL10,
-        SUN397 as SUN397,
-        SVHN as SVHN,
-        EMNISTLetters as EMNISTLetters,
-        EuroSAT as EuroSAT,
-        FashionMNIST as FashionMNIST,
-        StanfordCars as StanfordCars,
-        TorchvisionTask as TorchvisionTask,
-    )
-    from coin.data.transform import to_image as to_image, to_input as to_input
-
-# All at once: a command finds a task by its short name among those that are imported.
-__getattr__ = importing(__name__, __file__)
+from coin.data.augmentation import Augmentation as Augmentation
+from coin.data.calibration import Calibration as Calibration, pooled as pooled
+from coin.data.embedded import Digits as Digits, Glyphs as Glyphs, MNIST5k as MNIST5k
+from coin.data.image_folder import ImageFolder as ImageFolder
+from coin.data.samples import Samples as Samples, Source as Source
+from coin.data.task import TaskData as TaskData
+from coin.data.text import TextFile as TextFile, TextTask as TextTask, Tweets as Tweets
+from coin.data.torchvision_sets import (
+    CIFAR10 as CIFAR10,
+    CIFAR100 as CIFAR100,
+    DTD as DTD,
+    GTSRB as GTSRB,
+    KMNIST as KMNIST,
+    MNIST as MNIST,
+    STL10 as STL10,
+    SUN397 as SUN397,
+    SVHN as SVHN,
+    EMNISTLetters as EMNISTLetters,
+    EuroSAT as EuroSAT,
+    FashionMNIST as FashionMNIST,
+    StanfordCars as StanfordCars,
+    TorchvisionTask as TorchvisionTask,
+)
+from coin.data.transform import to_image as to_image, to_input as to_input

@@ -1,6 +1,5 @@
 """Imports from outside coin: modules and files of optional extras, and a user's classes by import path."""
 
-import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +32,7 @@ def extra_module(name: str, extra: str) -> Any:
 
 
 def imported(option: str, path: str, expected: str) -> Any:
-    """Import what an option names by its import path; a ConfigurationError where it cannot be, or with ``--safe``."""
-    if os.environ.get("COIN_SAFE") == "1":
-        raise ConfigurationError(f"found {option} '{path}' with --safe, expected nothing of your own; leave it out")
+    """Import what an option names by its import path; a ConfigurationError where it cannot be."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)

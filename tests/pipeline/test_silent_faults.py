@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import coin
 from coin.coding import Answers, DecoderConfig, fault_score, make_decoder
 from coin.coding.ready import uniform
 from coin.data.embedded import Digits
@@ -94,8 +93,3 @@ def test_many_batches_at_once_are_as_odd_as_one_at_a_time(study: ModuleType) -> 
 def test_tasks_without_validation_samples_are_refused(study: ModuleType) -> None:
     with pytest.raises(SystemExit, match="validation_share"):
         study.pooled({"digits": Digits(validation_share=0.0)}, "validation")
-
-
-def test_the_old_name_is_known_for_one_version():
-    with pytest.warns(UserWarning, match=r"coin.oddness is now coin.fault_score"):
-        assert coin.oddness is coin.fault_score
