@@ -46,6 +46,7 @@ ROOMS = {
     "coin.merging": "Merge methods in closed form",
     "coin.distillation": "Merge methods that train",
     "coin.networks": "BatchNorm, compressed networks",
+    "coin.reporting.choice": "What to keep of an experiment",
     "coin.statistics": "Fishers and Gram matrices",
 }
 TASKS = ["ImageFolder", "TextFile", "MNIST5k", "Digits", "Glyphs", "Tweets", "TorchvisionTask"]

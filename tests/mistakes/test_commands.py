@@ -1,10 +1,11 @@
-"""Mistakes that only a whole command shows: each ends with status 2 and one line, and loses nothing."""
+"""Mistakes on the command line and in its files: status 2, one line, nothing written. Defects keep their traceback."""
 
 import errno
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.errors import CoinWarning, ConfigurationError, FileError, shortage_behind
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
 
@@ -27,44 +28,61 @@ expert: {epochs: 1, lr: 0.02, batch_size: 8}
 calibration: {samples_per_task: 4}
 methods: [{class_path: Average}]
 decoders: [linear]
+output: o
 """
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "small.yaml"
-    path.write_text(EXPERIMENT)
-    return path
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    return tmp_path / "small.yaml"
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the line that a command ends with."""
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], written: bool = False) -> str:
+    """Return the line that a command ends with; it has written nothing, unless `written`."""
     capsys.readouterr()
+    before = set(Path().rglob("*"))
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     line = error.strip().splitlines()[-1]
     assert line.startswith("coin: error: ")
+    assert written or set(Path().rglob("*")) == before
     return line.removeprefix("coin: error: ")
 
 
 TYPOS = {
-    "a section": ("calibration:", "calibratoin:", "calibratoin"),
-    "an option": ("samples_per_task", "sample_per_task", "(did you mean samples_per_task?)"),
-    "a task's option": ("max_train", "max_trian", "found Digits option 'max_trian' (did you mean max_train?)"),
-    "a task's class": ("class_path: Digits", "class_path: Digist", "Digist"),
-    "a section that is null": (
-        "calibration: {samples_per_task: 4}",
-        "calibration: null",
-        "a section of options that is null",
-    ),
+    "a section": ("calibration:", "calibratoin:", "found option 'calibratoin' (did you mean calibration?)"),
+    "an option": ("samples_per", "sample_per", "'calibration.sample_per_task' (did you mean calibration.samples_per_"),
+    "a task's option": ("max_train", "max_trian", "class_path 'coin.data.Digits': Option 'max_trian' is not accepted"),
+    "a task's class": ("class_path: Digits", "class_path: Digist", "found class 'Digist' (did you mean Digits?)"),
+    "a task of torchvision's": ("class_path: Digits", "class_path: torchvision.datasets.MNIST", "subclass of TaskData"),
+    "tasks that are not indented": ("  digits:", "digits:", "found option 'digits'"),
+    "a null section": ("calibration: {samples_per_task: 4}", "calibration:", "found no options in calibration"),
     "a key twice": ("name: small\n", "name: small\nname: other\n", "found key 'name' twice"),
-    "a method's option": (
+    "no YAML": ("name: small\n", "name: [small\n", "as YAML: while parsing a flow sequence in line 2"),
+    "a tab": ("name: small\n", "name: small\n\tx: 1\n", "as YAML: while scanning"),
+    "a method's option": ("Average}", "Average, init_args: {batchnrom: keep}}", "Option 'batchnrom' is not accepted"),
+    "an option beside": (
         "Average}",
-        "Average, init_args: {batchnrom: keep}}",
-        "found Average option 'batchnrom' (did you mean batchnorm?)",
+        "Refit, ridge: 1}",
+        "found 'ridge' beside class_path: Refit, expected options und",
     ),
+    "no list of methods": (
+        "[{class_path: Average}]",
+        "Average",
+        "\"methods\": Expected a <class 'list'>. Got value: Av",
+    ),
+    "a choice": ("samples_per_task: 4", "fisher_kind: exat", "'FisherKind'>: {exact,"),
+    "a method's choice": (
+        "Average}",
+        "Refit, init_args: {target: oun}}",
+        "Expected a member of <enum 'Target'>: {own,",
+    ),
+    "a method's number": ("Average}", "Refit, init_args: {ridge: -1}}", "found ridge=-1.0, expected a number above 0"),
+    "a method's text": ("Average}", "Refit, init_args: {ridge: no}}", "<class 'float'>. Got value: False"),
+    "a method's module": ("Average", "mine.Method", "'mine.Method': No module named 'mine'"),
     "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
     "an experiment that leads out": ("name: small\n", "name: ../small\n", "found name '../small'"),
     "a name with a line in it": ("name: small\n", 'name: "a\\nb"\n', "found name 'a\\nb'"),
@@ -73,108 +91,192 @@ TYPOS = {
 
 
 @pytest.mark.parametrize("case", TYPOS)
-def test_a_typo_is_named(case: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_a_file_is_one_line(case: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new, message = TYPOS[case]
     assert old in EXPERIMENT
     config.write_text(EXPERIMENT.replace(old, new, 1))
-    assert message in refused(["run", "-c", str(config)], capsys)
+    assert message in refused(["run", "-c", "small.yaml"], capsys)
 
 
-MISTAKES = {
+FOLDER = "{class_path: ImageFolder, init_args: {root: nowhere}}"
+RUN = {
+    "no such option": (["--codes=[[1.0]]"], "found option 'codes' (did you mean code?)"),
+    "half an option": (["--expert.epoch=7"], "found option 'expert.epoch' (did you mean expert.epochs?)"),
+    "a task's class": (["--tasks={a: {class_path: Nothing}}"], "found class 'Nothing', expected one of coin's or"),
+    "one task": (["--tasks={a: {class_path: Digits}}"], "two"),
+    "a base's option": (["--base={task: {class_path: ImageFolder, init_args: {rot: x}}}"], "'rot' is not accepted"),
+    "no sum of one": (["--code=[[0.5, 0.6]]"], "row 0 of the code sums to 1.1, expected 1: [0.5, 0.6]; divide it by"),
+    "negative weight": (["--code=[[1.5, -0.5]]"], "-0.5"),
+    "code of another width": (["--code=[[0.2, 0.3, 0.5]]"], "3 experts"),
+    "a seed twice": (["--seeds=[1, 1]"], "seeds"),
+    "a seed that is no number": (["--seeds=[a]"], "Parser key \"seeds\": Expected a <class 'int'>. Got value: ['a']"),
+    "a number": (["--expert.epochs=many"], "Parser key \"expert.epochs\": Expected a <class 'int'>. Got value: many"),
+    "a list for a section": (["--network=[1]"], 'Parser key "network": Unable to load config "[1]"'),
+    "no samples": (["--calibration.samples_per_task=0"], "samples_per_task"),
+    "a method twice": (["--methods=[{class_path: Coin}, {class_path: Coin}]"], "label"),
+    "unknown network": (["--network.name=resnet51"], "found network.name 'resnet51' (did you mean resnet50?), expecte"),
+    "unknown weights": (["--network={name: resnet18, weights: V9, options: {}}"], "IMAGENET1K_V1"),
+    "missing weights": (["--network.weights=nowhere.pt"], "found no file 'nowhere.pt', expected network.weights"),
+    "unknown decoder": (["--decoders=[linear, lineer]"], "found decoder='lineer' (did you mean linear?), expected one"),
+    "a decoder twice": (["--decoders=[ridge, {kind: ridge}]"], "ridge twice"),
+    "an unknown option of a decoder": (["--decoders=[{kind: ridge, depth: 3}]"], "'depth'"),
+    "an expert of no task": (["--expert.overrides={diggits: {epochs: 1}}"], "'diggits'"),
+    "override of a wrong kind": (["--expert.overrides={digits: {schedule: up}}"], "schedule"),
+    "unknown trainer option": (["--trainer={speed: 9}"], "speed"),
+    "a trainer option of a step's": (["--trainer={max_epochs: 3}"], "found trainer.max_epochs, which each step sets"),
+    "a draw of no method": (["--calibration.fisher_mc_samples=3"], "monte_carlo"),
+    "policies without BatchNorm": (["--network={name: squeezenet1_1, image_size: 64, options: {}}"], "no BatchNorm"),
+    "an option of another network": (["--network={name: timm/resnet18}"], "with options {'width': 4}: ResNet.__init__"),
+    "name with a slash": (["--name=a/b"], "a/b"),
+}
+"""Options of ``coin run -c small.yaml``."""
+
+WRITING = {
+    "a folder of images": ([f"--tasks.digits={FOLDER}"], "nowhere/train does not exist; expected images as"),
+    "a base's images": ([f"--tasks.digits={FOLDER}", "--base={task: {class_path: Digits}}"], "nowhere/train does not"),
+    "too few samples": (["--calibration.samples_per_task=4000"], "4000 calibration samples asked of the task 'digits'"),
+    "a method's own": (
+        ["--methods=[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"],
+        "4000 calibration samples asked of the task 'digits' (Digits)",
+    ),
+    "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),
+    "missing checkpoint": (["--expert.checkpoints={digits: nowhere.ckpt}"], "nowhere.ckpt"),
+    "another architecture": (["--expert.checkpoints={digits: other.pt}"], "it is of another architecture: give one of"),
+    "folder that cannot be made": (["--output=/proc/nope"], "/proc/nope"),
+}
+"""The same, found by the steps: before any training, but not before the run's folder."""
+
+
+@pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")
+@pytest.mark.parametrize("case", [*RUN, *WRITING])
+def test_a_mistake_of_an_experiment_is_one_line(case: str, config: Path, capsys: Any) -> None:
+    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "other.pt")
+    options, message = (RUN | WRITING)[case]
+    assert message in refused(["run", "-c", "small.yaml", *options], capsys, written=case in WRITING)
+    assert not list(Path().rglob("*.ckpt")), "trained"
+
+
+COMMANDS = {
+    "no command": ([], "found no command, expected one of run"),
     "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
-    "a method for a model": (["fit", "--model=Distillation", "--data=Digits"], "(did you mean DistillationModule?)"),
-    "a task's class": (
-        ["fit", "--data.class_path=Mnist5k"],
-        "found class 'Mnist5k' (did you mean MNIST5k?)",
-    ),
-    "a folder's root": (
-        ["fit", "--data=ImageFolder"],
-        "arguments are required: root",
-    ),
-    "an optimiser of torch's": (
-        ["fit", "--data=Digits", "--optimizer=Adam"],
-        "found option 'optimizer', expected one of ckpt_path,",
-    ),
+    "a configuration": (["run", "-c", "quikstart"], "found no configuration 'quikstart', expected a file, or the name"),
     "a file": (["run", "-c", "a.yaml"], "cannot read 'a.yaml' (No such file or directory), expected"),
-    "a number": (["run", "--expert.epochs=many"], "expert.epochs"),
+    "a file without -c": (["run", "a.yaml"], "unrecognized arguments: a.yaml; see coin run --help"),
     "nothing": (["run"], "required: name, tasks, methods"),
-    "a list that is none": (["run", "--seeds=[a]"], "Expected a <class 'int'>. Got value: a"),
-    "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
-    "half an option": (["run", "--expert.epoch=7"], "found option '--expert.epoch' (did you mean --expert.epochs?)"),
-    "a method's option, written out": (
-        ["run", "--methods=[{class_path: Coin, damping: 1}]"],
-        "found 'damping' beside class_path: Coin",
+    "an option of a function": (["compress", "a", "--bts=3"], "found option 'bts' (did you mean bits?)"),
+    "a network's file": (["compress", "no.safetensors", "--output=x"], "found no file 'no.safetensors', expected"),
+    "report of nothing": (["report", "nowhere"], "nowhere"),
+    "serving nothing": (
+        ["serve", "nowhere"],
+        "found no folder 'nowhere', expected an experiment's; make it with coin r",
     ),
-    "an option of an expert": (
-        ["fit", "--data=Digits", "--model.lrr=1"],
-        "found Expert option 'lrr' (did you mean lr?)",
+    "simulating nothing": (["simulate", "nowhere"], "found no folder 'nowhere', expected"),
+    "choosing of nothing": (["choose", "nowhere"], "nowhere"),
+    "a method for a model": (["fit", "--model=Distillation", "--data=Digits"], "(did you mean DistillationModule?)"),
+    "a task": (["fit", "--data.class_path=Mnist5k"], "found class 'Mnist5k' (did you mean MNIST5k?)"),
+    "a folder's root": (["fit", "--data=ImageFolder"], "'coin.data.ImageFolder': the following arguments are required"),
+    "an option": (["fit", "--dat=Digits"], "unrecognized arguments: --dat=Digits; see coin fit --help"),
+    "a Trainer's option": (
+        ["fit", "--data=Digits", "--trainer.max_epoch=1"],
+        "unrecognized arguments: --trainer.max_e",
     ),
-    "half an option of the Trainer": (["fit", "--data=Digits", "--trainer.max_epoch=1"], "unrecognized arguments"),
+    "an option in a file": (["fit", "-c", "{whatever: 1}"], "Subcommand 'fit' does not accept option 'whatever'"),
+    "an expert's option": (["fit", "--data=Digits", "--model.lrr=1"], "'coin.modules.Expert': Option 'lrr' is not acc"),
+    "an expert's network": (["fit", "--data=Digits", "--model.network=resnet5"], "found network.name 'resnet5' (did"),
+    "image sizes": (["fit", "--data=Digits", "--data.image_size=8", "--model.network=small_resnet"], "image_size"),
     "a seed": (["fit", "--data=Digits", "--seed_everything=-1"], "seed"),
+    "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
+    "no checkpoint of Lightning's": (["validate", "--data=Digits", "--ckpt_path=expert.safetensors"], ".ckpt"),
+    "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
+    "no experts": (["evaluate", "--model=DecodingEvaluator"], "the following arguments are required: experts"),
+    "no file": (["merge", "--experts={a: no.safetensors}", "--method=Average", "--output=x"], "no.safetensors"),
+    "no Fisher": (["merge", "--experts=EXPERTS", "--method=Coin", "--output=x"], "fisher"),
+    "other weights": (["merge", "--experts=EXPERTS", "--method=Coin", "--fisher=SWAPPED", "--output=x"], "coin fisher"),
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_a_command_line_that_does_not_fit_is_one_line(case: str, config: Path, capsys: Any) -> None:
-    arguments, message = MISTAKES[case]
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_mistake_of_any_command_is_one_line(
+    case: str, config: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    arguments, message = COMMANDS[case]
+    if "--experts=EXPERTS" in arguments:
+        seed = request.getfixturevalue("finished") / "seed-0"
+        tasks, turned = ("digits", "letters"), ("letters", "digits")
+        experts = [f"{task}: {seed}/experts/{task}/expert.safetensors" for task in tasks]
+        fishers = [
+            f"{task}: {seed}/statistics/{other}.fisher.safetensors" for task, other in zip(tasks, turned, strict=True)
+        ]
+        texts = {"EXPERTS": f"{{{', '.join(experts)}}}", "SWAPPED": f"{{{', '.join(fishers)}}}"}
+        arguments = [each.replace(name := each.rpartition("=")[2], texts.get(name, name)) for each in arguments]
     line = refused(arguments, capsys)
     assert message in line
     assert len(line) < 500
     assert "Namespace" not in line
 
 
-def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", lambda *_, **__: pytest.fail("trained"))
-    config.write_text(
-        EXPERIMENT.replace(
-            "class_path: Digits, init_args: {max_train: 40, max_test: 20}",
-            "class_path: ImageFolder, init_args: {root: nowhere}",
-        )
+def test_a_package_that_is_missing_is_one_line(config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    line = refused(["run", "-c", "small.yaml", "--network={name: timm/resnet18, options: {}}"], capsys)
+    assert "timm" in line
+    assert "pip install" in line
+
+
+class Own(torch.nn.Module):
+    """A network of the user's, with a defect."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        raise ValueError("a defect of the user's")
+
+
+def worker_error() -> DataError:
+    """An error as a DataLoader hands it on from a worker."""
+    return DataError(
+        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n x"
     )
-    base = "--base={task: {class_path: Digits}}"
-    assert "nowhere/train does not exist" in refused(["run", "-c", str(config), "--output=o", base], capsys)
 
 
-@pytest.mark.parametrize("section", ["[]", "[1]"])
-def test_a_section_that_is_a_list_is_one_line(section: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["run", "-c", str(config), "--output=o", f"--network={section}"], capsys)
-    assert "network" in line
+def within() -> None:
+    try:
+        raise FileError("found no file 'x', expected it")
+    except FileError:
+        {}["y"]
+
+
+@pytest.mark.parametrize(
+    ("does", "kind"),
+    [
+        (within, KeyError),
+        (lambda: len(3), TypeError),
+        (lambda: Own(3), ValueError),
+        (lambda: torch.empty(2**60), RuntimeError),
+        (lambda: open("/proc/nope", "w"), OSError),  # noqa: PTH123, SIM115
+        (lambda: (_ for _ in ()).throw(worker_error()), DataError),
+        (lambda: sys.exit(3), SystemExit),
+    ],
+)
+def test_what_is_no_mistake_of_the_commands_keeps_its_traceback(
+    does: Callable[[], Any], kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("coin.commands.report.main", lambda _: does())
+    with pytest.raises(kind):
+        main(["report", "x"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_defect_in_a_constructor_of_the_users_keeps_its_traceback(config: Path, monkeypatch: Any) -> None:
+    (config.parent / "owntasks.py").write_text(
+        "from coin.data import Digits\n\nclass Broken(Digits):\n    def __init__(self) -> None:\n        {}['x']\n"
+    )
+    monkeypatch.syspath_prepend(config.parent)
+    with pytest.raises(KeyError, match="x"):
+        main(["run", "-c", "small.yaml", "--tasks.digits={class_path: owntasks.Broken}"])
 
 
 def test_a_message_is_one_line_whatever_it_quotes() -> None:
     assert str(ConfigurationError("found key 'a\n\nb', expected c")) == "found key 'a b', expected c"
     assert str(FileError(2, "No such\nfile", "x")) == "[Errno 2] No such file: 'x'"
-
-
-def test_too_few_samples_are_told_of_before_the_training(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", lambda *_, **__: pytest.fail("trained"))
-    line = refused(["run", "-c", str(config), "--output=o", "--calibration.samples_per_task=4000"], capsys)
-    assert line.startswith("4000 calibration samples asked of the task 'digits' (Digits)")
-
-
-@pytest.fixture
-def finished(config: Path, tmp_path: Path) -> Path:
-    """A run folder with a file, as good as one."""
-    save_state(tmp_path / "kept.safetensors", {"a": torch.ones(3)}, {})
-    write_text(tmp_path / "kept.json", "{}")
-    return tmp_path
-
-
-@pytest.fixture
-def full_disk(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let every file grow to a few bytes and no further, as on a full disk."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", refuse)
-        patch.setattr("coin.files.safetensors.save_file", refuse)
-        yield
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -183,66 +285,29 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_loses_nothing_that_was_written(name: str, finished: Path) -> None:
-    before = (finished / name).read_bytes()
-    with pytest.raises(OSError, match=r"No space left on device; free the space"):
-        WRITERS[name](finished / name)
-    assert (finished / name).read_bytes() == before
-    assert not list(finished.glob(".*.tmp"))
-
-
-@pytest.mark.usefixtures("full_disk")
-def test_a_run_on_a_full_disk_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "No space left on device" in refused(["run", "-c", str(config), "--output=o"], capsys)
-
-
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_loses_nothing_that_was_written(
+    name: str, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lightning writes its checkpoints itself."""
-
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", refuse)
-    line = refused(["run", "-c", str(config), "--output=o"], capsys)
-    assert line == (
-        "found 'No space left on device' at 'last.ckpt', expected to read or write; free some space, and run the same "
-        "command again"
-    )
-    monkeypatch.undo()
-    os.chdir(config.parent)
-    assert main(["run", "-c", str(config), "--output=o", "--only=digits"]) == 0  # goes on where it was
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "found 'Permission denied' at 'x'"),
-        (OSError(errno.EROFS, "Read-only file system", "x"), "choose a folder you can write to"),
-        (MemoryError(), "found too little memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), "lower batch sizes"),
-        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3"), "cannot be written"),
-    ],
-)
-def test_what_the_machine_refuses_is_one_line(error: Exception, line: str) -> None:
-    outer = ValueError("later")
-    outer.__context__ = error
-    found = shortage_behind(outer)
-    assert line in str(found)
-
-
-def test_a_defect_stays_a_defect() -> None:
-    assert shortage_behind(KeyError("x")) is None
-    assert shortage_behind(RuntimeError("shapes do not fit")) is None
+    path = config.parent / name
+    save_state(path, {"a": torch.ones(3)}, {}) if path.suffix == ".safetensors" else write_text(path, "{}")
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr("coin.files.safetensors.save_file", refuse)
+    with pytest.raises(FileError, match=r"No space left on device; free the space"):
+        WRITERS[name](path)
+    assert path.read_bytes() == before
+    assert not list(config.parent.glob(".*.tmp"))
+    assert "No space left on device" in refused(["run", "-c", "small.yaml"], capsys, written=True)
 
 
 def test_a_truncated_checkpoint_of_a_training_is_no_end(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", "-c", str(config), "--output=o", "--only=digits"]
+    command = ["run", "-c", str(config), "--only=digits"]
     assert main(command) == 0
     folder = tmp_path / "o/small/seed-0/experts/digits"
     wanted = (folder / "expert.safetensors").read_bytes()
@@ -253,43 +318,27 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     assert (folder / "expert.safetensors").read_bytes() == wanted
     # Given by hand, it is a mistake, as is one of another network.
     fit = ["fit", "--data=Digits", "--data.image_size=16", "--model.network=small_resnet", "--model.image_size=16"]
-    assert "ckpt_path is of another model" in refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys)
+    line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys, written=True)
+    assert "ckpt_path is of another model" in line
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys)
+    line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys, written=True)
     assert f"cannot read '{last}' as a checkpoint" in line
     shutil.rmtree(tmp_path / "o")
 
 
-def test_too_few_samples_for_a_method_of_its_own_are_told_of_before_the_training(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", lambda *_, **__: pytest.fail("trained"))
-    methods = "--methods=[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"
-    line = refused(["run", "-c", str(config), "--output=o", methods], capsys)
-    assert line.startswith("4000 calibration samples asked of the task 'digits' (Digits)")
-
-
-@pytest.mark.parametrize("option", ["max_epochs: 3", "logger: false", "callbacks: []"])
-def test_trainer_options_that_the_steps_decide_are_refused(
-    option: str, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = refused(["run", "-c", str(config), "--output=o", f"--trainer={{{option}}}"], capsys)
-    assert line.startswith(f"found trainer.{option.split(':')[0]}, which each step sets itself; ")
-
-
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
     under, over = tmp_path / "under.yaml", tmp_path / "over.yaml"
-    first = "{class_path: Distillation, init_args: {steps: 5}}"
+    first = "{class_path: Ties, init_args: {scale: 5}}"
     under.write_text(
         f"name: x\ntasks: {{a: {{class_path: Digits, init_args: {{max_train: 7}}}}}}\nmethods: [{first}]\n"
     )
-    over.write_text("tasks: {a: {class_path: MNIST5k}}\nmethods: [{class_path: ReadoutDistillation}]\n")
-    given = ["--methods", "[{class_path: ReadoutDistillation}]", "--tasks={a: {class_path: MNIST5k}}"]
+    over.write_text("tasks: {a: {class_path: MNIST5k}}\nmethods: [{class_path: TaskArithmetic}]\n")
+    given = ["--methods", "[{class_path: TaskArithmetic}]", "--tasks={a: {class_path: MNIST5k}}"]
     for more in (["-c", str(over)], given):
         with pytest.raises(SystemExit):
             main(["run", "-c", str(under), *more, "--print_config"])
         found = yaml.safe_load(capsys.readouterr().out)
-        assert found["methods"][0]["init_args"]["steps"] == 100
+        assert found["methods"][0]["init_args"]["scale"] != 5
         assert found["tasks"]["a"]["init_args"]["max_train"] is None
     with pytest.raises(SystemExit):
         main(["run", "-c", str(under), "--tasks.a.init_args.max_train=9", "--print_config"])
@@ -306,17 +355,30 @@ def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatc
                 raise
             sys.exit(1)  # as Lightning does
 
-    monkeypatch.setattr("coin.cli.check_early", interrupted)
+    monkeypatch.setattr("coin.commands.run.main", interrupted)
     assert main(["run", "-c", "quickstart"]) == 130
     assert capsys.readouterr().err == "coin: interrupted; the same command goes on where it was\n"
-    monkeypatch.setattr("coin.cli.check_early", lambda *_: sys.exit(3))
-    with pytest.raises(SystemExit):
-        main(["run", "-c", "quickstart"])
 
 
 def test_experts_of_another_start_than_the_imported_ones_are_warned_of(config: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("coin.pipeline.run.on_rank_zero", lambda *_: sys.exit(3))  # before anything is done
-    options = f"{{digits: {config}}}"
     told = "found checkpoints beside experts that are fine-tuned without network.weights"
     with pytest.warns(CoinWarning, match=told), pytest.raises(SystemExit):
-        main(["run", "-c", str(config), f"--expert.checkpoints={options}"])
+        main(["run", "-c", str(config), f"--expert.checkpoints={{digits: {config}}}"])
+
+
+WARN = """
+import warnings
+from coin.cli import _warnings_in_one_line
+from coin.errors import CoinWarning
+with _warnings_in_one_line():
+    import lightning.fabric.utilities.warnings  # which formats warnings in its own way
+    warnings.warn("one\\nline", CoinWarning)
+"""
+
+
+def test_our_warnings_are_one_line() -> None:
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", WARN], capture_output=True, text=True, check=True
+    )
+    assert found.stderr == "coin: warning: one line\n"
