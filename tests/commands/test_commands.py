@@ -139,19 +139,25 @@ def test_a_merge_with_tasks_records_what_it_chose(finished: Path, tmp_path: Path
     assert chosen == load_provenance(finished / "seed-0/coded/average.safetensors")["chosen"]
 
 
-def test_a_method_of_pooled_fishers_refuses_those_of_own_data(
+def test_a_method_of_fishers_refuses_none_and_those_of_other_data_or_weights(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {task: f"{finished}/seed-0/statistics/{task}.fisher.safetensors" for task in ("digits", "letters")}
-    fishers = f"--fisher={{digits: {files['digits']}, letters: {files['letters']}}}"
-    command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", fishers, f"--output={tmp_path}"]
-    method = ["--method=Coin", "--method.batchnorm=average"]
-    capsys.readouterr()
-    assert main([*command, *method, "--method.fisher_data=pooled"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("coin: error: found fisher statistics of own data, expected pooled")
-    assert not list(tmp_path.iterdir())
-    assert main([*command, *method, "--method.fisher_data=own"]) == 0
+    digits, letters = (f"{finished}/seed-0/statistics/{task}.fisher.safetensors" for task in ("digits", "letters"))
+    own, swapped = (f"--fisher={{digits: {a}, letters: {b}}}" for a, b in ((digits, letters), (letters, digits)))
+    command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", f"--output={tmp_path}"]
+    command += ["--method=Coin", "--method.batchnorm=average"]
+    for options, message in (
+        ([own, "--method.fisher_data=pooled"], "found fisher statistics of own data, expected pooled"),
+        ([swapped], "run coin fisher again"),
+        ([], "fisher"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("coin: error: ")
+        assert message in line
+        assert not list(tmp_path.iterdir())
+    assert main([*command, own, "--method.fisher_data=own"]) == 0
 
 
 def test_fisher_command_is_the_callback(route: Path, tmp_path: Path) -> None:
