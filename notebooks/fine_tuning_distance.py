@@ -13,15 +13,16 @@ import torch
 
 from coin.networks import load_network
 from coin.networks.heads import head_name
-from coin.pipeline.layout import ExperimentLayout
 
 
 def distances(folder):
     """Yield a row for every expert of a seed's folder."""
-    layout, seed = ExperimentLayout(folder.parent), int(folder.name.removeprefix("seed-"))
+    seed = int(folder.name.removeprefix("seed-"))
     for path in sorted((folder / "experts").glob("*/expert.safetensors")):
         file = load_network(path)
-        start = dict(load_network(layout.initial(file.num_classes)).network.named_parameters())
+        start = dict(
+            load_network(folder.parent / f"base/initial-{file.num_classes}.safetensors").network.named_parameters()
+        )
         moved, head = {"body": [0.0, 0.0], "head": [0.0, 0.0]}, head_name(file.network)
         for name, weights in file.network.named_parameters():
             part = moved["head" if name.startswith(f"{head}.") else "body"]

@@ -24,7 +24,6 @@ from coin.data.calibration import Calibration
 from coin.evaluation.servers import server_answers
 from coin.networks import load_network
 from coin.networks.heads import pad_head
-from coin.pipeline.layout import ExperimentLayout
 
 
 def between(start, expert, share):
@@ -100,7 +99,7 @@ def measure(folder, method, sizes, samples):
     unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
     threshold = {key: found(unread, *key).amax(1).quantile(0.99) for key in usual}
     for index, (task, file) in enumerate(system.experts.opened.items()):
-        start = load_network(ExperimentLayout(folder.parent).initial(file.num_classes)).network
+        start = load_network(folder.parent / f"base/initial-{file.num_classes}.safetensors").network
         start = pad_head(start, working.experts.shape[2])
         torch.manual_seed(index)
         for fault, network in faults(experts[index], start).items():

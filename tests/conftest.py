@@ -100,15 +100,15 @@ class Synthetic(TaskData):
     def __init__(self, classes: int = 3, train: int = 40, test: int = 23, key: int = 0, **options: Any) -> None:
         small = {"image_size": 16, "batch_size": 8, "eval_batch_size": 8, "validation_share": 0.2}
         super().__init__(**{**small, **options})
-        self.key, self.counts, self.number = key, (train, test), classes
+        self.key, self._train, self._test, self._classes = key, train, test, classes
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(f"class {index}" for index in range(self.number))
+        return tuple(f"class {index}" for index in range(self._classes))
 
     def load(self) -> Source:
-        train, test = self.counts
+        train, test = self._train, self._test
         draw = torch.Generator().manual_seed(self.key)
-        labels = torch.arange(train + test) % self.number
+        labels = torch.arange(train + test) % self._classes
         images = torch.randint(0, 120, (train + test, 3, 16, 16), generator=draw, dtype=torch.uint8)
         for image, label in zip(images, labels.tolist(), strict=True):
             image[:, 4 * label : 4 * label + 3] += 120

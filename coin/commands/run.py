@@ -1,31 +1,31 @@
 """``coin run``: a whole experiment."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
-
-import pandas as pd
 
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
-from coin.pipeline.executors import check_launch
 from coin.pipeline.launch import Launch
-from coin.pipeline.run import downloads, planned, run_experiment, run_step
+from coin.pipeline.plan import Planned, plan
+from coin.pipeline.pool import check_launch
+from coin.pipeline.run import check_options, outlook, run_experiment, run_only
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
-from coin.reporting.tables import print_summary, results_console, rich_table, seconds
+from coin.reporting.tables import print_summary
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
     experiment, options = _read(arguments)
     if options["dry_run"]:
-        _print_plan(experiment, options["launch"], options["json"])
-        check_launch(options["launch"], experiment.layout.submitit)
+        check_options(experiment)
+        steps = plan(experiment)
+        check_launch(options["launch"], steps[0].step.store)
+        print_outlook(experiment.name, steps, options["launch"], as_document=options["json"])
         return
     if options["only"] is not None:
-        run_step(experiment, options["only"])
+        run_only(experiment, options["only"])
         return
     summary = run_experiment(experiment, options["launch"])
     page = experiment.folder / REPORT_HTML
@@ -45,48 +45,37 @@ def experiment_of(arguments: Sequence[str]) -> Experiment:
     return _read(arguments)[0]
 
 
-def _print_plan(experiment: Experiment, launch: Launch, machine: bool) -> None:
-    """Print every step, whether it has to run, why and where, and how long its last run took."""
-    rows = pd.DataFrame(
-        [
-            {
-                "of": step.of_seed, "step": step.what, "name": step.name, "why": status.why, "seconds": status.seconds,
-                "elsewhere": launch.side_by_side and step.elsewhere,
-            }
-            for step, status in planned(experiment)
-        ]
-    )  # fmt: skip
-    waiting, wanted = rows["why"] != "", [asdict(each) for each in downloads(experiment) if not each.there]
-    where = str(launch) if launch.side_by_side else None
-    if machine:
-        described = {"to_do": int(waiting.sum()), "steps": rows, "downloads": wanted, "elsewhere": where}
-        print(as_json({"experiment": experiment.name, **described}))
-        return
-    shown = pd.DataFrame(
+def print_outlook(name: str, steps: Sequence[Planned], launch: Launch, *, as_document: bool = False) -> None:
+    """Print every step, whether it has to run, why and where, and how long its like took last time."""
+    rows: list[dict[str, Any]] = [
         {
-            "step": rows["of"] + rows["name"],
-            "state": waiting.map({True: "to do", False: "up to date"})
-            + (waiting & rows["elsewhere"]).map({True: " elsewhere", False: ""}),
-            "why": rows["why"],
-            "last time, s": rows["seconds"].astype(float).map(seconds),
+            "step": planned.what,
+            "name": planned.step.folder.name,
+            "state": "done" if not why else "to do",
+            "seconds": seconds,
+            "elsewhere": bool(why) and launch.side_by_side and planned.step.remote,
+            "why": why,
         }
-    )
-    if wanted:
-        known = sum(each["mib"] or 0 for each in wanted if each["host"])
-        unknown = " at least" if any(each["mib"] is None for each in wanted) else ""
-        title = f"to download:{unknown} {known:,.0f} MiB"
-        table = pd.DataFrame(
-            {
-                "what": [each["what"] for each in wanted],
-                "MiB": ["?" if each["mib"] is None else f"{each['mib']:,.0f}" for each in wanted],
-                "from": [each["host"] or f"by hand: {each['advice']}" for each in wanted],
-            }
-        )
-        results_console().print(rich_table(table, title, texts=("what", "from")))
-    title = f"{experiment.name}: {waiting.sum()} of {len(rows)} steps to do"
-    results_console().print(rich_table(shown, title, texts=("step", "state", "why")))
-    if where is not None:
-        print(f"elsewhere: {where}")
+        for planned, why, seconds in outlook(steps)
+    ]
+    waiting = [row for row in rows if row["why"]]
+    wanted = {each.what: each for planned in steps for each in planned.experiment.downloads() if not each.there}
+    if as_document:
+        downloads = [vars(each) for each in wanted.values()]
+        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows, "downloads": downloads}))
+        return
+    for each in wanted.values():
+        print(f"to download: {each.what}{'' if each.host else f' by hand: {each.advice}'}")
+    took = sum(row["seconds"] or 0 for row in waiting)
+    known = f", which took {took:.0f} s last time" if took else ""
+    print(f"{name}: {len(waiting)} of {len(rows)} steps to do{known}")
+    width = max(len(row["step"]) for row in rows)
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
+        place = " elsewhere" if row["elsewhere"] else ""
+        print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{place}".rstrip())
+    if launch.side_by_side:
+        print(f"elsewhere: {launch}")
 
 
 def _read(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
@@ -103,7 +92,7 @@ def _read(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="Print the plan: every step, whether it is up to date or to do and why, what it took last time.",
+        help="Print the plan: every step, whether it is done or to do and why, what it took last time.",
     )
     add_json_argument(parser)
     options = parsed(parser, arguments)

@@ -9,17 +9,16 @@ import yaml  # type: ignore[import-untyped]
 
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.coding.decoder_config import REPLICA
-from coin.core.choices import renamed_option
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import is_folder_name
+from coin.files.downloads import Download
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig, build_network, check_heads, has_batchnorm, import_checkpoint
-from coin.networks.hub import PREFIX
+from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
-from coin.pipeline.layout import ExperimentLayout
 from coin.pipeline.options import config_dict, to_config
 from coin.pipeline.steps.code import AUTO, read_code
 from coin.pipeline.steps.merge import coded_name
@@ -53,7 +52,6 @@ class Experiment:
             processes share out the batches of trainings (of ``batch_size`` samples each) and the samples of statistics
             and the evaluation; the first one does the rest and writes all files, into a folder that all nodes share.
         wandb: What is logged to W&B.
-        spares: The old name of replicas, for one version.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -75,12 +73,8 @@ class Experiment:
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
-        spares: list[dict[str, Any]] | None = None,
     ) -> None:
-        replicas = renamed_option("replicas", replicas, "spares", spares)
-        self._given: dict[str, Any] = {
-            option: value for option, value in locals().items() if option not in ("self", "spares")
-        }
+        self._given: dict[str, Any] = {option: value for option, value in locals().items() if option != "self"}
         if not is_folder_name(name):
             raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
         if len(tasks) < 2:
@@ -138,7 +132,6 @@ class Experiment:
         self.expert = expert
         self.calibration = calibration
         self.folder = Path(output) / name
-        self.layout = ExperimentLayout(self.folder)
         self.trainer = trainer or {}
         self.wandb = wandb
         self._checked = False
@@ -148,9 +141,9 @@ class Experiment:
         """The largest P of a method."""
         return max(self.calibration.samples_per_task, *(method.samples_per_task or 0 for method in self.methods), 0)
 
-    def as_yaml(self, seed: int) -> str:
-        """Return the configuration with which ``coin run`` repeats one seed."""
-        given = to_config({**self._given, "tasks": self.tasks, "seeds": [seed]})
+    def as_yaml(self, seeds: list[int] | None = None) -> str:
+        """Return the configuration with which ``coin run`` repeats these seeds, or all."""
+        given = to_config({**self._given, "tasks": self.tasks, "seeds": self.seeds if seeds is None else seeds})
         return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
     def tasks_of(self, seed: int) -> dict[str, TaskData]:
@@ -182,8 +175,9 @@ class Experiment:
                 import_checkpoint(self.network, task.num_classes, Path(given))
         self._checked = True
 
-    def warn_of_other_starts(self) -> None:
-        """Warn if some experts are imported, and others fine-tuned from a network without weights."""
+    def warn(self) -> None:
+        """Warn of too few samples, and of experts that are imported beside others from a network without weights."""
+        self.calibration.warn_of_too_few()
         others = [task for task in self.tasks if task not in self.expert.checkpoints]
         if self.expert.checkpoints and others and self.network.weights is None and self.base is None:
             warnings.warn(
@@ -192,6 +186,36 @@ class Experiment:
                 CoinWarning,
                 stacklevel=2,
             )
+
+    def every_task(self) -> list[TaskData]:
+        """Return the tasks, that of the base among them."""
+        base = self.base
+        return [*self.tasks.values(), *([base.task] if base is not None and base.task is not None else [])]
+
+    def hub_places(self) -> list[str]:
+        """Return the folders and IDs of Hugging Face's that experts and a zero-shot network come from."""
+        source = self.network.source
+        own = [source.place] if isinstance(source, HuggingFace) and source.zero_shot and source.weights else []
+        given = (local_place(place) for place in self.expert.checkpoints.values() if place.startswith(PREFIX))
+        return list(dict.fromkeys([*own, *given]))
+
+    def downloads(self) -> list[Download]:
+        """Return the data sets, the network's weights and the experts that come from the network, here or not."""
+        counts = {task.num_classes for task in self.tasks.values()}
+        files = [self.folder / "base" / f"initial-{count}.safetensors" for count in counts]
+        taken = self.base is not None or all(path.is_file() for path in files)  # then weights are not read again
+        source = self.network.source
+        of_network = [each for each in source.downloads(self.hub_places()) if source.zero_shot or not taken]
+        return [*(each for task in self.every_task() for each in task.downloads()), *of_network]
+
+    def check_files(self) -> None:
+        """Raise CoinError, before any training, if data that are here lack something."""
+        here = [task for task in self.every_task() if all(each.there for each in task.downloads())]
+        for task in here:
+            task.check_files()
+        for name, task in self.tasks.items():
+            if task in here and (there := task.num_training()) is not None:
+                task.check_calibration(self.most_samples, there, name)
 
     def check_fit(self) -> None:
         """Check, before anything is trained, that the options fit this network (fail early).

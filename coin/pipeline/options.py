@@ -100,3 +100,19 @@ def _import_path(kind: type) -> str:
     homes = (each for each in packages if getattr(import_module(each), kind.__name__, None) is kind)
     home = next(homes, f"{kind.__module__}.{kind.__qualname__}".rpartition(".")[0])  # of a function, for one
     return f"{home}.{kind.__name__}"
+
+
+_SHOWN = (
+    *("accelerator", "barebones", "detect_anomaly", "enable_model_summary", "enable_progress_bar"),
+    *("log_every_n_steps", "num_sanity_val_steps", "profiler"),
+)
+_SHARED = ("devices", "num_nodes", "strategy")
+
+
+def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
+    """Return the options of the Trainer that change what a step makes.
+
+    Statistics and evaluations add up the same with any number of processes; a training does not.
+    """
+    left_out = _SHOWN if training else (*_SHOWN, *_SHARED)
+    return {name: value for name, value in trainer.items() if name not in left_out}

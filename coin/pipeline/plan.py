@@ -1,215 +1,303 @@
-"""The plan of an experiment: its steps as data, with their input and output files."""
+"""The plan of an experiment: its steps, and where a person sees what they make.
 
+Steps live in ``runs/.steps``; ``runs/NAME/seed-K/experts/TASK`` and the like are links to them, and the results of an
+evaluation are copied. Several seeds, experiments and points of a sweep have one step where they have one key.
+"""
+
+import filecmp
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from coin.merging import Experts, Method
-from coin.modules import DecodingEvaluator
+from coin.coding import Code
+from coin.data import TaskData
+from coin.data.tasks import task_with
+from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import atomic_path
+from coin.files.downloads import hub_weights
+from coin.merging import Method
 from coin.networks import Compression
+from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan_experts import code_step, expert_step, statistic_files, statistic_step
-from coin.pipeline.seed_files import SeedFiles
-from coin.pipeline.step import Artifacts, Context, JobConfig, Step, by_stem
-from coin.pipeline.steps.code import AUTO
-from coin.pipeline.steps.compress import compress_file
-from coin.pipeline.steps.layers import compare_layers
-from coin.pipeline.steps.merge import Training, coded_name, make_coded_models
-from coin.pipeline.steps.trainer import make_trainer
-from coin.reporting.results import COLUMNS, read_results, requested_policy
-from coin.reporting.summary import summarise, variant_names
-from coin.tracking.evaluation import best, log_method, log_summary
+from coin.pipeline.run_log import RunLog
+from coin.pipeline.step import STORE, Step
+from coin.pipeline.steps.code import AUTO, ChooseCode
+from coin.pipeline.steps.compress import CompressExperts
+from coin.pipeline.steps.evaluation import Evaluate
+from coin.pipeline.steps.merge import Merge, coded_name
+from coin.pipeline.steps.statistics import EstimateStatistic
+from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
+from coin.statistics.statistic import DataChoice, Statistic
 
 
-def plan(experiment: Experiment, seed: int) -> list[Step]:
-    """Return all steps of one seed after `initial_steps`; each reads outputs of earlier ones."""
-    files, methods = SeedFiles(experiment, seed), experiment.methods
-    statistics = dict.fromkeys(which for method in methods for which in method.statistics())
-    return [
-        *(expert_step(files, name) for name in files.tasks),
-        *([code_step(files)] if experiment.code is None else []),
-        *(statistic_step(files, which, task) for which in statistics for task in files.tasks),
-        *(merge_step(files, method) for method in methods),
-        layers_step(files),
-        *(replicas_step(files, compression) for compression in experiment.replicas),
-        evaluate_step(files),
-        *(log_step(files, method) for method in methods),
-    ]
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A step, what it makes in words, and where a person sees its files.
+
+    `links` are places with the file or folder that they link to, `copies` the folders that an evaluation is copied to;
+    `experiment` is one that has the step.
+    """
+
+    step: Step
+    what: str
+    experiment: Experiment
+    links: Mapping[Path, Path] = field(default_factory=dict)
+    copies: tuple[Path, ...] = ()
+
+    def publish(self) -> bool:
+        """Show the finished step's files at its places, and return whether anything has changed there."""
+        changed = [_link(place, target) for place, target in self.links.items() if target.exists()]
+        files = self.step.files if isinstance(self.step, Evaluate) else []
+        for folder in self.copies:
+            changed += [_copy(path, folder / path.relative_to(self.step.folder)) for path in files]
+        return any(changed)
 
 
-def merge_step(files: SeedFiles, method: Method) -> Step:
-    """Return the step that makes a method's coded models."""
-    experiment, statistics, name = files.experiment, files.statistics(method), coded_name(method)
-    trainer = {"trainer": experiment.trainer} if method.is_trained else {}
-    initial = [files.initial] if method.reads_initial else []
-
-    def merge(context: Context) -> None:
-        training = Training(files.data(files.tasks), files.layout.logs, files.seed, context.trainer, context.loggers)
-        calibration = list(files.calibrations().values())
-        experts = Experts(files.experts, statistics=statistics, calibration=calibration, train=training)
-        samples = experiment.calibration.samples_per_task
-        make_coded_models(method, files.code, experts, files.layout.coded, samples)
-
-    return Step(
-        f"coded-{name}",
-        files.folder,
-        name,
-        "training" if method.is_trained else "merging",
-        merge,
-        options={
-            "method": method,
-            "code": _code(experiment),
-            "calibration": experiment.calibration.merging,
-            "tasks": files.tasks,
-            "seed": files.seed,
-            **trainer,
-        },
-        inputs=[
-            *files.expert_paths,
-            *(path for paths in statistics.values() for path in paths.values()),
-            *initial,
-            *files.code_files,
-        ],
-        outputs=files.coded_outputs(method),
-        collective=method.is_trained,
-        elsewhere=method.is_trained,
-        job=_method_job(files, method),
-        uses=[
-            files.expert_artifacts,
-            *(statistic_files(which, paths.values()) for which, paths in statistics.items()),
-            Artifacts("initialisation", by_stem(initial)),
-        ],
-        logs=Artifacts("coded-model", by_stem(files.coded_paths(method))),
-    )
+def union(plans: Iterable[Iterable[Planned]]) -> list[Planned]:
+    """Return the steps of several plans, those of one key once, in an order in which they can run."""
+    found: dict[str, Planned] = {}
+    for planned in (each for plan in plans for each in plan):
+        if (known := found.get(planned.step.key)) is not None:
+            planned = replace(known, links={**known.links, **planned.links}, copies=known.copies + planned.copies)
+        found[planned.step.key] = planned
+    return list(found.values())
 
 
-def layers_step(files: SeedFiles) -> Step:
-    """Return the step that compares coded models and experts layer by layer, or removes an earlier comparison."""
-    coded = {
-        path: files.statistics(method)
-        for method in files.experiment.methods
-        for path in files.coded_paths(method, compressed=False)
-    }
-    read = {path for statistics in coded.values() for paths in statistics.values() for path in paths.values()}
-    return Step(
-        "layers",
-        files.folder,
-        "layers",
-        "comparing the coded models with the experts",
-        lambda _: compare_layers(files.layout.layers, files.experts, coded),
-        inputs=[*files.expert_paths, *coded, *sorted(read)],
-        outputs=[files.layout.layers] if coded else [],
-    )
+def plan(experiment: Experiment) -> list[Planned]:
+    """Return the steps of an experiment in an order in which they can run."""
+    shared = _Shared(experiment)
+    return union([shared.planned(), *(_Seed(shared, seed).planned() for seed in experiment.seeds)])
 
 
-def replicas_step(files: SeedFiles, compression: Compression) -> Step:
-    """Return the step that compresses every expert."""
-    paths = files.replica_paths(compression)
+class _Shared:
+    """The steps that all seeds share: the base, and the shared initialisation with each number of classes."""
 
-    def compress(_: Context) -> None:
-        for network, output in zip(files.expert_paths, paths, strict=False):  # after these may stand the 8-bit base
-            compress_file(network, output, files.initial, compression)
+    def __init__(self, experiment: Experiment) -> None:
+        self.of, self.store = experiment, experiment.folder.parent / STORE
+        self.folder, file = experiment.folder / "base", experiment.network.weights_file
+        self.weights = file
+        self.base = self._base()
+        counts = sorted({task.num_classes for task in experiment.tasks.values()}, reverse=True)
+        self.widest = self._initial(counts[0], None)
+        # What a constructor draws depends on the class count, below the head too: hence the wider one's body.
+        self.initial = {counts[0]: self.widest} | {count: self._initial(count, self.widest) for count in counts[1:]}
 
-    return Step(
-        f"replicas-{compression.name}",
-        files.folder,
-        f"replicas of {compression.name}",
-        "compressing",
-        compress,
-        options={"compression": compression},
-        inputs=[*files.expert_paths, files.initial],
-        outputs=paths,
-        shared=True,
-        elsewhere=True,
-    )
+    def planned(self) -> list[Planned]:
+        """Return the steps."""
+        base, found = self.base, []
+        if base is not None:
+            links = {self.folder / base.output.name: base.output, self.folder / "training": base.folder}
+            found = [Planned(base, "base", self.of, links)]
+        for count, step in self.initial.items():
+            links = {self.folder / f"initial-{count}.safetensors": step.output}
+            found.append(Planned(step, f"initialisation for {count} classes", self.of, links))
+        return found
 
+    def log(self, seed: int | None, kind: str, name: str, tags: Sequence[str] = ()) -> RunLog:
+        """Return where a training or an evaluation logs to."""
+        of, code = self.of, self.of.code
+        seeds, kinds = [] if seed is None else [f"seed-{seed}"], [kind] if kind == "expert" and seed is not None else []
+        config = {
+            "experiment": {**of.config_dict(seed), "code": AUTO if code is None else code.matrix.tolist()},
+            "network": of.network.name,
+            "seed": seed,
+            kind if kind == "method" else "task": name,
+            "samples_per_task": of.calibration.samples_per_task,
+            "num_experts": len(of.tasks),
+            "num_coded": 1 if code is None else code.num_coded,
+        }
+        folder = self.folder if seed is None else of.folder / f"seed-{seed}"
+        every = (*tags, of.network.name, *of.wandb.tags)
+        return RunLog(folder, of.name, kind, "-".join([of.name, *seeds, *kinds, name]), every, config)
 
-def evaluate_step(files: SeedFiles) -> Step:
-    """Return the step that measures every method with every decoder."""
-    experiment, layout = files.experiment, files.layout
-    coded = [path for method in experiment.methods for path in files.coded_paths(method)]
-    replicas = [path for each in experiment.replicas for path in files.replica_paths(each)[: len(files.tasks)]]
-    options = experiment.config_dict(files.seed)  # results.json says all of them
-
-    def evaluate(context: Context) -> None:
-        files.experts.release()
-        model = DecodingEvaluator(
-            experts={name: str(layout.expert(name)) for name in files.tasks},
-            coded=[str(path) for path in coded],
-            decoders=None if experiment.takes_all_decoders else list(experiment.decoders),
-            code=files.code.code.matrix.tolist(),
-            replicas=[str(path) for path in replicas],
-            alpha=experiment.calibration.promise_alpha,
-            confidence=experiment.calibration.promise_confidence,
+    def _base(self) -> TrainNetwork | None:
+        of, base = self.of, self.of.base
+        if base is None or base.task is None:
+            return None
+        return TrainNetwork(
+            name="base",
+            store=self.store,
+            network=of.network,
+            config=base,
+            task=task_with(base.task, image_size=of.network.image_size),
+            seed=base.seed,
+            trainer=of.trainer,
+            weights=self.weights,
+            log=self.log(None, "expert", "base", ["base"]),
         )
-        trainer = make_trainer(files.folder, context.trainer, logger=context.loggers)
-        trainer.evaluate(model, files.data(files.tasks), str(files.folder), experiment.name, options)
 
-    return Step(
-        "evaluate",
-        files.folder,
-        "evaluation",
-        "every method with every decoder",
-        evaluate,
-        options={**options, "code": _code(experiment), "columns": COLUMNS},
-        inputs=[*files.expert_paths, *coded, *replicas, *files.code_files],
-        outputs=[
-            *(layout.results, layout.results_json, layout.confusions, layout.risk, layout.risk_samples),
-            *([layout.examples] if coded and experiment.network.reads == "images" else []),
-            *([layout.promise] if experiment.calibration.promise_samples else []),
-        ],
-        collective=True,
-        job=JobConfig("evaluate", "evaluate", files.seed),
-        uses=[files.expert_artifacts, Artifacts("coded-model", by_stem(coded))],
-        logs=Artifacts("results", {"rows": layout.results_json}),
-    )
+    def _initial(self, count: int, wider: WriteInitial | None) -> WriteInitial:
+        base = self.of.base
+        return WriteInitial(
+            name=f"initial-{count}",
+            store=self.store,
+            network=self.of.network,
+            classes=count,
+            base=self.base,
+            checkpoint=None if base is None or base.checkpoint is None else Path(base.checkpoint),
+            weights=self.weights,
+            wider=wider,
+        )
 
 
-def log_step(files: SeedFiles, method: Method) -> Step:
-    """Return the step that logs a method's results to its W&B run, and marks the coded models of the best method."""
-    coded = Artifacts("coded-model", by_stem(files.coded_paths(method)))
+class _Seed:
+    """The steps of one seed."""
 
-    def log_results(context: Context) -> None:
-        rows = read_results(files.folder)
-        policy = rows["batchnorm"].map(requested_policy)
-        own = rows[(rows["method"] == method.label) & policy.isin(["", str(method.batchnorm)])]
-        assert context.job is not None
-        if variant_names(own).iloc[0] == best(summarise(rows)).get("best_method"):
-            context.job.log_artifacts(coded, ["best"])
-        log_method(context.wandb_run, own)
+    def __init__(self, shared: _Shared, seed: int) -> None:
+        self.shared, self.seed, self.of, self.store = shared, seed, shared.of, shared.store
+        self.folder = self.of.folder / f"seed-{seed}"
+        self.tasks = self.of.tasks_of(seed)
+        self.experts = {name: self._expert(name, task) for name, task in self.tasks.items()}
+        self.code: Code | ChooseCode | None = self.of.code
+        if self.code is None:
+            calibration = self.of.calibration
+            self.code = ChooseCode(
+                name="code", store=self.store, experts=self.experts, tasks=self.tasks, calibration=calibration
+            )
+        wanted = dict.fromkeys(which for method in self.of.methods for which in method.statistics())
+        self.statistics = {which: {task: self._statistic(which, task) for task in self.tasks} for which in wanted}
+        self.merges = [self._merge(method) for method in self.of.methods]
+        self.replicas = [self._replicas(compression) for compression in self.of.replicas]
+        self.evaluation = self._evaluation()
 
-    return Step(
-        f"wandb-{coded_name(method)}",
-        files.folder,
-        coded_name(method),
-        "logging its results to W&B",
-        log_results,
-        inputs=[files.layout.results],
-        job=_method_job(files, method),
-        only_logs=True,
-    )
+    def planned(self) -> list[Planned]:
+        """Return the steps, in an order in which they can run."""
+        found: list[Planned] = []
+
+        def add(step: Step, what: str, links: Mapping[Path, Path], copies: tuple[Path, ...] = ()) -> None:
+            named = {self.folder / place: target for place, target in links.items()}
+            found.append(Planned(step, f"seed {self.seed}: {what}", self.of, named, copies))
+
+        for name, expert in self.experts.items():
+            add(expert, f"expert {name}", {Path("experts", name): expert.folder})
+        if isinstance(self.code, ChooseCode):
+            add(self.code, "code", {Path("code.json"): self.code.output})
+        for which, steps in self.statistics.items():
+            for task, step in steps.items():
+                place = Path("statistics", f"{task}.{self._called(which)}.safetensors")
+                add(step, f"{which} of {task}", {place: step.output})
+        for merge in self.merges:
+            name = coded_name(merge.method)
+            links = {Path("coded", path.name): path for path in merge.outputs}
+            if merge.method.is_trained:
+                links[Path("logs", name)] = merge.folder / "logs"
+            add(merge, name, links)
+        for copies in self.replicas:
+            places = {Path("replicas", path.name): path for path in copies.outputs.values()}
+            add(copies, f"replicas of {copies.compression.name}", places)
+        add(self.evaluation, "evaluation", {}, (self.folder,))
+        return found
+
+    def _expert(self, name: str, task: TaskData) -> ExpertStep:
+        of, initial = self.of, self.shared.initial[task.num_classes]
+        called: dict[str, Any] = {"name": f"expert-{name}", "store": self.store, "network": of.network}
+        called |= {"task_name": name, "task": task, "initial": initial}
+        if (place := of.expert.checkpoints.get(name)) is None:
+            log = self.shared.log(self.seed, "expert", name, [name])
+            return TrainNetwork(**called, config=of.expert.of(name), seed=self.seed, trainer=of.trainer, log=log)
+        files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
+        if not place.startswith(PREFIX) and not files[0].is_file():
+            raise ConfigurationError(f"found no file '{place}', expected an expert's weights; check expert.checkpoints")
+        return ImportExpert(**called, classes=list(task.classes), place=place, files=files, head=task.head)
+
+    def _statistic(self, which: Statistic, task: str) -> EstimateStatistic:
+        return EstimateStatistic(
+            name=f"{which.name}-{task}",
+            store=self.store,
+            which=which,
+            task_name=task,
+            expert=self.experts[task],
+            tasks=self.tasks if which.data is DataChoice.pooled else {task: self.tasks[task]},
+            calibration=self.of.calibration,
+            trainer=self.of.trainer,
+        )
+
+    def _called(self, which: Statistic) -> str:
+        """Return a statistic's name in files, with kind and data if they are not the experiment's."""
+        calibration = self.of.calibration
+        data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
+        plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
+        return which.name + ("" if which == plain else "".join(f"-{part}" for part in which.options.values()))
+
+    def _merge(self, method: Method) -> Merge:
+        assert self.code is not None
+        name = coded_name(method)
+        return Merge(
+            name=f"coded-{name}",
+            store=self.store,
+            method=method,
+            code=self.code,
+            experts=self.experts,
+            statistics={which: self.statistics[which] for which in method.statistics()},
+            initial=self.shared.widest if method.reads_initial else None,
+            tasks=self.tasks,
+            seed=self.seed,
+            calibration=self.of.calibration,
+            trainer=self.of.trainer if method.is_trained else None,
+            log=self.shared.log(self.seed, "method", name, [method.label]),
+        )
+
+    def _replicas(self, compression: Compression) -> CompressExperts:
+        return CompressExperts(
+            name=f"replicas-{compression.name}",
+            store=self.store,
+            compression=compression,
+            experts=self.experts,
+            initial=self.shared.widest,
+        )
+
+    def _evaluation(self) -> Evaluate:
+        of = self.of
+        assert self.code is not None
+        return Evaluate(
+            name="evaluate",
+            store=self.store,
+            experiment=of.name,
+            experts=self.experts,
+            merges=self.merges,
+            replicas=self.replicas,
+            code=self.code,
+            decoders=None if of.takes_all_decoders else of.decoders,
+            tasks=self.tasks,
+            calibration=of.calibration,
+            trainer=of.trainer,
+            configuration=of.config_dict(self.seed),
+            yaml=of.as_yaml([self.seed]),
+            log=self.shared.log(self.seed, "evaluate", "evaluate"),
+        )
 
 
-def summary_steps(experiment: Experiment, summary: pd.DataFrame) -> list[Step]:
-    """Return the step that logs the summary over seeds to a W&B run of its own, if there are several seeds."""
-    step = Step(
-        "wandb-summary",
-        experiment.folder,
-        "summary",
-        "logging it to W&B",
-        lambda context: log_summary(context.wandb_run, summary),
-        inputs=[experiment.layout.summary],
-        job=JobConfig("evaluate", "summary", None, ("summary",)),
-        only_logs=True,
-    )
-    return [step] if len(experiment.seeds) > 1 else []
+def _link(place: Path, target: Path) -> bool:
+    """Make a place a relative link to a file or folder, and return whether it was another."""
+    wanted = os.path.relpath(target, place.parent)
+    if place.is_symlink() and str(place.readlink()) == wanted:
+        return False
+    if place.is_dir() and not place.is_symlink():
+        raise FileError(f"found the folder '{place}', expected coin's own link or nothing; give another name or output")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".", dir=place.parent)) / place.name
+        try:
+            made.symlink_to(wanted)
+            made.replace(place)
+        finally:
+            shutil.rmtree(made.parent)
+    except OSError as error:
+        told = f"cannot link '{place}' to '{wanted}' ({error.strerror or error})"
+        raise FileError(f"{told}; choose an output on a file system that has symbolic links") from error
+    return True
 
 
-def _code(experiment: Experiment) -> Any:
-    """Return the code as an option of a step; one that a seed chooses is among the step's files."""
-    return AUTO if experiment.code is None else experiment.code.matrix
-
-
-def _method_job(files: SeedFiles, method: Method) -> JobConfig:
-    config = {"method": method.label, "batchnorm": str(method.batchnorm)}
-    return JobConfig("method", coded_name(method), files.seed, ("method", method.label), config)
+def _copy(path: Path, place: Path) -> bool:
+    """Copy a file, and return whether there was another."""
+    with suppress(OSError):
+        if filecmp.cmp(path, place, shallow=False):
+            return False
+    with atomic_path(place) as temporary:
+        shutil.copyfile(path, temporary)
+    return True

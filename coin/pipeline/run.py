@@ -1,191 +1,282 @@
-"""A whole experiment: its steps for every seed, the summary over seeds, and the reports."""
+"""Running the steps of an experiment, or of the points of a sweep, that are not done yet."""
 
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_zero_info
-from coin.data import TaskData
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError
+from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
-from coin.files.downloads import Download, check_downloads, fetch_from_hub
-from coin.networks.hub import PREFIX, HuggingFace, local_place
-from coin.pipeline.command import step_command
-from coin.pipeline.executors import check_launch, raise_for, run_commands
+from coin.files.downloads import check_downloads, fetch_from_hub
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
-from coin.pipeline.locks import folder_lock
-from coin.pipeline.plan import plan, summary_steps
-from coin.pipeline.plan_experts import initial_steps
-from coin.pipeline.records import Status, reused_status, status_of, sweep_of
-from coin.pipeline.runner import Runner
-from coin.pipeline.step import Step, needed_for, waves
+from coin.pipeline.plan import Planned, plan
+from coin.pipeline.pool import Command, CommandFailedError, Pool, open_pool
+from coin.pipeline.step import Step, closure
+from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.trainer import join_processes
 from coin.reporting import read_results, write_report
+from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.summary import stand_ins, summarise, write_summary
 from coin.reporting.tables import IN_SHORT, finding
 from coin.tracking.settings import check_connection
 
+LONG = 10.0
+"""Steps that take at least so many seconds say how long they took."""
+_POLL_SECONDS = 0.2
+
 
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
-    """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
-    _begin(experiment)
-    elsewhere = launch if launch is not None and launch.side_by_side else None
-    if elsewhere:
-        if (count := process_count()) > 1:
-            raise ConfigurationError(
-                f"found {count} processes that share every training, and a launch section; leave out one"
-            )
-        check_launch(elsewhere, experiment.layout.submitit)
+    """Run every step that is not done, for every seed, report, and return the contents of ``summary.csv``."""
+    steps = prepared(experiment, launch)
+    run_steps(steps, launch, partial(report_seed, several=len(experiment.seeds) > 1))
+    return on_rank_zero(partial(summarise_experiment, experiment.folder, experiment.seeds))
+
+
+def check_options(experiment: Experiment) -> None:
+    """Raise CoinError for what is wrong with an experiment, before anything is downloaded or run."""
+    check_connection()
+    experiment.check_fit()
+    experiment.check_files()
+
+
+def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Planned]:
+    """Return the plan of an experiment that can run: its options and data are checked, its downloads are there."""
+    check_options(experiment)
+    join_processes(experiment.folder, experiment.trainer)
+    if launch is not None and launch.side_by_side and (count := process_count()) > 1:
+        raise ConfigurationError(
+            f"found {count} processes that share every training, and a launch section; leave out one"
+        )
+    on_rank_zero(partial(_fetch, experiment))
+    steps = plan(experiment)
     if is_rank_zero():
-        experiment.calibration.warn_of_too_few()
-        experiment.warn_of_other_starts()
-    with ExitStack() as locks:
-        on_rank_zero(partial(_tidy, experiment.folder, locks))
-        runner = Runner(experiment, total=len(_steps(experiment)))
-        plans = _plans(experiment, runner)
-        for seed in plans:
-            layout = experiment.layout.seed(seed)
-            if is_rank_zero() and not layout.results.exists():
-                write_text(layout.config, experiment.as_yaml(seed))
-            if elsewhere:
-                write_text(layout.launch, experiment.as_yaml(seed))
-        if elsewhere:
-            _run_elsewhere(experiment, plans, elsewhere)
-        for seed, steps in plans.items():
-            if experiment.calibration.promise_samples and not experiment.layout.seed(seed).promise.exists():
-                experiment.check_parts()
-            runner.run(steps)
-            _end_seed(experiment, seed)
-            if len(plans) > 1:
-                on_rank_zero(partial(_tell, experiment, seed))
-        return on_rank_zero(partial(_summarise, experiment))
+        experiment.warn()
+    if on_rank_zero(lambda: any(each.step.trains and not each.step.is_done for each in steps)):
+        experiment.check_parts()
+    return steps
 
 
-def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
-    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written.
+def run_steps(
+    steps: Sequence[Planned],
+    launch: Launch | None = None,
+    on_done: Callable[[Planned, bool], None] = lambda planned, changed: None,
+    *,
+    keep_going: bool = False,
+) -> None:
+    """Run the steps that are not done, each when all that it needs is done, and publish all.
 
-    Data that are here are checked as a run does.
+    Remote steps go to the pool of the launch section, if there is one; the others run here, one after the other. With
+    several processes all of them call it with the same steps, and share the collective ones.
+
+    Args:
+        steps: A plan, in an order in which the steps can run.
+        launch: Where remote steps run.
+        on_done: Called on rank zero with every step that is done, and whether its publication has changed anything.
+        keep_going: Whether the error of a step that runs here ends only those that need it.
+
+    Raises:
+        CommandFailedError: Some steps have failed; all that do not need them have finished.
     """
-    _check_files(experiment)
-    found: list[tuple[Step, Status]] = []
-    made_anew: dict[Path, str] = {}
-    for step in _steps(experiment):
-        status = status_of(step)
-        if before := next((made_anew[path] for path in step.inputs if path in made_anew), None):
-            status = Status(f"after {before}", status.seconds)
-        if not status.is_current:
-            made_anew.update(dict.fromkeys(step.outputs, step.what))
-        found.append((step, status))
+    with open_pool(launch, steps[0].step.store) as pool:
+        run = _Run(steps, pool, on_done, keep_going)
+        while run.waiting:
+            moved = run.collect()
+            for planned in run.ready():
+                if pool is None or not planned.step.remote:
+                    run.here(planned)
+                    moved = True
+                    break
+                moved |= run.elsewhere(planned)
+            if not moved:
+                time.sleep(_POLL_SECONDS)
+    if run.failed:
+        first = min(run.failed, key=run.places.__getitem__)
+        raise CommandFailedError(
+            f"{len(run.failed)} of {len(steps)} steps failed, the first of them {run.names[first]}: "
+            f"{run.failed[first]}; mend the cause and run the same command again"
+        )
+
+
+class _Run:
+    """The steps that are waiting, running elsewhere, done and failed, by key."""
+
+    def __init__(
+        self, steps: Sequence[Planned], pool: Pool | None, on_done: Callable[[Planned, bool], None], keep_going: bool
+    ) -> None:
+        self.waiting = {each.step.key: each for each in steps}
+        self.places = {key: place for place, key in enumerate(self.waiting, 1)}
+        self.names = {key: each.what for key, each in self.waiting.items()}
+        self.running: dict[str, Any] = {}
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self._pool, self._on_done, self._keep_going = pool, on_done, keep_going
+
+    def ready(self) -> list[Planned]:
+        """Return the steps that can run now."""
+        able = (each for key, each in self.waiting.items() if key not in self.running)
+        return [each for each in able if all(need.key in self.done for need in each.step.needs)]
+
+    def collect(self) -> bool:
+        """Take what has ended elsewhere, and return whether something has."""
+        assert self._pool is not None or not self.running
+        ended = {key: why for key, job in self.running.items() if (why := self._pool.ended(job)) is not None}  # type: ignore[union-attr]
+        for key, why in ended.items():
+            del self.running[key]
+            planned = self.waiting[key]
+            if planned.step.is_done:
+                self._finish(planned, "done")
+            else:
+                self._fail(planned, f"{why or 'it ended without a result'} (see {_command(planned).log})")
+        return bool(ended)
+
+    def elsewhere(self, planned: Planned) -> bool:
+        """Submit a step if there is room, and return whether it has been; a step that is done is finished at once."""
+        assert self._pool is not None
+        if planned.step.is_done:
+            self._finish(planned, "up to date")
+        elif len(self.running) >= self._pool.workers or _busy(planned.step):
+            return False
+        else:
+            self.running[planned.step.key] = self._pool.submit(_command(planned))
+            self._say(planned, f"{planned.step.doing}, elsewhere")
+        return True
+
+    def here(self, planned: Planned) -> None:
+        """Run a step in this process, or all processes."""
+        try:
+            execute(planned.step, partial(self._say, planned))
+        except Exception as error:
+            if not self._keep_going:
+                raise
+            if not isinstance(error, CoinError):
+                traceback.print_exc()
+            self._fail(planned, first_line(error))
+        else:
+            self._finish(planned)
+
+    def _finish(self, planned: Planned, what: str = "") -> None:
+        self.done.add(planned.step.key)
+        del self.waiting[planned.step.key]
+        if what:
+            self._say(planned, what)
+        changed = on_rank_zero(planned.publish)
+        on_rank_zero(partial(self._on_done, planned, changed))
+
+    def _fail(self, planned: Planned, why: str) -> None:
+        """Give up a step and all that need it."""
+        self._say(planned, f"failed: {why}")
+        self.failed[planned.step.key] = why
+        lost = {planned.step.key}
+        for key, each in self.waiting.items():
+            if any(need.key in lost for need in each.step.needs):
+                lost.add(key)
+        self.waiting = {key: each for key, each in self.waiting.items() if key not in lost}
+
+    def _say(self, planned: Planned, what: str) -> None:
+        rank_zero_info(f"[{self.places[planned.step.key]}/{len(self.places)}] {planned.what}: {what}")
+
+
+def outlook(steps: Sequence[Planned]) -> list[tuple[Planned, str, float | None]]:
+    """Return of every step why it has to run, '' where it is done, and what its like took last time, in seconds."""
+    found = []
+    for planned in steps:
+        step = planned.step
+        why, seconds = ("", None) if step.is_done else step.before()
+        if missing := [] if step.is_done else [need.name for need in step.needs if not need.is_done]:
+            why = f"after {', '.join(dict.fromkeys(missing))}"
+        found.append((planned, why, seconds))
     return found
 
 
-def run_step(experiment: Experiment, name: str) -> None:
-    """Run one step for every seed, and the steps that it depends on; wait for other commands that run them.
+def execute(step: Step, say: Callable[[str], None] = lambda _: None) -> None:
+    """Run one step unless it is done; another process that is at work on it is waited for."""
+    with ExitStack() as locks:
+        if not on_rank_zero(partial(_claim, step, locks)):
+            say("up to date")
+            return
+        say(step.doing)
+        started = time.monotonic()
+        if step.collective:
+            step.run()
+        else:
+            on_rank_zero(step.run)
+        seconds = time.monotonic() - started
+        on_rank_zero(partial(step.finish, seconds))
+        if seconds >= LONG:
+            say(f"done in {seconds:.0f} s")
 
-    `name` is the step's in the plan, or a task's, for the step of its expert; a ConfigurationError if there is none.
+
+def run_only(experiment: Experiment, name: str) -> None:
+    """Run the steps with a name (a task's: its expert), for every seed, or the one in a folder, and all that they need.
+
+    Raises ConfigurationError if there are none.
     """
-    known = {step.name for step in _steps(experiment)}
-    step = name if name in known else f"expert-{name}"
-    if step not in known:
+    steps, called = prepared(experiment), {name, f"expert-{name}"}
+    chosen = [each.step for each in steps if called & {each.step.name, each.step.folder.name}]
+    if not chosen:
         expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
         raise ConfigurationError(f"found no task or step '{name}', expected {expected}")
-    _begin(experiment)
-    runner = Runner(experiment, patient=True)
-    for seed, steps in _plans(experiment, runner).items():
-        runner.run(needed_for(step, steps))
-        if step == "evaluate":
-            _end_seed(experiment, seed)
+    needed = {each.key for step in chosen for each in closure(step)}
+    run_steps([each for each in steps if each.step.key in needed], on_done=report_seed)
 
 
-def _steps(experiment: Experiment) -> list[Step]:
-    """Return the steps of all seeds, without those that only log."""
-    steps = [*initial_steps(experiment), *(step for seed in experiment.seeds for step in plan(experiment, seed))]
-    return [step for step in steps if not step.only_logs]
+def _claim(step: Step, locks: ExitStack) -> bool:
+    """Lock a step, and return whether it has to run."""
+    if step.is_done:
+        return False
+    locks.enter_context(step.locked())
+    if step.is_done:
+        return False
+    step.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(step.folder)
+    return True
 
 
-def _tidy(folder: Path, locks: ExitStack) -> None:
-    """Lock an experiment's folder, and remove what an interrupted command has left there."""
-    locks.enter_context(folder_lock(folder, patient=sweep_of(folder) is not None))
-    remove_leftovers(folder)
+def _busy(step: Step) -> bool:
+    """Return whether another process is at work on a step: a job would hold its allocation, waiting for that."""
+    with step.locked(wait=False) as free:
+        return not free
 
 
-def _end_seed(experiment: Experiment, seed: int) -> None:
-    """Write the configuration of the results that are there now, the latest of the experiment's."""
-    layout = experiment.layout.seed(seed)
-    if is_rank_zero():
-        layout.results_json.touch()  # of seeds with different options, the latest run's count
-        write_text(layout.config, experiment.as_yaml(seed))
+def _command(planned: Planned) -> Command:
+    """Return the command that runs a step in a process of its own."""
+    step, text = planned.step, planned.experiment.as_yaml()
+    file = step.store / ".jobs" / f"{planned.experiment.name}-{sha256(text.encode()).hexdigest()[:12]}.yaml"
+    if not file.is_file():
+        write_text(file, text)
+    return Command(("run", "-c", str(file), "--only", step.folder.name), step.folder / "launch.log")
 
 
-def _tell(experiment: Experiment, seed: int) -> None:
-    """Print what a seed has found, before the others are done."""
-    kept = stand_ins(summarise(read_results(experiment.layout.seed(seed).folder)))
-    if len(kept):
-        rank_zero_info(f"seed {seed}: {finding(kept).removeprefix(IN_SHORT)}")
+def report_seed(planned: Planned, changed: bool, *, several: bool = False) -> None:
+    """Draw the report of a seed whose results are new, and print what they say if there are several."""
+    if changed and isinstance(planned.step, Evaluate):
+        for folder in planned.copies:
+            write_report([folder])
+            kept = stand_ins(summarise(read_results(folder)))
+            if several and len(kept):
+                rank_zero_info(f"{folder.name.replace('-', ' ')}: {finding(kept).removeprefix(IN_SHORT)}")
 
 
-def _begin(experiment: Experiment) -> None:
-    """Validate the experiment early, and start all processes."""
-    check_connection()
-    experiment.check_fit()
-    experiment.as_yaml(experiment.seeds[0])  # fail early on a task or method that it cannot say
-    join_processes(experiment.folder, experiment.trainer)
-
-
-def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
-    """Prepare the data and the shared initialisation, and return the steps of every seed."""
-    on_rank_zero(partial(_fetch, experiment))
-    _check_files(experiment)
-    runner.run(initial_steps(experiment))
-    return {seed: plan(experiment, seed) for seed in experiment.seeds}
-
-
-def _check_files(experiment: Experiment) -> None:
-    """Fail early on data that are here and lack something."""
-    here = [task for task in _every_task(experiment) if all(each.there for each in task.downloads())]
-    for task in here:
-        task.check_files()
-    for name, task in experiment.tasks.items():
-        if task in here and (there := task.num_training()) is not None:
-            task.check_calibration(experiment.most_samples, there, name)
-
-
-def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch: Launch) -> None:
-    """Run steps of all seeds that do not depend on one another in processes of their own, as far as that goes."""
-    every = [step for steps in plans.values() for step in steps]
-    read = {path for step in every if step.elsewhere for path in step.inputs}
-    for wave in waves(every):
-        Runner(experiment).run([step for step in wave if not step.elsewhere and read.intersection(step.outputs)])
-        waiting = [step for step in wave if step.elsewhere and not reused_status(step).is_current]
-        if any(step.training for step in waiting):
-            experiment.check_parts()
-        if waiting:
-            rank_zero_info(f"running {len(waiting)} steps, {launch.workers} at a time")
-            failed = run_commands([*map(step_command, waiting)], launch, experiment.layout.submitit)
-            raise_for(failed, len(waiting), "steps")
-
-
-def _summarise(experiment: Experiment) -> pd.DataFrame:
-    summary = write_summary(experiment.folder)
-    Runner(experiment).run(summary_steps(experiment, summary))
-    for seed in experiment.seeds:
-        write_report([experiment.layout.seed(seed).folder])
-    write_report([experiment.folder])
+def summarise_experiment(folder: Path, seeds: Sequence[int]) -> pd.DataFrame:
+    """Write the summary over seeds, and draw the report where that has changed."""
+    path = folder / "summary.csv"
+    before = path.read_bytes() if path.is_file() else b""
+    summary = write_summary(folder)
+    for seed in seeds:
+        if not (folder / f"seed-{seed}" / REPORT_HTML).is_file():
+            write_report([folder / f"seed-{seed}"])
+    if before != path.read_bytes() or not (folder / REPORT_HTML).is_file():
+        write_report([folder])
     return summary
-
-
-def downloads(experiment: Experiment) -> list[Download]:
-    """Return the data sets, the network's weights and the experts that come from the network, here or not."""
-    counts = {task.num_classes for task in experiment.tasks.values()}
-    written = all(experiment.layout.initial(count).is_file() for count in counts)
-    taken = experiment.base is not None or written  # then the network's own weights are not read again
-    source = experiment.network.source
-    of_network = [each for each in source.downloads(_experts(experiment)) if source.zero_shot or not taken]
-    return [*(each for task in _every_task(experiment) for each in task.downloads()), *of_network]
 
 
 def _fetch(experiment: Experiment) -> None:
@@ -193,20 +284,8 @@ def _fetch(experiment: Experiment) -> None:
 
     Other weights are downloaded where they are read.
     """
-    check_downloads(downloads(experiment))
-    source = experiment.network.source
-    own = [source.place] if isinstance(source, HuggingFace) and source.zero_shot and source.weights is not None else []
-    for place in (*own, *_experts(experiment)):
+    check_downloads(experiment.downloads())
+    for place in experiment.hub_places():
         fetch_from_hub(place)
     Tasks(experiment.tasks).prepare_data()
-
-
-def _every_task(experiment: Experiment) -> list[TaskData]:
-    """Return the tasks of an experiment, that of its base among them."""
-    base = experiment.base
-    return [*experiment.tasks.values(), *([base.task] if base is not None and base.task is not None else [])]
-
-
-def _experts(experiment: Experiment) -> list[str]:
-    given = experiment.expert.checkpoints.values()
-    return list(dict.fromkeys(local_place(place) for place in given if place.startswith(PREFIX)))
+    experiment.check_files()

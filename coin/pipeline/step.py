@@ -1,182 +1,202 @@
-"""A step of an experiment as data: what it reads, what it writes, the function that does it, and its job.
+"""A step of an experiment: a key that is known before it runs, and a folder that is finished or not.
 
-A job is the W&B run and the CSV logs of one or several steps. Locks, ranks, keys, records and the start of W&B runs are
-left to `coin.pipeline.runner`.
+The key is a digest of the step's class and version, of its fields, of the keys of the steps that it needs and of the
+contents of files that a user named. The folder ``runs/.steps/NAME-KEY`` is finished when it has a ``done.json``; what
+is finished is never written to again. So resuming is *the folder is there*, and whoever has the same key shares it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-import pandas as pd
-from lightning.pytorch.loggers import Logger
+from filelock import FileLock, Timeout
 
-from coin.tracking.runs import log_artifact, record_input, use_artifact
-from coin.tracking.settings import logging_only
+from coin.core.versions import versions
+from coin.errors import CoinWarning, FileError
+from coin.files.atomic import sha256_of, write_text
+from coin.pipeline.options import config_dict
 
-if TYPE_CHECKING:
-    import wandb
+STORE = ".steps"
+"""The folder of all steps, in that of all experiments."""
+DONE = "done.json"
 
-Measures = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """Files of one kind as W&B knows them; `logged` says whether they are logged, or too large for that."""
-
-    kind: str
-    files: Mapping[str, Path]
-    logged: bool = True
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@dataclass(frozen=True)
-class JobConfig:
-    """The W&B run and the CSV logs of one or several steps; equal ones are one run.
+def unkeyed(**options: Any) -> Any:
+    """Return a dataclass field that does not change what a step makes, and so is not in its key."""
+    return field(metadata={"keyed": lambda _: None}, **options)
 
-    `type` is ``expert``, ``fisher``, ``method`` or ``evaluate``, `name` the task, method or statistic; the seed is None
-    for a run that all seeds share. `config` adds to the run's configuration.
+
+def keyed_by(digest: Any, **options: Any) -> Any:
+    """Return a dataclass field of which the key has what a function makes of its value."""
+    return field(metadata={"keyed": digest}, **options)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Step(ABC):
+    """One step: its fields are its options, the steps that it needs, and files that a user named (`Path`).
+
+    `name` is unique in an experiment's seed; `store` is the folder of all steps. A class has a `version`, raised when
+    the numbers that it makes change. A `collective` step is run by all processes together, another by rank zero alone;
+    a `remote` one may run in a process or job of its own.
     """
 
-    type: str
+    version: ClassVar[int] = 1
+    collective: ClassVar[bool] = False
+    remote: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
+
     name: str
-    seed: int | None
-    tags: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    store: Path = unkeyed()
 
+    @property
+    @abstractmethod
+    def doing(self) -> str:
+        """What it does, for its line of progress: "fine-tuning for 3 epochs"."""
 
-@dataclass(frozen=True)
-class Job:
-    """A running job, of one seed or of all seeds; its W&B run exists on rank zero only, and if W&B is on."""
+    @abstractmethod
+    def run(self) -> None:
+        """Do the work: read from the folders of `needs`, write to `folder`."""
 
-    experiment: str
-    seed: int | None
-    run: "wandb.Run | None"
-    loggers: list[Logger]
-    folder: Path
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """All that its results depend on, as plain values; a step that it needs is there by its key."""
+        own = {entry.name: _keyed(self, entry) for entry in fields(self)}
+        return {"step": type(self).__name__, "version": self.version} | {k: v for k, v in own.items() if v is not None}
 
-    def log_artifacts(self, artifacts: Artifacts | None, aliases: Sequence[str] = ()) -> None:
-        """Log files, but those too large for W&B, as artifacts named by experiment, kind and content.
+    @cached_property
+    def key(self) -> str:
+        """The digest of `options`."""
+        return hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()
 
-        Each seed is a version of the artifact, with the alias ``seed-K``.
+    @cached_property
+    def needs(self) -> "list[Step]":
+        """The steps among its fields."""
+        return [step for entry in fields(self) for step in _steps(getattr(self, entry.name))]
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of its files."""
+        return self.store / f"{self.name}-{self.key[:12]}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its folder is finished."""
+        return (self.folder / DONE).is_file()
+
+    def finish(self, seconds: float) -> None:
+        """Mark its folder as finished, with what it was made from and the seconds that it took."""
+        made = {"key": self.key, "seconds": seconds, "options": self.options, "versions": versions()}
+        write_text(self.folder / DONE, json.dumps(made, indent=1))
+
+    @contextlib.contextmanager
+    def locked(self, *, wait: bool = True) -> Iterator[bool]:
+        """Yield whether this process alone works on the step within the block; `wait` until it does.
+
+        A lock ends with its process, even if that is killed. On a file system without locks there is a warning.
         """
-        called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
-        if artifacts is not None and artifacts.logged:
-            with logging_only("the files of a job"):
-                for run, path, name, of in self._each(artifacts):
-                    log_artifact(run, path, name, artifacts.kind, called, {"of": of})
+        path = self.store / ".locks" / self.folder.name
+        lock, held = FileLock(path, fallback_to_soft=False), True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+                with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
+                    path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+            except Timeout:
+                held = wait
+                if wait:
+                    holder = path.read_text(encoding="utf-8", errors="replace").strip()
+                    warnings.warn(f"waiting for {self.name}: {holder} is at work on it", CoinWarning, stacklevel=3)
+                    lock.acquire(poll_interval=0.5)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                told = f"cannot write '{path}': {error.strerror or error}"
+                raise FileError(f"{told}; choose a folder you can write to with output") from error
+            told = f"the file system of '{self.store}' has no locks: run only one coin command there"
+            warnings.warn(told, CoinWarning, stacklevel=3)
+        try:
+            yield held
+        finally:
+            lock.release()
 
-    def use_artifacts(self, artifacts: Sequence[Artifacts]) -> None:
-        """Record the job's input files: artifacts of other jobs or, of those too large for W&B, their hashes."""
-        with logging_only("the files of a job"):
-            for each in artifacts:
-                for run, path, name, _ in self._each(each):
-                    if each.logged:
-                        use_artifact(run, path, name, each.kind)
-                    else:
-                        record_input(run, path, name)
+    def before(self) -> tuple[str, float | None]:
+        """Return why the step has to run, and what its like took last time, in seconds, as far as that is known.
 
-    def measures(self, numbers: Mapping[str, float]) -> None:
-        """Write final numbers to the run's summary."""
-        if self.run is not None:
-            with logging_only("the numbers of a job"):
-                self.run.summary.update(dict(numbers))
-
-    def repeat_curve(self) -> None:
-        """Log again the training curve in ``logs/metrics.csv``, which an interrupted offline run may have lost."""
-        path = self.folder / "logs" / "metrics.csv"
-        if self.run is None or not self.run.offline or not path.is_file():
-            return
-        with logging_only("the curve of a training"):
-            for row in pd.read_csv(path).to_dict("records"):
-                numbers = {str(name): value for name, value in row.items() if pd.notna(value)}
-                for name in numbers.keys() - {"epoch", "step"}:
-                    self.run.define_metric(name, step_metric="epoch")
-                self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
-
-    def _each(self, artifacts: Artifacts) -> "Iterator[tuple[wandb.Run, Path, str, str]]":
-        """Yield the run and, of every file, its path, its artifact's name and its content."""
-        if self.run is not None and not self.run.disabled:
-            for of, path in artifacts.files.items():
-                plain = artifacts.kind == "initialisation" or of.startswith(artifacts.kind)  # it says what it is
-                yield self.run, path, "-".join([self.experiment, *([] if plain else [artifacts.kind]), of]), of
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a step is given when it runs: its key, its outputs and inputs, the ``trainer`` section and the open job."""
-
-    key: str
-    outputs: Sequence[Path] = ()
-    inputs: Sequence[Path] = ()
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    job: Job | None = None
-
-    @property
-    def loggers(self) -> list[Logger]:
-        """The loggers of the step's job."""
-        return [] if self.job is None else self.job.loggers
-
-    @property
-    def wandb_run(self) -> "wandb.Run":
-        """The job's W&B run, which a step that only logs has."""
-        assert self.job is not None
-        assert self.job.run is not None
-        return self.job.run
+        Its like is the finished step of the same name with the fewest other options.
+        """
+        found = []
+        for path in self.store.glob(f"{self.name}-*/{DONE}"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                made = json.loads(path.read_text(encoding="utf-8"))
+                changed = _changed(made["options"], self.options)
+                found.append((len(changed), -path.stat().st_mtime, changed, float(made["seconds"])))
+        if not found:
+            return ("was interrupted" if self.folder.is_dir() else "never done"), None
+        *_, changed, seconds = min(found)
+        return f"changed: {', '.join(changed)}", seconds
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of an experiment."""
+def closure(step: Step) -> list[Step]:
+    """Return a step and all that it needs, in an order in which they can run."""
+    found: dict[str, Step] = {}
 
-    name: str  # unique in the folder
-    folder: Path  # of its record and its outputs: ``base`` or ``seed-K`` of an experiment
-    what: str  # what it makes, for its line of progress: "expert digits"
-    doing: str  # what it does for that: "fine-tuning for 3 epochs"
-    run: Callable[[Context], Measures | None]  # the work; measures are for its job's summary
-    options: Mapping[str, Any] = field(default_factory=dict)  # everything but files that its outputs depend on
-    inputs: Sequence[Path] = ()
-    outputs: Sequence[Path] = ()
-    collective: bool = False  # whether all processes run it; otherwise rank zero does, and the others wait
-    shared: bool = False  # whether points of a sweep share it, where their options and inputs are the same
-    elsewhere: bool = False  # whether it may run in a process of its own
-    # The folder of a training with its checkpoints, locked while it runs; before the first one the data are checked.
-    training: Path | None = None
-    job: JobConfig | None = None
-    job_alone: JobConfig | None = None  # that of a step in a process of its own: one process opens a W&B run
-    opens_job: bool = True  # whether it starts its job; otherwise it logs to it if it is open
-    uses: Sequence[Artifacts] = ()  # artifacts that it reads
-    logs: Artifacts | None = None  # artifacts among its outputs
-    only_logs: bool = False  # whether it only logs to W&B; without a W&B run it is not recorded, and tried again
+    def visit(each: Step) -> None:
+        if each.key not in found:
+            for need in each.needs:
+                visit(need)
+            found[each.key] = each
 
-    @property
-    def of_seed(self) -> str:
-        """The seed in a line of progress; '' for a step that all seeds share."""
-        return f"{self.folder.name.replace('-', ' ')}: " if self.folder.name.startswith("seed-") else ""
+    visit(step)
+    return list(found.values())
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return files by their names without the ending."""
-    return {path.stem: path for path in paths}
+def now() -> float:
+    """Return a clock's seconds."""
+    return time.monotonic()
 
 
-def waves(steps: Sequence[Step]) -> list[list[Step]]:
-    """Return the steps in groups that need outputs of earlier groups only; order is kept in a group."""
-    level: dict[Path, int] = {}
-    groups: dict[int, list[Step]] = {}
-    for step in steps:
-        place = max((level[path] + 1 for path in step.inputs if path in level), default=0)
-        level.update(dict.fromkeys(step.outputs, place))
-        groups.setdefault(place, []).append(step)
-    return [groups[place] for place in sorted(groups)]
+def _keyed(step: Step, entry: "Field[Any]") -> Any:
+    value = getattr(step, entry.name)
+    return config_dict(_digested(entry.metadata["keyed"](value) if "keyed" in entry.metadata else value))
 
 
-def needed_for(name: str, steps: Sequence[Step]) -> list[Step]:
-    """Return the steps of a name and all that they depend on, in order."""
-    wanted: set[Path] = set()
-    found: list[Step] = []
-    for step in reversed(steps):
-        if step.name == name or wanted.intersection(step.outputs):
-            wanted.update(step.inputs)
-            found.append(step)
-    return found[::-1]
+def _digested(value: Any) -> Any:
+    """Return a value with steps replaced by their keys, and files by their contents' digests."""
+    if isinstance(value, Step):
+        return value.key
+    if isinstance(value, Path):
+        return sha256_of(value)
+    if isinstance(value, Mapping):
+        return {str(name): _digested(entry) for name, entry in value.items()}
+    return [_digested(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _steps(value: Any) -> Iterator[Step]:
+    """Yield the steps in nested lists and mappings."""
+    if isinstance(value, Step):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _steps(entry)
+
+
+def _changed(before: Any, current: Any, name: str = "") -> list[str]:
+    """Return the dotted names of options that differ."""
+    if isinstance(before, dict) and isinstance(current, dict):
+        every = [*current, *(each for each in before if each not in current)]
+        pairs = [(each, before.get(each, ...), current.get(each, ...)) for each in every]
+        return [path for each, old, new in pairs for path in _changed(old, new, f"{name}.{each}" if name else each)]
+    return [] if before == current else [name]

@@ -1,4 +1,4 @@
-"""A sweep's file: an experiment over a grid of its options; ``coin sweep`` runs it.
+"""A sweep: an experiment over a grid of its options.
 
 The file names an experiment, and what is varied in it::
 
@@ -18,15 +18,29 @@ For anything beyond a grid, ``coin run`` is the program: of a W&B sweep, with
 """
 
 import itertools
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from coin.core.processes import rank_zero_info
 from coin.errors import ConfigurationError
-from coin.files.atomic import is_folder_name
+from coin.files.atomic import is_folder_name, write_text
 from coin.files.yaml import as_text, read_yaml
+from coin.pipeline.experiment import Experiment
+from coin.pipeline.launch import Launch
+from coin.pipeline.plan import Planned, union
+from coin.pipeline.run import prepared, report_seed, run_steps, summarise_experiment
+from coin.pipeline.steps.evaluation import Evaluate
+from coin.reporting import write_report
+from coin.reporting.extras import PROMISE_CSV, read_promises
+from coin.reporting.results import read_results, write_frame
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame
+from coin.tracking.settings import user_tags
 
 _KEYS = ("name", "experiment", "grid", "set")
 _DECIDED = ("name", "output", "config", "only", "json")
@@ -120,3 +134,42 @@ def _short(place: int, value: Any) -> str:
     entries = value if isinstance(value, list) else [value]
     plain = entries and all(isinstance(entry, str | int | float | None) for entry in entries)
     return "_".join(map(as_text, entries)) if plain else str(place)
+
+
+def run_sweep(
+    sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch
+) -> tuple[pd.DataFrame, Path]:
+    """Run all points as one plan, and return the table of their results, and the page of its report.
+
+    Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
+    """
+    os.environ["WANDB_TAGS"] = ",".join([*user_tags(), f"sweep-{sweep.name}"])
+    steps = union([prepared(experiment, launch) for _, experiment in points])
+    write_text(folder / SWEEP_YAML, sweep.text)
+    rank_zero_info(f"sweep {sweep.name}: {len(points)} points, {len(steps)} steps")
+    done: set[Path] = set()  # the seeds' folders
+
+    def on_done(planned: Planned, changed: bool) -> None:
+        report_seed(planned, changed)
+        if isinstance(planned.step, Evaluate):
+            done.update(planned.copies)
+            collect(PROMISE_CSV)
+            collect(SWEEP_CSV)
+
+    def collect(name: str) -> pd.DataFrame | None:
+        seeds = [
+            (point.values, [experiment.folder / f"seed-{seed}" for seed in experiment.seeds])
+            for point, experiment in points
+        ]
+        read = read_results if name == SWEEP_CSV else read_promises
+        frame = sweep_frame([(values, own) for values, own in seeds if done.issuperset(own)], read)
+        if frame is not None:
+            write_frame(folder / name, frame)
+        return frame
+
+    run_steps(steps, launch, on_done, keep_going=True)
+    for _, experiment in points:
+        summarise_experiment(experiment.folder, experiment.seeds)
+    frame = collect(SWEEP_CSV)
+    assert frame is not None
+    return frame, write_report([folder])

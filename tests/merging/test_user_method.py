@@ -1,5 +1,6 @@
 """Methods of the user's own: how they are called, what they cost, and what is said of what they do wrong."""
 
+import json
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +15,6 @@ from coin.merging import Average, Experts, UserMethod, merge_networks
 from coin.networks import NetworkConfig, build_network, save_network
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.options import config_dict, to_config
-from coin.pipeline.records import Inputs
 from coin.pipeline.steps.merge import coded_name
 
 EXAMPLES = ("iso_c", "tsv_m")
@@ -105,7 +105,7 @@ def network() -> nn.Sequential:
 
 
 def key_of(method: UserMethod) -> str:
-    return Inputs(config_dict(method), {}).key
+    return json.dumps(config_dict(method), sort_keys=True)
 
 
 def experts() -> Experts:

@@ -14,10 +14,10 @@ from torch import nn
 from coin.cli import main
 from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Samples
-from coin.errors import ConfigurationError, DecodingError, FileError, StateError
+from coin.errors import ConfigurationError, DecodingError, StateError
 from coin.files.safetensors import load_provenance
 from coin.networks.experts import ExpertFiles
-from coin.pipeline.steps.code import candidate_codes, choose_weights, read_choice, read_code
+from coin.pipeline.steps.code import candidate_codes, choose_weights, read_code
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
 
@@ -115,12 +115,6 @@ def test_the_choice_is_the_smallest_bound_on_what_averaging_leaves() -> None:
     huge[3].weight.data.fill_(3e38)
     with pytest.raises(StateError, match="the calibration output of expert 1 is not finite"):
         choose_weights([shifted(1.0), huge], [calibration(5), calibration(5)])
-
-
-def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
-    (tmp_path / "code.json").write_text("{")
-    with pytest.raises(FileError, match="delete it and run again"):
-        read_choice(tmp_path / "code.json")
 
 
 AVERAGE, COIN = "{class_path: Average}", "{class_path: Coin}"

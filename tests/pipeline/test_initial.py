@@ -11,14 +11,17 @@ from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
 from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig
-from coin.pipeline.plan_experts import initial_steps
-from coin.pipeline.runner import Runner
+from coin.pipeline.plan import plan
+from coin.pipeline.run import execute
+from coin.pipeline.steps.train import WriteInitial
 
 
-def make_initial(experiment: Experiment) -> Path:
-    """Make the shared initialisation, and return its file with the most classes."""
-    Runner(experiment).run(initial_steps(experiment))
-    return experiment.layout.initial(max(task.num_classes for task in experiment.tasks.values()))
+def make_initial(experiment: Experiment) -> list[Path]:
+    """Make the shared initialisation, and return its files, that with the most classes first."""
+    steps = [each.step for each in plan(experiment) if each.step.name == "base" or "initial" in each.step.name]
+    for step in steps:
+        execute(step)
+    return [step.output for step in steps if isinstance(step, WriteInitial)]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +32,7 @@ def make_initial(experiment: Experiment) -> Path:
 def test_experts_of_different_class_counts_start_from_one_body(network, tmp_path):
     tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}
     experiment = Experiment("x", tasks, [Average()], network, output=str(tmp_path))
-    assert make_initial(experiment) == experiment.layout.initial(10)
-    ten, six = (load_network(experiment.layout.initial(count)).network.state_dict() for count in (10, 6))
+    ten, six = (load_network(path).network.state_dict() for path in make_initial(experiment))
     differing = [name for name in ten if ten[name].shape != six[name].shape or not torch.equal(ten[name], six[name])]
     assert 0 < len(differing) <= 2
     assert all(torch.equal(ten[name][:6], six[name]) for name in differing)
@@ -44,7 +46,7 @@ def test_another_seed_is_another_draw_of_the_base(tmp_path):
         experiment = Experiment(
             name, {"a": Digits(), "b": Digits()}, [Average()], network, base=base, output=str(tmp_path)
         )
-        drawn.append(load_network(make_initial(experiment)).network.state_dict())
+        drawn.append(load_network(make_initial(experiment)[0]).network.state_dict())
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     assert not torch.equal(drawn[0]["fc.weight"], drawn[2]["fc.weight"])
     with pytest.raises(ConfigurationError, match="seed"):

@@ -2,30 +2,23 @@
 
 import json
 import math
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import pandas as pd
 import pytest
 import yaml
 
-import coin.pipeline.plan_experts
-import coin.pipeline.run
 from coin.cli import main
-from coin.errors import ConfigurationError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
 from coin.reporting import read_results, read_summary
-from coin.reporting.extras import read_examples, read_layers
+from coin.reporting.extras import read_examples
 from coin.reporting.results import COLUMNS, requested_policy
-from coin.reporting.summary import write_summary
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +125,6 @@ def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
         "coded/distillation.safetensors",
         "results.csv",
         "results.json",
-        "layers.csv",
         "examples.npz",
         "report.html",
     ):
@@ -143,29 +135,6 @@ def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
     assert document["configuration"]["calibration"]["samples_per_task"] == 24
     assert document["versions"]["torch"]
     assert len(document["rows"]) == len(read_results(seed))
-
-
-def test_layers_tell_the_merges_apart(finished: Path) -> None:
-    layers = read_layers(finished / "seed-0")
-    assert layers is not None
-    weights = [name for name in load_state(finished / "seed-0/coded/coin.safetensors")[0] if name.endswith(".weight")]
-    by_variant = dict(list(layers.groupby(["method", "batchnorm"])))
-    assert set(by_variant) == {
-        ("average", "auto"),
-        ("coin", "auto"),
-        ("coin", "recalibrate"),
-        ("coin", "keep"),
-        ("distillation", "keep"),
-    }
-    for part in by_variant.values():
-        assert set(part.layer) == {name.removesuffix(".weight") for name in weights}
-        assert (part.layer.iloc[0], part.layer.iloc[-1]) == ("stem.0", "fc")
-    assert (by_variant["average", "auto"].distance < 1e-4).all()
-    coin, kept = by_variant["coin", "auto"], by_variant["coin", "keep"]
-    assert (coin.distance > 1e-3).any()
-    assert coin.distance.tolist() == kept.distance.tolist()  # policies change no parameters
-    assert math.isclose(coin.fisher_share.sum(), 1)
-    assert by_variant["distillation", "keep"].fisher_share.isna().all()
 
 
 def test_examples_are_a_draw_with_every_method_s_answers(finished: Path) -> None:
@@ -215,15 +184,13 @@ def test_distilled_model_keeps_the_statistics_of_its_start(finished: Path) -> No
 
 @pytest.mark.usefixtures("no_reports")
 def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_their_own(
-    finished: Path, config: Path, tmp_path: Path
+    copied: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(finished, tmp_path / "tiny")
-    seed = tmp_path / "tiny/seed-0"
-    own = seed / "statistics/digits.fisher.safetensors"
-    written = own.stat().st_mtime_ns
+    seed = copied / "seed-0"
     extra = ["--calibration.fisher_data=auto", "--methods=[{class_path: Coin}]", "--decoders=[linear]"]
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", *extra]) == 0
-    assert own.stat().st_mtime_ns == written  # of these samples already, under the plain name
+    assert main(["run", "-c", str(config), f"--output={copied.parent}", *extra]) == 0
+    told = capsys.readouterr().err
+    assert "Fisher (exact, own) of digits: up to date" in told  # of these samples already
     for task, classes in (("digits", 10), ("letters", 6)):
         for name, data, samples in (("fisher", "own", 24), ("fisher-exact-pooled", "pooled", 48)):
             made = load_provenance(seed / f"statistics/{task}.{name}.safetensors")
@@ -246,108 +213,123 @@ def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[st
     """Return why each step of a dry run has to run."""
     capsys.readouterr()
     assert main(["run", *arguments, "--dry-run", "--json"]) == 0
-    return {step["name"]: step["why"] for step in json.loads(capsys.readouterr().out)["steps"]}
+    return {step["name"].rpartition("-")[0]: step["why"] for step in json.loads(capsys.readouterr().out)["steps"]}
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_why_and_writes_nothing(
     finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["-c", str(config), f"--output={tmp_path}"]
-    before = plan_of(command, capsys)
+    before = plan_of(["-c", str(config), f"--output={tmp_path}"], capsys)
     assert not list(tmp_path.iterdir())
     assert before["base"] == "never done"
     assert before["initial-10"] == "after base"
-    assert before["coded-coin"] == "after expert digits"
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
+    assert before["coded-average"] == "after expert-digits, expert-letters"
+    command = ["-c", str(config), f"--output={finished.parent}"]
     assert set(plan_of(command, capsys).values()) == {""}
     changed = plan_of([*command, "--calibration.samples_per_task=20"], capsys)
-    assert (changed["expert-digits"], changed["digits.fisher"]) == ("", "changed: samples")
+    assert (changed["expert-digits"], changed["fisher-digits"]) == ("", "changed: pass_options.samples_per_task")
     assert changed["coded-average"] == "changed: calibration.samples_per_task"
-    assert changed["evaluate"] == "after average"
-    (copy / "seed-0/coded/coin.safetensors").unlink()
-    found = plan_of(command, capsys)
-    assert found["coded-coin"] == "'coin.safetensors' is missing"
-    assert found["coded-average"] == ""
-    assert main(["run", *command, "--dry-run"]) == 0
-    assert "tiny: 3 of 14 steps to do" in capsys.readouterr().out
+    assert changed["evaluate"].startswith("after coded-average, coded-coin")
+    assert main(["run", *command, "--dry-run", "--decoders=[linear]"]) == 0
+    told = capsys.readouterr().out
+    assert "tiny: 1 of 13 steps to do, which took" in told
+    assert "to do  seed 0: evaluation" in told
+    assert "changed: decoders" in told
+    wrong = [*command, "--dry-run", "--expert.trainable=[nothing]"]  # what a run refuses, a dry run refuses
+    assert main(["run", *wrong]) == 2
+    assert "matches no parameter" in capsys.readouterr().err
 
 
 def test_one_step_runs_with_what_it_needs_and_nothing_else(
     finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(finished / "base", tmp_path / "tiny/base")
-    command = ["run", "-c", str(config), f"--output={tmp_path}", "--only=letters.fisher"]
+    command = ["run", "-c", str(config), f"--output={tmp_path}", "--only=fisher-letters"]
     assert main(command) == 0
-    made = {
-        str(path.relative_to(tmp_path / "tiny/seed-0")) for path in (tmp_path / "tiny").glob("seed-0/[!w]*/**/*.s*")
-    }
-    assert made == {"experts/letters/expert.safetensors", "statistics/letters.fisher.safetensors"}
+    made = {path.parent.name.rpartition("-")[0] for path in (tmp_path / ".steps").glob("*/done.json")}
+    assert made == {"base", "initial-10", "initial-6", "expert-letters", "fisher-letters"}
     assert "seed 0: Fisher (exact, own) of letters: computing" in capsys.readouterr().err
     wanted, _ = load_state(finished / "seed-0/statistics/letters.fisher.safetensors")
     found, _ = load_state(tmp_path / "tiny/seed-0/statistics/letters.fisher.safetensors")
     assert all(found[name].equal(wanted[name]) for name in wanted)
+    assert main(["run", "-c", str(config), "--only=nothing", f"--output={tmp_path}"]) == 2
+    assert "found no task or step 'nothing', expected one of digits, letters" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_reports")
-def test_an_evaluation_alone_leaves_the_configuration_of_its_results(
-    finished: Path, config: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
-    command = ["run", "-c", str(config), f"--output={tmp_path}", "--only=evaluate"]
-    assert main([*command, "--methods=[{class_path: Average}]", "--decoders=[ridge]"]) == 0
-    seed = tmp_path / "tiny/seed-0"
-    assert set(read_results(seed).query("method == 'average'").decoder) == {"ridge"}
-    assert yaml.safe_load((seed / "config.yaml").read_text())["decoders"] == ["ridge"]
+def written(folder: Path) -> dict[Path, int]:
+    """Return when every file below a folder was written, but for locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts)
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(
-    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    made = [path for path in copy.rglob("*") if path.suffix in (".safetensors", ".npz", ".csv") and path.is_file()]
-    before = {path: path.stat().st_mtime_ns for path in made if path.name != "summary.csv"}
-    assert {"results.csv", "layers.csv", "examples.npz"} <= {path.name for path in before}
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    before = written(copied.parent)
+    command = ["run", "-c", str(config), f"--output={copied.parent}", "--json"]
+    assert main(command) == 0
+    after = written(copied.parent)
+    # Nothing is computed, copied or drawn again, but for the table of all seeds, which is read again.
+    assert {path.name for path in after if before.get(path) != after[path]} <= {"summary.csv"}
     document = json.loads(capsys.readouterr().out)
-    assert document["report"] == str(copy / "report.html")
-    summary = read_summary(copy)
+    assert document["report"] == str(copied / "report.html")
+    summary = read_summary(copied)
     assert [row["nda_mean"] for row in document["summary"]] == summary["nda_mean"].tolist()
     assert document["summary"][0]["nda_std"] is None  # one seed
-    assert "json" not in (copy / "seed-0/config.yaml").read_text()
+    assert "json" not in (copied / "seed-0/config.yaml").read_text()
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_changed_option_redoes_what_depends_on_it(finished: Path, config: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    before = {path.relative_to(copy): path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=20"]) == 0
-    after = {path.relative_to(copy): path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
-    redone = {str(path) for path in before if before[path] != after[path]}
-    assert "seed-0/statistics/digits.fisher.safetensors" in redone
-    assert "seed-0/coded/coin.safetensors" in redone
-    assert not any("experts" in path or "base" in path for path in redone)
-    assert set(read_results(copy / "seed-0").samples_per_task) == {20}
+def test_a_changed_option_makes_anew_what_depends_on_it_beside_what_was_there(copied: Path, config: Path) -> None:
+    before = written(copied.parent / ".steps")
+    assert main(["run", "-c", str(config), f"--output={copied.parent}", "--calibration.samples_per_task=20"]) == 0
+    after = written(copied.parent / ".steps")
+    assert before == {path: after[path] for path in before}  # what is finished is never touched
+    fresh = {path.relative_to(copied.parent / ".steps").parts[0].rpartition("-")[0] for path in after.keys() - before}
+    merges = {f"coded-{name}" for name in ("average", "coin", "coin-recalibrate", "coin-keep", "distillation")}
+    assert fresh == {"fisher-digits", "fisher-letters", "evaluate", *merges}
+    assert set(read_results(copied / "seed-0").samples_per_task) == {20}
+    assert yaml.safe_load((copied / "seed-0/config.yaml").read_text())["calibration"]["samples_per_task"] == 20
+    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0  # and back, computing nothing
+    assert set(read_results(copied / "seed-0").samples_per_task) == {24}
+    assert written(copied.parent / ".steps") == after
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_damaged_output_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    coded = copy / "seed-0/coded/coin.safetensors"
-    whole = coded.read_bytes()
-    coded.write_bytes(whole[: len(whole) // 2])
-    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
-    state, _ = load_state(coded)
-    wanted, _ = load_state(finished / "seed-0/coded/coin.safetensors")
-    assert all(state[name].equal(wanted[name]) for name in wanted)
-    same_numbers(copy / "seed-0", finished / "seed-0")
+def test_an_interrupted_change_leaves_the_finished_expert_and_its_results_are_refused(
+    copied: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_expert = (copied / "seed-0/experts/digits").resolve()
+    monkeypatch.setattr("coin.pipeline.steps.statistics.EstimateStatistic.run", interrupt)
+    assert main(["run", "-c", str(config), f"--output={copied.parent}", "--expert.lr=0.3"]) == 130
+    assert (finished_expert / "expert.safetensors").is_file()
+    assert (copied / "seed-0/experts/digits").resolve() != finished_expert
+    capsys.readouterr()
+    for command in ("report", "choose"):
+        assert main([command, str(copied)]) == 2
+        assert "other experts" in capsys.readouterr().err
+    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
+    assert (copied / "seed-0/experts/digits").resolve() == finished_expert
+    assert main(["choose", str(copied)]) == 0
 
 
-@pytest.mark.parametrize("output", ["base/checkpoints/step-key", "seed-0/experts/letters/checkpoints/last.ckpt"])
+def interrupt(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_error_of_the_user_s_own_keeps_its_traceback_and_ends_the_run(
+    copied: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise KeyError("mine")
+
+    monkeypatch.setattr("coin.pipeline.steps.evaluation.Evaluate.run", fail)
+    with pytest.raises(KeyError, match="mine"):
+        main(["run", "-c", str(config), f"--output={copied.parent}", "--decoders=[linear]"])
+    steps = [path for path in (copied.parent / ".steps").glob("evaluate-*") if not (path / "done.json").is_file()]
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("output", ["base-*/logs", "expert-letters-*/checkpoints/last.ckpt"])
 def test_killed_run_finishes_with_the_same_results(
     finished: Path, config: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +338,7 @@ def test_killed_run_finishes_with_the_same_results(
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "tiny" / output).exists() and time.monotonic() < deadline:
+    while not list((tmp_path / ".steps").glob(output)) and time.monotonic() < deadline:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -367,99 +349,24 @@ def test_killed_run_finishes_with_the_same_results(
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_a_training_killed_before_its_export_is_exported(finished: Path, config: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    expert = copy / "seed-0/experts/digits/expert.safetensors"
+def test_a_training_killed_before_its_export_is_exported(finished: Path, copied: Path, config: Path) -> None:
+    expert = copied / "seed-0/experts/digits/expert.safetensors"
     expert.unlink()
-    (copy / "seed-0/.steps/expert-digits.json").unlink()
-    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    expert.with_name("done.json").unlink()
+    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
     state, _ = load_state(expert)
     wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
     assert all(state[name].equal(wanted[name]) for name in wanted)
-
-
-@pytest.mark.usefixtures("no_reports")
-def test_an_expert_that_was_exchanged_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    expert = copy / "seed-0/experts/digits/expert.safetensors"
-    shutil.copyfile(copy / "seed-0/experts/letters/expert.safetensors", expert)
-    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
-    state, _ = load_state(expert)
-    wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
-    assert all(state[name].equal(wanted[name]) for name in wanted)
-
-
-def test_seeds_of_other_options_are_left_out_of_the_mean(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "seed-0", tmp_path / "seed-0")
-    shutil.copytree(finished / "seed-0", tmp_path / "seed-1")
-    document = json.loads((tmp_path / "seed-0/results.json").read_text())
-    document["configuration"]["calibration"]["samples_per_task"] = 999
-    (tmp_path / "seed-0/results.json").write_text(json.dumps(document))
-    os.utime(tmp_path / "seed-0/results.json", (0, 0))
-    with pytest.warns(UserWarning, match="left out seed-0"):
-        assert set(write_summary(tmp_path).seeds) == {1}
-
-
-def test_the_results_shown_are_those_of_the_command_that_was_given_last(
-    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Seed 0, then seed 1 with other options, then seed 0 again, which is up to date by then."""
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    shutil.copytree(copy / "seed-0", copy / "seed-1")
-    path = copy / "seed-1/results.json"
-    document = json.loads(path.read_text())
-    document["configuration"]["calibration"]["samples_per_task"] = 999
-    path.write_text(json.dumps(document))
-    later = time.time() + 5
-    os.utime(copy / "seed-0/results.json", (later - 10, later - 10))
-    with pytest.warns(UserWarning, match="left out seed-1"):
-        assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
-    assert {row["samples_per_task"] for row in json.loads(capsys.readouterr().out)["summary"]} == {24}
-
-
-def test_the_configuration_stays_that_of_the_results_until_there_are_others(
-    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = tmp_path / "tiny"
-    shutil.copytree(finished, copy)
-    before = (copy / "seed-0/config.yaml").read_text()
-
-    def stop(*_: object) -> NoReturn:
-        raise ConfigurationError("stopped")
-
-    monkeypatch.setattr(coin.pipeline.plan_experts, "make_trainer", stop)
-    arguments = ["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=9"]
-    assert main(arguments) == 2
-    assert (copy / "seed-0/config.yaml").read_text() == before
-
-
-def test_results_say_the_options_that_they_were_made_with(finished: Path, config: Path, tmp_path: Path) -> None:
-    """Options that change no expert and no coded model change the evaluation: what it measures, or what it says."""
-    experts = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
-    brought = f"--expert.checkpoints={json.dumps(experts)}"
-    arguments = ["run", "-c", str(config), f"--output={tmp_path}", brought, "--methods=[{class_path: Average}]"]
-    assert main(arguments) == 0
-    assert main([*arguments, "--trainer={precision: bf16-mixed}"]) == 0
-    document = json.loads((tmp_path / "tiny/seed-0/results.json").read_text())
-    assert document["configuration"]["trainer"] == {"precision": "bf16-mixed"}
 
 
 def test_run_folder_is_enough_to_repeat_the_run(finished: Path, tmp_path: Path) -> None:
-    written = finished / "seed-0/config.yaml"
-    assert main(["run", "-c", str(written), f"--output={tmp_path}"]) == 0
+    config = finished / "seed-0/config.yaml"
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
     again = tmp_path / "tiny/seed-0"
     same_numbers(again, finished / "seed-0")
-
-    def weights(folder: Path) -> list[Path]:
-        found = (path.relative_to(folder) for path in folder.rglob("*.safetensors"))
-        # Links, named by what files say of seconds; and what was kept by a test that served the folder.
-        return sorted(path for path in found if not {"wandb", "decoders"} & set(path.parts))
-
-    made = weights(finished)
-    assert made == weights(tmp_path / "tiny")
-    for path in made:  # bit for bit, but for what the files say of their seconds
+    made = sorted(path.relative_to(finished) for path in finished.glob("seed-0/[ces]*/**/*.safetensors"))
+    assert len(made) >= 2 + 2 + 5  # bit for bit, but for what the files say of their seconds
+    for path in made:
         assert fingerprint(load_state(tmp_path / "tiny" / path)[0]) == fingerprint(load_state(finished / path)[0]), path
-    assert (again / "config.yaml").read_text() == written.read_text().replace(str(finished.parent), str(tmp_path))
+    assert (again / "config.yaml").read_text() == config.read_text().replace(str(finished.parent), str(tmp_path))
+    assert "launch" not in config.read_text()

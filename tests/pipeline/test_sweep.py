@@ -1,15 +1,11 @@
 """``coin sweep``: its points, what they share, its table, and what happens when it is killed or a point fails."""
 
-import contextlib
 import json
 import math
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +14,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-import coin.commands.sweep
-import coin.commands.sweep_run
 from coin.cli import main
-from coin.commands.sweep_run import PointRun
-from coin.errors import CoinError, ConfigurationError
-from coin.pipeline.command import Command
-from coin.pipeline.executors import raise_for, run_commands
-from coin.pipeline.launch import Executor, Launch
-from coin.pipeline.locks import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import read_results
-from coin.reporting.extras import RISK_COLUMNS
 from coin.reporting.results import COLUMNS
 from coin.reporting.sweeps import sweep_frame, sweep_table
 
@@ -66,7 +53,7 @@ def swept(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished sweep of two sample sizes by two seeds, two points at a time."""
     folder = tmp_path_factory.mktemp("sweep")
     file = write_sweep(folder / "grid.yaml", config)
-    assert main(["sweep", str(file), f"--output={folder}", "--jobs=2"]) == 0
+    assert main(["sweep", str(file), f"--output={folder}", "--launch.workers=2"]) == 0
     return folder / "grid"
 
 
@@ -180,42 +167,6 @@ def test_an_agent_of_a_wandb_sweep_runs_our_command(config: Path, capsys: pytest
     assert [method["class_path"].rsplit(".")[-1] for method in printed["methods"]] == ["Coin"]
 
 
-def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_asked_to(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[tuple[list[Any], Launch]] = []
-
-    def run_commands(commands: list[Any], launch: Launch, *_: Any, share_gpus: bool) -> list[Any]:
-        assert not share_gpus
-        started.append((commands, launch))
-        return []
-
-    monkeypatch.setattr(coin.commands.sweep_run, "run_commands", run_commands)
-    monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
-    monkeypatch.setenv("WANDB_TAGS", "mine")
-    arguments = [str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"]
-    for more in ([], ["--launch.workers=2"], ["--jobs=4", "--executor=slurm"]):
-        assert main(["sweep", *arguments, *more]) == 0
-    commands = started[0][0]
-    assert [command.name for command in commands] == NAMES
-    assert {command.variables["WANDB_TAGS"] for command in commands} == {"mine,sweep-grid"}
-    assert [(launch.executor, launch.workers) for _, launch in started] == [("local", 3), ("local", 2), ("slurm", 4)]
-
-
-def test_a_point_whose_options_have_changed_is_not_finished(config: Path, tmp_path: Path) -> None:
-    def key(**changes: Any) -> str:
-        file = write_sweep(tmp_path / "grid.yaml", config, set={**SWEEP["set"], **changes})
-        return PointRun(sweep_points(read_sweep(file), tmp_path / "grid")[0], {}).inputs.key
-
-    changes: list[dict[str, Any]] = [
-        {},
-        {"replicas": [{"bits": 3}]},
-        {"replicas": [{"bits": 4}]},
-        {"code": [[0.5, 0.5]]},
-    ]
-    assert len({key(**each) for each in changes}) == len(changes)
-
-
 def test_table_holds_every_points_results(swept: Path) -> None:
     frame = pd.read_csv(swept / "sweep.csv", keep_default_na=False)
     assert list(frame.columns) == ["calibration.samples_per_task", "seeds", *COLUMNS]
@@ -226,9 +177,6 @@ def test_table_holds_every_points_results(swept: Path) -> None:
         results = pd.read_csv(next((swept / str(name)).glob("seed-*/results.csv")), keep_default_na=False)
         pd.testing.assert_frame_equal(rows[list(COLUMNS)].reset_index(drop=True), results)
     assert set(frame.method) == {"average", "oracle", "none"}
-    risk = pd.read_csv(swept / "risk.csv", keep_default_na=False)
-    assert list(risk.columns) == ["calibration.samples_per_task", "seeds", *RISK_COLUMNS]
-    assert len(risk) == sum(len(pd.read_csv(path)) for path in swept.glob("*/seed-*/risk.csv"))
 
 
 def test_report_shows_the_swept_samples(swept: Path) -> None:
@@ -242,33 +190,29 @@ def test_report_shows_the_swept_samples(swept: Path) -> None:
     assert (again.name, again.grids) == ("grid", [SWEEP["grid"]])
 
 
-def test_base_and_experts_are_trained_once(swept: Path) -> None:
-    files = {name: sorted((swept / name).rglob("*.safetensors")) for name in NAMES}
-    assert len({path.stat().st_ino for name in NAMES for path in files[name] if path.name == "base.safetensors"}) == 1
-    experts = [path for name in NAMES for path in files[name] if path.name == "expert.safetensors"]
-    assert len(experts) == 8
-    assert len({path.stat().st_ino for path in experts}) == 4  # two tasks by two seeds
-    logs = [(swept / name / "sweep.log").read_text() for name in NAMES]
-    assert sum(log.count("base: pretraining") for log in logs) == 1
-    assert sum(log.count("fine-tuning") for log in logs) == 4
-    assert sum(len(re.findall(r"expert \w+: up to date", log)) for log in logs) == 4
-    # Calibration samples differ, so coded models do not share their results.
-    assert len({path.stat().st_ino for name in NAMES for path in files[name] if path.parent.name == "coded"}) == 4
+def test_what_points_share_is_made_once_and_tagged_with_the_sweep(
+    swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [path.parent.name.rpartition("-")[0] for path in (swept / ".steps").glob("*/done.json")]
+    counts = {name: made.count(name) for name in made}
+    # Two seeds; calibration samples differ, so coded models do not share.
+    once = dict.fromkeys(("base", "initial-10", "initial-6"), 1)
+    assert counts == {**once, "expert-digits": 2, "expert-letters": 2, "coded-average": 4, "evaluate": 4}
+    experts = {(swept / name / "seed-0/experts/digits").resolve() for name in NAMES if name.endswith("0")}
+    assert len(experts) == 1
+    assert main(["sweep", str(swept.parent / "grid.yaml"), f"--output={swept.parent}", "--dry-run"]) == 0
+    assert "grid, 4 points: 0 of 15 steps to do" in capsys.readouterr().out
 
 
-def test_finished_sweep_starts_nothing(
-    swept: Path, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    before = {path: path.stat().st_mtime_ns for path in swept.glob("*/sweep.log")}
+def test_finished_sweep_computes_nothing(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [path for path in swept.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    before = {path: path.stat().st_mtime_ns for path in steps if path.name not in ("summary.csv", "sweep.csv")}
     assert main(["sweep", str(swept.parent / "grid.yaml"), f"--output={swept.parent}"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in swept.glob("*/sweep.log")} == before
-    assert "4 finished already" in capsys.readouterr().err
-
-
-def test_second_sweep_in_the_same_folder_is_refused(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with folder_lock(swept):
-        assert main(["sweep", str(swept.parent / "grid.yaml"), f"--output={swept.parent}"]) == 2
-    assert "found another coin command at work in" in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path.name for path in before if before[path] != after[path]} <= {
+        "sweep.yaml", "promise.csv", "report.html", *(path.name for path in (swept / "plots").glob("*"))
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("up to date") == 15
 
 
 def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:
@@ -291,51 +235,53 @@ def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:
         assert cells["linear"][line] == f"{(first + second) / 2:.1f} ± {spread:.1f}"
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, "the sweep ended before it could be ended"
-        assert time.monotonic() < deadline, "the sweep did not come so far"
-        time.sleep(0.02)
+def finished_steps(folder: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(".steps/*/done.json")}
 
 
-def test_ended_sweep_goes_on_to_the_same_table(swept: Path, config: Path, tmp_path: Path) -> None:
-    grid = {"calibration.samples_per_task": [12], "seeds": [[0], [1]]}
-    file = write_sweep(tmp_path / "grid.yaml", config, grid=grid)
-    folder = tmp_path / "grid"
-    command = [sys.executable, "-m", "coin", "sweep", str(file), f"--output={tmp_path}", "--jobs=1"]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    # SIGTERM ends the point's process as well.
-    process = subprocess.Popen(command, **quiet)
-    wait_for((folder / NAMES[0] / "base/checkpoints/step-key").exists, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    with folder_lock(folder / NAMES[0]):
-        pass
-    # SIGKILL leaves it working, and a second process must not work beside it.
-    process = subprocess.Popen(command, **quiet)
-    wait_for((folder / NAMES[1] / "seed-1/experts/digits/checkpoints/step-key").exists, process)
-    orphan = int((folder / NAMES[1] / ".lock").read_text().split()[1])
-    os.kill(orphan, signal.SIGSTOP)
-    try:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(60)
-        with pytest.raises(ConfigurationError, match="at work"), folder_lock(folder / NAMES[1]):
-            pass
-        assert set(pd.read_csv(folder / "sweep.csv").experiment) == {NAMES[0]}
-        first = (folder / NAMES[0] / "seed-0/results.csv").stat().st_mtime_ns
+def kill_and_go_on(command: list[str], folder: Path, kills: int, environment: dict[str, str] | None = None) -> str:
+    """Start a sweep, kill it after each few steps, and let it end; return what the last one says.
+
+    Nothing that is finished when it is killed may be made again.
+    """
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    for kill in range(kills):
+        before = finished_steps(folder)
         process = subprocess.Popen(command, **quiet)
-        log = folder / NAMES[1] / "sweep.log"
-        wait_for(lambda: f"waiting for another coin command at work in '{log.parent}'" in log.read_text(), process)
-    finally:
-        os.kill(orphan, signal.SIGCONT)
-    assert process.wait(240) == 0
-    assert (folder / NAMES[0] / "seed-0/results.csv").stat().st_mtime_ns == first
-    assert log.read_text().count("expert digits: fine-tuning") == 1
-    own, wanted = (
-        pd.read_csv(path / "sweep.csv").drop(columns=["merge_seconds", "decoder_seconds"]) for path in (folder, swept)
-    )  # fmt: skip
-    pd.testing.assert_frame_equal(own, wanted[wanted.experiment.isin(NAMES[:2])])
+        deadline = time.monotonic() + 240
+        wanted = len(before) + 1 + 2 * kill
+        while len(finished_steps(folder)) < wanted:
+            assert process.poll() is None, "the sweep ended before it could be killed"
+            assert time.monotonic() < deadline, "the sweep did not come so far"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM if kill == 1 else signal.SIGKILL)
+        assert process.wait(60) != 0
+        found = finished_steps(folder)
+        assert before.items() <= found.items()
+    before = finished_steps(folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert before.items() <= finished_steps(folder).items()
+    return done.stderr
+
+
+def test_six_points_killed_three_times_are_those_of_one_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    grid = {"calibration.samples_per_task": [12, 24], "seeds": [[0], [1], [2]]}
+    file = write_sweep(tmp_path / "grid.yaml", config, grid=grid)
+    tables = []
+    for place, kills in (("whole", 0), ("killed", 3)):
+        command = [sys.executable, "-m", "coin", "sweep", str(file), f"--output={tmp_path / place}"]
+        kill_and_go_on(command, tmp_path / place / "grid", kills)
+        steps = finished_steps(tmp_path / place / "grid")
+        assert len(steps) == 3 + 2 * 3 + 6 + 6
+        tables.append(
+            pd.read_csv(tmp_path / place / "grid/sweep.csv").drop(columns=["merge_seconds", "decoder_seconds"])
+        )
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_failing_point_leaves_the_others_alone(
@@ -347,109 +293,11 @@ def test_failing_point_leaves_the_others_alone(
     (tmp_path / "base").mkdir()
     (tmp_path / "base/base.safetensors").write_text("damaged")
     file = write_sweep(tmp_path / "grid.yaml", config, grid={"base": bases})
-    assert main(["sweep", str(file), f"--output={tmp_path}", "--jobs=1"]) == 2
-    captured = capsys.readouterr()
-    line = captured.err.strip().splitlines()[-1]
-    log = tmp_path / "grid/grid-000-base-0/sweep.log"
-    assert line.startswith("coin: error: 1 of 2 points failed")
-    assert str(log) in line
-    assert str(tmp_path / "base/base.safetensors") in log.read_text().strip().splitlines()[-1]
-    assert "average" in captured.out
+    assert main(["sweep", str(file), f"--output={tmp_path}"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("coin: error: 1 of 12 steps failed, the first of them initialisation for 10 classes: ")
+    assert str(tmp_path / "base/base.safetensors") in line
     frame = pd.read_csv(tmp_path / "grid/sweep.csv")
     assert set(frame.experiment) == {"grid-001-base-1"}
     assert set(frame.base.map(json.loads).map(lambda base: base["checkpoint"])) == {bases[1]["checkpoint"]}
     assert len(frame) == len(read_results(tmp_path / "grid/grid-001-base-1/seed-0"))
-
-
-def test_jobs_are_at_least_one(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", str(write_sweep(tmp_path / "s.yaml", config)), "--jobs=0"]) == 2
-    assert "jobs=0" in capsys.readouterr().err
-
-
-ROOT = Path(__file__).parents[2]
-FAKE_SBATCH = ROOT / "tests/cluster/fake_sbatch.py"
-SLURM = {
-    "sbatch": f'exec {sys.executable} {FAKE_SBATCH} sbatch "$@"',
-    "sacct": f'exec {sys.executable} {FAKE_SBATCH} sacct "$@"',
-    "srun": """
-while [ "${1#-}" != "$1" ]; do
-  case "$1" in --*=*|--unbuffered) ;; --*) shift ;; esac
-  shift
-done
-exec "$@" 2>>$FAKE_SLURM/said-${SLURM_JOB_ID}_$SLURM_ARRAY_TASK_ID
-""",
-}
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> dict[str, str]:
-    """The environment of a login node."""
-    fakes = tmp_path / "bin"
-    fakes.mkdir()
-    for name, lines in SLURM.items():
-        (fakes / name).write_text(f"#!/bin/sh\n{lines}\n")
-        (fakes / name).chmod(0o755)
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))}
-    path = f"{fakes}:{os.environ['PATH']}"
-    return own | {"PATH": path, "PYTHONPATH": str(ROOT), "FAKE_SLURM": str(tmp_path), "WANDB_MODE": "disabled"}
-
-
-def test_the_state_of_a_job_that_the_cluster_ended_is_told(
-    cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in cluster.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text("import os; os.kill(os.getppid(), 9)")
-    ended = Command("ended", ["--help"], tmp_path / "a/ended.log", {"PYTHONPATH": f"{tmp_path}/site:{ROOT}"})
-    wrong = Command("wrong", ["nonsense"], tmp_path / "b/wrong.log")
-    right = Command("right", ["--help"], tmp_path / "c/right.log")
-    failed = run_commands([ended, wrong, right], Launch(Executor.slurm, 2, {"timeout_min": 5}), tmp_path / "submitit")
-    assert failed == [ended, wrong]
-    told = capsys.readouterr().err
-    state = f"job 7700_0 ended without a result, in state FAILED; see {tmp_path}/submitit/7700_0_0_log.err"
-    assert f"ended: failed: {state}\n" in told
-    assert "wrong: failed: coin: error: found command 'nonsense'" in told
-    assert "right: finished\n" in told
-    with pytest.raises(CoinError, match=r"2 of 3 steps failed, the first of them ended: job 7700_0 ended without"):
-        raise_for(failed, 3, "steps")
-
-
-def test_a_sweep_of_six_points_goes_on_where_it_was_killed(
-    config: Path, cluster: dict[str, str], tmp_path: Path
-) -> None:
-    document = {
-        "name": "grid",
-        "experiment": str(config),
-        "grid": {"seeds": [[0], [1], [2]], "calibration.samples_per_task": [12, 24]},
-        "set": {"methods": [{"class_path": "Average"}], "decoders": ["linear"], "calibration.batch_size": 12},
-    }
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    command = [sys.executable, "-m", "coin", "sweep", "grid.yaml", "--output=runs", "--jobs=2"]
-    command += ["--launch.executor=slurm", "--launch.slurm.timeout_min=5"]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    sweep = subprocess.Popen(command, cwd=tmp_path, env=cluster, **quiet)
-    table = tmp_path / "runs/grid/sweep.csv"
-    wait_for(table.exists, sweep)
-    sweep.kill()
-    sweep.wait()
-    array = int((tmp_path / "array-7700").read_text())
-    os.kill(array, signal.SIGSTOP)  # and its jobs with it: none of them ends or begins meanwhile
-    for task in tmp_path.glob("task-*"):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            if not (tmp_path / f"ended-{task.name.removeprefix('task-')}").exists():
-                os.killpg(int(task.read_text()), signal.SIGKILL)
-    os.kill(array, signal.SIGKILL)
-    results = tmp_path / "runs/grid"
-    before = {path: path.stat().st_mtime_ns for path in results.glob("*/seed-*/results.csv")}
-    assert 0 < len(before) < 6
-    done = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, "\n".join(
-        [done.stderr, *(f"{path.name}:\n{path.read_text()}" for path in sorted(tmp_path.glob("said-*")))]
-    )
-    assert "6 points, " in done.stderr
-    assert pd.read_csv(table).experiment.nunique() == 6
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    again = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=100, check=True)
-    assert "6 finished already" in again.stderr

@@ -13,10 +13,16 @@ from torch import nn
 
 from coin.coding import Code, choose_code, convex, simplex_codes, uniform
 from coin.coding.ready import decoded_error_bound
-from coin.data import Calibration
-from coin.errors import ConfigurationError, FileError, NumericalError
+from coin.core.processes import rank_zero_info
+from coin.data import Calibration, TaskData
+from coin.errors import ConfigurationError, NumericalError
 from coin.files.atomic import write_text
 from coin.merging import Average, Experts
+from coin.networks.experts import ExpertFiles
+from coin.pipeline.config import CalibrationConfig
+from coin.pipeline.step import Step, keyed_by
+from coin.pipeline.steps.samples import calibrations, samples_key
+from coin.pipeline.steps.train import ExpertStep
 
 AUTO = "auto"
 """The value of `code` that has every seed choose its own."""
@@ -100,18 +106,34 @@ def choose_weights(
     return choose_code(candidates, residuals.__getitem__), table, experts.passes
 
 
-def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequence[Calibration]) -> None:
-    """Choose a code and write it as JSON, with the candidates' scores and the cost; see `choose_weights`."""
-    started = time.perf_counter()
-    code, table, passes = choose_weights(networks, calibrations)
-    document = {"matrix": code.matrix.tolist(), "seconds": time.perf_counter() - started, "passes": passes}
-    write_text(path, json.dumps({**document, "candidates": table}, indent=1))
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ChooseCode(Step):
+    """Chooses the code of a seed and writes it as JSON, with the candidates' scores; see `choose_weights`."""
 
+    experts: dict[str, ExpertStep]
+    tasks: dict[str, TaskData]
+    calibration: CalibrationConfig = keyed_by(samples_key)
 
-def read_choice(path: Path) -> SeedCode:
-    """Return the code that `write_choice` wrote."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        return "choosing its weights"
+
+    @property
+    def output(self) -> Path:
+        """The file that it writes."""
+        return self.folder / "code.json"
+
+    def run(self) -> None:
+        """Choose the code, and write it."""
+        started = time.perf_counter()
+        networks = ExpertFiles({task: step.output for task, step in self.experts.items()}).networks
+        code, table, passes = choose_weights(networks, calibrations(self.tasks, self.calibration))
+        document = {"matrix": code.matrix.tolist(), "seconds": time.perf_counter() - started, "passes": passes}
+        write_text(self.output, json.dumps({**document, "candidates": table}, indent=1))
+        rank_zero_info(f"code: chosen weights {', '.join(f'{weight:.3g}' for weight in code.matrix[0].tolist())}")
+
+    def read(self) -> SeedCode:
+        """Return the code that was chosen."""
+        document = json.loads(self.output.read_text(encoding="utf-8"))
         return SeedCode(Code(document["matrix"]), float(document["seconds"]), float(document["passes"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"cannot read the chosen code '{path}' ({error}); delete it and run again") from error

@@ -1,6 +1,7 @@
 """The compression step: a network's file in, its packed delta from a base's as a file out."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA
@@ -8,6 +9,32 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
+from coin.pipeline.step import Step
+from coin.pipeline.steps.train import ExpertStep, WriteInitial
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CompressExperts(Step):
+    """Writes a compressed copy of every expert."""
+
+    compression: Compression
+    experts: dict[str, ExpertStep]
+    initial: WriteInitial
+
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        return "compressing"
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The copies by task."""
+        return {task: self.folder / f"{task}.{self.compression.name}.safetensors" for task in self.experts}
+
+    def run(self) -> None:
+        """Write the copies, and the 8-bit base of some beside them."""
+        for task, output in self.outputs.items():
+            compress_file(self.experts[task].output, output, self.initial.output, self.compression)
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:

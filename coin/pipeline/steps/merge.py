@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 import coin.distillation  # noqa: F401 (its methods, which files name by their classes)
+from coin.coding import Code
 from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
@@ -19,11 +21,70 @@ from coin.files.safetensors import load_provenance
 from coin.merging import Experts, Method
 from coin.networks import has_batchnorm, kept_base, save_compressed, save_network
 from coin.networks.experts import ExpertFiles
-from coin.pipeline.options import config_dict
-from coin.pipeline.steps.code import SeedCode, read_code
+from coin.pipeline.config import CalibrationConfig
+from coin.pipeline.options import config_dict, result_options
+from coin.pipeline.run_log import RunLog
+from coin.pipeline.step import Step, keyed_by, unkeyed
+from coin.pipeline.steps.code import ChooseCode, SeedCode, read_code
+from coin.pipeline.steps.samples import calibrations, datamodule, samples_key
+from coin.pipeline.steps.statistics import EstimateStatistic
+from coin.pipeline.steps.train import ExpertStep, WriteInitial
 from coin.pipeline.steps.trainer import make_trainer
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Merge(Step):
+    """Makes a method's coded models, one a row of the code, and their compressed variants.
+
+    `initial` and `trainer` are given to methods that read them only.
+    """
+
+    method: Method
+    code: Code | ChooseCode = keyed_by(lambda code: code.matrix.tolist() if isinstance(code, Code) else code)
+    experts: dict[str, ExpertStep]
+    statistics: dict[Statistic, dict[str, EstimateStatistic]]
+    initial: WriteInitial | None
+    tasks: dict[str, TaskData]
+    seed: int
+    calibration: CalibrationConfig = keyed_by(samples_key)
+    trainer: dict[str, Any] | None = keyed_by(lambda trainer: trainer and result_options(trainer, training=True))
+    log: RunLog = unkeyed()
+
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        """Whether all processes run it."""
+        return self.method.is_trained
+
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        return "training" if self.method.is_trained else "merging"
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The files of the coded models, followed by those of the compressed variants."""
+        rows = self.code.num_coded if isinstance(self.code, Code) else 1
+        return coded_paths(self.method, rows, self.folder)
+
+    def run(self) -> None:
+        """Make the coded models."""
+        initial = None if self.initial is None else self.initial.output
+        files = ExpertFiles({task: step.output for task, step in self.experts.items()}, initial)
+        statistics = {
+            which: {task: step.output for task, step in own.items()} for which, own in self.statistics.items()
+        }
+        samples = calibrations(self.tasks, self.calibration)
+        choice = SeedCode(self.code) if isinstance(self.code, Code) else self.code.read()
+        with ExitStack() as stack:
+            train = None
+            if self.trainer is not None:
+                loggers = stack.enter_context(self.log.open(self.folder))
+                data = datamodule(self.tasks, self.calibration)
+                train = Training(data, self.folder, self.seed, self.trainer, loggers)
+            experts = Experts(files, statistics=statistics, calibration=samples, train=train)
+            make_coded_models(self.method, choice, experts, self.folder, self.calibration.samples_per_task)
 
 
 @dataclass

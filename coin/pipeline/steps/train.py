@@ -1,8 +1,8 @@
-"""The training of one network on one task: the base, and the experts."""
+"""The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
 
-import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,14 +16,20 @@ from coin.data import Augmentation, TaskData
 from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
 from coin.errors import FileError
-from coin.files.atomic import hashes, write_text
+from coin.files.atomic import hashes
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert
 from coin.networks import NetworkConfig, import_checkpoint, import_pretrained, initial_network, save_network
 from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
-from coin.pipeline.step import Context
+from coin.pipeline.options import result_options
+from coin.pipeline.run_log import RunLog
+from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.trainer import make_trainer
+
+BASE = "base.safetensors"
+EXPERT = "expert.safetensors"
+INITIAL = "initial.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,101 +60,166 @@ class TrainingConfig(Recipe):
         build_transforms(self.transform)
 
 
-def train_network(
-    context: Context,
-    config: TrainingConfig,
-    network: NetworkConfig,
-    task: TaskData,
-    *,
-    seed: int,
-    name: str | None = None,
-    initial: Path | None = None,
-) -> None:
-    """Train one network on one task and write it as a safetensors file, with checkpoints in the same folder.
+def network_key(network: NetworkConfig) -> NetworkConfig:
+    """Return a network's options without the path of its weights, whose contents are in keys by themselves."""
+    return network if network.weights_file is None else replace(network, weights=None)
 
-    An interrupted run resumes from its last complete epoch, if the step's key is the same. The seed is that of the
-    samples' order and of dropout. The base has no `name`, and no `initial`: it starts from the network's own weights.
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WriteInitial(Step):
+    """Writes the shared initialisation for a number of classes.
+
+    It starts from the base, from a user's `checkpoint` or from the network's own weights. Experts with equal class
+    counts share the head; all share the other layers, those of the initialisation with the most classes, `wider`.
     """
-    (output,) = context.outputs
-    on_rank_zero(task.prepare_data)
-    weights = getattr(config, "weights", Weights.last)
-    checkpoints = output.parent / "checkpoints"
-    last = on_rank_zero(lambda: _begin(checkpoints, context.key, output))
-    data = task_with(
-        task,
-        seed=seed,
-        batch_size=config.batch_size,
-        augmentation=config.augmentation,
-        transform=task.transform if config.transform is None else config.transform,
-    )
-    module = Expert(
-        network=network.name,
-        image_size=network.image_size,
-        weights=None if initial is not None else network.weights,
-        options=network.options,
-        num_classes=data.num_classes,
-        initial=None if initial is None else str(initial),
-        seed=seed,
-        **{option.name: getattr(config, option.name) for option in fields(Recipe)},
-    )
-    export = ExpertExport(str(output), weights, name)
-    callbacks: list[Callback] = [export]
-    if weights == Weights.best:
-        callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
-    # Lightning's save_last would write only where another checkpoint is written: where none is the best, nowhere.
-    callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
-    trainer = make_trainer(
-        checkpoints,
-        context.trainer,
-        max_epochs=config.epochs,
-        callbacks=callbacks,
-        logger=context.loggers or False,
-        enable_checkpointing=True,
-        log_every_n_steps=10,
-    )
-    seed_everything(seed, workers=True, verbose=False)
-    trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-    if not on_rank_zero(output.is_file):
-        # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
-        export.on_train_end(trainer, module)
-    if initial is None:
-        task.release()  # the base's task is not read again
+
+    remote: ClassVar[bool] = False  # it may have to download
+
+    network: NetworkConfig = keyed_by(network_key)
+    classes: int
+    base: "TrainNetwork | None" = None
+    checkpoint: Path | None = None
+    weights: Path | None = None
+    wider: "WriteInitial | None" = None
+
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        return "writing"
+
+    @property
+    def output(self) -> Path:
+        """The file that it writes."""
+        return self.folder / INITIAL
+
+    def run(self) -> None:
+        """Write the file."""
+        checkpoint = self.checkpoint if self.base is None else self.base.output
+        wider = None if self.wider is None else self.wider.output
+        initial = initial_network(self.network, self.classes, checkpoint, wider=wider)
+        read = hashes(each for each in (checkpoint, wider, self.weights) if each)
+        made = {"made_by": "coin run", "base": str(checkpoint), "sha256": read}
+        save_network(self.output, initial, self.network, self.classes, made)
 
 
-def write_initial(
-    context: Context, network: NetworkConfig, classes: int, wider: Path | None, checkpoint: Path | None
-) -> None:
-    """Write the shared initialisation for a number of classes, by default with the network's own weights.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainNetwork(Step):
+    """Trains a network on one task, an expert from the shared initialisation or, without one, the base.
 
-    Its body is that of `wider`, the file of the initialisation with the most classes.
+    An interrupted training goes on from its last complete epoch. The seed is that of the samples' order and of dropout.
     """
-    initial = initial_network(network, classes, checkpoint, wider=wider)
-    read = hashes(each for each in (checkpoint, wider, network.weights_file) if each)
-    made = {"made_by": "coin run", "base": str(checkpoint), "sha256": read}
-    save_network(context.outputs[0], initial, network, classes, made)
+
+    collective: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+
+    network: NetworkConfig = keyed_by(network_key)
+    config: TrainingConfig
+    task: TaskData
+    seed: int
+    trainer: dict[str, Any] = keyed_by(partial(result_options, training=True))
+    task_name: str | None = None
+    initial: WriteInitial | None = None
+    weights: Path | None = None
+    log: RunLog = unkeyed()
+
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        if self.initial is None:
+            return f"pretraining {self.network.name} on {type(self.task).__name__}"
+        return f"fine-tuning for {self.config.epochs} epochs"
+
+    @property
+    def output(self) -> Path:
+        """The file that it writes; checkpoints and logs are in the same folder."""
+        return self.folder / (BASE if self.initial is None else EXPERT)
+
+    def run(self) -> None:
+        """Train, and write the network; every process takes part."""
+        config, checkpoints = self.config, self.folder / "checkpoints"
+        on_rank_zero(self.task.prepare_data)
+        weights = getattr(config, "weights", Weights.last)
+        last = on_rank_zero(partial(_last_checkpoint, checkpoints))
+        data = task_with(
+            self.task,
+            seed=self.seed,
+            batch_size=config.batch_size,
+            augmentation=config.augmentation,
+            transform=self.task.transform if config.transform is None else config.transform,
+        )
+        module = Expert(
+            network=self.network.name,
+            image_size=self.network.image_size,
+            weights=self.network.weights if self.initial is None else None,
+            options=self.network.options,
+            num_classes=data.num_classes,
+            initial=None if self.initial is None else str(self.initial.output),
+            seed=self.seed,
+            **{option.name: getattr(config, option.name) for option in fields(Recipe)},
+        )
+        export = ExpertExport(str(self.output), weights, self.task_name)
+        callbacks: list[Callback] = [export]
+        if weights == Weights.best:
+            callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
+        # Lightning's save_last would write only where another checkpoint is written: where none is the best, nowhere.
+        callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
+        fixed = {"max_epochs": config.epochs, "callbacks": callbacks, "enable_checkpointing": True}
+        with self.log.open(self.folder) as loggers:
+            trainer = make_trainer(checkpoints, self.trainer, logger=loggers, log_every_n_steps=10, **fixed)
+            seed_everything(self.seed, workers=True, verbose=False)
+            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+            if not on_rank_zero(self.output.is_file):
+                # The checkpoint was of a finished training: Lightning restores it and trains nothing.
+                export.on_train_end(trainer, module)
+        if self.initial is None:
+            self.task.release()  # the base's task is not read again
 
 
-def import_expert(
-    context: Context, config: NetworkConfig, name: str, task: TaskData, place: str, initial: Path
-) -> None:
-    """Write a task's expert from the user's file of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
-    if place.startswith(PREFIX):
-        network = import_pretrained(config, place, initial, task.zero_shot, name)
-    else:
-        network = import_checkpoint(config, task.num_classes, Path(place))
-    made: dict[str, Any] = {"made_by": "coin run", "source": place, "task": name, "classes": list(task.classes)}
-    made |= {"sha256": hashes(context.inputs), **({} if task.head is None else {"head": task.head})}
-    save_network(context.outputs[0], network, config, task.num_classes, made)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImportExpert(Step):
+    """Writes an expert from a user's `files` of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
+
+    remote: ClassVar[bool] = False
+
+    network: NetworkConfig = keyed_by(network_key)
+    task_name: str
+    classes: list[str]
+    place: str = keyed_by(lambda place: place if place.startswith(PREFIX) else None)
+    files: list[Path]
+    head: dict[str, Any] | None
+    initial: WriteInitial
+    task: TaskData = unkeyed()
+
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        return f"importing '{self.place if self.place.startswith(PREFIX) else Path(self.place).name}'"
+
+    @property
+    def output(self) -> Path:
+        """The file that it writes."""
+        return self.folder / EXPERT
+
+    def run(self) -> None:
+        """Write the file."""
+        if self.place.startswith(PREFIX):
+            network = import_pretrained(
+                self.network, self.place, self.initial.output, self.task.zero_shot, self.task_name
+            )
+        else:
+            network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
+        made: dict[str, Any] = {"made_by": "coin run", "source": self.place, "task": self.task_name}
+        made |= {"classes": self.classes, "sha256": hashes([*self.files, self.initial.output])}
+        made |= {} if self.head is None else {"head": self.head}
+        save_network(self.output, network, self.network, self.task.num_classes, made)
 
 
-def _begin(checkpoints: Path, key: str, output: Path) -> str | None:
-    """Remove the files of another training, and return the checkpoint to resume from."""
-    mark, last = checkpoints / "step-key", checkpoints / "last.ckpt"
-    if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != key:
-        if checkpoints.is_dir():
-            shutil.rmtree(checkpoints)
-        write_text(mark, key)
-    output.unlink(missing_ok=True)
+ExpertStep = TrainNetwork | ImportExpert
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    """Return the checkpoint that an interrupted training goes on from, if any."""
+    last = checkpoints / "last.ckpt"
     try:
         check_training_checkpoint(last)
     except FileError:  # Lightning copies it across file systems, and may be killed at that

@@ -12,8 +12,8 @@ from coin.files.safetensors import load_state
 from coin.modules import Expert
 from coin.networks import NetworkConfig
 from coin.pipeline.config import ExpertConfig
-from coin.pipeline.step import Context
-from coin.pipeline.steps.train import train_network
+from coin.pipeline.run_log import RunLog
+from coin.pipeline.steps.train import TrainNetwork
 
 
 class KilledError(Exception):
@@ -39,10 +39,18 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
         taken.clear()
         task: TaskData = synthetic()
         config = ExpertConfig(epochs=4, lr=0.05, batch_size=8, weights=weights)
-        output = tmp_path / folder / "expert.safetensors"
-        context = Context("key", [output], trainer={"accelerator": "cpu", "num_sanity_val_steps": 0})
-        train_network(context, config, small_config, task, seed=3)
-        return dict(load_state(output)[0])
+        step = TrainNetwork(
+            name="expert",
+            store=tmp_path / folder,
+            network=small_config,
+            config=config,
+            task=task,
+            seed=3,
+            trainer={"accelerator": "cpu", "num_sanity_val_steps": 0},
+            log=RunLog(tmp_path / folder, "group", "expert", "name", (), {}),
+        )
+        step.run()
+        return dict(load_state(step.output)[0])
 
     monkeypatch.setattr(Expert, "training_step", noted)
     wanted = train("undisturbed")
@@ -57,4 +65,4 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
     assert taken == list(range(8, 16))
     assert all(found[name].equal(wanted[name]) for name in wanted)
     last = 1 if weights is Weights.last else 2
-    assert len(list((tmp_path / "killed/checkpoints").glob("*.ckpt"))) == last
+    assert len(list((tmp_path / "killed").glob("*/checkpoints/*.ckpt"))) == last

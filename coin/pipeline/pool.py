@@ -1,0 +1,275 @@
+"""``coin`` commands side by side: processes of this machine, jobs of SLURM (submitit), or tasks of Ray.
+
+A job is ``coin run -c EXPERIMENT.yaml --only STEP``: it writes the step's folder, where the experiment finds it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coin.core.processes import cores
+from coin.core.ray_cluster import set_ray_variables, start_ray
+from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
+from coin.files.atomic import write_text
+from coin.files.packaged import extra_module
+from coin.pipeline.launch import Executor, Launch
+
+_STOP_SECONDS = 10.0
+
+
+class CommandFailedError(CoinError):
+    """Some steps have failed; all that do not need them have finished."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A ``coin`` command, called in a process, job or task of its own; what it prints is appended to `log`."""
+
+    arguments: Sequence[str]
+    log: Path
+
+    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Start the process."""
+        command = [sys.executable, "-m", "coin", *self.arguments]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            log.write(f"# {' '.join(command)}\n".encode())
+            log.flush()
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment))
+
+    def last_line(self) -> str:
+        """Return the last line that it printed."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        return text.strip().rpartition("\n")[2] or "it has printed nothing"
+
+    def __call__(self) -> None:
+        """Run it within a job or task of a cluster."""
+        if self.start(child_environment(cores())).wait() != 0:
+            raise CommandFailedError(self.last_line())
+
+    def checkpoint(self) -> Any:
+        """Return what submitit requeues when the cluster preempts the job: the same, which goes on where it was."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class Pool(ABC):
+    """Runs commands elsewhere, `workers` at a time."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    @abstractmethod
+    def submit(self, command: Command) -> Any:
+        """Start a command, and return its handle."""
+
+    @abstractmethod
+    def ended(self, handle: Any) -> str | None:
+        """Return why a command has failed, '' if it has not; None while it runs."""
+
+
+@contextlib.contextmanager
+def open_pool(launch: Launch | None, store: Path) -> Iterator[Pool | None]:
+    """Yield the pool of a launch section, none without; it ends with the block, but for jobs of a cluster.
+
+    Raises:
+        ConfigurationError: submitit, SLURM or Ray is missing, or refuses an option.
+    """
+    if launch is None or not launch.side_by_side:
+        yield None
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        if launch.executor is Executor.slurm:
+            yield _Slurm(launch, store)
+            return
+        pool: Pool = _Ray(launch, stack) if launch.executor is Executor.ray else _Processes(launch.workers, stack)
+        # A scheduler sends SIGTERM before the end of an allocation, and Ray's own handler would abort.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        yield pool
+
+
+def check_launch(launch: Launch, store: Path) -> None:
+    """Refuse a launch section that submits nothing here, before anything is run; for SLURM, with submitit's words."""
+    if launch.executor is Executor.slurm:
+        _Slurm(launch, store)
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """Return a subprocess's environment with this number of threads, unless ``OMP_NUM_THREADS`` is set."""
+    # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {"OMP_NUM_THREADS": str(threads), **inherited}
+
+
+def worker_environments(workers: int) -> list[dict[str, str]]:
+    """Return the environment of each worker on this machine: its share of the cores, and of the GPUs if there are any.
+
+    With more workers than GPUs, several share one.
+    """
+    import torch  # which a job that only starts a command does not need
+
+    environment = child_environment(max(1, cores() // workers))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
+    if not devices:
+        return [environment] * workers
+    shares = [devices[place::workers] or [devices[place % len(devices)]] for place in range(workers)]
+    return [{**environment, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+class _Processes(Pool):
+    """Processes of this machine, which end with this one."""
+
+    def __init__(self, workers: int, stack: contextlib.ExitStack) -> None:
+        super().__init__(workers)
+        self._free = worker_environments(workers)
+        self._running: dict[subprocess.Popen[bytes], tuple[Command, dict[str, str]]] = {}
+        stack.callback(self._stop)
+
+    def submit(self, command: Command) -> "subprocess.Popen[bytes]":
+        environment = self._free.pop()
+        process = command.start(environment)
+        self._running[process] = command, environment
+        return process
+
+    def ended(self, handle: "subprocess.Popen[bytes]") -> str | None:
+        if (status := handle.poll()) is None:
+            return None
+        command, environment = self._running.pop(handle)
+        self._free.append(environment)
+        return f"exit status {status}: {command.last_line()}" if status else ""
+
+    def _stop(self) -> None:
+        for process in self._running:
+            process.terminate()
+        for process in self._running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+
+
+class _Slurm(Pool):
+    """Jobs that submitit submits, to SLURM or, to try them, on this machine; they outlive this process.
+
+    A job's number is kept beside its log: started again, the command waits for a job that is still alive.
+    """
+
+    def __init__(self, launch: Launch, store: Path) -> None:
+        super().__init__(launch.workers)
+        self._submitit, self._launch = extra_module("submitit", "slurm"), launch
+        options = {"cluster": "slurm", "name": "coin", **launch.slurm}
+        self._cluster, self._folder = options.pop("cluster"), store / ".jobs"
+        if self._cluster == "slurm" and shutil.which("srun") is None:
+            raise ConfigurationError(
+                "found no srun on this machine, expected a SLURM cluster's login node; launch.slurm.cluster=debug "
+                "tries the jobs here"
+            )
+        with self._refusals("use"):
+            self._executor = self._submitit.AutoExecutor(self._folder, cluster=self._cluster)
+            self._executor.update_parameters(**options)
+
+    @contextlib.contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # submitit's and sbatch's errors share no base class
+            raise ConfigurationError(f"cannot {what} jobs with {self._launch.slurm}: {first_line(error)}") from error
+
+    def submit(self, command: Command) -> tuple[Command, Any]:
+        kept = command.log.with_suffix(".job")
+        with contextlib.suppress(OSError, ValueError):
+            job = self._submitit.SlurmJob(self._folder, json.loads(kept.read_text(encoding="utf-8")))
+            if self._cluster == "slurm" and job.state in ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED"):
+                return command, job
+        with self._refusals("submit"):
+            job = self._executor.submit(command)
+        write_text(kept, json.dumps(job.job_id))
+        return command, job
+
+    def ended(self, handle: tuple[Command, Any]) -> str | None:
+        command, job = handle
+        if not job.done():
+            return None
+        if (error := job.exception()) is None:
+            return ""
+        lost = f"job {job.job_id} ended in state {job.state}; see {job.paths.stderr}"
+        return command.last_line() if CommandFailedError.__name__ in f"{type(error).__name__}: {error}" else lost
+
+
+class _Ray(Pool):
+    """Tasks of Ray; a task whose machine is lost is started again."""
+
+    def __init__(self, launch: Launch, stack: contextlib.ExitStack) -> None:
+        super().__init__(launch.workers)
+        options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
+        address = options.pop("address", None)
+        set_ray_variables(address)
+        self._ray = extra_module("ray", "serve")
+        self._running: dict[Any, Command] = {}
+        stack.callback(self._stop)
+        try:
+            self._task = self._ray.remote(**options)(_in_this_folder())
+            start_ray(address)
+        except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
+        _check_resources(options, self._ray.cluster_resources(), address)
+
+    def submit(self, command: Command) -> Any:
+        handle = self._task.remote(command)
+        self._running[handle] = command
+        return handle
+
+    def ended(self, handle: Any) -> str | None:
+        if not self._ray.wait([handle], timeout=0)[0]:
+            return None
+        command = self._running.pop(handle)
+        try:
+            self._ray.get(handle)
+        except self._ray.exceptions.RayError as error:
+            known = CommandFailedError.__name__ in f"{type(error).__name__}: {error}"
+            return command.last_line() if known else first_line(error)[:200]
+        return ""
+
+    def _stop(self) -> None:
+        for unfinished in self._running:
+            self._ray.cancel(unfinished, force=True)
+        self._ray.shutdown()
+
+
+def _in_this_folder() -> Callable[[Command], None]:
+    """Return a function that runs a command in this folder, with this command's variables for W&B."""
+    folder = Path.cwd()
+    variables = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+
+    def run(command: Command) -> None:
+        os.chdir(folder)
+        os.environ.update(variables)
+        command()
+
+    return run
+
+
+def _check_resources(options: Mapping[str, Any], there: Mapping[str, float], address: str | None) -> None:
+    """Raise ConfigurationError for a task that this machine can never run; warn if a cluster cannot run it now."""
+    needed = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
+    lacking = {name: number for name, number in needed.items() if number and number > there.get(name, 0)}
+    if lacking:
+        told = f"found launch.ray with {lacking}, expected no more than { ({n: there.get(n, 0) for n in lacking}) }"
+        if address is None:
+            raise ConfigurationError(f"{told} of this machine; take less")
+        warnings.warn(f"{told} of the Ray cluster; tasks wait until a machine joins", CoinWarning, stacklevel=2)

@@ -1,0 +1,104 @@
+"""The step that measures every method with every decoder, on one seed."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from coin.coding import Code, DecoderConfig
+from coin.core.processes import is_rank_zero, rank_zero_info
+from coin.data import TaskData
+from coin.errors import CoinWarning
+from coin.files.atomic import write_text
+from coin.merging import Experts
+from coin.merging.target import FAR, spread
+from coin.modules import DecodingEvaluator
+from coin.networks import head_name
+from coin.networks.experts import ExpertFiles
+from coin.pipeline.config import CalibrationConfig
+from coin.pipeline.options import result_options
+from coin.pipeline.run_log import RunLog
+from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
+from coin.pipeline.steps.code import ChooseCode
+from coin.pipeline.steps.compress import CompressExperts
+from coin.pipeline.steps.merge import Merge
+from coin.pipeline.steps.samples import datamodule, evaluation_key
+from coin.pipeline.steps.train import ExpertStep
+from coin.pipeline.steps.trainer import make_trainer
+
+UNRELATED = 0.6
+"""N networks of independent random weights are √(N-1) apart; of one start two were at most 0.25."""
+
+
+def tell_how_far_apart(files: ExpertFiles) -> None:
+    """Say how far experts' bodies are apart, relative to their weights, and warn where they cannot have one start."""
+    states, head = Experts(files).parameters, f"{head_name(files.skeleton)}."
+    apart = spread(states, [1 / len(states)] * len(states), (head,))
+    where = "near one another" if apart <= FAR else "far from one another"
+    rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
+    if apart > UNRELATED * (len(states) - 1) ** 0.5:
+        warnings.warn(
+            f"found experts that are {apart:.0%} of their weights apart, as networks of different starts are, expected "
+            "one start for all; fine-tune them from the same weights, for others cannot be merged",
+            CoinWarning,
+            stacklevel=2,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluate(Step):
+    """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders.
+
+    `configuration` is what ``results.json`` says of the experiment, `yaml` what ``coin run`` repeats the seed with.
+    """
+
+    collective: ClassVar[bool] = True
+
+    experiment: str
+    experts: dict[str, ExpertStep]
+    merges: list[Merge]
+    replicas: list[CompressExperts]
+    code: Code | ChooseCode = keyed_by(lambda code: code.matrix.tolist() if isinstance(code, Code) else code)
+    decoders: list[DecoderConfig] | None
+    tasks: dict[str, TaskData]
+    calibration: CalibrationConfig = keyed_by(evaluation_key)
+    trainer: dict[str, Any] = keyed_by(lambda trainer: result_options(trainer, training=False))
+    configuration: dict[str, Any] = unkeyed()
+    yaml: str = unkeyed()
+    log: RunLog = unkeyed()
+
+    @property
+    def doing(self) -> str:
+        """What it does."""
+        return "every method with every decoder"
+
+    def run(self) -> None:
+        """Measure, and write; every process takes part."""
+        code = self.code if isinstance(self.code, Code) else self.code.read().code
+        paths = {task: step.output for task, step in self.experts.items()}
+        if is_rank_zero():
+            tell_how_far_apart(ExpertFiles(paths))
+        model = DecodingEvaluator(
+            experts={task: str(path) for task, path in paths.items()},
+            coded=[str(path) for merge in self.merges for path in merge.outputs],
+            decoders=None if self.decoders is None else list(self.decoders),
+            code=code.matrix.tolist(),
+            replicas=[str(path) for step in self.replicas for path in step.outputs.values()],
+            alpha=self.calibration.promise_alpha,
+            confidence=self.calibration.promise_confidence,
+        )
+        made = {**self.configuration, "experts": {task: step.key for task, step in self.experts.items()}}
+        if is_rank_zero():
+            write_text(self.folder / "config.yaml", self.yaml)
+        with self.log.open(self.folder) as loggers:
+            trainer = make_trainer(self.folder, self.trainer, logger=loggers)
+            data = datamodule(self.tasks, self.calibration)
+            trainer.evaluate(model, data, str(self.folder), self.experiment, made)
+        for task in self.tasks.values():
+            task.release()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it has written."""
+        names = ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*")
+        return [path for name in names for path in sorted(self.folder.glob(name)) if path.name != DONE]

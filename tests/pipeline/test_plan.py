@@ -1,0 +1,146 @@
+"""The plan of an experiment: which option is in which step's key, and where a person sees what steps make."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coin.commands.run import experiment_of
+from coin.errors import FileError
+from coin.merging import Average
+from coin.pipeline.plan import Planned, plan, union
+from coin.pipeline.step import Step, closure
+from coin.pipeline.steps.merge import coded_name, coded_paths
+
+EXPERTS = {"expert-digits", "expert-letters"}
+FISHERS = {"fisher-digits", "fisher-letters"}
+MERGES = {"coded-average", "coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "coded-distillation"}
+AFTER_EXPERTS = FISHERS | MERGES | {"replicas-3bit", "evaluate"}
+BASE = {"base", "initial-10", "initial-6"}
+
+
+@pytest.fixture
+def planned(config: Path, tmp_path: Path) -> Callable[..., list[Planned]]:
+    """Return a function that plans the small experiment with options."""
+
+    def make(*options: str) -> list[Planned]:
+        arguments = ["-c", str(config), f"--output={tmp_path}", "--replicas=[{bits: 3}]", *options]
+        return plan(experiment_of(arguments))
+
+    return make
+
+
+def keys(steps: list[Planned]) -> dict[str, str]:
+    return {each.step.name: each.step.key for each in steps}
+
+
+def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
+    steps = planned()
+    assert set(keys(steps)) == BASE | EXPERTS | AFTER_EXPERTS
+    done: set[str] = set()
+    for each in steps:
+        assert {need.key for need in each.step.needs} <= done
+        done.add(each.step.key)
+    assert {step.name for step in closure(steps[-1].step)} == BASE | EXPERTS | AFTER_EXPERTS
+    assert not list(tmp_path.iterdir())  # nothing is written
+
+
+@pytest.mark.parametrize(
+    ("option", "changed"),
+    [
+        ("--trainer={enable_progress_bar: false, log_every_n_steps: 1}", set()),
+        ("--wandb.tags=[mine]", set()),
+        ("--calibration.memory_mib=99", set()),
+        ("--base.lr=0.3", BASE | EXPERTS | AFTER_EXPERTS),
+        ("--expert.lr=0.3", EXPERTS | AFTER_EXPERTS),
+        (
+            "--expert.overrides={digits: {lr: 0.3}}",
+            {"expert-digits", "fisher-digits", "evaluate", "replicas-3bit"} | MERGES,
+        ),
+        ("--trainer={precision: bf16-mixed}", BASE | EXPERTS | AFTER_EXPERTS),
+        ("--calibration.samples_per_task=9", FISHERS | MERGES | {"evaluate"}),
+        (
+            "--calibration.fisher_kind=categorical",
+            FISHERS | {"coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "evaluate"},
+        ),
+        ("--calibration.promise_samples=60", {"evaluate"}),
+        ("--code=[[0.5,0.5]]", MERGES | {"evaluate"}),
+        ("--decoders=[linear]", {"evaluate"}),
+        ("--name=other", {"evaluate"}),
+        ("--replicas=[{bits: 2}]", {"replicas-2bit", "evaluate"}),
+    ],
+)
+def test_an_option_changes_the_keys_of_what_it_changes(
+    option: str, changed: set[str], planned: Callable[..., list[Planned]]
+) -> None:
+    before, after = keys(planned()), keys(planned(option))
+    assert {name for name, key in after.items() if before.get(name) != key} == changed
+
+
+def test_seeds_and_points_share_what_has_one_key(planned: Callable[..., list[Planned]]) -> None:
+    both = planned("--seeds=[0,1]")
+    assert len(both) == len(BASE) + 2 * len(EXPERTS | AFTER_EXPERTS)
+    points = union([planned("--name=p1"), planned("--name=p2", "--decoders=[linear]")])
+    assert [each.step.name for each in points].count("evaluate") == 2
+    assert len(points) == len(planned()) + 1
+    expert = next(each for each in points if each.step.name == "expert-digits")
+    assert {place.parts[-4] for place in expert.links} == {"p1", "p2"}
+
+
+def test_experts_that_are_brought_are_known_by_their_contents(
+    planned: Callable[..., list[Planned]], tmp_path: Path
+) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        path.write_bytes(b"weights")
+    found = [keys(planned(f"--expert.checkpoints={json.dumps({'digits': str(path)})}")) for path in paths]
+    assert found[0] == found[1]
+    paths[1].write_bytes(b"others")
+    third = keys(planned(f"--expert.checkpoints={json.dumps({'digits': str(paths[1])})}"))
+    assert {name for name, key in third.items() if found[0][name] != key} == {
+        "expert-digits", "fisher-digits", "replicas-3bit", "evaluate", *MERGES
+    }  # fmt: skip
+
+
+def test_links_lead_to_the_latest_and_leave_what_was_made_before(
+    planned: Callable[..., list[Planned]], tmp_path: Path
+) -> None:
+    def made(steps: list[Planned]) -> Step:
+        each = next(each for each in steps if each.step.name == "expert-digits")
+        each.step.folder.mkdir(parents=True)
+        (each.step.folder / "expert.safetensors").write_text(each.step.key)
+        assert each.publish()
+        assert not each.publish()
+        return each.step
+
+    place = tmp_path / "tiny/seed-0/experts/digits/expert.safetensors"
+    first = made(planned())
+    assert place.read_text() == first.key
+    second = made(planned("--expert.lr=0.3"))
+    assert place.read_text() == second.key
+    assert (first.folder / "expert.safetensors").read_text() == first.key
+    assert not Path(place.parent.readlink()).is_absolute()
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
+    (tmp_path / "tiny/seed-0/experts/digits").mkdir(parents=True)
+    expert = next(each for each in planned() if each.step.name == "expert-digits")
+    expert.step.folder.mkdir(parents=True)
+    with pytest.raises(FileError, match=r"found the folder .*digits', expected coin's own link or nothing"):
+        expert.publish()
+
+
+class Fixed(Average):
+    """A user's method with an option that has no default."""
+
+    def __init__(self, share: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.share = share
+
+
+def test_methods_have_a_file_each() -> None:
+    assert coded_paths(Fixed(0.5), 1, Path("coded"))[0].parent == Path("coded")
+    assert {coded_name(Average(label=label)) for label in ("a-0.2", "a-0.5")} == {"a-0.2", "a-0.5"}
+    assert coded_name(Average(batchnorm="keep")) == "average-keep"

@@ -1,0 +1,304 @@
+"""Steps in processes, SLURM's jobs and Ray's tasks of their own, and what becomes of those that fail."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import coin.pipeline.run
+from coin.cli import main
+from coin.core.processes import cores
+from coin.errors import CoinError, CoinWarning, ConfigurationError
+from coin.pipeline.launch import Executor, Launch
+from coin.pipeline.plan import Planned
+from coin.pipeline.pool import Command, CommandFailedError, open_pool, worker_environments
+from coin.pipeline.run import run_steps
+from coin.pipeline.step import DONE, Step, unkeyed
+
+DEBUG = Launch(Executor.slurm, 2, {"cluster": "local", "timeout_min": 5})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Touch(Step):
+    """A step that another process finishes."""
+
+    parts: tuple["Touch", ...] = ()
+    here: bool = unkeyed(default=False)
+
+    @property
+    def remote(self) -> bool:  # type: ignore[override]
+        return not self.here
+
+    @property
+    def doing(self) -> str:
+        return "touching"
+
+    def run(self) -> None:
+        if "wrong" in self.name:
+            raise CoinError("it is wrong; mend it")
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> list[Planned]:
+    """A step here, then three elsewhere, the second of which fails, then one that needs all and one that needs two."""
+    make = partial(Touch, store=tmp_path / ".steps")
+    first = make(name="first", here=True)
+    a, wrong, c = (make(name=name, parts=(first,)) for name in ("a", "wrong", "c"))
+    steps = [first, a, wrong, c, make(name="all", parts=(a, wrong, c)), make(name="two", parts=(a, c), here=True)]
+    experiment: Any = SimpleNamespace(name="x", as_yaml=lambda: "{}")
+    return [Planned(step, step.name, experiment) for step in steps]
+
+
+FINISH = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[-1])
+time.sleep(0.2)
+print("the last word of", folder.name, flush=True)
+if "wrong" in folder.name:
+    sys.exit(3)
+folder.joinpath("done.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def processes(planned: list[Planned], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Have commands finish their step's folder, in place of ``coin run --only``."""
+
+    def start(command: Command, environment: Any) -> Any:
+        import subprocess
+
+        folder = command.log.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with command.log.open("ab") as log:
+            return subprocess.Popen([sys.executable, "-c", FINISH, str(folder)], stdout=log, stderr=log)
+
+    monkeypatch.setattr(Command, "start", start)
+
+
+class InstantRay(SimpleNamespace):
+    """Ray with one machine of two cores and one GPU, whose tasks run when they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(exceptions=SimpleNamespace(RayError=CoinError), is_initialized=lambda: False)
+        self.options: dict[str, Any] = {}
+        self.calls: list[str] = []
+        self.under_way = self.most = 0
+
+    def init(self, address: str, **options: Any) -> None:
+        self.options |= {"address": address, **options}
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2, "GPU": 1}
+
+    def remote(self, **options: Any) -> Callable[[Callable[[Command], None]], Any]:
+        self.options |= options
+
+        def start(run: Callable[[Command], None], command: Command) -> Callable[[], None]:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            return partial(run, command)
+
+        return lambda run: SimpleNamespace(remote=partial(start, run))
+
+    def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: Callable[[], None]) -> None:
+        self.under_way -= 1
+        task()
+
+    def cancel(self, _: Any, *, force: bool) -> None:
+        self.calls.append(f"cancel {force}")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+@pytest.fixture
+def instant_ray(monkeypatch: pytest.MonkeyPatch) -> InstantRay:
+    ray = InstantRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return ray
+
+
+RAY = Launch(Executor.ray, 2, ray={"num_gpus": 0.5, "address": "auto"})
+
+
+@pytest.mark.usefixtures("instant_ray", "processes")
+@pytest.mark.parametrize("launch", [Launch(workers=2), RAY], ids=["local", "ray"])
+def test_a_failed_step_stops_only_those_that_need_it(
+    launch: Launch, planned: list[Planned], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    with pytest.raises(
+        CommandFailedError, match=r"1 of 6 steps failed, the first of them wrong: .*the last word of wr"
+    ):
+        run_steps(planned, launch, lambda each, _: done.append(each.step.name))
+    assert done[0] == "first"
+    assert set(done) == {"first", "a", "c", "two"}
+    told = capsys.readouterr().err.splitlines()
+    assert "[2/6] a: touching, elsewhere" in told
+    assert "[2/6] a: done" in told
+    assert sum("failed" in line for line in told) == 1
+
+
+def test_steps_of_this_process_go_on_past_an_error_where_they_are_asked_to(planned: list[Planned]) -> None:
+    done: list[str] = []
+    with pytest.raises(CoinError, match=r"^it is wrong; mend it$"):
+        run_steps(planned, on_done=lambda each, _: done.append(each.step.name))
+    assert done == ["first", "a"]
+    with pytest.raises(CommandFailedError, match="1 of 6 steps failed, the first of them wrong: it is wrong; mend it"):
+        run_steps(planned, on_done=lambda each, _: done.append(each.step.name), keep_going=True)
+    assert done[2:] == ["first", "a", "c", "two"]
+
+
+@pytest.mark.usefixtures("processes")
+def test_what_another_command_is_at_work_on_takes_no_worker(planned: list[Planned], tmp_path: Path) -> None:
+    """A job for it would hold its allocation, and wait."""
+    (busy,) = (each.step for each in planned if each.step.name == "a")
+    started: list[str] = []
+
+    def note(each: Planned, _: bool) -> None:
+        started.append(each.step.name)
+        if each.step.name == "c":
+            busy.folder.mkdir(parents=True)
+            busy.finish(1.0)  # by the other
+
+    wanted = [each for each in planned if each.step.name in ("first", "a", "c", "two")]
+    with busy.locked():
+        run_steps(wanted, Launch(workers=2), note)
+    assert started == ["first", "c", "a", "two"]
+    assert not (busy.folder / "launch.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_reports")
+def test_an_experiment_by_jobs_of_submitit_is_that_of_one_process(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = ["--launch.executor=slurm", "--launch.workers=2", "--launch.slurm={cluster: local, timeout_min: 9}"]
+    methods = "--methods=[{class_path: Average}, {class_path: Coin}]"
+    command = ["run", "-c", str(config), f"--output={tmp_path}", methods, *launch]
+    assert main([*command, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "elsewhere: each in a SLURM job of its own, 2 at a time, each with cluster=local, timeout_min=9" in told
+    assert main(command) == 0
+    for task in ("digits", "letters"):
+        places = [folder / f"seed-0/statistics/{task}.fisher.safetensors" for folder in (finished, tmp_path / "tiny")]
+        one, other = (coin.files.safetensors.load_state(place)[0] for place in places)
+        assert all(one[name].equal(other[name]) for name in one)
+    assert (tmp_path / "tiny/seed-0/results.csv").is_file()
+    logs = list((tmp_path / ".steps").glob("*/launch.log"))
+    assert {log.parent.name.rpartition("-")[0] for log in logs} >= {"expert-digits", "fisher-letters", "evaluate"}
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "elsewhere" not in capsys.readouterr().err
+
+
+def test_tasks_of_ray_are_as_many_at_a_time_as_workers(
+    instant_ray: InstantRay, processes: None, planned: list[Planned]
+) -> None:
+    with pytest.raises(CommandFailedError):
+        run_steps(planned, RAY)
+    assert instant_ray.most == 2
+    told = {"num_cpus": max(1, cores() // 2), "num_gpus": 0.5, "name": "coin", "address": "auto"}
+    assert instant_ray.options.items() >= told.items()
+    assert instant_ray.calls == ["shutdown"]
+    instant_ray.wait = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    for each in planned:
+        (each.step.folder / DONE).unlink(missing_ok=True)
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(planned, RAY)
+    assert instant_ray.calls[1:] == ["cancel True", "cancel True", "shutdown"]
+
+
+def test_what_no_machine_of_ray_has_is_said(instant_ray: InstantRay, tmp_path: Path) -> None:
+    too_many = Launch(Executor.ray, ray={"num_gpus": 3})
+    told = r"found launch.ray with {'GPU': 3}, expected no more than {'GPU': 1}"
+    with pytest.raises(ConfigurationError, match=told), open_pool(too_many, tmp_path):
+        pass
+    elsewhere = Launch(Executor.ray, ray={"resources": {"coin": 1}, "address": "auto"})
+    with pytest.warns(CoinWarning, match="tasks wait until a machine joins"), open_pool(elsewhere, tmp_path):
+        pass
+    assert instant_ray.calls == ["shutdown", "shutdown"]
+    assert instant_ray.options["address"] == "auto"
+
+
+def test_ray_itself_runs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.remote_function")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")  # of another cluster, which is not asked for
+    commands = [Command([name], tmp_path / f"{name}.log") for name in ("--help", "nonsense")]
+    with open_pool(Launch(Executor.ray, 2), tmp_path) as pool:
+        assert pool is not None
+        handles = [pool.submit(command) for command in commands]
+        ended: list[str | None] = [None, None]
+        while None in ended:
+            time.sleep(0.1)
+            ended = [why if why is not None else pool.ended(h) for why, h in zip(ended, handles, strict=True)]
+    assert "usage: coin" in commands[0].log.read_text()
+    assert ended[0] == ""
+    assert "found command 'nonsense'" in str(ended[1])
+
+
+def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [place["OMP_NUM_THREADS"] for place in worker_environments(3)] == ["2", "2", "2"]
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environments(3)[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(2)] == ["5", "7"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(1)] == ["5,7"]
+
+
+def test_a_job_queues_itself_again(tmp_path: Path) -> None:
+    command = Command(["--help"], tmp_path / "a.log")
+    assert command.checkpoint().function is command
+
+
+def test_what_does_not_fit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(launch: Launch, match: str) -> None:
+        with pytest.raises(ConfigurationError, match=match), open_pool(launch, tmp_path):
+            pass
+
+    with pytest.raises(ConfigurationError, match="workers 0"):
+        Launch(workers=0)
+    with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
+        Launch(slurm={"timeout_min": 3})
+    with pytest.raises(ConfigurationError, match=r"launch\.ray and launch\.executor slurm; set .*executor=ray"):
+        Launch(Executor.slurm, ray={"num_gpus": 1})
+    refused(Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9}), r"cannot use jobs with .*speed")
+    for more in ([], ["--dry-run"]):
+        options = ["--launch.executor=slurm", "--launch.slurm={cluster: debug, timeout_mni: 9}", *more]
+        assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
+        assert "cannot use jobs with" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/expert*"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(Launch(Executor.slurm), r"found no srun .*cluster=debug tries")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    refused(DEBUG, r"pip install '\.\[slurm\]'")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(RAY, r"pip install '\.\[serve\]'")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_reports")
+def test_experts_that_are_imported_need_no_process(finished: Path, config: Path, tmp_path: Path) -> None:
+    experts = {task: str(finished / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")}
+    given = [f"--expert.checkpoints={json.dumps(experts)}", "--methods=[{class_path: Average}]", "--only=digits"]
+    base = f"--base={{task: null, checkpoint: {finished}/base/base.safetensors}}"
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", base, *given, "--launch.workers=2"]) == 0
+    assert not list((tmp_path / ".steps").rglob("launch.log"))

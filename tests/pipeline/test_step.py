@@ -1,0 +1,294 @@
+"""A step: the key that it has before it runs, its folder, and its lock."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coin.data import Digits, ImageFolder, TextFile
+from coin.distillation import Distillation
+from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.merging import Average, Coin
+from coin.pipeline.config import CalibrationConfig, ExpertConfig
+from coin.pipeline.options import config_dict
+from coin.pipeline.run import execute
+from coin.pipeline.step import DONE, Step, closure, keyed_by, unkeyed
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Write(Step):
+    """Writes its option, behind what its needs have written."""
+
+    option: Any = None
+    parts: tuple["Write", ...] = ()
+    file: Path | None = None
+    shown: bool = unkeyed(default=True)
+    length: str = keyed_by(len, default="")
+    work: Callable[[], None] = unkeyed(default=lambda: None)
+
+    @property
+    def doing(self) -> str:
+        return "writing"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def run(self) -> None:
+        self.work()
+        self.output.write_text("".join([*(part.output.read_text() for part in self.parts), str(self.option)]))
+
+
+def write(folder: Path, name: str = "a", **options: Any) -> Write:
+    return Write(name=name, store=folder / ".steps", **options)
+
+
+def key(option: Any) -> str:
+    return write(Path("x"), option=option).key
+
+
+def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights"
+    weights.write_text("one")
+    part = write(tmp_path, "part", option=1)
+    made = write(tmp_path, option=1, parts=(part,), file=weights)
+    same = {"option": 1, "parts": (write(tmp_path / "elsewhere", "part", option=1),), "file": weights}
+    assert write(tmp_path / "other place", **same, shown=False).key == made.key
+    others: list[dict[str, Any]] = [
+        {"option": 2},
+        {"parts": (write(tmp_path, "part", option=2),)},
+        {"parts": ()},
+        {"length": "one"},
+    ]
+    keys = {write(tmp_path, **{**same, **other}).key for other in others} | {write(tmp_path, "b", **same).key}
+    assert len(keys | {made.key}) == len(others) + 2
+    assert write(tmp_path, **same, length="one").key == write(tmp_path, **same, length="two").key
+    weights.write_text("two")
+    assert write(tmp_path, **same).key != made.key
+    weights.write_text("one")
+    copy = tmp_path / "moved"
+    copy.write_text("one")
+    assert write(tmp_path, **{**same, "file": copy}).key == made.key
+    monkeypatch.setattr(Write, "version", 2)
+    assert write(tmp_path, **same).key != made.key
+
+
+def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: Path) -> None:
+    first, second = write(tmp_path, "first", option="x"), write(tmp_path, "second", option="y")
+    both = write(tmp_path, "both", option="z", parts=(first, second))
+    assert [step.name for step in closure(both)] == ["first", "second", "both"]
+    assert not first.is_done
+    for step in closure(both):
+        execute(step)
+    assert both.output.read_text() == "xyz"
+    made = json.loads((both.folder / DONE).read_text())
+    assert made["key"] == both.key
+    assert made["options"]["option"] == "z"
+    said: list[str] = []
+    before = both.output.stat().st_mtime_ns
+    execute(write(tmp_path, "both", option="z", parts=(first, second)), said.append)
+    assert said == ["up to date"]
+    assert both.output.stat().st_mtime_ns == before
+    other = write(tmp_path, "both", option="Z", parts=(first, second))
+    assert other.folder != both.folder
+
+
+def test_why_a_step_has_to_run_and_what_its_like_took(tmp_path: Path) -> None:
+    made = write(tmp_path, option={"lr": 1, "epochs": 2})
+    assert made.before() == ("never done", None)
+    made.folder.mkdir(parents=True)
+    assert made.before() == ("was interrupted", None)
+    made.finish(3.0)
+    assert write(tmp_path, option={"lr": 9, "epochs": 2}).before() == ("changed: option.lr", 3.0)
+    write(tmp_path, option={"lr": 9, "epochs": 3}).finish(5.0)
+    assert write(tmp_path, option={"lr": 9, "epochs": 2}).before()[0] in (
+        "changed: option.lr",
+        "changed: option.epochs",
+    )
+    (made.folder / DONE).write_text("{")  # a damaged record is of no use, and no harm
+    assert write(tmp_path, option={"lr": 9, "epochs": 2}).before() == ("changed: option.epochs", 5.0)
+
+
+def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) -> None:
+    def fail() -> None:
+        (made.folder / "half").touch()
+        raise OSError("no space")
+
+    made = write(tmp_path, work=fail)
+    with pytest.raises(OSError, match="no space"):
+        execute(made)
+    assert not made.is_done
+    again = write(tmp_path)
+    assert (again.folder / "half").is_file()
+    execute(again)
+    assert again.is_done
+
+
+@pytest.mark.filterwarnings("ignore:waiting for a:coin.errors.CoinWarning")
+def test_two_commands_do_a_step_once(tmp_path: Path) -> None:
+    runs: list[int] = []
+    steps = [write(tmp_path, work=lambda: (runs.append(1), time.sleep(0.5))[0]) for _ in range(2)]
+    threads = [threading.Thread(target=execute, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert runs == [1]
+    assert steps[0].is_done
+
+
+@contextlib.contextmanager
+def holder(step: Step, then: Callable[[], object] = lambda: time.sleep(60)) -> Iterator[int]:
+    """Yield the number of a process that holds a step and goes on with `then`; it is killed at the end."""
+    ready, told = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            os.setsid()
+            with step.locked():
+                os.write(told, b"held")
+                then()
+        finally:
+            os._exit(0)  # whatever happens: it must not go on with the tests of its parent
+    os.close(told)  # where it ends early, reading ends too
+    try:
+        assert os.read(ready, 4) == b"held"
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process, 0)
+
+
+def is_free(step: Step) -> bool:
+    with step.locked(wait=False) as free:
+        return free
+
+
+def child() -> None:
+    subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("start", [lambda: None, os.fork, child], ids=["alone", "forked", "started"])
+def test_a_lock_ends_with_its_process_whatever_that_leaves_behind(tmp_path: Path, start: Callable[[], None]) -> None:
+    def with_child() -> None:
+        start()  # lives on for seconds where its parent is killed, like a loader's worker
+        time.sleep(60)
+
+    step = write(tmp_path)
+    with holder(step, with_child) as process:
+        assert not is_free(step)
+        assert is_free(write(tmp_path, option="other"))
+        time.sleep(0.3)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert is_free(step)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_worker_that_ends_leaves_its_parents_lock_alone(tmp_path: Path) -> None:
+    step = write(tmp_path)
+    with step.locked():
+        if not (worker := os.fork()):
+            os._exit(0)
+        os.waitpid(worker, 0)
+        assert not is_free(write(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(CoinWarning, match="has no locks: run only one"), write(tmp_path).locked() as held:
+        assert held
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"cannot write .*choose a folder"), write(tmp_path / "file").locked():
+        pass
+
+
+def test_methods_and_sections_are_described_by_class_and_options() -> None:
+    assert config_dict(Coin(damping=0.5))["damping"] == 0.5
+    assert config_dict(Coin()) != config_dict(Average())
+    assert config_dict(Distillation(steps=3))["steps"] == 3
+    assert config_dict(CalibrationConfig()).keys() == {field.name for field in fields(CalibrationConfig)}
+    assert config_dict(ExpertConfig()).keys() == {field.name for field in fields(ExpertConfig)}
+
+
+def test_reading_the_data_changes_no_key() -> None:
+    task = Digits(max_train=50)
+    before = key(task)
+    assert before != key(Digits(max_train=51))
+    task.setup()
+    task.calibration(5)
+    assert key(task) == before
+
+
+def test_a_changed_image_folder_changes_the_key(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / split / name / "0.png")
+    before = key(ImageFolder(str(tmp_path)))
+    assert key(ImageFolder(str(tmp_path))) == before
+    Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(tmp_path / "train/a/1.png")
+    assert key(ImageFolder(str(tmp_path))) != before
+
+
+def test_a_changed_tokenizer_changes_the_key(tmp_path: Path) -> None:
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("text,label\na,b\nc,d\n")
+    task = TextFile(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), tokenizer=str(tmp_path / "t.json"))
+    (tmp_path / "t.json").write_text("{}")
+    before = key(task)
+    (tmp_path / "t.json").write_text("[]")
+    assert key(task) != before
+
+
+@dataclass
+class Section:
+    depth: int = 1
+
+
+class Odd(Average):
+    """A user's method with an option of a user's kind."""
+
+    def __init__(self, part: object) -> None:
+        super().__init__()
+        self.part = part
+
+
+def test_options_of_every_kind_change_the_key() -> None:
+    for one, other in ((Section(1), Section(2)), ({1}, {2}), (torch.ones(1), torch.zeros(1)), (Odd(1), Odd(2))):
+        assert key(Odd(one)) != key(Odd(other))
+        assert key(Odd(one)) == key(Odd(one))
+    assert key(np.int64(3)) == key(3)
+    assert config_dict(Odd(1))["class"].endswith("test_step.Odd")
+
+
+@pytest.mark.parametrize("part", [object(), lambda: None, torch.nn.Linear(1, 1)])
+def test_an_option_of_another_kind_is_refused(part: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"found an option of type .*, expected plain values"):
+        key(Odd(part))
