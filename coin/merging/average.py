@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from coin.coding import fit_ridge
 from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.closed_form import Candidate, MergeMethod, refined
+from coin.merging.checks import check_coded
+from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
 from coin.networks.compressed import Rounding
@@ -57,7 +58,9 @@ class HeadFit(Average):
         """Make the coded model of one row of the code; see `Method.make`."""
         made = super().make(experts, row)
         fit_head(made.network, experts, row)
-        return refined(made, self.label)
+        check_coded(made.network, experts, self.label)
+        renamed = {"held_out_error": "held_out_error_of_start"}
+        return CodedModel(made.network, {renamed.get(name, name): value for name, value in made.chosen.items()})
 
 
 def fit_head(
@@ -78,10 +81,8 @@ def fit_head(
     name = head_name(network)
     head = network.get_submodule(name)
     if not isinstance(head, nn.Linear):
-        raise HeadError(
-            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer; name another in "
-            "an attribute 'head_name', leave the method out for this network, or give Refit head=False"
-        )
+        found = f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer"
+        raise HeadError(f"{found}; name another in an attribute 'head_name', leave the method out, or give head=False")
     target = experts.target(row, held_out=held_out).double()
     run = experts.run(network, experts.split[0] if held_out else experts.pooled, features=True)
     check_head(network, run.features, run.logits)

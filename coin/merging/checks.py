@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from coin.errors import CoinWarning, ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import State, check_finite, check_same_layout
 from coin.merging.experts import Experts
 from coin.networks.experts import parameters_of
@@ -16,8 +16,7 @@ MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted
 
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
-    sound = len(weights) == count and all(weight >= 0 for weight in weights)
-    if not sound or not abs(sum(weights) - 1) <= 1e-6:
+    if len(weights) != count or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= 1e-6:
         raise ConfigurationError(
             f"found {len(weights)} weights for {count} experts, {list(weights)}, expected one each, non-negative "
             "numbers that sum to 1; give a row of the code"
@@ -39,17 +38,10 @@ def check_experts(experts: Experts, row: Sequence[float]) -> None:
 
 
 def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
-    """Raise StateError where a parameter is not finite, or a buffer, unless every expert's is the same infinity."""
-    check_finite(parameters_of(network), f"the coded model of method '{label}'")
-    for name, buffer in network.named_buffers():
-        wrong = ~torch.isfinite(buffer)
-        states = experts.buffers if bool(wrong.any()) else []
-        theirs = [state[name].to(buffer)[wrong] for state in states if name in state]
-        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
-            raise StateError(
-                f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
-                "the experts do not share; check the experts' buffers"
-            )
+    """Raise StateError where a tensor is not finite, but for infinities of buffers that the experts have, as masks."""
+    infinite = [name for name, buffer in experts.buffers[0].items() if bool(torch.isinf(buffer).any())]
+    tensors = {**parameters_of(network), **dict(network.named_buffers())}
+    check_finite(tensors, f"the coded model of method '{label}'", infinite)
 
 
 def warn_of_averaged(averaged: Sequence[str], network: nn.Module, label: str) -> None:

@@ -11,13 +11,12 @@ from torch import nn
 
 from coin.core.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError
-from coin.files.tensors import State, check_finite, weighted_sum
+from coin.files.tensors import State, weighted_sum
 from coin.merging.checks import check_coded, check_experts
 from coin.merging.experts import Experts
 from coin.merging.held_out import choose
 from coin.merging.method import CodedModel, Compress, Method, fill
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
-from coin.networks.experts import parameters_of
 
 SAME = "same"  # what BatchNormPolicy.auto is called where all experts have the same buffers
 
@@ -76,9 +75,6 @@ class MergeMethod(Method):
         """Make the coded model of one row of the code; see `Method.make`."""
         check_experts(experts, row)
         candidates = [Candidate(*each) for each in self.candidates(experts, row)]
-        for _, *states in candidates:
-            for state in filter(None, states):
-                check_finite(state, f"the coded model of method '{self.label}'")
         best, policy, errors = self._best(experts, row, candidates)
         network = self._build(experts, row, best.parameters, policy, held_out=False)
         check_coded(network, experts, self.label)
@@ -138,10 +134,3 @@ class MergeMethod(Method):
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
         return network
-
-
-def refined(start: CodedModel, label: str) -> CodedModel:
-    """Return a refined coded model after checking it, without the held-out error, which was the start's."""
-    check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
-    renamed = {"held_out_error": "held_out_error_of_start"}
-    return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})

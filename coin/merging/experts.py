@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, as_input, checked_batch, samples_of, size_of, take
-from coin.core.progress import progress
+from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
 from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
@@ -26,8 +25,7 @@ class Experts:
     """N experts of one architecture, with their statistics and calibration samples.
 
     If class counts differ, heads, given statistics and the shared initialisation are padded with zeros to the largest
-    count, which coded models then have. Statistics that are not given are computed from the calibration data on demand.
-    Experts in files, and their statistics, are read on demand too.
+    count. Statistics that are not given are computed from the calibration data on demand; files are read on demand.
 
     Args:
         networks: The experts, or their files with that of the shared initialisation.
@@ -37,8 +35,7 @@ class Experts:
         calibration: For every expert its own task's samples: a `coin.data.Calibration`, or batches ``[B, …]``, read
             once; of pairs (inputs, labels) the inputs.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
-            then also be mappings of tensors. Coded models within a method are called with batches too; those that
-            `merge_networks` returns are called as the experts' class.
+            then also be mappings of tensors.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
         train: A `coin.pipeline.steps.merge.Training` for methods that train; without one they train in memory.
 
@@ -86,13 +83,12 @@ class Experts:
             if any(isinstance(batches, Tensor) for batches in calibration):
                 raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
             own = [[checked_batch(batch, self.networks[0]) for batch in batches] for batches in calibration]
-            if not any(own):
+            if (first := next(chain.from_iterable(own), None)) is None:
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             self._calibration = own
-            for sample in islice(chain.from_iterable(map(samples_of, chain.from_iterable(own))), 1):
-                for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
-                    with evaluating(network, gradients=False), evaluating(padded, gradients=False):
-                        check_padding(padded, network, as_input(sample, network))
+            for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
+                with evaluating(network, gradients=False), evaluating(padded, gradients=False):
+                    check_padding(padded, network, as_input(take(first, slice(0, 1)), network))
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -117,8 +113,8 @@ class Experts:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError if there is none."""
         if (initial := self.source.initial_tensors()) is None:
             raise ConfigurationError(
-                "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
-                "initial, or choose another"
+                "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression "
+                "needs; give it as initial, choose another, or compress with base_bits: 0"
             )
         return initial
 
@@ -187,11 +183,9 @@ class Experts:
         read = (part, features, stages)
         if read not in self._outputs:
             found = []
-            with progress("experts on calibration samples", self.count) as advance:
-                for index, each in enumerate(self.source.each_network()):
-                    found.append(self.run(each, self.split[part], features, stages))
-                    check_finite({"logits": found[-1].logits}, f"the calibration output of expert {index}")
-                    advance()
+            for index, each in enumerate(self.source.each_network()):
+                found.append(self.run(each, self.split[part], features, stages))
+                check_finite({"logits": found[-1].logits}, f"the calibration output of expert {index}")
             self._outputs[read] = found
         return self._outputs[read]
 

@@ -3,9 +3,10 @@
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from inspect import isabstract
 from typing import Any, ClassVar, Self
 
 import torch
@@ -131,11 +132,8 @@ class Method(ABC):
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
         defaults = {"fisher_kind": fisher_kind, "fisher_data": fisher_data, "gram_data": fisher_data}
-        left_open = {name: value for name, value in defaults.items() if getattr(self, name, value) is None}
-        if not left_open:
-            return self
         method = copy(self)
-        vars(method).update(left_open)
+        vars(method).update({name: value for name, value in defaults.items() if getattr(self, name, value) is None})
         return method
 
     def compressed(self, compress: Compress) -> list[Compression]:
@@ -143,9 +141,8 @@ class Method(ABC):
         sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
         found = [Compression.of(each) for each in sections]
         if any(each.rounding is RoundingKind.refit and not self.rounds for each in found):
-            raise ConfigurationError(
-                f"found rounding: refit for method '{self.name}', expected nearest: only Refit rounds while it fits"
-            )
+            told = f"found rounding: refit for method '{self.name}', expected nearest"
+            raise ConfigurationError(f"{told}: only Refit rounds while it fits")
         self.reads_initial = self.reads_initial or any(each.base_bits for each in found)
         return found
 
@@ -186,10 +183,8 @@ def merge_networks(
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
-    if initial is None and any(each.base_bits for each in method.compress):
-        raise ConfigurationError(
-            f"found no initial, from which method '{method.label}' compresses deltas; give it, or base_bits: 0"
-        )
+    if any(each.base_bits for each in method.compress):
+        experts.initial()  # refuses, before anything is merged, that there is none
     made, compressed = [], []
     for row in code.matrix.tolist():
         made.append(method.make(experts, row))
@@ -199,20 +194,19 @@ def merge_networks(
 
 
 def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
-    """Return the closed-form method given by another method's option `start`.
+    """Return the closed form given by another method's option `start`: its name, or ``{class_path: …, init_args: …}``.
 
-    That is a method's name, for default options, or ``{class_path: …, init_args: {…}}`` as in an experiment's list of
-    methods. Raises ConfigurationError if it is unknown, trains, needs the shared initialisation although
-    `reads_initial` is false, or an option is unknown or out of its range.
+    Raises ConfigurationError if it is unknown, trains, needs the shared initialisation although `reads_initial` is
+    false, or an option is unknown or out of its range.
     """
     section: Any = {"class_path": start} if isinstance(start, str) else start
-    kinds = [each for each in _subclasses(Method) if not each.is_trained and (reads_initial or not each.reads_initial)]
-    kind = None
-    if isinstance(section, Mapping) and set(section) <= {"class_path", "init_args"}:
-        name = str(section.get("class_path")).rpartition(".")[2]
-        kind = next((each for each in kinds if name in (each.name, each.__name__)), None)
+    known = [each for each in reversed(_subclasses(Method)) if not each.is_trained and not isabstract(each)]
+    kinds = {each.name: each for each in known if reads_initial or not each.reads_initial}  # a base before its own
+    named = kinds | {each.__name__: each for each in known if each.name in kinds}
+    is_section = isinstance(section, Mapping) and set(section) <= {"class_path", "init_args"}
+    kind = named.get(str(section.get("class_path")).rpartition(".")[2]) if is_section else None
     if kind is None:
-        expected = f"one of {', '.join(sorted({each.name for each in kinds}))}, or class_path and init_args of one"
+        expected = f"one of {', '.join(sorted(kinds))}, or class_path and init_args of one"
         raise ConfigurationError(f"found start={start!r}, expected {expected}")
     try:
         method = kind(**section.get("init_args") or {})
@@ -223,11 +217,8 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
     return method
 
 
-def _subclasses(kind: Any) -> Iterator[type[Method]]:
-    """Yield all concrete methods."""
-    for each in kind.__subclasses__():
-        yield from [each] if not each.__abstractmethods__ else []
-        yield from _subclasses(each)
+def _subclasses(kind: Any) -> list[type[Method]]:
+    return [found for each in kind.__subclasses__() for found in (each, *_subclasses(each))]
 
 
 def fill(network: nn.Module, state: State) -> None:

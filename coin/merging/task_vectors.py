@@ -26,7 +26,6 @@ class Base(MergeMethod):
 
     name = "base"
     reads_initial = True
-    batchnorm = BatchNormPolicy.keep
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any) -> None:
         super().__init__(batchnorm=batchnorm, **options)
@@ -45,10 +44,9 @@ class Wudi(MergeMethod):
         W = W_0 + (Σ_i β_i τ_i G_i)(Σ_i β_i G_i + λI)⁻¹
 
     is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, relative to the mean
-    diagonal entry, pulls to the β-average, so that experts that agree merge to themselves. It is for fully
-    connected layers and convolutions of one group; averaged are all other parameters, weights that several modules
-    share, and maps that an expert has left as they were. So is the head, unless `head`: task vectors that do not meet
-    are added up, not averaged, which suits features, but not the coded outputs Σ_i β_i f_i.
+    diagonal entry, pulls to the β-average. All but fully connected layers and convolutions of one group is averaged, as
+    are weights that several modules share, maps that an expert has left as they were and, unless `head`, the head: task
+    vectors that do not meet are added up, which suits features, but not the coded outputs Σ_i β_i f_i.
 
     Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
     vectors* (ICML 2025), there minimised by gradient descent, heads left out.
@@ -106,8 +104,7 @@ class _DeltaGrams(Mapping[str, Tensor]):
 class TaskArithmetic(MergeMethod):
     """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
 
-    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average; a larger
-    one goes beyond it, on purpose.
+    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average.
 
     Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is the scale that its
     successors use where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
@@ -130,7 +127,11 @@ class TaskArithmetic(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
-        yield Candidate({}, task_arithmetic(experts.parameters, _checked_initial(experts), row, self.scale))
+        initial, every, merged = _checked_initial(experts), experts.parameters, {}
+        for key, start in initial.items():
+            step = weighted_mean(every, row, key, torch.float64) - doubled(start)
+            merged[key] = (doubled(start) + self.scale * len(row) * step).to(every[0][key].dtype)
+        yield Candidate({}, merged)
 
 
 class Ties(MergeMethod):
@@ -139,8 +140,6 @@ class Ties(MergeMethod):
     1. Trim: of each τ_i only the `keep` share of entries with the largest magnitude stays, over all parameters.
     2. Elect: an entry's sign is that of Σ_i β_i τ_i.
     3. Merge: θ = θ_0 + scale · Σ_{i∈A} β_i τ_i / Σ_{i∈A} β_i, A the experts whose trimmed entry has the elected sign.
-
-    Uniform weights give the literature's method. Identical experts merge to themselves for keep = 1 and scale = 1.
 
     Source: Yadav et al., *TIES-merging: resolving interference when merging models* (NeurIPS 2023), algorithm 1;
     keep 0.2 and scale 1 are its values where nothing is held out.
@@ -175,17 +174,6 @@ def _checked_initial(experts: Experts) -> State:
     return initial
 
 
-def task_arithmetic(
-    experts: Sequence[State], initial: State, weights: Sequence[float], scale: float
-) -> dict[str, Tensor]:
-    """Return `TaskArithmetic`'s sum, in the experts' types."""
-    merged = {}
-    for key, start in initial.items():
-        step = weighted_mean(experts, weights, key, torch.float64) - doubled(start)
-        merged[key] = (doubled(start) + scale * len(weights) * step).to(experts[0][key].dtype)
-    return merged
-
-
 def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
@@ -209,13 +197,8 @@ def ties(
 
 def _threshold(expert: State, initial: State, keep: float) -> float:
     """Return the magnitude of the smallest entry of a task vector that the trim keeps."""
-    entries = sum(start.numel() * (2 if start.is_complex() else 1) for start in initial.values())
-    sizes, filled = torch.empty(entries, dtype=torch.float64), 0
-    for key, start in initial.items():
-        own = (_parts(expert[key]) - _parts(start)).abs_().flatten()
-        sizes[filled : filled + len(own)] = own
-        filled += len(own)
-    place = entries - max(1, round(keep * entries))
+    sizes = torch.cat([(_parts(expert[key]) - _parts(start)).abs_().flatten() for key, start in initial.items()])
+    place = len(sizes) - max(1, round(keep * len(sizes)))
     sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
     return float(sizes[place])
 

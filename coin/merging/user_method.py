@@ -12,7 +12,8 @@ from coin.core.batches import as_input, clone, size_of
 from coin.errors import ConfigurationError
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
-from coin.files.tensors import State, weighted_mean
+from coin.files.tensors import State, weighted_sum
+from coin.merging.average import average_parameters
 from coin.merging.checks import check_coded, check_experts
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
@@ -24,25 +25,22 @@ from coin.statistics.statistic import DataChoice
 class UserMethod(Method):
     """A merge by a user's function, ``function(experts, calibration, **options)`` → the coded model.
 
-    * ``experts``: the N networks, with equally many outputs, in eval mode; copies, which the function may change.
-    * ``calibration``: for every expert the list of its own task's batches ``[B, …]``: all P samples, without labels.
-    * What it returns is a network of the experts' architecture; all its tensors are taken as they are.
+    ``experts`` are copies of the N networks, with equally many outputs, in eval mode; ``calibration`` is every expert's
+    list of its own task's batches ``[B, …]``. All tensors of the network that it returns are taken. A parameter called
+    ``row`` gets the code row β, a list of N numbers; one called ``initial`` the shared initialisation, a network like
+    the experts. Autograd is on, and torch's random numbers start from the run's seed.
 
-    A parameter called ``row`` gets the code row β, a list of N numbers; one called ``initial`` the shared
-    initialisation, a network like the experts. Autograd is on, and torch's random numbers start from the run's seed.
-
-    A function whose first parameter is called ``tensors`` merges one tensor at a time, ``function(tensors, **options)``
-    → the merged one, so that N networks are never in memory at once. ``tensors`` are the experts' N tensors of one
-    name and shape, ``initial`` is that of the shared initialisation; a parameter called ``name`` gets the name, one
-    called ``layer`` the module that has the tensor, with arbitrary weights. It is called for all parameters and kept
-    buffers but the head's, which belongs to its task and is averaged.
+    A function whose first parameter is called ``tensors`` merges one tensor at a time, so that N networks are never in
+    memory at once: it gets the experts' N tensors of one name, as ``initial`` the shared initialisation's, as ``name``
+    the name and as ``layer`` the module that has the tensor, with arbitrary weights. It is called for all parameters
+    and persistent buffers but the head's, which belongs to its task and is averaged.
 
     Its cost is the wall time, and the samples that pass through the experts, the initialisation and copies of them:
     1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
 
     Args:
         function: Its import path, also relative to the working folder, or in Python the function itself. If its source
-            file changes, the coded models are made again; changes in modules that it imports are not detected.
+            file changes, the coded models are made again.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
         compress: As for every method (`coin.MergeMethod`).
@@ -64,17 +62,16 @@ class UserMethod(Method):
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
-        self._function: Any = function if callable(function) else None
-        if self._function is not None:
-            function = f"{self._function.__module__}.{getattr(self._function, '__name__', type(function).__name__)}"
-        if not isinstance(function, str):
-            raise ConfigurationError(
-                f"found {type(function).__name__} as a function, expected one, or its import path, such as 'mine.merge'"
-            )
+        if callable(function):
+            self._function: Any = function
+            function = f"{function.__module__}.{getattr(function, '__name__', type(function).__name__)}"
+        elif isinstance(function, str):
+            self._function = imported("function", function, "a Python function")
+        else:
+            expected = "expected one, or its import path, such as 'mine.merge'"
+            raise ConfigurationError(f"found {type(function).__name__} as a function, {expected}")
         self.function, self.options = function, options or {}
         self.label = self.validated_label(function.rpartition(".")[2].strip("<>") if label is None else label)
-        if self._function is None:
-            self._function = imported("function", function, "a Python function")
         try:
             signature = inspect.signature(self._function)
             self._by_tensor = next(iter(signature.parameters), "") == "tensors"
@@ -122,38 +119,33 @@ class UserMethod(Method):
             fill(initial, {**parameters, **buffers})
         made = self._call(networks, calibration, row=list(row), initial=initial)
         if not isinstance(made, nn.Module):
-            raise ConfigurationError(
-                f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts; "
-                "return one of them, or a copy"
-            )
+            told = f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts"
+            raise ConfigurationError(f"{told}; return one of them, or a copy")
         return made.state_dict()
 
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
         """Call the function on the experts' tensors of each name, and return what it returns."""
-        skeleton, merged = experts.source.skeleton, {}
-        head, persistent = head_name(skeleton), skeleton.state_dict().keys()
+        skeleton = experts.source.skeleton
+        head, learnt = f"{head_name(skeleton)}.", skeleton.state_dict()  # without masks, which are made
+        merged = {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)}
         starts = experts.initial() if self.reads_initial else ({}, {})
         for states, start in zip((experts.parameters, experts.buffers), starts, strict=True):
             for name, first in states[0].items():
                 owner = name.rpartition(".")[0]
-                if name not in persistent:  # as masks are, which are made, not learnt
-                    merged[name] = first
-                elif not (first.is_floating_point() or first.is_complex()):
-                    merged[name] = weighted_mean(states, row, name)  # the largest count
-                elif f"{owner}.".startswith(f"{head}."):
-                    merged[name] = weighted_mean(states, row, name, torch.float64).to(first.dtype)
-                else:
-                    tensors = [state[name].clone() for state in states]
-                    initial = start[name].clone() if name in start else None
-                    layer = skeleton.get_submodule(owner)
-                    made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
-                    if not isinstance(made, Tensor) or made.shape != first.shape:
-                        found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-                        raise ConfigurationError(
-                            f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape "
-                            f"{list(first.shape)}; return the merged tensor"
-                        )
-                    merged[name] = made.detach().to(first.dtype)
+                is_count = not (first.is_floating_point() or first.is_complex())
+                if name not in learnt or is_count or f"{owner}.".startswith(head):
+                    continue
+                tensors = [state[name].clone() for state in states]
+                initial = start[name].clone() if name in start else None
+                layer = skeleton.get_submodule(owner)
+                made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
+                if not isinstance(made, Tensor) or made.shape != first.shape:
+                    found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+                    raise ConfigurationError(
+                        f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape "
+                        f"{list(first.shape)}; return the merged tensor"
+                    )
+                merged[name] = made.detach().to(first.dtype)
         return merged
 
     def _call(self, *inputs: Any, **offered: Any) -> Any:

@@ -11,16 +11,7 @@ from torch.func import functional_call
 from coin.coding import Code
 from coin.core.batches import adapted
 from coin.errors import DataError
-from coin.merging import (
-    Average,
-    Coin,
-    Experts,
-    HeadFit,
-    Refit,
-    RegMean,
-    TaskArithmetic,
-    merge_networks,
-)
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.modules import Coded
 from coin.networks import recalibrate
 from coin.statistics import fisher_diagonal, gram_sums
@@ -78,40 +69,17 @@ def networks(kind):
 
 STACKED = [stacked_batches(seed) for seed in (5, 6)]
 NAMED = [[named(batch) for batch in batches] for batches in STACKED]
-METHODS = [
-    Average(),
-    Average(batchnorm="recalibrate"),
-    Coin(),
-    RegMean(),
-    RegMean(alpha=None, damping=None),
-    HeadFit(),
-    Refit(),
-    Refit(target="both", memory_mib=1),
-    TaskArithmetic(batchnorm="keep"),
-]
+METHODS = [Average(batchnorm="recalibrate"), Coin(), RegMean(alpha=None, damping=None), HeadFit(), Refit("both")]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 def test_batches_by_name_merge_as_one_tensor_does(method):
-    initial = networks(Stacked)[0]
-    (expected,) = merge_networks(method, networks(Stacked), CODE, calibration=STACKED, initial=initial)
-    (found,) = merge_networks(method, networks(Texts), CODE, calibration=NAMED, initial=initial, forward=call)
+    (expected,) = merge_networks(method, networks(Stacked), CODE, calibration=STACKED)
+    (found,) = merge_networks(method, networks(Texts), CODE, calibration=NAMED, forward=call)
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     assert type(found) is Texts
     assert vars(found).keys() == vars(Texts()).keys()
     assert torch.equal(call(found, NAMED[0][0]), expected(STACKED[0][0]))
-
-
-def test_experts_are_left_as_found():
-    experts = networks(Texts)
-    experts[0].train()
-    before, contents = [deepcopy(expert.state_dict()) for expert in experts], [dict(vars(each)) for each in experts]
-    merge_networks(Refit(), experts, CODE, calibration=NAMED, forward=call)
-    for expert, state, content in zip(experts, before, contents, strict=True):
-        assert vars(expert) == content
-        assert all(torch.equal(expert.state_dict()[name], tensor) for name, tensor in state.items())
-    assert experts[0].norm.training
-    assert not experts[1].norm.training
 
 
 def test_statistics_and_recalibration_read_batches_by_name():
@@ -129,21 +97,7 @@ def test_statistics_and_recalibration_read_batches_by_name():
     assert torch.equal(plain.norm.running_var, own.norm.running_var)
 
 
-def test_labels_beside_the_inputs_are_not_looked_at():
-    network = networks(Stacked)[0]
-    labelled = [(batch, torch.zeros(len(batch))) for batch in STACKED[0]]
-    assert torch.equal(
-        fisher_diagonal(network, labelled)["inner.weight"], fisher_diagonal(network, STACKED[0])["inner.weight"]
-    )
-    (expected,), (found,) = (
-        merge_networks(Coin(), networks(Stacked), CODE, calibration=[given, STACKED[1]])
-        for given in (STACKED[0], labelled)
-    )
-    assert torch.equal(found.inner.weight, expected.inner.weight)
-    assert gram_sums(network, labelled).count == recalibrate(network, labelled) == 14
-
-
-@pytest.mark.parametrize("kind", ["linear", "ridge", "feature_ridge"])
+@pytest.mark.parametrize("kind", ["linear", "feature_ridge"])
 def test_a_coded_system_reads_batches_by_name(kind):
     (coded,) = merge_networks(HeadFit(), networks(Texts), CODE, calibration=NAMED, forward=call)
     (plain,) = merge_networks(HeadFit(), networks(Stacked), CODE, calibration=STACKED)
@@ -169,36 +123,12 @@ def test_an_adapted_network_shares_everything_and_can_be_copied_and_called_with_
     assert "_call_impl" not in vars(network)
 
 
-def test_a_network_that_is_one_layer_is_called_once_with_its_hooks():
-    layer, seen = nn.Linear(4, 2), []
-    layer.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
-    batch = {"x": torch.randn(3, 4), "unused": torch.zeros(3)}
-    adapted(layer, lambda network, batch: network(batch["x"]))(batch)
-    assert len(seen) == 1
-    assert torch.equal(seen[0], batch["x"])
-
-
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (
-            {"input_ids": torch.zeros(2, 3), "text": ["a", "b"]},
-            r"found a batch of \{'input_ids': 2, 'text': 'list'\}, expected tens",
-        ),
-        (
-            {"input_ids": torch.zeros(2, 3), "length": torch.tensor(3)},
-            r"found a batch of .*'length': 'Tensor'\}, exp",
-        ),
-        ({}, r"found a batch of \{\}, expected tensors"),
-        (
-            {"a": torch.zeros(2, 3), "b": torch.zeros(3)},
-            r"found a batch of \{'a': 2, 'b': 3\}, expected tensors .* of as many",
-        ),
-        (
-            (torch.zeros(2, 3), torch.zeros(2)),
-            "found a batch of type tuple, expected a tensor .*, or ten",
-        ),
-        ("text", "found a batch of type str, expected a tensor"),
+        ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, r"found a batch of \{'a': 2, 'text': 'list'\}, expected tens"),
+        ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"of \{'a': 2, 'b': 3\}, expected tensors .* of as many"),
+        ((torch.zeros(2, 3), torch.zeros(2)), "found a batch of type tuple, expected a tensor .*, or ten"),
     ],
 )
 def test_batches_of_anything_else_are_told(batch, message):
@@ -213,11 +143,8 @@ def test_batches_of_anything_else_are_told(batch, message):
         with pytest.raises(DataError, match=message) as told:
             use()
         assert "\n" not in str(told.value)
-
-
-def test_without_forward_a_mapping_is_told_of_it():
     with pytest.raises(DataError, match=r"type dict, expected input tensors .* give forward=lambda network, batch"):
-        fisher_diagonal(networks(Texts)[0], NAMED[0])
+        fisher_diagonal(network, NAMED[0])
 
 
 def test_texts_of_several_lengths_merge_and_a_refit_asks_for_one():
@@ -226,19 +153,3 @@ def test_texts_of_several_lengths_merge_and_a_refit_asks_for_one():
     assert call(coded, ragged[0][0]).shape == (5, 3)
     with pytest.raises(DataError, match=r"shapes \[5\] \[5\] and \[3\] \[3\] to run together, expected one shape; pad"):
         merge_networks(Refit(), networks(Texts), CODE, calibration=ragged, forward=call)
-
-
-def test_a_hugging_face_classifier_merges_and_decodes():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    config = transformers.BertConfig(vocab_size=11, max_position_embeddings=8, num_labels=3, **sizes)
-    torch.manual_seed(0)
-    experts = [transformers.BertForSequenceClassification(config).eval() for _ in range(2)]
-    batches = [[transformers.BatchEncoding(batch) for batch in group] for group in NAMED]
-    for method in (Coin(fisher_data="own"), RegMean(), Refit(target="own")):
-        (coded,) = merge_networks(method, experts, CODE, calibration=batches, forward=call)
-        assert type(coded) is type(experts[0])
-        logits = coded(**batches[0][0]).logits
-        assert torch.isfinite(logits).all()
-    system = Coded(CODE, experts, [coded], forward=call).fit_decoder([*batches[0], *batches[1]], [1], "feature_ridge")
-    assert system.decode(batches[0][0]).shape == (1, 5, 3)

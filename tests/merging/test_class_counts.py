@@ -125,11 +125,6 @@ def test_a_network_that_is_its_head_and_a_convolution_are_padded():
     assert coded[0].out_channels == 5
 
 
-def test_frozen_heads_stay_frozen():
-    experts = [make(1, 4), make(2, 2).requires_grad_(False)]
-    assert [p.requires_grad for p in Experts(experts).networks[1].parameters()] == [False] * 4
-
-
 def test_heads_that_cannot_be_padded_are_told_in_one_line():
     class Tied(nn.Module):
         def __init__(self, classes):

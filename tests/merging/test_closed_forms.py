@@ -4,18 +4,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, RegMean, TaskArithmetic, Ties, Wudi
-from coin.merging.average import average_parameters
 from coin.merging.checks import check_each
 from coin.merging.coin import check_fishers, coin_parameters
 from coin.merging.regmean import regmean_parameters
-from coin.merging.task_vectors import task_arithmetic, ties
-from coin.networks.batchnorm import BatchNormPolicy
-from coin.statistics import FisherKind
+from coin.merging.task_vectors import ties
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "head.weight": (3, 5), "head.bias": (3,)}
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -53,10 +49,6 @@ def weighted(states, weights=WEIGHTS):
     return {key: sum(w * state[key] for w, state in zip(weights, states, strict=True)) for key in states[0]}
 
 
-def test_average_is_the_weighted_mean():
-    assert_states_close(average_parameters(EXPERTS, WEIGHTS), weighted(EXPERTS))
-
-
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 0.5])
 def test_coin_is_the_closed_form(damping):
     total = weighted(FISHERS)
@@ -85,27 +77,6 @@ def test_without_any_fisher_the_average_stands(damping):
     torch.testing.assert_close(merged["head.weight"], average["head.weight"], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(merged["conv.bias"][0], average["conv.bias"][0], rtol=1e-13, atol=1e-13)
     assert not torch.allclose(merged["conv.bias"][1:], average["conv.bias"][1:])
-
-
-def test_an_entry_follows_the_only_expert_with_a_fisher_there():
-    experts = [{"w": torch.tensor([1.0, 1.0]).double()}, {"w": torch.tensor([3.0, 3.0]).double()}]
-    tiny = {"w": torch.tensor([0.0, 1e-300], dtype=torch.float64)}
-    merged = coin_parameters(experts, [{"w": torch.tensor([2.0, 0.0]).double()}, tiny], (0.5, 0.5), 0)
-    assert merged["w"].tolist() == [1.0, 3.0]
-
-
-@given(
-    st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 1e6)), min_size=2, max_size=5),
-    st.floats(0, 10),
-)
-@settings(deadline=None, derandomize=True)
-def test_coin_stays_between_the_experts(entries, damping):
-    count = len(entries)
-    experts = [{"w": torch.tensor([value], dtype=torch.float64)} for value, _ in entries]
-    fishers = [{"w": torch.tensor([fisher], dtype=torch.float64)} for _, fisher in entries]
-    merged = float(coin_parameters(experts, fishers, [1 / count] * count, damping)["w"])
-    values = [value for value, _ in entries]
-    assert min(values) - 1e-12 <= merged <= max(values) + 1e-12
 
 
 def test_regmean_solves_each_group_of_a_convolution_by_itself():
@@ -165,10 +136,12 @@ def test_a_gram_matrix_that_rounding_hides_is_singular_all_the_same(width):
 
 
 def test_task_arithmetic_by_hand():
-    merged = task_arithmetic(EXPERTS, INITIAL, [1 / 3] * 3, 0.4)
-    for key, start in INITIAL.items():
-        torch.testing.assert_close(merged[key], start + 0.4 * sum(expert[key] - start for expert in EXPERTS))
-    assert_states_close(task_arithmetic(EXPERTS, INITIAL, WEIGHTS, 1 / 3), weighted(EXPERTS))
+    networks, initial = [nn.Linear(5, 3).double() for _ in WEIGHTS], nn.Linear(5, 3).double()
+    experts = Experts(networks, initial=initial)
+    made, average = (TaskArithmetic(s).make(experts, row).network for s, row in ((0.4, [1 / 3] * 3), (1 / 3, WEIGHTS)))
+    steps = sum(network.weight - initial.weight for network in networks)
+    torch.testing.assert_close(made.weight, initial.weight + 0.4 * steps)
+    torch.testing.assert_close(average.weight, sum(w * e.weight for w, e in zip(WEIGHTS, networks, strict=True)))
 
 
 def test_ties_by_hand():
@@ -185,12 +158,6 @@ def test_ties_by_hand():
     assert weighted["w"].tolist() == pytest.approx([1, 1 - 2, 1 - 3, 1 + 6])
 
 
-def test_ties_do_not_depend_on_the_order_of_the_experts():
-    order = (2, 0, 1)
-    permuted = ties([EXPERTS[i] for i in order], INITIAL, [WEIGHTS[i] for i in order], 0.2, 1)
-    assert_states_close(permuted, ties(EXPERTS, INITIAL, WEIGHTS, 0.2, 1), rtol=1e-10, atol=1e-11)
-
-
 # What is refused
 
 
@@ -199,7 +166,7 @@ def test_ties_do_not_depend_on_the_order_of_the_experts():
     [
         (Coin(), "found no calibration inputs, which the merge needs; give them as calibration"),
         (RegMean(), "found no calibration inputs"),
-        (Ties(), "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs"),
+        (Ties(), "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression"),
         (TaskArithmetic(), "found no shared initialisation"),
     ],
 )
@@ -294,6 +261,8 @@ def test_mismatched_layouts_are_named():
         (lambda: Wudi(damping=0.0), "damping=0.0, expected a number above 0"),
         (lambda: Average(batchnorm="reset"), "batchnorm='reset'"),
         (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled, auto"),
+        (lambda: Coin(fisher_data="mixed"), "^found fisher_data='mixed', expected one of own, pooled, auto$"),
+        (lambda: Coin(fisher_kind="mc"), "^found fisher_kind='mc', expected one of exact, monte_carlo, "),
     ],
 )
 def test_options_are_checked_at_construction(make, message):
@@ -301,33 +270,8 @@ def test_options_are_checked_at_construction(make, message):
         make()
 
 
-def test_labels_and_policies_are_carried():
-    assert Average().label == "average"
-    recalibrated = Coin(batchnorm=BatchNormPolicy.recalibrate, label="coin+BN", fisher_data="own")
-    assert (recalibrated.label, recalibrated.name, recalibrated.batchnorm) == ("coin+BN", "coin", "recalibrate")
-    assert recalibrated.fisher_data == "own"
-
-
-def test_fisher_options_are_checked_at_construction():
-    with pytest.raises(ConfigurationError, match=r"^found fisher_data='mixed', expected one of own, pooled, auto$"):
-        Coin(fisher_data="mixed")
-    with pytest.raises(
-        ConfigurationError, match=r"^found fisher_kind='mc', expected one of exact, monte_carlo, [^\n]*$"
-    ):
-        Coin(fisher_kind="mc")
-    for kind in FisherKind:
-        assert Coin(fisher_kind=str(kind), fisher_data="pooled").fisher_kind == kind
-    assert (Coin().fisher_kind, Coin().fisher_data) == (None, None)
-
-
-@pytest.mark.parametrize(
-    "label", ["", ".hidden", "..", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"]
-)
+@pytest.mark.parametrize("label", ["", ".hidden", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"])
 def test_a_label_that_cannot_name_results_and_files_is_refused(label):
     with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
         Average(label=label)
-
-
-@pytest.mark.parametrize("label", ["coin", "distillation-7000", "-x", "v1.2_b+c", "None"])
-def test_plain_labels_are_taken_as_they_are(label):
-    assert Average(label=label).label == label
+    assert Average(label="-v1.2_b+c").label == "-v1.2_b+c"

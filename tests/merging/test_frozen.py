@@ -11,14 +11,7 @@ from coin.merging import Average, Coin, HeadFit, Refit, RegMean, merge_networks
 from coin.statistics import fisher_diagonal, gram_sums
 
 CODE = Code([[0.3, 0.7]])
-METHODS = [
-    Average(),
-    Coin(),
-    Coin(fisher_kind="monte_carlo", fisher_data="own"),
-    RegMean(),
-    RegMean(alpha=None, damping=None),
-    HeadFit(),
-]
+METHODS = [Average(), Coin(), RegMean(), RegMean(alpha=None, damping=None), HeadFit()]
 HEAD = ("2.weight", "2.bias")
 
 
@@ -40,8 +33,8 @@ def flags(networks):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method, dtype):
+def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method):
+    dtype = torch.float32
     experts = [make(1, dtype=dtype), make(2, dtype=dtype)]
     for expert in experts:
         expert[0].requires_grad_(False)
@@ -85,24 +78,3 @@ def test_what_is_frozen_in_one_expert_alone_is_averaged(method):
             assert torch.equal(tensor, average[name])
         elif name == HEAD[0]:  # the Fisher of a bias is the same for all experts
             assert (tensor - average[name]).abs().max() > 1e-6
-
-
-def test_given_fishers_of_the_head_alone_leave_the_rest_to_the_average():
-    experts, inputs = [make(1), make(2, base=3)], calibration()
-    fishers = [fisher_diagonal(expert, batches) for expert, batches in zip(experts, inputs, strict=True)]
-    short = [{name: fisher[name] for name in HEAD} for fisher in fishers]
-    average = merge_networks(Average(), experts, CODE)[0].state_dict()
-    for given in (short, [fishers[0], short[1]]):
-        (coded,) = merge_networks(Coin(), experts, CODE, fishers=given, calibration=inputs)
-        for name, tensor in coded.state_dict().items():
-            assert torch.equal(tensor, average[name]) == (name not in HEAD)
-
-
-def test_a_frozen_bias_is_no_part_of_its_map():
-    experts = [make(1), make(2)]
-    for expert in experts:
-        expert[2].bias.data.fill_(0.3)
-        expert[2].bias.requires_grad_(False)
-    (coded,) = merge_networks(RegMean(), experts, CODE, calibration=calibration())
-    assert torch.equal(coded[2].bias, experts[0][2].bias)
-    assert not torch.equal(coded[2].weight, merge_networks(Average(), experts, CODE)[0][2].weight)

@@ -6,39 +6,6 @@ from hostile import CLASSES, batches, methods, moved
 from torch import nn
 
 import coin
-from coin.merging import Experts
-
-
-class Silent(nn.Module):
-    """A module that is called without a tensor, as Swin's or BEiT's position biases are."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(5, dtype=torch.float64))
-
-    def forward(self):
-        return self.table.tanh()
-
-
-class Silently(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.bias = nn.Linear(4, 5, dtype=torch.float64), Silent()
-        self.head = nn.Linear(5, CLASSES, dtype=torch.float64)
-
-    def forward(self, x):
-        return self.head((self.first(x) + self.bias()).tanh())
-
-
-def test_refit_takes_modules_that_are_called_without_tensors():
-    experts = [moved(Silently(), 1), moved(Silently(), 2)]
-    calibration = batches(4, count=1) * 2  # where own targets and the mixture are one
-    residuals = []
-    for method in (coin.Average(), coin.Refit("own", ridge=0.03)):
-        made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=calibration)[0]
-        x = torch.cat([batch for task in calibration for batch in task])
-        residuals.append(float((made(x) - sum(expert(x) for expert in experts) / 2).norm()))
-    assert residuals[1] < 0.5 * residuals[0]
 
 
 class Caching(nn.Module):
@@ -113,12 +80,6 @@ def test_distillation_of_networks_that_cache():
         made = coin.distill(experts, coin.Code([[0.5, 0.5]]), batches(4), lr=0.01, steps=3, readout=readout)[0]
         assert not torch.equal(made[1].biases, (experts[0][1].biases + experts[1][1].biases) / 2)
         torch.testing.assert_close(made(batches(4)[0][0]), uncached(made)(batches(4)[0][0]))
-
-
-def test_experts_are_found_as_they_were():
-    experts = [moved(cached(), 1).train(), moved(cached(), 2).eval()]
-    Experts(experts, calibration=batches(4)).target([0.5, 0.5])
-    assert [each.training for expert in experts for each in expert.modules()] == [True] * 4 + [False] * 4
 
 
 class Adapted(nn.Module):

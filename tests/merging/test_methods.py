@@ -8,18 +8,8 @@ import torch
 from torch import nn
 
 from coin.errors import CoinError, CoinWarning, NumericalError, StateError
-from coin.merging import (
-    Average,
-    Coin,
-    Experts,
-    HeadFit,
-    Refit,
-    RegMean,
-    TaskArithmetic,
-    Ties,
-    Wudi,
-)
-from coin.networks.heads import replace_head
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi
+from coin.networks.heads import head_name, replace_head
 from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, gram_sums
 
@@ -173,11 +163,29 @@ def test_a_linear_network_reaches_the_mixture_to_rounding(name, data):
 def test_a_fitted_head_comes_nearer_than_its_start(kind):
     _, networks, calibration = setup(kind)
     experts = Experts(networks, calibration=calibration)
-    errors = []
-    for each in (HeadFit(), Average()):
-        coded = each.make(experts, WEIGHTS).network
-        errors.append(float((experts.run(coded, experts.pooled).logits - experts.target(WEIGHTS)).square().sum()))
+    fitted, average = (each.make(experts, WEIGHTS).network for each in (HeadFit(), Average()))
+    target = experts.target(WEIGHTS)
+    errors = [(experts.run(each, experts.pooled).logits - target).square().sum() for each in (fitted, average)]
     assert errors[0] < errors[1]
+    head = head_name(average)
+    for name, tensor in average.state_dict().items():  # nothing but the head moves
+        assert torch.equal(fitted.state_dict()[name], tensor) == (name not in (f"{head}.weight", f"{head}.bias")), name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logits_is_refused(bias):
+    _, networks, calibration = setup("mlp")
+    for network in networks:
+        network[0] = deepcopy(networks[0][0])
+        if not bias:
+            network[2].bias = None
+    experts = Experts(networks, calibration=calibration)
+    merged, average = (method.make(experts, WEIGHTS).network for method in (HeadFit(), Average()))
+    assert_parameters_close(merged, average, 1e-10)
+    for network in networks:
+        network.append(nn.Softmax(1))
+    with pytest.raises(StateError, match=r"^the logits of Sequential are not its head '2' \(Linear\) of [^\n]*$"):
+        HeadFit().make(Experts(networks, calibration=calibration), WEIGHTS)
 
 
 def test_regmean_fits_every_linear_map_of_a_transformer():

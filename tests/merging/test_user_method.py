@@ -273,7 +273,7 @@ def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
         ("flat", r"^function 'mine\.flat' returned shape \[3\] for '0\.weight', expected a tensor of shape \[4\]"),
         ("no_tensor", r"^function 'mine\.no_tensor' returned list for '0\.weight', expected a tensor of shape \[4\]"),
         ("infinite", r"^the coded model of method 'infinite' is not finite: tensor '1\.bias'"),
-        ("infinite_buffer", r"^the coded model of method 'infinite_buffer' is not finite: buffer '0\.running_var'"),
+        ("infinite_buffer", r"^the coded model of method 'infinite_buffer' is not finite: tensor '0\.running_var'"),
     ],
 )
 def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
