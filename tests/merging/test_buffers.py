@@ -56,9 +56,7 @@ def test_a_mask_of_infinities_that_all_experts_share_stays(networks, calibration
 def test_a_nan_in_a_buffer_or_an_infinity_in_one_without_is_refused(networks):
     networks[1].turn[2] = torch.inf
     for name in ("turn", "mask"):
-        with pytest.raises(
-            StateError, match=rf"^the coded model of method 'soup' is not finite: tensor '{name}'"
-        ):
+        with pytest.raises(StateError, match=rf"^the coded model of method 'soup' is not finite: tensor '{name}'"):
             Average(label="soup").make(Experts(networks), ROWS[0])
         networks[1].turn[2] = networks[0].turn[2]
         networks[1].mask[2, 1] = torch.nan
