@@ -1,6 +1,5 @@
 """The export of an expert's file when its training ends."""
 
-from copy import copy
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,15 @@ def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
 
 
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
-    """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
+    """Return the trained network with the chosen weights, a copy where anything would change.
 
-    It is not compiled, and every parameter is trainable, so that a Fisher covers
-    all: those that one expert did not train matter in a merge with others that did.
+    Every parameter is trainable, so that a Fisher covers all: those that one expert did not train matter in a merge
+    with others that did.
     """
     network: Any = module.network
     monitored = _monitored(trainer)
     if weights == Weights.last or monitored is None:
-        return without_frozen(copy(network))  # a copy leaves torch.compile's call behind
+        return without_frozen(network)
     state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
     best, own = clone(network), "network."
     best.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})

@@ -16,6 +16,7 @@ _EXPECTED = (
     r".*is smaller than the logging interval.*",
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*treespec.*is deprecated.*",  # Lightning's own
+    r"The `srun` command is available on your system but is not used.*",
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
     r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes

@@ -85,7 +85,6 @@ class TaskData(LightningDataModule, ABC):
             are in the order of the labels, and are the task's names from then on. None is for heads that are trained.
     """
 
-    added_options: ClassVar[tuple[str, ...]] = ("head",)  # absent from keys where None: earlier versions had none
     names: ClassVar[tuple[str, ...]]
     content: ClassVar[str] = "images"  # what networks read of it: images or texts
 

@@ -19,9 +19,8 @@ from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method
 from coin.merging.method import Compress, starting_method
-from coin.modules.distillation import AUTO, DistillationModule
+from coin.modules.distillation import AUTO, DistillationModule, Schedule
 from coin.networks import BatchNormPolicy
-from coin.networks.recipe import Schedule
 
 
 class Distillation(Method):
@@ -105,8 +104,6 @@ class Distillation(Method):
         for name, number, least in (("samples_per_task", samples_per_task, 1), ("seed", seed, 0)):
             if number is not None:
                 check_integer(name, number, least)
-        if schedule is Schedule.cosine:
-            raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
         if start != AUTO:
             starting_method(start)
         self.label, self.compress = self.validated_label(label), self.compressed(compress)

@@ -1,15 +1,14 @@
 """The LightningModules that train a coded model on the experts' weighted outputs, and with readouts of every expert."""
 
 from copy import deepcopy
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.core.batches import Batch, as_input, clear_caches
 from coin.core.lightning import plain_options, plot_against_epochs
@@ -21,8 +20,16 @@ from coin.merging.checks import check_row
 from coin.merging.method import starting_method
 from coin.networks import build_network, features_and_logits, fill_network, load_network, pad_head
 from coin.networks.heads import check_head, head_name, is_frozen
-from coin.networks.recipe import Schedule
+from coin.networks.recipe import OneCycle
 from coin.networks.stages import full_precision
+
+
+class Schedule(StrEnum):
+    """The learning rate over the run: ``one_cycle`` (up, then to zero) or ``constant``."""
+
+    one_cycle = "one_cycle"
+    constant = "constant"
+
 
 AUTO = "auto"
 """Start with the head fitted, where there is one that can be: a fully connected layer with a bias."""
@@ -190,18 +197,16 @@ class DistillationModule(LightningModule):
         if not self.trainer.sanity_checking:
             self.losses.append(float(self.trainer.callback_metrics["val/loss"]))
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> Any:
         """Return Adam over the trained parameters, and the schedule, which advances every step."""
         lr = self.hparams["lr"]
         optimizer = Adam([*self.student.parameters(), *self.readouts.parameters()], lr)
-        scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
-        if self.hparams["schedule"] == Schedule.one_cycle:
-            # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
-            steps = self.hparams["steps"]
-            rise = 0.1 if 0.1 * steps != 1 else 0.11
-            scheduler = _OneCycle(
-                optimizer, lr, total_steps=steps, pct_start=rise, anneal_strategy="linear", cycle_momentum=False
-            )
+        if self.hparams["schedule"] == Schedule.constant:
+            return {"optimizer": optimizer}
+        # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
+        steps = self.hparams["steps"]
+        rise = 0.1 if 0.1 * steps != 1 else 0.11
+        scheduler = OneCycle(optimizer, lr, steps, pct_start=rise, anneal_strategy="linear")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _training_outputs(self, positions: Tensor, inputs: Batch) -> Tensor:
@@ -264,10 +269,3 @@ def _readout(network: nn.Module) -> nn.Linear:
             "ReadoutDistillation out for this network"
         )
     return deepcopy(head).requires_grad_(not is_frozen(network))
-
-
-class _OneCycle(OneCycleLR):
-    """One cycle, and after its last step the learning rate that it ended with."""
-
-    def get_lr(self) -> list[float | Tensor]:
-        return self.get_last_lr() if self.last_epoch >= self.total_steps else super().get_lr()

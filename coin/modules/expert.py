@@ -1,26 +1,24 @@
 """The LightningModule that fine-tunes one expert on one task (or pretrains a base)."""
 
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from coin.core.lightning import plain_options, plot_against_epochs
+from coin.core.lightning import plot_against_epochs
 from coin.errors import ConfigurationError
 from coin.networks import NetworkConfig, fill_head, initial_network
 from coin.networks.recipe import (
-    OptimizerKind,
+    OneCycle,
     Recipe,
-    Schedule,
+    SchedulerCallable,
     parameter_groups,
     squared_distance,
     trainable_names,
@@ -41,7 +39,10 @@ class Expert(LightningModule):
         initial_seed: The seed of the shared initialisation; equal for all experts of an experiment.
         seed: The seed of dropout and the like; the global generator's state depends on it and the epoch alone. None is
             0, or ``--seed_everything`` on the command line.
-        **recipe: The training options; see `coin.networks.recipe.Recipe`.
+        optimizer: A class of `torch.optim`, by its name, as ``class_path`` and ``init_args``, or as
+            `functools.partial` of it; by default SGD with momentum 0.9.
+        lr_scheduler: A class of `torch.optim.lr_scheduler` likewise; None is a constant rate.
+        **recipe: The other training options; see `coin.networks.recipe.Recipe`.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class Expert(LightningModule):
         initial: str | None = None,
         initial_seed: int = 0,
         seed: int | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: SchedulerCallable | None = OneCycle,  # type: ignore[assignment]
         **recipe: Any,
     ) -> None:
         super().__init__()
         options = options or {}
-        self.recipe = Recipe(**recipe)
-        own = {name: value for name, value in locals().items() if name != "recipe"}
-        self.save_hyperparameters(plain_options({**own, **asdict(self.recipe)}))
+        self.recipe = Recipe(optimizer=optimizer, lr_scheduler=lr_scheduler, **recipe)  # type: ignore[arg-type]
+        own = {name: value for name, value in locals().items() if name not in ("self", "__class__", "recipe")}
+        self.save_hyperparameters(own | {each.name: getattr(self.recipe, each.name) for each in fields(Recipe)})
         self.config = NetworkConfig(network, image_size, weights, options)
         self.network: nn.Module | None = None
         self._start: dict[str, Tensor] = {}
@@ -153,41 +156,23 @@ class Expert(LightningModule):
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).softmax(1)  # type: ignore[no-any-return]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser and the schedule, which advances every step; ConfigurationError as `_steps`."""
-        recipe = self.recipe
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser, and the schedule, which steps with it; ConfigurationError if it began with another."""
         assert self.network is not None
-        groups = parameter_groups(self.network, recipe.lr, recipe.head_lr)
-        optimizer: Optimizer
-        if recipe.optimizer == OptimizerKind.sgd:
-            optimizer = SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        else:
-            optimizer = AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
-        scheduler: LRScheduler
-        if recipe.schedule == Schedule.one_cycle:
-            peaks = [group["lr"] for group in groups]
-            scheduler = OneCycleLR(optimizer, peaks, total_steps=self._steps(), cycle_momentum=False)
-        elif recipe.schedule == Schedule.cosine:
-            scheduler = CosineAnnealingLR(optimizer, self._steps())
-        else:
-            scheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _steps(self) -> int:
-        """Return the number of steps of the whole run; ConfigurationError if unknown, or another than it began with."""
+        optimizer = self.recipe.make_optimizer(parameter_groups(self.network, self.recipe.head_lr))
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ConfigurationError(
-                f"found schedule='{self.recipe.schedule}' for a run of no known length, expected its number of "
-                "steps; set trainer.max_epochs or trainer.max_steps, or schedule=constant"
-            )
+        scheduler = self.recipe.make_scheduler(optimizer, steps)
+        if scheduler is None:
+            return optimizer
         if self._begun not in (None, steps):
             raise ConfigurationError(
-                f"found a checkpoint of a schedule '{self.recipe.schedule}' of {self._begun} steps, expected {steps}, "
-                "as long as this run; give the trainer.max_epochs that it began with, or start anew from the expert "
-                "that it has written (--model.initial)"
+                f"found a checkpoint of a schedule of {self._begun} steps, expected {steps}, as long as this run; give "
+                "the trainer.max_epochs that it began with, or start anew from the expert that it has written "
+                "(--model.initial)"
             )
-        return int(steps)
+        monitor = getattr(scheduler, "monitor", None)  # that of Lightning's ReduceLROnPlateau
+        every = {"interval": "step"} if monitor is None else {"monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **every}}
 
     def _build(self, num_classes: int) -> None:
         initial, seed = self.hparams["initial"], self.hparams["initial_seed"]
@@ -195,14 +180,12 @@ class Expert(LightningModule):
         trained = trainable_names(network, self.recipe.trainable)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)
-        parameter_groups(network, self.recipe.lr, self.recipe.head_lr)  # refuses a rate of a head that is not trained
+        parameter_groups(network, self.recipe.head_lr)  # refuses a rate of a head that is not trained
         if self.recipe.l2_sp:
             state = network.state_dict()
             self._start = {name: state[name].clone() for name in without_head(network, trained)}
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.recipe.compile_network:
-            self.network.compile()
         self.train(self.training)
         self.accuracy = nn.ModuleDict(
             {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}

@@ -1,36 +1,65 @@
 """The training options shared by ``coin fit`` and ``coin run``, and their effect on a network."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import inspect
+from argparse import ArgumentError
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from coin.core.choices import check_number, is_list_of_names, parse_enum
+from coin.core.choices import check_number, is_list_of_names
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name, is_frozen
 from coin.networks.stages import full_precision
 
 HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
 
+# The name of a class, or {class_path: …, init_args: {…}}. Of plain values, which a step's key holds; jsonargparse would
+# make objects of `dict[str, Any]`.
+ClassSpec: TypeAlias = str | dict | None  # type: ignore[type-arg]
 
-class OptimizerKind(StrEnum):
-    """The optimiser: ``sgd`` (with momentum) or ``adamw``."""
+SGD: dict[str, Any] = {
+    "class_path": "torch.optim.SGD",
+    "init_args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
+}
+"""The optimiser if none is given."""
 
-    sgd = "sgd"
-    adamw = "adamw"
+
+class SchedulerCallable(Protocol):
+    """Makes the learning-rate schedule of an optimiser, from those of these arguments that it takes."""
+
+    def __call__(self, optimizer: Optimizer, *, max_lr: list[float], total_steps: int, T_max: int) -> LRScheduler:
+        """Return the schedule: the optimiser's rates are its highest, the run's number of steps is its length."""
 
 
-class Schedule(StrEnum):
-    """The learning rate over the run: ``constant``, ``cosine`` to zero, or ``one_cycle`` (up, then to zero)."""
+class OneCycle(OneCycleLR):
+    """Torch's one cycle with the optimiser's momentum, and after the last step the rate that it ended with.
 
-    constant = "constant"
-    cosine = "cosine"
-    one_cycle = "one_cycle"
+    Source: Smith and Topin, *Super-convergence* (2018).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_lr: float | list[float],
+        total_steps: int,
+        pct_start: float = 0.3,
+        anneal_strategy: str = "cos",
+    ) -> None:
+        super().__init__(optimizer, max_lr, total_steps, None, None, pct_start, anneal_strategy, cycle_momentum=False)  # type: ignore[arg-type]
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of each group of parameters."""
+        return self.get_last_lr() if self.last_epoch >= self.total_steps else super().get_lr()
 
 
 @dataclass(frozen=True)
@@ -38,12 +67,14 @@ class Recipe:
     """The training options of ``coin fit``'s `Expert` and of an experiment's ``expert`` and ``base``.
 
     Args:
-        optimizer: ``sgd`` or ``adamw``.
-        lr: The (peak) learning rate.
-        head_lr: The head's learning rate, by default `lr`. The schedule scales both.
-        momentum: The momentum of ``sgd``.
-        weight_decay: The factor of the L2 penalty (``sgd``) or of the decay (``adamw``).
-        schedule: The learning-rate schedule, over all optimiser steps of the run.
+        optimizer: A class of `torch.optim`, such as ``AdamW``, or any other's ``class_path`` and ``init_args``; by
+            default SGD with momentum 0.9.
+        lr: The optimiser's learning rate, in the place of that in its ``init_args``.
+        momentum: The optimiser's momentum, likewise.
+        weight_decay: The optimiser's weight decay, likewise.
+        lr_scheduler: A class of `torch.optim.lr_scheduler`, given as the optimiser's, which steps with it; its
+            ``total_steps``, ``T_max`` and ``max_lr`` are the run's and the optimiser's own. None is a constant rate.
+        head_lr: The head's learning rate, by default the optimiser's. The schedule scales both.
         label_smoothing: The share of the target spread over all classes, in [0, 1).
         l2_sp: The factor α of the penalty ½α‖θ − θ₀‖² towards the shared initialisation θ₀, over all trained parameters
             but the head's. Source: Li et al., *Explicit inductive bias for transfer learning* (ICML 2018), L²-SP.
@@ -51,39 +82,90 @@ class Recipe:
             and biases train.
         trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``, or ``head``,
             whatever the head is called. None trains all. See `freeze_batchnorm` for BatchNorm.
-        compile_network: Whether to run the network through `torch.compile`.
     """
 
-    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {"optimizer": OptimizerKind, "schedule": Schedule}
-
-    optimizer: OptimizerKind = OptimizerKind.sgd
-    lr: float = 0.01
+    optimizer: ClassSpec = None
+    lr: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    lr_scheduler: ClassSpec = "coin.networks.recipe.OneCycle"
     head_lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Schedule = Schedule.one_cycle
     label_smoothing: float = 0.0
     l2_sp: float = 0.0
     freeze_batchnorm: bool = False
     trainable: list[str] | None = None
-    compile_network: bool = False
 
     def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
-        for name, kind in self._ENUMS.items():
-            object.__setattr__(self, name, parse_enum(kind, name, getattr(self, name)))
-        check_number("lr", self.lr, low=0.0, strict=True)
-        if self.head_lr is not None:
-            check_number("head_lr", self.head_lr, low=0.0, strict=True)
-        for name in ("weight_decay", "l2_sp"):
-            check_number(name, getattr(self, name), low=0.0)
-        for name in ("momentum", "label_smoothing"):
-            check_number(name, getattr(self, name), low=0.0, high=1.0)
-        for name in ("freeze_batchnorm", "compile_network"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(f"found {name}={getattr(self, name)!r}, expected true or false")
+        optimizer = SGD if self.optimizer is None else _spec("optimizer", self.optimizer, "torch.optim")
+        object.__setattr__(self, "optimizer", optimizer)
+        if self.lr_scheduler is not None:
+            scheduler = _spec("lr_scheduler", self.lr_scheduler, "torch.optim.lr_scheduler")
+            object.__setattr__(self, "lr_scheduler", scheduler)
+        for name in ("lr", "head_lr"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0.0, strict=True)
+        check_number("l2_sp", self.l2_sp, low=0.0)
+        check_number("label_smoothing", self.label_smoothing, low=0.0, high=1.0)
+        if not isinstance(self.freeze_batchnorm, bool):
+            raise ConfigurationError(f"found freeze_batchnorm={self.freeze_batchnorm!r}, expected true or false")
         if self.trainable is not None and not is_list_of_names(self.trainable):
             expected = "expected a list of names or glob patterns, such as [head], or null"
             raise ConfigurationError(f"found trainable={self.trainable!r}, {expected}")
+        try:  # on a parameter of its own: a class or an option that there is not is refused before anything is trained
+            self.make_scheduler(self.make_optimizer([nn.Parameter(torch.zeros(1, 1))]), 100)
+        except (ArgumentError, TypeError, ValueError) as error:
+            paths = [each and each["class_path"] for each in (self.optimizer, self.lr_scheduler)]
+            reason = " ".join(str(error).split()).rpartition("callable class: ")[2].partition(" Got value")[0]
+            told = "found optimizer {} and lr_scheduler {}, which cannot be made".format(*paths)
+            raise ConfigurationError(f"{told}: {reason:.300}; change their class_path or init_args") from error
+
+    def make_optimizer(self, parameters: Iterable[Any]) -> Optimizer:
+        """Return the optimiser of parameters, or of groups of them."""
+        short = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay")}
+        short = {name: value for name, value in short.items() if value is not None}
+        given: Any = self.optimizer
+        spec = {**given, "init_args": {**given["init_args"], **short}}
+        return _maker("optimizer", OptimizerCallable, spec)(parameters)  # type: ignore[no-any-return]
+
+    def make_scheduler(self, optimizer: Optimizer, steps: float) -> LRScheduler | None:
+        """Return the schedule of a run of this many steps; ConfigurationError where a schedule's length is infinite."""
+        spec: Any = self.lr_scheduler
+        if spec is None:
+            return None
+        make = _maker("lr_scheduler", SchedulerCallable, spec)
+        known = {"max_lr": [group["lr"] for group in optimizer.param_groups], "total_steps": steps, "T_max": steps}
+        given = inspect.signature(_class_of(make)).parameters.keys() & known.keys()
+        if steps == float("inf") and given - {"max_lr"}:
+            raise ConfigurationError(
+                f"found lr_scheduler={spec['class_path']} for a run of no known length, expected its "
+                "number of steps; set trainer.max_epochs or trainer.max_steps, or lr_scheduler=null"
+            )
+        return make(optimizer, **{name: known[name] for name in given})  # type: ignore[no-any-return]
+
+
+def _maker(name: str, kind: Any, spec: Mapping[str, Any]) -> Any:
+    """Return a class with the options of its specification."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=kind)
+    return parser.instantiate(parser.parse_object({name: spec}))[name]
+
+
+def _class_of(given: Any) -> Any:
+    """Return a class, or the one that jsonargparse or `functools.partial` has given arguments; else None."""
+    named = (given.func, *given.args) if isinstance(given, partial) else (given,)
+    return next(filter(inspect.isclass, named), None)
+
+
+def _spec(name: str, given: Any, home: str) -> dict[str, Any]:
+    """Return a class as ``class_path`` and ``init_args``, one that is given by its name as one of `home`."""
+    if (kind := _class_of(given)) is not None:
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": getattr(given, "keywords", {})}
+    spec = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
+        expected = f"expected the name of a class of {home}, or its class_path and init_args"
+        raise ConfigurationError(f"found {name}={given!r}, {expected}")
+    path = spec["class_path"]
+    return {"init_args": {}, **spec, "class_path": path if "." in path else f"{home}.{path}"}
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
@@ -112,21 +194,21 @@ def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[
     return [name for name in names if name in found]
 
 
-def parameter_groups(network: nn.Module, lr: float, head_lr: float | None) -> list[dict[str, Any]]:
+def parameter_groups(network: nn.Module, head_lr: float | None) -> list[dict[str, Any]]:
     """Return the optimiser's parameter groups: one, or two if the head has its own learning rate.
 
     Raises ConfigurationError if the head has its own learning rate but is not trained.
     """
     trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
     if head_lr is None:
-        return [{"params": list(trained.values()), "lr": lr}]
+        return [{"params": list(trained.values())}]
     body = without_head(network, list(trained))
     own = [each for name, each in trained.items() if name not in body]
     if not own:
         raise ConfigurationError(
             f"found head_lr={head_lr} and a head that is not trained; add '{HEAD}' to trainable, or leave head_lr out"
         )
-    groups = [{"params": [trained[name] for name in body], "lr": lr}] if body else []
+    groups: list[dict[str, Any]] = [{"params": [trained[name] for name in body]}] if body else []
     return [*groups, {"params": own, "lr": head_lr}]
 
 

@@ -1,13 +1,12 @@
 """The parts of an experiment file."""
 
 import warnings
-from dataclasses import InitVar, dataclass, field, replace
-from enum import StrEnum
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from coin.callbacks import Weights
 from coin.coding.promise import samples_needed
-from coin.core.choices import check_integer, check_number, parse_enum, renamed_option
+from coin.core.choices import check_integer, check_number, parse_enum
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
 from coin.pipeline.steps.train import TrainingConfig
@@ -52,11 +51,13 @@ class ExpertConfig(TrainingConfig):
             checkpoint, or ``hf/FOLDER_OR_ID`` for a network of Hugging Face's.
     """
 
-    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}
-
     weights: Weights = Weights.last
     overrides: dict[str, dict[str, _Plain]] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "weights", parse_enum(Weights, "weights", self.weights))
 
     def of(self, task: str) -> "ExpertConfig":
         """Return the training options for a task, its overrides applied."""
@@ -91,11 +92,10 @@ class CalibrationConfig:
             59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
         promise_alpha: α, the largest probability that an accepted answer differs from the expert's.
         promise_confidence: The probability that the promise holds.
-        fisher_cotangents: The old name of fisher_mc_samples, for one version.
     """
 
     samples_per_task: int = 200
-    fisher_data: DataChoice = DataChoice.auto
+    fisher_data: DataChoice = DataChoice.own
     fisher_kind: FisherKind = FisherKind.exact
     fisher_mc_samples: int | None = None
     fisher_precision: Precision = Precision.full
@@ -104,20 +104,15 @@ class CalibrationConfig:
     promise_samples: int = 0
     promise_alpha: float = 0.02
     promise_confidence: float = 0.95
-    fisher_cotangents: InitVar[int | None] = None
 
-    def __post_init__(self, fisher_cotangents: int | None) -> None:
-        mc_samples = renamed_option(
-            "fisher_mc_samples", self.fisher_mc_samples, "fisher_cotangents", fisher_cotangents, 4
-        )
-        object.__setattr__(self, "fisher_mc_samples", mc_samples)
+    def __post_init__(self) -> None:
         for name in ("samples_per_task", "batch_size", "memory_mib"):
             check_integer(name, getattr(self, name), 1)
         check_integer("promise_samples", self.promise_samples, 0)
         for name in ("promise_alpha", "promise_confidence"):
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
-        if mc_samples is not None:
-            check_integer("fisher_mc_samples", mc_samples, 1)
+        if self.fisher_mc_samples is not None:
+            check_integer("fisher_mc_samples", self.fisher_mc_samples, 1)
         object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
         object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
         object.__setattr__(self, "fisher_precision", parse_enum(Precision, "fisher_precision", self.fisher_precision))
@@ -125,8 +120,7 @@ class CalibrationConfig:
     @property
     def merging(self) -> dict[str, Any]:
         """The options that the coded models depend on."""
-        options = {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
-        return options | {"fisher_cotangents": options.pop("fisher_mc_samples")}  # its old name, which records have
+        return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
 
     def warn_of_too_few(self) -> None:
         """Warn if there are too few samples to learn from, or for any promise."""

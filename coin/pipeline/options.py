@@ -36,14 +36,42 @@ def config_dict(value: Any) -> Any:
 
     def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
         kind = type(value)
-        own = getattr(value, "recorded_class", kind.__name__)
-        name = own if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
+        name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
         contents = getattr(value, "content_key", None)
-        added = getattr(kind, "added_options", ())
-        options = {option: given for option, given in options.items() if option not in added or given not in (None, [])}
         return {"class": name, **options, **({"contents": contents()} if contents else {})}
 
     return _plain(value, made)
+
+
+_ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+"""Options of how many processes a step runs on, and their defaults."""
+
+_WITHOUT_EFFECT = {
+    "accelerator",
+    "barebones",
+    "detect_anomaly",
+    "enable_autolog_hparams",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "inference_mode",
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+    "plugins",
+    "profiler",
+}
+"""Options of the Trainer that change no result."""
+
+
+def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
+    """Return those of the Trainer's options that change a step's result, for its key.
+
+    In a training the number of processes is among them: each of them takes batches of its own. All else gives the same
+    numbers on one process and on many.
+    """
+    kept = {name: value for name, value in trainer.items() if name not in _WITHOUT_EFFECT and value is not None}
+    if training:
+        return {name: value for name, value in kept.items() if value != _ON_PROCESSES.get(name)}
+    return {name: value for name, value in kept.items() if name not in _ON_PROCESSES}
 
 
 def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
@@ -100,19 +128,3 @@ def _import_path(kind: type) -> str:
     homes = (each for each in packages if getattr(import_module(each), kind.__name__, None) is kind)
     home = next(homes, f"{kind.__module__}.{kind.__qualname__}".rpartition(".")[0])  # of a function, for one
     return f"{home}.{kind.__name__}"
-
-
-_SHOWN = (
-    *("accelerator", "barebones", "detect_anomaly", "enable_model_summary", "enable_progress_bar"),
-    *("log_every_n_steps", "num_sanity_val_steps", "profiler"),
-)
-_SHARED = ("devices", "num_nodes", "strategy")
-
-
-def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
-    """Return the options of the Trainer that change what a step makes.
-
-    Statistics and evaluations add up the same with any number of processes; a training does not.
-    """
-    left_out = _SHOWN if training else (*_SHOWN, *_SHARED)
-    return {name: value for name, value in trainer.items() if name not in left_out}

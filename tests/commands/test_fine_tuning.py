@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coin.cli import main
-from coin.files.safetensors import load_state
+from coin.files.safetensors import load_provenance, load_state
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
@@ -22,6 +22,28 @@ def fit(folder: Path, network: str, options: str, *more: str) -> int:
     model = [f"--model.network={network}", f"--model.options={options}", "--model.image_size=16"]
     root = f"--trainer.default_root_dir={folder}"
     return main(["fit", *model, *more, *DIGITS, "--trainer.max_epochs=1", root, *CALLBACKS, *QUIET])
+
+
+def test_a_checkpoint_is_measured_like_the_file_of_the_expert(tmp_path: Path) -> None:
+    adam = ["--model.optimizer=Adam", "--model.optimizer.lr=1e-3", "--model.lr_scheduler=CosineAnnealingLR"]
+    assert fit(tmp_path, "small_vit", "{depth: 1, width: 16, mlp_width: 16}", *adam) == 0
+    optimizer = load_provenance(tmp_path / "expert.safetensors")["options"]["optimizer"]
+    assert (optimizer["class_path"], optimizer["init_args"]["lr"]) == ("torch.optim.adam.Adam", 1e-3)
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    root = f"--trainer.default_root_dir={tmp_path}"
+    assert main(["test", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
+    fisher = ["fisher", f"--samples={SAMPLES}", *DIGITS, root, *QUIET]
+    for name, path in (("a", checkpoint), ("b", tmp_path / "expert.safetensors")):
+        assert main([*fisher, f"--ckpt_path={path}", f"--output={tmp_path / name}.safetensors"]) == 0
+    ours, theirs, written = (
+        load_state(tmp_path / name)[0] for name in ("a.safetensors", "b.safetensors", "expert.fisher.safetensors")
+    )
+    assert ours.keys() == theirs.keys() == written.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
+        assert written[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
+    fingerprints = {load_provenance(tmp_path / name)["weights"] for name in ("a.safetensors", "b.safetensors")}
+    assert len(fingerprints) == 1
 
 
 def test_an_expert_of_a_head_alone_merges_with_one_that_was_trained_as_a_whole(tmp_path: Path) -> None:

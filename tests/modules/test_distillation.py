@@ -158,7 +158,7 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
         ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
         ({"learning_rates": []}, r"found learning_rates=\[\], expected at least one"),
         ({"learning_rates": [1e-3, 3e-4]}, r"found learning_rates=\[0.001, 0.0003\], expected at least one, rising"),
-        ({"schedule": "cosine"}, "found schedule=cosine, expected one_cycle or constant"),
+        ({"schedule": "cosine"}, "found schedule='cosine', expected one of one_cycle, constant"),
         ({"start": "refined"}, "found start='refined', expected one of average, coin, .*refit"),
         ({"learning_rates": [1e-3, -1.0]}, "found learning_rates=-1.0, expected a number above 0"),
         ({"steps": 0}, "found steps=0"),

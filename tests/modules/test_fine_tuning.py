@@ -1,5 +1,6 @@
 """What is fine-tuned, how fast, and how far from the shared initialisation."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 
 from coin.callbacks import FisherEstimator
 from coin.errors import ConfigurationError
 from coin.modules import Expert
 from coin.networks import NetworkConfig, build_network
-from coin.networks.recipe import squared_distance, trainable_names
+from coin.networks.recipe import OneCycle, squared_distance, trainable_names
 from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3}
@@ -126,7 +128,9 @@ def test_a_resumed_training_is_drawn_to_the_start_it_began_with(tmp_path, synthe
     def run(folder, callbacks=(), ckpt_path=None):
         saver = ModelCheckpoint(tmp_path / folder, save_last=True)
         trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saver, *callbacks])
-        expert = Expert(**SMALL, initial=str(base), l2_sp=0.5, head_lr=0.02, freeze_batchnorm=True, schedule="cosine")
+        expert = Expert(
+            **SMALL, initial=str(base), l2_sp=0.5, head_lr=0.02, freeze_batchnorm=True, lr_scheduler="CosineAnnealingLR"
+        )
         trainer.fit(expert, datamodule=synthetic(), ckpt_path=ckpt_path)
         return expert.network.state_dict()
 
@@ -149,15 +153,15 @@ class Rates(Callback):
         self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", [None, "CosineAnnealingLR", OneCycle])
+@pytest.mark.parametrize("optimizer", ["SGD", partial(AdamW, betas=(0.5, 0.9))])
 def test_the_schedule_scales_the_heads_own_rate_as_well(synthetic, make_trainer, schedule, optimizer):
     rates = Rates()
     trainer = make_trainer(max_epochs=2, callbacks=[rates])
-    expert = Expert(**SMALL, lr=0.01, head_lr=0.05, schedule=schedule, optimizer=optimizer)
+    expert = Expert(**SMALL, lr=0.01, head_lr=0.05, lr_scheduler=schedule, optimizer=optimizer)
     trainer.fit(expert, datamodule=synthetic(train=40))
     body, head = trainer.optimizers[0].param_groups
-    peak = {"one_cycle": "max_lr"}.get(schedule, "initial_lr")
+    peak = {None: "lr", OneCycle: "max_lr"}.get(schedule, "initial_lr")
     assert len(rates.seen) == 8
     for own, heads in rates.seen[:-1]:
         assert heads == pytest.approx(5 * own)
@@ -168,7 +172,7 @@ def test_the_schedule_scales_the_heads_own_rate_as_well(synthetic, make_trainer,
 
 
 def test_a_head_alone_may_have_a_rate_of_its_own(synthetic, make_trainer):
-    _, _, trainer = trained(make_trainer, synthetic(), trainable=["head"], head_lr=0.03, schedule="constant")
+    _, _, trainer = trained(make_trainer, synthetic(), trainable=["head"], head_lr=0.03, lr_scheduler=None)
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.03]
     with pytest.raises(ConfigurationError, match=r"found head_lr=0\.1 and a head that is not trained; add 'head'"):
         Expert(**SMALL, trainable=["stem.*"], head_lr=0.1)

@@ -1,4 +1,4 @@
-"""Mixed precision, TF32 and compiled training."""
+"""Mixed precision, and TF32."""
 
 import pytest
 import torch
@@ -107,31 +107,3 @@ def test_tf32_is_an_option_of_the_trainer(make_trainer):
 def test_weights_of_16_bits_are_refused(make_trainer, precision):
     with pytest.raises(ConfigurationError, match=f"found precision '{precision}-true'.*; use {precision}-mixed"):
         make_trainer(precision=f"{precision}-true")
-
-
-@pytest.mark.slow
-def test_a_compiled_expert_trains_alike_and_keeps_its_names(tmp_path, make_trainer, synthetic, monkeypatch):
-    calls = []
-
-    def backend(graph, _):
-        def run(*arguments):
-            calls.append(len(arguments))
-            return graph(*arguments)
-
-        return run
-
-    plain = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: plain(self, backend=backend))
-    for name in ("plain", "compiled"):
-        callbacks = [ExpertExport(str(tmp_path / name)), FisherEstimator(20, path=str(tmp_path / f"{name}.fisher"))]
-        trainer = make_trainer(max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
-        trainer.fit(Expert(**SMALL, compile_network=name == "compiled"), datamodule=synthetic())
-        assert bool(calls) == (name == "compiled")
-        saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
-        assert not any("_orig_mod" in key for key in saved)
-    compiled, alone = (load_network(tmp_path / name).network.state_dict() for name in ("compiled", "plain"))
-    for key, value in alone.items():
-        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5)
-    fishers = [open_statistic(tmp_path / f"{name}.fisher", statistic="fisher").values for name in ("compiled", "plain")]
-    for key, value in fishers[1].items():
-        torch.testing.assert_close(fishers[0][key], value, rtol=1e-2, atol=1e-3 * float(value.max()))

@@ -10,35 +10,31 @@ import yaml
 
 from coin.callbacks import Weights
 from coin.data import Augmentation, Digits
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import ConfigurationError
 from coin.merging import Coin
 from coin.networks import NetworkConfig
-from coin.networks.recipe import OptimizerKind, Schedule
 from coin.pipeline import Experiment
-from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
-from coin.pipeline.options import config_dict, to_config
-from coin.pipeline.steps.train import TrainingConfig
+from coin.pipeline.config import CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.options import result_options, to_config
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}}
+
 
 def test_strings_of_an_override_become_members():
-    override = {"optimizer": "adamw", "schedule": "cosine", "augmentation": "crop_flip", "weights": "best", "lr": 1}
+    override = {"optimizer": "AdamW", "lr_scheduler": None, "augmentation": "crop_flip", "weights": "best", "lr": 1}
     config = replace(ExpertConfig(), **override)
-    assert config.optimizer is OptimizerKind.adamw
-    assert config.schedule is Schedule.cosine
+    assert ExpertConfig().optimizer == SGD
+    assert config.optimizer == {"class_path": "torch.optim.AdamW", "init_args": {}}
+    assert config.lr_scheduler is None
     assert config.augmentation is Augmentation.crop_flip
     assert config.weights is Weights.best
+    assert replace(config) == config
 
 
 @pytest.mark.parametrize(
-    ("option", "choices"),
-    [
-        ("optimizer", "sgd, adamw"),
-        ("schedule", "constant, cosine, one_cycle"),
-        ("augmentation", "none, crop, crop_flip, shift"),
-        ("weights", "last, best"),
-    ],
+    ("option", "choices"), [("augmentation", "none, crop, crop_flip, shift"), ("weights", "last, best")]
 )
 @pytest.mark.parametrize("value", ["crop-flip", None, 3, ["sgd"]])
 def test_a_value_that_is_no_choice_is_refused_with_the_choices(option, choices, value):
@@ -52,27 +48,15 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(option, choices, 
         ("epochs", [0, 2.0, "3", True]),
         ("batch_size", [1, 64.0, "64"]),
         ("lr", [0, -0.1, "0.1", True, float("nan"), float("inf")]),
-        ("weight_decay", [-1e-4, "0"]),
-        ("momentum", [-0.1, 1.0, "0.9"]),
+        ("optimizer", [3, [], {"lr": 0.1}, {"class_path": 3}]),
+        ("lr_scheduler", [3, {"class_path": None}]),
         ("label_smoothing", [-0.1, 1.0, None]),
-        ("compile_network", [1, "true"]),
     ],
 )
-def test_numbers_of_an_override_are_checked(option, values):
+def test_values_of_an_override_are_checked(option, values):
     for value in values:
         with pytest.raises(ConfigurationError, match=f"^found {option}="):
             replace(ExpertConfig(), **{option: value})
-
-
-def test_the_least_values_are_taken():
-    config = TrainingConfig(epochs=1, batch_size=2, lr=1e-9, momentum=0, weight_decay=0, label_smoothing=0)
-    assert replace(config) == config
-
-
-def test_a_base_is_checked_alike():
-    with pytest.raises(ConfigurationError, match=r"^found schedule='linear'"):
-        BaseConfig(schedule="linear", checkpoint="base.safetensors")
-    assert BaseConfig(schedule="cosine", checkpoint="base.safetensors").schedule is Schedule.cosine
 
 
 def test_a_number_of_cotangents_belongs_to_monte_carlo():
@@ -84,18 +68,6 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
             CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_mc_samples=number)
     with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
         CalibrationConfig(fisher_kind="full")
-
-
-def test_the_old_name_of_the_monte_carlo_number_sets_it_and_keys_of_finished_steps_have_it():
-    with pytest.warns(CoinWarning, match="the option fisher_cotangents is now fisher_mc_samples"):
-        old = CalibrationConfig(fisher_cotangents=4)
-    with pytest.warns(CoinWarning), pytest.raises(ConfigurationError, match="found both fisher_mc_samples and"):
-        CalibrationConfig(fisher_mc_samples=2, fisher_cotangents=4)
-    new = CalibrationConfig(fisher_mc_samples=4)
-    assert old == new
-    assert config_dict(old) == config_dict(new)
-    assert new.merging["fisher_cotangents"] == 4
-    assert "fisher_mc_samples" not in new.merging
 
 
 def test_a_precision_is_that_of_fishers_and_of_no_gram_matrices():
@@ -157,3 +129,13 @@ def test_what_is_promised_has_no_say_in_the_coded_models():
     for wrong in ({"promise_samples": -1}, {"promise_alpha": 0.0}, {"promise_confidence": 1}):
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
             CalibrationConfig(**wrong)
+
+
+def test_only_what_changes_a_result_is_in_a_key():
+    trainer = {
+        **{"precision": "bf16-mixed", "devices": 2, "num_nodes": 1, "strategy": "ddp", "limit_test_batches": 3},
+        **{"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1, "profiler": "simple"},
+    }
+    same = {"precision": "bf16-mixed", "limit_test_batches": 3}
+    assert result_options(trainer, training=False) == same
+    assert result_options(trainer, training=True) == same | {"devices": 2, "strategy": "ddp"}

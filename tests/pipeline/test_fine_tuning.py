@@ -90,6 +90,8 @@ def test_a_run_and_a_single_training_have_the_same_options() -> None:
     ("section", "message"),
     [
         ("expert.overrides.letters={trainable: [layer4.*]}", "found trainable pattern 'layer4.*', which matches no"),
+        ("expert.optimizer=Adm", "module 'torch.optim' has no attribute 'Adm'"),
+        ("expert={optimizer: AdamW, momentum: 0.9}", "Option 'momentum' is not accepted"),
         ("base.trainable=[fc.wieght]", "the nearest names are fc.weight"),
         ("expert={head_lr: 0.1, trainable: [stem.*]}", "found head_lr=0.1 and a head that is not trained"),
     ],
@@ -114,7 +116,8 @@ def test_overrides_on_the_command_line_are_plain_values_of_their_types(
         "l2_sp": 0,
         "freeze_batchnorm": True,
         "head_lr": None,
-        "optimizer": "adamw",
+        "optimizer": "AdamW",
+        "lr_scheduler": {"class_path": "StepLR", "init_args": {"step_size": 3}},
         "trainable": ["head", "fc.*"],
         "transform": [NESTED],
     }

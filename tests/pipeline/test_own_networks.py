@@ -39,7 +39,7 @@ name: own
 tasks:
   films: {class_path: TextFile, init_args: {train: films.csv, test: films.csv, tokenizer: words.json}}
   meals: {class_path: TextFile, init_args: {train: meals.csv, test: meals.csv, tokenizer: words.json}}
-expert: {epochs: 8, lr: 0.01, optimizer: adamw, batch_size: 16}
+expert: {epochs: 8, lr: 0.01, optimizer: AdamW, batch_size: 16}
 """
 OWN_CLASS = """
 from torch import nn

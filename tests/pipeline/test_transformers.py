@@ -22,12 +22,12 @@ network:
 base:
   task: {class_path: Glyphs, init_args: {classes: K-N, train_samples: 80}}
   epochs: 1
-  optimizer: adamw
+  optimizer: AdamW
   lr: 0.001
 tasks:
   digits: {class_path: Digits, init_args: {max_train: 80, max_test: 40}}
   letters: {class_path: Glyphs, init_args: {classes: A-D, train_per_class: 20, test_per_class: 9}}
-expert: {epochs: 1, lr: 0.001, optimizer: adamw, batch_size: 32}
+expert: {epochs: 1, lr: 0.001, optimizer: AdamW, batch_size: 32}
 code: [[0.5, 0.5]]
 calibration: {samples_per_task: 24, batch_size: 16}
 methods:
@@ -81,7 +81,7 @@ network:
 tasks:
   films: {class_path: TextFile, init_args: {train: films.csv, test: films.csv, tokenizer: words.json}}
   meals: {class_path: TextFile, init_args: {train: meals.csv, test: meals.csv, tokenizer: words.json}}
-expert: {epochs: 3, lr: 0.01, optimizer: adamw, batch_size: 16}
+expert: {epochs: 3, lr: 0.01, optimizer: AdamW, batch_size: 16}
 calibration: {samples_per_task: 24, batch_size: 16}
 methods:
   - {class_path: Average}

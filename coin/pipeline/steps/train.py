@@ -1,7 +1,6 @@
 """The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
 
 from dataclasses import dataclass, fields, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, Weights
-from coin.core.choices import check_integer
+from coin.core.choices import check_integer, parse_enum
 from coin.core.processes import on_rank_zero
 from coin.data import Augmentation, TaskData
 from coin.data.augmentation import TransformSpec, build_transforms
@@ -46,8 +45,6 @@ class TrainingConfig(Recipe):
             None uses the task's own option, an empty list applies none. See `coin.data.TaskData`.
     """
 
-    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**Recipe._ENUMS, "augmentation": Augmentation}
-
     epochs: int = 3
     batch_size: int = 64
     augmentation: Augmentation = Augmentation.none
@@ -55,6 +52,7 @@ class TrainingConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "augmentation", parse_enum(Augmentation, "augmentation", self.augmentation))
         check_integer("epochs", self.epochs, 1)
         check_integer("batch_size", self.batch_size, 2)
         build_transforms(self.transform)
