@@ -107,7 +107,7 @@ def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> No
     expert = ExpertConfig(lr=np.float64(0.5))
     experiment = Experiment("x", own, [Coin(damping=0.1)], network=network, expert=expert, code=code)
     said = yaml.safe_load(experiment.as_yaml(7))
-    assert said["seeds"] == [7]
+    assert said["seeds"] == 7
     assert said["tasks"]["a"]["init_args"]["folder"] == "images"
     assert said["tasks"]["a"]["init_args"]["max_train"] == 40
     assert said["tasks"]["a"]["init_args"]["image_size"] == 16  # what the network takes
