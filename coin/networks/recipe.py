@@ -114,7 +114,8 @@ class Recipe:
         try:  # on a parameter of its own: a class or an option that there is not is refused before anything is trained
             self.make_scheduler(self.make_optimizer([nn.Parameter(torch.zeros(1, 1))]), 100)
         except (ArgumentError, TypeError, ValueError) as error:
-            paths = [each and each["class_path"] for each in (self.optimizer, self.lr_scheduler)]
+            specs: tuple[Any, Any] = self.optimizer, self.lr_scheduler
+            paths = [each and each["class_path"] for each in specs]
             reason = " ".join(str(error).split()).rpartition("callable class: ")[2].partition(" Got value")[0]
             told = "found optimizer {} and lr_scheduler {}, which cannot be made".format(*paths)
             raise ConfigurationError(f"{told}: {reason:.300}; change their class_path or init_args") from error

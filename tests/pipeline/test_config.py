@@ -106,8 +106,8 @@ def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> No
     network = NetworkConfig("small_resnet", 16)
     expert = ExpertConfig(lr=np.float64(0.5))
     experiment = Experiment("x", own, [Coin(damping=0.1)], network=network, expert=expert, code=code)
-    said = yaml.safe_load(experiment.as_yaml(7))
-    assert said["seeds"] == 7
+    said = yaml.safe_load(experiment.as_yaml([7]))
+    assert said["seeds"] == [7]
     assert said["tasks"]["a"]["init_args"]["folder"] == "images"
     assert said["tasks"]["a"]["init_args"]["max_train"] == 40
     assert said["tasks"]["a"]["init_args"]["image_size"] == 16  # what the network takes
@@ -119,7 +119,7 @@ def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> No
     assert said["expert"]["lr"] == 0.5
     forgetful: Any = {**own, "a": Forgetful(3)}
     with pytest.raises(ConfigurationError, match="found a Forgetful that does not store its option shade"):
-        Experiment("x", forgetful, [Coin()]).as_yaml(0)
+        Experiment("x", forgetful, [Coin()]).as_yaml()
 
 
 def test_what_is_promised_has_no_say_in_the_coded_models():
