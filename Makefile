@@ -84,7 +84,6 @@ notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 study: $(VENV)/.demo  ## every result in notebooks/results anew, and the tables: its merges alone take 12 hours
 	$(PIP) '.[demo,text]'
 	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) || exit 1; done
-	$(BIN)/python notebooks/promises.py $(RESULTS)/stand-ins-imagenet-pair/*/seed-* --output $(RESULTS)/stand-ins-imagenet-pair/promises.csv
 	$(BIN)/python notebooks/fine_tuning_distance.py $(RESULTS)/fine-tuning/*/seed-* --output $(RESULTS)/fine-tuning/distance.csv
 	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/experts/*-30[23]-tasks-[012]/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(BIN)/coin run --seeds=[0] -c configs/experiment/quickstart-3.yaml -c configs/experiment/study/serving.yaml --name=serving-3

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from coin.statistics import *  # noqa: F403
 
 _HOMES = {
-    "coding": "Answers Code DecoderConfig DecoderKind Promise convex decoding_risk fault_score make_decoder "
-    "parity_residual parity_significance promised_risk uniform",
+    "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex fault_score make_decoder "
+    "parity_residual parity_significance promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation ReadoutDistillation distill",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "

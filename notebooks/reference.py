@@ -41,7 +41,7 @@ TITLES = {"<class 'lightning": "The module", "A DataModule": "The data"}
 """What sections of options are called whose own names say little, by how these begin."""
 ROOMS = {
     "coin.modules": "A system of experts and coded models",
-    "coin.coding": "Codes, decoders, risk",
+    "coin.coding": "Codes, decoders, promises",
     "coin.coding.metrics": "Metrics",
     "coin.merging": "Merge methods in closed form",
     "coin.distillation": "Merge methods that train",

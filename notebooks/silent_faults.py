@@ -16,14 +16,18 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from coin.coding import Answers, make_decoder
-from coin.commands.coded_system import Choice, read_coded_system
+from coin.data import TaskData
 from coin.data.calibration import Calibration
+from coin.data.tasks import Tasks, task_with
 from coin.evaluation.servers import server_answers
+from coin.files.yaml import read_yaml
+from coin.modules import Coded
 from coin.networks import load_network
-from coin.networks.heads import pad_head
+from coin.networks.heads import of_one_width, pad_head
 
 
 def between(start, expert, share):
@@ -60,35 +64,56 @@ def pooled(tasks, split, samples=None):
     return inputs, torch.cat([part.targets for part in parts]), which
 
 
-def odds(decoders, answers, size, batches=1000):
-    """Return how odd every expert is, as `fault_score` says, in so many random batches of one size [batches, N]."""
-    experts = zip(decoders, answers.experts, strict=True)
-    wrong = [(each.decode(answers)[0] - own).double().square().sum(1) / each.errors[0].trace() for each, own in experts]
+def odds(decoders, answers, calibration, size, batches=1000):
+    """Return every expert's `fault_score` in so many random batches of one size [batches, N]."""
+    wrong, usual = (
+        torch.stack(
+            [(each.decode(seen)[0] - seen.experts[j]).double().square().sum(1) for j, each in enumerate(decoders)]
+        )
+        for seen in (answers, calibration)
+    )
     draw = torch.Generator().manual_seed(size)
     chosen = [torch.randperm(answers.num_samples, generator=draw)[:size] for _ in range(batches)]
-    return torch.stack(wrong, 1)[torch.stack(chosen)].mean(1).sqrt()
+    return (wrong.T[torch.stack(chosen)].mean(1) / usual.mean(1)).sqrt()
+
+
+def tasks_of(folder, names, image_size):
+    """Return the tasks of a seed's folder, loaded, in this order."""
+    configuration = read_yaml(folder / "config.yaml")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--tasks", type=dict[str, TaskData])
+    found = parser.instantiate(parser.parse_object({"tasks": configuration["tasks"]})).tasks
+    tasks = {name: task_with(found[name], image_size=image_size) for name in names}
+    options = {name: configuration["calibration"][name] for name in ("samples_per_task", "batch_size")}
+    data = Tasks(tasks, **options, seed=configuration["seeds"][0])
+    data.prepare_data()
+    data.setup()
+    return data
 
 
 @torch.no_grad()
 def measure(folder, method, sizes, samples):
     """Yield a row for every expert of a seed's folder, fault and number of inputs in a batch; likewise for `none`."""
-    system = read_coded_system(folder, Choice(method=method, decoder="feature_ridge"))
-    experts, coded = system.experts.networks, [load_network(path).network for path in system.coded]
-    data = system.data()
+    system = Coded.from_run(folder, method, "feature_ridge")
+    experts, coded = of_one_width(list(system.experts)), list(system.coded)
+    data = tasks_of(folder, system.names, load_network(system.files[0]).config.image_size)
     inputs, labels, which = pooled(data.tasks, "test", samples)
 
     def answered(batches, experts, coded):
         servers = nn.ModuleList(experts), nn.ModuleList(coded)
-        return Answers.concatenate([server_answers(*servers, batch, True, False, ()) for batch in batches])
+        return Answers.concatenate([server_answers(*servers, batch, features=True) for batch in batches])
 
     fit_on = answered(data.calibration(), experts, coded)
     decoders = {
-        name: [make_decoder(system.decoder, system.code, [index]).fit(seen) for index in range(len(experts))]
+        name: [make_decoder("feature_ridge", system.code, [index]).fit(seen) for index in range(len(experts))]
         for name, seen in {method: fit_on, "none": fit_on.without_coded()}.items()
     }
 
+    unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
+
     def found(answers, name, size):
-        return odds(decoders[name], answers.without_coded() if name == "none" else answers, size)
+        seen = [each.without_coded() if name == "none" else each for each in (answers, unread)]
+        return odds(decoders[name], *seen, size)
 
     def accuracy(answers, index):
         own = which == index
@@ -96,10 +121,9 @@ def measure(folder, method, sizes, samples):
 
     working = answered(inputs.split(256), experts, coded)
     usual = {(name, size): found(working, name, size) for name in decoders for size in sizes}
-    unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
     threshold = {key: found(unread, *key).amax(1).quantile(0.99) for key in usual}
-    for index, (task, file) in enumerate(system.experts.opened.items()):
-        start = load_network(folder.parent / f"base/initial-{file.num_classes}.safetensors").network
+    for index, (task, classes) in enumerate(zip(system.names, system.classes, strict=True)):
+        start = load_network(folder.parent / "base" / f"initial-{classes}.safetensors").network
         start = pad_head(start, working.experts.shape[2])
         torch.manual_seed(index)
         for fault, network in faults(experts[index], start).items():

@@ -36,7 +36,7 @@ from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import COLUMNS, Row
 from coin.reporting.style import style
 from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
-from coin.reporting.tables import finding, rich_table, risk_totals, stand_in_table
+from coin.reporting.tables import finding, rich_table, stand_in_table
 
 NOTEBOOKS = Path(__file__).parent
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
@@ -236,18 +236,6 @@ def few_samples() -> str:
     return markdown(["merge", *parts], rows)
 
 
-def risks() -> str:
-    """How many decoded answers differ from the expert's, in %: as predicted and as found, of all and of the surest."""
-    totals = risk_totals(pd.read_csv(RESULTS / "imagenet-pair/risk.csv", keep_default_na=False))
-    totals = totals[(totals["name"] == "refit") & (totals.curve == "coverage")]
-    rows = []
-    for decoder in DECODERS:
-        own = totals[totals.decoder == decoder].set_index("at")
-        shares = (own.risk[1.0], 1 - own.agreement[1.0], 1 - own.agreement[0.95])
-        rows.append([f"`Refit`, `{decoder}`", *map(percent, shares)])
-    return markdown(["", "differ, predicted", "differ, found", "found in the 95 % of least risk"], rows)
-
-
 def promises() -> str:
     """What is accepted of the answers of `Refit` with the experts' own heads, and how many of these differ."""
     rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
@@ -347,7 +335,6 @@ TABLES = {
     "reached": reached,
     "cost": dearer,
     "few samples": few_samples,
-    "risks": risks,
     "promises": promises,
     "wrong experts": wrong_experts,
     "serving": serving,

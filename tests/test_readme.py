@@ -14,7 +14,7 @@ import coin
 from coin.cli import main
 from coin.commands import COMMANDS
 from coin.commands.shipped import SWEEPS, shipped, with_shipped
-from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
+from coin.reporting.extras import PROMISE_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,6 @@ def test_every_column_is_described() -> None:
     parts = {part.split("`")[1]: part for part in re.split(r"\n## (?=`\w+\.csv`)", text)[1:]}
     told = {name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE) for name, part in parts.items()}
     assert told["results.csv"] == list(COLUMNS)
-    assert told["risk.csv"] == list(RISK_COLUMNS[len(KEYS) :])
     assert told["promise.csv"] == list(PROMISE_COLUMNS[len(KEYS) :])
 
 

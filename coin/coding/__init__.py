@@ -2,7 +2,7 @@
 
 from coin.coding.answers import Answers as Answers
 from coin.coding.code import Code as Code, decode_linear as decode_linear
-from coin.coding.decoder import Decoder as Decoder, FeatureCache as FeatureCache
+from coin.coding.decoder import Decoder as Decoder
 from coin.coding.decoder_config import (
     DecoderConfig as DecoderConfig,
     DecoderKind as DecoderKind,
@@ -14,7 +14,7 @@ from coin.coding.parity import (
     parity_residual as parity_residual,
     parity_significance as parity_significance,
 )
-from coin.coding.promise import Promise as Promise, promised_risk as promised_risk
+from coin.coding.promise import Promise as Promise, promised_threshold as promised_threshold
 from coin.coding.ready import (
     choose_code as choose_code,
     convex as convex,
@@ -22,4 +22,4 @@ from coin.coding.ready import (
     uniform as uniform,
 )
 from coin.coding.ridge import fit_ridge as fit_ridge
-from coin.coding.risk import decoding_risk as decoding_risk
+from coin.coding.score import answer_score as answer_score

@@ -1,12 +1,14 @@
 """What the servers answer for one batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from coin.coding.ridge import block_kernel
 from coin.errors import DecodingError
 
 
@@ -20,11 +22,11 @@ class Answers:
     Args:
         experts: Logits ``[N, B, C]``, padded with zeros to the largest class count C.
         coded: Logits of the coded models ``[R, B, C]``; R is 0 for the row ``method: none``.
-        expert_features: One ``[B, F]`` per expert, or None where servers answer with logits only.
+        expert_features: Penultimate features, one ``[B, F]`` per expert, or None where servers answer with logits only.
+            A lost expert may have none, ``[B, 0]``.
         coded_features: One ``[B, F]`` per coded model, or None; widths may differ between networks.
-        feature_widths: The widths of the stages of every network within F, the last one that of the penultimate
-            features; None where there are only these. A lost expert may then have no features, ``[B, 0]``.
         tasks: The index of each input's task, int64 ``[B]``; None if unknown.
+        kernels: See `with_kernels`.
 
     Raises DecodingError where the shapes do not fit together, or a task is none of the experts'.
 
@@ -37,8 +39,8 @@ class Answers:
     coded: Tensor
     expert_features: Sequence[Tensor] | None = None
     coded_features: Sequence[Tensor] | None = None
-    feature_widths: Sequence[int] | None = None
     tasks: Tensor | None = None
+    kernels: Sequence[Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.experts.ndim != 3 or self.coded.ndim != 3 or self.experts.shape[1:] != self.coded.shape[1:]:
@@ -59,30 +61,37 @@ class Answers:
                     raise DecodingError(
                         f"found features {list(feature.shape)} of the {whose}, expected [{logits.shape[1]}, F]"
                     )
-        if self.feature_widths is not None:
-            self._check_widths(self.feature_widths)
         if self.tasks is not None:
-            self._check_tasks(self.tasks)
+            if (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
+                raise DecodingError(
+                    f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
+                )
+            if outside := sorted(set(self.tasks.tolist()) - set(range(self.num_experts))):
+                raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
 
-    def _check_widths(self, widths: Sequence[int]) -> None:
-        if self.expert_features is None or self.coded_features is None:
-            raise DecodingError("found widths of stages but no features, expected both or neither")
-        if not widths or min(widths) < 1:
-            raise DecodingError(f"found stages of widths {list(widths)}, expected at least 1 each")
-        whole = sum(widths)
-        found = {feature.shape[1] for feature in self.expert_features} - {0}
-        if wrong := sorted((found | {feature.shape[1] for feature in self.coded_features}) - {whole}):
-            raise DecodingError(
-                f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(widths)}"
-            )
+    @classmethod
+    def of_servers(
+        cls, outputs: Sequence[tuple[Tensor, Tensor] | None], num_experts: int, tasks: Tensor | None = None
+    ) -> Self:
+        """Return the answers of servers, experts first, then coded models: features ``[B, F]`` and logits ``[B, ·]``.
 
-    def _check_tasks(self, tasks: Tensor) -> None:
-        if (tasks.dtype, tasks.shape) != (torch.int64, self.experts.shape[1:2]):
-            raise DecodingError(
-                f"found tasks {list(tasks.shape)} of {tasks.dtype}, expected int64 [{self.num_samples}]"
-            )
-        if outside := sorted(set(tasks.tolist()) - set(range(self.num_experts))):
-            raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
+        Logits are padded with zeros to the largest class count. A server that does not answer, None, has NaN as logits
+        and no features; features of width 0 everywhere are none at all.
+        """
+        arrived = [output for output in outputs if output is not None]
+        width = max(logits.shape[1] for _, logits in arrived)
+        features, like = arrived[0]
+        silent = features[:, :0], torch.full_like(like[:, :1], torch.nan).expand(-1, width)
+        every = [silent if output is None else output for output in outputs]
+        logits = torch.stack([pad(each, (0, width - each.shape[1])) for _, each in every])
+        sent = [each for each, _ in every] if any(each.shape[1] for each, _ in arrived) else None
+        return cls(
+            logits[:num_experts],
+            logits[num_experts:],
+            None if sent is None else sent[:num_experts],
+            None if sent is None else sent[num_experts:],
+            tasks,
+        )
 
     @property
     def num_experts(self) -> int:
@@ -99,18 +108,27 @@ class Answers:
         """B, the number of inputs."""
         return self.experts.shape[1]
 
-    def without_coded(self) -> Self:
-        """Return the experts' answers alone: what the row ``method: none`` decodes from."""
-        return self.with_coded([])
+    def with_kernels(self) -> Self:
+        """Return the same answers with the kernel ``[B, B]`` of every network's features (`block_kernel`).
+
+        Decoders of several systems and erasures that are fitted on them then share what is the same. Only regressions
+        with more features than samples read a kernel: where there are fewer altogether, it has none.
+        """
+        features = [*(self.expert_features or ()), *(self.coded_features or ())]
+        if sum(each.shape[1] for each in features) <= self.num_samples:
+            return self
+        return replace(self, kernels=[block_kernel(each.double()) for each in features])
 
     def with_coded(self, rows: Sequence[int]) -> Self:
         """Return the answers of the experts and of some of the coded models, in the order of their indices."""
         features = None if self.coded_features is None else [self.coded_features[row] for row in rows]
-        return replace(self, coded=self.coded[list(rows)], coded_features=features)
+        servers = [*range(self.num_experts), *(self.num_experts + row for row in rows)]
+        kernels = None if self.kernels is None else [self.kernels[server] for server in servers]
+        return replace(self, coded=self.coded[list(rows)], coded_features=features, kernels=kernels)
 
-    def stages(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Return one network's features ``[B, F]`` by stage ``[B, ·]``, the penultimate ones last."""
-        return (features,) if self.feature_widths is None else torch.split(features, list(self.feature_widths), 1)
+    def without_coded(self) -> Self:
+        """Return the experts' answers alone: what the row ``method: none`` decodes from."""
+        return self.with_coded([])
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
@@ -132,6 +150,7 @@ class Answers:
             expert_features=experts,
             coded_features=coded,
             tasks=tasks,
+            kernels=None,
         )
 
     @classmethod
@@ -141,8 +160,8 @@ class Answers:
             raise DecodingError("found no batches of answers, expected at least one")
         if any(batch._kind != batches[0]._kind for batch in batches):
             raise DecodingError(
-                "the batches of answers differ in networks, classes, features, stages or whether they tell the tasks, "
-                "expected the same"
+                "the batches of answers differ in networks, classes, features or whether they tell the tasks, expected "
+                "the same"
             )
         tasks = [batch.tasks for batch in batches if batch.tasks is not None]
         return cls(
@@ -150,7 +169,6 @@ class Answers:
             torch.cat([batch.coded for batch in batches], dim=1),
             _joined([batch.expert_features for batch in batches]),
             _joined([batch.coded_features for batch in batches]),
-            batches[0].feature_widths,
             torch.cat(tasks) if tasks else None,
         )
 
@@ -159,8 +177,7 @@ class Answers:
         """What all batches of one data set have in common."""
         features = (self.expert_features, self.coded_features)
         columns = [None if each is None else [feature.shape[1] for feature in each] for each in features]
-        shape = (self.num_experts, self.num_coded, self.experts.shape[2])
-        return (*shape, *columns, tuple(self.feature_widths or ()), self.tasks is None)
+        return (self.num_experts, self.num_coded, self.experts.shape[2], *columns, self.tasks is None)
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:

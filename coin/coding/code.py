@@ -1,5 +1,6 @@
 """The code: the weighted sums of experts' outputs that coded models approximate, and the solution of its equations."""
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -10,6 +11,10 @@ from coin.errors import ConfigurationError, DecodingError
 
 MAX_AMPLIFICATION = 1e4
 """An erasure whose noise amplification is larger cannot be decoded: at 1e6 rounding alone costs 4 % of agreement."""
+
+
+MAX_ERASURES = 20_000
+"""How many largest erasures a code may have: all are checked, and the ready-made ones chosen by them."""
 
 
 class Code:
@@ -33,6 +38,11 @@ class Code:
 
     def __init__(self, matrix: Sequence[Sequence[float]] | Tensor) -> None:
         self.matrix: Tensor = _validated(matrix)
+        if (found := math.comb(self.num_experts, self.max_erasures)) > MAX_ERASURES:
+            raise ConfigurationError(
+                f"found {found} erasures of {self.max_erasures} of {self.num_experts} experts, expected at most "
+                f"{MAX_ERASURES}, each of which is checked; use fewer rows"
+            )
         # Leaving experts out of an erasure leaves columns out of B_E, which cannot lower its smallest singular
         # value: the largest erasures are the hardest, so they are the only ones to try.
         for erased in combinations(range(self.num_experts), self.max_erasures):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.core.choices import check_integer, parse_enum
+from coin.core.choices import parse_enum
 from coin.errors import ConfigurationError
 
 REPLICA = "replica"
@@ -33,20 +33,6 @@ class DecoderKind(StrEnum):
     with ``fitted_on: own`` to what the expert says on its own task's samples."""
 
 
-class FeatureChoice(StrEnum):
-    """Which features a server sends: ``last``, the head's input, or ``stages``, the pooled ones of all stages."""
-
-    last = "last"
-    stages = "stages"
-
-
-class ProjectionKind(StrEnum):
-    """To what features are reduced: their ``principal`` components on calibration data, or ``random`` directions."""
-
-    principal = "principal"
-    random = "random"
-
-
 class FittedOn(StrEnum):
     """Whose calibration samples a lost expert's regression is fitted on: those of ``all`` tasks or its ``own``."""
 
@@ -55,8 +41,7 @@ class FittedOn(StrEnum):
 
 
 _ALONE = "alone"
-_ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
-_KINDS = {  # to which kinds an option applies; the others are feature_ridge's
+_KINDS = {  # to which kinds an option applies
     "fitted_on": (DecoderKind.ridge, DecoderKind.feature_ridge, DecoderKind.expert_head),
     "survivors": (DecoderKind.ridge, DecoderKind.feature_ridge),
 }
@@ -68,9 +53,6 @@ class DecoderConfig:
 
     Args:
         kind: The decoder.
-        features: Which features servers send beside their logits; for feature_ridge.
-        components: K, to how many numbers a server reduces its features; none sends all of them. For feature_ridge.
-        projection: How features are reduced to K numbers.
         fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge. With ``own``
             expert_head is corrected by a regression too.
         survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
@@ -84,26 +66,19 @@ class DecoderConfig:
     """
 
     kind: DecoderKind
-    features: FeatureChoice = FeatureChoice.last
-    components: int | None = None
-    projection: ProjectionKind = ProjectionKind.principal
     fitted_on: FittedOn = FittedOn.all
     survivors: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_enum(DecoderKind, "decoder", self.kind))
-        for option, enum in _ENUMS.items():
-            object.__setattr__(self, option, parse_enum(enum, option, getattr(self, option)))
-        if self.components is not None:
-            check_integer("components", self.components, 1)
+        object.__setattr__(self, "fitted_on", parse_enum(FittedOn, "fitted_on", self.fitted_on))
         if not isinstance(self.survivors, bool):
             raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
         for option, value in self._given.items():
-            kinds = _KINDS.get(option, (DecoderKind.feature_ridge,))
-            if self.kind not in kinds:
-                raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
-        if self.components is None and "projection" in self._given:
-            raise ConfigurationError(f"found projection={self.projection} without components; say how many or leave it")
+            if self.kind not in _KINDS[option]:
+                raise ConfigurationError(
+                    f"found {option}={value} for {self.kind}, expected {' or '.join(_KINDS[option])}"
+                )
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
@@ -124,11 +99,7 @@ class DecoderConfig:
         kind, *suffixes = name.split("-")
         options: dict[str, Any] = {"kind": kind}
         for suffix in suffixes:
-            if suffix == _ALONE:
-                options["survivors"] = False
-                continue
-            option = next((option for option, enum in _ENUMS.items() if suffix in list(enum)), "components")
-            options[option] = int(suffix) if suffix.isdecimal() else suffix
+            options |= {"survivors": False} if suffix == _ALONE else {"fitted_on": suffix}
         config = cls.of(options)
         if config.name != name:
             raise ConfigurationError(f"found decoder '{name}', expected '{config.name}' for these options")
@@ -154,11 +125,6 @@ class DecoderConfig:
     def reads_survivors(self) -> bool:
         """Whether the surviving experts are asked beside the coded models."""
         return self.survivors and self.kind is not DecoderKind.expert_head
-
-    @property
-    def reads_stages(self) -> bool:
-        """Whether these are the features of several stages."""
-        return self.features is FeatureChoice.stages
 
     def forwards(self, num_experts: int, num_coded: int, num_lost: int = 1) -> int:
         """Return how many networks run for one lost answer, the survivors that are asked among them."""

@@ -1,6 +1,6 @@
 """The decoders by kind: the linear one and the experts' own heads, and `make_decoder` for these and the ridge ones."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn.functional import linear, pad
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, decode_linear
-from coin.coding.decoder import Decoder, FeatureCache, second_moments
+from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, FittedOn
 from coin.coding.ridge import fit_ridge
 from coin.coding.ridge_decoder import RidgeDecoder
@@ -17,7 +17,6 @@ from coin.errors import ConfigurationError, DecodingError
 
 Head = tuple[Tensor, Tensor]
 """A classifier head's weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest class count."""
-HEAD_PARTS = ("weight", "bias")
 
 
 class LinearDecoder(Decoder):
@@ -58,12 +57,16 @@ class ExpertHeadDecoder(Decoder):
     """The lost experts' own heads on the penultimate features of the coded model with the largest β for each.
 
     Exact where the coded model's features are the expert's. No other server is asked, so all experts may be lost.
-    `decode` needs the `heads` of all experts, or of the lost ones by expert.
+    `decode` needs the `heads` of all experts, or of the lost ones by expert; the buffers are the lost ones' weights
+    ``[|erased|, C, F]`` and biases ``[|erased|, C]``, padded with zeros to the largest class count.
 
     With ``fitted_on: own`` the head (W, b) becomes (W + ΔW, b + Δb): ΔW φ + Δb is the ridge regression, with the ridge
     `CORRECTION`, of what the expert says on its own task's calibration inputs, less Wφ + b, on the coded model's
     features φ there. No label, and as many tensors as without.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -74,39 +77,36 @@ class ExpertHeadDecoder(Decoder):
     ) -> None:
         super().__init__(code.num_experts, erased, config or DecoderConfig(DecoderKind.expert_head))
         self.needs_fit = self.config.fitted_on is FittedOn.own
-        self.heads: dict[int, Head] = {expert: heads[expert] for expert in self.erased} if heads else {}
-        self._uncorrected = dict(self.heads)
-        weights = {expert: code.matrix[:, expert].tolist() for expert in self.erased}
-        self.row_of = {expert: column.index(max(column)) for expert, column in weights.items()}
+        self.row_of = {expert: int(code.matrix[:, expert].argmax()) for expert in self.erased}
         """Which coded model each lost expert is read from, the first of equals."""
+        self._own = _stacked([heads[expert] for expert in self.erased]) if heads else None
+        for place, name in enumerate(("weight", "bias")):
+            self.register_buffer(name, None if self._own is None or self.needs_fit else self._own[place])
 
-    def fit(self, calibration: Answers, kept: FeatureCache | None = None) -> Self:
-        """Correct the heads, if requested, and estimate the errors. See `Decoder.fit`."""
+    def fit(self, calibration: Answers) -> Self:
+        """Correct the heads, if requested. See `Decoder.fit`."""
+        super().fit(calibration)
         if not self.needs_fit:
-            return super().fit(calibration, kept)
-        self._check(calibration, fitting=True)
-        own, moments, width = self._own_samples(calibration), [], calibration.experts.shape[2]
-        for expert, samples in own.items():
-            features = self._read(calibration, expert, self._uncorrected)[samples]
-            weight, bias = (part.to(features) for part in self._uncorrected[expert])
-            missed = calibration.experts[expert, samples, : len(bias)].double() - linear(features, weight, bias)
+            return self
+        if self._own is None:
+            raise self._without_heads()
+        weights, biases = [], []
+        own = self._own_samples(calibration)
+        for weight, bias, (expert, samples) in zip(*self._own, own.items(), strict=True):
+            features = self._read(calibration, expert, weight.shape[1])[samples]
+            wanted = calibration.experts[expert, samples, : len(bias)].double()
+            missed = wanted - linear(features, weight.to(features), bias.to(features))
             fit = fit_ridge(features, missed, exponents=[CORRECTION])
             shift = fit.target_mean - fit.input_mean @ fit.coefficients
-            stored = self._uncorrected[expert][0]
-            self.heads[expert] = (weight + fit.coefficients.T).contiguous().to(stored), (bias + shift).to(stored)
-            moments.append(second_moments(pad(fit.left_out, (0, width - len(bias)))[None]))
-        self.moments, self.samples_read = torch.cat(moments), {expert: len(samples) for expert, samples in own.items()}
+            weights.append((weight.to(features) + fit.coefficients.T).to(weight))
+            biases.append((bias.to(features) + shift).to(bias))
+        self.weight, self.bias = torch.stack(weights), torch.stack(biases)
+        self.samples_read = {expert: len(samples) for expert, samples in own.items()}
         return self
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models that the lost experts are read from."""
         return tuple(sorted(set(self.row_of.values())))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The heads."""
-        parts = {expert: zip(HEAD_PARTS, head, strict=True) for expert, head in self.heads.items()}
-        return {f"heads.{expert}.{part}": tensor for expert, own in parts.items() for part, tensor in own}
 
     def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
         """Return two for every sample: the expert's, and that of the coded model that it is read from."""
@@ -115,19 +115,15 @@ class ExpertHeadDecoder(Decoder):
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""
         self._check(answers)
-        decoded = []
-        for expert in self.row_of:
-            features = self._read(answers, expert, self.heads)
-            weight, bias = self.heads[expert]
-            logits = linear(features, weight.to(features), bias.to(features))
-            decoded.append(pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[1]))))
-        return torch.stack(decoded).to(answers.experts)
+        if next(self.buffers(), None) is None:
+            raise self._without_heads()
+        features = torch.stack([self._read(answers, expert, self.weight.shape[2]) for expert in self.erased])
+        logits = features @ self.weight.to(features).mT + self.bias.to(features)[:, None]
+        return pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[2]))).to(answers.experts)
 
-    def _read(self, answers: Answers, expert: int, heads: Mapping[int, Head]) -> Tensor:
+    def _read(self, answers: Answers, expert: int, width: int) -> Tensor:
         """Return the features that a lost expert's head reads ``[B, F]``, in float64."""
         row = self.row_of[expert]
-        if not heads:
-            raise DecodingError(f"the {self.config.name} decoder has no heads; make it with the lost experts' heads")
         if answers.coded_features is None:
             raise self._without_features()
         if answers.num_coded <= max(self.row_of.values()):
@@ -135,13 +131,23 @@ class ExpertHeadDecoder(Decoder):
                 f"found answers of {answers.num_coded} coded models, {self.config.name} reads number "
                 f"{max(self.row_of.values())}; keep the silent ones' places"
             )
-        features, width = answers.stages(answers.coded_features[row])[-1], heads[expert][0].shape[1]
+        features = answers.coded_features[row]
         if features.shape[1] != width:
             raise DecodingError(
                 f"found {features.shape[1]} features of coded model {row}, the head of expert {expert} reads "
                 f"{width}; use another decoder"
             )
         return features.double()
+
+    def _without_heads(self) -> DecodingError:
+        return DecodingError(f"the {self.config.name} decoder has no heads; make it with the lost experts' heads")
+
+
+def _stacked(heads: Sequence[Head]) -> Head:
+    """Return heads as weights ``[K, C, F]`` and biases ``[K, C]``, padded with zeros to the largest class count."""
+    width = max(len(bias) for _, bias in heads)
+    weights = [pad(weight, (0, 0, 0, width - len(weight))) for weight, _ in heads]
+    return torch.stack(weights), torch.stack([pad(bias, (0, width - len(bias))) for _, bias in heads])
 
 
 def make_decoder(
@@ -169,13 +175,3 @@ def make_decoder(
     if config.kind is DecoderKind.expert_head:
         return ExpertHeadDecoder(code, erased, heads, config)
     return RidgeDecoder(code.num_experts, erased, config)
-
-
-def kept_bytes(decoders: Iterable[Decoder]) -> int:
-    """Return how many bytes decoders of several erasures need; without survivors every expert's are counted once."""
-    kept, ready = 0, set[int]()
-    for decoder in sorted(decoders, key=lambda each: len(each.erased)):
-        if decoder.config.reads_survivors or not ready >= {*decoder.erased}:
-            kept += decoder.nbytes
-            ready |= {*decoder.erased}
-    return kept

@@ -38,28 +38,32 @@ def parity_significance(residual: Tensor, calibration: Tensor) -> Tensor:
     return (1 + len(ranked) - torch.searchsorted(ranked, residual)) / (1 + len(ranked))
 
 
-def fault_score(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
+def fault_score(decoders: Sequence[Decoder], answers: Answers, calibration: Answers) -> Tensor:
     """Return how much every expert's own answers disagree with those decoded from the others ``[N]``.
 
-    Expert j's is the root mean square of f̂_j − f_j over the inputs, relative to the same on calibration inputs that
-    the decoder was not fitted on; about 1 where all servers work. Where the parity fails, the oddest is the suspect.
+    Expert j's is the root mean square of f̂_j − f_j over the inputs, relative to the same on calibration inputs, about
+    1 where all servers work. Where the parity fails, the expert with the largest is the suspect.
 
     Args:
         decoders: For every expert a fitted one that loses it alone. The linear decoder of one coded model finds every
             expert equally odd: its equation is the same for all. ``feature_ridge`` tells them apart.
         answers: Those of all experts and coded models.
+        calibration: Theirs to inputs on which all servers work, other than the decoders were fitted on.
 
     >>> own = torch.randn(3, 200, 4)
     >>> answers = coin.Answers(own, code.encode(own) + 0.1 * torch.randn(1, 200, 4))
-    >>> decoders = [coin.make_decoder("ridge", code, [expert]).fit(answers) for expert in range(3)]
-    >>> own[1] += torch.randn(200, 4)
-    >>> int(coin.fault_score(decoders, answers).argmax())
+    >>> new = answers.select(slice(100))
+    >>> decoders = [coin.make_decoder("ridge", code, [j]).fit(answers.select(slice(100, 200))) for j in range(3)]
+    >>> own[1, 100:] += torch.randn(100, 4)
+    >>> int(coin.fault_score(decoders, answers, new).argmax())
     1
     """
     if [decoder.erased for decoder in decoders] != [(expert,) for expert in range(answers.num_experts)]:
         raise DecodingError(f"found decoders that lose {[d.erased for d in decoders]}, expected each expert alone")
-    odds = []
-    for expert, decoder in enumerate(decoders):
-        wrong = (decoder.decode(answers)[0] - answers.experts[expert]).double().square().sum(1).mean()
-        odds.append((wrong / decoder.errors[0].trace()).sqrt())
-    return torch.stack(odds)
+    wrong, usual = (
+        torch.stack([(each.decode(seen)[0] - seen.experts[j]).double().norm() for j, each in enumerate(decoders)])
+        / seen.num_samples**0.5
+        for seen in (answers, calibration)
+    )
+    scores: Tensor = wrong / usual
+    return scores

@@ -1,4 +1,4 @@
-"""Promises: a risk threshold below which at most a share α of decoded answers differ from the expert's."""
+"""Promises: a threshold on the score below which at most a share α of decoded answers differ from the expert's."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _STEPS = 40  # numbers of accepted samples that are tried, from the least that c
 
 @dataclass(frozen=True)
 class Promise:
-    """What holds of decoded answers with a risk of at most `threshold`.
+    """What holds of decoded answers with a score of at most `threshold`.
 
     Attributes:
         threshold: None where nothing can be promised.
@@ -26,7 +26,7 @@ class Promise:
         samples: How many samples there were.
         needed: How many must be accepted without a single error.
 
-    >>> coin.promised_risk(torch.zeros(100), torch.zeros(100, dtype=torch.bool), alpha=0.05).needed
+    >>> coin.promised_threshold(torch.zeros(100), torch.zeros(100, dtype=torch.bool), alpha=0.05).needed
     59
     """
 
@@ -40,10 +40,10 @@ class Promise:
     def __str__(self) -> str:
         what = f"at most {self.alpha:.3g} of the accepted answers differ, at {self.confidence:.3g} confidence"
         if self.threshold is not None:
-            return f"{what}: {self.coverage:.1%} are accepted, of a risk up to {self.threshold:.3g}"
+            return f"{what}: {self.coverage:.1%} are accepted, of a score up to {self.threshold:.3g}"
         if self.samples < self.needed:
             return f"cannot promise that {what}: found {self.samples} samples, expected at least {self.needed}"
-        return f"cannot promise that {what}: too many of the {self.needed} of least risk do"
+        return f"cannot promise that {what}: too many of the {self.needed} of lowest score do"
 
 
 def samples_needed(alpha: float, confidence: float) -> int:
@@ -51,41 +51,41 @@ def samples_needed(alpha: float, confidence: float) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-alpha))
 
 
-def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
-    """Return the promise with the largest risk threshold for which P(differs | accepted) ≤ α at this confidence.
+def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
+    """Return the promise with the largest threshold for which P(differs | accepted) ≤ α at this confidence.
 
     The samples must be new, and like the queries: neither the networks nor the decoder may have learnt from them. With
     n accepted of which k differ, a threshold passes where the Clopper–Pearson bound of k of n is at most α, that is
     P(Bin(n, α) ≤ k) ≤ 1 − confidence. Thresholds are tested in a fixed order until the first fails, so that all
-    together fail to hold with a probability of 1 − confidence at most: first the risk of as many samples of least risk
-    as pass if none differs, then of more and more. As they are set by the ranks of the risks, this asks that the share
-    that differs, once it is above α, stays there as more risk is accepted.
+    together fail to hold with a probability of 1 − confidence at most: first the score of as many samples of lowest
+    score as pass if none differs, then of more and more. As they are set by the ranks of the scores, this asks that the
+    share that differs, once it is above α, stays there as higher scores are accepted.
 
     Source: Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test* (arXiv 2110.01052), fixed sequence testing.
 
-    >>> risks = torch.linspace(0, 1, 600)
-    >>> print(coin.promised_risk(risks, risks > 0.9, alpha=0.05))
-    at most 0.05 of the accepted answers differ, at 0.95 confidence: 93.0% are accepted, of a risk up to 0.93
+    >>> scores = torch.linspace(0, 1, 600)
+    >>> print(coin.promised_threshold(scores, scores > 0.9, alpha=0.05))
+    at most 0.05 of the accepted answers differ, at 0.95 confidence: 93.0% are accepted, of a score up to 0.93
 
     Args:
-        risks: Of the decoded answers ``[P]``; those whose risk is NaN are not accepted.
+        scores: Of the decoded answers ``[P]``; those whose score is NaN are not accepted.
         differs: Whether they differ from the expert's ``[P]``, bool; DataError for another shape.
         alpha: In (0, 1), else a ConfigurationError.
         confidence: In (0, 1) too.
     """
-    if risks.ndim != 1 or risks.shape != differs.shape:
+    if scores.ndim != 1 or scores.shape != differs.shape:
         raise DataError(
-            f"found risks {list(risks.shape)} and differences {list(differs.shape)}, expected [P] each: one an answer"
+            f"found scores {list(scores.shape)} and differences {list(differs.shape)}, expected [P] each: one an answer"
         )
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
-    needed, samples = samples_needed(alpha, confidence), len(risks)
-    ranked, order = risks.double().cpu().sort(stable=True)
+    needed, samples = samples_needed(alpha, confidence), len(scores)
+    ranked, order = scores.double().cpu().sort(stable=True)
     wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
     steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int)) if len(ranked) >= needed else ()
     for at in (float(ranked[step - 1]) for step in steps):
-        number = int(torch.searchsorted(ranked, at, right=True))  # with those of the same risk
+        number = int(torch.searchsorted(ranked, at, right=True))  # with those of the same score
         if not bdtr(float(wrong[number - 1]), number, alpha) <= 1 - confidence:
             break
         threshold, accepted = at, number

@@ -1,19 +1,16 @@
-"""Affine maps fitted to calibration data: ridge regressions, and projections to fewer numbers."""
+"""Ridge regressions fitted to calibration data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from coin.coding.decoder_config import ProjectionKind
 from coin.errors import NumericalError
 
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 """The grid: ridges are 10^k times the mean squared singular value of the centred inputs, k = −10, −9.5, … 2."""
-
-_UNKNOWN = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -21,8 +18,7 @@ class RidgeFit:
     """An affine map x ↦ (x − input_mean) · coefficients + target_mean in float64, and how it was chosen.
 
     Args:
-        coefficients: ``[D, T]``, with `input_mean` ``[D]`` and `target_mean` ``[T]``: the tensors that are `kept` in
-            files.
+        coefficients: ``[D, T]``, with `input_mean` ``[D]`` and `target_mean` ``[T]``: what is `kept` to predict.
         ridges: The absolute ridge chosen for each group of targets ``[G]``.
         leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
         left_out: The error made for every sample by the same ridges fitted to all others ``[P, T]``.
@@ -32,24 +28,14 @@ class RidgeFit:
     coefficients: Tensor
     input_mean: Tensor
     target_mean: Tensor
-    ridges: Tensor = _UNKNOWN
-    leave_one_out: Tensor = _UNKNOWN
-    left_out: Tensor = _UNKNOWN
+    ridges: Tensor
+    leave_one_out: Tensor
+    left_out: Tensor
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``, on their device."""
         mean, target_mean = self.input_mean.to(inputs.device), self.target_mean.to(inputs.device)
         return (inputs - mean) @ self.coefficients.to(inputs.device) + target_mean
-
-    def of_groups(self, chosen: Sequence[int], groups: int) -> "RidgeFit":
-        """Return the map to some of the groups of targets, in this order."""
-
-        def columns(x: Tensor) -> Tensor:
-            return x.reshape(*x.shape[:-1], groups, -1)[..., list(chosen), :].flatten(-2).contiguous()
-
-        by_target = {name: columns(getattr(self, name)) for name in ("coefficients", "target_mean", "left_out")}
-        by_group = {name: getattr(self, name)[list(chosen)] for name in ("ridges", "leave_one_out")}
-        return replace(self, **by_target, **by_group)
 
 
 def fit_ridge(
@@ -130,66 +116,30 @@ def fit_ridge(
     return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out, left_out)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """The affine map x ↦ (x − mean) · directions of one network's features, mean ``[F]`` and directions ``[F, K]``."""
-
-    kept: ClassVar = ("mean", "directions")
-    mean: Tensor
-    directions: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return ``[B, K]`` for features ``[B, F]``, in their type."""
-        return (features - self.mean.to(features)) @ self.directions.to(features)
-
-
-def fit_projection(features: Tensor, components: int, kind: ProjectionKind) -> Projection:
-    """Return a projection of features ``[P, F]`` to K components, orthonormal; at most F, or P of the principal kind.
-
-    Random directions are the same for all networks of one width, so that what holds between the features of coded
-    models and experts holds between the reduced ones.
-    """
-    x = features.to(torch.float64)
-    mean, width = x.mean(0), x.shape[1]
-    if kind == ProjectionKind.principal:
-        return Projection(mean, thin_svd(x - mean)[2][:components].T)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(width, min(components, width), generator=generator, dtype=torch.float64)
-    return Projection(mean, torch.linalg.qr(drawn).Q.to(features.device))
-
-
-def fit_blocks(
-    blocks: Sequence[Tensor], targets: Tensor, kernel_of: Callable[[Tensor], Tensor] | None = None
-) -> RidgeFit:
+def fit_blocks(blocks: Sequence[Tensor], targets: Tensor, kernels: Sequence[Tensor | None] = ()) -> RidgeFit:
     """Fit a ridge regression to blocks of different units, each divided by its root mean square deviation.
 
     Within a block a small column is one that carries little, and stays small. Of blocks ``[P, ·]`` and targets
     ``[K, P, C]``, K groups with a ridge each, it is the fit of targets ``[P, K·C]``, group by group, as a map of the
     blocks side by side as they are, undivided. Where columns outnumber samples it is fitted by the sum of the blocks'
-    kernels, each from `kernel_of`, which may know it already, or `block_kernel`. Raises as `fit_ridge`.
+    `kernels` (`block_kernel`), computed where they are not known. Raises as `fit_ridge`.
     """
     scales = _scales(blocks)
     samples = targets.shape[1]
     kernel = None
     if len(scales) > samples:
-        kernel = torch.stack([(kernel_of or block_kernel)(block) for block in blocks]).sum(0)
+        known = kernels or [None] * len(blocks)
+        pairs = zip(blocks, known, strict=True)
+        kernel = torch.stack([block_kernel(block) if own is None else own for block, own in pairs]).sum(0)
     side_by_side = targets.transpose(0, 1).reshape(samples, -1)
     fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, len(targets), kernel)
-    coefficients = (fit.coefficients / scales[:, None]).contiguous()  # as read back: a product's bits depend on it
-    return replace(fit, coefficients=coefficients, input_mean=fit.input_mean * scales)
+    return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
 
 
 def block_kernel(block: Tensor) -> Tensor:
     """Return the products ``[P, P]`` of a block's rows ``[P, ·]``, centred and divided by their deviation."""
     centred = (block - block.mean(0)) / _scales([block])
     return centred @ centred.T
-
-
-def project_blocks(blocks: Sequence[Tensor], components: int, kind: ProjectionKind) -> Projection:
-    """Fit a projection to blocks ``[P, ·]``, each divided by its root mean square deviation; a map as `fit_blocks`'."""
-    scales = _scales(blocks)
-    projection = fit_projection(torch.cat(list(blocks), 1) / scales, components, kind)
-    return Projection(projection.mean * scales, (projection.directions / scales[:, None]).contiguous())
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """The coded system of a finished experiment: its experts, one method's coded models, one decoder, and their results."""
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, FeatureCache, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
 from coin.coding.decoder_config import REPLICA
-from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.core.versions import versions
-from coin.errors import CoinError, ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError
 from coin.evaluation.variants import read_coded
-from coin.files.atomic import sha256_of
-from coin.files.safetensors import load_provenance, load_state, save_state
-from coin.files.tensors import fingerprint
+from coin.files.safetensors import load_provenance
 from coin.files.yaml import read_yaml
 from coin.networks import load_network
 from coin.networks.experts import ExpertFiles
-from coin.pipeline.options import config_dict
 from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
 from coin.reporting.summary import REFERENCES, seed_folders
@@ -149,17 +143,7 @@ class CodedSystem:
 
         A decoder that needs no survivor is fitted once, for all experts.
         """
-        path, source = self.kept_decoders, self._source()
-        with suppress(CoinError):  # there is none, or it is damaged or of another version
-            state, made = load_state(path)
-            if (made.get("fitted_from"), made.get("fingerprint")) == (source, fingerprint(state)):
-                return restore_decoders(state, made["decoders"], self.code)
-        fitted = self._fit_decoders()
-        state, rests = decoders_state(fitted)
-        made = {"made_by": "coin serve", "fitted_from": source, "fingerprint": fingerprint(state), "decoders": rests}
-        with suppress(CoinError):  # they serve all the same where the folder cannot be written to
-            save_state(path, state, made)
-        return fitted
+        return self._fit_decoders()
 
     def unfitted_decoders(self, inputs: Any = None) -> list[Decoder]:
         """Return the same decoders before they are fitted; the experts' heads, if needed, are checked on the inputs."""
@@ -181,18 +165,6 @@ class CodedSystem:
         }
         return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found
 
-    def _source(self) -> dict[str, Any]:
-        """Return all inputs of the decoders' fit."""
-        return {
-            "experts": {task: sha256_of(path) for task, path in self.experts.paths.items()},
-            "coded": [sha256_of(path) for path in self.coded],
-            "code": self.code.matrix.tolist(),
-            "decoder": self.decoder.name,
-            "tasks": config_dict(self._described()),
-            "calibration": self._calibration,
-            "coin": versions()["coded-coin"],
-        }
-
     @cached_property
     def _networks(self) -> "Coded":
         from coin.modules import Coded
@@ -201,11 +173,10 @@ class CodedSystem:
 
     def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
-        decoders, kept = self.unfitted_decoders(next(iter(calibration))), FeatureCache()
-        reads: dict[str, Any] = {"features": config.reads_features, "stages": config.reads_stages}
-        parts = [self._networks.answers(batch, **reads) for batch in calibration]
-        answers = replace(Answers.concatenate(parts), tasks=calibration.part)
-        return [decoder.fit(answers, kept) for decoder in decoders]
+        decoders = self.unfitted_decoders(next(iter(calibration)))
+        parts = [self._networks.answers(batch, features=config.reads_features) for batch in calibration]
+        answers = replace(Answers.concatenate(parts), tasks=calibration.part).with_kernels()
+        return [decoder.fit(answers) for decoder in decoders]
 
 
 def read_every_result(folder: Path) -> tuple[Path, pd.DataFrame]:

@@ -38,11 +38,11 @@ def measure_decoding(
     """
     draw = torch.Generator().manual_seed(0)
     count, servers, width = code.num_experts, code.num_experts + code.num_coded, expects.features
-    samples = 64 + 2 * (config.components or 0)
+    samples = 64
     logits = torch.randn(servers, samples, expects.outputs, generator=draw)
     features = None if width is None else torch.randn(servers, samples, width, generator=draw).unbind()
     halves = features and features[:count], features and features[count:]
-    answers = Answers(logits[:count], logits[count:], *halves, feature_widths, tasks=torch.arange(samples) % count)
+    answers = Answers(logits[:count], logits[count:], *halves, tasks=torch.arange(samples) % count)
     lost = [0] if config.reads_survivors else range(count)
     heads = [(torch.randn(expects.outputs, width or 1, generator=draw), torch.zeros(expects.outputs))] * count
     decodings = Decodings(code, [make_decoder(config, code, lost, heads).fit(answers)], feature_widths)

@@ -69,10 +69,9 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind | None, quantile
         processes |= {
             f"coded-{row}": {f"coded-{row}": str(path.relative_to(root))} for row, path in enumerate(coded.coded)
         }
-        stages = widths if coded.decoder.reads_stages else None
         classes = [len(own) for own in coded.classes.values()]
         promise, thresholds = coded.thresholds()
-        decodings = Decodings(coded.code, _decoders(coded), stages, classes, thresholds)
+        decodings = Decodings(coded.code, _decoders(coded), None, classes, thresholds)
     else:
         replicas = 0 if rule.kind is PolicyKind.uncoded else coded.code.num_coded
         layout = spread_replicas(len(paths), replicas)

@@ -1,80 +1,101 @@
-"""Scores of decoders and of replicas: accuracy, agreement, confusion matrix and risk curves."""
+"""The evaluation of coded systems on the servers' answers: decoders are fitted, and what they decode is scored."""
 
 import math
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Code, Decoder
-from coin.coding.decoder_config import REPLICA
-from coin.coding.decoders import kept_bytes
-from coin.coding.metrics import DecodingAccuracy, RiskCurves
-from coin.errors import FileError
-from coin.evaluation.variants import Outcome, Variant
-from coin.networks import load_network, nbytes_together, pad_head
+from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
+from coin.coding.decoders import Head
+from coin.coding.metrics import DecodingAccuracy, Residual
+from coin.core.progress import tracked
+from coin.evaluation.variants import Variant
+from coin.statistics.guard import disable_tf32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results for one lost expert, under one erasure, with one variant and one decoder.
+
+    Attributes:
+        erased: The lost tasks; `task`, the one whose expert was decoded, on whose test set.
+        expert_accuracy: See `DecodingAccuracy`, also for the next five.
+        residual: See `Residual`, on the test set; NaN without coded models.
+        decoder_seconds: The wall time of fitting the decoder, including its share of running the networks.
+        decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
+            variant on every sample that the decoder reads.
+        confusion: Counts ``[C_j, C_j]``, the expert's class by the decoded class.
+        memory_mib: Kept beyond the experts' own servers, in MiB: coded models, and what all erasures' decoders keep.
+        forwards: Networks run for one lost answer; `losses`, the most experts that may be lost at once.
+        promise: The score up to which answers are accepted; None if no promise was requested.
+    """
+
+    variant: Variant
+    decoder: str
+    erased: tuple[str, ...]
+    task: str
+    expert_accuracy: float
+    decoded_accuracy: float
+    nda: float
+    agreement: float
+    coverage: float
+    found: float
+    residual: float
+    decoder_seconds: float
+    decoder_passes: float
+    confusion: NDArray[np.int64]
+    memory_mib: float
+    forwards: float
+    losses: float
+    promise: Promise | None = None
 
 
 class Scores:
-    """The totals of a stand-in's answers for an expert of so many classes, on that expert's own test set.
+    """The totals of a stand-in's answers for an expert of so many classes, on that expert's own test set."""
 
-    In one process its size, `samples`, may be left out.
-    """
-
-    def __init__(self, num_classes: int, samples: int = 0) -> None:
+    def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.accuracy, self.curves = DecodingAccuracy(num_classes), RiskCurves(samples)
-        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.accuracy, self.confusion = DecodingAccuracy(num_classes), MulticlassConfusionMatrix(num_classes)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics that hold the totals."""
-        return self.accuracy, self.confusion, self.curves
+        return self.accuracy, self.confusion
 
-    def update(
-        self, answer: Tensor, expert: Tensor, labels: Tensor, risk: Tensor | None = None, positions: Any = None
-    ) -> Tensor:
-        """Add a batch, and return the answered classes ``[B]``.
+    def update(self, answer: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> Tensor:
+        """Add a batch: the stand-in's and the expert's logits ``[B, C]``, the true classes and which are accepted.
 
-        `answer` and `expert` are the stand-in's and the expert's logits ``[B, C]``, `labels` the true classes ``[B]``;
-        the answers' risks ``[B]``, if there are any, come with the samples' `positions` in the test set ``[B]``.
+        Returns the answered classes ``[B]``.
         """
-        self.accuracy.update(answer, expert, labels)
-        answer, expert = answer[:, : self.num_classes], expert[:, : self.num_classes]
-        self.confusion.update(answer.argmax(1), expert.argmax(1))
-        if risk is not None:
-            self.curves.update(positions, risk, answer, expert, labels)
-        return answer.argmax(1)
+        self.accuracy.update(answer, expert, labels, accepted)
+        classes: Tensor = answer[:, : self.num_classes].argmax(1)
+        self.confusion.update(classes, expert[:, : self.num_classes].argmax(1))
+        return classes
 
     def results(self) -> dict[str, Any]:
         """Return the fields of an `Outcome` that are measured on the test set, but the residual."""
-        with warnings.catch_warnings():  # answers without a risk have empty curves
-            warnings.filterwarnings("ignore", ".*RiskCurves was called before the ``update``.*", UserWarning)
-            points, samples = self.curves.compute()
-        return {
-            **{name: float(value) for name, value in self.accuracy.compute().items()},
-            "confusion": self.confusion.compute().cpu().numpy().astype(np.int64),
-            "risk": tuple(points),
-            "samples": samples.numpy(),
-        }
+        numbers = {name: float(value) for name, value in self.accuracy.compute().items()}
+        return {**numbers, "confusion": self.confusion.compute().cpu().numpy().astype(np.int64)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FittedDecoder:
-    """A fitted decoder for one erasure of the coded system with the index `variant`, with the scores by lost expert.
+    """A decoder of the coded system with the index `variant`, with the scores by lost expert.
 
     `fit_seconds` is the wall time of the fit for one erasure, `network_seconds` one network's on a sample.
     """
 
     decoder: Decoder
-    scores: dict[int, Scores] = field(default_factory=dict)
-    variant: int = 0
+    scores: dict[int, Scores]
+    variant: int
     fit_seconds: float = 0.0
     network_seconds: float = 0.0
 
@@ -82,81 +103,108 @@ class FittedDecoder:
         """Return whether this is the decoder for the loss of these experts."""
         return tuple(erased) == self.decoder.erased or not self.decoder.config.reads_survivors
 
-    def passes(self, erased: Sequence[int], num_coded: int) -> float:
-        """Return the cost of the fit for the loss of these experts: networks run on a sample."""
-        return float(self.decoder.passes(num_coded, erased)) if self.decoder.needs_fit else 0.0
 
-    def seconds(self, erased: Sequence[int], num_coded: int) -> float:
-        """Return the wall time of the fit, the networks' included that it needs."""
-        if not self.decoder.needs_fit:
-            return 0.0
-        return self.fit_seconds + self.network_seconds * self.passes(erased, num_coded)
+class Evaluation:
+    """Variants with their decoders, one for every erasure; one that reads no survivor is for all experts at once.
 
-    def update(self, task: int, answers: Answers, labels: Tensor, positions: Tensor) -> Tensor:
-        """Decode one lost expert's answers to a batch of its task, score them, and return the classes ``[B]``."""
-        scores = self.scores[task]
-        decoded = self.decoder.decode(answers)[self.decoder.erased.index(task)]
-        risk = None if self.decoder.moments is None else self.decoder.risk(task, decoded, scores.num_classes)
-        return scores.update(decoded, answers.experts[task], labels, risk, positions)
-
-    def costs(self, system: Variant, num_lost: int, fitted: Iterable["FittedDecoder"]) -> dict[str, Any]:
-        """Return `Variant.costs`, with the bytes of all fitted decoders of this variant and configuration."""
-        own = self.variant, self.decoder.config
-        kept = kept_bytes(each.decoder for each in fitted if (each.variant, each.decoder.config) == own)
-        return system.costs(self.decoder.config, kept, num_lost)
-
-
-@dataclass(frozen=True)
-class Replica:
-    """The compressed copy of one expert, with its results on that task's test set."""
-
-    variant: Variant
-    task: int
-    network: nn.Module
-    scores: Scores
-
-    def outcome(self, task: str) -> Outcome:
-        """Return the results; a replica runs alone, and all experts may be lost at once."""
-        return Outcome(
-            variant=self.variant,
-            decoder=REPLICA,
-            erased=(task,),
-            task=task,
-            residual=math.nan,
-            decoder_seconds=0.0,
-            decoder_passes=0.0,
-            memory_mib=self.variant.memory / 2**20,
-            forwards=1,
-            losses=self.variant.code.num_experts,
-            **self.scores.results(),
-        )
-
-
-def read_replicas(
-    paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code
-) -> list[Replica]:
-    """Read files of ``coin run`` or ``coin compress``, with the total cost and memory of each label.
-
-    `fingerprints` are the experts', `counts` their class counts, `code` that of the evaluation. Raises FileError where
-    a file is missing or damaged, or not a copy of one of these experts.
+    Args:
+        variants: The coded systems and references.
+        configs: The decoders, for the variants that they apply to.
+        class_counts: Every expert's number of classes.
+        heads: The experts' heads, if a decoder needs them.
     """
-    files = [load_network(path) for path in paths]
-    for path, file in zip(paths, files, strict=True):
-        if file.provenance.get("of") not in fingerprints:
-            raise FileError(f"'{path}' is not a compressed copy of these experts; compress them again")
-    found = []
-    for label in dict.fromkeys(str(file.provenance.get("label", REPLICA)) for file in files):
-        own = [file for file in files if file.provenance.get("label", REPLICA) == label]
-        variant = Variant(
-            label,
-            code,
-            seconds=sum(float(file.provenance["seconds"]) for file in own),
-            chosen=(own[0].provenance["compression"],),
-            kind=REPLICA,
-            memory=nbytes_together(own),
-        )
-        for file in own:
-            task = fingerprints.index(file.provenance["of"])
-            network = pad_head(file.network, max(counts))
-            found.append(Replica(variant, task, network, Scores(counts[task])))
-    return found
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        configs: Sequence[DecoderConfig],
+        class_counts: Sequence[int],
+        heads: Sequence[Head] | None = None,
+    ) -> None:
+        self.variants, self.configs, self.class_counts = list(variants), list(configs), list(class_counts)
+        self.fitted: list[FittedDecoder] = []
+        for index, variant in enumerate(self.variants):
+            for config in variant.decoders(self.configs):
+                for erased in variant.erasures() if config.reads_survivors else [tuple(range(len(class_counts)))]:
+                    decoder = make_decoder(config, variant.code, erased, heads)
+                    self.fitted.append(FittedDecoder(decoder, {j: Scores(class_counts[j]) for j in erased}, index))
+        self.residuals = {
+            index: [Residual() for _ in class_counts] for index, each in enumerate(self.variants) if not each.is_none
+        }
+
+    def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
+        """Fit every decoder on all servers' answers to calibration inputs, for each of which a network took so long."""
+        if any(each.decoder.config.kind is DecoderKind.feature_ridge for each in self.fitted):
+            answers = answers.with_kernels()
+        for each in tracked(self.fitted, "fitting decoders"):
+            seen, started = self.variants[each.variant].seen(answers), time.perf_counter()
+            each.decoder.fit(seen)
+            losses = 1 if each.decoder.config.reads_survivors else len(each.decoder.erased)
+            each.fit_seconds, each.network_seconds = (time.perf_counter() - started) / losses, network_seconds
+
+    def promise(self, answers: Answers, alpha: float, confidence: float) -> None:
+        """Set up to which score answers are accepted, by all servers' answers to new inputs; see `Decoder.accept`."""
+        with torch.autocast("cpu", enabled=False), disable_tf32():
+            for each in tracked(self.fitted, "promising"):
+                each.decoder.accept(self.variants[each.variant].seen(answers), alpha, confidence, self.class_counts)
+
+    def update(self, task: int, answers: Answers, labels: Tensor) -> dict[FittedDecoder, Tensor]:
+        """Score what is decoded of a batch of one task's test set; return every decoder's classes ``[B]``."""
+        classes, width = {}, self.class_counts[task]
+        with torch.autocast("cpu", enabled=False), disable_tf32():
+            seen = [variant.seen(answers) for variant in self.variants]
+            for index, residuals in self.residuals.items():
+                target = self.variants[index].code.encode(answers.experts)
+                residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
+            for each in self.fitted:
+                if task in each.scores:
+                    decoded = each.decoder.decode(seen[each.variant])[each.decoder.erased.index(task)]
+                    is_promised = task in each.decoder.promises
+                    accepted = each.decoder.accepted(task, answer_score(decoded[:, :width])) if is_promised else None
+                    classes[each] = each.scores[task].update(decoded, answers.experts[task], labels, accepted)
+        return classes
+
+    def alone(self, task: int) -> list[FittedDecoder]:
+        """Return the decoders for the loss of one expert alone."""
+        return [each for each in self.fitted if each.decodes((task,))]
+
+    def outcomes(self, tasks: Sequence[str]) -> list[Outcome]:
+        """Return the results, erasure by erasure, given the tasks' names."""
+        residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
+        return [
+            Outcome(
+                variant=variant,
+                decoder=config.name,
+                erased=tuple(tasks[lost] for lost in erased),
+                task=tasks[expert],
+                residual=residuals[index][expert] if index in residuals else math.nan,
+                promise=each.decoder.promises.get(expert),
+                **each.scores[expert].results(),
+                **self._costs(each, erased),
+            )
+            for index, variant in enumerate(self.variants)
+            for erased in variant.erasures()
+            for config in variant.decoders(self.configs)
+            for each in self.fitted
+            if (each.variant, each.decoder.config) == (index, config) and each.decodes(erased)
+            for expert in erased
+        ]
+
+    def _costs(self, fitted: FittedDecoder, erased: Sequence[int]) -> dict[str, Any]:
+        """Return what the fit took, and what must be kept with the decoders for all erasures."""
+        variant, decoder = self.variants[fitted.variant], fitted.decoder
+        passes = float(decoder.passes(len(variant.networks), erased)) if decoder.needs_fit else 0.0
+        seconds = fitted.fit_seconds + fitted.network_seconds * passes if decoder.needs_fit else 0.0
+        same = [each.decoder for each in self.fitted if each.variant == fitted.variant]
+        kept = sum(each.nbytes for each in same if each.config == decoder.config)
+        return {
+            "decoder_seconds": seconds,
+            "decoder_passes": passes,
+            **variant.costs(decoder.config, kept, len(erased)),
+        }
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """All metrics that hold totals."""
+        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
+        return [*residuals, *(m for each in self.fitted for scores in each.scores.values() for m in scores.metrics)]

@@ -5,47 +5,29 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind
 from coin.coding.decoders import Head
 from coin.core.batches import Batch, as_input, take
 from coin.errors import CoinWarning, HeadError
-from coin.networks import Run, linear_heads, pad_logits, run_network
-from coin.networks.stages import common_widths
+from coin.networks import linear_heads, run_network
 from coin.statistics.guard import eval_mode
 
 
 def server_answers(
-    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, stages: bool, idle: Collection[int]
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = ()
 ) -> Answers:
     """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
     servers = [None if index in idle else network for index, network in enumerate((*experts, *coded))]
-    found = [None if network is None else run_network(network, inputs, features, stages) for network in servers]
-    arrived = [run for run in found if run is not None]
-    missing = Run(arrived[0].features[:, :0], torch.full_like(arrived[0].logits, torch.nan))
-    runs = [missing if run is None else run for run in found]
-    logits, count = padded_logits([run.logits for run in runs]), len(experts)
-    return Answers(
-        experts=logits[:count],
-        coded=logits[count:],
-        expert_features=[run.features for run in runs[:count]] if features else None,
-        coded_features=[run.features for run in runs[count:]] if features else None,
-        feature_widths=common_widths(arrived),
-    )
-
-
-def padded_logits(logits: Sequence[Tensor]) -> Tensor:
-    """Return networks' logits ``[B, ·]`` as ``[K, B, C]``, padded with zeros to the largest class count C."""
-    width = max(entry.shape[1] for entry in logits)
-    return torch.stack([pad_logits(entry, width) for entry in logits])
+    runs = [None if network is None else run_network(network, inputs, features) for network in servers]
+    return Answers.of_servers(runs, len(experts))
 
 
 def num_classes(expert: nn.Module, inputs: Any) -> int:
     """Return an expert's number of logits before padding."""
     with torch.no_grad(), eval_mode(expert):
-        logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
-    return logits.shape[1]
+        return int(expert(take(as_input(inputs, expert), slice(0, 1))).shape[1])
 
 
 def with_heads(

@@ -1,21 +1,16 @@
-"""The coded systems under evaluation: coded models read from files, the references, and their results."""
+"""The coded systems under evaluation: coded models read from files, and the references."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Promise
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network, nbytes_together
-
-if TYPE_CHECKING:
-    from coin.coding.metrics import RiskPoint  # imports torchmetrics
 
 NONE = "none"
 ORACLE = "oracle"
@@ -35,6 +30,7 @@ class Variant:
         seconds: The wall time of making it; `passes` is its cost in forward-equivalents.
         chosen: The options chosen for each coded model, as recorded in its file; empty if there was no choice.
         memory: The bytes of its coded models as stored, with the base of compressed ones.
+        lost: The erasures to measure; by default all that the code can decode.
     """
 
     method: str
@@ -47,6 +43,7 @@ class Variant:
     chosen: tuple[dict[str, Any], ...] = ()
     kind: str | None = None
     memory: float = 0
+    lost: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def is_none(self) -> bool:
@@ -91,72 +88,9 @@ class Variant:
         return answers.with_coded(self.networks)
 
     def erasures(self) -> list[tuple[int, ...]]:
-        """Return the erasures to measure: all that the code can decode; for `NONE` not the loss of every expert."""
-        return [erased for erased in self.code.erasures() if not self.is_none or len(erased) < self.code.num_experts]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The results for one lost expert, under one erasure, with one variant and one decoder.
-
-    Attributes:
-        erased: The lost tasks; `task`, the one whose expert was decoded, on whose test set.
-        expert_accuracy: See `DecodingAccuracy`, also for the next three.
-        residual: See `Residual`, on the test set; NaN without coded models.
-        decoder_seconds: The wall time of fitting the decoder, including its share of running the networks.
-        decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
-            variant on every sample that the decoder reads.
-        confusion: Counts ``[C_j, C_j]``, the expert's class by the decoded class.
-        memory_mib: Kept beyond the experts' own servers, in MiB: coded models, and what all erasures' decoders keep.
-        forwards: Networks run for one lost answer; `losses`, the most experts that may be lost at once.
-        risk: The calibration of the decoded answers' risk; None for a replica, which has no risk.
-        samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
-        promise: The risk up to which answers are accepted; None if no promise was requested.
-    """
-
-    variant: Variant
-    decoder: str
-    erased: tuple[str, ...]
-    task: str
-    expert_accuracy: float
-    decoded_accuracy: float
-    nda: float
-    agreement: float
-    residual: float
-    decoder_seconds: float
-    decoder_passes: float
-    confusion: NDArray[np.int64]
-    memory_mib: float
-    forwards: float
-    losses: float
-    risk: "tuple[RiskPoint, ...]"
-    samples: NDArray[np.float32]
-    promise: Promise | None = None
-
-
-_PROVENANCE: dict[str, tuple[type, ...]] = {
-    "experts": (list,),
-    "label": (str,),
-    "batchnorm": (str,),
-    "code": (list,),
-    "row": (int,),
-    "samples_per_task": (int, type(None)),
-    **dict.fromkeys(("chosen", "method"), (dict, type(None))),  # which a file may lack
-    **dict.fromkeys(("seconds", "passes", "shared_seconds", "shared_passes"), (int, float)),
-}
-
-
-def _check_provenance(path: Path, made: dict[str, Any], fingerprints: Sequence[str]) -> None:
-    if "code" not in made:
-        raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
-    for name, kinds in _PROVENANCE.items():
-        if not isinstance(made.get(name, {} if name in ("chosen", "method") else ()), kinds):
-            raise FileError(
-                f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
-                "run coin merge again"
-            )
-    if made["experts"] != list(fingerprints):
-        raise FileError(f"'{path}' was made from other experts, or in another order; run coin merge again")
+        """Return the erasures to measure; for `NONE` not the loss of every expert."""
+        every = self.code.erasures() if self.lost is None else self.lost
+        return [erased for erased in every if not self.is_none or len(erased) < self.code.num_experts]
 
 
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
@@ -169,7 +103,10 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
     groups: dict[tuple[str, str], list[int]] = {}
     for index, (path, file) in enumerate(zip(paths, files, strict=True)):
         made = file.provenance
-        _check_provenance(path, made, fingerprints)
+        if "code" not in made:
+            raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
+        if made["experts"] != list(fingerprints):
+            raise FileError(f"'{path}' was made from other experts, or in another order; run coin merge again")
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():

@@ -13,8 +13,7 @@ from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
 from coin.networks.experts import ExpertFiles, ExpertNetworks
-from coin.networks.heads import check_padding, linear_heads, padded_state
-from coin.networks.stages import Run, run_network
+from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
 from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.files import StatisticPaths, open_statistics
 from coin.statistics.guard import evaluating, trainable
@@ -72,7 +71,7 @@ class Experts:
         self.statistic_paths = statistics or {}
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         self._statistics: dict[Statistic, Sequence[State]] = {}
-        self._outputs: dict[tuple[int, bool, bool], list[Run]] = {}
+        self._outputs: dict[tuple[int, bool], list[Run]] = {}
         named = {"fisher statistics": fishers, "gram statistics": grams, "calibration inputs": calibration}
         for what, given in named.items():
             for parts in given.values() if isinstance(given, Mapping) else [given]:
@@ -167,24 +166,24 @@ class Experts:
         logits = torch.cat(found, dim=1)
         return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
 
-    def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False, stages: bool = False) -> Run:
-        """Return a network's answers in eval mode (`coin.networks.stages.run_network`), and count the passes."""
+    def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False) -> Run:
+        """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
             inputs = (as_input(batch, network) for batch in batches)
             if features:
-                runs = [run_network(network, each, features, stages) for each in inputs]
+                runs = [run_network(network, each, features) for each in inputs]
             else:
                 runs = [Run(logits[:, :0], logits) for logits in map(network, inputs)]
         self.passes += sum(len(run.logits) for run in runs)
-        return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]), runs[0].widths)
+        return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]))
 
-    def runs(self, part: int, features: bool = False, stages: bool = False) -> list[Run]:
+    def runs(self, part: int, features: bool = False) -> list[Run]:
         """Return all experts' answers to a part of `split`; they run once."""
-        read = (part, features, stages)
+        read = (part, features)
         if read not in self._outputs:
             found = []
             for index, each in enumerate(self.source.each_network()):
-                found.append(self.run(each, self.split[part], features, stages))
+                found.append(self.run(each, self.split[part], features))
                 check_finite({"logits": found[-1].logits}, f"the calibration output of expert {index}")
             self._outputs[read] = found
         return self._outputs[read]

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
-from coin.coding.decoder import FeatureCache
 from coin.errors import CoinWarning, HeadError, NumericalError
 from coin.merging.experts import Experts
-from coin.networks.stages import common_widths
 
 LINEAR = DecoderConfig(DecoderKind.linear)
 
@@ -76,9 +74,8 @@ def held_out_error(
         if not others:
             raise
         heads, decoders = None, others
-    features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
-    judged = _answers(experts, coded, 1, features, stages)
-    calibration, cache = None, FeatureCache()
+    features = any(each.reads_features for each in decoders)
+    judged, calibration = _answers(experts, coded, 1, features), None
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
     if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
@@ -93,8 +90,8 @@ def held_out_error(
             else:
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
-                    calibration = calibration or _answers(experts, coded, 0, features, stages)
-                    decoder.fit(calibration, cache)
+                    calibration = calibration or _answers(experts, coded, 0, features).with_kernels()
+                    decoder.fit(calibration)
                 decoded = decoder.decode(mine)[0]
             errors.append(_turned(decoded, truth))
     error = float(torch.stack(errors).mean())
@@ -108,11 +105,9 @@ def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(decoded, truth).mean()
 
 
-def _answers(experts: Experts, coded: nn.Module, part: int, features: bool, stages: bool) -> Answers:
+def _answers(experts: Experts, coded: nn.Module, part: int, features: bool) -> Answers:
     """Return the answers of experts and coded model to a part of `Experts.split`, logits in float64."""
-    runs = [*experts.runs(part, features, stages), experts.run(coded, experts.split[part], features, stages)]
-    *own, last = (run.logits.double() for run in runs)
-    theirs, mine = ([run.features for run in runs[:-1]], [runs[-1].features]) if features else (None, None)
-    start = part * experts.split[0].num_samples
-    tasks = experts.tasks[start : start + len(last)].to(last.device)
-    return Answers(torch.stack(own), last[None], theirs, mine, common_widths(runs), tasks)
+    runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
+    start, samples = part * experts.split[0].num_samples, len(runs[-1].logits)
+    tasks = experts.tasks[start : start + samples].to(runs[-1].logits.device)
+    return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)

@@ -11,18 +11,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, Forward, adapted, as_input, clone
 from coin.errors import ConfigurationError, DataError, FileError
-from coin.evaluation.servers import num_classes, padded_logits, server_answers
+from coin.evaluation.servers import num_classes, server_answers
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors, load_system, save_system
 from coin.networks import linear_heads, load_network
 from coin.networks.heads import of_one_width
-from coin.reporting.results import RESULTS_CSV, read_results, requested_policy
+from coin.reporting.results import RESULTS_CSV, check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.statistics.guard import eval_mode
 
@@ -50,7 +50,7 @@ class Coded(LightningModule):
     >>> for erased in code.erasures():  # each expert alone, and every two
     ...     _ = system.fit_decoder(inputs[0], erased, "linear")
     >>> decoded = system.decode(inputs[0][0], [0, 2])
-    >>> decoded.shape, system.risk(decoded, [0, 2]).shape
+    >>> decoded.shape, system.score(decoded, [0, 2]).shape
     (torch.Size([2, 60, 3]), torch.Size([2, 60]))
     >>> [promise.coverage for promise in system.accept(0.05, inputs=[torch.randn(100, 4)], erased=[0, 2])]
     [1.0, 1.0]
@@ -104,7 +104,8 @@ class Coded(LightningModule):
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
         with eval_mode(self.coded):
-            return padded_logits([network(as_input(inputs, network)) for network in self.coded])
+            outputs = [network(as_input(inputs, network)) for network in self.coded]
+        return Answers.of_servers([(each[:, :0], each) for each in outputs], 0).coded
 
     @torch.no_grad()
     def answers(
@@ -112,7 +113,6 @@ class Coded(LightningModule):
         inputs: Batch,
         *,
         features: bool = False,
-        stages: bool = False,
         erased: Sequence[int | str] = (),
         silent: Sequence[int] = (),
     ) -> Answers:
@@ -121,13 +121,12 @@ class Coded(LightningModule):
         Args:
             inputs: ``[B, ...]``.
             features: Whether the servers return penultimate features beside their logits.
-            stages: Whether these are the features of all stages.
             erased: The lost experts, by index or by name, which do not run.
             silent: Coded models that do not run.
         """
         idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
         with eval_mode(self):
-            return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, stages, idle)
+            return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, idle)
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
@@ -149,8 +148,8 @@ class Coded(LightningModule):
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and an
-                expert_head that is not corrected use them only to estimate errors for `risk`, and work without any. The
-                first batch also checks that heads and features give the logits.
+                expert_head that is not corrected need none. The first batch also checks that heads and features give
+                the logits.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
@@ -158,14 +157,12 @@ class Coded(LightningModule):
         erased = self._indices(erased)
         decoder = make_decoder(kind, self.code, erased)
         batches = _batches(calibration)
-        parts: list[Answers] = []
         first = list(islice(batches, 1))
+        self._count_classes(*first)
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
-        for batch in chain(first, batches):
-            parts.append(self._answers_for(decoder, batch, learning=True))
-            self.classes = self.classes or [num_classes(expert, batch) for expert in self.experts]
-        if decoder.needs_fit or parts:
+        if decoder.needs_fit:
+            parts = [self._answers_for(decoder, batch, learning=True) for batch in chain(first, batches)]
             decoder.fit(_of_tasks(parts, tasks))
         self.decoders.pop(decoder.erased, None)
         self.decoders[decoder.erased] = decoder
@@ -185,15 +182,11 @@ class Coded(LightningModule):
         decoded = decoder.decode(self._answers_for(decoder, inputs))
         return decoded[[decoder.erased.index(expert) for expert in lost]]
 
-    def risk(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
-        """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
-
-        It is `coin.decoding_risk` with the decoder's errors on calibration inputs; DecodingError if it has none.
-        """
-        decoder, lost = self._decoder_of(erased)
+    def score(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
+        """Return the score ``[|erased|, B]`` of decoded logits: `coin.answer_score` over the expert's own classes."""
+        _, lost = self._decoder_of(erased)
         widths = dict(enumerate(self.classes or []))
-        each = zip(lost, decoded, strict=True)
-        return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
+        return torch.stack([answer_score(logits[:, : widths.get(j)]) for j, logits in zip(lost, decoded, strict=True)])
 
     def accept(
         self,
@@ -204,7 +197,7 @@ class Coded(LightningModule):
         erased: Sequence[int | str] | None = None,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
-        """Set the risk up to which decoded answers are accepted, so that at most α of these differ from the expert's.
+        """Set the score up to which decoded answers are accepted: at most α of these differ from the expert's.
 
         Args:
             alpha: α, the largest probability of a difference, in (0, 1).
@@ -219,15 +212,17 @@ class Coded(LightningModule):
             A promise for each lost expert. If none can be given, none of its decoded answers are accepted.
         """
         decoder, lost = self._decoder_of(erased)
-        parts = [self._answers_for(decoder, batch, learning=True) for batch in _batches(inputs)]
+        batches = list(_batches(inputs))
+        self._count_classes(*batches[:1])
+        parts = [self._answers_for(decoder, batch, learning=True) for batch in batches]
         promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
         return [promises[expert] for expert in lost]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return which decoded logits are accepted, bool ``[|erased|, B]``; DecodingError before `accept`."""
         decoder, lost = self._decoder_of(erased)
-        each = zip(lost, self.risk(decoded, erased), strict=True)
-        return torch.stack([decoder.accepted(expert, risk) for expert, risk in each])
+        each = zip(lost, self.score(decoded, erased), strict=True)
+        return torch.stack([decoder.accepted(expert, score) for expert, score in each])
 
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file."""
@@ -281,6 +276,7 @@ class Coded(LightningModule):
                 f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
                 "experiment or of one seed; make it with `coin run`"
             )
+        check_current(seed)
         made = {path.stem: load_provenance(path) for path in sorted((seed / "systems").glob("*.safetensors"))}
         names = {(each["method"], each["batchnorm"]): name for name, each in made.items()}
         variant, rows = _chosen_rows(read_results(seed), names, method, decoder)
@@ -346,8 +342,12 @@ class Coded(LightningModule):
         read = {*decoder.survivors, *(decoder.erased if learning else ())}
         idle = [expert for expert in range(decoder.num_experts) if expert not in read]
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
-        features, stages = decoder.config.reads_features, decoder.config.reads_stages
-        return self.answers(inputs, features=features, stages=stages, erased=idle, silent=[*silent])
+        return self.answers(inputs, features=decoder.config.reads_features, erased=idle, silent=[*silent])
+
+    def _count_classes(self, inputs: Any = None) -> None:
+        """Tell every expert's number of classes, once there are inputs."""
+        if self.classes is None and inputs is not None:
+            self.classes = [num_classes(expert, inputs) for expert in self.experts]
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:

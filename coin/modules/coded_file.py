@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from coin.coding import Code, Decoder
-from coin.coding.decoder_state import decoders_state, restore_decoders
+from coin.coding import Code, Decoder, DecoderConfig, Promise, make_decoder
 from coin.errors import FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
@@ -24,12 +23,14 @@ class SystemFile:
     """What the file of a coded system holds.
 
     Attributes:
-        code: The code; `names`, the experts' tasks.
-        classes: How many classes every expert has, None if the system did not know.
-        decoders: All fitted decoders.
+        path: The file.
+        code: The code.
+        names: The experts' tasks.
+        classes: How many classes every expert has, if known.
+        decoders: All fitted decoders, of several configurations and erasures.
         coded: Every coded model's tensors, parameters and buffers; empty if they are in files of their own.
-        coded_files: These files; `experts`, the fingerprints of the experts' states.
-        provenance: The rest of the metadata.
+        coded_files: These files.
+        experts: The fingerprints of the experts' states.
     """
 
     path: Path
@@ -37,19 +38,18 @@ class SystemFile:
     names: tuple[str, ...]
     classes: list[int] | None
     decoders: list[Decoder]
-    coded: list[State]
+    coded: Sequence[State]
     coded_files: list[Path]
     experts: list[str]
-    provenance: dict[str, Any]
 
     def check_experts(self, experts: Sequence[nn.Module]) -> None:
         """Raise StateError unless these are the experts that the system was made of."""
-        found = [fingerprint(expert.state_dict()) for expert in experts]
-        if other := [place for place, pair in enumerate(zip(found, self.experts, strict=False)) if len({*pair}) > 1]:
-            raise StateError(
-                f"expert {other[0]} is not the one that '{self.path}' was saved with; give those experts, or make the "
-                "system anew"
-            )
+        for place, (expert, expected) in enumerate(zip(experts, self.experts, strict=False)):
+            if fingerprint(expert.state_dict()) != expected:
+                raise StateError(
+                    f"expert {place} is not the one that '{self.path}' was saved with; give those experts, or make the "
+                    "system anew"
+                )
 
 
 def save_system(
@@ -62,29 +62,23 @@ def save_system(
     experts: Sequence[str],
     told: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a coded system, for `load_system`.
+    """Write a coded system, for `load_system`; its parts are those of `SystemFile`.
 
-    Args:
-        path: The file.
-        code: The code.
-        names: The experts' tasks.
-        classes: How many classes every expert has, if known.
-        decoders: The fitted decoders.
-        coded: The coded models, or their files, which are then named by their path from the new one and SHA-256.
-        experts: The fingerprints of the experts' states.
-        told: What else the metadata shall say.
+    Coded models given as files are named, by their SHA-256 and path in a run, ``../coded/NAME``. The metadata says what
+    is `told` too.
     """
-    fitted, rests = decoders_state(decoders)
-    state: dict[str, Tensor] = {f"decoder.{name}": tensor for name, tensor in fitted.items()}
+    state: dict[str, Tensor] = {}
     files = []
     for row, each in enumerate(coded):
         if isinstance(each, Path):
-            # A run's steps write to folders of their own, in which all lies as beside the experts in the end.
-            is_of_run = each.parent.name == "coded" and path.parent.name == "systems"
-            place = f"../coded/{each.name}" if is_of_run else os.path.relpath(each, path.parent)
-            files.append({"path": place, "sha256": sha256_of(each)})
+            files.append({"path": f"../coded/{each.name}", "sha256": sha256_of(each)})  # as in a seed's folder
         else:
             state |= {f"coded.{row}.{name}": tensor for name, tensor in all_tensors(each).items()}
+    rests = []
+    for index, decoder in enumerate(decoders):
+        state |= {f"decoder.{index}.{name}": tensor for name, tensor in decoder.state_dict().items()}
+        promises = {str(expert): asdict(promise) for expert, promise in decoder.promises.items()}
+        rests.append({"name": decoder.config.name, "erased": list(decoder.erased), "promises": promises})
     provenance = {
         "what": _SYSTEM,
         "code": code.matrix.tolist(),
@@ -93,40 +87,34 @@ def save_system(
         "decoders": rests,
         "coded_files": files,
         "experts": list(experts),
-        **(told or {}),
     }
     infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
-    save_state(path, state, provenance, infinite)
+    save_state(path, state, {**provenance, **(told or {})}, infinite)
 
 
 def load_system(path: Path) -> SystemFile:
     """Read what `save_system` wrote.
 
     Raises FileError where the file, or that of a coded model, is missing, damaged, changed or holds something else,
-    and StateError where the decoders do not fit the code.
+    and StateError where a decoder's tensors are not whole.
     """
     state, told = load_state(path)
     if told.get("what") != _SYSTEM:
         raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
-    code, files = Code(told["code"]), []
+    code, files, decoders = Code(told["code"]), [], []
     for each in told["coded_files"]:
-        # By its name: the folder may be a link to where a step has written.
-        files.append(Path(os.path.normpath(path.parent / each["path"])))
+        files.append(Path(os.path.normpath(path.parent / each["path"])))  # not through links
         if not files[-1].is_file() or sha256_of(files[-1]) != each["sha256"]:
-            raise FileError(
-                f"'{files[-1]}' is not the coded model that '{path}' was made with; run the evaluation again"
-            )
-    return SystemFile(
-        path=path,
-        code=code,
-        names=tuple(told["names"]),
-        classes=told["classes"],
-        decoders=restore_decoders(_below("decoder.", state), told["decoders"], code),
-        coded=[] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)],
-        coded_files=files,
-        experts=told["experts"],
-        provenance=told,
-    )
+            raise FileError(f"'{files[-1]}' is not the coded model that '{path}' names; run the evaluation again")
+    for place, rest in enumerate(told["decoders"]):
+        decoders.append(make_decoder(DecoderConfig.named(rest["name"]), code, rest["erased"]))
+        try:
+            decoders[-1].load_state_dict(_below(f"decoder.{place}.", state))
+        except RuntimeError as error:
+            raise StateError(f"'{path}' holds other tensors than its decoders have ({error}); make it anew") from error
+        decoders[-1].promises = {int(expert): Promise(**each) for expert, each in rest["promises"].items()}
+    coded = [] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
+    return SystemFile(path, code, tuple(told["names"]), told["classes"], decoders, coded, files, told["experts"])
 
 
 def all_tensors(network: nn.Module) -> dict[str, Tensor]:

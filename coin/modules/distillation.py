@@ -19,9 +19,8 @@ from coin.merging import Average, Experts, HeadFit
 from coin.merging.checks import check_row
 from coin.merging.method import starting_method
 from coin.networks import build_network, features_and_logits, fill_network, load_network, pad_head
-from coin.networks.heads import check_head, head_name, is_frozen
+from coin.networks.heads import check_head, full_precision, head_name, is_frozen
 from coin.networks.recipe import OneCycle
-from coin.networks.stages import full_precision
 
 
 class Schedule(StrEnum):

@@ -1,6 +1,5 @@
 """The decoding evaluator: each network runs once per batch, for all methods, decoders and erasures."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,25 +8,20 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from coin.coding import Answers, Code, DecoderConfig, FeatureCache, distinct_decoders, make_decoder, uniform
-from coin.coding.decoders import Head
-from coin.coding.metrics import Residual
+from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
 from coin.core.batches import as_input
-from coin.core.choices import renamed_option
-from coin.core.progress import tracked
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
 from coin.evaluation.examples import ExampleSamples, KeptSamples
-from coin.evaluation.scores import FittedDecoder, Scores, read_replicas
+from coin.evaluation.replicas import read_replicas
+from coin.evaluation.scores import Evaluation, Outcome
 from coin.evaluation.servers import server_answers, with_heads
-from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
+from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import save_system
 from coin.networks import load_network, pad_head
-from coin.statistics.guard import disable_tf32
 
 
 class DecodingEvaluator(LightningModule):
@@ -44,10 +38,9 @@ class DecodingEvaluator(LightningModule):
             if head and features give the experts' logits.
         code: The code of the references, R×N; by default the first coded model's.
         replicas: The files of compressed experts, each of which replaces its own expert.
-        alpha: α, the largest probability that an accepted answer differs from the expert's (`coin.promised_risk`), if
-            the datamodule has samples for a promise.
+        alpha: α, the largest probability that an accepted answer differs from the expert's if the
+            datamodule has samples for a promise (`coin.promised_threshold`).
         confidence: The probability that the promise holds.
-        spares: The old name of replicas, for one version.
 
     Raises:
         ConfigurationError: There is nothing to evaluate, or a decoder is unknown or given twice.
@@ -63,7 +56,6 @@ class DecodingEvaluator(LightningModule):
         replicas: list[str] | None = None,
         alpha: float = 0.02,
         confidence: float = 0.95,
-        spares: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.decoders, self._takes_all = distinct_decoders(decoders), decoders is None
@@ -84,22 +76,19 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        paths = [Path(path) for path in renamed_option("replicas", replicas, "spares", spares) or []]
-        self.replicas = read_replicas(paths, fingerprints, self.class_counts, self.code)
+        self.replicas = read_replicas(
+            [Path(path) for path in replicas or []], fingerprints, self.class_counts, self.code
+        )
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
-        self.fitted: list[FittedDecoder] = []
-        self.heads: list[Head] | None = None
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Answers:
         """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once."""
-        features = any(decoder.reads_features for decoder in self.decoders)
-        stages = any(decoder.reads_stages for decoder in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features, stages, idle=())
+        return server_answers(self.experts, self.coded, inputs, any(each.reads_features for each in self.decoders))
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -114,26 +103,20 @@ class DecodingEvaluator(LightningModule):
             self.config.check_content(task.content)
         calibration = data.calibration()
         first = as_input(next(iter(calibration)), self.experts[0])
-        self.decoders, self.heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
+        self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
+        self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads)
         started = time.perf_counter()
         answers = self._answers(calibration)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
-        share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
-        self._test_sizes = [len(task.splits.test) for task in data.tasks.values()]
-        self.fitted = self._fit_decoders(answers, share)
+        networks = len(self.experts) + len(self.coded)
+        self.evaluation.fit(answers, (time.perf_counter() - started) / networks / answers.num_samples)
         if (new := data.promise()) is not None:
-            answers = self._answers(new)
-            with torch.autocast("cpu", enabled=False), disable_tf32():
-                for fitted in tracked(self.fitted, "promising"):
-                    seen = self.variants[fitted.variant].seen(answers)
-                    fitted.decoder.accept(seen, self.alpha, self.confidence, self.class_counts)
+            self.evaluation.promise(self._answers(new), self.alpha, self.confidence)
         self.examples = {
-            place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.single_loss_decoders(place)))
+            place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.evaluation.alone(place)))
             for place, task in enumerate(data.tasks.values())
             if task.content == "images" and len(self.coded)
         }
-        coded = [index for index, variant in enumerate(self.variants) if not variant.is_none]
-        self.residuals = {index: [Residual() for _ in self.tasks] for index in coded}
 
     def _answers(self, calibration: Calibration) -> Answers:
         with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
@@ -142,87 +125,29 @@ class DecodingEvaluator(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
-        inputs, labels = batch
+        inputs, labels, task = batch[0], batch[1].cpu(), dataloader_idx
         answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
-        with torch.autocast("cpu", enabled=False), disable_tf32():
-            self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
-        for replica in self.replicas:
-            if replica.task == dataloader_idx:
-                replica.scores.update(replica.network(inputs).cpu(), answers.experts[replica.task], labels.cpu())
-
-    def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
-        seen = [variant.seen(answers) for variant in self.variants]
-        for index, residuals in self.residuals.items():
-            target = self.variants[index].code.encode(answers.experts)
-            residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
-        # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
-        before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
-        positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
-        alone = []
-        for fitted in self.fitted:
-            if task in fitted.scores:
-                answer = fitted.update(task, seen[fitted.variant], labels, positions)
-                alone += [answer] if fitted.decodes((task,)) else []
+        decoded = self.evaluation.update(task, answers, labels)
         if task in self.examples:
+            # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
+            before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
+            positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
             expert = answers.experts[task][:, : self.class_counts[task]].argmax(1)
-            self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
-
-    def single_loss_decoders(self, task: int) -> list[tuple[Variant, str]]:
-        """Return the variant and decoder of each decoded answer in `kept`, in order."""
-        alone = [fitted for fitted in self.fitted if fitted.decodes((task,))]
-        return [(self.variants[fitted.variant], fitted.decoder.config.name) for fitted in alone]
+            ways = torch.stack([decoded[each] for each in self.evaluation.alone(task)], 1)
+            self.examples[task].update(inputs, positions, expert, labels, ways)
+        for replica in self.replicas:
+            if replica.task == task:
+                replica.scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
-            for metric in self._metrics:
+            replicas = [metric for replica in self.replicas for metric in replica.scores.metrics]
+            for metric in [*self.evaluation.metrics, *replicas, *self.examples.values()]:
                 metric.to(self.device)
         self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
-        residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
-        self.outcomes = [
-            Outcome(
-                variant=variant,
-                decoder=fitted.decoder.config.name,
-                erased=tuple(self.tasks[lost] for lost in erased),
-                task=self.tasks[expert],
-                residual=residuals[index][expert] if index in residuals else math.nan,
-                decoder_seconds=fitted.seconds(erased, len(variant.networks)),
-                decoder_passes=fitted.passes(erased, len(variant.networks)),
-                promise=fitted.decoder.promises.get(expert),
-                **fitted.scores[expert].results(),
-                **fitted.costs(variant, len(erased), self.fitted),
-            )
-            for index, variant in enumerate(self.variants)
-            for erased in variant.erasures()
-            for config in variant.decoders(self.decoders)
-            for fitted in self.fitted
-            if (fitted.variant, fitted.decoder.config) == (index, config) and fitted.decodes(erased)
-            for expert in erased
-        ]
+        self.outcomes = self.evaluation.outcomes(self.tasks)
         self.outcomes += [replica.outcome(self.tasks[replica.task]) for replica in self.replicas]
-
-    def _fit_decoders(self, answers: Answers, share: float) -> list[FittedDecoder]:
-        """Fit a decoder for every variant and erasure; one that reads no survivor is fitted for all losses at once.
-
-        `share` is one network's seconds on the samples.
-        """
-        everyone = tuple(range(len(self.experts)))
-        combinations = dict.fromkeys(
-            (index, erased if config.reads_survivors else everyone, config)
-            for index, variant in enumerate(self.variants)
-            for erased in variant.erasures()
-            for config in variant.decoders(self.decoders)
-        )
-        fitted, kept = [], FeatureCache()
-        for index, erased, config in tracked(list(combinations), "fitting decoders"):
-            variant = self.variants[index]
-            seen = variant.seen(answers)
-            started = time.perf_counter()
-            decoder = make_decoder(config, variant.code, erased, self.heads).fit(seen, kept)
-            seconds = (time.perf_counter() - started) / (1 if config.reads_survivors else len(erased))
-            scores = {lost: Scores(self.class_counts[lost], self._test_sizes[lost]) for lost in erased}
-            fitted.append(FittedDecoder(decoder, scores, index, seconds, share / answers.num_samples))
-        return fitted
 
     def save_systems(self, folder: Path) -> None:
         """Write every variant's code, fitted decoders and promises to a file of `coin.modules.Coded.save`.
@@ -231,15 +156,13 @@ class DecodingEvaluator(LightningModule):
         """
         for index, variant in enumerate(self.variants):
             if paths := [self.coded_files[network] for network in variant.networks]:
-                decoders = [fitted.decoder for fitted in self.fitted if fitted.variant == index]
-                told = {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]}
-                path = folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors"
-                save_system(path, variant.code, self.tasks, self.class_counts, decoders, paths, self.fingerprints, told)
-
-    @property
-    def _metrics(self) -> list[Metric]:
-        """All metrics. They are not submodules, so that they stay on the CPU."""
-        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        scores = [each for fitted in self.fitted for each in fitted.scores.values()]
-        scores += [replica.scores for replica in self.replicas]
-        return [*residuals, *(metric for each in scores for metric in each.metrics), *self.examples.values()]
+                save_system(
+                    folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors",
+                    variant.code,
+                    self.tasks,
+                    self.class_counts,
+                    [each.decoder for each in self.evaluation.fitted if each.variant == index],
+                    paths,
+                    self.fingerprints,
+                    {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]},
+                )

@@ -21,15 +21,16 @@ from coin.networks.files import (
     save_network as save_network,
 )
 from coin.networks.heads import (
+    Run as Run,
     check_head as check_head,
     features_and_logits as features_and_logits,
     head_name as head_name,
     linear_heads as linear_heads,
     pad_head as pad_head,
     pad_logits as pad_logits,
+    run_network as run_network,
 )
 from coin.networks.registry import NetworkConfig as NetworkConfig, build_network as build_network
-from coin.networks.stages import Run as Run, run_network as run_network
 from coin.networks.weights import (
     fill_network as fill_network,
     read_weights as read_weights,

@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +197,24 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
         if read[:, 0].shape == logits.shape and torch.allclose(read.mean(1), logits, rtol=1e-2, atol=1e-4):
             return rows.mean(1), logits
     return features.flatten(1, -2).mean(1), logits
+
+
+class Run(NamedTuple):
+    """What one network answers: penultimate features ``[B, F]``, F = 0 where not wanted, and logits ``[B, C]``."""
+
+    features: Tensor
+    logits: Tensor
+
+
+def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
+    """Run a network once, with its penultimate features if they are wanted."""
+    found, logits = features_and_logits(network, inputs) if features else (None, network(inputs))
+    return Run(full_precision(logits[:, :0] if found is None else found), full_precision(logits))
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Return values that autocast left in 16 bits as float32, in which answers are compared, and others as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 # How far logits of a type may be from the head's, in the size of the sum's terms: four times the type's precision, for

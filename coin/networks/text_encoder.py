@@ -14,7 +14,7 @@ class MiniLM(nn.Module):
     """Transformers' `BertModel` (six blocks of width 384) and a linear classifier; 22.4 M parameters.
 
     The features are the mean over a text's tokens, as all-MiniLM-L6-v2 was trained. Padding has no share in them; but
-    RegMean's Gram matrices and the stages' features count its positions, so `length` should be near the texts' own.
+    RegMean's Gram matrices count its positions, so `length` should be near the texts' own.
 
     Source: Devlin et al., *BERT* (NAACL 2019); Wang et al., *MiniLM* (NeurIPS 2020).
 

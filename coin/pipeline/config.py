@@ -87,9 +87,9 @@ class CalibrationConfig:
         fisher_precision: The floating-point type of the networks in the Fisher pass.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples per batch.
-        promise_samples: How many validation samples of each task set the risk up to which decoded answers are accepted;
-            experts, coded models and decoders do not learn from them. 0 makes no promise. At 95 % confidence at least
-            59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
+        promise_samples: How many validation samples of each task set the score up to which decoded answers are
+            accepted; experts, coded models and decoders do not learn from them. 0 makes no promise. At 95 % confidence
+            at least 59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
         promise_alpha: α, the largest probability that an accepted answer differs from the expert's.
         promise_confidence: The probability that the promise holds.
     """

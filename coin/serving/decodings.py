@@ -5,7 +5,7 @@ from itertools import combinations
 
 import torch
 
-from coin.coding import Answers, Code, Decoder, decode_linear
+from coin.coding import Answers, Code, Decoder, answer_score, decode_linear
 from coin.coding.code import MAX_AMPLIFICATION
 from coin.errors import DecodingError
 from coin.serving.layout import Layout
@@ -70,9 +70,7 @@ class Decodings:
                 raise DecodingError(
                     f"the decoded answers of {list(missing)} are not finite; the servers' answers are too large"
                 )
-            risk = torch.full((len(logits[expert]),), torch.nan, dtype=torch.float64)
-            if decoder is not None and decoder.moments is not None:
-                risk = decoder.risk(expert, logits[expert], self.class_counts[expert] if self.class_counts else None)
+            risk = answer_score(logits[expert][:, : self.class_counts[expert] if self.class_counts else None])
             threshold = self.thresholds.get(((expert,) if self._alone else missing, expert), -torch.inf)
             found[expert] = Decoded(logits[expert], risk, risk <= threshold)
         return found, (*present, *(count + row for row in rows))
@@ -88,7 +86,6 @@ class Decodings:
             coded=torch.stack([reply.logits for reply in every[count:]]),
             expert_features=features[:count] or None,
             coded_features=features[count:] or None,
-            feature_widths=self.feature_widths if features else None,
         )
 
 

@@ -25,7 +25,7 @@ class NetworkServer:
         self.reads = file.config.reads
         self._network = pad_head(file.network, outputs).requires_grad_(False).to(device)
         self._device = device
-        self._features, self._stages = decoder.reads_features, decoder.reads_stages
+        self._features = decoder.reads_features
         self._turn = threading.Lock()
         """Held during a pass: features are taken by hooks, which cannot tell two passes at a time apart."""
 
@@ -44,10 +44,10 @@ class NetworkServer:
     def feature_widths(self) -> tuple[int, ...] | None:
         """Return the widths of the features in a reply by stage, or None without features."""
         run = self._run(self.probe)
-        return (run.widths or (run.features.shape[1],)) if self._features else None
+        return (run.features.shape[1],) if self._features else None
 
     @torch.no_grad()
     def _run(self, stored: Tensor) -> Run:
         inputs = to_input(stored.to(self._device), self.image_size)
         with self._turn:
-            return run_network(self._network, inputs, self._features, self._stages)
+            return run_network(self._network, inputs, self._features)

@@ -27,7 +27,7 @@ CLASSES, TESTS = 10, 2
 DECODERS = (
     *("linear", "ridge", {"kind": "ridge", "survivors": False}, {"kind": "ridge", "fitted_on": "own"}),
     *("feature_ridge", {"kind": "feature_ridge", "survivors": False}, {"kind": "feature_ridge", "fitted_on": "own"}),
-    *({"kind": "feature_ridge", "components": 64}, "expert_head", {"kind": "expert_head", "fitted_on": "own"}),
+    *("expert_head", {"kind": "expert_head", "fitted_on": "own"}),
 )
 
 

@@ -54,11 +54,12 @@ def test_an_expert_with_corrupted_weights_is_flagged_and_named(kind, wrong):
     experts, coded = networks()
     calibration = answers_of(experts, coded, seed=1)
     decoders = [make_decoder(kind, CODE, [expert]).fit(calibration) for expert in range(3)]
+    new = answers_of(experts, coded, seed=4)
     if wrong is not None:
         weight = experts[wrong][0].weight
         weight.data = weight.data[torch.randperm(20, generator=torch.Generator().manual_seed(2))]
     answers = answers_of(experts, coded, seed=3)
-    odd = fault_score(decoders, answers)
+    odd = fault_score(decoders, answers, new)
     share = parity_significance(parity_residual(CODE, answers), parity_residual(CODE, calibration))
     if wrong is None:
         assert float((share < 0.02).double().mean()) < 0.06
@@ -73,8 +74,8 @@ def test_the_linear_decoder_of_one_row_accuses_everyone_alike():
     answers = answers_of(experts, coded, seed=1)
     decoders = [make_decoder("linear", CODE, [expert]).fit(answers) for expert in range(3)]
     experts[0][0].weight.data *= -1
-    odd = fault_score(decoders, answers_of(experts, coded, seed=3))
+    odd = fault_score(decoders, answers_of(experts, coded, seed=3), answers)
     assert odd.min() > 3
     torch.testing.assert_close(odd, odd[:1].expand(3))
     with pytest.raises(DecodingError, match="expected each expert alone"):
-        fault_score(decoders[:2], answers)
+        fault_score(decoders[:2], answers, answers)

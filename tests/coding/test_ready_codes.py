@@ -47,6 +47,8 @@ def test_larger_codes_still_decode():
     code = convex(10, 3)
     assert code.worst_amplification() < 1e4
     assert convex(9, 2).worst_amplification() < 1e3
+    with pytest.raises(ConfigurationError, match="found 735471 erasures of 8 of 24 experts, expected at most 20000"):
+        convex(24, 8)  # each width of the grid took minutes
 
 
 def test_uniform_is_one_row():

@@ -168,7 +168,7 @@ def test_random_yaml_and_sweeps(path: Path) -> None:
 
 def test_random_decoder_sections() -> None:
     @ROUND
-    @given(JSON | st.dictionaries(st.sampled_from(["kind", "features", "components", "projection"]), JSON, max_size=3))
+    @given(JSON | st.dictionaries(st.sampled_from(["kind", "fitted_on", "survivors"]), JSON, max_size=3))
     def test(section: Any) -> None:
         survives(lambda: DecoderConfig.of(section))
 

@@ -1,11 +1,9 @@
 import math
-from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
-from coin.coding.metrics import DecodingAccuracy, Residual, RiskCurves, normalized_decoding_accuracy
+from coin.coding.metrics import DecodingAccuracy, Residual, normalized_decoding_accuracy
 from coin.errors import ConfigurationError, DataError
 
 
@@ -25,12 +23,17 @@ def random_batches(seed, sizes=(5, 1, 17)):
     ]
 
 
-def test_the_four_numbers_by_hand():
+def test_the_numbers_by_hand():
     metric = DecodingAccuracy()
     labels = torch.tensor([0, 1, 2, 0])
     metric.update(logits_for([0, 2, 2, 1]), logits_for([0, 1, 0, 1]), labels)
     scores = {name: float(value) for name, value in metric.compute().items()}
-    assert scores == {"expert_accuracy": 0.5, "decoded_accuracy": 0.5, "nda": 1.0, "agreement": 0.5}
+    assert math.isnan(scores.pop("found"))
+    assert scores == {"expert_accuracy": 0.5, "decoded_accuracy": 0.5, "nda": 1.0, "agreement": 0.5, "coverage": 0.0}
+    accepted = torch.tensor([True, True, False, True])
+    metric.update(logits_for([0, 2, 2, 1]), logits_for([0, 1, 0, 1]), labels, accepted)
+    assert float(metric.compute()["coverage"]) == 3 / 8
+    assert float(metric.compute()["found"]) == pytest.approx(1 / 3)
 
 
 def test_nda_is_a_ratio_of_totals_not_a_mean_of_ratios():
@@ -99,7 +102,7 @@ def test_two_processes_equal_one(make):
     batches = random_batches(1)
     one, first, second = make(), make(), make()
     for index, batch in enumerate(batches):
-        used = batch if make is DecodingAccuracy else batch[:2]
+        used = (*batch, batch[2] > 1) if make is DecodingAccuracy else batch[:2]
         one.update(*used)
         (first if index % 2 else second).update(*used)
     (state,) = first._defaults
@@ -119,29 +122,4 @@ def test_long_sums_do_not_lose_counts():
     metric = DecodingAccuracy()
     metric.counts += 2**25
     metric.update(logits_for([0]), logits_for([0]), torch.tensor([0]))
-    assert metric.counts.tolist() == [2**25 + 1] * 4
-
-
-def test_the_curves_of_risk_by_hand_whatever_the_batches():
-    risk = torch.tensor([0.03, 0.0, 0.49, 0.16, 1.0])
-    decoded, expert = logits_for([0, 1, 2, 1, 0]), logits_for([0, 1, 0, 1, 1])
-    decoded[4] = math.nan
-    labels = torch.tensor([0, 1, 0, 2, 0])
-    found = []
-    for cuts in ([0, 5], [0, 2, 5]):
-        metric = RiskCurves(7)  # two samples are never seen
-        for start, stop in pairwise(cuts):
-            rows = slice(start, stop)
-            metric.update(torch.arange(6, -1, -1)[rows], risk[rows], decoded[rows], expert[rows], labels[rows])
-        found.append(metric.compute())
-    points, samples = found[0]
-    assert points == found[1][0]
-    assert torch.equal(samples, found[1][1])
-    wanted = torch.tensor([[0.16, 0.0], [0.49, 1.0], [0.0, 0.0], [0.03, 0.0]])  # by place; the fifth answered NaN
-    torch.testing.assert_close(samples[1:], wanted)
-    assert samples[0].tolist() == [1.0, 1.0]
-    coverage = [point[1:] for point in points if point.curve == "coverage"]
-    wanted = [(1.0, 5, 0.336, 0.6, 0.4, 0.6), (0.95, 5, 0.336, 0.6, 0.4, 0.6), (0.8, 4, 0.17, 0.75, 0.5, 0.75)]
-    np.testing.assert_allclose(coverage, wanted, rtol=1e-6)
-    bins = {point.at: (point.samples, point.agreement) for point in points if point.curve == "calibration"}
-    assert bins == {0.0: (2, 1.0), 0.15: (1, 1.0), 0.45: (1, 0.0), 0.95: (1, 0.0)}
+    assert metric.counts.tolist() == [2**25 + each for each in (1, 1, 1, 0, 0, 1)]

@@ -2,13 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder, promised_risk
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, answer_score, make_decoder, promised_threshold
 from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
 from coin.merging import Average, merge_networks
 from coin.modules import Coded
-from coin.networks import NetworkConfig, build_network
-from coin.networks.stages import stages_and_logits
 
 
 class Lost(nn.Module):
@@ -135,43 +133,19 @@ def test_what_does_not_fit_is_refused(inputs):
         coded.fit_decoder([], [0], "cubic")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        DecoderConfig("ridge", fitted_on="own"),
-        DecoderConfig("feature_ridge", features="stages"),
-        DecoderConfig("feature_ridge", features="stages", components=3, projection="random", fitted_on="own"),
-    ],
-    ids=lambda config: config.name,
-)
-def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(config):
-    architecture = NetworkConfig("small_resnet", 16, None, {"width": 2})
-    networks = [build_network(architecture, 3, seed=s).double().eval() for s in range(3)]
-    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tasks = torch.arange(24) % 2
-    coded = Coded(Code(CODES[0]), networks[:2], networks[2:]).fit_decoder(images.split(7), [1], config, tasks)
-    assert coded.decoder.config.name == config.name
-    with torch.no_grad():
-        runs = [stages_and_logits(network, images) for network in networks]
-    logits, features = [run[1] for run in runs], [run[0] for run in runs]
-    everything = Answers(
-        torch.stack(logits[:2]), torch.stack(logits[2:]), features[:2], features[2:], (2, 4, 8, 16), tasks
-    )
-    expected = make_decoder(config, coded.code, [1]).fit(everything).decode(everything)
-    coded.experts[1] = Lost(networks[1])
-    torch.testing.assert_close(coded.decode(images), expected, rtol=1e-8, atol=1e-8)
-
-
-def test_own_samples_need_tasks_and_stages_one_architecture(inputs):
+@pytest.mark.parametrize("name", ["ridge-own", "feature_ridge", "feature_ridge-own"])
+def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(name, inputs):
+    config, tasks = DecoderConfig.named(name), torch.arange(30) % 2
     coded = Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)])
     with pytest.raises(DecodingError, match="do not tell their tasks; give it tasks"):
-        coded.fit_decoder([inputs], [0], DecoderConfig("ridge", fitted_on="own"))
-    with pytest.raises(DecodingError, match="found features of one stage"):
-        coded.fit_decoder([inputs], [0], DecoderConfig("feature_ridge", features="stages"))
-    images = torch.randn(4, 3, 16, 16)
-    wide = [build_network(NetworkConfig("small_resnet", 16, None, {"width": w}), 3) for w in (2, 2, 4)]
-    with pytest.raises(ConfigurationError, match=r"stages of widths \(2, 4, 8, 16\) and \(4, 8, 16, 32\)"):
-        Coded(Code(CODES[0]), wide[:2], wide[2:]).answers(images, features=True, stages=True)
+        coded.fit_decoder([inputs], [0], {"kind": "ridge", "fitted_on": "own"})
+    coded.fit_decoder(inputs.split(7), [1], config, tasks)
+    assert coded.decoder.config == config
+    logits = [network(inputs).detach() for network in (*coded.experts, *coded.coded)]
+    everything = Answers(torch.stack(logits[:2]), torch.stack(logits[2:]), [inputs] * 2, [inputs], tasks)
+    expected = make_decoder(config, coded.code, [1]).fit(everything).decode(everything)
+    coded.experts[1] = Lost(coded.experts[1])
+    torch.testing.assert_close(coded.decode(inputs), expected, rtol=1e-8, atol=1e-8)
 
 
 def system_of(matrix=CODES[2]):
@@ -189,7 +163,7 @@ def test_a_loader_of_pairs_is_calibration_data_too(inputs):
     assert torch.equal(one.decode(inputs), other.decode(inputs))
 
 
-def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
+def test_several_erasures_are_ready_at_once_and_say_their_score(inputs):
     system = system_of()
     for erased in system.code.erasures():
         system.fit_decoder(inputs.split(7), erased, "linear" if len(erased) == 1 else "ridge")
@@ -199,16 +173,13 @@ def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
         decoder.fit(system.answers(inputs))
         decoded = system.decode(inputs, erased)
         torch.testing.assert_close(decoded, decoder.decode(system.answers(inputs)))
-        risks = system.risk(decoded, erased)
+        scores = system.score(decoded, erased)
         for place, expert in enumerate(erased):
             classes = 2 if expert == 1 else 3
-            torch.testing.assert_close(risks[place], decoder.risk(expert, decoded[place], classes))
-    assert 0 < float(system.risk(system.decode(inputs, [0]), [0]).mean()) < 1
+            assert torch.equal(scores[place], answer_score(decoded[place, :, :classes]))
     assert torch.equal(system.decode(inputs), system.decode(inputs, system.code.erasures()[-1]))
     with pytest.raises(ConfigurationError, match=r"no decoder of the loss of \[2, 1\], only of .*; call fit_dec"):
         system.decode(inputs, [2, 1])
-    with pytest.raises(DecodingError, match="knows no errors"):
-        (fresh := system_of().fit_decoder([], [0], "linear")).risk(fresh.decode(inputs))
 
 
 def test_lost_experts_are_given_by_index_or_by_name(inputs):
@@ -238,14 +209,13 @@ def test_answers_are_accepted_as_promised_by_inputs_of_each_experts_own_task(inp
         system.accepted(system.decode(new))
     promises = system.accept(0.2, 0.9, inputs=new.split(150), erased=[0, 2], tasks=tasks)
     decoded = system.decode(new)
-    risks, answers = system.risk(decoded), system.answers(new).experts
+    scores, answers = system.score(decoded), system.answers(new).experts
     for place, expert in enumerate([0, 2]):
         own, width = tasks == expert, system.classes[expert]
         differs = decoded[place, own, :width].argmax(1) != answers[expert, own, :width].argmax(1)
-        assert promises[place] == promised_risk(risks[place, own], differs, 0.2, 0.9)
-    wanted = [
-        risk <= (-1 if own.threshold is None else own.threshold) for risk, own in zip(risks, promises, strict=True)
-    ]
+        assert promises[place] == promised_threshold(scores[place, own], differs, 0.2, 0.9)
+    thresholds = [-1 if own.threshold is None else own.threshold for own in promises]
+    wanted = [score <= threshold for score, threshold in zip(scores, thresholds, strict=True)]
     assert torch.equal(system.accepted(decoded, [0, 2]), torch.stack(wanted))
     assert system.accept(0.2, 0.9, inputs=new.split(150), erased=[0, 2], tasks=tasks.tolist()) == promises
     assert system.accept(0.2, inputs=[new])[0].samples == 400
@@ -270,7 +240,7 @@ def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
     for erased in system.code.erasures():
         decoded = system.decode(inputs, erased)
         assert torch.equal(again.decode(inputs, erased), decoded)
-        assert torch.equal(again.risk(decoded, erased), system.risk(decoded, erased))
+        assert torch.equal(again.score(decoded, erased), system.score(decoded, erased))
         assert torch.equal(again.accepted(decoded, erased), system.accepted(decoded, erased))
     with pytest.raises(StateError, match=r"expert 1 is not the one that '.*' was saved with; give those experts"):
         Coded.load(tmp_path / "system.safetensors", [linear(0), linear(5, 2), linear(2)])

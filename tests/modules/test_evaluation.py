@@ -1,6 +1,5 @@
 """The evaluation of systems in memory gives the numbers of the evaluator."""
 
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from torch import nn
 import coin
 from coin.data import to_input
 from coin.errors import ConfigurationError, DataError
-from coin.evaluation.scores import Scores
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
 
@@ -19,7 +17,7 @@ CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
 SHARED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "decoder_passes"]
 COSTS = ["memory_mib", "forwards", "losses"]
-COLUMNS = ["decoder", "erased", "task", *SHARED[:4], "risk", *SHARED[4:], *COSTS]
+COLUMNS = ["decoder", "erased", "task", *SHARED, *COSTS]
 
 
 def batches_of(task):
@@ -33,7 +31,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
         "linear",
         "ridge",
         {"kind": "ridge", "fitted_on": "own"},
-        {"kind": "feature_ridge", "features": "stages"},
+        "feature_ridge",
         {"kind": "feature_ridge", "survivors": False},
         "expert_head",
     ]
@@ -52,7 +50,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     singles = found[~found.erased.str.contains("+", regex=False)].reset_index(drop=True)
     assert singles.drop(columns="memory_mib").equals(alone.drop(columns="memory_mib"))
     more = (singles.memory_mib > alone.memory_mib).groupby(alone.decoder).all()
-    assert set(more.index[more]) == {"ridge", "ridge-own", "feature_ridge-stages"}  # regressions for more erasures
+    assert set(more.index[more]) == {"ridge", "ridge-own", "feature_ridge"}  # regressions for more erasures
     checked = 0
     for outcome in evaluator.outcomes:
         if outcome.variant.method == "average":
@@ -60,8 +58,6 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
             (row,) = found[own & (found.task == outcome.task)].to_dict("records")
             for column in (*SHARED, *COSTS):
                 assert row[column] == pytest.approx(getattr(outcome, column), rel=1e-4)
-            if len(outcome.erased) == 1:
-                assert row["risk"] == pytest.approx(outcome.risk[0].risk, rel=1e-4)
             checked += 1
     assert checked == len(found) == 6 * (3 + 3 * 2)
     assert all(network.training for group in networks for network in group)
@@ -69,8 +65,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     assert [forwards[name, "task0"] for name in ("linear", "feature_ridge-alone", "expert_head")] == [4, 2, 1]
     assert forwards["ridge", "task0+task1"].tolist() == [3, 3]
     linear = coin.evaluate(system, loaders, decoders=["linear"])
-    assert linear.drop(columns="risk").equals(alone[alone.decoder == "linear"].drop(columns="risk"))
-    assert linear.risk.isna().all()
+    assert linear.equals(alone[alone.decoder == "linear"])
 
 
 def test_batches_by_name_and_an_exact_system():
@@ -117,13 +112,3 @@ def test_what_is_missing_is_told():
         coin.evaluate(system, [pairs, inputs], decoders=["linear"])
     with pytest.raises(DataError, match="found no test batches of task '1'"):
         coin.evaluate(system, [pairs, []], decoders=["linear"])
-
-
-def test_answers_without_a_risk_have_empty_curves_and_no_warning() -> None:
-    """Copies of experts have no risk: `coin run` printed torchmetrics' warning in the middle of its progress."""
-    scores, logits = Scores(3), torch.eye(3)
-    scores.update(logits, logits, torch.arange(3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = scores.results()
-    assert (found["risk"], found["agreement"]) == ((), 1.0)

@@ -67,7 +67,8 @@ def test_the_evaluator_keeps_what_every_decoder_answers(write_experts, write_cod
             logits = torch.stack([pad_logits(network(to_input(images, 16)), 3) for network in networks])
         own = logits[place, :, : CLASSES[place]].argmax(1)
         assert kept.expert.tolist() == own.tolist()
-        ways = [(variant.method, decoder) for variant, decoder in evaluator.single_loss_decoders(place)]
+        alone = evaluator.evaluation.alone(place)
+        ways = [(evaluator.variants[each.variant].method, each.decoder.config.name) for each in alone]
         assert len(set(ways)) == len(ways) == kept.decoded.shape[1]
         seen = evaluator.variants[0].seen(evaluator(to_input(images, 16)))
         lost = make_decoder("linear", code, [place]).decode(type(seen)(logits[:2], logits[2:]))[0]

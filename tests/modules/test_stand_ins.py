@@ -62,7 +62,7 @@ def test_all_experts_may_be_lost_and_any_part_of_them(system, inputs, kind, tmp_
         for several in ([expert], [expert, (expert + 1) % 3]):
             part = system.decode(inputs, several)
             assert torch.equal(part, decoded[several])
-            assert torch.equal(system.risk(part, several), system.risk(decoded)[several])
+            assert torch.equal(system.score(part, several), system.score(decoded)[several])
     with pytest.raises(coin.errors.ConfigurationError, match=r"found lost expert 7, expected 0 to 2"):
         system.decode(inputs, [7])
     system.experts = nn.ModuleList(own)
@@ -82,7 +82,7 @@ def test_only_what_is_read_runs(system, inputs):
         expert.register_forward_hook(lambda _, given, __, place=place: ran.append((place, len(given[0]))))
     again = Coded(CODE, fresh, [Net(nn.Linear(6, 5).double(), 3) for _ in range(2)])
     again.fit_decoder(inputs.split(20), [1], DecoderConfig("ridge", survivors=False))
-    assert [size for place, size in ran if place == 1] == [20, 1, 20]  # one more to count the classes
+    assert [size for place, size in ran if place == 1] == [1, 20, 20]  # one more to count the classes
     assert [size for place, size in ran if place != 1] == [1, 1]
 
 

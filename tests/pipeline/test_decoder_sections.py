@@ -14,11 +14,10 @@ SECTIONS = """
 decoders:
   - linear
   - {kind: ridge, fitted_on: own}
-  - {kind: feature_ridge, features: stages}
-  - {kind: feature_ridge, components: 6}
-  - {kind: feature_ridge, features: stages, components: 8, projection: random, fitted_on: own}
+  - {kind: feature_ridge, survivors: false}
+  - {kind: feature_ridge, fitted_on: own, survivors: false}
 """
-NAMES = ["linear", "ridge-own", "feature_ridge-stages", "feature_ridge-6", "feature_ridge-stages-8-random-own"]
+NAMES = ["linear", "ridge-own", "feature_ridge-alone", "feature_ridge-own-alone"]
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_an_experiment_is_measured_with_every_decoder_and_repeats_itself(
     assert list(dict.fromkeys(found.decoder)) == NAMES
     assert found.groupby("decoder").size().eq(2).all()
     printed = capsys.readouterr().out
-    assert "random-own" in printed
+    assert "own-alone" in printed
     assert "…" not in printed
     # The configuration that was left repeats the run, and finds all of it done.
     assert yaml.safe_load((seed / "config.yaml").read_text())["decoders"] == yaml.safe_load(SECTIONS)["decoders"]
@@ -61,9 +60,9 @@ def test_an_experiment_is_measured_with_every_decoder_and_repeats_itself(
     other[0] = {"kind": "linear"}
     assert main(["run", "-c", str(tiny), f"--decoders={other}"]) == 0
     assert "evaluation: up to date" in capsys.readouterr().err
-    assert main(["run", "-c", str(tiny), "--decoders=[{kind: feature_ridge, components: 5}]"]) == 0
+    assert main(["run", "-c", str(tiny), "--decoders=[{kind: feature_ridge, fitted_on: own}]"]) == 0
     assert "evaluation: every" in capsys.readouterr().err
-    assert set(read_results(seed).query("method == 'average'").decoder) == {"feature_ridge-5"}
+    assert set(read_results(seed).query("method == 'average'").decoder) == {"feature_ridge-own"}
 
 
 def test_the_evaluator_takes_the_same_sections(

@@ -24,7 +24,7 @@ methods:
   - {class_path: Coin}
   - {class_path: Refit, init_args: {target: own}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16, augmentation: none, start: refit}}
-decoders: [linear, feature_ridge, {kind: feature_ridge, features: stages}]
+decoders: [linear, feature_ridge, {kind: feature_ridge, survivors: false}]
 """
 IMAGES = """
 name: own

@@ -83,11 +83,12 @@ def test_many_batches_at_once_are_as_odd_as_one_at_a_time(study: ModuleType) -> 
     answers = Answers(outputs, outputs.mean(0, keepdim=True) + 0.1 * torch.randn(1, 50, 4, generator=draw))
     code = uniform(3)
     decoders = [make_decoder(DecoderConfig.named("ridge"), code, [lost]).fit(answers) for lost in range(3)]
-    found = study.odds(decoders, answers, 5, batches=7)
+    new = answers.select(slice(0, 20))
+    found = study.odds(decoders, answers, new, 5, batches=7)
     again = torch.Generator().manual_seed(5)
     for one in found:
         batch = torch.randperm(50, generator=again)[:5]
-        torch.testing.assert_close(one, fault_score(decoders, answers.select(batch)))
+        torch.testing.assert_close(one, fault_score(decoders, answers.select(batch), new))
 
 
 def test_tasks_without_validation_samples_are_refused(study: ModuleType) -> None:

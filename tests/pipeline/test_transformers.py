@@ -46,7 +46,7 @@ decoders:
   - linear
   - ridge
   - feature_ridge
-  - {kind: feature_ridge, features: stages, fitted_on: own}
+  - {kind: feature_ridge, fitted_on: own}
 seeds: [0]
 """
 

@@ -12,18 +12,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
-from coin.evaluation.variants import Outcome
+from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator
-from coin.reporting.extras import (
-    PROMISE_COLUMNS,
-    RISK_COLUMNS,
-    RISK_NPZ,
-    Examples,
-    write_examples,
-    write_promises,
-    write_risk,
-)
-from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_archive, write_results
+from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
+from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_results
 from coin.tracking.evaluation import log_evaluation
 from coin.tracking.settings import logging_only
 
@@ -71,19 +63,11 @@ def record_evaluation(
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
     model.save_systems(folder / "systems")
-    points = [_keys_of(row) | point._asdict() for row, outcome in pairs for point in outcome.risk]
-    risk = pd.DataFrame(points, columns=list(RISK_COLUMNS))
-    write_risk(folder, risk)
-    write_archive(folder / RISK_NPZ, {confusion_key(row): each.samples for row, each in pairs if each.risk})
     kept = [_kept_promise(row, outcome) for row, outcome in pairs if outcome.promise]
     write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))
     for run in runs:
         with logging_only("the evaluation"):
-            log_evaluation(run, rows, confusions, examples, classes, risk)
-
-
-def _keys_of(row: Row) -> dict[str, Any]:
-    return {key: getattr(row, key) for key in KEYS}
+            log_evaluation(run, rows, confusions, examples, classes)
 
 
 def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int], *, images: bool) -> None:
@@ -102,16 +86,15 @@ def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, 
 
 def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
     """Return the row of ``promise.csv``: the promise, and whether it held on the test samples."""
-    promise, (risk, differs) = outcome.promise, outcome.samples.T
+    promise = outcome.promise
     assert promise is not None
-    threshold = math.nan if promise.threshold is None else promise.threshold
-    accepted = risk <= np.float32(threshold)
-    return _keys_of(row) | {
+    return {
+        **{key: getattr(row, key) for key in KEYS},
         **{name: getattr(promise, name) for name in ("alpha", "confidence", "samples", "needed")},
-        "threshold": threshold,
+        "threshold": math.nan if promise.threshold is None else promise.threshold,
         "promised": promise.coverage,
-        "coverage": accepted.mean(),
-        "found": differs[accepted].mean() if accepted.any() else math.nan,
+        "coverage": outcome.coverage,
+        "found": outcome.found,
     }
 
 
@@ -142,10 +125,10 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task")}
     decoded: dict[str, list[Any]] = {}
     for task, kept in model.kept.items():
-        for (variant, decoder), answers in zip(
-            model.single_loss_decoders(list(model.tasks).index(task)), kept.decoded.T, strict=True
-        ):
-            key = "|".join((variant.method, requested_policy(variant.batchnorm), decoder))
+        alone = model.evaluation.alone(model.tasks.index(task))
+        for each, answers in zip(alone, kept.decoded.T, strict=True):
+            variant = model.variants[each.variant]
+            key = "|".join((variant.method, requested_policy(variant.batchnorm), each.decoder.config.name))
             decoded.setdefault(key, []).append(answers.numpy() + len(names))
         for name in ("expert", "label"):
             parts[name].append(getattr(kept, name).numpy() + len(names))

@@ -24,7 +24,7 @@ from coin.core.processes import leave_processes_at_exit
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
-from coin.evaluation.variants import Outcome
+from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, without_frozen
 from coin.pipeline.steps.evaluate import record_evaluation

@@ -72,7 +72,6 @@ def measure(folder: Path, devices: int) -> None:
                 "counts": outcome.confusion.tolist(),
                 "exact": [outcome.expert_accuracy, outcome.decoded_accuracy, outcome.nda, outcome.agreement],
                 "residual": outcome.residual,
-                "risk": outcome.risk,
             }
             for outcome in outcomes
         ]
