@@ -76,9 +76,10 @@ class ExpertOutputs:
     def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
         """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
         made: list[str] = []
+        known = set(self._trace.calls)
 
         def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-            if (weight := names.get("weight")) is None:
+            if (weight := names.get("weight")) not in known:
                 return None
             made.append(weight)
             _check_calls(made, self._trace.calls)

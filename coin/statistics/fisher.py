@@ -210,7 +210,8 @@ class FisherPass:
         if tape.rows is None and tape.calls:
             misplaced = tape.misplaced(output, unseen=False)
             self._passes += 2 * tape.cotangents * len(output)
-        general = tape.close(output, misplaced)
+        general = tape.shared(output) | misplaced
+        tape.close(general)
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
             if tape.backward(output, piece, last=start + len(piece) == len(rows)):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,28 +24,22 @@ Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
 _CHOOSING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
 _CHOOSING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
 _CHOOSING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
-_CHOOSING |= {"trunc"}
+_CHOOSING |= {"trunc", "numpy"}
 """Functions that make places of values."""
-
 _SORTING = _CHOOSING | {"repeat_interleave", "gather", "take", "take_along_dim", "put", "index_select", "index_add"}
 _SORTING |= {"index_copy", "index_put", "index_fill", "masked_select", "masked_scatter", "scatter", "scatter_add"}
-_SORTING |= {"scatter_reduce", "numpy"}
+_SORTING |= {"scatter_reduce"}
 """Functions by which values can decide where a row goes; those that work in place have the same names."""
-
+_DECIDING = _CHOOSING | {"eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+"""Those by which activations can decide, and so send a row elsewhere in another network."""
 _COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type", "type_as", "sum", "cumsum"}
 _COUNTING |= {"mul", "__mul__", "__rmul__", "multiply", "einsum", "matmul", "__matmul__"}
 """Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing."""
-
 _FOLLOWED = "_coin_followed"
 """An attribute of tensors that are made of parameters."""
 
 _signature = lru_cache(maxsize=None)(inspect.signature)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
-
-
-_DECIDING = _CHOOSING | {"numpy", "eq", "ne", "lt", "le", "gt", "ge"}
-_DECIDING |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-"""Those by which activations can decide, and so send a row elsewhere in another network."""
 
 
 class Interceptor(TorchFunctionMode):
@@ -55,15 +50,15 @@ class Interceptor(TorchFunctionMode):
 
     Attributes:
         sorts: Whether values decided where a row goes, as in a mixture of experts: that may differ between batches.
-        decides: Whether values did that depend on parameters, detached or not: that may differ between networks too.
-            Only if `follow`.
+        reads: How many functions that return tensors read what a node of autograd's graph made, detached or not. Only
+            if `follow`.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, *, follow: bool = False) -> None:
         super().__init__()
-        self._follow = follow
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._visit, self.sorts, self.decides = visit, False, False
+        self._visit, self._follow, self._decided, self.sorts = visit, follow, False, False
+        self.reads: Counter[Any] = Counter()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,11 +67,14 @@ class Interceptor(TorchFunctionMode):
         if not self._follow:
             return self._call(func, args, options)
         given = list(nested_tensors((args, options)))
-        if any(hasattr(each, _FOLLOWED) for each in given) and _decides(func):
-            self.decides = True
+        followed = any(hasattr(each, _FOLLOWED) for each in given)
+        # Of parameters, detached or not: what is decided by them may differ between networks.
+        self._decided = self._decided or (followed and _is_in(_DECIDING, func))
         result = self._call(func, args, options)
-        if any(isinstance(each, nn.Parameter) or hasattr(each, _FOLLOWED) for each in given):
-            for each in nested_tensors(result):
+        made = list(nested_tensors(result))
+        self.reads.update(each.grad_fn for each in given if made)
+        if followed or any(isinstance(each, nn.Parameter) for each in given):
+            for each in made:
                 if not isinstance(each, nn.Parameter):
                     setattr(each, _FOLLOWED, True)
         return result
@@ -96,6 +94,7 @@ class Interceptor(TorchFunctionMode):
                 # A weight or bias that was computed from something trainable must stay in autograd's hands.
                 foreign = any(t.requires_grad and id(t) not in self._names for t in call.roles.values())
                 if names and not foreign and len(set(names.values())) == len(names):
+                    call.decided = self._decided
                     output = self._visit(call, names, lambda: func(*args, **options))
         return func(*args, **options) if output is None else output
 
@@ -107,12 +106,12 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
         return any(isinstance(place, Tensor | list) for place in places)
     if name in _COUNTING:
         return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args)
-    return name in _SORTING or name.removesuffix("_") in _SORTING
+    return _is_in(_SORTING, func)
 
 
-def _decides(func: Any) -> bool:
+def _is_in(names: set[str], func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return name in _DECIDING or name.removesuffix("_") in _DECIDING
+    return name in names or name.removesuffix("_") in names
 
 
 def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -124,7 +123,7 @@ def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
     return True
 
 
-def reached_tensors(output: Tensor) -> set[int]:
+def leaves(output: Tensor) -> set[int]:
     """Return the ids of the leaf tensors in the graph behind an output."""
     seen: set[Any] = {None}
     stack: list[Any] = [output.grad_fn]
@@ -147,7 +146,7 @@ def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
     base = weight._base
     if base is None or not base.is_leaf or base.ndim != 2 or base.dtype != weight.dtype:
         return weight, False
-    if torch.is_grad_enabled() and reached_tensors(weight) != {id(base)}:  # made where there were no gradients
+    if torch.is_grad_enabled() and leaves(weight) != {id(base)}:  # made where there were no gradients
         return weight, False
 
     for view, transposed in ((base, False), (base.mT, True)):

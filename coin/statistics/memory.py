@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, channels_last, joined, tensors_in
@@ -61,12 +62,13 @@ def _layout_of(
     output = tape.run(network, two)
     rows: dict[str, int] = {}
     try:
-        untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
-        for call, names in tape.calls.items():
-            if untrusted.isdisjoint(names.values()):
-                rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
+        untrusted = tape.misplaced(output, unseen=True) | tape.shared(output)
+        for call in tape.calls:
+            if untrusted.isdisjoint(call.names.values()):
+                rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
         if len(rows) < len(parameters):  # what is left to autograd has to batch its backward pass too
-            Tape(parameters, {}, rows).try_backward(network, two)
+            trial = Tape(parameters, {}, rows)
+            trial.backward(trial.run(network, two), torch.ones_like(output)[None], last=True)
     except RuntimeError:
         if last:
             raise

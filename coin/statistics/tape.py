@@ -6,36 +6,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim, maybe_get_level
 from torch.autograd import Function
 
 from coin.core.batches import Batch, size_of
 from coin.errors import DataError, StateError
-from coin.statistics.intercept import Interceptor, reached_tensors
+from coin.statistics.intercept import Interceptor, leaves
 from coin.statistics.rules import Call, Totals
 from coin.statistics.sums import sum_type
 
 
 class Tape:
-    """The ruled calls of a forward pass over B samples.
+    """The ruled calls of a forward pass over B samples, in their order: a description of what the network computes.
 
     A rule squares per sample, so it must know which rows of its input [B·k, …] belong to one. The shape does not tell:
     [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out from the gradients themselves.
 
     Args:
         parameters: Name → parameter, those to differentiate by.
-        totals: Parameter name → accumulator.
+        totals: Parameter name → accumulator; none of those whose squares are not wanted.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
             None rules every call of B·k rows.
+
+    Attributes:
+        calls: The ruled calls.
+        weights: The names of the weights of all calls, ruled or not.
+        sorts: Whether values may decide where a row goes (`Interceptor`).
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
         self._parameters, self._totals, self.rows = parameters, totals, rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
-        self.calls: dict[Call, dict[str, str]] = {}  # the ruled ones, and the parameters in their roles
-        self.decided: set[str] = set()  # parameters at whose calls activations had decided (`Interceptor.decides`)
-        self.sorts = False  # whether values may decide where a row goes (`Interceptor`)
+        self.calls: list[Call] = []
+        self.weights: list[str] = []
+        self.sorts = False
         self.cotangents, self._last = 1, True  # those of the backward pass that is running
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
@@ -47,35 +51,40 @@ class Tape:
 
         Raises DataError for another output, and StateError where a ruled call's input was changed in place.
         """
-        versions: dict[Call, int] = {}
-        watching: list[Interceptor] = []
         self._samples = size_of(inputs)
-
-        def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-            k, odd = divmod(len(call.inputs), self._samples)
-            if odd or k == 0 or (self.rows is not None and any(self.rows.get(n) != k for n in names.values())):
-                return None
-            source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
-            self.calls[call], versions[call] = names, source._version
-            if watching[0].decides:
-                self.decided.update(names.values())
-            result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
-            return result
-
-        with Interceptor(self._parameters, visit, follow=self.rows is None) as interceptor:
-            watching.append(interceptor)
+        with Interceptor(self._parameters, self._visit, follow=self.rows is None) as interceptor:
             output: Tensor = network(inputs)
         self.sorts = interceptor.sorts
-        watching.clear()  # it holds `visit`, which held it: with all activations they would await garbage collection
         if output.ndim != 2 or len(output) != self._samples:
             raise DataError(f"the network's output is {list(output.shape)}, expected logits [{self._samples}, C]")
-        for call, version in versions.items():
-            if call.reads_input and call.inputs._version != version:
+        reads = {id(node): times for node, times in interceptor.reads.items()}
+        for call in self.calls:
+            call.readers = reads.get(call.node, 0)
+            if call.reads_input and call.inputs._version != call.version:
                 raise StateError(
-                    f"the input of the layer with '{next(iter(self.calls[call].values()))}' is modified in place after "
-                    "its use, so its gradient cannot be had; make that operation out of place (inplace=False)"
+                    f"the input of the layer with '{next(iter(call.names.values()))}' is modified in place after its "
+                    "use, so its gradient cannot be had; make that operation out of place (inplace=False)"
                 )
         return output
+
+    def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+        self.weights += [names["weight"]] if "weight" in names else []
+        k, odd = divmod(len(call.inputs), self._samples)
+        if odd or k == 0 or (self.rows is not None and any(self.rows.get(n) != k for n in names.values())):
+            return None
+        source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
+        result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
+        call.names, call.version, call.made = names, source._version, result.shape
+        call.source, call.node = id(source.grad_fn), id(result.grad_fn)
+        self.calls.append(call)
+        return result
+
+    def shared(self, output: Tensor) -> set[str]:
+        """Return the parameters that are not used by one ruled call alone, in the graph behind the output."""
+        times = Counter(name for call in self.calls for name in call.names.values())
+        reached = leaves(output)
+        outside = {name for name, parameter in self._parameters.items() if id(parameter) in reached}
+        return outside | {name for name in times if times[name] > 1}
 
     def misplaced(self, output: Tensor, *, unseen: bool, batched: bool = True) -> set[str]:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each.
@@ -105,21 +114,12 @@ class Tape:
             for call, pieces in self._arrived.items():
                 self._placed[call] = self._is_placed(self._scales, torch.cat(pieces))
         self._scales = None
-        wrong = [names.values() for call, names in self.calls.items() if not self._placed.get(call, not unseen)]
-        return set().union(*wrong)
+        return {n for call in self.calls if not self._placed.get(call, not unseen) for n in call.names.values()}
 
-    def close(self, output: Tensor, misplaced: Collection[str] = ()) -> set[str]:
-        """Decide which call's rule handles each parameter, before the counted backward passes; return the other names.
-
-        Their gradients have to be summed before squaring: misplaced, called twice or also used outside a ruled call.
-        """
-        times = Counter(name for names in self.calls.values() for name in names.values())
-        reached = reached_tensors(output)
-        outside = {name for name, parameter in self._parameters.items() if id(parameter) in reached}
-        general = outside | set(misplaced) | {name for name in times if times[name] > 1}
-        for call, names in self.calls.items():
-            self._kept[call] = {role: self._totals[name] for role, name in names.items() if name not in general}
-        return general
+    def close(self, general: Collection[str]) -> None:
+        """Have every call's rule add up its parameters, before the counted backward passes, but for those `general`."""
+        for call in self.calls:
+            self._kept[call] = {role: self._totals[n] for role, n in call.names.items() if n not in general}
 
     def backward(self, output: Tensor, cotangents: Tensor, *, last: bool) -> bool:
         """Run the backward passes of cotangents [V, B, C] at once, for the rules to add up; say if there were any."""
@@ -134,25 +134,19 @@ class Tape:
         torch.vmap(one)(cotangents)
         return True
 
-    def try_backward(self, network: nn.Module, inputs: Batch) -> None:
-        """Run a forward pass and a batched backward one, of which nothing is added up; raises as the network does."""
-        output = self.run(network, inputs)
-        self._kept = {call: {} for call in self.calls}
-        self.backward(output, torch.ones_like(output)[None], last=True)
-
-    def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor | None:
-        """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
+    def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
+        """Let a call's rule see the cotangents [V, N, …] of its output; return its input's, if asked, else anything."""
         if self._scales is not None:
             if len(g) == len(self._scales):
                 self._placed[call] = self._is_placed(self._scales, g)
             else:
                 self._arrived.setdefault(call, []).append(g)
-        elif totals := self._kept[call]:
+        elif totals := self._kept.get(call):
             call.accumulate(g.to(sum_type(g)), self._samples, totals)
             if self._last:
                 call.finish(self._samples, totals)
         if not needs_input:
-            return None
+            return g
         gradient = call.input_gradient(g, call.weight)
         if self._scales is not None and self._unseen and not bool(gradient.any()):
             gradient = call.input_gradient(g, torch.where(call.weight == 0, 1, call.weight))
@@ -185,16 +179,23 @@ class _RuledCall(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None, None]:
-        if g is None:
-            return None, None, None, None, None
-        # Below autograd's batching of cotangents all V of them are one tensor. A Function with a vmap of its own would
-        # get there too, but takes longer than most rules.
-        if is_batchedtensor(g):
-            level = maybe_get_level(g)
-            folded = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
-        else:  # the same cotangent for every v: V equal squares and V equal input gradients
-            level, folded = None, g.expand(ctx.tape.cotangents, *g.shape)
-        gradient = ctx.tape.contract(ctx.call, folded, ctx.needs_input_grad[1])
-        if gradient is None:
-            return None, None, None, None, None
-        return None, gradient[0] if level is None else _add_batch_dim(gradient, 0, level), None, None, None
+        needs_input = ctx.needs_input_grad[1]
+        found = None if g is None else _Contracted.apply(g, ctx.call, ctx.tape, needs_input)  # type: ignore[no-untyped-call]
+        return None, found if needs_input else None, None, None, None
+
+
+class _Contracted(Function):
+    """What a rule makes of the cotangents of a call's output; all V that `torch.vmap` batches are one tensor to it."""
+
+    @staticmethod
+    def forward(g: Tensor, call: Call, tape: Tape, needs_input: bool) -> Tensor:
+        # Without a batch it is the same cotangent for every v: V equal squares and V equal input gradients.
+        return tape.contract(call, g.expand(tape.cotangents, *g.shape), needs_input)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing: there are no second derivatives."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, g: Tensor, call: Call, tape: Tape, needs_input: bool) -> tuple[Tensor, int]:
+        return tape.contract(call, g.movedim(in_dims[0], 0), needs_input), 0

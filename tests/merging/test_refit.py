@@ -479,11 +479,11 @@ class ComputedBias(nn.Linear):
         return F.linear(x, self.weight, torch.cat([self.bias[:2], torch.zeros_like(self.bias[2:])]))
 
 
-def test_a_bias_that_is_computed_is_part_of_the_output():
+def test_a_layer_whose_bias_is_computed_keeps_the_average():
     (network, *_), tasks = setup(lambda: nn.Sequential(ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3)), (6,))
     experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
     made = Refit("own", RIDGE, head=False).make(experts, ROW)
-    assert made.chosen["averaged"] == ["0.bias"]
+    assert made.chosen["averaged"] == ["0.bias", "0.weight"]
     assert_answers_close(made.network, network, tasks, 1e-10)
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Totals = Mapping[str, Tensor]
@@ -23,6 +24,12 @@ class Call(ABC):
         weight, bias: The tensors that the function takes in these roles.
         roles: Role → the tensor whose squared gradients are wanted.
         reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
+        decided: Whether activations had decided something before it, which may differ between networks.
+        names: Role → the trainable parameter's name; set by a `Tape`, as is what follows.
+        version: The input's, which tells of changes in place.
+        made: The output's shape.
+        source, node: The nodes in autograd's graph whose output the input is, and that of this call, by id.
+        readers: How many functions read the output.
     """
 
     inputs: Tensor
@@ -32,6 +39,8 @@ class Call(ABC):
     def __post_init__(self) -> None:
         self.roles = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
         self.reads_input = self.weight.requires_grad
+        self.decided, self.names, self.version, self.made = False, dict[str, str](), 0, torch.Size()
+        self.source = self.node = self.readers = 0
 
     @abstractmethod
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
