@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from coin.core.progress import ProgressLines
+from coin.core.progress import progress_bar
 
 
 class RunProgress(RichProgressBar):
@@ -45,10 +45,14 @@ class LoggedProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count the steps that are left."""
         self._step = trainer.global_step
-        self._lines = ProgressLines("training", trainer.estimated_stepping_batches - self._step)
+        self._bar = progress_bar("training", trainer.estimated_stepping_batches - self._step)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Count a step of the optimizer, if this was one."""
         if steps := trainer.global_step - self._step:
             self._step += steps
-            self._lines(steps)
+            self._bar.update(steps)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting."""
+        self._bar.close()

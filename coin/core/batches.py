@@ -60,7 +60,7 @@ def clone(network: Network) -> Network:
 def _copied(network: Network, memo: dict[int, Any]) -> Network:
     """Return a deep copy, given what is taken for which id."""
     for module in network.modules():  # tensors with a history, as weight_norm stores, cannot be deep-copied
-        left = [tensor for tensor in nested_tensors(vars(module)) if not tensor.is_leaf]
+        left = [tensor for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
         memo |= {id(tensor): tensor.detach().clone() for tensor in left}
     copied = copy.deepcopy(network, memo)
     clear_caches(copied)
@@ -68,28 +68,14 @@ def _copied(network: Network, memo: dict[int, Any]) -> Network:
 
 
 def clear_caches(network: nn.Module) -> None:
-    """Clear what modules cache between passes in eval mode; their modes do not change.
-
-    Modules that cache values of their parameters, such as attention biases in timm's LeViT, override `train` to clear
-    them. If `train` writes to parameters, as in LoRA layers that merge in eval mode, these are restored.
-    """
+    """Clear what modules cache of their parameters in eval mode, as timm's LeViT does; their modes do not change."""
     modes = {module: module.training for module in network.modules()}
-    keeping = [module for module in modes if type(module).train is not nn.Module.train]
-    found = {}
-    for module in keeping:
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        found[module] = dict(vars(module)), [(tensor, tensor.detach().clone()) for tensor in own]
-    for module in keeping:
-        module.train()
-        module.train(modes[module])
+    for module, mode in modes.items():
+        if type(module).train is not nn.Module.train:  # where the caches are cleared
+            module.train()
+            module.train(mode)
     for module, mode in modes.items():
         module.training = mode
-    for module, (held, tensors) in found.items():
-        if not all(torch.equal(tensor, old) for tensor, old in tensors):
-            vars(module).clear()
-            vars(module).update(held)
-            for tensor, old in tensors:
-                tensor.data.copy_(old)
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
@@ -143,18 +129,12 @@ def channels_last(batch: Batch) -> Batch:
     return map_tensors(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, batch)
 
 
-def tensors_in(batch: Batch) -> list[Tensor]:
-    """Return a batch's tensors."""
-    return [batch] if isinstance(batch, Tensor) else list(batch.values())
-
-
-def nested_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a batch, or of nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from nested_tensors(each)
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def size_of(batch: Batch) -> int:
@@ -186,6 +166,5 @@ def joined(batches: Sequence[Batch]) -> Batch:
     if unlike is not None:
         found = " and ".join(" ".join(str(list(t.shape[1:])) for t in tensors_in(batch)) for batch in (first, unlike))
         raise DataError(f"found calibration samples of shapes {found} to run together, expected one shape; pad them")
-    if isinstance(first, Tensor):
-        return torch.cat([tensor for batch in batches for tensor in tensors_in(batch)])
-    return {name: torch.cat([batch[name] for batch in batches if not isinstance(batch, Tensor)]) for name in first}
+    columns = [torch.cat(tensors) for tensors in zip(*map(tensors_in, batches), strict=True)]
+    return columns[0] if isinstance(first, Tensor) else dict(zip(first, columns, strict=True))

@@ -19,6 +19,7 @@ _EXPECTED = (
     r"The `srun` command is available on your system but is not used.*",
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
+    r".*`srun` command is available on your system but is not used.*",  # jobs are submitted, or start it themselves
     r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
 )
 """What Lightning warns of and an experiment means."""

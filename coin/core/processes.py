@@ -7,12 +7,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from torch import distributed
 
 from coin.errors import CoinError, first_line
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -28,22 +27,17 @@ class OtherProcessError(CoinError):
 
 
 def _has_group() -> bool:
-    torch = sys.modules.get("torch")  # where nothing has imported it there is no process group
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def process_count() -> int:
     """Return the number of processes, 1 without a process group."""
-    return int(sys.modules["torch"].distributed.get_world_size()) if _has_group() else 1
+    return distributed.get_world_size() if _has_group() else 1
 
 
 def is_rank_zero() -> bool:
     """Return whether this process is rank zero, which writes files and messages."""
-    if process_count() == 1:
-        return True
-    from torch import distributed
-
-    return distributed.get_rank() == 0
+    return not _has_group() or distributed.get_rank() == 0
 
 
 def rank_zero_info(text: str) -> None:
@@ -83,20 +77,15 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
 
 
 def _broadcast(value: Any) -> Any:
-    from torch import distributed
-
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_control())
     return box[0]
 
 
 @cache
-def _control() -> "ProcessGroup":
+def _control() -> distributed.ProcessGroup:
     """Return a gloo group for broadcasts, on CPUs, so that waiting does not keep a GPU busy."""
-    from torch import distributed
-
-    group: ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    return group
+    return distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 @cache
@@ -106,12 +95,7 @@ def leave_processes_at_exit() -> None:
     A thread of gloo that still holds a tensor then would abort the process, and its launcher would call the whole run
     failed: https://github.com/pytorch/pytorch/pull/179291.
     """
-    atexit.register(_leave_processes)
-
-
-def _leave_processes() -> None:
-    if _has_group():
-        sys.modules["torch"].distributed.destroy_process_group()
+    atexit.register(lambda: distributed.destroy_process_group() if _has_group() else None)
 
 
 def cores() -> int:

@@ -1,57 +1,32 @@
 """A progress bar on standard error, removed at the end; without a terminal a line now and then."""
 
-import math
-import time
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from coin.core.processes import rank_zero_info
+from coin.core.processes import is_rank_zero
 
 T = TypeVar("T")
-
 EVERY = 30.0
-"""Seconds between two lines."""
-SOON = 5.0
-"""What takes fewer seconds is not told of."""
+"""Seconds between two lines without a terminal, and before the first."""
 
 
-class ProgressLines:
-    """Says every `EVERY` seconds how far a work is, and how long it will take; call it after each of `total` steps."""
-
-    def __init__(self, what: str, total: float | None) -> None:
-        self.what, self.total, self.done = what, total, 0.0
-        self.began = self.told = time.monotonic()
-
-    def __call__(self, steps: float = 1) -> None:
-        """Count steps that are done, and print a line if it is time for one."""
-        self.done += steps
-        now = time.monotonic()
-        if self.total is not None and math.isfinite(self.total) and now - self.told >= EVERY:
-            if (left := (now - self.began) / self.done * (self.total - self.done)) >= SOON:
-                rank_zero_info(f"{self.what}: {self.done / self.total:.0%}, about {left:.0f} s left")
-            self.told = now
+def progress_bar(what: str, total: float | None, items: Iterable[T] | None = None) -> "tqdm[T]":
+    """Return a bar to update after each of `total` steps, which may be unknown, and to close; or one over items."""
+    often = {} if sys.stderr.isatty() else {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
+    return tqdm(items, desc=what, total=total, leave=False, disable=not is_rank_zero(), **often)
 
 
 @contextmanager
-def progress(what: str, total: float | None) -> Iterator[Callable[..., None]]:
+def progress(what: str, total: float | None) -> Iterator[Callable[..., object]]:
     """Yield a function to call after each of `total` steps, or with a number of them; None if the total is unknown."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    if not console.is_interactive:
-        yield ProgressLines(what, total)
-        return
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as display:
-        yield partial(display.advance, display.add_task(what, total=total))
+    with progress_bar(what, total) as bar:
+        yield bar.update
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
-    """Yield the items, and show how many are done."""
-    with progress(what, len(items)) as advance:
-        for item in items:
-            yield item
-            advance()
+    """Return an iterator over the items that shows how many are done."""
+    return iter(progress_bar(what, len(items), items))

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,10 +14,8 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages a result depends on, and the git revision of ``coin`` where it is known."""
     found = {}
     for package in ("coded-coin", "torch", "torchvision", "lightning", "torchmetrics", "wandb", "numpy"):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     root = Path(__file__).parents[2]
     try:
         # Not of an installed package, perhaps within another project's repository.

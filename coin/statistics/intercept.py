@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coin.core.batches import nested_tensors
+from coin.core.batches import tensors_in
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
@@ -66,12 +66,12 @@ class Interceptor(TorchFunctionMode):
         options = kwargs or {}
         if not self._follow:
             return self._call(func, args, options)
-        given = list(nested_tensors((args, options)))
+        given = list(tensors_in((args, options)))
         followed = any(hasattr(each, _FOLLOWED) for each in given)
         # Of parameters, detached or not: what is decided by them may differ between networks.
         self._decided = self._decided or (followed and _is_in(_DECIDING, func))
         result = self._call(func, args, options)
-        made = list(nested_tensors(result))
+        made = tensors_in(result)
         self.reads.update(each.grad_fn for each in given if made)
         if followed or any(isinstance(each, nn.Parameter) for each in given):
             for each in made:
