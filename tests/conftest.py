@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 import wandb
@@ -24,6 +25,8 @@ from coin.pipeline.steps.trainer import Trainer
 # The tests' tensors are tiny: threads only wait for one another, and a sum's rounding would depend on their number.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # commands that tests start must round alike
+os.environ["HF_HUB_OFFLINE"] = "1"  # it would try for half a minute
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 SMALL_EXPERIMENT = """

@@ -65,7 +65,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(kind, "load", load)
         monkeypatch.setattr(kind, "prepare_data", lambda self: None)
-        monkeypatch.setattr(kind, "downloads", lambda self: [])
+        monkeypatch.setattr(kind, "check_files", lambda self: None)
 
     def tweets(self: Tweets) -> Source:
         """Tokens of as many tweets as the smaller topic has, in three classes."""

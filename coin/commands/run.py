@@ -59,13 +59,9 @@ def print_outlook(name: str, steps: Sequence[Planned], launch: Launch, *, as_doc
         for planned, why, seconds in outlook(steps)
     ]
     waiting = [row for row in rows if row["why"]]
-    wanted = {each.what: each for planned in steps for each in planned.experiment.downloads() if not each.there}
     if as_document:
-        downloads = [vars(each) for each in wanted.values()]
-        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows, "downloads": downloads}))
+        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows}))
         return
-    for each in wanted.values():
-        print(f"to download: {each.what}{'' if each.host else f' by hand: {each.advice}'}")
     took = sum(row["seconds"] or 0 for row in waiting)
     known = f", which took {took:.0f} s last time" if took else ""
     print(f"{name}: {len(waiting)} of {len(rows)} steps to do{known}")

@@ -80,7 +80,7 @@ def _padding(side: int) -> int:
 
 
 def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
-    """Return the transforms that a configuration names; with ``coin --safe`` it may name none."""
+    """Return the transforms that a configuration names."""
     if not spec:
         return []
     parser = ArgumentParser(exit_on_error=False)

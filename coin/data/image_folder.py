@@ -12,7 +12,6 @@ from coin.data.image_io import read_files
 from coin.data.samples import Samples, Source
 from coin.data.task import TaskData, once
 from coin.errors import DataError
-from coin.files.downloads import Download
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -39,11 +38,6 @@ class ImageFolder(TaskData):
         super().__init__(**kwargs)
         self.root = Path(root)
         self.in_memory = in_memory
-
-    def downloads(self) -> list[Download]:
-        """Return the folder, which is put there by hand."""
-        advice = f"images belong in {self.root}/train/CLASS and {self.root}/test/CLASS"
-        return [Download(f"ImageFolder {self.root}", "", None, (self.root / "train").is_dir(), advice)]
 
     def class_names(self) -> tuple[str, ...]:
         """The names of the folders in ``ROOT/train``, sorted."""

@@ -20,7 +20,6 @@ from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.data.zero_shot import read_head
 from coin.errors import ConfigurationError, DataError
-from coin.files.downloads import Download
 
 T = TypeVar("T")
 
@@ -159,10 +158,6 @@ class TaskData(LightningDataModule, ABC):
     def num_classes(self) -> int:
         """C."""
         return len(self.classes)
-
-    def downloads(self) -> list[Download]:
-        """Return what `prepare_data` takes from the network."""
-        return []
 
     def check_files(self) -> None:
         """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""

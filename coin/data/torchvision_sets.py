@@ -1,6 +1,5 @@
 """Tasks from torchvision's data sets, with their checksummed download."""
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +12,6 @@ from coin.data.image_io import read_files
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData, once
 from coin.errors import DataError
-from coin.files.downloads import Download
 
 _BY_SPLIT = {"split": "train"}, {"split": "test"}
 _DIGITS = tuple("0123456789")
@@ -42,8 +40,7 @@ class TorchvisionTask(TaskData):
     dataset: ClassVar[str | None] = None  # what torchvision calls the set; the class's name by default
     # torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
-    mib: ClassVar[float | None] = None  # what is downloaded
-    host: ClassVar[str] = ""  # where it comes from
+    downloadable: ClassVar[bool] = True
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -51,16 +48,14 @@ class TorchvisionTask(TaskData):
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
-        if self.download and self.host:
+        if self.download and self.downloadable:
             once(self._shared.facts, "downloaded", lambda: self._open(download=True))
 
-    def downloads(self) -> list[Download]:
-        """Return the set, there if its folder has a file: a download that failed leaves empty ones."""
-        place, name = self.root / self.folder, type(self).__name__
-        inside = os.walk(place, followlinks=True)
-        there = any(files for _, _, files in inside) if self.folder else any(self.root.glob("*_32x32.mat"))
-        advice = f"torchvision's files for {name} belong in {place}"
-        return [Download(name, self.host if self.download else "", self.mib, there, advice)]
+    def check_files(self) -> None:
+        """Refuse files that cannot be read and are not to be downloaded."""
+        super().check_files()
+        if not (self.download and self.downloadable):
+            self._open(download=False)
 
     def load(self) -> Source:
         """Read the downloaded files."""
@@ -93,28 +88,28 @@ class TorchvisionTask(TaskData):
 class MNIST(TorchvisionTask):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder, mib, host = "MNIST/raw", 11, "ossci-datasets.s3.amazonaws.com"
+    folder = "MNIST/raw"
     names = _DIGITS
 
 
 class FashionMNIST(TorchvisionTask):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder, mib, host = "FashionMNIST/raw", 29, "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    folder = "FashionMNIST/raw"
     names = tuple(datasets.FashionMNIST.classes)
 
 
 class KMNIST(TorchvisionTask):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder, mib, host = "KMNIST/raw", 20, "codh.rois.ac.jp"
+    folder = "KMNIST/raw"
     names = tuple(datasets.KMNIST.classes)
 
 
 class EMNISTLetters(TorchvisionTask):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
 
-    folder, mib, host = "EMNIST/raw", 536, "biometrics.nist.gov"
+    folder = "EMNIST/raw"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
     dataset = "EMNIST"
     arguments = {"split": "letters", "train": True}, {"split": "letters", "train": False}
@@ -127,21 +122,21 @@ class EMNISTLetters(TorchvisionTask):
 class CIFAR10(TorchvisionTask):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
-    folder, mib, host = "cifar-10-batches-py", 163, "www.cs.toronto.edu"
+    folder = "cifar-10-batches-py"
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class CIFAR100(TorchvisionTask):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
-    folder, mib, host = "cifar-100-python", 161, "www.cs.toronto.edu"
+    folder = "cifar-100-python"
     names = tuple(_CIFAR100.split())
 
 
 class SVHN(TorchvisionTask):
     """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
-    folder, mib, host = "", 235, "ufldl.stanford.edu"
+    folder = ""
     names = _DIGITS
     arguments = _BY_SPLIT
 
@@ -149,7 +144,7 @@ class SVHN(TorchvisionTask):
 class STL10(TorchvisionTask):
     """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
 
-    folder, mib, host = "stl10_binary", 2518, "ai.stanford.edu"
+    folder = "stl10_binary"
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
     arguments = _BY_SPLIT
 
@@ -184,7 +179,7 @@ class ImageFiles(TorchvisionTask):
 class GTSRB(ImageFiles):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images."""
 
-    folder, mib, host = "gtsrb", 264, "sid.erda.dk"
+    folder = "gtsrb"
     names = tuple(map(str, range(43)))
     arguments = _BY_SPLIT
 
@@ -192,7 +187,7 @@ class GTSRB(ImageFiles):
 class DTD(ImageFiles):
     """Photographs of textures in 47 classes, the first partition: 1,880 images each to train, validate and test on."""
 
-    folder, mib, host = "dtd", 596, "www.robots.ox.ac.uk"
+    folder = "dtd"
     names = tuple(map(str, range(47)))
     arguments = {"split": "train"}, {"split": "val"}, {"split": "test"}
 
@@ -200,7 +195,7 @@ class DTD(ImageFiles):
 class EuroSAT(ImageFiles):
     """Satellite images of 10 kinds of land, 64×64 RGB; 27,000 images, of which a stratified fifth is for testing."""
 
-    folder, mib, host = "eurosat", 90, "huggingface.co"
+    folder = "eurosat"
     names = tuple(map(str, range(10)))
     arguments = ({},)
 
@@ -208,7 +203,7 @@ class EuroSAT(ImageFiles):
 class StanfordCars(ImageFiles):
     """Photographs of 196 models of cars; 8,144 and 8,041 images. Its address is gone: put its files there by hand."""
 
-    folder = "stanford_cars"
+    folder, downloadable = "stanford_cars", False
     names = tuple(map(str, range(196)))
     arguments = _BY_SPLIT
 
@@ -220,6 +215,6 @@ class SUN397(ImageFiles):
     own test images are a partition that torchvision does not know: take `ImageFolder` for these.
     """
 
-    folder = "SUN397"
+    folder, downloadable = "SUN397", False
     names = tuple(map(str, range(397)))
     arguments = ({},)

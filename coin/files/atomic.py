@@ -7,13 +7,13 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from coin.errors import FileError
 
 _LONGEST_WRITE = 3600.0  # seconds
 _LONGEST_NAME = 200  # bytes; file systems take 255, and what is made of a name is longer than it
-_CLOCK_STEP = 2.0  # seconds after which a file that is written to anew has another time of change
 
 
 @contextmanager
@@ -68,23 +68,21 @@ def link_file(source: Path, target: Path) -> None:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, read once unless it has changed; a FileError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            known = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-            digest = _hashes.get(known) or hashlib.file_digest(file, "sha256").hexdigest()
+        found = path.stat()
+        return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
         raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
-    if time.time() - found.st_mtime > _CLOCK_STEP:
-        _hashes[known] = digest
-    return digest
+
+
+@cache
+def _sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hashes(paths: Iterable[Path]) -> dict[str, str]:
     """Return the SHA-256 of files by their paths, for the metadata of what was made of them."""
     return {str(path): sha256_of(path) for path in paths}
-
-
-_hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def is_folder_name(name: str) -> bool:

@@ -32,10 +32,10 @@ def extra_module(name: str, extra: str) -> Any:
 
 
 def imported(option: str, path: str, expected: str) -> Any:
-    """Import what an option names by its import path; a ConfigurationError where it cannot be."""
+    """Import what an option names by its import path; a ConfigurationError where that is none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # the module is the user's, and does what it likes
+    except (ImportError, AttributeError, ValueError) as error:
         told = f"found {option} '{path}', expected the import path of {expected} ({first_line(error)})"
         raise ConfigurationError(f"{told}; check the spelling, or run where its module is") from error

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.downloads import Download, hub_weights, offline_unless_found
+from coin.files.downloads import offline_if_cached
 from coin.files.packaged import extra_module
 from coin.networks import clip
 from coin.networks.heads import replace_head
@@ -81,7 +80,7 @@ class HuggingFace(NetworkSource):
             found.num_labels = num_classes
             network = self.construct(auto.from_config, found)
         else:
-            with offline_unless_found():
+            with offline_if_cached(self.place):
                 network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
@@ -90,21 +89,13 @@ class HuggingFace(NetworkSource):
         network.register_forward_hook(_logits)
         return network
 
-    def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
-        """Return the weights of the place itself, and of experts' IDs or folders."""
-        from huggingface_hub import constants
-
-        host, advice = urlsplit(constants.ENDPOINT).hostname or "", f"{CACHE}, or name folders"
-        places = [*experts, *([self.place] if self.weights is not None else [])]
-        return [Download(f"hf/{place}", host, None, bool(hub_weights(place)), advice) for place in places]
-
     def load(self, network: nn.Module, place: str) -> None:
         """Fill a network that was built here with the weights of another folder or ID, such as an expert's.
 
         A zero-shot head stays as it is. Raises FileError where they cannot be read, ConfigurationError or StateError
         where they are of another architecture.
         """
-        with offline_unless_found():
+        with offline_if_cached(place):
             if isinstance(network, clip.ClipTower):
                 self.download(lambda: clip.load_tower(network, place), CACHE)
                 return
@@ -141,7 +132,7 @@ class HuggingFace(NetworkSource):
         """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
 
-        with suppress(OSError), offline_unless_found():
+        with suppress(OSError), offline_if_cached(self.place):
             return dict(ImageProcessingMixin.get_image_processor_dict(self.place)[0])
         return {}
 
@@ -175,7 +166,7 @@ def local_place(place: str) -> str:
 def _configuration(place: str, name: str) -> Any:
     transformers = extra_module("transformers", "text")
     try:
-        with offline_unless_found():
+        with offline_if_cached(place):
             return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         raise FileError(

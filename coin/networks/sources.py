@@ -2,11 +2,9 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -14,7 +12,6 @@ from torchvision import models
 
 from coin.core.choices import did_you_mean
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.downloads import Download
 from coin.files.packaged import imported
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallResNet, SmallViT
@@ -46,10 +43,6 @@ class NetworkSource(ABC):
     def zero_shot(self) -> bool:
         """Whether the head is computed from the tasks' class names, and not trained."""
         return False
-
-    def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
-        """Return the weights that it takes from the network, and those of `experts`, as far as they are known."""
-        return []
 
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:
@@ -141,14 +134,6 @@ class Torchvision(NetworkSource):
             "torchvision.models.list_models() lists the others",
         )
         self.check_weights([entry.name for entry in models.get_model_weights(self.name)])
-
-    def downloads(self, experts: Sequence[str] = ()) -> list[Download]:
-        """Return torchvision's file of weights."""
-        if self.weights is None:
-            return []
-        url, folder = models.get_model_weights(self.name)[self.weights].url, Path(torch.hub.get_dir(), "checkpoints")
-        there, advice = (folder / Path(url).name).is_file(), f"copy weights of torchvision to {folder}"
-        return [Download(f"{self.name} {self.weights}", urlsplit(url).hostname or "", None, there, advice)]
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""

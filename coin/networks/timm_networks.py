@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from coin.errors import ConfigurationError
-from coin.files.downloads import offline_unless_found
 from coin.files.packaged import extra_module, packaged_file
 from coin.networks.heads import head_name, replace_head
 from coin.networks.hub import CACHE, Renormalised
@@ -52,8 +51,7 @@ class Timm(NetworkSource):
             network = self.construct(timm.create_model, name, **options)
         else:
             tagged = name if weights == "default" else f"{name}.{weights}"
-            with offline_unless_found():
-                network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), CACHE)
+            network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), CACHE)
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
         if not isinstance(head, str):

@@ -13,7 +13,6 @@ from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import is_folder_name
-from coin.files.downloads import Download
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig, build_network, check_heads, has_batchnorm, import_checkpoint
@@ -199,22 +198,12 @@ class Experiment:
         given = (local_place(place) for place in self.expert.checkpoints.values() if place.startswith(PREFIX))
         return list(dict.fromkeys([*own, *given]))
 
-    def downloads(self) -> list[Download]:
-        """Return the data sets, the network's weights and the experts that come from the network, here or not."""
-        counts = {task.num_classes for task in self.tasks.values()}
-        files = [self.folder / "base" / f"initial-{count}.safetensors" for count in counts]
-        taken = self.base is not None or all(path.is_file() for path in files)  # then weights are not read again
-        source = self.network.source
-        of_network = [each for each in source.downloads(self.hub_places()) if source.zero_shot or not taken]
-        return [*(each for task in self.every_task() for each in task.downloads()), *of_network]
-
     def check_files(self) -> None:
-        """Raise CoinError, before any training, if data that are here lack something."""
-        here = [task for task in self.every_task() if all(each.there for each in task.downloads())]
-        for task in here:
+        """Raise CoinError, before any training, if a user's own data lack something."""
+        for task in self.every_task():
             task.check_files()
         for name, task in self.tasks.items():
-            if task in here and (there := task.num_training()) is not None:
+            if (there := task.num_training()) is not None:
                 task.check_calibration(self.most_samples, there, name)
 
     def check_fit(self) -> None:

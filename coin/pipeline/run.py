@@ -15,7 +15,7 @@ from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_
 from coin.data.tasks import Tasks
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
-from coin.files.downloads import check_downloads, fetch_from_hub
+from coin.files.downloads import fetch_from_hub
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
 from coin.pipeline.plan import Planned, plan
@@ -280,11 +280,10 @@ def summarise_experiment(folder: Path, seeds: Sequence[int]) -> pd.DataFrame:
 
 
 def _fetch(experiment: Experiment) -> None:
-    """Download what is missing: experts, CLIP and data; a FileError in one line names all that cannot be.
+    """Download what is missing: experts, CLIP and data.
 
     Other weights are downloaded where they are read.
     """
-    check_downloads(experiment.downloads())
     for place in experiment.hub_places():
         fetch_from_hub(place)
     Tasks(experiment.tasks).prepare_data()

@@ -1,5 +1,6 @@
 """A Trainer's bar: on a terminal's standard error, gone at the end, and nowhere else."""
 
+import re
 import sys
 
 import pytest

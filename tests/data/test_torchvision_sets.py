@@ -269,23 +269,11 @@ def write_sun397(root):
     ids=lambda each: getattr(each, "__name__", ""),
 )
 def test_sets_of_image_files(tmp_path, task_class, write, sizes, monkeypatch):
-    task = task_class(root=str(tmp_path), image_size=24, validation_share=0.0)
-    (missing,) = task.downloads()
-    assert not missing.there
-    (tmp_path / task_class.folder / "raw").mkdir(parents=True)  # what is left of a download that failed
-    assert not task.downloads()[0].there
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/images").touch()
-    link = tmp_path / task_class.folder / "linked"
-    link.symlink_to(tmp_path / "elsewhere")
-    assert task.downloads()[0].there
-    link.unlink()
-    assert bool(missing.host) == (task_class not in (StanfordCars, SUN397))
     write(tmp_path)
     for most in (2**30, 0):  # in memory, and read when needed
         monkeypatch.setattr("coin.data.torchvision_sets.IN_MEMORY", most)
         task = task_class(root=str(tmp_path), image_size=24, validation_share=0.0)
-        assert task.downloads()[0].there
+        task.check_files()
         task.prepare_data()
         splits = task.splits
         assert [len(splits.train), splits.validation and len(splits.validation), len(splits.test)] == [*sizes]
@@ -308,8 +296,9 @@ def test_missing_files_are_one_line_with_path_and_way_out_and_nothing_is_substit
         assert part in message
     task = task_class(root=str(tmp_path), download=False)
     task.prepare_data()
-    with pytest.raises(DataError, match=f"{name}: there are no usable files in {place}"):
-        task.setup()
+    for read in (task.check_files, task.setup):
+        with pytest.raises(DataError, match=f"{name}: there are no usable files in {place}"):
+            read()
     assert task.num_classes >= 10
 
 

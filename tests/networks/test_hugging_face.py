@@ -138,8 +138,7 @@ def test_images_of_another_size_have_their_positions_interpolated(folder):
         ({"image_size": 20}, "found network.image_size 20 tokens for hf/.*, expected at most 12"),
     ],
 )
-def test_what_is_wrong_is_one_line(options, message, folder, monkeypatch):
-    monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
+def test_what_is_wrong_is_one_line(options, message, folder):
     given = {"name": folder("bert"), "image_size": 8} | options
     with pytest.raises((ConfigurationError, FileError), match=message) as caught:
         build_network(NetworkConfig(**given), 3)

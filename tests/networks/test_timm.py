@@ -119,8 +119,7 @@ def test_what_is_not_known_is_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch, without_package):
-    monkeypatch.setattr("coin.files.downloads.is_found", lambda host: False)
+def test_weights_that_cannot_be_had_say_what_to_do(without_package):
     with pytest.raises(
         FileError, match=r"cannot download the weights a1_in1k of timm/resnet50 .*HF_HOME.*or to a file"
     ):
