@@ -85,7 +85,8 @@ def _broadcast(value: Any) -> Any:
 @cache
 def _control() -> distributed.ProcessGroup:
     """Return a gloo group for broadcasts, on CPUs, so that waiting does not keep a GPU busy."""
-    return distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    return group
 
 
 @cache

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ def progress_bar(what: str, total: float | None, items: Iterable[T] | None = Non
 
 
 @contextmanager
-def progress(what: str, total: float | None) -> Iterator[Callable[..., object]]:
+def progress(what: str, total: float | None) -> Iterator[Callable[..., Any]]:
     """Yield a function to call after each of `total` steps, or with a number of them; None if the total is unknown."""
     with progress_bar(what, total) as bar:
         yield bar.update
