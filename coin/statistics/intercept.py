@@ -66,7 +66,7 @@ class Interceptor(TorchFunctionMode):
         options = kwargs or {}
         if not self._follow:
             return self._call(func, args, options)
-        given = list(tensors_in((args, options)))
+        given = tensors_in((args, options))
         followed = any(hasattr(each, _FOLLOWED) for each in given)
         # Of parameters, detached or not: what is decided by them may differ between networks.
         self._decided = self._decided or (followed and _is_in(_DECIDING, func))
