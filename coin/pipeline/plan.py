@@ -24,7 +24,6 @@ from coin.merging import Method
 from coin.networks import Compression
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.run_log import RunLog
 from coin.pipeline.step import STORE, Step
 from coin.pipeline.steps.code import AUTO, ChooseCode
 from coin.pipeline.steps.compress import CompressExperts
@@ -33,6 +32,7 @@ from coin.pipeline.steps.merge import Merge, coded_name
 from coin.pipeline.steps.statistics import EstimateStatistic
 from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
 from coin.statistics.statistic import DataChoice, Statistic
+from coin.tracking.runs import RunLog
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,16 +1,69 @@
-"""Runs and artifacts in W&B: one group an experiment, one run a job, lineage from job to job."""
+"""A training's or an evaluation's log: CSV files in its folder, and one W&B run in the experiment's group."""
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coin.files.atomic import link_file, sha256_of
-from coin.tracking.settings import OFFLINE_MODES, TAG_LENGTH, mode, run_environment, user_tags
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from coin.core.processes import is_rank_zero
+from coin.files.atomic import write_text
+from coin.tracking.settings import OFFLINE_MODES, TAG_LENGTH, in_sweep, logging_only, mode, run_environment, user_tags
 
 if TYPE_CHECKING:
     import wandb
+
+_RUN_ID = "wandb-run-id"
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """A W&B run of an experiment, its `group`, of type ``expert``, ``method`` or ``evaluate``.
+
+    The name is for a person: ``quickstart-seed-0-expert-mnist``. W&B's files are below ``seed/wandb``, so that one
+    ``wandb sync`` takes those of a seed. The run of an interrupted step goes on: its id is in the step's folder. An
+    agent of a W&B sweep logs to one run, the evaluation's.
+    """
+
+    seed: Path
+    group: str
+    type: str
+    name: str
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]
+
+    @contextmanager
+    def open(self, folder: Path) -> Iterator[list[Logger]]:
+        """Yield the loggers of a step with this folder; all processes call it, rank zero has the W&B run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
+        loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
+        run, kept, failed = None, folder / _RUN_ID, True
+        with run_environment(self.seed):
+            if is_rank_zero() and (self.type == "evaluate" or not in_sweep()):
+                with logging_only(f"the start of the run '{self.name}'"):
+                    if not kept.is_file():
+                        write_text(kept, secrets.token_hex(4))
+                    run_id = None if in_sweep() else kept.read_text(encoding="utf-8").strip()
+                    named: dict[str, Any] = {
+                        "group": self.group,
+                        "job_type": self.type,
+                        "name": self.name,
+                        "run_id": run_id,
+                    }
+                    run = start_run(self.seed, **named, config=self.config, tags=self.tags)
+                    loggers.append(WandbLogger(experiment=run))
+            try:
+                yield loggers
+                failed = False
+            finally:
+                if run is not None:
+                    with logging_only(f"the end of the run '{self.name}'"):
+                        run.finish(exit_code=int(failed))
 
 
 def start_run(
@@ -23,11 +76,10 @@ def start_run(
     tags: Sequence[str] = (),
     run_id: str | None = None,
 ) -> "wandb.Run":
-    """Start a W&B run of an experiment, the `group`, that keeps its files below ``folder/wandb``, beside open others.
+    """Start a W&B run that keeps its files below ``folder/wandb``, beside open others.
 
-    System metrics, git and the console are taken as W&B does by default. The job type is ``expert``, ``fisher``,
-    ``method`` or ``evaluate``; the name is for a person: ``quickstart-seed-0-expert-mnist``; the tags are words to
-    filter by, beside those in ``WANDB_TAGS``. With a `run_id` that W&B knows it goes on with that run.
+    System metrics, git and the console are taken as W&B does by default. The tags are words to filter by, beside those
+    in ``WANDB_TAGS``. With a `run_id` that W&B knows it goes on with that run.
     """
     import wandb
 
@@ -52,58 +104,3 @@ def start_run(
 def folder_of(run: "wandb.Run") -> Path:
     """Return the folder that a run was started in."""
     return Path(run.settings.root_dir)
-
-
-def log_artifact(
-    run: "wandb.Run",
-    path: Path,
-    name: str,
-    type: str,
-    aliases: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Log a file as an artifact: an expert, a statistic, a coded model; FileError where there is no such file.
-
-    The file is linked into the run's folder and not copied; since every file of an experiment is renamed into its place
-    and never written to, a later step may write a new one without spoiling this. The name is the same for all seeds,
-    told apart by aliases such as ``seed-0``; characters that W&B does not allow become hyphens. The type is
-    ``initialisation``, ``expert``, ``statistics``, ``coded-model`` or ``results``; `metadata` is what made the file.
-    """
-    with run_environment(folder_of(run)):
-        run.log_artifact(_artifact(run, path, name, type, metadata), aliases=["latest", *aliases])
-
-
-def use_artifact(run: "wandb.Run", path: Path, name: str, type: str) -> None:
-    """Say that a run reads a file which an earlier run logged as an artifact; FileError where there is no such file.
-
-    W&B takes lineage online only. The file's SHA-256 goes into the run's configuration under ``inputs`` in any case;
-    the artifact that the earlier run logged has the same value as ``sha256`` in its metadata.
-    """
-    record_input(run, path, name)
-    if not (run.offline or run.disabled):
-        with run_environment(folder_of(run)):
-            run.use_artifact(_artifact(run, path, name, type))
-
-
-def record_input(run: "wandb.Run", path: Path, name: str) -> None:
-    """Write the SHA-256 of a file that a run reads into the run's configuration, under ``inputs``; else a FileError."""
-    config: Any = run.config
-    config.update({"inputs": {**config.get("inputs", {}), _allowed(name): sha256_of(path)}}, allow_val_change=True)
-
-
-def _artifact(
-    run: "wandb.Run", path: Path, name: str, type: str, metadata: Mapping[str, Any] | None = None
-) -> "wandb.Artifact":
-    digest = sha256_of(path)
-    linked = folder_of(run) / "wandb" / "artifacts" / "linked" / f"{digest[:16]}{path.suffix}"
-    if not linked.exists():
-        link_file(path, linked)
-    import wandb
-
-    artifact = wandb.Artifact(_allowed(name), type=type, metadata={**(metadata or {}), "sha256": digest})
-    artifact.add_file(str(linked), name=path.name, policy="immutable")
-    return artifact
-
-
-def _allowed(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128]

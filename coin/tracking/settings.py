@@ -1,7 +1,6 @@
 """How W&B works here: offline by default, everything inside the run's folder, and never in an experiment's way.
 
-``wandb sync RUN_FOLDER/wandb/offline-run-*`` later brings a run along with its artifacts, whose files are linked into
-the same folder.
+``wandb sync RUN_FOLDER/wandb/offline-run-*`` later brings a run along with its tables and pictures.
 """
 
 import os

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import wandb
 
-from coin.errors import CoinError, ConfigurationError, FileError
+from coin.errors import CoinError, ConfigurationError
 from coin.reporting import summarise
 from coin.reporting.extras import RISK_COLUMNS, Examples
 from coin.reporting.results import Row, confusion_key
 from coin.tracking.evaluation import log_evaluation, log_method, log_summary
-from coin.tracking.runs import log_artifact, start_run, use_artifact
+from coin.tracking.runs import start_run
 from coin.tracking.settings import check_connection, run_environment
 
 Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
@@ -108,41 +108,6 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     }
     for name in ("nda_against_cost", "nda_against_memory", "risk"):
         assert list((run_folder / "files/media/images/figures").glob(f"{name}_*"))
-
-
-def test_artifacts_have_aliases_and_link_their_files(tmp_path: Path, read_wandb: Read):
-    weights = tmp_path / "expert.safetensors"
-    weights.write_bytes(b"weights")
-    run = start_run(tmp_path, group="g", job_type="expert", name="n")
-    log_artifact(run, weights, "quickstart mnist/expert", "expert", ["seed-0"], {"task": "mnist"})
-    use_artifact(run, weights, "quickstart mnist/expert", "expert")
-    run.finish()
-    weights.unlink()  # another takes its place
-    records = read_wandb(run_folders(tmp_path)[0])
-    (expert,) = of_type(records, "artifact")
-    assert (expert["name"], expert["type"]) == ("quickstart-mnist-expert", "expert")
-    assert set(expert["aliases"]) == {"latest", "seed-0"}
-    (content,) = expert["manifest"]["contents"]
-    linked = Path(content["local_path"])
-    assert linked.is_relative_to(tmp_path)
-    assert linked.read_bytes() == b"weights"
-    metadata = json.loads(expert["metadata"])
-    assert metadata["task"] == "mnist"
-    configured: dict[str, Any] = {}
-    for record in of_type(records, "config"):
-        configured.update(record.get("update", {}))
-    assert metadata["sha256"] in json.dumps(configured)  # the offline stand-in for lineage
-
-
-def test_a_large_file_is_not_copied(tmp_path: Path):
-    weights = tmp_path / "expert.safetensors"
-    weights.write_bytes(b"weights")
-    run = start_run(tmp_path, group="g", job_type="expert", name="n")
-    for name in ("a", "b"):
-        log_artifact(run, weights, name, "expert")
-    run.finish()
-    copies = list((tmp_path / "wandb").rglob("*.safetensors"))
-    assert [path.samefile(weights) for path in copies] == [True]
 
 
 def test_a_method_s_run_holds_its_numbers_and_what_to_group_by(tmp_path: Path, measure: Measured, read_wandb: Read):
@@ -244,12 +209,3 @@ def test_a_login_passes(monkeypatch: pytest.MonkeyPatch):
     assert asked == [{"prompt": False, "verify": True}]  # a key that the server refuses is found at once
     check_connection("offline")
     assert len(asked) == 1
-
-
-def test_a_missing_artifact_is_one_clear_line(tmp_path: Path):
-    run = start_run(tmp_path, group="g", job_type="method", name="n")
-    with pytest.raises(FileError, match="expected a file"):
-        log_artifact(run, tmp_path / "nothing", "a", "expert")
-    with pytest.raises(FileError, match="expected a file"):
-        use_artifact(run, tmp_path / "nothing", "a", "expert")
-    run.finish()

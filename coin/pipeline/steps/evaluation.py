@@ -17,7 +17,6 @@ from coin.networks import head_name
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
-from coin.pipeline.run_log import RunLog
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
 from coin.pipeline.steps.code import ChooseCode
 from coin.pipeline.steps.compress import CompressExperts
@@ -25,6 +24,7 @@ from coin.pipeline.steps.merge import Merge
 from coin.pipeline.steps.samples import datamodule, evaluation_key
 from coin.pipeline.steps.train import ExpertStep
 from coin.pipeline.steps.trainer import make_trainer
+from coin.tracking.runs import RunLog
 
 UNRELATED = 0.6
 """N networks of independent random weights are √(N-1) apart; of one start two were at most 0.25."""

@@ -23,7 +23,6 @@ from coin.networks import has_batchnorm, kept_base, save_compressed, save_networ
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options
-from coin.pipeline.run_log import RunLog
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.code import ChooseCode, SeedCode, read_code
 from coin.pipeline.steps.samples import calibrations, datamodule, samples_key
@@ -32,6 +31,7 @@ from coin.pipeline.steps.train import ExpertStep, WriteInitial
 from coin.pipeline.steps.trainer import make_trainer
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.tracking.runs import RunLog
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,9 +22,9 @@ from coin.networks import NetworkConfig, import_checkpoint, import_pretrained, i
 from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
 from coin.pipeline.options import result_options
-from coin.pipeline.run_log import RunLog
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.trainer import make_trainer
+from coin.tracking.runs import RunLog
 
 BASE = "base.safetensors"
 EXPERT = "expert.safetensors"

@@ -12,8 +12,8 @@ from coin.files.safetensors import load_state
 from coin.modules import Expert
 from coin.networks import NetworkConfig
 from coin.pipeline.config import ExpertConfig
-from coin.pipeline.run_log import RunLog
 from coin.pipeline.steps.train import TrainNetwork
+from coin.tracking.runs import RunLog
 
 
 class KilledError(Exception):
