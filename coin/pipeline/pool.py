@@ -4,7 +4,6 @@ A job is ``coin run -c EXPERIMENT.yaml --only STEP``: it writes the step's folde
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -192,13 +191,11 @@ class _Slurm(Pool):
 
     def submit(self, command: Command) -> tuple[Command, Any]:
         kept = command.log.with_suffix(".job")
-        with contextlib.suppress(OSError, ValueError):
-            job = self._submitit.SlurmJob(self._folder, json.loads(kept.read_text(encoding="utf-8")))
-            if self._cluster == "slurm" and job.state in ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "SUSPENDED"):
-                return command, job
+        if self._cluster == "slurm" and kept.is_file() and _is_queued(job_id := kept.read_text(encoding="utf-8")):
+            return command, self._submitit.SlurmJob(self._folder, job_id)
         with self._refusals("submit"):
             job = self._executor.submit(command)
-        write_text(kept, json.dumps(job.job_id))
+        write_text(kept, str(job.job_id))
         return command, job
 
     def ended(self, handle: tuple[Command, Any]) -> str | None:
@@ -209,6 +206,12 @@ class _Slurm(Pool):
             return ""
         lost = f"job {job.job_id} ended in state {job.state}; see {job.paths.stderr}"
         return command.last_line() if CommandFailedError.__name__ in f"{type(error).__name__}: {error}" else lost
+
+
+def _is_queued(job_id: str) -> bool:
+    """Return whether SLURM still has a job; accounting, which submitit asks, is not everywhere."""
+    queue = ["squeue", "--noheader", "--jobs", job_id]
+    return bool(subprocess.run(queue, capture_output=True, text=True, check=False).stdout.strip())
 
 
 class _Ray(Pool):

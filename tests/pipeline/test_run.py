@@ -306,7 +306,7 @@ def test_an_interrupted_change_leaves_the_finished_expert_and_its_results_are_re
     capsys.readouterr()
     for command in ("report", "choose"):
         assert main([command, str(copied)]) == 2
-        assert "other experts" in capsys.readouterr().err
+        assert "are of another expert 'digits'" in capsys.readouterr().err
     assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
     assert (copied / "seed-0/experts/digits").resolve() == finished_expert
     assert main(["choose", str(copied)]) == 0

@@ -1,0 +1,89 @@
+"""``coin`` on a real SLURM."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def squeue(environment: dict[str, str]) -> list[str]:
+    done = subprocess.run(["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.fixture
+def login(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a login node."""
+    monkeypatch.chdir(tmp_path)
+    return slurm | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+
+def command(what: str, *options: str) -> list[str]:
+    slurm = "--launch.slurm={timeout_min: 9, cpus_per_task: 1}"
+    return [sys.executable, "-m", "coin", what, *options, "--launch.executor=slurm", "--launch.workers=2", slurm]
+
+
+def test_six_points_killed_three_times_are_those_of_one_run(
+    config: Path, login: dict[str, str], tmp_path: Path
+) -> None:
+    """The driver is killed; its jobs go on, are waited for by the next, and nothing is computed twice."""
+    document = {
+        "name": "grid",
+        "experiment": str(config),
+        "grid": {"calibration.samples_per_task": [12, 24], "seeds": [[0], [1], [2]]},
+        "set": {"methods": [{"class_path": "Average"}], "decoders": ["linear"], "calibration.batch_size": 12},
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    sweep = command("sweep", "grid.yaml")
+    folder = tmp_path / "runs/grid"
+
+    def finished() -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(".steps/*/done.json")}
+
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for wanted in (2, 6, 10):
+        before = finished()
+        process = subprocess.Popen(sweep, env=login, **quiet)
+        deadline = time.monotonic() + 300
+        while len(finished()) < wanted:
+            assert process.poll() is None, "the sweep ended before it could be killed"
+            assert time.monotonic() < deadline, "the sweep did not come so far"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        assert before.items() <= finished().items()
+    done = subprocess.run(sweep, env=login, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(finished()) == 3 + 2 * 3 + 6 + 6
+    for log in folder.glob(".steps/*/launch.log"):  # no step was begun twice
+        assert log.read_text().count(f"--only {log.parent.name}") == 1, log
+    here = [each for each in command("sweep", "grid.yaml", "--output=here") if not each.startswith("--launch")]
+    subprocess.run(here, env=login, check=True, timeout=600, **quiet)
+    tables = [pd.read_csv(f"{place}/grid/sweep.csv") for place in ("runs", "here")]
+    columns = ["merge_seconds", "decoder_seconds"]
+    pd.testing.assert_frame_equal(*(table.drop(columns=columns) for table in tables), check_exact=True)
+    assert not squeue(login)
+
+
+def test_a_job_that_the_cluster_ends_is_told_of(config: Path, login: dict[str, str], tmp_path: Path) -> None:
+    run = command("run", "-c", str(config))
+    process = subprocess.Popen(run, env=login, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (jobs := squeue(login)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(2)
+    subprocess.run(["scancel", *jobs], env=login, check=True)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "steps failed, the first of them base: " in told.strip().splitlines()[-1]
