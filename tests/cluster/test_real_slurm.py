@@ -50,14 +50,16 @@ def test_six_points_killed_three_times_are_those_of_one_run(
     def finished() -> dict[str, int]:
         return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(".steps/*/done.json")}
 
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    log = (tmp_path / "driver.log").open("w+")
+    quiet: dict[str, Any] = {"stdout": log, "stderr": log}
     for wanted in (2, 6, 10):
         before = finished()
         process = subprocess.Popen(sweep, env=login, **quiet)
         deadline = time.monotonic() + 300
         while len(finished()) < wanted:
-            assert process.poll() is None, "the sweep ended before it could be killed"
-            assert time.monotonic() < deadline, "the sweep did not come so far"
+            told = Path(log.name).read_text()[-3000:]
+            assert process.poll() is None, f"the sweep ended before it could be killed: {told}"
+            assert time.monotonic() < deadline, f"the sweep did not come so far: {told}"
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait(60)
@@ -65,8 +67,8 @@ def test_six_points_killed_three_times_are_those_of_one_run(
     done = subprocess.run(sweep, env=login, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(finished()) == 3 + 2 * 3 + 6 + 6
-    for log in folder.glob(".steps/*/launch.log"):  # no step was begun twice
-        assert log.read_text().count(f"--only {log.parent.name}") == 1, log
+    for job in folder.glob(".steps/*/launch.log"):  # no step was begun twice
+        assert job.read_text().count(f"--only {job.parent.name}") == 1, job
     here = [each for each in command("sweep", "grid.yaml", "--output=here") if not each.startswith("--launch")]
     subprocess.run(here, env=login, check=True, timeout=600, **quiet)
     tables = [pd.read_csv(f"{place}/grid/sweep.csv") for place in ("runs", "here")]
