@@ -188,8 +188,6 @@ def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., li
                 "samples_per_task": 20,
                 "seconds": 1.0,
                 "passes": 10.0,
-                "shared_seconds": 4.0,
-                "shared_passes": 100.0,
             }
             path = tmp_path / "coded" / f"{label}-{row}.safetensors"
             network = build_network(small_config, width, seed=100 + row)

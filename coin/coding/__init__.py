@@ -16,9 +16,7 @@ from coin.coding.parity import (
 )
 from coin.coding.promise import Promise as Promise, promised_threshold as promised_threshold
 from coin.coding.ready import (
-    choose_code as choose_code,
     convex as convex,
-    simplex_codes as simplex_codes,
     uniform as uniform,
 )
 from coin.coding.ridge import fit_ridge as fit_ridge

@@ -1,7 +1,4 @@
-"""Ready-made codes, grids of codes, and the choice among them by a bound on the decoded error."""
-
-from collections.abc import Callable, Iterable
-from itertools import combinations, pairwise
+"""Ready-made codes."""
 
 import torch
 
@@ -50,31 +47,6 @@ def convex(num_experts: int, num_coded: int) -> Code:
     if (num_coded, num_experts) in PRECOMPUTED_CODES:
         return Code(torch.tensor(PRECOMPUTED_CODES[num_coded, num_experts], dtype=torch.float64) / 1000)
     return _gaussian(num_experts, num_coded)
-
-
-def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
-    """Return all codes of one row whose weights are positive multiples of 1/resolution, (resolution − 1 over N − 1)."""
-    if not 1 <= num_experts <= resolution:
-        raise ConfigurationError(f"found resolution {resolution} for {num_experts} experts, expected at least as many")
-    every = combinations(range(1, resolution), num_experts - 1)
-    return [Code([[(high - low) / resolution for low, high in pairwise((0, *cuts, resolution))]]) for cuts in every]
-
-
-def decoded_error_bound(code: Code, residual: float) -> float:
-    """Return residual × worst noise amplification, by which codes are chosen: a bound on the decoded error.
-
-    The residual is the root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
-    the size of the target, which differs between codes.
-    """
-    return residual * code.worst_amplification()
-
-
-def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
-    """Return the candidate with the smallest `decoded_error_bound` of its residual; the first of equals."""
-    codes = list(candidates)
-    if not codes:
-        raise ConfigurationError("found no candidate codes, expected at least one")
-    return min(codes, key=lambda code: decoded_error_bound(code, residual_of(code)))
 
 
 def _gaussian(num_experts: int, num_coded: int) -> Code:

@@ -19,8 +19,7 @@ from coin.networks import Compression, NetworkConfig, build_network, check_heads
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.options import config_dict, to_config
-from coin.pipeline.steps.code import AUTO, read_code
-from coin.pipeline.steps.merge import coded_name
+from coin.pipeline.steps.merge import coded_name, read_code
 from coin.pipeline.steps.train import TrainingConfig
 from coin.statistics import FisherKind
 
@@ -39,8 +38,7 @@ class Experiment:
         base: The shared initialisation; by default the network's pretrained (or random) weights.
         expert: How the experts are trained, or their checkpoints.
         code: R rows of N coding weights, one coded model per row; a number R for the predefined code of R coded models
-            (`coin.coding.convex`); ``auto`` for one coded model whose weights each seed chooses on its calibration data
-            (`coin.pipeline.steps.code.choose_weights`); by default one coded model with equal weights.
+            (`coin.coding.convex`); by default one coded model with equal weights.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; by default all kinds.
         replicas: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
@@ -64,7 +62,7 @@ class Experiment:
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
         base: BaseConfig | None = None,
         expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
-        code: list[list[float]] | int | str | None = None,
+        code: list[list[float]] | int | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         replicas: list[dict[str, Any]] | None = None,
@@ -88,7 +86,6 @@ class Experiment:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(seed in _SEEDS for seed in self.seeds):
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
-        """The code; none where every seed chooses its own."""
         self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
         methods = [method.with_defaults(*settings) for method in methods]
@@ -153,7 +150,6 @@ class Experiment:
         """Return the options of one seed, or of all seeds, with their defaults but without the code."""
         names = ("network", "base", "expert", "calibration", "methods", "trainer")
         return {name: config_dict(getattr(self, name)) for name in names} | {
-            **({"code_choice": AUTO} if self.code is None else {}),
             "name": self.name,
             "decoders": [decoder.name for decoder in self.decoders],
             "tasks": config_dict(self.tasks if seed is None else self.tasks_of(seed)),

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coin.coding import Code
 from coin.data import TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError, FileError
@@ -25,7 +24,6 @@ from coin.networks import Compression
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
-from coin.pipeline.steps.code import AUTO, ChooseCode
 from coin.pipeline.steps.compress import CompressExperts
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.merge import Merge, coded_name
@@ -103,13 +101,13 @@ class _Shared:
         of, code = self.of, self.of.code
         seeds, kinds = [] if seed is None else [f"seed-{seed}"], [kind] if kind == "expert" and seed is not None else []
         config = {
-            "experiment": {**of.config_dict(seed), "code": AUTO if code is None else code.matrix.tolist()},
+            "experiment": {**of.config_dict(seed), "code": code.matrix.tolist()},
             "network": of.network.name,
             "seed": seed,
             kind if kind == "method" else "task": name,
             "samples_per_task": of.calibration.samples_per_task,
             "num_experts": len(of.tasks),
-            "num_coded": 1 if code is None else code.num_coded,
+            "num_coded": code.num_coded,
         }
         folder = self.folder if seed is None else of.folder / f"seed-{seed}"
         every = (*tags, of.network.name, *of.wandb.tags)
@@ -153,12 +151,6 @@ class _Seed:
         self.folder = self.of.folder / f"seed-{seed}"
         self.tasks = self.of.tasks_of(seed)
         self.experts = {name: self._expert(name, task) for name, task in self.tasks.items()}
-        self.code: Code | ChooseCode | None = self.of.code
-        if self.code is None:
-            calibration = self.of.calibration
-            self.code = ChooseCode(
-                name="code", store=self.store, experts=self.experts, tasks=self.tasks, calibration=calibration
-            )
         wanted = dict.fromkeys(which for method in self.of.methods for which in method.statistics())
         self.statistics = {which: {task: self._statistic(which, task) for task in self.tasks} for which in wanted}
         self.merges = [self._merge(method) for method in self.of.methods]
@@ -175,8 +167,6 @@ class _Seed:
 
         for name, expert in self.experts.items():
             add(expert, f"expert {name}", {Path("experts", name): expert.folder})
-        if isinstance(self.code, ChooseCode):
-            add(self.code, "code", {Path("code.json"): self.code.output})
         for which, steps in self.statistics.items():
             for task, step in steps.items():
                 place = Path("statistics", f"{task}.{self._called(which)}.safetensors")
@@ -225,13 +215,12 @@ class _Seed:
         return which.name + ("" if which == plain else "".join(f"-{part}" for part in which.options.values()))
 
     def _merge(self, method: Method) -> Merge:
-        assert self.code is not None
         name = coded_name(method)
         return Merge(
             name=f"coded-{name}",
             store=self.store,
             method=method,
-            code=self.code,
+            code=self.of.code,
             experts=self.experts,
             statistics={which: self.statistics[which] for which in method.statistics()},
             initial=self.shared.widest if method.reads_initial else None,
@@ -253,7 +242,6 @@ class _Seed:
 
     def _evaluation(self) -> Evaluate:
         of = self.of
-        assert self.code is not None
         return Evaluate(
             name="evaluate",
             store=self.store,
@@ -261,7 +249,7 @@ class _Seed:
             experts=self.experts,
             merges=self.merges,
             replicas=self.replicas,
-            code=self.code,
+            code=self.of.code,
             decoders=None if of.takes_all_decoders else of.decoders,
             tasks=self.tasks,
             calibration=of.calibration,

@@ -99,7 +99,6 @@ def facts_of(source: ReportSource) -> dict[str, str]:
         tasks.append(f"{task} ({kind})" if kind else task)
     weights = base.get("checkpoint") or ("a base trained beforehand" if base else network.get("weights"))
     code = [f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in configuration.get("code") or ()]
-    chosen = f", chosen from the calibration data of {source.seeds[0].name}" if configuration.get("code_choice") else ""
     size = network.get("image_size")
     reads = f"texts of {size} tokens" if network.get("name") == "minilm" else f"images of {size} pixels"
     swept = [
@@ -111,7 +110,7 @@ def facts_of(source: ReportSource) -> dict[str, str]:
         "tasks": ", ".join(tasks),
         "network": f"{network['name']}, {reads}" if network.get("name") else "",
         "starts from": str(weights or "random weights") if network else "",
-        "code": f"[{', '.join(code)}]{chosen}" if code else "",
+        "code": f"[{', '.join(code)}]" if code else "",
         "P, calibration samples per task": ", ".join(map(str, sorted(set(frame["samples_per_task"])))),
         "methods": ", ".join(dict.fromkeys(frame.loc[~frame["method"].isin(REFERENCES), "method"])),
         "decoders": ", ".join(dict.fromkeys(frame["decoder"])),

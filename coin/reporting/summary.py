@@ -210,12 +210,12 @@ def _with_all_columns(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _comparable(configuration: Any) -> Any:
-    """Return what seeds of one experiment have in common: no ``seed``, and no code that each chose for itself."""
+    """Return what seeds of one experiment have in common: no ``seed``, and no keys of experts."""
     if isinstance(configuration, list):
         return [_comparable(entry) for entry in configuration]
     if not isinstance(configuration, dict):
         return configuration
-    own = {"seed"} | ({"code"} if configuration.get("code_choice") is not None else set())
+    own = {"seed", "experts"}
     return {name: _comparable(entry) for name, entry in configuration.items() if name not in own}
 
 

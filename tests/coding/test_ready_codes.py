@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from coin.coding import Answers, Code, LinearDecoder, choose_code, convex, simplex_codes, uniform
+from coin.coding import Answers, Code, LinearDecoder, convex, uniform
 from coin.coding.ready import PRECOMPUTED_CODES
 from coin.errors import ConfigurationError
 
@@ -61,22 +61,3 @@ def test_uniform_is_one_row():
 def test_sizes_are_checked(experts, coded, message):
     with pytest.raises(ConfigurationError, match=message):
         convex(experts, coded)
-
-
-def test_simplex_codes_are_all_positive_rows():
-    assert [code.matrix.tolist()[0] for code in simplex_codes(2, 4)] == [[0.25, 0.75], [0.5, 0.5], [0.75, 0.25]]
-    rows = {tuple(code.matrix[0].tolist()) for code in simplex_codes(3, 10)}
-    assert len(rows) == 36
-    with pytest.raises(ConfigurationError, match="resolution 2 for 3 experts"):
-        simplex_codes(3, 2)
-
-
-def test_the_chosen_code_has_the_smallest_bound():
-    codes = simplex_codes(2, 10)
-    assert choose_code(codes, lambda code: 1.0) == Code([[0.5, 0.5]])
-    # Residuals that favour the first expert's own network move the choice towards it.
-    residuals = {code: float(code.matrix[0, 1]) ** 2 for code in codes}
-    bounds = {code: residuals[code] / float(code.matrix.min()) for code in codes}
-    assert choose_code(codes, residuals.__getitem__) == min(bounds, key=bounds.__getitem__)
-    with pytest.raises(ConfigurationError, match="no candidate"):
-        choose_code([], lambda code: 1.0)

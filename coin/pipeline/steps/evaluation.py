@@ -18,7 +18,6 @@ from coin.networks.experts import ExpertFiles
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
-from coin.pipeline.steps.code import ChooseCode
 from coin.pipeline.steps.compress import CompressExperts
 from coin.pipeline.steps.merge import Merge
 from coin.pipeline.steps.samples import datamodule, evaluation_key
@@ -58,7 +57,7 @@ class Evaluate(Step):
     experts: dict[str, ExpertStep]
     merges: list[Merge]
     replicas: list[CompressExperts]
-    code: Code | ChooseCode = keyed_by(lambda code: code.matrix.tolist() if isinstance(code, Code) else code)
+    code: Code = keyed_by(lambda code: code.matrix.tolist())
     decoders: list[DecoderConfig] | None
     tasks: dict[str, TaskData]
     calibration: CalibrationConfig = keyed_by(evaluation_key)
@@ -74,7 +73,6 @@ class Evaluate(Step):
 
     def run(self) -> None:
         """Measure, and write; every process takes part."""
-        code = self.code if isinstance(self.code, Code) else self.code.read().code
         paths = {task: step.output for task, step in self.experts.items()}
         if is_rank_zero():
             tell_how_far_apart(ExpertFiles(paths))
@@ -82,7 +80,7 @@ class Evaluate(Step):
             experts={task: str(path) for task, path in paths.items()},
             coded=[str(path) for merge in self.merges for path in merge.outputs],
             decoders=None if self.decoders is None else list(self.decoders),
-            code=code.matrix.tolist(),
+            code=self.code.matrix.tolist(),
             replicas=[str(path) for step in self.replicas for path in step.outputs.values()],
             alpha=self.calibration.promise_alpha,
             confidence=self.calibration.promise_confidence,

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 import coin.distillation  # noqa: F401 (its methods, which files name by their classes)
-from coin.coding import Code
+from coin.coding import Code, convex
 from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
@@ -24,7 +24,6 @@ from coin.networks.experts import ExpertFiles
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
-from coin.pipeline.steps.code import ChooseCode, SeedCode, read_code
 from coin.pipeline.steps.samples import calibrations, datamodule, samples_key
 from coin.pipeline.steps.statistics import EstimateStatistic
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
@@ -42,7 +41,7 @@ class Merge(Step):
     """
 
     method: Method
-    code: Code | ChooseCode = keyed_by(lambda code: code.matrix.tolist() if isinstance(code, Code) else code)
+    code: Code = keyed_by(lambda code: code.matrix.tolist())
     experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
     initial: WriteInitial | None
@@ -65,8 +64,7 @@ class Merge(Step):
     @property
     def outputs(self) -> list[Path]:
         """The files of the coded models, followed by those of the compressed variants."""
-        rows = self.code.num_coded if isinstance(self.code, Code) else 1
-        return coded_paths(self.method, rows, self.folder)
+        return coded_paths(self.method, self.code.num_coded, self.folder)
 
     def run(self) -> None:
         """Make the coded models."""
@@ -76,7 +74,6 @@ class Merge(Step):
             which: {task: step.output for task, step in own.items()} for which, own in self.statistics.items()
         }
         samples = calibrations(self.tasks, self.calibration)
-        choice = SeedCode(self.code) if isinstance(self.code, Code) else self.code.read()
         with ExitStack() as stack:
             train = None
             if self.trainer is not None:
@@ -84,7 +81,7 @@ class Merge(Step):
                 data = datamodule(self.tasks, self.calibration)
                 train = Training(data, self.folder, self.seed, self.trainer, loggers)
             experts = Experts(files, statistics=statistics, calibration=samples, train=train)
-            make_coded_models(self.method, choice, experts, self.folder, self.calibration.samples_per_task)
+            make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
 
 
 @dataclass
@@ -124,16 +121,16 @@ class Training:
 
 
 def make_coded_models(
-    method: Method, choice: SeedCode, experts: Experts, folder: Path, samples_per_task: int | None
+    method: Method, code: Code, experts: Experts, folder: Path, samples_per_task: int | None
 ) -> list[Path]:
     """Make the coded models of one method, one per row of the code, write them, and return their files.
 
-    The cost of choosing the code is added to the coded models' cost; P, `samples_per_task`, is recorded in the files.
+    P, `samples_per_task`, is recorded in the files.
 
     Raises:
         ConfigurationError: An input that the method needs is missing.
     """
-    code, files = choice.code, experts.source
+    files = experts.source
     assert isinstance(files, ExpertFiles)
     paths = coded_paths(method, code.num_coded, folder)
     read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
@@ -159,8 +156,6 @@ def make_coded_models(
                 "seconds": seconds,
                 "passes": took,
                 "chosen": made.chosen,
-                "shared_seconds": choice.seconds,
-                "shared_passes": choice.passes,
             }
             path, *smaller = paths[index :: code.num_coded]
             save_network(path, made.network, files.config, files.width, provenance)
@@ -172,6 +167,19 @@ def make_coded_models(
                 metadata["seconds"] = seconds + time.perf_counter() - began
                 save_compressed(small, packed, files.config, files.width, base, how, metadata)
     return paths
+
+
+def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
+    """Return the code for the option `code` and N experts.
+
+    Raises CoinError if it is no code, is for another number of experts, or cannot decode every erasure of R.
+    """
+    if option is None or isinstance(option, int):
+        return convex(num_experts, 1 if option is None else option)
+    code = Code(option)
+    if code.num_experts != num_experts:
+        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {num_experts}")
+    return code
 
 
 def coded_name(method: Method) -> str:
@@ -221,8 +229,6 @@ def merge(
     Returns:
         The files that were written.
     """
-    matrix = read_code(code, len(experts))
-    assert matrix is not None  # only an experiment chooses its code
     named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
     given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
     found = {name: _described(name, files) for name, files in given.items()}
@@ -247,7 +253,7 @@ def merge(
     kinds = [which.kind for which in statistics if which.kind is not None]
     method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
     stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
-    return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
+    return make_coded_models(method, read_code(code, len(experts)), stored, Path(output), samples)
 
 
 def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
