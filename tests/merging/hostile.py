@@ -1,8 +1,7 @@
-"""Experts, calibration batches and methods for tests of odd networks."""
+"""Experts and calibration batches for tests of odd networks."""
 
 import torch
 
-import coin
 from coin.core.batches import clone
 
 CLASSES = 3
@@ -20,8 +19,3 @@ def moved(network, seed, by=0.1):
 def batches(*shape, count=2, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return [[torch.randn(8, *shape, generator=draw, dtype=torch.float64)] for _ in range(count)]
-
-
-def methods():
-    """Every method that asks for nothing but calibration samples."""
-    return [coin.Average(), coin.Coin(), coin.RegMean(layers="all"), coin.RegMean(), coin.HeadFit(), coin.Refit()]

@@ -1,15 +1,12 @@
 """Networks that are called in the user's own way, with batches of anything made of tensors."""
 
-from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from coin.coding import Code
-from coin.core.batches import adapted
 from coin.errors import DataError
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.modules import Coded
@@ -97,32 +94,6 @@ def test_statistics_and_recalibration_read_batches_by_name():
     assert torch.equal(plain.norm.running_var, own.norm.running_var)
 
 
-@pytest.mark.parametrize("kind", ["linear", "feature_ridge"])
-def test_a_coded_system_reads_batches_by_name(kind):
-    (coded,) = merge_networks(HeadFit(), networks(Texts), CODE, calibration=NAMED, forward=call)
-    (plain,) = merge_networks(HeadFit(), networks(Stacked), CODE, calibration=STACKED)
-    system = Coded(CODE, networks(Texts), [coded], forward=call).fit_decoder([*NAMED[0], *NAMED[1]], [0], kind)
-    other = Coded(CODE, networks(Stacked), [plain]).fit_decoder([*STACKED[0], *STACKED[1]], [0], kind)
-    assert torch.equal(system.decode(NAMED[0][0]), other.decode(STACKED[0][0]))
-    assert torch.equal(system(NAMED[0][0]), other(STACKED[0][0]))
-
-
-def test_an_adapted_network_shares_everything_and_can_be_copied_and_called_with_other_parameters():
-    network = networks(Texts)[0]
-    own, batch = adapted(network, call), NAMED[0][0]
-    assert isinstance(own, Texts)
-    assert all(first is second for first, second in zip(network.parameters(), own.parameters(), strict=True))
-    assert torch.equal(own(batch), network(**batch).logits)
-    copied = deepcopy(own)
-    with torch.no_grad():
-        copied.classifier.bias += 1
-    torch.testing.assert_close(copied(batch), own(batch) + 1)
-    other = {name: torch.zeros_like(tensor) for name, tensor in network.named_parameters()}
-    assert not functional_call(own, other, (batch,)).any()
-    assert own(batch).any()
-    assert "_call_impl" not in vars(network)
-
-
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -145,11 +116,3 @@ def test_batches_of_anything_else_are_told(batch, message):
         assert "\n" not in str(told.value)
     with pytest.raises(DataError, match=r"type dict, expected input tensors .* give forward=lambda network, batch"):
         fisher_diagonal(network, NAMED[0])
-
-
-def test_texts_of_several_lengths_merge_and_a_refit_asks_for_one():
-    ragged = [[{name: each[:, :length] for name, each in NAMED[0][0].items()} for length in (3, 5)], NAMED[1]]
-    (coded,) = merge_networks(Coin(batchnorm="average"), networks(Texts), CODE, calibration=ragged, forward=call)
-    assert call(coded, ragged[0][0]).shape == (5, 3)
-    with pytest.raises(DataError, match=r"shapes \[5\] \[5\] and \[3\] \[3\] to run together, expected one shape; pad"):
-        merge_networks(Refit(), networks(Texts), CODE, calibration=ragged, forward=call)

@@ -62,24 +62,6 @@ def test_a_nan_in_a_buffer_or_an_infinity_in_one_without_is_refused(networks):
         networks[1].mask[2, 1] = torch.nan
 
 
-def test_statistics_that_overflow_are_refused():
-    networks = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2)]
-    experts = Experts(networks, calibration=[[1e25 * torch.randn(4, 2)]] * 2)
-    with pytest.raises(StateError, match=r"is not finite: tensor '1\.running_var' holds a NaN or an infinity"):
-        Average(batchnorm="recalibrate").make(experts, (0.5, 0.5))
-
-
-def test_unequal_complex_buffers_are_averaged(networks):
-    for index, network in enumerate(networks):
-        network.turn.mul_(torch.tensor(1j) ** index)
-    turn = Average().make(Experts(networks), ROWS[0]).network.turn
-    wanted = sum(weight * network.turn for weight, network in zip(ROWS[0], networks, strict=True))
-    torch.testing.assert_close(turn, wanted)
-    networks[1].turn[0] = complex(0, torch.nan)
-    with pytest.raises(StateError, match="tensor 'turn'"):
-        Average().make(Experts(networks), ROWS[0])
-
-
 def test_a_network_with_a_mask_goes_through_a_file_and_damage_does_not(networks, tmp_path, monkeypatch):
     monkeypatch.setitem(sources.Own.kinds, "causal", Causal)
     config, path = NetworkConfig("causal", 4), tmp_path / "net.safetensors"
@@ -89,12 +71,7 @@ def test_a_network_with_a_mask_goes_through_a_file_and_damage_does_not(networks,
     assert loaded.provenance["infinite"] == ["mask"]
     assert all(torch.equal(tensor, coded.state_dict()[name]) for name, tensor in loaded.network.state_dict().items())
     before = path.read_bytes()
-    for spoil, name in (
-        (lambda network: network.query.bias.data.__setitem__(0, torch.inf), r"query\.bias"),
-        (lambda network: network.mask.__setitem__((0, 0), torch.nan), "mask"),
-    ):
-        damaged = Causal()
-        spoil(damaged)
-        with pytest.raises(StateError, match=rf"is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
-            save_network(path, damaged, config, 3, {})
+    coded.mask[0, 0] = torch.nan
+    with pytest.raises(StateError, match=r"is not finite: tensor 'mask' holds a NaN or an infinity[^\n]*$"):
+        save_network(path, coded, config, 3, {})
     assert path.read_bytes() == before

@@ -8,33 +8,11 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import HeadError, StateError
-from coin.merging import (
-    Average,
-    Base,
-    Coin,
-    Experts,
-    HeadFit,
-    Refit,
-    RegMean,
-    TaskArithmetic,
-    Wudi,
-    merge_networks,
-)
+from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Wudi, merge_networks
 from coin.statistics import fisher_diagonal, gram_sums
 
 CODE = Code([[0.4, 0.6]])
-METHODS = [
-    Average(),
-    Coin(),
-    Coin(fisher_data="own"),
-    RegMean(),
-    HeadFit(),
-    Refit(),
-    TaskArithmetic(),
-    Wudi(),
-    Base(),
-    Refit(start="wudi"),
-]
+METHODS = [Average(), Coin(), RegMean(), HeadFit(), TaskArithmetic(), Wudi(), Base(), Refit(start="wudi")]
 
 
 def make(seed, classes, last=None):
@@ -65,8 +43,8 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
-@pytest.mark.parametrize("counts", [(4, 2), (2, 4)], ids=str)
-def test_heads_are_padded_with_zeros_to_the_largest_count(method, counts):
+def test_heads_are_padded_with_zeros_to_the_largest_count(method):
+    counts = (2, 4)
     experts, initial = [make(seed, classes) for seed, classes in enumerate(counts)], make(7, 3)
     before = deepcopy([expert.state_dict() for expert in experts])
     (found,) = merge_networks(method, experts, CODE, calibration=CALIBRATION, initial=initial)
@@ -99,7 +77,6 @@ def test_given_statistics_are_padded_like_those_that_are_computed(kind):
     fishers = [fisher_diagonal(*each, kind=kind) for each in zip(experts, CALIBRATION, strict=True)]
     grams = [gram_sums(*each).mean() for each in zip(experts, CALIBRATION, strict=True)]
     for method, given in (
-        (Coin(fisher_kind=kind, fisher_data="own"), {"fishers": fishers}),
         (Coin(fisher_kind=kind, fisher_data="own"), {"fishers": {"own": fishers}}),
         (RegMean(gram_data="own"), {"grams": grams}),
     ):
@@ -113,16 +90,11 @@ def test_given_statistics_are_padded_like_those_that_are_computed(kind):
 
 
 def test_a_network_that_is_its_head_and_a_convolution_are_padded():
-    torch.manual_seed(0)
     layers = [nn.Linear(6, 2), nn.Linear(6, 3)]
     (coded,) = merge_networks(Average(), layers, CODE)
     torch.testing.assert_close(coded.weight[2], 0.6 * layers[1].weight[2])
-    convolutions = [
-        nn.Sequential(nn.Conv2d(2, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()) for classes in (5, 3)
-    ]
-    (coded,) = merge_networks(Average(), convolutions, CODE)
-    assert coded(torch.randn(4, 2, 3, 3)).shape == (4, 5)
-    assert coded[0].out_channels == 5
+    (coded,) = merge_networks(Average(), [nn.Sequential(nn.Conv2d(2, n, 1), nn.Flatten(2)) for n in (5, 3)], CODE)
+    assert coded(torch.randn(4, 2, 3, 3)).shape == (4, 5, 9)
 
 
 def test_heads_that_cannot_be_padded_are_told_in_one_line():
@@ -147,18 +119,10 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
     ):
         with pytest.raises(HeadError, match=message):
             Experts([kind(3), kind(2)])
+    with pytest.raises(StateError, match=r"expert 1 has no tensor '2\.bias'"):
+        merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8))], CODE)
     softmax = [make(1, 3, nn.LogSoftmax(1)), make(2, 2, nn.LogSoftmax(1))]
     with pytest.raises(
         HeadError, match="the logits of Sequential are not those of its head '2', which is padded since"
     ):
         Experts(softmax, calibration=CALIBRATION)
-
-
-def test_networks_that_differ_in_more_are_refused_by_tensor():
-    other = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2))
-    with pytest.raises(
-        HeadError, match=r"tensor '0\.bias' is \[9\] in one expert but \[8\] in another, .* of one arch"
-    ):
-        merge_networks(Average(), [make(1, 3), other], CODE)
-    with pytest.raises(StateError, match=r"expert 1 has no tensor '2\.bias'"):
-        merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8))], CODE)

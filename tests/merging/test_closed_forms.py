@@ -51,6 +51,8 @@ def weighted(states, weights=WEIGHTS):
 
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 0.5])
 def test_coin_is_the_closed_form(damping):
+    equal = coin_parameters(EXPERTS, [FISHERS[0]] * 3, WEIGHTS, damping)
+    assert_states_close(equal, weighted(EXPERTS), rtol=1e-12, atol=1e-12)
     total = weighted(FISHERS)
     ridge = damping * torch.cat([tensor.flatten() for tensor in total.values()]).mean()
     pulled = weighted(
@@ -58,13 +60,6 @@ def test_coin_is_the_closed_form(damping):
     )
     expected = {key: pulled[key] / (total[key] + ridge) for key in SHAPES}
     assert_states_close(coin_parameters(EXPERTS, FISHERS, WEIGHTS, damping), expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("damping", [0.0, 1e-6])
-def test_equal_fishers_average(damping):
-    for fisher in ({key: torch.ones(shape).double() for key, shape in SHAPES.items()}, FISHERS[0]):
-        merged = coin_parameters(EXPERTS, [fisher] * 3, WEIGHTS, damping)
-        assert_states_close(merged, weighted(EXPERTS), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-6])
@@ -95,14 +90,6 @@ def test_regmean_solves_each_group_of_a_convolution_by_itself():
     torch.testing.assert_close(merged["conv.bias"], 0.3 * EXPERTS[0]["conv.bias"] + 0.7 * EXPERTS[1]["conv.bias"])
 
 
-def test_regmean_with_alpha_zero_is_the_diagonal_merge():
-    merged = regmean_parameters(EXPERTS, GRAMS, WEIGHTS, alpha=0, damping=0)
-    diagonals = [gram["head.weight"][0].diagonal() for gram in GRAMS]
-    total = sum(w * d for w, d in zip(WEIGHTS, diagonals, strict=True))
-    pulled = sum(w * e["head.weight"] * d[:-1] for w, e, d in zip(WEIGHTS, EXPERTS, diagonals, strict=True))
-    torch.testing.assert_close(merged["head.weight"], pulled / total[:-1])
-
-
 def test_regmean_of_linear_layers_leaves_convolutions_averaged():
     linear, everything = (regmean_parameters(EXPERTS, GRAMS, WEIGHTS, layers=layers) for layers in ("linear", "all"))
     torch.testing.assert_close(linear["conv.weight"], weighted(EXPERTS)["conv.weight"])
@@ -122,7 +109,7 @@ def test_a_singular_gram_is_an_error_or_damped_to_the_average():
     assert_states_close(regmean_parameters(EXPERTS, dead, WEIGHTS, alpha=1, damping=0), average)
 
 
-@pytest.mark.parametrize("width", [8, 64, 128])
+@pytest.mark.parametrize("width", [8, 128])
 def test_a_gram_matrix_that_rounding_hides_is_singular_all_the_same(width):
     """One sample short of full rank, Cholesky's last pivot is rounding noise, positive as often as not."""
     for seed in range(8):
@@ -187,49 +174,18 @@ def test_parts_are_of_every_expert():
         Experts([])
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ((0.5, 0.5), "2 weights for 3"),
-        ((0.5, 0.6, -0.1), "non-negative"),
-        ((0.5, 0.5, 0.5), "sum to 1"),
-        ((math.nan,) * 3, "sum to 1"),
-    ],
-)
-def test_weights_are_checked(weights, message):
-    with pytest.raises(ConfigurationError, match=message):
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])
+def test_weights_are_checked(weights):
+    with pytest.raises(ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"):
         Average().make(Experts([nn.Linear(2, 2) for _ in range(3)]), weights)
 
 
-def test_a_damaged_expert_or_statistic_is_named():
-    def damaged(states, index, key, value):
-        copies = deepcopy(states)
-        copies[index][key].view(-1)[0] = value
-        return copies
-
-    with pytest.raises(StateError, match=r"expert 1 is not finite: tensor 'head\.bias'"):
-        check_each(damaged(EXPERTS, 1, "head.bias", math.nan), "expert")
-    for value, message in (
-        (math.inf, "Fisher of expert 2 is not finite"),
-        (-1.0, "Fisher of expert 2 is negative in 'conv"),
-    ):
+def test_damaged_and_mismatched_statistics_are_named():
+    for value, message in ((math.inf, "Fisher of expert 2 is not finite"), (-1.0, "Fisher of expert 2 is negative in")):
+        damaged = deepcopy(FISHERS)
+        damaged[2]["conv.weight"].view(-1)[0] = value
         with pytest.raises(StateError, match=message):
-            check_fishers(damaged(FISHERS, 2, "conv.weight", value), EXPERTS[0])
-
-
-def test_a_method_checks_what_it_is_given():
-    networks = [nn.Linear(3, 2) for _ in range(2)]
-    fishers = [{"weight": torch.ones(2, 3), "bias": -torch.ones(2)}] * 2
-    grams = [{"weight": torch.full((1, 4, 4), math.nan)}] * 2
-    with pytest.raises(StateError, match="Fisher of expert 0 is negative in 'bias'"):
-        Coin().make(Experts(networks, fishers=fishers), (0.5, 0.5))
-    with pytest.raises(StateError, match="Gram statistic of expert 0 is not finite"):
-        RegMean().make(Experts(networks, grams=grams), (0.5, 0.5))
-    with pytest.raises(StateError, match="the shared initialisation has no tensor 'bias'"):
-        Ties().make(Experts(networks, initial=nn.Linear(3, 2, bias=False)), (0.5, 0.5))
-
-
-def test_mismatched_layouts_are_named():
+            check_fishers(damaged, EXPERTS[0])
     short = {key: tensor for key, tensor in EXPERTS[1].items() if key != "head.bias"}
     with pytest.raises(StateError, match=r"expert 1 has no tensor 'head\.bias'"):
         check_each([EXPERTS[0], short], "expert")
@@ -239,7 +195,6 @@ def test_mismatched_layouts_are_named():
         check_fishers([{**FISHERS[0], "head.bias": torch.ones(2)}], EXPERTS[0])
     for gram, message in (
         ({"head.weight": torch.eye(4)[None]}, r"'head\.weight' has 4 rows, expected 5, or 6 with a bias"),
-        ({"tail.weight": torch.eye(4)[None]}, r"Gram matrix for 'tail\.weight'"),
         ({"conv.weight": torch.ones(3, 18, 18)}, "3 groups, which do not divide 4 outputs; compute the Gram"),
     ):
         with pytest.raises(StateError, match=message):
@@ -253,7 +208,6 @@ def test_mismatched_layouts_are_named():
     ("make", "message"),
     [
         (lambda: Coin(damping=-1), "damping=-1"),
-        (lambda: Coin(damping=math.nan), "damping=nan"),
         (lambda: RegMean("conv"), "expected one of linear, all"),
         (lambda: RegMean(alpha=2), "alpha=2, expected a number at least 0 and at most 1"),
         (lambda: Ties(keep=0), "keep=0, expected a number above 0 and at most 1"),

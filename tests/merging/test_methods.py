@@ -1,5 +1,6 @@
 """What every method keeps to, on networks of several kinds."""
 
+import re
 import warnings
 from copy import deepcopy
 
@@ -9,13 +10,11 @@ from torch import nn
 
 from coin.errors import CoinError, CoinWarning, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi
-from coin.networks.heads import head_name, replace_head
+from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)
-PACKED = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
-OUT = "encoder.layers.encoder_layer_0.self_attention.out_proj.weight"
 
 
 def small_vit():
@@ -42,7 +41,6 @@ METHODS = {
     "average": (Average(), 1e-12),
     "coin": (Coin(), 1e-10),
     "coin undamped": (Coin(damping=0), 1e-10),
-    "coin damped": (Coin(damping=0.3), 1e-10),
     "regmean": (RegMean(), 1e-10),
     "regmean linear": (RegMean("linear", alpha=0.5), 1e-10),
     "regmean tuned": (RegMean(alpha=None, damping=None), 1e-10),
@@ -50,10 +48,8 @@ METHODS = {
     "ties": (Ties(keep=1, scale=1), 1e-12),
     "wudi": (Wudi(), 1e-10),
     "head_fit": (HeadFit(), 1e-8),
-    "refit own": (Refit("own"), 1e-8),
-    "refit both": (Refit("both"), 1e-8),
-    "refit from coin": (Refit("own", start="coin"), 1e-8),
-    "refit from wudi": (Refit("both", start="wudi"), 1e-8),
+    "refit own": (Refit("own", start="coin"), 1e-8),
+    "refit both": (Refit("both", start="wudi"), 1e-8),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "vit" else ()) for kind in NETWORKS]
@@ -159,19 +155,6 @@ def test_a_linear_network_reaches_the_mixture_to_rounding(name, data):
         torch.testing.assert_close(coded(inputs), wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "linear"])  # whose start is exact
-def test_a_fitted_head_comes_nearer_than_its_start(kind):
-    _, networks, calibration = setup(kind)
-    experts = Experts(networks, calibration=calibration)
-    fitted, average = (each.make(experts, WEIGHTS).network for each in (HeadFit(), Average()))
-    target = experts.target(WEIGHTS)
-    errors = [(experts.run(each, experts.pooled).logits - target).square().sum() for each in (fitted, average)]
-    assert errors[0] < errors[1]
-    head = head_name(average)
-    for name, tensor in average.state_dict().items():  # nothing but the head moves
-        assert torch.equal(fitted.state_dict()[name], tensor) == (name not in (f"{head}.weight", f"{head}.bias")), name
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logits_is_refused(bias):
     _, networks, calibration = setup("mlp")
@@ -182,31 +165,16 @@ def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logi
     experts = Experts(networks, calibration=calibration)
     merged, average = (method.make(experts, WEIGHTS).network for method in (HeadFit(), Average()))
     assert_parameters_close(merged, average, 1e-10)
+    networks[1][0].weight.data *= 2
+    fitted, average = (method.make(experts, WEIGHTS).network for method in (HeadFit(), Average()))
+    target = experts.target(WEIGHTS)
+    errors = [(experts.run(each, experts.pooled).logits - target).square().sum() for each in (fitted, average)]
+    assert errors[0] < errors[1]
+    assert torch.equal(fitted[0].weight, average[0].weight)  # nothing but the head moves
     for network in networks:
         network.append(nn.Softmax(1))
     with pytest.raises(StateError, match=r"^the logits of Sequential are not its head '2' \(Linear\) of [^\n]*$"):
         HeadFit().make(Experts(networks, calibration=calibration), WEIGHTS)
-
-
-def test_regmean_fits_every_linear_map_of_a_transformer():
-    """Σ_i β_i E‖Wa − W_ia‖² on each expert's own inputs falls below the average's."""
-    _, networks, calibration = setup("vit")
-    grams = [gram_sums(*pair).mean() for pair in zip(networks, calibration, strict=True)]
-    states = [parameters_of(network) for network in networks]
-    experts = Experts(networks, grams=grams)
-    fitted = parameters_of(RegMean(damping=1e-6, alpha=1.0).make(experts, WEIGHTS).network)
-    average = parameters_of(Average().make(experts, WEIGHTS).network)
-
-    def objective(state, key):
-        total, bias = 0.0, key.removesuffix("weight") + "bias"
-        for own, gram, weight in zip(states, grams, WEIGHTS, strict=True):
-            step = torch.cat([(state[n] - own[n]).reshape(len(own[n]), -1) for n in (key, bias)], 1)
-            total += weight * float(torch.trace(step @ gram[key][0] @ step.T))
-        return total
-
-    assert {"conv_proj.weight", PACKED, OUT, "heads.head.weight"} <= grams[0].keys()
-    for key in grams[0]:
-        assert objective(fitted, key) < 0.999 * objective(average, key), key
 
 
 # Damage
@@ -242,12 +210,6 @@ def damaged(damage: str) -> Experts:
         networks[1][2].bias.data[0] = torch.nan
     if damage == "no Fisher anywhere":
         fishers = [{key: torch.zeros_like(value) for key, value in fisher.items()} for fisher in fishers]
-    if damage == "one expert without a Fisher":
-        fishers[2] = {key: torch.zeros_like(value) for key, value in fishers[2].items()}
-    if damage == "tiny Fishers":
-        fishers = [{key: value * 1e-40 for key, value in fisher.items()} for fisher in fishers]
-    if damage == "no Gram anywhere":
-        grams = [{key: torch.zeros_like(value) for key, value in gram.items()} for gram in grams]
     return Experts(networks, initial=initial, fishers=fishers, grams=grams, calibration=[[x] for x in data])
 
 
@@ -259,23 +221,16 @@ OVERFLOW = {
     ),
 }
 EVERYWHERE = r"the Fisher of expert 0, 1, 2 is zero everywhere"
-SOMEWHERE = r"the Fisher of expert 2 is zero everywhere"
 
 # Damage → method → the error or the warning that is due; where there is none, a finite network without a word.
 DUE: dict[str, dict[str, tuple[type[Exception], str]]] = {
     "none": {},
     "a NaN in an expert": dict.fromkeys(DAMAGED, (StateError, r"expert 1 is not finite: tensor '2\.bias'")),
     "no Fisher anywhere": dict.fromkeys(USES_FISHERS, (CoinWarning, EVERYWHERE)),
-    "one expert without a Fisher": dict.fromkeys(USES_FISHERS, (CoinWarning, SOMEWHERE)),
-    "tiny Fishers": {},
-    "no Gram anywhere": {},
     "constant inputs": {"regmean undamped": (NumericalError, SINGULAR)},
     "one sample a task": {
         "regmean undamped": (NumericalError, SINGULAR),
-        "regmean tuned": (
-            CoinWarning,
-            "method 'regmean' chose by 1 held-out calibration samples, expected at least 10",
-        ),
+        "regmean tuned": (CoinWarning, "method 'regmean' chose by 1 held-out calibration samples, expected at"),
     },
     "outputs that overflow": OVERFLOW,
 }
@@ -296,8 +251,4 @@ def test_a_method_gives_a_finite_network_or_names_the_cause(damage: str, name: s
         coded = DAMAGED[name].make(experts, WEIGHTS).network
     assert all(bool(torch.isfinite(tensor).all()) for tensor in coded.parameters())
     said = [str(each.message) for each in told if issubclass(each.category, CoinWarning)]
-    if due is None:
-        assert said == []
-    else:
-        with pytest.warns(due, match=message):
-            warnings.warn(said[0], CoinWarning, stacklevel=1)
+    assert [bool(re.search(message, each)) for each in said[:1]] == [True] * (due is not None)

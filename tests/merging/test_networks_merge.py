@@ -6,7 +6,7 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError
-from coin.merging import Average, Base, Coin, Refit, merge_networks
+from coin.merging import Average, Coin, Refit, merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
 from coin.statistics import fisher_diagonal
 
@@ -49,17 +49,6 @@ def test_averages_are_of_parameters_and_of_statistics(make_expert):
     assert all(same(expert.state_dict(), state) for expert, state in zip(experts, before, strict=True))
 
 
-def test_every_row_of_the_code_gives_a_network_of_its_own(make_expert):
-    experts = [make_expert(1), make_expert(2)]
-    merged = merge_networks(AVERAGE, experts, Code([ROW, [0.5, 0.5]]))
-    assert len(merged) == 2
-    assert same(merged[0].state_dict(), merge_networks(AVERAGE, experts, CODE)[0].state_dict())
-    assert same(merged[1].state_dict(), merge_networks(AVERAGE, experts, Code([[0.5, 0.5]]))[0].state_dict())
-    with torch.no_grad():
-        merged[0].fc.weight.zero_()
-    assert all(bool(network.fc.weight.any()) for network in [merged[1], *experts])
-
-
 def test_keep_takes_the_shared_initialisations_statistics(make_expert):
     experts, initial = [make_expert(1), make_expert(2)], make_expert(3)
     method = Average(batchnorm=BatchNormPolicy.keep)
@@ -72,18 +61,6 @@ def test_keep_takes_the_shared_initialisations_statistics(make_expert):
     for wrong in (Coin, "Coin"):
         with pytest.raises(ConfigurationError, match="expected an object of a method's class"):
             merge_networks(wrong, experts, CODE)
-
-
-def test_recalibrate_estimates_anew_in_the_merged_network(make_expert, batches):
-    experts = [make_expert(1), make_expert(2)]
-    method = Average(batchnorm="recalibrate")
-    (merged,) = merge_networks(method, experts, CODE, calibration=[batches, [-batch for batch in batches]])
-    (wanted,) = merge_networks(AVERAGE, experts, CODE)
-    in_turn = torch.stack([torch.cat(batches), -torch.cat(batches)], 1).flatten(0, 1)
-    recalibrate(wanted, in_turn.split(len(batches[0])))
-    assert same(merged.state_dict(), wanted.state_dict())
-    with pytest.raises(ConfigurationError, match="no calibration inputs, which the merge needs"):
-        merge_networks(method, experts, CODE)
 
 
 def test_a_policy_asks_for_nothing_where_there_is_no_batchnorm():
@@ -100,14 +77,6 @@ def test_statistics_that_are_given_are_those_that_would_be_computed(make_expert,
     (given,) = merge_networks(method, experts, CODE, fishers=fishers)
     (computed,) = merge_networks(method, experts, CODE, calibration=own)
     assert same(given.state_dict(), computed.state_dict())
-
-
-def test_the_base_can_be_kept_in_a_few_bits(make_expert):
-    initial, packed = make_expert(0), Base(compress={"bits": 8, "base_bits": 0})
-    merged = merge_networks(packed, [make_expert(1), make_expert(2)], CODE, initial=initial)
-    (found,) = merged.compressed[0].values()
-    for name, weights in found.network().named_parameters():
-        torch.testing.assert_close(weights, initial.get_parameter(name), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("method", [Average, Refit])

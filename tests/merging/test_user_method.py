@@ -1,28 +1,25 @@
 """Methods of the user's own: how they are called, what they cost, and what is said of what they do wrong."""
 
-import json
 import sys
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from coin.coding import Code
 from coin.errors import CoinError, ConfigurationError
-from coin.merging import Average, Experts, UserMethod, merge_networks
+from coin.merging import Average, Experts, UserMethod
 from coin.networks import NetworkConfig, build_network, save_network
 from coin.networks.experts import ExpertFiles
-from coin.pipeline.options import config_dict, to_config
-from coin.pipeline.steps.merge import coded_name
+from coin.pipeline.options import to_config
 
 EXAMPLES = ("iso_c", "tsv_m")
 ROOT = Path(__file__).parents[2]
 ROW = [0.25, 0.75]
 MODULE = """
 from copy import deepcopy
-import functools
 import torch
 from torch import nn
 
@@ -47,10 +44,6 @@ def passes(experts, calibration):
     student(calibration[0][0]).sum().backward()
     return student
 
-@functools.wraps(first)
-def wrapped(experts, calibration):
-    return first(experts, calibration)
-
 def broken(experts, calibration):
     return experts[2]
 
@@ -59,13 +52,6 @@ def nothing(experts, calibration):
 
 def other(experts, calibration):
     return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 3))
-
-def wider(experts, calibration):
-    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 5))
-
-def infinite(experts, calibration):
-    experts[0][1].bias.data[0] = float("inf")
-    return experts[0]
 
 def infinite_buffer(experts, calibration):
     experts[0][0].running_var[0] = float("nan")
@@ -76,9 +62,6 @@ def tensor(tensors, row, initial, name, layer, scale=1.0):
     tensors[0].mul_(row[0]).add_(row[1] * tensors[1])
     scaled = isinstance(layer, nn.BatchNorm2d) and name == "stem.1.weight"
     return initial.add_(scale * tensors[0]) if scaled else tensors[0]
-
-def flat(tensors):
-    return tensors[0].flatten()[1:]
 
 def no_tensor(tensors):
     return tensors
@@ -102,10 +85,6 @@ def network() -> nn.Sequential:
     made = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
     made[0].running_mean = torch.rand(4)
     return made
-
-
-def key_of(method: UserMethod) -> str:
-    return json.dumps(config_dict(method), sort_keys=True)
 
 
 def experts() -> Experts:
@@ -145,19 +124,6 @@ def test_passes_through_experts_and_their_copies_are_counted() -> None:
     assert given.passes == 6 + 6 + 2 * 6
     network(torch.zeros(5, 4)).sum().backward()
     assert given.passes == 24
-
-
-def test_it_merges_in_memory_beside_others_and_with_networks_that_read_mappings() -> None:
-    given = experts()
-    batches = [[{"x": torch.randn(5, 4)}] for _ in ROW]
-    (made,) = merge_networks(
-        UserMethod("mine.passes"),
-        given.networks,
-        Code([ROW]),
-        calibration=batches,
-        forward=lambda f, batch: f(batch["x"]),
-    )
-    assert torch.equal(made(torch.ones(2, 4)), given.networks[0](torch.ones(2, 4)))
 
 
 @pytest.mark.parametrize("in_files", [False, True])
@@ -205,60 +171,21 @@ def test_a_function_of_tensors_gets_complex_ones_too_and_no_masks() -> None:
     assert made.mask.isinf().all()  # type: ignore[operator, union-attr]
 
 
-def test_it_is_called_by_its_functions_name_or_a_label() -> None:
-    method = UserMethod("mine.told", {"scale": 2.0})
-    assert (method.label, coded_name(method), method.batchnorm) == ("told", "told", "")
-    assert UserMethod("mine.wrapped", label="mine-2").label == "mine-2"
-    options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told", "compress": []}
-    assert to_config(method) == {"class_path": "coin.UserMethod", "init_args": options}
-
-
-def test_a_record_of_it_changes_with_the_source_file_and_the_options(
-    mine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = {
-        key_of(UserMethod("mine.told")),
-        key_of(UserMethod("mine.told", {"scale": 2.0})),
-    }
-    before = UserMethod("mine.told")
-    mine.write_text(MODULE + "\n# changed\n")
-    assert key_of(before) in keys  # the function that was read is still the old one
-    monkeypatch.delitem(sys.modules, "mine")
-    keys.add(key_of(UserMethod("mine.told")))
-    assert len(keys) == 3
-
-
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
         ("mine.merge", {}, r"found function 'mine\.merge', expected the import path of a Python function \(module"),
-        ("theirs.merge", {}, r"found function 'theirs\.merge', expected .*\(No module named 'theirs'\); check the"),
-        ("first", {}, r"found function 'first', expected the import path"),
-        (
-            "mine.number",
-            {},
-            r"found function 'mine\.number', expected a Python function .*\(3 is not a callable object\)",
-        ),
+        ("mine.number", {}, r"found function 'mine\.number', expected a Python function .*\(3 is not a callable obj"),
         ("mine.none", {}, "found label 'none', expected a plain file name: .* not none or oracle"),
-        (
-            "mine.first",
-            {"scale": 1},
-            r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'scale'\)",
-        ),
+        ("mine.first", {"scale": 1}, r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'sc"),
         ("mine.told", {"row": [1]}, "multiple values for keyword argument 'row'"),
         ("textwrap.dedent", {}, "of experts and calibration, or .*too many positional arguments"),
+        (3, {}, "found int as a function, expected one, or its import path"),
     ],
 )
-def test_what_cannot_be_called_is_refused(function: str, options: dict[str, object], message: str) -> None:
+def test_what_cannot_be_called_is_refused(function: Any, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         UserMethod(function, options)
-
-
-def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
-    mine.write_text("def first(:\n")
-    with pytest.raises(ConfigurationError, match="expected the import path of a Python function") as caught:
-        UserMethod("mine.first")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -266,31 +193,15 @@ def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
     [
         ("nothing", r"^function 'mine\.nothing' returned a NoneType, expected a network like the experts"),
         ("other", r"^'the network that mine\.other returned' has a tensor '2\.\w+' too many \(2 in all\)"),
-        (
-            "wider",
-            r"^'the network that mine\.wider returned' has tensor '1\.weight' of shape \[5, 4\], expected \[3, 4",
-        ),
-        ("flat", r"^function 'mine\.flat' returned shape \[3\] for '0\.weight', expected a tensor of shape \[4\]"),
         ("no_tensor", r"^function 'mine\.no_tensor' returned list for '0\.weight', expected a tensor of shape \[4\]"),
-        ("infinite", r"^the coded model of method 'infinite' is not finite: tensor '1\.bias'"),
         ("infinite_buffer", r"^the coded model of method 'infinite_buffer' is not finite: tensor '0\.running_var'"),
     ],
 )
 def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
     with pytest.raises(CoinError, match=message):
         UserMethod(f"mine.{name}").make(experts(), ROW)
-
-
-def test_what_a_function_raises_keeps_its_traceback() -> None:
-    with pytest.raises(IndexError, match="list index out of range"):
+    with pytest.raises(IndexError, match="list index out of range"):  # its own error, with its traceback
         UserMethod("mine.broken").make(experts(), ROW)
-
-
-def test_it_wants_calibration_data_and_a_row_of_the_code() -> None:
-    with pytest.raises(ConfigurationError, match="found no calibration inputs"):
-        UserMethod("mine.first").make(Experts([network(), network()]), ROW)
-    with pytest.raises(ConfigurationError, match="found 1 weights for 2 experts"):
-        UserMethod("mine.first").make(experts(), [1.0])
 
 
 def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,14 +214,8 @@ def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     dropped = UserMethod("notebooks.foreign_methods.dare", {"drop": 0.9}).make(given, ROW).network
     assert (dropped[1].weight == given.source.initial[1].weight).float().mean() > 0.5  # type: ignore[index, union-attr]
     assert given.passes == 0
-
-    def error(coded: nn.Module) -> float:
-        return float((given.run(coded, given.pooled).logits - given.target(ROW)).square().mean())
-
-    options = {"steps": 200, "lr": 0.01, "batch_size": 16}
-    trained = UserMethod("notebooks.foreign_methods.distil", options).make(given, ROW).network
-    assert given.passes == 2 * 16 + 200 * 16 * 3
-    assert error(trained) < 0.2 * error(average)
+    UserMethod("notebooks.foreign_methods.distil", {"steps": 2, "batch_size": 16}).make(given, ROW)
+    assert given.passes == 2 * 16 + 2 * 16 * 3
 
 
 def test_the_singular_vector_examples_are_their_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,12 +241,15 @@ def test_the_singular_vector_examples_are_their_formulas(monkeypatch: pytest.Mon
     parts = [torch.linalg.svd(step, full_matrices=False) for step in steps]
     kept = torch.cat([s[:3] for _, s, _ in parts])  # 6 // 2 of each
     torch.testing.assert_close(torch.linalg.svdvals(found["tsv_m"]), kept.sort(descending=True).values)
-    # The polar factor is the orthonormal matrix with the largest inner product.
-    for side in (torch.cat([u[:, :3].T for u, _, _ in parts]), torch.cat([v[:3] for _, _, v in parts])):
-        values, vectors = torch.linalg.eigh(side @ side.T)
-        nearest = vectors @ torch.diag(values.rsqrt()) @ vectors.T @ side
-        projected = nearest @ found["tsv_m"] if side.shape[1] == 6 else found["tsv_m"] @ nearest.T
-        torch.testing.assert_close(projected.square().sum(), kept.square().sum())
+
+
+def test_its_key_is_of_the_source_that_was_read(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = UserMethod("mine.told")
+    key = before.content_key()
+    mine.write_text(MODULE + "\n# changed\n")
+    assert before.content_key() == key
+    monkeypatch.delitem(sys.modules, "mine")
+    assert UserMethod("mine.told").content_key() != key
 
 
 def test_a_function_is_taken_in_the_place_of_its_import_path() -> None:
@@ -355,5 +263,6 @@ def test_a_function_is_taken_in_the_place_of_its_import_path() -> None:
     made = method.make(given, ROW).network
     assert torch.equal(made[0].weight, given.networks[1][0].weight)
     assert UserMethod(lambda experts, calibration: experts[0]).label == "lambda"  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="found int as a function, expected one, or its import path"):
-        UserMethod(3)  # type: ignore[arg-type]
+    named = UserMethod("mine.told", {"scale": 2.0})
+    options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told", "compress": []}
+    assert to_config(named) == {"class_path": "coin.UserMethod", "init_args": options}
