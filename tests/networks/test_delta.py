@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from coin.networks.delta import EQUAL, HALF, WHOLE, decode, encode, levels, low_rank, pack, quantise, size, unpack
+from coin.networks.delta import EQUAL, HALF, WHOLE, decode, encode, levels, pack, quantise, size, unpack
 
 
 @settings(deadline=None)
@@ -50,12 +50,6 @@ def test_the_levels_are_symmetric_or_have_a_zero():
         assert bool((dense.diff() > 0).all())
         assert dense[-1] == 1
         assert even[2 ** (bits - 1)] == 0
-
-
-def test_the_factors_of_full_rank_are_the_matrix():
-    matrix = torch.randn(12, 30)
-    left, right = low_rank(matrix, 12)
-    torch.testing.assert_close(left.float() @ right.float(), matrix, rtol=0, atol=0.02)
 
 
 def test_what_no_delta_can_hold_is_kept_as_it_is():

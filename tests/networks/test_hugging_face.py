@@ -28,13 +28,11 @@ CONFIGURATIONS = {
     "roberta": transformers.RobertaConfig(**SMALL, vocab_size=30, max_position_embeddings=12, pad_token_id=1),
     # whose head is registered before the encoder
     "xlm_roberta": transformers.XLMRobertaConfig(**SMALL, vocab_size=30, max_position_embeddings=12, pad_token_id=0),
-    "distilbert": transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=30),
     "vit": transformers.ViTConfig(**SMALL, image_size=32, patch_size=8),
     "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
-    "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
 }
 AUTO = ("AutoModelForImageClassification", "AutoModelForSequenceClassification")
-TEXTS = ("bert", "roberta", "xlm_roberta", "distilbert")
+TEXTS = ("bert", "roberta", "xlm_roberta")
 
 
 @pytest.fixture

@@ -57,13 +57,12 @@ def test_reading_a_file_of_pretrained_weights_downloads_nothing(tmp_path, monkey
     assert same(load_network(tmp_path / "net.safetensors").network.state_dict(), network.state_dict())
 
 
-def test_a_file_of_something_else_is_no_network(tmp_path):
+def test_tensors_of_another_architecture_or_class_count_are_named(tmp_path, small_config, saved):
     save_state(tmp_path / "fisher.safetensors", {"weight": torch.ones(2)}, {"statistic": "fisher"})
     with pytest.raises(FileError, match=r"fisher\.safetensors' holds no network"):
         load_network(tmp_path / "fisher.safetensors")
-
-
-def test_tensors_of_another_architecture_or_class_count_are_named(tmp_path, small_config):
+    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\]"):
+        initial_network(replace(small_config, options={"width": 8}), 3, saved)
     network = build_network(small_config, 3)
     path = tmp_path / "net.safetensors"
     save_network(path, network, small_config, 4, {})
@@ -79,24 +78,12 @@ def test_tensors_of_another_architecture_or_class_count_are_named(tmp_path, smal
         fill_network(network, {**network.state_dict(), "extra": torch.ones(1)}, "mine")
 
 
-@pytest.mark.parametrize("form", ["plain.safetensors", "state.pt", "wrapped.pt"])
-def test_weights_are_read_from_all_that_people_have(tmp_path, small_config, form):
-    state = build_network(small_config, 3, seed=4).state_dict()
-    path = tmp_path / form
-    if form == "plain.safetensors":
-        save_file(state, path)
-    elif form == "state.pt":
-        torch.save(state, path)
-    else:
-        torch.save({"state_dict": state, "epoch": 3}, path)
-    assert same(read_weights(path), state)
-
-
-@pytest.mark.parametrize("prefix", ["network.", "model.", "module.", "net._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "network.", "module.", "net._orig_mod."])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_what_stands_before_all_names_is_dropped(small_config, tmp_path, prefix, suffix):
     network = build_network(small_config, 3, seed=4)
-    state = {**{prefix + name: value for name, value in network.state_dict().items()}, "loss.scale": torch.ones(1)}
+    state = {prefix + name: value for name, value in network.state_dict().items()}
+    state |= {"loss.scale": torch.ones(1)} if prefix else {}
     path = tmp_path / f"expert.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
     assert same(import_checkpoint(small_config, 3, path).state_dict(), network.state_dict())
@@ -127,12 +114,10 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", ["missing", "empty", "truncated", "list", "numbers", "damaged.safetensors"])
+@pytest.mark.parametrize("content", ["missing", "truncated", "list", "numbers", "damaged.safetensors"])
 def test_unreadable_weights_are_one_line(tmp_path, content):
     path = tmp_path / (content if "." in content else f"{content}.pt")
-    if content == "empty":
-        path.touch()
-    elif content == "damaged.safetensors":
+    if content == "damaged.safetensors":
         path.write_bytes(b"\x08")
     elif content != "missing":
         torch.save({"truncated": {"a": torch.ones(999)}, "list": [torch.ones(1)], "numbers": {"a": 1}}[content], path)
@@ -173,13 +158,6 @@ def test_fewer_classes_start_from_the_first_rows_of_the_widest_head(small_config
     fewer = initial_network(small_config, 2, checkpoint, seed=5, wider=tmp_path / "wide.safetensors").state_dict()
     for name, tensor in wide.state_dict().items():
         assert torch.equal(fewer[name], tensor[:2] if name.startswith("fc.") else tensor)
-
-
-def test_a_base_of_another_architecture_is_refused_by_name(small_config, saved):
-    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\]"):
-        initial_network(replace(small_config, options={"width": 8}), 3, saved)
-    with pytest.raises(FileError, match="found no file"):
-        initial_network(small_config, 3, saved.with_name("other.safetensors"))
 
 
 def test_a_widened_network_answers_zero_for_the_added_classes_and_the_same_for_the_others(saved, images):

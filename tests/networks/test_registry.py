@@ -14,7 +14,6 @@ from coin.networks.heads import replace_head
 FAMILIES = [
     ("small_resnet", 32, "fc", 256),
     ("small_vit", 32, "heads.head", 128),
-    ("resnet18", 32, "fc", 512),
     ("mobilenet_v2", 32, "classifier.1", 1280),
     ("mobilenet_v3_small", 32, "classifier.3", 1024),
     ("squeezenet1_1", 64, "classifier.1", 512),
@@ -24,8 +23,6 @@ FAMILIES = [
     ("swin_t", 32, "head", 768),
     ("googlenet", 64, "fc", 1024),
     ("efficientnet_b0", 32, "classifier.1", 1280),
-    ("shufflenet_v2_x0_5", 32, "fc", 1024),
-    ("mnasnet0_5", 32, "classifier.1", 1280),
     ("regnet_y_400mf", 32, "fc", 440),
     ("alexnet", 64, "classifier.6", 4096),
 ]
@@ -48,12 +45,6 @@ def test_every_family_has_a_head_of_the_wanted_classes_and_its_features(name, si
         check_head(network, features, logits)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_no_auxiliary_logits_while_training(name):
-    network = build_network(NetworkConfig(name, 96), 3).train()
-    assert network(torch.zeros(2, 3, 96, 96)).shape == (2, 3)
-
-
 def test_names_are_torchvisions_classifiers_and_our_own():
     for name in ("small_resnet", "resnet50", "vit_b_16", "maxvit_t", "regnet_y_128gf"):
         assert NetworkConfig(name).reads == "images"
@@ -69,7 +60,6 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
     ("arguments", "classes", "message"),
     [
         (("resnet5O",), 3, r"found network.name 'resnet5O' \(did you mean resnet50\?\)"),
-        (("qqqqqqq",), 3, r"torchvision\.models\.list_models"),
         (("resnet50", 32, "IMAGENET1K_V3"), 3, "expected IMAGENET1K_V1, IMAGENET1K_V2, a file .* or null for resnet50"),
         (
             ("small_resnet", 32, "IMAGENET1K_V1"),
@@ -78,7 +68,6 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
         ),
         (("resnet18", 0), 3, r"network\.image_size 0, expected at least 1 pixel"),
         (("resnet18", 32, None, {"bogus": 1}), 3, "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
-        (("vit_b_16", 33), 3, "images of size 33"),
         (("small_resnet", 32, None, {"width": 0}), 3, "found width=0, expected at least 1 channel"),
         *((("small_vit", 32, None, {o: n}), 3, "cannot build small_vit for images of size 32") for o, n in INDIVISIBLE),
         (("resnet18", 32), 0, "found 0 classes, expected at least 1"),
@@ -131,12 +120,11 @@ def test_pretrained_weights_with_auxiliary_heads_read_back_as_the_same_function(
     inputs = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(plain(inputs), network(inputs))
-    assert network.train()(inputs).shape == (2, 5)
+    assert network.train()(inputs).shape == plain.train()(inputs).shape == (2, 5)  # no auxiliary logits
 
 
-@pytest.mark.parametrize("name", ["small_resnet", "mobilenet_v3_small"])
-def test_the_seed_alone_decides_the_weights_and_the_global_generator_is_left_alone(name):
-    config = NetworkConfig(name, 32)
+def test_the_seed_alone_decides_the_weights_and_the_global_generator_is_left_alone():
+    config = NetworkConfig("mobilenet_v3_small", 32)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = build_network(config, 4, seed=5).state_dict()

@@ -17,9 +17,8 @@ from coin.merging.average import average_parameters
 from coin.merging.coin import coin_parameters
 from coin.reporting.results import NUMBERS, Row, read_results, write_results
 
-FEW = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
 SEEDS = st.integers(0, 2**31)
 
 
@@ -138,9 +137,7 @@ def test_every_entry_of_a_merge_lies_between_the_experts(experts: int, seed: int
 
 @FEW
 @given(st.integers(1, 4), SEEDS, st.data())
-def test_a_weighted_sum_of_equal_states_is_that_state_to_the_last_bit(
-    count: int, seed: int, data: st.DataObject
-) -> None:
+def test_a_weighted_sum_of_equal_states_is_that_state(count: int, seed: int, data: st.DataObject) -> None:
     (state,) = states(seed, 1)
     total = weighted_sum([state] * count, data.draw(convex_rows(count)))
     assert fingerprint(total) == fingerprint(state)
