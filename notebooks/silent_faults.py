@@ -23,7 +23,7 @@ from coin.coding import Answers, make_decoder
 from coin.data import TaskData
 from coin.data.calibration import Calibration
 from coin.data.tasks import Tasks, task_with
-from coin.evaluation.servers import server_answers
+from coin.evaluation.scores import server_answers
 from coin.files.yaml import read_yaml
 from coin.modules import Coded
 from coin.networks import load_network

@@ -1,6 +1,6 @@
 """The test images shown in reports: a fixed random draw, independent of the results."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,10 @@ SIDE = 96
 """The largest side of a kept image in pixels."""
 
 
-@dataclass(frozen=True)
-class KeptSamples:
-    """Test samples of one task, in a random order: images are uint8 ``[n, 3, H, W]``.
+class KeptSamples(NamedTuple):
+    """Test samples of one task in a random order: images uint8 ``[n, 3, H, W]``, and ``[n]`` their positions in it.
 
-    `position` in the test set, the expert's and the true classes are ``[n]``; the classes decoded in K ways are ``[n,
-    K]``.
+    The expert's and the true classes are ``[n]``, the classes decoded in K ways ``[n, K]``.
     """
 
     images: Tensor
@@ -53,18 +51,12 @@ class ExampleSamples(Metric):
         """Add a batch: the networks' inputs ``[B, 3, S, S]``, `decoded` ``[B, K]``, all others ``[B]``."""
         rows = self.row_of[positions.cpu()]
         chosen = torch.nonzero(rows < len(self.answers)).flatten()
-        if len(chosen) == 0:
-            return
-        rows = rows[chosen].to(self.answers.device)
-        answers = torch.column_stack([expert, labels, decoded]).to(self.answers)
-        self.answers[rows] = answers[chosen.to(answers.device)]
-        self.images[rows] = to_image(inputs[chosen.to(inputs.device)], self.side).to(self.images)
+        if len(chosen):
+            rows, answers = rows[chosen].to(self.answers.device), torch.column_stack([expert, labels, decoded])
+            self.answers[rows] = answers[chosen.to(answers.device)].to(self.answers)
+            self.images[rows] = to_image(inputs[chosen.to(inputs.device)], self.side).to(self.images)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return the states; see `kept`."""
-        return {"answers": self.answers, "images": self.images}
-
-    def kept(self) -> KeptSamples:
-        """Return the samples kept over all processes."""
-        answers, images = (value.cpu() for value in self.compute().values())
-        return KeptSamples(images, self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])
+    def compute(self) -> KeptSamples:
+        """Return the samples kept over all processes, in the CPU's memory."""
+        answers = self.answers.cpu()
+        return KeptSamples(self.images.cpu(), self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])

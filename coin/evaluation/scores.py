@@ -2,102 +2,110 @@
 
 import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
+from coin.coding.decoder_config import REPLICA
 from coin.coding.decoders import Head
 from coin.coding.metrics import DecodingAccuracy, Residual
-from coin.core.progress import tracked
-from coin.evaluation.variants import Variant
+from coin.core.batches import Batch
+from coin.errors import CoinWarning, HeadError
+from coin.evaluation.variants import Replica, Variant
+from coin.networks import linear_heads, run_network
 from coin.statistics.guard import disable_tf32
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), disable_tf32():
+        yield
+
+
+def server_answers(
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = ()
+) -> Answers:
+    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
+    servers = [None if index in idle else network for index, network in enumerate((*experts, *coded))]
+    runs = [None if network is None else run_network(network, inputs, features) for network in servers]
+    return Answers.of_servers(runs, len(experts))
+
+
+def with_heads(
+    decoders: list[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch, needed: bool
+) -> tuple[list[DecoderConfig], list[Head] | None]:
+    """Return the decoders, and the experts' heads on the CPU if one of them needs these.
+
+    Where heads are not linear (`linear_heads`), expert_head is left out with a warning, unless it is needed.
+    """
+    if not any(config.kind is DecoderKind.expert_head for config in decoders):
+        return decoders, None
+    try:
+        return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
+    except HeadError as error:
+        if needed:
+            raise
+        warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
+        return [config for config in decoders if config.kind is not DecoderKind.expert_head], None
+
+
+class Scores(DecodingAccuracy):
+    """`DecodingAccuracy`, with counts of the expert's class by the answered one, ``confusion`` ``[C_j, C_j]``."""
+
+    confusion: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.classes = num_classes
+        self.add_state("confusion", torch.zeros(num_classes**2, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> None:
+        """Add a batch; see `DecodingAccuracy`."""
+        super().update(decoded, expert, labels, accepted)
+        own, answered = (logits[:, : self.classes].argmax(1) for logits in (expert, decoded))
+        counts = torch.bincount(own * self.classes + answered, minlength=self.classes**2)
+        self.confusion += counts.to(self.confusion.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return all numbers, and the counts."""
+        return {**super().compute(), "confusion": self.confusion.view(self.classes, self.classes)}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results for one lost expert, under one erasure, with one variant and one decoder.
+    """The results for one lost expert, with one variant and decoder.
 
     Attributes:
-        erased: The lost tasks; `task`, the one whose expert was decoded, on whose test set.
-        expert_accuracy: See `DecodingAccuracy`, also for the next five.
-        residual: See `Residual`, on the test set; NaN without coded models.
-        decoder_seconds: The wall time of fitting the decoder, including its share of running the networks.
-        decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
-            variant on every sample that the decoder reads.
-        confusion: Counts ``[C_j, C_j]``, the expert's class by the decoded class.
-        memory_mib: Kept beyond the experts' own servers, in MiB: coded models, and what all erasures' decoders keep.
-        forwards: Networks run for one lost answer; `losses`, the most experts that may be lost at once.
-        promise: The score up to which answers are accepted; None if no promise was requested.
+        columns: Those of ``results.csv`` but for the experiment's and the seed's.
+        confusion: Counts of the expert's class by the decoded class ``[C_j, C_j]``.
+        promise: None if none was requested; else `coverage` and `found` say how it turned out.
     """
 
-    variant: Variant
-    decoder: str
-    erased: tuple[str, ...]
-    task: str
-    expert_accuracy: float
-    decoded_accuracy: float
-    nda: float
-    agreement: float
+    columns: dict[str, Any]
+    confusion: NDArray[np.int64]
     coverage: float
     found: float
-    residual: float
-    decoder_seconds: float
-    decoder_passes: float
-    confusion: NDArray[np.int64]
-    memory_mib: float
-    forwards: float
-    losses: float
     promise: Promise | None = None
-
-
-class Scores:
-    """The totals of a stand-in's answers for an expert of so many classes, on that expert's own test set."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.accuracy, self.confusion = DecodingAccuracy(num_classes), MulticlassConfusionMatrix(num_classes)
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that hold the totals."""
-        return self.accuracy, self.confusion
-
-    def update(self, answer: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> Tensor:
-        """Add a batch: the stand-in's and the expert's logits ``[B, C]``, the true classes and which are accepted.
-
-        Returns the answered classes ``[B]``.
-        """
-        self.accuracy.update(answer, expert, labels, accepted)
-        classes: Tensor = answer[:, : self.num_classes].argmax(1)
-        self.confusion.update(classes, expert[:, : self.num_classes].argmax(1))
-        return classes
-
-    def results(self) -> dict[str, Any]:
-        """Return the fields of an `Outcome` that are measured on the test set, but the residual."""
-        numbers = {name: float(value) for name, value in self.accuracy.compute().items()}
-        return {**numbers, "confusion": self.confusion.compute().cpu().numpy().astype(np.int64)}
 
 
 @dataclass(eq=False)
 class FittedDecoder:
-    """A decoder of the coded system with the index `variant`, with the scores by lost expert.
-
-    `fit_seconds` is the wall time of the fit for one erasure, `network_seconds` one network's on a sample.
-    """
+    """A decoder of the coded system with the index `variant`, its scores by lost expert, and the fit's wall time."""
 
     decoder: Decoder
     scores: dict[int, Scores]
     variant: int
-    fit_seconds: float = 0.0
-    network_seconds: float = 0.0
+    seconds: float = 0.0
 
     def decodes(self, erased: Sequence[int]) -> bool:
         """Return whether this is the decoder for the loss of these experts."""
@@ -107,11 +115,7 @@ class FittedDecoder:
 class Evaluation:
     """Variants with their decoders, one for every erasure; one that reads no survivor is for all experts at once.
 
-    Args:
-        variants: The coded systems and references.
-        configs: The decoders, for the variants that they apply to.
-        class_counts: Every expert's number of classes.
-        heads: The experts' heads, if a decoder needs them.
+    `configs` are used for the variants that they apply to; `heads` are the experts', if a decoder needs them.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class Evaluation:
         configs: Sequence[DecoderConfig],
         class_counts: Sequence[int],
         heads: Sequence[Head] | None = None,
+        replicas: Sequence[Replica] = (),
     ) -> None:
         self.variants, self.configs, self.class_counts = list(variants), list(configs), list(class_counts)
         self.fitted: list[FittedDecoder] = []
@@ -131,37 +136,41 @@ class Evaluation:
         self.residuals = {
             index: [Residual() for _ in class_counts] for index, each in enumerate(self.variants) if not each.is_none
         }
+        self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
+        self.network_seconds = 0.0
 
     def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
         """Fit every decoder on all servers' answers to calibration inputs, for each of which a network took so long."""
+        self.network_seconds = network_seconds
         if any(each.decoder.config.kind is DecoderKind.feature_ridge for each in self.fitted):
             answers = answers.with_kernels()
-        for each in tracked(self.fitted, "fitting decoders"):
+        for each in self.fitted:
             seen, started = self.variants[each.variant].seen(answers), time.perf_counter()
             each.decoder.fit(seen)
             losses = 1 if each.decoder.config.reads_survivors else len(each.decoder.erased)
-            each.fit_seconds, each.network_seconds = (time.perf_counter() - started) / losses, network_seconds
+            each.seconds = (time.perf_counter() - started) / losses
 
+    @_full_precision()
     def promise(self, answers: Answers, alpha: float, confidence: float) -> None:
         """Set up to which score answers are accepted, by all servers' answers to new inputs; see `Decoder.accept`."""
-        with torch.autocast("cpu", enabled=False), disable_tf32():
-            for each in tracked(self.fitted, "promising"):
-                each.decoder.accept(self.variants[each.variant].seen(answers), alpha, confidence, self.class_counts)
+        for each in self.fitted:
+            each.decoder.accept(self.variants[each.variant].seen(answers), alpha, confidence, self.class_counts)
 
+    @_full_precision()
     def update(self, task: int, answers: Answers, labels: Tensor) -> dict[FittedDecoder, Tensor]:
         """Score what is decoded of a batch of one task's test set; return every decoder's classes ``[B]``."""
         classes, width = {}, self.class_counts[task]
-        with torch.autocast("cpu", enabled=False), disable_tf32():
-            seen = [variant.seen(answers) for variant in self.variants]
-            for index, residuals in self.residuals.items():
-                target = self.variants[index].code.encode(answers.experts)
-                residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
-            for each in self.fitted:
-                if task in each.scores:
-                    decoded = each.decoder.decode(seen[each.variant])[each.decoder.erased.index(task)]
-                    is_promised = task in each.decoder.promises
-                    accepted = each.decoder.accepted(task, answer_score(decoded[:, :width])) if is_promised else None
-                    classes[each] = each.scores[task].update(decoded, answers.experts[task], labels, accepted)
+        seen = [variant.seen(answers) for variant in self.variants]
+        for index, residuals in self.residuals.items():
+            target = self.variants[index].code.encode(answers.experts)
+            residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
+        for each in self.fitted:
+            if task in each.scores:
+                decoded = each.decoder.decode(seen[each.variant])[each.decoder.erased.index(task)]
+                is_promised = task in each.decoder.promises
+                accepted = each.decoder.accepted(task, answer_score(decoded[:, :width])) if is_promised else None
+                each.scores[task].update(decoded, answers.experts[task], labels, accepted)
+                classes[each] = decoded[:, :width].argmax(1)
         return classes
 
     def alone(self, task: int) -> list[FittedDecoder]:
@@ -169,42 +178,41 @@ class Evaluation:
         return [each for each in self.fitted if each.decodes((task,))]
 
     def outcomes(self, tasks: Sequence[str]) -> list[Outcome]:
-        """Return the results, erasure by erasure, given the tasks' names."""
+        """Return the results, erasure by erasure and then the replicas', given the tasks' names."""
         residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
-        return [
-            Outcome(
-                variant=variant,
-                decoder=config.name,
-                erased=tuple(tasks[lost] for lost in erased),
-                task=tasks[expert],
-                residual=residuals[index][expert] if index in residuals else math.nan,
-                promise=each.decoder.promises.get(expert),
-                **each.scores[expert].results(),
-                **self._costs(each, erased),
-            )
-            for index, variant in enumerate(self.variants)
-            for erased in variant.erasures()
-            for config in variant.decoders(self.configs)
-            for each in self.fitted
-            if (each.variant, each.decoder.config) == (index, config) and each.decodes(erased)
-            for expert in erased
-        ]
-
-    def _costs(self, fitted: FittedDecoder, erased: Sequence[int]) -> dict[str, Any]:
-        """Return what the fit took, and what must be kept with the decoders for all erasures."""
-        variant, decoder = self.variants[fitted.variant], fitted.decoder
-        passes = float(decoder.passes(len(variant.networks), erased)) if decoder.needs_fit else 0.0
-        seconds = fitted.fit_seconds + fitted.network_seconds * passes if decoder.needs_fit else 0.0
-        same = [each.decoder for each in self.fitted if each.variant == fitted.variant]
-        kept = sum(each.nbytes for each in same if each.config == decoder.config)
-        return {
-            "decoder_seconds": seconds,
-            "decoder_passes": passes,
-            **variant.costs(decoder.config, kept, len(erased)),
-        }
+        found = []
+        for index, variant in enumerate(self.variants):
+            for erased, config in product(variant.erasures(), variant.decoders(self.configs)):
+                own = [e for e in self.fitted if (e.variant, e.decoder.config) == (index, config)]
+                (fitted,) = (each for each in own if each.decodes(erased))
+                passes = fitted.decoder.passes(len(variant.networks), erased)
+                told = {
+                    "decoder": config.name,
+                    "erased": "+".join(tasks[lost] for lost in erased),
+                    "decoder_seconds": fitted.seconds + self.network_seconds * passes if passes else 0.0,
+                    "decoder_passes": float(passes),
+                    **variant.costs(config, sum(each.decoder.nbytes for each in own), len(erased)),
+                }
+                for j in erased:
+                    told |= {"task": tasks[j], "residual": residuals[index][j] if index in residuals else math.nan}
+                    found.append(_outcome(variant, told, fitted.scores[j], fitted.decoder.promises.get(j)))
+        for (variant, j, _), scores in self.replicas:  # one runs alone, and all experts may be lost
+            told = {"decoder": REPLICA, "erased": tasks[j], "task": tasks[j], "residual": math.nan, "forwards": 1}
+            told |= {"decoder_seconds": 0.0, "decoder_passes": 0.0, "losses": len(tasks)}
+            found.append(_outcome(variant, told | {"memory_mib": variant.memory / 2**20}, scores))
+        return found
 
     @property
     def metrics(self) -> list[Metric]:
         """All metrics that hold totals."""
+        scores = [scores for each in self.fitted for scores in each.scores.values()]
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        return [*residuals, *(m for each in self.fitted for scores in each.scores.values() for m in scores.metrics)]
+        return [*residuals, *scores, *(scores for _, scores in self.replicas)]
+
+
+def _outcome(variant: Variant, told: dict[str, Any], scores: Scores, promise: Promise | None = None) -> Outcome:
+    numbers: dict[str, Any] = dict(scores.compute())
+    confusion = numbers.pop("confusion").cpu().numpy()
+    numbers = {name: float(value) for name, value in numbers.items()}
+    coverage, found = numbers.pop("coverage"), numbers.pop("found")
+    return Outcome({**variant.columns, **told, **numbers}, confusion, coverage, found, promise)

@@ -1,16 +1,17 @@
-"""The coded systems under evaluation: coded models read from files, and the references."""
+"""The coded systems under evaluation: coded models and replicas read from files, and the references."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind
+from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
-from coin.networks import BatchNormPolicy, load_network, nbytes_together
+from coin.networks import BatchNormPolicy, load_network, nbytes_together, pad_head
 
 NONE = "none"
 ORACLE = "oracle"
@@ -20,17 +21,10 @@ ORACLE = "oracle"
 class Variant:
     """One coded system under evaluation: a merge method with its options, or one of the two references.
 
-    Attributes:
-        method: Its name in the results; `kind`, the method's own, None if its file does not have it.
-        code: The code; references have one too.
-        batchnorm: Its BatchNorm policy, with the selected one after a colon for ``auto`` (``auto:recalibrate``); empty
-            if it does not apply.
-        networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
-        samples_per_task: P, the calibration samples of each task used to make it, or None.
-        seconds: The wall time of making it; `passes` is its cost in forward-equivalents.
-        chosen: The options chosen for each coded model, as recorded in its file; empty if there was no choice.
-        memory: The bytes of its coded models as stored, with the base of compressed ones.
-        lost: The erasures to measure; by default all that the code can decode.
+    `networks` are its coded models among all of the evaluation, none for the references; `chosen` is what was chosen
+    for each, `kind` the method's own name, `memory` the bytes of the coded models as stored, with the base of
+    compressed ones; `lost` are the erasures to measure, by default all that the code can decode. The rest is as in
+    ``results.csv``; `samples_per_task` is None where none were used.
     """
 
     method: str
@@ -44,6 +38,18 @@ class Variant:
     kind: str | None = None
     memory: float = 0
     lost: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What ``results.csv`` says of it."""
+        return {
+            "method": self.method,
+            "batchnorm": self.batchnorm,
+            "code_row": "+".join(str(row) for row in range(len(self.networks))),
+            "samples_per_task": self.samples_per_task,
+            "merge_seconds": self.seconds,
+            "merge_passes": self.passes,
+        }
 
     @property
     def is_none(self) -> bool:
@@ -93,6 +99,14 @@ class Variant:
         return [erased for erased in every if not self.is_none or len(erased) < self.code.num_experts]
 
 
+class Replica(NamedTuple):
+    """The compressed copy of the expert of one task; `variant` has the costs of all copies of its label."""
+
+    variant: Variant
+    task: int
+    network: nn.Module
+
+
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Read coded models, and group the rows of each code into a variant.
 
@@ -101,12 +115,12 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
-    for index, (path, file) in enumerate(zip(paths, files, strict=True)):
+    for index, file in enumerate(files):
         made = file.provenance
         if "code" not in made:
-            raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
+            raise FileError(f"'{file.path}' is no coded model, expected a file that coin merge wrote")
         if made["experts"] != list(fingerprints):
-            raise FileError(f"'{path}' was made from other experts, or in another order; run coin merge again")
+            raise FileError(f"'{file.path}' was made from other experts, or in another order; run coin merge again")
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():
@@ -136,3 +150,24 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
             )
         )
     return [file.network for file in files], variants
+
+
+def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:
+    """Read compressed experts, with the total cost and memory of each label; logits are padded to `width`.
+
+    Raises FileError where a file is missing or damaged, or not a copy of an expert with one of the `fingerprints`.
+    """
+    groups: dict[str, list[Any]] = {}
+    for file in map(load_network, paths):
+        if file.provenance.get("of") not in fingerprints:
+            raise FileError(f"'{file.path}' is not a compressed copy of these experts; compress them again")
+        groups.setdefault(str(file.provenance.get("label", REPLICA)), []).append(file)
+    found = []
+    for label, own in groups.items():
+        seconds = sum(float(file.provenance["seconds"]) for file in own)
+        chosen, memory = (own[0].provenance["compression"],), nbytes_together(own)
+        variant = Variant(label, code, seconds=seconds, chosen=chosen, kind=REPLICA, memory=memory)
+        for file in own:
+            task = fingerprints.index(file.provenance["of"])
+            found.append(Replica(variant, task, pad_head(file.network, width)))
+    return found

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
-from coin.core.batches import Batch, Forward, adapted, as_input, clone
-from coin.errors import ConfigurationError, DataError, FileError
-from coin.evaluation.servers import num_classes, server_answers
+from coin.core.batches import Batch, Forward, adapted, as_input, clone, take
+from coin.errors import ConfigurationError, DataError, FileError, StateError
+from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
-from coin.modules.coded_file import SystemFile, all_tensors, load_system, save_system
+from coin.modules.coded_file import SystemFile, all_tensors
 from coin.networks import linear_heads, load_network
 from coin.networks.heads import of_one_width
 from coin.reporting.results import RESULTS_CSV, check_current, read_results, requested_policy
@@ -42,8 +42,15 @@ class Coded(LightningModule):
         forward: (network, inputs) → logits ``[B, C]``, for networks that are not called with one tensor; inputs may
             then also be mappings of tensors.
 
-    Raises:
-        ConfigurationError: The numbers of experts or coded models do not fit the code.
+    Attributes:
+        decoders: The fitted ones by the lost experts; the last is taken by default.
+        classes: How many classes every expert has, once there were inputs.
+        method: Of a run (`from_run`), the merge method; `batchnorm`, the requested BatchNorm policy.
+        results: Of a run, the rows of ``results.csv`` with this method and decoder.
+        class_names: Of a run, those of every expert.
+        files: Of a run, the networks' files, the experts' first.
+
+    Raises ConfigurationError where the numbers of experts or coded models do not fit the code.
 
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code))
@@ -82,17 +89,11 @@ class Coded(LightningModule):
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
-        """The fitted decoders by the lost experts; `decode` takes the last by default."""
         self.classes: list[int] | None = None
-        """How many classes every expert has of its own, once it is known."""
-        self.class_names: list[list[str]] | None = None
-        """Their names, of a run."""
         self.method = self.batchnorm = ""
-        """The method and the requested BatchNorm policy whose coded models these are, of a run."""
         self.results: pd.DataFrame | None = None
-        """The rows of a run's ``results.csv`` with this method and decoder."""
+        self.class_names: list[list[str]] | None = None
         self.files: tuple[Path, ...] = ()
-        """The networks' files in a run, the experts' first."""
         self._checked_heads = False  # whether logits are known to be the heads' of the features
         self.training = False
 
@@ -158,7 +159,8 @@ class Coded(LightningModule):
         decoder = make_decoder(kind, self.code, erased)
         batches = _batches(calibration)
         first = list(islice(batches, 1))
-        self._count_classes(*first)
+        for batch in first:
+            self.count_classes(batch)
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
         if decoder.needs_fit:
@@ -202,19 +204,17 @@ class Coded(LightningModule):
         Args:
             alpha: α, the largest probability of a difference, in (0, 1).
             confidence: The probability that the promise holds, in (0, 1).
-            inputs: New inputs, in batches as for `fit_decoder`, distributed like the queries and not used to fit
-                anything. All experts run on them.
+            inputs: Batches of new inputs, distributed like the queries and not used to fit anything.
             erased: The lost experts; those of the last `fit_decoder` by default.
-            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone; None
-                takes every input for all.
+            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone.
 
         Returns:
             A promise for each lost expert. If none can be given, none of its decoded answers are accepted.
         """
         decoder, lost = self._decoder_of(erased)
         batches = list(_batches(inputs))
-        self._count_classes(*batches[:1])
         parts = [self._answers_for(decoder, batch, learning=True) for batch in batches]
+        self.count_classes(batches[0])
         promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
         return [promises[expert] for expert in lost]
 
@@ -227,8 +227,8 @@ class Coded(LightningModule):
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file."""
         experts = [fingerprint(expert.state_dict()) for expert in self.experts]
-        decoders, coded = list(self.decoders.values()), list(self.coded)
-        save_system(Path(path), self.code, self.names, self.classes, decoders, coded, experts)
+        coded = [all_tensors(network) for network in self.coded]
+        SystemFile(self.code, self.names, self.classes, list(self.decoders.values()), experts, coded).save(Path(path))
 
     @classmethod
     def load(
@@ -250,14 +250,13 @@ class Coded(LightningModule):
             FileError: The file is missing, damaged or holds something else.
             StateError: The experts are not those that the system was saved with, or tensors do not fit.
         """
-        return cls._of_file(load_system(Path(path)), experts, coded, forward)
+        return cls._of_file(SystemFile.load(Path(path)), str(path), experts, coded, forward)
 
     @classmethod
     def from_run(cls, folder: str | Path, method: str | None = None, decoder: str | None = None) -> Self:
         """Return a coded system that an experiment has evaluated, with its decoders and promises.
 
-        It has the attributes `method`, `batchnorm`, `results`, `files` and `class_names` too. A decoder that needs no
-        survivor is one for the loss of all experts, and decodes any.
+        A decoder that needs no survivor is one for the loss of all experts, and decodes any.
 
         Args:
             folder: An experiment's folder, whose first seed is taken, or a seed's.
@@ -277,16 +276,31 @@ class Coded(LightningModule):
                 "experiment or of one seed; make it with `coin run`"
             )
         check_current(seed)
-        made = {path.stem: load_provenance(path) for path in sorted((seed / "systems").glob("*.safetensors"))}
-        names = {(each["method"], each["batchnorm"]): name for name, each in made.items()}
-        variant, rows = _chosen_rows(read_results(seed), names, method, decoder)
-        file = load_system(seed / "systems" / f"{variant}.safetensors")
-        experts = [seed / "experts" / name / "expert.safetensors" for name in file.names]
-        opened = [load_network(each) for each in experts]
-        file.decoders = [each for each in file.decoders if each.config.name == rows["decoder"].iloc[0]]
-        system = cls._of_file(file, [each.network for each in opened])
-        system.method, system.batchnorm, system.results = made[variant]["method"], made[variant]["batchnorm"], rows
-        system.files = (*experts, *file.coded_files)
+        frame = read_results(seed)
+        found: dict[tuple[Path, str], pd.DataFrame] = {}
+        policies = frame["batchnorm"].map(requested_policy)
+        for path in sorted((seed / "systems").glob("*.safetensors")):
+            made = load_provenance(path)
+            own = frame[(frame["method"] == made["method"]) & (policies == made["batchnorm"])]
+            found |= {(path, str(name)): rows for name, rows in own.groupby("decoder", sort=False)}
+        wanted = [
+            (path, name)
+            for (path, name), rows in found.items()
+            if decoder in (None, name) and method in (None, rows["method"].iloc[0], path.stem)
+        ]
+        if not wanted:
+            known = ", ".join(f"{path.stem} with {name}" for path, name in found) or "none"
+            raise ConfigurationError(
+                f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected one that '{seed}' has "
+                f"results and systems of: {known}"
+            )
+        path, name = max(wanted, key=lambda key: float(found[key]["decoded_accuracy"].mean()))
+        file = SystemFile.load(path)
+        file.decoders = [each for each in file.decoders if each.config.name == name]
+        opened = [load_network(seed / "experts" / task / "expert.safetensors") for task in file.names]
+        system = cls._of_file(file, str(path), [each.network for each in opened])
+        system.method, system.batchnorm = file.told["method"], file.told["batchnorm"]
+        system.results, system.files = found[path, name], (*(each.path for each in opened), *file.coded_files)
         system.class_names = [list(map(str, e.provenance.get("classes") or range(e.num_classes))) for e in opened]
         return system
 
@@ -294,17 +308,21 @@ class Coded(LightningModule):
     def _of_file(
         cls,
         file: SystemFile,
+        path: str,
         experts: Sequence[nn.Module],
         coded: Sequence[nn.Module] | None = None,
         forward: Forward | None = None,
     ) -> Self:
-        file.check_experts(experts)
+        for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=False)):
+            if fingerprint(expert.state_dict()) != expected:
+                told = f"expert {place} is not the one that '{path}' was saved with"
+                raise StateError(f"{told}; give those experts, or make the system anew")
         if file.coded_files:
             coded = [load_network(each).network for each in file.coded_files]
         networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in file.coded]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
-            check_same_layout([all_tensors(network), own], ["the network", f"coded model {row} of '{file.path}'"])
+            check_same_layout([all_tensors(network), own], ["the network", f"coded model {row} of '{path}'"])
             fill(network, own)
         system.decoders, system.classes = {decoder.erased: decoder for decoder in file.decoders}, file.classes
         return system
@@ -344,10 +362,14 @@ class Coded(LightningModule):
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
         return self.answers(inputs, features=decoder.config.reads_features, erased=idle, silent=[*silent])
 
-    def _count_classes(self, inputs: Any = None) -> None:
-        """Tell every expert's number of classes, once there are inputs."""
-        if self.classes is None and inputs is not None:
-            self.classes = [num_classes(expert, inputs) for expert in self.experts]
+    @torch.no_grad()
+    def count_classes(self, inputs: Any) -> list[int]:
+        """Return every expert's number of logits, and keep it as `classes`."""
+        if self.classes is None:
+            with eval_mode(self.experts):
+                each = [(expert, take(as_input(inputs, expert), slice(0, 1))) for expert in self.experts]
+                self.classes = [expert(sample).shape[1] for expert, sample in each]
+        return self.classes
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
@@ -360,27 +382,3 @@ def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
 def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
     """Return the answers to all batches, with their tasks if these are given."""
     return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))
-
-
-def _chosen_rows(
-    frame: pd.DataFrame, names: Mapping[tuple[str, str], str], method: str | None, decoder: str | None
-) -> tuple[str, pd.DataFrame]:
-    """Return the name of the variant and the rows with the most accurate decoded answers, of what is named if it is.
-
-    `names` are those of the variants by method and requested BatchNorm policy.
-    """
-    keys = zip(frame["method"], frame["batchnorm"].map(requested_policy), strict=True)
-    variants = pd.Series([names.get(key, "") for key in keys], index=frame.index)
-    frame, variants = frame[variants != ""], variants[variants != ""]
-    decoders, methods = list(dict.fromkeys(frame["decoder"])), list(dict.fromkeys(frame["method"]))
-    chosen = (frame["decoder"] == (decoder or frame["decoder"])) & (
-        (frame["method"] == (method or frame["method"])) | (variants == method)
-    )
-    if not chosen.any():
-        raise ConfigurationError(
-            f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected one of the methods "
-            f"{', '.join(methods) or '(none)'} with one of the decoders {', '.join(decoders) or '(none)'}; name such"
-        )
-    groups = frame[chosen].groupby([variants[chosen], "decoder"], sort=False)
-    best = groups["decoded_accuracy"].mean().idxmax()
-    return str(variants[groups.groups[best][0]]), groups.get_group(best)

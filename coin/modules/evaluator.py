@@ -15,12 +15,10 @@ from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
 from coin.evaluation.examples import ExampleSamples, KeptSamples
-from coin.evaluation.replicas import read_replicas
-from coin.evaluation.scores import Evaluation, Outcome
-from coin.evaluation.servers import server_answers, with_heads
-from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded
+from coin.evaluation.scores import Evaluation, Outcome, server_answers, with_heads
+from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded, read_replicas
 from coin.files.tensors import fingerprint
-from coin.modules.coded_file import save_system
+from coin.modules.coded_file import SystemFile
 from coin.networks import load_network, pad_head
 
 
@@ -76,9 +74,7 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.replicas = read_replicas(
-            [Path(path) for path in replicas or []], fingerprints, self.class_counts, self.code
-        )
+        self.replicas = read_replicas([Path(path) for path in replicas or []], fingerprints, width, self.code)
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
@@ -104,7 +100,7 @@ class DecodingEvaluator(LightningModule):
         calibration = data.calibration()
         first = as_input(next(iter(calibration)), self.experts[0])
         self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
-        self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads)
+        self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
         started = time.perf_counter()
         answers = self._answers(calibration)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
@@ -135,34 +131,24 @@ class DecodingEvaluator(LightningModule):
             expert = answers.experts[task][:, : self.class_counts[task]].argmax(1)
             ways = torch.stack([decoded[each] for each in self.evaluation.alone(task)], 1)
             self.examples[task].update(inputs, positions, expert, labels, ways)
-        for replica in self.replicas:
+        for replica, scores in self.evaluation.replicas:
             if replica.task == task:
-                replica.scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
+                scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
-            replicas = [metric for replica in self.replicas for metric in replica.scores.metrics]
-            for metric in [*self.evaluation.metrics, *replicas, *self.examples.values()]:
+            for metric in [*self.evaluation.metrics, *self.examples.values()]:
                 metric.to(self.device)
-        self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
+        self.kept = {self.tasks[task]: examples.compute() for task, examples in self.examples.items()}
         self.outcomes = self.evaluation.outcomes(self.tasks)
-        self.outcomes += [replica.outcome(self.tasks[replica.task]) for replica in self.replicas]
 
     def save_systems(self, folder: Path) -> None:
-        """Write every variant's code, fitted decoders and promises to a file of `coin.modules.Coded.save`.
-
-        The coded models are named in it, and the files called as theirs are, without the row.
-        """
+        """Write every variant with its fitted decoders and promises to a file called as its coded models' are."""
         for index, variant in enumerate(self.variants):
             if paths := [self.coded_files[network] for network in variant.networks]:
-                save_system(
-                    folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors",
-                    variant.code,
-                    self.tasks,
-                    self.class_counts,
-                    [each.decoder for each in self.evaluation.fitted if each.variant == index],
-                    paths,
-                    self.fingerprints,
-                    {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]},
-                )
+                path = folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors"
+                decoders = [each.decoder for each in self.evaluation.fitted if each.variant == index]
+                told = {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]}
+                names, counts, experts = self.tasks, self.class_counts, self.fingerprints
+                SystemFile(variant.code, names, counts, decoders, experts, (), paths, told).save(path)

@@ -13,8 +13,7 @@ from coin.coding import Answers, DecoderConfig, DecoderKind, distinct_decoders
 from coin.coding.code import check_erasure
 from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
-from coin.evaluation.scores import Evaluation
-from coin.evaluation.servers import num_classes, with_heads
+from coin.evaluation.scores import Evaluation, with_heads
 from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded
 from coin.statistics.guard import eval_mode
@@ -72,8 +71,7 @@ def evaluate(
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
     nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
-    rows = tuple(range(system.code.num_coded))
-    variant = Variant("coded", system.code, networks=rows, memory=nbytes, lost=lost)
+    variant = Variant("coded", system.code, networks=tuple(range(len(system.coded))), memory=nbytes, lost=lost)
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
     parts, probe = [], None
     for task, batches in enumerate(calibration or ()):
@@ -88,7 +86,7 @@ def evaluate(
     with eval_mode(system.experts):
         inputs = as_input(probe, system.coded[0])
         configs, heads = with_heads(configs, list(system.experts), inputs, needed=decoders is not None)
-    evaluation = Evaluation([variant], configs, [num_classes(expert, probe) for expert in system.experts], heads)
+    evaluation = Evaluation([variant], configs, system.count_classes(probe), heads)
     if parts:
         evaluation.fit(Answers.concatenate(parts))
     elif to_fit := [each.decoder for each in evaluation.fitted if each.decoder.needs_fit]:
@@ -99,10 +97,9 @@ def evaluate(
     for task, pairs in tests.items():
         for inputs, labels in pairs:
             evaluation.update(task, _answers(system, inputs, configs), labels.cpu())
-    names = [config.name for config in configs]
-    outcomes = sorted(evaluation.outcomes(system.names), key=lambda each: names.index(each.decoder))
-    table = [{name: getattr(outcome, name) for name in _COLUMNS} for outcome in outcomes]
-    return pd.DataFrame([row | {"erased": "+".join(row["erased"])} for row in table], columns=list(_COLUMNS))
+    outcomes, names = evaluation.outcomes(system.names), [config.name for config in configs]
+    outcomes.sort(key=lambda outcome: names.index(outcome.columns["decoder"]))
+    return pd.DataFrame([outcome.columns for outcome in outcomes], columns=list(_COLUMNS))
 
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:

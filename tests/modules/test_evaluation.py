@@ -53,11 +53,11 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     assert set(more.index[more]) == {"ridge", "ridge-own", "feature_ridge"}  # regressions for more erasures
     checked = 0
     for outcome in evaluator.outcomes:
-        if outcome.variant.method == "average":
-            own = (found.decoder == outcome.decoder) & (found.erased == "+".join(outcome.erased))
-            (row,) = found[own & (found.task == outcome.task)].to_dict("records")
+        if outcome.columns["method"] == "average":
+            own = (found.decoder == outcome.columns["decoder"]) & (found.erased == outcome.columns["erased"])
+            (row,) = found[own & (found.task == outcome.columns["task"])].to_dict("records")
             for column in (*SHARED, *COSTS):
-                assert row[column] == pytest.approx(getattr(outcome, column), rel=1e-4)
+                assert row[column] == pytest.approx(outcome.columns[column], rel=1e-4)
             checked += 1
     assert checked == len(found) == 6 * (3 + 3 * 2)
     assert all(network.training for group in networks for network in group)

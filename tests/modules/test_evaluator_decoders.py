@@ -52,7 +52,7 @@ def test_every_configuration_equals_a_slow_loop(experts, write_coded, tasks, mak
     calibration = replace(answers_of(paths, tasks.calibration().inputs()), tasks=tasks.calibration().part)
     assert calibration.tasks.bincount().tolist() == [20, 20]
     configs = {DecoderConfig.of(config).name: config for config in CONFIGS}
-    outcomes = {(o.variant.method, o.decoder, o.task): o for o in evaluator.outcomes}
+    outcomes = {(o.columns["method"], o.columns["decoder"], o.columns["task"]): o for o in evaluator.outcomes}
     assert list(configs) == NAMES
     assert len(outcomes) == len(evaluator.outcomes) == 2 * (6 + 4 + 1)
     for (method, name, task), outcome in outcomes.items():
@@ -66,7 +66,7 @@ def test_every_configuration_equals_a_slow_loop(experts, write_coded, tasks, mak
             seen, fitted = test.without_coded(), calibration.without_coded()
         decoded = make_decoder(configs[name], Code(CODE), [place]).fit(fitted).decode(seen)[0].argmax(1)
         own = test.experts[place].argmax(1)
-        assert outcome.agreement == int((decoded == own).sum()) / len(own)
+        assert outcome.columns["agreement"] == int((decoded == own).sum()) / len(own)
         assert outcome.confusion.trace() == int((decoded == own).sum())
 
 
@@ -75,11 +75,11 @@ def test_own_samples_cost_only_what_they_are(experts, write_coded, tasks, make_t
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
     samples = 40
     for outcome in evaluator.outcomes:
-        if outcome.variant.method != "average":
+        if outcome.columns["method"] != "average":
             continue
-        own = "-own" in outcome.decoder
-        read = 0 if outcome.decoder == "linear" else samples / 2 if own else samples
-        assert outcome.decoder_passes == (2 if "alone" in outcome.decoder else 3) * read
+        own = "-own" in outcome.columns["decoder"]
+        read = 0 if outcome.columns["decoder"] == "linear" else samples / 2 if own else samples
+        assert outcome.columns["decoder_passes"] == (2 if "alone" in outcome.columns["decoder"] else 3) * read
 
 
 def test_mistakes_are_named(experts, synthetic, make_trainer):

@@ -35,16 +35,16 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
     assert passes[:2] == [torch.float32] * 2, "the heads of the two experts are checked in full"
     assert set(passes[2:]) == {torch.bfloat16}, "the calibration samples' answers too"
     full = evaluated(make_trainer(), experts, coded, tasks_of)
-    rough, exact = ([outcome.residual for outcome in each.outcomes] for each in (mixed, full))
+    rough, exact = ([outcome.columns["residual"] for outcome in each.outcomes] for each in (mixed, full))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05, nan_ok=True)
     for outcome in mixed.outcomes:
-        if outcome.variant.is_oracle:
-            assert outcome.agreement == 1
+        if outcome.columns["method"] == "oracle":
+            assert outcome.columns["agreement"] == 1
     # The decoders' own arithmetic: with 8 bits of mantissa the ridge's solution would be far off.
     for one, other in zip(mixed.fitted, full.fitted, strict=True):
         assert one.decoder.config.name == other.decoder.config.name
-    assert {outcome.decoder for outcome in mixed.outcomes} == {str(kind) for kind in DecoderKind}
+    assert {outcome.columns["decoder"] for outcome in mixed.outcomes} == {str(kind) for kind in DecoderKind}
 
 
 def test_decoding_is_in_full_precision_whatever_products_are(

@@ -22,12 +22,6 @@ from coin.tracking.settings import logging_only
 WEAK = 0.2
 """How much of the way from chance to being always right an expert has to be."""
 
-_MEASURED = (
-    *("decoder", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"),
-    *("decoder_seconds", "decoder_passes", "memory_mib", "forwards", "losses"),
-)
-"""What a row of the results has of an outcome, under the same names."""
-
 
 def record_evaluation(
     model: DecodingEvaluator,
@@ -41,7 +35,12 @@ def record_evaluation(
 
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
-    rows = result_rows(model.outcomes, name, tasks.seed, tasks.samples_per_task)
+    told = [outcome.columns for outcome in model.outcomes]
+    samples = [each["samples_per_task"] or tasks.samples_per_task for each in told]
+    rows = [
+        Row(**{**each, "experiment": name, "seed": tasks.seed, "samples_per_task": count})
+        for each, count in zip(told, samples, strict=True)
+    ]
     pairs = list(zip(rows, model.outcomes, strict=True))
     confusions = {confusion_key(row): outcome.confusion for row, outcome in pairs}
     code = model.code.matrix.tolist()
@@ -96,25 +95,6 @@ def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
         "coverage": outcome.coverage,
         "found": outcome.found,
     }
-
-
-def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:
-    """Return the rows of the results; P is that of the coded model's file, else of the decoders."""
-    return [
-        Row(
-            experiment=experiment,
-            seed=seed,
-            method=outcome.variant.method,
-            batchnorm=outcome.variant.batchnorm,
-            code_row="+".join(str(row) for row in range(len(outcome.variant.networks))),
-            erased="+".join(outcome.erased),
-            samples_per_task=outcome.variant.samples_per_task or samples_per_task,
-            merge_seconds=outcome.variant.seconds,
-            merge_passes=outcome.variant.passes,
-            **{name: getattr(outcome, name) for name in _MEASURED},
-        )
-        for outcome in outcomes
-    ]
 
 
 def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:

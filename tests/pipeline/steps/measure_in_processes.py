@@ -24,6 +24,9 @@ def say_what_is_left() -> None:
     print("left in its process group" if torch.distributed.is_initialized() else "left its process group")
 
 
+EXACT = ("expert_accuracy", "decoded_accuracy", "nda", "agreement")
+
+
 def measure(folder: Path, devices: int) -> None:
     """Write ``fisher.pt`` and ``outcomes.json``, on the first process, into a folder that holds the networks' paths."""
     torch.set_num_threads(1)
@@ -65,13 +68,9 @@ def measure(folder: Path, devices: int) -> None:
         torch.save({"processes": run.world_size, "fishers": fishers}, folder / "fisher.pt")
         measured = [
             {
-                "method": outcome.variant.method,
-                "decoder": outcome.decoder,
-                "erased": outcome.erased,
-                "task": outcome.task,
+                **{name: outcome.columns[name] for name in ("method", "decoder", "erased", "task", "residual")},
                 "counts": outcome.confusion.tolist(),
-                "exact": [outcome.expert_accuracy, outcome.decoded_accuracy, outcome.nda, outcome.agreement],
-                "residual": outcome.residual,
+                "exact": [outcome.columns[name] for name in EXACT],
             }
             for outcome in outcomes
         ]
