@@ -4,11 +4,14 @@ A job is ``coin run -c EXPERIMENT.yaml --only STEP``: it writes the step's folde
 """
 
 import contextlib
+import logging
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +27,8 @@ from coin.files.packaged import extra_module
 from coin.pipeline.launch import Executor, Launch
 
 _STOP_SECONDS = 10.0
+_QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
+_GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
 
 
 class CommandFailedError(CoinError):
@@ -178,6 +183,9 @@ class _Slurm(Pool):
                 "found no srun on this machine, expected a SLURM cluster's login node; launch.slurm.cluster=debug "
                 "tries the jobs here"
             )
+        self._asked, self._queue = -math.inf, set[str]()
+        self._gone: dict[str, float] = {}  # since when a job without a result is no more in the queue
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # of accounting, which is not everywhere
         with self._refusals("use"):
             self._executor = self._submitit.AutoExecutor(self._folder, cluster=self._cluster)
             self._executor.update_parameters(**options)
@@ -191,27 +199,35 @@ class _Slurm(Pool):
 
     def submit(self, command: Command) -> tuple[Command, Any]:
         kept = command.log.with_suffix(".job")
-        if self._cluster == "slurm" and kept.is_file() and _is_queued(job_id := kept.read_text(encoding="utf-8")):
+        if kept.is_file() and (job_id := kept.read_text(encoding="utf-8")) in self._queued():
             return command, self._submitit.SlurmJob(self._folder, job_id)
         with self._refusals("submit"):
             job = self._executor.submit(command)
         write_text(kept, str(job.job_id))
+        self._queue.add(str(job.job_id))
         return command, job
 
     def ended(self, handle: tuple[Command, Any]) -> str | None:
         command, job = handle
-        if not job.done():
+        lost = f"job {job.job_id} ended without a result; see {job.paths.stderr}"
+        if job.paths.result_pickle.exists() or (self._cluster != "slurm" and job.done()):
+            error = job.exception()
+            known = CommandFailedError.__name__ in f"{type(error).__name__}: {error}"
+            return "" if error is None else command.last_line() if known else lost
+        if self._cluster != "slurm" or job.job_id in self._queued():
+            self._gone.pop(job.job_id, None)
             return None
-        if (error := job.exception()) is None:
-            return ""
-        lost = f"job {job.job_id} ended in state {job.state}; see {job.paths.stderr}"
-        return command.last_line() if CommandFailedError.__name__ in f"{type(error).__name__}: {error}" else lost
+        since = self._gone.setdefault(job.job_id, time.monotonic())
+        return lost if time.monotonic() - since > _GONE_SECONDS else None
 
-
-def _is_queued(job_id: str) -> bool:
-    """Return whether SLURM still has a job; accounting, which submitit asks, is not everywhere."""
-    queue = ["squeue", "--noheader", "--jobs", job_id]
-    return bool(subprocess.run(queue, capture_output=True, text=True, check=False).stdout.strip())
+    def _queued(self) -> set[str]:
+        """Return the numbers of this user's jobs, asked for now and then."""
+        if self._cluster == "slurm" and time.monotonic() - self._asked > _QUEUE_SECONDS:
+            asked = subprocess.run(["squeue", "--me", "-h", "-o", "%A"], capture_output=True, text=True, check=False)
+            if asked.returncode == 0:  # otherwise the controller is busy: what it said last stands
+                self._queue = set(asked.stdout.split())
+            self._asked = time.monotonic()
+        return self._queue
 
 
 class _Ray(Pool):
