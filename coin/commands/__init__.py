@@ -21,9 +21,9 @@ COMMANDS = {
 """The commands and what they do. Those of the Trainer are LightningCLI's, the others functions."""
 
 FUNCTIONS = {
-    "merge": "coin.pipeline.steps.merge.merge",
-    "compress": "coin.pipeline.steps.compress.compress_network",
-    "export": "coin.pipeline.steps.export.export",
+    "merge": "coin.commands.merge.merge",
+    "compress": "coin.commands.compress.compress_network",
+    "export": "coin.commands.export.export",
     "dashboard": "coin.tracking.dashboard.dashboard",
 }
 """Commands that only pass their options to a function."""

@@ -89,7 +89,7 @@ class _Shared:
         """Return the steps."""
         base, found = self.base, []
         if base is not None:
-            links = {self.folder / base.output.name: base.output, self.folder / "training": base.folder}
+            links = {self.folder / "base.safetensors": base.output, self.folder / "training": base.folder}
             found = [Planned(base, "base", self.of, links)]
         for count, step in self.initial.items():
             links = {self.folder / f"initial-{count}.safetensors": step.output}
@@ -127,6 +127,7 @@ class _Shared:
             trainer=of.trainer,
             weights=self.weights,
             log=self.log(None, "expert", "base", ["base"]),
+            doing=f"pretraining {of.network.name} on {type(base.task).__name__}",
         )
 
     def _initial(self, count: int, wider: WriteInitial | None) -> WriteInitial:
@@ -189,10 +190,13 @@ class _Seed:
         called |= {"task_name": name, "task": task, "initial": initial}
         if (place := of.expert.checkpoints.get(name)) is None:
             log = self.shared.log(self.seed, "expert", name, [name])
-            return TrainNetwork(**called, config=of.expert.of(name), seed=self.seed, trainer=of.trainer, log=log)
+            config = of.expert.of(name)
+            called["doing"] = f"fine-tuning for {config.epochs} epochs"
+            return TrainNetwork(**called, config=config, seed=self.seed, trainer=of.trainer, log=log)
         files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
         if not place.startswith(PREFIX) and not files[0].is_file():
             raise ConfigurationError(f"found no file '{place}', expected an expert's weights; check expert.checkpoints")
+        called["doing"] = f"importing '{place}'"
         return ImportExpert(**called, classes=list(task.classes), place=place, files=files, head=task.head)
 
     def _statistic(self, which: Statistic, task: str) -> EstimateStatistic:
@@ -228,6 +232,7 @@ class _Seed:
             seed=self.seed,
             calibration=self.of.calibration,
             trainer=self.of.trainer if method.is_trained else None,
+            doing="training" if method.is_trained else "merging",
             log=self.shared.log(self.seed, "method", name, [method.label]),
         )
 

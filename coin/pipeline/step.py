@@ -54,17 +54,14 @@ class Step(ABC):
     """
 
     version: ClassVar[int] = 1
+    file: ClassVar[str] = "out"
     collective: ClassVar[bool] = False
     remote: ClassVar[bool] = True
     trains: ClassVar[bool] = False
 
     name: str
     store: Path = unkeyed()
-
-    @property
-    @abstractmethod
-    def doing(self) -> str:
-        """What it does, for its line of progress: "fine-tuning for 3 epochs"."""
+    doing: str = unkeyed(default="")  # in its line of progress: "fine-tuning for 3 epochs"
 
     @abstractmethod
     def run(self) -> None:
@@ -90,6 +87,11 @@ class Step(ABC):
     def folder(self) -> Path:
         """The folder of its files."""
         return self.store / f"{self.name}-{self.key[:12]}"
+
+    @property
+    def output(self) -> Path:
+        """The file that it writes, of the name `file`."""
+        return self.folder / self.file
 
     @property
     def is_done(self) -> bool:

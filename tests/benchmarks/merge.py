@@ -25,11 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from coin.commands.merge import merge
 from coin.files.safetensors import save_state
 from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, RegMean, TaskArithmetic, Ties
 from coin.networks import BatchNormPolicy, NetworkConfig, build_network, load_network, save_network
-from coin.pipeline.steps.merge import merge
 from coin.statistics.files import open_statistic
 
 CLASSES = 10

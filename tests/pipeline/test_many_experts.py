@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import coin.networks.experts
 from coin.coding import Code
+from coin.commands.merge import merge
 from coin.errors import CoinError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import fingerprint
@@ -28,7 +29,6 @@ from coin.networks import (
 )
 from coin.networks.experts import ExpertFiles
 from coin.networks.heads import padded_rows
-from coin.pipeline.steps.merge import merge
 from coin.statistics import fisher_diagonal, gram_sums
 
 pytestmark = pytest.mark.slow

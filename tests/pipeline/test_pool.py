@@ -32,14 +32,11 @@ class Touch(Step):
 
     parts: tuple["Touch", ...] = ()
     here: bool = unkeyed(default=False)
+    doing: str = unkeyed(default="touching")
 
     @property
     def remote(self) -> bool:  # type: ignore[override]
         return not self.here
-
-    @property
-    def doing(self) -> str:
-        return "touching"
 
     def run(self) -> None:
         if "wrong" in self.name:

@@ -40,14 +40,6 @@ class Write(Step):
     length: str = keyed_by(len, default="")
     work: Callable[[], None] = unkeyed(default=lambda: None)
 
-    @property
-    def doing(self) -> str:
-        return "writing"
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "out"
-
     def run(self) -> None:
         self.work()
         self.output.write_text("".join([*(part.output.read_text() for part in self.parts), str(self.option)]))

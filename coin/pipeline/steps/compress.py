@@ -9,7 +9,7 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
-from coin.pipeline.step import Step
+from coin.pipeline.step import Step, unkeyed
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
 
 
@@ -20,11 +20,7 @@ class CompressExperts(Step):
     compression: Compression
     experts: dict[str, ExpertStep]
     initial: WriteInitial
-
-    @property
-    def doing(self) -> str:
-        """What it does."""
-        return "compressing"
+    doing: str = unkeyed(default="compressing")
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -55,32 +51,3 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     packed = compress_as(compression, file.network, beside)
     metadata["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
     save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)
-
-
-def compress_network(
-    network: str,
-    base: str | None = None,
-    output: str | None = None,
-    bits: int | None = None,
-    rank: int | None = None,
-    base_bits: int = 32,
-) -> Path:
-    """Compress a network, an expert or a coded model, to its delta from the shared initialisation.
-
-    Args:
-        network: The network's safetensors file.
-        base: The file of the shared initialisation. The compressed file refers to it by path: leave it there, or in the
-            same folder.
-        output: The compressed file; by default beside the network, with the compression in its name.
-        bits: 1 … 8 bits a value; or
-        rank: the rank of every delta.
-        base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
-            delta is taken from it; 0: not at all, the network itself is rounded.
-
-    Returns:
-        The compressed file.
-    """
-    compression, source = Compression(bits, rank, base_bits), Path(network)
-    path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)
-    compress_file(source, path, None if base is None else Path(base), compression)
-    return path

@@ -65,11 +65,7 @@ class Evaluate(Step):
     configuration: dict[str, Any] = unkeyed()
     yaml: str = unkeyed()
     log: RunLog = unkeyed()
-
-    @property
-    def doing(self) -> str:
-        """What it does."""
-        return "every method with every decoder"
+    doing: str = unkeyed(default="every method with every decoder")
 
     def run(self) -> None:
         """Measure, and write; every process takes part."""

@@ -1,7 +1,6 @@
 """The step that computes one statistic of one expert."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from coin.data import TaskData
@@ -18,6 +17,7 @@ from coin.statistics.statistic import Statistic
 class EstimateStatistic(Step):
     """Computes a statistic of a task's expert over calibration samples of its own task, or of all `tasks`."""
 
+    file: ClassVar[str] = "statistic.safetensors"
     collective: ClassVar[bool] = True
 
     which: Statistic
@@ -27,19 +27,10 @@ class EstimateStatistic(Step):
     calibration: CalibrationConfig = unkeyed()
     trainer: dict[str, Any] = unkeyed()
     pass_options: dict[str, Any] = field(init=False)
+    doing: str = unkeyed(default="computing")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pass_options", statistic_key(self.calibration, self.which))
-
-    @property
-    def doing(self) -> str:
-        """What it does."""
-        return "computing"
-
-    @property
-    def output(self) -> Path:
-        """The file that it writes."""
-        return self.folder / f"{self.which.name}.safetensors"
 
     def run(self) -> None:
         """Compute it, and write its file; every process takes part."""

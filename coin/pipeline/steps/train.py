@@ -26,10 +26,6 @@ from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.trainer import make_trainer
 from coin.tracking.runs import RunLog
 
-BASE = "base.safetensors"
-EXPERT = "expert.safetensors"
-INITIAL = "initial.safetensors"
-
 
 @dataclass(frozen=True)
 class TrainingConfig(Recipe):
@@ -71,6 +67,7 @@ class WriteInitial(Step):
     counts share the head; all share the other layers, those of the initialisation with the most classes, `wider`.
     """
 
+    file: ClassVar[str] = "initial.safetensors"
     remote: ClassVar[bool] = False  # it may have to download
 
     network: NetworkConfig = keyed_by(network_key)
@@ -79,16 +76,7 @@ class WriteInitial(Step):
     checkpoint: Path | None = None
     weights: Path | None = None
     wider: "WriteInitial | None" = None
-
-    @property
-    def doing(self) -> str:
-        """What it does."""
-        return "writing"
-
-    @property
-    def output(self) -> Path:
-        """The file that it writes."""
-        return self.folder / INITIAL
+    doing: str = unkeyed(default="writing")
 
     def run(self) -> None:
         """Write the file."""
@@ -107,6 +95,7 @@ class TrainNetwork(Step):
     An interrupted training goes on from its last complete epoch. The seed is that of the samples' order and of dropout.
     """
 
+    file: ClassVar[str] = "expert.safetensors"  # checkpoints and logs are in the same folder
     collective: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 
@@ -119,18 +108,6 @@ class TrainNetwork(Step):
     initial: WriteInitial | None = None
     weights: Path | None = None
     log: RunLog = unkeyed()
-
-    @property
-    def doing(self) -> str:
-        """What it does."""
-        if self.initial is None:
-            return f"pretraining {self.network.name} on {type(self.task).__name__}"
-        return f"fine-tuning for {self.config.epochs} epochs"
-
-    @property
-    def output(self) -> Path:
-        """The file that it writes; checkpoints and logs are in the same folder."""
-        return self.folder / (BASE if self.initial is None else EXPERT)
 
     def run(self) -> None:
         """Train, and write the network; every process takes part."""
@@ -177,6 +154,7 @@ class TrainNetwork(Step):
 class ImportExpert(Step):
     """Writes an expert from a user's `files` of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
 
+    file: ClassVar[str] = "expert.safetensors"
     remote: ClassVar[bool] = False
 
     network: NetworkConfig = keyed_by(network_key)
@@ -187,16 +165,6 @@ class ImportExpert(Step):
     head: dict[str, Any] | None
     initial: WriteInitial
     task: TaskData = unkeyed()
-
-    @property
-    def doing(self) -> str:
-        """What it does."""
-        return f"importing '{self.place if self.place.startswith(PREFIX) else Path(self.place).name}'"
-
-    @property
-    def output(self) -> Path:
-        """The file that it writes."""
-        return self.folder / EXPERT
 
     def run(self) -> None:
         """Write the file."""

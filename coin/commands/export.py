@@ -1,4 +1,4 @@
-"""The export step: a network's file in, a folder out that transformers loads without coin."""
+"""``coin export``: a network's file in, a folder out that transformers loads without coin."""
 
 from pathlib import Path
 

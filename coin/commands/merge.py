@@ -1,0 +1,93 @@
+"""``coin merge``: experts and statistics from files in, coded models as files out."""
+
+from pathlib import Path
+from typing import Any
+
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError, FileError
+from coin.files.safetensors import load_provenance
+from coin.merging import Experts, Method
+from coin.networks.experts import ExpertFiles
+from coin.pipeline.steps.merge import Training, make_coded_models, read_code
+from coin.statistics import FisherKind
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+
+def merge(
+    experts: dict[str, str],
+    method: Method,
+    output: str,
+    code: list[list[float]] | int | None = None,
+    fisher: dict[str, str] | None = None,
+    gram: dict[str, str] | None = None,
+    initial: str | None = None,
+    tasks: dict[str, TaskData] | None = None,
+    samples_per_task: int = 200,
+    batch_size: int = 64,
+    seed: int = 0,
+    trainer: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Merge experts into coded models.
+
+    Args:
+        experts: The experts' safetensors files by task.
+        method: The merge method.
+        output: The folder for the coded models: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors``.
+        code: R rows of N coding weights, or a number R for the predefined code of R coded models
+            (`coin.coding.convex`); by default one coded model with equal weights.
+        fisher: The experts' Fisher files by task, for the methods that need them.
+        gram: The experts' Gram files by task, for the methods that need them.
+        initial: The shared initialisation's file, for the methods that need it.
+        tasks: The tasks by name, for methods and BatchNorm policies that use calibration data.
+        samples_per_task: P, the calibration samples of each task.
+        batch_size: Calibration samples per batch.
+        seed: The seed of the calibration samples and their order.
+        trainer: Options of the Trainer, for distillation.
+
+    Returns:
+        The files that were written.
+    """
+    named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
+    given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
+    found = {name: _described(name, files) for name, files in given.items()}
+    statistics = {which: given[name] for name, (which, _) in found.items()}
+    paths = {task: Path(path) for task, path in experts.items()}
+    opened = ExpertFiles(paths, None if initial is None else Path(initial))
+    calibration, train = None, None
+    samples = next((samples for _, samples in found.values()), None)
+    if tasks is not None:
+        if list(tasks) != list(experts):
+            raise ConfigurationError(
+                f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
+            )
+        sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
+        data = Tasks(sized, samples_per_task, batch_size, seed=seed)
+        data.prepare_data()
+        data.setup()
+        calibration, samples = list(data.calibrations().values()), samples_per_task
+        train = Training(data, Path(output), seed, trainer or {})
+    elif method.is_trained:
+        raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
+    kinds = [which.kind for which in statistics if which.kind is not None]
+    method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
+    stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
+    return make_coded_models(method, read_code(code, len(experts)), stored, Path(output), samples)
+
+
+def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
+    """Return the kind and data that all files of a statistic name, and P if the first file names it."""
+    found: dict[Statistic, int | None] = {}
+    for path in files.values():
+        made = load_provenance(path)
+        try:
+            kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
+            samples = made.get("samples_per_task")
+            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), samples and int(samples))
+        except (KeyError, ValueError, TypeError) as error:
+            raise FileError(
+                f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"
+            ) from error
+    if len(found) > 1:
+        raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
+    return next(iter(found.items()))
