@@ -42,8 +42,7 @@ def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
     """A suite's rows with so many experts lost, or all; each run, a seed and a draw of the base, counts as a seed."""
     rows = measured(suite, lost)
     rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
-    numbers = [name for name in NUMBERS if name in rows]
-    return rows.assign(**{name: pd.to_numeric(rows[name]) for name in numbers})
+    return rows.assign(**{name: pd.to_numeric(rows[name]) if name in rows else math.nan for name in NUMBERS})
 
 
 def made(suite: str) -> str:

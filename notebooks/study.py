@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from stored import DECODERS, DEFAULTS, RESULTS, made, measured, of_stand_ins, runs, simulation, spread
 
 from coin.reporting import figures, summarise
-from coin.reporting.latency import tail_against
-from coin.reporting.style import MARKERS, WIDTH, colour, method_colour
-from coin.reporting.summary import expert_accuracies, over_tasks, variant_names
+from coin.reporting.style import COLOURS, INK, MARKERS, SOFT, WIDTH, method_colour
+from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, over_tasks, variant_names
 from coin.reporting.tables import percent
 
 SUITES = ("imagenet-pair", "imagenet-triple", "pair", "real", "transformer")
@@ -106,6 +105,29 @@ def behind_the_best(suite: str, options: dict[str, list[str]]) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
+def nda_by_method(means: pd.DataFrame) -> Figure:
+    """Mean NDA ± spread, a line per method's variant and a marker per decoder."""
+    with figures.style():
+        means = means[means["method"] != "oracle"]
+        means = means.assign(name=variant_names(means), last=means["method"].isin(REFERENCES))
+        names, decoders = list(dict.fromkeys(means.sort_values("last", kind="stable")["name"])), decoders_of(means)
+        figure = Figure(figsize=(WIDTH, 1.7 + 0.26 * max(1.0, len(decoders) / 4) * len(names)))
+        axes = figure.subplots()
+        for i, decoder in enumerate(decoders):
+            for row in means[means["decoder"] == decoder].to_dict("records"):
+                place = names.index(row["name"]) + 0.6 * ((i + 0.5) / len(decoders) - 0.5)
+                spread = 0.0 if pd.isna(row["nda_std"]) else 100 * row["nda_std"]
+                look: Any = {"color": method_colour(row["name"]), "marker": MARKERS[i], "markersize": 5.5, "capsize": 2}
+                axes.errorbar(100 * row["nda_mean"], place, xerr=spread, **look)
+            axes.plot([], [], color=SOFT, marker=MARKERS[i], linestyle="none", label=decoder)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.axvline(97.5, color=INK, linewidth=0.9, linestyle=":")  # the paper's "in some cases"
+        axes.set_xlabel("NDA (%), mean over tasks ± spread over seeds")
+        figures.legend_below(figure, axes, "decoder")
+        return figure
+
+
 def by_experts() -> tuple[pd.DataFrame, "pd.Series[int]"]:
     """NDA and cost of one coded model for two to eight experts, and the number of experts of each row."""
     rows = runs("experts")
@@ -133,7 +155,7 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
                 groups = part[what].groupby(["experts", "method"], sort=False)
                 for place, ((count, method), own) in enumerate(groups):
                     at = 100 * own.groupby("batch").agg(["mean", "std"])
-                    look = {"color": colour(place // 2), "marker": figures.marker(place // 2), "capsize": 2}
+                    look = {"color": COLOURS[place // 2], "marker": figures.marker(place // 2), "capsize": 2}
                     look |= {"linestyle": ":" if method == "none" else "-", "label": f"N = {count}, {method}"}
                     axes.errorbar(range(len(at)), at["mean"], at["std"], **look)
                 axes.set_xticks(range(len(at)), at.index)
@@ -161,9 +183,24 @@ def tails(scenario: str, experts: int) -> pd.DataFrame:
 
 def tail_figure(scenario: str) -> Figure:
     """The p99.9 against the memory of all servers, with three and with eight experts."""
-    figure = tail_against("memory", pd.concat([simulation(scenario, count) for count in (3, 8)]))
-    figure.suptitle(f"{scenario}, 3 and 8 experts")
-    return figure
+    rows = pd.concat([simulation(scenario, count) for count in (3, 8)])
+    rows = rows[rows.p999 != float("inf")]
+    wants = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
+    with figures.style():
+        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
+        panels = figure.subplots(len(wants), 1, sharex=True)
+        for axes, (want, title) in zip(panels, wants.items(), strict=True):
+            for index, (kind, line) in enumerate(rows[rows.want == want].groupby("redundancy", sort=False)):
+                line = line.sort_values(["experts", "extras", "memory"])
+                high = line.p999_high.where(line.p999_high != float("inf"), line.p999)
+                ends = [1e3 * (line.p999 - line.p999_low), 1e3 * (high - line.p999)]
+                look = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5, "capsize": 2}
+                axes.errorbar(line.memory / 2**20, 1e3 * line.p999, ends, label=kind, linewidth=1.3, **look)
+            axes.set(title=title, ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
+        panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
+        figures.legend_below(figure, panels[0], columns=3)
+        figure.suptitle(f"{scenario}, 3 and 8 experts")
+        return figure
 
 
 def fine_tuned() -> pd.DataFrame:

@@ -9,7 +9,7 @@ COMMANDS = {
     "export": "Write a network of Hugging Face's as a folder that transformers loads.",
     "evaluate": "Measure how well lost experts are decoded.",
     "sweep": "Run an experiment over a grid of its options.",
-    "report": "Write the report of finished experiments.",
+    "report": "Write the report of a finished experiment.",
     "choose": "Say which stand-in to keep, from an experiment's results and limits of accuracy and memory.",
     "serve": "Serve an experiment's experts and coded models over HTTP, on Ray Serve.",
     "simulate": "Simulate the tail latency of coded serving with an experiment's networks.",

@@ -260,7 +260,7 @@ def report_seed(planned: Planned, changed: bool, *, several: bool = False) -> No
     """Draw the report of a seed whose results are new, and print what they say if there are several."""
     if changed and isinstance(planned.step, Evaluate):
         for folder in planned.copies:
-            write_report([folder])
+            write_report(folder)
             kept = stand_ins(summarise(read_results(folder)))
             if several and len(kept):
                 rank_zero_info(f"{folder.name.replace('-', ' ')}: {finding(kept).removeprefix(IN_SHORT)}")
@@ -273,9 +273,9 @@ def summarise_experiment(folder: Path, seeds: Sequence[int]) -> pd.DataFrame:
     summary = write_summary(folder)
     for seed in seeds:
         if not (folder / f"seed-{seed}" / REPORT_HTML).is_file():
-            write_report([folder / f"seed-{seed}"])
+            write_report(folder / f"seed-{seed}")
     if before != path.read_bytes() or not (folder / REPORT_HTML).is_file():
-        write_report([folder])
+        write_report(folder)
     return summary
 
 

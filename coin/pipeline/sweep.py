@@ -172,4 +172,4 @@ def run_sweep(
         summarise_experiment(experiment.folder, experiment.seeds)
     frame = collect(SWEEP_CSV)
     assert frame is not None
-    return frame, write_report([folder])
+    return frame, write_report(folder)

@@ -1,14 +1,14 @@
 """Which stand-in to keep, from an experiment's results and a user's limits."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
 from coin.reporting.summary import read_run, stand_ins, summarise
-from coin.reporting.tables import counted, describe
+from coin.reporting.tables import counted, percent, read_by
 
 
 def choose(
@@ -20,8 +20,8 @@ def choose(
 ) -> tuple[pd.DataFrame, str]:
     """Return the stand-ins of an experiment that meet these wishes, the cheapest first, and the reason in a sentence.
 
-    The cheapest keeps the least memory and, of those, runs the fewest networks. No row meets the wishes: the frame is
-    empty, and the sentence says what comes nearest. Raises FileError where the folder holds no results.
+    The cheapest keeps the least memory and, of those, runs the fewest networks. Where nothing meets the wishes the
+    frame is empty, and the sentence says what comes nearest. Raises FileError where the folder holds no results.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -32,27 +32,14 @@ def choose(
         losses: How many experts may be lost at once: a number, or ``all``.
     """
     frame = read_run(Path(folder))[1]
+    least = frame["task"].nunique() if losses == "all" else losses
+    check_number("accuracy", accuracy, low=0, most=1, strict=True)
+    check_number("memory_mib", memory_mib or 0, low=0)
+    check_number("forwards", forwards or 0, low=0)
+    check_integer("losses", least, 1)
     kept = stand_ins(summarise(frame))
     if kept.empty:
         raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
-    return cheapest(kept, frame["task"].nunique(), accuracy, memory_mib, forwards, losses)
-
-
-def cheapest(
-    kept: pd.DataFrame,
-    num_tasks: int,
-    accuracy: float,
-    memory_mib: float | None = None,
-    forwards: float | None = None,
-    losses: int | Literal["all"] = 1,
-) -> tuple[pd.DataFrame, str]:
-    """Return the rows of `stand_ins` that meet these wishes, and the reason in a sentence; see `choose`."""
-    check_number("accuracy", accuracy, low=0, most=1, strict=True)
-    for name, value in (("memory_mib", memory_mib), ("forwards", forwards)):
-        if value is not None:
-            check_number(name, value, low=0)
-    least = num_tasks if losses == "all" else losses
-    check_integer("losses", least, 1)
     order = {"memory_mib": True, "forwards": True, "nda_worst": False, "losses": False}
     kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
     kept = kept.sort_values(list(order), ascending=list(order.values()), kind="stable")
@@ -66,9 +53,17 @@ def cheapest(
     rows = kept[met.all(axis=1)]
     asked = f"what is asked for ({', '.join(wishes)})"
     if len(rows):
-        reason = f"the least memory of the {len(rows)} that meet" if len(rows) > 1 else "all that meets"
-        return rows.reset_index(drop=True), f"Keep {describe(rows.iloc[0])}. It is {reason} {asked}."
+        reason = f"the least memory of the {len(rows)} that meet" if len(rows) > 1 else "the only one that meets"
+        return rows.reset_index(drop=True), f"Keep {_described(rows.iloc[0])}. It is {reason} {asked}."
     accurate, within = kept[met.iloc[:, 0]], kept[met.iloc[:, 1:].all(axis=1)].sort_values("nda_worst", kind="stable")
-    nearest = [f"the smallest that is accurate enough is {describe(accurate.iloc[0])}"] if len(accurate) else []
-    nearest += [f"the most accurate within the limits is {describe(within.iloc[-1])}"] if len(within) else []
+    nearest = [f"the smallest that is accurate enough is {_described(accurate.iloc[0])}"] if len(accurate) else []
+    nearest += [f"the most accurate within the limits is {_described(within.iloc[-1])}"] if len(within) else []
     return rows, f"Nothing meets {asked}; {'; '.join(nearest) or 'nothing comes near'}."
+
+
+def _described(row: "pd.Series[Any]") -> str:
+    return (
+        f"{read_by(row)} ({percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, "
+        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB; {counted(row['forwards'], 'network run')} an answer; up to "
+        f"{row['losses']:g} lost at once)"
+    )

@@ -1,11 +1,10 @@
-"""Figures of NDA and of the risk of decoded answers; the `means` are rows of a summary, means over tasks."""
+"""The figures: NDA against memory and against an option."""
 
 import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coin.coding.decoder_config import REPLICA
@@ -21,37 +20,11 @@ from coin.reporting.style import (
     style,
     tick_text,
 )
-from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, variant_names
+from coin.reporting.summary import REFERENCES, decoders_of, variant_names
 
-PAPER_NDA = 0.975
-"""What the paper reports that COIN's NDA exceeds "in some cases" (arXiv 2409.01420, abstract): no least."""
 _MANY = 4  # so many forwards and more have one marker
 _NEAR = 0.5  # points of NDA below 100 up to which an axis is about linear
 _TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5))
-
-
-def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str = "seconds") -> Figure:
-    """Mean NDA ± spread of every method against what it cost, decoder included, in ``seconds`` or ``passes``.
-
-    What is free stands at the left end of the logarithmic axis. Names stand at the right, the best one first. The
-    decoder is the one with the largest mean NDA by default.
-    """
-    with style():
-        means, decoder = _of_decoder(means, decoder, last=True)
-        cost = means[f"merge_{unit}_mean"] + means[f"decoder_{unit}_mean"]
-        own = cost[~means["method"].isin(REFERENCES)]
-        least, most = (float(own[own > 0].min()), float(own.max())) if (own > 0).any() else (1.0, 1.0)
-        free = 10 ** (math.floor(math.log10(least)) - 0.5)
-        figure, axes = _scatter(means, cost.where(cost > 0, free), decoder)
-        log_scale(axes)
-        some_free = bool((own <= 0).any())
-        axes.set_xlim((free if some_free else least) / 1.6, most * 1.6)
-        if some_free:
-            ticks = [10.0**k for k in range(math.ceil(math.log10(least)) - 1, 9) if 2 * free < 10.0**k <= most * 1.6]
-            axes.set_xticks([free, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
-            axes.minorticks_off()
-        axes.set_xlabel(f"{unit} for coded model and decoder (log scale)")
-        return figure
 
 
 def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
@@ -73,7 +46,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes = figure.subplots()
         counts = rows["forwards"].clip(upper=_MANY).astype(int)
         kinds = sorted(set(counts))
-        labels: list[tuple[float, float | None, str, str]] = []
+        labels: list[tuple[float, float, str, str]] = []
         ends = [100.0]
         for i, row in enumerate(rows.to_dict("records")):
             nda, spread = 100 * row["nda_mean"], 100 * (0.0 if math.isnan(row["nda_std"]) else row["nda_std"])
@@ -106,38 +79,11 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         return figure
 
 
-def nda_against_residual(means: pd.DataFrame) -> Figure:
-    """Mean NDA ± spread against the residual ‖f_c − Σβf‖ / ‖Σβf‖, for the first of `decoders_of`."""
-    with style():
-        means, decoder = _of_decoder(means[means["method"] != "none"], None, last=False)
-        means = means[np.isfinite(means["residual_mean"])]
-        figure, axes = _scatter(means, means["residual_mean"], decoder)
-        axes.set_xlabel("residual, ‖f_c − Σβf‖ / ‖Σβf‖")
-        return figure
-
-
-def nda_by_method(means: pd.DataFrame) -> Figure:
-    """Mean NDA ± spread, a line per method's variant and a marker per decoder."""
-    return _dots(means, decoders_of(means), "decoder", ["decoder"])
-
-
-def nda_by_experiment(means: pd.DataFrame) -> Figure:
-    """Mean NDA ± spread of several experiments, a marker each, for the first two of `decoders_of`."""
-    decoders = decoders_of(means)[:2]
-    shown, experiments = means[means["decoder"].isin(decoders)], list(dict.fromkeys(means["experiment"]))
-    return _dots(shown, experiments, "experiment", decoders)
-
-
-def nda_against_samples(means: pd.DataFrame) -> Figure:
-    """Mean NDA ± spread against P, a panel for each of the first two of `decoders_of`, a line per variant."""
-    return nda_against_option(means, "calibration samples per task, P", means["samples_per_task"])
-
-
 def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]", *, joined: bool = True) -> Figure:
-    """The same against an option of a sweep: along its values where they are numbers, else in order of appearance.
+    """Mean NDA ± spread against an option: a panel for each of the first two of `decoders_of`, a line a variant.
 
-    Where several experiments hold one variant and value, the point is the mean of their means. The points of a variant
-    are `joined` by a line, unless other options differ from point to point.
+    Values stand along the axis where they are numbers, else in order of appearance. Where several experiments hold one
+    variant and value, the point is the mean of their means; the points of a variant are `joined` where that is alike.
     """
     with style():
         points = means.assign(name=variant_names(means), value=values)[~means["method"].isin(REFERENCES)]
@@ -164,85 +110,6 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
                 axes.minorticks_off()
         panels[-1].set_xlabel(f"{option} (log scale)" if logarithmic else option)
         legend_below(figure, panels[0])
-        return figure
-
-
-def risk_curves(risk: pd.DataFrame) -> Figure:
-    """Calibration of the predicted risk, and accuracy of the lowest-risk answers, of `risk_totals`: a colour a name."""
-    with style():
-        figure = Figure(figsize=(WIDTH, 3.0))
-        calibration, coverage = figure.subplots(1, 2)
-        for i, (name, points) in enumerate(risk.groupby("name", sort=False)):
-            look = {"color": method_colour(str(name)), "marker": marker(i), "markersize": 5, "linewidth": 1.2}
-            at = points[points["curve"] == "calibration"].sort_values("at")
-            calibration.plot(100 * at["risk"], 100 * (1 - at["agreement"]), label=str(name), **look)
-            at = points[points["curve"] == "coverage"].sort_values("at")
-            coverage.plot(100 * at["at"], 100 * at["decoded_accuracy"], **look)
-            coverage.plot(100 * at["at"], 100 * at["expert_accuracy"], **look | {"marker": None, "linestyle": ":"})
-        most = 100 * risk["risk"].max()
-        calibration.plot([0, most], [0, most], color=SOFT, linestyle="--", linewidth=0.9)
-        calibration.set(xlabel="risk (%), mean of a bin", ylabel="disagree with the expert (%)")
-        coverage.set(xlabel="kept, of least risk (%)", ylabel="accuracy (%)")
-        coverage.invert_xaxis()
-        legend_below(figure, calibration)
-        return figure
-
-
-def _of_decoder(means: pd.DataFrame, decoder: str | None, *, last: bool) -> tuple[pd.DataFrame, str]:
-    means = largest_samples(means[means["method"] != "oracle"])
-    decoder = decoder or decoders_of(means)[:2][-1 if last else 0]
-    return means[means["decoder"] == decoder], decoder
-
-
-def _scatter(means: pd.DataFrame, x: "pd.Series[float]", decoder: str) -> tuple[Figure, Axes]:
-    """Draw NDA ± spread against a number, with the names and numbers of the points in a column at the right."""
-    names, own = variant_names(means), ~means["method"].isin(REFERENCES)
-    figure = Figure(figsize=(WIDTH, max(3.3, 0.6 + 0.2 * len(means))))
-    axes = figure.subplots()
-    labels = []
-    for i in means.index:
-        nda, spread = 100 * float(means.loc[i, "nda_mean"]), 100 * float(means.loc[i, "nda_std"])
-        ink = method_colour(names[i])
-        text = f"{names[i]}  {nda:.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
-        labels.append((nda, float(x[i]) if own[i] else None, text, ink))
-        if own[i]:
-            axes.errorbar(x[i], nda, np.nan_to_num(spread), color=ink, marker="o", markersize=7, capsize=3)
-    low, high = axes.get_ylim()
-    for nda in (nda for nda, at, _, _ in labels if at is None and nda > low - 1.5 * (high - low)):
-        axes.axhline(nda, color=SOFT, linestyle="--", linewidth=1.1)
-    if low - 0.5 * (high - low) < 100 * PAPER_NDA < high + 0.5 * (high - low):
-        axes.axhline(100 * PAPER_NDA, color=INK, linewidth=0.9, linestyle=":")
-    column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.8))
-    axes.set_ylabel(f"NDA (%), {decoder} decoder")
-    return figure, axes
-
-
-def _dots(means: pd.DataFrame, series: list[str], column: str, decoders: list[str]) -> Figure:
-    """Draw NDA ± spread, a line per variant and a marker per value of `column`, in a panel per decoder if need be."""
-    with style():
-        means = largest_samples(means[means["method"] != "oracle"])
-        means = means.assign(name=variant_names(means), last=means["method"].isin(REFERENCES))
-        names = list(dict.fromkeys(means.sort_values("last", kind="stable")["name"]))
-        panels_of = {"": means} if column == "decoder" else {d: means[means["decoder"] == d] for d in decoders}
-        lines = [[name for name in names if name in set(part["name"])] for part in panels_of.values()]
-        crowd = 0.26 * max(1.0, len(series) / 4)
-        figure = Figure(figsize=(WIDTH, 1.3 + sum(0.4 + crowd * len(own) for own in lines)))
-        panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True, height_ratios=[len(own) for own in lines])
-        for axes, own, (decoder, part) in zip(panels[:, 0], lines, panels_of.items(), strict=True):
-            for i, value in enumerate(series):
-                for _, row in part[part[column] == value].iterrows():
-                    place = own.index(row["name"]) + 0.6 * ((i + 0.5) / len(series) - 0.5)
-                    spread = 0.0 if math.isnan(row["nda_std"]) else 100 * row["nda_std"]
-                    look = {"color": method_colour(row["name"]), "marker": marker(i), "markersize": 5.5, "capsize": 2}
-                    axes.errorbar(100 * row["nda_mean"], place, xerr=spread, **look)
-            axes.set_yticks(range(len(own)), own)
-            axes.set_ylim(len(own) - 0.5, -0.5)
-            axes.axvline(100 * PAPER_NDA, color=INK, linewidth=0.9, linestyle=":")
-            axes.set_title(f"decoder {decoder}" if decoder else "")
-        panels[-1, 0].set_xlabel("NDA (%), mean over tasks ± spread over seeds")
-        for i, value in enumerate(series):
-            panels[0, 0].plot([], [], color=SOFT, marker=marker(i), linestyle="none", label=value)
-        legend_below(figure, panels[0, 0], column)
         return figure
 
 

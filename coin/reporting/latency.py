@@ -1,4 +1,4 @@
-"""Latencies and what they cost, of `coin simulate` and `coin advise`: quantiles, a table, a figure."""
+"""Latencies and what they cost, of `coin simulate`: quantiles, a table, a figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from coin.errors import ConfigurationError
-from coin.reporting.style import WIDTH, colour, legend_below, log_scale, marker, style
+from coin.reporting.style import COLOURS, WIDTH, legend_below, marker, style
 from coin.reporting.tables import rich_table
 
 _BLOCKS, _DRAWS = 20, 200
-_LABELLED = (1.0, 2.0, 5.0)
 _AXES = {
     "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
     "memory": (1 / 2**20, "weights on all servers (MiB, log scale)"),
@@ -130,13 +129,13 @@ def tail_against(column: str, rows: pd.DataFrame) -> Figure:
                 y, high = line["p999"], line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
                 axes.errorbar(
                     line[column] * scale, 1e3 * y, [1e3 * (y - line["p999_low"]), 1e3 * (high - y)], label=kind,
-                    color=colour(index), marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
+                    color=COLOURS[index % len(COLOURS)], marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
                 )  # fmt: skip
             axes.set_title(_WANTS[want])
             axes.set_ylabel("p99.9 (ms, log scale)")
-            log_scale(axes, "y", _LABELLED)
+            axes.set_yscale("log")
         if "log" in label:
-            log_scale(panels[-1], "x", _LABELLED)
+            panels[-1].set_xscale("log")
         panels[-1].set_xlabel(label)
         legend_below(figure, panels[0], columns=3)
         return figure

@@ -1,31 +1,91 @@
-"""What a report collects of experiments' files before anything is drawn: tables of text, counts, images, commands."""
+"""What a report is of, and what it shows of it before anything is drawn: facts, tables of text, counts, images."""
 
 import base64
 import io
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
 from coin.files.yaml import as_text
-from coin.reporting.extras import LAYERS_CSV, PROMISE_CSV, RISK_CSV, read_examples, read_promises, read_risk
-from coin.reporting.findings import FLOOR, Entry, Findings
-from coin.reporting.results import RESULTS_CSV, Counts, read_confusions, requested_policy
-from coin.reporting.sources import ReportSource, as_dict
-from coin.reporting.summary import SUMMARY_CSV, expert_accuracies, largest_samples, variant_names
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML
-from coin.reporting.tables import percent, promise_table, risk_table, risk_totals
+from coin.reporting.extras import PROMISE_CSV, read_examples, read_promises
+from coin.reporting.headline import Entry
+from coin.reporting.results import RESULTS_CSV, read_configuration, requested_policy
+from coin.reporting.summary import REFERENCES, SUMMARY_CSV, expert_accuracies, read_run, variant_names
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, read_sweep_table
+from coin.reporting.tables import percent, promise_table
 
 Titled = tuple[str, pd.DataFrame]
 """A table of text and what stands above it."""
+Found = TypeVar("Found")
 REPORT_HTML = "report.html"
+
+
+@dataclass(frozen=True)
+class Source:
+    """All rows of a folder, the `seeds`' folders that hold results, and ``results.json`` of each of these."""
+
+    folder: Path
+    seeds: tuple[Path, ...]
+    frame: pd.DataFrame
+    documents: tuple[dict[str, Any], ...]
+    sweep: Sweep | None = None
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The first seed's document; nothing where the points of a sweep are gone."""
+        return self.documents[0] if self.documents else {"configuration": {}}
+
+    @property
+    def made(self) -> list[dict[str, Any]]:
+        """What the coded models of all seeds say of their making."""
+        return [as_dict(made) for document in self.documents for made in document.get("methods") or ()]
+
+    def read(self, reader: Callable[[Path], Found | None]) -> Iterator[Found]:
+        """Yield what a reader of an optional file returns for the seeds' folders that have one."""
+        return (found for found in map(reader, self.seeds) if found is not None)
+
+
+def read_source(folder: Path) -> Source:
+    """Read the folder of an experiment (with ``seed-*``), of one seed, or of a sweep (with ``sweep.csv``).
+
+    Raises FileError where it holds no results, a file is damaged, or results are of other experts than those there.
+    """
+    if sweep := read_sweep_table(folder):
+        every = (seed for point in sweep.points for seed in sorted((folder / point).glob("seed-*")))
+        seeds, frame = [seed for seed in every if (seed / RESULTS_CSV).is_file()], sweep.frame
+    else:
+        seeds, frame = read_run(folder)
+    return Source(folder, tuple(seeds), frame, tuple(map(read_configuration, seeds)), sweep)
+
+
+def facts_of(source: Source) -> dict[str, str]:
+    """Return what was run, in words; what the results do not say is left out."""
+    frame, configuration = source.frame, source.first["configuration"]
+    network, base = as_dict(configuration.get("network")), as_dict(configuration.get("base"))
+    tasks = {task: as_dict(as_dict(configuration.get("tasks")).get(task)) for task in dict.fromkeys(frame["task"])}
+    kinds = {task: given.get("class") or given.get("class_path") for task, given in tasks.items()}
+    found = {
+        "tasks": ", ".join(f"{task} ({kind.rpartition('.')[2]})" if kind else task for task, kind in kinds.items()),
+        "network": f"{network['name']}, inputs of size {network.get('image_size')}" if network.get("name") else "",
+        "starts from": str(base.get("checkpoint") or ("a base trained beforehand" if base else network.get("weights"))),
+        "code": as_text(code) if (code := configuration.get("code")) else "",
+        "P, calibration samples per task": ", ".join(map(str, sorted(set(frame["samples_per_task"])))),
+        "methods": ", ".join(dict.fromkeys(frame.loc[~frame["method"].isin(REFERENCES), "method"])),
+        "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
+        "seeds": ", ".join(map(str, sorted(set(frame["seed"])))),
+        "date": str(source.first.get("date") or "")[:16].replace("T", " "),
+        "machine": str(source.first.get("machine") or ""),
+    }
+    swept = source.sweep.swept.items() if source.sweep else ()
+    found |= {f"swept: {name}": ", ".join(values) for name, values in swept}
+    return {name: text for name, text in found.items() if text not in ("", "None")}
 
 
 def data_url(kind: str, content: bytes) -> str:
@@ -34,7 +94,7 @@ def data_url(kind: str, content: bytes) -> str:
 
 
 def experts_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the experts' own accuracies; experiments that share their experts share a line."""
+    """Return the experts' own accuracies; experiments of a sweep that share their experts share a line."""
     experts = expert_accuracies(summary)
     experts["test accuracy (%)"] = [percent(row["mean"], row["spread"]) for row in _records(experts)]
     keys = ["task", "test accuracy (%)", "seeds"]
@@ -42,13 +102,10 @@ def experts_table(summary: pd.DataFrame) -> pd.DataFrame:
     return table if experts["experiment"].nunique() > 1 else table[keys]
 
 
-def accuracy_by_task(summary: pd.DataFrame, found: Findings) -> Iterator[Titled]:
-    """Return the expert's accuracy, the decoded accuracy and the agreement of every task with the best decoder."""
-    best = found.best or found.roles.get(FLOOR)
-    if best is None:
-        return
-    alone = (summary["erased"] == summary["task"]) & (summary["decoder"] == best.decoder)
-    rows = largest_samples(summary[alone & (summary["method"] != "oracle")])
+def by_task(summary: pd.DataFrame, source: Source, decoder: str) -> Iterator[Titled]:
+    """Yield the accuracy and agreement of every task with a decoder, and what is promised of it if anything is."""
+    alone = (summary["erased"] == summary["task"]) & (summary["decoder"] == decoder)
+    rows = summary[alone & (summary["method"] != "oracle")]
     own = {f"{row['task']}: decoded": percent(row["mean"], row["spread"]) for row in _records(expert_accuracies(rows))}
     lines: dict[str, dict[str, str]] = {"the expert itself": own}
     for name, row in zip(variant_names(rows), _records(rows), strict=True):
@@ -56,120 +113,81 @@ def accuracy_by_task(summary: pd.DataFrame, found: Findings) -> Iterator[Titled]
         for what, column in (("decoded", "decoded_accuracy"), ("agreement", "agreement")):
             line[f"{row['task']}: {what}"] = percent(row[f"{column}_mean"], row[f"{column}_std"])
     table = pd.DataFrame([{"method": name, **line} for name, line in lines.items()]).fillna("–")
-    yield f"Accuracy of the decoded answers, and agreement with the expert, in %, {best.decoder} decoder", table
+    yield f"Accuracy of the decoded answers, and agreement with the expert, in %, {decoder} decoder", table
+    if made := list(source.read(read_promises)):
+        promised = pd.concat(made, ignore_index=True)
+        promised = promised[(promised["decoder"] == decoder) & (promised["method"] != "oracle")]
+        yield f"Promised and found on the test sets, in %, {decoder} decoder", promise_table(promised)
 
 
-def choices(source: ReportSource) -> Iterator[Titled]:
+def choices(source: Source) -> pd.DataFrame:
     """Return what every method chose, without the errors that it was chosen by."""
-    made = pd.DataFrame([(each.get("label"), each.get("batchnorm")) for each in source.methods]).astype(str)
-    if made.empty:
-        return
-    named = made.set_axis(["method", "batchnorm"], axis=1).assign(code_row="", layer="")
     lines: dict[str, dict[str, dict[str, None]]] = {}
-    for name, each in zip(variant_names(named), source.methods, strict=True):
-        for option, value in as_dict(each.get("chosen")).items():
+    for made in source.made:
+        for option, value in as_dict(made.get("chosen")).items():
             if not isinstance(value, dict):
                 text = f"{value:.3g}" if isinstance(value, float) else as_text(value)
-                lines.setdefault(name, {}).setdefault(option, {})[text] = None
+                lines.setdefault(str(made.get("label")), {}).setdefault(option, {})[text] = None
     said = [(name, "; ".join(f"{option}: {', '.join(v)}" for option, v in own.items())) for name, own in lines.items()]
-    if said:
-        yield "", pd.DataFrame(said, columns=["method", "chosen"])
+    return pd.DataFrame(said, columns=["method", "chosen"])
 
 
-def keys_of_shown(source: ReportSource, best: Entry) -> dict[str, str]:
-    """Return the keys in ``confusion.npz`` of the best method and of COIN, both with the best method's decoder."""
+def keys_of_shown(source: Source, best: Entry) -> dict[str, str]:
+    """Return the keys of answers of the best method and of COIN, both with the best method's decoder."""
     frame = source.frame[source.frame["decoder"] == best.decoder].assign(name=variant_names)
     rows = [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]
     return {str(row["name"]): f"{row['method']}|{requested_policy(row['batchnorm'])}|{best.decoder}" for row in rows}
 
 
-def risks(source: ReportSource, decoder: str) -> tuple[pd.DataFrame, list[Titled]]:
-    """Return a decoder's `risk_totals`, and the tables of its risks and promises; both empty where there are none."""
-    if not (read := list(source.read(read_risk))):
-        return pd.DataFrame(), []
-    totals = risk_totals(pd.concat(read, ignore_index=True))
-    totals = totals[(totals["decoder"] == decoder) & (totals["name"] != "oracle")]
-    title = f"Agreement with the expert, and accuracy, of the answers kept, in %, {decoder} decoder"
-    tables = [(title, risk_table(totals))]
-    if made := list(source.read(read_promises)):
-        promises = pd.concat(made, ignore_index=True)
-        promises = promises[(promises["decoder"] == decoder) & (promises["method"] != "oracle")]
-        tables.append((f"Promised and found on the test sets, in %, {decoder} decoder", promise_table(promises)))
-    return totals, tables
-
-
-def confusions(source: ReportSource, keys: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Counts], list[str]]]:
-    """Yield every task with its counts ``[C, C]`` over all seeds by method, `keys_of_shown`, and C names of classes."""
-    archives = [read_confusions(seed) for seed in source.seeds]
-    for task in dict.fromkeys(source.frame["task"]):
-        counts = {}
-        for name, key in keys.items():
-            own = [archive[f"{key}|{task}|{task}"] for archive in archives if f"{key}|{task}|{task}" in archive]
-            if own and len({each.shape for each in own}) == 1:
-                counts[name] = np.sum(own, axis=0)
-        if counts:
-            size = len(next(iter(counts.values())))
-            classes = as_dict(source.document.get("classes")).get(task) or []
-            yield task, counts, [str(name) for name in (classes if len(classes) == size else range(size))]
-
-
-def training_logs(source: ReportSource) -> list[pd.DataFrame]:
-    """Return every expert's accuracy by epoch, in training and in validation, as far as it was logged."""
-    columns, logged = ["epoch", "train/accuracy", "val/accuracy"], []
-    for task in dict.fromkeys(source.frame["task"]):
-        for seed in source.seeds:
-            with suppress(OSError, ValueError, KeyError):  # a log, no result: it may be of another kind of training
-                log = pd.read_csv(seed / "experts" / task / "logs" / "metrics.csv")[columns]
-                logged.append(log.assign(task=task, seed=seed.name))
-    return logged
-
-
-def example_images(source: ReportSource, decoder: str, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def example_images(source: Source, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield the example images by task, each with what the expert and the methods of `keys_of_shown` answer."""
     if (examples := next(source.read(read_examples), None)) is None:
         return
     decoded = {name: examples.decoded[key] for name, key in keys.items() if key in examples.decoded}
     for task, indices in examples.by_task().items():
-        images, differ = [], dict.fromkeys(decoded, 0)
+        images = []
         for i in indices:
             buffer = io.BytesIO()
             Image.fromarray(examples.images[i]).save(buffer, format="PNG", optimize=True)
-            answers = [("expert", examples.name_of(int(examples.expert[i])), False)]
-            for name, own in decoded.items():
-                differ[name] += int(own[i] != examples.expert[i])
-                answers.append((name, examples.name_of(int(own[i])), bool(own[i] != examples.expert[i])))
+            answers = [
+                (name, examples.name_of(int(own[i])), bool(own[i] != examples.expert[i]))
+                for name, own in {"expert": examples.expert, **decoded}.items()
+            ]
             label = examples.name_of(int(examples.label[i]))
             images.append({"image": data_url("image/png", buffer.getvalue()), "label": label, "answers": answers})
+        differ = {name: int((own[indices] != examples.expert[indices]).sum()) for name, own in decoded.items()}
         said = ", ".join(f"{count} of {len(indices)} for {name}" for name, count in differ.items())
-        text = f"A random draw of the test set, the same for all methods, {decoder} decoder. "
-        text += f"Answers that differ from the expert's: {said}."
+        text = f"A random draw of the test set, the same for all. Answers that differ from the expert's: {said}."
         yield {"title": f"Task {task} lost" if task else "", "text": text, "images": images}
 
 
-def command(source: ReportSource, page: Path, *, alone: bool) -> dict[str, Any]:
+def command(source: Source, page: Path) -> dict[str, Any]:
     """Return the command, which reads a file that the page itself hands out, and the files beside the page."""
     if source.sweep is not None:
         name, path = f"{source.sweep.name}.yaml", source.folder / SWEEP_YAML
         words = ["coin", "sweep", name]
     else:
-        own = source.document["configuration"].get("name") or source.folder.resolve().name
-        name, path = f"{own}.yaml", source.seeds[0] / "config.yaml"
-        seeds = ",".join(str(seed) for seed in sorted(set(source.frame["seed"])))
+        name, path = f"{source.frame['experiment'].iloc[0]}.yaml", source.seeds[0] / "config.yaml"
+        seeds = ",".join(map(str, sorted(set(source.frame["seed"]))))
         words = ["coin", "run", "-c", name, f"--seeds=[{seeds}]", "--output=runs"]
-    files = [source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([] if alone else [REPORT_HTML]))]
-    files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, RISK_CSV, PROMISE_CSV, LAYERS_CSV)]
-    versions = as_dict(source.document.get("versions"))
+    files = [source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV)]
+    files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, PROMISE_CSV)]
+    versions = as_dict(source.first.get("versions")).items()
     return {
-        "title": "" if alone else source.name,
         "command": shlex.join(words),
         "name": name,
         "config": data_url("text/yaml", path.read_bytes()) if path.is_file() else "",
-        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
-        "json": json.dumps(source.document["configuration"], indent=2, ensure_ascii=False),
-        "files": [os.path.relpath(file.resolve(), page.parent.resolve()) for file in files if file.is_file()],
-        "wandb": url if (url := str(source.document.get("wandb"))).startswith("http") else "",
-        "offline": any(True for seed in source.seeds for _ in seed.glob("wandb/offline-run-*")),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions),
+        "json": json.dumps(source.first["configuration"], indent=2, ensure_ascii=False),
+        "files": [os.path.relpath(file.absolute(), page.parent.absolute()) for file in files if file.is_file()],
+        "wandb": url if (url := str(source.first.get("wandb"))).startswith("http") else "",
+        "offline": any(any(seed.glob("wandb/offline-run-*")) for seed in source.seeds),
     }
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """Return a value of ``results.json`` that should be a section, or an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def _records(frame: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -57,7 +57,7 @@ class Row:
         decoder_seconds: Wall time of fitting the decoder, the networks' answers to the calibration samples included.
         decoder_passes: Forward-equivalents spent on it: every expert and coded model on every sample that is read.
         memory_mib: What must be kept beyond the experts' own servers, in MiB: networks as they are kept, and heads or
-            regressions for every erasure of the code; NaN for the oracle (as the next two) and in older results.
+            regressions for every erasure of the code; NaN for the oracle (as the next two).
         forwards: Networks run for one lost answer, the survivors that are asked among them.
         losses: The most experts that may be lost at once.
     """
@@ -86,7 +86,7 @@ class Row:
 
 
 STAND_IN_COSTS = ("memory_mib", "forwards", "losses")
-"""What a stand-in costs; results from before do not tell."""
+"""What a stand-in costs."""
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
@@ -94,7 +94,7 @@ INTEGERS = ("seed", "samples_per_task")
 
 
 def requested_policy(batchnorm: str) -> str:
-    """Return the requested BatchNorm policy, ``auto`` for ``auto:recalibrate``; seeds may select different ones."""
+    """Return the requested BatchNorm policy, ``auto`` for ``auto:recalibrate``."""
     return batchnorm.partition(":")[0]
 
 
@@ -107,7 +107,7 @@ def write_results(
     classes: Mapping[str, Sequence[str]] | None = None,
     wandb_url: str | None = None,
 ) -> None:
-    """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``, each whole or not at all.
+    """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``.
 
     Args:
         folder: The seed's folder, made where it is missing.
@@ -118,8 +118,7 @@ def write_results(
         classes: The names of every task's classes.
         wandb_url: Where the evaluation's W&B run is to be seen; None where it is not online.
 
-    Raises ConfigurationError where there are no rows, two rows measure the same thing, or a task has a reserved name,
-    and FileError where a file cannot be written.
+    Raises ConfigurationError where there are no rows, two rows measure the same thing, or a task has a reserved name.
     """
     if not rows:
         raise ConfigurationError("found no rows to write, expected at least one measurement")
@@ -128,17 +127,9 @@ def write_results(
         raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
     if twice := _measured_twice(frame):
         raise ConfigurationError(f"found two results of {twice}, expected one; tell the two apart with 'label'")
-    document = {
-        "rows": frame,
-        "methods": list(methods),
-        "configuration": dict(configuration),
-        "classes": classes or {},
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "wandb": wandb_url,
-    }
-    text = as_json(document)  # a value that cannot be written leaves all three files as they were
+    document = {"rows": frame, "methods": list(methods), "configuration": dict(configuration), "classes": classes or {}}
+    made = {"versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
+    text = as_json({**document, **made, "wandb": wandb_url})
     if confusions is not None:
         write_archive(folder / CONFUSION_NPZ, confusions)
     write_text(folder / RESULTS_JSON, text + "\n")
@@ -146,15 +137,11 @@ def write_results(
 
 
 def read_results(folder: Path) -> pd.DataFrame:
-    """Return the rows of ``results.csv`` with `COLUMNS` in order; text stays text, an empty number is NaN.
-
-    Raises FileError where the file is missing, damaged, lacks a column or a number, or has a row twice.
-    """
+    """Return the rows of ``results.csv`` with `COLUMNS` in order; FileError where one is damaged or there twice."""
     path = folder / RESULTS_CSV
     frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)[list(COLUMNS)]
-    for name in NUMBERS:
-        if name != "residual" and bool(np.isinf(frame[name]).any()):
-            raise FileError(f"'{path}' holds an infinite {name}, expected finite numbers; make it again")
+    if np.isinf(frame[[name for name in NUMBERS if name != "residual"]]).any(axis=None):
+        raise FileError(f"'{path}' holds an infinite number, expected finite ones; make it again")
     if twice := _measured_twice(frame):
         raise FileError(f"'{path}' holds two rows of {twice}, expected one; make it again")
     return frame
@@ -162,15 +149,9 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 def read_configuration(folder: Path) -> dict[str, Any]:
     """Return the object of ``results.json``: configuration, methods, versions …; FileError if missing or damaged."""
-    path = folder / RESULTS_JSON
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it again") from error
-    if not isinstance(document, dict) or not isinstance(document.get("configuration"), dict):
-        raise FileError(f"'{path}' holds no 'configuration', expected an object with one; make it again")
+    document = _read_json(folder / RESULTS_JSON)
+    if not isinstance(document.get("configuration"), dict):
+        raise FileError(f"'{folder / RESULTS_JSON}' holds no 'configuration', expected a section; make it again")
     return document
 
 
@@ -181,19 +162,11 @@ def check_current(seed_folder: Path) -> None:
     ``experts/TASK/done.json``. Where one of them does not say it, nothing is checked.
     """
     recorded = read_configuration(seed_folder)["configuration"].get("experts")
-    for task, key in (recorded if isinstance(recorded, dict) else {}).items():
+    for task, key in recorded.items() if isinstance(recorded, dict) else ():
         path = seed_folder / "experts" / task / "done.json"
-        if not path.is_file():
-            continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["key"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise FileError(f"'{path}' is damaged ({first_line(error)}); run `coin run` again") from error
-        if found != key:
-            raise FileError(
-                f"the results in '{seed_folder}' are of another expert '{task}' than the one that stands there; "
-                "run `coin run` again"
-            )
+        if path.is_file() and _read_json(path).get("key") != key:
+            told = f"the results in '{seed_folder}' are of another expert '{task}' than the one that stands there"
+            raise FileError(f"{told}; run `coin run` again")
 
 
 def confusion_key(row: Row) -> str:
@@ -208,10 +181,9 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
         return {}
     found = read_archive(path)
     for key, counts in found.items():
-        if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.dtype.kind not in "iu":
+        if counts.ndim != 2 or len({*counts.shape}) > 1 or counts.dtype.kind not in "iu":
             raise FileError(
-                f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}', expected whole numbers [C, C]; "
-                "make it again"
+                f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}', expected whole numbers [C, C]"
             )
     return found
 
@@ -225,33 +197,24 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
-    What a stand-in costs is NaN in files of earlier versions. Raises FileError where the file is missing, damaged, or
-    lacks a column or a row.
+    Raises FileError where the file is missing, damaged, or lacks a column or a row.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`")
     try:
         # As text first: pandas would read a task called "NA" as missing and the code row "0" as a number.
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        frame = pd.read_csv(path, dtype="str", keep_default_na=False)
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it again") from error
-    later = [name for name in columns if name.startswith(STAND_IN_COSTS) and name not in frame.columns]
-    frame = frame.assign(**dict.fromkeys(later, ""))
     if missing := [name for name in columns if name not in frame.columns]:
-        raise FileError(
-            f"'{path}' has no column '{missing[0]}' ({len(missing)} missing): it is damaged, or of another version of "
-            "coin; run the experiment again"
-        )
+        raise FileError(f"'{path}' has no column '{missing[0]}' ({len(missing)} missing); run the experiment again")
     if frame.empty:
         raise FileError(f"'{path}' holds no rows, expected at least one; make it again")
     try:
-        for name in integers:
-            frame[name] = [int(text) for text in frame[name]]
-        for name in numbers:
-            frame[name] = [float(text or "nan") for text in frame[name]]
-    except (TypeError, ValueError) as error:
-        raise FileError(f"'{path}' is damaged in column '{name}' ({first_line(error)}); make it again") from error
-    return frame
+        numeric = frame[list(numbers)].replace("", "nan").astype("float64")
+        return frame.assign(**numeric).astype(dict.fromkeys(integers, "int64"))
+    except (ValueError, TypeError) as error:
+        raise FileError(f"'{path}' has no number where one is expected ({first_line(error)}); make it again") from error
 
 
 def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -276,12 +239,20 @@ def as_json(document: Any) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, pd.DataFrame):
             return value.to_dict("records")
-        if isinstance(value, np.ndarray | np.generic):
-            return value.tolist()
-        return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, set) else str(value)
+        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
     finite = json.loads(json.dumps(document, default=plain), parse_constant=lambda name: None)
     return json.dumps(finite, indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it again") from error
+    return document if isinstance(document, dict) else {}
 
 
 def _measured_twice(frame: pd.DataFrame) -> str:

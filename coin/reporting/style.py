@@ -7,15 +7,14 @@ references. Variants of a method share its colour.
 import io
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 INK, SOFT = "#1b1f24", "#6b7480"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#B8A800")
@@ -50,11 +49,6 @@ def style() -> Iterator[None]:
         yield
 
 
-def colour(index: int) -> str:
-    """Return the colour of a series that is no method, by its index; they repeat after eight."""
-    return COLOURS[index % len(COLOURS)]
-
-
 def marker(index: int) -> str:
     """Return the marker of the series with this index."""
     return MARKERS[index % len(MARKERS)]
@@ -83,14 +77,11 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: 
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
-def log_scale(axes: Axes, which: str = "x", subs: Sequence[float] = ()) -> None:
-    """Make an axis logarithmic, labelled with plain numbers, at `subs` times powers of ten if these are given."""
-    axes.set(**{f"{which}scale": "log"})
-    axis: Axis = getattr(axes, f"{which}axis")
-    if subs:
-        axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.set_minor_formatter(NullFormatter())
+def log_scale(axes: Axes) -> None:
+    """Make the horizontal axis logarithmic, labelled with plain numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def tick_text(value: object) -> str:
@@ -99,11 +90,11 @@ def tick_text(value: object) -> str:
     return text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…"
 
 
-def column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str]], gap: float) -> None:
-    """Write names beside the axes, from the best down and `gap` of its height apart, each with a line to its point."""
+def column_of_names(axes: Axes, labels: list[tuple[float, float, str, str]], gap: float) -> None:
+    """Write labels (height, place, text, colour) beside the axes, `gap` of its height apart, with lines to points."""
     low, high = axes.get_ylim()
     to_height = axes.transData + axes.transAxes.inverted()
-    labels = sorted((label for label in labels if not math.isnan(label[0])), key=lambda label: -label[0])
+    labels = sorted(labels, key=lambda label: -label[0])
     heights: list[float] = []
     for nda, *_ in labels:
         wanted = float(to_height.transform((axes.get_xlim()[1], min(max(nda, low), high)))[1])
@@ -112,12 +103,8 @@ def column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str
     for i in reversed(range(len(heights))):
         heights[i] = max(heights[i], floor)
         floor = heights[i] + gap
-    right = axes.get_yaxis_transform()
     for (nda, x, text, ink), height in zip(labels, heights, strict=True):
-        beyond = x is None and nda < low
         axes.annotate(
-            f"{text} ↓" if beyond else text, (1.0, nda) if x is None else (x, nda), (1.04, height),
-            xycoords=right if x is None else "data", textcoords="axes fraction", fontsize=9, color=ink, va="center",
-            annotation_clip=False,
-            arrowprops=None if beyond else {**_LINE, "color": ink},
+            text, (x, nda), (1.04, height), textcoords="axes fraction", fontsize=9, color=ink, va="center",
+            annotation_clip=False, arrowprops={**_LINE, "color": ink},
         )  # fmt: skip

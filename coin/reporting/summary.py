@@ -1,6 +1,7 @@
 """Mean and spread over seeds, the mean over tasks, and the names of the methods' variants."""
 
-import math
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from coin.reporting.results import (
     KEYS,
     NUMBERS,
     RESULTS_CSV,
-    RESULTS_JSON,
     STAND_IN_COSTS,
     check_current,
     read_configuration,
@@ -26,11 +26,8 @@ from coin.reporting.results import (
 SUMMARY_CSV = "summary.csv"
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
-TRAINED = ("distillation", "readout_distillation")
-"""Methods that train the coded model by gradient descent; labels begin with the name."""
-ITERATIVE = ("gauss_newton",)
-"""Methods that take a few steps without a learning rate: neither closed forms nor trained."""
-_KEEPING = ("refit", *TRAINED)
+TRAINED = ("distillation",)  # methods that train the coded model; labels begin with the name
+_KEEPING = ("refit", "distillation", "readout_distillation")
 """Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``."""
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
@@ -49,8 +46,12 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
     The columns are `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each.
     """
-    frame = _with_all_columns(frame)
-    both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
+    frame = frame.assign(batchnorm=frame["batchnorm"].map(requested_policy))
+    parts = []
+    for rows in (frame, seed_means(frame)):
+        means, spreads, seeds = _over(rows, list(GROUP))
+        parts.append(pd.concat([seeds.rename("seeds"), means.add_suffix("_mean"), spreads.add_suffix("_std")], axis=1))
+    both = pd.concat(parts).reset_index()[list(SUMMARY_COLUMNS)]
     order = both.groupby([name for name in GROUP if name not in ("erased", "task")], sort=False).ngroup()
     return both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
@@ -60,17 +61,13 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
     erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
     tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
     sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
-    return _mean(_with_all_columns(frame).assign(erased=sizes, task="mean"), list(KEYS)).reset_index()
+    asked = frame["batchnorm"].map(requested_policy)
+    return _over(frame.assign(erased=sizes, task="mean", batchnorm=asked), list(KEYS))[0].reset_index()
 
 
 def write_summary(experiment_folder: Path) -> pd.DataFrame:
     """Write and return ``summary.csv`` of an experiment's ``seed-*/results.csv``; FileError where one is unreadable."""
-    folders = seed_folders(experiment_folder)
-    if not folders:
-        raise FileError(
-            f"found no 'seed-*/results.csv' in '{experiment_folder}', expected an experiment; make it with `coin run`"
-        )
-    summary = summarise(pd.concat([read_results(folder) for folder in folders], ignore_index=True))
+    summary = summarise(read_run(experiment_folder)[1])
     write_frame(experiment_folder / SUMMARY_CSV, summary)
     return summary
 
@@ -89,14 +86,12 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
     """
     found = [path.parent for path in experiment_folder.glob(f"seed-*/{RESULTS_CSV}")]
     if len(found) > 1:
-        options = {folder: _comparable(read_configuration(folder)["configuration"]) for folder in found}
-        latest = options[max(found, key=lambda folder: (folder / RESULTS_JSON).stat().st_mtime_ns)]
+        documents = {folder: read_configuration(folder) for folder in found}
+        options = {folder: _comparable(document["configuration"]) for folder, document in documents.items()}
+        latest = options[max(found, key=lambda folder: str(documents[folder].get("date")))]
         if other := sorted(folder.name for folder in found if options[folder] != latest):
-            warnings.warn(
-                f"left out {', '.join(other)}: measured with other options than the latest seed",
-                CoinWarning,
-                stacklevel=2,
-            )
+            told = f"left out {', '.join(other)}: measured with other options than the latest seed"
+            warnings.warn(told, CoinWarning, stacklevel=2)
         found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
@@ -108,10 +103,8 @@ def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:
     """
     seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
     if not seeds:
-        raise FileError(
-            f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
-            "experiment or of one seed; make it with `coin run`"
-        )
+        told = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
+        raise FileError(f"{told}, expected the folder of an experiment or of one seed; make it with `coin run`")
     for seed in seeds:
         check_current(seed)
     return seeds, pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
@@ -123,17 +116,16 @@ def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return what may be kept for a lost expert: a row per method's variant and decoder, by what it takes to keep.
+    """Return what may be kept for a lost expert: a row per method's variant and decoder of one experiment's `summary`.
 
-    Of one experiment's `summary`: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone),
-    ``memory_mib``, ``forwards``, ``losses``, ``merge_seconds``, and ``nda_worst``, the mean over seeds on the
-    ``worst_task``; nothing of results that do not tell the first six, as the oracle's.
+    The columns: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
+    ``forwards``, ``losses``, ``merge_seconds``, ``nda_worst`` (the mean over seeds on the ``worst_task``).
     """
     summary = summary.assign(name=variant_names(summary))
     keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
     alone = summary[summary["erased"] == summary["task"]].sort_values("nda_mean", kind="stable")
     worst = alone.drop_duplicates(keys).rename(columns={"task": "worst_task", "nda_mean": "nda_worst"})
-    means = largest_samples(over_tasks(summary)).merge(worst[[*keys, "worst_task", "nda_worst"]], on=keys, how="left")
+    means = over_tasks(summary).merge(worst[[*keys, "worst_task", "nda_worst"]], on=keys, how="left")
     costs = list(STAND_IN_COSTS)
     means = means.rename(columns={f"{cost}_mean": cost for cost in (*costs, "merge_seconds")})
     kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds", "nda_worst", "worst_task"]]
@@ -142,10 +134,7 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `stand_ins` no other beats: none is as good in all of NDA, memory, forwards and losses.
-
-    NDA counts to the hundredth of a percent that tables print.
-    """
+    """Return which rows of `stand_ins` no other beats in NDA (to the digits printed), memory, forwards and losses."""
     signs = {"nda_mean": 1, "memory_mib": -1, "forwards": -1, "losses": 1}
     goods = (kept[list(signs)].round(4) * pd.Series(signs)).to_numpy()
     beaten = [bool(((goods >= own).all(1) & (goods > own).any(1)).any()) for own in goods]
@@ -157,18 +146,8 @@ def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
     return undominated(kept) | kept.index.isin(kept.groupby("name")["nda_mean"].idxmax())
 
 
-def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return each variant's rows at its largest P: one point per variant, whatever P the others had."""
-    variant = ["experiment", "method", "batchnorm"]
-    return rows[rows["samples_per_task"] == rows.groupby(variant)["samples_per_task"].transform("max")]
-
-
 def decoders_of(means: pd.DataFrame) -> list[str]:
-    """Return the decoders: ``linear``, the one with the best method's largest mean NDA, then the others as they come.
-
-    Args:
-        means: Rows of a summary, means over tasks.
-    """
+    """Return the decoders of means over tasks: ``linear``, the best method's, then the others as they come."""
     contenders = means[~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)]
     rows = (contenders if len(contenders) else means).groupby("decoder")["nda_mean"].max().dropna()
     matter = [*(["linear"] if "linear" in set(means["decoder"]) else []), *([str(rows.idxmax())] if len(rows) else [])]
@@ -178,19 +157,15 @@ def decoders_of(means: pd.DataFrame) -> list[str]:
 
 
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
-    """Return one name per row of results, of a summary or of ``layers.csv`` that tells a method's variants apart.
+    """Return one name per row of results or of a summary that tells a method's variants apart.
 
-    A name depends on the method's own options alone: its label, and the BatchNorm policy that was asked for where that
-    is not the method's default (``coin (recalibrate)``). Where a method was read out through several sets of coded
-    models, the set follows in brackets (``coin[0+1]``); of ``layers.csv``, the row of the code.
+    It is the label, the BatchNorm policy that was asked for if that is not the default (``coin (recalibrate)``), and,
+    where a method was read out through several sets of coded models, the set (``coin[0+1]``).
     """
-    if "layer" in frame:
-        several = pd.Series(frame["code_row"].nunique() > 1, index=frame.index)
-    else:
-        # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
-        same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
-        own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
-        several = frame["method"].isin(frame.loc[own, "method"])
+    # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
+    same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
+    own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
+    several = frame["method"].isin(frame.loc[own, "method"])
     asked = frame["batchnorm"].map(requested_policy)
     default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
     return frame["method"] + (" (" + asked + ")").mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
@@ -203,36 +178,15 @@ def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
     return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)
 
 
-def _with_all_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with the requested BatchNorm policies, and NaN for what results from before do not tell."""
-    untold = {name: math.nan for name in STAND_IN_COSTS if name not in frame}
-    return frame.assign(batchnorm=frame["batchnorm"].map(requested_policy), **untold)
+def _comparable(configuration: dict[str, Any]) -> str:
+    """Return what seeds of one experiment have in common: all but their seeds and the keys of their experts."""
+    own = {name: entry for name, entry in configuration.items() if name != "experts"}
+    return re.sub(r'"seed": \d+', "", json.dumps(own))
 
 
-def _comparable(configuration: Any) -> Any:
-    """Return what seeds of one experiment have in common: no ``seed``, and no keys of experts."""
-    if isinstance(configuration, list):
-        return [_comparable(entry) for entry in configuration]
-    if not isinstance(configuration, dict):
-        return configuration
-    own = {"seed", "experts"}
-    return {name: _comparable(entry) for name, entry in configuration.items() if name not in own}
-
-
-def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    groups = frame.groupby(list(GROUP), sort=False)
-    means = _mean(frame, list(GROUP)).add_suffix("_mean")
-    spreads = groups[list(NUMBERS)].std(ddof=1).where(_complete(frame, list(GROUP))).add_suffix("_std")
-    seeds = groups["seed"].nunique().rename("seeds")
-    return pd.concat([seeds, means, spreads], axis=1).reset_index()[list(SUMMARY_COLUMNS)]
-
-
-def _mean(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    means = frame.groupby(keys, sort=False)[list(NUMBERS)].mean()
-    return means.where(_complete(frame, keys))
-
-
-def _complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Return where no number of a group is NaN (pandas' own means skip NaN)."""
-    groups = frame.groupby(keys, sort=False)[list(NUMBERS)]
-    return groups.count().eq(groups.size(), axis=0)
+def _over(frame: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, "pd.Series[int]"]:
+    """Return the mean and spread of all numbers by `keys`, NaN where one of them is, and the number of seeds."""
+    groups = frame.groupby(keys, sort=False)
+    numbers = groups[list(NUMBERS)]
+    whole = numbers.count().eq(groups.size(), axis=0)  # pandas' own means skip NaN
+    return numbers.mean().where(whole), numbers.std(ddof=1).where(whole), groups["seed"].nunique()

@@ -1,6 +1,5 @@
 """The table of a sweep, ``sweep.csv``: made from its points' results, shown in the terminal, and read back."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +19,19 @@ SWEEP_CSV = "sweep.csv"
 SWEEP_YAML = "sweep.yaml"
 """The sweep's own file, kept beside its table."""
 SEEDS = "seeds"
-_SAMPLES = "samples_per_task"
 _LONGEST = 24  # longer values are named by their place among the values
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished sweep. Points that differ in nothing but their seeds and P are one experiment of it.
+    """A finished sweep. Points that differ in their seeds alone are one experiment of it.
 
     Args:
         name: The sweep's name, which is its folder's.
-        swept: What each option takes, in order of appearance, by its short name; P and seeds included.
-        options: What the other options are, as text, by experiment; none where only P or seeds were swept.
+        swept: The values of each option, in order of appearance, by its short name; seeds are no option.
+        options: Each experiment's values of these, a long one by its place; empty where only seeds were swept.
         frame: All rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name.
-        points: The folders of the points with the largest P.
-        full: Whether the experiments are all combinations of the options' values.
+        points: The folders of the points.
     """
 
     name: str
@@ -42,7 +39,6 @@ class Sweep:
     options: Mapping[str, Mapping[str, str]]
     frame: pd.DataFrame
     points: tuple[str, ...]
-    full: bool
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
@@ -51,23 +47,21 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     if not path.is_file():
         return None
     frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
-    keys = [name for name in frame.columns if name not in COLUMNS]
+    keys = [name for name in frame.columns if name not in (*COLUMNS, SEEDS)]
     if wrong := [name for name in frame["experiment"] if not is_folder_name(name)]:
         raise FileError(f"'{path}' has the experiment {wrong[0]!r}, expected a folder's name; make it again")
     name, short = folder.resolve().name, _short_names(keys)
+    points = tuple(dict.fromkeys(frame["experiment"]))
     swept = {short[key]: tuple(dict.fromkeys(frame[key])) for key in keys}
-    others = [key for key in keys if key != SEEDS and key.rsplit(".")[-1] != _SAMPLES]
     options, parts = {}, []
-    for values, part in frame.groupby(others, sort=False) if others else [((), frame)]:
-        named = zip((short[key] for key in others), values, strict=True)
-        own = {option: short_value(str(value), swept[option]) for option, value in named}
+    for values, part in frame.groupby(keys, sort=False) if keys else [((), frame)]:
+        named = zip((short[key] for key in keys), values, strict=True)
+        own = {option: _short_value(str(value), swept[option]) for option, value in named}
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
         parts.append(part[list(COLUMNS)].assign(experiment=label))
-    largest = frame[frame[_SAMPLES] == frame[_SAMPLES].max()]
-    full = len(options) == math.prod(len(swept[short[key]]) for key in others)
     rows = pd.concat(parts, ignore_index=True).drop_duplicates(list(KEYS), ignore_index=True)  # a seed run twice is one
-    return Sweep(name, swept, options, rows, tuple(dict.fromkeys(largest["experiment"])), full)
+    return Sweep(name, swept, options, rows, points)
 
 
 def sweep_frame(
@@ -76,9 +70,8 @@ def sweep_frame(
 ) -> pd.DataFrame | None:
     """Return the rows of all points' results behind one column per swept key, None where there are none.
 
-    `points` are the swept keys' values and the seeds' folders of every finished point; a value that is a list or a
-    section is written as JSON. `read` returns a seed's rows: those of ``results.csv``, or of ``risk.csv``. Raises
-    FileError where a point's results are missing or damaged.
+    `points` are the swept keys' values (a list or a section becomes JSON) and the seeds' folders of every finished
+    point; `read` returns a seed's rows, those of ``results.csv`` or of ``promise.csv``.
     """
     frames = []
     for values, folders in points:
@@ -107,8 +100,7 @@ def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
 def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Return mean NDA ± spread in % of rows of results as text, a line per point and method, a column per decoder.
 
-    The options of `points` are by experiment. Points that differ in their seeds alone share a line. The oracle, whose
-    NDA is 1 everywhere, is left out.
+    The options of `points` are by experiment; points that differ in their seeds alone share a line.
     """
     keys = [str(key) for key in points.columns]
     means = seed_means(frame[frame["method"] != "oracle"])
@@ -130,13 +122,12 @@ def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
     return values if numbers.isna().any() else numbers
 
 
-def _short_names(keys: list[str]) -> dict[str, str]:
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return the last part of each swept key, the whole key where another ends alike or a column is called so."""
     last = [key.rsplit(".")[-1] for key in keys]
-    taken = {*COLUMNS} - {_SAMPLES}  # whose option it is
     pairs = zip(keys, last, strict=True)
-    return {key: name if last.count(name) == 1 and name not in taken else key for key, name in pairs}
+    return {key: name if last.count(name) == 1 and name not in COLUMNS else key for key, name in pairs}
 
 
-def short_value(value: str, values: Sequence[str]) -> str:
-    """Return a value of an option, a long one by its place among the values."""
+def _short_value(value: str, values: Sequence[str]) -> str:
     return value if len(value) <= _LONGEST else f"#{values.index(value)}"

@@ -2,13 +2,11 @@
 
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,14 +16,13 @@ from coin.coding.decoder_config import REPLICA
 from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, stand_ins, undominated, variant_names
 
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
-FAR_ABOVE = 1.1
-"""An NDA above this says more of the experts than of a stand-in."""
-NEAR = 0.01
-"""How far below the best NDA a stand-in may be to be called as good in a sentence."""
+FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
+NEAR = 0.01  # how far below the best NDA a stand-in may be to be called as good in a sentence
 IN_SHORT = "In short: "
 """How a finding begins."""
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
+_WIDEST = 14  # characters of a heading in one line
 
 
 def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: int = 2, plus: str = "") -> str:
@@ -45,23 +42,15 @@ def counted(number: float, what: str) -> str:
     return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
-def short(value: float) -> str:
-    """Return a count in a few characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
-    return "–" if math.isnan(value) else EngFormatter(sep="")(float(f"{value:.3g}"))
-
-
-def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return a table of mean NDA ± spread in % for every experiment and size of erasure (``1 of 2``) of a summary.
+def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return a table of mean NDA ± spread in % for every size of erasure (``1 of 2``) of one experiment's summary.
 
     A line per method's variant (and P where there are several), the references last. The columns: ``method``, ``P``,
     the decoders in the order of `decoders_of`, then `COSTS`: what made the coded model (``merge``) and what fitted the
     dearest decoder beside it. The largest mean of a decoder and P, to the two decimals printed, carries `BEST`.
     """
     means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
-    return {
-        (str(experiment), str(erased)): _nda_table(part)
-        for (experiment, erased), part in means.groupby(["experiment", "erased"], sort=False)
-    }
+    return {str(erased): _nda_table(part) for erased, part in means.groupby("erased", sort=False)}
 
 
 def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame:
@@ -89,26 +78,6 @@ def choice_table(rows: pd.DataFrame) -> pd.DataFrame:
     table = stand_in_table(rows).drop(columns=["merge s", "NDA"])
     table.insert(2, "worst task", [percent(nda) + BEST * (place == 0) for place, nda in enumerate(rows["nda_worst"])])
     return table
-
-
-def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
-    """Return the points of ``risk.csv`` over all samples of tasks lost alone, by ``name`` (a variant's) and decoder."""
-    alone = risk[risk["erased"] == risk["task"]].assign(name=variant_names)
-    numbers = ["risk", "agreement", "decoded_accuracy", "expert_accuracy"]
-    alone[numbers] = alone[numbers].mul(alone["samples"], axis=0)
-    totals = alone.groupby(["name", "decoder", "curve", "at"], sort=False)[["samples", *numbers]].sum().reset_index()
-    totals[numbers] = totals[numbers].div(totals["samples"], axis=0)
-    return totals
-
-
-def risk_table(totals: pd.DataFrame) -> pd.DataFrame:
-    """Return a line per method's variant of `risk_totals` of one decoder: accuracy and agreement in % by coverage."""
-    lines: dict[str, dict[str, str]] = {}
-    for row in totals[totals["curve"] == "coverage"].to_dict("records"):
-        line = lines.setdefault(row["name"], {"predicted": percent(1 - row["risk"])})
-        for what, column in (("agree", "agreement"), ("right", "decoded_accuracy"), ("expert", "expert_accuracy")):
-            line[f"{what} at {row['at']:.0%}"] = percent(row[column])
-    return pd.DataFrame([{"method": name, **line} for name, line in lines.items()])
 
 
 def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +112,7 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
         line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
         for step in ("merge", "decoder"):
             line[f"{step} s"] = seconds(part[f"{step}_seconds_mean"].max())
-            line[f"{step} passes"] = short(part[f"{step}_passes_mean"].max())
+            line[f"{step} passes"] = f"{part[f'{step}_passes_mean'].max():,.0f}"
         lines.append((rank[name], samples, line))
     columns = ["method", *(["P"] if means["samples_per_task"].nunique() > 1 else []), *decoders, *COSTS]
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
@@ -155,34 +124,34 @@ def results_console() -> Console:
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None, *, reported: bool = True) -> None:
-    """Print the experts' own accuracies, one table of NDA per experiment and size of erasure, and what to keep.
+    """Print one experiment's own accuracies, a table of NDA for every size of erasure, and what to keep.
 
-    The linear decoder and the winning one always have their columns; of the others and of the costs there is as much as
-    fits the width. A report and ``summary.csv`` are named where these are written (`reported`).
+    Where a table is wider than the terminal, it has the linear decoder, the winning one and the time of merging. A
+    report and ``summary.csv`` are named where these are written (`reported`).
     """
     console = console or results_console()
-    experts = expert_accuracies(summary)
-    for experiment, part in experts.groupby("experiment", sort=False):
-        whose = f" of {experiment}" if experts["experiment"].nunique() > 1 else ""
-        rows: Any = part.itertuples(index=False)
-        each = (f"{row.task} {percent(row.mean, row.spread)}" for row in rows)
-        console.print(Text(f"Experts{whose}, own accuracy in %: {', '.join(each)}"))
+    rows: Any = expert_accuracies(summary).itertuples(index=False)
+    each = (f"{row.task} {percent(row.mean, row.spread)}" for row in rows)
+    console.print(Text(f"Experts, own accuracy in %: {', '.join(each)}"))
     left_out: dict[str, None] = {}
-    for (experiment, erased), table in nda_tables(summary).items():
-        shown = _fitting(table, console.width)
-        left_out |= dict.fromkeys(name for name in table.columns if name not in shown)
+    experiment = summary["experiment"].iloc[0]
+    for erased, table in nda_tables(summary).items():
         references = sum(name.partition("[")[0] in REFERENCES for name in table["method"])
-        title = f"{experiment}: NDA in %, {erased} lost"
-        console.print(rich_table(table[shown], title, ends=[len(table) - references]))
+        layout: Any = {"title": f"{experiment}: NDA in %, {erased} lost", "ends": [len(table) - references]}
+        unlimited = console.options.update(max_width=10_000)
+        if console.measure(rich_table(table, **layout), options=unlimited).maximum > console.width:
+            matter = ["method", "P", *decoders_of(summary[summary["erased"] == erased])[:2], "merge s"]
+            left_out |= dict.fromkeys(name for name in table.columns if name not in matter)
+            table = table[[name for name in table.columns if name in matter]]
+        console.print(rich_table(table, **layout))
     where, everything = ("summary.csv", "; all of them in the report") if reported else ("results.csv", "")
     rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
-    for experiment, part in summary.groupby("experiment", sort=False):
-        table = stand_in_table(stand_ins(part), all_rows=False)
-        if len(table):
-            console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
-            console.print(Text(f"What no other beats in NDA, memory, forwards and losses{everything}."))
-            console.print(Text(finding(stand_ins(part))))
+    if len(kept := stand_ins(summary)):
+        table = stand_in_table(kept, all_rows=False)
+        console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
+        console.print(Text(f"What no other beats in NDA, memory, forwards and losses{everything}."))
+        console.print(Text(finding(kept)))
 
 
 def finding(kept: pd.DataFrame) -> str:
@@ -193,35 +162,24 @@ def finding(kept: pd.DataFrame) -> str:
     if row["nda_mean"] > FAR_ABOVE:
         return f"{IN_SHORT}what stands in is right more often than the lost experts; look at their own accuracy first."
     rest = "" if math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
-    how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
     return (
-        f"{IN_SHORT}{row['name']}{how} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
+        f"{IN_SHORT}{read_by(row)} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
         f"{row['memory_mib']:.3g} MiB; an answer takes {counted(row['forwards'], 'network run')}, and up to "
         f"{counted(row['losses'], 'expert')} may be lost at once{rest}."
     )
 
 
-def describe(row: "pd.Series[Any]") -> str:
-    """Return a row of `stand_ins` in words: what it is, what it keeps on the worst task, and what it costs."""
-    how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
-    return (
-        f"{row['name']}{how} ({percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, "
-        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB; {counted(row['forwards'], 'network run')} an answer; up to "
-        f"{row['losses']:g} lost at once)"
-    )
+def read_by(row: "pd.Series[Any]") -> str:
+    """Return the name of a row of `stand_ins`, with its decoder if it has one."""
+    return f"{row['name']} with {row['decoder']}" if row["decoder"] != REPLICA else str(row["name"])
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:
-    """Return a frame of text as a table for the terminal; the columns in `texts` are set to the left, and may break.
-
-    A rule follows after each number of rows in `ends`.
-    """
+    """Return a frame of text for the terminal: `texts` are set to the left and may break, rules follow rows `ends`."""
     out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    number: Any = {"justify": "right", "no_wrap": True, "overflow": "ellipsis"}  # one that is cut says so
     for name in table.columns:
-        if name in texts:
-            out.add_column(Text(heading(str(name))), overflow="fold")
-        else:  # a number that is cut says so
-            out.add_column(Text(heading(str(name))), justify="right", no_wrap=True, overflow="ellipsis")
+        out.add_column(Text(heading(str(name))), **({"overflow": "fold"} if name in texts else number))
     starred = {name: any(str(cell).endswith(BEST) for cell in table[name]) for name in table.columns}
     for place, row in enumerate(table.itertuples(index=False), 1):
         cells = (
@@ -233,24 +191,6 @@ def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method"
     return out
 
 
-def heading(name: str, width: int = 14) -> str:
-    """Return a name as a heading: a long one on several lines, each broken behind a hyphen or between words."""
-    lines = [""]
-    for part in re.findall(r"[^- ]*[- ]|[^- ]+", name):
-        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _fitting(table: pd.DataFrame, width: int) -> list[str]:
-    """Return the columns that fit, the two decoders that matter before the costs and the other decoders."""
-    decoders = [name for name in table.columns if name not in ("method", "P", *COSTS)]
-    room, shown = width - 1, []
-    for name in ["method", *(["P"] if "P" in table else []), *decoders[:2], "merge s", *decoders[2:], *COSTS]:
-        widths = [len(line) for text in (heading(name), *table[name]) for line in text.split("\n")]
-        wanted = min(max(widths), 30 if name == "method" else width) + 1
-        if name not in shown and (wanted <= room or name in ("method", *decoders[:2])):
-            shown.append(name)
-            room -= wanted
-    return [name for name in table.columns if name in shown]
+def heading(name: str) -> str:
+    """Return a name as a heading: a long one broken behind hyphens and between words."""
+    return name if len(name) <= _WIDEST else name.replace("-", "-\n").replace(" ", "\n")

@@ -1,7 +1,7 @@
-"""``coin dashboard``: a workspace on W&B's server, made by ``wandb-workspaces`` from what methods' runs have logged."""
+"""``coin dashboard``: a workspace on W&B's server, made by ``wandb-workspaces`` from what evaluations have logged."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,6 @@ from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.packaged import how_to_install
 from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, OFFLINE_MODES, check_connection
 
-_FIGURES = ("nda_against_memory", "nda_against_cost", "risk")  # of an evaluation, ``figures/NAME``
 _RUNS = 200  # the latest ones, enough for every name that an experiment logs
 
 
@@ -24,8 +23,8 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
         name: What the workspace is called; none calls it after the experiment, or ``coin``.
 
     Returns its address. Raises ConfigurationError where ``WANDB_MODE`` is offline, ``wandb-workspaces`` is not
-    installed, or the project is missing or has no run of a method; ConnectionFailedError where there is no API key or
-    no answer.
+    installed, or the project is missing or has no run of an evaluation; ConnectionFailedError where there is no API
+    key or no answer.
     """
     parts = project.split("/")
     if len(parts) > 2 or not all(parts):
@@ -39,7 +38,7 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
     check_connection("online", later=False)
     try:
         entity, called = parts if len(parts) == 2 else (str(wandb.Api().default_entity), parts[0])
-        filters = {"jobType": "method", **({} if group is None else {"group": group})}
+        filters = {"jobType": "evaluate", **({} if group is None else {"group": group})}
         found = islice(wandb.Api().runs(f"{entity}/{called}", filters=filters, order="-created_at"), _RUNS)
         logged = {each for run in found for each in run.summary.keys()}  # noqa: SIM118 (not a dict)
         made = workspace(entity, called, logged, group, name or group or "coin")
@@ -55,55 +54,40 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
 
 
 def workspace(entity: str, project: str, logged: Collection[str], group: str | None = None, name: str = "coin") -> Any:
-    """Return the workspace, not yet saved: bars and points are methods, with the spread over seeds.
+    """Return the workspace, not yet saved: NDA by method and decoder, the mean and spread over an experiment's seeds.
 
-    `logged` are the names in the summaries of the methods' runs: ``nda/linear/mean``, …; it is refused without any.
+    `logged` are the names in the summaries of evaluations' runs: ``nda/METHOD/DECODER``, ``confusion/TASK``, …; it is
+    refused without any NDA.
     """
     ws, wr = _import()
-    measured = [parts[1:] for parts in sorted(each.split("/") for each in logged) if parts[0] == "nda"]
-    decoders = [parts[0] for parts in measured if parts[1:] == ["mean"]]
-    if not decoders:
+    by_decoder: dict[str, list[str]] = {}
+    for each in sorted(logged):
+        if each.startswith("nda/"):
+            by_decoder.setdefault(each.rpartition("/")[2], []).append(each)
+    if not by_decoder:
         raise ConfigurationError(
-            f"found no run of a method in '{entity}/{project}'{f', group {group!r}' if group else ''}, expected them "
-            "to group by; run an experiment, and `wandb sync` its folder"
+            f"found no run of an evaluation in '{entity}/{project}'{f', group {group!r}' if group else ''}, expected "
+            "one; run an experiment, and `wandb sync` its folder"
         )
-    tasks = sorted({parts[1] for parts in measured if len(parts) == 2} - {"mean"})
-
-    def bars(title: str, metric: str) -> Any:
-        group = {"groupby": wr.Config("variant"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
-        return wr.BarPlot(title=title, metrics=[metric], max_bars_to_show=50, **group)
-
-    def points(decoder: str, x: Any, against: str, log: bool = False) -> Any:
-        y = wr.SummaryMetric(f"nda/{decoder}/mean")
-        return wr.ScatterPlot(title=f"NDA against {against}, {decoder}", x=x, y=y, log_x=log)
-
-    costs = {"seconds": "seconds in all", "passes": "forward-equivalents in all"}
-    axes = {"samples_per_task": "P", "num_experts": "N"}
+    tasks = sorted(each.partition("/")[2].removesuffix("_table") for each in logged if each.startswith("confusion/"))
     curves = {"Validation accuracy of the experts": "val/accuracy", "Loss of all that is trained": "train/loss"}
-
-    def confusion(task: str) -> Any:
-        return wr.CustomChart(
-            query={"summaryTable": {"tableKey": f"confusion/{task}/{task}_table"}},
-            chart_name=CONFUSION_CHART,
-            chart_fields={name: name for name in CONFUSION_COLUMNS},
-            chart_strings={"title": f"expert (actual) against decoded, {task} lost"},
-        )
-
-    sections: Mapping[str, list[Any]] = {
-        "NDA against memory": [
-            points(each, wr.SummaryMetric(f"memory_mib/{each}"), "what must be kept in MiB", True) for each in decoders
+    spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev", "max_bars_to_show": 50}
+    sections = {
+        "NDA by method": [
+            wr.BarPlot(title=f"NDA, {decoder}", metrics=names, **spread) for decoder, names in by_decoder.items()
         ],
-        "NDA by method": [bars(f"NDA, {each}", f"nda/{each}/mean") for each in decoders],
+        "NDA against memory": [wr.MediaBrowser(media_keys=["nda_against_memory"])],
         "Training": [wr.LinePlot(title=title, x="epoch", y=[metric]) for title, metric in curves.items()],
-        "Memory, cost and risk of each seed": [wr.MediaBrowser(media_keys=[f"figures/{each}"]) for each in _FIGURES],
-        "Confusion": [confusion(task) for task in tasks],
-        "NDA against cost": [
-            points(d, wr.SummaryMetric(f"{u}/{d}"), s, True) for d in decoders for u, s in costs.items()
+        "Confusion": [
+            wr.CustomChart(
+                query={"summaryTable": {"tableKey": f"confusion/{task}_table"}},
+                chart_name=CONFUSION_CHART,
+                chart_fields={name: name for name in CONFUSION_COLUMNS},
+                chart_strings={"title": f"expert (actual) against decoded, {task} lost"},
+            )
+            for task in dict.fromkeys(tasks)
         ],
-        "NDA by task": [bars(f"NDA, {t} lost, {each}", f"nda/{each}/{t}") for t in tasks for each in decoders],
-        "NDA against P and N": [points(d, wr.Config(axis), said) for axis, said in axes.items() for d in decoders],
-        "NDA against the residual": [points(each, wr.SummaryMetric("residual"), "the residual") for each in decoders],
-        "Tables": [wr.WeavePanelSummaryTable(table_name=each) for each in ("summary", "results", "risk", "examples")],
+        "Tables": [wr.WeavePanelSummaryTable(table_name=each) for each in ("results", "examples")],
     }
     return ws.Workspace(
         entity=entity,
@@ -113,8 +97,8 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
         settings=ws.WorkspaceSettings(max_runs=100, smoothing_type="none"),
         runset_settings=ws.RunsetSettings(
             filters=[] if group is None else [ws.Metric("Group") == group],
-            groupby=[ws.Metric("Group"), ws.Metric("JobType"), ws.Config("variant")],
-            pinned_columns=["config:variant", "config:seed", *(f"summary:nda/{each}/mean" for each in decoders)],
+            groupby=[ws.Metric("Group"), ws.Metric("JobType")],
+            pinned_columns=["config:seed", "summary:nda_mean_best", "summary:best_method", "summary:best_decoder"],
         ),
     )
 

@@ -183,9 +183,8 @@ def test_report_shows_the_swept_samples(swept: Path) -> None:
     page = (swept / "report.html").read_text()
     assert "coin: sweep grid" in page
     assert "coin sweep grid.yaml" in page
-    assert (swept / "plots/nda_against_samples.png").is_file()
-    assert "samples_per_task: 12, 24" in page
-    assert "Task letters lost" in page  # of the points with the most samples
+    assert (swept / "plots/nda_against_calibration-samples_per_task.png").is_file()
+    assert "swept: calibration.samples_per_task" in page
     again = read_sweep(swept / "sweep.yaml")
     assert (again.name, again.grids) == ("grid", [SWEEP["grid"]])
 

@@ -5,15 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import coin
 from coin.cli import main
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.choice import cheapest, choose
+from coin.reporting.choice import choose
 from coin.reporting.results import Row, write_results
-from coin.reporting.summary import stand_ins, summarise
 
 BASE = Row("x", 0, "coin", "", "linear", "0", "a", "a", 200, 0.9, 0.8, 0.9, 0.85, 0.5, 4.0, 84.0, 0.2, 12.0)
 # method, decoder, NDA on a and on b, memory, forwards, losses
@@ -38,9 +36,16 @@ def rows_of(seed: int = 0) -> list[Row]:
     ]  # fmt: skip
 
 
-def chosen(**wishes: object) -> tuple[list[tuple[str, str]], str]:
-    kept = stand_ins(summarise(pd.DataFrame([vars(row) for row in rows_of()])))
-    rows, sentence = cheapest(kept, 2, **wishes)  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    for seed in (0, 1):
+        write_results(folder / f"seed-{seed}", rows_of(seed), {})
+    return folder
+
+
+def chosen(folder: Path, **wishes: object) -> tuple[list[tuple[str, str]], str]:
+    rows, sentence = choose(folder, **wishes)  # type: ignore[arg-type]
     return list(zip(rows["name"], rows["decoder"], strict=True)), sentence
 
 
@@ -58,25 +63,27 @@ def chosen(**wishes: object) -> tuple[list[tuple[str, str]], str]:
         ({"accuracy": 0.5}, ("none", "ridge"), 6),
     ],
 )
-def test_the_cheapest_that_meets_all_limits_is_the_first(wishes: dict, first: tuple[str, str], count: int):
-    rows, sentence = chosen(**wishes)
+def test_the_cheapest_that_meets_all_limits_is_the_first(
+    folder: Path, wishes: dict, first: tuple[str, str], count: int
+):
+    rows, sentence = chosen(folder, **wishes)
     assert (rows[0], len(rows)) == (first, count)
     assert sentence.startswith(f"Keep {first[0]}")
     assert sentence.count(". ") == 1
 
 
-def test_the_worst_task_and_the_cap_are_told():
-    sentence = chosen(accuracy=1)[1]
+def test_the_worst_task_and_the_cap_are_told(folder: Path):
+    sentence = chosen(folder, accuracy=1)[1]
     assert "replica (100.00 % of the lost expert's accuracy on the worst task, b; 20 MiB; 1 network run" in sentence
     assert "at least 100 % on the worst task, 1 lost at once" in sentence
 
 
-def test_where_nothing_meets_the_limits_the_nearest_are_told():
-    rows, sentence = chosen(accuracy=0.99, memory_mib=10, forwards=1)
+def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
+    rows, sentence = chosen(folder, accuracy=0.99, memory_mib=10, forwards=1)
     assert rows == []
     assert "the smallest that is accurate enough is small with ridge" in sentence
     assert "the most accurate within the limits is small with expert_head (98.50 %" in sentence
-    sentence = chosen(accuracy=1, losses=3)[1]
+    sentence = chosen(folder, accuracy=1, losses=3)[1]
     assert "accurate enough is replica" in sentence
     assert "within the limits" not in sentence
 
@@ -85,15 +92,13 @@ def test_where_nothing_meets_the_limits_the_nearest_are_told():
     "wishes",
     [{"accuracy": 0}, {"accuracy": 98}, {"accuracy": 0.9, "memory_mib": -1}, {"accuracy": 0.9, "losses": 0}],
 )
-def test_limits_that_cannot_be_are_refused(wishes: dict):
+def test_limits_that_cannot_be_are_refused(folder: Path, wishes: dict):
     with pytest.raises(ConfigurationError, match=r"found (accuracy|memory_mib|losses)=-?\d+, expected"):
-        chosen(**wishes)
+        chosen(folder, **wishes)
 
 
-def test_the_command_reads_all_seeds_and_prints_table_and_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for seed in (0, 1):
-        write_results(tmp_path / f"seed-{seed}", rows_of(seed), {})
-    assert main(["choose", str(tmp_path), "--accuracy=0.99", "--losses=all", "--memory_mib=25"]) == 0
+def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["choose", str(folder), "--accuracy=0.99", "--losses=all", "--memory_mib=25"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert next(line.split() for line in lines if "replica" in line) == [
         "replica",
@@ -104,10 +109,10 @@ def test_the_command_reads_all_seeds_and_prints_table_and_reason(tmp_path: Path,
         "2",
     ]
     assert lines[-1].startswith("Keep replica (100.00 %")
-    assert main(["choose", str(tmp_path), "--accuracy=1", "--memory_mib=1", "--json"]) == 0
+    assert main(["choose", str(folder), "--accuracy=1", "--memory_mib=1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["rows"] == []
-    assert said["sentence"] == choose(tmp_path, accuracy=1, memory_mib=1)[1] == coin.choose(tmp_path, 1, 1)[1]
+    assert said["sentence"] == choose(folder, accuracy=1, memory_mib=1)[1] == coin.choose(folder, 1, 1)[1]
 
 
 def test_folders_without_known_memory_or_results_are_one_line(tmp_path: Path, make_experiment: Callable[..., Path]):

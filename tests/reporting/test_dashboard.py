@@ -15,12 +15,12 @@ from coin.errors import ConfigurationError
 from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
 
-DECODERS = ("linear", "ridge")
 LOGGED = [
-    *(f"nda/{decoder}/{leaf}" for decoder in DECODERS for leaf in ("mean", "mnist", "letters")),
-    *(f"{unit}/{decoder}" for unit in ("seconds", "passes") for decoder in ("linear", "ridge")),
-    "nda/linear/mnist+letters/mnist",
-    "residual",
+    *(f"nda/{name}/{decoder}" for name in ("coin", "refit-4bit", "none") for decoder in ("linear", "ridge")),
+    "nda/replica-3bit/replica",
+    "nda_mean_best",
+    "confusion/mnist_table",
+    "confusion/letters_table",
     "_step",
 ]
 
@@ -36,51 +36,39 @@ def panels() -> dict[str, list[dict[str, Any]]]:
     return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
 
 
-def test_bars_are_methods_with_their_spread():
+def test_bars_are_all_methods_of_a_decoder_with_their_spread_over_seeds():
+    bars = panels()["NDA by method"]
+    assert [bar["chartTitle"] for bar in bars] == ["NDA, linear", "NDA, ridge", "NDA, replica"]
+    assert [bar["metrics"] for bar in bars] == [
+        [f"nda/{name}/linear" for name in ("coin", "none", "refit-4bit")],
+        [f"nda/{name}/ridge" for name in ("coin", "none", "refit-4bit")],
+        ["nda/replica-3bit/replica"],
+    ]
+    assert all((bar["groupAgg"], bar["groupArea"]) == ("mean", "stddev") for bar in bars)
+
+
+def test_memory_curves_confusions_and_tables_are_shown():
     found = panels()
-    bars = found["NDA by method"]
-    assert [bar["metrics"] for bar in bars] == [["nda/linear/mean"], ["nda/ridge/mean"]]
-    by_task = [bar["metrics"][0] for bar in found["NDA by task"]]
-    assert by_task == ["nda/linear/letters", "nda/ridge/letters", "nda/linear/mnist", "nda/ridge/mnist"]
-    for panel in [*bars, *found["NDA by task"]]:
-        assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("variant.value", "mean", "stddev")
-
-
-def test_points_are_nda_against_cost_samples_and_residual():
-    found = panels()
-    axes = {name: {(point["xAxis"], point["yAxis"]) for point in found[name]} for name in found if "against" in name}
-    assert ("summary:seconds/ridge", "summary:nda/ridge/mean") in axes["NDA against cost"]
-    assert ("summary:passes/linear", "summary:nda/linear/mean") in axes["NDA against cost"]
-    assert {x for x, _ in axes["NDA against P and N"]} == {"config:samples_per_task.value", "config:num_experts.value"}
-    assert ("summary:residual", "summary:nda/linear/mean") in axes["NDA against the residual"]
-
-
-def test_memory_stands_first_then_methods_curves_figures_and_confusions():
-    found = panels()
-    assert [*found][:5] == [
-        "NDA against memory", "NDA by method", "Training", "Memory, cost and risk of each seed", "Confusion",
-    ]  # fmt: skip
-    assert {point["xAxis"] for point in found["NDA against memory"]} == {f"summary:memory_mib/{d}" for d in DECODERS}
+    assert [*found] == ["NDA by method", "NDA against memory", "Training", "Confusion", "Tables"]
+    assert [panel["mediaKeys"] for panel in found["NDA against memory"]] == [["nda_against_memory"]]
     assert [panel["metrics"] for panel in found["Training"]] == [["val/accuracy"], ["train/loss"]]
-    assert [panel["mediaKeys"] for panel in found["Memory, cost and risk of each seed"]] == [
-        ["figures/nda_against_memory"], ["figures/nda_against_cost"], ["figures/risk"],
-    ]  # fmt: skip
     assert [chart["panelDefId"] for chart in found["Confusion"]] == ["wandb/confusion_matrix/v1"] * 2
-    assert all(f"confusion/{task}/{task}_table" in str(found["Confusion"]) for task in ("letters", "mnist"))
-    assert all(name in str(found["Tables"]) for name in ("summary", "results", "risk", "examples"))
+    for task in ("letters", "mnist"):
+        assert f"confusion/{task}_table" in str(found["Confusion"])
+    assert all(name in str(found["Tables"]) for name in ("results", "examples"))
 
 
-def test_runs_are_grouped_by_experiment_job_type_and_method_and_filtered_by_experiment():
+def test_runs_are_grouped_by_experiment_and_job_type_and_filtered_by_experiment():
     (runs,) = built()["runSets"]
-    assert [key["name"] for key in runs["grouping"]] == ["group", "jobType", "variant.value"]
+    assert [key["name"] for key in runs["grouping"]] == ["group", "jobType"]
     assert "quickstart" not in str(runs["filters"])
     (runs,) = built(group="quickstart")["runSets"]
     assert "quickstart" in str(runs["filters"])
 
 
-def test_without_runs_of_methods_there_is_advice():
-    with pytest.raises(ConfigurationError, match=r"found no run of a method in 'me/coin', group 'g'") as caught:
-        workspace("me", "coin", ["nda/coin/linear/mean"], group="g")
+def test_without_runs_of_evaluations_there_is_advice():
+    with pytest.raises(ConfigurationError, match=r"found no run of an evaluation in 'me/coin', group 'g'") as caught:
+        workspace("me", "coin", ["val/accuracy"], group="g")
     assert "\n" not in str(caught.value)
 
 
@@ -156,6 +144,6 @@ def test_a_server_s_runs_become_a_workspace_with_an_address(
     assert main(["dashboard", "coin", "--group=quickstart"]) == 0
     assert capsys.readouterr().out.strip() == "https://wandb.test/me/coin?nw=abc"
     assert asked["path"] == "me/coin"
-    assert asked["filters"] == {"jobType": "method", "group": "quickstart"}
+    assert asked["filters"] == {"jobType": "evaluate", "group": "quickstart"}
     (view,) = sent
     assert (view.entity, view.project, view.display_name) == ("me", "coin", "quickstart")

@@ -1,3 +1,5 @@
+"""Example images and promises read back, and damaged files are one clear line."""
+
 import contextlib
 from pathlib import Path
 
@@ -8,14 +10,13 @@ import pytest
 from coin.errors import ConfigurationError, FileError
 from coin.reporting.extras import (
     EXAMPLES_NPZ,
-    RISK_COLUMNS,
+    PROMISE_COLUMNS,
+    PROMISE_CSV,
     Examples,
     read_examples,
-    read_layers,
-    read_risk,
+    read_promises,
     write_examples,
-    write_layers,
-    write_risk,
+    write_promises,
 )
 
 IMAGES = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
@@ -51,34 +52,17 @@ def test_wrong_shapes_and_types_are_refused(changes: dict):
         Examples(**{"images": IMAGES, "expert": ONE, "label": ONE, **changes})
 
 
-def test_layers_read_back_with_gaps(tmp_path: Path):
-    assert read_layers(tmp_path) is None
-    columns = {"method": ["average", "coin"], "batchnorm": ["average", ""], "code_row": ["0", "1"], "layer": ["0", "0"]}
-    layers = pd.DataFrame({**columns, "fisher_share": [np.nan, 0.1 + 0.2], "distance": [0.5, 1]})
-    write_layers(tmp_path, layers)
-    read = read_layers(tmp_path)
-    assert read is not None
-    pd.testing.assert_frame_equal(read, layers.astype({"distance": float}), check_exact=True, check_dtype=False)
-
-
-def test_damaged_files_are_one_clear_line(tmp_path: Path):
-    head = "method,batchnorm,code_row,layer,fisher_share,distance"
-    (tmp_path / "layers.csv").write_text(f"{head}\na,,0,b,x,1\n", encoding="utf-8")
-    with pytest.raises(FileError, match="damaged in column 'fisher_share'"):
-        read_layers(tmp_path)
+def test_damaged_examples_are_one_clear_line_wherever_they_are_damaged(tmp_path: Path):
+    path = tmp_path / EXAMPLES_NPZ
     for content in (b"nothing", b""):
-        (tmp_path / EXAMPLES_NPZ).write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(FileError, match=r"examples\.npz"):
             read_examples(tmp_path)
-    np.savez(tmp_path / EXAMPLES_NPZ, images=IMAGES)
+    np.savez(path, images=IMAGES)
     with pytest.raises(FileError, match="holds no example images"):
         read_examples(tmp_path)
-
-
-def test_an_archive_damaged_anywhere_is_an_error_of_ours(tmp_path: Path) -> None:
     answers = np.arange(4000)
     write_examples(tmp_path, Examples(np.zeros((4000, 2, 2, 3), np.uint8), answers, answers, {"m||d": answers}))
-    path = tmp_path / EXAMPLES_NPZ
     whole = bytearray(path.read_bytes())
     for start in range(60, 2000, 97):
         damaged = whole.copy()
@@ -88,15 +72,17 @@ def test_an_archive_damaged_anywhere_is_an_error_of_ours(tmp_path: Path) -> None
             read_examples(tmp_path)
 
 
-def test_risks_read_back_exactly_and_a_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
-    assert read_risk(tmp_path) is None
+def test_promises_read_back_exactly_and_none_are_left_of_an_earlier_run(tmp_path: Path) -> None:
+    assert read_promises(tmp_path) is None
     key = ["x", 0, "coin", "auto:keep", "linear", "0", "a", "a", 200]
-    lines = [[*key, "coverage", 0.95, 19, 0.1 + 0.2, 1 / 3, 0.5, 1.0], [*key, "calibration", 0.0, 20, 0.0, 1, 1, 1]]
-    risk = pd.DataFrame(lines, columns=list(RISK_COLUMNS))
-    write_risk(tmp_path, risk)
-    read = read_risk(tmp_path)
+    lines = [[*key, 0.02, 0.95, 400, 149, 0.1 + 0.2, 1 / 3, 0.5, np.nan], [*key, 0.02, 0.95, 9, 149, np.nan, 0, 0, 0]]
+    promises = pd.DataFrame(lines, columns=list(PROMISE_COLUMNS))
+    write_promises(tmp_path, promises)
+    read = read_promises(tmp_path)
     assert read is not None
-    pd.testing.assert_frame_equal(read, risk, check_exact=True, check_dtype=False)
-    (tmp_path / "risk.csv").write_text((tmp_path / "risk.csv").read_text().replace("0.95", "most"))
-    with pytest.raises(FileError, match="damaged in column 'at'"):
-        read_risk(tmp_path)
+    pd.testing.assert_frame_equal(read, promises, check_exact=True, check_dtype=False)
+    (tmp_path / PROMISE_CSV).write_text((tmp_path / PROMISE_CSV).read_text().replace("0.95", "most"))
+    with pytest.raises(FileError, match=r"promise\.csv' has no number"):
+        read_promises(tmp_path)
+    write_promises(tmp_path, promises[:0])
+    assert read_promises(tmp_path) is None

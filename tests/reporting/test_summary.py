@@ -1,3 +1,4 @@
+import json
 import math
 import statistics
 from pathlib import Path
@@ -5,14 +6,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from coin.errors import FileError
+from coin.errors import CoinWarning, FileError
 from coin.reporting import read_summary, summarise
 from coin.reporting.results import Row, write_results
 from coin.reporting.summary import (
     decoders_of,
     expert_accuracies,
-    largest_samples,
     over_tasks,
+    seed_folders,
+    stand_ins,
     variant_names,
     write_summary,
 )
@@ -193,8 +195,6 @@ def test_names_give_the_code_rows_only_where_one_loss_is_read_out_by_several():
     one, two = row(0, "a", 0.9), row(0, "a", 0.9, code_row="0+1")
     assert list(variant_names(frame(one, row(0, "a", 0.9, erased="a+b", code_row="0+1")))) == ["coin (average)"] * 2
     assert list(variant_names(frame(one, two))) == ["coin (average)[0]", "coin (average)[0+1]"]
-    layers = pd.DataFrame({"method": "coin", "batchnorm": "auto", "code_row": ["0", "1"], "layer": "stem"})
-    assert list(variant_names(layers)) == ["coin[0]", "coin[1]"]
 
 
 def test_decoders_that_matter_come_first():
@@ -206,8 +206,26 @@ def test_decoders_that_matter_come_first():
     assert decoders_of(over_tasks(summarise(frame(rows[0], reference)))) == ["ridge", "new"]
 
 
-def test_experts_and_largest_samples():
-    summary = summarise(frame(*(row(seed, "a", 0.9, samples_per_task=p) for seed in (0, 1) for p in (50, 200))))
-    experts = expert_accuracies(summary)
-    assert experts[["task", "seeds", "mean"]].values.tolist() == [["a", 2, 0.9]]
-    assert set(largest_samples(summary)["samples_per_task"]) == {200}
+def test_experts_accuracies_are_a_row_a_task():
+    summary = summarise(frame(*(row(seed, "a", 0.9) for seed in (0, 1))))
+    assert expert_accuracies(summary)[["task", "seeds", "mean"]].values.tolist() == [["a", 2, 0.9]]
+
+
+def test_seeds_of_other_options_than_the_latest_are_left_out_with_a_warning(tmp_path: Path):
+    for seed, lr in ((0, 0.1), (1, 0.2), (2, 0.2)):
+        options = {"seed": seed, "expert": {"lr": lr, "seed": seed}, "experts": {"a": f"key-{seed}"}}
+        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], options)
+    path = tmp_path / "seed-0" / "results.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"date": "2020-01-01"}))
+    with pytest.warns(CoinWarning, match="left out seed-0: measured with other options"):
+        assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-1", "seed-2"]
+
+
+def test_what_may_be_kept_has_the_worst_task_over_seeds_too():
+    ndas = {("a", 0): 0.9, ("a", 1): 0.7, ("b", 0): 0.85, ("b", 1): 0.95}
+    rows = [row(s, task, nda, memory_mib=2.0, forwards=1, losses=1) for (task, s), nda in ndas.items()]
+    (kept,) = stand_ins(summarise(frame(*rows))).to_dict("records")
+    assert (kept["worst_task"], kept["memory_mib"]) == ("a", 2.0)
+    assert (kept["nda_worst"], kept["nda_mean"]) == (pytest.approx(0.8), pytest.approx(0.85))
+    assert stand_ins(summarise(frame(*(row(s, task, nda) for (task, s), nda in ndas.items())))).empty

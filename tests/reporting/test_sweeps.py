@@ -1,4 +1,4 @@
-"""The report of a sweep, from its table alone or with its points' folders."""
+"""The report of a sweep, from its table alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,6 @@ import pytest
 from coin.errors import FileError
 from coin.reporting import write_report
 from coin.reporting.results import write_frame, write_results
-from coin.reporting.sources import read_sources
 from coin.reporting.sweeps import as_numbers, read_sweep_table, sweep_frame, sweep_table
 
 FEW = (
@@ -60,13 +59,12 @@ def grid(kinds: tuple[str, ...] = ("exact", "empirical"), seeds: tuple[int, ...]
 def test_points_that_differ_in_seeds_alone_are_one_experiment(write_sweep: Write):
     sweep = read_sweep_table(write_sweep([*grid(), *grid()[:1]]))
     assert sweep is not None
-    assert (sweep.name, sweep.full) == ("kinds", True)
-    assert dict(sweep.swept) == {"fisher_kind": ("exact", "empirical"), "lr": ("0.01", "0.1"), "seeds": ("[0]", "[1]")}
+    assert sweep.name == "kinds"
+    assert dict(sweep.swept) == {"fisher_kind": ("exact", "empirical"), "lr": ("0.01", "0.1")}
     labels = [f"fisher_kind {kind}, lr {lr}" for kind in ("exact", "empirical") for lr in ("0.01", "0.1")]
     assert list(sweep.options) == labels
     # The point that is there twice counts once.
     assert sweep.frame["experiment"].value_counts(sort=False).to_dict() == dict.fromkeys(labels, 2 * 16)
-    assert not read_sweep_table(write_sweep(grid()[:-2])).full  # type: ignore[union-attr]
 
 
 def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
@@ -77,8 +75,8 @@ def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
     assert sweep is not None
     assert list(sweep.options.values()) == [{"methods": f"#{i}", "expert.lr": "1", "base.lr": "2"} for i in (0, 1)]
     assert sweep.swept["methods"] == tuple(methods)
-    page = write_report([folder]).read_text(encoding="utf-8")
-    assert "#1, [{&#34;class_path&#34;: &#34;Coin&#34;, &#34;init_args&#34;: {&#34;damping&#34;: 0.2}}]" in page
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert ", [{&#34;class_path&#34;: &#34;Coin&#34;, &#34;init_args&#34;: {&#34;damping&#34;: 0.2}}]" in page
 
 
 def test_an_option_that_ends_like_a_column_of_results_keeps_its_name(write_sweep: Write):
@@ -86,7 +84,7 @@ def test_an_option_that_ends_like_a_column_of_results_keeps_its_name(write_sweep
     sweep = read_sweep_table(folder)
     assert sweep is not None
     assert list(sweep.options.values()) == [{"base.seed": base, "a.task": "x"} for base in ("1", "2")]
-    assert "base.seed 2" in write_report([folder]).read_text(encoding="utf-8")
+    assert "base.seed 2" in write_report(folder).read_text(encoding="utf-8")
 
 
 def test_values_are_numbers_only_where_all_of_them_are():
@@ -94,54 +92,30 @@ def test_values_are_numbers_only_where_all_of_them_are():
     assert as_numbers(pd.Series(["1", "none"])).tolist() == ["1", "none"]
 
 
-def test_a_sweep_over_samples_is_an_experiment_with_several_p(write_sweep: Write):
-    points = [{"seeds": f"[{seed}]", "calibration.samples_per_task": p} for seed in (0, 1) for p in (50, 400)]
-    folder = write_sweep(points, with_folders=True)
-    (source,) = read_sources([folder])
-    assert source.name == "sweep kinds"
-    assert [str(seed.relative_to(folder)) for seed in source.seeds] == ["kinds-001/seed-0", "kinds-003/seed-1"]
-    page = write_report([folder]).read_text(encoding="utf-8")
+def test_a_sweep_over_seeds_alone_is_one_experiment(write_sweep: Write):
+    folder = write_sweep([{"seeds": f"[{seed}]"} for seed in (0, 1)], with_folders=True)
+    page = write_report(folder).read_text(encoding="utf-8")
     assert "coin: sweep kinds" in page
-    assert "samples_per_task: 50, 400" in page
-    plots = {item.name for item in (folder / "plots").iterdir()}
-    assert {"nda_against_samples.png", "nda_by_method.png", "nda_against_cost_linear.png"} <= plots
-
-
-def test_a_sweep_over_samples_keeps_its_line_beside_an_experiment(write_sweep: Write, make_experiment):
-    sweep = write_sweep([{"seeds": "[0]", "calibration.samples_per_task": p} for p in (50, 400)])
-    path = write_report([sweep, make_experiment(seeds=(0,), methods=FEW, samples=100)])
-    plots = {item.name for item in (path.parent / "plots").iterdir()}
-    assert plots == {"sweep-kinds-nda_against_samples.png"}
-    assert "calibration samples per task of sweep kinds." in path.read_text(encoding="utf-8")
+    assert "When one of 2 experts is lost, coin keeps" in page
+    assert "seeds 0, 1" in page
 
 
 def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: Write):
-    folder = write_sweep(grid())
-    path = write_report([folder])
+    points = [point | {"calibration.samples_per_task": p} for point in grid() for p in (50, 400)]
+    folder = write_sweep(points)
+    path = write_report(folder)
     text = path.read_text(encoding="utf-8")
     plots = {item.name for item in (path.parent / "plots").iterdir()}
-    assert plots == {f"kinds-nda_against_{name}.png" for name in ("fisher_kind", "lr")}
-    assert "NDA against lr, mean ± spread over seeds; mean over fisher_kind." in text
-    assert text.count(">empirical</td>") == 2 * 3  # two rates; two methods and the survivors
+    assert plots == {f"nda_against_{name}.png" for name in ("fisher_kind", "lr", "calibration-samples_per_task")}
+    assert "NDA against lr, mean ± spread over seeds; mean over fisher_kind, calibration.samples_per_task." in text
+    assert text.count(">empirical</td>") == 2 * 2 * 3  # two rates and two P; two methods and the survivors
     assert "coin sweep kinds.yaml" in text
-    assert "The best of 4 experiments is fisher_kind " in text
+    assert "8 experiments; the best is fisher_kind " in text
     frame = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
     chosen = frame[(frame["calibration.fisher_kind"] == "exact") & (frame["expert.lr"] == 0.1)]
-    chosen = chosen[(chosen.method == "coin") & (chosen.decoder == "ridge")]
+    chosen = chosen[(chosen.method == "coin") & (chosen.decoder == "ridge") & (chosen.samples_per_task == 400)]
     by_seed = chosen.groupby("seed")["nda"].apply(lambda values: values.astype(float).mean())
     assert f">{100 * by_seed.mean():.1f} ± {100 * by_seed.std(ddof=1):.1f}</td>" in text
-
-
-def test_a_sweep_stands_beside_an_experiment(write_sweep: Write, make_experiment):
-    other = make_experiment(seeds=(0,), methods=FEW)
-    alone = write_sweep([{"seeds": "[0]"}])
-    assert [source.names for source in read_sources([alone, other])] == [["kinds"], ["quickstart"]]
-    sweep = write_sweep(grid(("exact",), (0,)))
-    text = write_report([sweep, other]).read_text(encoding="utf-8")
-    assert "2 experiments compared" in text
-    assert "<h4>sweep kinds</h4>" in text
-    assert "kinds fisher_kind exact, lr 0.1: When one of 2 experts is lost" in text
-    assert "<h4>quickstart: 1 of 2 lost</h4>" in text
 
 
 def test_the_table_in_the_terminal_has_a_line_a_point_and_method(tmp_path: Path, measure):
@@ -168,4 +142,4 @@ def test_damaged_tables_are_one_clear_line(write_sweep: Write):
     folder = write_sweep(grid())
     (folder / "sweep.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(FileError, match=r"sweep\.csv' has no column 'experiment'"):
-        write_report([folder])
+        write_report(folder)

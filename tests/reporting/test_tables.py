@@ -5,13 +5,12 @@ import re
 from dataclasses import replace
 from io import StringIO
 
-import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from coin.reporting import nda_tables, summarise
-from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
+from coin.reporting.extras import PROMISE_COLUMNS
 from coin.reporting.results import Row
 from coin.reporting.summary import shortlist, stand_ins, undominated
 from coin.reporting.tables import (
@@ -21,10 +20,7 @@ from coin.reporting.tables import (
     print_summary,
     promise_table,
     rich_table,
-    risk_table,
-    risk_totals,
     seconds,
-    short,
     stand_in_table,
 )
 
@@ -48,7 +44,7 @@ def printed(summary: pd.DataFrame, width: int = 80) -> str:
 def test_a_table_has_a_line_a_variant_the_references_last_and_the_best_starred(measure):
     summary = summarise(frame(*(row for seed in (0, 1) for row in measure(seed)[0])))
     ((key, table),) = nda_tables(summary).items()
-    assert key == ("quickstart", "1 of 2")
+    assert key == "1 of 2"
     # linear and the winner come first
     assert list(table.columns)[:3] == ["method", "linear", "feature_ridge"]
     assert list(table["method"]) == ["average", "coin", "coin (recalibrate)", "distillation", "none", "oracle"]
@@ -59,7 +55,7 @@ def test_a_table_has_a_line_a_variant_the_references_last_and_the_best_starred(m
         (starred,) = [cell for cell in table[decoder] if cell.endswith("*")]
         assert starred == f"{100 * top['nda_mean']:.2f} ± {100 * top['nda_std']:.2f}*"
     assert table.loc[4, "linear"] == "–"
-    assert list(table.loc[3, ["merge passes", "decoder passes"]]) == ["57.6k", "1.2k"]
+    assert list(table.loc[3, ["merge passes", "decoder passes"]]) == ["57,600", "1,200"]
 
 
 def test_means_that_print_alike_are_starred_alike_and_samples_have_a_column():
@@ -72,8 +68,7 @@ def test_means_that_print_alike_are_starred_alike_and_samples_have_a_column():
 
 def test_the_table_fits_80_columns_with_the_winning_decoder_in_it(measure):
     rows = [row for seed in range(3) for samples in (50, 1000) for row in measure(seed, samples=samples)[0]]
-    rows += [replace(row, method="readout_distillation_long", batchnorm="keep") for row in rows if row.method == "coin"]
-    names = {"linear": "linear", "ridge": "ridge-own", "feature_ridge": "feature_ridge-stages-64-random-own"}
+    names = {"linear": "linear", "ridge": "ridge-own", "feature_ridge": "feature_ridge-64-random-own"}
     rows = [replace(row, decoder=names[row.decoder]) for row in rows]
     rows += [replace(row, decoder=f"ridge-{i}", nda=0.5) for row in rows if row.decoder == "linear" for i in range(9)]
     summary = summarise(frame(*rows))
@@ -82,10 +77,8 @@ def test_the_table_fits_80_columns_with_the_winning_decoder_in_it(measure):
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "\x1b" not in text
     assert "…" not in text  # nothing is cut off
-    assert "random-own" in text
     assert table.columns[3] == names["feature_ridge"]
     assert table.iloc[1, 3] in next(line for line in text.splitlines() if "average" in line and "1000" in line)
-    assert "Not shown: " in text
     assert "ridge-8" in text.partition("Not shown: ")[2]
 
 
@@ -99,12 +92,11 @@ def test_a_number_that_is_cut_for_a_narrow_terminal_says_so(width):
 
 def test_a_wide_terminal_has_all_and_markup_in_a_name_stands_as_it_is(measure):
     rows = [replace(row, experiment="[red]x[/red]", task="[b]", erased="[b]") for row in measure(0, tasks=("t",))[0]]
-    rows += [replace(row, experiment="other") for row in rows]
     text = printed(summarise(frame(*rows)), 160)
     assert "Not shown" not in text
     assert "[red]x[/red]: NDA in %, 1 of 1 lost" in text
-    assert "Experts of other, own accuracy in %: [b] 95.60" in text
-    assert "decoder passes" in text
+    assert "Experts, own accuracy in %: [b] 95.60" in text
+    assert "passes" in text
 
 
 def test_the_default_console_is_80_wide_when_piped(measure, capsys: pytest.CaptureFixture[str]):
@@ -117,41 +109,16 @@ def test_the_default_console_is_80_wide_when_piped(measure, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        *((short(value), text) for value, text in ((0, "0"), (840, "840"), (57600, "57.6k"), (1.2e6, "1.2M"))),
-        (short(math.nan), "–"),
         *((seconds(value), text) for value, text in ((0.0, "0.0"), (31.06, "31.1"), (12345.0, "12,345"))),
         (percent(0.98024, 0.00314), "98.02 ± 0.31"),
         (percent(0.98024), "98.02"),
         (percent(math.nan), "–"),
-        (heading("feature_ridge-stages-64"), "feature_ridge-\nstages-64"),
-        (heading("decoder passes", 10), "decoder\npasses"),
+        (heading("feature_ridge-64-own"), "feature_ridge-\n64-\nown"),
+        (heading("decoder passes"), "decoder passes"),
     ],
 )
 def test_numbers_and_names_as_text(text: str, wanted: str):
     assert text == wanted
-
-
-def test_risk_is_told_over_all_tasks_and_seeds_every_sample_alike():
-    points = {
-        ("a", "a", 0): ("coverage", 0.8, 30, 0.1, 0.9, 0.8, 1.0),
-        ("b", "b", 1): ("coverage", 0.8, 10, 0.3, 0.5, 0.4, 0.6),
-        ("a+b", "b", 1): ("coverage", 0.8, 10, 1.0, 0.0, 0.0, 0.0),  # with others lost: left out
-    }
-    keys = [["x", seed, "coin", "auto", "ridge", "0", erased, task, 200] for erased, task, seed in points]
-    lines = [[*key, *point] for key, point in zip(keys, points.values(), strict=True)]
-    totals = risk_totals(pd.DataFrame(lines, columns=list(RISK_COLUMNS)))
-    assert totals[["name", "decoder", "curve", "at", "samples"]].to_numpy().tolist() == [
-        ["coin", "ridge", "coverage", 0.8, 40]
-    ]
-    np.testing.assert_allclose(totals.iloc[0, 5:].to_numpy(float), [0.15, 0.8, 0.7, 0.9])
-    line = {
-        "method": "coin",
-        "predicted": "85.00",
-        "agree at 80%": "80.00",
-        "right at 80%": "70.00",
-        "expert at 80%": "90.00",
-    }
-    assert risk_table(totals).to_dict("records") == [line]
 
 
 def test_promises_over_tasks_and_seeds_by_hand():
@@ -181,17 +148,10 @@ def stand_in_rows() -> list[Row]:
 
 def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     kept = stand_ins(summarise(frame(*stand_in_rows())))
-    costs = ["memory_mib", "forwards", "losses"]
     assert list(kept.columns) == [
-        "name",
-        "decoder",
-        "nda_mean",
-        "nda_std",
-        *costs,
-        "merge_seconds",
-        "nda_worst",
+        "name", "decoder", "nda_mean", "nda_std", "memory_mib", "forwards", "losses", "merge_seconds", "nda_worst",
         "worst_task",
-    ]
+    ]  # fmt: skip
     assert list(zip(kept["name"], kept["memory_mib"], strict=True)) == [("a", 10), ("b", 10), ("b", 12), ("c", 1234)]
     assert list(undominated(kept)) == [True, True, False, False]
     assert list(shortlist(kept)) == [True, True, True, True]  # b's best decoder is beaten, and shown
