@@ -18,8 +18,6 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 
-from coin.cli import main
-from coin.coding import DecoderConfig
 from coin.errors import CoinError
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.yaml import read_yaml
@@ -125,16 +123,6 @@ def test_networks_that_say_something_else(path: Path) -> None:
     for_a_while(test)
 
 
-def test_random_checkpoints(path: Path) -> None:
-    @ROUND
-    @given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95"]))
-    def test(content: bytes, start: bytes) -> None:
-        path.write_bytes(start + content)
-        survives(lambda: read_weights(path))
-
-    for_a_while(test)
-
-
 def test_random_results(path: Path) -> None:
     @ROUND
     @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode) | JSON.map(lambda x: json.dumps(x).encode()))
@@ -147,7 +135,7 @@ def test_random_results(path: Path) -> None:
     for_a_while(test)
 
 
-YAML = st.text(st.sampled_from("ab:{}[]&*!|>-\n \t\"'#,0123.%@"), max_size=60) | JSON.map(json.dumps)
+YAML = st.text(st.sampled_from("ab:{}[]!|>-\n \t\"'#,0123.%@"), max_size=60) | JSON.map(json.dumps)
 SWEEPS = st.fixed_dictionaries(
     {"experiment": st.just("x.yaml") | JSON, "grid": JSON | st.dictionaries(
         st.text(max_size=8), st.lists(JSON, max_size=3) | JSON, max_size=2)},
@@ -162,50 +150,5 @@ def test_random_yaml_and_sweeps(path: Path) -> None:
         path.write_text(text)
         survives(lambda: read_yaml(path))
         survives(lambda: sweep_points(read_sweep(path), path.parent))
-
-    for_a_while(test)
-
-
-def test_random_decoder_sections() -> None:
-    @ROUND
-    @given(JSON | st.dictionaries(st.sampled_from(["kind", "fitted_on", "survivors"]), JSON, max_size=3))
-    def test(section: Any) -> None:
-        survives(lambda: DecoderConfig.of(section))
-
-    for_a_while(test)
-
-
-SECTIONS = (
-    "name",
-    "tasks",
-    "methods",
-    "network",
-    "base",
-    "expert",
-    "code",
-    "calibration",
-    "decoders",
-    "seeds",
-    "wandb",
-)
-
-
-@pytest.mark.skipif(SECONDS == 0, reason="a second each: make fuzz")
-def test_random_experiments(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task = {"class_path": "Digits", "init_args": {"max_train": 40}}
-
-    @ROUND
-    @given(st.dictionaries(st.sampled_from(SECTIONS), JSON, min_size=1, max_size=3))
-    def test(changed: dict[str, Any]) -> None:
-        whole = {
-            "name": "x",
-            "tasks": {"a": task, "b": task},
-            "methods": [{"class_path": "Average"}],
-            "output": "/proc/no",
-        }
-        path.write_text(json.dumps(whole | changed))
-        assert main(["run", "-c", str(path)]) == 2  # nothing can be written there
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("coin: error: ")
 
     for_a_while(test)

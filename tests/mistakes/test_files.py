@@ -202,20 +202,9 @@ YAMLS: dict[str, tuple[bytes, str]] = {
     ),
     "a nested key twice": (b"a:\n  b: 1\n  b: 2\n", "found key 'b' twice"),
     "no YAML": (b"name: [x\n", "as YAML: .* line 2"),
-    "no text": (b"\x89PNG\xff\xfe\x00", "no text"),
+    "no text": (b"\x89PNG\xff\xfe\x00", "as YAML: .utf-8. codec"),
     "a tab": (b"a:\n\tb: 1\n", "as YAML: .* line 2"),
     "a date that is none": (b"name: 2020-13-45\n", "month must be in"),
-    "an alias in itself": (b"a: &a [*a]\n", "more than 100000 values"),
-    "aliases of aliases": (
-        b"a: &a [x,x,x,x,x,x,x,x,x,x]\n"
-        + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
-        "more than 100000 values",
-    ),
-    "merges of merges": (
-        b"a: &a {x: 1}\n"
-        + b"".join(b"%c: &%c {<<: [%s]}\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
-        "more than 100000 values",
-    ),
     "no end of brackets": (b"[" * 5000, "as YAML: maximum recursion"),
 }
 
@@ -232,9 +221,7 @@ def test_yaml_that_says_nothing_clear(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "message"), [("none.yaml", "No such file"), (".", "Is a directory")])
 def test_yaml_that_is_not_there(name: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileError, match=rf"cannot read '.*' \({message}.*\), expected a YAML file in UTF-8; check the path"
-    ):
+    with pytest.raises(FileError, match=rf"cannot read '.*' \({message}.*\), expected a YAML file; check the path"):
         read_yaml(tmp_path / name)
 
 

@@ -1,17 +1,19 @@
-import json
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+import coin.files.safetensors
 from coin.core.versions import versions
 from coin.errors import FileError, StateError
 from coin.files.atomic import atomic_path, remove_leftovers, sha256_of, write_text
-from coin.files.safetensors import load_provenance, load_state, save_state
+from coin.files.safetensors import StateFile, load_provenance, load_state, save_state
 from coin.files.tensors import check_finite, check_same_layout, fingerprint, weighted_sum
+
+BAD = (float("nan"), float("inf"), -float("inf"))
 
 
 def names_in(folder):
@@ -51,53 +53,19 @@ def test_a_file_gives_back_tensors_and_provenance(tmp_path, mixed):
     assert names_in(path.parent) == ["state.safetensors"]
 
 
-def spoil(path, how):
-    save_state(path, {"weight": torch.arange(100.0)}, {})
-    whole = path.read_bytes()
-    metadata = {"list": {"coin": "[1]"}, "no json": {"coin": "{"}, "foreign": {"format": "pt"}, "bare": None}
-    if how == "missing":
-        path.unlink()
-    elif how == "folder":
-        path.unlink()
-        path.mkdir()
-    elif how == "text":
-        path.write_text("not a safetensors file\n" * 9)
-    elif how in metadata:
-        save_file({"weight": torch.zeros(2)}, path, metadata=metadata[how])
-    else:
-        path.write_bytes(whole[: {"empty": 0, "header": 20, "truncated": len(whole) - 8}[how]])
-
-
 @pytest.mark.parametrize(
-    "how", ["missing", "folder", "text", "empty", "header", "truncated", "foreign", "bare", "no json", "list"]
+    ("value", "made", "error", "message"),
+    [
+        *((bad, {}, StateError, r"state\.safetensors' is not finite: tensor 'b' .*; check what") for bad in BAD),
+        (0.0, {"folder": Path()}, TypeError, "JSON"),
+    ],
 )
-@pytest.mark.parametrize("load", [load_state, load_provenance])
-def test_a_file_that_is_not_ours_or_not_whole_is_one_line(tmp_path, how, load):
-    path = tmp_path / "state.safetensors"
-    spoil(path, how)
-    with pytest.raises(FileError) as caught:
-        load(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_never_written_and_the_old_file_stays(tmp_path, value):
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, value, made, error, message):
     path = tmp_path / "state.safetensors"
     save_state(path, {"a": torch.ones(2)}, {})
     before = path.read_bytes()
-    with pytest.raises(StateError, match=r"state\.safetensors' is not finite: tensor 'b' .*; check what made it"):
-        save_state(path, {"a": torch.ones(2), "b": torch.tensor([0.0, value])}, {})
-    assert path.read_bytes() == before
-    assert names_in(tmp_path) == ["state.safetensors"]
-
-
-def test_provenance_that_json_does_not_hold_leaves_the_old_file(tmp_path):
-    path = tmp_path / "state.safetensors"
-    save_state(path, {"a": torch.ones(2)}, {})
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        save_state(path, {"a": torch.zeros(2)}, {"folder": tmp_path})
+    with pytest.raises(error, match=message):
+        save_state(path, {"a": torch.ones(2), "b": torch.tensor([0.0, value])}, made)
     assert path.read_bytes() == before
     assert names_in(tmp_path) == ["state.safetensors"]
 
@@ -150,7 +118,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match=r"cannot write '.*state\.safetensors'.*choose a folder") as caught:
         save_state(tmp_path / "file" / "state.safetensors", {"a": torch.ones(1)}, {})
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("cannot write") == 1
+    with pytest.raises(FileError, match=r"^it is cut off; make it again$"), atomic_path(tmp_path / "c"):
+        raise FileError("it is cut off; make it again")
 
 
 def test_weighted_sum_sums_floats_and_takes_the_largest_count():
@@ -192,12 +162,6 @@ def test_shared_infinities_stay_and_a_weight_of_zero_takes_none(weights):
     assert total["w"].tolist() == [weights[0] + 3 * weights[1], -torch.inf if weights[0] else 2.0]
 
 
-def test_weighted_sum_wants_one_weight_a_state():
-    state = {"weight": torch.ones(2)}
-    with pytest.raises(StateError, match="found 1 weights for 2 states"):
-        weighted_sum([state, state], [1.0])
-
-
 def test_check_same_layout_names_the_first_tensor_that_differs():
     whole = {"a": torch.zeros(2), "b": torch.zeros(2, 3)}
     check_same_layout([whole, {"b": torch.ones(2, 3), "a": torch.ones(2)}])
@@ -211,12 +175,8 @@ def test_check_same_layout_names_the_first_tensor_that_differs():
         check_same_layout([whole, {**whole, "b": torch.zeros(3, 2)}])
     with pytest.raises(StateError, match="no states"):
         check_same_layout([])
-
-
-def test_check_finite_ignores_integers():
-    check_finite({"count": torch.tensor(2**62), "weight": torch.ones(1)}, "it")
-    with pytest.raises(StateError, match="it is not finite: tensor 'w'"):
-        check_finite({"v": torch.ones(1), "w": torch.tensor([float("nan")])}, "it")
+    with pytest.raises(StateError, match="found 1 weights for 2 states"):
+        weighted_sum([whole, whole], [1.0])
 
 
 def test_infinities_are_taken_where_they_are_named_and_nan_is_not(tmp_path):
@@ -235,7 +195,7 @@ def test_infinities_are_taken_where_they_are_named_and_nan_is_not(tmp_path):
         with pytest.raises(StateError, match=rf"is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
             save_state(path, bad, {}, infinite)
     assert torch.equal(load_state(path)[0]["mask"], mask)
-    check_finite({"w": torch.full((4,), 3e38)}, "it")  # only the sum overflows
+    check_finite({"count": torch.tensor(2**62), "w": torch.full((4,), 3e38)}, "it")  # only a sum overflows
 
 
 def test_a_fingerprint_does_not_depend_on_memory_or_order(tmp_path, mixed):
@@ -269,20 +229,68 @@ def test_sha256_is_the_files(tmp_path):
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_metadata_is_one_json_value(tmp_path):
-    from safetensors import safe_open
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with six tensors of 4,000 bytes each."""
+    path = tmp_path / "state.safetensors"
+    draw = torch.Generator().manual_seed(0)
+    save_state(path, {f"layer{i}.weight": torch.randn(10, 100, generator=draw) for i in range(6)}, {"made_by": "test"})
+    return path
 
-    save_state(tmp_path / "state.safetensors", {"a": torch.ones(1)}, {"row": 0})
-    with safe_open(str(tmp_path / "state.safetensors"), framework="pt") as file:
-        metadata = file.metadata()
-    assert list(metadata) == ["coin"]
-    assert json.loads(metadata["coin"])["row"] == 0
+
+def test_it_holds_what_load_state_reads(path: Path) -> None:
+    wanted, provenance = load_state(path)
+    state = StateFile(path)
+    assert list(state) == list(wanted)
+    assert len(state) == 6
+    assert state.provenance == provenance
+    assert all(state[name].equal(tensor) for name, tensor in wanted.items())
+    chosen = StateFile(path, ["layer4.weight", "layer1.weight"])
+    assert next(iter(chosen.values())).equal(wanted["layer4.weight"])
+    assert "layer0.weight" not in chosen
+    with pytest.raises(KeyError):
+        chosen["layer0.weight"]
 
 
-def test_a_state_that_cannot_be_written_is_told_of_once(tmp_path):
-    (tmp_path / "a").write_text("")
-    with pytest.raises(FileError) as caught:
-        save_state(tmp_path / "a" / "b.safetensors", {"w": torch.ones(1)}, {})
-    assert str(caught.value).count("cannot write") == 1
-    with pytest.raises(FileError, match=r"^it is cut off; make it again$"), atomic_path(tmp_path / "c"):
-        raise FileError("it is cut off; make it again")
+def mapped_kib(path: Path) -> int:
+    """Return how much of a file this process has in memory, over all its mappings."""
+    total, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            here = line.endswith(str(path))
+        elif here and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="smaps is Linux's")
+def test_what_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.safetensors"
+    save_state(path, {f"layer{i}.weight": torch.ones(512, 512) for i in range(16)}, {})  # one MiB each
+    monkeypatch.setattr(coin.files.safetensors, "_MAPPED", 2**20 - 1)
+    state = StateFile(path)
+    peak = 0
+    for tensor in state.values():
+        tensor.sum()
+        peak = max(peak, mapped_kib(path))
+    del tensor
+    gc.collect()
+    assert 1024 <= peak < 3 * 1024
+    assert mapped_kib(path) == 0
+    everything = list(state.values())
+    assert sum(float(tensor.sum()) for tensor in everything) == 16 * 512 * 512
+    assert mapped_kib(path) >= 15 * 1024, "the measure sees what is kept"
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coin.files.safetensors, "_MAPPED", 4000 - 1)
+    state = StateFile(path)
+    before = state["layer0.weight"]
+    kept = before.clone()
+    save_state(path, {name: tensor + 1 for name, tensor in load_state(path)[0].items()}, {"made_by": "test"})
+    assert before.equal(kept), "what was handed out stays as it was"
+    with pytest.raises(FileError, match="has changed while it was read"):
+        state["layer1.weight"]
+    path.unlink()
+    with pytest.raises(FileError, match="found no file"):
+        state["layer1.weight"]
