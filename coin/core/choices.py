@@ -1,10 +1,10 @@
 """Options that name one entry of an enum, are a number in a range, a list of names, or have an old name."""
 
 import difflib
-import math
 import warnings
 from collections.abc import Iterable
 from enum import StrEnum
+from math import inf, isfinite
 from typing import Any, TypeVar
 
 from coin.errors import CoinWarning, ConfigurationError
@@ -51,19 +51,13 @@ def check_integer(name: str, value: Any, least: int) -> None:
 
 
 def check_number(
-    name: str,
-    value: Any,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    most: float = math.inf,
-    strict: bool = False,
+    name: str, value: Any, *, low: float = -inf, high: float = inf, most: float = inf, strict: bool = False
 ) -> None:
     """Raise ConfigurationError unless a number is finite, ≥ `low` (or >, if strict), < `high` and ≤ `most`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     if not (number and (value > low if strict else value >= low) and value < high and value <= most):
         bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
-        bound = " and ".join(f"{side} {limit:g}" for side, limit in bounds.items() if math.isfinite(limit))
+        bound = " and ".join(f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit))
         raise ConfigurationError(f"found {name}={value!r}, expected a number {bound or 'that is finite'}")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages a result depends on, and the git revision of ``coin`` where it is known."""
+    packages = ("coded-coin", "torch", "torchvision", "lightning", "torchmetrics", "wandb", "numpy")
     found = {}
-    for package in ("coded-coin", "torch", "torchvision", "lightning", "torchmetrics", "wandb", "numpy"):
+    for package in packages:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     root = Path(__file__).parents[2]

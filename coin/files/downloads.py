@@ -1,8 +1,6 @@
 """What a command takes from the network: found in its place or not, and fetched from Hugging Face."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from coin.errors import FileError, first_line
@@ -44,16 +42,3 @@ def fetch_from_hub(place: str) -> None:
         told = f"cannot download hf/{place} ({first_line(error)[:150]})"
         advice = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
         raise FileError(f"{told}; {advice}") from error
-
-
-@contextmanager
-def offline_if_cached(place: str) -> Iterator[None]:
-    """Run a block without a network where a folder or the hub's cache holds the weights; HF_HUB_OFFLINE=1 is always."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or bool(hub_weights(place))
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

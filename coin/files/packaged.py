@@ -16,10 +16,9 @@ def how_to_install(extra: str) -> str:
 def packaged_file(package: str, file: str, extra: str = "text") -> Path:
     """Return the path of a file that a package of an extra ships, without importing it; a FileError without it."""
     found = find_spec(package)
-    path = None if found is None or found.origin is None else Path(found.origin).parent / file
+    path = Path(found.origin).parent / file if found and found.origin else None
     if path is None or not path.is_file():
-        expected = f"expected it installed: {how_to_install(extra)}"
-        raise FileError(f"found no package {package} with a file {file}, {expected}")
+        raise FileError(f"found no package {package} with a file {file}, expected it: {how_to_install(extra)}")
     return path
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, FileError
-from coin.files.downloads import offline_if_cached
 from coin.files.packaged import extra_module
 
 ZERO_SHOT = "zero_shot"  # the value of network.options.head for a vision tower with a zero-shot head
@@ -93,7 +92,7 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
     """
     transformers = extra_module("transformers", "text")
     try:
-        with offline_if_cached(place), _quietly():
+        with _quietly():
             model = transformers.CLIPModel.from_pretrained(place).float().eval()
             tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError) as error:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.downloads import offline_if_cached
 from coin.files.packaged import extra_module
 from coin.networks import clip
 from coin.networks.heads import replace_head
@@ -21,7 +20,7 @@ from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
 PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
-CACHE = "fill the cache of huggingface_hub (HF_HOME)"
+CACHE = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1"
 
 
 class HuggingFace(NetworkSource):
@@ -80,8 +79,7 @@ class HuggingFace(NetworkSource):
             found.num_labels = num_classes
             network = self.construct(auto.from_config, found)
         else:
-            with offline_if_cached(self.place):
-                network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
+            network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
         hook = self._reading_images(found, network) if reads == "images" else self._reading_texts(found)
@@ -95,12 +93,11 @@ class HuggingFace(NetworkSource):
         A zero-shot head stays as it is. Raises FileError where they cannot be read, ConfigurationError or StateError
         where they are of another architecture.
         """
-        with offline_if_cached(place):
-            if isinstance(network, clip.ClipTower):
-                self.download(lambda: clip.load_tower(network, place), CACHE)
-                return
-            auto = self._kind()[1]
-            found = self.download(lambda: auto.from_pretrained(place), CACHE)
+        if isinstance(network, clip.ClipTower):
+            self.download(lambda: clip.load_tower(network, place), CACHE)
+            return
+        auto = self._kind()[1]
+        found = self.download(lambda: auto.from_pretrained(place), CACHE)
         fill_network(network, found.state_dict(), f"hf/{place}")
 
     def save(self, network: nn.Module, folder: Path) -> None:
@@ -132,7 +129,7 @@ class HuggingFace(NetworkSource):
         """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
 
-        with suppress(OSError), offline_if_cached(self.place):
+        with suppress(OSError):
             return dict(ImageProcessingMixin.get_image_processor_dict(self.place)[0])
         return {}
 
@@ -166,8 +163,7 @@ def local_place(place: str) -> str:
 def _configuration(place: str, name: str) -> Any:
     transformers = extra_module("transformers", "text")
     try:
-        with offline_if_cached(place):
-            return transformers.AutoConfig.from_pretrained(place)
+        return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         raise FileError(
             f"found network.name '{name}', expected hf/FOLDER with a config.json of a classifier, or hf/ID of the "

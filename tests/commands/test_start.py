@@ -1,9 +1,10 @@
-"""What a command imports before it does anything, and a sweep's list of points."""
+"""What a command imports before it does anything, and classes of the user's own in the working folder."""
 
 import subprocess
 import sys
+from pathlib import Path
 
-from coin.cli import main
+import pytest
 
 START = """
 import sys
@@ -14,20 +15,17 @@ print(sorted({"torch", "lightning", "pandas", "wandb", "jsonargparse"} & set(sys
 """
 
 
-def test_help_and_version_start_quickly():
+def test_help_and_version_start_quickly() -> None:
     command = [sys.executable, "-c", START, "--help", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_dry_run_lists_the_points_of_a_sweep(tmp_path, capsys):
-    (tmp_path / "e.yaml").write_text("name: e\nmethods: [{class_path: Average}]\n")
-    (tmp_path / "s.yaml").write_text(f"name: s\nexperiment: {tmp_path / 'e.yaml'}\ngrid: {{seeds: [[0], [1]]}}\n")
-    (tmp_path / "s" / "s-000-seeds-0" / "seed-0").mkdir(parents=True)
-    (tmp_path / "s" / "s-000-seeds-0" / "seed-0" / "results.csv").touch()
-    assert main(["sweep", str(tmp_path / "s.yaml"), f"--output={tmp_path}", "--dry-run"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "s-000-seeds-0: seeds=[0]: has results",
-        "s-001-seeds-1: seeds=[1]: no results yet",
-        f"2 points in '{tmp_path / 's'}'",
-    ]
+@pytest.mark.slow
+def test_a_task_in_the_working_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "owntask.py").write_text("from coin.data import Digits\n\nclass Mine(Digits):\n    pass\n")
+    script = Path(sys.executable).parent / "coin"  # whose folder, unlike that of python -m, is not this one
+    command = [script, "fit", "--data=owntask.Mine", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "class_path: owntask.Mine" in done.stdout

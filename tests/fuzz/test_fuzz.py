@@ -28,13 +28,11 @@ from coin.reporting.sweeps import read_sweep_table
 from coin.statistics.files import open_statistic
 
 SECONDS = float(os.environ.get("COIN_FUZZ_SECONDS", "0"))
-ROUND = settings(
-    max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=SECONDS == 0
-)
+QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+ROUND = settings(max_examples=25, derandomize=SECONDS == 0, **QUIET)
 
 
 def for_a_while(test: Callable[[], None]) -> None:
-    """Run a test of hypothesis once, or again and again for the seconds that are asked for."""
     end = time.monotonic() + SECONDS
     test()
     while time.monotonic() < end:
@@ -43,13 +41,11 @@ def for_a_while(test: Callable[[], None]) -> None:
 
 def survives(read: Callable[[], Any]) -> None:
     """Run something that may refuse, in one line, and may do nothing else wrong."""
-    told = "one line"
     try:
         read()
     except CoinError as error:
-        told = str(error)
-    assert told.strip()
-    assert "\n" not in told, told
+        assert str(error).strip()
+        assert "\n" not in str(error)
 
 
 def network_file() -> bytes:
