@@ -17,25 +17,15 @@ from coin.networks.clip import MEAN, STD
 
 SIDE = 32
 PROMPTS = ["a photo of the character {}.", "a small {}"]
-_WORDS = "a photo of the character small"
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
-_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 24}
+_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 48}
 
 
 def tokenizer() -> Any:
-    """Return CLIP's byte-pair tokenizer with a tiny vocabulary: single characters, and the words of the prompts."""
+    """Return CLIP's byte-pair tokenizer with a tiny vocabulary: single characters."""
     characters = string.ascii_lowercase + string.digits + "."
-    pieces = [*characters, *(f"{each}</w>" for each in characters)]
-    merges = []
-    for word in _WORDS.split():
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges.append(tuple(parts[:2]))
-            parts = ["".join(parts[:2]), *parts[2:]]
-            pieces.append(parts[0])
-    pieces = list(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
-    vocabulary = {piece: place for place, piece in enumerate(pieces)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)))
+    pieces = [*characters, *(f"{each}</w>" for each in characters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[])
 
 
 def small_clip(layers: int = 2) -> Any:

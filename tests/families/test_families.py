@@ -30,27 +30,23 @@ METHODS: dict[str, Callable[[], Method]] = {
     "regmean_all": lambda: coin.RegMean("all", gram_data="own"),
     "head_fit": coin.HeadFit,
     "refit_own": lambda: coin.Refit("own"),
+    "refit_both": lambda: coin.Refit("both"),
     "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5),
     "ties": lambda: coin.Ties(keep=1.0),
     "wudi": coin.Wudi,
     "distillation": lambda: coin.Distillation(**TRAINED),
-    "readout_distillation": lambda: coin.ReadoutDistillation(**TRAINED),
 }
 SWAPPED = ("average", "regmean_all", "refit_own")  # one a way to depend on the order, to save time
 TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "ties", "wudi")
-DECODERS: list[Any] = [
-    "linear",
-    "ridge",
-    "feature_ridge",
-    {"kind": "feature_ridge", "fitted_on": "own"},
-]
-HEAD = ("head_fit", "refit_own", "refit_mix", "readout_distillation")
+DECODERS: list[Any] = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "fitted_on": "own"}]
+HEAD = ("head_fit", "refit_own", "refit_both")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
 REFUSED: dict[str, dict[str, str]] = {
     "timm/resnetv2": dict.fromkeys(HEAD, "a fully connected"),
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
 }
 """What is refused for whom: family → method or decoder → a part of the line."""
+assert REFUSED.keys() <= set(FAMILIES)
 
 
 class Problems(list[str]):
@@ -136,7 +132,7 @@ def test_every_method_is_right_or_refused(family: str) -> None:
                 check_close(case.answers(plain(moved.network)), merged, 1e-6, "in the other order")
             if name in TWINS:
                 check_close(case.answers(plain(make().make(same, ROW).network)), own, 1e-6, "identical experts")
-            if name in ("refit_mix", "distillation"):  # BatchNorms of the start of distillation see other batches
+            if name == "distillation":  # BatchNorms of its start see other batches
                 assert residuals[name] <= 1.1 * residuals["average"], residuals
     for expert, state in zip(case.experts, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in expert.state_dict().items())
@@ -153,7 +149,7 @@ def test_every_decoder_is_right_or_refused(family: str) -> None:
     samples = [batch for task in case.tasks for batch in task]
     tasks = torch.arange(2).repeat_interleave(len(case.answers(survivor)) // 2)
     by_hand = (case.answers(coded[0], batch) - ROW[1] * case.answers(survivor, batch)) / ROW[0]
-    lost, sound = deepcopy(case.experts[0]), []
+    lost = deepcopy(case.experts[0])
     for decoder in DECODERS:
         config = coin.DecoderConfig.of(decoder)
         with problems.of(config.name):
@@ -166,20 +162,5 @@ def test_every_decoder_is_right_or_refused(family: str) -> None:
             else:
                 score = system.score(decoded)
                 assert bool(((score >= 0) & (score <= 1)).all()), score
-            sound.append(decoder)
-    labelled = [
-        [(each, torch.zeros(len(case.answers(survivor, each)), dtype=torch.int64)) for each in task]
-        for task in case.tasks
-    ]
-    with problems.of("evaluate"):
-        measured = coin.evaluate(system, labelled, decoders=sound, calibration=case.tasks)
-        assert len(measured) == 2 * len(sound)
-        assert measured["agreement"].between(0, 1).all()
-        assert measured["residual"].between(0, 10).all()
     assert all(torch.equal(a, b) for a, b in zip(lost.parameters(), case.experts[0].parameters(), strict=True))
     assert not problems, "\n".join(problems)
-
-
-def test_what_is_refused_is_of_families_that_are_tried() -> None:
-    assert REFUSED.keys() <= set(FAMILIES)
-    assert len(FAMILIES) >= 80

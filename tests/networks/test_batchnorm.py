@@ -65,19 +65,6 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ba
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
 
 
-def test_equal_batches_give_what_torch_calls_the_cumulative_average(batches):
-    net, wanted = network(), network()
-    equal = [batch[:3] for batch in batches]
-    for layer in (wanted[1], wanted[5]):
-        layer.momentum = None
-    wanted[3].eval()
-    with torch.no_grad():
-        for batch in equal:
-            wanted(batch)
-    recalibrate(net, equal)
-    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), wanted.buffers(), strict=True))
-
-
 @pytest.mark.parametrize(
     ("sizes", "joined"),
     [

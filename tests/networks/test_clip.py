@@ -1,6 +1,5 @@
 """CLIP's vision tower under a zero-shot head: transformers' own logits, heads that stay, experts from folders."""
 
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.data.transform import to_input
 from coin.errors import CoinError, ConfigurationError
 from coin.files.downloads import hub_weights
-from coin.merging import Coin, Experts, Refit, RegMean, Ties, Wudi, merge_networks
+from coin.merging import Experts, Refit, merge_networks
 from coin.modules import Expert
 from coin.modules.coded import Coded
 from coin.networks import (
@@ -197,22 +196,6 @@ def test_the_head_is_not_trained(config):
 def batches(count=12):
     draw = torch.Generator().manual_seed(3)
     return [[torch.randn(count, 3, 32, 32, generator=draw)] for _ in range(2)]
-
-
-METHODS = [Coin(), RegMean(), Refit("own"), Ties(1.0, 1.0), Wudi()]
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
-def test_identical_experts_merge_to_themselves_but_for_their_heads(method, config):
-    numbers, base = tower(config, noise=1), build_network(config, 4).eval()
-    (coded,) = merge_networks(
-        method, [numbers, deepcopy(numbers)], Code([[0.5, 0.5]]), calibration=batches(), initial=base
-    )
-    x = batches()[0][0]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            features_and_logits(coded, x)[0], features_and_logits(numbers, x)[0], rtol=1e-3, atol=1e-3
-        )
 
 
 def test_an_experts_own_head_reads_a_merged_tower_as_text_similarities(config):

@@ -12,7 +12,6 @@ from coin.networks import (
     NetworkConfig,
     build_network,
     compress_as,
-    int8_path,
     kept_base,
     load_network,
     nbytes_together,
@@ -20,7 +19,6 @@ from coin.networks import (
     save_network,
 )
 from coin.networks.batchnorm import folded
-from coin.networks.delta import quantise
 
 CONFIG = NetworkConfig("small_resnet", image_size=16, options={"width": 8})
 
@@ -53,7 +51,7 @@ def base():
 
 
 @pytest.mark.parametrize("base_bits", [32, 8, 0])
-@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 3}, {"bits": 8}, {"rank": 4}])
+@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 3}, {"rank": 4}, {"rank": 10**6}])
 def test_a_compressed_network_is_read_back_to_the_last_bit(base, options, base_bits, tmp_path):
     network = near(base)
     made = coin.compress(network, base if base_bits else None, base_bits=base_bits, **options)
@@ -155,15 +153,6 @@ def test_tied_weights_are_kept_once_and_stay_tied():
     assert torch.equal(read.mask, base.mask)
 
 
-def test_deltas_that_have_been_rounded_already_are_kept_as_they_are(base):
-    network, name = near(base), "stages.1.0.conv1.weight"
-    matrix = (network.state_dict()[name] - base.state_dict()[name]).flatten(1)
-    rounded = quantise(matrix, 2)
-    made = coin.compress(network, base, bits=4, rounded={name: rounded}).network()
-    expected = base.state_dict()[name] + rounded.dense().reshape(base.state_dict()[name].shape)
-    assert torch.equal(made.state_dict()[name], expected)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -199,12 +188,6 @@ def test_no_base_another_architecture_and_a_nan_are_refused(base):
     for base_bits in (32, 8):
         with pytest.raises(StateError, match=r"the base .*fc\.bias"):
             coin.compress(base, broken, bits=3, base_bits=base_bits)
-
-
-def test_a_rank_above_a_matrix_keeps_it_in_float16(base):
-    network = near(base)
-    read = coin.compress(network, base, rank=10**6).network()
-    assert apart(network, read, torch.randn(9, 3, 16, 16)) < 1e-3
 
 
 def test_files_of_another_base_or_damaged_are_refused(base, tmp_path):
@@ -248,15 +231,8 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
             load_network(paths[0])
 
 
-def test_compressing_destroys_neither_the_network_nor_the_base(base, tmp_path, capsys):
-    paths = {name: tmp_path / f"{name}.safetensors" for name in ("network", "base")}
-    for name, each in (("network", near(base)), ("base", base)):
-        save_network(paths[name], each, CONFIG, 6, {})
-    before = {path: path.read_bytes() for path in paths.values()}
-    rounded = int8_path(paths["network"], paths["base"])
-    for output in (*paths.values(), f"{tmp_path}/../{tmp_path.name}/base.safetensors", rounded):
-        options = ["--bits=3", "--base_bits=8", f"--output={output}"]
-        assert main(["compress", str(paths["network"]), f"--base={paths['base']}", *options]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "expected another file" in line
-        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_compressing_into_what_it_reads_is_refused(base, tmp_path, capsys):
+    save_network(tmp_path / "network.safetensors", near(base), CONFIG, 6, {})
+    path = str(tmp_path / "network.safetensors")
+    assert main(["compress", path, f"--base={path}", "--bits=3", f"--output={path}"]) == 2
+    assert "expected another file" in capsys.readouterr().err

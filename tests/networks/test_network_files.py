@@ -15,7 +15,6 @@ from coin.networks import (
     import_checkpoint,
     initial_network,
     load_network,
-    pad_head,
     read_weights,
     save_network,
 )
@@ -158,16 +157,3 @@ def test_fewer_classes_start_from_the_first_rows_of_the_widest_head(small_config
     fewer = initial_network(small_config, 2, checkpoint, seed=5, wider=tmp_path / "wide.safetensors").state_dict()
     for name, tensor in wide.state_dict().items():
         assert torch.equal(fewer[name], tensor[:2] if name.startswith("fc.") else tensor)
-
-
-def test_a_widened_network_answers_zero_for_the_added_classes_and_the_same_for_the_others(saved, images):
-    file = load_network(saved)
-    wide = pad_head(file.network, 5)
-    with torch.no_grad():
-        logits, wanted = wide.double()(images.double()), file.network.double()(images.double())
-    torch.testing.assert_close(logits[:, :3], wanted, rtol=1e-12, atol=1e-12)
-    assert torch.equal(logits[:, 3:], torch.zeros(4, 2, dtype=torch.float64))
-    assert not wide.training
-    assert pad_head(file.network, 3) is file.network
-    with pytest.raises(StateError, match=r"has 3 outputs, expected at most 2"):
-        pad_head(file.network, 2)

@@ -14,7 +14,6 @@ from coin.networks.heads import replace_head
 FAMILIES = [
     ("small_resnet", 32, "fc", 256),
     ("small_vit", 32, "heads.head", 128),
-    ("mobilenet_v2", 32, "classifier.1", 1280),
     ("mobilenet_v3_small", 32, "classifier.3", 1024),
     ("squeezenet1_1", 64, "classifier.1", 512),
     ("densenet121", 32, "classifier", 1024),

@@ -1,15 +1,13 @@
 """``coin run`` of networks that people bring: timm's, Hugging Face's, a class of their own on their own images."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 from coin.cli import main
 from coin.reporting import read_results
@@ -23,7 +21,6 @@ methods:
   - {class_path: Average}
   - {class_path: Coin}
   - {class_path: Refit, init_args: {target: own}}
-  - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16, augmentation: none, start: refit}}
 decoders: [linear, feature_ridge, {kind: feature_ridge, survivors: false}]
 """
 IMAGES = """
@@ -32,14 +29,6 @@ tasks:
   digits: {class_path: Digits, init_args: {max_train: 80, max_test: 40}}
   letters: {class_path: Glyphs, init_args: {classes: A-D, train_per_class: 20, test_per_class: 9}}
 expert: {epochs: 1, lr: 0.01, batch_size: 32}
-"""
-WORDS = ["<s>", "<pad>", "</s>", "<unk>", "good", "great", "bad", "poor", "film", "meal", "the", "was"]
-TEXTS = """
-name: own
-tasks:
-  films: {class_path: TextFile, init_args: {train: films.csv, test: films.csv, tokenizer: words.json}}
-  meals: {class_path: TextFile, init_args: {train: meals.csv, test: meals.csv, tokenizer: words.json}}
-expert: {epochs: 8, lr: 0.01, optimizer: AdamW, batch_size: 16}
 """
 OWN_CLASS = """
 from torch import nn
@@ -61,9 +50,9 @@ def run(text: str, tmp_path: Path) -> None:
     frame = read_results(tmp_path / "own/seed-0")
     assert (frame[frame.method == "oracle"].nda == 1).all()
     measured = frame[~frame.method.isin(["oracle", "none"])]
-    assert set(measured.method) == {"average", "coin", "refit", "readout_distillation"}
+    assert set(measured.method) == {"average", "coin", "refit"}
     assert (measured.groupby("method").decoder.nunique() == 3).all()
-    assert len(set(measured.groupby("method").residual.mean().round(9))) == 4
+    assert len(set(measured.groupby("method").residual.mean().round(9))) == 3
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +67,7 @@ VIT = "{name: timm/vit_tiny_patch16_224, image_size: 32, options: {patch_size: 8
 
 @pytest.mark.parametrize(
     ("network", "expert"),
-    [
-        (RESNET50, "freeze_batchnorm: true"),
-        (RESNET50, "overrides: {letters: {trainable: [head], freeze_batchnorm: true}}"),
-        (VIT, "l2_sp: 0.1"),
-    ],
-    ids=["resnet50", "resnet50-head-only", "vit"],
+    [(RESNET50, "overrides: {letters: {trainable: [head], freeze_batchnorm: true}}"), (VIT, "l2_sp: 0.1")],
 )
 def test_networks_of_timm(network: str, expert: str, tmp_path: Path) -> None:
     run(f"network: {network}{IMAGES.rstrip().removesuffix('}')}, {expert}}}", tmp_path)
@@ -95,38 +79,16 @@ def test_an_image_classifier_of_hugging_face(tmp_path: Path) -> None:
     run("network: {name: hf/model, image_size: 32}" + IMAGES, tmp_path)
 
 
-def test_a_text_classifier_of_hugging_face_with_padding_of_its_own(tmp_path: Path) -> None:
-    model = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
-    model.pre_tokenizer = Whitespace()
-    model.save("words.json")
-    for name in ("film", "meal"):
-        rows = [
-            f"{article} {name} was {word},{label}"
-            for article in ("the", "")
-            for word, label in (("good", "yes"), ("great", "yes"), ("bad", "no"), ("poor", "no"))
-        ]
-        Path(f"{name}s.csv").write_text("text,label\n" + "\n".join(rows * 6) + "\n")
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    transformers.RobertaConfig(**size, vocab_size=12, max_position_embeddings=12, pad_token_id=1).save_pretrained(
-        "model"
-    )
-    run("network: {name: hf/model, image_size: 6}" + TEXTS, tmp_path)
-    frame = read_results(tmp_path / "own/seed-0")
-    assert (frame.expert_accuracy > 0.9).all()  # one word decides
-
-
 def test_a_class_of_the_users_own_on_folders_of_images(tmp_path: Path) -> None:
     Path("ownclass.py").write_text(OWN_CLASS)
     draw = np.random.default_rng(0)
-    for task in ("one", "two"):
-        for split in ("train", "test"):
-            for label in range(3):
-                folder = tmp_path / task / split / f"class{label}"
-                folder.mkdir(parents=True)
-                for index in range(12):
-                    pixels = draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)
-                    pixels[:, :, label] //= 4
-                    Image.fromarray(pixels).save(folder / f"{index}.png")
+    for task, split, label in product(("one", "two"), ("train", "test"), range(3)):
+        folder = tmp_path / task / split / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(12):
+            pixels = draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            pixels[:, :, label] //= 4
+            Image.fromarray(pixels).save(folder / f"{index}.png")
     tasks = "\n".join(f"  {task}: {{class_path: ImageFolder, init_args: {{root: {task}}}}}" for task in ("one", "two"))
     run(
         "name: own\nnetwork: {name: ownclass.Small, image_size: 20, options: {width: 6}}\n"

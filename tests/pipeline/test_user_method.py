@@ -70,23 +70,11 @@ def test_it_enters_the_table_by_one_line_and_is_made_anew_when_its_source_change
     assert (rows.loc["merge"].merge_passes == 0).all()
     assert (rows.loc["distil"].merge_passes == 2 * 24 + 5 * 64 * 3).all()
     assert (rows.loc["merge"].batchnorm == "").all()
-    before = {path.stem: path.stat().st_mtime_ns for path in (folder / "coded").iterdir()}
-    made = load_provenance(folder / "coded/tilted.safetensors")["method"]
-    assert made["options"]["options"] == {"share": 0.9}
-    assert "merge: up to date" in run(capsys)
+    assert load_provenance(folder / "coded/tilted.safetensors")["method"]["options"]["options"] == {"share": 0.9}
     (tmp_path / "mine.py").write_text(MINE + "# changed\n")
     said = run(capsys)
     assert "seed 1: merge: merging" in said
     assert "dare: up to date" in said
-    after = {path.stem: path.stat().st_mtime_ns for path in (folder / "coded").iterdir()}
-    assert {name for name in after if after[name] != before[name]} == {"merge", "tilted"}
-    assert (
-        load_provenance(folder / "coded/tilted.safetensors")["method"]["options"]["contents"]
-        != made["options"]["contents"]
-    )
-    assert main(["run", "-c", str(folder / "config.yaml"), "--output=.", "--name=again"]) == 0
-    again = read_results(tmp_path / "again/seed-1")
-    assert again.nda.tolist() == frame.nda.tolist()  # those that draw random numbers too
 
 
 def test_what_it_raises_keeps_its_traceback_and_one_that_is_not_there_is_one_line(
