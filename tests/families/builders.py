@@ -124,11 +124,6 @@ def make_case(family: str) -> Case:
     return case
 
 
-def take(batch: Batch, places: list[int]) -> Batch:
-    """Return some of a batch's samples."""
-    return batch[places] if isinstance(batch, Tensor) else {name: tensor[places] for name, tensor in batch.items()}
-
-
 def _timm(family: str) -> nn.Module:
     name, _, options = _TABLE[family]
     # Constructors want tuples, and take entries out of what they are given.

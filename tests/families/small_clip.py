@@ -102,8 +102,5 @@ def write_expert(folder: Path, base: Path, task: TaskData, classes: Sequence[str
     """Write a vision tower fine-tuned to a task, as FusionBench's are: without projection, the text tower frozen."""
     model = transformers.CLIPModel.from_pretrained(base)
     fit(model, task, classes, model.vision_model.parameters(), steps)
-    tower = transformers.CLIPVisionModel(model.config.vision_config)
-    state = model.vision_model.state_dict()
-    inner = tower if tower.state_dict().keys() == state.keys() else tower.vision_model
-    inner.load_state_dict(state)
-    tower.save_pretrained(folder)
+    model.save_pretrained(folder)
+    transformers.CLIPVisionModel.from_pretrained(folder).save_pretrained(folder)
