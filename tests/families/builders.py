@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 CLASSES = 3
-SAMPLES = 10
-"""Of each task; the held-out fifth of all is then the same whatever the order of the experts."""
+SAMPLES = 10  # of each task; the held-out fifth of all is then the same whatever the order of the experts
 TOKENS, LENGTH, PADDING, END = 30, 7, 0, 2
 
 
