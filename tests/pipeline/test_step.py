@@ -35,7 +35,7 @@ class Write(Step):
 
     option: Any = None
     parts: tuple["Write", ...] = ()
-    file: Path | None = None
+    weights: Path | None = None
     shown: bool = unkeyed(default=True)
     length: str = keyed_by(len, default="")
     work: Callable[[], None] = unkeyed(default=lambda: None)
@@ -59,8 +59,8 @@ def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and
     weights = tmp_path / "weights"
     weights.write_text("one")
     part = write(tmp_path, "part", option=1)
-    made = write(tmp_path, option=1, parts=(part,), file=weights)
-    same = {"option": 1, "parts": (write(tmp_path / "elsewhere", "part", option=1),), "file": weights}
+    made = write(tmp_path, option=1, parts=(part,), weights=weights)
+    same = {"option": 1, "parts": (write(tmp_path / "elsewhere", "part", option=1),), "weights": weights}
     assert write(tmp_path / "other place", **same, shown=False).key == made.key
     others: list[dict[str, Any]] = [
         {"option": 2},
@@ -76,7 +76,7 @@ def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and
     weights.write_text("one")
     copy = tmp_path / "moved"
     copy.write_text("one")
-    assert write(tmp_path, **{**same, "file": copy}).key == made.key
+    assert write(tmp_path, **{**same, "weights": copy}).key == made.key
     monkeypatch.setattr(Write, "version", 2)
     assert write(tmp_path, **same).key != made.key
 
