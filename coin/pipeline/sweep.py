@@ -49,10 +49,7 @@ _NAME_LENGTH = 60
 
 @dataclass(frozen=True)
 class SweepFile:
-    """The contents of a sweep's file: values by dotted key, of its grids and common to all points.
-
-    `text` is the file's text, with its name.
-    """
+    """The contents of a sweep's file: values by dotted key, of its grids and common to all points; and its text."""
 
     name: str
     experiment: tuple[str, ...]
@@ -83,8 +80,7 @@ def read_sweep(path: Path) -> SweepFile:
         check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; a sweep of W&B's is started by `wandb sweep`")
     name, files = document.get("name", path.stem), document.get("experiment")
     grid, fixed = document.get("grid"), document.get("set", {})
-    grids = grid if isinstance(grid, list) else [grid]
-    files = [files] if isinstance(files, str) else files
+    grids, files = grid if isinstance(grid, list) else [grid], [files] if isinstance(files, str) else files
     are_files = isinstance(files, list) and files and all(isinstance(file, str) for file in files)
     check(isinstance(name, str) and is_folder_name(name), f"name '{name}'", "a plain folder name without slashes")
     check(are_files, f"experiment {files}", "one experiment's file or several")
@@ -92,16 +88,11 @@ def read_sweep(path: Path) -> SweepFile:
     expected = "dotted keys of an experiment, each with a list of values, or a list of such grids with the same keys"
     check(fits, f"grid {grid}", expected)
     check(isinstance(fixed, dict), f"set {fixed}", "dotted keys of an experiment, each with a value")
-    axes = [axis for each in grids for axis in each.items()]
-    for key, value in (*axes, *fixed.items()):
+    for key in (*fixed, *grids[0]):
         check(isinstance(key, str), f"key {key!r}", "a dotted key of an experiment")
         check(key not in _DECIDED, f"key '{key}'", "none that the sweep decides for every point; leave it out")
         check(key not in grids[0] or key not in fixed, f"'{key}' in grid and in set", "it in one of them")
-        try:
-            as_text(value)
-        except (TypeError, ValueError):  # YAML has more than a command line, such as dates
-            check(False, f"'{key}' with {value}", "values that an option takes; put it in quotes")
-    for key, values in axes:
+    for key, values in (axis for each in grids for axis in each.items()):
         expected = "a list of values; options inside a section are dotted keys, such as calibration.samples_per_task"
         check(isinstance(values, list) and values, f"grid '{key}' with {values}", expected)
     text = path.read_text(encoding="utf-8")
