@@ -13,39 +13,41 @@ from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Precision, check_shares, reduce_sums, shard
 from coin.statistics.files import write_statistic
-from coin.statistics.statistic import StatisticOptions, statistic_sums
+from coin.statistics.statistic import StatisticKind, statistic_sums
 
 
 def estimate_statistic(
     trainer: Trainer,
     network: nn.Module,
     calibration: Calibration,
-    options: StatisticOptions,
+    options: FisherOptions | None,
     path: Path,
     *,
     seed: int,
     **provenance: Any,
 ) -> dict[str, float]:
-    """Compute a network's statistic, write it on the first process, and return its cost in ``seconds`` and ``passes``.
+    """Compute a network's Fisher, or without options its Gram matrices, and write it on the first process.
 
-    The samples, of the expert's own task or of all tasks, are divided among the Trainer's running processes. The seed
-    is of Monte Carlo's random cotangents and of the samples; `provenance` is further metadata of the file. Raises
-    ConfigurationError if there are fewer samples than processes.
+    Returns its cost in ``seconds`` and ``passes``. The samples, of the expert's own task or of all tasks, are divided
+    among the Trainer's running processes. The seed is of Monte Carlo's random cotangents and of the samples;
+    `provenance` is further metadata of the file. Raises ConfigurationError if there are fewer samples than processes.
     """
     rank, world = trainer.global_rank, trainer.world_size
     check_shares(calibration.num_samples, world)
     started = time.perf_counter()
     share = calibration.subset(shard(calibration.num_samples, rank, world))
-    labels = share.labels if options.needs_labels else None
-    with progress(str(options.statistic), share.num_samples) as advance:
+    labels = share.labels if options is not None and options.needs_labels else None
+    name = StatisticKind.gram if options is None else StatisticKind.fisher
+    with progress(str(name), share.num_samples) as advance:
         own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)
     sums = reduce_sums(own)
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:
         told: dict[str, Any] = {"weights": fingerprint(network.state_dict()), "seconds": seconds, "seed": seed}
-        write_statistic(path, sums, **told, **options.provenance, **provenance)
+        told |= {} if options is None else options.provenance
+        write_statistic(path, sums, statistic=str(name), **told, **provenance)
     return {"seconds": seconds, "passes": sums.passes}
 
 
@@ -78,7 +80,7 @@ class FisherEstimator(Callback):
     ) -> None:
         check_integer("samples", samples, 1)
         mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
-        self.options = StatisticOptions(kind=kind, mc_samples=mc_samples, memory_mib=memory_mib, precision=precision)
+        self.options = FisherOptions(kind, mc_samples, memory_mib, precision, samples)
         self.samples, self.path = samples, None if path is None else Path(path)
         self.weights = parse_enum(Weights, "weights", weights)
 

@@ -14,10 +14,10 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite
 from coin.networks.experts import ExpertFiles, ExpertNetworks
 from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
-from coin.statistics import TRANSPOSED, FisherKind
+from coin.statistics import TRANSPOSED, FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, open_statistics
 from coin.statistics.guard import evaluating, trainable
-from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, StatisticOptions, statistic_sums
+from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, statistic_sums
 
 
 class Experts:
@@ -248,7 +248,7 @@ class Experts:
         """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
-        options = StatisticOptions(StatisticKind.gram if kind is None else StatisticKind.fisher, kind)
+        options = None if kind is None else FisherOptions(kind)
         means, trained = [], []
         for network, batches in zip(self.source.each_network(padded=kind is None), samples, strict=True):
             trained.append(set(trainable(network)))

@@ -10,8 +10,8 @@ from coin.core.choices import check_integer, check_number, parse_enum
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
 from coin.pipeline.steps.train import TrainingConfig
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
-from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Precision
+from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.settings import TAG_LENGTH
 
 # What an override may be; of Any, jsonargparse would make objects where there is a class_path.
@@ -140,11 +140,12 @@ class CalibrationConfig:
                 stacklevel=2,
             )
 
-    def options_of(self, which: Statistic) -> StatisticOptions:
-        """Return the options with which a statistic is computed."""
+    def options_of(self, which: Statistic) -> FisherOptions | None:
+        """Return the options with which a Fisher is computed; Gram matrices have none."""
+        if which.kind is None:
+            return None
         mc_samples = self.fisher_mc_samples if which.kind is FisherKind.monte_carlo else None
-        precision = Precision.full if which.kind is None else self.fisher_precision
-        return StatisticOptions(which.name, which.kind, mc_samples, self.memory_mib, precision)
+        return FisherOptions(which.kind, mc_samples, self.memory_mib, self.fisher_precision, self.samples_per_task)
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,6 @@ class FisherKind(StrEnum):
     """(∂ log p_y/∂θ)² at the true label y. For the ablation."""
 
 
-def check_mc_samples(kind: FisherKind, mc_samples: int | None) -> None:
-    """Raise ConfigurationError for a number of cotangents without Monte Carlo, or below 1."""
-    if mc_samples is None:
-        return
-    if kind is not FisherKind.monte_carlo:
-        raise ConfigurationError(
-            f"found mc_samples={mc_samples} for the {kind} Fisher; only monte_carlo takes a number"
-        )
-    if mc_samples < 1:
-        raise ConfigurationError(f"found mc_samples={mc_samples}, expected at least 1")
-
-
 def make_cotangents(
     kind: FisherKind,
     logits: Tensor,

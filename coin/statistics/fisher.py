@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, adapted, as_input, clone, samples_of, shapes_in, size_of, take
-from coin.core.choices import check_integer, parse_enum, renamed_option
+from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
-from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents
+from coin.statistics.cotangents import FisherKind, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, paired, trainable
 from coin.statistics.memory import DEFAULT_MEMORY_MIB, PassLayout, choose_cut, find_layout
 from coin.statistics.sums import Sums, sum_type
@@ -34,21 +34,62 @@ class Precision(StrEnum):
     the diagonal of a fine-tuned EfficientNet-Lite0 by 2.5 % (Σ|Δ| / Σ), and COIN's NDA by 0.1 points."""
 
 
-class FisherOptions(TypedDict, total=False):
-    """The options of a Fisher pass, all of which may be left out; see `fisher_sums`."""
+@dataclass(frozen=True)
+class FisherOptions:
+    """Which Fisher diagonal it is, and how it is computed.
 
-    kind: FisherKind
-    labels: Tensor | None
-    mc_samples: int | None
-    generator: torch.Generator | None
-    memory_mib: int
-    precision: Precision
-    progress: Callable[[int], None] | None
-    forward: Forward | None
-    cotangents: int | None
+    Args:
+        kind: Which diagonal.
+        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind; none takes 1.
+        memory_mib: Bound on the working memory in MiB, beside the network and the sums; numbers do not depend on it.
+        precision: The type that the network runs in.
+        samples_per_task: P, the number of unlabelled samples of each task, where they are drawn.
+
+    Raises:
+        ConfigurationError: An option is out of its range, or belongs to another kind.
+    """
+
+    kind: FisherKind = FisherKind.exact
+    mc_samples: int | None = None
+    memory_mib: int = DEFAULT_MEMORY_MIB
+    precision: Precision = Precision.full
+    samples_per_task: int = 200
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", parse_enum(FisherKind, "kind", self.kind))
+        object.__setattr__(self, "precision", parse_enum(Precision, "precision", self.precision))
+        check_integer("memory_mib", self.memory_mib, 1)
+        check_integer("samples_per_task", self.samples_per_task, 1)
+        if self.mc_samples is not None and self.kind is not FisherKind.monte_carlo:
+            raise ConfigurationError(
+                f"found mc_samples={self.mc_samples} for the {self.kind} Fisher; only monte_carlo takes a number"
+            )
+        if self.mc_samples is not None:
+            check_integer("mc_samples", self.mc_samples, 1)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the true classes of the samples go into it."""
+        return self.kind is FisherKind.empirical
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The entries in a file's metadata."""
+        rounded = {} if self.precision is Precision.full else {"precision": str(self.precision)}
+        return {"kind": str(self.kind), "cotangents": self.mc_samples, **rounded}
 
 
-def fisher_sums(network: nn.Module, batches: Iterable[Any], **options: Unpack[FisherOptions]) -> Sums:
+def fisher_sums(
+    network: nn.Module,
+    batches: Iterable[Any],
+    options: FisherOptions | None = None,
+    *,
+    labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], None] | None = None,
+    forward: Forward | None = None,
+    **choices: Any,
+) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
 
     If none does, as in a network that was frozen after its training, it is of all of them.
@@ -56,25 +97,27 @@ def fisher_sums(network: nn.Module, batches: Iterable[Any], **options: Unpack[Fi
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         batches: Input batches [B, …], of any sizes, or pairs of inputs and labels, whose labels are not looked at.
-        **options: The ``kind`` of diagonal; ``labels`` [P] in the order of the samples, for the empirical one;
-            ``mc_samples``, random cotangents a sample, 1 by default, and their ``generator``, torch's global one by
-            default, for the Monte Carlo one. ``memory_mib`` bounds the working memory in MiB: batches are cut, numbers
-            do not change. ``precision`` is what the network runs in, ``progress`` is called with the number of samples
-            after every cut, and ``forward``, (network, batch) → logits, for a network that is not called with one
-            tensor; batches may then be mappings of tensors too.
+        options: How it is computed; `FisherOptions`' defaults if None.
+        labels: True classes [P] in the order of the samples, for the empirical kind.
+        generator: Of Monte Carlo's cotangents; torch's global one by default.
+        progress: Called with the number of samples after every cut of a batch.
+        forward: (network, batch) → logits, for a network that is not called with one tensor; batches may then be
+            mappings of tensors too.
+        **choices: Options by name, such as ``kind="monte_carlo"``.
 
     Raises:
-        ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
+        ConfigurationError: Options that do not belong together, or nothing to differentiate by.
         DataError: There are no samples, the output is not [B, C], labels do not fit, or a batch holds no tensors.
         StateError: The network changes in place what a gradient needs.
     """
-    fisher = FisherPass(network, **options)
+    options = replace(options or FisherOptions(), **choices)
+    fisher = _Pass(adapted(network, forward), options, labels, generator, progress)
     for batch in batches:
         fisher.add(batch)
     return fisher.sums()
 
 
-def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Unpack[FisherOptions]) -> dict[str, Tensor]:
+def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) -> dict[str, Tensor]:
     """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; by the same arguments.
 
     >>> coin.fisher_diagonal(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"]
@@ -85,40 +128,27 @@ def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Unpac
     return {name: value.div_(sums.count) for name, value in sums.values.items()}
 
 
-@dataclass(eq=False)
-class FisherPass:
-    """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over batches, U the cotangents of the kind; options as for `fisher_sums`."""
+class _Pass:
+    """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over batches, U the cotangents of the kind; arguments as of `fisher_sums`."""
 
-    network: nn.Module
-    _: KW_ONLY
-    kind: FisherKind = FisherKind.exact
-    labels: Tensor | None = None
-    mc_samples: int | None = None
-    generator: torch.Generator | None = None
-    memory_mib: int = DEFAULT_MEMORY_MIB
-    precision: Precision = Precision.full
-    progress: Callable[[int], None] | None = None
-    forward: Forward | None = None
-    cotangents: InitVar[int | None] = None  # the old name of mc_samples, for one version
-
-    def __post_init__(self, cotangents: int | None) -> None:
-        self.mc_samples = renamed_option("mc_samples", self.mc_samples, "cotangents", cotangents, 4)
-        self.kind = FisherKind(self.kind)
-        self.network = adapted(self.network, self.forward)
-        self.precision = parse_enum(Precision, "precision", self.precision)
-        if self.precision is Precision.bfloat16:
-            with torch.inference_mode(False):
-                self.network = clone(self.network).bfloat16()
-        if (self.kind is FisherKind.empirical) != (self.labels is not None):
-            found = "no labels" if self.labels is None else "labels"
+    def __init__(
+        self,
+        network: nn.Module,
+        options: FisherOptions,
+        labels: Tensor | None,
+        generator: torch.Generator | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        if options.needs_labels != (labels is not None):
+            found = "no labels" if labels is None else "labels"
             raise ConfigurationError(
-                f"found {found} for the {self.kind} Fisher; labels belong to the empirical kind, and only to it"
+                f"found {found} for the {options.kind} Fisher; labels belong to the empirical kind, and only to it"
             )
-        check_mc_samples(self.kind, self.mc_samples)
-        check_integer("memory_mib", self.memory_mib, 1)
-        self._parameters = trainable(self.network)
         with torch.inference_mode(False):
+            self.network = network if options.precision is Precision.full else clone(network).bfloat16()
+            self._parameters = trainable(self.network)
             self._totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
+        self.options, self.labels, self.generator, self.progress = options, labels, generator, progress
         self._layouts: dict[tuple[object, ...], PassLayout] = {}
         self.count, self._passes = 0, 0.0
 
@@ -151,15 +181,15 @@ class FisherPass:
         try:
             layout = self._layouts.get(key) or find_layout(self.network, self._parameters, self._totals, first)
         except RuntimeError as error:
-            if self.precision is Precision.full or not re.search("type|BFloat16", str(error)):
+            if self.options.precision is Precision.full or not re.search("type|BFloat16", str(error)):
                 raise
             raise ConfigurationError(
-                f"{type(self.network).__name__} does not run in {self.precision}, which precision asks for "
+                f"{type(self.network).__name__} does not run in {self.options.precision}, which precision asks for "
                 f"({str(error).splitlines()[0]}); leave precision out"
             ) from error
-        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.mc_samples or 1}
-        number = fewer.get(self.kind, len(layout.logits))
-        samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
+        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.options.mc_samples or 1}
+        number = fewer.get(self.options.kind, len(layout.logits))
+        samples, chunk = choose_cut(layout, number, self.options.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
         if layout.mixes:
             return self._add_alone(piece)
@@ -199,9 +229,8 @@ class FisherPass:
         """Return the cotangents [V, b, C] at the output [b, C] of samples from `start` after those counted."""
         first = self.count + start
         labels = None if self.labels is None else self.labels[first : first + len(output)]
-        return make_cotangents(
-            self.kind, output.detach(), labels=labels, mc_samples=self.mc_samples, generator=self.generator
-        )
+        kind, k = self.options.kind, self.options.mc_samples
+        return make_cotangents(kind, output.detach(), labels=labels, mc_samples=k, generator=self.generator)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""

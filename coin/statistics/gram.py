@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coin.core.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
@@ -109,21 +108,15 @@ def linear_maps(network: nn.Module) -> list[str]:
 
     Those ``[K, C_out]`` of Hugging Face's Conv1D end in `TRANSPOSED`. What several modules hold is left out.
     """
-    holders = [(name, module) for name, module in network.named_modules() if module._parameters]
-    uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())
+    modules = [(name, module) for name, module in network.named_modules() if module._parameters]
+    uses = Counter(id(parameter) for _, module in modules for parameter in module._parameters.values())
     found = []
-    for name, module in holders:
-        own, suffix = ["weight"], ""
-        if isinstance(module, nn.MultiheadAttention):
-            own = [key for key in module._parameters if key.endswith("proj_weight")]
-        elif type(module).__name__ == "Conv1D":
-            suffix = TRANSPOSED
-        elif not isinstance(module, nn.Linear) and (
-            not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1
-        ):
-            continue
-        for key in own:
-            weight = module._parameters.get(key)
-            if weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
-                found.append(f"{name}.{key}".lstrip(".") + suffix)
+    for name, module in modules:
+        turned = type(module).__name__ == "Conv1D"
+        plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(module, "groups", 1) == 1
+        packed = isinstance(module, nn.MultiheadAttention)
+        for key, weight in module._parameters.items():
+            wanted = key.endswith("proj_weight") if packed else key == "weight" and (plain or turned)
+            if wanted and weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
+                found.append(f"{name}.{key}".lstrip(".") + (TRANSPOSED if turned else ""))
     return found

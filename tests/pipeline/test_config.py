@@ -74,7 +74,7 @@ def test_a_precision_is_that_of_fishers_and_of_no_gram_matrices():
     calibration = CalibrationConfig(fisher_precision="bfloat16")
     fisher = Statistic(StatisticKind.fisher, DataChoice.own, FisherKind.categorical)
     assert calibration.options_of(fisher).precision is Precision.bfloat16
-    assert calibration.options_of(Statistic(StatisticKind.gram, DataChoice.own)).precision is Precision.full
+    assert calibration.options_of(Statistic(StatisticKind.gram, DataChoice.own)) is None
     with pytest.raises(ConfigurationError, match="found fisher_precision='half', expected one of full, bfloat16"):
         CalibrationConfig(fisher_precision="half")
 

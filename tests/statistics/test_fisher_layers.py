@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.statistics import Precision, fisher_diagonal
-from coin.statistics.fisher import FisherPass
+from coin.statistics.fisher import FisherOptions, _Pass
 from coin.statistics.rules import convolution, elementwise, linear
 
 CLASSES = 3
@@ -354,7 +354,7 @@ def test_after_the_first_batch_nothing_waits_for_the_device() -> None:
 
     torch.manual_seed(0)
     network = Pooled(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Hardswish(), nn.Conv2d(6, 6, 3, groups=6), width=6)
-    fisher = FisherPass(network, kind="exact")
+    fisher = _Pass(network, FisherOptions(), None, None, None)
     counts = []
     for _ in range(3):
         with Waits() as waits:

@@ -30,7 +30,8 @@ def samples_key(calibration: CalibrationConfig) -> dict[str, Any]:
 def statistic_key(calibration: CalibrationConfig, which: Statistic) -> dict[str, Any]:
     """Return what a statistic depends on."""
     options = calibration.options_of(which)
-    return samples_key(calibration) | {"mc_samples": options.mc_samples, "precision": options.precision}
+    own = {} if options is None else {"mc_samples": options.mc_samples, "precision": options.precision}
+    return samples_key(calibration) | own
 
 
 def evaluation_key(calibration: CalibrationConfig) -> dict[str, Any]:

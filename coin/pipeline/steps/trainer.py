@@ -18,7 +18,7 @@ from torch import nn
 
 from coin.callbacks import LoggedProgress, RunProgress
 from coin.callbacks.fisher import estimate_statistic
-from coin.core.choices import renamed_option
+from coin.core.choices import parse_enum, renamed_option
 from coin.core.lightning import silence_lightning
 from coin.core.processes import leave_processes_at_exit
 from coin.data import TaskData
@@ -28,8 +28,8 @@ from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, without_frozen
 from coin.pipeline.steps.evaluate import record_evaluation
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
-from coin.statistics.statistic import StatisticKind, StatisticOptions
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Precision
+from coin.statistics.statistic import StatisticKind
 from coin.tracking.settings import check_connection, logger_mode
 
 _MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
@@ -143,7 +143,14 @@ class Trainer(pl.Trainer):
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
         mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
-        options = StatisticOptions(statistic, kind, mc_samples, memory_mib, precision)
+        statistic, options = parse_enum(StatisticKind, "statistic", statistic), None
+        if statistic is StatisticKind.fisher:
+            options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, precision, samples)
+        elif (kind, mc_samples, precision) != (None, None, Precision.full):
+            raise ConfigurationError(
+                f"found kind={kind}, mc_samples={mc_samples} and precision={precision} for Gram matrices, expected "
+                "none of them: they are a Fisher's; leave them out or set statistic=fisher"
+            )
         network, config = _network(model, ckpt_path)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
@@ -155,7 +162,7 @@ class Trainer(pl.Trainer):
             config.check_content(task.content)
         tasks.resize(config.image_size)
         folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
-        path = Path(output) if output is not None else folder / f"expert.{options.statistic}.safetensors"
+        path = Path(output) if output is not None else folder / f"expert.{statistic}.safetensors"
         data = "own" if isinstance(datamodule, TaskData) else "pooled"
         estimate_over_tasks(self, network, tasks, options, path, data=data)
 
@@ -207,7 +214,7 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
 
 
 def estimate_over_tasks(
-    trainer: pl.Trainer, network: nn.Module, tasks: Tasks, options: StatisticOptions, path: Path, **provenance: Any
+    trainer: pl.Trainer, network: nn.Module, tasks: Tasks, options: FisherOptions | None, path: Path, **provenance: Any
 ) -> dict[str, float]:
     """Start the Trainer's processes, and on them `estimate_statistic` over the tasks' calibration samples."""
     launcher, start = trainer.strategy.launcher, trainer.strategy.setup_environment

@@ -16,8 +16,8 @@ from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
 from coin.pipeline.steps.trainer import Trainer, estimate_over_tasks
+from coin.statistics import FisherOptions
 from coin.statistics.files import open_statistic
-from coin.statistics.statistic import StatisticOptions
 
 
 def say_what_is_left() -> None:
@@ -58,7 +58,7 @@ def measure(folder: Path, devices: int) -> None:
     fishers = {}
     for kind in ("exact", "empirical"):
         path = folder / f"{kind}.safetensors"
-        estimate_over_tasks(trainer(), network, tasks, StatisticOptions(kind=kind), path)
+        estimate_over_tasks(trainer(), network, tasks, FisherOptions(kind=kind), path)
         if is_rank_zero():
             found = open_statistic(path, statistic="fisher")
             fishers[kind] = {"values": dict(found.values), "count": found.samples, "passes": found.passes}

@@ -6,9 +6,8 @@ from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.networks import build_network
 from coin.pipeline.steps.trainer import estimate_over_tasks
-from coin.statistics import FisherKind, fisher_sums
+from coin.statistics import FisherKind, FisherOptions, fisher_sums
 from coin.statistics.files import open_statistic
-from coin.statistics.statistic import StatisticOptions
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
         mc_samples=mc_samples,
         generator=torch.Generator().manual_seed(3 * 100_003) if kind == "monte_carlo" else None,
     )
-    options = StatisticOptions(kind=kind, mc_samples=mc_samples)
+    options = FisherOptions(kind=kind, mc_samples=mc_samples)
     path = tmp_path / "a.fisher.safetensors"
     for _ in range(2):  # a second run starts from nothing
         costs = estimate_over_tasks(make_trainer(), network, tasks, options, path)
@@ -48,7 +47,7 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
 def test_the_networks_layout_is_found_once_for_all_batches(tasks, small_config, make_trainer, tmp_path):
     network, sizes = build_network(small_config, 3), []
     network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    estimate_over_tasks(make_trainer(), network, tasks, StatisticOptions(), tmp_path / "a.safetensors")
+    estimate_over_tasks(make_trainer(), network, tasks, FisherOptions(), tmp_path / "a.safetensors")
     first, *others = (len(batch) for batch in tasks.predict_dataloader())
     assert others
     assert sizes == [2, first, 2, *others]  # the first batch's ends once more, by themselves
@@ -60,6 +59,6 @@ def test_fewer_samples_than_processes_are_refused_in_one_line(
 ):
     trainer = make_trainer()
     monkeypatch.setattr(type(trainer), "world_size", 21)
-    network, options = build_network(small_config, 3), StatisticOptions(statistic)
+    network, options = build_network(small_config, 3), FisherOptions() if statistic == "fisher" else None
     with pytest.raises(ConfigurationError, match=r"found 20 calibration samples for 21 processes.*take fewer devices"):
         estimate_over_tasks(trainer, network, tasks, options, tmp_path / "a.safetensors")
