@@ -5,14 +5,12 @@ run in turn in one process, on one thread unless told otherwise, and are compare
 peak memory is taken in a fresh process per candidate. With ``--check`` only coin and the limit run, and the exit status
 says whether a ratio is above what the network is held to.
 
-    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--side N] [--repeats N]
-        [--threads N]
+    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--repeats N] [--threads N]
 """
 
 import argparse
-import ctypes
-import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -32,8 +30,7 @@ from coin.statistics import Precision, fisher_diagonal
 
 CLASSES = 10
 OUTPUT = Path("runs/bench/fisher.json")
-CHECKED = 2
-"""Samples on which the errors are taken, against the loop in float64."""
+CHECKED = 2  # samples on which the errors are taken, against the loop in float64
 
 Candidate = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
@@ -101,39 +98,6 @@ def vmap_of_vjp(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return {name: value / len(inputs) for name, value in total.items()}
 
 
-def make_backpack(network: nn.Module) -> Candidate | None:
-    """BackPACK's DiagGGNExact of half the squared error, or None for a network that it does not support."""
-    from backpack import backpack, extend
-    from backpack.extensions import DiagGGNExact
-
-    names = {id(p): name for name, p in network.named_parameters()}
-    for module in network.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-    try:
-        extended = extend(network, use_converter=True).eval()
-    except Exception:  # its converter fails in many ways
-        return None
-    loss = extend(nn.MSELoss(reduction="sum"))
-
-    def candidate(_: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-        extended.zero_grad()
-        outputs = extended(inputs)
-        with backpack(DiagGGNExact()):
-            loss(outputs, torch.zeros_like(outputs)).backward()
-        # The squared error's Hessian by the outputs is 2 I.
-        found = {names[id(p)]: p.diag_ggn_exact / (2 * len(inputs)) for p in extended.parameters()}
-        for p in extended.parameters():
-            del p.diag_ggn_exact
-        return found
-
-    try:
-        candidate(network, torch.randn(2, 3, 64, 64))
-    except Exception:
-        return None
-    return candidate
-
-
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     make = vit if name == "vit_b_16" else lambda: torchvision.models.get_model(name, num_classes=CLASSES)
@@ -145,17 +109,12 @@ def candidates(name: str, *, check: bool = False) -> dict[str, tuple[Candidate, 
     functions: dict[str, Candidate] = {"limit": limit, "coin": coin}
     if not check:
         functions |= {"coin bf16": coin_bfloat16, "loop": naive, "vmap of vjp": vmap_of_vjp}
-    found = {key: (function, build(name)) for key, function in functions.items()}
-    network = build(name)
-    if not check and (function := make_backpack(network)) is not None:
-        found["backpack"] = (function, network)
-    return found
+    return {key: (function, build(name)) for key, function in functions.items()}
 
 
 def peak_mib(name: str, samples: int, candidate: str, threads: int) -> float:
-    """Return how far a candidate raises the resident memory of a fresh process, in MiB."""
-    options = ["--threads", str(threads), "--side", str(NETWORKS[name][0])]
-    command = [sys.executable, __file__, "--peak", name, str(samples), candidate, *options]
+    """Return how far a candidate raises the high-water mark of a fresh process, beyond one sample's pass, in MiB."""
+    command = [sys.executable, __file__, "--peak", name, str(samples), candidate, "--threads", str(threads)]
     finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
     return float(finished.stdout.split()[-1])
 
@@ -166,17 +125,9 @@ def measure_peak(name: str, samples: int, candidate: str) -> None:
     function(network, torch.randn(1, 3, side, side))  # libraries allocate on their first call
     network.zero_grad()
     inputs = torch.randn(samples, 3, side, side)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     function(network, inputs)
-    print(max(0.0, (_status("VmHWM") - before) / 1024))
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1])
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def tensor_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -248,14 +199,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="coin's ratio to the limit alone, against its bound")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--samples", nargs="+", type=int, default=[8], help="P, the samples in a batch")
-    parser.add_argument("--side", type=int, help="the images' side, in the place of each network's own")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved turns after the first one")
     parser.add_argument("--threads", type=int, default=1, help="threads of every candidate")
     parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "P", "CANDIDATE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.side:
-        NETWORKS.update({name: (options.side, bound) for name, (_, bound) in NETWORKS.items()})
     if options.peak:
         measure_peak(options.peak[0], int(options.peak[1]), options.peak[2])
         return 0

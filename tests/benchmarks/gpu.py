@@ -39,10 +39,6 @@ SIZES = {
 Fisher pass and the activations of `Refit` may take."""
 
 BY_DESIGN = "full precision by design"
-REASONS = {
-    "refit": "runs the networks and solves its regressions in full precision, inside autocast too",
-    "fit and decode": "compute in float64, the linear decoder in the answers' type, which is float32 at least",
-}
 
 
 class Step(NamedTuple):
@@ -227,9 +223,6 @@ def main() -> int:
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "torch": torch.__version__,
         "sizes": sizes | {"tasks": 2, "classes": CLASSES},
-        "clock": "CUDA events" if on_gpu else "perf_counter",
-        "memory": "allocated by PyTorch on the device" if on_gpu else "the process's peak resident set so far",
-        "full_precision_by_design": REASONS,
         "rows": [],
     }
     heading = f"{'':44}{'seconds':>10}{'/ forward':>10}{'peak MiB':>9}"
