@@ -5,25 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import CLASSES, Net, dense_loop, random
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
 from coin.statistics import fisher_diagonal, fisher_sums, gram_sums
-
-CLASSES = 3
-
-
-def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """The definition: one sample and one output at a time, squared after autograd has summed whatever it sums."""
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for x in inputs:
-        for c in range(CLASSES):
-            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient**2
-    return {name: value / len(inputs) for name, value in total.items()}
 
 
 def assert_exact(network: nn.Module, inputs: Tensor, zero: tuple[str, ...] = (), absolute: float = 1e-14) -> None:
@@ -100,21 +86,11 @@ def test_gram_matrices_of_a_mixture_of_experts() -> None:
         torch.testing.assert_close(both.values[name], value, rtol=1e-12, atol=0)
 
 
-class Table(nn.Module):
-    """Columns of numbers of which the first is a category."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.numbers, self.head = nn.Embedding(4, 3), nn.Linear(2, 3), nn.Linear(3, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.embed(x[:, 0].long()) + self.numbers(x[:, 1:])))
-
-
 def test_a_table_whose_columns_are_read_as_integers() -> None:
     torch.manual_seed(0)
     x = torch.cat([torch.tensor([0, 3, 1, 3, 2])[:, None], torch.randn(5, 2)], 1)
-    assert_exact(Table(), x)
+    parts = {"embed": nn.Embedding(4, 3), "numbers": nn.Linear(2, 3), "head": nn.Linear(3, CLASSES)}
+    assert_exact(Net(lambda n, x: n.head(torch.tanh(n.embed(x[:, 0].long()) + n.numbers(x[:, 1:]))), **parts), x)
 
 
 class Stacked(nn.Module):
@@ -159,18 +135,11 @@ class Spelled(nn.Module):
 
 
 def test_a_form_of_a_call_that_no_rule_knows() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(4, CLASSES)), nn.Parameter(torch.randn(CLASSES))
-            self.shift = nn.Parameter(torch.randn(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.add(x, self.shift, alpha=2, out=None)
-            return torch.addmm(self.bias, x, self.weight, beta=2, alpha=3)
+    def call(net: Net, x: Tensor) -> Tensor:
+        return torch.addmm(net.bias, torch.add(x, net.shift, alpha=2, out=None), net.weight, beta=2, alpha=3)
 
     torch.manual_seed(0)
-    assert_exact(Scaled(), torch.randn(4, 4))
+    assert_exact(Net(call, weight=random(4, CLASSES), bias=random(CLASSES), shift=random(4)), torch.randn(4, 4))
 
 
 @pytest.mark.parametrize("keywords", [False, True])
@@ -261,39 +230,21 @@ def test_a_complex_parameter_is_refused() -> None:
         fisher_diagonal(network, [torch.randn(2, 4)])
 
 
-class Centred(nn.Module):
-    """A network that mixes the samples of a batch: what it says of one is what it says of it alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + (x - x.mean(0))
-        return self.head(torch.tanh(self.first(x)))
-
-
 def test_mixed_samples_are_taken_one_by_one() -> None:
+    """What a network that mixes the samples of a batch says of one is what it says of it alone."""
     torch.manual_seed(0)
-    assert_exact(Centred(), torch.randn(4, 4))
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    assert_exact(Net(lambda net, x: net.layers(x + (x - x.mean(0))), layers=layers), torch.randn(4, 4))
 
 
 @pytest.mark.parametrize("zero", ["head", "branch"])
 def test_a_gradient_that_a_weight_of_zero_hides(zero: str) -> None:
     """Rules hold in front of a weight that is still zero; the layers behind it are not left to the slow route."""
     torch.manual_seed(0)
-
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
-            self.head = nn.Linear(4, CLASSES)
-            nn.init.zeros_(self.head.weight if zero == "head" else self.scale)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x + torch.tanh(self.inner(x)) * self.scale)
-
-    network, x = Branch(), torch.randn(4, 4)
+    parts = {"inner": nn.Linear(4, 4), "scale": nn.Parameter(torch.ones(4)), "head": nn.Linear(4, CLASSES)}
+    network = Net(lambda net, x: net.head(x + torch.tanh(net.inner(x)) * net.scale), **parts)
+    nn.init.zeros_(network.head.weight if zero == "head" else network.scale)
+    x = torch.randn(4, 4)
     hidden = ("inner.weight", "inner.bias", *(("scale",) if zero == "head" else ()))
     assert_exact(network, x, zero=hidden)
     assert fisher_sums(network, [x.double()]).passes == 4 * (1 + 2 * CLASSES)
@@ -348,18 +299,13 @@ def test_a_matrix_that_multiplies_from_the_right(name: str, width: int) -> None:
 
 
 def test_a_view_made_without_gradients_is_no_trainable_weight() -> None:
-    class Detached(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                transposed = self.weight.T
-            return self.head(torch.tanh(x @ transposed + x @ self.weight.detach()))
+    def call(net: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            transposed = net.weight.T
+        return net.head(torch.tanh(x @ transposed + x @ net.weight.detach()))
 
     torch.manual_seed(0)
-    assert_exact(Detached(), torch.randn(4, 4), zero=("weight",))
+    assert_exact(Net(call, weight=random(4, 4), head=nn.Linear(4, CLASSES)), torch.randn(4, 4), zero=("weight",))
 
 
 class Masked(nn.Module):
@@ -439,16 +385,8 @@ def assert_attention_is_covered(network: Masked, x: Tensor) -> None:
 def test_the_general_route_is_counted() -> None:
     """A network of which one parameter has no rule pays for it: a forward and C backward passes a sample once more."""
     torch.manual_seed(0)
-
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head, self.power = nn.Linear(4, CLASSES), nn.Parameter(torch.ones(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x.abs() ** self.power)
-
-    network, x = Mixed(), torch.randn(5, 4)
+    parts = {"head": nn.Linear(4, CLASSES), "power": nn.Parameter(torch.ones(4))}
+    network, x = Net(lambda net, x: net.head(x.abs() ** net.power), **parts), torch.randn(5, 4)
     assert fisher_sums(network, [x]).passes == 2 * 5 * (1 + 2 * CLASSES)
     network.head.requires_grad_(False)  # nothing is left for the rules: their backward passes are not run
     assert fisher_sums(network, [x]).passes == 5 * (1 + 1 + 2 * CLASSES)
@@ -474,14 +412,9 @@ def test_contributions_that_cancel_are_never_negative(layer: str) -> None:
         if layer == "linear":
             x = x.flatten(2).mT
             network[1] = nn.Identity()
-            network[2] = nn.Sequential(Transpose(), nn.AdaptiveAvgPool1d(1))
+            network[2] = nn.Sequential(Net(lambda net, x: x.mT), nn.AdaptiveAvgPool1d(1))
         for name, value in fisher_diagonal(network, [x]).items():
             assert value.min() >= 0, f"{name} at seed {seed}: {value.min():.1e}"
-
-
-class Transpose(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mT
 
 
 class Tokens(nn.Module):
@@ -534,19 +467,7 @@ def test_a_batch_of_one_in_front_of_tokens_against_finite_differences(normed: bo
             torch.testing.assert_close(found[name].flatten(), squares, rtol=1e-6, atol=1e-10, msg=name)
 
 
-class Mixing(nn.Module):
-    """A network in which a sample's neighbours in the batch have a say."""
-
-    def __init__(self, neighbours: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.head, self.neighbours = nn.Linear(4, 5), nn.Linear(5, CLASSES), neighbours
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        return self.head((hidden + self.neighbours(hidden)).tanh())
-
-
-MIXTURES = {
+MIXTURES = {  # what a sample's neighbours in the batch add
     "the mean": lambda h: -0.5 * h.mean(0),
     "the one before": lambda h: torch.cat([torch.zeros_like(h[:1]), h[:-1]]),
     "the one after": lambda h: torch.cat([h[1:], torch.zeros_like(h[:1])]),
@@ -559,7 +480,9 @@ MIXTURES = {
 def test_a_network_that_mixes_samples_is_taken_a_sample_at_a_time(kind: str, mixture: str) -> None:
     """Cotangents and gradients of one and the same pass: the cotangents were the batch's, 17 % off."""
     torch.manual_seed(0)
-    network, x = Mixing(MIXTURES[mixture]).double().eval(), 2 * torch.randn(6, 4).double()
+    tail = nn.Sequential(nn.Tanh(), nn.Linear(5, CLASSES))
+    network = Net(lambda n, x: n.tail((h := n.first(x)) + MIXTURES[mixture](h)), first=nn.Linear(4, 5), tail=tail)
+    network, x = network.double().eval(), 2 * torch.randn(6, 4).double()
     labels = torch.arange(6) % CLASSES
 
     def fisher(pieces: list[Tensor]) -> dict[str, Tensor]:

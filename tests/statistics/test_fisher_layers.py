@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import CLASSES, Net, dense_loop, random
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,21 +15,6 @@ from coin.errors import ConfigurationError, DataError, StateError
 from coin.statistics import Precision, fisher_diagonal
 from coin.statistics.fisher import FisherOptions, _Pass
 from coin.statistics.rules import convolution, elementwise, linear
-
-CLASSES = 3
-
-
-def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    network.eval()
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for x in inputs:
-        for c in range(CLASSES):
-            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient**2
-    return {name: value / len(inputs) for name, value in total.items()}
 
 
 def assert_exact(network: nn.Module, inputs: Tensor, zero: bool = False) -> None:
@@ -173,16 +159,9 @@ def test_gradients_larger_than_a_block(block: int, groups: int, monkeypatch: pyt
 @pytest.mark.parametrize("positions", [(), (1,), (5,), (3, 4), (80,)])
 def test_linear_at_positions(positions: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-
-    class Tokens(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm, self.head = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.norm(self.first(x))).reshape(len(x), -1, 5).mean(1))
-
-    assert_exact(Tokens(), torch.randn(3, *positions, 4))
+    parts = {"first": nn.Linear(4, 5), "norm": nn.LayerNorm(5), "head": nn.Linear(5, CLASSES)}
+    network = Net(lambda n, x: n.head(torch.tanh(n.norm(n.first(x))).reshape(len(x), -1, 5).mean(1)), **parts)
+    assert_exact(network, torch.randn(3, *positions, 4))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.GroupNorm(3, 6), nn.GroupNorm(1, 6), nn.LayerNorm([6, 4, 4])])
@@ -312,30 +291,15 @@ def assert_exact_attention(network: nn.Module, inputs: Tensor) -> None:
 def test_a_transformer_layer() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
-
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.head = layer, nn.Linear(4, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.layer(x)[:, 0])
-
-    assert_exact_attention(Encoder(), torch.randn(3, 5, 4))
+    encoder = Net(lambda net, x: net.head(net.layer(x)[:, 0]), layer=layer, head=nn.Linear(4, CLASSES))
+    assert_exact_attention(encoder, torch.randn(3, 5, 4))
 
 
 def test_a_network_whose_views_hold_in_the_usual_order_of_memory_alone() -> None:
-    class Viewing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Tanh())
-            self.head = nn.Linear(54, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.layers(x).view(len(x), -1))
-
     torch.manual_seed(0)
-    network, inputs = Viewing(), torch.randn(3, 4, 5, 5)
+    layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Tanh())
+    network = Net(lambda n, x: n.head(n.layers(x).view(len(x), -1)), layers=layers, head=nn.Linear(54, CLASSES))
+    inputs = torch.randn(3, 4, 5, 5)
     with pytest.raises(RuntimeError, match="view"):
         network(inputs.to(memory_format=torch.channels_last))
     assert_exact(network, inputs)
@@ -372,18 +336,13 @@ def test_in_place_operations_on_a_layers_output() -> None:
 
 
 def test_a_token_may_be_changed_in_place_once_it_is_expanded_but_the_parameter_stays() -> None:
-    class Token(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.token, self.head = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            token = self.token.expand(len(x), -1)
-            # Only what is no view of the parameter could be written to.
-            return self.head(torch.tanh(token + x if token._is_view() else token.add_(x)))
+    def call(net: Net, x: Tensor) -> Tensor:
+        token = net.token.expand(len(x), -1)
+        # Only what is no view of the parameter could be written to.
+        return net.head(torch.tanh(token + x if token._is_view() else token.add_(x)))
 
     torch.manual_seed(0)
-    network = Token()
+    network = Net(call, token=random(1, 4), head=nn.Linear(4, CLASSES))
     assert_exact(network, torch.randn(3, 4))
     before = network.token.clone()
     fisher_diagonal(network, [torch.randn(3, 4).double()])
@@ -391,19 +350,14 @@ def test_a_token_may_be_changed_in_place_once_it_is_expanded_but_the_parameter_s
 
 
 def test_a_layers_input_modified_in_place_is_refused() -> None:
-    class Overwrites(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x)
-            y = self.head(h)
-            h.mul_(2)
-            return y
+    def call(net: Net, x: Tensor) -> Tensor:
+        h = net.first(x)
+        y = net.head(h)
+        h.mul_(2)
+        return y
 
     with pytest.raises(StateError, match=r"head\.weight.*in place"):
-        fisher_diagonal(Overwrites(), [torch.randn(2, 4)])
+        fisher_diagonal(Net(call, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)), [torch.randn(2, 4)])
 
 
 def test_parametrised_weights() -> None:
@@ -424,17 +378,12 @@ def test_unused_and_frozen_parameters() -> None:
 
 
 def test_parts_without_gradient_count_for_nothing() -> None:
-    class Stopped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+    def call(net: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = net.first(x)
+        return net.head(F.relu(h))
 
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                h = self.first(x)
-            return self.head(F.relu(h))
-
-    assert_exact(Stopped(), torch.randn(3, 4), zero=True)
+    assert_exact(Net(call, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)), torch.randn(3, 4), zero=True)
 
 
 def test_outputs_that_are_not_logits_are_refused() -> None:

@@ -7,27 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
+from dense import CLASSES, dense_loop
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, fisher_sums
-
-CLASSES = 3
-
-
-def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    network.eval()
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for x in inputs:
-        for c in range(CLASSES):
-            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient**2
-    return {name: value / len(inputs) for name, value in total.items()}
 
 
 def randomised(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,41 @@
+"""What the Fisher's tests share: the definition, written out, and networks in a few lines."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 3
+
+
+def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """One sample and one output at a time, squared after autograd has summed whatever it sums."""
+    network.eval()
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for x in inputs:
+        for c in range(CLASSES):
+            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient**2
+    return {name: value / len(inputs) for name, value in total.items()}
+
+
+class Net(nn.Module):
+    """Some parts, and what becomes of an input: call(network, x)."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def random(*shape: int) -> nn.Parameter:
+    """A parameter."""
+    return nn.Parameter(torch.randn(shape))
