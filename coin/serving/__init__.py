@@ -1,8 +1,6 @@
-"""Coded serving: the decoding front end, over HTTP and on Ray Serve, and in `coin.serving.sim` its simulation.
+"""Coded serving: the decoding front end, over HTTP and on Ray Serve, and on a virtual clock its simulation.
 
-N experts run on one server each. A query wants one expert's answer, or all experts'. The front end asks servers by its
-policy (`coin.serving.policies`). It returns an expert's own answer if that comes in time; otherwise it takes another
-server's or decodes one, and marks it. Servers are coroutines: ``coin serve`` makes them from Ray Serve's deployments
-(`coin.serving.ray_app`), and `coin.serving.app` serves the Open Inference Protocol. Requests that queue up while a
-server is busy form its next batch. The modules of policies and simulation need no PyTorch, FastAPI or Ray.
+N experts run on one server each. A query wants one expert's answer, or all experts'. The front end (`front_end`) asks the
+expert and, by its policy (`policies`), the servers that stand in for it. Servers are coroutines: those of Ray Serve's
+deployments (`ray_app`, `servers`), or simulated ones (`simulate`). `app` answers the Open Inference Protocol (`protocol`).
 """

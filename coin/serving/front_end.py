@@ -1,105 +1,156 @@
-"""The decoding front end: takes queries, asks servers by a policy, returns own or decoded outputs."""
+"""The front end: asks an expert's server and, by a policy, those that stand in; the same code on a virtual clock."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+from coin.core.choices import check_number
+from coin.errors import DeadlineError, LostError, OverloadedError, ServingError, first_line
+from coin.serving.policies import Lateness, Moment, Policy, StandIns, Which
 
-from coin.errors import DeadlineError, DecodingError, LostError, OverloadedError, ServingError
-from coin.serving.decodings import Decodings
-from coin.serving.layout import Layout, members
-from coin.serving.limits import Limits
-from coin.serving.policies import Lateness, Policy, Query, State
-from coin.serving.replies import Answer, Decoded, Reply, ReplyFormat, Server
-from coin.serving.server_queue import Request, ServerQueue
+logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own
+
+Server = Callable[[Any], Awaitable[Any]]
+"""Answers a query's inputs; raises where it cannot, OverloadedError where its queue is full."""
+Decode = Callable[[int, Mapping[str, Any]], Any]
+"""Returns a lost expert's answer from the replies that arrived, by server; they suffice."""
 
 
-class _Query(Query):
-    def __init__(self, inputs: Tensor, *about: Any) -> None:
-        super().__init__(*about)
-        self.inputs, self.finished = inputs, asyncio.get_running_loop().create_future()
-        self.requests: list[Request] = []
-        self.replies: dict[int, Reply] = {}
-        self.full = 0  # the servers among the lost ones that are well, but whose queue had no room
+@dataclass(frozen=True)
+class Limits:
+    """The limits on waiting, and on the size of a query; all positive.
+
+    Args:
+        deadline: Seconds after which a query fails, including the time to read it.
+        timeout: Seconds after which a request to a server is lost.
+        reading: Seconds that a query's body may take to arrive.
+        initial_lateness: Seconds after which an own answer is late, before any was measured.
+        queries: The largest number of running queries, including those being read.
+        queue: The largest number of requests waiting for one server.
+        batch: The largest number of requests that a server runs together.
+        samples: The largest number of images or texts in one query.
+        bytes: The largest body.
+        pixels: The largest number of pixels of one image.
+        held_bytes: The limit on all bodies being read; each may take half of what is free.
+        held_pixels: The same for all images being decoded.
+    """
+
+    deadline: float = 10.0
+    timeout: float = 2.0
+    reading: float = 5.0
+    initial_lateness: float = 0.1
+    queries: int = 1024
+    queue: int = 256
+    batch: int = 8
+    samples: int = 64
+    bytes: int = 8 * 2**20
+    pixels: int = 4096 * 4096
+    held_bytes: int = 128 * 2**20
+    held_pixels: int = 128 * 2**20
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_number(name, value, low=0, strict=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a query for one expert: its server's reply, a replica's, or what was `decoded` from the others'."""
+
+    expert: int
+    reply: Any
+    decoded: bool
+    answered_by: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class ServerState:
+    """What the front end knows of a server, and its requests under way.
+
+    It is doubted if its last request failed: then nobody waits for it alone, and one request at a time tries it.
+    """
+
+    name: str
+    call: Server
+    doubted: bool = False
+    last_error: str = ""
+    answered_at: float = -math.inf
+    pending: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def ended(self, request: asyncio.Task[Any]) -> None:
+        """Forget a request; its error, if any, has been dealt with."""
+        self.pending.discard(request)
+        if not request.cancelled():
+            request.exception()
+
+
+@dataclass(eq=False)
+class _Query:
+    inputs: Sized
+    patience: float | None  # seconds until an own answer is late
+    requests: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # by server, which is asked once at most
+    in_time: int = 0  # how many own answers were
+    late: bool = False
+
+    def replies(self) -> dict[str, Any]:
+        """The valid replies so far, by server."""
+        done = {name: task for name, task in self.requests.items() if task.done() and not task.cancelled()}
+        return {name: task.result() for name, task in done.items() if task.exception() is None}
 
 
 class FrontEnd:
-    """Answers queries from experts and, where an expert is late or lost, from the others and the coded models.
+    """Answers queries from experts and, where an expert is late or lost, from the servers that stand in for it.
 
-    Every query gets one answer or one `ServingError`, by its deadline at the latest. A query larger than a batch is cut
-    into batches, which are sent one after the other, each like a query of its size: a large query is not late because
-    of its size, and blocks others for one batch at a time. All timing is that of the running event loop: with a virtual
-    clock everything is deterministic. Use it as an async context manager.
+    Every query gets one answer for each expert or one error, by its deadline at the latest. All timing is that of the
+    running event loop: with a virtual clock everything is deterministic.
 
     Args:
-        servers: The coroutine function of each server by name, in the layout's order: experts, coded models, copies.
-        layout: The servers, asked by the `policy`.
-        expects: The format of a valid reply; `probe`: one input ``[1, ...]``, sent to a server that seems down.
-        decodings: The decoders; required if the layout has coded models.
+        servers: The coroutine function of each server, by name: those of `StandIns.servers`.
+        stand_ins: Which servers stand in for an expert; `policy`, when they are asked.
+        decode: Decodes a lost expert's answer from replies that suffice.
         limits: Timeouts and queue lengths.
     """
 
     def __init__(
         self,
         servers: Mapping[str, Server],
-        layout: Layout,
+        stand_ins: StandIns,
         policy: Policy,
-        expects: ReplyFormat,
-        probe: Tensor,
-        decodings: Decodings | None = None,
+        decode: Decode,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
-        self.layout, self.policy, self.limits = layout, policy, limits
-        self.lateness: dict[tuple[int, int], Lateness] = {}
-        """By the set of wanted experts and the size class of the query, the bits of its number of inputs."""
-        self.counts: Counter[str] = Counter()
-        """Queries by how they ended, and ``decoded``: the answers that were."""
-        self.queues = [ServerQueue(name, server, expects, probe, limits) for name, server in servers.items()]
-        self._decodings, self._ended = decodings, asyncio.Event()
-        self._pending: set[_Query] = set()
-        self._open, self._running = 0, False
-
-    async def __aenter__(self) -> Self:
-        """Start taking queries, in the running event loop."""
-        for queue in self.queues:
-            queue.start()
-        self._running = True
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        """Take no more queries, and fail the running ones."""
-        self._running = False
-        for query in list(self._pending):
-            self._end(query, ServingError("the front end is stopping; ask again later"))
-        await asyncio.gather(*(queue.stop() for queue in self.queues))
+        self.stand_ins, self.policy, self.limits, self._decode = stand_ins, policy, limits, decode
+        self.servers = {name: ServerState(name, call) for name, call in servers.items()}
+        self.lateness: dict[tuple[tuple[int, ...], int], Lateness] = {}
+        """By the experts wanted and the size class of the query, the bits of its number of inputs."""
+        self._open, self._draining, self._ended = 0, False, asyncio.Event()
 
     async def drain(self) -> None:
         """Take no more queries, and wait for the running ones, which end by their deadline."""
-        self._running = False
+        self._draining = True
         while self._open:
             self._ended.clear()
             await self._ended.wait()
 
-    def can_answer(self, experts: int | None = None) -> bool:
-        """Whether the servers considered up suffice for a set of experts, by default all."""
-        up = self._servers(lambda queue: not queue.is_down)
-        return self._running and self.layout.covers(up, self.layout.every_expert if experts is None else experts)
+    def can_answer(self, experts: Sequence[int]) -> bool:
+        """Return whether the servers that are not doubted suffice for these experts."""
+        up = {name for name, server in self.servers.items() if not server.doubted}
+        own = self.stand_ins.experts
+        return not self._draining and all(own[each] in up or self.stand_ins.suffice(each, up) for each in experts)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Count a query as running until the end of the block.
 
-        Raises ServingError where the front end is not running, OverloadedError where there are too many queries.
+        Raises ServingError where the front end stops, OverloadedError where too many queries run.
         """
-        if not self._running:
-            raise ServingError("the front end is not running, or stops; ask again later")
+        if self._draining:
+            raise ServingError("the front end stops; ask again later")
         if self._open >= self.limits.queries:
-            self.counts["overloaded"] += 1
             raise OverloadedError(f"{self._open} queries are under way, the most there may be; ask again later")
         self._open += 1
         try:
@@ -108,124 +159,101 @@ class FrontEnd:
             self._open -= 1
             self._ended.set()
 
-    async def ask_experts(self, inputs: Tensor, experts: Sequence[int], deadline: float) -> list[Answer]:
-        """Return some experts' answers to inputs ``[B, ...]`` of a query that was `admitted`, by a time of the loop.
+    async def ask(self, inputs: Sized, experts: Sequence[int], deadline: float) -> list[Answer]:
+        """Return some experts' answers to a query's inputs, by a time of the loop.
 
         Raises a ServingError: LostError where the remaining servers cannot answer, DeadlineError where no answer came
-        in time, OverloadedError where the queue of a required server is full. Raises DecodingError where the decoder
-        fails.
+        in time, OverloadedError where the queue of a required server is full.
         """
-        began = asyncio.get_running_loop().time()
-        try:
-            pieces = torch.split(inputs, self.limits.batch)
-            found = [await self._ask_piece(piece, experts, deadline) for piece in pieces]
-        except (ServingError, DecodingError, asyncio.CancelledError) as error:
-            self.counts[_ENDS.get(type(error), "stopped")] += 1
-            raise
-        seconds = asyncio.get_running_loop().time() - began
-        answers = [_joined(parts, seconds) for parts in zip(*found, strict=True)]
-        self.counts["answered"] += 1
-        self.counts["decoded"] += sum(answer.decoded for answer in answers)
-        return answers
-
-    async def _ask_piece(self, inputs: Tensor, experts: Sequence[int], deadline: float) -> list[Answer]:
-        """Ask for at most one batch of inputs, and return each expert's part of the answer."""
-        loop = asyncio.get_running_loop()
-        wanted = sum(1 << expert for expert in experts)
-        down = self._servers(lambda queue: queue.is_down)
-        doubted = self._servers(lambda queue: queue.is_doubted) & ~down
-        lateness, limits = None, self.limits
-        if self.policy.hedges:
-            fresh = Lateness(self.policy.quantile, limits.initial_lateness, limits.deadline)
-            lateness = self.lateness.setdefault((wanted, len(inputs).bit_length()), fresh)
-        patience = lateness.seconds if lateness and not doubted & self.layout.hosts(wanted) else 0.0
-        query = _Query(inputs, self.layout, self.policy, wanted, lateness, patience > 0)
-        self._pending.add(query)
-        timer = loop.call_later(patience, self._become_late, query) if patience > 0 else None
+        key = tuple(experts), len(inputs).bit_length()
+        if (lateness := self.lateness.get(key)) is None:
+            lateness = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
+            self.lateness[key] = lateness
+        query = _Query(inputs, None if self.policy.moment is Moment.lost else lateness.seconds)
         try:
             async with asyncio.timeout_at(deadline):
-                self._proceed(query, query.start(lambda server: len(self.queues[server]), down))
-                await query.finished
+                each = (self._answer(query, expert) for expert in experts)
+                found = await asyncio.gather(*each, return_exceptions=True) if len(experts) > 1 else [await next(each)]
         except TimeoutError:
-            told = f"no answer in {limits.deadline:g} s, still waiting for {self._names(query.expected)}"
-            raise DeadlineError(f"{told}; ask again later") from None
+            waits = ", ".join(name for name, task in query.requests.items() if not task.done())
+            raise DeadlineError(f"no answer in {self.limits.deadline:g} s from {waits}; ask again later") from None
         finally:
-            if timer is not None:
-                timer.cancel()
-            self._pending.discard(query)
-            for request in query.requests:
-                request.cancelled = True
-        return self._answers(query, experts)
+            if query.late or query.in_time == len(experts):
+                lateness.observe(query.late)
+            self._close(query)
+        if failed := [each for each in found if isinstance(each, BaseException)]:
+            raise failed[0]
+        return [each for each in found if isinstance(each, Answer)]
 
-    def _servers(self, chosen: Callable[[ServerQueue], bool]) -> int:
-        return sum(1 << place for place, queue in enumerate(self.queues) if chosen(queue))
-
-    def _names(self, servers: int) -> str:
-        return ", ".join(self.queues[server].name for server in members(servers))
-
-    def _proceed(self, query: _Query, servers: int) -> None:
-        """Ask servers, and finish the query if it is answered or has failed."""
-        while servers and query.state is State.pending:
-            server = (servers & -servers).bit_length() - 1
-            servers &= servers - 1
-            request = Request(query.inputs, partial(self._deliver, query, server))
-            query.requests.append(request)
-            if not self.queues[server].put(request):
-                request.cancelled = True
-                query.full |= 1 << server
-                servers |= query.lose(server)
-        if query.state is State.answered:
-            self._end(query, None)
-        elif query.state is State.failed:
-            lost, full = self._names(query.lost & ~query.full), self._names(query.full)
-            if full:
-                told = f"the queue of {full} is full" + (f" and {lost} lost" if lost else "")
-                self._end(query, OverloadedError(f"{told}; ask again later"))
+    async def _answer(self, query: _Query, expert: int) -> Answer:
+        """Return the expert's own answer if it comes in time, else the first that can be had."""
+        name, stand_ins = self.stand_ins.experts[expert], self.stand_ins.of(expert)
+        copies = stand_ins if self.stand_ins.which is Which.replicas else ()
+        own = self.servers[name]
+        if not (own.doubted and own.pending and stand_ins):
+            self._request(query, name)
+        if self.policy.moment is Moment.at_once:
+            self._request(query, *stand_ins)
+        if name in query.requests and not own.doubted:
+            await asyncio.wait({query.requests[name]}, timeout=query.patience)
+            query.late |= not query.requests[name].done()
+            query.in_time += name in query.replies()
+        while True:
+            replies = query.replies()
+            if by := next((each for each in (name, *copies) if each in replies), None):
+                return Answer(expert, replies[by], False, (by,))
+            self._request(query, *stand_ins)
+            if self.stand_ins.suffice(expert, replies):
+                used = tuple(each for each in stand_ins if each in replies)
+                return Answer(expert, self._decode(expert, replies), True, used)
+            pending = {each: task for each, task in query.requests.items() if not task.done()}
+            if name in pending or self.stand_ins.suffice(expert, {*replies, *pending}):
+                await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
+            elif name in query.requests:
+                raise self._failure(query)
             else:
-                self._end(query, LostError(f"lost {lost}, more than the others make up for; ask again later"))
+                self._request(query, name)  # doubted or not: nobody else is left
 
-    def _deliver(self, query: _Query, server: int, reply: Reply | None) -> None:
-        if query.finished.done():
-            return
-        if reply is not None:
-            query.replies[server] = reply
-        self._proceed(query, query.lose(server) if reply is None else query.arrive(server))
+    def _failure(self, query: _Query) -> ServingError:
+        """Return the error of a query that too few servers are left for: it is overload if one of them was only full."""
+        replies = query.replies()
+        lost = {name: task for name, task in query.requests.items() if task.done() and name not in replies}
+        for name, task in lost.items():
+            if not task.cancelled() and isinstance(task.exception(), OverloadedError):
+                return OverloadedError(f"{name} cannot take more; ask again later")
+        return LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
 
-    def _become_late(self, query: _Query) -> None:
-        if not query.finished.done():
-            self._proceed(query, query.become_late())
+    def _request(self, query: _Query, *names: str) -> None:
+        """Ask servers that this query has not asked yet."""
+        for name in names:
+            if name not in query.requests:
+                server = self.servers[name]
+                query.requests[name] = task = asyncio.get_running_loop().create_task(self._call(server, query.inputs))
+                server.pending.add(task)
+                task.add_done_callback(server.ended)
 
-    def _end(self, query: _Query, error: ServingError | None) -> None:
-        if not query.finished.done():
-            query.finished.set_result(None) if error is None else query.finished.set_exception(error)
+    def _close(self, query: _Query) -> None:
+        """Withdraw the requests that nobody waits for, but for a server's only one: it tells whether it is well."""
+        for name, task in query.requests.items():
+            pending = self.servers[name].pending
+            if not task.done() and len(pending) > 1:
+                pending.discard(task)
+                task.cancel()
 
-    def _answers(self, query: _Query, experts: Sequence[int]) -> list[Answer]:
-        decoded: dict[int, Decoded] = {}
-        used: Iterable[int] = ()
-        if query.decoded:
-            assert self._decodings is not None
-            decoded, used = self._decodings.decode(query.replies, members(query.decoded))
-        answers = []
-        for expert in experts:
-            by, found = used, decoded.get(expert)
-            if found is None:
-                by = [server for server in members(self.layout.hosts(1 << expert)) if server in query.replies][:1]
-                logits = query.replies[by[0]].logits
-                found = Decoded(logits, torch.zeros(len(logits)).double(), torch.ones(len(logits)).bool())
-            names = tuple(self.queues[server].name for server in by)
-            answers.append(Answer(expert, found.logits, expert in decoded, names, 0.0, found.risk, found.accepted))
-        return answers
-
-
-_ENDS: dict[type[BaseException], str] = {
-    LostError: "lost", DeadlineError: "expired", DecodingError: "undecodable", asyncio.CancelledError: "cancelled",
-    OverloadedError: "overloaded",
-}  # fmt: skip
-
-
-def _joined(parts: Sequence[Answer], seconds: float) -> Answer:
-    """Join the answers to a query's pieces."""
-    names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
-    rows = [(part.logits, part.risk, part.accepted) for part in parts]
-    logits, risk, accepted = (torch.cat(each) for each in zip(*rows, strict=True))
-    return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds, risk, accepted)
+    async def _call(self, server: ServerState, inputs: Sized) -> Any:
+        """Return a server's reply, and note whether it is well."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                reply = await server.call(inputs)
+        except OverloadedError:
+            raise
+        except Exception as error:  # whatever it is, others may answer
+            if isinstance(error, TimeoutError) and server.answered_at > began:
+                raise OverloadedError(f"{server.name} is busy; ask again later") from error
+            server.doubted, server.last_error = True, f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("lost a request", extra={"server": server.name, "error": server.last_error})
+            raise LostError(server.last_error) from error
+        server.doubted, server.answered_at = False, loop.time()
+        return reply

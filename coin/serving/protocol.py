@@ -1,32 +1,46 @@
-"""The Open Inference Protocol, version 2, over HTTP, as used by KServe, Triton and their clients.
+"""The Open Inference Protocol, version 2, in JSON over HTTP, as used by KServe, Triton and their clients.
 
 A model is a task, or ``all`` for every task's answer to the same inputs. Its one input is ``images``, as pixels (UINT8,
-``[B, 1 or 3, H, W]``) or as PNG or JPEG files (BYTES, in base64 where they are JSON), or ``texts`` (BYTES). Its outputs
-are ``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``risk`` FP32 ``[B]``, with
-the task before them and a dot where the model is ``all``. The risk is the estimated probability that the expert's own
-answer would have been another class, for inputs of its task: 0 for an expert's own answer, 1 where it is not known.
-Where the run holds a promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, and the model's parameters
-say what it promises: accepted answers differ from the expert's with a probability of at most ``promise.alpha``. The
-response's parameters say whether any of it was ``decoded``, which servers it was ``answered_by``, and the ``seconds``
-that the front end took; each output's say so of its own task. Inputs and outputs may come in the binary extension, a
-request packed by gzip or deflate.
+``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``), or ``texts`` (BYTES, ``[B]``). Its outputs are
+``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``score`` FP32 ``[B]``, with the
+task before them and a dot where the model is ``all``. The score is 1 − the largest probability. Where the run holds a
+promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, as it does an expert's own: accepted answers differ
+from the expert's with a probability of at most ``promise.alpha``, a parameter of the model. The response's parameters
+say whether any of it was ``decoded``, which servers it was ``answered_by``, and the ``seconds`` that these took; each
+output's say the first two of its own task.
 """
 
-import struct
-from collections.abc import Mapping, Sequence
+import base64
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 
-from coin.serving.replies import Answer
+from coin.coding.score import answer_score
+from coin.data.image_io import DAMAGE, to_square
+from coin.data.transform import tokenize
+from coin.errors import DataError, first_line
+from coin.serving.front_end import Answer, Limits
 
 ALL = "all"
 """The model that answers for every task."""
 
-VERSION = "1"
-"""Of every model."""
+
+class RefusedError(DataError):
+    """A query is refused with this status of HTTP, by default 400."""
+
+    def __init__(self, told: str, status: int = 400) -> None:
+        super().__init__(told)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Description:
     Args:
         classes: The names of every task's classes, in the order of the experts.
         image_size: The side of the networks' inputs in pixels, or the number of their tokens.
-        platform: The policy and, with coded models, the merge method and decoder.
+        platform: The policy, the merge method and the decoder.
         reads: ``images`` or ``texts``.
         tokenizer: The ``tokenizer.json`` for texts; None is the packaged encoder's.
         promise: ``alpha`` and ``confidence`` of the run's promise; None leaves out the output ``accepted``.
@@ -49,71 +63,161 @@ class Description:
     tokenizer: str | None = None
     promise: Mapping[str, float] | None = None
 
-    def tasks(self, model: str) -> list[str]:
-        """Return the tasks of a model."""
-        return list(self.classes) if model == ALL else [model]
-
-    def outputs(self, model: str, task: str) -> list[dict[str, Any]]:
-        """Return the names, types and shapes of a model's outputs for a task."""
-        prefix, classes = f"{task}." if model == ALL else "", len(self.classes[task])
-        kinds = {"probabilities": "FP32", "class": "INT64", "label": "BYTES", "risk": "FP32"}
-        kinds |= {} if self.promise is None else {"accepted": "BOOL"}
-        return [
-            {"name": prefix + name, "datatype": kind, "shape": [-1, classes] if name == "probabilities" else [-1]}
-            for name, kind in kinds.items()
-        ]
+    def outputs(self, model: str) -> dict[str, list[dict[str, Any]]]:
+        """Return the names, types and shapes of a model's outputs, by task."""
+        kinds = {"probabilities": "FP32", "class": "INT64", "label": "BYTES", "score": "FP32"}
+        kinds |= {"accepted": "BOOL"} if self.promise else {}
+        found = {}
+        for task in self.classes if model == ALL else [model]:
+            shapes = {"probabilities": [-1, len(self.classes[task])]}
+            prefix = f"{task}." if model == ALL else ""
+            found[task] = [
+                {"name": prefix + name, "datatype": kind, "shape": shapes.get(name, [-1])}
+                for name, kind in kinds.items()
+            ]
+        return found
 
     def metadata(self, model: str) -> dict[str, Any]:
-        """Return the protocol's model metadata; ``parameters`` holds the class names."""
-        is_image = self.reads == "images"
-        shape, datatype = ([-1, 3, self.image_size, self.image_size], "UINT8") if is_image else ([-1], "BYTES")
+        """Return the protocol's model metadata; ``parameters`` holds the class names and the promise."""
+        shape = [-1, 3, self.image_size, self.image_size] if self.reads == "images" else [-1]
+        outputs = self.outputs(model)
+        parameters = {f"{task}.classes": ",".join(self.classes[task]) for task in outputs}
         return {
             "name": model,
-            "versions": [VERSION],
+            "versions": ["1"],
             "platform": self.platform,
-            "inputs": [{"name": self.reads, "datatype": datatype, "shape": shape}],
-            "outputs": [output for task in self.tasks(model) for output in self.outputs(model, task)],
-            "parameters": {f"{task}.classes": ",".join(self.classes[task]) for task in self.tasks(model)}
-            | {f"promise.{name}": str(value) for name, value in (self.promise or {}).items()},
+            "inputs": [{"name": self.reads, "datatype": "UINT8" if len(shape) > 1 else "BYTES", "shape": shape}],
+            "outputs": [output for own in outputs.values() for output in own],
+            "parameters": parameters | {f"promise.{name}": str(value) for name, value in (self.promise or {}).items()},
         }
 
-
-def response(
-    model: str, identity: str | None, asked: Mapping[str, bool], answers: Sequence[Answer], about: Description
-) -> tuple[dict[str, Any], bytes]:
-    """Return the response to a request of that id, and the bytes of its binary outputs, which follow its JSON.
-
-    `asked` maps the requested outputs to whether they are binary.
-    """
-    tasks, outputs, binary = list(about.classes), [], []
-    for answer in answers:
-        task = tasks[answer.expert]
-        probabilities = answer.logits[:, : len(about.classes[task])].softmax(1)
-        classes = probabilities.argmax(1)
-        labels = np.array([about.classes[task][index] for index in classes.tolist()], dtype=object)
-        risk = answer.risk.nan_to_num(1.0).float()
-        arrays = (probabilities.float().numpy(), classes.numpy(), labels, risk.numpy(), answer.accepted.numpy())
-        for output, array in zip(about.outputs(model, task), arrays, strict=False):  # the last one where promised
-            if output["name"] not in asked:
-                continue
-            told = {**output, "shape": list(array.shape), "parameters": _parameters([answer])}
-            if asked[output["name"]]:
-                binary.append(_packed(array))
-                told["parameters"]["binary_data_size"] = len(binary[-1])
-            else:
-                told["data"] = array.flatten().tolist()
-            outputs.append(told)
-    told = {"model_name": model, "model_version": VERSION, "parameters": _parameters(answers), "outputs": outputs}
-    return told if identity is None else {**told, "id": identity}, b"".join(binary)
-
-
-def _packed(array: NDArray[Any]) -> bytes:
-    if array.dtype != object:
-        return array.tobytes()
-    return b"".join(struct.pack("<I", len(item)) + item for item in (str(each).encode() for each in array))
+    def response(
+        self, model: str, request: "InferRequest", answers: Sequence[Answer], seconds: float
+    ) -> dict[str, Any]:
+        """Return the response to a request."""
+        asked, outputs = {output.name for output in request.outputs or ()}, []
+        for answer in answers:
+            task, names = list(self.classes.items())[answer.expert]
+            logits = answer.reply.logits[:, : len(names)]
+            classes, accepted = logits.argmax(1).tolist(), answer.reply.accepted
+            accepted = torch.full((len(classes),), not answer.decoded) if accepted is None else accepted
+            labels, probabilities = [names[each] for each in classes], logits.softmax(1).flatten().tolist()
+            columns = probabilities, classes, labels, answer_score(logits).tolist(), accepted.tolist()
+            for output, data in zip(self.outputs(model)[task], columns, strict=False):  # the last one where promised
+                if not asked or output["name"] in asked:
+                    shape = [len(classes), *output["shape"][1:]]
+                    outputs.append({**output, "shape": shape, "data": data, "parameters": _parameters([answer])})
+        parameters = {**_parameters(answers), "seconds": seconds}
+        told = {"model_name": model, "model_version": "1", "parameters": parameters, "outputs": outputs}
+        return told if request.id is None else {**told, "id": request.id}
 
 
 def _parameters(answers: Sequence[Answer]) -> dict[str, Any]:
     by = dict.fromkeys(name for answer in answers for name in answer.answered_by)
-    decoded = any(answer.decoded for answer in answers)
-    return {"decoded": decoded, "answered_by": ",".join(by), "seconds": max(answer.seconds for answer in answers)}
+    return {"decoded": any(answer.decoded for answer in answers), "answered_by": ",".join(by)}
+
+
+class InferInput(BaseModel):
+    """A request's input."""
+
+    name: str
+    shape: list[int] = Field(min_length=1)
+    datatype: Literal["UINT8", "BYTES"]
+    data: list[Any]
+
+
+class InferOutput(BaseModel):
+    """A requested output."""
+
+    name: str
+
+
+class InferRequest(BaseModel):
+    """A request."""
+
+    id: str | None = None
+    inputs: list[InferInput] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] | None = None
+
+
+class Query(NamedTuple):
+    """A request, the number of pixels of its images, and what decodes its inputs; it raises DataError."""
+
+    request: InferRequest
+    pixels: int
+    read: Callable[[], Tensor]
+
+
+def parse(body: bytes, model: str, about: Description, limits: Limits) -> Query:
+    """Parse a request for a model and check all but whether image files are whole; raises `DataError` if it is invalid."""
+    try:
+        request = InferRequest.model_validate_json(body)
+    except ValidationError as error:
+        where, why = ".".join(map(str, (first := error.errors()[0])["loc"])) or "the body", first["msg"]
+        raise DataError(f"found an inference request that is wrong at {where} ({why})") from error
+    known = [output["name"] for outputs in about.outputs(model).values() for output in outputs]
+    if unknown := [output.name for output in request.outputs or () if output.name not in known]:
+        raise DataError(f"found output '{unknown[0]}', expected some of {', '.join(known)}")
+    given = request.inputs[0]
+    if (given.name, given.datatype) not in ((about.reads, "BYTES"), ("images", "UINT8")) or given.name != about.reads:
+        raise DataError(f"found an input '{given.name}' of {given.datatype}, expected '{about.reads}'")
+    if not 1 <= given.shape[0] <= limits.samples:
+        told = f"found {given.shape[0]} images or texts, expected 1 to {limits.samples} at a time"
+        raise RefusedError(told, 413 if given.shape[0] > 0 else 400)
+    if given.datatype == "BYTES" and not given.shape[0] == math.prod(given.shape) == len(given.data):
+        raise DataError(f"found {len(given.data)} values for an input of shape {given.shape}, expected one a row")
+    if about.reads == "texts":
+        return Query(request, 0, partial(tokenize, list(map(str, given.data)), about.image_size, about.tokenizer))
+    images = list(map(open_file, given.data)) if given.datatype == "BYTES" else images_of(given.data, given.shape)
+    for image in images:
+        if image.width * image.height > limits.pixels:
+            told = f"found an image of {image.width} × {image.height} pixels, expected {limits.pixels} at most"
+            raise RefusedError(told, 413)
+    return Query(
+        request, sum(each.width * each.height for each in images), partial(to_squares, images, about.image_size)
+    )
+
+
+def open_file(text: Any) -> Image.Image:
+    """Open a PNG or JPEG image in base64 without decoding it; raises `DataError` if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
+            image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG"))
+    except (TypeError, *DAMAGE) as error:
+        raise DataError(f"found no image ({first_line(error)}), expected a PNG or JPEG file in base64") from error
+    if image.mode.startswith(("I", "F")):
+        raise DataError(f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first")
+    return image
+
+
+def images_of(values: Sequence[object], shape: Sequence[int]) -> list[Image.Image]:
+    """Return images of numbers from 0 to 255, nested or not, of shape ``[B, 1 or 3, H, W]``; else a DataError."""
+    if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
+        raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")
+    try:
+        found = np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"found data that is no array ({first_line(error)}), expected whole numbers") from error
+    if found.size != math.prod(shape):
+        raise DataError(f"found {found.size} values for an array {list(shape)}, expected {math.prod(shape)}")
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255:
+        raise DataError("found values that are no pixels, expected whole numbers from 0 to 255")
+    array = found.astype(np.uint8).reshape(shape)
+    return list(map(Image.fromarray, array[:, 0] if shape[1] == 1 else array.transpose(0, 2, 3, 1)))
+
+
+def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
+    """Return images prepared like a task's own, once for all servers: uint8 ``[B, 3, S, S]``, S the input size.
+
+    Square images of one smaller size keep that size; others are centre-cropped. Raises `DataError` if one is damaged,
+    or small ones differ in size.
+    """
+    try:
+        sides = [image.width if image.width == image.height <= image_size else image_size for image in images]
+        squares = [torch.tensor(to_square(image, side)) for image, side in zip(images, sides, strict=True)]
+    except DAMAGE as error:
+        raise DataError(f"found a damaged image ({first_line(error)}), expected PNG or JPEG") from error
+    if len({square.shape for square in squares}) > 1:
+        raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
+    return torch.stack(squares)
