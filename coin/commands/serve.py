@@ -9,10 +9,10 @@ from typing import Any
 
 from coin.commands.parser import parse_options
 from coin.files.yaml import read_yaml
-from coin.serving.policies import POLICIES, Policy, PolicyKind, Which
+from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.ray_app import RayOptions, check_port, ray_application, start
-from coin.serving.servers import NetworkServer, System, read_coded
+from coin.serving.servers import System, read_coded
 
 
 def serve(
@@ -53,12 +53,11 @@ def read_system(
     folder: str, method: str | None, decoder: str | None, policy: PolicyKind | None, quantile: float
 ) -> tuple[System, Description]:
     """Return the system that `serve` serves, and its description, from the same arguments."""
-
     coded = read_coded(Path(folder), method, decoder, policy)
     own = next(iter(coded.decoders.values()))
     default = PolicyKind.coded_hedged if own.config.reads_survivors else PolicyKind.standin
     system = System.of(coded, Policy(policy or default, quantile))
-    network = NetworkServer(coded.files[0], system.outputs, system.features)
+    network = system.network(system.stand_ins.experts[0])
     promises = [promise for each in coded.decoders.values() for promise in each.promises.values()]
     promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None
     tokenizer = None
@@ -66,7 +65,7 @@ def read_system(
         tasks = read_yaml(coded.files[0].parents[2] / "config.yaml")["tasks"].values()
         tokenizer = next((task["init_args"].get("tokenizer") for task in tasks if "init_args" in task), None)
     platform = f"coin ({system.policy.kind}, {coded.method}, {own.config.name})"
-    classes = dict(zip(coded.names, coded.class_names, strict=True))
+    classes = dict(zip(coded.names, coded.class_names or (), strict=True))
     return system, Description(classes, network.image_size, platform, network.reads, tokenizer, promise)
 
 

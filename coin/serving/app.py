@@ -25,7 +25,7 @@ class Budget:
     """A shared budget: each user may take half of what the others leave, so that small requests always succeed."""
 
     what: str
-    most: int
+    most: int = 128 * 2**20
     held: int = 0
 
     @contextmanager
@@ -48,11 +48,11 @@ class Reader:
 
     def __init__(self, about: Description, limits: Limits) -> None:
         self.about, self.limits = about, limits
-        self.bytes, self.pixels = Budget("bytes", limits.held_bytes), Budget("pixels", limits.held_pixels)
+        self.bytes, self.pixels = Budget("bytes"), Budget("pixels")
         self._lanes = {is_light: ThreadPoolExecutor(2, "reader") for is_light in (True, False)}
 
     async def read(self, request: Request, model: str) -> tuple[InferRequest, Any]:
-        """Return a request for a model and its inputs; raises DataError, or OverloadedError if too much is being read."""
+        """Return a request and its inputs; raises DataError, or OverloadedError if too much is being read."""
         for header, plain in (("content-encoding", "identity"), ("inference-header-content-length", "")):
             if (found := request.headers.get(header, plain)) != plain:
                 raise RefusedError(f"found {header}: {found[:40]}, expected plain JSON; set binary_data=False", 415)
@@ -68,10 +68,10 @@ class Reader:
             except (ClientDisconnect, TimeoutError):
                 told = f"found no end of the body within {self.limits.reading:g} s; send it faster"
                 raise RefusedError(told, 408) from None
-            query = await loop.run_in_executor(self._lanes[is_light], parse, body, model, self.about, self.limits)
-            with self.pixels.taken(query.pixels):
-                lane = self._lanes[is_light and query.pixels <= 2**20]
-                return query.request, await loop.run_in_executor(lane, query.read)
+            about = body, model, self.about, self.limits
+            asked, pixels, decode = await loop.run_in_executor(self._lanes[is_light], parse, *about)
+            with self.pixels.taken(pixels):
+                return asked, await loop.run_in_executor(self._lanes[is_light and pixels <= 2**20], decode)
 
     async def discard(self, request: Request) -> None:
         """Read on in the body of a refused query for a while: a client that still sends would never see the answer."""
@@ -166,13 +166,6 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     async def metadata(model: str) -> dict[str, Any]:
         """Return a model's inputs, outputs and classes."""
         return about.metadata(model)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Return which servers are well, or why not."""
-        each = front.servers.items()
-        servers = {name: {"up": not server.doubted, "last_error": server.last_error} for name, server in each}
-        return {"ready": front.can_answer(models[ALL]), "servers": servers}
 
     @app.get("/metrics")
     async def prometheus() -> Response:

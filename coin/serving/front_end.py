@@ -10,7 +10,7 @@ from typing import Any
 
 from coin.core.choices import check_number
 from coin.errors import DeadlineError, LostError, OverloadedError, ServingError, first_line
-from coin.serving.policies import Lateness, Moment, Policy, StandIns, Which
+from coin.serving.policies import Lateness, Policy, StandIns
 
 logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own
 
@@ -35,8 +35,6 @@ class Limits:
         samples: The largest number of images or texts in one query.
         bytes: The largest body.
         pixels: The largest number of pixels of one image.
-        held_bytes: The limit on all bodies being read; each may take half of what is free.
-        held_pixels: The same for all images being decoded.
     """
 
     deadline: float = 10.0
@@ -49,8 +47,6 @@ class Limits:
     samples: int = 64
     bytes: int = 8 * 2**20
     pixels: int = 4096 * 4096
-    held_bytes: int = 128 * 2**20
-    held_pixels: int = 128 * 2**20
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -77,15 +73,8 @@ class ServerState:
     name: str
     call: Server
     doubted: bool = False
-    last_error: str = ""
     answered_at: float = -math.inf
     pending: set[asyncio.Task[Any]] = field(default_factory=set)
-
-    def ended(self, request: asyncio.Task[Any]) -> None:
-        """Forget a request; its error, if any, has been dealt with."""
-        self.pending.discard(request)
-        if not request.cancelled():
-            request.exception()
 
 
 @dataclass(eq=False)
@@ -96,10 +85,10 @@ class _Query:
     in_time: int = 0  # how many own answers were
     late: bool = False
 
-    def replies(self) -> dict[str, Any]:
-        """The valid replies so far, by server."""
-        done = {name: task for name, task in self.requests.items() if task.done() and not task.cancelled()}
-        return {name: task.result() for name, task in done.items() if task.exception() is None}
+    def replies(self, *, lost: bool = False) -> dict[str, Any]:
+        """The valid replies so far by server, or the errors of those that are lost."""
+        done = {name: task.result() for name, task in self.requests.items() if task.done() and not task.cancelled()}
+        return {name: result for name, result in done.items() if isinstance(result, ServingError) == lost}
 
 
 class FrontEnd:
@@ -116,12 +105,7 @@ class FrontEnd:
     """
 
     def __init__(
-        self,
-        servers: Mapping[str, Server],
-        stand_ins: StandIns,
-        policy: Policy,
-        decode: Decode,
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        self, servers: Mapping[str, Server], stand_ins: StandIns, policy: Policy, decode: Decode, limits: Limits
     ) -> None:
         self.stand_ins, self.policy, self.limits, self._decode = stand_ins, policy, limits, decode
         self.servers = {name: ServerState(name, call) for name, call in servers.items()}
@@ -165,11 +149,9 @@ class FrontEnd:
         Raises a ServingError: LostError where the remaining servers cannot answer, DeadlineError where no answer came
         in time, OverloadedError where the queue of a required server is full.
         """
-        key = tuple(experts), len(inputs).bit_length()
-        if (lateness := self.lateness.get(key)) is None:
-            lateness = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
-            self.lateness[key] = lateness
-        query = _Query(inputs, None if self.policy.moment is Moment.lost else lateness.seconds)
+        fresh = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
+        lateness = self.lateness.setdefault((tuple(experts), len(inputs).bit_length()), fresh)
+        query = _Query(inputs, None if self.policy.moment == "lost" else lateness.seconds)
         try:
             async with asyncio.timeout_at(deadline):
                 each = (self._answer(query, expert) for expert in experts)
@@ -187,12 +169,12 @@ class FrontEnd:
 
     async def _answer(self, query: _Query, expert: int) -> Answer:
         """Return the expert's own answer if it comes in time, else the first that can be had."""
-        name, stand_ins = self.stand_ins.experts[expert], self.stand_ins.of(expert)
-        copies = stand_ins if self.stand_ins.which is Which.replicas else ()
+        name, stand_ins = self.stand_ins.experts[expert], self.stand_ins.of[expert]
+        copies = stand_ins if self.stand_ins.which == "replica" else ()
         own = self.servers[name]
         if not (own.doubted and own.pending and stand_ins):
             self._request(query, name)
-        if self.policy.moment is Moment.at_once:
+        if self.policy.moment == "at once":
             self._request(query, *stand_ins)
         if name in query.requests and not own.doubted:
             await asyncio.wait({query.requests[name]}, timeout=query.patience)
@@ -209,19 +191,12 @@ class FrontEnd:
             pending = {each: task for each, task in query.requests.items() if not task.done()}
             if name in pending or self.stand_ins.suffice(expert, {*replies, *pending}):
                 await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
-            elif name in query.requests:
-                raise self._failure(query)
-            else:
+            elif name not in query.requests:
                 self._request(query, name)  # doubted or not: nobody else is left
-
-    def _failure(self, query: _Query) -> ServingError:
-        """Return the error of a query that too few servers are left for: it is overload if one of them was only full."""
-        replies = query.replies()
-        lost = {name: task for name, task in query.requests.items() if task.done() and name not in replies}
-        for name, task in lost.items():
-            if not task.cancelled() and isinstance(task.exception(), OverloadedError):
-                return OverloadedError(f"{name} cannot take more; ask again later")
-        return LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
+            else:
+                lost = query.replies(lost=True)
+                told = LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
+                raise next((error for error in lost.values() if isinstance(error, OverloadedError)), told)
 
     def _request(self, query: _Query, *names: str) -> None:
         """Ask servers that this query has not asked yet."""
@@ -230,7 +205,7 @@ class FrontEnd:
                 server = self.servers[name]
                 query.requests[name] = task = asyncio.get_running_loop().create_task(self._call(server, query.inputs))
                 server.pending.add(task)
-                task.add_done_callback(server.ended)
+                task.add_done_callback(server.pending.discard)
 
     def _close(self, query: _Query) -> None:
         """Withdraw the requests that nobody waits for, but for a server's only one: it tells whether it is well."""
@@ -241,19 +216,18 @@ class FrontEnd:
                 task.cancel()
 
     async def _call(self, server: ServerState, inputs: Sized) -> Any:
-        """Return a server's reply, and note whether it is well."""
+        """Return a server's reply, or a ServingError, and note whether it is well."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             async with asyncio.timeout(self.limits.timeout):
                 reply = await server.call(inputs)
-        except OverloadedError:
-            raise
         except Exception as error:  # whatever it is, others may answer
-            if isinstance(error, TimeoutError) and server.answered_at > began:
-                raise OverloadedError(f"{server.name} is busy; ask again later") from error
-            server.doubted, server.last_error = True, f"{type(error).__name__}: {first_line(error)}"
-            logger.warning("lost a request", extra={"server": server.name, "error": server.last_error})
-            raise LostError(server.last_error) from error
+            is_busy = isinstance(error, TimeoutError) and server.answered_at > began
+            if is_busy or isinstance(error, OverloadedError):
+                return OverloadedError(f"{server.name} cannot take more; ask again later")
+            server.doubted = True
+            logger.warning("%s lost a request (%s: %s)", server.name, type(error).__name__, first_line(error))
+            return LostError(f"lost {server.name}")
         server.doubted, server.answered_at = False, loop.time()
         return reply

@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from itertools import chain
+from typing import Literal
 
 import torch
 
@@ -12,46 +14,26 @@ from coin.coding import Code
 from coin.coding.code import MAX_AMPLIFICATION
 from coin.core.choices import check_number, parse_enum
 
-
-class Which(StrEnum):
-    """The servers that stand in for an expert."""
-
-    nobody = "nobody"
-    replicas = "replicas"
-    """A server that holds all experts; the first answer counts."""
-    coded = "coded"
-    """The coded model that makes up for it without the other experts."""
-    everyone = "everyone"
-    """All other experts and all coded models."""
-
-
-class Moment(StrEnum):
-    """When these servers are asked."""
-
-    at_once = "at_once"
-    """With the expert; its own answer is still preferred until it is late."""
-    late = "late"
-    """When its answer is late, or lost."""
-    lost = "lost"
-    """When its answer is lost; one that is late is waited for."""
-
+Which = Literal["nobody", "replica", "coded", "everyone"]
+"""Who stands in for an expert: nobody, a server that holds all experts, the coded model that makes up for it without
+the other experts, or all other experts and coded models."""
+Moment = Literal["at once", "late", "lost"]
+"""When these are asked: with the expert, whose own answer is still preferred until it is late; when its answer is late,
+or lost; or when it is lost, while one that is late is waited for."""
 
 PolicyKind = StrEnum(
     "PolicyKind",
     ["uncoded", "replica", "replica_proactive", "standin", "standin_lost", "coded_hedged", "coded_proactive"],
 )
-
-
-POLICIES = {
-    PolicyKind.uncoded: (Which.nobody, Moment.lost),
-    PolicyKind.replica: (Which.replicas, Moment.late),
-    PolicyKind.replica_proactive: (Which.replicas, Moment.at_once),
-    PolicyKind.standin: (Which.coded, Moment.late),
-    PolicyKind.standin_lost: (Which.coded, Moment.lost),
-    PolicyKind.coded_hedged: (Which.everyone, Moment.late),
-    PolicyKind.coded_proactive: (Which.everyone, Moment.at_once),
+POLICIES: dict[str, tuple[Which, Moment]] = {
+    "uncoded": ("nobody", "lost"),
+    "replica": ("replica", "late"),
+    "replica_proactive": ("replica", "at once"),
+    "standin": ("coded", "late"),
+    "standin_lost": ("coded", "lost"),
+    "coded_hedged": ("everyone", "late"),
+    "coded_proactive": ("everyone", "at once"),
 }
-"""Which servers stand in for an expert, and when they are asked."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +49,12 @@ class Policy:
 
     @property
     def which(self) -> Which:
-        """The servers that stand in."""
+        """Who stands in for an expert."""
         return POLICIES[self.kind][0]
 
     @property
     def moment(self) -> Moment:
-        """When they are asked."""
+        """When these are asked."""
         return POLICIES[self.kind][1]
 
 
@@ -109,7 +91,7 @@ class StandIns:
     """The servers that stand in for N experts, by name: ``coded-ROW``, or ``replica-ROW/EXPERT``.
 
     Args:
-        which: The servers that stand in.
+        which: Who stands in.
         experts: The names of the experts' servers.
         code: The code; each of its rows is one server more, with a coded model or all experts.
         every_row: Whether an answer without survivors needs all coded models, or the one of largest weight.
@@ -118,40 +100,31 @@ class StandIns:
     def __init__(self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False) -> None:
         self.which, self.experts, self.code = which, tuple(experts), code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
-        heaviest = code.matrix.argmax(0).tolist()
-        self._of: dict[int, tuple[str, ...]] = {}
-        for place, expert in enumerate(self.experts):
-            others = tuple(name for name in self.experts if name != expert)
-            self._of[place] = {
-                Which.nobody: (),
-                Which.replicas: tuple(f"replica-{row}/{expert}" for row in range(code.num_coded)),
-                Which.coded: self.coded if every_row else (self.coded[heaviest[place]],),
-                Which.everyone: (*others, *self.coded),
-            }[which]
-
-    def of(self, expert: int) -> tuple[str, ...]:
-        """Return the servers that stand in for an expert."""
-        return self._of[expert]
-
-    @property
-    def servers(self) -> list[str]:
-        """All servers: the experts', then those that stand in."""
-        return list(dict.fromkeys([*self.experts, *(name for own in self._of.values() for name in own)]))
+        self.of: list[tuple[str, ...]] = []
+        """Those of each expert."""
+        for expert, heaviest in zip(self.experts, code.matrix.argmax(0).tolist(), strict=True):
+            kinds: dict[Which, tuple[str, ...]] = {
+                "nobody": (),
+                "replica": tuple(f"replica-{row}/{expert}" for row in range(code.num_coded)),
+                "coded": self.coded if every_row else (self.coded[heaviest],),
+                "everyone": (*(name for name in self.experts if name != expert), *self.coded),
+            }
+            self.of.append(kinds[which])
+        self.servers = tuple(dict.fromkeys([*self.experts, *chain.from_iterable(self.of)]))
+        """All servers, the experts' first."""
 
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:
         """Return whether these servers' answers make up for an expert's own."""
-        if self.which is Which.everyone:
+        if self.which == "everyone":
             missing = tuple(place for place, name in enumerate(self.experts) if place == expert or name not in arrived)
             rows = tuple(row for row, name in enumerate(self.coded) if name in arrived)
             return _solvable(self.code, rows, missing)
-        found = [name in arrived for name in self._of[expert]]
-        return any(found) if self.which is Which.replicas else bool(found) and all(found)
+        found = [name in arrived for name in self.of[expert]]
+        return any(found) if self.which == "replica" else bool(found) and all(found)
 
 
 @lru_cache(maxsize=4096)
 def _solvable(code: Code, rows: tuple[int, ...], missing: tuple[int, ...]) -> bool:
     """Return whether the equations of these coded models can be solved for the missing experts."""
-    if len(rows) < len(missing):
-        return False
     columns = code.matrix[list(rows)][:, list(missing)]
-    return float(torch.linalg.svdvals(columns)[-1]) * MAX_AMPLIFICATION >= 1
+    return len(rows) >= len(missing) and float(torch.linalg.svdvals(columns)[-1]) * MAX_AMPLIFICATION >= 1

@@ -1,13 +1,13 @@
 """The Open Inference Protocol, version 2, in JSON over HTTP, as used by KServe, Triton and their clients.
 
 A model is a task, or ``all`` for every task's answer to the same inputs. Its one input is ``images``, as pixels (UINT8,
-``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``), or ``texts`` (BYTES, ``[B]``). Its outputs are
-``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``score`` FP32 ``[B]``, with the
-task before them and a dot where the model is ``all``. The score is 1 − the largest probability. Where the run holds a
-promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, as it does an expert's own: accepted answers differ
-from the expert's with a probability of at most ``promise.alpha``, a parameter of the model. The response's parameters
-say whether any of it was ``decoded``, which servers it was ``answered_by``, and the ``seconds`` that these took; each
-output's say the first two of its own task.
+``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``), or ``texts`` (BYTES, ``[B]``). Its outputs
+are ``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``score`` FP32 ``[B]``, one
+minus the largest probability, with the task before them and a dot where the model is ``all``. Where the run holds a
+promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, as it does an expert's own: accepted answers
+differ from the expert's with a probability of at most ``promise.alpha``, a parameter of the model. The response's
+parameters say whether any of it was ``decoded``, which servers it was ``answered_by``, and the ``seconds`` that these
+took; each output's say the first two of its own task.
 """
 
 import base64
@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,35 +68,34 @@ class Description:
         """Return the names, types and shapes of a model's outputs, by task."""
         kinds = {"probabilities": "FP32", "class": "INT64", "label": "BYTES", "score": "FP32"}
         kinds |= {"accepted": "BOOL"} if self.promise else {}
-        found = {}
-        for task in self.classes if model == ALL else [model]:
-            shapes = {"probabilities": [-1, len(self.classes[task])]}
-            prefix = f"{task}." if model == ALL else ""
-            found[task] = [
-                {"name": prefix + name, "datatype": kind, "shape": shapes.get(name, [-1])}
-                for name, kind in kinds.items()
+        prefixes = {task: f"{task}." for task in self.classes} if model == ALL else {model: ""}
+        return {
+            task: [
+                {"name": prefix + name, "datatype": kind, "shape": [-1, len(self.classes[task])][: 1 + (place == 0)]}
+                for place, (name, kind) in enumerate(kinds.items())
             ]
-        return found
+            for task, prefix in prefixes.items()
+        }
 
     def metadata(self, model: str) -> dict[str, Any]:
         """Return the protocol's model metadata; ``parameters`` holds the class names and the promise."""
-        shape = [-1, 3, self.image_size, self.image_size] if self.reads == "images" else [-1]
-        outputs = self.outputs(model)
+        pixels = {"datatype": "UINT8", "shape": [-1, 3, self.image_size, self.image_size]}
+        given = pixels if self.reads == "images" else {"datatype": "BYTES", "shape": [-1]}
+        outputs, promise = self.outputs(model), self.promise or {}
         parameters = {f"{task}.classes": ",".join(self.classes[task]) for task in outputs}
+        parameters |= {f"promise.{name}": str(value) for name, value in promise.items()}
+        about: dict[str, Any] = {"name": model, "versions": ["1"], "platform": self.platform, "parameters": parameters}
         return {
-            "name": model,
-            "versions": ["1"],
-            "platform": self.platform,
-            "inputs": [{"name": self.reads, "datatype": "UINT8" if len(shape) > 1 else "BYTES", "shape": shape}],
-            "outputs": [output for own in outputs.values() for output in own],
-            "parameters": parameters | {f"promise.{name}": str(value) for name, value in (self.promise or {}).items()},
+            **about,
+            "inputs": [{"name": self.reads, **given}],
+            "outputs": list(chain.from_iterable(outputs.values())),
         }
 
     def response(
         self, model: str, request: "InferRequest", answers: Sequence[Answer], seconds: float
     ) -> dict[str, Any]:
         """Return the response to a request."""
-        asked, outputs = {output.name for output in request.outputs or ()}, []
+        asked, outputs = {output.get("name") for output in request.outputs}, []
         for answer in answers:
             task, names = list(self.classes.items())[answer.expert]
             logits = answer.reply.logits[:, : len(names)]
@@ -126,37 +126,28 @@ class InferInput(BaseModel):
     data: list[Any]
 
 
-class InferOutput(BaseModel):
-    """A requested output."""
-
-    name: str
-
-
 class InferRequest(BaseModel):
     """A request."""
 
     id: str | None = None
     inputs: list[InferInput] = Field(min_length=1, max_length=1)
-    outputs: list[InferOutput] | None = None
+    outputs: list[dict[str, Any]] = []
 
 
-class Query(NamedTuple):
-    """A request, the number of pixels of its images, and what decodes its inputs; it raises DataError."""
+def parse(
+    body: bytes, model: str, about: Description, limits: Limits
+) -> tuple[InferRequest, int, Callable[[], Tensor]]:
+    """Return a request for a model, the number of its images' pixels, and what decodes its inputs.
 
-    request: InferRequest
-    pixels: int
-    read: Callable[[], Tensor]
-
-
-def parse(body: bytes, model: str, about: Description, limits: Limits) -> Query:
-    """Parse a request for a model and check all but whether image files are whole; raises `DataError` if it is invalid."""
+    Both raise DataError, what is not decoded being only image files.
+    """
     try:
         request = InferRequest.model_validate_json(body)
     except ValidationError as error:
         where, why = ".".join(map(str, (first := error.errors()[0])["loc"])) or "the body", first["msg"]
         raise DataError(f"found an inference request that is wrong at {where} ({why})") from error
     known = [output["name"] for outputs in about.outputs(model).values() for output in outputs]
-    if unknown := [output.name for output in request.outputs or () if output.name not in known]:
+    if unknown := [output.get("name") for output in request.outputs if output.get("name") not in known]:
         raise DataError(f"found output '{unknown[0]}', expected some of {', '.join(known)}")
     given = request.inputs[0]
     if (given.name, given.datatype) not in ((about.reads, "BYTES"), ("images", "UINT8")) or given.name != about.reads:
@@ -167,15 +158,14 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> Query:
     if given.datatype == "BYTES" and not given.shape[0] == math.prod(given.shape) == len(given.data):
         raise DataError(f"found {len(given.data)} values for an input of shape {given.shape}, expected one a row")
     if about.reads == "texts":
-        return Query(request, 0, partial(tokenize, list(map(str, given.data)), about.image_size, about.tokenizer))
+        return request, 0, partial(tokenize, list(map(str, given.data)), about.image_size, about.tokenizer)
     images = list(map(open_file, given.data)) if given.datatype == "BYTES" else images_of(given.data, given.shape)
     for image in images:
         if image.width * image.height > limits.pixels:
             told = f"found an image of {image.width} × {image.height} pixels, expected {limits.pixels} at most"
             raise RefusedError(told, 413)
-    return Query(
-        request, sum(each.width * each.height for each in images), partial(to_squares, images, about.image_size)
-    )
+    pixels = sum(image.width * image.height for image in images)
+    return request, pixels, partial(to_squares, images, about.image_size)
 
 
 def open_file(text: Any) -> Image.Image:
@@ -196,14 +186,12 @@ def images_of(values: Sequence[object], shape: Sequence[int]) -> list[Image.Imag
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")
     try:
-        found = np.asarray(values)
+        found = np.array(values).reshape(shape)
     except ValueError as error:
-        raise DataError(f"found data that is no array ({first_line(error)}), expected whole numbers") from error
-    if found.size != math.prod(shape):
-        raise DataError(f"found {found.size} values for an array {list(shape)}, expected {math.prod(shape)}")
+        raise DataError(f"found data that is no array {list(shape)} ({first_line(error)}), expected it") from error
     if found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255:
         raise DataError("found values that are no pixels, expected whole numbers from 0 to 255")
-    array = found.astype(np.uint8).reshape(shape)
+    array = found.astype(np.uint8)
     return list(map(Image.fromarray, array[:, 0] if shape[1] == 1 else array.transpose(0, 2, 3, 1)))
 
 

@@ -8,21 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coin.core.choices import check_integer, check_number
 from coin.core.ray_cluster import set_ray_variables, start_ray
-from coin.errors import ConfigurationError, OverloadedError, ServingError
-from coin.files.packaged import how_to_install
+from coin.errors import OverloadedError, ServingError
 from coin.serving.front_end import FrontEnd, Limits, Server
 from coin.serving.protocol import Description
 from coin.serving.servers import NetworkServer, Reply, System, check_reply
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 # A server has nothing to finish: the front end gives every query its end before it stops.
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
@@ -37,7 +33,6 @@ class RayOptions:
         host: The address to listen on; the default is reachable from this machine only.
         port: The port.
         address: The address of a running Ray cluster, such as ``auto``; by default a new one is started here.
-        cpus: Ray's CPU cores per server; with 0 Ray does not count them.
         gpus: GPUs per server, or a fraction of one.
         threads: PyTorch's threads per server.
         node: A Ray resource of which every server takes one unit: nodes started with one unit (``ray start
@@ -48,7 +43,6 @@ class RayOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     address: str | None = None
-    cpus: float = 0.0
     gpus: float = 0.0
     threads: int = 1
     node: str | None = None
@@ -56,16 +50,12 @@ class RayOptions:
 
     def __post_init__(self) -> None:
         check_number("port", self.port, low=1, high=65536)
-        for name in ("cpus", "gpus"):
-            check_number(name, getattr(self, name), low=0)
+        check_number("gpus", self.gpus, low=0)
         check_integer("threads", self.threads, 1)
 
 
 class ModelProcess:
-    """One network, or all networks of a replica, in its own process, which runs one pass at a time.
-
-    `batch` is the largest number of requests that run together. A network that cannot run one input does not start.
-    """
+    """One network, or all of a replica, in its own process, which runs one pass at a time."""
 
     def __init__(self, system: System, names: Sequence[str], device: str, threads: int, batch: int) -> None:
         from ray import serve
@@ -101,14 +91,14 @@ class FrontEndProcess:
 
 def run_together(networks: Mapping[str, NetworkServer], requests: Sequence[tuple[str, Tensor]]) -> list[Reply]:
     """Return the replies to requests, in one pass for each network and shape of its inputs."""
-    replies: dict[int, Reply] = {}
     kinds = [(name, stored.shape[1:]) for name, stored in requests]
+    replies: dict[int, Reply] = {}
     for kind in dict.fromkeys(kinds):
-        places = [place for place, each in enumerate(kinds) if each == kind]
-        sizes = [len(requests[place][1]) for place in places]
+        places, start = [place for place, each in enumerate(kinds) if each == kind], 0
         reply = networks[kind[0]](torch.cat([requests[place][1] for place in places]))
-        features = [None] * len(places) if reply.features is None else reply.features.split(sizes)
-        replies |= dict(zip(places, map(Reply, reply.logits.split(sizes), features), strict=True))
+        for place in places:
+            rows = slice(start, start := start + len(requests[place][1]))
+            replies[place] = Reply(reply.logits[rows], None if reply.features is None else reply.features[rows])
     return [replies[place] for place in range(len(requests))]
 
 
@@ -133,26 +123,26 @@ def _asking(handle: Any, name: str, outputs: int) -> Server:
 
 def ray_application(system: System, about: Description, options: RayOptions) -> Any:
     """Return the Ray Serve application, for ``serve.run`` or as the builder of a Serve YAML."""
-    serve, limits = _serve(), options.limits
-    takes = {} if options.node is None else {options.node: 1}
-    actor = {"num_cpus": options.cpus, "num_gpus": options.gpus, "resources": takes}
-    servers = serve.deployment(ModelProcess).options(
-        ray_actor_options=actor, max_ongoing_requests=2 * limits.batch, max_queued_requests=limits.queue, **_STOPPING
-    )
-    device, processes = "cuda" if options.gpus > 0 else "cpu", dict[str, list[str]]()
+    from ray import serve
+
+    limits, processes = options.limits, dict[str, list[str]]()
     for name in system.files:
         processes.setdefault(name.partition("/")[0], []).append(name)
-    deployments = [
-        servers.options(name=process).bind(system, names, device, options.threads, limits.batch)
-        for process, names in processes.items()
-    ]
+    takes = {} if options.node is None else {options.node: 1}
+    servers = serve.deployment(ModelProcess).options(
+        ray_actor_options={"num_cpus": 0, "num_gpus": options.gpus, "resources": takes},
+        max_ongoing_requests=2 * limits.batch, max_queued_requests=limits.queue, **_STOPPING,
+    )  # fmt: skip
+    about_all = "cuda" if options.gpus > 0 else "cpu", options.threads, limits.batch
+    deployments = [servers.options(name=name).bind(system, own, *about_all) for name, own in processes.items()]
 
-    def build() -> "FastAPI":
+    def build() -> Any:
         from coin.serving.app import make_app
 
-        own = serve.get_replica_context().app_name
-        handles = {process: serve.get_deployment_handle(process, app_name=own) for process in processes}
-        asking = {name: _asking(handles[name.partition("/")[0]], name, max(system.classes)) for name in system.files}
+        asking: dict[str, Server] = {}
+        for process, names in processes.items():
+            handle = serve.get_deployment_handle(process, app_name=serve.get_replica_context().app_name)
+            asking |= {name: _asking(handle, name, max(system.classes)) for name in names}
         return make_app(FrontEnd(asking, system.stand_ins, system.policy, system.decode, limits), about)
 
     front = serve.deployment(serve.ingress(build)(FrontEndProcess)).options(
@@ -162,35 +152,15 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
     return front.bind(*deployments)
 
 
-def _serve() -> Any:
-    try:
-        import fastapi  # noqa: F401 (Ray Serve has none without its extra)
-        from ray import serve
-    except ImportError as error:
-        raise ConfigurationError(f"found no Ray Serve, expected it; {how_to_install('serve')}") from error
-    return serve
-
-
-def check_port(options: RayOptions) -> None:
-    """Raise `ServingError` if the port is in use; Ray would share it silently."""
-    if options.address is not None:
-        return  # it is that of a cluster, which may serve other applications at it
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:
-        socket.create_server((options.host, options.port), family=family).close()
-    except OSError as error:
-        told = f"cannot listen at {options.host}:{options.port} ({error.strerror}), expected a free port"
-        raise ServingError(f"{told}; stop what listens there, or set --ray.port") from error
-
-
 def start(system: System, about: Description, options: RayOptions) -> Callable[[], None]:
     """Serve on Ray Serve until the returned function is called, which first lets running queries finish.
 
-    Raises ConfigurationError where Ray is not installed, ServingError where it cannot serve here.
+    Raises ServingError where it cannot serve here.
     """
+    check_port(options)
     set_ray_variables(options.address)
-    serve = _serve()
     import ray
+    from ray import serve
 
     def stop() -> None:
         with suppress(Exception):  # whoever cannot be drained is stopped all the same
@@ -209,3 +179,13 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
         stop()
         raise ServingError(f"Ray cannot serve here ({error}); see its logs in /tmp/ray") from error
     return stop
+
+
+def check_port(options: RayOptions) -> None:
+    """Raise `ServingError` if the port of a cluster of this machine alone is in use; Ray would share it silently."""
+    try:
+        if options.address is None:
+            socket.create_server((options.host, options.port)).close()
+    except OSError as error:
+        told = f"cannot listen at {options.host}:{options.port} ({error.strerror}), expected a free port"
+        raise ServingError(f"{told}; stop what listens there, or set --ray.port") from error

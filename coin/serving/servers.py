@@ -1,10 +1,11 @@
 """What is served of a run: its networks as servers, and the decoder of their replies."""
 
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,15 +15,15 @@ from coin.coding.decoder_config import REPLICA
 from coin.coding.score import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DecodingError, ServingError
-from coin.modules import Coded
 from coin.networks import load_network, pad_head, run_network
-from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import REFERENCES, seed_folders
-from coin.serving.policies import Policy, PolicyKind, StandIns, Which
+from coin.serving.policies import Policy, PolicyKind, StandIns
+
+if TYPE_CHECKING:  # it imports Lightning, which a server's process would wait for
+    from coin.modules import Coded
 
 
 class Reply(NamedTuple):
-    """Logits ``[B, C]``, features ``[B, F]`` if they are read, and whether a promise covers a decoded answer ``[B]``."""
+    """Logits ``[B, C]``, features ``[B, F]`` if they are read, and if a promise covers a decoded answer ``[B]``."""
 
     logits: Tensor
     features: Tensor | None = None
@@ -41,8 +42,8 @@ def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
 class NetworkServer:
     """An expert or a coded model that answers batches of stored inputs.
 
-    Its file is read here, which raises FileError if it is missing or damaged. The logits of a network with fewer classes
-    are padded by zeros to `outputs`.
+    Its file is read here, which raises FileError if it is missing or damaged. Logits of fewer classes than `outputs`
+    are padded by zeros.
     """
 
     def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
@@ -88,73 +89,77 @@ class System:
     features: bool
 
     @classmethod
-    def of(cls, coded: Coded, policy: Policy) -> Self:
+    def of(cls, coded: "Coded", policy: Policy) -> Self:
         """Return how a run's coded system is served by a policy that its decoder is for."""
-        assert coded.decoder is not None
-        assert coded.classes is not None
-        config, names = coded.decoder.config, [f"expert-{task}" for task in coded.names]
+        config = next(iter(coded.decoders.values())).config
+        names, classes = [f"expert-{task}" for task in coded.names], tuple(coded.classes or ())
         stand_ins = StandIns(policy.which, names, coded.code, config.kind is not DecoderKind.expert_head)
         own = dict(zip((*names, *stand_ins.coded), (path.absolute() for path in coded.files), strict=True))
         files = {name: own[name.rpartition("/")[2]] for name in stand_ins.servers}
-        return cls(files, stand_ins, policy, dict(coded.decoders), tuple(coded.classes), config.reads_features)
+        return cls(files, stand_ins, policy, dict(coded.decoders), classes, config.reads_features)
 
     def network(self, name: str, device: str = "cpu") -> NetworkServer:
         """Return the network of a server."""
         return NetworkServer(self.files[name], max(self.classes), self.features, device)
+
+    def _answers(self, replies: Mapping[str, Reply]) -> Answers:
+        """Return the replies as a decoder reads them, NaN for those that did not arrive."""
+        logits, features = next(iter(replies.values()))[:2]
+        nothing = Reply(logits * math.nan, None if features is None else features * math.nan)
+
+        def of(names: Sequence[str]) -> tuple[Tensor, list[Tensor] | None]:
+            group = [replies.get(name, nothing) for name in names]
+            given = [each.features for each in group if each.features is not None]
+            return torch.stack([each.logits for each in group]), given or None
+
+        (experts, own), (coded, read) = of(self.stand_ins.experts), of(self.stand_ins.coded)
+        return Answers(experts, coded, own, read)
 
     def decode(self, expert: int, replies: Mapping[str, Reply]) -> Reply:
         """Return an expert's decoded answer: by the decoder of what is missing, or from the available rows' equations.
 
         Raises DecodingError where the answer is not finite.
         """
-        names, coded, code = self.stand_ins.experts, self.stand_ins.coded, self.stand_ins.code
-        missing = tuple(i for i, name in enumerate(names) if i == expert or name not in replies)
-        rows, accepted = [row for row, name in enumerate(coded) if name in replies], None
+        names, coded = self.stand_ins.experts, self.stand_ins.coded
+        answers, accepted = self._answers(replies), None
+        present = [place for place, name in enumerate(names) if place != expert and name in replies]
+        missing = tuple(place for place in range(len(names)) if place not in present)
+        rows = [row for row, name in enumerate(coded) if name in replies]
         decoder = next((own for own in self.decoders.values() if not own.config.reads_survivors), None)
         if decoder is None and len(rows) == len(coded):
             decoder = self.decoders.get(missing)
-        if decoder is not None:
-            logits = decoder.decode(self._answers(replies))[decoder.erased.index(expert)]
+        if decoder is None:
+            matrix = self.stand_ins.code.matrix[rows]
+            decoded = decode_linear(matrix, answers.coded[rows], answers.experts[present], missing)
+            logits = decoded[missing.index(expert)]
+        else:
+            logits = decoder.decode(answers)[decoder.erased.index(expert)]
             if expert in decoder.promises:
                 accepted = decoder.accepted(expert, answer_score(logits[:, : self.classes[expert]]))
-        else:
-            arrived = torch.stack([replies[coded[row]].logits for row in rows])
-            present = [replies[name].logits for i, name in enumerate(names) if i not in missing]
-            survivors = torch.stack(present) if present else arrived[:0]
-            logits = decode_linear(code.matrix[rows], arrived, survivors, missing)[missing.index(expert)]
         if not bool(torch.isfinite(logits).all()):
             raise DecodingError(f"the decoded answer of {names[expert]} is not finite; its servers' are too large")
         return Reply(logits, None, accepted)
 
-    def _answers(self, replies: Mapping[str, Reply]) -> Answers:
-        """Return the replies as a decoder reads them, NaN for those that did not arrive."""
-        some = next(iter(replies.values()))
-        nothing = Reply(*(None if each is None else torch.full_like(each, torch.nan) for each in some))
-        groups = [
-            [replies.get(name, nothing) for name in each] for each in (self.stand_ins.experts, self.stand_ins.coded)
-        ]
-        logits = [torch.stack([each.logits for each in group]) for group in groups]
-        features = [[each.features for each in group if each.features is not None] or None for group in groups]
-        return Answers(*logits, *features)
 
-
-def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
-    """Return `Coded.from_run`, where no decoder is named with the most accurate one that the policy can use.
+def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> "Coded":
+    """Return `Coded.from_run`, without a named decoder with the most accurate one that the policy can use.
 
     Raises ConfigurationError where there is none.
     """
-    survivors = {Which.coded: False, Which.everyone: True}.get(Policy(policy).which) if policy else None
+    from coin.modules import Coded
+    from coin.reporting.results import RESULTS_CSV, read_results
+    from coin.reporting.summary import REFERENCES, seed_folders
+
+    survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
     if survivors is not None:
         frame = read_results(folder if (folder / RESULTS_CSV).is_file() else next(iter(seed_folders(folder)), folder))
         frame = frame[~frame["method"].isin(REFERENCES) & (frame["decoder"] != REPLICA)]
         reads = frame["decoder"].map(lambda name: DecoderConfig.named(name).reads_survivors).astype(bool)
-        frame = frame[(reads == survivors) & (frame["decoder"] == (decoder or frame["decoder"]))]
-        frame = frame[frame["method"] == (method or frame["method"])]
-        if frame.empty:
-            reads_it, one = ("the survivors", "ridge") if survivors else ("no survivor", "expert_head")
-            found = f"found no results of {method or 'a method'} with {decoder or 'a decoder'} that reads {reads_it}"
-            raise ConfigurationError(
-                f"{found}, expected them for policy {policy}; add {one} to the decoders, run it again"
-            )
-        method, decoder = frame.groupby(["method", "decoder"])["decoded_accuracy"].mean().idxmax()
+        named = (frame["decoder"] == (decoder or frame["decoder"])) & (frame["method"] == (method or frame["method"]))
+        if not (named & (reads == survivors)).any():
+            kind = "that reads the survivors, such as ridge" if survivors else "that reads none, such as expert_head"
+            raise ConfigurationError(f"found no results for {policy}, expected a decoder {kind}; run it with one")
+        frame = frame[named & (reads == survivors)]
+        best: Any = frame.groupby(["method", "decoder"])["decoded_accuracy"].mean().idxmax()
+        method, decoder = best
     return Coded.from_run(folder, method, decoder)

@@ -1,7 +1,6 @@
 """The front end on a virtual clock: its own code, with simulated servers on machines that are slow or down.
 
-A query that fails has infinite latency, so that failing fast makes no policy look quick. The load is what own answers
-alone take of the experts' capacity; what a policy asks on top is in the column ``forwards``. ParM (Kosaian, Rashmi,
+A query that fails has infinite latency, so that failing fast makes no policy look quick. ParM (Kosaian, Rashmi,
 Venkataraman: *Parity Models*, SOSP 2019) codes over *queries* to replicas of one network; here the code is over
 *models*, every one of which sees the query itself.
 """
@@ -15,22 +14,22 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coin.coding import Code
 from coin.core.choices import check_integer, check_number
 from coin.errors import LostError, OverloadedError, ServingError
 from coin.modules import Coded
-from coin.networks import load_network
-from coin.serving.front_end import Answer, FrontEnd, Limits
+from coin.serving.front_end import Answer, FrontEnd, Limits, Server
 from coin.serving.policies import Policy, StandIns
 from coin.serving.servers import NetworkServer
 
-_FEWEST = 40  # queries: their intervals want 20 blocks
+QueryTarget = StrEnum("QueryTarget", ["one", "all"])
+"""Whose answers a query wants: one expert's, drawn at random, or all experts'."""
 LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 """Quantiles of the latency, by the names of their columns."""
 
@@ -59,15 +58,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._clock.now
 
 
-class QueryTarget(StrEnum):
-    """Whose answers a query wants."""
-
-    one = "one"
-    """One expert's, drawn at random: the experts serve different users."""
-    all = "all"
-    """Every expert's: the experts look at the same input."""
-
-
 @dataclass(frozen=True)
 class Phases:
     """Exponentially distributed phases in which a machine is slow, or down.
@@ -89,15 +79,15 @@ class Phases:
 
     def is_on(self, unit: float, draw: random.Random) -> Callable[[float], bool]:
         """Return a function that says whether a phase is on; call it with ascending times."""
-        length, between = self.length * unit, self.length * unit * (1 - self.share) / (self.share or 1)
+        lengths = {True: self.length * unit, False: self.length * unit * (1 - self.share) / (self.share or 1)}
         on = draw.random() < self.share
-        ends = draw.expovariate(1 / (length if on else between)) if self.share else math.inf
+        ends = draw.expovariate(1 / lengths[on]) if self.share else math.inf
 
         def look(now: float) -> bool:
             nonlocal on, ends
             while now >= ends:
                 on = not on
-                ends += draw.expovariate(1 / (length if on else between))
+                ends += draw.expovariate(1 / lengths[on])
             return on
 
         return look
@@ -105,35 +95,31 @@ class Phases:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The properties of machines and front end, independent of the networks.
+    """The load, and the properties of machines and front end.
 
     Args:
+        load: The share of the experts' capacity (without batching) that own answers use, in (0, 1).
+        queries: How many there are; the first quarter warms up and is not reported.
         seconds: The mean service time for one input; by default every expert's is measured.
         tail: The mean of an exponential time on top of every service, in multiples of its mean.
         slow: Slow phases of machines.
         down: Their failures, in which all their requests are lost.
         overhead: The time of the front end and of the messages for a query, in seconds, as measured on loopback.
-        batch: The largest number of requests that a machine runs together.
-        queue: The largest number of requests waiting for one machine.
-        deadline: The time after which a query fails, in mean service times.
-        timeout: The time after which a request is lost, in mean service times.
     """
 
+    load: float = 0.4
+    queries: int = 20_000
     seconds: float | None = None
     tail: float = 0.0
     slow: Phases = field(default_factory=Phases)
     down: Phases = field(default_factory=lambda: Phases(length=1000.0))
     overhead: float = 0.015
-    batch: int = 8
-    queue: int = 256
-    deadline: float = 1000.0
-    timeout: float = 200.0
 
     def __post_init__(self) -> None:
-        for name in ("tail", "overhead"):
-            check_number(name, getattr(self, name), low=0)
-        for name in ("batch", "queue", "deadline", "timeout"):
-            check_number(name, getattr(self, name), low=0, strict=True)
+        check_number("load", self.load, low=0, high=1, strict=True)
+        check_integer("queries", self.queries, 40)
+        check_number("tail", self.tail, low=0)
+        check_number("overhead", self.overhead, low=0)
         check_number("seconds", 1.0 if self.seconds is None else self.seconds, low=0, strict=True)
 
 
@@ -144,50 +130,27 @@ class Simulation:
     Args:
         stand_ins: The servers, and which of them stand in for an expert; `policy`, when they are asked.
         seconds: For each expert measured service times ``[K]``, or their mean ``[1]``; other servers take the first's.
-        conditions: The properties of machines and front end.
-        load: The share of the experts' capacity (without batching) that own answers use, in (0, 1).
         marginal: The time of each further input of a batch, as a share of the first.
         want: Whose answers a query wants.
-        queries: How many there are; the first quarter warms up and is not reported.
         seed: The seed of everything random; with one seed, different policies have the same queries and phases.
     """
 
     stand_ins: StandIns
     policy: Policy
-    seconds: tuple[NDArray[np.float64], ...]
     conditions: Conditions
-    load: float
+    seconds: Sequence[NDArray[np.float64]]
     marginal: float = 1.0
     want: QueryTarget = QueryTarget.one
-    queries: int = 20_000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("load", self.load, low=0, high=1, strict=True)
-        check_integer("queries", self.queries, _FEWEST)
 
     @property
     def unit(self) -> float:
         """The experts' mean service time without the tail, in seconds: loads and phases refer to it."""
         return float(np.mean([each.mean() for each in self.seconds]))
 
-    @property
-    def rate(self) -> float:
-        """Queries a second."""
-        slow, down, count = self.conditions.slow, self.conditions.down, len(self.seconds)
-        speed = (1 - slow.share + slow.share / slow.factor) * (1 - down.share)
-        servers = 1 if self.want is QueryTarget.all else count
-        return self.load * speed / (self.unit * (1 + self.conditions.tail)) * servers
-
 
 class Outcome(NamedTuple):
-    """The outcome of one simulation's queries, without the warm-up.
-
-    Attributes:
-        latencies: Seconds from arrival to answer ``[Q]``, in the order of arrival; infinity for a query that failed.
-        stood_in: The share of the answers wanted that were not the expert's own server's.
-        forwards: Forward passes started per query.
-    """
+    """Seconds to an answer ``[Q]``, infinity if none came, the share that stood in, and forward passes per query."""
 
     latencies: NDArray[np.float64]
     stood_in: float
@@ -199,7 +162,7 @@ class Machine:
 
     def __init__(self, it: Simulation, place: int) -> None:
         self.it, self.forwards, self._busy = it, 0, False
-        self._seconds = self._service_times(it.seconds[place if place < len(it.seconds) else 0], place)
+        self._times = self._service_times(it.seconds[place if place < len(it.seconds) else 0], place)
         self._is_slow = it.conditions.slow.is_on(it.unit, random.Random(f"slow {it.seed} {place}"))
         self._is_down = it.conditions.down.is_on(it.unit, random.Random(f"down {it.seed} {place}"))
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
@@ -209,9 +172,9 @@ class Machine:
         while True:
             yield from (draw.choice(samples, 4096) + draw.exponential(tail, 4096)).tolist()
 
-    async def ask(self, network: str) -> None:
+    async def ask(self, network: str, inputs: object) -> None:
         """Answer a request to one of its networks; raises OverloadedError, and LostError where it is down."""
-        if len(self._waiting) >= self.it.conditions.queue:
+        if len(self._waiting) >= Limits.queue:
             raise OverloadedError("its queue is full")
         reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((network, reply))
@@ -220,16 +183,15 @@ class Machine:
         await reply
 
     def _begin(self) -> None:
-        loop, batch, conditions = asyncio.get_running_loop(), list[asyncio.Future[None]](), self.it.conditions
-        chosen = ""
-        while self._waiting and len(batch) < conditions.batch and (not batch or self._waiting[0][0] == chosen):
+        loop, batch, chosen = asyncio.get_running_loop(), list[asyncio.Future[None]](), ""
+        while self._waiting and len(batch) < Limits.batch and (not batch or self._waiting[0][0] == chosen):
             chosen, reply = self._waiting.popleft()
             if not reply.done():  # it was not withdrawn
                 batch.append(reply)
         self._busy = bool(batch)
         if batch:
-            seconds = next(self._seconds) * (1 + self.it.marginal * (len(batch) - 1))
-            seconds *= conditions.slow.factor if self._is_slow(loop.time()) else 1.0
+            seconds = next(self._times) * (1 + self.it.marginal * (len(batch) - 1))
+            seconds *= self.it.conditions.slow.factor if self._is_slow(loop.time()) else 1.0
             self.forwards += len(batch)
             # That a machine is down is known after a mean service time.
             loop.call_later(self.it.unit if self._is_down(loop.time()) else seconds, self._end, batch)
@@ -252,63 +214,44 @@ def run_simulation(it: Simulation) -> Outcome:
 
 
 async def _run(it: Simulation) -> Outcome:
-    loop, count, conditions = asyncio.get_running_loop(), len(it.seconds), it.conditions
-    machines: dict[str, Machine] = {}
-    servers = {}
+    loop, count, total = asyncio.get_running_loop(), len(it.seconds), it.conditions.queries
+    machines, servers = dict[str, Machine](), dict[str, Server]()
     for name in it.stand_ins.servers:
         process = name.partition("/")[0]
-        machine = machines.setdefault(process, Machine(it, len(machines)))
-        servers[name] = lambda inputs, machine=machine, name=name: machine.ask(name)
-    deadline, timeout = conditions.deadline * it.unit, conditions.timeout * it.unit
-    limits = Limits(deadline, timeout, it.queries, initial_lateness=3 * it.unit)
+        machines[process] = machines.get(process) or Machine(it, len(machines))
+        servers[name] = partial(machines[process].ask, name)
+    limits = Limits(queries=total, initial_lateness=3 * it.unit)
     front = FrontEnd(servers, it.stand_ins, it.policy, lambda expert, replies: None, limits)
-    gaps = np.random.default_rng([it.seed, 0]).exponential(1 / it.rate, it.queries).tolist()
-    wanted = np.random.default_rng([it.seed, 2]).integers(count, size=it.queries).tolist()
-    latencies, found = np.full(it.queries, np.inf), list[Answer]()
+    slow, down = it.conditions.slow, it.conditions.down
+    speed = (1 - slow.share + slow.share / slow.factor) * (1 - down.share) / (1 + it.conditions.tail) / it.unit
+    rate = it.conditions.load * speed * (1 if it.want is QueryTarget.all else count)
+    gaps = np.random.default_rng([it.seed, 0]).exponential(1 / rate, total).tolist()
+    wanted = np.random.default_rng([it.seed, 2]).integers(count, size=total).tolist()
+    latencies, found = np.full(total, np.inf), list[Answer]()
 
     async def ask(place: int) -> None:
         arrived = loop.time()
-        await asyncio.sleep(conditions.overhead)
+        await asyncio.sleep(it.conditions.overhead)
         try:
             experts = range(count) if it.want is QueryTarget.all else [wanted[place]]
-            answers = await front.ask((0,), experts, arrived + deadline)
+            answers = await front.ask((0,), experts, arrived + limits.deadline)
         except ServingError:
             return
         latencies[place] = loop.time() - arrived
-        if place >= it.queries // 4:
-            found.extend(answers)
+        found.extend(answers if place >= total // 4 else ())
 
     async with asyncio.TaskGroup() as group:
         for place, gap in enumerate(gaps):
             await asyncio.sleep(gap)
             group.create_task(ask(place))
-    left = [request for server in front.servers.values() for request in server.pending]
-    for request in left:
-        request.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
-    kept = latencies[it.queries // 4 :]
+    for server in front.servers.values():
+        for request in server.pending:
+            request.cancel()
+    await asyncio.sleep(0)
+    kept = latencies[total // 4 :]
     stood_in = sum(answer.answered_by != (it.stand_ins.experts[answer.expert],) for answer in found)
-    total = len(kept) * (count if it.want is QueryTarget.all else 1)
-    return Outcome(kept, stood_in / total, sum(each.forwards for each in machines.values()) / it.queries)
-
-
-def quantiles(series: Sequence[NDArray[np.float64]], draws: int = 200) -> dict[str, float]:
-    """Return quantiles of several series ``[Q]`` together, by `LEVELS`, each with its 95 % interval.
-
-    They are order statistics: infinite values, which are failures, are never interpolated. Latencies of neighbouring
-    queries depend on one another, so that what the bootstrap draws again are 20 blocks of each series.
-    """
-    parts = [part for each in series for part in np.array_split(each, 20)]
-    draw = np.random.default_rng(0)
-
-    def of(chosen: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        values = np.sort(np.concatenate(chosen))
-        return np.asarray(values[[math.ceil(level * len(values)) - 1 for level in LEVELS.values()]])
-
-    drawn = np.sort([of([parts[each] for each in draw.integers(len(parts), size=len(parts))]) for _ in range(draws)], 0)
-    low, high = drawn[round(0.025 * draws)], drawn[round(0.975 * draws) - 1]
-    columns = {"": of(parts), "_low": low, "_high": high}
-    return {f"{name}{end}": float(own[i]) for i, name in enumerate(LEVELS) for end, own in columns.items()}
+    answers = len(kept) * (count if it.want is QueryTarget.all else 1)
+    return Outcome(kept, stood_in / answers, sum(each.forwards for each in machines.values()) / total)
 
 
 def measure(server: NetworkServer, batch: int = 8, repeats: int = 200) -> tuple[NDArray[np.float64], float]:
@@ -323,8 +266,35 @@ def measure(server: NetworkServer, batch: int = 8, repeats: int = 200) -> tuple[
         return np.diff(marks)[20:]
 
     torch.set_num_threads(1)
-    try:
-        one, more = times(server.probe, repeats), times(several, repeats // batch)
-    finally:
-        torch.set_num_threads(threads)
+    one, more = times(server.probe, repeats), times(several, repeats // batch)
+    torch.set_num_threads(threads)
     return one, max(0.0, float(np.median(more) / np.median(one) - 1) / (batch - 1))
+
+
+def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
+    """Return the summary of one simulation over its seeds: a row of ``simulation.csv``.
+
+    Latencies are in seconds, of all seeds together and the least and largest of one, as order statistics: failures are
+    never interpolated. Memory is in bytes of weights on all servers. ``standing_in_accuracy`` is that of the answers
+    that stood in, ``effective_accuracy`` that of all that were wanted; those that never came are wrong.
+    """
+    assert coded.results is not None
+    rows = coded.results[~coded.results["erased"].str.contains("+", regex=False)]
+    own, right = float(rows["expert_accuracy"].mean()), float(rows["decoded_accuracy"].mean())
+    experts = float(sum(each.nbytes for each in coded.experts.state_dict().values()))
+    extra, variant = 2**20 * float(rows["memory_mib"].mean()), f"{coded.method} {rows['decoder'].iloc[0]}"
+    if it.policy.which in ("nobody", "replica"):
+        right, extra, variant = own, experts * len(it.stand_ins.of[0]), ""
+    series = [each.latencies for each in outcomes]
+    latencies: dict[str, float] = {}
+    for name, level in LEVELS.items():
+        every, *each = (np.quantile(values, level, method="higher") for values in (np.concatenate(series), *series))
+        latencies |= {name: every, f"{name}_low": min(each), f"{name}_high": max(each)}
+    stood_in, failed = np.mean([(each.stood_in, np.isinf(each.latencies).mean()) for each in outcomes], 0)
+    return {
+        "want": str(it.want), "redundancy": str(it.policy.kind), "variant": variant, "experts": len(coded.names),
+        "seeds": len(series), "memory": experts + extra, "load": it.conditions.load, **latencies,
+        "share_stood_in": stood_in, "share_failed": failed, "forwards": np.mean([each.forwards for each in outcomes]),
+        "standing_in_accuracy": right, "effective_accuracy": (1 - stood_in - failed) * own + stood_in * right,
+        "service_seconds": it.unit * (1 + it.conditions.tail),
+    }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from coin.coding import Code, make_decoder
 from coin.errors import OverloadedError
 from coin.serving.front_end import Answer, FrontEnd, Limits
-from coin.serving.policies import Policy, StandIns, Which
+from coin.serving.policies import Policy, StandIns
 from coin.serving.servers import Reply, System, check_reply
 from coin.serving.simulate import VirtualLoop
 
@@ -48,7 +48,7 @@ class LinearSystem:
         self.stand_ins = StandIns(policy.which, [f"e{place}" for place in range(self.code.num_experts)], self.code)
         every = tuple(range(self.code.num_experts))
         heads = [(weights.T, torch.zeros(OUTPUTS)) for weights in self.weights]
-        decoders = {every: make_decoder("expert_head", self.code, every, heads)} if policy.which is Which.coded else {}
+        decoders = {every: make_decoder("expert_head", self.code, every, heads)} if policy.which == "coded" else {}
         self.system = System({}, self.stand_ins, policy, decoders, (OUTPUTS,) * self.code.num_experts, True)
 
     def truth(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:

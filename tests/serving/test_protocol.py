@@ -1,9 +1,8 @@
-"""Requests and responses of the Open Inference Protocol, without HTTP."""
+"""Requests and responses of the Open Inference Protocol without HTTP, their images, and networks as servers."""
 
-import gzip
+import base64
+import io
 import json
-import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,155 +10,217 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from coin.data import transform
+from coin.coding.score import answer_score
+from coin.data.image_io import read_files as read_from_disk
 from coin.errors import DataError
-from coin.serving.limits import InputLimits
-from coin.serving.protocol import Description, response
-from coin.serving.replies import Answer
-from coin.serving.requests import EncodingError, Parsed, TooLargeError, parse
+from coin.networks import NetworkConfig, build_network, save_network
+from coin.serving.front_end import Answer, Limits
+from coin.serving.protocol import Description, InferRequest, RefusedError, parse
+from coin.serving.ray_app import run_together
+from coin.serving.servers import NetworkServer, Reply
+
+PETS = Description({"pets": ["cat", "dog"], "cars": ["old", "new", "none"]}, 32, "coin")
 
 
 @pytest.fixture
-def about(tmp_path: Path) -> Description:
+def moods(tmp_path: Path) -> Description:
     """A description of what is served for texts of a vocabulary of three words."""
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "good": 1, "bad": 2}, unk_token="[PAD]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return Description(
-        {"moods": ["sad", "glad"]}, 4, "coin (coded_hedged, refit, linear)", "texts", str(tmp_path / "tokenizer.json")
-    )
+    return Description({"moods": ["sad", "glad"]}, 4, "coin", "texts", str(tmp_path / "tokenizer.json"))
 
 
-def read(body: bytes, header: int | None, about: Description, encoding: str = "identity", **limits: int) -> Parsed:
-    return parse(body, encoding, header, "moods", about, InputLimits(**limits))
+def body(datatype: str, shape: list[int], data: list[Any], name: str = "images", **more: Any) -> bytes:
+    tensor = {"name": name, "datatype": datatype, "shape": shape, "data": data}
+    return json.dumps({"inputs": [tensor], **more}).encode()
 
 
-TENSOR = {"name": "texts", "datatype": "BYTES", "shape": [2]}
+def read(content: bytes, about: Description = PETS, **limits: int) -> torch.Tensor:
+    return parse(content, next(iter(about.classes)), about, Limits(**limits))[2]()
 
 
-def body(**changes: Any) -> bytes:
-    tensor = {**TENSOR, "data": ["good bad", "bad"]}
-    return json.dumps({"id": "a", "inputs": [{**tensor, **changes.pop("tensor", {})}], **changes}).encode()
+def read_files(*files: bytes, size: int = 32, **limits: int) -> torch.Tensor:
+    texts = [base64.b64encode(file).decode() for file in files]
+    return read(body("BYTES", [len(files)], texts), replace(PETS, image_size=size), **limits)
 
 
-def test_texts_as_json_and_as_bytes_become_tokens(about: Description) -> None:
-    parsed = read(body(), None, about)
-    tokens = parsed.read()
-    assert parsed.request.id == "a"
-    assert tokens.tolist() == [[1, 2, 0, 0], [2, 0, 0, 0]]
-    head = json.dumps({"inputs": [TENSOR]}).encode()
-    raw = b"".join(struct.pack("<I", len(text)) + text for text in (b"good bad", b"bad"))
-    assert torch.equal(read(head + raw, len(head), about).read(), tokens)
-    assert about.metadata("moods")["inputs"] == [{"name": "texts", "datatype": "BYTES", "shape": [-1]}]
-    for spoilt, message in ((raw[:-1], "ends before"), (raw.replace(b"bad", b"\xff\xff\xff"), "UTF-8")):
-        with pytest.raises(DataError, match=message):
-            read(head + spoilt, len(head), about)
-    with pytest.raises(DataError, match="expected texts"):
-        read(body(tensor={"datatype": "UINT8", "data": [1]}), None, about)
+def read_array(array: np.ndarray, size: int = 32, **limits: int) -> torch.Tensor:
+    return read(body("UINT8", list(array.shape), array.tolist()), replace(PETS, image_size=size), **limits)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_a_packed_body_is_unpacked_and_bounded(about: Description, encoding: str) -> None:
-    pack = gzip.compress if encoding == "gzip" else zlib.compress
-    assert torch.equal(read(pack(body()), None, about, encoding).read(), read(body(), None, about).read())
-    with pytest.raises(TooLargeError, match="more than 1000 bytes, unpacked"):
-        read(pack(bytes(10**6)), None, about, encoding, bytes=1000)
-    with pytest.raises(DataError, match="ends before"):
-        read(pack(body())[:-1], None, about, encoding)
-    with pytest.raises(DataError, match=f"not packed by {encoding}"):
-        read(body(), None, about, encoding)
-    with pytest.raises(EncodingError, match="packed by br, expected gzip, deflate or none"):
-        read(body(), None, about, "br")
+def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format)
+    return buffer.getvalue()
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "input": ({"tensor": {"name": "words"}}, "an input 'words', expected 'texts'"),
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_png_and_pixels_are_exact_in_colour_and_grey() -> None:
+    colour, grey = noise(20, 20, 3), noise(20, 20)
+    found = read_files(encoded(colour), encoded(grey))
+    assert torch.equal(found[0], torch.from_numpy(colour).permute(2, 0, 1))
+    assert torch.equal(found[1], torch.from_numpy(grey).expand(3, 20, 20))
+    assert torch.equal(read_array(colour.transpose(2, 0, 1)[None])[0], found[0])
+    assert torch.equal(read_array(grey[None, None])[0], found[1])
+    flat = body("UINT8", [1, 1, 20, 20], grey.flatten().tolist())
+    assert torch.equal(read(flat)[0], found[1])
+
+
+def test_large_images_become_what_training_would_have_seen(tmp_path: Path) -> None:
+    paths = [tmp_path / "wide.jpg", tmp_path / "high.png"]
+    for path, shape in zip(paths, ((60, 90, 3), (70, 50, 3)), strict=True):
+        Image.fromarray(noise(*shape)).save(path)
+    expected = read_from_disk([str(path) for path in paths], 24)
+    assert torch.equal(read_files(*(path.read_bytes() for path in paths), size=24), expected)
+    (wide,) = read_array(noise(60, 90, 3).transpose(2, 0, 1)[None], size=24)
+    assert torch.equal(wide, read_files(encoded(noise(60, 90, 3)), size=24)[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 600), (600, 2)])
+def test_a_strip_costs_no_more_than_its_pixels(shape: tuple[int, int]) -> None:
+    assert read_array(noise(1, 1, *shape)).shape == (1, 3, 32, 32)
+
+
+def sixteen_bits() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GIF = encoded(noise(8, 8), "GIF")
+PNG, JPEG = encoded(noise(8, 8, 3)), encoded(noise(64, 64, 3), "JPEG")
+
+
+@pytest.mark.parametrize(("files", "message", "status"), [
+    ([b"hello"], "no image", 400), ([GIF], "no image", 400), ([JPEG[:400]], "damaged image", 400),
+    ([PNG[:40]], "image", 400), ([sixteen_bits()], "8 bits a channel", 400), ([b""], "no image", 400),
+    ([PNG, encoded(noise(9, 9))], "different sizes", 400), ([JPEG], "64 × 64 pixels, expected 4000 at most", 413),
+    ([PNG] * 3, "found 3 images or texts, expected 1 to 2", 413),
+])  # fmt: skip
+def test_what_is_no_image_or_too_large_is_refused(files: list[bytes], message: str, status: int) -> None:
+    with pytest.raises(DataError, match=message) as found:
+        read_files(*files, pixels=4000, samples=2)
+    assert getattr(found.value, "status", 400) == status
+
+
+WRONG = {
+    "no JSON": (b"{", "wrong at the body"),
+    "no inputs": (b"{}", "wrong at inputs"),
+    "input": (body("UINT8", [1, 1, 2, 2], [1] * 4, "words"), "an input 'words' of UINT8, expected 'images'"),
+    "datatype": (body("FP32", [1, 1, 2, 2], [1] * 4), "wrong at inputs.0.datatype"),
+    "data": (body("UINT8", [1, 1, 2, 2], None), "wrong at inputs.0.data"),  # type: ignore[arg-type]
+    "shape": (body("UINT8", [2, 2, 3], [1] * 12), r"\[B, 1 or 3, H, W\]"),
+    "two channels": (body("UINT8", [1, 2, 2, 2], [1] * 8), r"\[B, 1 or 3, H, W\]"),
+    "none": (body("UINT8", [0, 1, 2, 2], []), "found 0 images"),
+    "few": (body("UINT8", [1, 1, 2, 2], [1] * 3), "no array"),
+    "ragged": (body("UINT8", [1, 1, 2, 2], [[1, 2], [3]]), "no array"),
+    "large values": (body("UINT8", [1, 1, 2, 2], [256] * 4), "0 to 255"),
+    "negative": (body("UINT8", [1, 1, 2, 2], [-1] * 4), "0 to 255"),
+    "fractions": (body("UINT8", [1, 1, 2, 2], [0.5] * 4), "0 to 255"),
+    "words": (body("UINT8", [1, 1, 1, 1], ["a"]), "0 to 255"),
+    "rows": (body("BYTES", [2], ["aGVsbG8="]), "one a row"),
+    "matrix": (body("BYTES", [1, 2], ["aGVsbG8="]), "one a row"),
+    "base64": (body("BYTES", [1], ["%%"]), "no image"),
+    "number": (body("BYTES", [1], [7]), "no image"),
     "output": (
-        {"outputs": [{"name": "logits"}]},
-        "output 'logits', expected some of probabilities, class, label, risk",
+        body("UINT8", [1, 1, 2, 2], [1] * 4, outputs=[{"name": "logits"}]),
+        "output 'logits', expected some of probabilities, class, label, score",
     ),
-    "classification": ({"outputs": [{"name": "label", "parameters": {"classification": 2}}]}, "not supported"),
-    "rows": ({"tensor": {"shape": [2, 2]}}, "one a row"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_the_metadata_does_not_offer_is_refused(about: Description, case: str) -> None:
-    changes, message = WRONG[case]
+def test_what_the_metadata_does_not_offer_is_refused(case: str) -> None:
+    content, message = WRONG[case]
     with pytest.raises(DataError, match=message):
-        read(body(**changes), None, about)
+        read(content)
 
 
-def test_bytes_after_the_json_are_as_many_as_it_says(about: Description) -> None:
-    head = body(tensor={"data": None, "parameters": {"binary_data_size": 5}})
-    with pytest.raises(DataError, match="found 3 bytes after the JSON, expected 5 as binary_data_size says"):
-        read(head + bytes(3), len(head), about)
-    text = body(tensor={"data": None, "parameters": {"binary_data_size": "3"}})
-    with pytest.raises(DataError, match="found '3' as binary_data_size, expected a number"):
-        read(text + bytes(3), len(text), about)
-    with pytest.raises(DataError, match="data and bytes"):
-        read(body() + bytes(3), len(body()), about)
-    with pytest.raises(DataError, match="expected JSON of 1000000 as its header says"):
-        read(head, 10**6, about)
+def test_texts_become_tokens(moods: Description) -> None:
+    assert read(body("BYTES", [2], ["good bad", "bad"], "texts"), moods).tolist() == [[1, 2, 0, 0], [2, 0, 0, 0]]
+    assert moods.metadata("moods")["inputs"] == [{"name": "texts", "datatype": "BYTES", "shape": [-1]}]
+    with pytest.raises(DataError, match="expected 'texts'"):
+        read(body("UINT8", [1], [1], "texts"), moods)
 
 
-def test_json_of_many_numbers_is_refused_before_it_is_parsed(about: Description) -> None:
-    with pytest.raises(TooLargeError, match="expected at most 100; send them in the binary extension"):
-        read(body(tensor={"data": [0] * 200}), None, about, values=100)
+def reply(about: Description, answer: Answer, model: str, *outputs: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a response, and the data of its outputs by name."""
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1], "data": []}
+    asked = InferRequest.model_validate(
+        {"id": "7", "inputs": [tensor], "outputs": [{"name": name} for name in outputs]}
+    )
+    told = json.loads(json.dumps(about.response(model, asked, [answer], 0.5), allow_nan=False))
+    return told, {output["name"]: output["data"] for output in told["outputs"]}
 
 
-def test_a_tokenizer_is_read_once(about: Description) -> None:
-    read(body(), None, about).read()
-    loads = transform._loaded.cache_info().misses
-    for _ in range(5):
-        read(body(), None, about).read()
-    assert transform._loaded.cache_info().misses == loads
-
-
-def data(told: dict[str, Any]) -> dict[str, Any]:
-    return {output["name"]: output["data"] for output in told["outputs"]}
-
-
-def test_a_response_leaves_out_padded_outputs_and_says_who_answered(about: Description) -> None:
-    risk = torch.tensor([0.25], dtype=torch.float64)
-    answer = Answer(0, torch.tensor([[0.0, 2.0, 9.0]]), True, ("expert-b", "coded-0"), 0.5, risk, risk < 1)
-    every = dict.fromkeys(("probabilities", "class", "label", "risk"), False)
-    told, binary = response("moods", None, every, [answer], about)
-    assert told["parameters"] == {"decoded": True, "answered_by": "expert-b,coded-0", "seconds": 0.5}
-    assert told["outputs"][0]["shape"] == [1, 2]
-    found = data(told)
+def test_a_response_leaves_out_padded_outputs_and_says_who_answered() -> None:
+    answer = Answer(0, Reply(torch.tensor([[0.0, 2.0, 9.0]])), True, ("expert-cars", "coded-0"))
+    told, found = reply(PETS, answer, "pets")
+    assert told["parameters"] == {"decoded": True, "answered_by": "expert-cars,coded-0", "seconds": 0.5}
+    assert (told["id"], told["model_name"], told["outputs"][0]["shape"]) == ("7", "pets", [1, 2])
     assert found.pop("probabilities") == pytest.approx([0.1192, 0.8808], abs=1e-4)
-    assert found == {"class": [1], "label": ["glad"], "risk": [0.25]}
-    assert "id" not in told
-    assert not binary
+    assert found.pop("score") == pytest.approx([0.1192], abs=1e-4)
+    assert found == {"class": [1], "label": ["dog"]}
+    told, found = reply(PETS, Answer(1, answer.reply, False, ("expert-cars",)), "all", "cars.label", "cars.score")
+    assert found == {"cars.label": ["none"], "cars.score": answer_score(answer.reply.logits).tolist()}
+    assert told["outputs"][0]["parameters"] == {"decoded": False, "answered_by": "expert-cars"}
 
 
-def test_the_risk_is_one_number_an_answer(about: Description) -> None:
-    """0 for an expert's own answer, 1 where it is not known: whoever sets a threshold on it is on the safe side."""
-    risk = torch.tensor([0.25, torch.nan, 0.0])
-    decoded = Answer(0, torch.zeros(3, 3), True, ("coded-0",), 0.5, risk, risk < 0.1)
-    own = Answer(0, torch.zeros(3, 3), False, ("expert-a",), 0.5, torch.zeros(3), torch.ones(3, dtype=torch.bool))
-    for answer, wanted in ((decoded, [0.25, 1.0, 0.0]), (own, [0.0, 0.0, 0.0])):
-        assert data(response("moods", None, {"risk": False}, [answer], about)[0]) == {"risk": wanted}
-        told, binary = response("all", None, {"moods.risk": True}, [answer], about)
-        assert np.frombuffer(binary, np.float32).tolist() == wanted
-        assert told["outputs"][0]["parameters"]["binary_data_size"] == 12
-
-
-def test_what_the_promise_covers_is_told_where_there_is_one(about: Description) -> None:
-    risk = torch.tensor([0.25, torch.nan, 0.0])
-    answer = Answer(0, torch.zeros(3, 3), True, ("coded-0",), 0.5, risk, risk < 0.1)
-    names = [output["name"] for output in about.metadata("moods")["outputs"]]
-    assert "accepted" not in names
-    assert not response("moods", None, {"accepted": False}, [answer], about)[0]["outputs"]
-    promising = replace(about, promise={"alpha": 0.02, "confidence": 0.95})
+def test_what_the_promise_covers_is_told_where_there_is_one() -> None:
+    logits, covered = torch.zeros(2, 3), torch.tensor([True, False])
+    assert "accepted" not in [output["name"] for output in PETS.metadata("pets")["outputs"]]
+    assert "accepted" not in reply(PETS, Answer(0, Reply(logits, None, covered), True, ("coded-0",)), "pets")[1]
+    promising = replace(PETS, promise={"alpha": 0.02, "confidence": 0.95})
     told = promising.metadata("all")
-    assert told["outputs"][4] == {"name": "moods.accepted", "datatype": "BOOL", "shape": [-1]}
+    assert told["outputs"][4] == {"name": "pets.accepted", "datatype": "BOOL", "shape": [-1]}
     assert told["parameters"]["promise.alpha"] == "0.02"
-    assert data(response("moods", None, {"accepted": False}, [answer], promising)[0]) == {
-        "accepted": [False, False, True]
-    }
-    _, binary = response("all", None, {"moods.accepted": True}, [answer], promising)
-    assert binary == b"\0\0\1"
+    for answer, wanted in (
+        (Answer(0, Reply(logits, None, covered), True, ("coded-0",)), [True, False]),
+        (Answer(0, Reply(logits), True, ("coded-0",)), [False, False]),  # nothing is promised of this decoder
+        (Answer(0, Reply(logits), False, ("expert-pets",)), [True, True]),
+    ):
+        assert reply(promising, answer, "pets")[1]["accepted"] == wanted
+
+
+def test_replies_are_padded_and_those_to_requests_run_together_are_told_apart(
+    tmp_path: Path, small_config: NetworkConfig
+) -> None:
+    path = tmp_path / "expert.safetensors"
+    save_network(path, build_network(small_config, 3), small_config, 3, {})
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (3, 1, 12, 12), generator=draw, dtype=torch.uint8)
+    plain = NetworkServer(path, 5, features=False)(images)
+    assert plain.logits.shape == (3, 5)
+    assert not plain.logits[:, 3:].any()
+    assert plain.features is None
+    server = NetworkServer(path, 5, features=True)
+    with pytest.raises(DataError, match="expected"):
+        server(images.float())
+    others = torch.randint(256, (2, 3, 16, 16), generator=draw, dtype=torch.uint8)
+    requests = [("it", images[:1]), ("it", others), ("it", images[1:]), ("other", images)]
+    networks = {"it": server, "other": NetworkServer(path, 5, features=True)}
+    for (name, stored), found in zip(requests, run_together(networks, requests), strict=True):
+        own = networks[name](stored)
+        torch.testing.assert_close(found.logits, own.logits)
+        torch.testing.assert_close(found.features, own.features)
+
+
+def test_networks_for_texts_are_served(tmp_path: Path) -> None:
+    options = {"vocabulary": 20, "depth": 1, "heads": 2, "width": 8, "mlp_width": 8}
+    config = NetworkConfig("minilm", 6, None, options)
+    save_network(tmp_path / "text.safetensors", build_network(config, 3), config, 3, {})
+    server = NetworkServer(tmp_path / "text.safetensors", 3, features=True)
+    assert server.reads == "texts"
+    assert server(torch.ones(2, 6, dtype=torch.int64)).logits.shape == (2, 3)
+    assert server.probe.shape == (1, 6)
+
+
+def test_a_refusal_has_a_status() -> None:
+    assert (RefusedError("no").status, RefusedError("no", 413).status) == (400, 413)
