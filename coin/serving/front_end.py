@@ -41,7 +41,7 @@ class Limits:
     timeout: float = 2.0
     reading: float = 5.0
     initial_lateness: float = 0.1
-    queries: int = 1024
+    queries: int = 256
     queue: int = 256
     batch: int = 8
     samples: int = 64

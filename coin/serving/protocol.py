@@ -175,7 +175,7 @@ def open_file(text: Any) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG"))
     except (TypeError, *DAMAGE) as error:
-        raise DataError(f"found no image ({first_line(error)}), expected a PNG or JPEG file in base64") from error
+        raise DataError("found no image, expected a PNG or JPEG file in base64") from error
     if image.mode.startswith(("I", "F")):
         raise DataError(f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first")
     return image

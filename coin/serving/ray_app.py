@@ -16,6 +16,7 @@ from torch import Tensor
 from coin.core.choices import check_integer, check_number
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import OverloadedError, ServingError
+from coin.files.packaged import extra_module
 from coin.serving.front_end import FrontEnd, Limits, Server
 from coin.serving.protocol import Description
 from coin.serving.servers import NetworkServer, Reply, System, check_reply
@@ -159,8 +160,8 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
     """
     check_port(options)
     set_ray_variables(options.address)
+    serve = extra_module("ray.serve", "serve")
     import ray
-    from ray import serve
 
     def stop() -> None:
         with suppress(Exception):  # whoever cannot be drained is stopped all the same
@@ -172,7 +173,7 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
     try:
         start_ray(options.address)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        waits = options.limits.deadline + _SENDING  # also for a front end that was killed, until Ray has another
+        waits = options.limits.deadline + 5.0  # also for a front end that was killed, until Ray has another
         serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})
         serve.run(ray_application(system, about, options), name="coin", route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
