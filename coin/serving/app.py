@@ -16,8 +16,8 @@ from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError,
 from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.protocol import ALL, Description, InferRequest, RefusedError, parse
 
+# The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers.
 _STATUS = {DataError: 400, DeadlineError: 504, OverloadedError: 429, ServingError: 503, CoinError: 500}
-"""The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers."""
 
 
 @dataclass
@@ -32,8 +32,7 @@ class Budget:
     def taken(self, amount: int) -> Iterator[None]:
         """Reserve a part of the budget until the end of the block; it is refused with status 413 or 429."""
         if 2 * amount > self.most:
-            found = f"found a query of {amount} {self.what}, expected at most {self.most // 2}"
-            raise RefusedError(f"{found}; send fewer inputs", 413)
+            raise RefusedError(f"found {amount} {self.what}, expected at most {self.most // 2}; send fewer inputs", 413)
         if 2 * amount > self.most - self.held:
             raise OverloadedError(f"{self.held} {self.what} of queries are being read already; ask again later")
         self.held += amount
@@ -53,8 +52,8 @@ class Reader:
 
     async def read(self, request: Request, model: str) -> tuple[InferRequest, Any]:
         """Return a request and its inputs; raises DataError, or OverloadedError if too much is being read."""
-        for header, plain in (("content-encoding", "identity"), ("inference-header-content-length", "")):
-            if (found := request.headers.get(header, plain)) != plain:
+        for header in ("content-encoding", "inference-header-content-length"):
+            if found := request.headers.get(header):
                 raise RefusedError(f"found {header}: {found[:40]}, expected plain JSON; set binary_data=False", 415)
         if not (length := request.headers.get("content-length", "")).isdecimal():
             raise RefusedError(f"found Content-Length {length[:40]!r}, expected the number of bytes", 411)
@@ -66,8 +65,9 @@ class Reader:
                 async with asyncio.timeout(self.limits.reading):
                     body = await request.body()
             except (ClientDisconnect, TimeoutError):
-                told = f"found no end of the body within {self.limits.reading:g} s; send it faster"
-                raise RefusedError(told, 408) from None
+                raise RefusedError(
+                    f"found no end of it within {self.limits.reading:g} s; send it faster", 408
+                ) from None
             about = body, model, self.about, self.limits
             asked, pixels, decode = await loop.run_in_executor(self._lanes[is_light], parse, *about)
             with self.pixels.taken(pixels):
@@ -92,11 +92,9 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     times = Histogram("coin_answer_seconds", "The servers' time", ["model"], registry=registry, buckets=buckets)
     up = Gauge("coin_server_up", "Whether its last request went well", ["server"], registry=registry)
-    waiting = Gauge("coin_server_requests", "Requests under way", ["server"], registry=registry)
     reading = Gauge("coin_reading", "What queries that are being read hold", ["unit"], registry=registry)
     for name, server in front.servers.items():
         up.labels(name).set_function(lambda server=server: not server.doubted)
-        waiting.labels(name).set_function(lambda server=server: len(server.pending))
     for budget in (reader.bytes, reader.pixels):
         reading.labels(budget.what).set_function(lambda budget=budget: budget.held)
     app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2")
@@ -127,11 +125,7 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + front.limits.deadline
         with front.admitted():
-            try:
-                async with asyncio.timeout_at(deadline):
-                    asked, inputs = await reader.read(request, model)
-            except TimeoutError:
-                raise OverloadedError("the query waited too long to be read; ask again later") from None
+            asked, inputs = await reader.read(request, model)
             began = loop.time()
             answers = await front.ask(inputs, experts, deadline)
         told = about.response(model, asked, answers, loop.time() - began)
@@ -150,17 +144,16 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         """Answer."""
         return {"live": True}
 
-    @app.get("/v2/health/ready")
-    async def ready(response: Response) -> dict[str, bool]:
-        """Return 200 if every task can be answered, else 503."""
-        response.status_code = 200 if (is_ready := front.can_answer(models[ALL])) else 503
-        return {"ready": is_ready}
-
     @app.get("/v2/models/{model}/ready")
     async def model_ready(model: str, experts: Experts, response: Response) -> dict[str, Any]:
         """Return 200 if the task can be answered, else 503."""
         response.status_code = 200 if (is_ready := front.can_answer(experts)) else 503
         return {"name": model, "ready": is_ready}
+
+    @app.get("/v2/health/ready")
+    async def ready(response: Response) -> dict[str, Any]:
+        """Return 200 if every task can be answered, else 503."""
+        return await model_ready(ALL, models[ALL], response)
 
     @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])
     async def metadata(model: str) -> dict[str, Any]:

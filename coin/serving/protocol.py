@@ -79,22 +79,18 @@ class Description:
 
     def metadata(self, model: str) -> dict[str, Any]:
         """Return the protocol's model metadata; ``parameters`` holds the class names and the promise."""
-        pixels = {"datatype": "UINT8", "shape": [-1, 3, self.image_size, self.image_size]}
-        given = pixels if self.reads == "images" else {"datatype": "BYTES", "shape": [-1]}
-        outputs, promise = self.outputs(model), self.promise or {}
+        outputs, shape = self.outputs(model), [-1, 3, self.image_size, self.image_size]
         parameters = {f"{task}.classes": ",".join(self.classes[task]) for task in outputs}
-        parameters |= {f"promise.{name}": str(value) for name, value in promise.items()}
-        about: dict[str, Any] = {"name": model, "versions": ["1"], "platform": self.platform, "parameters": parameters}
+        parameters |= {f"promise.{name}": str(value) for name, value in (self.promise or {}).items()}
+        given = {"UINT8": shape} if self.reads == "images" else {"BYTES": [-1]}
         return {
-            **about,
-            "inputs": [{"name": self.reads, **given}],
-            "outputs": list(chain.from_iterable(outputs.values())),
-        }
+            "name": model, "versions": ["1"], "platform": self.platform, "parameters": parameters,
+            "inputs": [{"name": self.reads, "datatype": kind, "shape": shape} for kind, shape in given.items()],
+            "outputs": [*chain.from_iterable(outputs.values())],
+        }  # fmt: skip
 
-    def response(
-        self, model: str, request: "InferRequest", answers: Sequence[Answer], seconds: float
-    ) -> dict[str, Any]:
-        """Return the response to a request."""
+    def response(self, model: str, request: "InferRequest", answers: Sequence[Answer], time: float) -> dict[str, Any]:
+        """Return the response to a request, after so many seconds."""
         asked, outputs = {output.get("name") for output in request.outputs}, []
         for answer in answers:
             task, names = list(self.classes.items())[answer.expert]
@@ -107,7 +103,7 @@ class Description:
                 if not asked or output["name"] in asked:
                     shape = [len(classes), *output["shape"][1:]]
                     outputs.append({**output, "shape": shape, "data": data, "parameters": _parameters([answer])})
-        parameters = {**_parameters(answers), "seconds": seconds}
+        parameters = {**_parameters(answers), "seconds": time}
         told = {"model_name": model, "model_version": "1", "parameters": parameters, "outputs": outputs}
         return told if request.id is None else {**told, "id": request.id}
 
@@ -134,23 +130,21 @@ class InferRequest(BaseModel):
     outputs: list[dict[str, Any]] = []
 
 
-def parse(
-    body: bytes, model: str, about: Description, limits: Limits
-) -> tuple[InferRequest, int, Callable[[], Tensor]]:
-    """Return a request for a model, the number of its images' pixels, and what decodes its inputs.
+Parsed = tuple[InferRequest, int, Callable[[], Tensor]]
+"""A request, the number of its images' pixels, and what decodes its inputs."""
 
-    Both raise DataError, what is not decoded being only image files.
-    """
+
+def parse(body: bytes, model: str, about: Description, limits: Limits) -> Parsed:
+    """Parse a request for a model, all but its image files; that and what decodes these raise DataError."""
     try:
         request = InferRequest.model_validate_json(body)
     except ValidationError as error:
         where, why = ".".join(map(str, (first := error.errors()[0])["loc"])) or "the body", first["msg"]
         raise DataError(f"found an inference request that is wrong at {where} ({why})") from error
-    known = [output["name"] for outputs in about.outputs(model).values() for output in outputs]
+    given, known = request.inputs[0], [each["name"] for own in about.outputs(model).values() for each in own]
     if unknown := [output.get("name") for output in request.outputs if output.get("name") not in known]:
         raise DataError(f"found output '{unknown[0]}', expected some of {', '.join(known)}")
-    given = request.inputs[0]
-    if (given.name, given.datatype) not in ((about.reads, "BYTES"), ("images", "UINT8")) or given.name != about.reads:
+    if given.name != about.reads or (given.name, given.datatype) == ("texts", "UINT8"):
         raise DataError(f"found an input '{given.name}' of {given.datatype}, expected '{about.reads}'")
     if not 1 <= given.shape[0] <= limits.samples:
         told = f"found {given.shape[0]} images or texts, expected 1 to {limits.samples} at a time"
@@ -160,12 +154,10 @@ def parse(
     if about.reads == "texts":
         return request, 0, partial(tokenize, list(map(str, given.data)), about.image_size, about.tokenizer)
     images = list(map(open_file, given.data)) if given.datatype == "BYTES" else images_of(given.data, given.shape)
-    for image in images:
-        if image.width * image.height > limits.pixels:
-            told = f"found an image of {image.width} × {image.height} pixels, expected {limits.pixels} at most"
-            raise RefusedError(told, 413)
-    pixels = sum(image.width * image.height for image in images)
-    return request, pixels, partial(to_squares, images, about.image_size)
+    sizes = [image.width * image.height for image in images]
+    if max(sizes) > limits.pixels:
+        raise RefusedError(f"found an image of {max(sizes)} pixels, expected at most {limits.pixels}; shrink it", 413)
+    return request, sum(sizes), partial(to_squares, images, about.image_size)
 
 
 def open_file(text: Any) -> Image.Image:

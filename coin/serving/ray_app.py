@@ -188,5 +188,5 @@ def check_port(options: RayOptions) -> None:
         if options.address is None:
             socket.create_server((options.host, options.port)).close()
     except OSError as error:
-        told = f"cannot listen at {options.host}:{options.port} ({error.strerror}), expected a free port"
-        raise ServingError(f"{told}; stop what listens there, or set --ray.port") from error
+        told = f"found {options.host}:{options.port} in use ({error.strerror}), expected a free port; set --ray.port"
+        raise ServingError(told) from error

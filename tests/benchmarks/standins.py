@@ -117,7 +117,7 @@ def under_kills(client: httpx.Client, process: int, known: Known, queries: int) 
 
 
 async def under_load(base: str, known: Known, clients: int, seconds: float) -> bool:
-    """Let so many clients ask at once, print the statuses and latencies, and return whether all are as they should be."""
+    """Let so many clients ask at once, print statuses and latencies, and return whether all are as they should be."""
     counts, times, end = Counter[int](), list[float](), time.monotonic() + seconds
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=base, timeout=60, limits=limits) as client:
@@ -143,7 +143,7 @@ async def under_load(base: str, known: Known, clients: int, seconds: float) -> b
 
 
 def wrong_queries(client: httpx.Client, task: str, size: int) -> bool:
-    """Send wrong queries, print their statuses, and return whether each is a 4xx with a line that says what is wrong."""
+    """Send wrong queries, print their statuses, and return whether each is a 4xx that says what is wrong."""
     good = query(torch.zeros(1, 3, size, size, dtype=torch.uint8))
 
     def changed(**changes: object) -> dict[str, object]:

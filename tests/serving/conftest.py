@@ -1,14 +1,12 @@
 """A virtual clock, and servers whose answers tell who gave them and to what."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-import pytest
 import torch
 
 from coin.coding import Code, make_decoder
-from coin.errors import OverloadedError
 from coin.serving.front_end import Answer, FrontEnd, Limits
 from coin.serving.policies import Policy, StandIns
 from coin.serving.servers import Reply, System, check_reply

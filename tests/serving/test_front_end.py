@@ -429,7 +429,7 @@ def test_which_servers_suffice() -> None:
     assert both.suffice(0, {"coded-0", "coded-1"})
     assert not both.suffice(0, {"a", "coded-0"})
     replicas = StandIns("replica", names, code)
-    assert replicas.servers == [*names, *(f"replica-{row}/{name}" for name in names for row in (0, 1))]
+    assert list(replicas.servers) == [*names, *(f"replica-{row}/{name}" for name in names for row in (0, 1))]
     assert replicas.suffice(1, {"replica-1/b"})
     assert not replicas.suffice(1, {"replica-1/a"})
     assert not StandIns("nobody", names, code).suffice(0, set(names))

@@ -41,7 +41,7 @@ class Asked:
 
 
 class Schedule:
-    """One system with servers whose every call goes as a seed says; `bad` are those that always fail, and nobody else."""
+    """One system with servers whose every call goes as a seed says; `bad` are those that always fail, and no other."""
 
     def __init__(self, seed: int, kind: PolicyKind, quantile: float, bad: set[str] | None = None) -> None:
         draw = self.draw = random.Random(seed)

@@ -1,0 +1,140 @@
+"""The simulation against queueing theory, against an exact recursion, and against what must be so."""
+
+import asyncio
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coin.coding.ready import convex
+from coin.errors import ConfigurationError
+from coin.serving.front_end import Limits
+from coin.serving.policies import POLICIES, Policy, PolicyKind, StandIns
+from coin.serving.simulate import Conditions, Phases, QueryTarget, Simulation, VirtualLoop, run_simulation
+
+MS = 1e-3
+
+
+def make(
+    kind: str = "uncoded", experts: int = 3, quantile: float = 0.9, tail: float = 0.0, **options: Any
+) -> Simulation:
+    fields = {name: options.pop(name) for name in ("marginal", "want", "seed") if name in options}
+    stand_ins = StandIns(POLICIES[kind][0], [f"expert-{place}" for place in range(experts)], convex(experts, 1))
+    conditions = Conditions(**{"load": 0.5, "queries": 4000, "overhead": 0.0} | options, tail=tail)
+    return Simulation(
+        stand_ins, Policy(PolicyKind(kind), quantile), conditions, [np.array([10 * MS])] * experts, **fields
+    )
+
+
+def test_time_jumps_to_the_next_timer_and_nothing_hangs() -> None:
+    loop, order = VirtualLoop(), []
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        order.append((seconds, loop.time()))
+
+    async def main() -> None:
+        await asyncio.gather(*map(sleep, (3e6, 1.0, 2.0, 1.0)))
+
+    loop.run_until_complete(main())
+    assert order == [(seconds, pytest.approx(seconds)) for seconds in (1.0, 1.0, 2.0, 3e6)]
+    with pytest.raises(RuntimeError, match="no timer is set"):
+        loop.run_until_complete(loop.create_future())
+    loop.close()
+
+
+def test_latencies_are_those_of_lindleys_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One server, one request at a time: W_{k+1} = max(0, W_k + S_k − A_{k+1}), query by query."""
+    monkeypatch.setattr(Limits, "batch", 1)
+    it = make(experts=1, load=0.6, tail=0.5)
+    draw = np.random.default_rng([0, 1, 0])
+    draw.choice(it.seconds[0], 4096)
+    services = 10 * MS + draw.exponential(5 * MS, 4096)
+    arrivals = np.random.default_rng([0, 0]).exponential(15 * MS / 0.6, 4000).cumsum()
+    free, expected = 0.0, []
+    for arrival, service in zip(arrivals, services, strict=False):
+        free = max(free, arrival) + service
+        expected.append(free - arrival)
+    np.testing.assert_allclose(run_simulation(it).latencies, expected[1000:], rtol=1e-7)
+
+
+def test_decoding_at_once_is_an_order_statistic() -> None:
+    """All of three experts from any three of four servers, next to no load: the third of four times."""
+    it = make("coded_proactive", quantile=0.0, load=0.001, tail=1.0, want=QueryTarget.all)
+    outcome = run_simulation(it)
+    own = 10 * MS + 10 * MS * (1 / 4 + 1 / 3 + 1 / 2)
+    assert outcome.latencies.mean() == pytest.approx(own, rel=0.03)
+    # Each of the four is the last with probability 1/4; the coded model's being last costs no decoding.
+    assert 3 * outcome.stood_in == pytest.approx(3 / 4, abs=0.03)
+    assert outcome.forwards == pytest.approx(4.0, abs=0.01)
+
+
+@pytest.mark.parametrize("quantile", [0.6, 0.9])
+def test_share_that_is_late_is_what_the_quantile_says(quantile: float) -> None:
+    outcome = run_simulation(make("coded_hedged", quantile=quantile, load=0.01, tail=1.0, queries=8000))
+    assert (outcome.forwards - 1) / 3 == pytest.approx(1 - quantile, abs=0.03)  # a late query asks three more servers
+    assert 0 < outcome.stood_in <= 1 - quantile + 0.03
+
+
+def test_the_same_seed_is_the_same_to_the_last_bit_and_policies_see_the_same_queries_and_phases() -> None:
+    options: dict[str, Any] = {"tail": 0.2, "slow": Phases(0.1, 50.0), "down": Phases(0.02, 50.0), "queries": 2000}
+    first, again, other = (run_simulation(make("coded_hedged", **options, seed=seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.latencies, again.latencies)
+    assert first[1:] == again[1:]
+    assert not np.array_equal(first.latencies, other.latencies)
+    alone, lost = (run_simulation(make(kind, slow=Phases(0.1, 50.0))) for kind in ("uncoded", "standin_lost"))
+    np.testing.assert_array_equal(alone.latencies, lost.latencies)
+
+
+@pytest.mark.parametrize("want", list(QueryTarget))
+def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: QueryTarget) -> None:
+    options: dict[str, Any] = {"load": 0.2, "slow": Phases(0.02, 50.0, 20.0), "want": want}
+    outcomes = {
+        kind: run_simulation(make(kind, **options)) for kind in ("uncoded", "replica", "standin", "coded_hedged")
+    }
+    tails = {kind: np.quantile(outcome.latencies, 0.99, method="higher") for kind, outcome in outcomes.items()}
+    needed = 3 if want is QueryTarget.all else 1
+    assert outcomes["uncoded"].forwards == pytest.approx(needed, abs=0.01)
+    for kind in ("replica", "standin", "coded_hedged"):
+        assert tails[kind] < 0.5 * tails["uncoded"]
+        assert needed < outcomes[kind].forwards < needed + 0.5
+    assert tails["replica"] == pytest.approx(tails["standin"], rel=0.1)  # one server more, of the same speed
+
+
+def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded() -> None:
+    failed = {}
+    for kind in PolicyKind:
+        outcome = run_simulation(make(kind, load=0.1, down=Phases(0.05, 50.0)))
+        failed[kind] = float(np.isinf(outcome.latencies).mean())
+    assert 0.03 < failed[PolicyKind.uncoded] < 0.08
+    assert all(share < 0.4 * failed["uncoded"] for kind, share in failed.items() if kind != "uncoded"), failed
+
+
+def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
+    outcome = run_simulation(make("coded_proactive", load=0.95, queries=3000, seed=1))
+    assert np.isfinite(outcome.latencies).any()
+    assert outcome.latencies[np.isfinite(outcome.latencies)].max() <= Limits.deadline
+
+
+def test_batches_carry_a_load_that_one_at_a_time_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = run_simulation(make(load=0.95, marginal=0.1, tail=0.5)).latencies
+    monkeypatch.setattr(Limits, "batch", 1)
+    assert together.mean() < 0.5 * run_simulation(make(load=0.95, tail=0.5)).latencies.mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.4])
+def test_phases_take_their_share_of_the_time(share: float) -> None:
+    is_on = Phases(share, 10.0).is_on(0.1, random.Random(0))
+    assert np.mean([is_on(now) for now in np.arange(0, 20_000, 0.1)]) == pytest.approx(share, abs=0.02)
+
+
+def test_mistakes() -> None:
+    for options, told in (
+        ({"load": 1.0}, "load=1.0"), ({"queries": 39}, "queries=39"), ({"seconds": 0}, "seconds=0"), ({"tail": -1}, "tail"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=told):
+            Conditions(**options)
+    for options, told in (({"share": 1.0}, "share=1.0"), ({"length": 0}, "length=0"), ({"factor": 0.5}, "factor=0.5")):
+        with pytest.raises(ConfigurationError, match=told):
+            Phases(**options)
