@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coin.commands.parser import parse_options
+from coin.core.choices import check_integer
 from coin.core.progress import tracked
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path
@@ -44,6 +45,7 @@ def simulate(
         seeds: How often, with other random numbers.
         output: The folder for ``simulation.csv`` and the figure; by default `folder`.
     """
+    check_integer("seeds", seeds, 1)
     found: dict[PolicyKind, Coded] = {}
     for kind in policies or PolicyKind:
         try:

@@ -153,7 +153,8 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     @app.get("/v2/health/ready")
     async def ready(response: Response) -> dict[str, Any]:
         """Return 200 if every task can be answered, else 503."""
-        return await model_ready(ALL, models[ALL], response)
+        told: dict[str, Any] = await model_ready(ALL, models[ALL], response)
+        return told
 
     @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])
     async def metadata(model: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/standins.py runs/smallest --method=refit --decoder=expert_head --queries 1000 --clients 400
 
-While no expert, each in turn and all of them are killed (``kill -9``, again as soon as Ray has started another), a client
-asks for every task in turn, with its test images. Every answer must be that of the expert or of the coded model alone
+While no expert, each in turn and all of them are killed (``kill -9``, again as soon as Ray has started another), a
+client asks for every task in turn, with images. Every answer must be that of the expert or of the coded model alone
 with the decoder, as they answer here, and name the server. A table says for each phase how many answers there were, how
 many were decoded, of how many the class is that of the expert itself, failures, and milliseconds. Then so many clients
 ask at once for ten seconds, and wrong queries are sent. The exit status is 1 where an answer is another, there is none

@@ -1,8 +1,23 @@
 """Every command runs in a folder of its own."""
 
+from pathlib import Path
+
 import pytest
+
+from coin.cli import main
 
 
 @pytest.fixture(autouse=True)
 def own_folder(elsewhere: None) -> None:
     """See `elsewhere`."""
+
+
+@pytest.fixture(scope="session")
+def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment, evaluated with decoders that read no survivor beside one that does."""
+    output = tmp_path_factory.mktemp("alone")
+    decoders = "[linear, expert_head, {kind: feature_ridge, survivors: false}]"
+    methods = "[{class_path: Coin, init_args: {compress: {bits: 8}}}]"
+    options = [f"--output={output}", f"--decoders={decoders}", f"--methods={methods}"]
+    assert main(["run", "-c", str(config), *options]) == 0
+    return output / "tiny"

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,30 +12,193 @@ import pytest
 import torch
 import yaml
 
-import coin
 from coin.cli import main
 from coin.coding import Promise
 from coin.commands.serve import application, read_system
+from coin.data import Digits, Glyphs
+from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.reporting import read_results
-from coin.reporting.results import requested_policy
 from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import Reply, System
-from tests.pipeline.conftest import tasks_of
 from tests.serving.conftest import ask_all, ask_one
 
 
-def read(folder: Path, policy: str | None = None, decoder: str | None = "feature_ridge", method: str = "coin") -> System:
+def read(
+    folder: Path, policy: str | None = None, decoder: str | None = "feature_ridge", method: str = "coin"
+) -> System:
     return read_system(str(folder), method, decoder, policy and PolicyKind(policy), 0.9)[0]
 
 
-@pytest.fixture(scope="session")
-def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The experiment, evaluated with decoders that read no survivor beside one that does."""
-    output = tmp_path_factory.mktemp("alone")
-    decoders = "[linear, expert_head, {kind: feature_ridge, survivors: false}]"
-    methods = "[{class_path: Coin, init_args: {compress: {bits: 8}}}]"
-    options = [f"--output={output}", f"--decoders={decoders}", f"--methods={methods}"]
-    assert main(["run", "-c", str(config), *options]) == 0
-    return output / "tiny"
+def front_end(system: System, *lost: str) -> FrontEnd:
+    """Return a front end with the networks in this process, some of which are lost."""
+
+    def serve(name: str) -> Any:
+        network = system.network(name)
+
+        async def ask(images: torch.Tensor) -> Reply:
+            if name in lost:
+                raise RuntimeError("killed")
+            return network(images)
+
+        return ask
+
+    servers = {name: serve(name) for name in system.files}
+    return FrontEnd(servers, system.stand_ins, system.policy, system.decode, Limits(timeout=60.0, deadline=60.0))
+
+
+def accuracies(system: System, *lost: str) -> list[float]:
+    """Return the accuracy of every expert's answers on its test images."""
+    tasks = {
+        "digits": Digits(max_train=120, max_test=77, image_size=16),
+        "letters": Glyphs(classes="A-F", train_per_class=30, test_per_class=9, image_size=16),
+    }
+    data = Tasks(tasks)
+    data.prepare_data()
+    data.setup()
+
+    async def ask() -> list[float]:
+        front, found = front_end(system, *lost), []
+        for expert, task in enumerate(tasks.values()):
+            right = []
+            for images, labels in task.test_dataloader():
+                answer = await ask_one(front, images, expert)
+                assert answer.decoded == (system.stand_ins.experts[expert] in lost)
+                right.append(answer.reply.logits[:, : task.num_classes].argmax(1) == labels)
+            found.append(float(torch.cat(right).float().mean()))
+        return found
+
+    return asyncio.run(ask())
+
+
+SERVED = [
+    ("coin", "linear", "coded_hedged"), ("coin", "feature_ridge", "coded_hedged"), ("coin", "expert_head", "standin"),
+    ("coin", "feature_ridge-alone", "standin"), ("coin-8bit", "expert_head", "standin"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "decoder", "policy"), SERVED)
+def test_what_is_served_is_as_accurate_as_the_results_say(
+    request: pytest.FixtureRequest, method: str, decoder: str, policy: str
+) -> None:
+    folder = request.getfixturevalue("finished" if decoder in ("linear", "feature_ridge") else "alone")
+    system = read(folder, None, decoder, method)
+    assert system.policy.kind == policy  # the default for the decoder
+    assert list(system.files) == ["expert-digits", "expert-letters", "coded-0"]
+    results = read_results(folder / "seed-0").query("method == @method and decoder == @decoder").sort_values("task")
+    best = results.groupby("batchnorm").decoded_accuracy.mean().idxmax()
+    rows = results[results.batchnorm == best]
+    own, decoded = rows.expert_accuracy.tolist(), rows.decoded_accuracy.tolist()
+    assert accuracies(system) == pytest.approx(own)
+    assert accuracies(system, "expert-digits") == pytest.approx([decoded[0], own[1]])
+    if policy == "standin":
+        assert accuracies(system, "expert-digits", "expert-letters") == pytest.approx(decoded)
+
+
+def test_the_decoder_is_the_most_accurate_that_the_policy_can_use(alone: Path, finished: Path) -> None:
+    results = read_results(alone / "seed-0")
+    means = results[~results.method.isin(["none", "oracle"])].groupby(["method", "decoder"]).decoded_accuracy.mean()
+    best = means.drop("linear", level="decoder").idxmax()
+    about = read_system(str(alone), None, None, PolicyKind("standin"), 0.9)[1]
+    assert about.platform == f"coin (standin, {best[0]}, {best[1]})"
+    assert list(about.classes) == ["digits", "letters"]
+    assert read_system(str(alone), None, None, PolicyKind("coded_proactive"), 0.9)[1].platform.endswith("linear)")
+    for folder, policy, decoder, told in (
+        (alone, "standin", "linear", "expected a decoder that reads none, such as expert_head"),
+        (finished, "standin_lost", None, "expected a decoder that reads none, such as expert_head"),
+        (alone, "coded_hedged", "expert_head", "expected a decoder that reads the survivors, such as ridge"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            read(folder, policy, decoder)
+
+
+def test_what_a_promise_covers_is_told(alone: Path) -> None:
+    system = read(alone, "standin", "expert_head")
+    (decoder,) = system.decoders.values()
+    decoder.promises = {0: Promise(0.5, 0.02, 0.95, 1.0, 9, 9)}
+    images = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    first, second = asyncio.run(ask_all(front_end(system, "expert-digits", "expert-letters"), images))
+    scores = 1 - first.reply.logits[:, :10].double().softmax(1).amax(1)
+    assert torch.equal(first.reply.accepted, scores <= 0.5)
+    assert second.reply.accepted is None
+
+
+def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> None:
+    system = read(finished, "replica")
+    names = ["expert-digits", "expert-letters", "replica-0/expert-digits", "replica-0/expert-letters"]
+    assert list(system.files) == names
+    assert [system.files[name] for name in names[:2]] == [system.files[name] for name in names[2:]]
+    assert list(read(finished, "uncoded").files) == names[:2]
+    images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    own = asyncio.run(ask_one(front_end(system), images, 0))
+    replica = asyncio.run(ask_one(front_end(system, "expert-digits"), images, 0))
+    assert (replica.decoded, replica.answered_by) == (False, ("replica-0/expert-digits",))
+    torch.testing.assert_close(own.reply.logits, replica.reply.logits)
+
+
+def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
+    text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
+    (app,) = yaml.safe_load(text)["applications"]
+    assert app["import_path"] == "coin.commands.serve:application"
+    assert application({**app["args"], "folder": str(finished), "method": "coin"}) is not None
+    with pytest.raises(FileError, match="nowhere"):
+        application({"folder": "nowhere"})
+
+
+MISTAKES = {
+    "no results": (["nowhere"], "nowhere"),
+    "decoder": (["FOLDER", "--decoder=magic"], "magic"),
+    "policy": (["FOLDER", "--policy=magic"], "magic"),
+    "port": (["FOLDER", "--ray.port=0"], "port=0"),
+    "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
+    "threads": (["FOLDER", "--ray.threads=0"], "threads=0"),
+    "no Ray": (["FOLDER"], "pip install '.[serve]'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_one_line(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as though it were not installed
+    arguments, wanted = MISTAKES[case]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = [argument.replace("FOLDER", str(finished)) for argument in arguments]
+    assert main(["serve", *given, *([] if case == "port" else [f"--ray.port={port}"])]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("coin: error: ")
+    assert wanted in line
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxies do
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", ".", f"--ray.port={port}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"coin: error: found 127.0.0.1:{port} in use (")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
+def test_on_ray_clients_get_answers_while_experts_are_killed_and_a_4xx_for_what_is_wrong(alone: Path) -> None:
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "tests/benchmarks/standins.py"), str(alone), "--queries=200", "--clients=20"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "all as it should be" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_server_starts_without_what_only_training_needs() -> None:
+    """Lightning took ten of the fifteen seconds in which a front end that was killed was back, on two busy cores."""
+    code = "import sys, coin.serving.app, coin.serving.ray_app; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
