@@ -86,10 +86,6 @@ study: $(VENV)/.demo  ## every result in notebooks/results anew, and the tables:
 	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) || exit 1; done
 	$(BIN)/python notebooks/fine_tuning_distance.py $(RESULTS)/fine-tuning/*/seed-* --output $(RESULTS)/fine-tuning/distance.csv
 	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/experts/*-30[23]-tasks-[012]/seed-* --output $(RESULTS)/silent-faults/faults.csv
-	$(BIN)/coin run --seeds=[0] -c configs/experiment/quickstart-3.yaml -c configs/experiment/study/serving.yaml --name=serving-3
-	$(BIN)/coin run --seeds=[0] -c configs/experiment/beyond/eight-experts.yaml -c configs/experiment/study/serving.yaml --name=serving-8
-	for n in 3 8; do for how in rare-stragglers stragglers failures; do \
-		$(BIN)/coin simulate runs/serving-$$n -c configs/simulate/$$how.yaml --loads=[0.4] --output=$(RESULTS)/serving/$$how-$$n || exit 1; done; done
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error

@@ -65,9 +65,7 @@ class Reader:
                 async with asyncio.timeout(self.limits.reading):
                     body = await request.body()
             except (ClientDisconnect, TimeoutError):
-                raise RefusedError(
-                    f"found no end of it within {self.limits.reading:g} s; send it faster", 408
-                ) from None
+                raise RefusedError(f"found no end within {self.limits.reading:g} s; send it faster", 408) from None
             about = body, model, self.about, self.limits
             asked, pixels, decode = await loop.run_in_executor(self._lanes[is_light], parse, *about)
             with self.pixels.taken(pixels):
@@ -92,11 +90,8 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
     times = Histogram("coin_answer_seconds", "The servers' time", ["model"], registry=registry, buckets=buckets)
     up = Gauge("coin_server_up", "Whether its last request went well", ["server"], registry=registry)
-    reading = Gauge("coin_reading", "What queries that are being read hold", ["unit"], registry=registry)
     for name, server in front.servers.items():
         up.labels(name).set_function(lambda server=server: not server.doubted)
-    for budget in (reader.bytes, reader.pixels):
-        reading.labels(budget.what).set_function(lambda budget=budget: budget.held)
     app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2")
     app.state.drain = front.drain
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from itertools import chain
@@ -42,20 +42,14 @@ class Policy:
 
     kind: PolicyKind
     quantile: float = 0.9
+    which: Which = field(init=False)
+    moment: Moment = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", parse_enum(PolicyKind, "policy", self.kind))
+        kind = parse_enum(PolicyKind, "policy", self.kind)
+        for name, value in zip(("kind", "which", "moment"), (kind, *POLICIES[kind]), strict=True):
+            object.__setattr__(self, name, value)
         check_number("quantile", self.quantile, low=0, high=1)
-
-    @property
-    def which(self) -> Which:
-        """Who stands in for an expert."""
-        return POLICIES[self.kind][0]
-
-    @property
-    def moment(self) -> Moment:
-        """When these are asked."""
-        return POLICIES[self.kind][1]
 
 
 class Lateness:

@@ -158,7 +158,6 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
 
     Raises ServingError where it cannot serve here.
     """
-    check_port(options)
     set_ray_variables(options.address)
     serve = extra_module("ray.serve", "serve")
     import ray

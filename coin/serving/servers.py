@@ -1,7 +1,6 @@
 """What is served of a run: its networks as servers, and the decoder of their replies."""
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +39,9 @@ def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of stored inputs.
+    """An expert or a coded model that answers batches of stored inputs, one at a time.
 
-    Its file is read here, which raises FileError if it is missing or damaged. Logits of fewer classes than `outputs`
-    are padded by zeros.
+    Its file is read here. Logits of fewer classes than `outputs` are padded by zeros.
     """
 
     def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
@@ -51,7 +49,6 @@ class NetworkServer:
         self.image_size, self.reads = file.config.image_size, file.config.reads
         self._network = pad_head(file.network, outputs).requires_grad_(False).to(device)
         self._device, self._features = device, features
-        self._turn = threading.Lock()  # features are taken by hooks, which cannot tell two passes at a time apart
 
     @property
     def probe(self) -> Tensor:
@@ -64,8 +61,7 @@ class NetworkServer:
     def __call__(self, stored: Tensor) -> Reply:
         """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, or texts, int64 ``[B, L]``; else a DataError."""
         inputs = to_input(stored.to(self._device), self.image_size)
-        with self._turn:
-            run = run_network(self._network, inputs, self._features)
+        run = run_network(self._network, inputs, self._features)
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
 
@@ -77,8 +73,7 @@ class System:
         files: The network's file of every server, by name: paths that all machines see.
         stand_ins: The servers that stand in for an expert; `policy`, when they are asked.
         decoders: Decoders by the experts that are lost; one that reads no survivor is for the loss of all.
-        classes: How many classes every expert has.
-        features: Whether replies have features.
+        classes: How many classes every expert has; `features`, whether replies have features.
     """
 
     files: Mapping[str, Path]
@@ -142,10 +137,7 @@ class System:
 
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> "Coded":
-    """Return `Coded.from_run`, without a named decoder with the most accurate one that the policy can use.
-
-    Raises ConfigurationError where there is none.
-    """
+    """Return `Coded.from_run` with the most accurate decoder that the policy can use; else a ConfigurationError."""
     from coin.modules import Coded
     from coin.reporting.results import RESULTS_CSV, read_results
     from coin.reporting.summary import REFERENCES, seed_folders
@@ -156,10 +148,10 @@ def read_coded(folder: Path, method: str | None, decoder: str | None, policy: Po
         frame = frame[~frame["method"].isin(REFERENCES) & (frame["decoder"] != REPLICA)]
         reads = frame["decoder"].map(lambda name: DecoderConfig.named(name).reads_survivors).astype(bool)
         named = (frame["decoder"] == (decoder or frame["decoder"])) & (frame["method"] == (method or frame["method"]))
-        if not (named & (reads == survivors)).any():
+        frame = frame[named & (reads == survivors)]
+        if frame.empty:
             kind = "that reads the survivors, such as ridge" if survivors else "that reads none, such as expert_head"
             raise ConfigurationError(f"found no results for {policy}, expected a decoder {kind}; run it with one")
-        frame = frame[named & (reads == survivors)]
         best: Any = frame.groupby(["method", "decoder"])["decoded_accuracy"].mean().idxmax()
         method, decoder = best
     return Coded.from_run(folder, method, decoder)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,28 +34,23 @@ LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 """Quantiles of the latency, by the names of their columns."""
 
 
-class _Jump(selectors.DefaultSelector):
-    """Waits for nothing: instead of sleeping, it lets the clock jump."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("everything waits and no timer is set: this would hang for ever")
-        self.now += max(timeout, 0.0)
-        return []
-
-
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose time, in seconds from 0, jumps to the next timer where everything waits."""
 
     def __init__(self) -> None:
-        self._clock = _Jump()
-        super().__init__(self._clock)
+        self._now, selector = 0.0, selectors.DefaultSelector()
+        selector.select = self._jump  # type: ignore[method-assign]
+        super().__init__(selector)
+
+    def _jump(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise RuntimeError("everything waits and no timer is set: this would hang for ever")
+        self._now += max(timeout, 0.0)
+        return []
 
     def time(self) -> float:
         """Return the virtual time."""
-        return self._clock.now
+        return self._now
 
 
 @dataclass(frozen=True)
@@ -129,10 +124,10 @@ class Simulation:
 
     Args:
         stand_ins: The servers, and which of them stand in for an expert; `policy`, when they are asked.
+        conditions: The load and the machines.
         seconds: For each expert measured service times ``[K]``, or their mean ``[1]``; other servers take the first's.
         marginal: The time of each further input of a batch, as a share of the first.
-        want: Whose answers a query wants.
-        seed: The seed of everything random; with one seed, different policies have the same queries and phases.
+        want: Whose answers a query wants; `seed`: of everything random, queries and phases the same for all policies.
     """
 
     stand_ins: StandIns
