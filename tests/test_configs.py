@@ -55,7 +55,7 @@ def test_configuration_is_parsed(
             main([*arguments, "--print_config"])
         assert stop.value.code == 0
         printed = capsys.readouterr().out
-        assert ("quantiles" if room == "simulate" else "class_path") in printed
+        assert ("quantile:" if room == "simulate" else "class_path") in printed
 
 
 def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:
