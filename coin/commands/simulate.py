@@ -14,7 +14,7 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path
 from coin.modules import Coded
 from coin.reporting.results import write_frame
-from coin.reporting.style import WIDTH, as_png, colour, legend_below, log_scale, marker, style
+from coin.reporting.style import COLOURS, WIDTH, as_png, legend_below, marker, style
 from coin.reporting.tables import percent, results_console, rich_table
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
@@ -100,11 +100,9 @@ def tail_figure(rows: pd.DataFrame) -> Figure:
                 ends = line["p999"] - line["p999_low"], high - line["p999"]
                 axes.errorbar(
                     line["memory"] / 2**20, 1e3 * line["p999"], [1e3 * each for each in ends], label=kind,
-                    color=colour(index), marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
+                    color=COLOURS[index], marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
                 )  # fmt: skip
-            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)")
-            log_scale(axes, "y", (1.0, 2.0, 5.0))
-        log_scale(panels[-1], "x", (1.0, 2.0, 5.0))
+            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
         panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
         legend_below(figure, panels[0], columns=3)
         return figure
