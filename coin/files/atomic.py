@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -53,16 +52,6 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` by way of a temporary name."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the two places have no links between them."""
-    with atomic_path(target) as temporary:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(source, temporary)
 
 
 def sha256_of(path: Path) -> str:
