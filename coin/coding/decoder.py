@@ -127,9 +127,7 @@ class Decoder(nn.Module, ABC):
         return own
 
     def _without_features(self) -> DecodingError:
-        return DecodingError(
-            f"the {self.config.name} decoder found answers without features, expected features and logits"
-        )
+        return DecodingError(f"the {self.config.name} decoder found answers without features, expected both")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self._buffers:  # a buffer's shape is that of the fit

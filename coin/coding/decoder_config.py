@@ -40,13 +40,6 @@ class FittedOn(StrEnum):
     own = "own"
 
 
-_ALONE = "alone"
-_KINDS = {  # to which kinds an option applies
-    "fitted_on": (DecoderKind.ridge, DecoderKind.feature_ridge, DecoderKind.expert_head),
-    "survivors": (DecoderKind.ridge, DecoderKind.feature_ridge),
-}
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder with its options.
@@ -74,11 +67,10 @@ class DecoderConfig:
         object.__setattr__(self, "fitted_on", parse_enum(FittedOn, "fitted_on", self.fitted_on))
         if not isinstance(self.survivors, bool):
             raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
-        for option, value in self._given.items():
-            if self.kind not in _KINDS[option]:
-                raise ConfigurationError(
-                    f"found {option}={value} for {self.kind}, expected {' or '.join(_KINDS[option])}"
-                )
+        if self.fitted_on is FittedOn.own and self.kind is DecoderKind.linear:
+            raise ConfigurationError("found fitted_on=own for linear, expected ridge or feature_ridge or expert_head")
+        if not self.survivors and self.kind not in (DecoderKind.ridge, DecoderKind.feature_ridge):
+            raise ConfigurationError(f"found survivors=False for {self.kind}, expected ridge or feature_ridge")
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
@@ -97,10 +89,8 @@ class DecoderConfig:
     def named(cls, name: str) -> "DecoderConfig":
         """Return the configuration that has this `name`."""
         kind, *suffixes = name.split("-")
-        options: dict[str, Any] = {"kind": kind}
-        for suffix in suffixes:
-            options |= {"survivors": False} if suffix == _ALONE else {"fitted_on": suffix}
-        config = cls.of(options)
+        own = "own" if "own" in suffixes else "all"
+        config = cls.of({"kind": kind, "fitted_on": own, "survivors": "alone" not in suffixes})
         if config.name != name:
             raise ConfigurationError(f"found decoder '{name}', expected '{config.name}' for these options")
         return config
@@ -108,13 +98,8 @@ class DecoderConfig:
     @property
     def name(self) -> str:
         """What results call the decoder: its kind, and the options that differ from the defaults."""
-        given = (_ALONE if option == "survivors" else value for option, value in self._given.items())
-        return "-".join(map(str, (self.kind, *given)))
-
-    @property
-    def _given(self) -> dict[str, Any]:
-        options = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "kind"}
-        return {option: value for option, value in options.items() if value != getattr(DecoderConfig, option)}
+        own = "-own" if self.fitted_on is FittedOn.own else ""
+        return f"{self.kind}{own}{'' if self.survivors else '-alone'}"
 
     @property
     def reads_features(self) -> bool:

@@ -11,7 +11,7 @@ class DecodingAccuracy(Metric):
     """How well one decoded expert replaces the expert itself, on its own task's test set.
 
     `compute` returns float64 scalars, NaN before the first sample: ``expert_accuracy`` and ``decoded_accuracy``, shares
-    of samples that are classified correctly, ``nda``, their ratio (`normalized_decoding_accuracy`), ``agreement``, the
+    of samples that are classified correctly, ``nda``, their ratio, ``agreement``, the
     share of samples where both predict the same class, and of a promise ``coverage``, the share of accepted answers,
     and ``found``, the share of these that differ. The state is six integer counts, summed over processes.
 
@@ -63,7 +63,8 @@ class DecodingAccuracy(Metric):
         return {
             "expert_accuracy": expert / total,
             "decoded_accuracy": decoded / total,
-            "nda": normalized_decoding_accuracy(decoded, expert),
+            # Of totals, never a mean of batches'; NaN where the expert is never right (arXiv 2409.01420, section IV).
+            "nda": torch.where(expert > 0, decoded / expert, torch.nan),
             "agreement": agreeing / total,
             "coverage": accepted / total,
             "found": differing / accepted,
@@ -105,13 +106,3 @@ class Residual(Metric):
         """Return the residual, a float64 scalar, dimensionless."""
         error, wanted = self.squares
         return torch.where(wanted > 0, (error / wanted).sqrt(), torch.full_like(error, torch.nan))
-
-
-def normalized_decoding_accuracy(decoded_correct: Tensor, expert_correct: Tensor) -> Tensor:
-    """Return NDA in float64 from how many test samples the decoded output and the expert itself classify correctly.
-
-    Both accuracies divide by the same number of samples, so the counts' ratio is theirs, never a mean of the batches'.
-    NaN where the expert is never right, which leaves nothing to recover. Source: arXiv 2409.01420, section IV.
-    """
-    ratio = decoded_correct.to(torch.float64) / expert_correct
-    return torch.where(expert_correct > 0, ratio, torch.full_like(ratio, torch.nan))

@@ -1,8 +1,8 @@
 """The coded systems under evaluation: coded models and replicas read from files, and the references."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from coin.networks import BatchNormPolicy, load_network, nbytes_together, pad_he
 
 NONE = "none"
 ORACLE = "oracle"
+MADE = ("samples_per_task", "merge_seconds", "merge_passes")
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,15 @@ class Variant:
 
     `networks` are its coded models among all of the evaluation, none for the references; `chosen` is what was chosen
     for each, `kind` the method's own name, `memory` the bytes of the coded models as stored, with the base of
-    compressed ones; `lost` are the erasures to measure, by default all that the code can decode. The rest is as in
-    ``results.csv``; `samples_per_task` is None where none were used.
+    compressed ones; `lost` are the erasures to measure, by default all that the code can decode; `made` are columns of
+    ``results.csv`` on how it was made, its `samples_per_task` None where none were used.
     """
 
     method: str
     code: Code
     batchnorm: str = ""
     networks: tuple[int, ...] = ()
-    samples_per_task: int | None = None
-    seconds: float = 0.0
-    passes: float = 0.0
+    made: Mapping[str, Any] = field(default_factory=lambda: dict.fromkeys(MADE, 0.0) | {"samples_per_task": None})
     chosen: tuple[dict[str, Any], ...] = ()
     kind: str | None = None
     memory: float = 0
@@ -42,14 +41,8 @@ class Variant:
     @property
     def columns(self) -> dict[str, Any]:
         """What ``results.csv`` says of it."""
-        return {
-            "method": self.method,
-            "batchnorm": self.batchnorm,
-            "code_row": "+".join(str(row) for row in range(len(self.networks))),
-            "samples_per_task": self.samples_per_task,
-            "merge_seconds": self.seconds,
-            "merge_passes": self.passes,
-        }
+        row = "+".join(map(str, range(len(self.networks))))
+        return {"method": self.method, "batchnorm": self.batchnorm, "code_row": row, **self.made}
 
     @property
     def is_none(self) -> bool:
@@ -141,9 +134,11 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
                 code=code,
                 batchnorm=f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy,
                 networks=tuple(networks),
-                samples_per_task=first["samples_per_task"],
-                seconds=sum(float(row["seconds"]) for row in rows),
-                passes=sum(float(row["passes"]) for row in rows),
+                made={
+                    "samples_per_task": first["samples_per_task"],
+                    "merge_seconds": sum(float(row["seconds"]) for row in rows),
+                    "merge_passes": sum(float(row["passes"]) for row in rows),
+                },
                 chosen=chosen,
                 kind=(first.get("method") or {}).get("name"),
                 memory=nbytes_together(files[index] for index in networks),
@@ -164,9 +159,10 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int
         groups.setdefault(str(file.provenance.get("label", REPLICA)), []).append(file)
     found = []
     for label, own in groups.items():
-        seconds = sum(float(file.provenance["seconds"]) for file in own)
+        made = {"samples_per_task": None, "merge_passes": 0.0}
+        made["merge_seconds"] = sum(float(file.provenance["seconds"]) for file in own)
         chosen, memory = (own[0].provenance["compression"],), nbytes_together(own)
-        variant = Variant(label, code, seconds=seconds, chosen=chosen, kind=REPLICA, memory=memory)
+        variant = Variant(label, code, made=made, chosen=chosen, kind=REPLICA, memory=memory)
         for file in own:
             task = fingerprints.index(file.provenance["of"])
             found.append(Replica(variant, task, pad_head(file.network, width)))

@@ -186,7 +186,7 @@ def test_answers_of_servers_are_padded_and_silent_ones_have_none():
     assert Answers.of_servers([(features[:, :0], logits)] * 3, 2).expert_features is None
 
 
-def test_answers_check_their_tasks_which_travel_with_them():
+def test_answers_check_their_parts_which_join_and_split():
     answers = noisy_answers(7, 1)
     for tasks, message in (
         (torch.zeros(5, dtype=torch.int64), r"found tasks \[5\]"),
@@ -196,7 +196,23 @@ def test_answers_check_their_tasks_which_travel_with_them():
     ):
         with pytest.raises(DecodingError, match=message):
             dataclasses.replace(answers, tasks=tasks)
+    for experts, coded, message in (
+        (answers.expert_features, None, "both or neither"),
+        (answers.expert_features[:2], answers.coded_features, "features of 2 experts, expected 3"),
+        (answers.expert_features, [torch.zeros(4, 2)], r"expected \[7, F\]"),
+    ):
+        with pytest.raises(DecodingError, match=message):
+            dataclasses.replace(answers, expert_features=experts, coded_features=coded)
+    with pytest.raises(DecodingError, match=r"expected \[N, B, C\]"):
+        dataclasses.replace(answers, coded=answers.coded[:, :4])
     joined = Answers.concatenate([answers.select(slice(0, 3)), answers.select(torch.tensor([3, 4, 5, 6]))])
+    assert torch.equal(joined.experts, answers.experts)
+    assert torch.equal(joined.coded, answers.coded)
+    assert torch.equal(joined.coded_features[0], answers.coded_features[0])
+    with pytest.raises(DecodingError, match="no batches"):
+        Answers.concatenate([])
+    with pytest.raises(DecodingError, match="differ"):
+        Answers.concatenate([answers, answers.without_coded()])
     for other in (joined, answers.without_coded(), answers.with_coded([0])):
         assert torch.equal(other.tasks, answers.tasks)
     assert answers.without_coded().coded_features == []

@@ -82,18 +82,14 @@ def test_inputs_that_say_nothing_predict_the_mean():
     assert torch.isfinite(fit.leave_one_out).all()
 
 
-def test_two_samples_are_enough_and_one_is_not():
+def test_two_samples_are_enough_and_one_is_not_nor_is_an_infinity():
     x, y = problem(2, 4)
     fit = fit_ridge(x, y)
     assert torch.isfinite(fit.coefficients).all()
     assert torch.isfinite(fit.leave_one_out).all()
     with pytest.raises(NumericalError, match="found 1 calibration samples"):
         fit_ridge(x[:1], y[:1])
-
-
-def test_a_value_that_is_not_finite_is_an_error():
-    x, y = problem(5, 2)
-    y[3, 1] = float("inf")
+    y[1, 1] = float("inf")
     with pytest.raises(NumericalError, match="targets of the decoder"):
         fit_ridge(x, y)
 
@@ -128,12 +124,11 @@ def test_wide_blocks_are_fitted_by_their_kernels_as_by_the_singular_values(dead,
     assert torch.equal(fit_blocks(blocks, targets).coefficients, fit.coefficients)
 
 
-# Decompositions
-
-
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (3, 4)])
-def test_a_matrix_is_put_together_again(shape):
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_matrix_is_put_together_again(shape, rank):
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = matrix if rank is None else torch.outer(matrix[:, 0], matrix[0])
     u, s, vt = thin_svd(matrix)
     least = min(shape)
     assert u.shape == (shape[0], least)
@@ -142,12 +137,6 @@ def test_a_matrix_is_put_together_again(shape):
     torch.testing.assert_close(s, torch.linalg.svdvals(matrix), rtol=1e-12, atol=1e-12)
     for columns in (u, vt.T):
         torch.testing.assert_close(columns.T @ columns, torch.eye(least, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_a_matrix_of_lower_rank_keeps_its_zero_singular_values():
-    matrix = torch.outer(torch.arange(3.0, dtype=torch.float64), torch.arange(9.0, dtype=torch.float64))
-    s = thin_svd(matrix)[1]
-    assert float(s[1:].max()) < 1e-12 * float(s[0])
 
 
 def test_without_an_intercept_nothing_is_centred_and_left_out_errors_are_those_of_fits_without_the_sample():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from coin.coding.metrics import DecodingAccuracy, Residual, normalized_decoding_accuracy
+from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.errors import ConfigurationError, DataError
 
 
@@ -61,9 +61,6 @@ def test_an_expert_that_is_never_right_has_no_nda():
     metric.update(logits_for([0]), logits_for([1]), torch.tensor([0]))
     assert math.isnan(metric.compute()["nda"])
     assert float(metric.compute()["decoded_accuracy"]) == 1.0
-    ratios = normalized_decoding_accuracy(torch.tensor([3, 3]), torch.tensor([4, 0]))
-    assert float(ratios[0]) == 0.75
-    assert math.isnan(ratios[1])
 
 
 def test_an_answer_of_nan_is_no_answer():

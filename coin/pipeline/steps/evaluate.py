@@ -35,12 +35,9 @@ def record_evaluation(
 
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
-    told = [outcome.columns for outcome in model.outcomes]
-    samples = [each["samples_per_task"] or tasks.samples_per_task for each in told]
-    rows = [
-        Row(**{**each, "experiment": name, "seed": tasks.seed, "samples_per_task": count})
-        for each, count in zip(told, samples, strict=True)
-    ]
+    same = {"experiment": name, "seed": tasks.seed, "samples_per_task": tasks.samples_per_task}
+    told = [{key: value for key, value in each.columns.items() if value is not None} for each in model.outcomes]
+    rows = [Row(**(same | each)) for each in told]
     pairs = list(zip(rows, model.outcomes, strict=True))
     confusions = {confusion_key(row): outcome.confusion for row, outcome in pairs}
     code = model.code.matrix.tolist()
