@@ -35,7 +35,7 @@ def record_evaluation(
 
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
-    same = {"experiment": name, "seed": tasks.seed, "samples_per_task": tasks.samples_per_task}
+    same: dict[str, Any] = {"experiment": name, "seed": tasks.seed, "samples_per_task": tasks.samples_per_task}
     told = [{key: value for key, value in each.columns.items() if value is not None} for each in model.outcomes]
     rows = [Row(**(same | each)) for each in told]
     pairs = list(zip(rows, model.outcomes, strict=True))
