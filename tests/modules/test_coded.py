@@ -70,12 +70,8 @@ def test_forward_is_what_the_coded_models_answer(inputs):
     assert torch.equal(found[0], coded.coded[0](inputs))
     assert torch.equal(found[1, :, :2], coded.coded[1](inputs))
     assert torch.equal(found[1, :, 2], torch.zeros(30, dtype=torch.float64))
-
-
-def test_inputs_are_moved_to_the_networks(inputs):
-    networks = [linear(seed).to("meta") for seed in range(3)]
-    coded = Coded(Code([[0.5, 0.5]]), networks[:2], networks[2:])
-    assert coded(inputs).device.type == coded.answers(inputs).experts.device.type == "meta"
+    moved = Coded(Code(CODES[0]), [linear(0).to("meta"), linear(1).to("meta")], [linear(2).to("meta")])
+    assert moved(inputs).device.type == moved.answers(inputs).experts.device.type == "meta"
 
 
 def test_answers_leave_lost_experts_out(inputs):
@@ -157,12 +153,6 @@ def system_of(matrix=CODES[2]):
     return Coded(code, experts, stand_ins, names=["a", "b", "c"])
 
 
-def test_a_loader_of_pairs_is_calibration_data_too(inputs):
-    pairs = torch.utils.data.DataLoader(list(zip(inputs, torch.zeros(30), strict=True)), batch_size=7)
-    one, other = (system_of().fit_decoder(each, [0], "ridge") for each in (pairs, inputs.split(7)))
-    assert torch.equal(one.decode(inputs), other.decode(inputs))
-
-
 def test_several_erasures_are_ready_at_once_and_say_their_score(inputs):
     system = system_of()
     for erased in system.code.erasures():
@@ -184,7 +174,9 @@ def test_several_erasures_are_ready_at_once_and_say_their_score(inputs):
 
 def test_lost_experts_are_given_by_index_or_by_name(inputs):
     system = Coded(system_of().code, system_of().experts, system_of().coded, names=["a", "b", "c"])
-    system.fit_decoder(inputs.split(7), ["b"], "ridge")
+    pairs = torch.utils.data.DataLoader(list(zip(inputs, torch.zeros(30), strict=True)), batch_size=7)
+    wanted = system.fit_decoder(inputs.split(7), ["b"], "ridge").decode(inputs)
+    assert torch.equal(system.fit_decoder(pairs, ["b"], "ridge").decode(inputs), wanted)  # a loader of pairs too
     assert list(system.decoders) == [(1,)]
     assert torch.equal(system.decode(inputs, ["b"]), system.decode(inputs, [1]))
     answers = system.answers(inputs, erased=["c"]).experts
