@@ -1,4 +1,5 @@
 import math
+import shutil
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -14,11 +15,11 @@ from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, FileError, NumericalError
 from coin.evaluation.examples import ExampleSamples
-from coin.modules import DecodingEvaluator
+from coin.modules import Coded, DecodingEvaluator
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
 from coin.pipeline.steps.evaluate import record_evaluation, warn_of_weak_experts
 from coin.reporting.extras import read_promises
-from coin.reporting.results import read_configuration
+from coin.reporting.results import read_configuration, read_results
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
@@ -267,6 +268,43 @@ def test_own_samples_cost_only_what_they_are_and_must_be_two(experts, write_code
         run(DecodingEvaluator(experts, decoders=OPTIONS[:1]), few, make_trainer)
     with pytest.raises(ConfigurationError, match="found decoder ridge-own twice"):
         DecodingEvaluator(experts, decoders=OPTIONS[:1] * 2)
+
+
+def test_a_coded_system_is_read_from_the_folder_of_a_run(experts, write_coded, synthetic, make_trainer, tmp_path):
+    seed = tmp_path / "runs/x/seed-0"
+    members = {f"task{i}": synthetic(classes, train=500, key=i) for i, classes in enumerate(CLASSES)}
+    tasks = Tasks(members, samples_per_task=20, promise_samples=90)
+    (seed / "coded").mkdir(parents=True)
+    coded = [shutil.copy(path, seed / f"coded/average.row-{i}.safetensors") for i, path in
+             enumerate(write_coded(PAIR, experts))]  # fmt: skip
+    for name, path in experts.items():
+        (seed / "experts" / name).mkdir(parents=True)
+        experts[name] = shutil.copy(path, seed / "experts" / name / "expert.safetensors")
+    evaluator = DecodingEvaluator(experts, coded, [*DECODERS, *OPTIONS], alpha=0.5, confidence=0.8)
+    run(evaluator, tasks, make_trainer)
+    record_evaluation(evaluator, tasks, seed, "x", None, [])
+    images = torch.rand(5, 3, 16, 16)
+    for name in ("ridge", "feature_ridge-alone"):
+        system = Coded.from_run(seed.parent, "average", name)
+        assert (system.method, system.names, system.classes) == ("average", tuple(experts), list(CLASSES))
+        assert set(system.results.decoder) == {name}
+        assert list(system.decoders) == (system.code.erasures() if name == "ridge" else [(0, 1, 2)])
+        for fitted in evaluator.evaluation.fitted:
+            if (fitted.variant, fitted.decoder.config.name) == (0, name):
+                wanted = fitted.decoder.decode(evaluator(images))
+                torch.testing.assert_close(system.decode(images, fitted.decoder.erased), wanted, rtol=1e-5, atol=1e-5)
+                assert system.decoders[fitted.decoder.erased].promises == fitted.decoder.promises
+    best = read_results(seed).query("method == 'average'").groupby("decoder").decoded_accuracy.mean()
+    assert best[Coded.from_run(seed).decoder.config.name] == best.max()
+    with pytest.raises(
+        ConfigurationError, match=r"found method '\*' with decoder 'cubic', expected one .*average with"
+    ):
+        Coded.from_run(seed, decoder="cubic")
+    shutil.copy(coded[1], coded[0])
+    with pytest.raises(FileError, match=r"average.row-0.safetensors' is not the coded model that"):
+        Coded.from_run(seed)
+    with pytest.raises(FileError, match=r"found neither 'results.csv' nor 'seed-\*/results.csv'"):
+        Coded.from_run(tmp_path / "nowhere")
 
 
 def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):
