@@ -71,7 +71,7 @@ def tensors_of(network: nn.Module) -> tuple[State, State]:
 
 
 class ExpertFiles:
-    """Experts in files, by task, read on demand; `networks` keeps all of them in memory until `release`.
+    """Experts in files, by task, read on demand; `networks` keeps all of them in memory.
 
     `tensors` reads one tensor at a time and keeps none, so that merging many experts takes little memory.
     """
@@ -154,10 +154,6 @@ class ExpertFiles:
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return build_network(self.config, self.width)
-
-    def release(self) -> None:
-        """Free the networks' memory; the next access reads the files again."""
-        self.__dict__.pop("networks", None)
 
 
 def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
