@@ -29,7 +29,7 @@ _HOMES = {
     "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex fault_score make_decoder "
     "parity_residual parity_significance promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
-    "distillation": "Distillation ReadoutDistillation distill",
+    "distillation": "Distillation distill",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
     "Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
     "modules": "Coded evaluate",

@@ -28,7 +28,7 @@ WAYS = {
 }
 TRAINED = {5: "last stages, lr 0.01, frozen", 1: "head only, lr 0.05, frozen"}
 """How experts are fine-tuned: the sections `expert` of the sweep, or how many parts of the network they train."""
-METHODS = ("none", "average", "coin", "head_fit", "refit", "distillation", "readout_distillation")
+METHODS = ("none", "average", "coin", "head_fit", "refit", "distillation")
 """What every suite has."""
 
 

@@ -53,7 +53,6 @@ METHODS = {
     "head_fit": "`HeadFit`",
     "refit": "**`Refit`**",
     "distillation": "`Distillation`, 150 steps",
-    "readout_distillation": "`ReadoutDistillation`, 100 steps",
 }
 CLAIMED = (
     ("coin", "linear", "`Coin`, the paper's decoder"),

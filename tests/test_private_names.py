@@ -4,12 +4,10 @@ import inspect
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from coin.callbacks import RunProgress
 from coin.commands.trainer import TrainerCLI
 
 
@@ -18,12 +16,6 @@ def test_one_private_method_is_overridden() -> None:
     assert own == {"_parse_ckpt_path"}  # Lightning would replace a model's options by a checkpoint's, in fit too
     assert callable(LightningCLI._parse_ckpt_path)
     assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)
-
-
-def test_the_bar_of_a_trainer_is_made_where_it_was() -> None:
-    own = {name for name in vars(RunProgress) if name.startswith("_") and not name.startswith("__")}
-    assert own & set(dir(RichProgressBar)) == {"_init_progress"}  # the bar goes when the run is done
-    assert callable(RichProgressBar._init_progress)
 
 
 def test_private_names_that_are_read(make_trainer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

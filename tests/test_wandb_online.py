@@ -130,7 +130,7 @@ def test_results_stand_where_w_and_b_fails_at_the_very_end(
         try:
             trainer = make_trainer(logger=WandbLogger(experiment=run))
             with pytest.warns(CoinWarning, match=r"W&B did not take the evaluation \(BrokenPipeError: the service is"):
-                outcomes = trainer.evaluate(*evaluation, output=str(tmp_path / "results"))
+                outcomes = trainer.evaluate(*evaluation)
         finally:
             run.finish()
     frame = read_results(tmp_path / "results")

@@ -2,4 +2,4 @@
 
 from coin.callbacks.export import ExpertExport as ExpertExport, Weights as Weights
 from coin.callbacks.fisher import FisherEstimator as FisherEstimator
-from coin.callbacks.progress import LoggedProgress as LoggedProgress, RunProgress as RunProgress
+from coin.callbacks.progress import StepProgress as StepProgress

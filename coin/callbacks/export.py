@@ -73,12 +73,16 @@ class ExpertExport(Callback):
         """Check, before training, that the expert can be written after it (fail early)."""
         check_weights(trainer, pl_module, self.weights)
 
+    def file(self, trainer: Trainer) -> Path:
+        """Return the file that it writes."""
+        return self.path or Path(trainer.default_root_dir) / "expert.safetensors"
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file on rank zero; raises NumericalError, without a file, if training diverged."""
         network = trained_network(trainer, pl_module, self.weights)
         if not trainer.is_global_zero:
             return
-        path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
+        path = self.file(trainer)
         if not_finite(network.state_dict()) is not None:
             told = f"training diverged: the weights for '{path}' are not finite"
             raise NumericalError(f"{told}; give a smaller learning rate")

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.core.choices import check_integer, parse_enum, renamed_option
+from coin.core.choices import check_integer, parse_enum
 from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
@@ -57,31 +57,28 @@ class FisherEstimator(Callback):
     The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint, by the same function.
 
     Args:
-        samples: P, the number of unlabelled training samples.
+        samples_per_task: P, the number of unlabelled training samples.
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
         memory_mib: Bound on the pass's working memory in MiB.
         precision: The floating-point type of the network in the pass.
         path: The file; by default ``expert.fisher.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
-        cotangents: The old name of mc_samples, for one version.
     """
 
     def __init__(
         self,
-        samples: int = 200,
+        samples_per_task: int = 200,
         kind: FisherKind = FisherKind.exact,
         mc_samples: int | None = None,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         precision: Precision = Precision.full,
         path: str | None = None,
         weights: Weights = Weights.last,
-        cotangents: int | None = None,
     ) -> None:
-        check_integer("samples", samples, 1)
-        mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
-        self.options = FisherOptions(kind, mc_samples, memory_mib, precision, samples)
-        self.samples, self.path = samples, None if path is None else Path(path)
+        check_integer("samples_per_task", samples_per_task, 1)
+        self.options = FisherOptions(kind, mc_samples, memory_mib, precision, samples_per_task)
+        self.samples_per_task, self.path = samples_per_task, None if path is None else Path(path)
         self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,9 +88,13 @@ class FisherEstimator(Callback):
             raise ConfigurationError(
                 "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
             )
-        check_shares(self.samples, trainer.world_size)
+        check_shares(self.samples_per_task, trainer.world_size)
         check_weights(trainer, pl_module, self.weights)
-        data.calibration(self.samples)
+        data.calibration(self.samples_per_task)
+
+    def file(self, trainer: Trainer) -> Path:
+        """Return the file that it writes."""
+        return self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate on every process's share of the samples, add up, and write on rank zero."""
@@ -101,10 +102,10 @@ class FisherEstimator(Callback):
         estimate_statistic(
             trainer,
             trained_network(trainer, pl_module, self.weights),
-            data.calibration(self.samples),
+            data.calibration(self.samples_per_task),
             self.options,
-            self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors",
-            samples_per_task=self.samples,
+            self.file(trainer),
+            samples_per_task=self.samples_per_task,
             seed=data.seed,
             data="own",
         )

@@ -14,15 +14,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands import ON_TRAINER
+from coin.commands import ON_TRAINER, closing
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
-from coin.errors import ConfigurationError, StateError
+from coin.errors import ConfigurationError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
 from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules, which are found by short names
-from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import summarise
-from coin.reporting.tables import print_summary
 from coin.tracking.settings import logger_mode, run_environment
 
 
@@ -45,19 +42,20 @@ class TrainerCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "fisher": own, "evaluate": own | {"configuration"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make the expert the default model: ``coin fit --data MNIST5k`` is a whole command."""
+        """Add ``--output``, and the expert as the default model: ``coin fit --data MNIST5k`` is a whole command."""
+        folder = "The folder for all files: checkpoints, logs, weights, statistics and results. By default the working "
+        parser.add_argument("--output", type=str | None, help=f"{folder}directory, or that of fisher's checkpoint.")
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
 
     def _parse_ckpt_path(self) -> None:
         """Take only the architecture from the checkpoint, and none for ``fit``; Lightning would take all options."""
-        subcommand = self.config.subcommand
-        if subcommand not in ("validate", "test", "predict", "fisher"):
-            return
-        options = self.config[subcommand]
+        subcommand, options = self.config.subcommand, self.config[self.config.subcommand]
         path = options.get("ckpt_path")
-        if path is None or (subcommand == "fisher" and not str(path).endswith(".ckpt")):
+        if path is None or subcommand not in ("validate", "test", "predict", "fisher"):
             return
         if not str(path).endswith(".ckpt"):
+            if subcommand == "fisher":
+                return
             raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
         found = checkpoint_options(Path(path))
         init_args = options["model"]["init_args"]
@@ -69,8 +67,16 @@ class TrainerCLI(LightningCLI):
                 init_args[name] = None
 
     def before_instantiate_classes(self) -> None:
-        """Set missing seeds."""
+        """Set missing seeds, and the one folder to write to."""
         options = self.config[self.subcommand]
+        checkpoint = options.get("ckpt_path") if self.subcommand == "fisher" else None
+        beside = None if checkpoint is None else str(Path(checkpoint).parent)
+        folder = options["output"] or options["trainer"]["default_root_dir"] or beside
+        options["trainer"]["default_root_dir"] = folder
+        loggers = options["trainer"]["logger"]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if folder is not None and "save_dir" in getattr(logger, "init_args", ()):
+                logger.init_args.save_dir = folder
         for part in ("model", "data"):
             _hand_on_seed(options.get(part), int(options["seed_everything"]))
 
@@ -85,13 +91,22 @@ class TrainerCLI(LightningCLI):
         if path not in (None, "best", "last", "hpc", "registry") and trusted is not False:
             check_training_checkpoint(Path(path))
 
-    def after_evaluate(self) -> None:
-        """Print the table of the results."""
-        options = self.config["evaluate"]
+    def after_fit(self) -> None:
+        """Say what was reached, and the next command."""
         if self.trainer.is_global_zero:
-            folder = Path(options["output"] or self.trainer.default_root_dir)
-            print_summary(summarise(read_results(folder)), reported=False)
-            print(f"table: {folder / RESULTS_CSV}")
+            print(closing.after_fit(self.trainer, self.config["fit"]["data"]))
+
+    def after_fisher(self) -> None:
+        """Say what was computed, and the next command."""
+        options = self.config["fisher"]
+        if self.trainer.is_global_zero:
+            file = Path(self.trainer.default_root_dir) / f"expert.{options['statistic']}.safetensors"
+            print(closing.after_fisher(file, options["statistic"], options["ckpt_path"], options["data"]))
+
+    def after_evaluate(self) -> None:
+        """Print the table of the results, the best of them, and the next command."""
+        if self.trainer.is_global_zero:
+            print(closing.after_evaluate(Path(self.trainer.default_root_dir)))
 
 
 _ENVIRONMENT = ExitStack()
@@ -114,25 +129,17 @@ def main(arguments: Sequence[str]) -> None:
     silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
     quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
-    try:
-        with _ENVIRONMENT:
-            TrainerCLI(
-                LightningModule,
-                LightningDataModule,
-                trainer_class=Trainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
-                save_config_callback=SaveFitConfig,
-                save_config_kwargs={"overwrite": True},
-                parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
-                seed_everything_default=0,
-                args=checked_arguments(arguments),
-            )
-    except (ValueError, RuntimeError) as error:
-        if "is not in bounds" in str(error):  # what Lightning says of a seed
-            raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
-        if "loading state_dict" in str(error):
-            told = " ".join(str(error).split())[:160]
-            raise StateError(f"ckpt_path is of another model ({told}); give the model that wrote it") from error
-        raise
+    with _ENVIRONMENT:
+        TrainerCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
+            seed_everything_default=0,
+            args=checked_arguments(arguments),
+        )

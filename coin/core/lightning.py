@@ -2,9 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
-from typing import Any
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
@@ -31,15 +29,6 @@ def silence_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
-
-
-def plain_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a constructor's arguments, its ``locals()``, for `save_hyperparameters`, as ``weights_only`` loads them.
-
-    Given none, Lightning would save the command's model options within LightningCLI.
-    """
-    own = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
-    return {name: str(value) if isinstance(value, StrEnum) else value for name, value in own.items()}
 
 
 def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:

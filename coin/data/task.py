@@ -178,8 +178,7 @@ class TaskData(LightningDataModule, ABC):
         if samples > there:
             raise DataError(
                 f"{samples} calibration samples asked of {self._called(name)}, whose training split has {there}, "
-                f"validation samples aside; set calibration.samples_per_task of a run, or --samples of coin fisher, to "
-                f"{there} or less"
+                f"validation samples aside; set samples_per_task to {there} or less"
             )
 
     def setup(self, stage: str | None = None) -> None:

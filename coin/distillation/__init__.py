@@ -1,4 +1,3 @@
 """Merge methods that train a coded model: distillation of the experts, their search and their training."""
 
-from coin.distillation.method import Distillation as Distillation
-from coin.distillation.readout import ReadoutDistillation as ReadoutDistillation, distill as distill
+from coin.distillation.method import Distillation as Distillation, distill as distill

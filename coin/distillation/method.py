@@ -3,21 +3,22 @@
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
-from coin.core.batches import clear_caches, clone, twin
+from coin.coding import Code
+from coin.core.batches import Forward, clear_caches, clone, twin
 from coin.core.choices import check_integer, check_number, parse_enum
-from coin.core.lightning import plain_options
 from coin.core.processes import rank_zero_info
 from coin.data import Augmentation
 from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves, search_grid
 from coin.distillation.training import MemoryTraining
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
-from coin.merging import CodedModel, Experts, Method
+from coin.merging import CodedModel, Experts, Method, merge_networks
 from coin.merging.method import Compress, starting_method
 from coin.modules.distillation import AUTO, DistillationModule, Schedule
 from coin.networks import BatchNormPolicy
@@ -38,8 +39,6 @@ class Distillation(Method):
     Federated Learning*, NeurIPS 2020; the schedule: Smith and Topin, *Super-convergence* (2018).
 
     Args:
-        experts: None; an option of earlier versions, which their configuration files hold, as is `code_row`.
-        code_row: None.
         lr: Adam's (peak) learning rate; None chooses it together with the number of steps.
         learning_rates: The learning rates that the search starts with, ascending.
         steps: The number of optimiser steps; in a search the first number tried, or with a constant learning rate the
@@ -62,12 +61,9 @@ class Distillation(Method):
     name = "distillation"
     is_trained = True
     batchnorm = BatchNormPolicy.keep
-    module_class: ClassVar[type[DistillationModule]] = DistillationModule
 
     def __init__(
         self,
-        experts: list[str] | None = None,
-        code_row: list[float] | None = None,
         lr: float | None = None,
         learning_rates: list[float] | None = None,
         steps: int = 150,
@@ -81,38 +77,34 @@ class Distillation(Method):
         seed: int | None = None,
         compress: Compress = None,
     ) -> None:
-        if experts is not None or code_row is not None:
-            raise ConfigurationError(
-                f"found experts={experts} and code_row={code_row}, expected none: a merge gives them; leave them out"
-            )
-        self.augments = augmentation not in (None, Augmentation.none)
-        augmentation = Augmentation.shift if augmentation is None else augmentation
         learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
-        augmentation = parse_enum(Augmentation, "augmentation", augmentation)
-        schedule = parse_enum(Schedule, "schedule", schedule)
-        self.recorded_options = plain_options(locals())
-        """The options as given, which records and keys of finished steps hold."""
-        if lr is not None:
-            check_number("lr", lr, low=0.0, strict=True)
-        for rate in learning_rates:
-            check_number("learning_rates", rate, low=0.0, strict=True)
+        for name, rates in (("lr", [] if lr is None else [lr]), ("learning_rates", learning_rates)):
+            for rate in rates:
+                check_number(name, rate, low=0.0, strict=True)
         if not learning_rates or learning_rates != sorted(set(learning_rates)):
             raise ConfigurationError(f"found learning_rates={learning_rates}, expected at least one, rising")
-        check_integer("steps", steps, 1)
-        check_integer("batch_size", batch_size, 2)
-        check_number("held_out", held_out, low=0.0, high=1.0, strict=True)
-        for name, number, least in (("samples_per_task", samples_per_task, 1), ("seed", seed, 0)):
+        for name, number, least in (
+            ("steps", steps, 1),
+            ("batch_size", batch_size, 2),
+            ("samples_per_task", samples_per_task, 1),
+            ("seed", seed, 0),
+        ):
             if number is not None:
                 check_integer(name, number, least)
+        check_number("held_out", held_out, low=0.0, high=1.0, strict=True)
         if start != AUTO:
             starting_method(start)
+        self.lr, self.learning_rates, self.steps, self.batch_size = lr, learning_rates, steps, batch_size
+        self.held_out, self.samples_per_task, self.start, self.seed = held_out, samples_per_task, start, seed
+        self.augments = augmentation not in (None, Augmentation.none)
+        given = Augmentation.shift if augmentation is None else augmentation
+        self.augmentation = str(parse_enum(Augmentation, "augmentation", given))
+        self.schedule = parse_enum(Schedule, "schedule", schedule)
         self.label, self.compress = self.validated_label(label), self.compressed(compress)
-        self.samples_per_task = samples_per_task
-        self.augmentation = str(augmentation)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""
-        lr, steps, described, trial = self.recorded_options["lr"], self.recorded_options["steps"], {}, None
+        lr, steps, described, trial = self.lr, self.steps, {}, None
         with torch.inference_mode(False), torch.enable_grad():
             if lr is None:
                 choice, trial = self._search(experts, row)
@@ -125,12 +117,21 @@ class Distillation(Method):
 
     def module(self, row: Sequence[float], experts: Sequence[str] | None = None, **options: Any) -> DistillationModule:
         """Return a new training for one row of the code, of experts in these files, with some options changed."""
-        own = {"code_row": list(row), "experts": None if experts is None else list(experts)}
-        return self.module_class(**self.recorded_options | own | options)
+        own = {
+            "lr": self.learning_rates[0] if self.lr is None else self.lr,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "samples_per_task": self.samples_per_task,
+            "augmentation": self.augmentation,
+            "schedule": str(self.schedule),
+            "start": self.start,
+            "seed": self.seed,
+        }
+        return DistillationModule(list(row), None if experts is None else list(experts), **own | options)
 
     def _search(self, experts: Experts, row: Sequence[float]) -> tuple[SearchResult, DistillationModule | None]:
         """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
-        rates, steps, share = (self.recorded_options[name] for name in ("learning_rates", "steps", "held_out"))
+        rates, steps, share = self.learning_rates, self.steps, self.held_out
         samples = self._training(experts).num_samples(experts, self.samples_per_task)
         held_out = max(1, round(share * samples))
         if samples - held_out < 2:
@@ -139,7 +140,7 @@ class Distillation(Method):
                 "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
             )
         trial: DistillationModule | None = None
-        is_grid = self.recorded_options["schedule"] == Schedule.one_cycle
+        is_grid = self.schedule is Schedule.one_cycle
         most, tried = TRIALS if is_grid else len(rates), itertools.count(1)
 
         def losses(lr: float, steps: int, every: int) -> list[float]:
@@ -184,8 +185,7 @@ class Distillation(Method):
         It reuses the experts of a trial `before`, and their cached outputs if both are trials.
         """
         training = self._training(experts)
-        run_options = training.run_options(experts, self.recorded_options)
-        module = self.module(row, **run_options, lr=lr, steps=steps)
+        module = self.module(row, **training.run_options(experts, self), lr=lr, steps=steps)
         if before is not None:
             module.hold(before.teachers, clone(before.student))
             if held_out:
@@ -210,9 +210,27 @@ class Distillation(Method):
         if experts.train is not None:
             return experts.train
         if self.augments or self.samples_per_task is not None:
-            name = "augmentation" if self.samples_per_task is None else "samples_per_task"
+            found = f"{self.samples_per_task=}" if self.samples_per_task else f"{self.augmentation=!s}"
             raise ConfigurationError(
-                f"found {name}={self.recorded_options[name]} for calibration batches in memory, which are taken as "
-                "they are, expected none; leave it out"
+                f"found {found.removeprefix('self.')} for calibration batches in memory, which are taken as they are, "
+                "expected none; leave it out"
             )
         return MemoryTraining()
+
+
+def distill(
+    networks: Sequence[nn.Module],
+    code: Code,
+    calibration: Sequence[Iterable[Any]],
+    *,
+    forward: Forward | None = None,
+    **options: Any,
+) -> list[nn.Module]:
+    """Distil N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
+
+    It is `coin.merge_networks` with `Distillation`, whose options are the others.
+
+    >>> coin.distill(experts, code, inputs, lr=0.01, steps=1)
+    [Linear(in_features=4, out_features=3, bias=True)]
+    """
+    return merge_networks(Distillation(**options), networks, code, calibration=calibration, forward=forward)

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from coin.core.lightning import silence_lightning
 from coin.data import Calibration, pooled
 from coin.data.sampling import batch_loader
 from coin.data.tasks import PositionedSamples
-from coin.merging import Experts
+from coin.merging import Experts, Method
 from coin.modules.distillation import DistillationModule
 from coin.statistics.guard import differentiable, trainable
 
@@ -26,8 +26,8 @@ class MemoryTraining:
         """Return the number of pooled calibration samples, the held-out ones among them."""
         return len(experts.tasks)
 
-    def run_options(self, experts: Experts, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return further options for a method's trainings, beside those given: samples in memory are not augmented."""
+    def run_options(self, experts: Experts, method: Method) -> dict[str, Any]:
+        """Return options for a method's trainings that differ from its own: samples in memory are not augmented."""
         return {"augmentation": "none"}
 
     def fit(self, module: DistillationModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:

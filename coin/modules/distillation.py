@@ -1,6 +1,5 @@
-"""The LightningModules that train a coded model on the experts' weighted outputs, and with readouts of every expert."""
+"""The LightningModule that trains a coded model on the experts' weighted outputs."""
 
-from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from coin.core.batches import Batch, as_input, clear_caches
-from coin.core.lightning import plain_options, plot_against_epochs
+from coin.core.lightning import plot_against_epochs
 from coin.data import Augmentation, Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, Experts, HeadFit
 from coin.merging.checks import check_row
 from coin.merging.method import starting_method
-from coin.networks import build_network, features_and_logits, fill_network, load_network, pad_head
-from coin.networks.heads import check_head, full_precision, head_name, is_frozen
+from coin.networks import build_network, fill_network, load_network, pad_head
+from coin.networks.heads import full_precision
 from coin.networks.recipe import OneCycle
 
 
@@ -47,7 +46,9 @@ class DistillationModule(LightningModule):
         augmentation: The augmentation of training samples, an entry of `Augmentation`.
         schedule: ``one_cycle`` or ``constant``.
         start: The closed-form merge to start from.
-        **described: The method's other options, kept as hyper-parameters in checkpoints and logs.
+        batch_size: Samples per step and process.
+        samples_per_task: P.
+        seed: The seed of the samples' order.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class DistillationModule(LightningModule):
         augmentation: str,
         schedule: str,
         start: str | dict[str, Any],
-        **described: Any,
+        batch_size: int,
+        samples_per_task: int | None,
+        seed: int | None,
     ) -> None:
         super().__init__()
-        own = {name: value for name, value in locals().items() if name != "described"}
-        self.save_hyperparameters(plain_options({**own, **described}))
+        self.save_hyperparameters()
         self.student: Any = None  # the network that is trained, once there is one
         self.teachers: nn.ModuleList | list[nn.Module] = []
-        self.readouts = nn.ModuleList()
         self.samples: Calibration | None = None  # to train on, in the order of their positions; or the datamodule's
         self.passes = 0.0
         self.losses: list[float] = []
@@ -199,7 +200,7 @@ class DistillationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return Adam over the trained parameters, and the schedule, which advances every step."""
         lr = self.hparams["lr"]
-        optimizer = Adam([*self.student.parameters(), *self.readouts.parameters()], lr)
+        optimizer = Adam(self.student.parameters(), lr)
         if self.hparams["schedule"] == Schedule.constant:
             return {"optimizer": optimizer}
         # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
@@ -219,52 +220,6 @@ class DistillationModule(LightningModule):
 
     def _coding_loss(self, output: Tensor, target: Tensor, stage: str) -> Tensor:
         loss: Tensor = 0.5 * (full_precision(output) - full_precision(target)).square().sum(1).mean()
-        self._log(f"{stage}/loss", loss, len(output), prog_bar=True)
+        shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}
+        self.log(f"{stage}/loss", loss, batch_size=len(output), **shared)
         return loss
-
-    def _log(self, name: str, loss: Tensor, samples: int, *, prog_bar: bool = False) -> None:
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True, prog_bar=prog_bar)
-
-
-class ReadoutDistillationModule(DistillationModule):
-    """Distillation with an additional loss, of linear readouts of every expert; see `coin.ReadoutDistillation`."""
-
-    def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
-        """Take the experts and the student, and copy the experts' heads as the first readouts."""
-        super().hold(teachers, student)
-        self.readouts = nn.ModuleList(map(_readout, teachers))
-
-    def on_fit_start(self) -> None:
-        """Note which task each training sample is from, and start."""
-        super().on_fit_start()
-        plot_against_epochs(self, ["train/readout_loss"])
-        assert self.samples is not None
-        self._parts = self.samples.part.to(self.device)
-
-    def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
-        """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
-        positions, inputs = batch
-        outputs = self._training_outputs(positions, inputs)
-        features, logits = features_and_logits(self.student, inputs)
-        if batch_idx == 0:
-            check_head(self.student, features.detach(), logits.detach())
-        loss = self._coding_loss(logits, self.target(outputs), "train")
-        parts = self._parts[positions]
-        read = torch.stack([readout(features) for readout in self.readouts])
-        own = torch.arange(len(parts), device=parts.device)
-        errors = full_precision(read[parts, own]) - full_precision(outputs[parts, own])
-        readout_loss = 0.5 * errors.square().sum(1).mean()
-        self._log("train/readout_loss", readout_loss, len(own))
-        return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
-
-
-def _readout(network: nn.Module) -> nn.Linear:
-    """Return a copy of a network's head, which is trained unless the network's own is not."""
-    name = head_name(network)
-    head = network.get_submodule(name)
-    if not isinstance(head, nn.Linear):
-        raise ConfigurationError(
-            f"a readout needs a fully connected head, found {type(head).__name__} in '{name}'; leave "
-            "ReadoutDistillation out for this network"
-        )
-    return deepcopy(head).requires_grad_(not is_frozen(network))

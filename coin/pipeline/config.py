@@ -14,7 +14,7 @@ from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Preci
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.settings import TAG_LENGTH
 
-# What an override may be; of Any, jsonargparse would make objects where there is a class_path.
+# Of Any, jsonargparse would make objects where there is a class_path.
 _Plain: TypeAlias = bool | int | float | list | dict | str | None  # type: ignore[type-arg]
 
 

@@ -6,17 +6,15 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
 from torch import Tensor
 
+from coin.data import TaskData
 from coin.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from coin.data import TaskData
-    from coin.merging import Method
+from coin.merging import Method
 
 
 def to_config(value: Any) -> Any:
@@ -46,19 +44,10 @@ def config_dict(value: Any) -> Any:
 _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Options of how many processes a step runs on, and their defaults."""
 
-_WITHOUT_EFFECT = {
-    "accelerator",
-    "barebones",
-    "detect_anomaly",
-    "enable_autolog_hparams",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "inference_mode",
-    "log_every_n_steps",
-    "num_sanity_val_steps",
-    "plugins",
-    "profiler",
-}
+_WITHOUT_EFFECT = (
+    *("accelerator", "barebones", "detect_anomaly", "enable_autolog_hparams", "enable_model_summary", "plugins"),
+    *("enable_progress_bar", "inference_mode", "log_every_n_steps", "num_sanity_val_steps", "profiler"),
+)
 """Options of the Trainer that change no result."""
 
 
@@ -80,10 +69,8 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
         return value.value
     if isinstance(value, np.generic | Tensor):
         return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
+    if value is None or isinstance(value, bool | int | float | str | Path):
+        return str(value) if isinstance(value, Path) else value
     if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
         value = value.as_dict()
     if isinstance(value, Mapping):
@@ -93,38 +80,30 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
         return sorted(entries) if isinstance(value, set | frozenset) else entries
     if is_dataclass(value) and not isinstance(value, type):
         return {option.name: _plain(getattr(value, option.name), made) for option in fields(value)}
-    from coin.data import TaskData  # imports Lightning, which plain values do not need
-    from coin.merging import Method
-
     if isinstance(value, TaskData | Method):
         return made(value, {name: _plain(entry, made) for name, entry in _given(value).items()})
     raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
 
 
-def _given(value: "TaskData | Method") -> dict[str, Any]:
+def _given(value: TaskData | Method) -> dict[str, Any]:
     """Return the constructor's arguments, including those of base classes."""
-    kept = getattr(value, "recorded_options", vars(value))
     options = {}
     for kind in type(value).__mro__:
         if "__init__" not in vars(kind):
             continue
         arguments = list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]
         for name in (a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)):
-            if name not in kept and not hasattr(value, name) and not hasattr(value, f"_{name}"):
-                raise ConfigurationError(
-                    f"found a {type(value).__name__} that does not store its option {name}, needed for its "
-                    f"configuration, expected an attribute {name} or _{name}; set it in the constructor"
-                )
-            options[name] = kept[name] if name in kept else getattr(value, name, getattr(value, f"_{name}", None))
+            if not hasattr(value, name) and not hasattr(value, f"_{name}"):
+                told = f"found a {type(value).__name__} that does not store its option {name}"
+                raise ConfigurationError(f"{told}, expected an attribute {name}; set it in the constructor")
+            options[name] = getattr(value, name, getattr(value, f"_{name}", None))
         if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
             break
     return options
 
 
 def _import_path(kind: type) -> str:
-    """Return the shortest path that a class is imported by."""
-    parts = kind.__module__.split(".")
-    packages = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    homes = (each for each in packages if getattr(import_module(each), kind.__name__, None) is kind)
-    home = next(homes, f"{kind.__module__}.{kind.__qualname__}".rpartition(".")[0])  # of a function, for one
-    return f"{home}.{kind.__name__}"
+    """Return the path that a class is imported by, of the room for one of coin's."""
+    room = ".".join(kind.__module__.split(".")[:2])
+    home = room if getattr(import_module(room), kind.__name__, None) is kind else kind.__module__
+    return f"{home}.{kind.__qualname__}"

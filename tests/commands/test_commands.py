@@ -1,6 +1,7 @@
 """The commands one by one, in-process, and the line that each mistake gets."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def route(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"--trainer.default_root_dir={folder / name}",
             "--trainer.callbacks+=ExpertExport",
             "--trainer.callbacks+=FisherEstimator",
-            "--trainer.callbacks.init_args.samples=24",
+            "--trainer.callbacks.init_args.samples_per_task=24",
             *QUIET,
         ]
         assert main(arguments) == 0
@@ -94,7 +95,9 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     ]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"table: {route / 'results' / 'results.csv'}\n")
+    line = said.splitlines()[-1]
+    results = route / "results"
+    assert re.fullmatch(rf"NDA [\d.]+ with \S+ and \S+; wrote {results}/results.csv; next: coin choose {results}", line)
     assert "report" not in said
     assert "summary.csv" not in said
     keys = ["method", "batchnorm", "decoder", "task"]
@@ -118,7 +121,10 @@ def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(fin
     )  # fmt: skip
     assert done.stderr.startswith("coin: warning: found no calibration inputs, needed by method 'average' to choose")
     assert done.stderr.count("\n") == 1
-    assert done.stdout == f"{tmp_path / 'average.safetensors'}\n"
+    assert done.stdout.startswith(
+        f"2 experts merged; wrote {tmp_path / 'average.safetensors'}; next: coin evaluate -c "
+    )
+    assert done.stdout.count("\n") == 1
     made = load_provenance(tmp_path / "average.safetensors")
     assert (made["batchnorm"], made["chosen"], made["passes"]) == ("auto", {"batchnorm": "average"}, 0)
     buffers, _ = load_state(tmp_path / "average.safetensors")
@@ -161,11 +167,10 @@ def test_a_method_of_fishers_refuses_none_and_those_of_other_data_or_weights(
 
 
 def test_fisher_command_is_the_callback(route: Path, tmp_path: Path) -> None:
-    output = tmp_path / "again.safetensors"
     expert = route / "digits" / "expert.safetensors"
-    command = ["fisher", f"--ckpt_path={expert}", *DIGITS, "--samples=24", f"--output={output}", *QUIET]
+    command = ["fisher", f"--ckpt_path={expert}", *DIGITS, "--samples_per_task=24", f"--output={tmp_path}", *QUIET]
     assert main(command) == 0
-    own, provenance = load_state(output)
+    own, provenance = load_state(tmp_path / "expert.fisher.safetensors")
     wanted, written = load_state(route / "digits" / "expert.fisher.safetensors")
     for name in wanted:
         assert own[name].sub(wanted[name]).abs().max() <= 1e-6 * wanted[name].abs().max()
@@ -182,18 +187,19 @@ def test_lightning_checkpoints_are_tested_and_predicted(tmp_path: Path, capsys: 
     assert "test/accuracy" in capsys.readouterr().out
     assert main(["validate", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
     assert main(["predict", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
-    output = tmp_path / "f.safetensors"
-    fisher = ["fisher", f"--ckpt_path={checkpoint}", "--samples=5", f"--output={output}"]
-    assert main([*fisher, *DIGITS, root, *QUIET]) == 0
-    assert load_provenance(output)["samples"] == 5
+    assert main(["fisher", f"--ckpt_path={checkpoint}", "--samples_per_task=5", *DIGITS, *QUIET]) == 0
+    assert load_provenance(checkpoint.parent / "expert.fisher.safetensors")["samples"] == 5
 
 
 def test_commands_take_the_image_size_of_the_experts(route: Path, tmp_path: Path) -> None:
-    output = tmp_path / "f.safetensors"
     expert = route / "digits" / "expert.safetensors"
-    data = ["--data=Digits", "--data.max_train=120", "--samples=24"]  # 32 pixels by default, the expert's are 16
-    assert main(["fisher", f"--ckpt_path={expert}", *data, f"--output={output}", *QUIET]) == 0
-    own, _ = load_state(output)
+    data = [
+        "--data=Digits",
+        "--data.max_train=120",
+        "--samples_per_task=24",
+    ]  # 32 pixels by default, the expert's are 16
+    assert main(["fisher", f"--ckpt_path={expert}", *data, f"--output={tmp_path}", *QUIET]) == 0
+    own, _ = load_state(tmp_path / "expert.fisher.safetensors")
     wanted, _ = load_state(route / "digits" / "expert.fisher.safetensors")
     assert all(own[name].sub(wanted[name]).abs().max() <= 1e-6 * wanted[name].abs().max() for name in wanted)
 
@@ -205,10 +211,11 @@ def test_gram_files_for_regmean(route: Path, tmp_path: Path) -> None:
             f"--ckpt_path={route / name}/expert.safetensors",
             *data,
             "--statistic=gram",
-            "--samples=24",
+            "--samples_per_task=24",
         ]
-        assert main([*command, f"--output={tmp_path / name}.safetensors", *QUIET]) == 0
-    grams = f"--gram={{digits: {tmp_path}/digits.safetensors, letters: {tmp_path}/letters.safetensors}}"
+        assert main([*command, f"--output={tmp_path / name}", *QUIET]) == 0
+    files = ", ".join(f"{name}: {tmp_path}/{name}/expert.gram.safetensors" for name in ("digits", "letters"))
+    grams = f"--gram={{{files}}}"
     assert main(["merge", f"--experts={experts_of(route)}", "--method=RegMean", grams, f"--output={tmp_path}"]) == 0
     assert load_provenance(tmp_path / "regmean.safetensors")["samples_per_task"] == 24
 

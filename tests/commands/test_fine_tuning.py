@@ -14,13 +14,13 @@ SAMPLES = 10
 CALLBACKS = [
     "--trainer.callbacks+=ExpertExport",
     "--trainer.callbacks+=FisherEstimator",
-    f"--trainer.callbacks.init_args.samples={SAMPLES}",
+    f"--trainer.callbacks.init_args.samples_per_task={SAMPLES}",
 ]
 
 
 def fit(folder: Path, network: str, options: str, *more: str) -> int:
     model = [f"--model.network={network}", f"--model.options={options}", "--model.image_size=16"]
-    root = f"--trainer.default_root_dir={folder}"
+    root = f"--output={folder}"
     return main(["fit", *model, *more, *DIGITS, "--trainer.max_epochs=1", root, *CALLBACKS, *QUIET])
 
 
@@ -30,19 +30,17 @@ def test_a_checkpoint_is_measured_like_the_file_of_the_expert(tmp_path: Path) ->
     optimizer = load_provenance(tmp_path / "expert.safetensors")["options"]["optimizer"]
     assert (optimizer["class_path"], optimizer["init_args"]["lr"]) == ("torch.optim.adam.Adam", 1e-3)
     checkpoint = next(tmp_path.rglob("*.ckpt"))
-    root = f"--trainer.default_root_dir={tmp_path}"
+    root = f"--output={tmp_path}"
     assert main(["test", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
-    fisher = ["fisher", f"--samples={SAMPLES}", *DIGITS, root, *QUIET]
+    fisher = ["fisher", f"--samples_per_task={SAMPLES}", *DIGITS, *QUIET]
     for name, path in (("a", checkpoint), ("b", tmp_path / "expert.safetensors")):
-        assert main([*fisher, f"--ckpt_path={path}", f"--output={tmp_path / name}.safetensors"]) == 0
-    ours, theirs, written = (
-        load_state(tmp_path / name)[0] for name in ("a.safetensors", "b.safetensors", "expert.fisher.safetensors")
-    )
+        assert main([*fisher, f"--ckpt_path={path}", f"--output={tmp_path / name}"]) == 0
+    ours, theirs, written = (load_state(tmp_path / name / "expert.fisher.safetensors")[0] for name in ("a", "b", "."))
     assert ours.keys() == theirs.keys() == written.keys()
     for name, tensor in theirs.items():
         assert ours[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
         assert written[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
-    fingerprints = {load_provenance(tmp_path / name)["weights"] for name in ("a.safetensors", "b.safetensors")}
+    fingerprints = {load_provenance(tmp_path / name / "expert.fisher.safetensors")["weights"] for name in "ab"}
     assert len(fingerprints) == 1
 
 

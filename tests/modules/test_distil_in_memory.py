@@ -56,15 +56,14 @@ def loss(network, experts):
         return float((network(inputs) - 0.4 * outputs[0] - 0.6 * outputs[1]).square().mean())
 
 
-@pytest.mark.parametrize("readout", [False, True])
-def test_it_comes_nearer_than_its_start_and_leaves_the_experts_as_found(readout, capfd, caplog, recwarn):
+def test_it_comes_nearer_than_its_start_and_leaves_the_experts_as_found(capfd, caplog, recwarn):
     experts = make()
     before = deepcopy([expert.state_dict() for expert in experts])
     modes = [[module.training for module in expert.modules()] for expert in experts]
     torch.manual_seed(17)
     state, level = torch.get_rng_state(), logging.getLogger("lightning.pytorch").level
     options = {"lr": 1e-2, "steps": 200, "start": "average", "batch_size": 32}
-    (coded,) = coin.distill(experts, CODE, calibration(), readout=readout, **options)
+    (coded,) = coin.distill(experts, CODE, calibration(), **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert logging.getLogger("lightning.pytorch").level == level
     (start,) = coin.merge_networks(coin.Average(), experts, CODE, calibration=calibration())
@@ -96,12 +95,11 @@ def test_a_seed_gives_the_same_network_whatever_was_drawn_before():
 
 def test_batches_by_name_and_other_class_counts_train_as_well():
     named = [[{"x": batch} for batch in batches] for batches in calibration()]
-    for readout in (False, True):
-        (expected,) = coin.distill(make(counts=(3, 2)), CODE, calibration(), readout=readout, **FAST)
-        (found,) = coin.distill(make(Named, (3, 2)), CODE, named, readout=readout, forward=call, **FAST)
-        assert type(found) is Named
-        assert vars(found).keys() == vars(Named(3)).keys()
-        assert all(torch.equal(found.state_dict()[name], each) for name, each in expected.state_dict().items())
+    (expected,) = coin.distill(make(counts=(3, 2)), CODE, calibration(), **FAST)
+    (found,) = coin.distill(make(Named, (3, 2)), CODE, named, forward=call, **FAST)
+    assert type(found) is Named
+    assert vars(found).keys() == vars(Named(3)).keys()
+    assert all(torch.equal(found.state_dict()[name], each) for name, each in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -172,9 +170,3 @@ def test_what_memory_does_not_allow_is_told():
         coin.merge_networks(coin.Distillation(lr=1e-3), experts, CODE)
     with pytest.raises(NumericalError, match="distillation diverged with lr=1e"):
         coin.distill(experts, CODE, calibration(), lr=1e30, steps=5)
-
-
-def test_a_default_of_files_stays_what_it_was():
-    assert coin.Distillation().recorded_options["augmentation"] == "shift"
-    assert coin.Distillation().augmentation == "shift"
-    assert coin.ReadoutDistillation(augmentation="none").augmentation == "none"

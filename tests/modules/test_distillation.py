@@ -152,7 +152,6 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"code_row": ROW}, r"found experts=None and code_row=\[0.25, 0.75\], expected none"),
         ({"lr": 0.0}, "found lr=0.0, expected a number above 0"),
         ({"lr": float("nan")}, "found lr=nan, expected a number above 0"),
         ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),

@@ -180,7 +180,7 @@ def test_a_head_alone_may_have_a_rate_of_its_own(synthetic, make_trainer):
 
 def test_a_head_alone_has_a_fisher_of_all_parameters(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, trainable=["head"])
-    make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples=8)]).fit(expert, datamodule=synthetic())
+    make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples_per_task=8)]).fit(expert, datamodule=synthetic())
     fisher = open_statistic(tmp_path / "run/expert.fisher.safetensors", statistic="fisher").values
     assert fisher.keys() == dict(expert.network.named_parameters()).keys()
     assert {name for name, each in expert.network.named_parameters() if each.requires_grad} == HEAD

@@ -34,7 +34,6 @@ methods:
   - {class_path: Coin, init_args: {batchnorm: recalibrate}}
   - {class_path: RegMean}
   - {class_path: Distillation, init_args: {steps: 3, batch_size: 8, learning_rates: [3.0e-4, 1.0e-3]}}
-  - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 8}}
 """
 CLOSED_FORMS = "[{class_path: Average}, {class_path: Coin, init_args: {batchnorm: recalibrate}}, {class_path: RegMean}]"
 
@@ -57,7 +56,7 @@ def test_two_processes_run_an_experiment_together(tmp_path: Path, monkeypatch: p
     assert done.stderr.count("seed 0: expert digits: fine-tuning") == 1
     assert done.stderr.count("seed 0: expert digits: up to date") == 1
     assert {path: Path(path).stat().st_mtime_ns for path in first["times"]} == first["times"]
-    assert set(read_results(folder / "seed-0").method) >= {"distillation", "readout_distillation"}
+    assert set(read_results(folder / "seed-0").method) >= {"distillation"}
 
     # From the same experts, one process comes to the same statistics, coded models and results.
     experts = {task: str(folder / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")}

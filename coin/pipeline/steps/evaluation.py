@@ -87,7 +87,7 @@ class Evaluate(Step):
         with self.log.open(self.folder) as loggers:
             trainer = make_trainer(self.folder, self.trainer, logger=loggers)
             data = datamodule(self.tasks, self.calibration)
-            trainer.evaluate(model, data, str(self.folder), self.experiment, made)
+            trainer.evaluate(model, data, self.experiment, made)
         for task in self.tasks.values():
             task.release()
 

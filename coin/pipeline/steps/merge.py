@@ -95,13 +95,13 @@ class Training:
         """Return the number of pooled calibration samples."""
         return (samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
 
-    def run_options(self, experts: Experts, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(self, experts: Experts, method: Any) -> dict[str, Any]:
         """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
         assert isinstance(experts.source, ExpertFiles)
         return {
             "experts": list(map(str, experts.source.paths.values())),
-            "samples_per_task": given["samples_per_task"] or self.tasks.samples_per_task,
-            "seed": self.seed if given["seed"] is None else given["seed"],
+            "samples_per_task": method.samples_per_task or self.tasks.samples_per_task,
+            "seed": self.seed if method.seed is None else method.seed,
         }
 
     def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:

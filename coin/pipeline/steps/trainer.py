@@ -1,10 +1,9 @@
 """The Trainer of all steps: Lightning's, with the commands ``fisher`` and ``evaluate``."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,9 +15,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
-from coin.callbacks import LoggedProgress, RunProgress
+from coin.callbacks import StepProgress
 from coin.callbacks.fisher import estimate_statistic
-from coin.core.choices import parse_enum, renamed_option
+from coin.core.choices import parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import leave_processes_at_exit
 from coin.data import TaskData
@@ -45,8 +44,6 @@ _DECIDED = {
 }
 """Options of the Trainer that an experiment's steps decide, and what to do in place of giving them."""
 
-_MATMUL_PRECISIONS = ("highest", "high", "medium")
-
 
 class Trainer(pl.Trainer):
     """Lightning's Trainer with ``fisher`` and ``evaluate``, and without its distributed sampler.
@@ -59,9 +56,8 @@ class Trainer(pl.Trainer):
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
-        callbacks: Lightning's or your own; without a progress bar among them `coin.callbacks.RunProgress` is added, or
-            where there is no terminal `LoggedProgress`, a line every half minute.
-        enable_progress_bar: Whether to show progress; without a terminal, only a bar among `callbacks` is shown.
+        callbacks: Lightning's or your own; without a progress bar among them `coin.callbacks.StepProgress` is added.
+        enable_progress_bar: Whether to show progress.
         matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
             ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
         **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` is of networks in training and evaluation;
@@ -76,31 +72,24 @@ class Trainer(pl.Trainer):
         use_distributed_sampler: bool = False,
         callbacks: list[Callback] | Callback | None = None,
         enable_progress_bar: bool = True,
-        matmul_precision: str | None = None,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
         **kwargs: Any,
     ) -> None:
+        if matmul_precision not in (None, "highest", "high", "medium"):
+            expected = "expected one of highest, high, medium"
+            raise ConfigurationError(f"found matmul_precision '{matmul_precision}', {expected}")
         if (precision := kwargs.get("precision")) in _MIXED:
             raise ConfigurationError(
                 f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
             )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
-        if not any(isinstance(callback, ProgressBar) for callback in given):
-            watched = sys.stderr.isatty()
-            if enable_progress_bar:
-                given.append(RunProgress() if watched else LoggedProgress())
-            enable_progress_bar = enable_progress_bar and watched
+        has_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        given += [StepProgress()] if enable_progress_bar and not has_bar else []
         leave_processes_at_exit()
         super().__init__(
-            use_distributed_sampler=use_distributed_sampler,
-            callbacks=given,
-            enable_progress_bar=enable_progress_bar,
-            **kwargs,
+            callbacks=given, enable_progress_bar=has_bar, use_distributed_sampler=use_distributed_sampler, **kwargs
         )
         if matmul_precision is not None:
-            if matmul_precision not in _MATMUL_PRECISIONS:
-                raise ConfigurationError(
-                    f"found matmul_precision '{matmul_precision}', expected one of {', '.join(_MATMUL_PRECISIONS)}"
-                )
             torch.set_float32_matmul_precision(matmul_precision)
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
@@ -114,38 +103,32 @@ class Trainer(pl.Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
-        samples: int = 200,
+        samples_per_task: int = 200,
         kind: FisherKind | None = None,
         mc_samples: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         precision: Precision = Precision.full,
-        output: str | None = None,
-        cotangents: int | None = None,
     ) -> None:
-        """Compute the statistics of an existing checkpoint: its Fisher diagonal, or its Gram matrices.
+        """Compute a statistic of a checkpoint, and write ``expert.STATISTIC.safetensors`` to ``default_root_dir``.
 
         Args:
             model: The expert.
             datamodule: Its task, or several as `coin.data.Tasks` for a pooled Fisher.
             ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
-            samples: P, the number of unlabelled training samples of each task.
+            samples_per_task: P, the number of unlabelled training samples of each task.
             kind: Which Fisher diagonal, by default ``exact``. Gram matrices have no kinds.
             mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
             precision: The floating-point type of the network in a Fisher pass.
-            output: The file to write; none writes ``expert.fisher.safetensors`` (or ``expert.gram.safetensors``) beside
-                the checkpoint.
-            cotangents: The old name of mc_samples, for one version.
 
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        mc_samples = renamed_option("mc_samples", mc_samples, "cotangents", cotangents)
         statistic, options = parse_enum(StatisticKind, "statistic", statistic), None
         if statistic is StatisticKind.fisher:
-            options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, precision, samples)
+            options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, precision, samples_per_task)
         elif (kind, mc_samples, precision) != (None, None, Precision.full):
             raise ConfigurationError(
                 f"found kind={kind}, mc_samples={mc_samples} and precision={precision} for Gram matrices, expected "
@@ -153,16 +136,15 @@ class Trainer(pl.Trainer):
             )
         network, config = _network(model, ckpt_path)
         if isinstance(datamodule, TaskData):
-            tasks = Tasks({"task": datamodule}, samples_per_task=samples)
+            tasks = Tasks({"task": datamodule}, samples_per_task)
         elif isinstance(datamodule, Tasks):
-            tasks = Tasks(datamodule.tasks, samples, datamodule.batch_size)
+            tasks = Tasks(datamodule.tasks, samples_per_task, datamodule.batch_size)
         else:
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
         for task in tasks.tasks.values():
             config.check_content(task.content)
         tasks.resize(config.image_size)
-        folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
-        path = Path(output) if output is not None else folder / f"expert.{statistic}.safetensors"
+        path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
         data = "own" if isinstance(datamodule, TaskData) else "pooled"
         estimate_over_tasks(self, network, tasks, options, path, data=data)
 
@@ -170,17 +152,14 @@ class Trainer(pl.Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule,
-        output: str | None = None,
         name: str = "evaluate",
         configuration: dict[str, Any] | None = None,
     ) -> list[Outcome]:
-        """Measure how well lost experts are decoded, and record it: files, table, loggers.
+        """Measure how well lost experts are decoded, and write it to ``default_root_dir`` and the loggers.
 
         Args:
             model: A `coin.modules.DecodingEvaluator`.
             datamodule: The tasks, as `coin.data.Tasks`.
-            output: The folder for ``results.csv``, ``results.json`` and the rest; none takes the Trainer's
-                ``default_root_dir``.
             name: The experiment's name in the results.
             configuration: The configuration that ``results.json`` holds beside the code.
         """
@@ -192,9 +171,7 @@ class Trainer(pl.Trainer):
         datamodule.resize(model.config.image_size)
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
-            record_evaluation(
-                model, datamodule, Path(output or self.default_root_dir), name, configuration, self.loggers
-            )
+            record_evaluation(model, datamodule, Path(self.default_root_dir), name, configuration, self.loggers)
         return model.outcomes
 
 

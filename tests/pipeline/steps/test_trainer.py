@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coin.data.tasks import Tasks
-from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, StateError
+from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
@@ -38,7 +38,7 @@ def assert_same(found, wanted):
 
 def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, num_classes=3, initial_seed=4)
-    make_trainer().fisher(expert, synthetic(seed=3), samples=11)
+    make_trainer().fisher(expert, synthetic(seed=3), samples_per_task=11)
     mark = fingerprint(build_network(expert.config, 3, seed=4).state_dict())
     statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
     assert_same(statistic.values, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
@@ -50,8 +50,8 @@ def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, 
 def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
     tasks = Tasks({"a": synthetic(key=1), "b": synthetic(key=2)}, samples_per_task=5, seed=6)
     expert = Expert(**SMALL, num_classes=3)
-    make_trainer().fisher(expert, tasks, samples=9, output=str(tmp_path / "pooled.safetensors"))
-    statistic = open_statistic(tmp_path / "pooled.safetensors", statistic="fisher")
+    make_trainer().fisher(expert, tasks, samples_per_task=9)
+    statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher")
     wanted = fisher_of(expert.network, Tasks(tasks.tasks, samples_per_task=9, seed=6).calibration())
     assert_same(statistic.values, wanted)
     assert statistic.samples == 18
@@ -59,9 +59,7 @@ def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical", "categorical"])
-def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
-    tmp_path, synthetic, make_trainer, write_experts, kind
-):
+def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer, write_experts, kind):
     path = Path(write_experts([3])["task0"])
     network = load_network(path).network
     expert = Expert(**SMALL, num_classes=3)
@@ -73,9 +71,10 @@ def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
     calibration = synthetic().calibration(10)
     wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels if kind == "empirical" else None)
     for checkpoint in (path, tmp_path / "checkpoint" / "last.ckpt"):
-        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples=10, kind=kind)
+        trainer = make_trainer(default_root_dir=tmp_path / kind)
+        trainer.fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples_per_task=10, kind=kind)
         statistic = open_statistic(
-            checkpoint.parent / "expert.fisher.safetensors",
+            tmp_path / kind / "expert.fisher.safetensors",
             statistic="fisher",
             weights=fingerprint(network.state_dict()),
         )
@@ -85,7 +84,7 @@ def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
 
 def test_a_fisher_in_bfloat16_says_so_in_its_file(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, num_classes=3, initial_seed=4)
-    make_trainer().fisher(expert, synthetic(seed=3), samples=11, precision="bfloat16")
+    make_trainer().fisher(expert, synthetic(seed=3), samples_per_task=11, precision="bfloat16")
     statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher")
     wanted = fisher_of(expert.network, synthetic(seed=3).calibration(11))
     moved = sum(float((statistic.values[name] - value).abs().sum()) for name, value in wanted.items())
@@ -97,13 +96,9 @@ def test_a_fisher_in_bfloat16_says_so_in_its_file(tmp_path, synthetic, make_trai
 def test_gram_matrices_have_no_kinds(synthetic, make_trainer, options):
     told = r"found kind=.* for Gram matrices, expected none of them.*leave them out"
     with pytest.raises(ConfigurationError, match=told):
-        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), samples=9, statistic="gram", **options)
-
-
-def test_the_old_name_of_mc_samples_is_taken_with_a_warning(synthetic, make_trainer):
-    trainer, expert = make_trainer(), Expert(**SMALL, num_classes=3)
-    with pytest.warns(CoinWarning, match="is now mc_samples"), pytest.raises(ConfigurationError, match="mc_samples=2"):
-        trainer.fisher(expert, synthetic(), samples=9, cotangents=2)
+        make_trainer().fisher(
+            Expert(**SMALL, num_classes=3), synthetic(), samples_per_task=9, statistic="gram", **options
+        )
 
 
 def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
@@ -113,7 +108,7 @@ def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
     with pytest.raises(FileError, match="found no file"):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.safetensors"))
     with pytest.raises(DataError, match=r"99 calibration samples asked of .*Synthetic"):
-        make_trainer().fisher(expert, synthetic(), samples=99)
+        make_trainer().fisher(expert, synthetic(), samples_per_task=99)
     with pytest.raises(ConfigurationError, match="found a model without a network"):
         make_trainer().fisher(Expert(**SMALL), synthetic())
     torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
@@ -136,7 +131,8 @@ def pair(synthetic, write_experts, write_coded):
 
 
 def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
-    outcomes = make_trainer().evaluate(*pair, output=str(tmp_path / "results"), name="try", configuration={"x": [1]})
+    trainer = make_trainer(default_root_dir=tmp_path / "results")
+    outcomes = trainer.evaluate(*pair, name="try", configuration={"x": [1]})
     with (tmp_path / "results" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(outcomes) == 2 * (4 + 2 + 1)

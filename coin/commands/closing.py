@@ -1,0 +1,96 @@
+"""The last line of a command: what was reached, which file has it, and the next command, to be copied."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from coin.callbacks import ExpertExport, FisherEstimator
+from coin.files.safetensors import load_provenance
+from coin.reporting.results import RESULTS_CSV, read_results
+from coin.reporting.summary import summarise
+from coin.reporting.tables import print_summary
+from coin.statistics.statistic import StatisticKind
+
+METHODS = {StatisticKind.fisher: "Coin", StatisticKind.gram: "RegMean"}
+"""A method that reads the statistic."""
+
+
+def after_fit(trainer: Trainer, data: Namespace) -> str:
+    """Return the line of ``coin fit``."""
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    found = [f"{name} {metrics[name]:.4g}" for name in ("val/accuracy", "val/loss", "train/loss") if name in metrics]
+    reached = f"{next(iter(found), 'trained')} after {trainer.current_epoch} epochs"
+    exports = [each for each in callbacks if isinstance(each, ExpertExport)]
+    saved = [each.best_model_path for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
+    file = exports[0].file(trainer) if exports else next(iter(saved), trainer.default_root_dir)
+    fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
+    if exports and fishers:
+        return _line(reached, file, _merge(_task(data), file, StatisticKind.fisher, fishers[0]))
+    return _line(reached, file, ["fisher", f"--ckpt_path={file}", *_data(trainer, data)])
+
+
+def after_fisher(file: Path, statistic: StatisticKind, expert: str | None, data: Namespace) -> str:
+    """Return the line of ``coin fisher``."""
+    made = load_provenance(file)
+    reached = f"{statistic} of {made['samples']} samples in {made['seconds']:.1f} s"
+    return _line(reached, file, _merge(_task(data), expert or "FILE", statistic, file))
+
+
+def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
+    """Return the line of ``coin merge``, given its arguments."""
+    tasks = next((each.partition("=")[2] for each in arguments if each.startswith("--tasks=")), None)
+    named = tasks or _flow(dict.fromkeys(experts, "CLASS"))
+    words = ["evaluate", "-c", "default", f"--model.experts={_flow(experts)}"]
+    words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={named}"]
+    return _line(f"{len(experts)} experts merged", ", ".join(map(str, files)), words)
+
+
+def after_evaluate(folder: Path) -> str:
+    """Print the table of ``coin evaluate``, and return its line."""
+    rows = read_results(folder)
+    print_summary(summarise(rows), reported=False)
+    measured = rows[~rows.method.isin(["none", "oracle"])].groupby(["method", "decoder"]).nda.mean()
+    best = "measured"
+    if len(measured):
+        winner: Any = measured.idxmax()
+        best = f"NDA {100 * measured.max():.1f} with {' and '.join(winner)}"
+    return _line(best, folder / RESULTS_CSV, ["choose", str(folder)])
+
+
+def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
+    return f"{reached}; wrote {file}; next: coin {shlex.join(command)}"
+
+
+def _merge(task: str, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
+    """Return the merge of an expert with others, whose names and files are the user's to fill in."""
+    pairs = {"experts": expert, str(statistic): file}
+    given = [f"--{name}={_flow({task: str(path), 'TASK': 'FILE'})}" for name, path in pairs.items()]
+    return ["merge", f"--method={METHODS[statistic]}", *given, "--output=coded"]
+
+
+def _task(data: Namespace) -> str:
+    return str(data.class_path).rpartition(".")[2].lower()
+
+
+def _data(trainer: Trainer, data: Namespace) -> list[str]:
+    """Return the words that give the same data again: its class, and the options that are not its defaults."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(type(trainer.datamodule), "data")  # type: ignore[attr-defined]
+    defaults = parser.get_defaults().data
+    given = {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
+    name = str(data.class_path)
+    short = name.rpartition(".")[2] if name.startswith("coin.") else name
+    return [f"--data={short}", *(f"--data.{name}={_flow(value)}" for name, value in given.items())]
+
+
+def _flow(value: Any) -> str:
+    """Return a value in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=2**20, sort_keys=False)
+    return str(text).removesuffix("...\n").strip()
