@@ -55,10 +55,6 @@ class ImageFolder(TaskData):
         for split in self._splits:
             self._checked(split)
 
-    def num_training(self) -> int | None:
-        """Return how many of the images in ``train`` are trained on."""
-        return self._left_to_train(sum(map(len, self._files("train").values())), validation="val" in self._splits)
-
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
         paths: list[str] = []

@@ -163,24 +163,6 @@ class TaskData(LightningDataModule, ABC):
         """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""
         _ = self.num_classes
 
-    def num_training(self) -> int | None:
-        """Return how many training samples there are, where files tell it without being read; else None."""
-        return None
-
-    def _left_to_train(self, samples: int, *, validation: bool) -> int | None:
-        """Return how many of so many samples `split_source` leaves to train on; None where it refuses."""
-        held_out = 0 if validation or not self.validation_share else max(1, round(self.validation_share * samples))
-        left = samples - held_out
-        return None if left < 1 else left if self.max_train is None else min(left, self.max_train)
-
-    def check_calibration(self, samples: int, there: int, name: str | None = None) -> None:
-        """Refuse more calibration samples than training samples are there; a `DataError` that says `name`."""
-        if samples > there:
-            raise DataError(
-                f"{samples} calibration samples asked of {self._called(name)}, whose training split has {there}, "
-                f"validation samples aside; set samples_per_task to {there} or less"
-            )
-
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
         self._source = self._shared.latest = once(self._shared.samples, self._key, self._read)
@@ -265,7 +247,11 @@ class TaskData(LightningDataModule, ABC):
         """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more."""
         check_integer("calibration samples", samples, 1)
         train = self.splits.train
-        self.check_calibration(samples, len(train), name)
+        if samples > len(train):
+            raise DataError(
+                f"{samples} calibration samples asked of {self._called(name)}, whose training split has {len(train)}, "
+                f"validation samples aside; set samples_per_task to {len(train)} or less"
+            )
         return self._drawn(train, samples, batch_size, Stream.CALIBRATION)
 
     def promise(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:

@@ -68,10 +68,6 @@ class TextFile(TextTask):
         super().check_files()
         self._checked(self.test)
 
-    def num_training(self) -> int | None:
-        """Return how many of the rows are trained on."""
-        return self._left_to_train(len(self._table(self.train)), validation=False)
-
     def load(self) -> Source:
         """Read and tokenise both files."""
         return Source(self._samples(self.train), self._samples(self.test))

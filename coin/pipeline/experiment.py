@@ -198,9 +198,6 @@ class Experiment:
         """Raise CoinError, before any training, if a user's own data lack something."""
         for task in self.every_task():
             task.check_files()
-        for name, task in self.tasks.items():
-            if (there := task.num_training()) is not None:
-                task.check_calibration(self.most_samples, there, name)
 
     def check_fit(self) -> None:
         """Check, before anything is trained, that the options fit this network (fail early).

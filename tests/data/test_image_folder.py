@@ -32,22 +32,6 @@ def root(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("options", [{}, {"validation_share": 0.0}, {"max_train": 7}, {"validation_share": 0.33}])
-@pytest.mark.parametrize("with_validation", [False, True])
-def test_the_number_of_training_images_is_known_without_reading_them(root, options, with_validation):
-    if with_validation:
-        write(root / "val/cat", 2)
-        write(root / "val/ant", 2)
-    task = ImageFolder(str(root), **options)
-    number = task.num_training()
-    task.setup()
-    assert number == len(task.splits.train)
-
-
-def test_where_none_is_left_to_train_on_the_number_is_not_told(root):
-    assert ImageFolder(str(root), validation_share=0.99).num_training() is None
-
-
 def test_a_folder_becomes_a_task(root):
     task = ImageFolder(str(root), validation_share=0.2)
     assert task.classes == ("ant", "cat")
@@ -239,8 +223,8 @@ def test_a_truncated_image_is_named(root, name, extension):
         task = ImageFolder(str(root), in_memory=in_memory, validation_share=0.0)
         with pytest.raises(DataError, match=rf"{name}.{extension} cannot be read as an image") as caught:
             list(task.train_dataloader())
-        assert str(caught.value).startswith(str(folder))
-        assert str(caught.value).endswith("replace or remove it")
+        assert str(folder) in str(caught.value)  # a worker process puts its own words before it
+        assert str(caught.value).strip().endswith("replace or remove it")
 
 
 @pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])

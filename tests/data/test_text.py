@@ -98,14 +98,6 @@ def test_texts_are_neither_augmented_nor_transformed(table) -> None:
         tasks.train_dataloader()
 
 
-def test_the_number_of_training_texts_is_known_without_splitting_them(table) -> None:
-    for options in ({}, {"validation_share": 0.4}, {"max_train": 2}):
-        task = table(**options)
-        number = task.num_training()
-        task.setup()
-        assert number == len(task.splits.train)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
