@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.core.choices import check_integer, parse_enum
+from coin.core.choices import parse_enum
 from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
@@ -76,9 +76,8 @@ class FisherEstimator(Callback):
         path: str | None = None,
         weights: Weights = Weights.last,
     ) -> None:
-        check_integer("samples_per_task", samples_per_task, 1)
         self.options = FisherOptions(kind, mc_samples, memory_mib, precision, samples_per_task)
-        self.samples_per_task, self.path = samples_per_task, None if path is None else Path(path)
+        self.path = None if path is None else Path(path)
         self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,9 +87,9 @@ class FisherEstimator(Callback):
             raise ConfigurationError(
                 "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
             )
-        check_shares(self.samples_per_task, trainer.world_size)
+        check_shares(self.options.samples_per_task, trainer.world_size)
         check_weights(trainer, pl_module, self.weights)
-        data.calibration(self.samples_per_task)
+        data.calibration(self.options.samples_per_task)
 
     def file(self, trainer: Trainer) -> Path:
         """Return the file that it writes."""
@@ -102,10 +101,10 @@ class FisherEstimator(Callback):
         estimate_statistic(
             trainer,
             trained_network(trainer, pl_module, self.weights),
-            data.calibration(self.samples_per_task),
+            data.calibration(self.options.samples_per_task),
             self.options,
             self.file(trainer),
-            samples_per_task=self.samples_per_task,
+            samples_per_task=self.options.samples_per_task,
             seed=data.seed,
             data="own",
         )
