@@ -118,7 +118,7 @@ class Started(Callback):
         ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
         ({"mc_samples": 2}, "found mc_samples=2 for the exact Fisher; only monte_carlo takes a number"),
         ({"kind": "empirical", "mc_samples": 2}, "found mc_samples=2 for the empirical Fisher"),
-        ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected at least 1"),
+        ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected a whole number of at least 1"),
         ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
         (
             {"kind": "exactly"},
