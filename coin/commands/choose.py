@@ -17,11 +17,15 @@ def main(arguments: Sequence[str]) -> None:
     as_document = options.pop("json")
     rows, sentence = choose(**options)
     from coin.reporting.results import as_json
-    from coin.reporting.tables import choice_table, results_console, rich_table
+    from coin.reporting.tables import BEST, percent, results_console, rich_table, stand_in_table
 
     if as_document:
         print(as_json({"rows": rows, "sentence": sentence}))
         return
     if len(rows):
-        results_console().print(rich_table(choice_table(rows), "what meets the limits", ["method", "decoder"]))
+        worst = [percent(nda) + BEST * (place == 0) for place, nda in enumerate(rows["nda_worst"])]
+        table = stand_in_table(rows).drop(columns="merge s").rename(columns={"NDA": "worst task"})
+        results_console().print(
+            rich_table(table.assign(**{"worst task": worst}), "what meets the limits", ["method", "decoder"])
+        )
     print(sentence)

@@ -82,9 +82,8 @@ def read_examples(folder: Path) -> Examples | None:
 def write_promises(folder: Path, promises: pd.DataFrame) -> None:
     """Write ``promise.csv``, a row per lost expert and decoder; take an earlier one away where nothing is promised.
 
-    `threshold` is the largest score of an accepted answer, NaN where no promise could be given from so many `samples`
-    (see `coin.Promise`). `promised` is the share of these that are accepted, `coverage` that of the test samples, and
-    `found` how many of the latter differ from the expert's, as a share: `alpha` at most, with `confidence`.
+    `threshold` is the largest score of an accepted answer, NaN where nothing is promised. `promised` is the share of
+    the `samples` that are accepted, `coverage` that of the test samples, `found` the share of these that differ.
     """
     if promises.empty:
         (folder / PROMISE_CSV).unlink(missing_ok=True)

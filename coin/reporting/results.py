@@ -86,7 +86,6 @@ class Row:
 
 
 STAND_IN_COSTS = ("memory_mib", "forwards", "losses")
-"""What a stand-in costs."""
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]

@@ -23,7 +23,7 @@ WIDTH = 5.4
 """Inches. Narrow, so that the text is still legible on a phone."""
 _METHODS = {
     "average": "#56B4E9", "coin": "#0072B2", "regmean": "#6A3D9A", "head_fit": "#44AA99", "refit": "#009E73",
-    "full_fisher": "#332288", "gauss_newton": "#117733", "task_arithmetic": "#88A0C8", "ties": "#7BAFDE",
+    "task_arithmetic": "#88A0C8", "ties": "#7BAFDE",
     "wudi": "#B8A800", "base": "#A65628", "replica": "#CC79A7",
     "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": SOFT, "oracle": INK,
 }  # fmt: skip

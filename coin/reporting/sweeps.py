@@ -16,8 +16,7 @@ from coin.reporting.summary import seed_means, variant_names
 from coin.reporting.tables import percent, rich_table
 
 SWEEP_CSV = "sweep.csv"
-SWEEP_YAML = "sweep.yaml"
-"""The sweep's own file, kept beside its table."""
+SWEEP_YAML = "sweep.yaml"  # the sweep's own file, kept beside its table
 SEEDS = "seeds"
 _LONGEST = 24  # longer values are named by their place among the values
 

@@ -18,8 +18,7 @@ from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, s
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
 FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
 NEAR = 0.01  # how far below the best NDA a stand-in may be to be called as good in a sentence
-IN_SHORT = "In short: "
-"""How a finding begins."""
+IN_SHORT = "In short: "  # how a finding begins
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
 _WIDEST = 14  # characters of a heading in one line
@@ -71,13 +70,6 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
         if all_rows or is_best
     ]
     return pd.DataFrame(lines)
-
-
-def choice_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that `choose` returns as text, the first with `BEST`; accuracy is that of the worst task."""
-    table = stand_in_table(rows).drop(columns=["merge s", "NDA"])
-    table.insert(2, "worst task", [percent(nda) + BEST * (place == 0) for place, nda in enumerate(rows["nda_worst"])])
-    return table
 
 
 def promise_table(promises: pd.DataFrame) -> pd.DataFrame:

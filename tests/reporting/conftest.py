@@ -45,29 +45,18 @@ def measured(
                 expert = EXPERTS[i % len(EXPERTS)]
                 noise = 0.0 if method == "oracle" else draw.normal(0.0, 0.006)
                 ratio = min(1.0, nda + noise - 0.01 * i * (method != "oracle"))
+                left = math.nan if method == "oracle" else 1.0
                 row = Row(
-                    experiment=experiment,
-                    seed=seed,
-                    method=method,
-                    batchnorm=batchnorm,
-                    decoder=decoder,
-                    code_row="" if method == "none" else "0",
-                    erased=task,
-                    task=task,
-                    samples_per_task=samples,
-                    expert_accuracy=expert,
-                    decoded_accuracy=expert * ratio,
-                    nda=ratio,
-                    agreement=min(1.0, ratio + 0.005),
-                    residual=residual,
+                    experiment, seed, method, batchnorm, decoder, "" if method == "none" else "0", task, task, samples,
+                    expert, expert * ratio, ratio, agreement=min(1.0, ratio + 0.005), residual=residual,
                     merge_seconds=seconds * samples / 200 * (1 + 0.05 * draw.random()),
                     merge_passes=passes * samples / 200,
-                    decoder_seconds=0.0 if decoder == "linear" else 0.5,
-                    decoder_passes=0.0 if decoder == "linear" else 2.0 * samples * (2 + (method != "none")),
-                    memory_mib=math.nan if method == "oracle" else 11.0 * (method != "none") + 0.1 * len(decoder),
-                    forwards=math.nan if method == "oracle" else len(tasks) - 1.0 + (method != "none"),
-                    losses=math.nan if method == "oracle" else 1.0,
-                )
+                    decoder_seconds=0.5 * (decoder != "linear"),
+                    decoder_passes=(decoder != "linear") * 2.0 * samples * (2 + (method != "none")),
+                    memory_mib=left * (11.0 * (method != "none") + 0.1 * len(decoder)),
+                    forwards=left * (len(tasks) - 1.0 + (method != "none")),
+                    losses=left,
+                )  # fmt: skip
                 rows.append(row)
                 counts = draw.integers(0, 4, (classes, classes)) + np.diag(draw.integers(60, 100, classes))
                 confusions[confusion_key(row)] = counts.astype(np.int64)
@@ -81,13 +70,9 @@ def measure() -> Callable[..., tuple[list[Row], Confusions]]:
 
 
 CONFIGURATION = {
-    "name": "quickstart",
     "network": {"name": "small_resnet", "image_size": 32, "weights": None},
     "tasks": {"mnist": {"class_path": "MNIST5k"}, "letters": {"class_path": "Glyphs"}},
     "code": [[0.5, 0.5]],
-    "calibration": {"samples_per_task": 200, "fisher_data": "own"},
-    "decoders": list(DECODERS),
-    "seeds": [0, 1, 2],
 }
 
 

@@ -15,14 +15,8 @@ from coin.errors import ConfigurationError
 from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
 
-LOGGED = [
-    *(f"nda/{name}/{decoder}" for name in ("coin", "refit-4bit", "none") for decoder in ("linear", "ridge")),
-    "nda/replica-3bit/replica",
-    "nda_mean_best",
-    "confusion/mnist_table",
-    "confusion/letters_table",
-    "_step",
-]
+LOGGED = [f"nda/{name}/{decoder}" for name in ("coin", "refit-4bit", "none") for decoder in ("linear", "ridge")]
+LOGGED += ["nda/replica-3bit/replica", "nda_mean_best", "confusion/mnist_table", "confusion/letters_table", "_step"]
 
 
 def built(**options: Any) -> dict[str, Any]:
@@ -59,11 +53,10 @@ def test_memory_curves_confusions_and_tables_are_shown():
 
 
 def test_runs_are_grouped_by_experiment_and_job_type_and_filtered_by_experiment():
-    (runs,) = built()["runSets"]
-    assert [key["name"] for key in runs["grouping"]] == ["group", "jobType"]
-    assert "quickstart" not in str(runs["filters"])
-    (runs,) = built(group="quickstart")["runSets"]
-    assert "quickstart" in str(runs["filters"])
+    for group in (None, "quickstart"):
+        (runs,) = built(group=group)["runSets"]
+        assert [key["name"] for key in runs["grouping"]] == ["group", "jobType"]
+        assert ("quickstart" in str(runs["filters"])) == (group is not None)
 
 
 def test_without_runs_of_evaluations_there_is_advice():
@@ -84,39 +77,25 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(
-    ("arguments", "mode", "said"),
-    [
-        (["me/coin"], "offline", "found WANDB_MODE=offline"),
-        (["me/coin"], None, "run `wandb login`"),
-        (["me/coin"], "online", "run `wandb login`"),
-        (["a/b/c"], None, "expected ENTITY/PROJECT"),
-        (["/coin"], None, "expected ENTITY/PROJECT"),
-        ([], None, "project"),
-    ],
-)
-def test_what_cannot_be_is_one_line(
-    arguments: list[str],
-    mode: str | None,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    if mode is not None:
-        monkeypatch.setenv("WANDB_MODE", mode)
-    assert main(["dashboard", *arguments]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("coin: error: ")
-    assert len(error.splitlines()) == 1
-    assert said in error
-    assert "wandb sync" not in error  # there is nothing to log offline
+def test_what_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def refused(*arguments: str) -> str:
+        assert main(["dashboard", *arguments]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("coin: error: ")
+        assert "\n" not in error
+        assert "wandb sync" not in error  # there is nothing to log offline
+        return error
 
-
-@pytest.mark.usefixtures("alone")
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert "run `wandb login`" in refused("me/coin")
+    assert "expected ENTITY/PROJECT" in refused("a/b/c")
+    assert "expected ENTITY/PROJECT" in refused("/coin")
+    assert "project" in refused()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "found WANDB_MODE=offline" in refused("me/coin")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert "run `wandb login`" in refused("me/coin")
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    assert main(["dashboard", "me/coin"]) == 2
-    assert "pip install '.[dashboard]'" in capsys.readouterr().err
+    assert "pip install '.[dashboard]'" in refused("me/coin")
 
 
 def test_a_server_s_runs_become_a_workspace_with_an_address(

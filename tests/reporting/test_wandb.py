@@ -63,20 +63,16 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     answers = np.array([0, 1])
     examples = Examples(images, answers, answers, {"coin||feature_ridge": answers[::-1]}, ("cat", "dog"))
-    run = start_run(
-        folder, group="quickstart", job_type="evaluate", name="evaluate seed 0", config={"lr": 0.1}, tags=["overview"]
-    )
+    named = {"group": "quickstart", "job_type": "evaluate", "name": "evaluate seed 0"}
+    run = start_run(folder, **named, config={"lr": 0.1}, tags=["overview"])
     log_evaluation(run, rows, confusions, examples, {"mnist": [f"digit {i}" for i in range(10)]})
     run.finish()
 
     (run_folder,) = run_folders(folder)
     records = read_wandb(run_folder)
     (started,) = of_type(records, "run")
-    assert (started["run_group"], started["job_type"], started["display_name"]) == (
-        "quickstart", "evaluate", "evaluate seed 0",
-    )  # fmt: skip
-    assert started["tags"] == ["overview"]
-    assert started["config"]["update"]["lr"] == 0.1
+    assert [started[name] for name in ("run_group", "job_type", "display_name")] == [*named.values()]
+    assert (started["tags"], started["config"]["update"]["lr"]) == (["overview"], 0.1)
     assert len(of_type(records, "history")) == 1  # tables and pictures; numbers are the summary's
 
     summary = summary_of(records)
@@ -90,33 +86,22 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     method, decoder = coded.idxmax()
     assert (summary["best_method"], summary["best_decoder"]) == (method, decoder)
 
-    tables = run_folder / "files" / "media" / "table"
-    (file,) = tables.glob("results_*.table.json")
-    table = json.loads(file.read_text(encoding="utf-8"))
-    assert len(table["data"]) == len(rows)
-    assert table["columns"][0] == "experiment"
-    (file,) = tables.glob("examples_*.table.json")
-    table = json.loads(file.read_text(encoding="utf-8"))
-    assert table["columns"] == ["image", "task", "label", "expert", "coin"]
-    assert [row[1:] for row in table["data"]] == [["", "cat", "cat", "dog"], ["", "dog", "dog", "cat"]]
-    (file,) = (tables / "confusion").glob("mnist_table_*")
-    cells = json.loads(file.read_text(encoding="utf-8"))["data"]
+    def table(name: str) -> dict[str, Any]:
+        (file,) = (run_folder / "files" / "media" / "table").glob(f"{name}_*.table.json")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    assert len(table("results")["data"]) == len(rows)
+    assert table("results")["columns"] == list(frame)
+    assert table("examples")["columns"] == ["image", "task", "label", "expert", "coin"]
+    answered = [row[1:] for row in table("examples")["data"]]
+    assert answered == [["", "cat", "cat", "dog"], ["", "dog", "dog", "cat"]]
+    cells = table("confusion/mnist_table")["data"]
     row = next(r for r in rows if (r.method, r.decoder, r.task) == (method, decoder, "mnist"))
     counts = confusions[confusion_key(row)]
     assert {(i, k): n for i, k, n in cells} == {
         (f"digit {i}", f"digit {k}"): counts[i, k] for i, k in zip(*counts.nonzero(), strict=True)
     }
     assert list((run_folder / "files/media/images").glob("nda_against_memory_*"))
-
-
-def test_the_survivors_alone_have_no_best_method(tmp_path: Path, measure: Measured, read_wandb: Read):
-    rows = [row for row in measure(0)[0] if row.method == "none"]
-    run = start_run(tmp_path, group="g", job_type="evaluate", name="n")
-    log_evaluation(run, rows)
-    run.finish()
-    summary = summary_of(read_wandb(run_folders(tmp_path)[0]))
-    assert "nda/none/ridge" in summary
-    assert "best_method" not in summary
 
 
 def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Read):
@@ -128,18 +113,13 @@ def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.M
     assert set(started["tags"]) == {"one", "two", "x" * 64}
 
 
-def test_the_environment_is_offline_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_is_offline_unless_the_user_says_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_DIR", "/elsewhere")
     with run_environment(tmp_path / "seed-0"):
-        assert os.environ["WANDB_MODE"] == "offline"
-        assert os.environ["WANDB_DIR"] == str(tmp_path / "seed-0")
+        assert (os.environ["WANDB_MODE"], os.environ["WANDB_DIR"]) == ("offline", str(tmp_path / "seed-0"))
         assert Path(os.environ["WANDB_DATA_DIR"]).is_relative_to(tmp_path / "seed-0")
     assert os.environ["WANDB_DIR"] == "/elsewhere"
-    assert "WANDB_MODE" not in os.environ
-    assert "WANDB_DATA_DIR" not in os.environ
-
-
-def test_the_user_s_mode_is_kept_and_nonsense_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert not {"WANDB_MODE", "WANDB_DATA_DIR"} & set(os.environ)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with run_environment(tmp_path):
         assert os.environ["WANDB_MODE"] == "disabled"
@@ -149,23 +129,16 @@ def test_the_user_s_mode_is_kept_and_nonsense_refused(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("online")
-def test_online_without_a_key_is_one_line_of_advice():
-    with pytest.raises(CoinError, match="no W&B API key; run `wandb login`") as caught:
+def test_online_without_a_key_or_a_server_is_one_line_of_advice(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(CoinError, match=r"no W&B API key; run `wandb login`[^\n]*$"):
         check_connection()
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.usefixtures("online")
-def test_online_without_a_server_is_one_line_of_advice(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as taken:  # bound but not listening: the port refuses connections
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
         monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(CoinError, match="does not answer") as caught:
+        with pytest.raises(CoinError, match=r"does not answer[^\n]*`wandb sync` later[^\n]*$"):
             check_connection()
-    assert "`wandb sync` later" in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("online")
