@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,14 +81,10 @@ CONFIGURATION = {
 def make_experiment(tmp_path: Path) -> Make:
     """Return a function that writes an experiment folder and returns it."""
 
-    def make(
-        name: str = "quickstart", seeds: Sequence[int] = (0, 1, 2), with_confusions: bool = False, **options: object
-    ) -> Path:
-        folder = tmp_path / "runs" / name
+    def make(name: str = "quickstart", seeds: Sequence[int] = (0, 1, 2), **options: Any) -> Path:
         for seed in seeds:
-            rows, confusions = measured(seed, experiment=name, **options)  # type: ignore[arg-type]
-            counts = confusions if with_confusions else None
-            write_results(folder / f"seed-{seed}", rows, {**CONFIGURATION, "name": name}, counts)
-        return folder
+            rows, _ = measured(seed, experiment=name, **options)
+            write_results(tmp_path / "runs" / name / f"seed-{seed}", rows, CONFIGURATION)
+        return tmp_path / "runs" / name
 
     return make

@@ -79,11 +79,8 @@ def test_nan_is_never_left_out_of_a_mean():
 
 def test_larger_erasures_are_grouped_by_their_size():
     single = [row(0, task, 0.9) for task in "abc"]
-    pairs = [
-        row(0, task, nda, erased=erased, code_row="0+1")
-        for erased, ndas in {"a+b": (0.8, 0.6), "a+c": (0.5, 0.7), "b+c": (0.2, 0.3)}.items()
-        for task, nda in zip(erased.split("+"), ndas, strict=True)
-    ]
+    lost = {"a+b": (0.8, 0.6), "a+c": (0.5, 0.7), "b+c": (0.2, 0.3)}
+    pairs = [row(0, e[2 * i], ndas[i], erased=e, code_row="0+1") for e, ndas in lost.items() for i in (0, 1)]
     summary = summarise(frame(*single, *pairs))
     assert pick(summary, task="mean", erased="1 of 3")["nda_mean"] == pytest.approx(0.9)
     found = pick(summary, task="mean", erased="2 of 3")
@@ -100,11 +97,8 @@ def test_seeds_that_chose_differently_are_one_variant():
 
 
 def test_order_of_appearance_is_kept_with_the_mean_after_the_tasks():
-    rows = [row(0, task, 0.9, method=method) for method in ("zeta", "alpha", "none") for task in "ba"]
-    summary = summarise(frame(*rows))
-    assert list(zip(summary["method"], summary["task"], strict=True)) == [
-        (method, task) for method in ("zeta", "alpha", "none") for task in ("b", "a", "mean")
-    ]
+    summary = summarise(frame(*(row(0, task, 0.9, method=name) for name in ("z", "a", "none") for task in "ba")))
+    assert list(summary["method"] + summary["task"]) == [n + t for n in ("z", "a", "none") for t in ("b", "a", "mean")]
 
 
 def test_a_name_depends_on_the_method_s_own_options_alone():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,9 @@ def write_sweep(tmp_path: Path, measure) -> Write:
     return write
 
 
-def grid(kinds: tuple[str, ...] = ("exact", "empirical"), seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
-    return [
-        {"calibration.fisher_kind": kind, "expert.lr": lr, "seeds": f"[{seed}]"}
-        for kind in kinds
-        for lr in (0.01, 0.1)
-        for seed in seeds
-    ]
+def grid() -> list[dict[str, Any]]:
+    every = product(("exact", "empirical"), (0.01, 0.1), ("[0]", "[1]"))
+    return [dict(zip(("calibration.fisher_kind", "expert.lr", "seeds"), values, strict=True)) for values in every]
 
 
 def test_points_that_differ_in_seeds_alone_are_one_experiment(write_sweep: Write):
