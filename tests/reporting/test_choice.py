@@ -25,22 +25,17 @@ KEPT = (
 )
 
 
-def rows_of(seed: int = 0) -> list[Row]:
-    return [
-        replace(
-            BASE, seed=seed, method=method, decoder=decoder, erased=task, task=task, nda=nda, memory_mib=memory,
-            forwards=forwards, losses=losses,
-        )
-        for method, decoder, *ndas, memory, forwards, losses in KEPT
-        for task, nda in zip("ab", ndas, strict=True)
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
+    folder, costs = tmp_path_factory.mktemp("run"), ("memory_mib", "forwards", "losses")
     for seed in (0, 1):
-        write_results(folder / f"seed-{seed}", rows_of(seed), {})
+        rows = [
+            replace(BASE, seed=seed, method=name, decoder=decoder, erased=task, task=task, nda=nda, **kept)
+            for name, decoder, *ndas, memory, forwards, losses in KEPT
+            for kept in [dict(zip(costs, (memory, forwards, losses), strict=True))]
+            for task, nda in zip("ab", ndas, strict=True)
+        ]
+        write_results(folder / f"seed-{seed}", rows, {})
     return folder
 
 

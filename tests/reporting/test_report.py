@@ -73,7 +73,6 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     assert path == full / "report.html"
     page = Page(path)
     assert re.findall(r"https?:|url\(", page.text) == []  # no address at all
-    assert all(source.startswith("data:image/png;base64,") for source in page.found["src"])
     assert len(set(page.found["id"])) == len(page.found["id"])
     assert {link[1:] for link in page.found["href"] if link.startswith("#")} == set(page.found["id"])
     beside = [link for link in page.found["href"] if not link.startswith(("#", "data:"))]
@@ -86,16 +85,13 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     assert "above 9" in first
     assert first.count("<img") == 1  # what is kept
     assert {item.name for item in (full / "plots").iterdir()} == {"nda_against_memory.png"}
-    inside = [base64.b64decode(source.partition(",")[2]) for source in page.found["src"]]
-    assert (full / "plots/nda_against_memory.png").read_bytes() in inside
+    plot = base64.b64encode((full / "plots/nda_against_memory.png").read_bytes()).decode()
+    assert f"data:image/png;base64,{plot}" in page.found["src"]
     assert "Keep refit with feature_ridge (9" in page.said  # what coin choose says of 98 %
     assert "1 of 2 for refit, 2 of 2 for coin" in page.said  # examples that differ, of the best method and coin
     assert page.text.count('class="differs"') == 3
     assert re.search(r"refit 2 of 2 2\.00 80\.00 75\.00 1\.00", page.said)  # promised and found
-
-
-def test_it_says_what_was_run_and_how_to_do_it_again_elsewhere(full: Path):
-    page = Page(write_report(full))
+    # What was run, and how to do it again elsewhere.
     assert "coin run -c quickstart.yaml '--seeds=[0,1,2]' --output=runs" in page.said
     assert str(full) not in page.text
     (config,) = [link for link in page.found["href"] if link.startswith("data:text/yaml")]
@@ -132,8 +128,7 @@ def test_one_seed_alone_claims_no_spread(make_experiment: Make):
     assert "One seed only" in page.said
     assert "nan" not in page.said
     assert re.findall(r"\d ± \d", page.said) == []
-    for absent in ("Examples", "Differences"):
-        assert f"{absent}</h" not in page.text
+    assert not re.search("(Examples|Differences)</h", page.text)
 
 
 def test_the_command_writes_to_a_file_or_a_folder(make_experiment: Make, tmp_path: Path, capsys):

@@ -55,7 +55,7 @@ def test_rows_read_back_exactly(tmp_path: Path):
 
 def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
+        pytest.fail(f"{name} is not JSON")
 
     configuration = {"root": Path("data"), "lr": math.nan, "code": np.array([[0.5, np.inf]]), 3: (True, np.int64(4))}
     methods = [{"label": "coin", "batchnorm": "auto:average", "row": 0, "chosen": {"held_out": math.inf}}]

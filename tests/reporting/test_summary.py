@@ -82,9 +82,8 @@ def test_larger_erasures_are_grouped_by_their_size():
     lost = {"a+b": (0.8, 0.6), "a+c": (0.5, 0.7), "b+c": (0.2, 0.3)}
     pairs = [row(0, e[2 * i], ndas[i], erased=e, code_row="0+1") for e, ndas in lost.items() for i in (0, 1)]
     summary = summarise(frame(*single, *pairs))
-    assert pick(summary, task="mean", erased="1 of 3")["nda_mean"] == pytest.approx(0.9)
-    found = pick(summary, task="mean", erased="2 of 3")
-    assert found["nda_mean"] == pytest.approx(statistics.fmean([0.8, 0.6, 0.5, 0.7, 0.2, 0.3]))
+    for erased, nda in (("1 of 3", 0.9), ("2 of 3", statistics.fmean([0.8, 0.6, 0.5, 0.7, 0.2, 0.3]))):
+        assert pick(summary, task="mean", erased=erased)["nda_mean"] == pytest.approx(nda)
     assert pick(summary, task="a", erased="a+c")["nda_mean"] == 0.5
 
 

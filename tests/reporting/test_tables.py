@@ -175,10 +175,7 @@ NONE = {"batchnorm": "", "code_row": ""}
 
 def rows_of(method: str, ndas: list[float], **changes: object) -> list[Row]:
     """One row per seed."""
-    return [
-        replace(BASE, method=method, seed=seed, nda=nda, **changes)  # type: ignore[arg-type]
-        for seed, nda in enumerate(ndas)
-    ]
+    return [replace(BASE, method=method, seed=seed, nda=nda, **changes) for seed, nda in enumerate(ndas)]  # type: ignore
 
 
 def found(*rows: list[Row], kinds: dict[str, str] | None = None) -> list[Entry]:
@@ -191,17 +188,13 @@ def said(*rows: list[Row]) -> str:
 
 def test_entries_are_variants_with_their_best_decoder_and_their_role_whatever_the_label():
     told = found(
-        rows_of("none", [0.8] * 3, decoder="ridge", **NONE),
-        rows_of("oracle", [1.0] * 3),
-        rows_of("coin", [0.9] * 3),
-        rows_of("coin", [0.97] * 3, decoder="ridge"),
-        rows_of("kd", [0.95] * 3, batchnorm="keep"),
-        rows_of("distillation-200", [0.94] * 3),
+        rows_of("none", [0.8] * 3, decoder="ridge", **NONE), rows_of("oracle", [1.0] * 3), rows_of("coin", [0.9] * 3),
+        rows_of("coin", [0.97] * 3, decoder="ridge"), rows_of("kd", [0.95] * 3, batchnorm="keep"),
+        rows_of("distillation-200", [0.94] * 3), rows_of("ties", [math.nan] * 3),
         rows_of("replica-3bit", [0.99] * 3, decoder="replica", batchnorm=""),
-        rows_of("ties", [math.nan] * 3),
         rows_of("distillation-long", [0.98] * 3, samples_per_task=7000),  # of another P: no fair baseline
         kinds={"kd": "distillation", "replica-3bit": "replica"},
-    )
+    )  # fmt: skip
     assert [(each.name, each.decoder, each.role) for each in told] == [
         ("replica-3bit", "replica", COPIES), ("coin", "ridge", CODED), ("kd (keep)", "linear", BASELINE),
         ("distillation-200", "linear", BASELINE), ("none", "ridge", FLOOR),
