@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from coin.commands.parser import parse_options
-from coin.files.yaml import read_yaml
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.ray_app import RayOptions, check_port, ray_application, start
@@ -60,13 +59,9 @@ def read_system(
     network = system.network(system.stand_ins.experts[0])
     promises = [promise for each in coded.decoders.values() for promise in each.promises.values()]
     promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None
-    tokenizer = None
-    if network.reads == "texts":
-        tasks = read_yaml(coded.files[0].parents[2] / "config.yaml")["tasks"].values()
-        tokenizer = next((task["init_args"].get("tokenizer") for task in tasks if "init_args" in task), None)
     platform = f"coin ({system.policy.kind}, {coded.method}, {own.config.name})"
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
-    return system, Description(classes, network.image_size, platform, network.reads, tokenizer, promise)
+    return system, Description(classes, network.image_size, platform, promise)
 
 
 def application(args: dict[str, Any]) -> Any:

@@ -145,7 +145,8 @@ def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
     if (named := provenance.get("base_file")) is None:
         base = build_network(config, num_classes)
     else:
-        places = [path.parent / named, path.parent / Path(named).name]
+        # A run's folder links to the steps' files, beside which the base is.
+        places = [path.parent / named, path.resolve().parent / named, path.parent / Path(named).name]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")

@@ -16,8 +16,7 @@ logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged 
 
 Server = Callable[[Any], Awaitable[Any]]
 """Answers a query's inputs; raises where it cannot, OverloadedError where its queue is full."""
-Decode = Callable[[int, Mapping[str, Any]], Any]
-"""Returns a lost expert's answer from the replies that arrived, by server; they suffice."""
+Decode = Callable[[int, Mapping[str, Any]], Any]  # a lost expert's answer from the replies that arrived
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Limits:
         queries: The largest number of running queries, including those being read.
         queue: The largest number of requests waiting for one server.
         batch: The largest number of requests that a server runs together.
-        samples: The largest number of images or texts in one query.
+        samples: The largest number of images in one query.
         bytes: The largest body.
         pixels: The largest number of pixels of one image.
     """
@@ -65,10 +64,7 @@ class Answer:
 
 @dataclass(eq=False)
 class ServerState:
-    """What the front end knows of a server, and its requests under way.
-
-    It is doubted if its last request failed: then nobody waits for it alone, and one request at a time tries it.
-    """
+    """A server, doubted if its last request failed: nobody waits for it alone then; one request at a time tries it."""
 
     name: str
     call: Server
@@ -95,13 +91,7 @@ class FrontEnd:
     """Answers queries from experts and, where an expert is late or lost, from the servers that stand in for it.
 
     Every query gets one answer for each expert or one error, by its deadline at the latest. All timing is that of the
-    running event loop: with a virtual clock everything is deterministic.
-
-    Args:
-        servers: The coroutine function of each server, by name: those of `StandIns.servers`.
-        stand_ins: Which servers stand in for an expert; `policy`, when they are asked.
-        decode: Decodes a lost expert's answer from replies that suffice.
-        limits: Timeouts and queue lengths.
+    running event loop: with a virtual clock everything is deterministic. The servers are those of the `stand_ins`.
     """
 
     def __init__(
@@ -128,10 +118,7 @@ class FrontEnd:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a query as running until the end of the block.
-
-        Raises ServingError where the front end stops, OverloadedError where too many queries run.
-        """
+        """Count a query as running until the end of the block; ServingError where no more are taken."""
         if self._draining:
             raise ServingError("the front end stops; ask again later")
         if self._open >= self.limits.queries:
@@ -146,8 +133,8 @@ class FrontEnd:
     async def ask(self, inputs: Sized, experts: Sequence[int], deadline: float) -> list[Answer]:
         """Return some experts' answers to a query's inputs, by a time of the loop.
 
-        Raises a ServingError: LostError where the remaining servers cannot answer, DeadlineError where no answer came
-        in time, OverloadedError where the queue of a required server is full.
+        Raises LostError where the remaining servers cannot answer, OverloadedError where one of these is only full, and
+        DeadlineError where no answer came in time.
         """
         fresh = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
         lateness = self.lateness.setdefault((tuple(experts), len(inputs).bit_length()), fresh)

@@ -1,7 +1,7 @@
 """The Open Inference Protocol, version 2, in JSON over HTTP, as used by KServe, Triton and their clients.
 
 A model is a task, or ``all`` for every task's answer to the same inputs. Its one input is ``images``, as pixels (UINT8,
-``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``), or ``texts`` (BYTES, ``[B]``). Its outputs
+``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``). Its outputs
 are ``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``score`` FP32 ``[B]``, one
 minus the largest probability, with the task before them and a dot where the model is ``all``. Where the run holds a
 promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, as it does an expert's own: accepted answers
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from coin.coding.score import answer_score
 from coin.data.image_io import DAMAGE, to_square
-from coin.data.transform import tokenize
 from coin.errors import DataError, first_line
 from coin.serving.front_end import Answer, Limits
 
@@ -50,18 +49,14 @@ class Description:
 
     Args:
         classes: The names of every task's classes, in the order of the experts.
-        image_size: The side of the networks' inputs in pixels, or the number of their tokens.
+        image_size: The side of the networks' inputs in pixels.
         platform: The policy, the merge method and the decoder.
-        reads: ``images`` or ``texts``.
-        tokenizer: The ``tokenizer.json`` for texts; None is the packaged encoder's.
         promise: ``alpha`` and ``confidence`` of the run's promise; None leaves out the output ``accepted``.
     """
 
     classes: Mapping[str, Sequence[str]]
     image_size: int
     platform: str
-    reads: str = "images"
-    tokenizer: str | None = None
     promise: Mapping[str, float] | None = None
 
     def outputs(self, model: str) -> dict[str, list[dict[str, Any]]]:
@@ -82,10 +77,9 @@ class Description:
         outputs, shape = self.outputs(model), [-1, 3, self.image_size, self.image_size]
         parameters = {f"{task}.classes": ",".join(self.classes[task]) for task in outputs}
         parameters |= {f"promise.{name}": str(value) for name, value in (self.promise or {}).items()}
-        given = {"UINT8": shape} if self.reads == "images" else {"BYTES": [-1]}
         return {
             "name": model, "versions": ["1"], "platform": self.platform, "parameters": parameters,
-            "inputs": [{"name": self.reads, "datatype": kind, "shape": shape} for kind, shape in given.items()],
+            "inputs": [{"name": "images", "datatype": "UINT8", "shape": shape}],
             "outputs": [*chain.from_iterable(outputs.values())],
         }  # fmt: skip
 
@@ -144,15 +138,13 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> Parsed
     given, known = request.inputs[0], [each["name"] for own in about.outputs(model).values() for each in own]
     if unknown := [output.get("name") for output in request.outputs if output.get("name") not in known]:
         raise DataError(f"found output '{unknown[0]}', expected some of {', '.join(known)}")
-    if given.name != about.reads or (given.name, given.datatype) == ("texts", "UINT8"):
-        raise DataError(f"found an input '{given.name}' of {given.datatype}, expected '{about.reads}'")
+    if given.name != "images":
+        raise DataError(f"found an input '{given.name}', expected 'images'")
     if not 1 <= given.shape[0] <= limits.samples:
-        told = f"found {given.shape[0]} images or texts, expected 1 to {limits.samples} at a time"
+        told = f"found {given.shape[0]} images, expected 1 to {limits.samples} at a time"
         raise RefusedError(told, 413 if given.shape[0] > 0 else 400)
     if given.datatype == "BYTES" and not given.shape[0] == math.prod(given.shape) == len(given.data):
         raise DataError(f"found {len(given.data)} values for an input of shape {given.shape}, expected one a row")
-    if about.reads == "texts":
-        return request, 0, partial(tokenize, list(map(str, given.data)), about.image_size, about.tokenizer)
     images = list(map(open_file, given.data)) if given.datatype == "BYTES" else images_of(given.data, given.shape)
     sizes = [image.width * image.height for image in images]
     if max(sizes) > limits.pixels:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.core.choices import check_integer, check_number
+from coin.core.choices import check_number
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import OverloadedError, ServingError
 from coin.files.packaged import extra_module
@@ -23,7 +23,6 @@ from coin.serving.servers import NetworkServer, Reply, System, check_reply
 
 # A server has nothing to finish: the front end gives every query its end before it stops.
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
-_SENDING = 0.5  # seconds for a front end's last word to pass Ray's proxy
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class RayOptions:
         port: The port.
         address: The address of a running Ray cluster, such as ``auto``; by default a new one is started here.
         gpus: GPUs per server, or a fraction of one.
-        threads: PyTorch's threads per server.
         node: A Ray resource of which every server takes one unit: nodes started with one unit (``ray start
             --resources='{"coin": 1}'``) then run one server each; with too few nodes serving does not start.
         limits: The limits on waiting, and on a query's size.
@@ -45,23 +43,21 @@ class RayOptions:
     port: int = 8000
     address: str | None = None
     gpus: float = 0.0
-    threads: int = 1
     node: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         check_number("port", self.port, low=1, high=65536)
         check_number("gpus", self.gpus, low=0)
-        check_integer("threads", self.threads, 1)
 
 
 class ModelProcess:
     """One network, or all of a replica, in its own process, which runs one pass at a time."""
 
-    def __init__(self, system: System, names: Sequence[str], device: str, threads: int, batch: int) -> None:
+    def __init__(self, system: System, names: Sequence[str], device: str, batch: int) -> None:
         from ray import serve
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         networks = {name: system.network(name, device) for name in names}
         for network in networks.values():  # the first query need not wait for what a first pass takes
             network(network.probe)
@@ -134,7 +130,7 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
         ray_actor_options={"num_cpus": 0, "num_gpus": options.gpus, "resources": takes},
         max_ongoing_requests=2 * limits.batch, max_queued_requests=limits.queue, **_STOPPING,
     )  # fmt: skip
-    about_all = "cuda" if options.gpus > 0 else "cpu", options.threads, limits.batch
+    about_all = "cuda" if options.gpus > 0 else "cpu", limits.batch
     deployments = [servers.options(name=name).bind(system, own, *about_all) for name, own in processes.items()]
 
     def build() -> Any:
@@ -165,7 +161,7 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
     def stop() -> None:
         with suppress(Exception):  # whoever cannot be drained is stopped all the same
             serve.get_app_handle("coin").drain.remote().result(timeout_s=options.limits.deadline)
-            time.sleep(_SENDING)
+            time.sleep(0.5)  # for a front end's last word to pass Ray's proxy
         serve.shutdown()
         ray.shutdown()
 

@@ -46,20 +46,20 @@ class NetworkServer:
 
     def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
         file = load_network(path)
-        self.image_size, self.reads = file.config.image_size, file.config.reads
+        if file.config.reads != "images":
+            raise ConfigurationError(f"found '{path}', which reads {file.config.reads}, expected a network for images")
+        self.image_size = file.config.image_size
         self._network = pad_head(file.network, outputs).requires_grad_(False).to(device)
         self._device, self._features = device, features
 
     @property
     def probe(self) -> Tensor:
-        """One black image, or one text without words."""
-        if self.reads == "texts":
-            return torch.zeros(1, self.image_size, dtype=torch.int64)
+        """One black image."""
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     @torch.no_grad()
     def __call__(self, stored: Tensor) -> Reply:
-        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, or texts, int64 ``[B, L]``; else a DataError."""
+        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``; else a DataError."""
         inputs = to_input(stored.to(self._device), self.image_size)
         run = run_network(self._network, inputs, self._features)
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)

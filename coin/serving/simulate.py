@@ -30,8 +30,6 @@ from coin.serving.servers import NetworkServer
 
 QueryTarget = StrEnum("QueryTarget", ["one", "all"])
 """Whose answers a query wants: one expert's, drawn at random, or all experts'."""
-LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-"""Quantiles of the latency, by the names of their columns."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -59,8 +57,7 @@ class Phases:
 
     Args:
         share: The share of the time; 0 for never.
-        length: The mean length, in mean service times.
-        factor: The slowdown of a service that begins in a slow phase.
+        length: The mean length, in mean service times; `factor`, the slowdown of a service that begins in a slow phase.
     """
 
     share: float = 0.0
@@ -282,7 +279,7 @@ def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[st
         right, extra, variant = own, experts * len(it.stand_ins.of[0]), ""
     series = [each.latencies for each in outcomes]
     latencies: dict[str, float] = {}
-    for name, level in LEVELS.items():
+    for name, level in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
         every, *each = (np.quantile(values, level, method="higher") for values in (np.concatenate(series), *series))
         latencies |= {name: every, f"{name}_low": min(each), f"{name}_high": max(each)}
     stood_in, failed = np.mean([(each.stood_in, np.isinf(each.latencies).mean()) for each in outcomes], 0)

@@ -4,16 +4,12 @@ import asyncio
 import base64
 import io
 import json
-import os
-import random
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -351,80 +347,3 @@ def test_tritons_client_asks_and_is_told_its_mistakes_in_json(serve_toy: Any) ->
     with pytest.raises(error, match="found model 'magic'"):
         client.get_model_metadata("magic")
     client.close()
-
-
-SECONDS = float(os.environ.get("COIN_LOAD_SECONDS", "4"))
-"""How long the mixed load lasts; 300 for evidence."""
-
-
-@pytest.mark.slow
-def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy: Any) -> None:
-    """No answer is wrong, nobody waits longer than the deadline and a bit, and memory does not grow."""
-    toy, client, port = serve_toy(
-        bytes=300_000, samples=64, reading=1.0, timeout=0.5, deadline=3.0, initial_lateness=0.1
-    )
-    end, draw = time.monotonic() + SECONDS, random.Random(0)
-    counts: Counter[str] = Counter()
-    waited: list[float] = []
-    memory: list[int] = []
-
-    def good(number: int) -> None:
-        own = random.Random(number)
-        with httpx.Client(base_url=client.base_url, timeout=20) as http:
-            while time.monotonic() < end:
-                colours = [[own.randrange(256) for _ in range(3)] for _ in range(own.choice([1, 1, 1, 3, 64]))]
-                body = pixels(np.stack([plain(*colour) for colour in colours]))
-                began = time.monotonic()
-                found = http.post(INFER, json=body)
-                waited.append(time.monotonic() - began)
-                counts[str(found.status_code)] += 1
-                if found.status_code == 200:
-                    data = {output["name"]: output["data"] for output in found.json()["outputs"]}
-                    counts["decoded"] += found.json()["parameters"]["decoded"]
-                    likely = torch.tensor(colours).float().mul(10 / 255).softmax(1)
-                    given = torch.tensor(data["probabilities"]).view(-1, 3)
-                    counts["wrong"] += int(not torch.allclose(given, likely, atol=1e-4))
-                else:
-                    assert found.status_code in (429, 503, 504), found.text
-
-    def slow() -> None:
-        while time.monotonic() < end:
-            connections = [half_sent(port, 200_000) for _ in range(14)]
-            for connection in connections:
-                connection.settimeout(10)
-                counts["told to hurry"] += connection.recv(100).startswith(b"HTTP/1.1 408")
-                connection.close()
-
-    def broken() -> None:
-        with httpx.Client(base_url=client.base_url, timeout=20) as http:
-            while time.monotonic() < end:
-                half_sent(port, 1000).close()
-                bodies: list[Any] = [bytes(400_000), b"{", os.urandom(2000), b'{"inputs": [' + b"[" * 2000]
-                for body in bodies:
-                    status = http.post("/v2/models/all/infer", content=body).status_code
-                    assert status in (400, 413, 429), status
-                    counts["refused"] += 1
-                assert http.get("/v2/health/live").status_code == 200
-                time.sleep(0.01)
-
-    def trouble() -> None:
-        toy.ways[NAMES[0]] = "raise"  # so that some are decoded however few turns there are
-        time.sleep(0.5)
-        while time.monotonic() < end:
-            toy.ways[draw.choice(NAMES)] = draw.choice(["", "", "raise", "hang"])
-            toy.ways[draw.choice(NAMES)] = ""
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if Path("/proc").exists() else 0)
-            time.sleep(0.3)
-
-    with ThreadPoolExecutor(16) as pool:
-        works = [pool.submit(good, number) for number in range(6)]
-        works += [pool.submit(work) for work in (slow, slow, broken, broken, trouble)]
-        for work in works:
-            work.result()
-    print(dict(counts), f"longest wait {max(waited):.2f} s")
-    assert counts["wrong"] == 0
-    assert counts["200"] > 20 * SECONDS
-    assert counts["decoded"] > 0
-    assert counts["told to hurry"] > 0
-    assert max(waited) < 8
-    assert max(memory) - memory[len(memory) // 4] < 200 * 2**20

@@ -11,27 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from coin.coding.score import answer_score
 from coin.data.image_io import read_files as read_from_disk
-from coin.errors import DataError
+from coin.errors import ConfigurationError, DataError
 from coin.networks import NetworkConfig, build_network, save_network
 from coin.serving.front_end import Answer, Limits
-from coin.serving.protocol import Description, InferRequest, RefusedError, parse
+from coin.serving.protocol import Description, InferRequest, parse
 from coin.serving.ray_app import run_together
 from coin.serving.servers import NetworkServer, Reply
 
 PETS = Description({"pets": ["cat", "dog"], "cars": ["old", "new", "none"]}, 32, "coin")
-
-
-@pytest.fixture
-def moods(tmp_path: Path) -> Description:
-    """A description of what is served for texts of a vocabulary of three words."""
-    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "good": 1, "bad": 2}, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return Description({"moods": ["sad", "glad"]}, 4, "coin", "texts", str(tmp_path / "tokenizer.json"))
 
 
 def body(datatype: str, shape: list[int], data: list[Any], name: str = "images", **more: Any) -> bytes:
@@ -103,7 +93,7 @@ PNG, JPEG = encoded(noise(8, 8, 3)), encoded(noise(64, 64, 3), "JPEG")
     ([encoded(noise(40, 40, 3), "JPEG")[:-200]], "damaged image", 400), ([b""], "no image", 400),
     ([sixteen_bits()], "8 bits a channel", 400),
     ([PNG, encoded(noise(9, 9))], "different sizes", 400), ([JPEG], "4096 pixels, expected at most 4000", 413),
-    ([PNG] * 3, "found 3 images or texts, expected 1 to 2", 413),
+    ([PNG] * 3, "found 3 images, expected 1 to 2", 413),
 ])  # fmt: skip
 def test_what_is_no_image_or_too_large_is_refused(files: list[bytes], message: str, status: int) -> None:
     with pytest.raises(DataError, match=message) as found:
@@ -114,7 +104,7 @@ def test_what_is_no_image_or_too_large_is_refused(files: list[bytes], message: s
 WRONG = {
     "no JSON": (b"{", "wrong at the body"),
     "no inputs": (b"{}", "wrong at inputs"),
-    "input": (body("UINT8", [1, 1, 2, 2], [1] * 4, "words"), "an input 'words' of UINT8, expected 'images'"),
+    "input": (body("UINT8", [1, 1, 2, 2], [1] * 4, "words"), "an input 'words', expected 'images'"),
     "datatype": (body("FP32", [1, 1, 2, 2], [1] * 4), "wrong at inputs.0.datatype"),
     "data": (body("UINT8", [1, 1, 2, 2], None), "wrong at inputs.0.data"),  # type: ignore[arg-type]
     "shape": (body("UINT8", [2, 2, 3], [1] * 12), r"\[B, 1 or 3, H, W\]"),
@@ -142,13 +132,6 @@ def test_what_the_metadata_does_not_offer_is_refused(case: str) -> None:
     content, message = WRONG[case]
     with pytest.raises(DataError, match=message):
         read(content)
-
-
-def test_texts_become_tokens(moods: Description) -> None:
-    assert read(body("BYTES", [2], ["good bad", "bad"], "texts"), moods).tolist() == [[1, 2, 0, 0], [2, 0, 0, 0]]
-    assert moods.metadata("moods")["inputs"] == [{"name": "texts", "datatype": "BYTES", "shape": [-1]}]
-    with pytest.raises(DataError, match="expected 'texts'"):
-        read(body("UINT8", [1], [1], "texts"), moods)
 
 
 def reply(about: Description, answer: Answer, model: str, *outputs: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -213,15 +196,9 @@ def test_replies_are_padded_and_those_to_requests_run_together_are_told_apart(
         torch.testing.assert_close(found.features, own.features)
 
 
-def test_networks_for_texts_are_served(tmp_path: Path) -> None:
+def test_networks_for_texts_are_refused(tmp_path: Path) -> None:
     options = {"vocabulary": 20, "depth": 1, "heads": 2, "width": 8, "mlp_width": 8}
     config = NetworkConfig("minilm", 6, None, options)
     save_network(tmp_path / "text.safetensors", build_network(config, 3), config, 3, {})
-    server = NetworkServer(tmp_path / "text.safetensors", 3, features=True)
-    assert server.reads == "texts"
-    assert server(torch.ones(2, 6, dtype=torch.int64)).logits.shape == (2, 3)
-    assert server.probe.shape == (1, 6)
-
-
-def test_a_refusal_has_a_status() -> None:
-    assert (RefusedError("no").status, RefusedError("no", 413).status) == (400, 413)
+    with pytest.raises(ConfigurationError, match="which reads texts, expected a network for images"):
+        NetworkServer(tmp_path / "text.safetensors", 3, features=True)
