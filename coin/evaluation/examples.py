@@ -56,7 +56,11 @@ class ExampleSamples(Metric):
             self.answers[rows] = answers[chosen.to(answers.device)].to(self.answers)
             self.images[rows] = to_image(inputs[chosen.to(inputs.device)], self.side).to(self.images)
 
-    def compute(self) -> KeptSamples:
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return the states over all processes; see `kept`."""
+        return self.answers, self.images
+
+    def kept(self) -> KeptSamples:
         """Return the samples kept over all processes, in the CPU's memory."""
-        answers = self.answers.cpu()
-        return KeptSamples(self.images.cpu(), self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])
+        answers, images = (state.cpu() for state in self.compute())  # where torchmetrics makes one number a scalar
+        return KeptSamples(images, self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])

@@ -140,7 +140,7 @@ class DecodingEvaluator(LightningModule):
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
             for metric in [*self.evaluation.metrics, *self.examples.values()]:
                 metric.to(self.device)
-        self.kept = {self.tasks[task]: examples.compute() for task, examples in self.examples.items()}
+        self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
         self.outcomes = self.evaluation.outcomes(self.tasks)
 
     def save_systems(self, folder: Path) -> None:
