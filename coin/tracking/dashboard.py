@@ -7,7 +7,7 @@ from typing import Any
 
 import wandb
 
-from coin.errors import CoinError, ConfigurationError, first_line
+from coin.errors import ConfigurationError
 from coin.files.packaged import how_to_install
 from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, OFFLINE_MODES, check_connection
 
@@ -36,21 +36,13 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
         )
     _import()
     check_connection("online", later=False)
-    try:
-        entity, called = parts if len(parts) == 2 else (str(wandb.Api().default_entity), parts[0])
-        filters = {"jobType": "evaluate", **({} if group is None else {"group": group})}
-        found = islice(wandb.Api().runs(f"{entity}/{called}", filters=filters, order="-created_at"), _RUNS)
-        logged = {each for run in found for each in run.summary.keys()}  # noqa: SIM118 (not a dict)
-        made = workspace(entity, called, logged, group, name or group or "coin")
-        made.save()
-        return str(made.url)
-    except CoinError:
-        raise
-    except Exception as error:  # W&B's own exceptions share no base class
-        raise ConfigurationError(
-            f"W&B did not make a dashboard for '{project}' ({first_line(error)}); check the names, and that "
-            "runs of coin run were logged online or brought there by `wandb sync`"
-        ) from error
+    entity, called = parts if len(parts) == 2 else (str(wandb.Api().default_entity), parts[0])
+    filters = {"jobType": "evaluate", **({} if group is None else {"group": group})}
+    found = islice(wandb.Api().runs(f"{entity}/{called}", filters=filters, order="-created_at"), _RUNS)
+    logged = {each for run in found for each in run.summary.keys()}  # noqa: SIM118 (not a dict)
+    made = workspace(entity, called, logged, group, name or group or "coin")
+    made.save()
+    return str(made.url)
 
 
 def workspace(entity: str, project: str, logged: Collection[str], group: str | None = None, name: str = "coin") -> Any:

@@ -30,12 +30,11 @@ def log_evaluation(
 ) -> None:
     """Log one seed's evaluation into an open run.
 
-    The summary has ``nda/METHOD/DECODER`` for whatever the report shows, compressed variants, replicas and the
-    survivors alone (``none``) among them: the mean over tasks, each lost alone; the method is named as in the report.
-    W&B's sweeps are judged by ``nda_mean_best``, with ``best_method`` and ``best_decoder`` (the best on the test sets:
-    it ranks, it does not validate). The tables are ``results`` (all rows) and ``examples`` (test images with the best
-    decoder's answers); ``confusion/TASK`` is a chart of the best method's `confusions`, counts ``[C, C]`` by
-    `confusion_key`, with the names of its `classes`; ``nda_against_memory`` is the report's first figure.
+    The summary has ``nda/METHOD/DECODER`` for all that the report shows: the mean over tasks, each lost alone, and for
+    W&B's sweeps ``nda_mean_best`` with ``best_method`` and ``best_decoder`` (on the test sets: it ranks, it does not
+    validate). The tables are ``results`` (all rows) and ``examples`` (test images with the best decoder's answers);
+    ``confusion/TASK`` is a chart of the best method's `confusions`, counts ``[C, C]`` by `confusion_key`, with the
+    names of its `classes`; ``nda_against_memory`` is the report's first figure.
     """
     if run.disabled:
         return
