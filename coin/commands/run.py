@@ -5,7 +5,7 @@ from typing import Any
 
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
-from coin.pipeline import Experiment
+from coin.pipeline.experiment import Experiment
 from coin.pipeline.launch import Launch
 from coin.pipeline.plan import Planned, plan
 from coin.pipeline.pool import check_launch

@@ -1,3 +1,1 @@
-"""Whole experiments: every step from images to results, resumable."""
-
-from coin.pipeline.experiment import Experiment as Experiment
+"""Whole experiments: every step from images to results; `coin.pipeline.experiment` has the options."""

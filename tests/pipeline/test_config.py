@@ -13,8 +13,8 @@ from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
 from coin.merging import Coin
 from coin.networks import NetworkConfig
-from coin.pipeline import Experiment
 from coin.pipeline.config import CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.experiment import Experiment
 from coin.pipeline.options import result_options, to_config
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind

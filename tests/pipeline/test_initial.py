@@ -9,8 +9,8 @@ from coin.data import Digits, Glyphs
 from coin.errors import ConfigurationError
 from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
-from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig
+from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan
 from coin.pipeline.run import execute
 from coin.pipeline.steps.train import WriteInitial
