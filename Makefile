@@ -26,10 +26,6 @@ $(VENV)/.dev: $(VENV)/.demo
 	-$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib  # many tests start processes of their own
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.demo
-	$(PIP) '.[bench]'
-	@touch $@
-
 $(VENV)/.docs: $(VENV)/.demo
 	$(PIP) '.[docs]'
 	@touch $@
@@ -65,7 +61,7 @@ imports: $(VENV)/.dev  ## check that imports flow one way
 pytest: $(VENV)/.dev  ## run the tests that are quick, and list the 20 slowest
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
 
-bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
+bench: $(VENV)/.demo  ## time the exact Fisher against its limit and the simple ways
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
 
 bench-check: $(VENV)/.demo  ## fail if the exact Fisher has become slow, as a ratio to its limit

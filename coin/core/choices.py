@@ -1,13 +1,12 @@
 """Options that name one entry of an enum, are a number in a range, a list of names, or have an old name."""
 
 import difflib
-import warnings
 from collections.abc import Iterable
 from enum import StrEnum
 from math import inf, isfinite
 from typing import Any, TypeVar
 
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import ConfigurationError
 
 E = TypeVar("E", bound=StrEnum)
 T = TypeVar("T")
@@ -27,21 +26,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     lower = {each.lower(): each for each in known if each != name}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     return f" (did you mean {lower[near[0]]}?)" if near else ""
-
-
-def renamed_option(new: str, value: T | None, old: str, given: T | None, stacklevel: int = 3) -> T | None:
-    """Return the value of a renamed option, which may still be given by its old name, with a warning.
-
-    Raises ConfigurationError if both are given.
-    """
-    if given is None:
-        return value
-    warnings.warn(
-        f"the option {old} is now {new}; the next version knows only the new name", CoinWarning, stacklevel=stacklevel
-    )
-    if value is not None:
-        raise ConfigurationError(f"found both {new} and {old}, its old name, expected one; write {new}")
-    return given
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
