@@ -20,8 +20,6 @@ from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
 from coin.serving.simulate import Conditions, QueryTarget, Simulation, measure, row_of, run_simulation
 
-SIMULATION_CSV = "simulation.csv"
-
 
 def simulate(
     folder: str,
@@ -66,7 +64,7 @@ def simulate(
         ]
         rows.append(row_of(found[kind], each[0], list(map(run_simulation, each))))
     place, table = Path(output or folder), pd.DataFrame(rows)
-    write_frame(place / SIMULATION_CSV, table)
+    write_frame(place / "simulation.csv", table)
     with atomic_path(place / "plots" / "simulation.png") as temporary:
         temporary.write_bytes(as_png(tail_figure(table)))
     return table
@@ -84,10 +82,7 @@ def table_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def tail_figure(rows: pd.DataFrame) -> Figure:
-    """The 99.9 % quantile of the latency against the memory of all servers, a panel a kind of query.
-
-    Points are joined over numbers of experts; those whose quantile is infinite are left out.
-    """
+    """The 99.9 % quantile of the latency against the memory of all servers, where finite, a panel a kind of query."""
     wants, kinds = list(dict.fromkeys(rows["want"])), list(dict.fromkeys(rows["redundancy"]))
     with style():
         figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
@@ -112,4 +107,4 @@ def main(arguments: Sequence[str]) -> None:
     """Simulate, and print the table."""
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
     results_console().print(rich_table(table_of(simulate(**options)), "simulated; ms, MiB, %", ["want", "policy"]))
-    print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")
+    print(f"table: {Path(options['output'] or options['folder']) / 'simulation.csv'}")

@@ -29,11 +29,9 @@ class Limits:
         reading: Seconds that a query's body may take to arrive.
         initial_lateness: Seconds after which an own answer is late, before any was measured.
         queries: The largest number of running queries, including those being read.
-        queue: The largest number of requests waiting for one server.
-        batch: The largest number of requests that a server runs together.
+        queue: The largest number of requests waiting for one server; `batch`, that it runs together.
         samples: The largest number of images in one query.
-        bytes: The largest body.
-        pixels: The largest number of pixels of one image.
+        bytes: The largest body; `pixels`: the largest number of pixels of one image.
     """
 
     deadline: float = 10.0
@@ -90,8 +88,7 @@ class _Query:
 class FrontEnd:
     """Answers queries from experts and, where an expert is late or lost, from the servers that stand in for it.
 
-    Every query gets one answer for each expert or one error, by its deadline at the latest. All timing is that of the
-    running event loop: with a virtual clock everything is deterministic. The servers are those of the `stand_ins`.
+    Every query gets one answer for each expert or one error, by its deadline at the latest, in the event loop's time.
     """
 
     def __init__(
@@ -99,8 +96,8 @@ class FrontEnd:
     ) -> None:
         self.stand_ins, self.policy, self.limits, self._decode = stand_ins, policy, limits, decode
         self.servers = {name: ServerState(name, call) for name, call in servers.items()}
+        # By the experts wanted and the size class of the query, the bits of its number of inputs.
         self.lateness: dict[tuple[tuple[int, ...], int], Lateness] = {}
-        """By the experts wanted and the size class of the query, the bits of its number of inputs."""
         self._open, self._draining, self._ended = 0, False, asyncio.Event()
 
     async def drain(self) -> None:

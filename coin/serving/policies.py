@@ -18,12 +18,11 @@ Which = Literal["nobody", "replica", "coded", "everyone"]
 """Who stands in for an expert: nobody, a server that holds all experts, the coded model that makes up for it without
 the other experts, or all other experts and coded models."""
 Moment = Literal["at once", "late", "lost"]
-"""When these are asked: with the expert, whose own answer is still preferred until it is late; when its answer is late,
-or lost; or when it is lost, while one that is late is waited for."""
+"""When these are asked: with the expert, whose own answer is still preferred until it is late; when its answer is late
+or lost; or when it is lost only."""
 
 PolicyKind = StrEnum(
-    "PolicyKind",
-    ["uncoded", "replica", "replica_proactive", "standin", "standin_lost", "coded_hedged", "coded_proactive"],
+    "PolicyKind", "uncoded replica replica_proactive standin standin_lost coded_hedged coded_proactive"
 )
 POLICIES: dict[str, tuple[Which, Moment]] = {
     "uncoded": ("nobody", "lost"),
@@ -85,8 +84,7 @@ class StandIns:
     """The servers that stand in for N experts, by name: ``coded-ROW``, or ``replica-ROW/EXPERT``.
 
     Args:
-        which: Who stands in.
-        experts: The names of the experts' servers.
+        which: Who stands in; `experts`: the names of the experts' servers.
         code: The code; each of its rows is one server more, with a coded model or all experts.
         every_row: Whether an answer without survivors needs all coded models, or the one of largest weight.
     """
@@ -94,8 +92,7 @@ class StandIns:
     def __init__(self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False) -> None:
         self.which, self.experts, self.code = which, tuple(experts), code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
-        self.of: list[tuple[str, ...]] = []
-        """Those of each expert."""
+        self.of: list[tuple[str, ...]] = []  # those of each expert
         for expert, heaviest in zip(self.experts, code.matrix.argmax(0).tolist(), strict=True):
             kinds: dict[Which, tuple[str, ...]] = {
                 "nobody": (),
@@ -104,8 +101,7 @@ class StandIns:
                 "everyone": (*(name for name in self.experts if name != expert), *self.coded),
             }
             self.of.append(kinds[which])
-        self.servers = tuple(dict.fromkeys([*self.experts, *chain.from_iterable(self.of)]))
-        """All servers, the experts' first."""
+        self.servers = tuple(dict.fromkeys([*self.experts, *chain.from_iterable(self.of)]))  # the experts' first
 
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:
         """Return whether these servers' answers make up for an expert's own."""

@@ -31,8 +31,8 @@ from coin.data.image_io import DAMAGE, to_square
 from coin.errors import DataError, first_line
 from coin.serving.front_end import Answer, Limits
 
-ALL = "all"
-"""The model that answers for every task."""
+Decode = Callable[[], Tensor]
+ALL = "all"  # the model that answers for every task
 
 
 class RefusedError(DataError):
@@ -49,8 +49,7 @@ class Description:
 
     Args:
         classes: The names of every task's classes, in the order of the experts.
-        image_size: The side of the networks' inputs in pixels.
-        platform: The policy, the merge method and the decoder.
+        image_size: The side of the networks' inputs; `platform`: the policy, the merge method and the decoder.
         promise: ``alpha`` and ``confidence`` of the run's promise; None leaves out the output ``accepted``.
     """
 
@@ -124,12 +123,8 @@ class InferRequest(BaseModel):
     outputs: list[dict[str, Any]] = []
 
 
-Parsed = tuple[InferRequest, int, Callable[[], Tensor]]
-"""A request, the number of its images' pixels, and what decodes its inputs."""
-
-
-def parse(body: bytes, model: str, about: Description, limits: Limits) -> Parsed:
-    """Parse a request for a model, all but its image files; that and what decodes these raise DataError."""
+def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[InferRequest, int, Decode]:
+    """Return a request for a model, its images' number of pixels, and what decodes these; both raise DataError."""
     try:
         request = InferRequest.model_validate_json(body)
     except ValidationError as error:

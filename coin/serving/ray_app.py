@@ -1,7 +1,6 @@
 """The application on Ray Serve: a deployment per expert, coded model and replica, and the front end before them."""
 
 import asyncio
-import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from coin.serving.front_end import FrontEnd, Limits, Server
 from coin.serving.protocol import Description
 from coin.serving.servers import NetworkServer, Reply, System, check_reply
 
-# A server has nothing to finish: the front end gives every query its end before it stops.
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
@@ -30,8 +28,7 @@ class RayOptions:
     """Address and resources of serving.
 
     Args:
-        host: The address to listen on; the default is reachable from this machine only.
-        port: The port.
+        host: The address to listen on, by default of this machine only; `port`, its port.
         address: The address of a running Ray cluster, such as ``auto``; by default a new one is started here.
         gpus: GPUs per server, or a fraction of one.
         node: A Ray resource of which every server takes one unit: nodes started with one unit (``ray start
@@ -74,7 +71,7 @@ class ModelProcess:
 
 
 class FrontEndProcess:
-    """The method of a front end that Ray calls, beside the application, which Ray Serve adds as `app`."""
+    """The front end's process, to which Ray Serve adds the application as `app`."""
 
     app: Any
 
@@ -167,7 +164,6 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
 
     try:
         start_ray(options.address)
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         waits = options.limits.deadline + 5.0  # also for a front end that was killed, until Ray has another
         serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})
         serve.run(ray_application(system, about, options), name="coin", route_prefix="/")

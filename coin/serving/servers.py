@@ -31,18 +31,14 @@ class Reply(NamedTuple):
 
 def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
     """Return a reply; raise `ServingError` unless it is finite, with a row of this many logits for each sample."""
-    if reply.logits.shape != (samples, outputs):
-        raise ServingError(f"found logits {list(reply.logits.shape)}, expected [{samples}, {outputs}]")
-    if not all(bool(torch.isfinite(each).all()) for each in (reply.logits, reply.features) if each is not None):
-        raise ServingError("found a reply that is not finite")
+    finite = all(bool(torch.isfinite(each).all()) for each in (reply.logits, reply.features) if each is not None)
+    if not finite or reply.logits.shape != (samples, outputs):
+        raise ServingError(f"found logits {list(reply.logits.shape)}, expected finite ones [{samples}, {outputs}]")
     return reply
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of stored inputs, one at a time.
-
-    Its file is read here. Logits of fewer classes than `outputs` are padded by zeros.
-    """
+    """An expert or a coded model that answers batches of stored inputs; logits are padded by zeros to `outputs`."""
 
     def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
         file = load_network(path)
@@ -70,7 +66,7 @@ class System:
     """A run's coded system and the policy that it is served by.
 
     Args:
-        files: The network's file of every server, by name: paths that all machines see.
+        files: The network's file of every server, a path that all machines see.
         stand_ins: The servers that stand in for an expert; `policy`, when they are asked.
         decoders: Decoders by the experts that are lost; one that reads no survivor is for the loss of all.
         classes: How many classes every expert has; `features`, whether replies have features.
@@ -111,10 +107,7 @@ class System:
         return Answers(experts, coded, own, read)
 
     def decode(self, expert: int, replies: Mapping[str, Reply]) -> Reply:
-        """Return an expert's decoded answer: by the decoder of what is missing, or from the available rows' equations.
-
-        Raises DecodingError where the answer is not finite.
-        """
+        """Return an expert's answer by the decoder of what is missing, or from the available rows' equations."""
         names, coded = self.stand_ins.experts, self.stand_ins.coded
         answers, accepted = self._answers(replies), None
         present = [place for place, name in enumerate(names) if place != expert and name in replies]

@@ -1,9 +1,4 @@
-"""The front end on a virtual clock: its own code, with simulated servers on machines that are slow or down.
-
-A query that fails has infinite latency, so that failing fast makes no policy look quick. ParM (Kosaian, Rashmi,
-Venkataraman: *Parity Models*, SOSP 2019) codes over *queries* to replicas of one network; here the code is over
-*models*, every one of which sees the query itself.
-"""
+"""The front end on a virtual clock: its own code, with simulated servers on machines that are slow or down."""
 
 import asyncio
 import math
@@ -28,8 +23,7 @@ from coin.serving.front_end import Answer, FrontEnd, Limits, Server
 from coin.serving.policies import Policy, StandIns
 from coin.serving.servers import NetworkServer
 
-QueryTarget = StrEnum("QueryTarget", ["one", "all"])
-"""Whose answers a query wants: one expert's, drawn at random, or all experts'."""
+QueryTarget = StrEnum("QueryTarget", ["one", "all"])  # one expert's answer, drawn at random, or all experts'
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -94,9 +88,7 @@ class Conditions:
         queries: How many there are; the first quarter warms up and is not reported.
         seconds: The mean service time for one input; by default every expert's is measured.
         tail: The mean of an exponential time on top of every service, in multiples of its mean.
-        slow: Slow phases of machines.
-        down: Their failures, in which all their requests are lost.
-        overhead: The time of the front end and of the messages for a query, in seconds, as measured on loopback.
+        slow: Slow phases of machines; `down`, their failures, in which all their requests are lost.
     """
 
     load: float = 0.4
@@ -105,14 +97,12 @@ class Conditions:
     tail: float = 0.0
     slow: Phases = field(default_factory=Phases)
     down: Phases = field(default_factory=lambda: Phases(length=1000.0))
-    overhead: float = 0.015
 
     def __post_init__(self) -> None:
         check_number("load", self.load, low=0, high=1, strict=True)
         check_integer("queries", self.queries, 40)
-        check_number("tail", self.tail, low=0)
-        check_number("overhead", self.overhead, low=0)
         check_number("seconds", 1.0 if self.seconds is None else self.seconds, low=0, strict=True)
+        check_number("tail", self.tail, low=0)
 
 
 @dataclass(frozen=True)
@@ -120,8 +110,7 @@ class Simulation:
     """One simulation.
 
     Args:
-        stand_ins: The servers, and which of them stand in for an expert; `policy`, when they are asked.
-        conditions: The load and the machines.
+        stand_ins: The servers; `policy`, when they are asked; `conditions`, the load and the machines.
         seconds: For each expert measured service times ``[K]``, or their mean ``[1]``; other servers take the first's.
         marginal: The time of each further input of a batch, as a share of the first.
         want: Whose answers a query wants; `seed`: of everything random, queries and phases the same for all policies.
@@ -223,7 +212,6 @@ async def _run(it: Simulation) -> Outcome:
 
     async def ask(place: int) -> None:
         arrived = loop.time()
-        await asyncio.sleep(it.conditions.overhead)
         try:
             experts = range(count) if it.want is QueryTarget.all else [wanted[place]]
             answers = await front.ask((0,), experts, arrived + limits.deadline)
@@ -236,9 +224,8 @@ async def _run(it: Simulation) -> Outcome:
         for place, gap in enumerate(gaps):
             await asyncio.sleep(gap)
             group.create_task(ask(place))
-    for server in front.servers.values():
-        for request in server.pending:
-            request.cancel()
+    for request in asyncio.all_tasks() - {asyncio.current_task()}:
+        request.cancel()
     await asyncio.sleep(0)
     kept = latencies[total // 4 :]
     stood_in = sum(answer.answered_by != (it.stand_ins.experts[answer.expert],) for answer in found)

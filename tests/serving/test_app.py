@@ -121,7 +121,7 @@ def test_own_and_decoded_answers(serve_toy: Any) -> None:
     assert (own["parameters"]["decoded"], own["parameters"]["answered_by"]) == (False, "expert-colours")
     assert (data["class"], data["label"]) == ([1], ["green"])
     assert sum(data["probabilities"]) == pytest.approx(1)
-    assert data["score"] == pytest.approx([1 - max(data["probabilities"])])
+    assert data["score"] == pytest.approx([1 - max(data["probabilities"])], abs=1e-6)  # which are in float32
     toy.ways["expert-colours"] = "raise"
     decoded, again = ask(client, "colours", pixels(plain(0, 200, 0)[None]))
     assert (decoded["parameters"]["decoded"], decoded["parameters"]["answered_by"]) == (True, "expert-lights,coded-0")
@@ -153,9 +153,9 @@ def test_readiness_metrics_and_description(serve_toy: Any) -> None:
     assert client.get("/v2/models/lights & darks/ready").status_code == 200
     metrics = client.get("/metrics").text
     for line in (
-        'coin_queries_total{end="LostError"} 1.0', 'coin_queries_total{end="answered"} 1.0',
+        'coin_queries_total{end="LostError"} 1.0', 'coin_queries_total{end="decoded"} 1.0',
         'coin_server_up{server="coded-0"} 0.0', 'coin_server_up{server="expert-lights"} 1.0',
-        "coin_decoded_answers_total 1.0", 'coin_answer_seconds_count{model="colours"} 1.0',
+        'coin_answer_seconds_count{model="colours"} 1.0',
     ):  # fmt: skip
         assert line in metrics
     toy.ways = dict.fromkeys(NAMES, "")
@@ -290,7 +290,7 @@ def test_nobody_takes_more_than_half_of_what_the_others_leave() -> None:
     budget = Budget("bytes", 1000)
     with ExitStack() as stack:
         stack.enter_context(budget.taken(500))
-        with pytest.raises(RefusedError, match="found a query of 501 bytes, expected at most 500;"):
+        with pytest.raises(RefusedError, match="found 501 bytes, expected at most 500;"):
             stack.enter_context(budget.taken(501))
         with pytest.raises(OverloadedError, match="500 bytes of queries are being read already; ask again later"):
             stack.enter_context(budget.taken(251))

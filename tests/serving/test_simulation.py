@@ -21,7 +21,7 @@ def make(
 ) -> Simulation:
     fields = {name: options.pop(name) for name in ("marginal", "want", "seed") if name in options}
     stand_ins = StandIns(POLICIES[kind][0], [f"expert-{place}" for place in range(experts)], convex(experts, 1))
-    conditions = Conditions(**{"load": 0.5, "queries": 4000, "overhead": 0.0} | options, tail=tail)
+    conditions = Conditions(**{"load": 0.5, "queries": 4000} | options, tail=tail)
     return Simulation(
         stand_ins, Policy(PolicyKind(kind), quantile), conditions, [np.array([10 * MS])] * experts, **fields
     )
