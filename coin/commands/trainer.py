@@ -129,17 +129,22 @@ def main(arguments: Sequence[str]) -> None:
     silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
     quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
-    with _ENVIRONMENT:
-        TrainerCLI(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=Trainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
-            seed_everything_default=0,
-            args=checked_arguments(arguments),
-        )
+    try:
+        with _ENVIRONMENT:
+            TrainerCLI(
+                LightningModule,
+                LightningDataModule,
+                trainer_class=Trainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
+                save_config_callback=SaveFitConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
+                seed_everything_default=0,
+                args=checked_arguments(arguments),
+            )
+    except ValueError as error:
+        if "is not in bounds" not in str(error):  # what Lightning says of a seed
+            raise
+        raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
