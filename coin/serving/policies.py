@@ -62,10 +62,11 @@ class Lateness:
     Args:
         quantile: q in [0, 1); with 0 every answer that is not immediate is late.
         initial: t at first, in seconds; `longest`, the largest t.
+        experience: The number of queries from which `initial` was estimated.
     """
 
-    def __init__(self, quantile: float, initial: float, longest: float = math.inf) -> None:
-        self.quantile, self.longest, self._seconds, self._count = quantile, longest, min(initial, longest), 0
+    def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
+        self.quantile, self.longest, self._seconds, self._count = quantile, longest, min(initial, longest), experience
 
     @property
     def seconds(self) -> float:

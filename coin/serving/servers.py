@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from coin.coding.decoder_config import REPLICA
 from coin.coding.score import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DecodingError, ServingError
+from coin.modules import Coded
 from coin.networks import load_network, pad_head, run_network
+from coin.reporting.results import RESULTS_CSV, read_results
+from coin.reporting.summary import REFERENCES, seed_folders
 from coin.serving.policies import Policy, PolicyKind, StandIns
-
-if TYPE_CHECKING:  # it imports Lightning, which a server's process would wait for
-    from coin.modules import Coded
 
 
 class Reply(NamedTuple):
@@ -80,7 +80,7 @@ class System:
     features: bool
 
     @classmethod
-    def of(cls, coded: "Coded", policy: Policy) -> Self:
+    def of(cls, coded: Coded, policy: Policy) -> Self:
         """Return how a run's coded system is served by a policy that its decoder is for."""
         config = next(iter(coded.decoders.values())).config
         names, classes = [f"expert-{task}" for task in coded.names], tuple(coded.classes or ())
@@ -129,12 +129,8 @@ class System:
         return Reply(logits, None, accepted)
 
 
-def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> "Coded":
+def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
     """Return `Coded.from_run` with the most accurate decoder that the policy can use; else a ConfigurationError."""
-    from coin.modules import Coded
-    from coin.reporting.results import RESULTS_CSV, read_results
-    from coin.reporting.summary import REFERENCES, seed_folders
-
     survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
     if survivors is not None:
         frame = read_results(folder if (folder / RESULTS_CSV).is_file() else next(iter(seed_folders(folder)), folder))

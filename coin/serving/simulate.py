@@ -20,7 +20,7 @@ from coin.core.choices import check_integer, check_number
 from coin.errors import LostError, OverloadedError, ServingError
 from coin.modules import Coded
 from coin.serving.front_end import Answer, FrontEnd, Limits, Server
-from coin.serving.policies import Policy, StandIns
+from coin.serving.policies import Lateness, Policy, StandIns
 from coin.serving.servers import NetworkServer
 
 QueryTarget = StrEnum("QueryTarget", ["one", "all"])  # one expert's answer, drawn at random, or all experts'
@@ -201,8 +201,10 @@ async def _run(it: Simulation) -> Outcome:
         process = name.partition("/")[0]
         machines[process] = machines.get(process) or Machine(it, len(machines))
         servers[name] = partial(machines[process].ask, name)
-    limits = Limits(queries=total, initial_lateness=3 * it.unit)
+    limits = Limits(queries=total)
     front = FrontEnd(servers, it.stand_ins, it.policy, lambda expert, replies: None, limits)
+    for wants in (*((place,) for place in range(count)), tuple(range(count))):  # as in a system that has run for long
+        front.lateness[wants, 1] = Lateness(it.policy.quantile, 3 * it.unit, limits.deadline, experience=4000)
     slow, down = it.conditions.slow, it.conditions.down
     speed = (1 - slow.share + slow.share / slow.factor) * (1 - down.share) / (1 + it.conditions.tail) / it.unit
     rate = it.conditions.load * speed * (1 if it.want is QueryTarget.all else count)
