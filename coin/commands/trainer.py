@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
@@ -21,15 +20,6 @@ from coin.errors import ConfigurationError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
 from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules, which are found by short names
 from coin.tracking.settings import logger_mode, run_environment
-
-
-class SaveFitConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside a trained model; the other commands store their configuration in their results."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file before a training run."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
 
 
 class TrainerCLI(LightningCLI):
@@ -67,8 +57,9 @@ class TrainerCLI(LightningCLI):
                 init_args[name] = None
 
     def before_instantiate_classes(self) -> None:
-        """Set missing seeds, and the one folder to write to."""
+        """Set missing seeds and the one folder to write to; ``config.yaml`` is written beside a trained model alone."""
         options = self.config[self.subcommand]
+        self.save_config_callback = self.save_config_callback if self.subcommand == "fit" else None
         checkpoint = options.get("ckpt_path") if self.subcommand == "fisher" else None
         beside = None if checkpoint is None else str(Path(checkpoint).parent)
         folder = options["output"] or options["trainer"]["default_root_dir"] or beside
@@ -138,7 +129,6 @@ def main(arguments: Sequence[str]) -> None:
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
-                save_config_callback=SaveFitConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
                 seed_everything_default=0,

@@ -65,13 +65,11 @@ class ExpertConfig(TrainingConfig):
         try:
             return replace(self, **options)
         except TypeError as error:
-            raise ConfigurationError(
-                f"expert.overrides.{task} has an unknown option ({error}); use options of the expert section"
-            ) from error
+            told = f"expert.overrides.{task} has an unknown option ({error})"
+            raise ConfigurationError(f"{told}; use options of the expert section") from error
 
 
-FEW = 10
-"""With fewer calibration samples a task there is a warning."""
+FEW = 10  # with fewer calibration samples a task there is a warning
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,8 @@ class CalibrationConfig:
     promise_confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_task", "batch_size", "memory_mib"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("promise_samples", self.promise_samples, 0)
+        for name, least in {"samples_per_task": 1, "batch_size": 1, "memory_mib": 1, "promise_samples": 0}.items():
+            check_integer(name, getattr(self, name), least)
         for name in ("promise_alpha", "promise_confidence"):
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
         if self.fisher_mc_samples is not None:

@@ -31,18 +31,8 @@ from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Preci
 from coin.statistics.statistic import StatisticKind
 from coin.tracking.settings import check_connection, logger_mode
 
-_MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
-"""Precisions with weights of 16 bits, and what is meant by them."""
-
-_DECIDED = {
-    "callbacks": "use coin fit for callbacks of your own",
-    "default_root_dir": "set output",
-    "enable_checkpointing": "leave it out",
-    "logger": "set WANDB_MODE for W&B",
-    "max_epochs": "set expert.epochs or base.epochs",
-    "max_steps": "set expert.epochs, or steps of a distillation",
-}
-"""Options of the Trainer that an experiment's steps decide, and what to do in place of giving them."""
+_DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
+"""Options of the Trainer that an experiment's steps decide, by its output, wandb and epochs."""
 
 
 class Trainer(pl.Trainer):
@@ -78,10 +68,10 @@ class Trainer(pl.Trainer):
         if matmul_precision not in (None, "highest", "high", "medium"):
             expected = "expected one of highest, high, medium"
             raise ConfigurationError(f"found matmul_precision '{matmul_precision}', {expected}")
-        if (precision := kwargs.get("precision")) in _MIXED:
-            raise ConfigurationError(
-                f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
-            )
+        if (precision := str(kwargs.get("precision"))).endswith("16-true"):
+            mixed = precision.replace("true", "mixed")
+            told = f"found precision '{precision}', in which no weights are trained or written"
+            raise ConfigurationError(f"{told}; use {mixed}")
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         given += [StepProgress()] if enable_progress_bar and not has_bar else []
@@ -234,8 +224,9 @@ def join_processes(folder: Path, options: dict[str, Any]) -> None:
     Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
     Raises ConfigurationError if the section has an option fixed by the steps, or does not fit the running processes.
     """
-    if taken := next(iter(options.keys() & _DECIDED.keys()), None):
-        raise ConfigurationError(f"found trainer.{taken}, which each step sets itself; {_DECIDED[taken]}")
+    if taken := next(iter(options.keys() & _DECIDED), None):
+        told = f"found trainer.{taken}, which each step sets itself"
+        raise ConfigurationError(f"{told}; leave it out, and set output or expert.epochs")
     trainer = make_trainer(folder, options)
     running = int(os.environ.get("WORLD_SIZE", "1"))
     if running > 1 and trainer.world_size == 1:
