@@ -112,7 +112,7 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
         made = file.provenance
         if "code" not in made:
             raise FileError(f"'{file.path}' is no coded model, expected a file that coin merge wrote")
-        if made["experts"] != list(fingerprints):
+        if made.get("experts") != list(fingerprints):
             raise FileError(f"'{file.path}' was made from other experts, or in another order; run coin merge again")
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
