@@ -226,7 +226,6 @@ def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, caps
     page = (tmp_path / "again.html").read_text()
     assert "distillation" in page
     assert "Task letters lost" in page  # example images
-    assert "where the Fisher&#39;s mass lies" in page
     assert "coin run -c tiny.yaml &#39;--seeds=[0]&#39; --output=runs" in page
     document = json.loads(capsys.readouterr().out)
     assert document["report"] == str(tmp_path / "again.html")
