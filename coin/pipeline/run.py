@@ -60,7 +60,7 @@ def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Plann
     steps = plan(experiment)
     if is_rank_zero():
         experiment.warn()
-    if on_rank_zero(lambda: any(each.step.trains and not each.step.is_done for each in steps)):
+    if on_rank_zero(lambda: not all(each.step.is_done for each in steps)):
         experiment.check_parts()
     return steps
 

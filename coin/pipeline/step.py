@@ -57,7 +57,6 @@ class Step(ABC):
     file: ClassVar[str] = "out"
     collective: ClassVar[bool] = False
     remote: ClassVar[bool] = True
-    trains: ClassVar[bool] = False
 
     name: str
     store: Path = unkeyed()

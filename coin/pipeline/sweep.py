@@ -95,6 +95,11 @@ def read_sweep(path: Path) -> SweepFile:
     for key, values in (axis for each in grids for axis in each.items()):
         expected = "a list of values; options inside a section are dotted keys, such as calibration.samples_per_task"
         check(isinstance(values, list) and values, f"grid '{key}' with {values}", expected)
+    for key, value in (*fixed.items(), *(axis for each in grids for axis in each.items())):
+        try:
+            as_text(value)
+        except (TypeError, ValueError):  # YAML has more than a command line, such as dates
+            check(False, f"'{key}' with {value}", "values that an option takes; put it in quotes")
     text = path.read_text(encoding="utf-8")
     return SweepFile(name, tuple(files), grids, fixed, text if "name" in document else f"name: {name}\n{text}")
 

@@ -30,6 +30,10 @@ def choose(
         memory_mib: The most memory beyond the experts' own servers, in MiB.
         forwards: The most networks run for one lost answer.
         losses: How many experts may be lost at once: a number, or ``all``.
+
+    >>> coin.choose("runs/nowhere")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    coin.errors.FileError: found neither 'results.csv' nor 'seed-*/results.csv' in 'runs/nowhere', expected ...
     """
     frame = read_run(Path(folder))[1]
     least = frame["task"].nunique() if losses == "all" else losses

@@ -265,4 +265,4 @@ def test_a_function_is_taken_in_the_place_of_its_import_path() -> None:
     assert UserMethod(lambda experts, calibration: experts[0]).label == "lambda"  # type: ignore[arg-type]
     named = UserMethod("mine.told", {"scale": 2.0})
     options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told", "compress": []}
-    assert to_config(named) == {"class_path": "coin.UserMethod", "init_args": options}
+    assert to_config(named) == {"class_path": "coin.merging.UserMethod", "init_args": options}

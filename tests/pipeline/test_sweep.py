@@ -224,8 +224,8 @@ def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:
     )
     table = sweep_table(frame, keys, "a sweep")
     cells = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
-    assert list(cells) == ["samples_per_task", "method", "linear", "ridge"]
-    assert cells["samples_per_task"] == ["12", "12", "24", "24"]
+    assert list(cells) == ["calibration.samples_per_task", "method", "linear", "ridge"]
+    assert cells["calibration.samples_per_task"] == ["12", "12", "24", "24"]
     assert cells["method"] == ["average", "none"] * 2
     for line, samples in ((0, 12), (2, 24)):
         rows = frame[(frame.samples_per_task == samples) & (frame.method == "average")]

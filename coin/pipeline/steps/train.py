@@ -97,7 +97,6 @@ class TrainNetwork(Step):
 
     file: ClassVar[str] = "expert.safetensors"  # checkpoints and logs are in the same folder
     collective: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
 
     network: NetworkConfig = keyed_by(network_key)
     config: TrainingConfig
