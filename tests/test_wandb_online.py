@@ -133,9 +133,9 @@ def test_results_stand_where_w_and_b_fails_at_the_very_end(
                 outcomes = trainer.evaluate(*evaluation)
         finally:
             run.finish()
-    frame = read_results(tmp_path / "results")
+    frame = read_results(tmp_path / "run")
     assert len(frame) == len(outcomes) > 0
-    assert (tmp_path / "results/results.json").is_file()
+    assert (tmp_path / "run/results.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["csv", "wandb"])
