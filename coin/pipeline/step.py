@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -162,11 +161,6 @@ def closure(step: Step) -> list[Step]:
 
     visit(step)
     return list(found.values())
-
-
-def now() -> float:
-    """Return a clock's seconds."""
-    return time.monotonic()
 
 
 def _keyed(step: Step, entry: "Field[Any]") -> Any:

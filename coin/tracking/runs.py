@@ -99,8 +99,3 @@ def start_run(
             reinit="create_new",
             settings=wandb.Settings(silent=wanted in OFFLINE_MODES),
         )
-
-
-def folder_of(run: "wandb.Run") -> Path:
-    """Return the folder that a run was started in."""
-    return Path(run.settings.root_dir)
