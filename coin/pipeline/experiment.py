@@ -9,14 +9,16 @@ import yaml  # type: ignore[import-untyped]
 
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.coding.decoder_config import REPLICA
+from coin.core.choices import did_you_mean
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
-from coin.networks import Compression, NetworkConfig, build_network, check_heads, has_batchnorm, import_checkpoint
+from coin.networks import Compression, NetworkConfig, check_heads, has_batchnorm, import_checkpoint
 from coin.networks.hub import PREFIX, HuggingFace, local_place
+from coin.networks.registry import empty_network
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.options import config_dict, to_config
 from coin.pipeline.steps.merge import coded_name, read_code
@@ -103,7 +105,10 @@ class Experiment:
                     f"of its file's name '{name_}'; leave one out, or give one of them a label"
                 )
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
-            raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
+            meant = did_you_mean(unknown[0], tasks)
+            raise ConfigurationError(
+                f"found options for an expert '{unknown[0]}'{meant}, expected one of {', '.join(tasks)}"
+            )
         if base is not None and base.task is not None:
             network.check_content(base.task.content)
             check_heads(network, base.task.head is not None, "base")
@@ -207,7 +212,8 @@ class Experiment:
         """
         network, labels = self.network, [method.label for method in self.methods]
         repeated = [label for label in labels if labels.count(label) > 1]
-        if repeated and not has_batchnorm(build_network(replace(network, weights=None), 2)):
+        built = empty_network(replace(network, weights=None), 2)  # or refuses its options
+        if repeated and not has_batchnorm(built):
             raise ConfigurationError(
                 f"found method {repeated[0]} more than once for {network.name}, which has no BatchNorm for their "
                 "policies to differ in; leave one, or give them labels"
