@@ -2,29 +2,27 @@
 
 import hashlib
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from coin.data.image_io import read_files
-from coin.data.samples import Samples, Source
+from coin.data.samples import Source, read_splits
 from coin.data.task import TaskData, once
 from coin.errors import DataError
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 
-IN_MEMORY = 2**30  # up to how many bytes of decoded images a folder is held in memory, unless it is said
+IN_MEMORY = 2**30  # up to how many bytes of decoded images a task is held in memory by default
 
 
 class ImageFolder(TaskData):
     """Images in ``ROOT/train/CLASS/*`` and ``ROOT/test/CLASS/*``; optionally ``ROOT/val/CLASS/*`` for validation.
 
-    The classes are the folders' names, sorted. Files with other than image extensions and hidden files are passed
-    over. Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images
-    are squares of one size that is not above ``image_size``, they are stored as they are. The folder is listed once for
-    a task and its copies: a task that is made anew sees what has been added.
+    The classes are the folders' names, sorted. Files with other than image extensions and hidden ones are passed over.
+    Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images are
+    squares of one size that is not above ``image_size``, they are stored as they are. The folder is listed once for a
+    task and its copies: a task that is made anew sees what has been added.
 
     Args:
         root: The folder.
@@ -36,14 +34,12 @@ class ImageFolder(TaskData):
 
     def __init__(self, root: str, *, in_memory: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
-        self.in_memory = in_memory
+        self.root, self.in_memory = Path(root), in_memory
 
     def class_names(self) -> tuple[str, ...]:
         """The names of the folders in ``ROOT/train``, sorted."""
-        classes = tuple(self._files("train"))
+        classes, train = self._folders("train"), self.root / "train"
         if len(classes) < 2:
-            train = self.root / "train"
             raise DataError(
                 f"{train} holds {len(classes)} class folder(s); expected at least 2, as in {train}/CLASS/image.png"
             )
@@ -52,22 +48,13 @@ class ImageFolder(TaskData):
     def check_files(self) -> None:
         """Refuse splits that are missing, that lack a class, or a class without images; no image is read."""
         super().check_files()
-        for split in self._splits:
-            self._checked(split)
+        _ = self._files
 
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
-        paths: list[str] = []
-        labels: list[int] = []
-        ends = [0]
-        for split in self._splits:
-            for label, (name, images) in enumerate(self._checked(split).items()):
-                paths += [str(self.root / split / name / image) for image in images]
-                labels += [label] * len(images)
-            ends.append(len(paths))
         most = {None: IN_MEMORY, True: math.inf, False: 0}[self.in_memory]
-        everything = Samples.of(read_files(paths, self.image_size, most), torch.tensor(labels))
-        return Source(*(everything.subset(range(*part)) for part in pairwise(ends)))
+        train, test, *validation = read_splits(list(self._files.values()), self.image_size, most)
+        return Source(train, test, *validation)
 
     def content_key(self) -> str:
         """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed."""
@@ -75,55 +62,43 @@ class ImageFolder(TaskData):
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
-        for split, classes in self._listing.items():
-            for place in (f"{split}/{name}/{file}" for name, files in classes.items() for file in files):
-                state = (self.root / place).stat()
+        for split in sorted(self._files, key=("train", "val", "test").index):
+            for path in (Path(path) for path, _ in self._files[split]):
+                state = path.stat()
+                place = path.relative_to(self.root).as_posix()
                 digest.update(f"{place}:{state.st_size}:{state.st_mtime_ns};".encode())
         return digest.hexdigest()
 
-    def _files(self, split: str) -> dict[str, list[str]]:
-        """The images of each class in a split."""
-        if split not in self._listing:
-            folder = (self.root / split).absolute()
-            raise DataError(
-                f"{folder} does not exist; expected images as {folder}/CLASS/image.png; set root to the right folder"
-            )
-        return self._listing[split]
+    @property
+    def _files(self) -> dict[str, list[tuple[str, int]]]:
+        """The paths and labels of each split's images, sorted; validation is the last, if there is one."""
+        splits = ["train", "test", *(["val"] if (self.root / "val").is_dir() else [])]
+        return once(self._shared.facts, "files", lambda: {split: self._listed(split) for split in splits})
 
-    def _checked(self, split: str) -> dict[str, list[str]]:
-        """The same, of a split that has the classes of the training split and images of each."""
-        files, folder = self._files(split), self.root / split
-        if odd := sorted(set(files) ^ set(self.class_names())):
-            verb = "has" if odd[0] in files else "lacks"
+    def _listed(self, split: str) -> list[tuple[str, int]]:
+        folder, classes = self.root / split, self.class_names()
+        found = self._folders(split)
+        if odd := sorted({*found} ^ {*classes}):
+            verb = "has" if odd[0] in found else "lacks"
             raise DataError(
                 f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}; both need the same class folders"
             )
-        if empty := next((name for name, images in files.items() if not images), None):
+        images = {name: [path for path in sorted((folder / name).iterdir()) if _is_image(path)] for name in classes}
+        if empty := next((name for name in classes if not images[name]), None):
             raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
-        return files
+        return [(str(path), label) for label, name in enumerate(classes) for path in images[name]]
 
-    @property
-    def _splits(self) -> tuple[str, ...]:
-        """The splits that it needs, and validation if there is one."""
-        return "train", "test", *({"val"} & self._listing.keys())
-
-    @property
-    def _listing(self) -> dict[str, dict[str, list[str]]]:
-        """The names of the images of each class, both sorted, of each split that there is."""
-        return once(self._shared.facts, "listing", lambda: _listed(self.root))
+    def _folders(self, split: str) -> tuple[str, ...]:
+        return once(self._shared.facts, split, lambda: _class_folders((self.root / split).absolute()))
 
 
-def _listed(root: Path) -> dict[str, dict[str, list[str]]]:
-    splits = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    return {
-        split: {name: _images(folder / name) for name in _visible(folder) if (folder / name).is_dir()}
-        for split, folder in splits.items()
-    }
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} does not exist; expected images as {folder}/CLASS/image.png; set root to the right folder"
+        )
+    return tuple(sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")))
 
 
-def _images(folder: Path) -> list[str]:
-    return [name for name in _visible(folder) if name.lower().endswith(EXTENSIONS)]
-
-
-def _visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Self
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from coin.data.augmentation import Augmentation, View, augmented, transform_images
-from coin.data.image_io import LazyImages
+from coin.data.image_io import LazyImages, read_files
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError
@@ -76,6 +77,13 @@ class Source:
     train: Samples
     test: Samples
     validation: Samples | None = None
+
+
+def read_splits(splits: Sequence[Sequence[tuple[str, int]]], image_size: int, most: float) -> list[Samples]:
+    """Read every split's images, of these paths and labels, as `read_files` reads all of them together."""
+    paths, labels = zip(*chain(*splits), strict=True)
+    everything = Samples.of(read_files(paths, image_size, most), torch.tensor(labels))
+    return [everything.subset(part) for part in torch.split(torch.arange(len(paths)), [*map(len, splits)])]
 
 
 def hold_out(samples: Samples, seed: int) -> Source:

@@ -31,10 +31,10 @@ _LEAST |= dict.fromkeys(("batch_size", "max_train"), 2) | dict.fromkeys(("split_
 
 
 class Shared:
-    """What all copies of a task in one process share: the samples that were read, and what is known of its files."""
+    """What all copies of a task in one process share: the samples that were read, and facts about its files."""
 
     def __init__(self) -> None:
-        self.latest: object = None  # what was read last, kept as long as there is a copy
+        self.latest: object = None  # what was read last, which keeps it in `samples` as long as there is a copy
         self.facts: dict[Hashable, Any] = {}
         self.samples: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
@@ -54,34 +54,34 @@ class TaskData(LightningDataModule, ABC):
     """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
 
     The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
-    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does without
-    a Trainer. Samples are sharded over processes by index, so the Trainer runs with ``use_distributed_sampler=False``.
+    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does. Samples
+    are sharded over processes by index: set the Trainer's ``use_distributed_sampler=False``.
 
-    A subclass gives the classes, in the order of their labels (`names`, or `class_names` where they depend on its
-    options), and reads the images (`load`), or texts if its `content` is ``texts``. All copies of a task by
-    `coin.data.tasks.task_with` share what is read.
+    A subclass gives the classes, in the order of their labels (`names`, or `class_names` where they depend on options),
+    and reads the images (`load`), or texts if its `content` is ``texts``. Copies by `coin.data.tasks.task_with` share
+    what is read.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
         batch_size: Training samples a batch and process, at least 2.
         eval_batch_size: Samples a batch in validation, test and prediction.
-        validation_share: Share of the training samples that is set aside for validation, in [0, 1); 0 for none. Unused
-            where the source has a validation split of its own.
+        validation_share: Share of the training samples set aside for validation, in [0, 1); unused where the source has
+            a validation split.
         split_seed: Decides which samples are in which split.
         seed: Decides the order of the training samples, their augmentation and the choice of calibration samples. None
-            is 0, and what ``--seed_everything`` says on the command line.
-        augmentation: What happens to training images.
-        transform: What happens to them after that: a transform of ``torchvision.transforms.v2``, such as
+            is 0, or ``--seed_everything`` on the command line.
+        augmentation: The augmentation of training images.
+        transform: A transform of ``torchvision.transforms.v2`` after it, such as
             ``{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: 32}}``, or a list of them. It
-            sees one image at a time, uint8 [1 or 3, H, W], and must return one, all of one size; its random numbers
-            are a function of the seed, the epoch and the image.
+            gets one image at a time, uint8 [1 or 3, H, W], and returns one, all of one size; its random numbers are a
+            function of the seed, the epoch and the image.
         max_train: The largest number of training samples, a stratified choice; validation shrinks in proportion.
         max_test: The largest number of test samples, a stratified choice.
-        num_workers: Worker processes of each loader; 0 works in the main process what is held in memory, and decodes
-            what is not in a process a core, 8 at most.
+        num_workers: Worker processes of each loader; with 0 only files that are decoded batch by batch have workers,
+            one a core, 8 at most.
         head: Prompts and class names of a zero-shot head, for a CLIP (`coin.data.zero_shot.read_head`):
             ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or ``{zero_shot: FILE.yaml}``. The classes
-            are in the order of the labels, and are the task's names from then on. None is for heads that are trained.
+            are in the order of the labels, and become the task's names. None is for heads that are trained.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -104,24 +104,17 @@ class TaskData(LightningDataModule, ABC):
         head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.validation_share = validation_share
-        self.split_seed = split_seed
-        self.seed = seed or 0
-        self.augmentation = parse_enum(Augmentation, "augmentation", augmentation)
-        self.transform = transform
-        self.check_augmentation(self.augmentation, transform)
-        build_transforms(transform)  # refuses what cannot be made
-        self.max_train = max_train
-        self.max_test = max_test
-        self.num_workers = num_workers
-        self.head = read_head(head)
+        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
+        self.validation_share, self.split_seed, self.seed = validation_share, split_seed, seed or 0
+        self.max_train, self.max_test, self.num_workers = max_train, max_test, num_workers
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least)
         check_number("validation_share", validation_share, low=0.0, high=1.0)
+        self.augmentation, self.transform = parse_enum(Augmentation, "augmentation", augmentation), transform
+        self.check_augmentation(self.augmentation, transform)
+        build_transforms(transform)  # refuses what cannot be made
+        self.head = read_head(head)
         self._shared = Shared()
         self._source: Source | None = None
 
@@ -129,8 +122,7 @@ class TaskData(LightningDataModule, ABC):
         """Refuse an augmentation or a transform of what are no images."""
         if self.content != "images" and (transform or augmentation is not Augmentation.none):
             found = "a transform" if transform else f"augmentation '{augmentation}'"
-            told = f"found {found} for {type(self).__name__}, whose samples are {self.content}"
-            raise ConfigurationError(f"{told}, expected none; leave it out of the task, the expert and the method")
+            raise ConfigurationError(f"found {found} for {type(self).__name__}, whose samples are {self.content}")
 
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of their labels; a network is built with them before data are read."""
@@ -177,26 +169,21 @@ class TaskData(LightningDataModule, ABC):
         return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
 
     def _read(self) -> Source:
-        source = self.load()
-        self._check(source)
-        return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
-
-    def _check(self, source: Source) -> None:
-        """Refuse what would fail much later and less clearly."""
-        task = type(self).__name__
+        """Read and split the images; refuse what would fail much later and less clearly."""
+        source, task = self.load(), type(self).__name__
         if (own := len(self.class_names())) != self.num_classes:
             raise DataError(
                 f"{task} has {own} classes and head.zero_shot.classes names {self.num_classes}; give one name for each"
             )
         for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
-            if part is None:
-                continue
-            if len(part) == 0:
+            if part is not None and not len(part):
                 raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
-            least, most = int(part.targets.min()), int(part.targets.max())
-            if least < 0 or most >= self.num_classes:
-                raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {self.num_classes - 1}")
-            check_stored(part.images(torch.tensor([0])), self.image_size)
+            if part is not None:
+                least, most = map(int, part.targets.aminmax())
+                if least < 0 or most >= self.num_classes:
+                    raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {self.num_classes - 1}")
+                check_stored(part.images(torch.tensor([0])), self.image_size)
+        return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
 
     @property
     def splits(self) -> Source:
@@ -245,33 +232,24 @@ class TaskData(LightningDataModule, ABC):
 
     def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more."""
-        check_integer("calibration samples", samples, 1)
-        train = self.splits.train
-        if samples > len(train):
-            raise DataError(
-                f"{samples} calibration samples asked of {self._called(name)}, whose training split has {len(train)}, "
-                f"validation samples aside; set samples_per_task to {len(train)} or less"
-            )
-        return self._drawn(train, samples, batch_size, Stream.CALIBRATION)
+        return self._drawn("training", Stream.CALIBRATION, samples, batch_size, name)
 
     def promise(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """So many samples of the validation split, which experts were not trained on, drawn as `calibration` draws."""
-        check_integer("promise samples", samples, 1)
-        validation = self.splits.validation
-        most = 0 if validation is None else len(validation)
-        if validation is None or most < samples:
+        return self._drawn("validation", Stream.PROMISE, samples, batch_size, name)
+
+    def _drawn(self, split: str, stream: Stream, samples: int, batch_size: int, name: str | None) -> Calibration:
+        use, option = stream.name.lower(), "samples_per_task" if split == "training" else "promise_samples"
+        check_integer(f"{use} samples", samples, 1)
+        check_integer(f"the {use} samples' batch size", batch_size, 1)
+        part = self.splits.train if split == "training" else self.splits.validation
+        task, most = type(self).__name__, 0 if part is None else len(part)
+        if part is None or samples > most:
             raise DataError(
-                f"{samples} promise samples asked of {self._called(name)}, whose validation split has {most}; ask for "
-                f"at most {most} (calibration.promise_samples), or raise the task's validation_share"
+                f"{samples} {use} samples asked of {f'the task {name!r} ({task})' if name else task}, whose {split} "
+                f"split has {most}; set {option} to {most} or less, or change the task's validation_share"
             )
-        return self._drawn(validation, samples, batch_size, Stream.PROMISE)
-
-    def _called(self, name: str | None) -> str:
-        return type(self).__name__ if name is None else f"the task '{name}' ({type(self).__name__})"
-
-    def _drawn(self, split: Samples, samples: int, batch_size: int, stream: Stream) -> Calibration:
-        check_integer("the calibration data's batch size", batch_size, 1)
-        order = torch.randperm(len(split), generator=seeded(self.seed, stream))
+        order = torch.randperm(len(part), generator=seeded(self.seed, stream))
         key = *self._key, self.seed, samples, stream
-        held = once(self._shared.samples, key, split.subset(order[:samples]).held)
+        held = once(self._shared.samples, key, part.subset(order[:samples]).held)
         return Calibration.of(held, self.image_size, batch_size)

@@ -29,8 +29,8 @@ class Tasks(LightningDataModule):
         tasks: The tasks by name.
         samples_per_task: P, the number of calibration samples of each task.
         batch_size: Calibration samples a batch and process.
-        held_out: The share of each task's calibration samples that training leaves out for validation, in [0, 1).
-        seed: Draws the calibration samples and their order; none leaves every task its own seed.
+        held_out: The share of the calibration samples that training leaves out for validation, in [0, 1).
+        seed: Draws the calibration samples and their order; by default every task's own seed.
         promise_samples: How many validation samples of each task `promise` draws.
 
     Attributes:

@@ -8,8 +8,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from coin.data.image_folder import IN_MEMORY
-from coin.data.image_io import read_files
-from coin.data.samples import Samples, Source, hold_out
+from coin.data.samples import Samples, Source, hold_out, read_splits
 from coin.data.task import TaskData, once
 from coin.errors import DataError
 
@@ -150,7 +149,7 @@ class STL10(TorchvisionTask):
 
 
 class ImageFiles(TorchvisionTask):
-    """A set of image files. All become ``image_size``, and stay on the disk where they would take more than 1 GiB."""
+    """A set of image files, which are read like those of an `ImageFolder`."""
 
     def files(self, dataset: Any) -> list[tuple[str, int]]:
         """The paths and labels of an opened data set."""
@@ -162,18 +161,12 @@ class ImageFiles(TorchvisionTask):
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
         splits = [sorted(self.files(split)) for split in self._open(download=False)]
-        paths = [[path for path, _ in split] for split in splits]
-        most = 0 if 3 * self.image_size**2 * sum(map(len, paths)) > IN_MEMORY else IN_MEMORY
         try:
-            images = [read_files(own, self.image_size, most) for own in paths]
+            parts = read_splits(splits, self.image_size, IN_MEMORY)
         except DataError as error:
             told = f"{type(self).__name__} in {(self.root / self.folder).absolute()} is damaged ({error})"
             raise DataError(f"{told}; delete it to download it again") from error
-        labels = [torch.tensor([label for _, label in split]) for split in splits]
-        parts = [Samples.of(*part) for part in zip(images, labels, strict=True)]
-        if len(parts) == 1:
-            return hold_out(parts[0], self.split_seed)
-        return Source(parts[0], parts[-1], *parts[1:-1])
+        return hold_out(parts[0], self.split_seed) if len(parts) == 1 else Source(parts[0], parts[-1], *parts[1:-1])
 
 
 class GTSRB(ImageFiles):

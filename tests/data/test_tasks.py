@@ -162,6 +162,6 @@ def test_tasks_that_do_not_fit_are_refused(members, synthetic):
     with pytest.raises(DataError, match=r"the tasks' images differ in size \(\{'b': 16, 'c': 32\}\)"):
         Tasks({"b": members["b"], "c": synthetic(image_size=32)})
     with pytest.raises(
-        DataError, match=r"33 .* asked of the task 'b' \(Synthetic\), .* has 32, .*set samples_per_task to 32"
+        DataError, match=r"33 .* asked of the task 'b' \(Synthetic\), .* has 32; set samples_per_task to 32 or less"
     ):
         Tasks(members, samples_per_task=33).calibration()
