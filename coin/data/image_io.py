@@ -54,7 +54,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{path} has pixels of type {image.mode!r}; expected 8 bits a channel: convert it")
             yield image
-    except DataError:
+    except DataError:  # which is a ValueError
         raise
     except DAMAGE as error:
         raise DataError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
@@ -97,14 +97,14 @@ class LazyImages:
 
     def __getitem__(self, positions: Tensor, /) -> Tensor:
         """The images at these positions (int64 [B]), uint8 [B, 3, side, side]."""
-        images = torch.empty(len(positions), 3, self.side, self.side, dtype=torch.uint8)
-        for image, path in zip(images.numpy(), self._paths[positions.numpy()], strict=True):
-            image[:] = read_file(os.fsdecode(path), self.side)
-        return images
+        return torch.from_numpy(np.stack([read_file(path, self.side) for path in self._at(positions)]))
 
     def decoded(self, positions: Tensor) -> Tensor:
         """The same as indexing, in parallel: for a selection that is to stay in memory."""
-        return read_in_parallel([os.fsdecode(path) for path in self._paths[positions.numpy()]], self.side)
+        return read_in_parallel(self._at(positions), self.side)
+
+    def _at(self, positions: Tensor) -> list[str]:
+        return [os.fsdecode(path) for path in self._paths[positions.numpy()]]
 
 
 def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:

@@ -2,21 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from coin.errors import ConfigurationError, DataError
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
 
 class Stream(IntEnum):
-    """What a random stream is for, so that two uses of one seed never share their numbers."""
+    """The uses of a seed, each with random numbers of its own."""
 
     TRAIN_SPLIT = 0
     TEST_SPLIT = 1
@@ -50,7 +48,7 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """One batch to fetch: positions in the split, int64 [B], and a training batch's epoch, which decides its views."""
+    """One batch to fetch: positions in the split, int64 [B], and a training batch's epoch, for its augmentation."""
 
     positions: Tensor
     epoch: int | None
@@ -63,7 +61,7 @@ def evaluation_batches(samples: int, batch_size: int, rank: int = 0, world_size:
 
 
 class TrainingBatches(Sampler[Draw]):
-    """A permutation drawn from ``(seed, epoch)``, dealt out to the processes.
+    """A permutation drawn from ``(seed, epoch)``, divided among the processes.
 
     Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples are left out. The
     last, partial batch is kept, unless it would hold a single sample: BatchNorm cannot train on one.
@@ -98,14 +96,15 @@ class TrainingBatches(Sampler[Draw]):
 
 
 def batch_loader(
-    dataset: Any, batch_size: int, seed: int, trainer: "Trainer | None", *, shuffle: bool = False, **options: Any
+    dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
 ) -> DataLoader[Any]:
     """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all."""
     rank, world_size, epoch = 0, 1, 0
     if trainer is not None:
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            told = "coin shards its data by index, and the Trainer would shard it again"
-            raise ConfigurationError(f"{told}; set trainer.use_distributed_sampler=false")
+            raise ConfigurationError(
+                "the Trainer would shard the data again; set trainer.use_distributed_sampler=false"
+            )
         # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
         rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
     sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)

@@ -1,8 +1,9 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 from weakref import WeakValueDictionary
 
@@ -11,19 +12,19 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coin.core.choices import check_integer, check_number, parse_enum
+from coin.core.choices import check_integer, check_number, is_list_of_names, parse_enum
 from coin.core.processes import cores
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
-from coin.data.zero_shot import read_head
 from coin.errors import ConfigurationError, DataError
+from coin.files.yaml import read_yaml
 
 T = TypeVar("T")
 
-WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
+WORKERS = 8  # at most so many processes decode images that are not held in memory, by default
 
 # Of the options that are whole numbers; BatchNorm cannot train on one sample.
 _LEAST = dict.fromkeys(("image_size", "eval_batch_size", "max_test"), 1)
@@ -48,6 +49,28 @@ def once(cache: MutableMapping[Hashable, Any], key: Hashable, find: Callable[[],
     if found is None:
         found = cache[key] = find()
     return found
+
+
+def read_head(given: Any) -> dict[str, Any] | None:
+    """Return ``{zero_shot: {prompts: [...], classes: [...]}}`` or ``{zero_shot: FILE.yaml}`` with the file's contents.
+
+    ``{}`` in a prompt stands for the class; without classes it is the task's own names, with spaces for underscores.
+    Raises ConfigurationError if it is something else, FileError where the file cannot be read.
+    """
+    if given is None:
+        return None
+    section = given.get("zero_shot") if isinstance(given, Mapping) else None
+    if isinstance(section, str):
+        section = read_yaml(Path(section))
+    found = dict(section) if isinstance(section, Mapping) else {}
+    prompts, classes = found.pop("prompts", None), found.pop("classes", None)
+    sound = is_list_of_names(prompts) and all("{}" in prompt for prompt in prompts)
+    if found or not sound or not (classes is None or (is_list_of_names(classes) and len({*classes}) == len(classes))):
+        raise ConfigurationError(
+            f"found head {section or given!r:.200}, expected {{zero_shot: {{prompts: ['a photo of a {{}}.'], classes: "
+            "[...]}}, or a YAML file with these two; the classes are distinct names, numbers in quotes"
+        )
+    return {"zero_shot": {"prompts": list(prompts), "classes": None if classes is None else list(classes)}}
 
 
 class TaskData(LightningDataModule, ABC):
@@ -79,7 +102,7 @@ class TaskData(LightningDataModule, ABC):
         max_test: The largest number of test samples, a stratified choice.
         num_workers: Worker processes of each loader; with 0 only files that are decoded batch by batch have workers,
             one a core, 8 at most.
-        head: Prompts and class names of a zero-shot head, for a CLIP (`coin.data.zero_shot.read_head`):
+        head: Prompts and class names of a zero-shot head, for a CLIP (`coin.data.task.read_head`):
             ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or ``{zero_shot: FILE.yaml}``. The classes
             are in the order of the labels, and become the task's names. None is for heads that are trained.
     """

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -21,9 +20,8 @@ from coin.errors import ConfigurationError, DataError
 class Tasks(LightningDataModule):
     """The tasks of an experiment.
 
-    ``test_dataloader`` gives one loader a task; ``predict_dataloader`` the pooled calibration samples, in order;
-    ``train_dataloader`` the same, reshuffled every epoch, as pairs of positions ``[B]`` and inputs ``[B, 3, S, S]``;
-    ``val_dataloader`` the held-out ones in that form.
+    ``test_dataloader`` gives one loader a task; ``train_dataloader`` the pooled calibration samples, shuffled every
+    epoch, as pairs of positions ``[B]`` and inputs ``[B, 3, S, S]``; ``val_dataloader`` the held-out ones.
 
     Args:
         tasks: The tasks by name.
@@ -87,8 +85,8 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        samples, batch_size = self.samples_per_task, self.batch_size
-        return {name: task.calibration(samples, batch_size, name) for name, task in self.tasks.items()}
+        each = self.tasks.items()
+        return {name: task.calibration(self.samples_per_task, self.batch_size, name) for name, task in each}
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
@@ -98,8 +96,8 @@ class Tasks(LightningDataModule):
         """Return all tasks' promise samples, interleaved; none where there are to be none."""
         if not self.promise_samples:
             return None
-        samples, batch_size = self.promise_samples, self.batch_size
-        return pooled([task.promise(samples, batch_size, name) for name, task in self.tasks.items()])
+        each = self.tasks.items()
+        return pooled([task.promise(self.promise_samples, self.batch_size, name) for name, task in each])
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
@@ -118,10 +116,6 @@ class Tasks(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""
         return [task.test_dataloader() for task in self.tasks.values()]
-
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        """All calibration samples' inputs, in order."""
-        return self._loader(self.calibration(), collate_fn=itemgetter(1))
 
     def _loader(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
         dataset = PositionedSamples(calibration, self.augmentation, self.seed)

