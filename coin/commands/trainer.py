@@ -17,7 +17,7 @@ from coin.commands import ON_TRAINER, closing
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
-from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
+from coin.files.checkpoints import TO_GO_ON, read_checkpoint
 from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules, which are found by short names
 from coin.tracking.settings import logger_mode, run_environment
 
@@ -47,7 +47,7 @@ class TrainerCLI(LightningCLI):
             if subcommand == "fisher":
                 return
             raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
-        found = checkpoint_options(Path(path))
+        found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
         for name in ("network", "image_size", "options", "num_classes"):
             if name in found and name in init_args:
@@ -80,7 +80,7 @@ class TrainerCLI(LightningCLI):
         """Check the checkpoint to resume from, unless Lightning finds it itself."""
         path, trusted = (self.config["fit"][name] for name in ("ckpt_path", "weights_only"))
         if path not in (None, "best", "last", "hpc", "registry") and trusted is not False:
-            check_training_checkpoint(Path(path))
+            read_checkpoint(Path(path), TO_GO_ON)
 
     def after_fit(self) -> None:
         """Say what was reached, and the next command."""

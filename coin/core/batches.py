@@ -1,7 +1,7 @@
 """Batches of tensors or mappings of tensors, and networks with a user-defined call."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MethodType
 from typing import Any, TypeVar
@@ -26,8 +26,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def adapted(network: Network, forward: Forward | None) -> Network:
     """Return a network that is called with a batch, and calls the user's function with itself and the batch.
 
-    It is a copy that shares all tensors with the network, also when deep-copied or called by
-    `torch.func.functional_call`. `forward` gets a second copy, with the class's own call.
+    It is a copy that shares all tensors with the network; `forward` gets another, with the class's own call.
     """
     if forward is None:
         return network
@@ -47,24 +46,16 @@ def plain(network: Network) -> Network:
     return network
 
 
-def twin(network: Network) -> Network:
-    """Return a copy of a network's modules that shares all tensors but can be in another mode."""
-    return _copied(network, {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())})
-
-
-def clone(network: Network) -> Network:
-    """Return a copy of a network that shares nothing with it, in the same modes."""
-    return _copied(network, {})
-
-
-def _copied(network: Network, memo: dict[int, Any]) -> Network:
-    """Return a deep copy, given what is taken for which id."""
-    for module in network.modules():  # tensors with a history, as weight_norm stores, cannot be deep-copied
-        left = [tensor for tensor in tensors_in(vars(module)) if not tensor.is_leaf]
-        memo |= {id(tensor): tensor.detach().clone() for tensor in left}
-    copied = copy.deepcopy(network, memo)
+def clone(network: Network, shared: Iterable[Tensor] = ()) -> Network:
+    """Return a copy of a network that shares nothing with it but the tensors that are given, in the same modes."""
+    copied = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
     clear_caches(copied)
     return copied
+
+
+def twin(network: Network) -> Network:
+    """Return a copy of a network's modules that shares all tensors but can be in another mode."""
+    return clone(network, chain(network.parameters(), network.buffers()))
 
 
 def clear_caches(network: nn.Module) -> None:
@@ -83,7 +74,7 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
     Integers (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
     """
-    like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), None)
+    like = next((each for each in network.parameters() if each.is_floating_point()), None)
 
     def ready(tensor: Tensor) -> Tensor:
         if like is not None:
@@ -94,7 +85,7 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
 
 def checked_batch(batch: Any, network: nn.Module) -> Batch:
-    """Return the batch, or the inputs of a pair (inputs, labels), after checking its type.
+    """Return a batch, or the inputs of a pair (inputs, labels).
 
     Raises DataError if it is neither a tensor nor, for an `adapted` network, a mapping of tensors of one length.
     """
@@ -142,10 +133,10 @@ def size_of(batch: Batch) -> int:
     return len(tensors_in(batch)[0])
 
 
-def shapes_in(batch: Batch) -> tuple[object, ...]:
+def shapes_in(batch: Batch) -> tuple[tuple[Any, ...], ...]:
     """Return the names and shapes of a sample's tensors, which must agree for batches to be joined."""
-    names = [""] if isinstance(batch, Tensor) else list(batch)
-    return tuple((name, *tensor.shape[1:]) for name, tensor in zip(names, tensors_in(batch), strict=True))
+    named = {"": batch} if isinstance(batch, Tensor) else batch
+    return tuple((name, *tensor.shape[1:]) for name, tensor in named.items())
 
 
 def take(batch: Batch, samples: slice | Tensor) -> Batch:
@@ -154,17 +145,15 @@ def take(batch: Batch, samples: slice | Tensor) -> Batch:
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:
-    """Yield a batch's samples as batches of one."""
-    for place in range(size_of(batch)):
-        yield take(batch, slice(place, place + 1))
+    """Return a batch's samples as batches of one."""
+    return (take(batch, slice(place, place + 1)) for place in range(size_of(batch)))
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return several batches as one; a DataError where their samples differ in shape."""
-    first = batches[0]
-    unlike = next((other for other in batches if shapes_in(other) != shapes_in(first)), None)
-    if unlike is not None:
-        found = " and ".join(" ".join(str(list(t.shape[1:])) for t in tensors_in(batch)) for batch in (first, unlike))
+    first, shapes = batches[0], list(dict.fromkeys(map(shapes_in, batches)))
+    if len(shapes) > 1:
+        found = " and ".join(" ".join(str(list(shape)) for _, *shape in each) for each in shapes[:2])
         raise DataError(f"found calibration samples of shapes {found} to run together, expected one shape; pad them")
     columns = [torch.cat(tensors) for tensors in zip(*map(tensors_in, batches), strict=True)]
     return columns[0] if isinstance(first, Tensor) else dict(zip(first, columns, strict=True))

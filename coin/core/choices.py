@@ -1,4 +1,4 @@
-"""Options that name one entry of an enum, are a number in a range, a list of names, or have an old name."""
+"""Checks of options: an entry of an enum, a number in a range, a list of names."""
 
 import difflib
 from collections.abc import Iterable

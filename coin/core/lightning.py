@@ -14,7 +14,6 @@ _EXPECTED = (
     r".*is smaller than the logging interval.*",
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*treespec.*is deprecated.*",  # Lightning's own
-    r"The `srun` command is available on your system but is not used.*",
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
     r".*`srun` command is available on your system but is not used.*",  # jobs are submitted, or start it themselves

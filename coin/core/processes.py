@@ -17,7 +17,6 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """How long processes wait for the first one: it may merge for hours, and NCCL would give up within minutes."""
-
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 """Whether the first process is at work for all, and the others wait."""
 
@@ -85,8 +84,7 @@ def _broadcast(value: Any) -> Any:
 @cache
 def _control() -> distributed.ProcessGroup:
     """Return a gloo group for broadcasts, on CPUs, so that waiting does not keep a GPU busy."""
-    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    return group
+    return distributed.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[no-any-return]
 
 
 @cache

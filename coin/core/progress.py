@@ -15,7 +15,7 @@ EVERY = 30.0
 
 
 def progress_bar(what: str, total: float | None, items: Iterable[T] | None = None) -> "tqdm[T]":
-    """Return a bar to update after each of `total` steps, which may be unknown, and to close; or one over items."""
+    """Return a bar to update after each of `total` steps and to close, or one over items."""
     often = {} if sys.stderr.isatty() else {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
     return tqdm(items, desc=what, total=total, leave=False, disable=not is_rank_zero(), **often)
 

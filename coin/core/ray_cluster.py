@@ -12,10 +12,7 @@ def set_ray_variables(address: str | None) -> None:
 
 
 def start_ray(address: str | None) -> None:
-    """Join the cluster at an address, or start Ray on this machine if there is none; call `set_ray_variables` before.
-
-    A process that has started Ray already goes on with that.
-    """
+    """Join the cluster at an address, or start Ray on this machine, if this process has not; variables are set."""
     import ray
 
     if not ray.is_initialized():

@@ -8,29 +8,24 @@ from torchmetrics import Metric
 
 from coin.data import to_image
 
-KEPT = 24
-"""How many images are kept of a task."""
-SIDE = 96
-"""The largest side of a kept image in pixels."""
+KEPT = 24  # images of a task
+SIDE = 96  # of an image at most, in pixels
 
 
 class KeptSamples(NamedTuple):
-    """Test samples of one task in a random order: images uint8 ``[n, 3, H, W]``, and ``[n]`` their positions in it.
+    """Test samples of one task in a random order."""
 
-    The expert's and the true classes are ``[n]``, the classes decoded in K ways ``[n, K]``.
-    """
-
-    images: Tensor
-    position: Tensor
-    expert: Tensor
-    label: Tensor
-    decoded: Tensor
+    images: Tensor  # uint8 [n, 3, H, W]
+    position: Tensor  # in the test set, [n]
+    expert: Tensor  # the expert's classes, [n]
+    label: Tensor  # the true classes, [n]
+    decoded: Tensor  # the classes decoded in K ways, [n, K]
 
 
 class ExampleSamples(Metric):
     """Keeps the first `count` samples of a test set in a fixed random order, with the answers to them in K ways.
 
-    They depend neither on the batch size nor on the number of processes. The inputs' side is `image_size` pixels.
+    Which ones depends neither on the batch size nor on the number of processes.
     """
 
     full_state_update = False

@@ -3,8 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,15 +20,9 @@ from coin.coding.decoders import Head
 from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.core.batches import Batch
 from coin.errors import CoinWarning, HeadError
-from coin.evaluation.variants import Replica, Variant
+from coin.evaluation.variants import NONE, Replica, Variant
 from coin.networks import linear_heads, run_network
 from coin.statistics.guard import disable_tf32
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    with torch.autocast("cpu", enabled=False), disable_tf32():
-        yield
 
 
 def server_answers(
@@ -85,10 +78,8 @@ class Scores(DecodingAccuracy):
 class Outcome:
     """The results for one lost expert, with one variant and decoder.
 
-    Attributes:
-        columns: Those of ``results.csv`` but for the experiment's and the seed's.
-        confusion: Counts of the expert's class by the decoded class ``[C_j, C_j]``.
-        promise: None if none was requested; else `coverage` and `found` say how it turned out.
+    `columns` are those of ``results.csv`` but for the experiment's and the seed's; `confusion` counts the expert's
+    class by the decoded class ``[C_j, C_j]``; `coverage` and `found` say how a `promise` turned out.
     """
 
     columns: dict[str, Any]
@@ -100,7 +91,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class FittedDecoder:
-    """A decoder of the coded system with the index `variant`, its scores by lost expert, and the fit's wall time."""
+    """A decoder of the variant with this index, its scores by lost expert, and the wall time of its fit."""
 
     decoder: Decoder
     scores: dict[int, Scores]
@@ -113,10 +104,7 @@ class FittedDecoder:
 
 
 class Evaluation:
-    """Variants with their decoders, one for every erasure; one that reads no survivor is for all experts at once.
-
-    `configs` are used for the variants that they apply to; `heads` are the experts', if a decoder needs them.
-    """
+    """Variants with the decoders that apply, one for every erasure; without survivors one for all experts at once."""
 
     def __init__(
         self,
@@ -133,14 +121,13 @@ class Evaluation:
                 for erased in variant.erasures() if config.reads_survivors else [tuple(range(len(class_counts)))]:
                     decoder = make_decoder(config, variant.code, erased, heads)
                     self.fitted.append(FittedDecoder(decoder, {j: Scores(class_counts[j]) for j in erased}, index))
-        self.residuals = {
-            index: [Residual() for _ in class_counts] for index, each in enumerate(self.variants) if not each.is_none
-        }
+        with_outputs = [index for index, each in enumerate(self.variants) if each.method != NONE]
+        self.residuals = {index: [Residual() for _ in class_counts] for index in with_outputs}
         self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
         self.network_seconds = 0.0
 
     def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
-        """Fit every decoder on all servers' answers to calibration inputs, for each of which a network took so long."""
+        """Fit every decoder on all servers' answers to calibration inputs; a network took so long for each of these."""
         self.network_seconds = network_seconds
         if any(each.decoder.config.kind is DecoderKind.feature_ridge for each in self.fitted):
             answers = answers.with_kernels()
@@ -150,25 +137,24 @@ class Evaluation:
             losses = 1 if each.decoder.config.reads_survivors else len(each.decoder.erased)
             each.seconds = (time.perf_counter() - started) / losses
 
-    @_full_precision()
     def promise(self, answers: Answers, alpha: float, confidence: float) -> None:
         """Set up to which score answers are accepted, by all servers' answers to new inputs; see `Decoder.accept`."""
-        for each in self.fitted:
-            each.decoder.accept(self.variants[each.variant].seen(answers), alpha, confidence, self.class_counts)
+        with torch.autocast("cpu", enabled=False), disable_tf32():
+            for each in self.fitted:
+                each.decoder.accept(self.variants[each.variant].seen(answers), alpha, confidence, self.class_counts)
 
-    @_full_precision()
     def update(self, task: int, answers: Answers, labels: Tensor) -> dict[FittedDecoder, Tensor]:
         """Score what is decoded of a batch of one task's test set; return every decoder's classes ``[B]``."""
-        classes, width = {}, self.class_counts[task]
-        seen = [variant.seen(answers) for variant in self.variants]
-        for index, residuals in self.residuals.items():
-            target = self.variants[index].code.encode(answers.experts)
-            residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
-        for each in self.fitted:
-            if task in each.scores:
+        with torch.autocast("cpu", enabled=False), disable_tf32():
+            seen = [variant.seen(answers) for variant in self.variants]
+            for index, residuals in self.residuals.items():
+                target = self.variants[index].code.encode(answers.experts)
+                residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
+            classes, width = {}, self.class_counts[task]
+            for each in (fitted for fitted in self.fitted if task in fitted.scores):
                 decoded = each.decoder.decode(seen[each.variant])[each.decoder.erased.index(task)]
-                is_promised = task in each.decoder.promises
-                accepted = each.decoder.accepted(task, answer_score(decoded[:, :width])) if is_promised else None
+                score = answer_score(decoded[:, :width])
+                accepted = each.decoder.accepted(task, score) if task in each.decoder.promises else None
                 each.scores[task].update(decoded, answers.experts[task], labels, accepted)
                 classes[each] = decoded[:, :width].argmax(1)
         return classes

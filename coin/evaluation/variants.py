@@ -1,4 +1,4 @@
-"""The coded systems under evaluation: coded models and replicas read from files, and the references."""
+"""What is evaluated: coded models and replicas read from files, and the references."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,27 @@ from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network, nbytes_together, pad_head
 
-NONE = "none"
-ORACLE = "oracle"
+NONE, ORACLE = "none", "oracle"
+"""The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
 MADE = ("samples_per_task", "merge_seconds", "merge_passes")
+"""Columns on how coded models were made; without samples the first is None."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """One coded system under evaluation: a merge method with its options, or one of the two references.
 
-    `networks` are its coded models among all of the evaluation, none for the references; `chosen` is what was chosen
-    for each, `kind` the method's own name, `memory` the bytes of the coded models as stored, with the base of
-    compressed ones; `lost` are the erasures to measure, by default all that the code can decode; `made` are columns of
-    ``results.csv`` on how it was made, its `samples_per_task` None where none were used.
+    `networks` are the places of its coded models among all, none for the references; `made` are columns of
+    ``results.csv`` on how they were made, `chosen` is what was chosen for each, `kind` the method's own name, `memory`
+    their bytes as stored, with the base of compressed ones; `lost` are the erasures to measure, by default all that the
+    code can decode.
     """
 
     method: str
     code: Code
     batchnorm: str = ""
     networks: tuple[int, ...] = ()
-    made: Mapping[str, Any] = field(default_factory=lambda: dict.fromkeys(MADE, 0.0) | {"samples_per_task": None})
+    made: Mapping[str, Any] = field(default_factory=lambda: dict(zip(MADE, (None, 0.0, 0.0), strict=True)))
     chosen: tuple[dict[str, Any], ...] = ()
     kind: str | None = None
     memory: float = 0
@@ -44,52 +45,39 @@ class Variant:
         row = "+".join(map(str, range(len(self.networks))))
         return {"method": self.method, "batchnorm": self.batchnorm, "code_row": row, **self.made}
 
-    @property
-    def is_none(self) -> bool:
-        """Whether this is the reference that decodes from the surviving experts alone."""
-        return self.method == NONE
-
-    @property
-    def is_oracle(self) -> bool:
-        """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
-        return self.method == ORACLE
-
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
-        """Return those of the decoders that apply: features need a network, and all but regressions coded outputs.
-
-        Where none reads the survivors alone, ``none`` has ``ridge``: no table is without it.
-        """
-        if self.is_oracle:
+        """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
+        if self.method == ORACLE:
             return [config for config in every if config.kind is DecoderKind.linear]
-        if not self.is_none:
+        if self.method != NONE:
             return every
         alone = [config for config in every if config.kind is not DecoderKind.linear and config.reads_survivors]
         return alone or [DecoderConfig(DecoderKind.ridge)]
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
-        """Return the columns ``memory_mib``, ``forwards`` and ``losses``; `kept` is the bytes stored for decoding.
+        """Return ``memory_mib``, ``forwards`` and ``losses``, NaN for the oracle, which cannot be deployed.
 
-        All are NaN for the oracle, which cannot be deployed.
+        `kept` is the bytes stored for decoding.
         """
-        if self.is_oracle:
+        if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "forwards", "losses"), math.nan)
-        experts, most = self.code.num_experts, self.code.num_experts - self.is_none
+        experts = self.code.num_experts
         return {
             "memory_mib": (self.memory + kept) / 2**20,
             "forwards": config.forwards(experts, len(self.networks), num_lost),
-            "losses": min(config.losses(experts, self.code.num_coded), most),
+            "losses": min(config.losses(experts, self.code.num_coded), experts - (self.method == NONE)),
         }
 
     def seen(self, answers: Answers) -> Answers:
         """Return the answers in this system: those of the experts and of its own coded models."""
-        if self.is_oracle:
+        if self.method == ORACLE:
             return Answers(answers.experts, self.code.encode(answers.experts), tasks=answers.tasks)
         return answers.with_coded(self.networks)
 
     def erasures(self) -> list[tuple[int, ...]]:
         """Return the erasures to measure; for `NONE` not the loss of every expert."""
         every = self.code.erasures() if self.lost is None else self.lost
-        return [erased for erased in every if not self.is_none or len(erased) < self.code.num_experts]
+        return [erased for erased in every if self.method != NONE or len(erased) < self.code.num_experts]
 
 
 class Replica(NamedTuple):
@@ -101,10 +89,10 @@ class Replica(NamedTuple):
 
 
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
-    """Read coded models, and group the rows of each code into a variant.
+    """Return coded models, and a variant for the rows of each code.
 
-    Raises FileError if a file is missing or damaged, lacks the other rows of its code, or was made from experts with
-    other `fingerprints`.
+    Raises FileError where a file is missing or damaged, lacks other rows of its code, or was made of experts with other
+    `fingerprints`.
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
@@ -128,22 +116,11 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
             )
         chosen = tuple(row.get("chosen") or {} for row in rows)
         taken = "+".join(dict.fromkeys(str(each["batchnorm"]) for each in chosen if "batchnorm" in each))
-        variants.append(
-            Variant(
-                method=method,
-                code=code,
-                batchnorm=f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy,
-                networks=tuple(networks),
-                made={
-                    "samples_per_task": first["samples_per_task"],
-                    "merge_seconds": sum(float(row["seconds"]) for row in rows),
-                    "merge_passes": sum(float(row["passes"]) for row in rows),
-                },
-                chosen=chosen,
-                kind=(first.get("method") or {}).get("name"),
-                memory=nbytes_together(files[index] for index in networks),
-            )
-        )
+        policy = f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy
+        seconds, passes = (sum(float(row[name]) for row in rows) for name in ("seconds", "passes"))
+        made = dict(zip(MADE, (first["samples_per_task"], seconds, passes), strict=True))
+        kind, memory = (first.get("method") or {}).get("name"), nbytes_together(files[index] for index in networks)
+        variants.append(Variant(method, code, policy, tuple(networks), made, chosen, kind, memory))
     return [file.network for file in files], variants
 
 
@@ -159,11 +136,9 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int
         groups.setdefault(str(file.provenance.get("label", REPLICA)), []).append(file)
     found = []
     for label, own in groups.items():
-        made = {"samples_per_task": None, "merge_passes": 0.0}
-        made["merge_seconds"] = sum(float(file.provenance["seconds"]) for file in own)
+        made = dict(zip(MADE, (None, sum(float(file.provenance["seconds"]) for file in own), 0.0), strict=True))
         chosen, memory = (own[0].provenance["compression"],), nbytes_together(own)
         variant = Variant(label, code, made=made, chosen=chosen, kind=REPLICA, memory=memory)
-        for file in own:
-            task = fingerprints.index(file.provenance["of"])
-            found.append(Replica(variant, task, pad_head(file.network, width)))
+        tasks = [fingerprints.index(file.provenance["of"]) for file in own]
+        found += [Replica(variant, task, pad_head(file.network, width)) for task, file in zip(tasks, own, strict=True)]
     return found

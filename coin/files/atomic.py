@@ -3,15 +3,13 @@
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from coin.errors import FileError
 
-_LONGEST_WRITE = 3600.0  # seconds
 _LONGEST_NAME = 200  # bytes; file systems take 255, and what is made of a name is longer than it
 
 
@@ -41,11 +39,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers have left of `atomic_path` below a folder: no write takes an hour."""
+    """Remove what killed writers have left of `atomic_path` below a folder that no other process writes to."""
     for path in folder.rglob(".*.tmp"):
-        with suppress(OSError):  # another process may be removing it as well
-            if time.time() - path.stat().st_mtime > _LONGEST_WRITE:
-                path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

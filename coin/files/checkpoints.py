@@ -1,5 +1,6 @@
-"""Lightning's checkpoints: what is in them, read without unpickling."""
+"""Lightning's checkpoints, read without unpickling."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -7,22 +8,15 @@ import torch
 
 from coin.errors import FileError, first_line
 
-
-def checkpoint_options(path: Path) -> dict[str, Any]:
-    """Return the hyper-parameters in a Lightning checkpoint of an expert; a FileError where it is none."""
-    return dict(_read(path, {"state_dict", "hyper_parameters"})["hyper_parameters"])
+TO_GO_ON = ("state_dict", "loops", "optimizer_states")
+"""What a training needs to go on from a checkpoint."""
 
 
-def check_training_checkpoint(path: Path) -> None:
-    """Raise a FileError unless a training can go on from this checkpoint."""
-    _read(path, {"state_dict", "loops", "optimizer_states"})
-
-
-def _read(path: Path, expected: set[str]) -> dict[str, Any]:
+def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
+    """Return these parts of a Lightning checkpoint; a FileError where it has not all of them."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found = {name: content[name] for name in expected}
+        return {name: content[name] for name in expected}
     except Exception as error:  # pickle's and zip's errors share no base class
         told = f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]})"
         raise FileError(f"{told}; check ckpt_path: give one that coin fit wrote") from error
-    return found

@@ -13,11 +13,9 @@ State = Mapping[str, Tensor]
 
 def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
     """Raise a StateError, which calls the states by `names`, unless their tensors have the same names and shapes."""
-    if not states:
-        raise StateError("found no states, expected at least one")
     called = names or [f"state {i}" for i in range(len(states))]
-    first = states[0]
-    for other, name in zip(states[1:], called[1:], strict=True):
+    first, *others = states
+    for other, name in zip(others, called[1:], strict=True):
         if missing := sorted(first.keys() - other.keys()):
             found = f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing)"
         elif extra := sorted(other.keys() - first.keys()):
@@ -53,8 +51,6 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     ``num_batches_tracked``) the maximum over the states is taken.
     """
     check_same_layout(states)
-    if len(states) != len(weights):
-        raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each; give as many")
     return {key: weighted_mean(states, weights, key) for key in states[0]}
 
 

@@ -16,7 +16,7 @@ from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
 from coin.errors import FileError
 from coin.files.atomic import hashes
-from coin.files.checkpoints import check_training_checkpoint
+from coin.files.checkpoints import TO_GO_ON, read_checkpoint
 from coin.modules import Expert
 from coin.networks import NetworkConfig, import_checkpoint, import_pretrained, initial_network, save_network
 from coin.networks.hub import PREFIX
@@ -186,7 +186,7 @@ def _last_checkpoint(checkpoints: Path) -> str | None:
     """Return the checkpoint that an interrupted training goes on from, if any."""
     last = checkpoints / "last.ckpt"
     try:
-        check_training_checkpoint(last)
+        read_checkpoint(last, TO_GO_ON)
     except FileError:  # Lightning copies it across file systems, and may be killed at that
         last.unlink(missing_ok=True)
         return None
