@@ -17,7 +17,6 @@ from typing import Any
 
 import coin
 from coin.commands import COMMANDS, FUNCTIONS, ON_TRAINER
-from coin.commands.shipped import with_shipped
 from coin.core.choices import did_you_mean
 from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
 
@@ -68,11 +67,12 @@ def _run(name: str, options: list[str]) -> None:
         raise ConfigurationError(f"found command '{name}'{meant}, expected one of {', '.join(COMMANDS)}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
-    options = with_shipped(name, options)
     if name in ("run", "sweep"):
         options = [re.sub("^--executor(?==|$)", "--launch.executor", each) for each in options]
-    if name in ON_TRAINER or name in FUNCTIONS:
-        import_module(f"coin.commands.{'trainer' if name in ON_TRAINER else 'functions'}").main([name, *options])
+    if name in ON_TRAINER:
+        import_module("coin.commands.trainer").main([name, *options])
+    elif name in FUNCTIONS:
+        import_module("coin.commands.parser").run_function(name, options)
     else:
         import_module(f"coin.commands.{name}").main(options)
 

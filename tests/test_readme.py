@@ -13,7 +13,8 @@ import torch
 import coin
 from coin.cli import main
 from coin.commands import COMMANDS
-from coin.commands.shipped import SWEEPS, shipped, with_shipped
+from coin.commands.parser import checked_arguments
+from coin.commands.shipped import SWEEPS, shipped
 from coin.reporting.extras import PROMISE_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
 
@@ -107,7 +108,7 @@ def test_commands_of_the_pages_have_their_options_and_files(capsys) -> None:
     known: dict[str, set[str]] = {}
     for command, *arguments in (shlex.split(each, comments=True) for each in commands):
         assert command in COMMANDS
-        with_shipped(command, arguments)
+        checked_arguments(command, arguments)
         if command not in known:
             with pytest.raises(SystemExit):
                 main([command, "--help"])

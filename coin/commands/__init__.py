@@ -20,11 +20,10 @@ COMMANDS = {
 }
 """The commands and what they do. Those of the Trainer are LightningCLI's, the others functions."""
 
-FUNCTIONS = {
+FUNCTIONS = {  # commands that only pass their options to a function
     "merge": "coin.commands.merge.merge",
     "compress": "coin.commands.compress.compress_network",
     "export": "coin.commands.export.export",
     "dashboard": "coin.tracking.dashboard.dashboard",
 }
-"""Commands that only pass their options to a function."""
 ON_TRAINER = ("fit", "validate", "test", "predict", "fisher", "evaluate")

@@ -17,30 +17,30 @@ from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
 from coin.statistics.statistic import StatisticKind
 
-METHODS = {StatisticKind.fisher: "Coin", StatisticKind.gram: "RegMean"}
-"""A method that reads the statistic."""
+METHODS = {StatisticKind.fisher: "Coin", StatisticKind.gram: "RegMean"}  # which read them
 
 
-def after_fit(trainer: Trainer, data: Namespace) -> str:
+def after_fit(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fit``."""
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     found = [f"{name} {metrics[name]:.4g}" for name in ("val/accuracy", "val/loss", "train/loss") if name in metrics]
     reached = f"{next(iter(found), 'trained')} after {trainer.current_epoch} epochs"
-    exports = [each for each in callbacks if isinstance(each, ExpertExport)]
-    saved = [each.best_model_path for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
-    file = exports[0].file(trainer) if exports else next(iter(saved), trainer.default_root_dir)
+    exports = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
+    saved = [each.best_model_path for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
+    file = next(iter([*exports, *saved]), trainer.default_root_dir)
     if exports and fishers:
-        return _line(reached, file, _merge(_task(data), file, StatisticKind.fisher, fishers[0]))
-    return _line(reached, file, ["fisher", f"--ckpt_path={file}", *_data(trainer, data)])
+        return _line(reached, file, _merge(options.data, file, StatisticKind.fisher, fishers[0]))
+    return _line(reached, file, ["fisher", f"--ckpt_path={file}", *_data(trainer, options.data)])
 
 
-def after_fisher(file: Path, statistic: StatisticKind, expert: str | None, data: Namespace) -> str:
+def after_fisher(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fisher``."""
+    file = Path(trainer.default_root_dir) / f"expert.{options.statistic}.safetensors"
     made = load_provenance(file)
-    reached = f"{statistic} of {made['samples']} samples in {made['seconds']:.1f} s"
-    return _line(reached, file, _merge(_task(data), expert or "FILE", statistic, file))
+    reached = f"{options.statistic} of {made['samples']} samples in {made['seconds']:.1f} s"
+    return _line(reached, file, _merge(options.data, options.ckpt_path or "FILE", options.statistic, file))
 
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
@@ -52,15 +52,14 @@ def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Seque
     return _line(f"{len(experts)} experts merged", ", ".join(map(str, files)), words)
 
 
-def after_evaluate(folder: Path) -> str:
+def after_evaluate(trainer: Trainer, _: Namespace) -> str:
     """Print the table of ``coin evaluate``, and return its line."""
+    folder = Path(trainer.default_root_dir)
     rows = read_results(folder)
     print_summary(summarise(rows), reported=False)
     measured = rows[~rows.method.isin(["none", "oracle"])].groupby(["method", "decoder"]).nda.mean()
-    best = "measured"
-    if len(measured):
-        winner: Any = measured.idxmax()
-        best = f"NDA {100 * measured.max():.1f} with {' and '.join(winner)}"
+    winner: Any = measured.idxmax() if len(measured) else ()
+    best = f"NDA {100 * measured.max():.1f} with {' and '.join(winner)}" if winner else "measured"
     return _line(best, folder / RESULTS_CSV, ["choose", str(folder)])
 
 
@@ -68,15 +67,11 @@ def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
     return f"{reached}; wrote {file}; next: coin {shlex.join(command)}"
 
 
-def _merge(task: str, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
+def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
     """Return the merge of an expert with others, whose names and files are the user's to fill in."""
-    pairs = {"experts": expert, str(statistic): file}
+    task, pairs = str(data.class_path).rpartition(".")[2].lower(), {"experts": expert, str(statistic): file}
     given = [f"--{name}={_flow({task: str(path), 'TASK': 'FILE'})}" for name, path in pairs.items()]
     return ["merge", f"--method={METHODS[statistic]}", *given, "--output=coded"]
-
-
-def _task(data: Namespace) -> str:
-    return str(data.class_path).rpartition(".")[2].lower()
 
 
 def _data(trainer: Trainer, data: Namespace) -> list[str]:
@@ -85,9 +80,7 @@ def _data(trainer: Trainer, data: Namespace) -> list[str]:
     parser.add_class_arguments(type(trainer.datamodule), "data")  # type: ignore[attr-defined]
     defaults = parser.get_defaults().data
     given = {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
-    name = str(data.class_path)
-    short = name.rpartition(".")[2] if name.startswith("coin.") else name
-    return [f"--data={short}", *(f"--data.{name}={_flow(value)}" for name, value in given.items())]
+    return [f"--data={data.class_path}", *(f"--data.{name}={_flow(value)}" for name, value in given.items())]
 
 
 def _flow(value: Any) -> str:

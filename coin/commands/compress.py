@@ -25,9 +25,6 @@ def compress_network(
         rank: the rank of every delta.
         base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
             delta is taken from it; 0: not at all, the network itself is rounded.
-
-    Returns:
-        The compressed file.
     """
     compression, source = Compression(bits, rank, base_bits), Path(network)
     path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)

@@ -10,8 +10,7 @@ from coin.networks import head_name, load_network
 from coin.networks.files import NetworkFile
 from coin.networks.hub import HuggingFace
 
-HEADS = "heads.safetensors"
-"""The file of the zero-shot heads in the folder of a CLIP's vision tower."""
+HEADS = "heads.safetensors"  # zero-shot heads, in the folder of a CLIP's vision tower
 
 
 def export(network: str, output: str | None = None, experts: dict[str, str] | None = None) -> Path:
@@ -19,29 +18,21 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
 
     Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
     ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1. Other
-    networks have their head in the folder.
+    networks have their head in the folder. Returns the folder. Raises ConfigurationError where the network is none of
+    Hugging Face's, or an expert is not of its architecture, FileError where a file cannot be read or written.
 
     Args:
         network: The network's safetensors file, which may be a compressed one.
         output: The folder; by default beside the file, with its name.
         experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
             the run whose ``coded/`` the tower lies in. With an expert its own head is written.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigurationError: The network is none of Hugging Face's, or an expert is not of its architecture.
-        FileError: A file cannot be read, or the folder cannot be written.
     """
     path = Path(network)
     file = load_network(path)
     source = file.config.source
     if not isinstance(source, HuggingFace):
-        raise ConfigurationError(
-            f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…); others are plain "
-            "safetensors already, under the network's own names"
-        )
+        told = f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
+        raise ConfigurationError(f"{told}; others are plain safetensors already, under the network's own names")
     folder = path.with_suffix("") if output is None else Path(output)
     if folder.is_file():
         raise FileError(f"found the file '{folder}', expected a folder to write or none; give another --output")

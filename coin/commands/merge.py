@@ -28,7 +28,7 @@ def merge(
     seed: int = 0,
     trainer: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Merge experts into coded models.
+    """Merge experts into coded models, as files.
 
     Args:
         experts: The experts' safetensors files by task.
@@ -44,9 +44,6 @@ def merge(
         batch_size: Calibration samples per batch.
         seed: The seed of the calibration samples and their order.
         trainer: Options of the Trainer, for distillation.
-
-    Returns:
-        The files that were written.
     """
     named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
     given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
@@ -58,9 +55,8 @@ def merge(
     samples = next((samples for _, samples in found.values()), None)
     if tasks is not None:
         if list(tasks) != list(experts):
-            raise ConfigurationError(
-                f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
-            )
+            told = f"found tasks {list(tasks)} for experts {list(experts)}"
+            raise ConfigurationError(f"{told}; name the same, in one order")
         sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
@@ -82,12 +78,10 @@ def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, 
         made = load_provenance(path)
         try:
             kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
-            samples = made.get("samples_per_task")
-            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), samples and int(samples))
+            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), made.get("samples_per_task"))
         except (KeyError, ValueError, TypeError) as error:
-            raise FileError(
-                f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"
-            ) from error
+            told = f"'{path}' does not say what {name} it holds, and of what data"
+            raise FileError(f"{told}; make it with coin fisher") from error
     if len(found) > 1:
         raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
     return next(iter(found.items()))

@@ -4,21 +4,20 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from coin.commands import COMMANDS
-from coin.commands.shipped import config_file
+from coin.commands import COMMANDS, FUNCTIONS
+from coin.commands.shipped import shipped
 from coin.core.choices import did_you_mean
 from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
-_WHOLE = {"methods": "[]", "tasks": "{}"}
-"""Options whose entries are objects, and what they are without any."""
+_WHOLE = {"methods": "[]", "tasks": "{}"}  # options whose entries are objects, and what they are without any
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.+-]+).*|(?:Group '(.+)' does not accept o|O)ption '([^']+)'.*")
-_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def command_parser(name: str) -> ArgumentParser:
@@ -30,15 +29,13 @@ def command_parser(name: str) -> ArgumentParser:
 
 def add_json_argument(parser: ArgumentParser) -> None:
     """Add the option ``--json``, which prints the summary as JSON."""
-    parser.add_argument(
-        "--json", action="store_true", help="Print the summary as one JSON document, and nothing else, on stdout."
-    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON document, and nothing else, on stdout.")
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a command's options, instantiated."""
     try:
-        found = parser.parse_args(checked_arguments(arguments))
+        found = parser.parse_args(checked_arguments(parser.prog.removeprefix("coin "), arguments))
     except ArgumentError as error:
         if (unknown := _UNKNOWN.fullmatch(str(error))) is None:
             raise
@@ -54,10 +51,25 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def run_function(command: str, arguments: Sequence[str]) -> None:
+    """Run a command that is one function, and print what it returns: a file, or an address."""
+    module, _, name = FUNCTIONS[command].rpartition(".")
+    function = getattr(import_module(module), name)
+    parser = command_parser(command)
+    parser.add_function_arguments(function, as_positional=command != "merge")
+    given = parsed(parser, arguments)
+    made = function(**given)
+    if command == "merge":
+        from coin.commands.closing import after_merge
+
+        made = after_merge(made, given["experts"], arguments)
+    print(made)
+
+
 def parse_options(
     name: str, function: Callable[..., Any], arguments: Sequence[str], **sections: type
 ) -> dict[str, Any]:
-    """Return the arguments of a command's function on an experiment's folder; `sections` are dataclasses of options."""
+    """Return the arguments of a function on an experiment's folder; `sections` are dataclasses of options."""
     parser = command_parser(name)
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
     for section in sections.values():
@@ -71,20 +83,24 @@ def parse_options(
     return options
 
 
-def checked_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, after reading every YAML file that they name, with errors in one line.
+def checked_arguments(command: str, arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments with the path of every YAML file, which is read, with errors in one line.
 
     Options that replace a whole list are preceded by an empty one; otherwise an entry would inherit the options of the
     entry that it replaces, even if that is of another class.
     """
     found: list[str] = []
-    for place, argument in enumerate(arguments):
-        option = argument.partition("=")[0]
+    left = iter(arguments)
+    for argument in left:
+        option, _, value = argument.partition("=")
         keys: Collection[str] = [option.removeprefix("--")] if option.startswith("--") else []
-        if (path := config_file(arguments, place)) is not None:
-            document = read_yaml(path)
-            _check_classes(document)
-            keys = document if isinstance(document, dict) else []
+        if option in ("-c", "--config") and (value := value or next(left, "")):
+            if not value.lstrip().startswith("{"):  # options written out
+                value = shipped(command, value)
+                document = read_yaml(Path(value))
+                _check_classes(document)
+                keys = document if isinstance(document, dict) else []
+            argument = f"--config={value}"
         found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
         found.append(argument)
     return found
@@ -94,6 +110,7 @@ def _check_classes(value: Any) -> None:
     """Raise ConfigurationError where options stand beside a ``class_path``: jsonargparse would name another class."""
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_classes(each)
-    if isinstance(value, dict) and "class_path" in value and (stray := value.keys() - _OF_A_CLASS):
-        told = f"found '{min(stray)}' beside class_path: {value['class_path']}, expected options under init_args"
-        raise ConfigurationError(f"{told}; write init_args: {{{min(stray)}: …}}")
+    if isinstance(value, dict) and "class_path" in value:
+        for stray in sorted(value.keys() - {"class_path", "init_args", "dict_kwargs"}):
+            told = f"found '{stray}' beside class_path: {value['class_path']}, expected options under init_args"
+            raise ConfigurationError(f"{told}; write init_args: {{{stray}: …}}")

@@ -46,7 +46,7 @@ def experiment_of(arguments: Sequence[str]) -> Experiment:
 
 
 def print_outlook(name: str, steps: Sequence[Planned], launch: Launch, *, as_document: bool = False) -> None:
-    """Print every step, whether it has to run, why and where, and how long its like took last time."""
+    """Print every step, whether it has to run, why and where, and what its like took last time."""
     rows: list[dict[str, Any]] = [
         {
             "step": planned.what,
@@ -63,8 +63,7 @@ def print_outlook(name: str, steps: Sequence[Planned], launch: Launch, *, as_doc
         print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows}))
         return
     took = sum(row["seconds"] or 0 for row in waiting)
-    known = f", which took {took:.0f} s last time" if took else ""
-    print(f"{name}: {len(waiting)} of {len(rows)} steps to do{known}")
+    print(f"{name}: {len(waiting)} of {len(rows)} steps to do{f', which took {took:.0f} s last time' if took else ''}")
     width = max(len(row["step"]) for row in rows)
     for row in rows:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
@@ -79,17 +78,10 @@ def _read(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
     parser = command_parser("run")
     parser.add_class_arguments(Experiment)
     parser.add_class_arguments(Launch, "launch")
-    parser.add_argument(
-        "--only",
-        type=str | None,
-        default=None,
-        help="Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else.",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="Print the plan: every step, whether it is done or to do and why, what it took last time.",
-    )
+    only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
+    parser.add_argument("--only", type=str | None, default=None, help=only)
+    dry_run = "Print the plan: every step, whether it is done or to do and why, what it took last time."
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     add_json_argument(parser)
     options = parsed(parser, arguments)
     beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}

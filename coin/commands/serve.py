@@ -1,6 +1,5 @@
 """``coin serve``: an experiment's experts and coded models behind the decoding front end, on Ray Serve."""
 
-import json
 import signal
 import threading
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coin.commands.parser import parse_options
+from coin.files.yaml import as_text
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.ray_app import RayOptions, check_port, ray_application, start
@@ -27,10 +27,9 @@ def serve(
     Args:
         folder: An experiment's folder, whose first seed is taken, or a seed's.
         method: The merge method whose coded models serve; by default that of the most accurate decoded answers.
-        decoder: The decoder, as the results call it; by default likewise, of those that the policy can use.
+        decoder: The decoder, as the results call it; by default the most accurate that the policy can use.
         policy: Which servers a query asks; by default ``standin`` if the decoder needs no survivor, else
-            ``coded_hedged``. With ``replica`` servers of all experts replace the coded models; with ``uncoded`` there
-            are neither.
+            ``coded_hedged``. With ``replica`` all experts have second servers, with ``uncoded`` none.
         quantile: The quantile of own answers' time after which they count as late.
         ray: Where and how to serve.
     """
@@ -53,15 +52,15 @@ def read_system(
 ) -> tuple[System, Description]:
     """Return the system that `serve` serves, and its description, from the same arguments."""
     coded = read_coded(Path(folder), method, decoder, policy)
-    own = next(iter(coded.decoders.values()))
-    default = PolicyKind.coded_hedged if own.config.reads_survivors else PolicyKind.standin
+    own = next(iter(coded.decoders.values())).config
+    default = PolicyKind.coded_hedged if own.reads_survivors else PolicyKind.standin
     system = System.of(coded, Policy(policy or default, quantile))
-    network = system.network(system.stand_ins.experts[0])
     promises = [promise for each in coded.decoders.values() for promise in each.promises.values()]
     promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None
-    platform = f"coin ({system.policy.kind}, {coded.method}, {own.config.name})"
+    platform = f"coin ({system.policy.kind}, {coded.method}, {own.name})"
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
-    return system, Description(classes, network.image_size, platform, promise)
+    size = system.network(system.stand_ins.experts[0]).image_size
+    return system, Description(classes, size, platform, promise)
 
 
 def application(args: dict[str, Any]) -> Any:
@@ -69,8 +68,8 @@ def application(args: dict[str, Any]) -> Any:
 
     ``import_path: coin.commands.serve:application``; see ``configs/serve/three-machines.yaml``.
     """
-    plain = {name: value if isinstance(value, str) else json.dumps(value) for name, value in args.items()}
-    options = parse_options("serve", serve, [plain.pop("folder"), *(f"--{key}={plain[key]}" for key in plain)])
+    given = [f"--{name}={as_text(value)}" for name, value in args.items() if name != "folder"]
+    options = parse_options("serve", serve, [args["folder"], *given])
     ray = options.pop("ray")
     return ray_application(*read_system(**options), ray)
 

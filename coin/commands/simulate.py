@@ -55,13 +55,10 @@ def simulate(
     times, shares = [np.array([conditions.seconds])] * len(experts.files), [1.0]
     if conditions.seconds is None:
         times, shares = map(list, zip(*(measure(experts.network(name)) for name in experts.files), strict=True))
-    rows = []
+    rows, share = [], float(np.mean(shares))
     for want, kind in tracked([(want, kind) for want in QueryTarget for kind in found], "simulating"):
         stand_ins, policy = System.of(found[kind], Policy(kind)).stand_ins, Policy(kind, quantile)
-        each = [
-            Simulation(stand_ins, policy, conditions, times, float(np.mean(shares)), want, seed)
-            for seed in range(seeds)
-        ]
+        each = [Simulation(stand_ins, policy, conditions, times, share, want, seed) for seed in range(seeds)]
         rows.append(row_of(found[kind], each[0], list(map(run_simulation, each))))
     place, table = Path(output or folder), pd.DataFrame(rows)
     write_frame(place / "simulation.csv", table)
@@ -92,11 +89,9 @@ def tail_figure(rows: pd.DataFrame) -> Figure:
             for index, kind in enumerate(kinds):
                 line = shown[shown["redundancy"] == kind].sort_values("memory")
                 high = line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
-                ends = line["p999"] - line["p999_low"], high - line["p999"]
-                axes.errorbar(
-                    line["memory"] / 2**20, 1e3 * line["p999"], [1e3 * each for each in ends], label=kind,
-                    color=COLOURS[index], marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
-                )  # fmt: skip
+                ends = [1e3 * (line["p999"] - line["p999_low"]), 1e3 * (high - line["p999"])]
+                look = {"color": COLOURS[index], "marker": marker(index), "capsize": 2, "linewidth": 1.3}
+                axes.errorbar(line["memory"] / 2**20, 1e3 * line["p999"], ends, label=kind, markersize=5, **look)
             axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
         panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
         legend_below(figure, panels[0], columns=3)

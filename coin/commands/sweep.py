@@ -6,7 +6,6 @@ Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, and all share `
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from coin.commands.parser import command_parser, parsed
@@ -30,13 +29,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_class_arguments(Launch, "launch")
     parser.add_argument("--dry-run", action="store_true", help="Print the steps: done or to do, and why.")
     options = parsed(parser, arguments)
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ConfigurationError(
-            f"found WORLD_SIZE={processes}, expected one: a sweep runs its steps in one process, or in those that "
-            "--launch starts; start coin sweep without torchrun or srun"
-        )
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        told = f"found WORLD_SIZE={processes}, expected one process, which runs a sweep's steps or launches others"
+        raise ConfigurationError(f"{told}; start coin sweep without torchrun or srun")
     sweep = read_sweep(Path(shipped(SWEEPS, options["file"])))
-    sweep = replace(sweep, experiment=tuple(shipped("run", file) for file in sweep.experiment))
     folder = Path(options["output"]) / sweep.name
     points = [(point, experiment_of(point.arguments)) for point in sweep_points(sweep, folder)]
     if options["dry_run"]:
@@ -47,7 +43,6 @@ def main(arguments: Sequence[str]) -> None:
         print_outlook(f"{sweep.name}, {len(points)} points", steps, options["launch"])
         return
     frame, page = run_sweep(sweep, points, folder, options["launch"])
-    title = f"{sweep.name}: NDA in %, mean over tasks"
-    results_console().print(sweep_table(frame, list(sweep.grids[0]), title))
+    results_console().print(sweep_table(frame, list(sweep.grids[0]), f"{sweep.name}: NDA in %, mean over tasks"))
     print(f"table: {folder / SWEEP_CSV}")
     print(f"report: {page}")

@@ -33,19 +33,18 @@ class TrainerCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--output``, and the expert as the default model: ``coin fit --data MNIST5k`` is a whole command."""
-        folder = "The folder for all files: checkpoints, logs, weights, statistics and results. By default the working "
-        parser.add_argument("--output", type=str | None, help=f"{folder}directory, or that of fisher's checkpoint.")
+        folder = "The folder for all files; by default the working directory, or that of fisher's checkpoint."
+        parser.add_argument("--output", type=str | None, help=folder)
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
 
     def _parse_ckpt_path(self) -> None:
         """Take only the architecture from the checkpoint, and none for ``fit``; Lightning would take all options."""
         subcommand, options = self.config.subcommand, self.config[self.config.subcommand]
         path = options.get("ckpt_path")
-        if path is None or subcommand not in ("validate", "test", "predict", "fisher"):
+        is_file = path is not None and not str(path).endswith(".ckpt")
+        if path is None or subcommand in ("fit", "evaluate") or (is_file and subcommand == "fisher"):
             return
-        if not str(path).endswith(".ckpt"):
-            if subcommand == "fisher":
-                return
+        if is_file:
             raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
         found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
@@ -82,22 +81,12 @@ class TrainerCLI(LightningCLI):
         if path not in (None, "best", "last", "hpc", "registry") and trusted is not False:
             read_checkpoint(Path(path), TO_GO_ON)
 
-    def after_fit(self) -> None:
-        """Say what was reached, and the next command."""
+    def say_what_was_reached(self) -> None:
+        """Print what a command has reached, its file, and the next command."""
         if self.trainer.is_global_zero:
-            print(closing.after_fit(self.trainer, self.config["fit"]["data"]))
+            print(getattr(closing, f"after_{self.subcommand}")(self.trainer, self.config[self.subcommand]))
 
-    def after_fisher(self) -> None:
-        """Say what was computed, and the next command."""
-        options = self.config["fisher"]
-        if self.trainer.is_global_zero:
-            file = Path(self.trainer.default_root_dir) / f"expert.{options['statistic']}.safetensors"
-            print(closing.after_fisher(file, options["statistic"], options["ckpt_path"], options["data"]))
-
-    def after_evaluate(self) -> None:
-        """Print the table of the results, the best of them, and the next command."""
-        if self.trainer.is_global_zero:
-            print(closing.after_evaluate(Path(self.trainer.default_root_dir)))
+    after_fit = after_fisher = after_evaluate = say_what_was_reached
 
 
 _ENVIRONMENT = ExitStack()
@@ -109,10 +98,9 @@ def _hand_on_seed(options: Any, seed: int) -> None:
         return
     for entry in options.values():
         _hand_on_seed(entry, seed)
-    if "init_args" in options and not str(options["class_path"]).endswith(".Tasks"):
-        init_args = options["init_args"]
-        if "seed" in init_args and init_args["seed"] is None:
-            init_args["seed"] = seed
+    init_args = {} if str(options.get("class_path")).endswith(".Tasks") else options.get("init_args") or {}
+    if "seed" in init_args and init_args["seed"] is None:
+        init_args["seed"] = seed
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -132,7 +120,7 @@ def main(arguments: Sequence[str]) -> None:
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
                 seed_everything_default=0,
-                args=checked_arguments(arguments),
+                args=[arguments[0], *checked_arguments(arguments[0], arguments[1:])],
             )
     except ValueError as error:
         if "is not in bounds" not in str(error):  # what Lightning says of a seed
