@@ -26,7 +26,7 @@ def after_fit(trainer: Trainer, options: Namespace) -> str:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     found = [f"{name} {metrics[name]:.4g}" for name in ("val/accuracy", "val/loss", "train/loss") if name in metrics]
     reached = f"{next(iter(found), 'trained')} after {trainer.current_epoch} epochs"
-    exports = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
+    exports: list[Any] = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
     saved = [each.best_model_path for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
     file = next(iter([*exports, *saved]), trainer.default_root_dir)

@@ -40,7 +40,6 @@ from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, read_promises
 from coin.reporting.results import read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame
-from coin.tracking.settings import user_tags
 
 _KEYS = ("name", "experiment", "grid", "set")
 _DECIDED = ("name", "output", "config", "only", "json")
@@ -139,7 +138,7 @@ def run_sweep(
 
     Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
     """
-    os.environ["WANDB_TAGS"] = ",".join([*user_tags(), f"sweep-{sweep.name}"])
+    os.environ["WANDB_TAGS"] = ",".join(filter(None, [os.environ.get("WANDB_TAGS"), f"sweep-{sweep.name}"]))
     steps = union([prepared(experiment, launch) for _, experiment in points])
     write_text(folder / SWEEP_YAML, sweep.text)
     rank_zero_info(f"sweep {sweep.name}: {len(points)} points, {len(steps)} steps")

@@ -1,7 +1,7 @@
 """Optional files beside the results: example images and promises; readers return None where there is none."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,35 +23,32 @@ class Examples:
     """Test images ``[n, H, W, 3]``, uint8, with what was answered for them when their tasks' experts were lost alone.
 
     The `expert`'s answers, the `label` and what was `decoded`, by ``method|batchnorm|decoder``, are places ``[n]`` in
-    `names`, the classes of all tasks one after the other (may be empty). `task` is that of each image, empty where it
-    is not known. Raises ConfigurationError where shapes or types do not fit together.
+    `names`, the classes of all tasks one after the other; `task` is that of each image. Raises ConfigurationError where
+    they do not fit together.
     """
 
     images: npt.NDArray[np.uint8]
     expert: Answers
     label: Answers
-    decoded: Mapping[str, Answers] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
-    task: tuple[str, ...] = ()
+    decoded: Mapping[str, Answers]
+    names: tuple[str, ...]
+    task: tuple[str, ...]
 
     def __post_init__(self) -> None:
         images, count = self.images, len(self.images)
-        whole = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8 and len(self.task) in (0, count)
-        answers = [self.expert, self.label, *self.decoded.values()]
-        if not whole or any(own.shape != (count,) or own.dtype.kind not in "iu" for own in answers):
+        whole = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8 and len(self.task) == count
+        for own in (self.expert, self.label, *self.decoded.values()):
+            whole = whole and own.shape == (count,) and own.dtype.kind in "iu"
+            whole = whole and bool(((own >= 0) & (own < len(self.names))).all())
+        if not whole:
             raise ConfigurationError(
                 f"found example images {list(images.shape)} of {images.dtype}, expected [n, H, W, 3] of uint8, and n "
-                "whole numbers for the expert's answers, the labels and what was decoded"
+                "places of class names for the expert's answers, the labels and what was decoded"
             )
 
     def by_task(self) -> dict[str, list[int]]:
-        """Return the indices of each task's images, in order of appearance; all under ``""`` where it is not known."""
-        tasks = self.task or ("",) * len(self.images)
-        return {task: [i for i, own in enumerate(tasks) if own == task] for task in dict.fromkeys(tasks)}
-
-    def name_of(self, index: int) -> str:
-        """Return a class's name, its index where it has none."""
-        return self.names[index] if 0 <= index < len(self.names) else str(index)
+        """Return the indices of each task's images, in order of appearance."""
+        return {task: [i for i, own in enumerate(self.task) if own == task] for task in dict.fromkeys(self.task)}
 
 
 def write_examples(folder: Path, examples: Examples | None) -> None:

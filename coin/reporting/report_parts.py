@@ -150,15 +150,15 @@ def example_images(source: Source, keys: Mapping[str, str]) -> Iterator[dict[str
             buffer = io.BytesIO()
             Image.fromarray(examples.images[i]).save(buffer, format="PNG", optimize=True)
             answers = [
-                (name, examples.name_of(int(own[i])), bool(own[i] != examples.expert[i]))
+                (name, examples.names[own[i]], bool(own[i] != examples.expert[i]))
                 for name, own in {"expert": examples.expert, **decoded}.items()
             ]
-            label = examples.name_of(int(examples.label[i]))
+            label = examples.names[examples.label[i]]
             images.append({"image": data_url("image/png", buffer.getvalue()), "label": label, "answers": answers})
         differ = {name: int((own[indices] != examples.expert[indices]).sum()) for name, own in decoded.items()}
         said = ", ".join(f"{count} of {len(indices)} for {name}" for name, count in differ.items())
         text = f"A random draw of the test set, the same for all. Answers that differ from the expert's: {said}."
-        yield {"title": f"Task {task} lost" if task else "", "text": text, "images": images}
+        yield {"title": f"Task {task} lost", "text": text, "images": images}
 
 
 def command(source: Source, page: Path) -> dict[str, Any]:

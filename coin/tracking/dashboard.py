@@ -2,16 +2,13 @@
 
 import os
 from collections.abc import Collection
-from itertools import islice
 from typing import Any
 
 import wandb
 
 from coin.errors import ConfigurationError
-from coin.files.packaged import how_to_install
+from coin.files.packaged import extra_module
 from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS, OFFLINE_MODES, check_connection
-
-_RUNS = 200  # the latest ones, enough for every name that an experiment logs
 
 
 def dashboard(project: str, group: str | None = None, name: str | None = None) -> str:
@@ -22,24 +19,20 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
         group: The one experiment to show; none shows all.
         name: What the workspace is called; none calls it after the experiment, or ``coin``.
 
-    Returns its address. Raises ConfigurationError where ``WANDB_MODE`` is offline, ``wandb-workspaces`` is not
-    installed, or the project is missing or has no run of an evaluation; ConnectionFailedError where there is no API
-    key or no answer.
+    Returns its address. Raises ConfigurationError where that cannot be: offline, or there is no run of an evaluation.
     """
-    parts = project.split("/")
-    if len(parts) > 2 or not all(parts):
+    if len(parts := project.split("/")) > 2 or not all(parts):
         raise ConfigurationError(f"found project '{project}', expected ENTITY/PROJECT or PROJECT")
     if (mode := os.environ.get("WANDB_MODE")) in OFFLINE_MODES:
-        raise ConfigurationError(
-            f"found WANDB_MODE={mode}, but a dashboard lives on W&B's server; unset it for coin dashboard, or write "
-            "the report of a folder with coin report"
-        )
-    _import()
+        told = f"found WANDB_MODE={mode}, but a dashboard lives on W&B's server"
+        raise ConfigurationError(f"{told}; unset it for coin dashboard, or write a report with coin report")
+    extra_module("wandb_workspaces.workspaces", "dashboard")
     check_connection("online", later=False)
-    entity, called = parts if len(parts) == 2 else (str(wandb.Api().default_entity), parts[0])
-    filters = {"jobType": "evaluate", **({} if group is None else {"group": group})}
-    found = islice(wandb.Api().runs(f"{entity}/{called}", filters=filters, order="-created_at"), _RUNS)
-    logged = {each for run in found for each in run.summary.keys()}  # noqa: SIM118 (not a dict)
+    api = wandb.Api()
+    entity, called = parts if len(parts) == 2 else (str(api.default_entity), parts[0])
+    filters = {"jobType": "evaluate"} | ({} if group is None else {"group": group})
+    latest = api.runs(f"{entity}/{called}", filters=filters, order="-created_at")[:200]  # enough for all names
+    logged = {each for run in latest for each in run.summary.keys()}  # noqa: SIM118 (not a dict)
     made = workspace(entity, called, logged, group, name or group or "coin")
     made.save()
     return str(made.url)
@@ -48,36 +41,32 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
 def workspace(entity: str, project: str, logged: Collection[str], group: str | None = None, name: str = "coin") -> Any:
     """Return the workspace, not yet saved: NDA by method and decoder, the mean and spread over an experiment's seeds.
 
-    `logged` are the names in the summaries of evaluations' runs: ``nda/METHOD/DECODER``, ``confusion/TASK``, …; it is
-    refused without any NDA.
+    `logged` are the names in the summaries of evaluations' runs: ``nda/METHOD/DECODER``, ``confusion/TASK``, ….
     """
-    ws, wr = _import()
+    ws, wr = (extra_module(f"wandb_workspaces.{name}", "dashboard") for name in ("workspaces", "reports.v2"))
     by_decoder: dict[str, list[str]] = {}
-    for each in sorted(logged):
-        if each.startswith("nda/"):
-            by_decoder.setdefault(each.rpartition("/")[2], []).append(each)
+    for each in sorted(name for name in logged if name.startswith("nda/")):
+        by_decoder.setdefault(each.rpartition("/")[2], []).append(each)
     if not by_decoder:
-        raise ConfigurationError(
-            f"found no run of an evaluation in '{entity}/{project}'{f', group {group!r}' if group else ''}, expected "
-            "one; run an experiment, and `wandb sync` its folder"
-        )
-    tasks = sorted(each.partition("/")[2].removesuffix("_table") for each in logged if each.startswith("confusion/"))
+        where = f"'{entity}/{project}'" + (f", group '{group}'" if group else "")
+        told = f"found no run of an evaluation in {where}, expected one"
+        raise ConfigurationError(f"{told}; run an experiment, and `wandb sync` its folder")
+    charts = sorted({each.removesuffix("_table") for each in logged if each.startswith("confusion/")})
     curves = {"Validation accuracy of the experts": "val/accuracy", "Loss of all that is trained": "train/loss"}
     spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev", "max_bars_to_show": 50}
+    bars = [wr.BarPlot(title=f"NDA, {decoder}", metrics=names, **spread) for decoder, names in by_decoder.items()]
     sections = {
-        "NDA by method": [
-            wr.BarPlot(title=f"NDA, {decoder}", metrics=names, **spread) for decoder, names in by_decoder.items()
-        ],
+        "NDA by method": bars,
         "NDA against memory": [wr.MediaBrowser(media_keys=["nda_against_memory"])],
         "Training": [wr.LinePlot(title=title, x="epoch", y=[metric]) for title, metric in curves.items()],
         "Confusion": [
             wr.CustomChart(
-                query={"summaryTable": {"tableKey": f"confusion/{task}_table"}},
+                query={"summaryTable": {"tableKey": f"{chart}_table"}},
                 chart_name=CONFUSION_CHART,
                 chart_fields={name: name for name in CONFUSION_COLUMNS},
-                chart_strings={"title": f"expert (actual) against decoded, {task} lost"},
+                chart_strings={"title": f"expert (actual) against decoded, {chart.partition('/')[2]} lost"},
             )
-            for task in dict.fromkeys(tasks)
+            for chart in charts
         ],
         "Tables": [wr.WeavePanelSummaryTable(table_name=each) for each in ("results", "examples")],
     }
@@ -93,14 +82,3 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
             pinned_columns=["config:seed", "summary:nda_mean_best", "summary:best_method", "summary:best_decoder"],
         ),
     )
-
-
-def _import() -> tuple[Any, Any]:
-    """Return the modules that build workspaces and their panels."""
-    try:
-        import wandb_workspaces.reports.v2 as reports
-        import wandb_workspaces.workspaces as workspaces
-    except ImportError as error:
-        needed = f"which builds dashboards: {how_to_install('dashboard')}"
-        raise ConfigurationError(f"found no package wandb-workspaces ({error}), {needed}") from error
-    return workspaces, reports

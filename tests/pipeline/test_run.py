@@ -144,7 +144,7 @@ def test_examples_are_a_draw_with_every_method_s_answers(finished: Path) -> None
     assert {"distillation|keep|feature_ridge", "coin|recalibrate|linear", "oracle||linear"} <= set(examples.decoded)
     assert examples.decoded["oracle||linear"].tolist() == examples.expert.tolist()
     for task, indices in examples.by_task().items():
-        names = {examples.name_of(int(examples.label[i])) for i in indices}
+        names = {examples.names[examples.label[i]] for i in indices}
         assert names <= set("0123456789" if task == "digits" else "ABCDEF")
 
 

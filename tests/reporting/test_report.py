@@ -151,7 +151,7 @@ def test_hostile_names_are_escaped(tmp_path: Path, measure):
     write_results(tmp_path, rows, {"name": HOSTILE, HOSTILE: [HOSTILE]}, wandb_url="https://wandb.ai/me")
     zero = np.array([0])
     decoded = {f"{HOSTILE}|auto|{HOSTILE}": zero}
-    write_examples(tmp_path, Examples(np.zeros((1, 2, 2, 3), np.uint8), zero, zero, decoded, (HOSTILE,)))
+    write_examples(tmp_path, Examples(np.zeros((1, 2, 2, 3), np.uint8), zero, zero, decoded, (HOSTILE,), (HOSTILE,)))
     page = Page(write_report(tmp_path))
     assert HOSTILE in page.said  # shown as it stands
     assert "https://wandb.ai/me" in page.found["href"]

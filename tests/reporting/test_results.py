@@ -137,14 +137,13 @@ ONE = np.array([0, 1])
 
 def test_examples_read_back_and_none_are_left_of_an_earlier_run(tmp_path: Path):
     assert read_examples(tmp_path) is None
-    written = Examples(IMAGES, ONE, np.array([0, 2]), {"ü||ridge": np.array([1, 1])}, ("a", "ß"), ("t", "ü"))
+    written = Examples(IMAGES, ONE, np.array([0, 2]), {"ü||ridge": np.array([1, 1])}, ("a", "ß", "c"), ("t", "ü"))
     write_examples(tmp_path, written)
     read = read_examples(tmp_path)
     assert read is not None
     np.testing.assert_array_equal(read.images, IMAGES)
     assert {name: answers.tolist() for name, answers in read.decoded.items()} == {"ü||ridge": [1, 1]}
-    assert (read.label.tolist(), read.names, read.by_task()) == ([0, 2], ("a", "ß"), {"t": [0], "ü": [1]})
-    assert [read.name_of(i) for i in (0, 1, 2, -1)] == ["a", "ß", "2", "-1"]
+    assert (read.label.tolist(), read.names, read.by_task()) == ([0, 2], ("a", "ß", "c"), {"t": [0], "ü": [1]})
     write_examples(tmp_path, None)
     assert read_examples(tmp_path) is None
 
@@ -152,10 +151,11 @@ def test_examples_read_back_and_none_are_left_of_an_earlier_run(tmp_path: Path):
 def test_wrong_shapes_and_types_are_refused():
     for changes in (
         {"images": np.zeros((2, 3, 3, 1), np.uint8)}, {"images": IMAGES.astype(float)}, {"task": ("a",)},
-        {"decoded": {"m||d": np.array([0])}}, {"label": np.array(["x", "y"])},
+        {"decoded": {"m||d": np.array([0])}}, {"label": np.array(["x", "y"])}, {"label": ONE + 1}, {"label": ONE - 1},
     ):  # fmt: skip
-        with pytest.raises(ConfigurationError, match=r"expected \[n, H, W, 3\] of uint8, and n whole numbers"):
-            Examples(**{"images": IMAGES, "expert": ONE, "label": ONE, **changes})
+        given = {"images": IMAGES, "expert": ONE, "label": ONE, "decoded": {}, "names": ("x", "y"), "task": ("a", "a")}
+        with pytest.raises(ConfigurationError, match=r"expected \[n, H, W, 3\] of uint8, and n places of class names"):
+            Examples(**{**given, **changes})
 
 
 def test_damaged_examples_are_one_clear_line_wherever_they_are_damaged(tmp_path: Path):
@@ -168,7 +168,8 @@ def test_damaged_examples_are_one_clear_line_wherever_they_are_damaged(tmp_path:
     with pytest.raises(FileError, match="holds no example images"):
         read_examples(tmp_path)
     answers = np.arange(4000)
-    write_examples(tmp_path, Examples(np.zeros((4000, 2, 2, 3), np.uint8), answers, answers, {"m||d": answers}))
+    images, names = np.zeros((4000, 2, 2, 3), np.uint8), ("x",) * 4000
+    write_examples(tmp_path, Examples(images, answers, answers, {"m||d": answers}, names, names))
     whole = bytearray(path.read_bytes())
     for start in range(60, 2000, 97):
         damaged = whole.copy()

@@ -70,10 +70,11 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     rows += [row for row in compressed if row.batchnorm.startswith("auto")] + replicas[-2:]
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     answers = np.array([0, 1])
-    examples = Examples(images, answers, answers, {"coin||feature_ridge": answers[::-1]}, ("cat", "dog"))
+    examples = Examples(images, answers, answers, {"coin||feature_ridge": answers[::-1]}, ("cat", "dog"), ("a", "b"))
     named = {"group": "quickstart", "job_type": "evaluate", "name": "evaluate seed 0"}
     run = start_run(folder, **named, config={"lr": 0.1}, tags=["overview"])
-    log_evaluation(run, rows, confusions, examples, {"mnist": [f"digit {i}" for i in range(10)]})
+    classes = {"mnist": [f"digit {i}" for i in range(10)], "letters": [str(i) for i in range(10)]}
+    log_evaluation(run, rows, confusions, examples, classes)
     run.finish()
 
     (run_folder,) = run_folders(folder)
@@ -102,7 +103,7 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     assert table("results")["columns"] == list(frame)
     assert table("examples")["columns"] == ["image", "task", "label", "expert", "coin"]
     answered = [row[1:] for row in table("examples")["data"]]
-    assert answered == [["", "cat", "cat", "dog"], ["", "dog", "dog", "cat"]]
+    assert answered == [["a", "cat", "cat", "dog"], ["b", "dog", "dog", "cat"]]
     cells = table("confusion/mnist_table")["data"]
     row = next(r for r in rows if (r.method, r.decoder, r.task) == (method, decoder, "mnist"))
     counts = confusions[confusion_key(row)]

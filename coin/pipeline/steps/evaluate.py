@@ -16,7 +16,6 @@ from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator
 from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
 from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_results
-from coin.tracking.evaluation import log_evaluation
 from coin.tracking.settings import logging_only
 
 WEAK = 0.2
@@ -62,6 +61,8 @@ def record_evaluation(
     kept = [_kept_promise(row, outcome) for row, outcome in pairs if outcome.promise]
     write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))
     for run in runs:
+        from coin.tracking.evaluation import log_evaluation  # imports wandb
+
         with logging_only("the evaluation"):
             log_evaluation(run, rows, confusions, examples, classes)
 
