@@ -100,7 +100,7 @@ class Distillation(Method):
         given = Augmentation.shift if augmentation is None else augmentation
         self.augmentation = str(parse_enum(Augmentation, "augmentation", given))
         self.schedule = parse_enum(Schedule, "schedule", schedule)
-        self.label, self.compress = self.validated_label(label), self.compressed(compress)
+        super().__init__(label, compress)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""

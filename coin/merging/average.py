@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from coin.coding import fit_ridge
 from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.checks import check_coded
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
@@ -58,7 +57,7 @@ class HeadFit(Average):
         """Make the coded model of one row of the code; see `Method.make`."""
         made = super().make(experts, row)
         fit_head(made.network, experts, row)
-        check_coded(made.network, experts, self.label)
+        experts.check_coded(made.network, self.label)
         renamed = {"held_out_error": "held_out_error_of_start"}
         return CodedModel(made.network, {renamed.get(name, name): value for name, value in made.chosen.items()})
 

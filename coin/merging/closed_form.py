@@ -12,7 +12,6 @@ from torch import nn
 from coin.core.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import State, weighted_sum
-from coin.merging.checks import check_coded, check_experts
 from coin.merging.experts import Experts
 from coin.merging.held_out import choose
 from coin.merging.method import CodedModel, Compress, Method, fill
@@ -62,10 +61,9 @@ class MergeMethod(Method):
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
+        super().__init__(label, compress)
         self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)
-        self.label = self.validated_label(label)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
-        self.compress = self.compressed(compress)
 
     @abstractmethod
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate | tuple[dict[str, Any], State]]:
@@ -73,11 +71,11 @@ class MergeMethod(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        check_experts(experts, row)
+        experts.check(row)
         candidates = [Candidate(*each) for each in self.candidates(experts, row)]
         best, policy, errors = self._best(experts, row, candidates)
         network = self._build(experts, row, best.parameters, policy, held_out=False)
-        check_coded(network, experts, self.label)
+        experts.check_coded(network, self.label)
         taken = best.options | ({"batchnorm": policy} if policy else {})
         return CodedModel(network, taken | ({"held_out_error": errors} if errors else {}))
 

@@ -11,13 +11,30 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
 from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
-from coin.files.tensors import State, check_finite
-from coin.networks.experts import ExpertFiles, ExpertNetworks
+from coin.files.tensors import State, check_finite, check_same_layout
+from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
 from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
 from coin.statistics import TRANSPOSED, FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, open_statistics
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, statistic_sums
+
+
+def check_row(weights: Sequence[float], count: int) -> None:
+    """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
+    if len(weights) != count or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= 1e-6:
+        raise ConfigurationError(
+            f"found {len(weights)} weights for {count} experts, {list(weights)}, expected one each, non-negative "
+            "numbers that sum to 1; give a row of the code"
+        )
+
+
+def check_each(states: Sequence[State], what: str) -> None:
+    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
+    names = [f"{what} {index}" for index in range(len(states))]
+    check_same_layout(states, names)
+    for state, name in zip(states, names, strict=True):
+        check_finite(state, name)
 
 
 class Experts:
@@ -88,6 +105,20 @@ class Experts:
             for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
                 with evaluating(network, gradients=False), evaluating(padded, gradients=False):
                     check_padding(padded, network, as_input(take(first, slice(0, 1)), network))
+
+    def check(self, row: Sequence[float]) -> None:
+        """Raise as `check_row` for a row of the code, and as `check_each` for the parameters."""
+        check_row(row, self.count)
+        check_each(self.parameters, "expert")
+
+    def check_coded(self, network: nn.Module, label: str) -> None:
+        """Raise StateError where a coded model is not finite, but for buffers whose infinities experts have, as masks.
+
+        `label` is the method's.
+        """
+        infinite = [name for name, buffer in self.buffers[0].items() if bool(torch.isinf(buffer).any())]
+        tensors = {**parameters_of(network), **dict(network.named_buffers())}
+        check_finite(tensors, f"the coded model of method '{label}'", infinite)
 
     @property
     def networks(self) -> Sequence[nn.Module]:

@@ -106,6 +106,19 @@ class Method(ABC):
     label: str
     batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 
+    def __init__(self, label: str | None = None, compress: Compress = None) -> None:
+        """Set the options that every method has; raises ConfigurationError where results cannot have the label."""
+        self.label = getattr(self, "label", self.name) if label is None else label
+        if self.label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label):
+            expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
+            raise ConfigurationError(f"found label {self.label!r}, expected a plain file name: {expected}")
+        sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
+        self.compress = [Compression.of(each) for each in sections]
+        if any(each.rounding is RoundingKind.refit and not self.rounds for each in self.compress):
+            told = f"found rounding: refit for method '{self.name}', expected nearest"
+            raise ConfigurationError(f"{told}: only Refit rounds while it fits")
+        self.reads_initial = self.reads_initial or any(each.base_bits for each in self.compress)
+
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1.
@@ -135,24 +148,6 @@ class Method(ABC):
         method = copy(self)
         vars(method).update({name: value for name, value in defaults.items() if getattr(self, name, value) is None})
         return method
-
-    def compressed(self, compress: Compress) -> list[Compression]:
-        """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
-        sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
-        found = [Compression.of(each) for each in sections]
-        if any(each.rounding is RoundingKind.refit and not self.rounds for each in found):
-            told = f"found rounding: refit for method '{self.name}', expected nearest"
-            raise ConfigurationError(f"{told}: only Refit rounds while it fits")
-        self.reads_initial = self.reads_initial or any(each.base_bits for each in found)
-        return found
-
-    def validated_label(self, label: str | None) -> str:
-        """Return the label that an option gives, or the name; a ConfigurationError unless results can be called it."""
-        label = self.name if label is None else label
-        if label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
-            expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
-            raise ConfigurationError(f"found label {label!r}, expected a plain file name: {expected}")
-        return label
 
 
 def merge_networks(

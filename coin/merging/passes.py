@@ -1,25 +1,39 @@
-"""The coded network's pass in a refit: each unit is fitted to the experts' outputs just before its call."""
+"""The two passes of a refit: experts leave their outputs, and the coded network is fitted to them, unit by unit."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, as_input, samples_of
+from coin.core.batches import Batch, as_input, samples_of, take
+from coin.errors import StateError
 from coin.merging.affine import fit_unit, output_rows
-from coin.merging.expert_outputs import ExpertOutputs, Rows, target_bytes
 from coin.merging.units import Trace, Unit, floating_parameters
 from coin.networks.compressed import Rounding
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
+from coin.statistics.sums import sum_type
 
 ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
 CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
 READ = 16  # multiplications that take as long as reading a number where it lies alone
 LEAST = 256  # rows of a regression, where there are as many
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
+FIT = 2  # passes of an expert that a pass of the coded network with its fits counts as, in the progress
+_SAME = "give experts that make the same calls whatever their inputs"
+
+
+class Rows(NamedTuple):
+    """What units are fitted to on P samples; `places` and `weights` are by the names of the units' weights."""
+
+    inputs: Batch
+    mixtures: Tensor  # every sample's mixture of the experts' outputs [N, P]
+    shares: Tensor  # what the samples weigh [P]
+    places: Mapping[str, Tensor | None]  # of `chosen_places`
+    weights: Mapping[str, Tensor]  # of `position_weights`
 
 
 def chosen_places(
@@ -39,7 +53,7 @@ def chosen_places(
         rows = max(LEAST, min(ROWS * unit.unknowns if few else max(ROWS * unit.unknowns, cheap), dear))
         return math.ceil(rows / samples)
 
-    few = sum(target_bytes(unit, samples, rows_of(unit, few=False)) for unit in units) > budget
+    few = sum(samples * unit.target_bytes(rows_of(unit, few=False)) for unit in units) > budget
     for unit in units:
         each = rows_of(unit, few)
         places[unit.weight] = None
@@ -95,6 +109,83 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     return {weight: 0.5 + 0.5 * each / each.mean() for weight, each in sums.items() if bool(each.any())}
 
 
+class ExpertOutputs:
+    """The mixtures of the experts' outputs to which the units of a trace are fitted, made on demand in their order.
+
+    As many units at once as fit into `budget` bytes, one at least; for every such group each expert, of those that
+    `experts` returns, runs on the samples of whose mixtures it is part, `batch_size` at once. `passes` counts the
+    samples that have gone through experts; `advance` is called with the progress, `total` in all.
+    """
+
+    def __init__(
+        self, experts: Callable[[], Iterable[nn.Module]], trace: Trace, rows: Rows, batch_size: int, budget: float
+    ) -> None:
+        self._experts, self._trace, self._rows, self._batch_size = experts, trace, rows, batch_size
+        self._made: dict[str, Tensor] = {}
+        self._groups: list[list[Unit]] = []
+        samples, left = rows.mixtures.shape[1], -1.0
+        for unit in trace.units:
+            at = rows.places[unit.weight]
+            size = samples * unit.target_bytes(unit.positions if at is None else at.shape[1])
+            if left < size:
+                self._groups.append([])
+                left = budget
+            self._groups[-1].append(unit)
+            left -= size
+        self._fit = FIT * samples / max(1, len(trace.units))
+        self.passes, self.total = 0, len(self._groups) * int(rows.mixtures.count_nonzero()) + FIT * samples
+        self.advance: Callable[[float], None] = lambda _: None
+
+    def pop(self, weight: str) -> Tensor:
+        """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
+
+        Raises StateError where an expert makes other calls than the traced network, or gives outputs of another shape.
+        """
+        while weight not in self._made:
+            ends = {unit.end: unit for unit in self._groups.pop(0)}
+            for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
+                for part in filter(len, mixture.nonzero().flatten().split(self._batch_size)):
+                    self._add(network, ends, part, mixture)
+                    self.passes += len(part)
+                    self.advance(len(part))
+        self.advance(self._fit)
+        return self._made.pop(weight)
+
+    def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
+        """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
+        known, expected = set(self._trace.calls), iter([*self._trace.calls, ""])
+
+        def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+            if (weight := names.get("weight", "")) not in known:
+                return None
+            _check_call(weight, next(expected, ""))
+            output = function()
+            if unit := ends.get(weight):
+                shape = (len(output) // len(part), *output.shape[1:])
+                if shape != unit.shape:
+                    found = f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]}"
+                    raise StateError(f"{found} in the coded network; {_SAME}")
+                at = self._rows.places[unit.weight]
+                rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
+                rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+                if unit.weight not in self._made:
+                    self._made[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
+                share = mixture[part].to(rows)
+                self._made[unit.weight].index_add_(0, part.to(rows.device), rows * share[:, None, None])
+            return output
+
+        with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+            network(as_input(take(self._rows.inputs, part), network))
+        _check_call("", next(expected, ""))
+
+
+def _check_call(made: str, expected: str) -> None:
+    """Raise StateError where an expert's call is another than the coded network makes at its place."""
+    if made != expected:
+        own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made, expected))
+        raise StateError(f"an expert {own} where the coded network {theirs}; {_SAME}")
+
+
 def fit_in_order(
     network: nn.Module,
     trace: Trace,
@@ -102,7 +193,6 @@ def fit_in_order(
     targets: ExpertOutputs,
     ridge: float,
     rounding: Rounding | None = None,
-    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the coded network once, fitting every unit of its trace in place before its call (`fit_unit`)."""
     waiting = {unit.weight: unit for unit in trace.units}
@@ -114,7 +204,6 @@ def fit_in_order(
             if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
                 mine = mine * rows.weights[unit.weight].to(mine)
             fit_unit(network, unit, call, target, at, mine, ridge, rounding)
-            progress()
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
         network(as_input(rows.inputs, network))

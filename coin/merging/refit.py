@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from copy import copy
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,12 +16,10 @@ from coin.core.progress import progress
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
-from coin.merging.checks import check_coded, check_experts, warn_of_averaged
-from coin.merging.expert_outputs import ExpertOutputs, Rows, outputs_budget
 from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
-from coin.merging.passes import PROBED, chosen_places, fit_in_order, position_weights
+from coin.merging.passes import PROBED, ExpertOutputs, Rows, chosen_places, fit_in_order, position_weights
 from coin.merging.target import AHEAD, FAR, Target, objective, spread
 from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
@@ -32,8 +29,8 @@ from coin.networks.experts import parameters_of, tensors_of
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
+MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
 RIDGES = (0.01, 0.03, 0.1, 0.3)  # what the ridge is chosen from
-FIT = 2  # passes of an expert that a pass of the coded network with its fits counts as, in the progress
 
 
 class Refit(Method):
@@ -106,9 +103,8 @@ class Refit(Method):
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
-        self.compress = self.compressed(compress)
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
-        self.label = self.validated_label(label)
+        super().__init__(label, compress)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics that the start wants."""
@@ -132,7 +128,7 @@ class Refit(Method):
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        check_experts(experts, row)
+        experts.check(row)
         targets, apart = [self.target], None
         if self.target is Target.auto:
             apart = spread(experts.parameters, row)
@@ -150,8 +146,8 @@ class Refit(Method):
             lambda option: 1 / AHEAD if option[0] is Target.both else 1.0,
         )
         network = self._refit(experts, row, start, target, ridge)
-        check_coded(network, experts, self.label)
-        warn_of_averaged(start.averaged, network, self.label)
+        experts.check_coded(network, self.label)
+        _warn_of_averaged(start.averaged, network, self.label)
         chosen: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": start.averaged}
         chosen |= {} if apart is None else {"spread": apart}
         chosen |= {} if made is None else {f"start_{name}": value for name, value in made.chosen.items()}
@@ -226,13 +222,17 @@ class Refit(Method):
         places = chosen_places(trace.units, order, weights, next(network.parameters()).device, budget)
         rows = Rows(inputs, *objective(target, row, task), places, weights)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
-        with progress(f"{self.label}, layers", targets.total + FIT * samples) as targets.advance:
-            step = partial(targets.advance, FIT * samples / max(1, len(trace.units)))
-            fit_in_order(network, trace, rows, targets, ridge, rounding, step)
+        with progress(f"{self.label}, layers", targets.total) as targets.advance:
+            fit_in_order(network, trace, rows, targets, ridge, rounding)
         experts.passes += targets.passes + samples + (3 * len(probed) if weights else 0)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
         return network
+
+
+def outputs_budget(memory_mib: int) -> int:
+    """Return how many bytes of experts' outputs a refit holds at once; with fewer than 64 MiB experts run too often."""
+    return max(memory_mib // 4, 64) << 20
 
 
 class _Start(NamedTuple):
@@ -242,3 +242,17 @@ class _Start(NamedTuple):
     trace: Trace
     averaged: list[str]
     inputs: Batch
+
+
+def _warn_of_averaged(averaged: Sequence[str], network: nn.Module, label: str) -> None:
+    """Warn where the parameters that a `Refit` could not refit are more than `MOST_AVERAGED` of the network's."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    share = sum(sizes[name] for name in averaged) / sum(sizes.values())
+    if share > MOST_AVERAGED:
+        warnings.warn(
+            f"method '{label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
+            f"({len(averaged)} tensors, such as '{averaged[0]}'), which are no affine map's that runs once, or "
+            "whose outputs do not have one row per sample; compare it with other methods on this network",
+            CoinWarning,
+            stacklevel=3,
+        )

@@ -15,10 +15,8 @@ from coin.core.progress import tracked
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_of
-from coin.merging.checks import check_each, check_experts
 from coin.merging.closed_form import Candidate, MergeMethod
-from coin.merging.experts import Experts
-from coin.merging.method import CodedModel
+from coin.merging.experts import Experts, check_each
 from coin.statistics import TRANSPOSED
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -80,29 +78,9 @@ class RegMean(MergeMethod):
         """Return the Gram matrices that the option asks for."""
         return tuple(Statistic(StatisticKind.gram, data) for data in (self.gram_data or DataChoice.auto).alternatives)
 
-    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code; see `Method.make`."""
-        grids = {"damping": DAMPINGS, "alpha": ALPHAS}
-        left_open = [name for name in grids if getattr(self, name) is None]
-        if not left_open:
-            return super().make(experts, row)
-        check_experts(experts, row)
-        grams = experts.computed(None, experts.fitted(DataChoice.pooled))
-        tuned = copy(self)
-        tuned.alpha = 0.7 if self.alpha is None else self.alpha
-        for name in left_open:
-            tried = []
-            for value in grids[name]:
-                setattr(tuned, name, value)
-                tried.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
-            setattr(tuned, name, self._best(experts, row, tried)[0].options[name])
-        made = tuned.make(experts, row)
-        at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
-        chosen = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
-        return CodedModel(made.network, made.chosen | chosen)
-
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows."""
+        tuned, chosen = self._tuned(experts, row)
         data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
         # Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
         judged = len(data) > 1 and experts.is_calibrated
@@ -112,9 +90,27 @@ class RegMean(MergeMethod):
         for each in data:
             grams = experts.statistic(Statistic(StatisticKind.gram, each))
             averaged = sorted(solvable.difference(name.removesuffix(TRANSPOSED) for gram in grams for name in gram))
-            options = {"gram_data": str(each)} | ({"averaged": averaged} if averaged else {})
-            trial = self._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
-            yield Candidate(options, self._solved(experts, row, grams), trial)
+            options = {"gram_data": str(each)} | ({"averaged": averaged} if averaged else {}) | chosen
+            trial = tuned._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
+            yield Candidate(options, tuned._solved(experts, row, grams), trial)
+
+    def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple["RegMean", dict[str, Any]]:
+        """Return the method with damping and α, in this order, chosen on held-out samples; and what was chosen."""
+        grids = {"damping": DAMPINGS, "alpha": ALPHAS}
+        left_open = [name for name in grids if getattr(self, name) is None]
+        if not left_open:
+            return self, {}
+        grams = experts.computed(None, experts.fitted(DataChoice.pooled))
+        tuned = copy(self)
+        tuned.alpha = 0.7 if self.alpha is None else self.alpha
+        for name in left_open:
+            tried = []
+            for value in grids[name]:
+                setattr(tuned, name, value)
+                tried.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
+            setattr(tuned, name, self._best(experts, row, tried)[0].options[name])
+        at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
+        return tuned, {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
 
     def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
         options: Any = self.alpha, self.damping, self.layers, self.label

@@ -55,6 +55,10 @@ class Unit:
         """The names of all its parameters."""
         return {self.weight, self.bias, self.end, self.shift}
 
+    def target_bytes(self, places: int) -> int:
+        """Return how many bytes its outputs take at so many positions of a sample, in float32."""
+        return 4 * min(places, self.positions) * (prod(self.shape) // self.positions)
+
 
 class Trace(NamedTuple):
     """A network's forward pass, in the order of execution."""
@@ -92,8 +96,9 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     calls = [call for call in three.calls if "weight" in call.names]
     units: list[Unit] = []
     for call, following in zip(calls, [*calls[1:], None], strict=True):
-        weight, made, linear = call.names["weight"], leading.get(call.names["weight"], call.made), _is_linear(call)
-        affine = linear or (isinstance(call, ElementwiseCall) and call.normalised is not None)
+        weight = call.names["weight"]
+        made = leading.get(weight, call.made)
+        affine = isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None)
         leads = made[1:] == call.made[1:] and 3 * made[0] == 2 * call.made[0]
         placed = general.isdisjoint(call.names.values()) and (not call.decided or made[:-1] == (2,))
         if affine and leads and placed and not (units and units[-1].end == weight):
@@ -116,10 +121,6 @@ def _misplaced(tape: Tape, output: Tensor) -> set[str]:
     return {name for call in tape.calls for name in call.names.values()}
 
 
-def _is_linear(call: Call) -> bool:
-    return isinstance(call, LinearCall)
-
-
 def _takes_rows(call: Call) -> bool:
     """Return whether a BatchNorm over a call's output has a channel for every row of its weight."""
     plain = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
@@ -128,11 +129,15 @@ def _takes_rows(call: Call) -> bool:
 
 def _unit(call: Call, size: int) -> Unit:
     """Return a ruled call on three samples as a unit without a BatchNorm, given its weight's number of entries."""
-    convolution, shape = isinstance(call, ConvolutionCall), (call.made[0] // 3, *call.made[1:])
-    outputs = call.made[1 if convolution else -1] if isinstance(call, LinearCall) else size
-    groups = call.geometry.groups if isinstance(call, ConvolutionCall) else 1 if _is_linear(call) else outputs
-    sizes = prod(shape) // outputs, size // outputs, outputs // groups
-    return Unit(call.names["weight"], call.names.get("bias"), None, shape, *sizes, convolution)
+    shape = (call.made[0] // 3, *call.made[1:])
+    if isinstance(call, ConvolutionCall):
+        outputs, groups = shape[1], call.geometry.groups
+    elif isinstance(call, LinearCall):
+        outputs, groups = shape[-1], 1
+    else:
+        outputs = groups = size
+    names, sizes = (call.names["weight"], call.names.get("bias")), (size // outputs, outputs // groups)
+    return Unit(*names, None, shape, prod(shape) // outputs, *sizes, isinstance(call, ConvolutionCall))
 
 
 def fold_average(

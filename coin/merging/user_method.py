@@ -14,7 +14,6 @@ from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
 from coin.files.tensors import State, weighted_sum
 from coin.merging.average import average_parameters
-from coin.merging.checks import check_coded, check_experts
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
 from coin.networks.heads import head_name
@@ -71,7 +70,6 @@ class UserMethod(Method):
             expected = "expected one, or its import path, such as 'mine.merge'"
             raise ConfigurationError(f"found {type(function).__name__} as a function, {expected}")
         self.function, self.options = function, options or {}
-        self.label = self.validated_label(function.rpartition(".")[2].strip("<>") if label is None else label)
         try:
             signature = inspect.signature(self._function)
             self._by_tensor = next(iter(signature.parameters), "") == "tensors"
@@ -86,7 +84,7 @@ class UserMethod(Method):
                 f"tensors, that takes the options {self.options} ({error}); change it, or its options"
             ) from error
         self.reads_initial = "initial" in self._asks
-        self.compress = self.compressed(compress)
+        super().__init__(function.rpartition(".")[2].strip("<>") if label is None else label, compress)
         self._content = sha256_of(file) if file.is_file() else ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
@@ -95,7 +93,7 @@ class UserMethod(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Call the function for one row of the code, and check what it returns; see `Method.make`."""
-        check_experts(experts, row)
+        experts.check(row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
             state = (self._merged_tensors if self._by_tensor else self._merged_network)(experts, row)
@@ -104,7 +102,7 @@ class UserMethod(Method):
             fill(network, state)
         else:
             fill_network(network, state, f"the network that {self.function} returned")
-        check_coded(network, experts, self.label)
+        experts.check_coded(network, self.label)
         return CodedModel(network)
 
     def _merged_network(self, experts: Experts, row: Sequence[float]) -> State:

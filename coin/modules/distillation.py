@@ -15,7 +15,7 @@ from coin.data import Augmentation, Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, Experts, HeadFit
-from coin.merging.checks import check_row
+from coin.merging.experts import check_row
 from coin.merging.method import starting_method
 from coin.networks import build_network, fill_network, load_network, pad_head
 from coin.networks.heads import full_precision

@@ -8,8 +8,8 @@ from torch import nn
 
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, RegMean, TaskArithmetic, Ties, Wudi
-from coin.merging.checks import check_each
 from coin.merging.coin import check_fishers, coin_parameters
+from coin.merging.experts import check_each
 from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import ties
 
