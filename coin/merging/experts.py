@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,8 @@ class Experts:
     ) -> None:
         source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
         self.source: ExpertNetworks | ExpertFiles = source
-        self.count, self.train, self._calibration = len(networks), train, calibration
+        self.count, self.train = len(networks), train
+        self._calibration: Sequence[Calibration] | None = cast(Any, calibration)
         self.passes = self.seconds = 0.0
         self.statistic_paths = statistics or {}
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
@@ -98,13 +98,14 @@ class Experts:
         if calibration is not None and not all(isinstance(each, Calibration) for each in calibration):
             if any(isinstance(batches, Tensor) for batches in calibration):
                 raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
-            own = [[checked_batch(batch, self.networks[0]) for batch in batches] for batches in calibration]
-            if (first := next(chain.from_iterable(own), None)) is None:
+            checked = [[checked_batch(batch, self.networks[0]) for batch in batches] for batches in calibration]
+            self._calibration = [Calibration.of_batches(batches) for batches in checked]
+            if not any(each.num_samples for each in self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
-            self._calibration = own
+            first = self.pooled.inputs(torch.tensor([0]))
             for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
                 with evaluating(network, gradients=False), evaluating(padded, gradients=False):
-                    check_padding(padded, network, as_input(take(first, slice(0, 1)), network))
+                    check_padding(padded, network, as_input(first, network))
 
     def check(self, row: Sequence[float]) -> None:
         """Raise as `check_row` for a row of the code, and as `check_each` for the parameters."""
@@ -153,8 +154,8 @@ class Experts:
         """Whether there are calibration samples."""
         return self._calibration is not None
 
-    def samples(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
-        """Return for every expert the batches for its statistics: its own task's, or all tasks'."""
+    def samples(self, data: DataChoice) -> Sequence[Calibration]:
+        """Return for every expert the samples for its statistics: its own task's, or all tasks'."""
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
         if self._calibration is None:
@@ -174,13 +175,12 @@ class Experts:
     @cached_property
     def pooled(self) -> Calibration:
         """All tasks' calibration samples, evenly interleaved."""
-        own = self.samples(DataChoice.own)
-        return pooled([each if isinstance(each, Calibration) else Calibration.of_batches([*each]) for each in own])
+        return pooled(self.samples(DataChoice.own))
 
     @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        parts = [len(each.parts) if isinstance(each, Calibration) else 1 for each in self.samples(DataChoice.own)]
+        parts = [len(each.parts) for each in self.samples(DataChoice.own)]
         return torch.arange(self.count).repeat_interleave(torch.tensor(parts))[self.pooled.part]
 
     @cached_property
@@ -190,34 +190,27 @@ class Experts:
 
     def target(self, row: Sequence[float], *, held_out: bool = False) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``, without the held-out ones if `held_out`; all finite."""
-        found = []
-        for part in [0] if held_out else [0, 1]:
-            there = next((runs for (own, *_), runs in self._outputs.items() if own == part), None)
-            found.append(torch.stack([run.logits for run in there or self.runs(part)]))
-        logits = torch.cat(found, dim=1)
+        parts = [[run.logits for run in self.runs(part)] for part in ([0] if held_out else [0, 1])]
+        logits = torch.cat(list(map(torch.stack, parts)), dim=1)
         return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
 
     def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False) -> Run:
         """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
             inputs = (as_input(batch, network) for batch in batches)
-            if features:
-                runs = [run_network(network, each, features) for each in inputs]
-            else:
-                runs = [Run(logits[:, :0], logits) for logits in map(network, inputs)]
+            runs = [run_network(network, each, features) for each in inputs]
         self.passes += sum(len(run.logits) for run in runs)
         return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]))
 
     def runs(self, part: int, features: bool = False) -> list[Run]:
         """Return all experts' answers to a part of `split`; they run once."""
-        read = (part, features)
-        if read not in self._outputs:
-            found = []
-            for index, each in enumerate(self.source.each_network()):
-                found.append(self.run(each, self.split[part], features))
-                check_finite({"logits": found[-1].logits}, f"the calibration output of expert {index}")
-            self._outputs[read] = found
-        return self._outputs[read]
+        found = self._outputs.get((part, True), self._outputs.get((part, features)))
+        if found is None:
+            found = [self.run(each, self.split[part], features) for each in self.source.each_network()]
+            for index, run in enumerate(found):
+                check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
+            self._outputs[part, features] = found
+        return found
 
     @cached_property
     def heads(self) -> list[tuple[Tensor, Tensor]]:

@@ -34,6 +34,19 @@ class Rows(NamedTuple):
     shares: Tensor  # what the samples weigh [P]
     places: Mapping[str, Tensor | None]  # of `chosen_places`
     weights: Mapping[str, Tensor]  # of `position_weights`
+    passes: int  # that finding the weights took
+
+
+def chosen_rows(
+    network: nn.Module, trace: Trace, inputs: Batch, task: Tensor, mixtures: Tensor, shares: Tensor, budget: float
+) -> Rows:
+    """Choose the rows of all units of a network on P samples, which are of these tasks [P]; see `Rows`."""
+    experts = len(mixtures)
+    order = torch.nn.functional.one_hot(task, experts).cumsum(0)[torch.arange(len(task)), task] - 1
+    probed = (order < math.ceil(PROBED / experts)).nonzero().flatten()
+    weights = position_weights(network, trace, take(inputs, probed))
+    places = chosen_places(trace.units, order, weights, next(network.parameters()).device, budget)
+    return Rows(inputs, mixtures, shares, places, weights, 3 * len(probed) if weights else 0)
 
 
 def chosen_places(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
-from coin.core.batches import Batch, clone, joined, take
+from coin.core.batches import clone
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.progress import progress
 from coin.errors import CoinWarning
@@ -19,7 +19,7 @@ from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
-from coin.merging.passes import PROBED, ExpertOutputs, Rows, chosen_places, fit_in_order, position_weights
+from coin.merging.passes import ExpertOutputs, chosen_rows, fit_in_order
 from coin.merging.target import AHEAD, FAR, Target, objective, spread
 from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
@@ -149,8 +149,10 @@ class Refit(Method):
         experts.check_coded(network, self.label)
         _warn_of_averaged(start.averaged, network, self.label)
         chosen: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": start.averaged}
-        chosen |= {} if apart is None else {"spread": apart}
-        chosen |= {} if made is None else {f"start_{name}": value for name, value in made.chosen.items()}
+        if apart is not None:
+            chosen["spread"] = apart
+        if made is not None:
+            chosen |= {f"start_{name}": value for name, value in made.chosen.items()}
         if errors:
             chosen["held_out_error"] = {f"{t}/{r:g}": error for (t, r), error in zip(options, errors, strict=True)}
         return CodedModel(network, chosen, start)
@@ -179,14 +181,13 @@ class Refit(Method):
             fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
         else:
             network, states, row = clone(made.network), [tensors_of(made.network)], [1.0]
-        inputs = joined(list(experts.pooled))
-        trace = affine_units(network, inputs)
+        trace = affine_units(network, experts.pooled.inputs(torch.arange(min(3, experts.pooled.num_samples))))
         experts.passes += PROBES
         units = trace.units
         fold_average(network, units, states, row)
         averaged = parameters_of(network).keys() - {name for unit in units for name in unit.names}
         last = units[len(units) - math.ceil(self.last * len(units)) :]
-        return _Start(network, trace._replace(units=last), sorted(averaged), inputs)
+        return _Start(network, trace._replace(units=last), sorted(averaged))
 
     def _refit(
         self,
@@ -214,17 +215,13 @@ class Refit(Method):
                 CoinWarning,
                 stacklevel=4,
             )
-        inputs, task = take(start.inputs, slice(0, samples)), experts.tasks[:samples]
-        order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
-        probed = (order < math.ceil(PROBED / experts.count)).nonzero().flatten()
-        weights = position_weights(network, trace, take(inputs, probed))
+        inputs, task = experts.pooled.inputs(torch.arange(samples)), experts.tasks[:samples]
         budget = outputs_budget(self.memory_mib)
-        places = chosen_places(trace.units, order, weights, next(network.parameters()).device, budget)
-        rows = Rows(inputs, *objective(target, row, task), places, weights)
+        rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
         with progress(f"{self.label}, layers", targets.total) as targets.advance:
             fit_in_order(network, trace, rows, targets, ridge, rounding)
-        experts.passes += targets.passes + samples + (3 * len(probed) if weights else 0)
+        experts.passes += rows.passes + targets.passes + samples
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
         return network
@@ -236,12 +233,11 @@ def outputs_budget(memory_mib: int) -> int:
 
 
 class _Start(NamedTuple):
-    """What is refitted: the start, its pass with the units to refit, the parameters that stay, all inputs."""
+    """What is refitted: the start, its pass with the units to refit, and the parameters that stay."""
 
     network: nn.Module
     trace: Trace
     averaged: list[str]
-    inputs: Batch
 
 
 def _warn_of_averaged(averaged: Sequence[str], network: nn.Module, label: str) -> None:

@@ -244,7 +244,7 @@ every_network = pytest.mark.parametrize("kind", NETWORKS)
 def all_rows(monkeypatch):
     """Every position is a row, and all weigh alike, as in the reference."""
     monkeypatch.setattr("coin.merging.passes.LEAST", 10**9)
-    monkeypatch.setattr("coin.merging.refit.position_weights", lambda *_: {})
+    monkeypatch.setattr("coin.merging.passes.position_weights", lambda *_: {})
 
 
 every_target = pytest.mark.parametrize("target", ["own", "both"])
@@ -631,7 +631,7 @@ def test_rows_are_those_of_the_chosen_positions(kind, target, monkeypatch):
             drawn[unit.weight] = torch.rand(samples, unit.positions, generator=draw).argsort(1)[:, :each]
         return drawn
 
-    monkeypatch.setattr("coin.merging.refit.chosen_places", places)
+    monkeypatch.setattr("coin.merging.passes.chosen_places", places)
     experts = experts_of(networks, tasks)
     made = Refit(target, RIDGE, head=False).make(experts, ROW)
     order = [(experts.tasks == task).nonzero().flatten() for task in range(3)]
@@ -705,7 +705,7 @@ def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
     made = Refit("own", RIDGE, head=False).make(experts, ROW)
     assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * sum(min(size, -(-PROBED // 3)) for size in SIZES)
     assert_answers_close(networks[0], Refit("own").make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
-    monkeypatch.setattr("coin.merging.refit.position_weights", lambda *_: {})
+    monkeypatch.setattr("coin.merging.passes.position_weights", lambda *_: {})
     alike = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
     own = [(answers(each, x), x) for each, x in zip(networks, tasks, strict=True)]
     weighed, not_weighed = (
@@ -1110,7 +1110,7 @@ def test_files_with_unequal_numbers_of_classes_give_what_memory_gives(write_expe
 @pytest.mark.parametrize("target", ["own", "both"])
 def test_experts_that_run_once_for_every_layer_give_the_same_network(target, monkeypatch):
     networks, tasks = kind_of("two layers")
-    monkeypatch.setattr("coin.merging.refit.chosen_places", lambda *given: chosen_places(*given[:4]))
+    monkeypatch.setattr("coin.merging.passes.chosen_places", lambda *given: chosen_places(*given[:4]))
     found = []
     for budget in (math.inf, 0):
         monkeypatch.setattr("coin.merging.refit.outputs_budget", lambda mib, budget=budget: budget)
