@@ -32,9 +32,8 @@ class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
     Of several candidates and BatchNorm policies the one with the smallest error of decoded answers on held-out
-    calibration samples is chosen (`choose`), without labels; its passes count as cost. No fixed policy is safe:
-    ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is possible), ``recalibrate`` those
-    whose statistics were frozen (18 where 92 is).
+    calibration samples is taken (`choose`). No fixed policy is safe: ``average`` ruins networks whose statistics were
+    trained along (NDA 17 where 81 is possible), ``recalibrate`` those whose statistics were frozen (18 where 92 is).
 
     Args:
         batchnorm: The BatchNorm merge policy.
@@ -84,19 +83,20 @@ class MergeMethod(Method):
     ) -> tuple[Candidate, str, dict[str, float]]:
         """Return the best candidate and BatchNorm policy, and all errors by the candidates' data and the policies."""
         if len(candidates) > 1 and not experts.is_calibrated:
-            raise ConfigurationError(
-                f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
-            )
+            found = f"found no calibration inputs, by which method '{self.label}' chooses"
+            raise ConfigurationError(f"{found}; give them, or set its options")
         options = list(product(candidates, self._policies(experts)))
 
         def trial(option: tuple[Candidate, str]) -> nn.Module:
             (_, parameters, without), policy = option
             return self._build(experts, row, parameters if without is None else without, policy, held_out=True)
 
+        def name(option: tuple[Candidate, str]) -> str:
+            data = [str(value) for name, value in option[0].options.items() if name.endswith("_data")]
+            return "/".join(filter(None, [*data, option[1]]))
+
         (best, policy), errors = choose(options, trial, experts, row, self.label)
-        data = [[str(value) for name, value in each.options.items() if name.endswith("_data")] for each, _ in options]
-        names = ["/".join(filter(None, [*own, tried])) for own, (_, tried) in zip(data, options, strict=True)]
-        return best, policy, dict(zip(names, errors, strict=False))
+        return best, policy, dict(zip(map(name, options), errors, strict=False))
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one without BatchNorm."""

@@ -30,7 +30,7 @@ class Coin(MergeMethod):
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
         fisher_kind: Which Fisher; by default the experiment's, or ``exact``.
         fisher_data: The Fisher's data, ``own``, ``pooled`` or ``auto``; by default the experiment's, or ``auto``.
-        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+        **options: See `MergeMethod`.
 
     >>> coin.merge_networks(coin.Coin(fisher_data="own"), experts, code, calibration=inputs).passes  # 7 a sample
     1260.0
@@ -113,10 +113,8 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
     for index, fisher in enumerate(fishers):
         name = f"the Fisher of expert {index}"
         if unknown := sorted(set(fisher) - set(expert)):
-            raise StateError(
-                f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous); compute "
-                "the Fishers of these experts"
-            )
+            told = f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous)"
+            raise StateError(f"{told}; compute the Fishers of these experts")
         largest = 0.0
         for key, tensor in fisher.items():
             check_same_layout([{key: expert[key]}, {key: tensor}], ["expert 0", name])
@@ -128,9 +126,5 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
         if largest == 0:
             zero.append(str(index))
     if zero:
-        warnings.warn(
-            f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert only counts in the "
-            "average; check its outputs on the calibration data",
-            CoinWarning,
-            stacklevel=4,
-        )
+        found = f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that it only counts in the average"
+        warnings.warn(f"{found}; check the expert's outputs on the calibration data", CoinWarning, stacklevel=4)

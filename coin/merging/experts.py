@@ -22,10 +22,8 @@ from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKin
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
     if len(weights) != count or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= 1e-6:
-        raise ConfigurationError(
-            f"found {len(weights)} weights for {count} experts, {list(weights)}, expected one each, non-negative "
-            "numbers that sum to 1; give a row of the code"
-        )
+        found = f"found {len(weights)} weights for {count} experts, {list(weights)}"
+        raise ConfigurationError(f"{found}, expected one each, non-negative numbers that sum to 1; give a code's row")
 
 
 def check_each(states: Sequence[State], what: str) -> None:

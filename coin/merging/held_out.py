@@ -31,24 +31,18 @@ def choose(
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
 
     A single option is not tried, and has no error; of equally good ones the first is taken. `build` maps an option to
-    its coded model, made without the held-out samples; `handicap` to a factor on its error, which is the decoders'
-    mean. With fewer than `FEW` held-out samples there is a warning. Raises NumericalError if no error is finite.
+    its coded model, made without the held-out samples; `handicap` to a factor on its error. With fewer than `FEW`
+    held-out samples there is a warning. Raises NumericalError if no error is finite.
     """
     if len(options) == 1:
         return options[0], []
     errors = [held_out_error(experts, build(option), row, decoders) for option in options]
     if (held_out := experts.split[1].num_samples) < FEW:
-        warnings.warn(
-            f"method '{label}' chose by {held_out} held-out calibration samples, expected at least {FEW}; raise "
-            "samples_per_task, or set its options",
-            CoinWarning,
-            stacklevel=2,
-        )
+        told = f"method '{label}' chose by {held_out} held-out calibration samples, expected at least {FEW}"
+        warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=2)
     if not any(map(math.isfinite, errors)):
-        raise NumericalError(
-            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
-            "outputs"
-        )
+        found = f"the outputs of method '{label}' on held-out calibration samples are not finite"
+        raise NumericalError(f"{found}; check the experts' outputs")
     compared = [handicap(option) * error for option, error in zip(options, errors, strict=True)]
     return options[compared.index(min(compared))], errors
 

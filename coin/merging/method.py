@@ -34,7 +34,7 @@ class CodedModel:
 
     Attributes:
         network: The coded model, in eval mode.
-        chosen: The options that were chosen, and how a solve ended: plain values for the record.
+        chosen: The options that were chosen: plain values for the record.
         start: What a `Refit` began from; `Method.pack` begins there again.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
@@ -51,7 +51,7 @@ class Merged(list[nn.Module]):
     """Coded models, one per row of the code, and how they were made.
 
     Attributes:
-        chosen: For each, the choices of its method, as in `CodedModel`; ``averaged`` are what `Refit` left averaged.
+        chosen: For each, what `CodedModel.chosen` says; ``averaged`` are the parameters that `Refit` left averaged.
         compressed: For each, the compressed variants by label, such as ``refit-4bit``.
         passes: The total cost in forward-equivalents of one sample.
         seconds: Wall time.
@@ -164,9 +164,8 @@ def merge_networks(
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
-    The code is a `coin.Code` or its rows. See `Experts` for the other arguments; `decoders` are the decoders for which
-    `Refit` optimises its choices. The networks are of the experts' class and called in its way, not by `forward`.
-    Raises as `Method.make`.
+    `decoders` are those for which `Refit` makes its choices; see `Experts` for the other arguments. The networks are
+    of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360

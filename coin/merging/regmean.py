@@ -2,9 +2,10 @@
 
 import math
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from enum import StrEnum
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ class RegMeanLayers(StrEnum):
 class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
-    With 200 samples the Gram matrix of a wide layer is nearly singular, and weak damping fits noise. The defaults were
+    With 200 samples the Gram matrix of a wide layer is nearly singular, and weak damping fits noise; the defaults were
     tuned on calibration samples of the embedded tasks. If None, damping and α are chosen by the error on held-out
     calibration samples, with Gram matrices of the others; then the data, as in `coin.merging.Coin`.
 
@@ -48,7 +49,7 @@ class RegMean(MergeMethod):
         alpha: The factor on off-diagonal entries of the Gram matrices, in [0, 1]; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+        **options: See `MergeMethod`.
 
     >>> coin.merge_networks(coin.RegMean(), experts, code, calibration=inputs).chosen[0].keys()
     dict_keys(['gram_data', 'held_out_error'])
@@ -145,10 +146,7 @@ def regmean_parameters(
     group of a convolution. A bias is solved for jointly, as the weight of an input that is always 1.
 
     The Gram matrices ``[G, K, K]``, named as by `coin.statistics.gram_sums`, have off-diagonal entries multiplied by α.
-
-    Raises:
-        StateError: A Gram matrix fits no weight, in its rows or its groups.
-        NumericalError: A damped Gram matrix is singular.
+    Raises StateError where one fits no weight, and NumericalError where a damped one is singular.
     """
     like, merged = experts[0], dict[str, Tensor]()
     for name in tracked(grams[0], label):
@@ -156,24 +154,37 @@ def regmean_parameters(
         if key not in like:
             found = f"there is a Gram matrix for '{key}', which the experts do not have"
             raise StateError(f"{found}; compute the Gram matrices of these experts")
-        if layers == RegMeanLayers.linear and like[key].ndim != 2:
-            continue
-        first, turned = grams[0][name], name != key  # then the map is x ↦ x W: its weight lies the other way round
-        bias = _bias_of(first, key, like, turned)
-        means = {own: weighted_mean(experts, weights, own, torch.float64) for own in (key, bias) if own is not None}
-        average = _joint_map(means, key, bias, len(first), turned)
-        pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
-        for expert, statistic, weight in zip(experts, grams, weights, strict=True):
-            gram = statistic[name].double()
-            gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-            pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ gram
-            total.add_(gram, alpha=weight)
-        rows = (average + solve_damped(total, pull, damping, key)).flatten(0, 1)
-        if bias is not None:
-            merged[bias] = rows[:, -1].reshape(means[bias].shape).to(like[bias].dtype)
-            rows = rows[:, :-1]
-        merged[key] = (rows.T if turned else rows.reshape(means[key].shape)).to(like[key].dtype)
+        if layers != RegMeanLayers.linear or like[key].ndim == 2:
+            merged |= regmean_map(experts, (gram[name] for gram in grams), weights, name, alpha, damping)
     return {key: merged[key] if key in merged else average_of(experts, weights, key) for key in like}
+
+
+def regmean_map(
+    experts: Sequence[State],
+    grams: Iterable[Tensor],
+    weights: Sequence[float],
+    name: str,
+    alpha: float,
+    damping: float,
+) -> dict[str, Tensor]:
+    """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
+    like, key, grams = experts[0], name.removesuffix(TRANSPOSED), iter(grams)
+    first, turned = next(grams), name != key  # then the map is x ↦ x W: its weight lies the other way round
+    bias = _bias_of(first, key, like, turned)
+    means = {own: weighted_mean(experts, weights, own, torch.float64) for own in (key, bias) if own is not None}
+    average = _joint_map(means, key, bias, len(first), turned)
+    pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
+    for expert, gram, weight in zip(experts, chain([first], grams), weights, strict=True):
+        gram = gram.double()
+        gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+        pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ gram
+        total.add_(gram, alpha=weight)
+    rows, merged = (average + solve_damped(total, pull, damping, key)).flatten(0, 1), {}
+    if bias is not None:
+        merged[bias] = rows[:, -1].reshape(means[bias].shape).to(like[bias].dtype)
+        rows = rows[:, :-1]
+    merged[key] = (rows.T if turned else rows.reshape(means[key].shape)).to(like[key].dtype)
+    return merged
 
 
 def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:

@@ -1,16 +1,18 @@
 """Data-free merges of task vectors, what each expert added to the shared initialisation; and that one itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coin.core.choices import check_number
+from coin.core.progress import tracked
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
+from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
-from coin.merging.regmean import regmean_parameters
+from coin.merging.regmean import regmean_map
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
 from coin.statistics import TRANSPOSED
@@ -43,10 +45,10 @@ class Wudi(MergeMethod):
 
         W = W_0 + (Σ_i β_i τ_i G_i)(Σ_i β_i G_i + λI)⁻¹
 
-    is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, relative to the mean
-    diagonal entry, pulls to the β-average. All but fully connected layers and convolutions of one group is averaged, as
-    are weights that several modules share, maps that an expert has left as they were and, unless `head`, the head: task
-    vectors that do not meet are added up, which suits features, but not the coded outputs Σ_i β_i f_i.
+    is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖²; λ as in `regmean_parameters`. All but fully connected layers
+    and convolutions of one group is averaged, as are weights that several modules share, maps that an expert has left
+    as they were and, unless `head`, the head: task vectors that do not meet are added up, which suits features, but not
+    the coded outputs Σ_i β_i f_i.
 
     Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
     vectors* (ICML 2025), there minimised by gradient descent, heads left out.
@@ -54,7 +56,7 @@ class Wudi(MergeMethod):
     Args:
         damping: λ, relative and dimensionless, above 0. Transformers that were tuned far want more, such as 0.1.
         head: Whether the head is merged in this way too.
-        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+        **options: See `MergeMethod`.
 
     >>> coin.merge_networks(coin.Wudi(), experts, code, initial=torch.nn.Linear(4, 3)).passes
     0.0
@@ -77,28 +79,17 @@ class Wudi(MergeMethod):
         keys = {name: name.removesuffix(TRANSPOSED) for name in linear_maps(network)}
         unchanged = {key for key in keys.values() if any(torch.equal(each[key], initial[key]) for each in every)}
         changed = {name: key for name, key in keys.items() if key not in unchanged | {left_out}}
-        grams = [_DeltaGrams(expert, initial, changed) for expert in every]
-        solved = regmean_parameters(every, grams, row, alpha=1.0, damping=self.damping, label=self.label)
-        yield Candidate({}, solved)
+        merged = average_parameters(every, row)
+        for name, key in tracked(changed.items(), self.label):
+            grams = (_delta_gram(expert[key].double() - initial[key].double(), name != key) for expert in every)
+            merged |= regmean_map(every, grams, row, name, alpha=1.0, damping=self.damping)
+        yield Candidate({}, merged)
 
 
-class _DeltaGrams(Mapping[str, Tensor]):
-    """τᵀτ / ‖τ‖² ``[1, K, K]`` of an expert's maps, each computed when it is read; `keys` names their weights."""
-
-    def __init__(self, expert: State, initial: State, keys: Mapping[str, str]) -> None:
-        self._expert, self._initial, self._keys = expert, initial, keys
-
-    def __getitem__(self, name: str) -> Tensor:
-        key = self._keys[name]
-        delta = self._expert[key].double() - self._initial[key].double()
-        flat = (delta.T if name != key else delta).flatten(1)
-        return (flat.T @ flat / flat.square().sum())[None]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+def _delta_gram(delta: Tensor, turned: bool) -> Tensor:
+    """Return τᵀτ / ‖τ‖² ``[1, K, K]`` of a map's task vector, which may lie the other way round."""
+    flat = (delta.T if turned else delta).flatten(1)
+    return (flat.T @ flat / flat.square().sum())[None]
 
 
 class TaskArithmetic(MergeMethod):
@@ -106,12 +97,12 @@ class TaskArithmetic(MergeMethod):
 
     With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average.
 
-    Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is the scale that its
-    successors use where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
+    Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is its successors' scale
+    where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
 
     Args:
         scale: Dimensionless, finite.
-        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+        **options: See `MergeMethod`.
 
     >>> coin.merge_networks(coin.TaskArithmetic(), experts, code, initial=torch.nn.Linear(4, 3)).passes
     0.0
@@ -147,7 +138,7 @@ class Ties(MergeMethod):
     Args:
         keep: Share of entries that the trim leaves, in (0, 1].
         scale: Dimensionless, finite.
-        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+        **options: See `MergeMethod`.
 
     >>> coin.merge_networks(coin.Ties(), experts, code, initial=torch.nn.Linear(4, 3)).passes
     0.0

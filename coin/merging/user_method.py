@@ -79,10 +79,9 @@ class UserMethod(Method):
             signature.bind(*inputs, **dict.fromkeys(self._asks), **self.options)
             file = Path(inspect.getfile(inspect.unwrap(self._function)))
         except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"found function '{function}', expected a Python function of experts and calibration, or of "
-                f"tensors, that takes the options {self.options} ({error}); change it, or its options"
-            ) from error
+            expected = "a Python function of experts and calibration, or of tensors, that takes the options"
+            told = f"found function '{function}', expected {expected} {self.options} ({error})"
+            raise ConfigurationError(f"{told}; change it, or its options") from error
         self.reads_initial = "initial" in self._asks
         super().__init__(function.rpartition(".")[2].strip("<>") if label is None else label, compress)
         self._content = sha256_of(file) if file.is_file() else ""  # of now: it may be edited while experts train
@@ -139,10 +138,8 @@ class UserMethod(Method):
                 made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
                 if not isinstance(made, Tensor) or made.shape != first.shape:
                     found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-                    raise ConfigurationError(
-                        f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape "
-                        f"{list(first.shape)}; return the merged tensor"
-                    )
+                    told = f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape"
+                    raise ConfigurationError(f"{told} {list(first.shape)}; return the merged tensor")
                 merged[name] = made.detach().to(first.dtype)
         return merged
 
