@@ -73,9 +73,9 @@ def fit_head(
     """Fit a coded network's head (W, b) in place, so that it reads Σ_i β_i f_i out of the network's features φ(x).
 
     It becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge regression of Σβ_if_i − (Wφ + b) on the pooled calibration
-    samples (if `held_out`, without the held-out ones), its ridge chosen by leave-one-out (`fit_ridge`); a head without
-    a bias gets none. So experts that agree keep their head. With a `rounding` W + ΔW is rounded. Raises HeadError where
-    the head is not a fully connected layer, or the logits are not the head of its inputs.
+    samples (if `held_out`, without the held-out ones), its ridge chosen by leave-one-out (`fit_ridge`). So experts that
+    agree keep their head. With a `rounding` W + ΔW is rounded. Raises HeadError where the head is not a fully connected
+    layer, or the logits are not the head of its inputs.
     """
     name = head_name(network)
     head = network.get_submodule(name)

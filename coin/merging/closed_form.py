@@ -54,11 +54,7 @@ class MergeMethod(Method):
     """
 
     def __init__(
-        self,
-        *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
-        compress: Compress = None,
+        self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None, compress: Compress = None
     ) -> None:
         super().__init__(label, compress)
         self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)

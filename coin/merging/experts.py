@@ -38,7 +38,7 @@ class Experts:
     """N experts of one architecture, with their statistics and calibration samples.
 
     If class counts differ, heads, given statistics and the shared initialisation are padded with zeros to the largest
-    count. Statistics that are not given are computed from the calibration data on demand; files are read on demand.
+    count. Statistics that are not given are computed on demand from the calibration data, and files read on demand.
 
     Args:
         networks: The experts, or their files with that of the shared initialisation.
@@ -106,15 +106,12 @@ class Experts:
                     check_padding(padded, network, as_input(first, network))
 
     def check(self, row: Sequence[float]) -> None:
-        """Raise as `check_row` for a row of the code, and as `check_each` for the parameters."""
+        """Raise as `check_row` and, for the parameters, as `check_each`."""
         check_row(row, self.count)
         check_each(self.parameters, "expert")
 
     def check_coded(self, network: nn.Module, label: str) -> None:
-        """Raise StateError where a coded model is not finite, but for buffers whose infinities experts have, as masks.
-
-        `label` is the method's.
-        """
+        """Raise StateError where a method's coded model is not finite, but for buffers that are infinite in experts."""
         infinite = [name for name, buffer in self.buffers[0].items() if bool(torch.isinf(buffer).any())]
         tensors = {**parameters_of(network), **dict(network.named_buffers())}
         check_finite(tensors, f"the coded model of method '{label}'", infinite)
@@ -141,9 +138,9 @@ class Experts:
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError if there is none."""
         if (initial := self.source.initial_tensors()) is None:
+            found = "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression"
             raise ConfigurationError(
-                "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression "
-                "needs; give it as initial, choose another, or compress with base_bits: 0"
+                f"{found} needs; give it as initial, choose another, or compress with base_bits: 0"
             )
         return initial
 
@@ -157,9 +154,8 @@ class Experts:
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
         if self._calibration is None:
-            raise ConfigurationError(
-                "found no calibration inputs, which the merge needs; give them as calibration, or name the tasks"
-            )
+            found = "found no calibration inputs, which the merge needs"
+            raise ConfigurationError(f"{found}; give them as calibration, or name the tasks")
         return self._calibration
 
     def fitted(self, data: DataChoice) -> Sequence[Calibration]:
@@ -222,9 +218,9 @@ class Experts:
         return found
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return the data (own, pooled) for which a statistic is available and that a method's option allows.
+        """Return the data, own or pooled, of which there is a statistic, and which a method's option allows.
 
-        One that is computed, or given without data, is for any. Raises ConfigurationError where there are none.
+        One that is computed, or given without data, is of any. Raises ConfigurationError where there are none.
         """
         stored: dict[str, Any] = dict.fromkeys(which.data for which in self.statistic_paths if which.name is name)
         given = stored or self._given[name]
@@ -239,9 +235,8 @@ class Experts:
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
 
-        A Fisher's head is padded like the expert's. The exact one of a linear head is the same for every output, since
-        each logit is its own row times the features: the padded rows get it too. The other kinds weigh outputs by
-        probabilities, of which padded ones have none: they get zeros.
+        A Fisher's head is padded like the expert's: with the other rows' mean where outputs weigh alike, since each
+        logit is its own row times the features; with zeros where they weigh by probabilities, which padded ones lack.
         """
         if which not in self._statistics:
             states, padding = self._states(which), self.source.padding
@@ -263,10 +258,10 @@ class Experts:
         return given[which.data] if isinstance(given, Mapping) else given
 
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
-        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes.
+        """Return every expert's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes.
 
-        Fishers are those of the experts before padding: a padded class would get a probability too. Parameters that are
-        frozen in one expert have none in all: they are averaged.
+        Fishers are those of the experts before padding: a padded class would get a probability too. What is frozen in
+        one expert has none in any: it is averaged.
         """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")

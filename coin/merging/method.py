@@ -30,12 +30,9 @@ Compress = dict[str, Any] | list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class CodedModel:
-    """A method's result for one row of a code.
+    """A method's result for one row of a code: a network in eval mode, and the options that were chosen, plain values.
 
-    Attributes:
-        network: The coded model, in eval mode.
-        chosen: The options that were chosen: plain values for the record.
-        start: What a `Refit` began from; `Method.pack` begins there again.
+    `start` is what a `Refit` began from; `Method.pack` begins there again.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
@@ -123,17 +120,15 @@ class Method(ABC):
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1.
 
-        Raises:
-            ConfigurationError: The row is invalid, or an input that the method needs is missing.
-            StateError: Experts or statistics differ in names or shapes, hold a NaN or an infinity, or a Fisher entry
-                is negative; the message names the expert and the tensor.
-            NumericalError: The method broke down on sound inputs.
+        Raises ConfigurationError where the row is invalid, or an input is missing; StateError, which names expert and
+        tensor, where experts or statistics differ in names or shapes, are not finite, or a Fisher entry is negative;
+        NumericalError where the method broke down on sound inputs.
         """
 
     def pack(
         self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
     ) -> Compressed:
-        """Return the coded model for one row of the code, compressed as a delta from a base."""
+        """Return the coded model of one row, compressed as a delta from a base."""
         return compress_as(compression, made.network, base)
 
     def statistics(self) -> tuple[Statistic, ...]:

@@ -200,12 +200,7 @@ def _check_call(made: str, expected: str) -> None:
 
 
 def fit_in_order(
-    network: nn.Module,
-    trace: Trace,
-    rows: Rows,
-    targets: ExpertOutputs,
-    ridge: float,
-    rounding: Rounding | None = None,
+    network: nn.Module, trace: Trace, rows: Rows, targets: ExpertOutputs, ridge: float, rounding: Rounding | None = None
 ) -> None:
     """Run the coded network once, fitting every unit of its trace in place before its call (`fit_unit`)."""
     waiting = {unit.weight: unit for unit in trace.units}

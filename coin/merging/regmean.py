@@ -160,12 +160,7 @@ def regmean_parameters(
 
 
 def regmean_map(
-    experts: Sequence[State],
-    grams: Iterable[Tensor],
-    weights: Sequence[float],
-    name: str,
-    alpha: float,
-    damping: float,
+    experts: Sequence[State], grams: Iterable[Tensor], weights: Sequence[float], name: str, alpha: float, damping: float
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
     like, key, grams = experts[0], name.removesuffix(TRANSPOSED), iter(grams)

@@ -50,8 +50,8 @@ class Wudi(MergeMethod):
     as they were and, unless `head`, the head: task vectors that do not meet are added up, which suits features, but not
     the coded outputs Σ_i β_i f_i.
 
-    Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
-    vectors* (ICML 2025), there minimised by gradient descent, heads left out.
+    Source: Cheng et al., *Whoever started the interference should end it* (ICML 2025), there minimised by gradient
+    descent, heads left out.
 
     Args:
         damping: λ, relative and dimensionless, above 0. Transformers that were tuned far want more, such as 0.1.
@@ -132,8 +132,7 @@ class Ties(MergeMethod):
     2. Elect: an entry's sign is that of Σ_i β_i τ_i.
     3. Merge: θ = θ_0 + scale · Σ_{i∈A} β_i τ_i / Σ_{i∈A} β_i, A the experts whose trimmed entry has the elected sign.
 
-    Source: Yadav et al., *TIES-merging: resolving interference when merging models* (NeurIPS 2023), algorithm 1;
-    keep 0.2 and scale 1 are its values where nothing is held out.
+    Source: Yadav et al., *TIES-merging* (NeurIPS 2023), algorithm 1, and its values where nothing is held out.
 
     Args:
         keep: Share of entries that the trim leaves, in (0, 1].

@@ -31,8 +31,8 @@ class UserMethod(Method):
 
     A function whose first parameter is called ``tensors`` merges one tensor at a time, so that N networks are never in
     memory at once: it gets the experts' N tensors of one name, as ``initial`` the shared initialisation's, as ``name``
-    the name and as ``layer`` the module that has the tensor, with arbitrary weights. It is called for all parameters
-    and persistent buffers but the head's, which belongs to its task and is averaged.
+    the name and as ``layer`` the module that has it, with arbitrary weights. It is called for all parameters and
+    persistent buffers but the head's, which is averaged.
 
     Its cost is the wall time, and the samples that pass through the experts, the initialisation and copies of them:
     1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.

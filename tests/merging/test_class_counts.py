@@ -111,10 +111,7 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
 
     for kind, message in (
         (Tied, r"'words\.weight' is \[2, 8\] in one expert but \[3, 8\] in another, and their head is 'head'; name"),
-        (
-            Early,
-            r"'classes\.bias' is \[2\] in one expert but \[3\] in another, and their head is 'inner'; name",
-        ),
+        (Early, r"'classes\.bias' is \[2\] in one expert but \[3\] in another, and their head is 'inner'; name"),
         (lambda classes: nn.Sequential(nn.Bilinear(3, 3, classes)), "found no Linear or Conv2d layer in Sequential"),
     ):
         with pytest.raises(HeadError, match=message):

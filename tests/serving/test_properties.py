@@ -155,9 +155,7 @@ def test_every_query_gets_one_right_answer_or_one_justified_failure(
 
 @schedules(200)
 @given(
-    SEEDS,
-    st.sampled_from([kind for kind in KINDS if Policy(kind).which == "everyone"]),
-    st.sampled_from((0.0, 0.9)),
+    SEEDS, st.sampled_from([kind for kind in KINDS if Policy(kind).which == "everyone"]), st.sampled_from((0.0, 0.9))
 )
 def test_losing_up_to_r_servers_loses_no_query(seed: int, kind: PolicyKind, quantile: float) -> None:
     schedule = Schedule(seed, kind, quantile, bad=set())
