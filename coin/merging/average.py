@@ -34,12 +34,7 @@ class Average(MergeMethod):
 
 def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return Σ_i β_i θ_i, summed in float64, in the experts' types."""
-    return {key: average_of(experts, weights, key) for key in experts[0]}
-
-
-def average_of(experts: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
-    """Return one tensor of `average_parameters`."""
-    return weighted_mean(experts, weights, key, torch.float64).to(experts[0][key].dtype)
+    return {key: weighted_mean(experts, weights, key, torch.float64).to(like.dtype) for key, like in experts[0].items()}
 
 
 class HeadFit(Average):

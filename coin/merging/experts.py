@@ -136,12 +136,15 @@ class Experts:
         return self.source.empty_model()
 
     def initial(self) -> tuple[State, State]:
-        """Return the shared initialisation's parameters and buffers; raises ConfigurationError if there is none."""
+        """Return the shared initialisation's parameters and buffers; a ConfigurationError if there is none.
+
+        Raises StateError where its parameters are not like the experts', or not finite.
+        """
         if (initial := self.source.initial_tensors()) is None:
             found = "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression"
-            raise ConfigurationError(
-                f"{found} needs; give it as initial, choose another, or compress with base_bits: 0"
-            )
+            raise ConfigurationError(f"{found} needs; give one, choose another, or compress with base_bits: 0")
+        check_same_layout([self.parameters[0], initial[0]], ["expert 0", "the shared initialisation"])
+        check_finite(initial[0], "the shared initialisation")
         return initial
 
     @property

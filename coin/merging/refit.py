@@ -30,6 +30,7 @@ from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
 MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
+FEWEST_MIB = 64  # of experts' outputs at once: with fewer, experts run too often
 RIDGES = (0.01, 0.03, 0.1, 0.3)  # what the ridge is chosen from
 
 
@@ -147,7 +148,7 @@ class Refit(Method):
         )
         network = self._refit(experts, row, start, target, ridge)
         experts.check_coded(network, self.label)
-        _warn_of_averaged(start.averaged, network, self.label)
+        self._warn_of_averaged(start)
         chosen: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": start.averaged}
         if apart is not None:
             chosen["spread"] = apart
@@ -189,6 +190,17 @@ class Refit(Method):
         last = units[len(units) - math.ceil(self.last * len(units)) :]
         return _Start(network, trace._replace(units=last), sorted(averaged))
 
+    def _warn_of_averaged(self, start: "_Start") -> None:
+        """Warn where the parameters that cannot be refitted are more than `MOST_AVERAGED` of the network's."""
+        sizes = {name: parameter.numel() for name, parameter in start.network.named_parameters()}
+        share = sum(sizes[name] for name in start.averaged) / sum(sizes.values())
+        if share > MOST_AVERAGED:
+            count = f"{len(start.averaged)} tensors, such as '{start.averaged[0]}'"
+            told = f"method '{self.label}' kept the average of {share:.0%} of the parameters of"
+            told = f"{told} {type(start.network).__name__} ({count})"
+            why = "which are no affine map's that runs once, or whose outputs do not have one row per sample"
+            warnings.warn(f"{told}, {why}; compare it with other methods on this network", CoinWarning, stacklevel=3)
+
     def _refit(
         self,
         experts: Experts,
@@ -216,7 +228,7 @@ class Refit(Method):
                 stacklevel=4,
             )
         inputs, task = experts.pooled.inputs(torch.arange(samples)), experts.tasks[:samples]
-        budget = outputs_budget(self.memory_mib)
+        budget = max(self.memory_mib // 4, FEWEST_MIB) << 20
         rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
         with progress(f"{self.label}, layers", targets.total) as targets.advance:
@@ -227,28 +239,9 @@ class Refit(Method):
         return network
 
 
-def outputs_budget(memory_mib: int) -> int:
-    """Return how many bytes of experts' outputs a refit holds at once; with fewer than 64 MiB experts run too often."""
-    return max(memory_mib // 4, 64) << 20
-
-
 class _Start(NamedTuple):
     """What is refitted: the start, its pass with the units to refit, and the parameters that stay."""
 
     network: nn.Module
     trace: Trace
     averaged: list[str]
-
-
-def _warn_of_averaged(averaged: Sequence[str], network: nn.Module, label: str) -> None:
-    """Warn where the parameters that a `Refit` could not refit are more than `MOST_AVERAGED` of the network's."""
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    share = sum(sizes[name] for name in averaged) / sum(sizes.values())
-    if share > MOST_AVERAGED:
-        warnings.warn(
-            f"method '{label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
-            f"({len(averaged)} tensors, such as '{averaged[0]}'), which are no affine map's that runs once, or "
-            "whose outputs do not have one row per sample; compare it with other methods on this network",
-            CoinWarning,
-            stacklevel=3,
-        )

@@ -15,7 +15,7 @@ from coin.core.choices import check_number, parse_enum
 from coin.core.progress import tracked
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.average import average_of
+from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts, check_each
 from coin.statistics import TRANSPOSED
@@ -156,7 +156,7 @@ def regmean_parameters(
             raise StateError(f"{found}; compute the Gram matrices of these experts")
         if layers != RegMeanLayers.linear or like[key].ndim == 2:
             merged |= regmean_map(experts, (gram[name] for gram in grams), weights, name, alpha, damping)
-    return {key: merged[key] if key in merged else average_of(experts, weights, key) for key in like}
+    return average_parameters(experts, weights) | merged
 
 
 def regmean_map(
@@ -184,18 +184,13 @@ def regmean_map(
 
 def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:
     """Return the bias that a Gram matrix ``[G, K, K]`` solves for too, if any; StateError unless it fits."""
-    weight, rows = state[key], gram.shape[-1]
+    weight, (groups, rows, _) = state[key], gram.shape
     width, outputs = (len(weight), weight.shape[1]) if turned else (weight[0].numel(), len(weight))
     bias = key.removesuffix("weight") + "bias" if rows == width + 1 else None
-    if bias is None and rows != width:
-        found = f"has {rows} rows, expected {width}, or {width + 1} with a bias"
-    elif bias is not None and bias not in state:
-        found = f"has a row for a bias, but there is no '{bias}'"
-    elif outputs % len(gram):
-        found = f"has {len(gram)} groups, which do not divide {outputs} outputs"
-    else:
-        return bias
-    raise StateError(f"the Gram matrix of '{key}' {found}; compute the Gram matrices of these experts")
+    if outputs % groups or rows not in (width, width + 1) or (bias is not None and bias not in state):
+        found = f"the Gram matrix of '{key}' has {groups} groups of {rows} rows for {outputs} outputs, expected {width}"
+        raise StateError(f"{found}, or {width + 1} with a bias; compute the Gram matrices of these experts")
+    return bias
 
 
 def _joint_map(state: State, key: str, bias: str | None, groups: int, turned: bool) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coin.core.choices import check_number
 from coin.core.progress import tracked
-from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
+from coin.files.tensors import State, doubled, weighted_mean
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
@@ -34,7 +34,7 @@ class Base(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the initialisation."""
-        yield Candidate({}, _checked_initial(experts))
+        yield Candidate({}, experts.initial()[0])
 
 
 class Wudi(MergeMethod):
@@ -73,7 +73,7 @@ class Wudi(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
-        initial, every = _checked_initial(experts), experts.parameters
+        initial, every = experts.initial()[0], experts.parameters
         network = experts.empty_model()
         left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
         keys = {name: name.removesuffix(TRANSPOSED) for name in linear_maps(network)}
@@ -118,7 +118,7 @@ class TaskArithmetic(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
-        initial, every, merged = _checked_initial(experts), experts.parameters, {}
+        initial, every, merged = experts.initial()[0], experts.parameters, {}
         for key, start in initial.items():
             step = weighted_mean(every, row, key, torch.float64) - doubled(start)
             merged[key] = (doubled(start) + self.scale * len(row) * step).to(every[0][key].dtype)
@@ -154,14 +154,7 @@ class Ties(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
-        yield Candidate({}, ties(experts.parameters, _checked_initial(experts), row, self.keep, self.scale))
-
-
-def _checked_initial(experts: Experts) -> State:
-    initial, _ = experts.initial()
-    check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
-    check_finite(initial, "the shared initialisation")
-    return initial
+        yield Candidate({}, ties(experts.parameters, experts.initial()[0], row, self.keep, self.scale))
 
 
 def ties(

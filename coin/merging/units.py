@@ -99,11 +99,13 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
         weight = call.names["weight"]
         made = leading.get(weight, call.made)
         affine = isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None)
+        per_row = isinstance(call, ConvolutionCall)  # whether a BatchNorm over the output has a channel for every row
+        per_row |= isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
         leads = made[1:] == call.made[1:] and 3 * made[0] == 2 * call.made[0]
         placed = general.isdisjoint(call.names.values()) and (not call.decided or made[:-1] == (2,))
         if affine and leads and placed and not (units and units[-1].end == weight):
             unit = _unit(call, parameters[weight].numel())
-            if following is not None and _takes_rows(call) and call.readers == 1:
+            if following is not None and per_row and call.readers == 1:
                 norm, _, _ = following.names["weight"].rpartition(".")
                 own = following.source == call.node and general.isdisjoint(following.names.values())
                 if own and "bias" in following.names and isinstance(network.get_submodule(norm), _BatchNorm):
@@ -119,12 +121,6 @@ def _misplaced(tape: Tape, output: Tensor) -> set[str]:
         with suppress(RuntimeError):  # a function that cannot batch its backward pass, or has none of this kind
             return tape.misplaced(output, unseen=True, batched=batched)
     return {name for call in tape.calls for name in call.names.values()}
-
-
-def _takes_rows(call: Call) -> bool:
-    """Return whether a BatchNorm over a call's output has a channel for every row of its weight."""
-    plain = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
-    return isinstance(call, ConvolutionCall) or plain
 
 
 def _unit(call: Call, size: int) -> Unit:

@@ -194,8 +194,8 @@ def test_damaged_and_mismatched_statistics_are_named():
     with pytest.raises(StateError, match=r"'head\.bias' is \[2\] in the Fisher of expert 0 but \[.*\] in expert 0"):
         check_fishers([{**FISHERS[0], "head.bias": torch.ones(2)}], EXPERTS[0])
     for gram, message in (
-        ({"head.weight": torch.eye(4)[None]}, r"'head\.weight' has 4 rows, expected 5, or 6 with a bias"),
-        ({"conv.weight": torch.ones(3, 18, 18)}, "3 groups, which do not divide 4 outputs; compute the Gram"),
+        ({"head.weight": torch.eye(4)[None]}, r"'head\.weight' has 1 groups of 4 rows .* expected 5, or 6 with a b"),
+        ({"conv.weight": torch.ones(3, 18, 18)}, "3 groups of 18 rows for 4 outputs, expected 18, .*; compute the Gr"),
     ):
         with pytest.raises(StateError, match=message):
             regmean_parameters(EXPERTS, [gram] * 3, WEIGHTS)

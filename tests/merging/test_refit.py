@@ -1112,10 +1112,10 @@ def test_experts_that_run_once_for_every_layer_give_the_same_network(target, mon
     networks, tasks = kind_of("two layers")
     monkeypatch.setattr("coin.merging.passes.chosen_places", lambda *given: chosen_places(*given[:4]))
     found = []
-    for budget in (math.inf, 0):
-        monkeypatch.setattr("coin.merging.refit.outputs_budget", lambda mib, budget=budget: budget)
+    monkeypatch.setattr("coin.merging.refit.FEWEST_MIB", 0)
+    for mib in (8192, 3):
         experts = experts_of(networks, tasks)
-        found.append((Refit(target, ridge=0.1).make(experts, ROW).network.state_dict(), experts.passes))
+        found.append((Refit(target, memory_mib=mib).make(experts, ROW).network.state_dict(), experts.passes))
     (whole, few), (parts, many) = found
     assert many > few
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())

@@ -96,13 +96,13 @@ def test_the_progress_is_of_all_passes_of_the_experts_and_of_the_fits(groups, mo
 
     monkeypatch.setattr("coin.merging.refit.progress", progress)
     if groups == 2:  # experts run anew for every layer
-        monkeypatch.setattr("coin.merging.refit.outputs_budget", lambda _: 0)
+        monkeypatch.setattr("coin.merging.refit.FEWEST_MIB", 0)
     network, calibration = (
         nn.Sequential(nn.Linear(4, 6), nn.Linear(6, CLASSES)),
         [[torch.randn(9, 4)] for _ in range(3)],
     )
     experts = Experts([moved(network, seed, 0.3) for seed in range(3)], calibration=calibration)
-    coin.Refit("own", head=False).make(experts, [0.25, 0.25, 0.5])
+    coin.Refit("own", head=False, memory_mib=3).make(experts, [0.25, 0.25, 0.5])
     ((what, total, done),) = told
     assert (what, total) == ("refit, layers", groups * 27 + 2 * 27)
     assert done == pytest.approx(total)
