@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from coin.networks import Compression
-from coin.pipeline.steps.compress import compress_file
+from coin.pipeline.steps.merge import compress_file
 
 
 def compress_network(

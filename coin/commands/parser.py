@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS, FUNCTIONS
@@ -32,8 +33,8 @@ def add_json_argument(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON document, and nothing else, on stdout.")
 
 
-def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return a command's options, instantiated."""
+def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a command's options, instantiated; as plain values, as in a file, they are added to `given`."""
     try:
         found = parser.parse_args(checked_arguments(parser.prog.removeprefix("coin "), arguments))
     except ArgumentError as error:
@@ -46,8 +47,10 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
         ) from error
     if empty := [name for name in parser.groups or () if found.get(name, "") is None]:
         raise ConfigurationError(f"found no options in {empty[0]}, expected 'option: value' lines; or leave it out")
+    found.pop("config", None)
+    if given is not None:
+        given |= yaml.safe_load(parser.dump(found, skip_validation=True))
     options: dict[str, Any] = parser.instantiate(found).as_dict()
-    options.pop("config", None)
     return options
 
 

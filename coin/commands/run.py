@@ -6,9 +6,8 @@ from typing import Any
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.launch import Launch
 from coin.pipeline.plan import Planned, plan
-from coin.pipeline.pool import check_launch
+from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, outlook, run_experiment, run_only
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
@@ -70,19 +69,23 @@ def print_outlook(name: str, steps: Sequence[Planned], launch: Launch, *, as_doc
         place = " elsewhere" if row["elsewhere"] else ""
         print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{place}".rstrip())
     if launch.side_by_side:
-        print(f"elsewhere: {launch}")
+        print(f"elsewhere: {launch.executor}, {launch.workers} at a time")
 
 
 def _read(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
     """Return the experiment, and the options beside it."""
     parser = command_parser("run")
-    parser.add_class_arguments(Experiment)
+    parser.add_class_arguments(Experiment, skip={"given"})
     parser.add_class_arguments(Launch, "launch")
     only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
     parser.add_argument("--only", type=str | None, default=None, help=only)
     dry_run = "Print the plan: every step, whether it is done or to do and why, what it took last time."
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     add_json_argument(parser)
-    options = parsed(parser, arguments)
+    given: dict[str, Any] = {}
+    options = parsed(parser, arguments, given)
     beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
-    return Experiment(**options), beside
+    own = {name: value for name, value in given.items() if name in options}
+    for task in own["tasks"].values():
+        task.setdefault("init_args", {})["image_size"] = options["network"].image_size
+    return Experiment(**options, given=own), beside

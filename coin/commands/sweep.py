@@ -12,9 +12,8 @@ from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of, print_outlook
 from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
-from coin.pipeline.launch import Launch
 from coin.pipeline.plan import plan, union
-from coin.pipeline.pool import check_launch
+from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options
 from coin.pipeline.sweep import read_sweep, run_sweep, sweep_points
 from coin.reporting.sweeps import SWEEP_CSV, sweep_table

@@ -34,4 +34,4 @@ def read_yaml(path: Path) -> Any:
 
 def as_text(value: Any) -> str:
     """Return a value as a command line or a table holds it: text as it stands, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -104,38 +104,26 @@ class CalibrationConfig:
     promise_confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, least in {"samples_per_task": 1, "batch_size": 1, "memory_mib": 1, "promise_samples": 0}.items():
-            check_integer(name, getattr(self, name), least)
+        least = {"samples_per_task": 1, "batch_size": 1, "memory_mib": 1, "promise_samples": 0, "fisher_mc_samples": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), lowest)
         for name in ("promise_alpha", "promise_confidence"):
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
-        if self.fisher_mc_samples is not None:
-            check_integer("fisher_mc_samples", self.fisher_mc_samples, 1)
-        object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
-        object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
-        object.__setattr__(self, "fisher_precision", parse_enum(Precision, "fisher_precision", self.fisher_precision))
-
-    @property
-    def merging(self) -> dict[str, Any]:
-        """The options that the coded models depend on."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
+        for name, kind in {"data": DataChoice, "kind": FisherKind, "precision": Precision}.items():
+            name = f"fisher_{name}"
+            object.__setattr__(self, name, parse_enum(kind, name, getattr(self, name)))
 
     def warn_of_too_few(self) -> None:
         """Warn if there are too few samples to learn from, or for any promise."""
-        if self.samples_per_task < FEW:
-            warnings.warn(
-                f"found samples_per_task={self.samples_per_task}, expected at least {FEW}: merges and decoders are "
-                "fitted to these samples; raise it",
-                CoinWarning,
-                stacklevel=2,
-            )
         needed = samples_needed(self.promise_alpha, self.promise_confidence)
+        if self.samples_per_task < FEW:
+            told = f"found samples_per_task={self.samples_per_task}, expected at least {FEW}"
+            warnings.warn(f"{told}: merges and decoders are fitted to these samples", CoinWarning, stacklevel=2)
         if 0 < self.promise_samples < needed:
-            warnings.warn(
-                f"nothing will be promised: found promise_samples={self.promise_samples}, expected at least {needed} "
-                f"for promise_alpha={self.promise_alpha:g} at {self.promise_confidence:g} confidence; raise either",
-                CoinWarning,
-                stacklevel=2,
-            )
+            told = f"nothing will be promised: found promise_samples={self.promise_samples}, expected at least {needed}"
+            at = f"promise_alpha={self.promise_alpha:g} at {self.promise_confidence:g} confidence"
+            warnings.warn(f"{told} for {at}; raise either", CoinWarning, stacklevel=2)
 
     def options_of(self, which: Statistic) -> FisherOptions | None:
         """Return the options with which a Fisher is computed; Gram matrices have none."""

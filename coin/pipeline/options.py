@@ -1,10 +1,9 @@
-"""Objects as plain values: for configuration files (`to_config`) and for keys and records (`config_dict`)."""
+"""Objects as plain values, for keys and records."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,6 @@ from torch import Tensor
 from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.merging import Method
-
-
-def to_config(value: Any) -> Any:
-    """Return a value as in a configuration file: tasks and methods as class path and constructor options.
-
-    Raises ConfigurationError if an object does not store an option under its name, or is of an unsupported type.
-    """
-
-    def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
-        return {"class_path": _import_path(type(value)), "init_args": options}
-
-    return _plain(value, made)
-
-
-def config_dict(value: Any) -> Any:
-    """Return a value as in records and keys, with a hash of a task's or method's files to detect changes."""
-
-    def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
-        kind = type(value)
-        name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
-        contents = getattr(value, "content_key", None)
-        return {"class": name, **options, **({"contents": contents()} if contents else {})}
-
-    return _plain(value, made)
-
 
 _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Options of how many processes a step runs on, and their defaults."""
@@ -63,8 +37,11 @@ def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, A
     return {name: value for name, value in kept.items() if name not in _ON_PROCESSES}
 
 
-def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
-    """Return a value as plain JSON values, with tasks and methods converted by `made`."""
+def config_dict(value: Any) -> Any:
+    """Return a value as plain JSON values: a task or method as its class, its options, and a hash of its files.
+
+    Raises ConfigurationError if an object does not store an option under its name, or is of an unsupported type.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, np.generic | Tensor):
@@ -74,14 +51,17 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
     if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
         value = value.as_dict()
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry, made) for name, entry in value.items()}
+        return {str(name): config_dict(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        entries = [_plain(entry, made) for entry in value]
+        entries = [config_dict(entry) for entry in value]
         return sorted(entries) if isinstance(value, set | frozenset) else entries
     if is_dataclass(value) and not isinstance(value, type):
-        return {option.name: _plain(getattr(value, option.name), made) for option in fields(value)}
+        return {option.name: config_dict(getattr(value, option.name)) for option in fields(value)}
     if isinstance(value, TaskData | Method):
-        return made(value, {name: _plain(entry, made) for name, entry in _given(value).items()})
+        kind, contents = type(value), getattr(value, "content_key", None)
+        name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
+        options = {option: config_dict(given) for option, given in _given(value).items()}
+        return {"class": name, **options, **({"contents": contents()} if contents else {})}
     raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
 
 
@@ -100,10 +80,3 @@ def _given(value: TaskData | Method) -> dict[str, Any]:
         if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
             break
     return options
-
-
-def _import_path(kind: type) -> str:
-    """Return the path that a class is imported by, of the room for one of coin's."""
-    room = ".".join(kind.__module__.split(".")[:2])
-    home = room if getattr(import_module(room), kind.__name__, None) is kind else kind.__module__
-    return f"{home}.{kind.__qualname__}"

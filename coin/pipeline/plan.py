@@ -7,30 +7,27 @@ evaluation are copied. Several seeds, experiments and points of a sweep have one
 import filecmp
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from coin.data import TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import atomic_path
 from coin.files.downloads import hub_weights
-from coin.merging import Method
-from coin.networks import Compression
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
-from coin.pipeline.steps.compress import CompressExperts
 from coin.pipeline.steps.evaluation import Evaluate
-from coin.pipeline.steps.merge import Merge, coded_name
-from coin.pipeline.steps.statistics import EstimateStatistic
+from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge, coded_name
 from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.runs import RunLog
+
+S = TypeVar("S", bound=Step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +48,9 @@ class Planned:
         """Show the finished step's files at its places, and return whether anything has changed there."""
         changed = [_link(place, target) for place, target in self.links.items() if target.exists()]
         files = self.step.files if isinstance(self.step, Evaluate) else []
-        for folder in self.copies:
-            changed += [_copy(path, folder / path.relative_to(self.step.folder)) for path in files]
+        changed += [
+            _copy(path, folder / path.relative_to(self.step.folder)) for folder in self.copies for path in files
+        ]
         return any(changed)
 
 
@@ -68,56 +66,125 @@ def union(plans: Iterable[Iterable[Planned]]) -> list[Planned]:
 
 def plan(experiment: Experiment) -> list[Planned]:
     """Return the steps of an experiment in an order in which they can run."""
-    shared = _Shared(experiment)
-    return union([shared.planned(), *(_Seed(shared, seed).planned() for seed in experiment.seeds)])
+    made = _Plan(experiment)
+    for seed in experiment.seeds:
+        made.add_seed(seed)
+    return union([made.steps])
 
 
-class _Shared:
-    """The steps that all seeds share: the base, and the shared initialisation with each number of classes."""
+class _Plan:
+    """The steps of an experiment, as they are added; first those that all seeds share.
+
+    These are the base, and the shared initialisation with each number of classes. What a network's constructor draws
+    depends on that number, below the head too: hence all have the body of the widest.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.of, self.store = experiment, experiment.folder.parent / STORE
-        self.folder, file = experiment.folder / "base", experiment.network.weights_file
-        self.weights = file
+        self.steps: list[Planned] = []
+        self.weights = experiment.network.weights_file
         self.base = self._base()
-        counts = sorted({task.num_classes for task in experiment.tasks.values()}, reverse=True)
-        self.widest = self._initial(counts[0], None)
-        # What a constructor draws depends on the class count, below the head too: hence the wider one's body.
-        self.initial = {counts[0]: self.widest} | {count: self._initial(count, self.widest) for count in counts[1:]}
+        widest, *others = sorted({task.num_classes for task in experiment.tasks.values()}, reverse=True)
+        self.widest = self._initial(widest, None)
+        self.initial = {widest: self.widest} | {count: self._initial(count, self.widest) for count in others}
 
-    def planned(self) -> list[Planned]:
-        """Return the steps."""
-        base, found = self.base, []
-        if base is not None:
-            links = {self.folder / "base.safetensors": base.output, self.folder / "training": base.folder}
-            found = [Planned(base, "base", self.of, links)]
-        for count, step in self.initial.items():
-            links = {self.folder / f"initial-{count}.safetensors": step.output}
-            found.append(Planned(step, f"initialisation for {count} classes", self.of, links))
-        return found
+    def add_seed(self, seed: int) -> None:
+        """Add the steps of a seed."""
+        of, folder, said = self.of, f"seed-{seed}", f"seed {seed}: "
+        tasks = of.tasks_of(seed)
+        experts = {
+            name: self._add(self._expert(seed, name, task), f"{said}expert {name}", {f"{folder}/experts/{name}": ""})
+            for name, task in tasks.items()
+        }
+        statistics: dict[Statistic, dict[str, EstimateStatistic]] = {}
+        for which in dict.fromkeys(which for method in of.methods for which in method.statistics()):
+            for task, expert in experts.items():
+                step = EstimateStatistic(
+                    name=f"{which.name}-{task}",
+                    store=self.store,
+                    which=which,
+                    task_name=task,
+                    expert=expert,
+                    tasks=tasks if which.data is DataChoice.pooled else {task: tasks[task]},
+                    calibration=of.calibration,
+                    trainer=of.trainer,
+                )
+                place = f"{folder}/statistics/{task}.{self._called(which)}.safetensors"
+                statistics.setdefault(which, {})[task] = self._add(step, f"{said}{which} of {task}", {place: step.file})
+        merges = []
+        for method in of.methods:
+            name = coded_name(method)
+            merge = Merge(
+                name=f"coded-{name}",
+                store=self.store,
+                method=method,
+                code=of.code,
+                experts=experts,
+                statistics={which: statistics[which] for which in method.statistics()},
+                initial=self.widest if method.reads_initial else None,
+                tasks=tasks,
+                seed=seed,
+                calibration=of.calibration,
+                trainer=of.trainer if method.is_trained else None,
+                doing="training" if method.is_trained else "merging",
+                log=self._log(seed, "method", name, method.label),
+            )
+            links = {f"{folder}/coded/{path.name}": path.name for path in merge.outputs}
+            links |= {f"{folder}/logs/{name}": "logs"} if method.is_trained else {}
+            merges.append(self._add(merge, said + name, links))
+        replicas = []
+        for how in of.replicas:
+            named: Any = {"name": f"replicas-{how.name}", "store": self.store}
+            copies = CompressExperts(**named, compression=how, experts=experts, initial=self.widest)
+            links = {f"{folder}/replicas/{path.name}": path.name for path in copies.outputs.values()}
+            replicas.append(self._add(copies, f"{said}replicas of {how.name}", links))
+        evaluation = Evaluate(
+            name="evaluate",
+            store=self.store,
+            experiment=of.name,
+            experts=experts,
+            merges=merges,
+            replicas=replicas,
+            code=of.code,
+            decoders=None if of.takes_all_decoders else of.decoders,
+            tasks=tasks,
+            calibration=of.calibration,
+            trainer=of.trainer,
+            configuration=of.recorded(seed),
+            yaml=of.as_yaml([seed]),
+            log=self._log(seed, "evaluate", "evaluate"),
+        )
+        self._add(evaluation, f"{said}evaluation", {}, (of.folder / folder,))
 
-    def log(self, seed: int | None, kind: str, name: str, tags: Sequence[str] = ()) -> RunLog:
-        """Return where a training or an evaluation logs to."""
-        of, code = self.of, self.of.code
-        seeds, kinds = [] if seed is None else [f"seed-{seed}"], [kind] if kind == "expert" and seed is not None else []
+    def _add(self, step: S, what: str, links: Mapping[str, str], copies: tuple[Path, ...] = ()) -> S:
+        """Add a step; `links` are places in the experiment's folder, with what in the step's they link to."""
+        shown = {self.of.folder / place: step.folder / target for place, target in links.items()}
+        self.steps.append(Planned(step, what, self.of, shown, copies))
+        return step
+
+    def _log(self, seed: int | None, kind: str, name: str, *tags: str) -> RunLog:
+        """Return where a training or an evaluation logs to; without a seed, that of the base."""
+        of = self.of
+        called = [of.name, *([] if seed is None else [f"seed-{seed}"])]
+        called += ["expert"] if kind == "expert" and seed is not None else []
         config = {
-            "experiment": {**of.config_dict(seed), "code": code.matrix.tolist()},
+            "experiment": of.recorded(seed),
             "network": of.network.name,
             "seed": seed,
             kind if kind == "method" else "task": name,
             "samples_per_task": of.calibration.samples_per_task,
             "num_experts": len(of.tasks),
-            "num_coded": code.num_coded,
+            "num_coded": of.code.num_coded,
         }
-        folder = self.folder if seed is None else of.folder / f"seed-{seed}"
+        folder = of.folder / ("base" if seed is None else f"seed-{seed}")
         every = (*tags, of.network.name, *of.wandb.tags)
-        return RunLog(folder, of.name, kind, "-".join([of.name, *seeds, *kinds, name]), every, config)
+        return RunLog(folder, of.name, kind, "-".join([*called, name]), every, config)
 
     def _base(self) -> TrainNetwork | None:
         of, base = self.of, self.of.base
         if base is None or base.task is None:
             return None
-        return TrainNetwork(
+        step = TrainNetwork(
             name="base",
             store=self.store,
             network=of.network,
@@ -126,13 +193,14 @@ class _Shared:
             seed=base.seed,
             trainer=of.trainer,
             weights=self.weights,
-            log=self.log(None, "expert", "base", ["base"]),
+            log=self._log(None, "expert", "base", "base"),
             doing=f"pretraining {of.network.name} on {type(base.task).__name__}",
         )
+        return self._add(step, "base", {"base/base.safetensors": step.file, "base/training": ""})
 
     def _initial(self, count: int, wider: WriteInitial | None) -> WriteInitial:
         base = self.of.base
-        return WriteInitial(
+        step = WriteInitial(
             name=f"initial-{count}",
             store=self.store,
             network=self.of.network,
@@ -142,74 +210,22 @@ class _Shared:
             weights=self.weights,
             wider=wider,
         )
+        links = {f"base/initial-{count}.safetensors": step.file}
+        return self._add(step, f"initialisation for {count} classes", links)
 
-
-class _Seed:
-    """The steps of one seed."""
-
-    def __init__(self, shared: _Shared, seed: int) -> None:
-        self.shared, self.seed, self.of, self.store = shared, seed, shared.of, shared.store
-        self.folder = self.of.folder / f"seed-{seed}"
-        self.tasks = self.of.tasks_of(seed)
-        self.experts = {name: self._expert(name, task) for name, task in self.tasks.items()}
-        wanted = dict.fromkeys(which for method in self.of.methods for which in method.statistics())
-        self.statistics = {which: {task: self._statistic(which, task) for task in self.tasks} for which in wanted}
-        self.merges = [self._merge(method) for method in self.of.methods]
-        self.replicas = [self._replicas(compression) for compression in self.of.replicas]
-        self.evaluation = self._evaluation()
-
-    def planned(self) -> list[Planned]:
-        """Return the steps, in an order in which they can run."""
-        found: list[Planned] = []
-
-        def add(step: Step, what: str, links: Mapping[Path, Path], copies: tuple[Path, ...] = ()) -> None:
-            named = {self.folder / place: target for place, target in links.items()}
-            found.append(Planned(step, f"seed {self.seed}: {what}", self.of, named, copies))
-
-        for name, expert in self.experts.items():
-            add(expert, f"expert {name}", {Path("experts", name): expert.folder})
-        for which, steps in self.statistics.items():
-            for task, step in steps.items():
-                place = Path("statistics", f"{task}.{self._called(which)}.safetensors")
-                add(step, f"{which} of {task}", {place: step.output})
-        for merge in self.merges:
-            name = coded_name(merge.method)
-            links = {Path("coded", path.name): path for path in merge.outputs}
-            if merge.method.is_trained:
-                links[Path("logs", name)] = merge.folder / "logs"
-            add(merge, name, links)
-        for copies in self.replicas:
-            places = {Path("replicas", path.name): path for path in copies.outputs.values()}
-            add(copies, f"replicas of {copies.compression.name}", places)
-        add(self.evaluation, "evaluation", {}, (self.folder,))
-        return found
-
-    def _expert(self, name: str, task: TaskData) -> ExpertStep:
-        of, initial = self.of, self.shared.initial[task.num_classes]
+    def _expert(self, seed: int, name: str, task: TaskData) -> ExpertStep:
+        of, initial = self.of, self.initial[task.num_classes]
         called: dict[str, Any] = {"name": f"expert-{name}", "store": self.store, "network": of.network}
         called |= {"task_name": name, "task": task, "initial": initial}
         if (place := of.expert.checkpoints.get(name)) is None:
-            log = self.shared.log(self.seed, "expert", name, [name])
             config = of.expert.of(name)
-            called["doing"] = f"fine-tuning for {config.epochs} epochs"
-            return TrainNetwork(**called, config=config, seed=self.seed, trainer=of.trainer, log=log)
+            called |= {"doing": f"fine-tuning for {config.epochs} epochs", "log": self._log(seed, "expert", name, name)}
+            return TrainNetwork(**called, config=config, seed=seed, trainer=of.trainer)
         files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
         if not place.startswith(PREFIX) and not files[0].is_file():
             raise ConfigurationError(f"found no file '{place}', expected an expert's weights; check expert.checkpoints")
         called["doing"] = f"importing '{place}'"
         return ImportExpert(**called, classes=list(task.classes), place=place, files=files, head=task.head)
-
-    def _statistic(self, which: Statistic, task: str) -> EstimateStatistic:
-        return EstimateStatistic(
-            name=f"{which.name}-{task}",
-            store=self.store,
-            which=which,
-            task_name=task,
-            expert=self.experts[task],
-            tasks=self.tasks if which.data is DataChoice.pooled else {task: self.tasks[task]},
-            calibration=self.of.calibration,
-            trainer=self.of.trainer,
-        )
 
     def _called(self, which: Statistic) -> str:
         """Return a statistic's name in files, with kind and data if they are not the experiment's."""
@@ -217,52 +233,6 @@ class _Seed:
         data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
         plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
         return which.name + ("" if which == plain else "".join(f"-{part}" for part in which.options.values()))
-
-    def _merge(self, method: Method) -> Merge:
-        name = coded_name(method)
-        return Merge(
-            name=f"coded-{name}",
-            store=self.store,
-            method=method,
-            code=self.of.code,
-            experts=self.experts,
-            statistics={which: self.statistics[which] for which in method.statistics()},
-            initial=self.shared.widest if method.reads_initial else None,
-            tasks=self.tasks,
-            seed=self.seed,
-            calibration=self.of.calibration,
-            trainer=self.of.trainer if method.is_trained else None,
-            doing="training" if method.is_trained else "merging",
-            log=self.shared.log(self.seed, "method", name, [method.label]),
-        )
-
-    def _replicas(self, compression: Compression) -> CompressExperts:
-        return CompressExperts(
-            name=f"replicas-{compression.name}",
-            store=self.store,
-            compression=compression,
-            experts=self.experts,
-            initial=self.shared.widest,
-        )
-
-    def _evaluation(self) -> Evaluate:
-        of = self.of
-        return Evaluate(
-            name="evaluate",
-            store=self.store,
-            experiment=of.name,
-            experts=self.experts,
-            merges=self.merges,
-            replicas=self.replicas,
-            code=self.of.code,
-            decoders=None if of.takes_all_decoders else of.decoders,
-            tasks=self.tasks,
-            calibration=of.calibration,
-            trainer=of.trainer,
-            configuration=of.config_dict(self.seed),
-            yaml=of.as_yaml([self.seed]),
-            log=self.shared.log(self.seed, "evaluate", "evaluate"),
-        )
 
 
 def _link(place: Path, target: Path) -> bool:
@@ -272,14 +242,11 @@ def _link(place: Path, target: Path) -> bool:
         return False
     if place.is_dir() and not place.is_symlink():
         raise FileError(f"found the folder '{place}', expected coin's own link or nothing; give another name or output")
+    made = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".", dir=place.parent)) / place.name
-        try:
-            made.symlink_to(wanted)
-            made.replace(place)
-        finally:
-            shutil.rmtree(made.parent)
+        made.symlink_to(wanted)
+        made.replace(place)
     except OSError as error:
         told = f"cannot link '{place}' to '{wanted}' ({error.strerror or error})"
         raise FileError(f"{told}; choose an output on a file system that has symbolic links") from error

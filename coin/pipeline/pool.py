@@ -1,4 +1,4 @@
-"""``coin`` commands side by side: processes of this machine, jobs of SLURM (submitit), or tasks of Ray.
+"""The ``launch`` section: steps side by side, in processes of this machine, jobs of SLURM, or tasks of Ray.
 
 A job is ``coin run -c EXPERIMENT.yaml --only STEP``: it writes the step's folder, where the experiment finds it.
 """
@@ -12,23 +12,66 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from coin.core.processes import cores
 from coin.core.ray_cluster import set_ray_variables, start_ray
-from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
+from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
-from coin.pipeline.launch import Executor, Launch
 
 _STOP_SECONDS = 10.0
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
 _GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
+
+
+class Executor(StrEnum):
+    """Where steps are run: in processes of this machine, in jobs of a SLURM cluster, or in tasks of a Ray cluster."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How independent steps of an experiment, or of a sweep's points, are run: one after the other, or side by side.
+
+    Args:
+        executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
+            ``slurm``: jobs that submitit (extra ``slurm``) submits, for which the command waits; started again it waits
+            for those that are still alive. ``ray``: tasks of Ray (extra ``serve``), whose machines share this folder
+            and this environment.
+        workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
+        slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
+            ``slurm_partition``, …; and ``cluster``: ``slurm``, or ``local`` or ``debug`` to try jobs on this machine.
+        ray: What every task needs, as in `ray.remote`: ``num_cpus`` (also its threads; by default the cores divided by
+            `workers`), ``num_gpus`` (by default 0), ``resources``, …; and the ``address`` of a running cluster.
+            Without one Ray is started on this machine.
+    """
+
+    executor: Executor = Executor.local
+    workers: int = 1
+    slurm: dict[str, Any] = field(default_factory=dict)
+    ray: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigurationError(f"found launch.workers {self.workers}, expected at least 1")
+        for executor, options in ((Executor.slurm, self.slurm), (Executor.ray, self.ray)):
+            if options and self.executor is not executor:
+                told = f"found launch.{executor} and launch.executor {self.executor}"
+                raise ConfigurationError(f"{told}; set launch.executor={executor}")
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether steps are run outside the experiment's own process."""
+        return self.executor is not Executor.local or self.workers > 1
 
 
 class CommandFailedError(CoinError):
@@ -246,7 +289,6 @@ class _Ray(Pool):
             start_ray(address)
         except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
-        _check_resources(options, self._ray.cluster_resources(), address)
 
     def submit(self, command: Command) -> Any:
         handle = self._task.remote(command)
@@ -281,14 +323,3 @@ def _in_this_folder() -> Callable[[Command], None]:
         command()
 
     return run
-
-
-def _check_resources(options: Mapping[str, Any], there: Mapping[str, float], address: str | None) -> None:
-    """Raise ConfigurationError for a task that this machine can never run; warn if a cluster cannot run it now."""
-    needed = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
-    lacking = {name: number for name, number in needed.items() if number and number > there.get(name, 0)}
-    if lacking:
-        told = f"found launch.ray with {lacking}, expected no more than { ({n: there.get(n, 0) for n in lacking}) }"
-        if address is None:
-            raise ConfigurationError(f"{told} of this machine; take less")
-        warnings.warn(f"{told} of the Ray cluster; tasks wait until a machine joins", CoinWarning, stacklevel=2)

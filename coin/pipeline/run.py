@@ -6,27 +6,22 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_zero_info
-from coin.data.tasks import Tasks
+from coin.core.processes import on_rank_zero, process_count, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
-from coin.files.downloads import fetch_from_hub
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.launch import Launch
 from coin.pipeline.plan import Planned, plan
-from coin.pipeline.pool import Command, CommandFailedError, Pool, open_pool
+from coin.pipeline.pool import Command, CommandFailedError, Launch, Pool, open_pool
 from coin.pipeline.step import Step, closure
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.trainer import join_processes
-from coin.reporting import read_results, write_report
+from coin.reporting import write_report
 from coin.reporting.report_parts import REPORT_HTML
-from coin.reporting.summary import stand_ins, summarise, write_summary
-from coin.reporting.tables import IN_SHORT, finding
+from coin.reporting.summary import write_summary
 from coin.tracking.settings import check_connection
 
 LONG = 10.0
@@ -36,9 +31,8 @@ _POLL_SECONDS = 0.2
 
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
     """Run every step that is not done, for every seed, report, and return the contents of ``summary.csv``."""
-    steps = prepared(experiment, launch)
-    run_steps(steps, launch, partial(report_seed, several=len(experiment.seeds) > 1))
-    return on_rank_zero(partial(summarise_experiment, experiment.folder, experiment.seeds))
+    run_steps(prepared(experiment, launch), launch, report_seed)
+    return on_rank_zero(partial(summarise_experiment, experiment))
 
 
 def check_options(experiment: Experiment) -> None:
@@ -56,10 +50,8 @@ def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Plann
         raise ConfigurationError(
             f"found {count} processes that share every training, and a launch section; leave out one"
         )
-    on_rank_zero(partial(_fetch, experiment))
+    on_rank_zero(experiment.fetch)
     steps = plan(experiment)
-    if is_rank_zero():
-        experiment.warn()
     if on_rank_zero(lambda: not all(each.step.is_done for each in steps)):
         experiment.check_parts()
     return steps
@@ -87,48 +79,41 @@ def run_steps(
         CommandFailedError: Some steps have failed; all that do not need them have finished.
     """
     with open_pool(launch, steps[0].step.store) as pool:
-        run = _Run(steps, pool, on_done, keep_going)
+        run = _Run(steps, on_done, keep_going)
         while run.waiting:
-            moved = run.collect()
+            moved = pool is not None and run.collect(pool)
             for planned in run.ready():
                 if pool is None or not planned.step.remote:
                     run.here(planned)
                     moved = True
                     break
-                moved |= run.elsewhere(planned)
+                moved |= run.elsewhere(planned, pool)
             if not moved:
                 time.sleep(_POLL_SECONDS)
     if run.failed:
-        first = min(run.failed, key=run.places.__getitem__)
-        raise CommandFailedError(
-            f"{len(run.failed)} of {len(steps)} steps failed, the first of them {run.names[first]}: "
-            f"{run.failed[first]}; mend the cause and run the same command again"
-        )
+        told = f"{len(run.failed)} of {len(steps)} steps failed, the first of them {min(run.failed)[1]}"
+        raise CommandFailedError(f"{told}; mend the cause and run the same command again")
 
 
 class _Run:
-    """The steps that are waiting, running elsewhere, done and failed, by key."""
+    """The steps that wait, that run elsewhere and that are done, by key, and why some have failed."""
 
-    def __init__(
-        self, steps: Sequence[Planned], pool: Pool | None, on_done: Callable[[Planned, bool], None], keep_going: bool
-    ) -> None:
+    def __init__(self, steps: Sequence[Planned], on_done: Callable[[Planned, bool], None], keep_going: bool) -> None:
         self.waiting = {each.step.key: each for each in steps}
-        self.places = {key: place for place, key in enumerate(self.waiting, 1)}
-        self.names = {key: each.what for key, each in self.waiting.items()}
+        self.places = {each.step.key: place for place, each in enumerate(steps, 1)}
         self.running: dict[str, Any] = {}
         self.done: set[str] = set()
-        self.failed: dict[str, str] = {}
-        self._pool, self._on_done, self._keep_going = pool, on_done, keep_going
+        self.failed: list[tuple[int, str]] = []
+        self._on_done, self._keep_going = on_done, keep_going
 
     def ready(self) -> list[Planned]:
         """Return the steps that can run now."""
         able = (each for key, each in self.waiting.items() if key not in self.running)
         return [each for each in able if all(need.key in self.done for need in each.step.needs)]
 
-    def collect(self) -> bool:
+    def collect(self, pool: Pool) -> bool:
         """Take what has ended elsewhere, and return whether something has."""
-        assert self._pool is not None or not self.running
-        ended = {key: why for key, job in self.running.items() if (why := self._pool.ended(job)) is not None}  # type: ignore[union-attr]
+        ended = {key: why for key, job in self.running.items() if (why := pool.ended(job)) is not None}
         for key, why in ended.items():
             del self.running[key]
             planned = self.waiting[key]
@@ -138,16 +123,19 @@ class _Run:
                 self._fail(planned, f"{why or 'it ended without a result'} (see {_command(planned).log})")
         return bool(ended)
 
-    def elsewhere(self, planned: Planned) -> bool:
-        """Submit a step if there is room, and return whether it has been; a step that is done is finished at once."""
-        assert self._pool is not None
+    def elsewhere(self, planned: Planned, pool: Pool) -> bool:
+        """Submit a step if there is room, and return whether it has been; a step that is done is finished at once.
+
+        A step that another process is at work on is not submitted: the job would hold its allocation, and wait.
+        """
         if planned.step.is_done:
             self._finish(planned, "up to date")
-        elif len(self.running) >= self._pool.workers or _busy(planned.step):
-            return False
-        else:
-            self.running[planned.step.key] = self._pool.submit(_command(planned))
-            self._say(planned, f"{planned.step.doing}, elsewhere")
+            return True
+        with planned.step.locked(wait=False) as free:
+            if not free or len(self.running) >= pool.workers:
+                return False
+        self.running[planned.step.key] = pool.submit(_command(planned))
+        self._say(planned, f"{planned.step.doing}, elsewhere")
         return True
 
     def here(self, planned: Planned) -> None:
@@ -174,12 +162,9 @@ class _Run:
     def _fail(self, planned: Planned, why: str) -> None:
         """Give up a step and all that need it."""
         self._say(planned, f"failed: {why}")
-        self.failed[planned.step.key] = why
-        lost = {planned.step.key}
-        for key, each in self.waiting.items():
-            if any(need.key in lost for need in each.step.needs):
-                lost.add(key)
-        self.waiting = {key: each for key, each in self.waiting.items() if key not in lost}
+        key = planned.step.key
+        self.failed.append((self.places[key], f"{planned.what}: {why}"))
+        self.waiting = {name: each for name, each in self.waiting.items() if key not in closure(each.step)}
 
     def _say(self, planned: Planned, what: str) -> None:
         rank_zero_info(f"[{self.places[planned.step.key]}/{len(self.places)}] {planned.what}: {what}")
@@ -215,6 +200,17 @@ def execute(step: Step, say: Callable[[str], None] = lambda _: None) -> None:
             say(f"done in {seconds:.0f} s")
 
 
+def _claim(step: Step, locks: ExitStack) -> bool:
+    """Lock a step, and return whether it has to run."""
+    if not step.is_done:
+        locks.enter_context(step.locked())
+    if step.is_done:
+        return False
+    step.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(step.folder)
+    return True
+
+
 def run_only(experiment: Experiment, name: str) -> None:
     """Run the steps with a name (a task's: its expert), for every seed, or the one in a folder, and all that they need.
 
@@ -225,26 +221,8 @@ def run_only(experiment: Experiment, name: str) -> None:
     if not chosen:
         expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
         raise ConfigurationError(f"found no task or step '{name}', expected {expected}")
-    needed = {each.key for step in chosen for each in closure(step)}
+    needed = {key for step in chosen for key in closure(step)}
     run_steps([each for each in steps if each.step.key in needed], on_done=report_seed)
-
-
-def _claim(step: Step, locks: ExitStack) -> bool:
-    """Lock a step, and return whether it has to run."""
-    if step.is_done:
-        return False
-    locks.enter_context(step.locked())
-    if step.is_done:
-        return False
-    step.folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(step.folder)
-    return True
-
-
-def _busy(step: Step) -> bool:
-    """Return whether another process is at work on a step: a job would hold its allocation, waiting for that."""
-    with step.locked(wait=False) as free:
-        return not free
 
 
 def _command(planned: Planned) -> Command:
@@ -256,35 +234,20 @@ def _command(planned: Planned) -> Command:
     return Command(("run", "-c", str(file), "--only", step.folder.name), step.folder / "launch.log")
 
 
-def report_seed(planned: Planned, changed: bool, *, several: bool = False) -> None:
-    """Draw the report of a seed whose results are new, and print what they say if there are several."""
+def report_seed(planned: Planned, changed: bool) -> None:
+    """Draw the report of a seed whose results are new."""
     if changed and isinstance(planned.step, Evaluate):
         for folder in planned.copies:
             write_report(folder)
-            kept = stand_ins(summarise(read_results(folder)))
-            if several and len(kept):
-                rank_zero_info(f"{folder.name.replace('-', ' ')}: {finding(kept).removeprefix(IN_SHORT)}")
 
 
-def summarise_experiment(folder: Path, seeds: Sequence[int]) -> pd.DataFrame:
-    """Write the summary over seeds, and draw the report where that has changed."""
-    path = folder / "summary.csv"
+def summarise_experiment(experiment: Experiment) -> pd.DataFrame:
+    """Write the summary over seeds, and draw the reports that are missing or show another."""
+    path = experiment.folder / "summary.csv"
     before = path.read_bytes() if path.is_file() else b""
-    summary = write_summary(folder)
-    for seed in seeds:
-        if not (folder / f"seed-{seed}" / REPORT_HTML).is_file():
-            write_report(folder / f"seed-{seed}")
-    if before != path.read_bytes() or not (folder / REPORT_HTML).is_file():
-        write_report(folder)
+    summary = write_summary(experiment.folder)
+    changed = before != path.read_bytes()
+    for folder in (*(experiment.folder / f"seed-{seed}" for seed in experiment.seeds), experiment.folder):
+        if not (folder / REPORT_HTML).is_file() or (changed and folder is experiment.folder):
+            write_report(folder)
     return summary
-
-
-def _fetch(experiment: Experiment) -> None:
-    """Download what is missing: experts, CLIP and data.
-
-    Other weights are downloaded where they are read.
-    """
-    for place in experiment.hub_places():
-        fetch_from_hub(place)
-    Tasks(experiment.tasks).prepare_data()
-    experiment.check_files()

@@ -6,20 +6,18 @@ is finished is never written to again. So resuming is *the folder is there*, and
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
-import platform
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
+from torch.utils._pytree import tree_leaves, tree_map
 
 from coin.core.versions import versions
 from coin.errors import CoinWarning, FileError
@@ -30,17 +28,15 @@ STORE = ".steps"
 """The folder of all steps, in that of all experiments."""
 DONE = "done.json"
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+def keyed_by(digest: Callable[[Any], Any], **options: Any) -> Any:
+    """Return a dataclass field of which the key has what a function makes of its value."""
+    return field(metadata={"keyed": digest}, **options)
 
 
 def unkeyed(**options: Any) -> Any:
     """Return a dataclass field that does not change what a step makes, and so is not in its key."""
-    return field(metadata={"keyed": lambda _: None}, **options)
-
-
-def keyed_by(digest: Any, **options: Any) -> Any:
-    """Return a dataclass field of which the key has what a function makes of its value."""
-    return field(metadata={"keyed": digest}, **options)
+    return keyed_by(lambda _: None, **options)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,7 +64,8 @@ class Step(ABC):
     @cached_property
     def options(self) -> dict[str, Any]:
         """All that its results depend on, as plain values; a step that it needs is there by its key."""
-        own = {entry.name: _keyed(self, entry) for entry in fields(self)}
+        keyed = {entry.name: entry.metadata.get("keyed", lambda value: value) for entry in fields(self)}
+        own = {name: config_dict(tree_map(_digest, take(getattr(self, name)))) for name, take in keyed.items()}
         return {"step": type(self).__name__, "version": self.version} | {k: v for k, v in own.items() if v is not None}
 
     @cached_property
@@ -79,7 +76,8 @@ class Step(ABC):
     @cached_property
     def needs(self) -> "list[Step]":
         """The steps among its fields."""
-        return [step for entry in fields(self) for step in _steps(getattr(self, entry.name))]
+        leaves = tree_leaves([getattr(self, entry.name) for entry in fields(self)])
+        return [leaf for leaf in leaves if isinstance(leaf, Step)]
 
     @cached_property
     def folder(self) -> Path:
@@ -105,28 +103,21 @@ class Step(ABC):
     def locked(self, *, wait: bool = True) -> Iterator[bool]:
         """Yield whether this process alone works on the step within the block; `wait` until it does.
 
-        A lock ends with its process, even if that is killed. On a file system without locks there is a warning.
+        A lock ends with its process, even if that is killed. Raises FileError where the folder takes no lock.
         """
         path = self.store / ".locks" / self.folder.name
-        lock, held = FileLock(path, fallback_to_soft=False), True
+        lock, held = FileLock(path), True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(blocking=False)
-                with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
-                    path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
-            except Timeout:
-                held = wait
-                if wait:
-                    holder = path.read_text(encoding="utf-8", errors="replace").strip()
-                    warnings.warn(f"waiting for {self.name}: {holder} is at work on it", CoinWarning, stacklevel=3)
-                    lock.acquire(poll_interval=0.5)
+            lock.acquire(blocking=False)
+        except Timeout:
+            held = wait
+            if wait:
+                warnings.warn(f"waiting for {self.name}: another process is at work on it", CoinWarning, stacklevel=3)
+                lock.acquire(poll_interval=0.5)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                told = f"cannot write '{path}': {error.strerror or error}"
-                raise FileError(f"{told}; choose a folder you can write to with output") from error
-            told = f"the file system of '{self.store}' has no locks: run only one coin command there"
-            warnings.warn(told, CoinWarning, stacklevel=3)
+            told = f"cannot lock '{path}': {error.strerror or error}"
+            raise FileError(f"{told}; choose an output that you can write to, on a file system with locks") from error
         try:
             yield held
         finally:
@@ -149,49 +140,23 @@ class Step(ABC):
         return f"changed: {', '.join(changed)}", seconds
 
 
-def closure(step: Step) -> list[Step]:
-    """Return a step and all that it needs, in an order in which they can run."""
+def closure(step: Step) -> dict[str, Step]:
+    """Return a step and all that it needs, by key, in an order in which they can run."""
     found: dict[str, Step] = {}
-
-    def visit(each: Step) -> None:
-        if each.key not in found:
-            for need in each.needs:
-                visit(need)
-            found[each.key] = each
-
-    visit(step)
-    return list(found.values())
+    for need in step.needs:
+        found |= closure(need)
+    return found | {step.key: step}
 
 
-def _keyed(step: Step, entry: "Field[Any]") -> Any:
-    value = getattr(step, entry.name)
-    return config_dict(_digested(entry.metadata["keyed"](value) if "keyed" in entry.metadata else value))
-
-
-def _digested(value: Any) -> Any:
-    """Return a value with steps replaced by their keys, and files by their contents' digests."""
-    if isinstance(value, Step):
-        return value.key
-    if isinstance(value, Path):
-        return sha256_of(value)
-    if isinstance(value, Mapping):
-        return {str(name): _digested(entry) for name, entry in value.items()}
-    return [_digested(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _steps(value: Any) -> Iterator[Step]:
-    """Yield the steps in nested lists and mappings."""
-    if isinstance(value, Step):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            yield from _steps(entry)
+def _digest(value: Any) -> Any:
+    """Return a step's key, a file's digest, or the value."""
+    return value.key if isinstance(value, Step) else sha256_of(value) if isinstance(value, Path) else value
 
 
 def _changed(before: Any, current: Any, name: str = "") -> list[str]:
     """Return the dotted names of options that differ."""
     if isinstance(before, dict) and isinstance(current, dict):
-        every = [*current, *(each for each in before if each not in current)]
-        pairs = [(each, before.get(each, ...), current.get(each, ...)) for each in every]
+        names = dict.fromkeys([*current, *before])
+        pairs = [(each, before.get(each, ...), current.get(each, ...)) for each in names]
         return [path for each, old, new in pairs for path in _changed(old, new, f"{name}.{each}" if name else each)]
     return [] if before == current else [name]

@@ -10,11 +10,8 @@ The file names an experiment, and what is varied in it::
     set:                                                    # what all points have in place of the experiment's own
       methods: [{class_path: Average}]
 
-A list of grids has the points of each, one after another, such as single points: ``grid: [{seeds: [[0]], base.seed:
-[1]}, {seeds: [[1]], base.seed: [2]}]``.
-
-For anything beyond a grid, ``coin run`` is the program: of a W&B sweep, with
-``command: [coin, run, -c, EXPERIMENT.yaml, "${args}"]``, or of an Optuna study that gives it ``--KEY=VALUE``.
+A list of grids has the points of each, one after another. For anything beyond a grid, ``coin run`` is the program: of a
+W&B sweep, with ``command: [coin, run, -c, EXPERIMENT.yaml, "${args}"]``, or of an Optuna study.
 """
 
 import itertools
@@ -27,13 +24,14 @@ from typing import Any
 
 import pandas as pd
 
+from coin.core.choices import is_list_of_names
 from coin.core.processes import rank_zero_info
 from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name, write_text
 from coin.files.yaml import as_text, read_yaml
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.launch import Launch
 from coin.pipeline.plan import Planned, union
+from coin.pipeline.pool import Launch
 from coin.pipeline.run import prepared, report_seed, run_steps, summarise_experiment
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
@@ -57,7 +55,7 @@ class SweepFile:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SweepPoint:
     """One point of a sweep: the experiment ``SWEEP-INDEX-DESCRIPTION``, made by ``coin run`` with these arguments."""
 
@@ -77,28 +75,20 @@ def read_sweep(path: Path) -> SweepFile:
     check(isinstance(document, dict), "no keys", f"a sweep with {', '.join(_KEYS)}")
     for key in document:
         check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; a sweep of W&B's is started by `wandb sweep`")
-    name, files = document.get("name", path.stem), document.get("experiment")
-    grid, fixed = document.get("grid"), document.get("set", {})
-    grids, files = grid if isinstance(grid, list) else [grid], [files] if isinstance(files, str) else files
-    are_files = isinstance(files, list) and files and all(isinstance(file, str) for file in files)
+    name, fixed, grid = document.get("name", path.stem), document.get("set", {}), document.get("grid")
+    files, grids = document.get("experiment"), grid if isinstance(grid, list) else [grid]
+    files = [files] if isinstance(files, str) else files
     check(isinstance(name, str) and is_folder_name(name), f"name '{name}'", "a plain folder name without slashes")
-    check(are_files, f"experiment {files}", "one experiment's file or several")
+    check(is_list_of_names(files), f"experiment {files}", "one experiment's file or several")
+    check(isinstance(fixed, dict), f"set {fixed}", "dotted keys of an experiment, each with a value")
     fits = grids and all(isinstance(each, dict) and each and each.keys() == grids[0].keys() for each in grids)
+    fits = fits and all(isinstance(values, list) and values for each in grids for values in each.values())
     expected = "dotted keys of an experiment, each with a list of values, or a list of such grids with the same keys"
     check(fits, f"grid {grid}", expected)
-    check(isinstance(fixed, dict), f"set {fixed}", "dotted keys of an experiment, each with a value")
     for key in (*fixed, *grids[0]):
-        check(isinstance(key, str), f"key {key!r}", "a dotted key of an experiment")
-        check(key not in _DECIDED, f"key '{key}'", "none that the sweep decides for every point; leave it out")
+        own = isinstance(key, str) and key not in _DECIDED
+        check(own, f"key {key!r}", f"an experiment's dotted key, none of {', '.join(_DECIDED)}; leave it out")
         check(key not in grids[0] or key not in fixed, f"'{key}' in grid and in set", "it in one of them")
-    for key, values in (axis for each in grids for axis in each.items()):
-        expected = "a list of values; options inside a section are dotted keys, such as calibration.samples_per_task"
-        check(isinstance(values, list) and values, f"grid '{key}' with {values}", expected)
-    for key, value in (*fixed.items(), *(axis for each in grids for axis in each.items())):
-        try:
-            as_text(value)
-        except (TypeError, ValueError):  # YAML has more than a command line, such as dates
-            check(False, f"'{key}' with {value}", "values that an option takes; put it in quotes")
     text = path.read_text(encoding="utf-8")
     return SweepFile(name, tuple(files), grids, fixed, text if "name" in document else f"name: {name}\n{text}")
 
@@ -108,13 +98,13 @@ def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
     files = [argument for file in sweep.experiment for argument in ("-c", file)]
     points: list[SweepPoint] = []
     axes = [[[(key, *pair) for pair in enumerate(values)] for key, values in grid.items()] for grid in sweep.grids]
-    for index, chosen in enumerate(point for each in axes for point in itertools.product(*each)):
+    for chosen in (point for each in axes for point in itertools.product(*each)):
         values = {key: value for key, _, value in chosen}
         if any(values == point.values for point in points):
             raise ConfigurationError(f"found the point {as_text(values)} twice in the grid, expected every point once")
         shorts = [f"{key.rsplit('.')[-1]}-{_short(place, value)}" for key, place, value in chosen]
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(shorts))[:_NAME_LENGTH].strip("._-")
-        name = f"{sweep.name}-{index:03d}" + (f"-{plain}" if plain else "")
+        name = f"{sweep.name}-{len(points):03d}-{plain}"
         options = {**sweep.fixed, **values}
         sections_first = sorted(options, key=lambda key: key.count("."))  # a section replaces what is set inside it
         own = [f"--{key}={as_text(options[key])}" for key in sections_first]
@@ -124,8 +114,6 @@ def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
 
 def _short(place: int, value: Any) -> str:
     """Return a value as a short string; for a nested value, its index in the grid."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
     entries = value if isinstance(value, list) else [value]
     plain = entries and all(isinstance(entry, str | int | float | None) for entry in entries)
     return "_".join(map(as_text, entries)) if plain else str(place)
@@ -142,29 +130,21 @@ def run_sweep(
     steps = union([prepared(experiment, launch) for _, experiment in points])
     write_text(folder / SWEEP_YAML, sweep.text)
     rank_zero_info(f"sweep {sweep.name}: {len(points)} points, {len(steps)} steps")
+    seeds = {point: [experiment.folder / f"seed-{k}" for k in experiment.seeds] for point, experiment in points}
     done: set[Path] = set()  # the seeds' folders
 
     def on_done(planned: Planned, changed: bool) -> None:
         report_seed(planned, changed)
         if isinstance(planned.step, Evaluate):
             done.update(planned.copies)
-            collect(PROMISE_CSV)
-            collect(SWEEP_CSV)
-
-    def collect(name: str) -> pd.DataFrame | None:
-        seeds = [
-            (point.values, [experiment.folder / f"seed-{seed}" for seed in experiment.seeds])
-            for point, experiment in points
-        ]
-        read = read_results if name == SWEEP_CSV else read_promises
-        frame = sweep_frame([(values, own) for values, own in seeds if done.issuperset(own)], read)
-        if frame is not None:
-            write_frame(folder / name, frame)
-        return frame
+            finished = [(point.values, own) for point, own in seeds.items() if done.issuperset(own)]
+            for name, read in ((PROMISE_CSV, read_promises), (SWEEP_CSV, read_results)):
+                if (frame := sweep_frame(finished, read)) is not None:
+                    write_frame(folder / name, frame)
 
     run_steps(steps, launch, on_done, keep_going=True)
     for _, experiment in points:
-        summarise_experiment(experiment.folder, experiment.seeds)
-    frame = collect(SWEEP_CSV)
+        summarise_experiment(experiment)
+    frame = sweep_frame([(point.values, own) for point, own in seeds.items()])
     assert frame is not None
     return frame, write_report(folder)

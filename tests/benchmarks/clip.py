@@ -28,7 +28,7 @@ from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, UserMethod, Wudi
 from coin.networks import Compression, NetworkConfig, build_network, load_network, save_network
 from coin.networks.experts import ExpertFiles
-from coin.pipeline.steps.compress import compress_file
+from coin.pipeline.steps.merge import compress_file
 from coin.statistics import fisher_diagonal, gram_sums
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 

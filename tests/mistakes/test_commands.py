@@ -14,8 +14,7 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.commands.run import experiment_of
-from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
+from coin.errors import ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
 
@@ -357,12 +356,6 @@ def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatc
     monkeypatch.setattr("coin.commands.run.main", interrupted)
     assert main(["run", "-c", "quickstart"]) == 130
     assert capsys.readouterr().err == "coin: interrupted; the same command goes on where it was\n"
-
-
-def test_experts_of_another_start_than_the_imported_ones_are_warned_of(config: Path) -> None:
-    experiment = experiment_of(["-c", str(config), f"--expert.checkpoints={{digits: {config}}}"])
-    with pytest.warns(CoinWarning, match=r"found checkpoints beside experts that are fine-tuned without network.weig"):
-        experiment.warn()
 
 
 WARN = """

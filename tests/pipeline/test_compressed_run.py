@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from coin.cli import main
-from coin.errors import CoinWarning
 from coin.networks import load_network
 from coin.reporting import read_results
 
@@ -53,7 +52,8 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     whole = (seed / "experts/digits/expert.safetensors").stat().st_size / 2**20
     memory = replicas.groupby("method").memory_mib.first()
     assert whole < memory["replica-3bit"] < 1.5 * whole
-    on_disk = [path.stat().st_size for path in (seed / "replicas").glob("*int8*")]
+    kept = (seed / "replicas/digits.3bit-int8base.safetensors").resolve().parent
+    on_disk = [path.stat().st_size for path in kept.glob("*.safetensors")]
     assert len(on_disk) == 3  # the base and two experts
     assert memory["replica-3bit-int8base"] == pytest.approx(sum(on_disk) / 2**20, rel=0.4)
     coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
@@ -72,16 +72,6 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     told = capsys.readouterr().err
     assert "evaluation: up to date" in told
     assert "compressing" not in told
-    # The option's old name is still known.
-    old = tmp_path / "old.yaml"
-    old.write_text((seed / "config.yaml").read_text().replace("replicas:", "spares:"))
-    with pytest.warns(CoinWarning, match="the option spares is now replicas"):
-        assert main(["run", "-c", str(old)]) == 0
-    assert "evaluation: up to date" in capsys.readouterr().err
-    # A replica that has gone is made again.
-    (seed / "replicas/digits.3bit.safetensors").unlink()
-    assert main(["run", "-c", str(seed / "config.yaml")]) == 0
-    assert "replicas of 3bit: compressing" in capsys.readouterr().err
 
 
 def test_the_command_compresses_experts_and_coded_models(

@@ -4,18 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from coin.callbacks import Weights
+from coin.commands.run import experiment_of
 from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
-from coin.merging import Coin
-from coin.networks import NetworkConfig
 from coin.pipeline.config import CalibrationConfig, ExpertConfig, WandbConfig
-from coin.pipeline.experiment import Experiment
-from coin.pipeline.options import result_options, to_config
+from coin.pipeline.options import config_dict, result_options
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -100,35 +97,28 @@ class Forgetful(OwnTask):
         super().__init__("x", **options)
 
 
-def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> None:
-    own: Any = {"a": OwnTask("images", max_train=40), "b": Digits(augmentation="shift")}
-    code: Any = [[np.float64(0.25), 0.75]]
-    network = NetworkConfig("small_resnet", 16)
-    expert = ExpertConfig(lr=np.float64(0.5))
-    experiment = Experiment("x", own, [Coin(damping=0.1)], network=network, expert=expert, code=code)
+def test_a_run_leaves_the_options_that_repeat_it(config: Path) -> None:
+    options = ["--expert.lr=0.5", "--methods=[{class_path: Coin, init_args: {damping: 0.1}}]", "--code=[[0.25,0.75]]"]
+    experiment = experiment_of(["-c", str(config), *options])
     said = yaml.safe_load(experiment.as_yaml([7]))
     assert said["seeds"] == [7]
-    assert said["tasks"]["a"]["init_args"]["folder"] == "images"
-    assert said["tasks"]["a"]["init_args"]["max_train"] == 40
-    assert said["tasks"]["a"]["init_args"]["image_size"] == 16  # what the network takes
-    assert said["tasks"]["a"]["class_path"].endswith("test_config.OwnTask")
-    assert said["tasks"]["b"]["class_path"] == "coin.data.Digits"
-    assert said["tasks"]["b"]["init_args"]["augmentation"] == "shift"
-    assert said["methods"] == [to_config(Coin(damping=0.1))]
-    assert said["code"] == [[0.25, 0.75]]
-    assert said["expert"]["lr"] == 0.5
-    forgetful: Any = {**own, "a": Forgetful(3)}
+    assert said["tasks"]["digits"]["init_args"]["image_size"] == 16  # what the network takes
+    assert said["tasks"]["digits"]["class_path"] == "coin.data.Digits"
+    assert (said["methods"][0]["class_path"], said["methods"][0]["init_args"]["damping"]) == ("coin.Coin", 0.1)
+    assert (said["code"], said["expert"]["lr"]) == ([[0.25, 0.75]], 0.5)
+    assert {"launch", "only", "json", "dry_run"}.isdisjoint(said)
+
+
+def test_an_option_that_its_class_does_not_store_is_refused() -> None:
+    assert config_dict(OwnTask("images", max_train=40))["folder"] == "images"
     with pytest.raises(ConfigurationError, match="found a Forgetful that does not store its option shade"):
-        Experiment("x", forgetful, [Coin()]).as_yaml()
+        config_dict(Forgetful(3))
 
 
-def test_what_is_promised_has_no_say_in_the_coded_models():
-    own = CalibrationConfig(promise_samples=400, promise_alpha=0.01, promise_confidence=0.9)
-    assert own.merging == CalibrationConfig().merging
-    assert own.merging != CalibrationConfig(samples_per_task=100).merging
-    for wrong in ({"promise_samples": -1}, {"promise_alpha": 0.0}, {"promise_confidence": 1}):
-        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-            CalibrationConfig(**wrong)
+@pytest.mark.parametrize("wrong", [{"promise_samples": -1}, {"promise_alpha": 0.0}, {"promise_confidence": 1}])
+def test_a_promise_that_is_none_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        CalibrationConfig(**wrong)
 
 
 def test_only_what_changes_a_result_is_in_a_key():

@@ -299,7 +299,7 @@ def test_an_interrupted_change_leaves_the_finished_expert_and_its_results_are_re
     copied: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished_expert = (copied / "seed-0/experts/digits").resolve()
-    monkeypatch.setattr("coin.pipeline.steps.statistics.EstimateStatistic.run", interrupt)
+    monkeypatch.setattr("coin.pipeline.steps.merge.EstimateStatistic.run", interrupt)
     assert main(["run", "-c", str(config), f"--output={copied.parent}", "--expert.lr=0.3"]) == 130
     assert (finished_expert / "expert.safetensors").is_file()
     assert (copied / "seed-0/experts/digits").resolve() != finished_expert

@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no grid": ({"grid": {}}, "found grid {}"),
     "a list of no grids": ({"grid": [1]}, "found grid [1]"),
     "grids of other keys": ({"grid": [{"seeds": [[0]]}, {"base.seed": [1]}]}, "with the same keys"),
-    "a grid whose second has no list": ({"grid": [{"seeds": [[0]]}, {"seeds": 1}]}, "grid 'seeds' with 1"),
+    "a grid whose second has no list": ({"grid": [{"seeds": [[0]]}, {"seeds": 1}]}, "each with a list of values"),
     "a list for set": ({"set": [1]}, "found set [1]"),
     "name": ({"name": "a/b"}, "a/b"),
     "a name that leads out": ({"name": ".."}, "'..'"),
@@ -117,17 +117,15 @@ MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "nested": ({"grid": {"expert": {"lr": [1]}}}, "dotted"),
     "no list": ({"grid": {"seeds": 3}}, "seeds"),
     "no value": ({"grid": {"seeds": []}}, "seeds"),
-    "a number as a key": ({"grid": {7: [1]}}, "key 7"),
+    "a number as a key": ({"grid": {7: [1]}}, "7"),
     "an option of no experiment": ({"grid": {"expert.speed": [1]}}, "speed"),
     "sections that do not fit": ({"grid": {"base": [{"checkpoint": __file__}]}}, "both or neither"),
     "a value that no experiment takes": ({"grid": {"calibration.samples_per_task": [9, 0]}}, "0"),
     "cut off": ("a: [", "cannot use 's.yaml' as YAML"),
     "empty": ("", "found no keys in 's.yaml'"),
     "a list": ("- 1", "found no keys in 's.yaml'"),
-    "a date": ("experiment: e.yaml\ngrid: {seeds: [2020-01-31]}", "'s.yaml', expected values that an option takes"),
     "a date that is none": ("experiment: e.yaml\ngrid: {seeds: [2020-13-45]}", "month must be in 1..12"),
     "a list as a key": ("experiment: e.yaml\ngrid: {[1, 2]: [1]}", "unhashable key"),
-    "bytes": ("experiment: e.yaml\ngrid: {seeds: [!!binary aGk=]}", "expected values that an option takes"),
 }
 
 

@@ -39,7 +39,6 @@ def record_evaluation(
     rows = [Row(**(same | each)) for each in told]
     pairs = list(zip(rows, model.outcomes, strict=True))
     confusions = {confusion_key(row): outcome.confusion for row, outcome in pairs}
-    code = model.code.matrix.tolist()
     replicas = {replica.variant.method: replica.variant for replica in model.replicas}
     methods = [
         {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm, "row": row, "chosen": chosen}
@@ -47,14 +46,14 @@ def record_evaluation(
         for row, chosen in enumerate(each.chosen)
     ]
     size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20
-    configuration = {"tasks": list(model.tasks), "code": code, "network_mib": size, **(configuration or {})}
+    made = {"tasks": list(model.tasks), "code": model.code.matrix.tolist(), "network_mib": size}
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
-    urls = [run.url for run in runs if isinstance(run.url, str)]
+    url = next((run.url for run in runs if isinstance(run.url, str)), None)
     classes = {name: task.classes for name, task in tasks.tasks.items()}
-    counts = {name: len(found) for name, found in classes.items()}
     images = all(task.content == "images" for task in tasks.tasks.values())
+    counts = {name: len(own) for name, own in classes.items()}
     warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, counts, images=images)
-    write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
+    write_results(folder, rows, {**made, **(configuration or {})}, confusions, methods, classes, url)
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
     model.save_systems(folder / "systems")
@@ -113,9 +112,6 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
         parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
         parts["task"] += [task] * len(kept.images)
         names += tasks.tasks[task].classes
-    return Examples(
-        **{name: np.concatenate(parts[name]) for name in ("images", "expert", "label")},
-        decoded={key: np.concatenate(answers) for key, answers in decoded.items()},
-        names=tuple(names),
-        task=tuple(parts["task"]),
-    )
+    images, expert, label = (np.concatenate(parts[name]) for name in ("images", "expert", "label"))
+    joined = {key: np.concatenate(answers) for key, answers in decoded.items()}
+    return Examples(images, expert, label, joined, tuple(names), tuple(parts["task"]))

@@ -18,9 +18,7 @@ from coin.networks.experts import ExpertFiles
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
-from coin.pipeline.steps.compress import CompressExperts
-from coin.pipeline.steps.merge import Merge
-from coin.pipeline.steps.samples import datamodule, evaluation_key
+from coin.pipeline.steps.merge import CompressExperts, Merge, datamodule, samples_key
 from coin.pipeline.steps.train import ExpertStep
 from coin.pipeline.steps.trainer import make_trainer
 from coin.tracking.runs import RunLog
@@ -44,6 +42,12 @@ def tell_how_far_apart(files: ExpertFiles) -> None:
         )
 
 
+def _key(calibration: CalibrationConfig) -> dict[str, Any]:
+    """Return what an evaluation depends on."""
+    promise = {name: value for name, value in vars(calibration).items() if name.startswith("promise_")}
+    return samples_key(calibration) | (promise if calibration.promise_samples else {})
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate(Step):
     """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders.
@@ -60,7 +64,7 @@ class Evaluate(Step):
     code: Code = keyed_by(lambda code: code.matrix.tolist())
     decoders: list[DecoderConfig] | None
     tasks: dict[str, TaskData]
-    calibration: CalibrationConfig = keyed_by(evaluation_key)
+    calibration: CalibrationConfig = keyed_by(_key)
     trainer: dict[str, Any] = keyed_by(lambda trainer: result_options(trainer, training=False))
     configuration: dict[str, Any] = unkeyed()
     yaml: str = unkeyed()

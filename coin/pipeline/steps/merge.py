@@ -1,34 +1,88 @@
-"""The merge step: experts and statistics from files in, coded models as files out."""
+"""The steps from experts to what stands in for them: statistics, coded models, compressed copies."""
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 import coin.distillation  # noqa: F401 (its methods, which files name by their classes)
 from coin.coding import Code, convex
+from coin.coding.decoder_config import REPLICA
 from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import hashes
+from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
-from coin.networks import has_batchnorm, kept_base, save_compressed, save_network
+from coin.networks import (
+    Compression,
+    compress_as,
+    has_batchnorm,
+    int8_path,
+    kept_base,
+    load_network,
+    save_compressed,
+    save_network,
+)
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
-from coin.pipeline.steps.samples import calibrations, datamodule, samples_key
-from coin.pipeline.steps.statistics import EstimateStatistic
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
-from coin.pipeline.steps.trainer import make_trainer
+from coin.pipeline.steps.trainer import estimate_over_tasks, make_trainer
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
+
+
+def datamodule(tasks: Mapping[str, TaskData], calibration: CalibrationConfig) -> Tasks:
+    """Return tasks as a datamodule with the experiment's calibration options."""
+    sizes = calibration.samples_per_task, calibration.batch_size
+    return Tasks(tasks, *sizes, promise_samples=calibration.promise_samples)
+
+
+def samples_key(calibration: CalibrationConfig) -> dict[str, Any]:
+    """Return what decides which calibration samples are drawn."""
+    return {name: getattr(calibration, name) for name in ("samples_per_task", "batch_size")}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EstimateStatistic(Step):
+    """Computes a statistic of a task's expert over calibration samples of its own task, or of all `tasks`."""
+
+    file: ClassVar[str] = "statistic.safetensors"
+    collective: ClassVar[bool] = True
+
+    which: Statistic
+    task_name: str
+    expert: ExpertStep
+    tasks: dict[str, TaskData]
+    calibration: CalibrationConfig = unkeyed()
+    trainer: dict[str, Any] = unkeyed()
+    pass_options: dict[str, Any] = field(init=False)
+    doing: str = unkeyed(default="computing")
+
+    def __post_init__(self) -> None:
+        options = self.calibration.options_of(self.which)
+        own = {} if options is None else {"mc_samples": options.mc_samples, "precision": options.precision}
+        object.__setattr__(self, "pass_options", samples_key(self.calibration) | own)
+
+    def run(self) -> None:
+        """Compute it, and write its file; every process takes part."""
+        estimate_over_tasks(
+            make_trainer(self.folder, self.trainer),
+            load_network(self.expert.output).network,
+            datamodule(self.tasks, self.calibration),
+            self.calibration.options_of(self.which),
+            self.output,
+            task=self.task_name,
+            data=str(self.which.data),
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,12 +121,13 @@ class Merge(Step):
         statistics = {
             which: {task: step.output for task, step in own.items()} for which, own in self.statistics.items()
         }
-        samples = calibrations(self.tasks, self.calibration)
+        data = datamodule(self.tasks, self.calibration)
+        data.setup()
+        samples = list(data.calibrations().values())
         with ExitStack() as stack:
             train = None
             if self.trainer is not None:
                 loggers = stack.enter_context(self.log.open(self.folder))
-                data = datamodule(self.tasks, self.calibration)
                 train = Training(data, self.folder, self.seed, self.trainer, loggers)
             experts = Experts(files, statistics=statistics, calibration=samples, train=train)
             make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
@@ -119,47 +174,45 @@ def make_coded_models(
 ) -> list[Path]:
     """Make the coded models of one method, one per row of the code, write them, and return their files.
 
-    P, `samples_per_task`, is recorded in the files.
-
-    Raises:
-        ConfigurationError: An input that the method needs is missing.
+    P, `samples_per_task`, is recorded in the files. Raises ConfigurationError if an input of the method is missing.
     """
     files = experts.source
     assert isinstance(files, ExpertFiles)
     paths = coded_paths(method, code.num_coded, folder)
-    read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
+    read = [*files.paths.values(), *(path for own in experts.statistic_paths.values() for path in own.values())]
     read += [files.initial] if method.reads_initial and files.initial is not None else []
     for index, row in enumerate(code.matrix.tolist()):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
         took = experts.passes - passes
-        if is_rank_zero():
-            provenance = {
-                "made_by": "coin merge",
-                "label": method.label,
-                "method": {"name": method.name, "options": config_dict(method)},
-                "batchnorm": str(method.batchnorm) if has_batchnorm(files.skeleton) else "",
-                "code": code.matrix.tolist(),
-                "row": index,
-                "tasks": list(files.paths),
-                "class_counts": [file.num_classes for file in files.opened.values()],
-                "experts": list(files.fingerprints.values()),
-                "samples_per_task": method.samples_per_task or samples_per_task,
-                "sha256": hashes(read),
-                "seconds": seconds,
-                "passes": took,
-                "chosen": made.chosen,
-            }
-            path, *smaller = paths[index :: code.num_coded]
-            save_network(path, made.network, files.config, files.width, provenance)
-            for small, how in zip(smaller, method.compress, strict=True):
-                began, spent = time.perf_counter(), experts.passes - took
-                base, beside = kept_base(small, files.initial, how)
-                packed = method.pack(experts, row, made, beside, how)
-                metadata = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
-                metadata["seconds"] = seconds + time.perf_counter() - began
-                save_compressed(small, packed, files.config, files.width, base, how, metadata)
+        if not is_rank_zero():
+            continue
+        provenance = {
+            "made_by": "coin merge",
+            "label": method.label,
+            "method": {"name": method.name, "options": config_dict(method)},
+            "batchnorm": str(method.batchnorm) if has_batchnorm(files.skeleton) else "",
+            "code": code.matrix.tolist(),
+            "row": index,
+            "tasks": list(files.paths),
+            "class_counts": [file.num_classes for file in files.opened.values()],
+            "experts": list(files.fingerprints.values()),
+            "samples_per_task": method.samples_per_task or samples_per_task,
+            "sha256": hashes(read),
+            "seconds": seconds,
+            "passes": took,
+            "chosen": made.chosen,
+        }
+        path, *smaller = paths[index :: code.num_coded]
+        save_network(path, made.network, files.config, files.width, provenance)
+        for small, how in zip(smaller, method.compress, strict=True):
+            began, spent = time.perf_counter(), experts.passes - took
+            base, beside = kept_base(small, files.initial, how)
+            packed = method.pack(experts, row, made, beside, how)
+            metadata = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
+            metadata["seconds"] = seconds + time.perf_counter() - began
+            save_compressed(small, packed, files.config, files.width, base, how, metadata)
     return paths
 
 
@@ -168,9 +221,7 @@ def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
 
     Raises CoinError if it is no code, is for another number of experts, or cannot decode every erasure of R.
     """
-    if option is None or isinstance(option, int):
-        return convex(num_experts, 1 if option is None else option)
-    code = Code(option)
+    code = Code(option) if isinstance(option, list) else convex(num_experts, option or 1)
     if code.num_experts != num_experts:
         raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {num_experts}")
     return code
@@ -182,8 +233,48 @@ def coded_name(method: Method) -> str:
     return method.label if plain else f"{method.label}-{method.batchnorm}"
 
 
-def coded_paths(method: Method, num_coded: int, folder: Path, *, compressed: bool = True) -> list[Path]:
+def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:
     """Return the files of a method's coded models, one a row of the code, followed by those of every compression."""
-    names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress if compressed)]
+    names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress)]
     rows = [""] if num_coded == 1 else [f".row-{row}" for row in range(num_coded)]
     return [folder / f"{name}{row}.safetensors" for name in names for row in rows]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CompressExperts(Step):
+    """Writes a compressed copy of every expert."""
+
+    compression: Compression
+    experts: dict[str, ExpertStep]
+    initial: WriteInitial
+    doing: str = unkeyed(default="compressing")
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The copies by task."""
+        return {task: self.folder / f"{task}.{self.compression.name}.safetensors" for task in self.experts}
+
+    def run(self) -> None:
+        """Write the copies, and the 8-bit base of some beside them."""
+        for task, output in self.outputs.items():
+            compress_file(self.experts[task].output, output, self.initial.output, self.compression)
+
+
+def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
+    """Compress a network's file to another one; a compressed coded model keeps its metadata, with its own label."""
+    read = [network, *([base, int8_path(output, base)] if base else [])]
+    if output.resolve() in [path.resolve() for path in read]:
+        raise ConfigurationError(f"found the output '{output}', which is read; expected another file, give --output")
+    file = load_network(network)
+    made = file.provenance
+    if "code" in made:
+        metadata = {**made, "label": f"{made['label']}-{compression.name}"}
+    else:
+        metadata = {"label": f"{REPLICA}-{compression.name}", "task": made.get("task")}
+    inputs = hashes(each for each in (network, base) if each)
+    metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict()), "sha256": inputs}
+    started = time.perf_counter()
+    base, beside = kept_base(output, base, compression)
+    packed = compress_as(compression, file.network, beside)
+    metadata["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
+    save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)

@@ -39,10 +39,8 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer with ``fisher`` and ``evaluate``, and without its distributed sampler.
 
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
-    `DistributedSampler` would repeat samples.
-
-    In a SLURM job Lightning's automatic requeue is off: its checkpoint in the middle of an epoch cannot be resumed
-    exactly. ``configs/cluster/run.sbatch`` requeues the job itself; the plugin ``SLURMEnvironment`` brings Lightning's.
+    `DistributedSampler` would repeat samples. In a SLURM job Lightning's automatic requeue is off: a checkpoint in the
+    middle of an epoch cannot be resumed exactly. ``configs/cluster/run.sbatch`` requeues the job itself.
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
@@ -65,13 +63,9 @@ class Trainer(pl.Trainer):
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         **kwargs: Any,
     ) -> None:
-        if matmul_precision not in (None, "highest", "high", "medium"):
-            expected = "expected one of highest, high, medium"
-            raise ConfigurationError(f"found matmul_precision '{matmul_precision}', {expected}")
         if (precision := str(kwargs.get("precision"))).endswith("16-true"):
-            mixed = precision.replace("true", "mixed")
             told = f"found precision '{precision}', in which no weights are trained or written"
-            raise ConfigurationError(f"{told}; use {mixed}")
+            raise ConfigurationError(f"{told}; use {precision.replace('true', 'mixed')}")
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         given += [StepProgress()] if enable_progress_bar and not has_bar else []
@@ -120,23 +114,18 @@ class Trainer(pl.Trainer):
         if statistic is StatisticKind.fisher:
             options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, precision, samples_per_task)
         elif (kind, mc_samples, precision) != (None, None, Precision.full):
-            raise ConfigurationError(
-                f"found kind={kind}, mc_samples={mc_samples} and precision={precision} for Gram matrices, expected "
-                "none of them: they are a Fisher's; leave them out or set statistic=fisher"
-            )
+            told = f"found kind={kind}, mc_samples={mc_samples} and precision={precision} for Gram matrices"
+            raise ConfigurationError(f"{told}, expected none of them; leave them out or set statistic=fisher")
         network, config = _network(model, ckpt_path)
-        if isinstance(datamodule, TaskData):
-            tasks = Tasks({"task": datamodule}, samples_per_task)
-        elif isinstance(datamodule, Tasks):
-            tasks = Tasks(datamodule.tasks, samples_per_task, datamodule.batch_size)
-        else:
+        if not isinstance(datamodule, TaskData | Tasks):
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
+        own = isinstance(datamodule, TaskData)
+        tasks = Tasks({"task": datamodule} if isinstance(datamodule, TaskData) else datamodule.tasks, samples_per_task)
         for task in tasks.tasks.values():
             config.check_content(task.content)
         tasks.resize(config.image_size)
         path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
-        data = "own" if isinstance(datamodule, TaskData) else "pooled"
-        estimate_over_tasks(self, network, tasks, options, path, data=data)
+        estimate_over_tasks(self, network, tasks, options, path, data="own" if own else "pooled")
 
     def evaluate(
         self,
@@ -154,10 +143,8 @@ class Trainer(pl.Trainer):
             configuration: The configuration that ``results.json`` holds beside the code.
         """
         if not isinstance(model, DecodingEvaluator) or not isinstance(datamodule, Tasks):
-            raise ConfigurationError(
-                f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a "
-                "DecodingEvaluator with Tasks; see configs/evaluate/"
-            )
+            found = f"found a {type(model).__name__} with data of {type(datamodule).__name__}"
+            raise ConfigurationError(f"{found}, expected a DecodingEvaluator with Tasks; see configs/evaluate/")
         datamodule.resize(model.config.image_size)
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
@@ -170,14 +157,12 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
         file = load_network(Path(ckpt_path))
         return file.network, file.config
-    network = getattr(model, "network", None)
-    if not isinstance(network, nn.Module) or not isinstance(model, Expert):
-        raise ConfigurationError(
-            "found a model without a network, expected an Expert with num_classes, or ckpt_path=expert.safetensors"
-        )
+    if not isinstance(model, Expert) or model.network is None:
+        expected = "expected an Expert with num_classes, or ckpt_path=expert.safetensors"
+        raise ConfigurationError(f"found a model without a network, {expected}")
     if ckpt_path is not None:
-        fill_network(network, read_weights(Path(ckpt_path), network.state_dict().keys()), ckpt_path)
-    return without_frozen(network), model.config
+        fill_network(model.network, read_weights(Path(ckpt_path), model.network.state_dict().keys()), ckpt_path)
+    return without_frozen(model.network), model.config
 
 
 def estimate_over_tasks(
@@ -190,10 +175,8 @@ def estimate_over_tasks(
         tasks.prepare_data()
     trainer.strategy.barrier()
     network.to(trainer.strategy.root_device)
-    samples, seed = tasks.samples_per_task, tasks.seed
-    costs = estimate_statistic(
-        trainer, network, tasks.calibration(), options, path, samples_per_task=samples, seed=seed, **provenance
-    )
+    provenance |= {"samples_per_task": tasks.samples_per_task, "seed": tasks.seed}
+    costs = estimate_statistic(trainer, network, tasks.calibration(), options, path, **provenance)
     network.cpu()
     return costs
 
@@ -201,21 +184,12 @@ def estimate_over_tasks(
 def make_trainer(folder: Path, options: Mapping[str, Any], **fixed: Any) -> Trainer:
     """Return a Trainer for one step, from the experiment's ``trainer`` section and the options fixed by the step."""
     silence_lightning()
-    settings: dict[str, Any] = {
-        "accelerator": "auto",
-        "devices": 1,
-        "enable_model_summary": False,
-        "logger": False,
-        "enable_checkpointing": False,
-        **options,
-        **fixed,
-    }
+    settings = {"devices": 1, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     try:
-        return Trainer(default_root_dir=str(folder), **settings)
+        return Trainer(default_root_dir=str(folder), **{**settings, **options, **fixed})
     except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(
-            f"the trainer section {dict(options)} does not fit: {first_line(error)}; see Lightning's Trainer"
-        ) from error
+        told = f"the trainer section {dict(options)} does not fit: {first_line(error)}"
+        raise ConfigurationError(f"{told}; see Lightning's Trainer") from error
 
 
 def join_processes(folder: Path, options: dict[str, Any]) -> None:
@@ -228,19 +202,15 @@ def join_processes(folder: Path, options: dict[str, Any]) -> None:
         told = f"found trainer.{taken}, which each step sets itself"
         raise ConfigurationError(f"{told}; leave it out, and set output or expert.epochs")
     trainer = make_trainer(folder, options)
-    running = int(os.environ.get("WORLD_SIZE", "1"))
-    if running > 1 and trainer.world_size == 1:
-        raise ConfigurationError(
-            f"found WORLD_SIZE={running} and a trainer section for one process; lay configs/cluster/torchrun.yaml "
-            "over the experiment, or set trainer.devices and trainer.num_nodes"
-        )
     if trainer.world_size == 1:
+        if (running := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            told = f"found WORLD_SIZE={running} and a trainer section for one process"
+            raise ConfigurationError(f"{told}; lay configs/cluster/torchrun.yaml over the experiment")
         return
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
-        raise ConfigurationError(
-            f"found the trainer section {options}, whose processes share no steps; set trainer.strategy=ddp"
-        )
+        told = f"found the trainer section {options}, whose processes share no steps"
+        raise ConfigurationError(f"{told}; set trainer.strategy=ddp")
     try:
         launcher.launch(trainer.strategy.setup_environment)
     except ValueError as error:
