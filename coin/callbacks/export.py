@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,37 +26,51 @@ class Weights(StrEnum):
     best = "best"
 
 
-def check_weights(trainer: Trainer, module: LightningModule, weights: Weights) -> None:
-    """Check, before training, that the requested weights will exist and the module can be exported (fail early)."""
-    if not isinstance(getattr(module, "network", None), nn.Module) or not module.hparams.keys() >= _DESCRIBED:
-        told = f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options"
-        raise ConfigurationError(f"{told}; leave out ExpertExport and FisherEstimator, or set model to Expert")
-    if weights == Weights.best and _monitored(trainer) is None:
-        raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last")
+class FileOfTrained(Callback):
+    """Writes a file of the trained network when training ends, by default to the trainer's ``default_root_dir``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, path: str | None, weights: Weights) -> None:
+        self.path, self.weights = path, parse_enum(Weights, "weights", weights)
+
+    def file(self, trainer: Trainer) -> Path:
+        """Return the file that it writes."""
+        return Path(self.path or Path(trainer.default_root_dir, self.name))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, before training, that the file can be written after it."""
+        if not isinstance(getattr(pl_module, "network", None), nn.Module) or not pl_module.hparams.keys() >= _DESCRIBED:
+            raise ConfigurationError(
+                f"found a {type(pl_module).__name__}, expected an Expert, whose network can be built anew from its "
+                "options; leave out ExpertExport and FisherEstimator, or set model to Expert"
+            )
+        if self.weights == Weights.best and self._monitored(trainer) is None:
+            raise ConfigurationError(
+                "found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last"
+            )
+
+    def trained_network(self, trainer: Trainer, module: Any) -> nn.Module:
+        """Return the trained network with the chosen weights, a copy where anything would change.
+
+        Every parameter is trainable, so that a Fisher covers all: those that one expert did not train matter in a merge
+        with others that did.
+        """
+        monitored = self._monitored(trainer)
+        if self.weights == Weights.last or monitored is None:
+            return without_frozen(module.network)
+        state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
+        best, own = clone(module.network), "network."
+        best.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
+        return without_frozen(best)
+
+    @staticmethod
+    def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
+        found = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
+        return next(found, None)
 
 
-def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
-    found = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
-    return next(found, None)
-
-
-def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
-    """Return the trained network with the chosen weights, a copy where anything would change.
-
-    Every parameter is trainable, so that a Fisher covers all: those that one expert did not train matter in a merge
-    with others that did.
-    """
-    network: Any = module.network
-    monitored = _monitored(trainer)
-    if weights == Weights.last or monitored is None:
-        return without_frozen(network)
-    state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
-    best, own = clone(network), "network."
-    best.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
-    return without_frozen(best)
-
-
-class ExpertExport(Callback):
+class ExpertExport(FileOfTrained):
     """Writes ``expert.safetensors``: the network with its architecture, classes, options and metrics.
 
     Args:
@@ -65,27 +79,20 @@ class ExpertExport(Callback):
         task: The task's name, for the file; by default the class of the data.
     """
 
+    name = "expert.safetensors"
+
     def __init__(self, path: str | None = None, weights: Weights = Weights.last, task: str | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self.weights, self.task = parse_enum(Weights, "weights", weights), task
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check, before training, that the expert can be written after it (fail early)."""
-        check_weights(trainer, pl_module, self.weights)
-
-    def file(self, trainer: Trainer) -> Path:
-        """Return the file that it writes."""
-        return self.path or Path(trainer.default_root_dir) / "expert.safetensors"
+        super().__init__(path, weights)
+        self.task = task
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file on rank zero; raises NumericalError, without a file, if training diverged."""
-        network = trained_network(trainer, pl_module, self.weights)
+        network = self.trained_network(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         path = self.file(trainer)
         if not_finite(network.state_dict()) is not None:
-            told = f"training diverged: the weights for '{path}' are not finite"
-            raise NumericalError(f"{told}; give a smaller learning rate")
+            raise NumericalError(f"training diverged: the weights for '{path}' are not finite; give a smaller rate")
         options = dict(pl_module.hparams)
         data = getattr(trainer, "datamodule", None)
         config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})

@@ -4,11 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.core.choices import parse_enum
+from coin.callbacks.export import FileOfTrained, Weights
 from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
@@ -51,7 +50,7 @@ def estimate_statistic(
     return {"seconds": seconds, "passes": sums.passes}
 
 
-class FisherEstimator(Callback):
+class FisherEstimator(FileOfTrained):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
     The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint, by the same function.
@@ -66,6 +65,8 @@ class FisherEstimator(Callback):
         weights: ``last`` or ``best``.
     """
 
+    name = "expert.fisher.safetensors"
+
     def __init__(
         self,
         samples_per_task: int = 200,
@@ -76,35 +77,23 @@ class FisherEstimator(Callback):
         path: str | None = None,
         weights: Weights = Weights.last,
     ) -> None:
+        super().__init__(path, weights)
         self.options = FisherOptions(kind, mc_samples, memory_mib, precision, samples_per_task)
-        self.path = None if path is None else Path(path)
-        self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check, before training, that the Fisher can be estimated after it (fail early)."""
+        """Check, before training, that the Fisher can be estimated after it."""
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise ConfigurationError(
                 "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
             )
         check_shares(self.options.samples_per_task, trainer.world_size)
-        check_weights(trainer, pl_module, self.weights)
+        super().on_fit_start(trainer, pl_module)
         data.calibration(self.options.samples_per_task)
-
-    def file(self, trainer: Trainer) -> Path:
-        """Return the file that it writes."""
-        return self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate on every process's share of the samples, add up, and write on rank zero."""
         data: Any = getattr(trainer, "datamodule", None)
-        estimate_statistic(
-            trainer,
-            trained_network(trainer, pl_module, self.weights),
-            data.calibration(self.options.samples_per_task),
-            self.options,
-            self.file(trainer),
-            samples_per_task=self.options.samples_per_task,
-            seed=data.seed,
-            data="own",
-        )
+        network, samples = self.trained_network(trainer, pl_module), self.options.samples_per_task
+        about = {"samples_per_task": samples, "seed": data.seed, "data": "own"}
+        estimate_statistic(trainer, network, data.calibration(samples), self.options, self.file(trainer), **about)

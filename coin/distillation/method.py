@@ -27,13 +27,13 @@ from coin.networks import BatchNormPolicy
 class Distillation(Method):
     """A network trained without labels on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² over calibration data.
 
-    It starts from a closed-form merge, and trains in eval mode throughout: BatchNorm keeps the running statistics of
-    the start and dropout is off. With `augmentation` every epoch has new views of the samples, on which the experts run
-    too; held-out samples are never augmented.
+    It starts from a closed-form merge and trains in eval mode: BatchNorm keeps the running statistics of the start, and
+    dropout is off. With `augmentation` every epoch has new views of the samples, on which the experts run too; held-out
+    samples are never augmented.
 
     Without `lr`, learning rate and number of steps are chosen by the loss on held-out calibration samples, and the
-    final run is on all samples; the method's cost includes this search. The defaults are those of a fair baseline; the
-    older, plain recipe is ``start: average, augmentation: none, schedule: constant``.
+    final run is on all samples; the method's cost includes this search. The older, plain recipe is ``start: average,
+    augmentation: none, schedule: constant``.
 
     Source: the baseline of arXiv 2409.01420, after Lin et al., *Ensemble Distillation for Robust Model Fusion in
     Federated Learning*, NeurIPS 2020; the schedule: Smith and Topin, *Super-convergence* (2018).
@@ -83,14 +83,10 @@ class Distillation(Method):
                 check_number(name, rate, low=0.0, strict=True)
         if not learning_rates or learning_rates != sorted(set(learning_rates)):
             raise ConfigurationError(f"found learning_rates={learning_rates}, expected at least one, rising")
-        for name, number, least in (
-            ("steps", steps, 1),
-            ("batch_size", batch_size, 2),
-            ("samples_per_task", samples_per_task, 1),
-            ("seed", seed, 0),
-        ):
-            if number is not None:
-                check_integer(name, number, least)
+        check_integer("steps", steps, 1)
+        check_integer("batch_size", batch_size, 2)
+        check_integer("samples_per_task", 1 if samples_per_task is None else samples_per_task, 1)
+        check_integer("seed", seed or 0, 0)
         check_number("held_out", held_out, low=0.0, high=1.0, strict=True)
         if start != AUTO:
             starting_method(start)
@@ -117,28 +113,14 @@ class Distillation(Method):
 
     def module(self, row: Sequence[float], experts: Sequence[str] | None = None, **options: Any) -> DistillationModule:
         """Return a new training for one row of the code, of experts in these files, with some options changed."""
-        own = {
-            "lr": self.learning_rates[0] if self.lr is None else self.lr,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "samples_per_task": self.samples_per_task,
-            "augmentation": self.augmentation,
-            "schedule": str(self.schedule),
-            "start": self.start,
-            "seed": self.seed,
-        }
+        same = ("steps", "batch_size", "samples_per_task", "augmentation", "start", "seed")
+        own = {name: getattr(self, name) for name in same} | {"schedule": str(self.schedule)}
+        own["lr"] = self.learning_rates[0] if self.lr is None else self.lr
         return DistillationModule(list(row), None if experts is None else list(experts), **own | options)
 
     def _search(self, experts: Experts, row: Sequence[float]) -> tuple[SearchResult, DistillationModule | None]:
         """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
         rates, steps, share = self.learning_rates, self.steps, self.held_out
-        samples = self._training(experts).num_samples(experts, self.samples_per_task)
-        held_out = max(1, round(share * samples))
-        if samples - held_out < 2:
-            raise ConfigurationError(
-                f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose "
-                "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
-            )
         trial: DistillationModule | None = None
         is_grid = self.schedule is Schedule.one_cycle
         most, tried = TRIALS if is_grid else len(rates), itertools.count(1)
@@ -147,24 +129,20 @@ class Distillation(Method):
             nonlocal trial
             rank_zero_info(f"{self.label}: trial {next(tried)}, at most {most}: lr={lr:.3g}, {steps} steps")
             trial = self._run(experts, row, lr, steps, held_out=share, every=every, before=trial)
-            return trial.losses
-
-        def last_loss(lr: float, steps: int) -> float:
-            found = losses(lr, steps, steps)
-            return found[-1] if found and math.isfinite(found[-1]) else math.inf
+            return [loss if math.isfinite(loss) else math.inf for loss in trial.losses or [math.inf]]
 
         if is_grid:
-            choice = search_grid(last_loss, rates, steps)
-            if choice.at_edge:
-                lr, steps = choice.best
-                warnings.warn(
-                    f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the edge of "
-                    "what it tried; begin nearer with learning_rates and steps",
-                    CoinWarning,
-                    stacklevel=2,
-                )
+            choice = search_grid(lambda lr, steps: losses(lr, steps, steps)[-1], rates, steps)
         else:
             choice = search_curves(lambda lr, every: losses(lr, steps, every), rates, steps)
+        if is_grid and choice.at_edge:
+            lr, steps = choice.best
+            warnings.warn(
+                f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the edge of what "
+                "it tried; begin nearer with learning_rates and steps",
+                CoinWarning,
+                stacklevel=2,
+            )
         if not any(map(math.isfinite, choice.losses.values())):
             raise NumericalError(f"{self.label} diverged with every learning rate of {rates}; give smaller ones")
         return choice, trial
@@ -180,18 +158,19 @@ class Distillation(Method):
         every: int | None = None,
         before: DistillationModule | None = None,
     ) -> DistillationModule:
-        """Train a module with these options, validated at regular steps on the held-out share of the samples.
+        """Train a module, validated at regular steps on the held-out share of the samples.
 
-        It reuses the experts of a trial `before`, and their cached outputs if both are trials.
+        It reuses the experts of a trial `before`, and its start and their outputs if this is a trial too.
         """
         training = self._training(experts)
         module = self.module(row, **training.run_options(experts, self), lr=lr, steps=steps)
         if before is not None:
-            module.hold(before.teachers, clone(before.student))
+            module.teachers, module.student = before.teachers, clone(before.student)
             if held_out:
                 module.begun, module.known = before.begun, before.known
         elif isinstance(training, MemoryTraining):
-            module.hold([twin(network).eval() for network in experts.networks], experts.empty_model().eval())
+            module.teachers = [twin(network).eval() for network in experts.networks]
+            module.student = experts.empty_model().eval()
         trainer_options = {
             "max_steps": steps,
             "max_epochs": -1,
@@ -210,10 +189,8 @@ class Distillation(Method):
         if experts.train is not None:
             return experts.train
         if self.augments or self.samples_per_task is not None:
-            found = f"{self.samples_per_task=}" if self.samples_per_task else f"{self.augmentation=!s}"
             raise ConfigurationError(
-                f"found {found.removeprefix('self.')} for calibration batches in memory, which are taken as they are, "
-                "expected none; leave it out"
+                "found augmentation or samples_per_task for calibration batches in memory, which are taken as they are"
             )
         return MemoryTraining()
 

@@ -20,11 +20,7 @@ from coin.statistics.guard import differentiable, trainable
 
 
 class MemoryTraining:
-    """Trains on batches in memory, silently; experts in files bring another as ``train``, with these three methods."""
-
-    def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
-        """Return the number of pooled calibration samples, the held-out ones among them."""
-        return len(experts.tasks)
+    """Trains on batches in memory, silently; experts in files bring another as ``train``, with these two methods."""
 
     def run_options(self, experts: Experts, method: Method) -> dict[str, Any]:
         """Return options for a method's trainings that differ from its own: samples in memory are not augmented."""

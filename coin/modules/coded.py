@@ -30,9 +30,9 @@ from coin.statistics.guard import eval_mode
 class Coded(LightningModule):
     """N experts, R coded models and their code.
 
-    ``forward`` returns the coded models' outputs, which approximate Σ_i β_i f_i. `answers` returns the outputs of all
-    servers, and `decode` a lost expert's logits. The networks run in eval mode and without gradients; their modes and
-    ``requires_grad`` are restored. Inputs are moved to their device.
+    ``forward`` returns the coded models' outputs, which approximate Σ_i β_i f_i; `answers` the outputs of all servers;
+    `decode` a lost expert's logits. Networks run in eval mode and without gradients; their modes and ``requires_grad``
+    are restored. Inputs are moved to their device.
 
     Args:
         code: The code, R×N, or its rows.
@@ -45,10 +45,9 @@ class Coded(LightningModule):
     Attributes:
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
-        method: Of a run (`from_run`), the merge method; `batchnorm`, the requested BatchNorm policy.
-        results: Of a run, the rows of ``results.csv`` with this method and decoder.
-        class_names: Of a run, those of every expert.
-        files: Of a run, the networks' files, the experts' first.
+        method, batchnorm, results: Of a run (`from_run`), the merge method, the requested BatchNorm policy, and the
+            rows of ``results.csv`` with this method and decoder.
+        class_names, files: Of a run, every expert's class names, and the networks' files, the experts' first.
 
     Raises ConfigurationError where the numbers of experts or coded models do not fit the code.
 
@@ -85,7 +84,7 @@ class Coded(LightningModule):
                 f"and {code.num_coded}; give the same numbers, or another code"
             )
         self.code = code
-        self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
+        self.names = tuple(map(str, range(len(experts))) if names is None else names)
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
@@ -101,12 +100,9 @@ class Coded(LightningModule):
         """Do nothing: the networks are not trained, and always run in eval mode."""
         return self
 
-    @torch.no_grad()
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
-        with eval_mode(self.coded):
-            outputs = [network(as_input(inputs, network)) for network in self.coded]
-        return Answers.of_servers([(each[:, :0], each) for each in outputs], 0).coded
+        return self.answers(inputs, erased=range(len(self.experts))).coded
 
     @torch.no_grad()
     def answers(
@@ -117,13 +113,9 @@ class Coded(LightningModule):
         erased: Sequence[int | str] = (),
         silent: Sequence[int] = (),
     ) -> Answers:
-        """Run every server that is not lost, once; the entries of the others are NaN.
+        """Run every server once on inputs ``[B, ...]``; return penultimate features beside logits on demand.
 
-        Args:
-            inputs: ``[B, ...]``.
-            features: Whether the servers return penultimate features beside their logits.
-            erased: The lost experts, by index or by name, which do not run.
-            silent: Coded models that do not run.
+        Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN.
         """
         idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
         with eval_mode(self):
@@ -131,10 +123,9 @@ class Coded(LightningModule):
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
-        given = None if inputs is None else as_input(inputs, self.coded[0])
-        self._checked_heads |= given is not None
+        self._checked_heads |= inputs is not None
         with eval_mode(self.experts):
-            return linear_heads(list(self.experts), given)
+            return linear_heads(list(self.experts), None if inputs is None else as_input(inputs, self.coded[0]))
 
     def fit_decoder(
         self,
@@ -143,14 +134,12 @@ class Coded(LightningModule):
         kind: DecoderKind | str | DecoderConfig,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> "Coded":
-        """Fit a decoder for lost experts.
-
-        Call it once for every erasure to be decoded; for a decoder that needs no survivor, once with all experts.
+        """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and an
-                expert_head that is not corrected need none. The first batch also checks that heads and features give
-                the logits.
+                expert_head that is not corrected need none, but the first batch also checks that heads and features
+                give the logits.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
@@ -171,9 +160,9 @@ class Coded(LightningModule):
         return self
 
     def decode(self, inputs: Batch, erased: Sequence[int | str] | None = None) -> Tensor:
-        """Return lost experts' logits ``[|erased|, B, C]``, decoded from the remaining servers, after `fit_decoder`.
+        """Return lost experts' logits ``[|erased|, B, C]``, by default of the last `fit_decoder`.
 
-        By default the lost experts are those of the last `fit_decoder`. Only servers that the decoder needs run.
+        Only servers that the decoder needs run.
         """
         decoder, lost = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
@@ -199,7 +188,9 @@ class Coded(LightningModule):
         erased: Sequence[int | str] | None = None,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
-        """Set the score up to which decoded answers are accepted: at most α of these differ from the expert's.
+        """Return a promise for each lost expert: of its accepted answers at most α differ from the expert's own.
+
+        If none can be given, none of its decoded answers are accepted.
 
         Args:
             alpha: α, the largest probability of a difference, in (0, 1).
@@ -207,9 +198,6 @@ class Coded(LightningModule):
             inputs: Batches of new inputs, distributed like the queries and not used to fit anything.
             erased: The lost experts; those of the last `fit_decoder` by default.
             tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone.
-
-        Returns:
-            A promise for each lost expert. If none can be given, none of its decoded answers are accepted.
         """
         decoder, lost = self._decoder_of(erased)
         batches = list(_batches(inputs))
@@ -246,9 +234,8 @@ class Coded(LightningModule):
             coded: Networks for the coded models' tensors, filled in place; copies of the first expert by default.
             forward: How networks are called, see the class.
 
-        Raises:
-            FileError: The file is missing, damaged or holds something else.
-            StateError: The experts are not those that the system was saved with, or tensors do not fit.
+        Raises FileError where the file is missing, damaged or holds something else, StateError where the experts are
+        not those that the system was saved with, or tensors do not fit.
         """
         return cls._of_file(SystemFile.load(Path(path)), str(path), experts, coded, forward)
 
@@ -256,18 +243,14 @@ class Coded(LightningModule):
     def from_run(cls, folder: str | Path, method: str | None = None, decoder: str | None = None) -> Self:
         """Return a coded system that an experiment has evaluated, with its decoders and promises.
 
-        A decoder that needs no survivor is one for the loss of all experts, and decodes any.
-
         Args:
             folder: An experiment's folder, whose first seed is taken, or a seed's.
             method: The method's name in the results, or that of its file in ``systems``, which tells BatchNorm policies
-                apart.
-            decoder: The decoder's name in the results. What is left out is that of the most accurate decoded answers.
+                apart; by default that of the most accurate decoded answers.
+            decoder: The decoder's name in the results; the default is likewise.
 
-        Raises:
-            ConfigurationError: There are no such results.
-            FileError: A file is missing, damaged, or of other experts or coded models than stand there.
-            StateError: The experts are not those that the system was made of.
+        Raises ConfigurationError where there are no such results, FileError where a file is missing, damaged or of
+        other coded models, StateError where the experts are others.
         """
         seed = Path(folder) if (Path(folder) / RESULTS_CSV).is_file() else next(iter(seed_folders(Path(folder))), None)
         if seed is None:
@@ -277,30 +260,26 @@ class Coded(LightningModule):
             )
         check_current(seed)
         frame = read_results(seed)
-        found: dict[tuple[Path, str], pd.DataFrame] = {}
-        policies = frame["batchnorm"].map(requested_policy)
+        systems: list[tuple[Path, str, pd.DataFrame]] = []
         for path in sorted((seed / "systems").glob("*.safetensors")):
-            made = load_provenance(path)
+            made, policies = load_provenance(path), frame["batchnorm"].map(requested_policy)
             own = frame[(frame["method"] == made["method"]) & (policies == made["batchnorm"])]
-            found |= {(path, str(name)): rows for name, rows in own.groupby("decoder", sort=False)}
-        wanted = [
-            (path, name)
-            for (path, name), rows in found.items()
-            if decoder in (None, name) and method in (None, rows["method"].iloc[0], path.stem)
-        ]
-        if not wanted:
-            known = ", ".join(f"{path.stem} with {name}" for path, name in found) or "none"
+            systems += [(path, str(name), rows) for name, rows in own.groupby("decoder", sort=False)]
+        asked = [each for each in systems if decoder in (None, each[1])]
+        asked = [each for each in asked if method in (None, each[2]["method"].iloc[0], each[0].stem)]
+        if not asked:
+            known = ", ".join(f"{path.stem} with {name}" for path, name, _ in systems) or "none"
             raise ConfigurationError(
                 f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected one that '{seed}' has "
                 f"results and systems of: {known}"
             )
-        path, name = max(wanted, key=lambda key: float(found[key]["decoded_accuracy"].mean()))
+        path, name, rows = max(asked, key=lambda each: float(each[2]["decoded_accuracy"].mean()))
         file = SystemFile.load(path)
         file.decoders = [each for each in file.decoders if each.config.name == name]
         opened = [load_network(seed / "experts" / task / "expert.safetensors") for task in file.names]
         system = cls._of_file(file, str(path), [each.network for each in opened])
         system.method, system.batchnorm = file.told["method"], file.told["batchnorm"]
-        system.results, system.files = found[path, name], (*(each.path for each in opened), *file.coded_files)
+        system.results, system.files = rows, (*(each.path for each in opened), *file.coded_files)
         system.class_names = [list(map(str, e.provenance.get("classes") or range(e.num_classes))) for e in opened]
         return system
 
@@ -315,8 +294,7 @@ class Coded(LightningModule):
     ) -> Self:
         for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=False)):
             if fingerprint(expert.state_dict()) != expected:
-                told = f"expert {place} is not the one that '{path}' was saved with"
-                raise StateError(f"{told}; give those experts, or make the system anew")
+                raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
         if file.coded_files:
             coded = [load_network(each).network for each in file.coded_files]
         networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in file.coded]
@@ -340,13 +318,13 @@ class Coded(LightningModule):
         known |= {name: index for index, name in enumerate(self.names)}
         if unknown := [each for each in erased if each not in known]:
             expected = f"0 to {len(self.experts) - 1}, or one of {', '.join(self.names)}"
-            raise ConfigurationError(f"found lost expert {unknown[0]!r}, expected {expected}; name one that there is")
+            raise ConfigurationError(f"found lost expert {unknown[0]!r}, expected {expected}")
         return tuple(known[each] for each in erased)
 
     def _decoder_of(self, erased: Sequence[int | str] | None) -> tuple[Decoder, tuple[int, ...]]:
         """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
         key = next(reversed(self.decoders), ()) if erased is None else self._indices(erased)
-        # A decoder that reads no survivor does not mind which of them are left.
+        # One that reads no survivor is for any of its experts.
         alone = (own for each, own in self.decoders.items() if not own.config.reads_survivors and {*key} <= {*each})
         decoder = self.decoders.get(key) or (next(alone, None) if key else None)
         if decoder is None:

@@ -20,27 +20,16 @@ _SYSTEM = "coded system"
 
 @dataclass
 class SystemFile:
-    """What the file of a coded system holds.
-
-    Attributes:
-        code: The code.
-        names: The experts' tasks.
-        classes: How many classes every expert has, if known.
-        decoders: All fitted decoders, of several configurations and erasures.
-        experts: The fingerprints of the experts' states.
-        coded: Every coded model's tensors, parameters and buffers; none if they are in files of their own.
-        coded_files: These, which the file names by SHA-256 and their path in a seed's folder, ``../coded/NAME``.
-        told: What else the metadata says.
-    """
+    """What the file of a coded system holds."""
 
     code: Code
-    names: Sequence[str]
-    classes: list[int] | None
-    decoders: Sequence[Decoder]
-    experts: Sequence[str]
-    coded: Sequence[State] = ()
-    coded_files: Sequence[Path] = ()
-    told: Mapping[str, Any] = field(default_factory=dict)
+    names: Sequence[str]  # the experts' tasks
+    classes: list[int] | None  # how many classes every expert has, if known
+    decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
+    experts: Sequence[str]  # the fingerprints of the experts' states
+    coded: Sequence[State] = ()  # every coded model's parameters and buffers; none if they are in files of their own
+    coded_files: Sequence[Path] = ()  # these, named by SHA-256 and their path in a seed's folder, ``../coded/NAME``
+    told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -70,7 +59,7 @@ class SystemFile:
         """Read what `save` wrote.
 
         Raises FileError where the file, or that of a coded model, is missing, damaged, changed or holds something else,
-        and StateError where a decoder's tensors are not whole.
+        StateError where a decoder's tensors are not whole.
         """
         state, told = load_state(path)
         if told.get("what") != _SYSTEM:
@@ -85,9 +74,7 @@ class SystemFile:
             try:
                 decoders[-1].load_state_dict(_below(f"decoder.{place}.", state))
             except RuntimeError as error:
-                raise StateError(
-                    f"'{path}' holds other tensors than its decoders have ({error}); make it anew"
-                ) from error
+                raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
             decoders[-1].promises = {int(expert): Promise(**promise) for expert, promise in each["promises"].items()}
         coded = [] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
         return cls(code, told["names"], told["classes"], decoders, told["experts"], coded, files, told)

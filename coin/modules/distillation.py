@@ -13,7 +13,7 @@ from coin.core.batches import Batch, as_input, clear_caches
 from coin.core.lightning import plot_against_epochs
 from coin.data import Augmentation, Calibration
 from coin.data.tasks import tasks_of
-from coin.errors import ConfigurationError, HeadError
+from coin.errors import HeadError
 from coin.merging import Average, Experts, HeadFit
 from coin.merging.experts import check_row
 from coin.merging.method import starting_method
@@ -36,19 +36,12 @@ AUTO = "auto"
 class DistillationModule(LightningModule):
     """One training of a network, without labels, on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖².
 
-    `coin.Distillation` makes it, and describes it. The data is a `coin.data.Tasks`, or loaders of its `samples`.
+    `coin.Distillation` makes it, and describes the other options. The data is a `coin.data.Tasks`, or loaders of its
+    `samples`.
 
     Args:
         code_row: β, one weight per expert, non-negative and summing to 1.
-        experts: The experts' safetensors files; None for networks in memory (`hold`).
-        lr: Adam's (peak) learning rate.
-        steps: The number of optimiser steps, the length of the schedule.
-        augmentation: The augmentation of training samples, an entry of `Augmentation`.
-        schedule: ``one_cycle`` or ``constant``.
-        start: The closed-form merge to start from.
-        batch_size: Samples per step and process.
-        samples_per_task: P.
-        seed: The seed of the samples' order.
+        experts: The experts' safetensors files; None for networks in memory, set as `teachers` and `student`.
     """
 
     def __init__(
@@ -66,8 +59,8 @@ class DistillationModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.student: Any = None  # the network that is trained, once there is one
-        self.teachers: nn.ModuleList | list[nn.Module] = []
+        self.student: Any = None  # the network that is trained, in eval mode; its weights are replaced by the start
+        self.teachers: nn.ModuleList | list[nn.Module] = []  # the experts, in eval mode
         self.samples: Calibration | None = None  # to train on, in the order of their positions; or the datamodule's
         self.passes = 0.0
         self.losses: list[float] = []
@@ -75,10 +68,6 @@ class DistillationModule(LightningModule):
         self.begun: dict[str, Tensor] | None = None  # the student's tensors at the start, where they are known already
         # The experts' logits [N, ·, C], by held-out batch; by None for training samples that never change.
         self.known: dict[int | None, Tensor] = {}
-
-    def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
-        """Set the experts, in eval mode, and the student; its weights are replaced by the start."""
-        self.teachers, self.student = teachers, student
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Clear what the student caches of its parameters in eval mode: they have changed."""
@@ -93,16 +82,12 @@ class DistillationModule(LightningModule):
         if self.student is not None:
             return
         paths, row = self.hparams["experts"] or [], self.hparams["code_row"]
-        if not paths or len(row) != len(paths):
-            raise ConfigurationError(
-                f"found {len(paths)} experts and code_row={row}, expected one weight for each expert"
-            )
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
         teachers = nn.ModuleList([pad_head(file.network, outputs).requires_grad_(False) for file in files])
         student = build_network(files[0].config, outputs)
-        self.hold(teachers, student.to(memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
+        self.teachers, self.student = teachers, student.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     def setup(self, stage: str) -> None:
         """Take the samples of the datamodule, and set its augmentation."""
@@ -121,7 +106,7 @@ class DistillationModule(LightningModule):
     def on_fit_start(self) -> None:
         """Initialise the student unless a checkpoint did, and run the experts once on unaugmented samples."""
         plot_against_epochs(self, ["train/loss", "val/loss"])
-        if fresh := self.trainer.ckpt_path is None:
+        if self.trainer.ckpt_path is None:
             self._begin()
         if self.hparams["augmentation"] != Augmentation.none or None in self.known:
             return
@@ -129,8 +114,7 @@ class DistillationModule(LightningModule):
         with torch.no_grad():
             batches = [as_input(batch, self.student) for batch in self.samples]
             self.known[None] = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
-        if fresh:
-            self.passes += self.samples.num_samples * len(self.teachers)
+        self.passes += self.samples.num_samples * len(self.teachers)
 
     def _begin(self) -> None:
         """Initialise the student with the start, which is computed if necessary."""
@@ -156,19 +140,6 @@ class DistillationModule(LightningModule):
                 self.begun = self.trainer.strategy.broadcast(here)
         fill_network(self.student, self.begun, "the start of the distillation")
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the cost so far and the held-out losses."""
-        checkpoint["distillation"] = {"passes": self.passes, "losses": list(self.losses)}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the cost and the held-out losses."""
-        kept = checkpoint.get("distillation", {})
-        self.passes, self.losses = kept.get("passes", self.passes), list(kept.get("losses", self.losses))
-
-    def forward(self, inputs: Batch) -> Tensor:
-        """Return the coded model's logits ``[B, C]``."""
-        return self.student(inputs)  # type: ignore[no-any-return]
-
     def expert_outputs(self, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]``."""
         return torch.stack([network(inputs) for network in self.teachers])
@@ -180,17 +151,25 @@ class DistillationModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − target‖² of one batch of positions and inputs."""
-        return self._coding_loss(self(batch[1]), self.target(self._training_outputs(*batch)), "train")
+        positions, inputs = batch
+        together = len(positions) * self.trainer.world_size
+        self.passes += 3 * together
+        if None in self.known:
+            return self._loss(inputs, self.known[None][:, positions], "train")
+        self.passes += len(self.teachers) * together
+        with torch.no_grad():
+            outputs = self.expert_outputs(inputs)
+        return self._loss(inputs, outputs, "train")
 
     def validation_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> None:
         """Log the same loss on held-out samples."""
         positions, inputs = batch
-        self.passes += len(positions) * self.trainer.world_size
+        together = len(positions) * self.trainer.world_size
+        self.passes += together
         if batch_idx not in self.known:
-            if not self.losses:  # a method's cost is the same however often its training is interrupted
-                self.passes += len(self.teachers) * len(positions) * self.trainer.world_size
+            self.passes += len(self.teachers) * together
             self.known[batch_idx] = self.expert_outputs(inputs)
-        self._coding_loss(self(inputs), self.target(self.known[batch_idx]), "val")
+        self._loss(inputs, self.known[batch_idx], "val")
 
     def on_validation_epoch_end(self) -> None:
         """Store the held-out loss, one number per validation."""
@@ -199,26 +178,17 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return Adam over the trained parameters, and the schedule, which advances every step."""
-        lr = self.hparams["lr"]
+        lr, steps = self.hparams["lr"], self.hparams["steps"]
         optimizer = Adam(self.student.parameters(), lr)
         if self.hparams["schedule"] == Schedule.constant:
             return {"optimizer": optimizer}
         # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
-        steps = self.hparams["steps"]
-        rise = 0.1 if 0.1 * steps != 1 else 0.11
-        scheduler = OneCycle(optimizer, lr, steps, pct_start=rise, anneal_strategy="linear")
+        scheduler = OneCycle(optimizer, lr, steps, pct_start=0.11 if steps == 10 else 0.1, anneal_strategy="linear")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _training_outputs(self, positions: Tensor, inputs: Batch) -> Tensor:
-        """Return the experts' logits ``[N, B, C]`` for a training batch, and count the step's cost."""
-        self.passes += 3 * len(positions) * self.trainer.world_size
-        if None in self.known:
-            return self.known[None][:, positions]
-        self.passes += len(self.teachers) * len(positions) * self.trainer.world_size
-        with torch.no_grad():
-            return self.expert_outputs(inputs)
-
-    def _coding_loss(self, output: Tensor, target: Tensor, stage: str) -> Tensor:
+    def _loss(self, inputs: Batch, outputs: Tensor, stage: str) -> Tensor:
+        """Return and log the loss on a batch, for which these are the experts' logits ``[N, B, C]``."""
+        output, target = self.student(inputs), self.target(outputs)
         loss: Tensor = 0.5 * (full_precision(output) - full_precision(target)).square().sum(1).mean()
         shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}
         self.log(f"{stage}/loss", loss, batch_size=len(output), **shared)

@@ -25,7 +25,7 @@ from coin.networks import load_network, pad_head
 class DecodingEvaluator(LightningModule):
     """Measures how well lost experts are decoded, on every task's test set. The data is a `coin.data.Tasks`.
 
-    Every expert and coded model runs once per batch; decoders are fitted on the pooled calibration samples first. After
+    Every network runs once per batch; decoders are fitted on the pooled calibration samples first. After
     ``trainer.test`` the results are in `outcomes`, and some test images with their answers in `kept`. Beside the
     methods stand ``none``, the surviving experts alone, and ``oracle``, Σβ_if_i as the coded output (NDA 1).
 
@@ -36,13 +36,12 @@ class DecodingEvaluator(LightningModule):
             if head and features give the experts' logits.
         code: The code of the references, R×N; by default the first coded model's.
         replicas: The files of compressed experts, each of which replaces its own expert.
-        alpha: α, the largest probability that an accepted answer differs from the expert's if the
+        alpha: α, the largest probability that an accepted answer differs from the expert's, if the
             datamodule has samples for a promise (`coin.promised_threshold`).
         confidence: The probability that the promise holds.
 
-    Raises:
-        ConfigurationError: There is nothing to evaluate, or a decoder is unknown or given twice.
-        FileError: A file is missing or damaged, or a coded model was made of other experts.
+    Raises ConfigurationError where there is nothing to evaluate, or a decoder is unknown or given twice; FileError
+    where a file is missing or damaged, or a coded model was made of other experts.
     """
 
     def __init__(
@@ -61,20 +60,19 @@ class DecodingEvaluator(LightningModule):
             raise ConfigurationError("found no experts, expected at least one")
         self.tasks = tuple(experts)
         files = [load_network(Path(path)) for path in experts.values()]
-        self.class_counts = [file.num_classes for file in files]
-        self.config = files[0].config
+        self.class_counts, self.config = [file.num_classes for file in files], files[0].config
         width = max(self.class_counts)
         self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
-        fingerprints = [fingerprint(file.network.state_dict()) for file in files]
-        self.fingerprints, self.coded_files = fingerprints, [Path(path) for path in coded or []]
-        networks, self.variants = read_coded(self.coded_files, fingerprints)
+        self.fingerprints = [fingerprint(file.network.state_dict()) for file in files]
+        self.coded_files = [Path(path) for path in coded or []]
+        networks, self.variants = read_coded(self.coded_files, self.fingerprints)
         self.coded = nn.ModuleList(networks)
         first = self.variants[0].code if self.variants else uniform(len(experts))
         self.code = first if code is None else Code(code)
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.replicas = read_replicas([Path(path) for path in replicas or []], fingerprints, width, self.code)
+        self.replicas = read_replicas([Path(path) for path in replicas or []], self.fingerprints, width, self.code)
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
@@ -103,7 +101,7 @@ class DecodingEvaluator(LightningModule):
         self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
         started = time.perf_counter()
         answers = self._answers(calibration)
-        # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
+        # The networks run together; a decoder is charged with the share of those that it needs.
         networks = len(self.experts) + len(self.coded)
         self.evaluation.fit(answers, (time.perf_counter() - started) / networks / answers.num_samples)
         if (new := data.promise()) is not None:
@@ -150,5 +148,5 @@ class DecodingEvaluator(LightningModule):
                 path = folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors"
                 decoders = [each.decoder for each in self.evaluation.fitted if each.variant == index]
                 told = {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]}
-                names, counts, experts = self.tasks, self.class_counts, self.fingerprints
-                SystemFile(variant.code, names, counts, decoders, experts, (), paths, told).save(path)
+                about = variant.code, self.tasks, self.class_counts
+                SystemFile(*about, decoders, self.fingerprints, (), paths, told).save(path)

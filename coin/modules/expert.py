@@ -37,10 +37,9 @@ class Expert(LightningModule):
         num_classes: The number of classes; by default the datamodule's, when training starts.
         initial: A base checkpoint to start from (the shared initialisation); by default `weights`.
         initial_seed: The seed of the shared initialisation; equal for all experts of an experiment.
-        seed: The seed of dropout and the like; the global generator's state depends on it and the epoch alone. None is
-            0, or ``--seed_everything`` on the command line.
-        optimizer: A class of `torch.optim`, by its name, as ``class_path`` and ``init_args``, or as
-            `functools.partial` of it; by default SGD with momentum 0.9.
+        seed: The seed of dropout and the like, together with the epoch. None is 0, or ``--seed_everything``.
+        optimizer: A class of `torch.optim`: its name, ``class_path`` and ``init_args``, or a `functools.partial` of it;
+            by default SGD with momentum 0.9.
         lr_scheduler: A class of `torch.optim.lr_scheduler` likewise; None is a constant rate.
         **recipe: The other training options; see `coin.networks.recipe.Recipe`.
     """
@@ -65,7 +64,7 @@ class Expert(LightningModule):
         own = {name: value for name, value in locals().items() if name not in ("self", "__class__", "recipe")}
         self.save_hyperparameters(own | {each.name: getattr(self.recipe, each.name) for each in fields(Recipe)})
         self.config = NetworkConfig(network, image_size, weights, options)
-        self.network: nn.Module | None = None
+        self.network: Any = None
         self._start: dict[str, Tensor] = {}
         self._begun: int | None = None
         if num_classes is not None:
@@ -82,23 +81,15 @@ class Expert(LightningModule):
             self._build(datamodule.num_classes)
         zero_shot = getattr(datamodule, "zero_shot", None)
         if zero_shot is not None or (trainer is not None and trainer.state.fn == "fit"):  # a checkpoint brings its head
-            assert self.network is not None
             fill_head(self.network, self.config, zero_shot, type(datamodule).__name__)
 
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""
         datamodule = getattr(self.trainer, "datamodule", None)
         self.config.check_content(getattr(datamodule, "content", self.config.reads))
-        size = getattr(datamodule, "image_size", self.config.image_size)
-        if size != self.config.image_size:
-            raise ConfigurationError(
-                f"found image_size={self.config.image_size} of the model and {size} of the data; set them equal"
-            )
-        own = self.hparams["num_classes"]
-        if datamodule is not None and datamodule.num_classes != own:
-            raise ConfigurationError(
-                f"found num_classes={own} for a task of {datamodule.num_classes} classes; set them equal"
-            )
+        for name, own in (("image_size", self.config.image_size), ("num_classes", self.hparams["num_classes"])):
+            if (given := getattr(datamodule, name, own)) != own:
+                raise ConfigurationError(f"found {name}={own} of the model and {given} of the data; set them equal")
         plot_against_epochs(self, [f"{stage}/{what}" for stage in ("train", "val") for what in ("loss", "accuracy")])
 
     def train(self, mode: bool = True) -> Self:
@@ -132,7 +123,6 @@ class Expert(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]``."""
-        assert self.network is not None
         return self.network(images)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -140,7 +130,6 @@ class Expert(LightningModule):
         loss = self._step(batch, "train")
         if not self._start:
             return loss
-        assert self.network is not None
         return loss + 0.5 * self.recipe.l2_sp * squared_distance(dict(self.network.named_parameters()), self._start)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -158,7 +147,6 @@ class Expert(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule, which steps with it; ConfigurationError if it began with another."""
-        assert self.network is not None
         optimizer = self.recipe.make_optimizer(parameter_groups(self.network, self.recipe.head_lr))
         steps = self.trainer.estimated_stepping_batches
         scheduler = self.recipe.make_scheduler(optimizer, steps)
@@ -167,8 +155,7 @@ class Expert(LightningModule):
         if self._begun not in (None, steps):
             raise ConfigurationError(
                 f"found a checkpoint of a schedule of {self._begun} steps, expected {steps}, as long as this run; give "
-                "the trainer.max_epochs that it began with, or start anew from the expert that it has written "
-                "(--model.initial)"
+                "the trainer.max_epochs that it began with, or start anew from its expert (--model.initial)"
             )
         monitor = getattr(scheduler, "monitor", None)  # that of Lightning's ReduceLROnPlateau
         every = {"interval": "step"} if monitor is None else {"monitor": monitor}
@@ -196,8 +183,7 @@ class Expert(LightningModule):
         logits = self(images)
         smoothing = self.recipe.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        accuracy = self.accuracy[f"{stage}_"]  # a ModuleDict refuses the key "train"
-        assert isinstance(accuracy, MulticlassAccuracy)
+        accuracy: Any = self.accuracy[f"{stage}_"]  # a ModuleDict refuses the key "train"
         accuracy.update(logits, labels)
         shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
         self.log(f"{stage}/loss", loss, sync_dist=stage != "train", **shared)

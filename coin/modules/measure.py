@@ -32,9 +32,7 @@ def evaluate(
     calibration: Sequence[Iterable[Any]] | None = None,
     erasures: Sequence[Sequence[int]] | None = None,
 ) -> pd.DataFrame:
-    """Measure how well lost experts are decoded, each on its own task.
-
-    Each network runs once on the inputs, for any number of decoders. The numbers equal those of ``coin run``.
+    """Measure how well lost experts are decoded, each on its own task; the numbers equal those of ``coin run``.
 
     Args:
         system: The code, its experts and its coded models.
@@ -48,9 +46,9 @@ def evaluate(
     Returns:
         One row a decoder, erasure and lost expert, with the columns ``decoder``, ``erased`` (names joined by ``+``),
         ``task``, ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement`` (`coin.DecodingAccuracy`),
-        ``residual`` (`coin.Residual`), ``decoder_passes`` (networks run to fit the decoder, a sample each), and what
-        the stand-in costs: ``memory_mib`` (the coded models, and the heads or regressions), ``forwards`` (networks run
-        for one lost answer) and ``losses`` (the most at once).
+        ``residual`` (`coin.Residual`), ``decoder_passes`` (forwards to fit the decoder), and the stand-in's costs:
+        ``memory_mib`` (coded models, and heads or regressions), ``forwards`` (for one lost answer) and ``losses`` (the
+        most at once).
 
     Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
     calibration data; DecodingError where an erasure names no expert or is beyond what a decoder can; DataError where a
@@ -73,27 +71,20 @@ def evaluate(
     nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
     variant = Variant("coded", system.code, networks=tuple(range(len(system.coded))), memory=nbytes, lost=lost)
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
-    parts, probe = [], None
-    for task, batches in enumerate(calibration or ()):
-        for batch in batches:
-            probe = batch if probe is None else probe
-            found = _answers(system, batch, configs)
-            parts.append(replace(found, tasks=torch.full((found.num_samples,), task)))
-    if probe is None:
-        task = min(tests)
-        probe, labels = next(tests[task])
-        tests[task] = chain([(probe, labels)], tests[task])
+    first = next(tests[min(tests)])
+    tests[min(tests)] = chain([first], tests[min(tests)])
     with eval_mode(system.experts):
-        inputs = as_input(probe, system.coded[0])
+        inputs = as_input(first[0], system.coded[0])
         configs, heads = with_heads(configs, list(system.experts), inputs, needed=decoders is not None)
-    evaluation = Evaluation([variant], configs, system.count_classes(probe), heads)
+    evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
+    parts = []
+    for task, batches in enumerate(calibration or ()):
+        found = [_answers(system, batch, configs) for batch in batches]
+        parts += [replace(each, tasks=torch.full((each.num_samples,), task)) for each in found]
     if parts:
         evaluation.fit(Answers.concatenate(parts))
-    elif to_fit := [each.decoder for each in evaluation.fitted if each.decoder.needs_fit]:
-        raise ConfigurationError(
-            f"found no calibration samples, needed to fit the decoder {to_fit[0].config.name}; give them, or "
-            "decoders=['linear']"
-        )
+    elif to_fit := [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]:
+        raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
     for task, pairs in tests.items():
         for inputs, labels in pairs:
             evaluation.update(task, _answers(system, inputs, configs), labels.cpu())
@@ -104,16 +95,12 @@ def evaluate(
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
     """Yield a task's test batches; a DataError where one is no pair (inputs, labels), or there are none."""
-    found = False
+    batch = None
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise DataError(
-                f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels) of a task's test "
-                "set"
-            )
-        found = True
+            raise DataError(f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels)")
         yield batch[0], batch[1]
-    if not found:
+    if batch is None:
         raise DataError(f"found no test batches of task '{task}', expected at least one")
 
 

@@ -99,7 +99,7 @@ def test_what_is_missing_is_told():
         (
             {},
             ConfigurationError,
-            r"found no calibration samples, needed to fit the decoder ridge; give them, or decoders=",
+            "found no calibration samples to fit the decoder ridge on; give them",
         ),
         ({"calibration": [inputs]}, ConfigurationError, "found calibration data of 1 tasks, expected 2"),
         ({"decoders": ["cubic"]}, ValueError, "found decoder='cubic'"),

@@ -111,7 +111,7 @@ def test_bad_options_are_refused_at_construction(options, message):
 
 
 def test_the_task_and_the_network_must_have_equally_many_classes(synthetic, make_trainer):
-    with pytest.raises(ConfigurationError, match="found num_classes=4 for a task of 3 classes"):
+    with pytest.raises(ConfigurationError, match="found num_classes=4 of the model and 3 of the data"):
         make_trainer(max_epochs=1).fit(Expert(**SMALL, num_classes=4), datamodule=synthetic(classes=3))
     with pytest.raises(ConfigurationError, match="found no num_classes and no datamodule"):
         make_trainer(max_epochs=1).fit(Expert(**SMALL), synthetic().train_dataloader())

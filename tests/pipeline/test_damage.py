@@ -82,7 +82,7 @@ def test_a_warning_is_one_readable_line(config: Path, folder: Path, tmp_path: Pa
 FAILURES = {
     "a rate chosen on two samples": (
         ["--methods=[{class_path: Distillation}]"],
-        "found 2 pooled calibration samples for distillation, 1 of them held out",
+        "1 training samples over 1 process(es); each needs at least 2 of them",
     ),
     "a distillation that diverges": (
         ["--methods=[{class_path: Distillation, init_args: {steps: 5, lr: 1.0e+30}}]"],

@@ -146,10 +146,6 @@ class Training:
     options: Mapping[str, Any] = field(default_factory=dict)
     loggers: Sequence[Logger] = ()
 
-    def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
-        """Return the number of pooled calibration samples."""
-        return (samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
-
     def run_options(self, experts: Experts, method: Any) -> dict[str, Any]:
         """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
         assert isinstance(experts.source, ExpertFiles)
