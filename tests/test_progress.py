@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from coin.core.progress import progress, tracked
+from coin.core.progress import progress, progress_bar
 
 
 def interrupted(total: float | None) -> None:
@@ -12,7 +12,7 @@ def interrupted(total: float | None) -> None:
     with progress("refit [x]", total) as advance:
         for _ in range(3):
             advance()
-        for _ in tracked(["a", "b"], "inner"):
+        for _ in progress_bar("inner", items=["a", "b"]):
             print("a result")
         raise KeyboardInterrupt
 
@@ -34,7 +34,7 @@ def test_a_terminal_shows_the_share_and_is_left_clean(
 def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("work", 3) as advance:
         advance()
-    assert list(tracked([1, 2], "work")) == [1, 2]
+    assert list(progress_bar("work", items=[1, 2])) == [1, 2]
     assert capsys.readouterr() == ("", "")
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from coin.commands.parser import parse_options
 from coin.core.choices import check_integer
-from coin.core.progress import tracked
+from coin.core.progress import progress_bar
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path
 from coin.modules import Coded
@@ -56,7 +56,7 @@ def simulate(
     if conditions.seconds is None:
         times, shares = map(list, zip(*(measure(experts.network(name)) for name in experts.files), strict=True))
     rows, share = [], float(np.mean(shares))
-    for want, kind in tracked([(want, kind) for want in QueryTarget for kind in found], "simulating"):
+    for want, kind in progress_bar("simulating", items=[(want, kind) for want in QueryTarget for kind in found]):
         stand_ins, policy = System.of(found[kind], Policy(kind)).stand_ins, Policy(kind, quantile)
         each = [Simulation(stand_ins, policy, conditions, times, share, want, seed) for seed in range(seeds)]
         rows.append(row_of(found[kind], each[0], list(map(run_simulation, each))))

@@ -1,4 +1,4 @@
-"""Batches of tensors or mappings of tensors, and networks with a user-defined call."""
+"""Batches of tensors or mappings of tensors, and networks that are called in a user's way or copied."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +24,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def adapted(network: Network, forward: Forward | None) -> Network:
-    """Return a network that is called with a batch, and calls the user's function with itself and the batch.
-
-    It is a copy that shares all tensors with the network; `forward` gets another, with the class's own call.
-    """
+    """Return a copy that shares all tensors, and calls the user's function with an unchanged copy and the batch."""
     if forward is None:
         return network
 
@@ -70,9 +67,9 @@ def clear_caches(network: nn.Module) -> None:
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch as ordinary tensors on the network's device, of its first real parameter's type.
+    """Return a batch as ordinary tensors on the network's device, of its first real parameter's type but for integers.
 
-    Integers (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
+    Inference tensors, which autograd refuses, are copied.
     """
     like = next((each for each in network.parameters() if each.is_floating_point()), None)
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from coin.errors import ConfigurationError
 
 E = TypeVar("E", bound=StrEnum)
-T = TypeVar("T")
 
 
 def parse_enum(kind: type[E], name: str, value: Any) -> E:

@@ -1,4 +1,4 @@
-"""Set-up of Lightning that modules and commands share: its notices, hyper-parameters in checkpoints, axes in W&B."""
+"""Lightning's notices, and its axes in W&B."""
 
 import logging
 import warnings
@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 
-_EXPECTED = (
+_EXPECTED = (  # what Lightning warns of and an experiment means
     r".*does not have many workers.*",  # data live in memory: workers would only copy them
-    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",
     r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
     r".*is smaller than the logging interval.*",
-    r".*Experiment logs directory .* exists and is not empty.*",
     r".*treespec.*is deprecated.*",  # Lightning's own
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
     r".*`srun` command is available on your system but is not used.*",  # jobs are submitted, or start it themselves
     r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
 )
-"""What Lightning warns of and an experiment means."""
 
 
 def silence_lightning() -> None:
@@ -31,10 +29,7 @@ def silence_lightning() -> None:
 
 
 def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:
-    """Plot metrics that are logged once per epoch against the epoch in W&B: runs of other batch sizes share it.
-
-    Each metric is defined by name: of several matching patterns W&B picks any, and Lightning's ``*`` matches all.
-    """
+    """Plot metrics in W&B against the epoch, which runs of other batch sizes share; by name, as Lightning has ``*``."""
     for logger in module.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.define_metric("epoch")

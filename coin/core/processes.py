@@ -15,14 +15,8 @@ from coin.errors import CoinError, first_line
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)
-"""How long processes wait for the first one: it may merge for hours, and NCCL would give up within minutes."""
-_alone: ContextVar[bool] = ContextVar("alone", default=False)
-"""Whether the first process is at work for all, and the others wait."""
-
-
-class OtherProcessError(CoinError):
-    """Another process has stopped; it reports the reason itself."""
+_PATIENCE = timedelta(days=7)  # with the first process: it may merge for hours, and NCCL gives up within minutes
+_alone: ContextVar[bool] = ContextVar("alone", default=False)  # whether it is at work for all, and the others wait
 
 
 def _has_group() -> bool:
@@ -48,10 +42,8 @@ def rank_zero_info(text: str) -> None:
 def on_rank_zero(compute: Callable[[], T]) -> T:
     """Run `compute` on rank zero only, and return its result, which must be picklable, on all processes.
 
-    Within `compute` rank zero runs alone: nested calls do not broadcast.
-
-    Raises:
-        OtherProcessError: On all other processes, if rank zero has raised an error or has ended.
+    Within `compute` rank zero runs alone: nested calls do not broadcast. Where it has raised an error or has ended, a
+    CoinError is raised on all other processes.
     """
     if process_count() == 1 or _alone.get():
         return compute()
@@ -59,9 +51,9 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
         try:
             done, received = _broadcast(None)
         except RuntimeError as error:  # its connection is closed
-            raise OtherProcessError("the first process has ended; see what it has printed") from error
+            raise CoinError("the first process has ended; see what it has printed") from error
         if not done:
-            raise OtherProcessError(f"the first process has stopped: {received}")
+            raise CoinError(f"the first process has stopped: {received}")
         return received  # type: ignore[no-any-return]
     token = _alone.set(True)
     try:
@@ -83,7 +75,7 @@ def _broadcast(value: Any) -> Any:
 
 @cache
 def _control() -> distributed.ProcessGroup:
-    """Return a gloo group for broadcasts, on CPUs, so that waiting does not keep a GPU busy."""
+    """Return a gloo group for broadcasts: waiting in it keeps no GPU busy."""
     return distributed.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[no-any-return]
 
 
@@ -91,8 +83,7 @@ def _control() -> distributed.ProcessGroup:
 def leave_processes_at_exit() -> None:
     """Have the process group destroyed before the interpreter ends, as Lightning does for NCCL alone.
 
-    A thread of gloo that still holds a tensor then would abort the process, and its launcher would call the whole run
-    failed: https://github.com/pytorch/pytorch/pull/179291.
+    A thread of gloo that still held a tensor would abort the process: https://github.com/pytorch/pytorch/pull/179291.
     """
     atexit.register(lambda: distributed.destroy_process_group() if _has_group() else None)
 

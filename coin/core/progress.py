@@ -1,7 +1,7 @@
 """A progress bar on standard error, removed at the end; without a terminal a line now and then."""
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,12 +10,11 @@ from tqdm import tqdm
 from coin.core.processes import is_rank_zero
 
 T = TypeVar("T")
-EVERY = 30.0
-"""Seconds between two lines without a terminal, and before the first."""
+EVERY = 30.0  # seconds between two lines without a terminal, and before the first
 
 
-def progress_bar(what: str, total: float | None, items: Iterable[T] | None = None) -> "tqdm[T]":
-    """Return a bar to update after each of `total` steps and to close, or one over items."""
+def progress_bar(what: str, total: float | None = None, items: Iterable[T] | None = None) -> "tqdm[T]":
+    """Return a bar to update after each of `total` steps and to close, or one to iterate over items by."""
     often = {} if sys.stderr.isatty() else {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
     return tqdm(items, desc=what, total=total, leave=False, disable=not is_rank_zero(), **often)
 
@@ -25,8 +24,3 @@ def progress(what: str, total: float | None) -> Iterator[Callable[..., Any]]:
     """Yield a function to call after each of `total` steps, or with a number of them; None if the total is unknown."""
     with progress_bar(what, total) as bar:
         yield bar.update
-
-
-def tracked(items: Collection[T], what: str) -> Iterator[T]:
-    """Return an iterator over the items that shows how many are done."""
-    return iter(progress_bar(what, len(items), items))

@@ -3,9 +3,8 @@
 import os
 import platform
 import subprocess
-from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -13,10 +12,7 @@ from pathlib import Path
 def versions() -> dict[str, str]:
     """Return the versions of the packages a result depends on, and the git revision of ``coin`` where it is known."""
     packages = ("coded-coin", "torch", "torchvision", "lightning", "torchmetrics", "wandb", "numpy")
-    found = {}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    found = {package: version(package) for package in packages}
     root = Path(__file__).parents[2]
     try:
         # Not of an installed package, perhaps within another project's repository.
@@ -30,7 +26,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> str:
     """Return the system, the number of cores and the GPUs, in words."""
-    from torch import cuda  # only whoever measures has loaded it
+    from torch import cuda
 
     devices = [cuda.get_device_name(i) for i in range(cuda.device_count())]
     return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *devices])

@@ -8,7 +8,6 @@ from torchmetrics import Metric
 
 from coin.data import to_image
 
-KEPT = 24  # images of a task
 SIDE = 96  # of an image at most, in pixels
 
 
@@ -32,7 +31,7 @@ class ExampleSamples(Metric):
     answers: Tensor
     images: Tensor
 
-    def __init__(self, samples: int, image_size: int, ways: int, count: int = KEPT) -> None:
+    def __init__(self, samples: int, image_size: int, ways: int, count: int = 24) -> None:
         super().__init__()
         self.side = min(image_size, SIDE)
         self.order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))

@@ -5,12 +5,10 @@ import time
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -29,8 +27,8 @@ def server_answers(
     experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = ()
 ) -> Answers:
     """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
-    servers = [None if index in idle else network for index, network in enumerate((*experts, *coded))]
-    runs = [None if network is None else run_network(network, inputs, features) for network in servers]
+    servers = enumerate((*experts, *coded))
+    runs = [None if index in idle else run_network(network, inputs, features) for index, network in servers]
     return Answers.of_servers(runs, len(experts))
 
 
@@ -41,7 +39,8 @@ def with_heads(
 
     Where heads are not linear (`linear_heads`), expert_head is left out with a warning, unless it is needed.
     """
-    if not any(config.kind is DecoderKind.expert_head for config in decoders):
+    others = [config for config in decoders if config.kind is not DecoderKind.expert_head]
+    if len(others) == len(decoders):
         return decoders, None
     try:
         return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
@@ -49,7 +48,7 @@ def with_heads(
         if needed:
             raise
         warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
-        return [config for config in decoders if config.kind is not DecoderKind.expert_head], None
+        return others, None
 
 
 class Scores(DecodingAccuracy):
@@ -78,14 +77,12 @@ class Scores(DecodingAccuracy):
 class Outcome:
     """The results for one lost expert, with one variant and decoder.
 
-    `columns` are those of ``results.csv`` but for the experiment's and the seed's; `confusion` counts the expert's
-    class by the decoded class ``[C_j, C_j]``; `coverage` and `found` say how a `promise` turned out.
+    `columns` are those of ``results.csv`` but for the experiment's and the seed's, and ``coverage`` and ``found`` of a
+    `promise`; `confusion` counts the expert's class by the decoded class ``[C_j, C_j]``.
     """
 
     columns: dict[str, Any]
-    confusion: NDArray[np.int64]
-    coverage: float
-    found: float
+    confusion: Tensor
     promise: Promise | None = None
 
 
@@ -129,7 +126,7 @@ class Evaluation:
     def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
         """Fit every decoder on all servers' answers to calibration inputs; a network took so long for each of these."""
         self.network_seconds = network_seconds
-        if any(each.decoder.config.kind is DecoderKind.feature_ridge for each in self.fitted):
+        if any(config.kind is DecoderKind.feature_ridge for config in self.configs):
             answers = answers.with_kernels()
         for each in self.fitted:
             seen, started = self.variants[each.variant].seen(answers), time.perf_counter()
@@ -191,14 +188,13 @@ class Evaluation:
     @property
     def metrics(self) -> list[Metric]:
         """All metrics that hold totals."""
-        scores = [scores for each in self.fitted for scores in each.scores.values()]
-        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        return [*residuals, *scores, *(scores for _, scores in self.replicas)]
+        scores = [each.scores.values() for each in self.fitted]
+        return [*chain(*self.residuals.values(), *scores), *(scores for _, scores in self.replicas)]
 
 
 def _outcome(variant: Variant, told: dict[str, Any], scores: Scores, promise: Promise | None = None) -> Outcome:
-    numbers: dict[str, Any] = dict(scores.compute())
-    confusion = numbers.pop("confusion").cpu().numpy()
-    numbers = {name: float(value) for name, value in numbers.items()}
-    coverage, found = numbers.pop("coverage"), numbers.pop("found")
-    return Outcome({**variant.columns, **told, **numbers}, confusion, coverage, found, promise)
+    numbers = dict(scores.compute())
+    confusion = numbers.pop("confusion").cpu()
+    row = "+".join(map(str, range(len(variant.networks))))
+    made = {"method": variant.method, "batchnorm": variant.batchnorm, "code_row": row, **variant.made}
+    return Outcome({**made, **told, **{name: float(each) for name, each in numbers.items()}}, confusion, promise)

@@ -23,10 +23,9 @@ MADE = ("samples_per_task", "merge_seconds", "merge_passes")
 class Variant:
     """One coded system under evaluation: a merge method with its options, or one of the two references.
 
-    `networks` are the places of its coded models among all, none for the references; `made` are columns of
-    ``results.csv`` on how they were made, `chosen` is what was chosen for each, `kind` the method's own name, `memory`
-    their bytes as stored, with the base of compressed ones; `lost` are the erasures to measure, by default all that the
-    code can decode.
+    `networks` are the places of its coded models among all, none for the references; `made` are the columns `MADE`,
+    `chosen` is what was chosen for each, `kind` the method's own name, `memory` their bytes as stored, with the base of
+    compressed ones; `lost` are the erasures to measure, by default all that the code can decode.
     """
 
     method: str
@@ -39,12 +38,6 @@ class Variant:
     memory: float = 0
     lost: tuple[tuple[int, ...], ...] | None = None
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What ``results.csv`` says of it."""
-        row = "+".join(map(str, range(len(self.networks))))
-        return {"method": self.method, "batchnorm": self.batchnorm, "code_row": row, **self.made}
-
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
         """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
         if self.method == ORACLE:
@@ -55,10 +48,7 @@ class Variant:
         return alone or [DecoderConfig(DecoderKind.ridge)]
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
-        """Return ``memory_mib``, ``forwards`` and ``losses``, NaN for the oracle, which cannot be deployed.
-
-        `kept` is the bytes stored for decoding.
-        """
+        """Return ``memory_mib`` with the bytes kept to decode, ``forwards`` and ``losses``; NaN for the oracle."""
         if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "forwards", "losses"), math.nan)
         experts = self.code.num_experts
@@ -89,10 +79,9 @@ class Replica(NamedTuple):
 
 
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
-    """Return coded models, and a variant for the rows of each code.
+    """Return coded models, and a variant for the rows of each code; a FileError where those are not all there.
 
-    Raises FileError where a file is missing or damaged, lacks other rows of its code, or was made of experts with other
-    `fingerprints`.
+    The files must be of the experts with these `fingerprints`.
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
@@ -110,10 +99,8 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
         first, found = rows[0], [row["row"] for row in rows]
         code = Code(first["code"])
         if found != list(range(code.num_coded)) or any(row["code"] != first["code"] for row in rows):
-            raise FileError(
-                f"found rows {found} of method {method}, expected one file for each of the {code.num_coded} rows of "
-                "one code; run coin merge again"
-            )
+            told = f"found rows {found} of method {method}, expected all {code.num_coded} of one code"
+            raise FileError(f"{told}; run coin merge again")
         chosen = tuple(row.get("chosen") or {} for row in rows)
         taken = "+".join(dict.fromkeys(str(each["batchnorm"]) for each in chosen if "batchnorm" in each))
         policy = f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy
@@ -125,10 +112,7 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
 
 
 def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:
-    """Read compressed experts, with the total cost and memory of each label; logits are padded to `width`.
-
-    Raises FileError where a file is missing or damaged, or not a copy of an expert with one of the `fingerprints`.
-    """
+    """Return compressed copies of experts, padded to `width`; a FileError where one has none of the `fingerprints`."""
     groups: dict[str, list[Any]] = {}
     for file in map(load_network, paths):
         if file.provenance.get("of") not in fingerprints:

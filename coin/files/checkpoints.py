@@ -8,8 +8,7 @@ import torch
 
 from coin.errors import FileError, first_line
 
-TO_GO_ON = ("state_dict", "loops", "optimizer_states")
-"""What a training needs to go on from a checkpoint."""
+TO_GO_ON = ("state_dict", "loops", "optimizer_states")  # what a training needs of a checkpoint
 
 
 def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:

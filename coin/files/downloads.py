@@ -15,16 +15,12 @@ def names_a_file(weights: str) -> bool:
 
 def hub_weights(place: str) -> list[Path]:
     """Return the files of weights of a folder, or of an ID that is in the cache of huggingface_hub; [] without them."""
-    if Path(place).is_dir():
-        folder = Path(place)
-    else:
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-        cached = [try_to_load_from_cache(place, name) for name in ("config.json", *WEIGHTS)]
-        found = next((Path(path) for path in cached if isinstance(path, str)), None)
-        if found is None:
-            return []
-        folder = found.parent
+    folder = Path(place)
+    if not folder.is_dir():
+        cached = (try_to_load_from_cache(place, name) for name in ("config.json", *WEIGHTS))
+        folder = next((Path(path).parent for path in cached if isinstance(path, str)), folder)
     whole = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     return [whole] if whole else sorted(folder.glob("model-*-of-*.safetensors"))
 
@@ -39,6 +35,5 @@ def fetch_from_hub(place: str) -> None:
             if not hub_weights(place):
                 snapshot_download(place, allow_patterns=names)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        told = f"cannot download hf/{place} ({first_line(error)[:150]})"
         advice = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
-        raise FileError(f"{told}; {advice}") from error
+        raise FileError(f"cannot download hf/{place} ({first_line(error)[:150]}); {advice}") from error

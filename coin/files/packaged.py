@@ -7,19 +7,15 @@ from typing import Any
 
 from coin.errors import ConfigurationError, FileError, first_line
 
-
-def how_to_install(extra: str) -> str:
-    """Return the command that installs an optional extra: `coin` is on no package index."""
-    return f"pip install '.[{extra}]' in a copy of coin's repository"
+_INSTALL = "pip install '.[{}]' in a copy of coin's repository"  # coin is on no package index
 
 
 def packaged_file(package: str, file: str, extra: str = "text") -> Path:
     """Return the path of a file that a package of an extra ships, without importing it; a FileError without it."""
     found = find_spec(package)
-    path = Path(found.origin).parent / file if found and found.origin else None
-    if path is None or not path.is_file():
-        raise FileError(f"found no package {package} with a file {file}, expected it: {how_to_install(extra)}")
-    return path
+    if found and found.origin and (path := Path(found.origin).parent / file).is_file():
+        return path
+    raise FileError(f"found no package {package} with a file {file}, expected it: {_INSTALL.format(extra)}")
 
 
 def extra_module(name: str, extra: str) -> Any:
@@ -27,7 +23,7 @@ def extra_module(name: str, extra: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ConfigurationError(f"found no package {name}, expected it installed: {how_to_install(extra)}") from error
+        raise ConfigurationError(f"found no package {name}, expected it: {_INSTALL.format(extra)}") from error
 
 
 def imported(option: str, path: str, expected: str) -> Any:

@@ -21,8 +21,8 @@ _MAPPED = 2**20  # after so many bytes of tensors the file is mapped anew, so th
 def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
     """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``.
 
-    Raises StateError, and writes nothing, if a tensor is not finite, except infinities in those named in `infinite`;
-    FileError where the file cannot be written.
+    Raises StateError where a tensor is not finite, but for infinities in those named in `infinite`; FileError where the
+    file cannot be written.
     """
     check_finite(state, f"the state for '{path}'", infinite)
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}

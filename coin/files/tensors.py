@@ -30,11 +30,8 @@ def check_same_layout(states: Sequence[State], names: Sequence[str] | None = Non
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
     """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
-    for key, tensor in state.items():
-        wrong = torch.isnan(tensor) if key in infinite else ~torch.isfinite(tensor)
-        if bool(wrong.any()):
-            return key
-    return None
+    wrong = ((key, tensor.isnan() if key in infinite else ~tensor.isfinite()) for key, tensor in state.items())
+    return next((key for key, places in wrong if bool(places.any())), None)
 
 
 def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> None:
@@ -46,9 +43,8 @@ def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> Non
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return Σ_i w_i · state_i, tensor by tensor, for weights that sum to 1; a StateError where names or shapes differ.
 
-    Entries that agree in all states stay as they are, to the last bit and infinities included, and a state of weight
-    zero has no say. Floating-point and complex tensors are summed in their own type; of counts (BatchNorm's
-    ``num_batches_tracked``) the maximum over the states is taken.
+    Entries that agree in all states stay, to the last bit and infinities included, and a state of weight zero has no
+    say. Of counts (BatchNorm's ``num_batches_tracked``) the maximum over the states is taken.
     """
     check_same_layout(states)
     return {key: weighted_mean(states, weights, key) for key in states[0]}
@@ -57,10 +53,9 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
 def weighted_mean(
     states: Sequence[State], weights: Sequence[float], key: str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype` (or the complex type of such parts)."""
+    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype`, if that is wider."""
     first = states[0][key]
-    if dtype is not None:
-        first = first.to(dtype.to_complex() if first.is_complex() else dtype)
+    first = first if dtype is None else first.to(torch.promote_types(first.dtype, dtype))
     summed = first.is_floating_point() or first.is_complex()
     total = torch.zeros_like(first) if summed else first.clone()
     agree = torch.ones_like(first, dtype=torch.bool)
@@ -72,11 +67,6 @@ def weighted_mean(
         elif weight != 0:  # zero times an infinity is NaN
             total.add_(tensor, alpha=weight)
     return torch.where(agree, first, total)
-
-
-def doubled(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, a complex one in complex128."""
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def fingerprint(state: State) -> str:

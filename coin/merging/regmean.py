@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coin.core.choices import check_number, parse_enum
-from coin.core.progress import tracked
+from coin.core.progress import progress_bar
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
@@ -149,7 +149,7 @@ def regmean_parameters(
     Raises StateError where one fits no weight, and NumericalError where a damped one is singular.
     """
     like, merged = experts[0], dict[str, Tensor]()
-    for name in tracked(grams[0], label):
+    for name in progress_bar(label, items=grams[0]):
         key = name.removesuffix(TRANSPOSED)
         if key not in like:
             found = f"there is a Gram matrix for '{key}', which the experts do not have"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from coin.core.choices import check_number
-from coin.core.progress import tracked
-from coin.files.tensors import State, doubled, weighted_mean
+from coin.core.progress import progress_bar
+from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
@@ -80,7 +80,7 @@ class Wudi(MergeMethod):
         unchanged = {key for key in keys.values() if any(torch.equal(each[key], initial[key]) for each in every)}
         changed = {name: key for name, key in keys.items() if key not in unchanged | {left_out}}
         merged = average_parameters(every, row)
-        for name, key in tracked(changed.items(), self.label):
+        for name, key in progress_bar(self.label, items=changed.items()):
             grams = (_delta_gram(expert[key].double() - initial[key].double(), name != key) for expert in every)
             merged |= regmean_map(every, grams, row, name, alpha=1.0, damping=self.damping)
         yield Candidate({}, merged)
@@ -120,8 +120,9 @@ class TaskArithmetic(MergeMethod):
         """Yield the one sum."""
         initial, every, merged = experts.initial()[0], experts.parameters, {}
         for key, start in initial.items():
-            step = weighted_mean(every, row, key, torch.float64) - doubled(start)
-            merged[key] = (doubled(start) + self.scale * len(row) * step).to(every[0][key].dtype)
+            double = start.to(torch.promote_types(start.dtype, torch.float64))
+            step = weighted_mean(every, row, key, torch.float64) - double
+            merged[key] = (double + self.scale * len(row) * step).to(every[0][key].dtype)
         yield Candidate({}, merged)
 
 

@@ -21,8 +21,7 @@ from coin.reporting.summary import REFERENCES, SUMMARY_CSV, expert_accuracies, r
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, read_sweep_table
 from coin.reporting.tables import percent, promise_table
 
-Titled = tuple[str, pd.DataFrame]
-"""A table of text and what stands above it."""
+Titled = tuple[str, pd.DataFrame]  # what stands above a table of text, and the table
 Found = TypeVar("Found")
 REPORT_HTML = "report.html"
 

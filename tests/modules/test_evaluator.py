@@ -169,7 +169,7 @@ def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded,
     coded = write_coded(PAIR, experts)
     with pytest.raises(FileError, match="in another order; run coin merge again"):
         DecodingEvaluator(dict(reversed(experts.items())), coded)
-    with pytest.raises(FileError, match=r"found rows \[1\] of method average, expected one file for each of the 2"):
+    with pytest.raises(FileError, match=r"found rows \[1\] of method average, expected all 2 of one code"):
         DecodingEvaluator(experts, coded[1:])
     with pytest.raises(FileError, match=r"found rows \[0, 1, 1\]"):
         DecodingEvaluator(experts, [*coded, coded[1]])

@@ -15,7 +15,7 @@ from coin.errors import CoinWarning
 from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator
 from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
-from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_results
+from coin.reporting.results import COLUMNS, KEYS, Row, confusion_key, requested_policy, write_results
 from coin.tracking.settings import logging_only
 
 WEAK = 0.2
@@ -35,10 +35,10 @@ def record_evaluation(
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
     same: dict[str, Any] = {"experiment": name, "seed": tasks.seed, "samples_per_task": tasks.samples_per_task}
-    told = [{key: value for key, value in each.columns.items() if value is not None} for each in model.outcomes]
+    told = [{key: each.columns[key] for key in COLUMNS if each.columns.get(key) is not None} for each in model.outcomes]
     rows = [Row(**(same | each)) for each in told]
     pairs = list(zip(rows, model.outcomes, strict=True))
-    confusions = {confusion_key(row): outcome.confusion for row, outcome in pairs}
+    confusions = {confusion_key(row): outcome.confusion.numpy() for row, outcome in pairs}
     replicas = {replica.variant.method: replica.variant for replica in model.replicas}
     methods = [
         {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm, "row": row, "chosen": chosen}
@@ -89,8 +89,7 @@ def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
         **{name: getattr(promise, name) for name in ("alpha", "confidence", "samples", "needed")},
         "threshold": math.nan if promise.threshold is None else promise.threshold,
         "promised": promise.coverage,
-        "coverage": outcome.coverage,
-        "found": outcome.found,
+        **{name: outcome.columns[name] for name in ("coverage", "found")},
     }
 
 
