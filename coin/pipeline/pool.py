@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from coin.core.processes import cores
 from coin.core.ray_cluster import set_ray_variables, start_ray
@@ -111,41 +112,30 @@ class Command:
         return submitit.helpers.DelayedSubmission(self)
 
 
-class Pool(ABC):
-    """Runs commands elsewhere, `workers` at a time."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
-    @abstractmethod
-    def submit(self, command: Command) -> Any:
-        """Start a command, and return its handle."""
-
-    @abstractmethod
-    def ended(self, handle: Any) -> str | None:
-        """Return why a command has failed, '' if it has not; None while it runs."""
+Ended: TypeAlias = Callable[[], str | None]
+"""Asks a command that was started why it has failed: '' if it has not, None while it runs."""
+Submit: TypeAlias = Callable[[Command], Ended]
 
 
 @contextlib.contextmanager
-def open_pool(launch: Launch | None, store: Path) -> Iterator[Pool | None]:
-    """Yield the pool of a launch section, none without; it ends with the block, but for jobs of a cluster.
+def open_pool(launch: Launch | None, store: Path) -> Iterator[Submit | None]:
+    """Yield the function that starts commands as a launch section says, none without; jobs of SLURM outlive the block.
 
     Raises:
         ConfigurationError: submitit, SLURM or Ray is missing, or refuses an option.
     """
     if launch is None or not launch.side_by_side:
         yield None
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    with contextlib.ExitStack() as stack:
-        if launch.executor is Executor.slurm:
-            yield _Slurm(launch, store)
-            return
-        pool: Pool = _Ray(launch, stack) if launch.executor is Executor.ray else _Processes(launch.workers, stack)
+    elif launch.executor is Executor.slurm:
+        yield _Slurm(launch, store).submit
+    else:
         # A scheduler sends SIGTERM before the end of an allocation, and Ray's own handler would abort.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        stack.callback(signal.signal, signal.SIGTERM, before)
-        yield pool
+        with _ray(launch) if launch.executor is Executor.ray else _processes(launch.workers) as submit:
+            before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+            try:
+                yield submit
+            finally:
+                signal.signal(signal.SIGTERM, before)
 
 
 def check_launch(launch: Launch, store: Path) -> None:
@@ -178,48 +168,51 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [{**environment, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
-class _Processes(Pool):
-    """Processes of this machine, which end with this one."""
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[Submit]:
+    """Yield what starts a command in a process of this machine, which ends with this one."""
+    free, running = worker_environments(workers), set[subprocess.Popen[bytes]]()
 
-    def __init__(self, workers: int, stack: contextlib.ExitStack) -> None:
-        super().__init__(workers)
-        self._free = worker_environments(workers)
-        self._running: dict[subprocess.Popen[bytes], tuple[Command, dict[str, str]]] = {}
-        stack.callback(self._stop)
-
-    def submit(self, command: Command) -> "subprocess.Popen[bytes]":
-        environment = self._free.pop()
+    def run(command: Command, environment: dict[str, str]) -> None:
         process = command.start(environment)
-        self._running[process] = command, environment
-        return process
+        running.add(process)
+        try:
+            if status := process.wait():
+                raise CommandFailedError(f"exit status {status}: {command.last_line()}")
+        finally:
+            running.discard(process)
+            free.append(environment)
 
-    def ended(self, handle: "subprocess.Popen[bytes]") -> str | None:
-        if (status := handle.poll()) is None:
-            return None
-        command, environment = self._running.pop(handle)
-        self._free.append(environment)
-        return f"exit status {status}: {command.last_line()}" if status else ""
-
-    def _stop(self) -> None:
-        for process in self._running:
-            process.terminate()
-        for process in self._running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
-            process.kill()  # does nothing to one that has ended
-            process.wait()
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            yield lambda command: partial(_ended, command, threads.submit(run, command, free.pop()))
+        finally:
+            for process in [*running]:
+                process.terminate()
+            for process in [*running]:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_SECONDS)
+                process.kill()  # does nothing to one that has ended
 
 
-class _Slurm(Pool):
+def _ended(command: Command, future: "Future[None]") -> str | None:
+    if not future.done():
+        return None
+    error = future.exception()
+    # Ray puts a command's own error, with its traceback, into another one.
+    known = CommandFailedError.__name__ in f"{type(error).__name__}: {error}"
+    return "" if error is None else command.last_line() if known else first_line(error)[:200]
+
+
+class _Slurm:
     """Jobs that submitit submits, to SLURM or, to try them, on this machine; they outlive this process.
 
     A job's number is kept beside its log: started again, the command waits for a job that is still alive.
     """
 
     def __init__(self, launch: Launch, store: Path) -> None:
-        super().__init__(launch.workers)
         self._submitit, self._launch = extra_module("submitit", "slurm"), launch
-        options = {"cluster": "slurm", "name": "coin", **launch.slurm}
+        options: dict[str, Any] = {"cluster": "slurm", "name": "coin", **launch.slurm}
         self._cluster, self._folder = options.pop("cluster"), store / ".jobs"
         if self._cluster == "slurm" and shutil.which("srun") is None:
             raise ConfigurationError(
@@ -240,18 +233,18 @@ class _Slurm(Pool):
         except Exception as error:  # submitit's and sbatch's errors share no base class
             raise ConfigurationError(f"cannot {what} jobs with {self._launch.slurm}: {first_line(error)}") from error
 
-    def submit(self, command: Command) -> tuple[Command, Any]:
+    def submit(self, command: Command) -> Ended:
+        """Submit a command, unless its job is still alive."""
         kept = command.log.with_suffix(".job")
         if kept.is_file() and (job_id := kept.read_text(encoding="utf-8")) in self._queued():
-            return command, self._submitit.SlurmJob(self._folder, job_id)
+            return partial(self._ended, command, self._submitit.SlurmJob(self._folder, job_id))
         with self._refusals("submit"):
             job = self._executor.submit(command)
         write_text(kept, str(job.job_id))
         self._queue.add(str(job.job_id))
-        return command, job
+        return partial(self._ended, command, job)
 
-    def ended(self, handle: tuple[Command, Any]) -> str | None:
-        command, job = handle
+    def _ended(self, command: Command, job: Any) -> str | None:
         lost = f"job {job.job_id} ended without a result; see {job.paths.stderr}"
         if job.paths.result_pickle.exists() or (self._cluster != "slurm" and job.done()):
             error = job.exception()
@@ -273,43 +266,29 @@ class _Slurm(Pool):
         return self._queue
 
 
-class _Ray(Pool):
-    """Tasks of Ray; a task whose machine is lost is started again."""
+@contextlib.contextmanager
+def _ray(launch: Launch) -> Iterator[Submit]:
+    """Yield what starts a command as a task of Ray; a task whose machine is lost is started again."""
+    options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
+    address = options.pop("address", None)
+    set_ray_variables(address)
+    ray, running = extra_module("ray", "serve"), list[Any]()
 
-    def __init__(self, launch: Launch, stack: contextlib.ExitStack) -> None:
-        super().__init__(launch.workers)
-        options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
-        address = options.pop("address", None)
-        set_ray_variables(address)
-        self._ray = extra_module("ray", "serve")
-        self._running: dict[Any, Command] = {}
-        stack.callback(self._stop)
-        try:
-            self._task = self._ray.remote(**options)(_in_this_folder())
-            start_ray(address)
-        except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
+    def submit(command: Command) -> Ended:
+        running.append(task.remote(command))
+        return partial(_ended, command, running[-1].future())
 
-    def submit(self, command: Command) -> Any:
-        handle = self._task.remote(command)
-        self._running[handle] = command
-        return handle
-
-    def ended(self, handle: Any) -> str | None:
-        if not self._ray.wait([handle], timeout=0)[0]:
-            return None
-        command = self._running.pop(handle)
-        try:
-            self._ray.get(handle)
-        except self._ray.exceptions.RayError as error:
-            known = CommandFailedError.__name__ in f"{type(error).__name__}: {error}"
-            return command.last_line() if known else first_line(error)[:200]
-        return ""
-
-    def _stop(self) -> None:
-        for unfinished in self._running:
-            self._ray.cancel(unfinished, force=True)
-        self._ray.shutdown()
+    try:
+        task = ray.remote(**options)(_in_this_folder())
+        start_ray(address)
+    except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
+    try:
+        yield submit
+    finally:
+        for each in running:
+            ray.cancel(each, force=True)  # does nothing to one that has ended
+        ray.shutdown()
 
 
 def _in_this_folder() -> Callable[[Command], None]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
-from typing import Any
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan
-from coin.pipeline.pool import Command, CommandFailedError, Launch, Pool, open_pool
+from coin.pipeline.pool import Command, CommandFailedError, Ended, Launch, Submit, open_pool
 from coin.pipeline.step import Step, closure
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.trainer import join_processes
@@ -78,16 +77,16 @@ def run_steps(
     Raises:
         CommandFailedError: Some steps have failed; all that do not need them have finished.
     """
-    with open_pool(launch, steps[0].step.store) as pool:
-        run = _Run(steps, on_done, keep_going)
+    with open_pool(launch, steps[0].step.store) as submit:
+        run, workers = _Run(steps, on_done, keep_going), 1 if launch is None else launch.workers
         while run.waiting:
-            moved = pool is not None and run.collect(pool)
+            moved = run.collect()
             for planned in run.ready():
-                if pool is None or not planned.step.remote:
+                if submit is None or not planned.step.remote:
                     run.here(planned)
                     moved = True
                     break
-                moved |= run.elsewhere(planned, pool)
+                moved |= len(run.running) < workers and run.elsewhere(planned, submit)
             if not moved:
                 time.sleep(_POLL_SECONDS)
     if run.failed:
@@ -101,7 +100,7 @@ class _Run:
     def __init__(self, steps: Sequence[Planned], on_done: Callable[[Planned, bool], None], keep_going: bool) -> None:
         self.waiting = {each.step.key: each for each in steps}
         self.places = {each.step.key: place for place, each in enumerate(steps, 1)}
-        self.running: dict[str, Any] = {}
+        self.running: dict[str, Ended] = {}
         self.done: set[str] = set()
         self.failed: list[tuple[int, str]] = []
         self._on_done, self._keep_going = on_done, keep_going
@@ -111,9 +110,9 @@ class _Run:
         able = (each for key, each in self.waiting.items() if key not in self.running)
         return [each for each in able if all(need.key in self.done for need in each.step.needs)]
 
-    def collect(self, pool: Pool) -> bool:
+    def collect(self) -> bool:
         """Take what has ended elsewhere, and return whether something has."""
-        ended = {key: why for key, job in self.running.items() if (why := pool.ended(job)) is not None}
+        ended = {key: why for key, ask in self.running.items() if (why := ask()) is not None}
         for key, why in ended.items():
             del self.running[key]
             planned = self.waiting[key]
@@ -123,8 +122,8 @@ class _Run:
                 self._fail(planned, f"{why or 'it ended without a result'} (see {_command(planned).log})")
         return bool(ended)
 
-    def elsewhere(self, planned: Planned, pool: Pool) -> bool:
-        """Submit a step if there is room, and return whether it has been; a step that is done is finished at once.
+    def elsewhere(self, planned: Planned, submit: Submit) -> bool:
+        """Submit a step, and return whether it has been; a step that is done is finished at once.
 
         A step that another process is at work on is not submitted: the job would hold its allocation, and wait.
         """
@@ -132,9 +131,9 @@ class _Run:
             self._finish(planned, "up to date")
             return True
         with planned.step.locked(wait=False) as free:
-            if not free or len(self.running) >= pool.workers:
+            if not free:
                 return False
-        self.running[planned.step.key] = pool.submit(_command(planned))
+        self.running[planned.step.key] = submit(_command(planned))
         self._say(planned, f"{planned.step.doing}, elsewhere")
         return True
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,20 +94,16 @@ class InstantRay(SimpleNamespace):
 
     def remote(self, **options: Any) -> Callable[[Callable[[Command], None]], Any]:
         self.options |= options
+        threads = ThreadPoolExecutor(9)
 
-        def start(run: Callable[[Command], None], command: Command) -> Callable[[], None]:
+        def start(run: Callable[[Command], None], command: Command) -> Any:
             self.under_way += 1
             self.most = max(self.most, self.under_way)
-            return partial(run, command)
+            future = threads.submit(run, command)
+            future.add_done_callback(lambda _: setattr(self, "under_way", self.under_way - 1))
+            return SimpleNamespace(future=lambda: future)
 
         return lambda run: SimpleNamespace(remote=partial(start, run))
-
-    def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
-        return tasks[:1], tasks[1:]
-
-    def get(self, task: Callable[[], None]) -> None:
-        self.under_way -= 1
-        task()
 
     def cancel(self, _: Any, *, force: bool) -> None:
         self.calls.append(f"cancel {force}")
@@ -197,33 +194,33 @@ def test_an_experiment_by_jobs_of_submitit_is_that_of_one_process(
 
 
 def test_tasks_of_ray_are_as_many_at_a_time_as_workers(
-    instant_ray: InstantRay, processes: None, planned: list[Planned]
+    instant_ray: InstantRay, processes: None, planned: list[Planned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CommandFailedError):
         run_steps(planned, RAY)
     assert instant_ray.most == 2
     told = {"num_cpus": max(1, cores() // 2), "num_gpus": 0.5, "name": "coin", "address": "auto"}
     assert instant_ray.options.items() >= told.items()
-    assert instant_ray.calls == ["shutdown"]
-    instant_ray.wait = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    assert instant_ray.calls[-1] == "shutdown"
+    monkeypatch.setattr("coin.pipeline.run.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     for each in planned:
         (each.step.folder / DONE).unlink(missing_ok=True)
     with pytest.raises(KeyboardInterrupt):
         run_steps(planned, RAY)
-    assert instant_ray.calls[1:] == ["cancel True", "cancel True", "shutdown"]
+    assert instant_ray.calls[-3:] == ["cancel True", "cancel True", "shutdown"]
 
 
 def test_ray_itself_runs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.remote_function")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")  # of another cluster, which is not asked for
     commands = [Command([name], tmp_path / f"{name}.log") for name in ("--help", "nonsense")]
-    with open_pool(Launch(Executor.ray, 2), tmp_path) as pool:
-        assert pool is not None
-        handles = [pool.submit(command) for command in commands]
+    with open_pool(Launch(Executor.ray, 2), tmp_path) as submit:
+        assert submit is not None
+        asked = [submit(command) for command in commands]
         ended: list[str | None] = [None, None]
         while None in ended:
             time.sleep(0.1)
-            ended = [why if why is not None else pool.ended(h) for why, h in zip(ended, handles, strict=True)]
+            ended = [ask() for ask in asked]
     assert "usage: coin" in commands[0].log.read_text()
     assert ended[0] == ""
     assert "found command 'nonsense'" in str(ended[1])
