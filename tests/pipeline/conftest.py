@@ -1,11 +1,15 @@
 """Every command runs in a folder of its own."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import coin.pipeline.run
+from coin.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +30,24 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the reports, whose plots take longer than what the test is about."""
     monkeypatch.setattr(coin.pipeline.run, "write_report", lambda folder: None)
+
+
+@pytest.fixture
+def trained(finished: Path) -> dict[str, Any]:
+    """The sections that bring the finished experiment's experts along."""
+    paths = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
+    return {"expert": {"checkpoints": paths}, "base": {"checkpoint": f"{finished}/base/base.safetensors"}}
+
+
+@pytest.fixture
+def run_small(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that runs the small experiment with other sections, and returns its seed's folder."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+    def run(*options: str, **sections: Any) -> Path:
+        document = yaml.safe_load(config.read_text()) | sections
+        Path("options.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+        assert main(["run", "-c", "options.yaml", f"--output={tmp_path}", *options]) == 0
+        return tmp_path / document["name"] / f"seed-{document['seeds'][0]}"
+
+    return run

@@ -1,7 +1,9 @@
 """Compressed experts and coded models in an experiment, and what reads them afterwards."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +12,7 @@ from coin.cli import main
 from coin.networks import load_network
 from coin.reporting import read_results
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
 
 REPLICAS = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}, {"rank": 4}]
 METHODS = [
@@ -19,32 +21,17 @@ METHODS = [
 ]
 
 
-@pytest.fixture
-def compressed(config: Path, finished: Path, tmp_path: Path) -> Path:
-    """The tiny experiment with trained experts, as a file."""
-    options = yaml.safe_load(config.read_text())
-    folder = finished / "seed-0/experts"
-    experts = {task: str(folder / task / "expert.safetensors") for task in ("digits", "letters")}
-    base = {"checkpoint": str(finished / "base/base.safetensors")}
-    options |= {"methods": METHODS, "replicas": REPLICAS, "expert": {"checkpoints": experts}, "base": base}
-    path = tmp_path / "options.yaml"
-    path.write_text(yaml.safe_dump(options | {"decoders": ["linear", "expert_head"], "output": str(tmp_path)}))
-    return path
-
-
 def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
-    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_small: Callable[..., Path], trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "-c", str(compressed)]) == 0
-    seed = tmp_path / "tiny/seed-0"
+    seed = run_small(**trained, methods=METHODS, replicas=REPLICAS, decoders=["linear", "expert_head"])
     frame = read_results(seed)
     replicas = frame[frame.decoder == "replica"]
     labels = ["replica-8bit", "replica-3bit", "replica-3bit-int8base", "replica-rank4"]
     assert list(dict.fromkeys(replicas.method)) == labels
     assert replicas.task.tolist() == ["digits", "letters"] * 4
     assert (replicas.erased == replicas.task).all()
-    assert replicas.forwards.eq(1).all()
-    assert replicas.losses.eq(2).all()
+    assert set(zip(replicas.forwards, replicas.losses, strict=True)) == {(1, 2)}
     assert replicas.residual.isna().all()
     assert replicas.merge_seconds.gt(0).all()
     assert replicas[replicas.method == "replica-8bit"].agreement.min() > 0.95
@@ -60,12 +47,10 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit-nobase"]
     nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
     assert nda["refit-8bit-int8base"] == pytest.approx(nda["refit"], abs=0.1)
-    kept = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
-    assert kept["refit-2bit-nobase"] < kept["refit-8bit-int8base"] < kept["refit"]
+    kept_mib = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
+    assert kept_mib["refit-2bit-nobase"] < kept_mib["refit-8bit-int8base"] < kept_mib["refit"]
     kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
-    assert kinds["replica-3bit"] == "replica"
-    assert kinds["refit-2bit-nobase"] == "refit"
-    assert (tmp_path / "tiny/report.html").is_file()
+    assert (kinds["replica-3bit"], kinds["refit-2bit-nobase"]) == ("replica", "refit")
     # The configuration that was left repeats the run, and finds all of it done.
     capsys.readouterr()
     assert main(["run", "-c", str(seed / "config.yaml")]) == 0
@@ -78,42 +63,31 @@ def test_the_command_compresses_experts_and_coded_models(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed, base = finished / "seed-0", finished / "base/initial-10.safetensors"
-    expert = seed / "experts/letters/expert.safetensors"
-    output = tmp_path / "letters.safetensors"
-    arguments = [str(expert), f"--base={base}", "--bits=3", "--base_bits=8", f"--output={output}"]
-    assert main(["compress", *arguments]) == 0
+    expert, output = seed / "experts/letters/expert.safetensors", tmp_path / "letters.safetensors"
+    assert main(["compress", str(expert), f"--base={base}", "--bits=3", "--base_bits=8", f"--output={output}"]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert load_network(output).num_classes == 6
     (kept,) = tmp_path.glob("initial-10-*-int8.safetensors")
     assert sorted(tmp_path.iterdir()) == [kept, output]
-    coded = tmp_path / "average.safetensors"
-    assert (
-        main(["compress", str(seed / "coded/average.safetensors"), "--bits=8", "--base_bits=0", f"--output={coded}"])
-        == 0
-    )
-    # What is compressed is evaluated, and merged, like what is not.
-    files = f"{{digits: {seed}/experts/digits/expert.safetensors, letters: {output}}}"
-    assert (
-        main(
-            ["merge", f"--experts={files}", "--method=Average", "--method.batchnorm=average", f"--output={tmp_path}/m"]
-        )
-        == 0
-    )
+    coded = ["compress", str(seed / "coded/average.safetensors"), "--bits=8", "--base_bits=0"]
+    assert main([*coded, f"--output={tmp_path}/average.safetensors"]) == 0
+    # What is compressed is merged like what is not.
+    files = f"--experts={{digits: {seed}/experts/digits/expert.safetensors, letters: {output}}}"
+    assert main(["merge", files, "--method=Average", "--method.batchnorm=average", f"--output={tmp_path}/m"]) == 0
     assert load_network(tmp_path / "m/average-average.safetensors").num_classes == 10
     for wrong, told in (
-        ([str(expert), "--bits=3"], "no base"),
-        ([str(expert), f"--base={base}", "--bits=12"], "bits=12"),
-        ([str(expert), f"--base={base}"], "expected one of them"),
+        (["--bits=3"], "no base"),
+        ([f"--base={base}", "--bits=12"], "bits=12"),
+        ([f"--base={base}"], "expected one of them"),
     ):
         capsys.readouterr()
-        assert main(["compress", *wrong, f"--output={tmp_path}/x.safetensors"]) == 2
+        assert main(["compress", str(expert), *wrong, f"--output={tmp_path}/x.safetensors"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert told in line
 
 
-def test_two_variants_of_one_name_are_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "twice.yaml"
+def test_two_variants_of_one_name_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for replicas, found in (([{"bits": 3}, {"bits": 3}], "replica-3bit"), ([{"bits": 3, "bit": 4}], "bits or rank")):
-        path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"replicas": replicas}))
-        assert main(["run", "-c", str(path)]) == 2
+        Path("twice.yaml").write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"replicas": replicas}))
+        assert main(["run", "-c", "twice.yaml"]) == 2
         assert found in capsys.readouterr().err

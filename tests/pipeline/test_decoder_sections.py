@@ -1,6 +1,8 @@
 """Decoders with options in an experiment's YAML, through the command line."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,80 +12,43 @@ from coin.reporting import read_results
 
 pytestmark = pytest.mark.slow
 
-SECTIONS = """
-decoders:
-  - linear
-  - {kind: ridge, fitted_on: own}
-  - {kind: feature_ridge, survivors: false}
-  - {kind: feature_ridge, fitted_on: own, survivors: false}
-"""
+SECTIONS: list[Any] = [
+    "linear",
+    {"kind": "ridge", "fitted_on": "own"},
+    {"kind": "feature_ridge", "survivors": False},
+    {"kind": "feature_ridge", "fitted_on": "own", "survivors": False},
+]
 NAMES = ["linear", "ridge-own", "feature_ridge-alone", "feature_ridge-own-alone"]
-
-
-@pytest.fixture
-def experts(finished: Path) -> dict[str, str]:
-    """The finished experiment's experts."""
-    folder = finished / "seed-0/experts"
-    return {task: str(folder / task / "expert.safetensors") for task in ("digits", "letters")}
-
-
-@pytest.fixture
-def tiny(config: Path, tmp_path: Path, experts: dict[str, str]) -> Path:
-    """The tiny experiment with trained experts, plain averaging alone, and these decoders."""
-    options = yaml.safe_load(config.read_text())
-    options |= {"methods": [{"class_path": "Average"}], "expert": {"checkpoints": experts}, "output": str(tmp_path)}
-    options |= yaml.safe_load(SECTIONS)
-    path = tmp_path / "options.yaml"
-    path.write_text(yaml.safe_dump(options))
-    return path
 
 
 @pytest.mark.usefixtures("no_reports")
 def test_an_experiment_is_measured_with_every_decoder_and_repeats_itself(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_small: Callable[..., Path], trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "-c", str(tiny)]) == 0
-    seed = tmp_path / "tiny/seed-0"
-    frame = read_results(seed)
-    found = frame[frame.method == "average"]
+    seed = run_small(**trained, methods=[{"class_path": "Average"}], decoders=SECTIONS)
+    found = read_results(seed).query("method == 'average'")
     assert list(dict.fromkeys(found.decoder)) == NAMES
     assert found.groupby("decoder").size().eq(2).all()
-    printed = capsys.readouterr().out
-    assert "own-alone" in printed
-    assert "…" not in printed
+    assert "…" not in capsys.readouterr().out
     # The configuration that was left repeats the run, and finds all of it done.
-    assert yaml.safe_load((seed / "config.yaml").read_text())["decoders"] == yaml.safe_load(SECTIONS)["decoders"]
+    assert yaml.safe_load((seed / "config.yaml").read_text())["decoders"] == SECTIONS
     assert main(["run", "-c", str(seed / "config.yaml")]) == 0
     assert "evaluation: up to date" in capsys.readouterr().err
-    # The same decoders in other words are the same; other options are not.
-    other = yaml.safe_load(SECTIONS)["decoders"]
-    other[0] = {"kind": "linear"}
-    assert main(["run", "-c", str(tiny), f"--decoders={other}"]) == 0
+    # The same decoders in other words are the same.
+    assert main(["run", "-c", str(seed / "config.yaml"), f"--decoders={[{'kind': 'linear'}, *SECTIONS[1:]]}"]) == 0
     assert "evaluation: up to date" in capsys.readouterr().err
-    assert main(["run", "-c", str(tiny), "--decoders=[{kind: feature_ridge, fitted_on: own}]"]) == 0
-    assert "evaluation: every" in capsys.readouterr().err
-    assert set(read_results(seed).query("method == 'average'").decoder) == {"feature_ridge-own"}
 
 
-def test_the_evaluator_takes_the_same_sections(
-    finished: Path, experts: dict[str, str], config: Path, tmp_path: Path
-) -> None:
+def test_the_evaluator_takes_the_same_sections(finished: Path, trained: dict[str, Any], config: Path) -> None:
     tasks = yaml.safe_load(config.read_text())["tasks"]
+    coded = [str(finished / "seed-0/coded/average.safetensors")]
+    model = {"experts": trained["expert"]["checkpoints"], "coded": coded, "decoders": SECTIONS}
     options = {
-        "model": {
-            "class_path": "DecodingEvaluator",
-            "init_args": {
-                "experts": experts,
-                "coded": [str(finished / "seed-0/coded/average.safetensors")],
-                "decoders": yaml.safe_load(SECTIONS)["decoders"],
-            },
-        },
+        "model": {"class_path": "DecodingEvaluator", "init_args": model},
         "data": {"class_path": "Tasks", "init_args": {"tasks": tasks, "samples_per_task": 24}},
-        "output": str(tmp_path),
-        "trainer": {"logger": False, "default_root_dir": str(tmp_path)},
+        "trainer": {"logger": False, "default_root_dir": "."},
     }
-    path = tmp_path / "evaluate.yaml"
-    path.write_text(yaml.safe_dump(options))
-    assert main(["evaluate", "-c", str(path)]) == 0
-    frame = read_results(tmp_path)
+    Path("evaluate.yaml").write_text(yaml.safe_dump(options))
+    assert main(["evaluate", "-c", "evaluate.yaml", "--output=."]) == 0
+    frame = read_results(Path())
     assert list(dict.fromkeys(frame[frame.method == "average"].decoder)) == NAMES

@@ -217,7 +217,7 @@ def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
 
     Raises CoinError if it is no code, is for another number of experts, or cannot decode every erasure of R.
     """
-    code = Code(option) if isinstance(option, list) else convex(num_experts, option or 1)
+    code = Code(option) if isinstance(option, list) else convex(num_experts, 1 if option is None else option)
     if code.num_experts != num_experts:
         raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {num_experts}")
     return code
