@@ -18,7 +18,7 @@ from coin.commands.merge import merge
 from coin.errors import CoinError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import fingerprint
-from coin.merging import Average, Coin, Experts, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
+from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
 from coin.networks import (
     BatchNormPolicy,
     NetworkConfig,
@@ -27,7 +27,6 @@ from coin.networks import (
     pad_head,
     save_network,
 )
-from coin.networks.experts import ExpertFiles
 from coin.networks.heads import padded_rows
 from coin.statistics import fisher_diagonal, gram_sums
 
@@ -121,18 +120,6 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
-def test_a_fisher_file_of_the_head_alone_leaves_the_rest_to_the_average(files: dict[str, Any], tmp_path: Path) -> None:
-    first = Path(next(iter(files["fisher"].values())))
-    values, provenance = load_state(first)
-    save_state(first, {name: values[name] for name in ("fc.weight", "fc.bias")}, provenance)
-    average, coin_ = (
-        load_state(merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)[0])[0]
-        for method in METHODS[:2]
-    )
-    for name, tensor in average.items():
-        assert torch.equal(coin_[name], tensor) == (name not in ("fc.weight", "fc.bias"))
-
-
 def _spoil(path: str, change: Callable[[dict[str, Tensor]], None]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     with Path(path).open("rb") as file:
@@ -161,30 +148,3 @@ def test_a_damaged_expert_is_found_before_anything_is_merged(
     with pytest.raises(CoinError, match=message):
         merge(method=METHODS[1], output=str(tmp_path / "coded"), code=ROWS, **files)
     assert not (tmp_path / "coded").exists()
-
-
-@pytest.mark.parametrize("name", ["resnet18", "regnet_x_400mf"])
-def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
-    config = NetworkConfig(name, 32)
-    network = build_network(config, 3)
-    save_network(tmp_path / "expert.safetensors", network, config, 3, {})
-    files = ExpertFiles({"task": tmp_path / "expert.safetensors"})
-    experts, state = Experts(files), files.opened["task"].state
-    assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
-    assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
-    assert {*experts.buffers[0]} == {*state} - {*experts.parameters[0]} == {key for key, _ in network.named_buffers()}
-    shapes = {key: tensor.shape for key, tensor in files.skeleton.state_dict().items()}
-    assert shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
-
-
-def test_experts_are_read_one_at_a_time_where_networks_run(files: dict[str, Any]) -> None:
-    experts = ExpertFiles({task: Path(path) for task, path in files["experts"].items()})
-    living = Living()
-    count = 0
-    for network in experts.each_network():
-        gc.collect()
-        living.born(network)
-        count += 1
-        del network
-    assert count == len(COUNTS)
-    assert living.most <= 2

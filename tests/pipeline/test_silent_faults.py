@@ -10,10 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin.coding import Answers, DecoderConfig, fault_score, make_decoder
-from coin.coding.ready import uniform
-from coin.data.embedded import Digits
-
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
@@ -39,14 +35,6 @@ def rows(finished: Path, study: ModuleType) -> pd.DataFrame:
     rows = pd.DataFrame(study.measure(seed, "average", [4], 40))
     assert set(rows.method) == {"average", "none"}
     return rows[rows.method == "average"]
-
-
-def test_an_expert_that_works_is_as_odd_as_ever(rows: pd.DataFrame) -> None:
-    working = rows[rows.fault != "turned"]
-    assert list(working.oddness) == pytest.approx(list(working.usual))
-    assert list(working.faulty_accuracy) == list(working.expert_accuracy)
-    assert (working.alarm == working.false_alarm).all()
-    assert (working.false_alarm < 0.2).all()  # a few validation samples are not quite like the test's
 
 
 def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(rows: pd.DataFrame) -> None:
@@ -75,22 +63,3 @@ def test_no_threshold_is_set_on_the_batches_that_are_scored(
     working = rows[rows.fault != "turned"]
     assert (working.false_alarm > 0.5).all()  # test inputs unlike the others raise alarms, and the column says so
     assert (working.alarm == working.false_alarm).all()
-
-
-def test_many_batches_at_once_are_as_odd_as_one_at_a_time(study: ModuleType) -> None:
-    draw = torch.Generator().manual_seed(0)
-    outputs = torch.randn(3, 50, 4, generator=draw)
-    answers = Answers(outputs, outputs.mean(0, keepdim=True) + 0.1 * torch.randn(1, 50, 4, generator=draw))
-    code = uniform(3)
-    decoders = [make_decoder(DecoderConfig.named("ridge"), code, [lost]).fit(answers) for lost in range(3)]
-    new = answers.select(slice(0, 20))
-    found = study.odds(decoders, answers, new, 5, batches=7)
-    again = torch.Generator().manual_seed(5)
-    for one in found:
-        batch = torch.randperm(50, generator=again)[:5]
-        torch.testing.assert_close(one, fault_score(decoders, answers.select(batch), new))
-
-
-def test_tasks_without_validation_samples_are_refused(study: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="validation_share"):
-        study.pooled({"digits": Digits(validation_share=0.0)}, "validation")

@@ -150,31 +150,6 @@ def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
     assert described["code"] == [[0.5, 0.5]]
 
 
-def test_rows_name_all_coded_models_and_erased_tasks(synthetic, write_experts, write_coded, make_trainer):
-    experts = write_experts([3, 3])
-    evaluator = DecodingEvaluator(experts, write_coded([[0.7, 0.3], [0.3, 0.7]], experts), ["linear"])
-    tasks = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, 20)
-    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
-    rows = [outcome.columns for outcome in evaluator.outcomes]
-    assert {(row["code_row"], row["erased"], row["task"]) for row in rows if row["method"] == "average"} == {
-        ("0+1", "task0", "task0"),
-        ("0+1", "task1", "task1"),
-        ("0+1", "task0+task1", "task0"),
-        ("0+1", "task0+task1", "task1"),
-    }
-
-
-def test_evaluate_wants_an_evaluator_and_tasks(pair, synthetic, make_trainer):
-    evaluator, tasks = pair
-    for model, data in ((Expert(**SMALL, num_classes=3), tasks), (evaluator, synthetic())):
-        with pytest.raises(ConfigurationError, match=r"expected a DecodingEvaluator with Tasks; see configs/evaluate/"):
-            make_trainer().evaluate(model, data)
-
-
-def test_lightnings_distributed_sampler_is_off_by_default(make_trainer):
-    assert not make_trainer()._accelerator_connector.use_distributed_sampler
-
-
 def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_coded):
     experts = write_experts([10, 10])
     paths = {"experts": experts, "coded": write_coded([[0.7, 0.3], [0.3, 0.7]], experts)}
