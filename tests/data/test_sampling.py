@@ -13,13 +13,11 @@ def flat(batches):
     return [position for batch in positions(batches) for position in batch]
 
 
-@pytest.mark.parametrize(("samples", "world_size"), [(10, 1), (10, 2), (11, 2), (7, 3), (2, 3)])
+@pytest.mark.parametrize(("samples", "world_size"), [(10, 1), (11, 2), (7, 3), (2, 3)])
 def test_evaluation_covers_every_sample_exactly_once(samples, world_size):
     shards = [evaluation_batches(samples, 3, rank, world_size) for rank in range(world_size)]
-    assert sorted(position for shard in shards for position in flat(shard)) == list(range(samples))
     assert [flat(shard) for shard in shards] == [list(range(r, samples, world_size)) for r in range(world_size)]
-    assert [len(shard) for shard in shards] == [len(positions(shard)) for shard in shards]
-    assert all(draw.epoch is None for shard in shards for draw in shard)
+    assert all(draw.epoch is None and len(draw.positions) <= 3 for shard in shards for draw in shard)
 
 
 def test_training_order_depends_on_seed_and_epoch_alone():
@@ -28,15 +26,12 @@ def test_training_order_depends_on_seed_and_epoch_alone():
     assert positions(TrainingBatches(50, 8, seed=3)) == first
     assert positions(TrainingBatches(50, 8, seed=4)) != first
     batches.set_epoch(1)
-    assert positions(batches) != first
-    assert positions(batches) == positions(TrainingBatches(50, 8, seed=3, epoch=1))
+    assert positions(batches) == positions(TrainingBatches(50, 8, seed=3, epoch=1)) != first
     assert {draw.epoch for draw in batches} == {1}
     assert sorted(flat(batches)) == list(range(50))
 
 
-@pytest.mark.parametrize(
-    ("samples", "sizes"), [(16, [8, 8]), (20, [8, 8, 4]), (18, [8, 8, 2]), (17, [8, 8]), (9, [8]), (2, [2])]
-)
+@pytest.mark.parametrize(("samples", "sizes"), [(16, [8, 8]), (20, [8, 8, 4]), (18, [8, 8, 2]), (17, [8, 8]), (2, [2])])
 def test_training_keeps_the_partial_batch_but_never_one_sample(samples, sizes):
     batches = TrainingBatches(samples, 8, seed=0)
     assert [len(batch) for batch in positions(batches)] == sizes
@@ -51,8 +46,7 @@ def test_training_ranks_are_disjoint_and_equally_long(samples):
     assert len(ranks[0]) == len(shapes[0])
     assert min(shapes[0]) > 1
     seen = [position for rank in ranks for position in flat(rank)]
-    assert len(set(seen)) == len(seen)
-    assert samples - len(seen) < 3 + 3
+    assert len(set(seen)) == len(seen) > samples - 6
 
 
 def test_training_refuses_batches_that_cannot_be_trained_on():
@@ -75,6 +69,5 @@ def test_every_prefix_of_a_stratified_order_is_in_proportion():
     assert sorted(order.tolist()) == list(range(70))
     for stop in range(1, 71):
         counts = torch.bincount(labels[order[:stop]], minlength=4)
-        expected = torch.tensor([40, 20, 0, 10]) * stop / 70
-        assert (counts - expected).abs().max() <= 1
+        assert (counts - torch.tensor([40, 20, 0, 10]) * stop / 70).abs().max() <= 1
     assert not torch.equal(order, stratified_order(labels, seeded(1)))

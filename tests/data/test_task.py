@@ -1,31 +1,30 @@
 import gc
 import pickle
 import weakref
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jsonargparse
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from coin.data import Augmentation, Samples, Source, TaskData, to_input
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError, DataError
-
-TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "EMNISTLetters", "SVHN", "CIFAR10", "CIFAR100", "GTSRB", "STL10")
 
 
 class Numbered(TaskData):
     """Images whose pixels spell the sample's number, so that a test can follow every sample."""
 
     names = ("a", "b", "c", "d")
+    reads: ClassVar[list[int]] = []
 
     def __init__(self, train: int = 200, test: int = 60, side: int = 8, **kwargs: Any) -> None:
         super().__init__(**{"image_size": side, **kwargs})
         self.counts, self.side = (train, test), side
 
     def load(self):
+        self.reads.append(self.image_size)
         train, test = self.counts
         numbers = torch.arange(train + test)
         images = torch.zeros(train + test, 1, self.side, self.side, dtype=torch.uint8)
@@ -43,10 +42,16 @@ def order(loader):
     return [number for images, _ in loader for number in numbers(images)]
 
 
+def by_sample(task, epoch=0):
+    """The training images in the order of their positions, as an epoch shows them."""
+    loader = task.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    positions = torch.cat([draw.positions for draw in loader.sampler])
+    return torch.cat([images for images, _ in loader])[positions.argsort()]
+
+
 def splits(task):
-    task.setup()
-    validation = task.splits.validation
-    return [set(part.index.tolist()) for part in (task.splits.train, validation, task.splits.test)]
+    return [set(part.index.tolist()) for part in (task.splits.train, task.splits.validation, task.splits.test)]
 
 
 def test_splits_are_disjoint_complete_stratified_and_of_the_split_seed_alone():
@@ -54,50 +59,45 @@ def test_splits_are_disjoint_complete_stratified_and_of_the_split_seed_alone():
     assert train | validation == set(range(200))
     assert test == set(range(200, 260))
     assert not train & validation
-    assert len(validation) == 20
-    assert sorted(torch.bincount(torch.tensor(sorted(validation)) % 4).tolist()) == [5, 5, 5, 5]
-    assert splits(Numbered(seed=1)) == [train, validation, test]
+    assert torch.bincount(torch.tensor(sorted(validation)) % 4).tolist() == [5, 5, 5, 5]
+    assert splits(Numbered(seed=1)) == splits(Numbered(max_train=10_000, max_test=10_000)) == [train, validation, test]
     assert splits(Numbered(split_seed=1)) != [train, validation, test]
+    whole = Numbered(validation_share=0.0)
+    assert whole.splits.validation is None
+    assert whole.val_dataloader() == []
+    assert len(whole.splits.train) == 200
 
 
 def test_limits_keep_stratified_subsets_of_the_same_splits():
-    train, validation, test = splits(Numbered())
-    few_train, few_validation, few_test = splits(Numbered(max_train=40, max_test=12))
-    assert (len(few_train), len(few_test)) == (40, 12)
-    assert len(few_validation) == round(20 * 40 / 180)
-    assert few_train < train
-    assert few_validation < validation
-    assert few_test < test
-    assert torch.bincount(torch.tensor(sorted(few_test)) % 4).tolist() == [3, 3, 3, 3]
-    assert splits(Numbered(max_train=10_000, max_test=10_000)) == [train, validation, test]
-
-
-def test_without_a_validation_share_there_is_no_validation():
-    task = Numbered(validation_share=0.0)
-    task.setup()
-    assert task.splits.validation is None
-    assert task.val_dataloader() == []
-    assert len(task.splits.train) == 200
+    every, few = splits(Numbered()), splits(Numbered(max_train=40, max_test=12))
+    assert [len(part) for part in few] == [40, round(20 * 40 / 180), 12]
+    assert all(part < whole for part, whole in zip(few, every, strict=True))
+    assert torch.bincount(torch.tensor(sorted(few[2])) % 4).tolist() == [3, 3, 3, 3]
 
 
 def test_loaders_yield_stored_images_with_their_labels():
     task = Numbered(batch_size=32, eval_batch_size=50)
-    task.setup()
-    for loader, split in [
-        (task.train_dataloader(), task.splits.train),
-        (task.val_dataloader(), task.splits.validation),
-        (task.test_dataloader(), task.splits.test),
-    ]:
+    own = task.splits
+    loaders = {
+        task.train_dataloader(): own.train,
+        task.val_dataloader(): own.validation,
+        task.test_dataloader(): own.test,
+    }
+    for loader, split in loaders.items():
         seen = []
         for images, labels in loader:
-            assert images.dtype == torch.uint8
-            assert labels.dtype == torch.int64
+            assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
             assert labels.tolist() == [number % 4 for number in numbers(images)]
             seen += numbers(images)
         assert sorted(seen) == split.index.tolist()
     assert [len(images) for images in task.predict_dataloader()] == [50, 10]
     assert len(task.train_dataloader()) == 6
     assert (task.classes, task.num_classes) == (("a", "b", "c", "d"), 4)
+    images, labels = next(iter(task.test_dataloader()))
+    x, y = task.on_after_batch_transfer((images, labels), 0)
+    assert torch.equal(x, to_input(images, 8))
+    assert torch.equal(y, labels)
+    assert torch.equal(task.on_after_batch_transfer(images, 0), x)
 
 
 def test_training_order_follows_the_seed_and_no_loader_moves_torchs_own_random_state():
@@ -111,56 +111,21 @@ def test_training_order_follows_the_seed_and_no_loader_moves_torchs_own_random_s
     assert order(Numbered(seed=6).train_dataloader()) != first
 
 
-def test_augmentation_touches_training_images_only_and_changes_with_the_epoch():
+def test_augmentation_touches_training_images_only_and_changes_with_the_epoch_but_not_with_batch_or_worker():
     plain, augmented = Numbered(), Numbered(augmentation=Augmentation.crop)
-
-    def by_sample(task, epoch):
-        loader = task.train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        positions = torch.cat([draw.positions for draw in loader.sampler])
-        return torch.cat([images for images, _ in loader])[positions.argsort()]
-
     for name in ("val_dataloader", "test_dataloader"):
         for (a, _), (b, _) in zip(getattr(augmented, name)(), getattr(plain, name)(), strict=True):
             assert torch.equal(a, b)
-    assert torch.equal(by_sample(augmented, 1), by_sample(augmented, 1))
+    same = Numbered(augmentation=Augmentation.crop, batch_size=60, num_workers=1)
+    assert torch.equal(by_sample(augmented, 1), by_sample(same, 1))
     assert not torch.equal(by_sample(augmented, 0), by_sample(augmented, 1))
     assert torch.equal(by_sample(plain, 0), by_sample(plain, 1))
     assert not torch.equal(by_sample(plain, 0), by_sample(augmented, 0))
 
 
-def test_a_samples_augmentation_does_not_depend_on_its_batch_or_worker():
-    def by_sample(**options):
-        loader = Numbered(augmentation=Augmentation.crop_flip, **options).train_dataloader()
-        positions = torch.cat([draw.positions for draw in loader.sampler])
-        return torch.cat([images for images, _ in loader])[positions.argsort()]
-
-    assert torch.equal(by_sample(batch_size=20), by_sample(batch_size=60, num_workers=1))
-
-
-def test_the_transfer_hook_makes_inputs():
-    task = Numbered(image_size=12)
-    images, labels = next(iter(task.test_dataloader()))
-    x, y = task.on_after_batch_transfer((images, labels), 0)
-    assert torch.equal(x, to_input(images, 12))
-    assert x.shape == (60, 3, 12, 12)
-    assert torch.equal(y, labels)
-    assert torch.equal(task.on_after_batch_transfer(images, 0), x)
-
-
-class Counted(Numbered):
-    """Counts how often it is read."""
-
-    reads: ClassVar[list[int]] = []
-
-    def load(self):
-        self.reads.append(self.image_size)
-        return super().load()
-
-
-def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch):
-    monkeypatch.setattr(Counted, "reads", [])
-    given = Counted()
+def test_copies_read_once_and_let_go_when_none_of_them_is_left():
+    Numbered.reads.clear()
+    given = Numbered()
     options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop, "trainer": "another"}]
     copies = [task_with(given, **each) for each in options]
     first = copies[0].splits
@@ -169,32 +134,21 @@ def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch):
     assert given.calibration(5).parts[0].store is first.train.store
     larger = task_with(given, image_size=12)
     assert larger.splits is not first
-    assert Counted.reads == [8, 12]
+    assert Numbered.reads == [8, 12]
     assert pickle.loads(pickle.dumps(copies[0])).splits.train.index.equal(first.train.index)
     assert len(task_with(given, max_train=20).splits.train) == 20
-    before = len(Counted.reads)
+    before = len(Numbered.reads)
     seen = weakref.ref(task_with(copies.pop(), seed=9).splits.train.store)
     del first, larger, copies
     gc.collect()
     assert seen() is not None
-    assert len(Counted.reads) == before
+    assert len(Numbered.reads) == before
     given.release()
     assert seen() is None
 
 
-def on_rank(task, rank, world_size, use_distributed_sampler=False):
-    task.trainer = SimpleNamespace(
-        global_rank=rank,
-        world_size=world_size,
-        current_epoch=0,
-        training=False,
-        _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
-    )
-    return task
-
-
-def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again():
-    ranks = [on_rank(Numbered(test=61), rank, 2) for rank in range(2)]
+def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again(on_process):
+    ranks = [on_process(Numbered(test=61), rank, 2) for rank in range(2)]
     assert task_with(ranks[1]).trainer is None
     assert sorted(order(ranks[0].test_dataloader()) + order(ranks[1].test_dataloader())) == list(range(200, 261))
     first, second = (order(task.train_dataloader()) for task in ranks)
@@ -202,7 +156,7 @@ def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again
     predicted = [number for task in ranks for images in task.predict_dataloader() for number in numbers(images)]
     assert sorted(predicted) == list(range(200, 261))
     with pytest.raises(ConfigurationError, match=r"set trainer\.use_distributed_sampler=false"):
-        on_rank(Numbered(), 0, 2, use_distributed_sampler=True).train_dataloader()
+        on_process(Numbered(), 0, 2, use_distributed_sampler=True).train_dataloader()
 
 
 class Recorder(LightningModule):
@@ -215,13 +169,9 @@ class Recorder(LightningModule):
         self.tested: list[int] = []
 
     def training_step(self, batch, batch_idx):
-        x, _ = batch
-        assert x.shape[1:] == (3, 8, 8)
-        self.epochs.setdefault(self.current_epoch, []).extend(self.decode(x))
-        return (self.weight * x.mean()).sum()
-
-    def validation_step(self, batch, batch_idx):
         assert batch[0].shape[1:] == (3, 8, 8)
+        self.epochs.setdefault(self.current_epoch, []).extend(self.decode(batch[0]))
+        return (self.weight * batch[0].mean()).sum()
 
     def test_step(self, batch, batch_idx):
         self.tested += self.decode(batch[0])
@@ -237,50 +187,26 @@ class Recorder(LightningModule):
         return ((x[:, 0, 0, 0] * 0.229 + 0.485) * 255).round().int().tolist()
 
 
-def trainer(tmp_path, epochs):
-    return Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path, workers):
-    options = {"train": 150, "test": 40, "seed": 2, "num_workers": workers}
-    recorder = Recorder()
-    trainer(tmp_path, 3).fit(recorder, datamodule=Numbered(**options))
+def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path, make_trainer, workers):
+    options = {"train": 150, "test": 40, "seed": 2, "num_workers": workers, "validation_share": 0.0}
+    recorder, stopped, resumed = Recorder(), make_trainer(max_epochs=1), Recorder()
+    make_trainer(max_epochs=3).fit(recorder, datamodule=Numbered(**options))
     loader = Numbered(**{**options, "num_workers": 0}).train_dataloader()
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
         assert recorder.epochs[epoch] == order(loader)
-
-    stopped = trainer(tmp_path, 1)
     stopped.fit(Recorder(), datamodule=Numbered(**options))
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
-    resumed = Recorder()
-    trainer(tmp_path, 3).fit(resumed, datamodule=Numbered(**options), ckpt_path=tmp_path / "stopped.ckpt")
+    make_trainer(max_epochs=3).fit(resumed, datamodule=Numbered(**options), ckpt_path=tmp_path / "stopped.ckpt")
     assert resumed.epochs == {epoch: recorder.epochs[epoch] for epoch in (1, 2)}
 
 
-def test_a_trainer_tests_and_predicts_every_sample(tmp_path):
+def test_a_trainer_tests_and_predicts_every_sample(make_trainer):
     recorder, task = Recorder(), Numbered(train=150, test=40, eval_batch_size=16)
-    trainer(tmp_path, 1).test(recorder, datamodule=task, verbose=False)
+    make_trainer().test(recorder, datamodule=task, verbose=False)
     assert recorder.tested == list(range(150, 190))
-    predictions = trainer(tmp_path, 1).predict(recorder, datamodule=task)
-    assert torch.cat(predictions).tolist() == list(range(150, 190))
-
-
-def test_overfit_batches_is_refused_with_a_hint():
-    task = Numbered()
-    with pytest.raises(ConfigurationError, match="use max_train"):
-        task.train_dataloader().dataset[0]
+    assert torch.cat(make_trainer().predict(recorder, datamodule=task)).tolist() == list(range(150, 190))
 
 
 @pytest.mark.parametrize(
@@ -304,26 +230,25 @@ def test_options_are_checked_at_construction(options, message):
         Numbered(**options)
 
 
-@pytest.mark.parametrize(("share", "samples"), [(0.99, 20), (0.5, 1)])
-def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused(share, samples):
-    task = Numbered(train=samples, validation_share=share)
-    with pytest.raises(ConfigurationError, match=f"validation_share {share} of {samples} samples leaves none to train"):
-        task.setup()
+def test_what_leaves_nothing_to_train_on_or_replaces_the_batches_is_refused():
+    for share, samples in ((0.99, 20), (0.5, 1)):
+        with pytest.raises(ConfigurationError, match=f"validation_share {share} of {samples} samples leaves none"):
+            Numbered(train=samples, validation_share=share).setup()
+    with pytest.raises(ConfigurationError, match="use max_train"):  # as Lightning's overfit_batches does
+        _ = Numbered().train_dataloader().dataset[0]
 
 
 def test_sources_are_checked(monkeypatch):
-    def read(source):
-        monkeypatch.setattr(Numbered, "load", lambda task: source)
-        Numbered().setup()
-
     images, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 4
     good = Samples.of(images, labels)
-    with pytest.raises(DataError, match="test labels 1 to 8; expected 0 to 3"):
-        read(Source(good, Samples.of(images, torch.arange(8) + 1)))
-    with pytest.raises(DataError, match="no test images, expected at least one; check its source"):
-        read(Source(good, good.subset([])))
-    with pytest.raises(DataError, match=r"images are torch\.float32"):
-        read(Source(Samples.of(images.float(), labels), good))
+    for source, message in (
+        (Source(good, Samples.of(images, torch.arange(8) + 1)), "test labels 1 to 8; expected 0 to 3"),
+        (Source(good, good.subset([])), "no test images, expected at least one; check its source"),
+        (Source(Samples.of(images.float(), labels), good), r"images are torch\.float32"),
+    ):
+        monkeypatch.setattr(Numbered, "load", lambda task, source=source: source)
+        with pytest.raises(DataError, match=message):
+            Numbered().setup()
     with pytest.raises(DataError, match="8 images but 3 labels"):
         Samples.of(images, torch.arange(3))
 
@@ -332,11 +257,10 @@ def test_sources_are_checked(monkeypatch):
     ("name", "init_args"),
     [
         ("MNIST5k", {"batch_size": 32, "augmentation": "crop", "max_train": 100}),
-        ("Digits", {"image_size": 28}),
         ("Glyphs", {"classes": "K-Za-z", "train_samples": 16000, "seed": 3}),
-        ("Glyphs", {"classes": ["A", "B"]}),
+        ("Glyphs", {"classes": ["A", "B"], "image_size": 28}),
         ("ImageFolder", {"root": "somewhere", "in_memory": False, "image_size": 224}),
-        *((name, {"root": "d", "download": False, "augmentation": "crop_flip"}) for name in TORCHVISION),
+        *((name, {"root": "d", "download": False, "augmentation": "crop_flip"}) for name in ("EMNISTLetters", "SVHN")),
     ],
 )
 def test_a_yaml_names_a_task_by_its_class(name, init_args):

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -13,20 +11,6 @@ def members(synthetic):
     return {"b": synthetic(3, test=23, key=1, seed=4), "a": synthetic(2, test=17, key=2, seed=5)}
 
 
-def on_process(tasks, rank, world_size, epoch=0):
-    """Give the tasks a Trainer's view of the processes."""
-    tasks.trainer = SimpleNamespace(
-        global_rank=rank,
-        world_size=world_size,
-        current_epoch=epoch,
-        training=False,
-        testing=False,
-        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
-    )
-    tasks.setup()
-    return tasks
-
-
 def positions(loader):
     return [int(position) for places, _ in loader for position in places]
 
@@ -34,7 +18,6 @@ def positions(loader):
 def test_calibration_pools_each_tasks_own_samples_in_equal_shares(members):
     tasks = Tasks(members, samples_per_task=10, batch_size=6)
     pooled = tasks.calibration()
-    assert pooled.num_samples == 20
     assert [len(batch) for batch in pooled] == [6, 6, 6, 2]
     for number, (name, task) in enumerate(members.items()):
         own = task.calibration(10)
@@ -46,77 +29,56 @@ def test_calibration_pools_each_tasks_own_samples_in_equal_shares(members):
 def test_a_seed_draws_every_tasks_samples_anew_and_leaves_the_given_tasks_alone(members):
     assert (list(Tasks(members).tasks), Tasks(members).seed, Tasks(members).num_classes) == (["b", "a"], 4, 3)
     tasks = Tasks(members, samples_per_task=10, seed=9)
-    assert [task.seed for task in tasks.tasks.values()] == [9, 9]
+    assert [tasks.seed, *(task.seed for task in tasks.tasks.values())] == [9, 9, 9]
     assert [task.seed for task in members.values()] == [4, 5]
-    assert torch.equal(tasks.calibrations()["a"].inputs(), task_with(members["a"], seed=9).calibration(10).inputs())
-    assert not torch.equal(tasks.calibrations()["a"].inputs(), members["a"].calibration(10).inputs())
-    assert tasks.seed == 9
+    found = tasks.calibrations()["a"].inputs()
+    assert torch.equal(found, task_with(members["a"], seed=9).calibration(10).inputs())
+    assert not torch.equal(found, members["a"].calibration(10).inputs())
 
 
-def test_training_sees_every_sample_once_an_epoch_beside_its_position(members):
+def test_training_sees_every_sample_once_an_epoch_beside_its_position(members, on_process):
     tasks = Tasks(members, samples_per_task=10, batch_size=8)
     inputs = tasks.calibration().inputs()
-    loader = tasks.train_dataloader()
+    loader, orders = tasks.train_dataloader(), []
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        seen = []
-        for places, batch in loader:
-            assert torch.equal(batch, inputs[places])
-            seen += places.tolist()
-        assert sorted(seen) == list(range(20))
-    loader.sampler.set_epoch(0)
-    assert positions(loader) != seen
+        assert all(torch.equal(batch, inputs[places]) for places, batch in loader)
+        orders.append(positions(loader))
+        assert sorted(orders[-1]) == list(range(20))
+    assert orders[0] != orders[1]
+    resumed = on_process(Tasks(members, samples_per_task=10, batch_size=8), 0, 1, epoch=1)
+    assert positions(resumed.train_dataloader()) == orders[1]
 
 
 def test_training_and_held_out_samples_are_disjoint_and_complete(members):
     tasks = Tasks(members, samples_per_task=10, held_out=0.3)
     everything = tasks.calibration().inputs()
-    training = tasks.training_calibration().inputs()
     held_out = torch.cat([batch for _, batch in tasks.val_dataloader()])
-    assert (len(training), len(held_out)) == (14, 6)
-    assert torch.equal(torch.cat([training, held_out]), everything)
+    assert torch.equal(torch.cat([tasks.training_calibration().inputs(), held_out]), everything)
     assert len(everything.flatten(1).unique(dim=0)) == 20
-    seen = positions(tasks.train_dataloader())
-    assert sorted(seen) == list(range(14))
+    assert sorted(positions(tasks.train_dataloader())) == list(range(14))
     assert positions(tasks.val_dataloader()) == list(range(6))
     whole = Tasks(members, samples_per_task=10)
     assert (whole.val_dataloader(), whole.training_calibration().num_samples) == ([], 20)
 
 
-def test_test_loaders_follow_the_order_of_the_data(members):
-    tasks = Tasks(members, samples_per_task=10, batch_size=6)
-    for loader, task in zip(tasks.test_dataloader(), members.values(), strict=True):
-        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        assert torch.equal(images, task.splits.test.images())
-        assert torch.equal(labels, task.splits.test.targets)
-
-
-def test_two_processes_share_samples_without_repeats(members):
-    def one(rank, options):
-        own = {name: task_with(task) for name, task in members.items()}
-        return on_process(Tasks(own, samples_per_task=11, batch_size=4, **options), rank, 2)
-
+def test_two_processes_share_samples_without_repeats_in_the_order_of_the_data(members, on_process):
     def pair(**options):
-        return [one(rank, options) for rank in range(2)]
+        own = [{name: task_with(task) for name, task in members.items()} for _ in range(2)]
+        return [on_process(Tasks(own[rank], 11, 4, **options), rank, 2) for rank in range(2)]
 
-    ranks = pair()
+    ranks, held_out = pair(), pair(held_out=0.3)
     assert sorted(positions(ranks[0].train_dataloader()) + positions(ranks[1].train_dataloader())) == list(range(22))
-    held_out = pair(held_out=0.3)
     assert sorted(positions(held_out[0].val_dataloader()) + positions(held_out[1].val_dataloader())) == list(range(7))
     for place, task in enumerate(members.values()):
-        images = task.splits.test.images()
+        test = task.splits.test
         for rank, tasks in enumerate(ranks):
-            assert torch.equal(torch.cat([batch for batch, _ in tasks.test_dataloader()[place]]), images[rank::2])
+            images, labels = (torch.cat(parts) for parts in zip(*tasks.test_dataloader()[place], strict=True))
+            assert torch.equal(images, test.images()[rank::2])
+            assert torch.equal(labels, test.targets[rank::2])
 
 
-def test_a_resumed_trainer_starts_with_its_epochs_order(members):
-    loader = Tasks(members, samples_per_task=10).train_dataloader()
-    loader.sampler.set_epoch(3)
-    resumed = on_process(Tasks(members, samples_per_task=10), 0, 1, epoch=3)
-    assert positions(resumed.train_dataloader()) == positions(loader)
-
-
-def test_no_loader_moves_torchs_own_random_state(members):
+def test_no_loader_moves_torchs_own_random_state(members, on_process):
     tasks = on_process(Tasks(members, samples_per_task=10, held_out=0.3), 0, 1)
     before = torch.get_rng_state()
     for loader in (tasks.train_dataloader(), tasks.val_dataloader(), *tasks.test_dataloader()):
@@ -124,7 +86,7 @@ def test_no_loader_moves_torchs_own_random_state(members):
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_only_test_images_are_still_to_be_turned_into_inputs(members):
+def test_only_test_images_are_still_to_be_turned_into_inputs(members, on_process):
     tasks = on_process(Tasks(members, samples_per_task=10), 0, 1)
     batch = (torch.arange(2), torch.zeros(2, 3, 16, 16))
     assert tasks.on_after_batch_transfer(batch, 0) is batch
@@ -157,7 +119,6 @@ def test_tasks_that_do_not_fit_are_refused(members, synthetic):
         Tasks({})
     with pytest.raises(DataError, match=r"the tasks' images differ in size \(\{'b': 16, 'c': 32\}\)"):
         Tasks({"b": members["b"], "c": synthetic(image_size=32)})
-    with pytest.raises(
-        DataError, match=r"33 .* asked of the task 'b' \(Synthetic\), .* has 32; set samples_per_task to 32 or less"
-    ):
+    told = r"33 .* asked of the task 'b' \(Synthetic\), .* has 32; set samples_per_task to 32 or less"
+    with pytest.raises(DataError, match=told):
         Tasks(members, samples_per_task=33).calibration()
