@@ -35,7 +35,7 @@ _HOMES = {
     "modules": "Coded evaluate",
     "networks": "BatchNormPolicy Compressed compress recalibrate",
     "reporting.choice": "choose",
-    "statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
+    "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
 }
 """The rooms and their names above."""
 __all__ = sorted(name for names in _HOMES.values() for name in names.split())

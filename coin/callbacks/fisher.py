@@ -12,7 +12,7 @@ from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Precision, check_shares, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, check_shares, reduce_sums, shard
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticKind, statistic_sums
 
@@ -45,7 +45,7 @@ def estimate_statistic(
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:
         told: dict[str, Any] = {"weights": fingerprint(network.state_dict()), "seconds": seconds, "seed": seed}
-        told |= {} if options is None else options.provenance
+        told |= {} if options is None else {"kind": str(options.kind), "cotangents": options.mc_samples}
         write_statistic(path, sums, statistic=str(name), **told, **provenance)
     return {"seconds": seconds, "passes": sums.passes}
 
@@ -60,7 +60,6 @@ class FisherEstimator(FileOfTrained):
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
         memory_mib: Bound on the pass's working memory in MiB.
-        precision: The floating-point type of the network in the pass.
         path: The file; by default ``expert.fisher.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
     """
@@ -73,12 +72,11 @@ class FisherEstimator(FileOfTrained):
         kind: FisherKind = FisherKind.exact,
         mc_samples: int | None = None,
         memory_mib: int = DEFAULT_MEMORY_MIB,
-        precision: Precision = Precision.full,
         path: str | None = None,
         weights: Weights = Weights.last,
     ) -> None:
         super().__init__(path, weights)
-        self.options = FisherOptions(kind, mc_samples, memory_mib, precision, samples_per_task)
+        self.options = FisherOptions(kind, mc_samples, memory_mib, samples_per_task)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, before training, that the Fisher can be estimated after it."""

@@ -10,7 +10,7 @@ from coin.core.choices import check_integer, check_number, parse_enum
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
 from coin.pipeline.steps.train import TrainingConfig
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Precision
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.settings import TAG_LENGTH
 
@@ -82,7 +82,6 @@ class CalibrationConfig:
             task; ``pooled``: all tasks; ``auto``: both, and the better one is used for each method.
         fisher_kind: Which Fisher diagonal.
         fisher_mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind only.
-        fisher_precision: The floating-point type of the networks in the Fisher pass.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples per batch.
         promise_samples: How many validation samples of each task set the score up to which decoded answers are
@@ -96,7 +95,6 @@ class CalibrationConfig:
     fisher_data: DataChoice = DataChoice.own
     fisher_kind: FisherKind = FisherKind.exact
     fisher_mc_samples: int | None = None
-    fisher_precision: Precision = Precision.full
     memory_mib: int = DEFAULT_MEMORY_MIB
     batch_size: int = 50
     promise_samples: int = 0
@@ -110,7 +108,7 @@ class CalibrationConfig:
                 check_integer(name, getattr(self, name), lowest)
         for name in ("promise_alpha", "promise_confidence"):
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
-        for name, kind in {"data": DataChoice, "kind": FisherKind, "precision": Precision}.items():
+        for name, kind in {"data": DataChoice, "kind": FisherKind}.items():
             name = f"fisher_{name}"
             object.__setattr__(self, name, parse_enum(kind, name, getattr(self, name)))
 
@@ -130,7 +128,7 @@ class CalibrationConfig:
         if which.kind is None:
             return None
         mc_samples = self.fisher_mc_samples if which.kind is FisherKind.monte_carlo else None
-        return FisherOptions(which.kind, mc_samples, self.memory_mib, self.fisher_precision, self.samples_per_task)
+        return FisherOptions(which.kind, mc_samples, self.memory_mib, self.samples_per_task)
 
 
 @dataclass(frozen=True)

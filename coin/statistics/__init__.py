@@ -4,7 +4,6 @@ from coin.statistics.cotangents import FisherKind as FisherKind
 from coin.statistics.files import load_statistic as load_statistic, save_statistic as save_statistic
 from coin.statistics.fisher import (
     FisherOptions as FisherOptions,
-    Precision as Precision,
     fisher_diagonal as fisher_diagonal,
     fisher_sums as fisher_sums,
 )

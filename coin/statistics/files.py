@@ -16,18 +16,21 @@ from torch import Tensor, nn
 
 from coin.core.choices import parse_enum
 from coin.errors import ConfigurationError, FileError, StateError
-from coin.files.safetensors import StateFile, load_state, save_state
+from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.statistics.cotangents import FisherKind
 from coin.statistics.statistic import Statistic, StatisticKind
 from coin.statistics.sums import TRANSPOSED, Sums
+
+StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
+"""The files of every expert's statistics, by task."""
 
 
 @dataclass(frozen=True)
 class StatisticFile:
     """A statistic in a file: the mean over samples by name, read on access, and the cost of computing it."""
 
-    values: State
+    values: StateFile
     samples: int
     seconds: float
     passes: float
@@ -49,28 +52,17 @@ def open_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
     Raises FileError where the file is missing, damaged, of another statistic or of other weights, or a Fisher has a
     negative number; StateError where a number is not finite.
     """
-    values = StateFile(path)
-    provenance = values.provenance
-    if (found := provenance.get("statistic")) != statistic:
-        raise FileError(
-            f"'{path}' holds {found or 'no statistic'}, expected {statistic}; give the file that coin fisher wrote"
-        )
-    if weights is not None:
-        _check_weights(path, provenance, weights, "run coin fisher again")
+    values = _opened(path, [statistic], weights, "run coin fisher again")
     check_finite(values, f"the {statistic} in '{path}'")
     if statistic == "fisher" and (name := _negative(values)):
         raise FileError(f"'{path}' holds a negative number in '{name}', expected squares; run coin fisher again")
+    spent = values.provenance
     try:
-        spent = int(provenance["samples"]), float(provenance["seconds"]), float(provenance["passes"])
+        return StatisticFile(values, int(spent["samples"]), float(spent["seconds"]), float(spent["passes"]))
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(
             f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
         ) from error
-    return StatisticFile(values, *spent)
-
-
-StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
-"""The files of every expert's statistics, by task."""
 
 
 def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]) -> list[StatisticFile]:
@@ -80,12 +72,6 @@ def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[st
         found = f"found no {which} of expert '{missing[0]}', which the method needs"
         raise ConfigurationError(f"{found}; run coin fisher on it and name the file")
     return [open_statistic(own[task], statistic=which.name, weights=mark) for task, mark in weights.items()]
-
-
-def _check_weights(path: Path | str, provenance: dict[str, Any], weights: str, advice: str) -> None:
-    if (found := provenance.get("weights")) != weights:
-        marks = f"{str(found)[:12]}…, expected {weights[:12]}…"
-        raise FileError(f"'{path}' is of weights {marks}: the expert has changed since; {advice}")
 
 
 def save_statistic(
@@ -124,24 +110,31 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     >>> coin.load_statistic("fisher.safetensors", experts[0])["bias"]
     tensor([1., 1., 1.])
     """
-    state, provenance = load_state(Path(path))
-    if provenance.get("statistic") not in list(StatisticKind):
-        raise FileError(f"'{path}' holds no statistic, expected a Fisher or Gram matrices; give what was saved as one")
-    _check_weights(path, provenance, fingerprint(network.state_dict()), "compute the statistic again")
+    weights = fingerprint(network.state_dict())
+    state = dict(_opened(Path(path), list(StatisticKind), weights, "compute the statistic again"))
     _checked_kind(state, network)
     return state
 
 
+def _opened(path: Path, statistics: list[Any], weights: str | None, advice: str) -> StateFile:
+    """Open a file, which must hold one of these statistics, of the weights with a fingerprint; none accepts any."""
+    values = StateFile(path)
+    if (found := values.provenance.get("statistic")) not in statistics:
+        expected = f"expected {' or '.join(statistics)}; give a file of coin fisher or save_statistic"
+        raise FileError(f"'{path}' holds {found or 'no statistic'}, {expected}")
+    if weights is not None and (found := values.provenance.get("weights")) != weights:
+        marks = f"{str(found)[:12]}…, expected {weights[:12]}…"
+        raise FileError(f"'{path}' is of weights {marks}: the expert has changed since; {advice}")
+    return values
+
+
 def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
     """Return which statistic it is, after checking that it fits the network's parameters."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    fisher = True
+    parameters, fisher = dict(network.named_parameters(remove_duplicate=False)), True
     for name, tensor in state.items():
-        own = parameters.get(name.removesuffix(TRANSPOSED))
-        if own is None:
-            raise StateError(
-                f"the statistic has a tensor '{name}', which {type(network).__name__} has not; give its own"
-            )
+        if (own := parameters.get(name.removesuffix(TRANSPOSED))) is None:
+            has_not = f"which {type(network).__name__} has not; give its own"
+            raise StateError(f"the statistic has a tensor '{name}', {has_not}")
         is_like = name in parameters and own.shape == tensor.shape
         if not is_like and (tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]):
             raise StateError(

@@ -64,7 +64,7 @@ def gram_sums(
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
         bias = call.bias is not None and call.bias is parameters.get(name.removesuffix("weight") + "bias")
-        for a in patches_of(call):
+        for a in _rows(call):
             _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
 
     for batch in batches:
@@ -79,7 +79,7 @@ def gram_sums(
     return Sums(values, count, float(count), tuple(uncovered))
 
 
-def patches_of(call: LinearCall) -> Iterable[Tensor]:
+def _rows(call: LinearCall) -> Iterable[Tensor]:
     """Yield what a map multiplies, [rows, G, K]; the patches of a convolution a few samples at a time."""
     if not isinstance(call, ConvolutionCall):
         yield call.inputs.reshape(-1, 1, call.inputs.shape[-1])

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, clear_caches, joined
+from coin.core.batches import clear_caches
 from coin.errors import ConfigurationError
 
 
@@ -30,17 +29,6 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
             "it out by requires_grad_(False)"
         )
     return parameters
-
-
-def paired(network: nn.Module, sample: Batch, cotangents: Tensor) -> tuple[Batch, Tensor]:
-    """Duplicate a sample ``[1, …]`` if the network has a BatchNorm; the copy's cotangents ``[…, 1, C]`` are zero.
-
-    In PyTorch 2.13 on CPUs the backward pass of `torch.nn.functional.batch_norm` in eval mode is wrong for a batch of
-    one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``; with two samples it is right.
-    """
-    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
-        return sample, cotangents
-    return joined([sample, sample]), torch.cat([cotangents, torch.zeros_like(cotangents)], -2)
 
 
 @contextmanager
@@ -74,11 +62,11 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode, and restore every module's mode."""
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     modes = {module: module.training for module in network.modules()}
+    has_caches = any(type(module).train is not nn.Module.train for module in modes)
     try:
         for module in modes:
             module.training = False
         clear_caches(network)
-        has_caches = any(type(module).train is not nn.Module.train for module in modes)
         with network.register_forward_pre_hook(lambda *_: clear_caches(network)) if has_caches else nullcontext():
             yield
     finally:
@@ -92,30 +80,27 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
     A caller's `torch.no_grad`, `torch.inference_mode` and autocast are suspended, as are TF32 and bfloat16 inside
-    products (`disable_tf32`). Modes, and buffers that the block wrote to, are restored. With gradients attention runs
-    on its plain kernels: the fused ones, which take much less memory, can neither batch their backward pass nor
-    differentiate forwards.
+    products. Modes, and buffers that the block wrote to, are restored. With gradients attention runs on its plain
+    kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    device = next((p.device.type for p in network.parameters()), "cpu")
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with (
             eval_mode(network),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
-            torch.autocast(device, enabled=False),
+            torch.autocast(device.type, enabled=False),
             sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext(),
             disable_tf32(),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        with torch.no_grad():
-            # Their devices are waited for once, not for every buffer.
-            changed = [(buffer != old).any() for buffer, old in buffers]
-            if changed and bool(torch.stack([each.to(changed[0].device) for each in changed]).any()):
-                for (buffer, old), differs in zip(buffers, changed, strict=True):
-                    if bool(differs):
-                        buffer.copy_(old)
+        changed = [(buffer != old).any().to(device) for buffer, old in buffers]
+        # The device is waited for once, not for every buffer.
+        for place in torch.stack(changed).nonzero().flatten().tolist() if changed else ():
+            with torch.no_grad():
+                buffers[place][0].copy_(buffers[place][1])

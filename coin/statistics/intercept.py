@@ -3,8 +3,8 @@
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from coin.core.batches import tensors_in
 from coin.statistics.rules import Call
+from coin.statistics.rules.attention import attention
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
@@ -21,24 +22,21 @@ from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
 """(call, role → trainable parameter's name, the function itself) → the output to use, or None."""
 
+# Functions that make places of values.
 _CHOOSING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
 _CHOOSING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
 _CHOOSING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
 _CHOOSING |= {"trunc", "numpy"}
-"""Functions that make places of values."""
+# Those by which values can decide where a row goes; those that work in place have the same names.
 _SORTING = _CHOOSING | {"repeat_interleave", "gather", "take", "take_along_dim", "put", "index_select", "index_add"}
 _SORTING |= {"index_copy", "index_put", "index_fill", "masked_select", "masked_scatter", "scatter", "scatter_add"}
 _SORTING |= {"scatter_reduce"}
-"""Functions by which values can decide where a row goes; those that work in place have the same names."""
+# Those by which activations can decide, and so send a row elsewhere in another network.
 _DECIDING = _CHOOSING | {"eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-"""Those by which activations can decide, and so send a row elsewhere in another network."""
+# Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing.
 _COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type", "type_as", "sum", "cumsum"}
 _COUNTING |= {"mul", "__mul__", "__rmul__", "multiply", "einsum", "matmul", "__matmul__"}
-"""Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing."""
-_FOLLOWED = "_coin_followed"
-"""An attribute of tensors that are made of parameters."""
-
-_signature = lru_cache(maxsize=None)(inspect.signature)
+_FOLLOWED = "_coin_followed"  # an attribute of tensors that are made of parameters
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -85,10 +83,13 @@ class Interceptor(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:  # the projections inside are calls like any other
                 output = _self_attention(args, options)
+        elif func is F.scaled_dot_product_attention and torch.is_grad_enabled():
+            output = attention(*args, **options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
-            reader = _READERS.get(func)
-            call = reader(*args, **options) if reader is not None and _fits(reader, args, options) else None
+            call = None
+            with suppress(TypeError):  # called in a form that the reader does not know
+                call = _READERS[func](*args, **options) if func in _READERS else None
             if call is not None:
                 names = {role: self._names[id(t)] for role, t in call.roles.items() if id(t) in self._names}
                 # A weight or bias that was computed from something trainable must stay in autograd's hands.
@@ -114,15 +115,6 @@ def _is_in(names: set[str], func: Any) -> bool:
     return name in names or name.removesuffix("_") in names
 
 
-def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    """Say whether a function was called in a form that its reader knows."""
-    try:
-        _signature(reader).bind(*args, **options)
-    except TypeError:
-        return False
-    return True
-
-
 def leaves(output: Tensor) -> set[int]:
     """Return the ids of the leaf tensors in the graph behind an output."""
     seen: set[Any] = {None}
@@ -137,31 +129,28 @@ def leaves(output: Tensor) -> set[int]:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
         return None
-    parameter, transposed = _matrix(weight)
-    return LinearCall(input, weight, bias, parameter, transposed)
+    return LinearCall(input, weight, bias, *_matrix(weight))
 
 
 def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
     """Return the matrix that a weight is a view of, and whether as its transpose; another's part is its own matrix."""
     base = weight._base
-    if base is None or not base.is_leaf or base.ndim != 2 or base.dtype != weight.dtype:
-        return weight, False
-    if torch.is_grad_enabled() and leaves(weight) != {id(base)}:  # made where there were no gradients
-        return weight, False
-
-    for view, transposed in ((base, False), (base.mT, True)):
-        if view.is_set_to(weight):
-            return base, transposed
+    if base is not None and base.is_leaf and base.ndim == 2 and base.dtype == weight.dtype:
+        if torch.is_grad_enabled() and leaves(weight) != {id(base)}:  # made where there were no gradients
+            return weight, False
+        for view, transposed in ((base, False), (base.mT, True)):
+            if view.is_set_to(weight):
+                return base, transposed
     return weight, False
 
 
-def _matmul(input: Tensor, other: Any = None, mat2: Any = None, **options: Any) -> Call | None:
+def _matmul(input: Tensor, other: Any = None, mat2: Any = None) -> Call | None:
     matrix = other if mat2 is None else mat2
-    return None if options or matrix.ndim != 2 else _linear(input, matrix.mT)
+    return _linear(input, matrix.mT) if matrix.ndim == 2 else None
 
 
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Call | None:
-    return None if options or input.shape != mat2.shape[1:] else _linear(mat1, mat2.mT, input)
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Call | None:
+    return _linear(mat1, mat2.mT, input) if input.shape == mat2.shape[1:] else None
 
 
 def _convolution(
@@ -196,9 +185,9 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **
 
 
 def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Call | None]:
-    def read(input: Any, other: Any, **options: Any) -> Call | None:
+    def read(input: Any, other: Any) -> Call | None:
         weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
-        if options or not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+        if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
             return None
         if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
             return None
@@ -210,8 +199,8 @@ def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Calla
     return read
 
 
-def _expand(weight: Tensor, *sizes: Any, size: Any = None, **options: Any) -> Call | None:
-    if options or not isinstance(weight, nn.Parameter):
+def _expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
+    if not isinstance(weight, nn.Parameter):
         return None
     expanded = weight.detach().expand(*(sizes if size is None else size))
     aligned = (1,) * (expanded.ndim - weight.ndim) + tuple(weight.shape)

@@ -1,6 +1,7 @@
 """Planning a Fisher pass: which layer rules apply, and how many samples fit in memory."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,6 @@ class PassLayout:
     channels_last: bool  # in memory, if the network takes such images: then convolutions are faster
     mixes: bool = False  # whether a sample's output depends on its neighbours in the batch: then it runs alone
 
-    def arranged(self, batch: Batch) -> Batch:
-        """Return a batch with its images' channels last in memory, if the network takes them so."""
-        return channels_last(batch) if self.channels_last else batch
-
 
 def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], totals: Totals, sample: Batch) -> PassLayout:
     """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
@@ -47,10 +44,8 @@ def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], totals: To
     """
     two = joined([sample, sample])
     if any(tensor.ndim == 4 for tensor in tensors_in(two)):
-        try:
+        with suppress(RuntimeError):  # a view of its activations, or a backward pass, may hold in the usual order alone
             return _layout_of(network, parameters, totals, channels_last(two), last=True)
-        except RuntimeError:  # a view of its activations, or a backward pass, may hold in the usual order alone
-            pass
     return _layout_of(network, parameters, totals, two, last=False)
 
 

@@ -25,8 +25,7 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.
-    dead = gram.abs().amax((1, 2)) == 0
-    matrix = damped(gram, ridge.masked_fill(dead, 1))
+    matrix = damped(gram, ridge.masked_fill(gram.abs().amax((1, 2)) == 0, 1))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
     pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), matrix.diagonal(dim1=1, dim2=2).amax(1)
@@ -119,5 +118,4 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
         raise NumericalError(
             "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
         )
-    solved: Tensor = torch.cholesky_solve(right.to(root), root)
-    return solved.masked_fill_(dead[:, None, None], 0)
+    return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)

@@ -1,4 +1,4 @@
-"""The statistics that a merge needs."""
+"""Which statistics of experts a merge needs, and the pass that computes one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from coin.statistics.cotangents import FisherKind
 from coin.statistics.fisher import FisherOptions, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.sums import Sums
+
+Given = Sequence[State] | Mapping[str, Sequence[State]]
+"""Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
 
 
 class StatisticKind(StrEnum):
@@ -50,7 +53,6 @@ class Statistic:
     kind: FisherKind | None = None
 
     def __str__(self) -> str:
-        """Name it for a person."""
         return f"{'Gram matrices' if self.kind is None else 'Fisher'} ({', '.join(self.options.values())})"
 
     @property
@@ -76,12 +78,6 @@ def statistic_sums(
     """
     if options is None:
         return gram_sums(network, batches, progress=progress)
-    generator = None
-    if options.kind is FisherKind.monte_carlo:
-        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-        generator = torch.Generator(device).manual_seed(seed * 100_003 + rank)
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(seed * 100_003 + rank)
     return fisher_sums(network, batches, options, labels=labels, generator=generator, progress=progress)
-
-
-Given = Sequence[State] | Mapping[str, Sequence[State]]
-"""Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""

@@ -21,10 +21,8 @@ class Sums:
     Attributes:
         values: Name → sum over samples of the per-sample statistic.
         count: Number of samples in the sums.
-        passes: Forward-equivalents spent: 1 per sample for a forward pass, 2 per sample and cotangent for a backward,
-            whichever way they were run. What finds a network's layout, on copies of one sample, is not counted.
-        uncovered: The trainable parameters of two dimensions or more that a Gram pass found no matrix for, in the
-            network's order; none of a Fisher pass.
+        passes: Forward-equivalents spent: 1 per sample for a forward pass, 2 per sample and cotangent for a backward.
+        uncovered: The trainable parameters of two dimensions or more that a Gram pass found no matrix for.
     """
 
     values: Mapping[str, Tensor]
@@ -83,8 +81,9 @@ def reduce_sums(sums: Sums) -> Sums:
     distributed.all_reduce(flat)
     *pieces, numbers = torch.split(flat, [*(tensor.numel() for tensor in tensors), 2])
     totals = [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-    values = dict(zip(whole.values, totals, strict=True))
-    return Sums(values, round(float(numbers[0])), float(numbers[1]), whole.uncovered)
+    return Sums(
+        dict(zip(whole.values, totals, strict=True)), round(float(numbers[0])), float(numbers[1]), whole.uncovered
+    )
 
 
 def check_shares(samples: int, world: int) -> None:

@@ -12,15 +12,8 @@ from coin.core.batches import Batch, size_of
 from coin.errors import DataError, StateError
 from coin.statistics.intercept import Interceptor, leaves
 from coin.statistics.rules import Call, Totals
+from coin.statistics.rules.attention import over_batch
 from coin.statistics.sums import sum_type
-
-try:  # private names, tested with torch 2.6 to 2.13; the public way, `_Contracted`, takes a tenth longer
-    from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim, maybe_get_level
-except ImportError:
-
-    def is_batchedtensor(tensor: Tensor) -> bool:
-        """Take the public way."""
-        return False
 
 
 class Tape:
@@ -39,6 +32,7 @@ class Tape:
         calls: The ruled calls.
         weights: The names of the weights of all calls, ruled or not.
         sorts: Whether values may decide where a row goes (`Interceptor`).
+        cotangents: V of the backward pass that is running.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
@@ -47,8 +41,7 @@ class Tape:
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
         self.calls: list[Call] = []
         self.weights: list[str] = []
-        self.sorts = False
-        self.cotangents, self._last = 1, True  # those of the backward pass that is running
+        self.sorts, self.cotangents, self._last = False, 1, True
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
         self._placed: dict[Call, bool] = {}
@@ -109,18 +102,15 @@ class Tape:
         scales = [torch.ones_like(numbers)]
         while 4 ** (len(scales) - 1) < self._samples:
             scales.append(2 ** (numbers // 4 ** (len(scales) - 1) % 4))
-        self._scales, self._unseen, self._placed = torch.stack(scales).to(output.dtype), unseen, {}
+        self._scales, self._unseen = torch.stack(scales).to(output.dtype), unseen
+        self._placed, self._arrived = {}, {}
         # Any cotangent does that no symmetry of the outputs cancels.
         cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
         scaled = self._scales[..., None] * cotangent
-        if batched:
-            self.backward(output, scaled, last=False)
-        else:
-            self.cotangents, self._last, self._arrived = 1, False, {}
-            for each in scaled:
-                torch.autograd.grad(output, self._anchor, each, retain_graph=True, allow_unused=True)
-            for call, pieces in self._arrived.items():
-                self._placed[call] = self._is_placed(self._scales, torch.cat(pieces))
+        for piece in [scaled] if batched else scaled[:, None]:
+            self.backward(output, piece, last=False, batched=batched)
+        for call, pieces in self._arrived.items():
+            self._placed[call] = self._is_placed(self._scales, torch.cat(pieces))
         self._scales = None
         return {n for call in self.calls if not self._placed.get(call, not unseen) for n in call.names.values()}
 
@@ -129,7 +119,7 @@ class Tape:
         for call in self.calls:
             self._kept[call] = {role: self._totals[n] for role, n in call.names.items() if n not in general}
 
-    def backward(self, output: Tensor, cotangents: Tensor, *, last: bool) -> bool:
+    def backward(self, output: Tensor, cotangents: Tensor, *, last: bool, batched: bool = True) -> bool:
         """Run the backward passes of cotangents [V, B, C] at once, for the rules to add up; say if there were any."""
         if not self.calls or not output.requires_grad:
             return False
@@ -139,11 +129,13 @@ class Tape:
             torch.autograd.grad(output, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
             return cotangent
 
-        torch.vmap(one)(cotangents)
+        torch.vmap(one)(cotangents) if batched else one(cotangents[0])
         return True
 
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
         """Let a call's rule see the cotangents [V, N, …] of its output; return its input's, if asked, else anything."""
+        if len(g) < self.cotangents:  # not batched: the same for every v
+            g = g.expand(self.cotangents, *g.shape[1:])
         if self._scales is not None:
             if len(g) == len(self._scales):
                 self._placed[call] = self._is_placed(self._scales, g)
@@ -186,28 +178,9 @@ class _RuledCall(Function):
         return output.clone() if output._base is call.weight else output.data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None, None]:
-        needs_input, found = ctx.needs_input_grad[1], None
-        if g is not None and is_batchedtensor(g):
-            found = ctx.tape.contract(ctx.call, get_unwrapped(g).movedim(maybe_get_bdim(g), 0), needs_input)
-            found = _add_batch_dim(found, 0, maybe_get_level(g)) if needs_input else None
-        elif g is not None:
-            found = _Contracted.apply(g, ctx.call, ctx.tape, needs_input)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 5
+        needs_input = ctx.needs_input_grad[1]
+        found = over_batch(g, lambda each: ctx.tape.contract(ctx.call, each, needs_input))
         return None, found if needs_input else None, None, None, None
-
-
-class _Contracted(Function):
-    """What a rule makes of the cotangents of a call's output; all V that `torch.vmap` batches are one tensor to it."""
-
-    @staticmethod
-    def forward(g: Tensor, call: Call, tape: Tape, needs_input: bool) -> Tensor:
-        # Without a batch it is the same cotangent for every v: V equal squares and V equal input gradients.
-        return tape.contract(call, g.expand(tape.cotangents, *g.shape), needs_input)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep nothing: there are no second derivatives."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, call: Call, tape: Tape, needs_input: bool) -> tuple[Tensor, int]:
-        return tape.contract(call, g.movedim(in_dims[0], 0), needs_input), 0

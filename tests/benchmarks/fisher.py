@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torchvision.models.vision_transformer import VisionTransformer
 
-from coin.statistics import Precision, fisher_diagonal
+from coin.statistics import fisher_diagonal
 
 CLASSES = 10
 OUTPUT = Path("runs/bench/fisher.json")
@@ -69,10 +69,6 @@ def coin(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return fisher_diagonal(network, [inputs])
 
 
-def coin_bfloat16(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    return fisher_diagonal(network, [inputs], precision=Precision.bfloat16)
-
-
 def naive(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     parameters = dict(network.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -108,7 +104,7 @@ def candidates(name: str, *, check: bool = False) -> dict[str, tuple[Candidate, 
     """Return each candidate with a network of its own, all of the same weights."""
     functions: dict[str, Candidate] = {"limit": limit, "coin": coin}
     if not check:
-        functions |= {"coin bf16": coin_bfloat16, "loop": naive, "vmap of vjp": vmap_of_vjp}
+        functions |= {"loop": naive, "vmap of vjp": vmap_of_vjp}
     return {key: (function, build(name)) for key, function in functions.items()}
 
 

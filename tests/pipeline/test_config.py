@@ -13,8 +13,7 @@ from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
 from coin.pipeline.config import CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.options import config_dict, result_options
-from coin.statistics import FisherKind, Precision
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.statistics import FisherKind
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}}
 
@@ -65,15 +64,6 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
             CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_mc_samples=number)
     with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
         CalibrationConfig(fisher_kind="full")
-
-
-def test_a_precision_is_that_of_fishers_and_of_no_gram_matrices():
-    calibration = CalibrationConfig(fisher_precision="bfloat16")
-    fisher = Statistic(StatisticKind.fisher, DataChoice.own, FisherKind.categorical)
-    assert calibration.options_of(fisher).precision is Precision.bfloat16
-    assert calibration.options_of(Statistic(StatisticKind.gram, DataChoice.own)) is None
-    with pytest.raises(ConfigurationError, match="found fisher_precision='half', expected one of full, bfloat16"):
-        CalibrationConfig(fisher_precision="half")
 
 
 @pytest.mark.parametrize("tag", ["", "x" * 65])

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.statistics import Precision, fisher_diagonal
+from coin.statistics import fisher_diagonal
 from coin.statistics.fisher import FisherOptions, _Pass
 from coin.statistics.rules import convolution, elementwise, linear
 
@@ -318,7 +318,7 @@ def test_after_the_first_batch_nothing_waits_for_the_device() -> None:
 
     torch.manual_seed(0)
     network = Pooled(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Hardswish(), nn.Conv2d(6, 6, 3, groups=6), width=6)
-    fisher = _Pass(network, FisherOptions(), None, None, None)
+    fisher = _Pass(network, FisherOptions(), None, None)
     counts = []
     for _ in range(3):
         with Waits() as waits:
@@ -409,45 +409,6 @@ def test_sixteen_bits_are_squared_and_summed_in_full_precision(name: str, dtype:
         assert found[key].dtype == torch.float32
         error = (found[key].double() - value).norm() / value.norm()
         assert error < 8 * torch.finfo(dtype).eps, key
-
-
-def test_a_pass_in_bfloat16_is_close_and_leaves_the_network_as_it_is() -> None:
-    torch.manual_seed(0)
-    layers = (
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, groups=8),
-        nn.Conv2d(8, 8, 1),
-    )
-    network, inputs = Pooled(*layers, width=8), torch.randn(16, 3, 8, 8)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    exact = fisher_diagonal(network, [inputs])
-    with torch.inference_mode():
-        found = fisher_diagonal(network, list(inputs.split(8)), precision=Precision.bfloat16)
-    for name, value in exact.items():
-        assert found[name].dtype == torch.float32
-        assert (found[name] - value).abs().sum() < 0.05 * value.sum(), name
-    assert not torch.equal(found["layers.0.weight"], exact["layers.0.weight"])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-
-
-class WithConstant(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.map, self.constant = nn.Linear(4, CLASSES), torch.ones(2, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.map(x) + F.linear(x, self.constant).sum(1, keepdim=True)
-
-
-def test_a_network_that_does_not_run_in_bfloat16_is_named() -> None:
-    with pytest.raises(ConfigurationError, match=r"WithConstant does not run in bfloat16.*leave precision out"):
-        fisher_diagonal(WithConstant(), [torch.randn(2, 4)], precision=Precision.bfloat16)
-    with pytest.raises(RuntimeError, match="shapes"):
-        fisher_diagonal(nn.Linear(4, CLASSES), [torch.randn(2, 5)], precision=Precision.bfloat16)
-    with pytest.raises(ConfigurationError, match="half"):
-        fisher_diagonal(WithConstant(), [torch.randn(2, 4)], precision="half")  # type: ignore[arg-type]
 
 
 def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:

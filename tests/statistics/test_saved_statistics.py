@@ -62,7 +62,7 @@ def test_what_is_no_statistic_of_the_network_is_refused(network: nn.Module, tmp_
         with pytest.raises(StateError, match=message):
             coin.save_statistic(path, values, network)
     save_state(path, network.state_dict(), {"made_by": "a test"})
-    with pytest.raises(FileError, match="holds no statistic, expected a Fisher or Gram matrices"):
+    with pytest.raises(FileError, match="holds no statistic, expected fisher or gram"):
         coin.load_statistic(path, network)
     with pytest.raises(FileError, match="found no file"):
         coin.load_statistic(tmp_path / "none", network)

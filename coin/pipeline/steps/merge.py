@@ -69,7 +69,7 @@ class EstimateStatistic(Step):
 
     def __post_init__(self) -> None:
         options = self.calibration.options_of(self.which)
-        own = {} if options is None else {"mc_samples": options.mc_samples, "precision": options.precision}
+        own = {} if options is None else {"mc_samples": options.mc_samples}
         object.__setattr__(self, "pass_options", samples_key(self.calibration) | own)
 
     def run(self) -> None:

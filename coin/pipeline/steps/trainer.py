@@ -27,7 +27,7 @@ from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, without_frozen
 from coin.pipeline.steps.evaluate import record_evaluation
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, Precision
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions
 from coin.statistics.statistic import StatisticKind
 from coin.tracking.settings import check_connection, logger_mode
 
@@ -92,7 +92,6 @@ class Trainer(pl.Trainer):
         mc_samples: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
-        precision: Precision = Precision.full,
     ) -> None:
         """Compute a statistic of a checkpoint, and write ``expert.STATISTIC.safetensors`` to ``default_root_dir``.
 
@@ -105,17 +104,16 @@ class Trainer(pl.Trainer):
             mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
-            precision: The floating-point type of the network in a Fisher pass.
 
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
         statistic, options = parse_enum(StatisticKind, "statistic", statistic), None
         if statistic is StatisticKind.fisher:
-            options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, precision, samples_per_task)
-        elif (kind, mc_samples, precision) != (None, None, Precision.full):
-            told = f"found kind={kind}, mc_samples={mc_samples} and precision={precision} for Gram matrices"
-            raise ConfigurationError(f"{told}, expected none of them; leave them out or set statistic=fisher")
+            options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, samples_per_task)
+        elif (kind, mc_samples) != (None, None):
+            told = f"found kind={kind} and mc_samples={mc_samples} for Gram matrices"
+            raise ConfigurationError(f"{told}, expected neither; leave them out or set statistic=fisher")
         network, config = _network(model, ckpt_path)
         if not isinstance(datamodule, TaskData | Tasks):
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")

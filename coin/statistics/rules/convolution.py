@@ -1,6 +1,5 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -36,20 +35,12 @@ class Geometry:
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        rows = self._padded(x).contiguous()
+        rows = F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1).contiguous()
         outer, *inner, last = rows.stride()
-        steps, taps = self._strides(inner)
+        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
+        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
         shape = (len(x), *self.output_size(tuple(x.shape[2:])), *self.kernel, x.shape[1])
         return rows.as_strided(shape, (outer, *steps, *taps, last))
-
-    def shifted(self, x: Tensor) -> Tensor:
-        """Return x [B, C, *size] as every tap of a channel's kernel meets it, [C, taps, B · positions]."""
-        last, channels = self._padded(x), x.shape[1]
-        rows = last.reshape(-1, channels).t().contiguous().view(channels, *last.shape[:-1])
-        outer, sample, *inner = rows.stride()
-        steps, taps = self._strides(inner)
-        shape = (channels, *self.kernel, len(x), *self.output_size(tuple(x.shape[2:])))
-        return rows.as_strided(shape, (outer, *taps, sample, *steps)).reshape(channels, prod(self.kernel), -1)
 
     def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return where in an image (row by row) taps are at output places [...]: [..., taps]; whether they meet it."""
@@ -62,15 +53,6 @@ class Geometry:
             inside = inside & (at >= 0) & (at < n)
             met = met * n + at.clamp(0, n - 1)
         return met, inside
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """Return x [B, C, *size] with its zeros on either side, the channels last."""
-        return F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1)
-
-    def _strides(self, distances: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return how far apart in memory outputs and taps are, given that of neighbouring inputs, by dimension."""
-        steps = [distance * s for distance, s in zip(distances, self.stride, strict=True)]
-        return steps, [distance * d for distance, d in zip(distances, self.dilation, strict=True)]
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
         """Return each tap that meets an image of this size: its flat index, slices of output and of input positions."""
@@ -176,9 +158,11 @@ class DepthwiseCall(ConvolutionCall):
         if rows.shape[2] < _FEW:
             self._add_by_tap(g, rows, weight)
             return
-        channels, by_channel = len(weight), self.matrices(weight)[:, 0]
+        channels, by_channel, dims = len(weight), self.matrices(weight)[:, 0], weight.ndim - 2
+        order = 0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims)
         for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), g.shape[1] // rows.shape[1])):
-            shifted = self.geometry.shifted(maps)
+            patches = self.geometry.patches(maps.transpose(0, 1)).permute(order)  # [C, *kernel, k, *output]
+            shifted = patches.reshape(channels, weight[0].numel(), -1)
             for block in torch.split(rows[:, n], max(1, BLOCK // rows[0, n].numel())):
                 cotangents = block.reshape(-1, channels).t().contiguous().view(channels, len(block), -1)
                 by_channel.add_(torch.bmm(cotangents, shifted.mT).square_().sum(1))

@@ -77,16 +77,15 @@ def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps:
     """Return the call of `torch.nn.functional.layer_norm`."""
     if weight is None or input.ndim <= len(shape):
         return None
-    slices = (*input.shape[: -weight.ndim], weight.numel())
-    return _slice_norm(input, slices, weight, bias, eps, tuple(weight.shape))
+    return _slice_norm(input, (*input.shape[: -len(shape)], weight.numel()), weight, bias, eps, tuple(weight.shape))
 
 
 def group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Call | None:
     """Return the call of `torch.nn.functional.group_norm`."""
     if weight is None:
         return None
-    slices = (len(input), num_groups, input[0].numel() // num_groups)
-    return _slice_norm(input, slices, weight, bias, eps, (input.shape[1], *(1 for _ in input.shape[2:])))
+    shape = (input.shape[1], *(1 for _ in input.shape[2:]))
+    return _slice_norm(input, (len(input), num_groups, input[0].numel() // num_groups), weight, bias, eps, shape)
 
 
 def _slice_norm(
