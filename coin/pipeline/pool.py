@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -26,6 +26,7 @@ from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
 
+_STATUS = "# exit status "
 _STOP_SECONDS = 10.0
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
 _GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
@@ -86,24 +87,26 @@ class Command:
     arguments: Sequence[str]
     log: Path
 
-    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Start the process."""
+    def __call__(
+        self, environment: Mapping[str, str] | None = None, started: Callable[[Any], None] = lambda _: None
+    ) -> None:
+        """Run it; at the end its exit status is in its log. `started` is called with its process."""
         command = [sys.executable, "-m", "coin", *self.arguments]
+        environment = child_environment(cores()) if environment is None else environment
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with self.log.open("ab", buffering=0) as log:
             log.write(f"# {' '.join(command)}\n".encode())
-            log.flush()
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment))
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            started(process)
+            log.write(f"\n{_STATUS}{process.wait()}\n".encode())
 
-    def last_line(self) -> str:
-        """Return the last line that it printed."""
+    def failure(self) -> str:
+        """Return why it has failed: its exit status and the last line that it printed, if it came to its end."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
-        return text.strip().rpartition("\n")[2] or "it has printed nothing"
-
-    def __call__(self) -> None:
-        """Run it within a job or task of a cluster."""
-        if self.start(child_environment(cores())).wait() != 0:
-            raise CommandFailedError(self.last_line())
+        said, _, status = text.strip().rpartition(_STATUS)
+        if not status.isdigit() and not status.startswith("-"):
+            return "it ended without a result"
+        return f"exit status {status}: {said.strip().rpartition(chr(10))[2]}"
 
     def checkpoint(self) -> Any:
         """Return what submitit requeues when the cluster preempts the job: the same, which goes on where it was."""
@@ -112,9 +115,8 @@ class Command:
         return submitit.helpers.DelayedSubmission(self)
 
 
-Ended: TypeAlias = Callable[[], str | None]
-"""Asks a command that was started why it has failed: '' if it has not, None while it runs."""
-Submit: TypeAlias = Callable[[Command], Ended]
+Submit: TypeAlias = Callable[[Command], Callable[[], bool]]
+"""Starts a command, and returns what says whether it has ended."""
 
 
 @contextlib.contextmanager
@@ -171,37 +173,22 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
 @contextlib.contextmanager
 def _processes(workers: int) -> Iterator[Submit]:
     """Yield what starts a command in a process of this machine, which ends with this one."""
-    free, running = worker_environments(workers), set[subprocess.Popen[bytes]]()
+    free, running = worker_environments(workers), list[Any]()
 
     def run(command: Command, environment: dict[str, str]) -> None:
-        process = command.start(environment)
-        running.add(process)
-        try:
-            if status := process.wait():
-                raise CommandFailedError(f"exit status {status}: {command.last_line()}")
-        finally:
-            running.discard(process)
-            free.append(environment)
+        command(environment, running.append)
+        free.append(environment)
 
     with ThreadPoolExecutor(workers) as threads:
         try:
-            yield lambda command: partial(_ended, command, threads.submit(run, command, free.pop()))
+            yield lambda command: threads.submit(run, command, free.pop()).done
         finally:
-            for process in [*running]:
-                process.terminate()
-            for process in [*running]:
+            for process in running:
+                process.terminate()  # does nothing to one that has ended
+            for process in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_SECONDS)
-                process.kill()  # does nothing to one that has ended
-
-
-def _ended(command: Command, future: "Future[None]") -> str | None:
-    if not future.done():
-        return None
-    error = future.exception()
-    # Ray puts a command's own error, with its traceback, into another one.
-    known = CommandFailedError.__name__ in f"{type(error).__name__}: {error}"
-    return "" if error is None else command.last_line() if known else first_line(error)[:200]
+                process.kill()
 
 
 class _Slurm:
@@ -233,28 +220,24 @@ class _Slurm:
         except Exception as error:  # submitit's and sbatch's errors share no base class
             raise ConfigurationError(f"cannot {what} jobs with {self._launch.slurm}: {first_line(error)}") from error
 
-    def submit(self, command: Command) -> Ended:
+    def submit(self, command: Command) -> Callable[[], bool]:
         """Submit a command, unless its job is still alive."""
         kept = command.log.with_suffix(".job")
         if kept.is_file() and (job_id := kept.read_text(encoding="utf-8")) in self._queued():
-            return partial(self._ended, command, self._submitit.SlurmJob(self._folder, job_id))
+            return partial(self._has_ended, self._submitit.SlurmJob(self._folder, job_id))
         with self._refusals("submit"):
             job = self._executor.submit(command)
         write_text(kept, str(job.job_id))
         self._queue.add(str(job.job_id))
-        return partial(self._ended, command, job)
+        return partial(self._has_ended, job)
 
-    def _ended(self, command: Command, job: Any) -> str | None:
-        lost = f"job {job.job_id} ended without a result; see {job.paths.stderr}"
+    def _has_ended(self, job: Any) -> bool:
         if job.paths.result_pickle.exists() or (self._cluster != "slurm" and job.done()):
-            error = job.exception()
-            known = CommandFailedError.__name__ in f"{type(error).__name__}: {error}"
-            return "" if error is None else command.last_line() if known else lost
+            return True
         if self._cluster != "slurm" or job.job_id in self._queued():
             self._gone.pop(job.job_id, None)
-            return None
-        since = self._gone.setdefault(job.job_id, time.monotonic())
-        return lost if time.monotonic() - since > _GONE_SECONDS else None
+            return False
+        return time.monotonic() - self._gone.setdefault(job.job_id, time.monotonic()) > _GONE_SECONDS
 
     def _queued(self) -> set[str]:
         """Return the numbers of this user's jobs, asked for now and then."""
@@ -274,9 +257,10 @@ def _ray(launch: Launch) -> Iterator[Submit]:
     set_ray_variables(address)
     ray, running = extra_module("ray", "serve"), list[Any]()
 
-    def submit(command: Command) -> Ended:
+    def submit(command: Command) -> Callable[[], bool]:
         running.append(task.remote(command))
-        return partial(_ended, command, running[-1].future())
+        done: Callable[[], bool] = running[-1].future().done
+        return done
 
     try:
         task = ray.remote(**options)(_in_this_folder())

@@ -14,7 +14,7 @@ from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan
-from coin.pipeline.pool import Command, CommandFailedError, Ended, Launch, Submit, open_pool
+from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
 from coin.pipeline.step import Step, closure
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.trainer import join_processes
@@ -100,7 +100,7 @@ class _Run:
     def __init__(self, steps: Sequence[Planned], on_done: Callable[[Planned, bool], None], keep_going: bool) -> None:
         self.waiting = {each.step.key: each for each in steps}
         self.places = {each.step.key: place for place, each in enumerate(steps, 1)}
-        self.running: dict[str, Ended] = {}
+        self.running: dict[str, Callable[[], bool]] = {}
         self.done: set[str] = set()
         self.failed: list[tuple[int, str]] = []
         self._on_done, self._keep_going = on_done, keep_going
@@ -112,14 +112,15 @@ class _Run:
 
     def collect(self) -> bool:
         """Take what has ended elsewhere, and return whether something has."""
-        ended = {key: why for key, ask in self.running.items() if (why := ask()) is not None}
-        for key, why in ended.items():
+        ended = [key for key, has_ended in self.running.items() if has_ended()]
+        for key in ended:
             del self.running[key]
             planned = self.waiting[key]
             if planned.step.is_done:
                 self._finish(planned, "done")
             else:
-                self._fail(planned, f"{why or 'it ended without a result'} (see {_command(planned).log})")
+                command = _command(planned)
+                self._fail(planned, f"{command.failure()} (see {command.log})")
         return bool(ended)
 
     def elsewhere(self, planned: Planned, submit: Submit) -> bool:

@@ -1,6 +1,7 @@
 """Steps in processes, SLURM's jobs and Ray's tasks of their own, and what becomes of those that fail."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def planned(tmp_path: Path) -> list[Planned]:
 
 
 FINISH = """
-import json, pathlib, sys, time
+import pathlib, sys, time
 folder = pathlib.Path(sys.argv[-1])
 time.sleep(0.2)
 print("the last word of", folder.name, flush=True)
@@ -66,18 +67,15 @@ folder.joinpath("done.json").write_text("{}")
 
 
 @pytest.fixture
-def processes(planned: list[Planned], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have commands finish their step's folder, in place of ``coin run --only``."""
+    start = subprocess.Popen
 
-    def start(command: Command, environment: Any) -> Any:
-        import subprocess
+    def finish(command: list[str], **options: Any) -> Any:
+        folder = Path(options["stdout"].name).parent
+        return start([sys.executable, "-c", FINISH, str(folder)], **options)
 
-        folder = command.log.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with command.log.open("ab") as log:
-            return subprocess.Popen([sys.executable, "-c", FINISH, str(folder)], stdout=log, stderr=log)
-
-    monkeypatch.setattr(Command, "start", start)
+    monkeypatch.setattr("coin.pipeline.pool.subprocess.Popen", finish)
 
 
 class InstantRay(SimpleNamespace):
@@ -217,13 +215,18 @@ def test_ray_itself_runs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with open_pool(Launch(Executor.ray, 2), tmp_path) as submit:
         assert submit is not None
         asked = [submit(command) for command in commands]
-        ended: list[str | None] = [None, None]
-        while None in ended:
+        while not all(has_ended() for has_ended in asked):
             time.sleep(0.1)
-            ended = [ask() for ask in asked]
     assert "usage: coin" in commands[0].log.read_text()
-    assert ended[0] == ""
-    assert "found command 'nonsense'" in str(ended[1])
+    assert commands[0].failure().startswith("exit status 0: ")
+    assert "exit status 2: coin: error: found command 'nonsense'" in commands[1].failure()
+
+
+def test_a_command_that_did_not_come_to_its_end_has_no_last_word(tmp_path: Path) -> None:
+    command = Command([], tmp_path / "a.log")
+    assert command.failure() == "it ended without a result"
+    command.log.write_text("answers queries\n")
+    assert command.failure() == "it ended without a result"
 
 
 def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
