@@ -12,7 +12,6 @@ from coin.errors import CoinWarning, ConfigurationError
 from coin.pipeline.steps.train import TrainingConfig
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions
 from coin.statistics.statistic import DataChoice, Statistic
-from coin.tracking.settings import TAG_LENGTH
 
 # Of Any, jsonargparse would make objects where there is a class_path.
 _Plain: TypeAlias = bool | int | float | list | dict | str | None  # type: ignore[type-arg]
@@ -140,7 +139,3 @@ class WandbConfig:
     """
 
     tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= TAG_LENGTH]:
-            raise ConfigurationError(f"found W&B tag '{wrong[0]}', expected one of 1 to {TAG_LENGTH} characters")

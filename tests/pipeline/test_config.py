@@ -11,7 +11,7 @@ from coin.callbacks import Weights
 from coin.commands.run import experiment_of
 from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
-from coin.pipeline.config import CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.config import CalibrationConfig, ExpertConfig
 from coin.pipeline.options import config_dict, result_options
 from coin.statistics import FisherKind
 
@@ -66,10 +66,6 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
         CalibrationConfig(fisher_kind="full")
 
 
-@pytest.mark.parametrize("tag", ["", "x" * 65])
-def test_a_tag_that_w_and_b_refuses_is_refused_before_anything_runs(tag):
-    with pytest.raises(ConfigurationError, match="expected one of 1 to 64 characters"):
-        WandbConfig(tags=["fine", tag])
 
 
 class OwnTask(Digits):

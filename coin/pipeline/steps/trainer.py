@@ -32,7 +32,6 @@ from coin.statistics.statistic import StatisticKind
 from coin.tracking.settings import check_connection, logger_mode
 
 _DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
-"""Options of the Trainer that an experiment's steps decide, by its output, wandb and epochs."""
 
 
 class Trainer(pl.Trainer):
@@ -205,11 +204,6 @@ def join_processes(folder: Path, options: dict[str, Any]) -> None:
             told = f"found WORLD_SIZE={running} and a trainer section for one process"
             raise ConfigurationError(f"{told}; lay configs/cluster/torchrun.yaml over the experiment")
         return
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        told = f"found the trainer section {options}, whose processes share no steps"
-        raise ConfigurationError(f"{told}; set trainer.strategy=ddp")
-    try:
-        launcher.launch(trainer.strategy.setup_environment)
-    except ValueError as error:
-        raise ConfigurationError(f"the trainer section {options} does not fit: {first_line(error)}") from error
+    if not isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ConfigurationError(f"found processes of the trainer section {options}; set trainer.strategy=ddp")
+    launcher.launch(trainer.strategy.setup_environment)
