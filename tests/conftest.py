@@ -20,7 +20,7 @@ from coin.coding import Code
 from coin.data import Samples, Source, TaskData
 from coin.files.tensors import fingerprint
 from coin.networks import NetworkConfig, build_network, load_network, recalibrate, save_network
-from coin.pipeline.steps.trainer import Trainer
+from coin.trainer import Trainer
 
 # The tests' tensors are tiny: threads only wait for one another, and a sum's rounding would depend on their number.
 torch.set_num_threads(1)

@@ -18,8 +18,8 @@ from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.files.checkpoints import TO_GO_ON, read_checkpoint
-from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules, which are found by short names
 from coin.tracking.settings import logger_mode, run_environment
+from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
 
 class TrainerCLI(LightningCLI):

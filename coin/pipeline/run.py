@@ -1,13 +1,17 @@
 """Running the steps of an experiment, or of the points of a sweep, that are not done yet."""
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.core.processes import on_rank_zero, process_count, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
@@ -17,11 +21,13 @@ from coin.pipeline.plan import Planned, plan
 from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
 from coin.pipeline.step import Step, closure
 from coin.pipeline.steps.evaluation import Evaluate
-from coin.pipeline.steps.trainer import join_processes
 from coin.reporting import write_report
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.summary import write_summary
 from coin.tracking.settings import check_connection
+from coin.trainer import make_trainer
+
+_DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
@@ -54,6 +60,26 @@ def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Plann
     if on_rank_zero(lambda: not all(each.step.is_done for each in steps)):
         experiment.check_parts()
     return steps
+
+
+def join_processes(folder: Path, options: dict[str, Any]) -> None:
+    """Set up the process group for the Trainer's options, before the first step.
+
+    Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
+    Raises ConfigurationError if the section has an option fixed by the steps, or does not fit the running processes.
+    """
+    if taken := next(iter(options.keys() & _DECIDED), None):
+        told = f"found trainer.{taken}, which each step sets itself"
+        raise ConfigurationError(f"{told}; leave it out, and set output or expert.epochs")
+    trainer = make_trainer(folder, options)
+    if trainer.world_size == 1:
+        if (running := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            told = f"found WORLD_SIZE={running} and a trainer section for one process"
+            raise ConfigurationError(f"{told}; lay configs/cluster/torchrun.yaml over the experiment")
+        return
+    if not isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ConfigurationError(f"found processes of the trainer section {options}; set trainer.strategy=ddp")
+    launcher.launch(trainer.strategy.setup_environment)
 
 
 def run_steps(

@@ -17,9 +17,9 @@ from coin.errors import CoinWarning, ConfigurationError, FileError, NumericalErr
 from coin.evaluation.examples import ExampleSamples
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
-from coin.pipeline.steps.evaluate import record_evaluation, warn_of_weak_experts
 from coin.reporting.extras import read_promises
 from coin.reporting.results import read_configuration, read_results
+from coin.trainer.record import record_evaluation, warn_of_weak_experts
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]

@@ -66,8 +66,6 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
         CalibrationConfig(fisher_kind="full")
 
 
-
-
 class OwnTask(Digits):
     """A user's task that keeps its option its own way."""
 

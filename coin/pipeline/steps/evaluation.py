@@ -20,8 +20,8 @@ from coin.pipeline.options import result_options
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
 from coin.pipeline.steps.merge import CompressExperts, Merge, datamodule, samples_key
 from coin.pipeline.steps.train import ExpertStep
-from coin.pipeline.steps.trainer import make_trainer
 from coin.tracking.runs import RunLog
+from coin.trainer import make_trainer
 
 UNRELATED = 0.6
 """N networks of independent random weights are √(N-1) apart; of one start two were at most 0.25."""

@@ -35,9 +35,9 @@ from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
-from coin.pipeline.steps.trainer import estimate_over_tasks, make_trainer
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
+from coin.trainer import estimate_over_tasks, make_trainer
 
 
 def datamodule(tasks: Mapping[str, TaskData], calibration: CalibrationConfig) -> Tasks:

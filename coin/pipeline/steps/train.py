@@ -23,8 +23,8 @@ from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
 from coin.pipeline.options import result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
-from coin.pipeline.steps.trainer import make_trainer
 from coin.tracking.runs import RunLog
+from coin.trainer import make_trainer
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from coin.data import Digits
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
-from coin.pipeline.steps.trainer import Trainer, estimate_over_tasks
 from coin.statistics import FisherOptions
 from coin.statistics.files import open_statistic
+from coin.trainer import Trainer, estimate_over_tasks
 
 
 def say_what_is_left() -> None:

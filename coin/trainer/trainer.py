@@ -1,6 +1,5 @@
 """The Trainer of all steps: Lightning's, with the commands ``fisher`` and ``evaluate``."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
 from coin.callbacks import StepProgress
@@ -26,12 +24,10 @@ from coin.errors import ConfigurationError, first_line
 from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, without_frozen
-from coin.pipeline.steps.evaluate import record_evaluation
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions
 from coin.statistics.statistic import StatisticKind
 from coin.tracking.settings import check_connection, logger_mode
-
-_DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
+from coin.trainer.record import record_evaluation
 
 
 class Trainer(pl.Trainer):
@@ -187,23 +183,3 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **fixed: Any) -> Trai
     except (TypeError, ValueError, MisconfigurationException) as error:
         told = f"the trainer section {dict(options)} does not fit: {first_line(error)}"
         raise ConfigurationError(f"{told}; see Lightning's Trainer") from error
-
-
-def join_processes(folder: Path, options: dict[str, Any]) -> None:
-    """Set up the process group for the Trainer's options, before the first step.
-
-    Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
-    Raises ConfigurationError if the section has an option fixed by the steps, or does not fit the running processes.
-    """
-    if taken := next(iter(options.keys() & _DECIDED), None):
-        told = f"found trainer.{taken}, which each step sets itself"
-        raise ConfigurationError(f"{told}; leave it out, and set output or expert.epochs")
-    trainer = make_trainer(folder, options)
-    if trainer.world_size == 1:
-        if (running := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            told = f"found WORLD_SIZE={running} and a trainer section for one process"
-            raise ConfigurationError(f"{told}; lay configs/cluster/torchrun.yaml over the experiment")
-        return
-    if not isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
-        raise ConfigurationError(f"found processes of the trainer section {options}; set trainer.strategy=ddp")
-    launcher.launch(trainer.strategy.setup_environment)

@@ -5,9 +5,9 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.networks import build_network
-from coin.pipeline.steps.trainer import estimate_over_tasks
 from coin.statistics import FisherKind, FisherOptions, fisher_sums
 from coin.statistics.files import open_statistic
+from coin.trainer import estimate_over_tasks
 
 
 @pytest.fixture
