@@ -11,9 +11,8 @@ from coin.callbacks.export import FileOfTrained, Weights
 from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
-from coin.files.tensors import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, check_shares, reduce_sums, shard
-from coin.statistics.files import write_statistic
+from coin.statistics.files import save_statistic
 from coin.statistics.statistic import StatisticKind, statistic_sums
 
 
@@ -44,9 +43,8 @@ def estimate_statistic(
     sums = reduce_sums(own)
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:
-        told: dict[str, Any] = {"weights": fingerprint(network.state_dict()), "seconds": seconds, "seed": seed}
-        told |= {} if options is None else {"kind": str(options.kind), "cotangents": options.mc_samples}
-        write_statistic(path, sums, statistic=str(name), **told, **provenance)
+        kind: dict[str, Any] = {} if options is None else {"kind": options.kind, "cotangents": options.mc_samples}
+        save_statistic(path, sums, network, **kind, seconds=seconds, seed=seed, **provenance)
     return {"seconds": seconds, "passes": sums.passes}
 
 

@@ -8,9 +8,8 @@ derivatives of the kind's outputs by every parameter; a Gram file for the weight
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,8 +25,7 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 """The files of every expert's statistics, by task."""
 
 
-@dataclass(frozen=True)
-class StatisticFile:
+class StatisticFile(NamedTuple):
     """A statistic in a file: the mean over samples by name, read on access, and the cost of computing it."""
 
     values: StateFile
@@ -36,18 +34,8 @@ class StatisticFile:
     passes: float
 
 
-def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seconds: float, **provenance: Any) -> None:
-    """Write the mean of a statistic, ``fisher`` or ``gram``, from the sums over all processes.
-
-    Beside it the file holds the fingerprint of the network's weights, the wall time of the pass, and any further JSON
-    values. Raises StateError where there are no samples or a value is not finite, FileError where it cannot be written.
-    """
-    spent = {"samples": sums.count, "seconds": seconds, "passes": sums.passes}
-    save_state(path, sums.mean(), {**provenance, "statistic": statistic, "weights": weights, **spent})
-
-
 def open_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
-    """Open a statistic that `write_statistic` wrote, of the weights with a fingerprint; none accepts any.
+    """Open the file of a ``fisher`` or ``gram``, of the weights with a fingerprint; none accepts any.
 
     Raises FileError where the file is missing, damaged, of another statistic or of other weights, or a Fisher has a
     negative number; StateError where a number is not finite.
@@ -56,13 +44,12 @@ def open_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
     check_finite(values, f"the {statistic} in '{path}'")
     if statistic == "fisher" and (name := _negative(values)):
         raise FileError(f"'{path}' holds a negative number in '{name}', expected squares; run coin fisher again")
-    spent = values.provenance
+    made = values.provenance
     try:
-        return StatisticFile(values, int(spent["samples"]), float(spent["seconds"]), float(spent["passes"]))
+        return StatisticFile(values, int(made["samples"]), float(made["seconds"]), float(made["passes"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise FileError(
-            f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
-        ) from error
+        found = f"'{path}' does not say its samples, seconds, passes as numbers"
+        raise FileError(f"{found}; run coin fisher again") from error
 
 
 def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]) -> list[StatisticFile]:
@@ -75,7 +62,12 @@ def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[st
 
 
 def save_statistic(
-    path: Path | str, values: State | Sums, network: nn.Module, *, kind: FisherKind | str = FisherKind.exact
+    path: Path | str,
+    values: State | Sums,
+    network: nn.Module,
+    *,
+    kind: FisherKind | str = FisherKind.exact,
+    **provenance: Any,
 ) -> None:
     """Write a network's Fisher diagonal or Gram matrices, with the fingerprint of the weights that they are of.
 
@@ -84,6 +76,7 @@ def save_statistic(
         values: What `fisher_diagonal` or ``gram_sums(…).mean()`` returns, the mean over samples by name; or sums.
         network: The network, with the weights that it had then.
         kind: Which Fisher it is; nothing of Gram matrices.
+        **provenance: Further JSON values of the file's metadata.
 
     Raises:
         StateError: A tensor fits no parameter of the network, or a number is not finite, or a Fisher negative.
@@ -91,12 +84,13 @@ def save_statistic(
 
     >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])
     """
+    spent = {"samples": values.count, "passes": values.passes} if isinstance(values, Sums) else {}
     state = values.mean() if isinstance(values, Sums) else values
     name = _checked_kind(state, network)
     described = {"statistic": str(name), "weights": fingerprint(network.state_dict())}
     if name is StatisticKind.fisher:
         described["kind"] = str(parse_enum(FisherKind, "kind", kind))
-    save_state(Path(path), state, described)
+    save_state(Path(path), state, {**provenance, **spent, **described})
 
 
 def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
@@ -133,14 +127,12 @@ def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
     parameters, fisher = dict(network.named_parameters(remove_duplicate=False)), True
     for name, tensor in state.items():
         if (own := parameters.get(name.removesuffix(TRANSPOSED))) is None:
-            has_not = f"which {type(network).__name__} has not; give its own"
-            raise StateError(f"the statistic has a tensor '{name}', {has_not}")
+            found = f"the statistic has a tensor '{name}', which {type(network).__name__} has not"
+            raise StateError(f"{found}; give its own")
         is_like = name in parameters and own.shape == tensor.shape
         if not is_like and (tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]):
-            raise StateError(
-                f"the statistic's '{name}' is {list(tensor.shape)}, expected {list(own.shape)} of a Fisher, or "
-                "[G, K, K] of Gram matrices; give the network's own"
-            )
+            expected = f"expected {list(own.shape)} of a Fisher, or [G, K, K] of Gram matrices"
+            raise StateError(f"the statistic's '{name}' is {list(tensor.shape)}, {expected}; give the network's own")
         fisher &= is_like
     check_finite(state, "the statistic")
     if fisher and (negative := _negative(state)):

@@ -8,18 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import (
-    Batch,
-    Forward,
-    adapted,
-    as_input,
-    channels_last,
-    joined,
-    samples_of,
-    shapes_in,
-    size_of,
-    take,
-)
+from coin.core import batches as cuts
+from coin.core.batches import Batch, Forward, size_of, take
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, make_cotangents
@@ -96,7 +86,7 @@ def fisher_sums(
         DataError: There are no samples, the output is not [B, C], labels do not fit, or a batch holds no tensors.
         StateError: The network changes in place what a gradient needs.
     """
-    fisher = _Pass(adapted(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
+    fisher = _Pass(cuts.adapted(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
     for batch in batches:
         fisher.add(batch, progress)
     return fisher.sums()
@@ -120,10 +110,8 @@ class _Pass:
         self, network: nn.Module, options: FisherOptions, labels: Tensor | None, generator: torch.Generator | None
     ) -> None:
         if options.needs_labels != (labels is not None):
-            found = "no labels" if labels is None else "labels"
-            raise ConfigurationError(
-                f"found {found} for the {options.kind} Fisher; labels belong to the empirical kind, and only to it"
-            )
+            found = f"found {'no ' if labels is None else ''}labels for the {options.kind} Fisher"
+            raise ConfigurationError(f"{found}; labels belong to the empirical kind, and only to it")
         self.network, self.options, self.labels, self.generator = network, options, labels, generator
         self._parameters = trainable(network)
         with torch.inference_mode(False):
@@ -134,7 +122,7 @@ class _Pass:
     def add(self, batch: Any, progress: Callable[[int], None] | None = None) -> None:
         """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
-            inputs = as_input(batch, self.network)
+            inputs = cuts.as_input(batch, self.network)
             start = 0
             while start < size_of(inputs):
                 done = self._add_cut(inputs, start)
@@ -148,23 +136,22 @@ class _Pass:
         if self.count == 0:
             raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
         if self.labels is not None and len(self.labels) != self.count:
-            raise DataError(
-                f"found {len(self.labels)} labels for {self.count} samples, expected one each, in their order"
-            )
+            found = f"found {len(self.labels)} labels for {self.count} samples"
+            raise DataError(f"{found}, expected one each, in their order")
         return Sums({name: total.contiguous() for name, total in self._totals.items()}, self.count, self._passes)
 
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
-        key = (*shapes_in(inputs), size_of(inputs) > 1)
+        key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
         known = self._layouts.get(key)
         layout = known or find_layout(self.network, self._parameters, self._totals, take(inputs, slice(0, 1)))
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.options.mc_samples or 1}
         number = fewer.get(self.options.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.options.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
-        every, rows, general = set(self._parameters), None, set[str]()
+        rows, general = None, set(self._parameters)
         if not layout.mixes:
-            arranged = channels_last(piece) if layout.channels_last else piece
+            arranged = cuts.channels_last(piece) if layout.channels_last else piece
             tape = Tape(self._parameters, self._totals, layout.rows)
             output = tape.run(self.network, arranged)
             if known is None:
@@ -174,8 +161,8 @@ class _Pass:
                 rows = self._cotangents(output, 0)
                 general = self._add_by_rules(tape, output, rows, chunk)
             del tape, output
-        if general or layout.mixes:
-            self._add_one_by_one(piece, rows, every if layout.mixes else general)
+        if general:
+            self._add_one_by_one(piece, rows, general)
         return size_of(piece)
 
     def _mixes(self, output: Tensor, alone: Tensor, inputs: Batch) -> bool:
@@ -197,11 +184,10 @@ class _Pass:
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""
         self._passes += len(output)
-        misplaced: set[str] = set()
+        general = tape.shared(output)
         if tape.rows is None and tape.calls:
-            misplaced = tape.misplaced(output, unseen=False)
+            general |= tape.misplaced(output, unseen=False)
             self._passes += 2 * tape.cotangents * len(output)
-        general = tape.shared(output) | misplaced
         tape.close(general)
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
@@ -218,14 +204,14 @@ class _Pass:
         # In PyTorch 2.13 on CPUs the backward pass of `torch.nn.functional.batch_norm` in eval mode is wrong for a
         # batch of one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``: with a copy it is not.
         in_pairs = rows is not None and any(isinstance(module, _BatchNorm) for module in self.network.modules())
-        for n, sample in enumerate(samples_of(samples)):
-            logits = self.network(joined([sample, sample]) if in_pairs else sample)
+        for n, sample in enumerate(cuts.samples_of(samples)):
+            logits = self.network(cuts.joined([sample, sample]) if in_pairs else sample)
             own = self._cotangents(logits, n) if rows is None else rows[:, n : n + 1]
             own = torch.cat([own, torch.zeros_like(own)], 1) if in_pairs else own
             self._passes += len(logits)
-            for v in range(len(own) if logits.requires_grad else 0):
+            for cotangent in own if logits.requires_grad else ():
                 gradients = torch.autograd.grad(
-                    logits, list(chosen.values()), own[v], retain_graph=v + 1 < len(own), allow_unused=True
+                    logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
                 )
                 self._passes += 2 * len(logits)
                 for name, gradient in zip(chosen, gradients, strict=True):

@@ -6,7 +6,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.core.batches import Forward, adapted, as_input, size_of
@@ -29,12 +28,10 @@ def gram_sums(
 ) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
-    Trainable is what requires gradients; if nothing does, as in a network that was frozen, everything. Linear maps are
-    calls of linear, convolutions, addmm, and matmul by a matrix, and the projections of self-attention.
-
-    a is the input that the map multiplies at a position, in the order of ``weight.flatten(1)`` (for a convolution: the
-    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a trainable bias,
-    the parameter named as the weight is, "bias" for "weight".
+    Trainable is what requires gradients, or everything if nothing does. Linear maps are calls of linear, convolutions,
+    addmm, and matmul by a matrix, and the projections of self-attention. a is the input that the map multiplies at a
+    position, in the order of ``weight.flatten(1)`` (for a convolution: the im2col patch of one group, zeros where it
+    meets the padding), with a last entry 1 if the map has a trainable bias, named as the weight is.
 
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
@@ -44,10 +41,9 @@ def gram_sums(
             mappings of tensors too.
 
     Returns:
-        Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias. A weight
-        [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`, with G = 1 and K = in, plus 1.
-        A map that is called more than once has the sum over its calls. Every other trainable parameter of two
-        dimensions or more, and a map that no row came to, is in `Sums.uncovered`.
+        Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias; over all its
+        calls. A weight [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`. Every other
+        trainable parameter of two dimensions or more, and a map that no row came to, is in `Sums.uncovered`.
 
     Raises:
         ConfigurationError: There are no parameters.
@@ -96,9 +92,6 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
     a = a.to(sum_type(a))
     if bias:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
-    if name in values and (further := values[name].shape[-1] - a.shape[-1]):  # called with a bias and without
-        a = F.pad(a, (0, max(0, further)))
-        values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
     columns = a.permute(1, 0, 2)  # [G, rows, K]
     values[name] = values[name].baddbmm_(columns.mT, columns) if name in values else torch.bmm(columns.mT, columns)
 

@@ -16,7 +16,7 @@ from coin.core.batches import tensors_in
 from coin.statistics.rules import Call
 from coin.statistics.rules.attention import attention
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
-from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
+from coin.statistics.rules.elementwise import add, batch_norm, expand, group_norm, layer_norm, multiply
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
@@ -184,29 +184,6 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **
     return EmbeddingCall(input, weight, None, padding_idx)
 
 
-def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Call | None]:
-    def read(input: Any, other: Any) -> Call | None:
-        weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
-        if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
-            return None
-        if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
-            return None
-        aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
-        if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
-            return None
-        return rule(x, weight, aligned[1:])
-
-    return read
-
-
-def _expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
-    if not isinstance(weight, nn.Parameter):
-        return None
-    expanded = weight.detach().expand(*(sizes if size is None else size))
-    aligned = (1,) * (expanded.ndim - weight.ndim) + tuple(weight.shape)
-    return shift(expanded, weight, aligned[1:]) if aligned[0] == 1 else None
-
-
 def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
     """Spell out `torch.nn.functional.multi_head_attention_forward` for self-attention [T, B, E], under masks or not.
 
@@ -228,17 +205,17 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D]
     if causal and padding is None and not a["need_weights"]:  # elsewhere torch takes the mask
         mask = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-    bias = None if mask is None else _added(mask if mask.ndim == 2 else mask.view(b, -1, t, t), x)  # to the scores
+    bias: Any = 0  # added to the scores
+    if mask is not None:
+        bias = bias + _added(mask if mask.ndim == 2 else mask.view(b, -1, t, t), x)
     if padding is not None:  # [B, T]
-        padded = _added(padding[:, None, None, :], x)
-        bias = padded if bias is None else bias + padded
+        bias = bias + _added(padding[:, None, None, :], x)
     weights = None
     if a["need_weights"]:
-        scores = (q / math.sqrt(q.shape[-1])) @ k.mT
-        weights = (scores if bias is None else scores + bias).softmax(-1)
+        weights = ((q / math.sqrt(q.shape[-1])) @ k.mT + bias).softmax(-1)
         mixed = weights @ v
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, bias)
+        mixed = F.scaled_dot_product_attention(q, k, v, bias if isinstance(bias, Tensor) else None)
     output = F.linear(mixed.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"]).transpose(0, 1)
     return output, weights.mean(1) if weights is not None and a["average_attn_weights"] else weights
 
@@ -259,7 +236,7 @@ _READERS: dict[Any, Callable[..., Call | None]] = {
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     F.embedding: _embedding,
-    **dict.fromkeys((torch.mul, Tensor.mul), _broadcast(scale)),
-    **dict.fromkeys((torch.add, Tensor.add), _broadcast(shift)),
-    Tensor.expand: _expand,
+    **dict.fromkeys((torch.mul, Tensor.mul), multiply),
+    **dict.fromkeys((torch.add, Tensor.add), add),
+    Tensor.expand: expand,
 }

@@ -40,8 +40,8 @@ class Sums:
         """Return the sums over both sets of samples, with zeros for uncovered entries; StateError if others differ."""
         left, right = self._beside(other), other._beside(self)
         check_same_layout([left, right], ["the first sums", "the second sums"])
-        values = {name: value + right[name] for name, value in left.items()}
         uncovered = tuple(name for name in self.uncovered if name in other.uncovered)
+        values = {name: value + right[name] for name, value in left.items()}
         return Sums(values, self.count + other.count, self.passes + other.passes, uncovered)
 
     def _beside(self, other: "Sums") -> dict[str, Tensor]:
@@ -63,36 +63,26 @@ def reduce_sums(sums: Sums) -> Sums:
     """
     if process_count() == 1:
         return sums
-    where = next((tensor.device for tensor in sums.values.values()), torch.device("cpu"))
-    if distributed.get_backend() == "nccl" and where.type != "cuda":
-        where = torch.device("cuda", torch.cuda.current_device())
-    elif distributed.get_backend() == "gloo":
-        where = torch.device("cpu")
+    where = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")  # the current one
     layouts: list[Sums] = [sums] * distributed.get_world_size()
     empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     distributed.all_gather_object(layouts, replace(sums, values=empty))
     whole = sum(layouts[1:], layouts[0])
-    tensors = [
-        sums.values[name].detach() if name in sums.values else torch.zeros_like(like, device=where)
-        for name, like in whole.values.items()
-    ]
+    own = [sums.values.get(name, torch.zeros_like(like, device=where)) for name, like in whole.values.items()]
     numbers = torch.tensor([sums.count, sums.passes], dtype=torch.float64, device=where)
-    flat = torch.cat([*(tensor.to(where, torch.float64).flatten() for tensor in tensors), numbers])
+    flat = torch.cat([*(tensor.detach().to(where, torch.float64).flatten() for tensor in own), numbers])
     distributed.all_reduce(flat)
-    *pieces, numbers = torch.split(flat, [*(tensor.numel() for tensor in tensors), 2])
-    totals = [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-    return Sums(
-        dict(zip(whole.values, totals, strict=True)), round(float(numbers[0])), float(numbers[1]), whole.uncovered
-    )
+    *pieces, numbers = torch.split(flat, [*(tensor.numel() for tensor in own), 2])
+    totals = [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, own, strict=True)]
+    values = dict(zip(whole.values, totals, strict=True))
+    return Sums(values, round(float(numbers[0])), float(numbers[1]), whole.uncovered)
 
 
 def check_shares(samples: int, world: int) -> None:
     """Raise ConfigurationError where there are fewer samples than processes, each of which must have some."""
     if samples < world:
-        raise ConfigurationError(
-            f"found {samples} calibration samples for {world} processes, expected at least one each; raise the number "
-            "of samples or take fewer devices"
-        )
+        found = f"found {samples} calibration samples for {world} processes, expected at least one each"
+        raise ConfigurationError(f"{found}; raise the number of samples or take fewer devices")
 
 
 def shard(n: int, rank: int, world: int) -> range:

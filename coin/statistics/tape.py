@@ -27,21 +27,16 @@ class Tape:
         totals: Parameter name → accumulator; none of those whose squares are not wanted.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
             None rules every call of B·k rows.
-
-    Attributes:
-        calls: The ruled calls.
-        weights: The names of the weights of all calls, ruled or not.
-        sorts: Whether values may decide where a row goes (`Interceptor`).
-        cotangents: V of the backward pass that is running.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
         self._parameters, self._totals, self.rows = parameters, totals, rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
-        self.calls: list[Call] = []
-        self.weights: list[str] = []
-        self.sorts, self.cotangents, self._last = False, 1, True
+        self.calls: list[Call] = []  # the ruled ones
+        self.weights: list[str] = []  # the names of those of all calls, ruled or not
+        self.sorts = False  # whether values may decide where a row goes
+        self.cotangents, self._last = 1, True  # V of the backward pass that is running, and whether it is the last
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
         self._placed: dict[Call, bool] = {}
@@ -62,9 +57,9 @@ class Tape:
         for call in self.calls:
             call.readers = reads.get(call.node, 0)
             if call.reads_input and call.inputs._version != call.version:
+                found = f"the input of the layer with '{next(iter(call.names.values()))}' is modified in place"
                 raise StateError(
-                    f"the input of the layer with '{next(iter(call.names.values()))}' is modified in place after its "
-                    "use, so its gradient cannot be had; make that operation out of place (inplace=False)"
+                    f"{found} after its use, which its gradient needs; make that out of place (inplace=False)"
                 )
         return output
 
@@ -88,15 +83,14 @@ class Tape:
         return outside | {name for name in times if times[name] > 1}
 
     def misplaced(self, output: Tensor, *, unseen: bool, batched: bool = True) -> set[str]:
-        """Find the parameters at whose calls the rows do not lie sample by sample, k rows each.
+        """Find the parameters at whose calls the rows do not lie sample by sample, k rows each; the graph is kept.
 
         A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
         touches: at every row exactly the scale of its sample must arrive. One repetition for each digit of the samples'
         numbers in base 4 tells all samples apart. A row at which no gradient arrives has no share in the squares.
 
         If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to be trusted for other
-        samples too; a weight of zero that hides the gradient is looked behind. Unless `batched`, the repetitions run
-        one after another, for networks whose backward pass takes no batch. The output's graph is kept.
+        samples too; a weight of zero that hides the gradient is looked behind. `batched` runs the repetitions at once.
         """
         numbers = torch.arange(self._samples, device=output.device)
         scales = [torch.ones_like(numbers)]
@@ -144,7 +138,7 @@ class Tape:
         elif totals := self._kept.get(call):
             call.accumulate(g.to(sum_type(g)), self._samples, totals)
             if self._last:
-                call.finish(self._samples, totals)
+                call.finish(totals)
         if not needs_input:
             return g
         gradient = call.input_gradient(g, call.weight)

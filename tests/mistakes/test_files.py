@@ -28,7 +28,7 @@ from coin.reporting.results import (
 )
 from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
 from coin.statistics import Sums
-from coin.statistics.files import open_statistic, write_statistic
+from coin.statistics.files import open_statistic, save_statistic
 
 Damage = Callable[[Path], None]
 
@@ -162,9 +162,9 @@ STATISTICS: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("case", STATISTICS)
 def test_a_statistic_that_is_not_of_its_expert(case: str, tmp_path: Path) -> None:
     path = tmp_path / "a.fisher.safetensors"
-    weights = fingerprint({"a": torch.ones(3)})
-    sums = Sums({"a": torch.ones(3)}, 2, 4.0)
-    write_statistic(path, sums, statistic="fisher", weights=weights, seconds=1.0)
+    network = torch.nn.ParameterDict({"a": torch.ones(3)})
+    weights = fingerprint(network.state_dict())
+    save_statistic(path, Sums({"a": torch.ones(3)}, 2, 4.0), network, seconds=1.0)
     assert open_statistic(path, statistic="fisher", weights=weights).samples == 2
     damage, message = STATISTICS[case]
     damage(path)

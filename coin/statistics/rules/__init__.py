@@ -50,5 +50,5 @@ class Call(ABC):
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         """Return the cotangents of the input [V, N, …], as if the weight were the given one."""
 
-    def finish(self, samples: int, totals: Totals) -> None:  # noqa: B027 (most rules defer nothing)
+    def finish(self, totals: Totals) -> None:  # noqa: B027 (most rules defer nothing)
         """Add what was deferred until all cotangents had been seen."""

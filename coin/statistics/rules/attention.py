@@ -1,4 +1,4 @@
-"""Gradients that `torch.vmap` batches, as one tensor; and attention whose backward pass takes them one by one."""
+"""Attention without parameters of its own, whose backward pass takes a batch of cotangents one by one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,7 @@ def over_batch(g: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a function [V, …] → [V, …] of a gradient, over all V that `torch.vmap` batches; V = 1 if it does not."""
     if not is_batchedtensor(g):
         return _Folded.apply(g, function)  # type: ignore[no-any-return, no-untyped-call]
-    found: Tensor = function(get_unwrapped(g).movedim(maybe_get_bdim(g), 0))
-    return _add_batch_dim(found, 0, maybe_get_level(g))
+    return _add_batch_dim(function(get_unwrapped(g).movedim(maybe_get_bdim(g), 0)), 0, maybe_get_level(g))
 
 
 class _Folded(Function):
@@ -41,8 +40,7 @@ class _Folded(Function):
 class _Attention(Function):
     """softmax(scale · q kᵀ) v for q, k and v [..., T, D].
 
-    `torch.vmap` would copy the weights [..., T, T] for each of V cotangents, and leave a core's cache: an eighth more
-    of a Fisher pass over 197 tokens.
+    `torch.vmap` alone copies the weights [..., T, T] for each cotangent: an eighth of a Fisher pass over 197 tokens.
     """
 
     @staticmethod
@@ -59,8 +57,7 @@ class _Attention(Function):
         def pull_back(g: Tensor) -> Tensor:
             found = g.new_empty(len(g), 3, *g.shape[1:])
             for each, (by_q, by_k, by_v) in zip(g, found, strict=True):
-                scores = torch.ops.aten._softmax_backward_data(each @ v.mT, weights, -1, g.dtype)
-                scores *= ctx.scale
+                scores = torch.ops.aten._softmax_backward_data(each @ v.mT, weights, -1, g.dtype).mul_(ctx.scale)
                 torch.matmul(scores, k, out=by_q)
                 torch.matmul(scores.mT, q, out=by_k)
                 torch.matmul(weights.mT, each, out=by_v)
@@ -76,5 +73,4 @@ def attention(
     """Return `torch.nn.functional.scaled_dot_product_attention` without a mask; None stands for any other form."""
     if attn_mask is not None or dropout_p > 0 or is_causal or not query.shape == key.shape == value.shape:
         return None
-    found: Tensor = _Attention.apply(query, key, value, scale or query.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
-    return found
+    return _Attention.apply(query, key, value, scale or query.shape[-1] ** -0.5)  # type: ignore[no-any-return, no-untyped-call]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
@@ -46,23 +46,42 @@ class ElementwiseCall(Call):
         return self.pull_back(g, weight.view(self.shape), self.inputs)
 
 
-def scale(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Call:
-    """Return the call of x · weight."""
-    return ElementwiseCall(x, weight, None, shape, lambda x: x, lambda g, weight, x: g * weight)
+# What follows returns the call of a function of the same arguments; None stands for a form that has no rule.
 
 
-def shift(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Call:
-    """Return the call of x + weight; or of the weight expanded over samples, as if added to zeros of that shape."""
-    return ElementwiseCall(x, weight, None, shape, None, lambda g, weight, x: g)
+def multiply(input: Any, other: Any) -> Call | None:
+    """Read `torch.mul`."""
+    return _broadcast(input, other, lambda x: x, lambda g, weight, x: g * weight)
 
 
-# The functions below are written in Python and hand on their options by name, however they were called.
+def add(input: Any, other: Any) -> Call | None:
+    """Read `torch.add`."""
+    return _broadcast(input, other, None, lambda g, weight, x: g)
+
+
+def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
+    """Read `torch.Tensor.expand` over samples: as if the weight were added to zeros of that shape."""
+    if not isinstance(weight, nn.Parameter):
+        return None
+    return add(weight.detach().expand(*(sizes if size is None else size)), weight)
+
+
+def _broadcast(input: Any, other: Any, normalised: Any, pull_back: Any) -> Call | None:
+    weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
+    if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+        return None
+    if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
+        return None
+    aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
+    if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
+        return None
+    return ElementwiseCall(x, weight, None, aligned[1:], normalised, pull_back)
 
 
 def batch_norm(
     input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
 ) -> Call | None:
-    """Return the call of `torch.nn.functional.batch_norm`, on running statistics."""
+    """Read `torch.nn.functional.batch_norm` on running statistics; it hands on its options by name."""
     if options["training"] or running_mean is None or running_var is None or weight is None:
         return None
     shape = (input.shape[1], *(1 for _ in input.shape[2:]))
@@ -74,23 +93,21 @@ def batch_norm(
 
 
 def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Call | None:
-    """Return the call of `torch.nn.functional.layer_norm`."""
+    """Read `torch.nn.functional.layer_norm`."""
     if weight is None or input.ndim <= len(shape):
         return None
     return _slice_norm(input, (*input.shape[: -len(shape)], weight.numel()), weight, bias, eps, tuple(weight.shape))
 
 
 def group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Call | None:
-    """Return the call of `torch.nn.functional.group_norm`."""
+    """Read `torch.nn.functional.group_norm`."""
     if weight is None:
         return None
     shape = (input.shape[1], *(1 for _ in input.shape[2:]))
     return _slice_norm(input, (len(input), num_groups, input[0].numel() // num_groups), weight, bias, eps, shape)
 
 
-def _slice_norm(
-    input: Tensor, slices: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float, shape: tuple[int, ...]
-) -> Call:
+def _slice_norm(x: Tensor, slices: tuple[int, ...], weight: Tensor, bias: Any, eps: float, shape: Any) -> Call:
     """Return the call of a normalisation of every slice, the last dimension of x in the shape `slices` [N, …, M]."""
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,4 +123,4 @@ def _slice_norm(
         along = (inner * hat).mean(-1, keepdim=True)
         return ((inner - inner.mean(-1, keepdim=True) - hat * along) * factor).reshape(g.shape)
 
-    return ElementwiseCall(input, weight, bias, shape, lambda x: parts(x.to(sum_type(x)))[0].view(x.shape), pull_back)
+    return ElementwiseCall(x, weight, bias, shape, lambda x: parts(x.to(sum_type(x)))[0].view(x.shape), pull_back)

@@ -54,7 +54,7 @@ class LinearCall(Call):
             add_direct(total, rows, inputs)
 
     @override
-    def finish(self, samples: int, totals: Totals) -> None:
+    def finish(self, totals: Totals) -> None:
         if self._pairs is not None:
             self.add_pairs(self._pairs, self.matrices(totals["weight"]))
 
