@@ -15,7 +15,7 @@ from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.processes import rank_zero_info
 from coin.data import Augmentation
 from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves, search_grid
-from coin.distillation.training import MemoryTraining
+from coin.distillation.training import fit_in_memory
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method, merge_networks
@@ -100,12 +100,16 @@ class Distillation(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""
+        if experts.train is None and (self.augments or self.samples_per_task is not None):
+            raise ConfigurationError(
+                "found augmentation or samples_per_task for calibration batches in memory, which are taken as they are"
+            )
         lr, steps, described, trial = self.lr, self.steps, {}, None
         with torch.inference_mode(False), torch.enable_grad():
             if lr is None:
                 choice, trial = self._search(experts, row)
                 (lr, steps), described = choice.best, choice.config_dict
-            module = self._run(experts, row, lr, steps, before=trial)
+            module = self._run(experts, row, lr, steps, None, trial)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
         clear_caches(module.student)
@@ -120,7 +124,7 @@ class Distillation(Method):
 
     def _search(self, experts: Experts, row: Sequence[float]) -> tuple[SearchResult, DistillationModule | None]:
         """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
-        rates, steps, share = self.learning_rates, self.steps, self.held_out
+        rates, steps = self.learning_rates, self.steps
         trial: DistillationModule | None = None
         is_grid = self.schedule is Schedule.one_cycle
         most, tried = TRIALS if is_grid else len(rates), itertools.count(1)
@@ -128,7 +132,7 @@ class Distillation(Method):
         def losses(lr: float, steps: int, every: int) -> list[float]:
             nonlocal trial
             rank_zero_info(f"{self.label}: trial {next(tried)}, at most {most}: lr={lr:.3g}, {steps} steps")
-            trial = self._run(experts, row, lr, steps, held_out=share, every=every, before=trial)
+            trial = self._run(experts, row, lr, steps, every, trial)
             return [loss if math.isfinite(loss) else math.inf for loss in trial.losses or [math.inf]]
 
         if is_grid:
@@ -153,22 +157,20 @@ class Distillation(Method):
         row: Sequence[float],
         lr: float,
         steps: int,
-        *,
-        held_out: float = 0.0,
-        every: int | None = None,
-        before: DistillationModule | None = None,
+        every: int | None,
+        before: DistillationModule | None,
     ) -> DistillationModule:
-        """Train a module, validated at regular steps on the held-out share of the samples.
+        """Train a module: on all samples, or as a trial that is validated every so many steps on the held-out ones.
 
-        It reuses the experts of a trial `before`, and its start and their outputs if this is a trial too.
+        It reuses the experts of a trial `before`, and its start and their outputs if it is a trial too.
         """
-        training = self._training(experts)
-        module = self.module(row, **training.run_options(experts, self), lr=lr, steps=steps)
+        own = {"augmentation": "none"} if experts.train is None else experts.train.run_options(experts, self)
+        module = self.module(row, **own, lr=lr, steps=steps)
         if before is not None:
             module.teachers, module.student = before.teachers, clone(before.student)
-            if held_out:
+            if every is not None:
                 module.begun, module.known = before.begun, before.known
-        elif isinstance(training, MemoryTraining):
+        elif experts.train is None:
             module.teachers = [twin(network).eval() for network in experts.networks]
             module.student = experts.empty_model().eval()
         trainer_options = {
@@ -176,23 +178,14 @@ class Distillation(Method):
             "max_epochs": -1,
             "log_every_n_steps": max(1, steps // POINTS),
             "num_sanity_val_steps": 0,
-            "val_check_interval": every if held_out else None,
-            "check_val_every_n_epoch": None if held_out else 1,
-            "limit_val_batches": 1.0 if held_out else 0,
+            "val_check_interval": every,
+            "check_val_every_n_epoch": 1 if every is None else None,
+            "limit_val_batches": 0 if every is None else 1.0,
         }
-        training.fit(module, experts, held_out, trainer_options)
+        fit = fit_in_memory if experts.train is None else experts.train.fit
+        fit(module, experts, 0.0 if every is None else self.held_out, trainer_options)
         experts.passes += module.passes
         return module
-
-    def _training(self, experts: Experts) -> Any:
-        """Return the training of the experts' source, or one on the samples in memory, which cannot be augmented."""
-        if experts.train is not None:
-            return experts.train
-        if self.augments or self.samples_per_task is not None:
-            raise ConfigurationError(
-                "found augmentation or samples_per_task for calibration batches in memory, which are taken as they are"
-            )
-        return MemoryTraining()
 
 
 def distill(

@@ -135,7 +135,7 @@ class Merge(Step):
 
 @dataclass
 class Training:
-    """Trains coded models, in place of `coin.distillation.training.MemoryTraining`.
+    """Trains coded models, in place of `coin.distillation.training.fit_in_memory`.
 
     `options` is the experiment's ``trainer`` section; the loggers are those of the final run.
     """
