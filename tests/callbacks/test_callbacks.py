@@ -1,11 +1,12 @@
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 
-from coin.callbacks import ExpertExport, FisherEstimator, Weights
+from coin.callbacks import ExpertExport, FisherEstimator, StepProgress, Weights
 from coin.errors import ConfigurationError, DataError, FileError
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import fingerprint
@@ -35,25 +36,23 @@ def test_the_export_holds_the_trained_network_and_says_what_it_is(tmp_path, fit)
     file = load_network(tmp_path / "run" / "expert.safetensors")
     assert fingerprint(file.network.state_dict()) == fingerprint(expert.network.state_dict())
     assert file.config == expert.config
-    made = file.provenance
-    assert (made["made_by"], made["task"], made["classes"]) == (
-        "coin fit",
-        "Synthetic",
-        ["class 0", "class 1", "class 2"],
-    )
+    made, classes = file.provenance, ["class 0", "class 1", "class 2"]
+    assert (made["made_by"], made["task"], made["classes"]) == ("coin fit", "Synthetic", classes)
     assert (made["epochs"], made["num_classes"], made["options"]["lr"]) == (2, 3, 0.05)
     assert {"train/loss", "val/accuracy"} <= made["metrics"].keys()
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("exact", {}), ("monte_carlo", {"mc_samples": 2}), ("categorical", {}), ("empirical", {})]
+    ("kind", "options", "cotangents"),
+    [("exact", {}, 3), ("monte_carlo", {"mc_samples": 2}, 2), ("categorical", {}, 3), ("empirical", {}, 1)],
 )
-def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_path, fit, synthetic, kind, options):
+def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(
+    tmp_path, fit, synthetic, kind, options, cotangents
+):
     path = tmp_path / "fisher.safetensors"
-    fit(ExpertExport(), FisherEstimator(samples_per_task=20, kind=kind, path=str(path), **options))
+    fit(ExpertExport(), FisherEstimator(samples_per_task=20, kind=kind, path=str(path), **options), epochs=1)
     exported = load_network(tmp_path / "run" / "expert.safetensors").network
-    mark = fingerprint(exported.state_dict())
-    statistic = open_statistic(path, statistic="fisher", weights=mark)
+    statistic = open_statistic(path, statistic="fisher", weights=fingerprint(exported.state_dict()))
     # In the memory format that it trained in, so that the same kernels give the same bits.
     exported.to(memory_format=torch.channels_last)
     calibration = synthetic(key=5, seed=2).calibration(20)
@@ -67,7 +66,6 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
     )
     assert statistic.values.keys() == wanted.keys()
     assert all(torch.equal(statistic.values[name], value) for name, value in wanted.items())
-    cotangents = {"exact": 3, "monte_carlo": 2, "categorical": 3, "empirical": 1}[kind]
     assert (statistic.samples, statistic.passes) == (20, 20 * (1 + 2 * cotangents))
     made = load_provenance(path)
     assert (made["kind"], made["data"]) == (kind, "own")
@@ -77,30 +75,18 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
         open_statistic(path, statistic="fisher", weights="0" * 64)
 
 
-def test_the_module_is_left_as_training_left_it(fit):
+def test_best_takes_the_best_checkpoint_for_both_files_and_leaves_the_module_as_it_is(tmp_path, fit):
     plain, _ = fit()
-    watched, _ = fit(ExpertExport(weights="best"), FisherEstimator(samples_per_task=8, weights="best"))
+    expert, best = fit(ExpertExport(weights=Weights.best), FisherEstimator(samples_per_task=8, weights="best"))
     modes = [module.training for module in plain.network.modules()]
-    assert fingerprint(watched.network.state_dict()) == fingerprint(plain.network.state_dict())
-    assert [module.training for module in watched.network.modules()] == modes
-    assert all(parameter.requires_grad for parameter in watched.network.parameters())
-
-
-def test_best_takes_the_best_checkpoint_for_both_files(tmp_path, fit):
-    expert, best = fit(ExpertExport(weights=Weights.best), FisherEstimator(samples_per_task=8, weights=Weights.best))
+    assert fingerprint(expert.network.state_dict()) == fingerprint(plain.network.state_dict())
+    assert [module.training for module in expert.network.modules()] == modes
+    assert all(parameter.requires_grad for parameter in expert.network.parameters())
     mark = fingerprint(read_weights(tmp_path / best, expert.network.state_dict().keys()))
     assert mark != fingerprint(expert.network.state_dict())
     exported = load_network(tmp_path / "run" / "expert.safetensors")
     assert fingerprint(exported.network.state_dict()) == mark
     assert open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark).samples == 8
-
-
-def test_best_without_a_monitor_is_refused(fit):
-    for callback in (ExpertExport(weights="best"), FisherEstimator(samples_per_task=8, weights="best")):
-        started = Started()
-        with pytest.raises(ConfigurationError, match="found no best checkpoint; add a ModelCheckpoint with a monitor"):
-            fit(callback, started, epochs=1, monitored=False)
-        assert not started.training
 
 
 class Started(Callback):
@@ -113,17 +99,51 @@ class Started(Callback):
 
 
 @pytest.mark.parametrize(
+    ("callback", "error", "message"),
+    [
+        (
+            ExpertExport(weights="best"),
+            ConfigurationError,
+            "found no best checkpoint; add a ModelCheckpoint with a mon",
+        ),
+        (FisherEstimator(8, weights="best"), ConfigurationError, "found no best checkpoint"),
+        (FisherEstimator(1000), DataError, r"1000 calibration samples asked of Synthetic.* to 32 or less"),
+    ],
+)
+def test_what_could_not_be_written_is_refused_before_the_training(fit, callback, error, message):
+    started = Started()
+    with pytest.raises(error, match=message):
+        fit(callback, started, epochs=1, monitored=False)
+    assert not started.training
+
+
+def test_other_modules_data_and_too_many_processes_are_refused(synthetic, make_trainer):
+    class Foreign(LightningModule):
+        def configure_optimizers(self):
+            return None
+
+    for callback in (ExpertExport(), FisherEstimator(samples_per_task=4)):
+        trainer = SimpleNamespace(datamodule=synthetic(), world_size=1)
+        with pytest.raises(ConfigurationError, match="found a Foreign, expected an Expert"):
+            callback.on_fit_start(trainer, Foreign())
+    started = Started()
+    trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples_per_task=8), started])
+    with pytest.raises(ConfigurationError, match=r"found no datamodule.*expected a task; give fit a datamodule"):
+        trainer.fit(Expert(**SMALL, num_classes=3), synthetic().train_dataloader())
+    assert not started.training
+    trainer = SimpleNamespace(datamodule=object(), world_size=9)
+    with pytest.raises(ConfigurationError, match=r"found 8 calibration samples for 9 processes.*take fewer devices"):
+        FisherEstimator(samples_per_task=8).on_fit_start(trainer, None)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
         ({"mc_samples": 2}, "found mc_samples=2 for the exact Fisher; only monte_carlo takes a number"),
-        ({"kind": "empirical", "mc_samples": 2}, "found mc_samples=2 for the empirical Fisher"),
         ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected a whole number of at least 1"),
         ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
-        (
-            {"kind": "exactly"},
-            r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo, categorical",
-        ),
+        ({"kind": "exactly"}, r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo"),
         ({"weights": "first"}, "found weights='first', expected one of last, best"),
     ],
 )
@@ -132,40 +152,18 @@ def test_bad_options_are_refused_at_construction(options, message):
         FisherEstimator(**options)
 
 
-def test_a_bad_option_of_the_export_is_refused_at_construction():
-    with pytest.raises(ConfigurationError, match="found weights='first', expected one of last, best"):
-        ExpertExport(weights="first")
+def test_without_a_terminal_a_training_tells_how_long_it_will_take(make_trainer, synthetic, monkeypatch, capsys):
+    def bars(**options):
+        return [type(c) for c in make_trainer(**options).callbacks if isinstance(c, ProgressBar | StepProgress)]
 
-
-def test_more_samples_than_there_are_is_one_clear_error_before_the_training(fit):
-    started = Started()
-    with pytest.raises(DataError, match=r"1000 calibration samples asked of Synthetic.* to 32 or less"):
-        fit(FisherEstimator(samples_per_task=1000), started, epochs=1)
-    assert not started.training
-
-
-def test_a_training_without_a_datamodule_is_refused_before_it_starts(synthetic, make_trainer):
-    started = Started()
-    trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples_per_task=8), started])
-    with pytest.raises(ConfigurationError, match=r"found no datamodule.*expected a task; give fit a datamodule"):
-        trainer.fit(Expert(**SMALL, num_classes=3), synthetic().train_dataloader())
-    assert not started.training
-
-
-def test_fewer_samples_than_processes_are_refused():
-    trainer = SimpleNamespace(datamodule=object(), world_size=9)
-    with pytest.raises(ConfigurationError, match=r"found 8 calibration samples for 9 processes.*take fewer devices"):
-        FisherEstimator(samples_per_task=8).on_fit_start(trainer, None)
-
-
-def test_a_foreign_module_is_refused_before_the_training(synthetic, make_trainer, tmp_path):
-    class Foreign(LightningModule):
-        def training_step(self, batch, batch_idx):
-            pytest.fail("trained")
-
-        def configure_optimizers(self):
-            return None
-
-    for callback in (ExpertExport(str(tmp_path / "a.safetensors")), FisherEstimator(samples_per_task=4)):
-        with pytest.raises(ConfigurationError, match="found a Foreign, expected an Expert"):
-            make_trainer(max_epochs=1, callbacks=[callback]).fit(Foreign(), datamodule=synthetic())
+    assert bars(enable_progress_bar=True) == [StepProgress]
+    assert bars(enable_progress_bar=True, callbacks=TQDMProgressBar()) == [TQDMProgressBar]
+    assert bars(enable_progress_bar=False) == []
+    monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
+    trainer = make_trainer(max_epochs=2, enable_progress_bar=True, accumulate_grad_batches=2)
+    trainer.fit(Expert(**SMALL), datamodule=synthetic())
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    told = [line for line in re.split("[\r\n]", printed.err) if line.startswith("training: ")]
+    assert trainer.global_step > 1
+    assert told[-1].startswith("training: 100%")

@@ -8,7 +8,7 @@ from coin.distillation import Distillation
 from coin.errors import ConfigurationError, HeadError, StateError
 from coin.merging import Experts, Refit, average, held_out
 from coin.modules import DistillationModule
-from coin.networks import NetworkConfig, build_network, load_network, pad_head, pad_logits, save_network
+from coin.networks import NetworkConfig, build_network, load_network, pad_head, save_network
 
 ROW = [0.25, 0.75]
 PLAIN = {"start": "average", "augmentation": "none", "schedule": "constant"}
@@ -20,9 +20,8 @@ def module_of(experts, row=ROW, **options):
 
 def loss_of(module, inputs):
     with torch.no_grad():
-        outputs = torch.stack([pad_logits(network(inputs), 3) for network in module.teachers])
-        target = ROW[0] * outputs[0] + ROW[1] * outputs[1]
-        return float(0.5 * (module.student(inputs) - target).square().sum(1).mean())
+        difference = module.student(inputs) - module.target(module.expert_outputs(inputs))
+    return float(0.5 * difference.square().sum(1).mean())
 
 
 def begun(experts, data, make_trainer, **options):
@@ -32,14 +31,32 @@ def begun(experts, data, make_trainer, **options):
     return module
 
 
-def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitted(experts, tasks, make_trainer):
-    averaged = begun(experts, tasks(), make_trainer, start="average").student.state_dict()
+def is_in_eval_mode(module):
+    return not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
+
+
+def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitted(
+    experts, tasks, make_trainer, monkeypatch
+):
+    plain = begun(experts, tasks(), make_trainer, start="average")
+    averaged = plain.student.state_dict()
     first, second = (dict(pad_head(load_network(Path(path)).network, 3).named_parameters()) for path in experts)
     for name in first:
         torch.testing.assert_close(averaged[name], 0.25 * first[name] + 0.75 * second[name])
-    fitted = begun(experts, tasks(), make_trainer, start="head_fit").student.state_dict()
-    for name, tensor in averaged.items():
-        assert torch.allclose(fitted[name].float(), tensor.float(), atol=1e-6) != name.startswith("fc."), name
+    fitted = begun(experts, tasks(), make_trainer)
+    assert fitted.chosen["start"] == "head_fit"
+    for name, tensor in fitted.student.state_dict().items():
+        assert torch.allclose(averaged[name].float(), tensor.float(), atol=1e-6) != name.startswith("fc."), name
+
+    def refuse(*_, **__):
+        raise HeadError("found a head 'conv' of type Conv2d")
+
+    monkeypatch.setattr(average, "fit_head", refuse)
+    module = begun(experts, tasks(), make_trainer)
+    assert module.chosen["start"] == "average"
+    assert all(torch.equal(tensor, plain.begun[name]) for name, tensor in module.begun.items())
+    with pytest.raises(StateError, match="found a head 'conv'"):
+        begun(experts, tasks(), make_trainer, start="head_fit")
 
 
 def test_the_target_is_the_weighted_sum_of_padded_logits(experts):
@@ -47,42 +64,26 @@ def test_the_target_is_the_weighted_sum_of_padded_logits(experts):
     module.configure_model()
     inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     first, second = (load_network(Path(path)).network(inputs) for path in experts)
-    torch.testing.assert_close(
-        module.target(module.expert_outputs(inputs)), 0.25 * first + 0.75 * F.pad(second, (0, 1))
-    )
+    wanted = 0.25 * first + 0.75 * F.pad(second, (0, 1))
+    torch.testing.assert_close(module.target(module.expert_outputs(inputs)), wanted)
+    assert module.train().training
+    assert is_in_eval_mode(module)
 
 
 def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(experts, tasks, make_trainer):
     start, data = begun(experts, tasks(), make_trainer, **PLAIN), tasks()
-    buffers = {name: buffer.clone() for name, buffer in start.student.named_buffers()}
-    parameters = [parameter.detach().clone() for parameter in start.student.parameters()]
+    before = {name: tensor.clone() for name, tensor in start.student.state_dict().items()}
     module = module_of(experts, lr=3e-3, **PLAIN)
     module.configure_model()
     teachers = [tensor.clone() for tensor in module.teachers.state_dict().values()]
-    data.setup()
     inputs = data.calibration().inputs()
-    before = loss_of(start, inputs)
     make_trainer(max_epochs=6).fit(module, datamodule=data)
-    assert loss_of(module, inputs) < 0.5 * before
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.student.named_buffers())
+    assert loss_of(module, inputs) < 0.5 * loss_of(start, inputs)
+    buffers = dict(module.student.named_buffers())
+    for name, tensor in module.student.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name in buffers), name
     assert all(torch.equal(a, b) for a, b in zip(module.teachers.state_dict().values(), teachers, strict=True))
-    assert all(not torch.equal(a, b) for a, b in zip(module.student.parameters(), parameters, strict=True))
-    assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
-
-
-def test_where_the_head_cannot_be_fitted_it_starts_from_the_average(experts, tasks, make_trainer, monkeypatch):
-    assert begun(experts, tasks(), make_trainer).chosen["start"] == "head_fit"
-
-    def refuse(*_, **__):
-        raise HeadError("found a head 'conv' of type Conv2d")
-
-    monkeypatch.setattr(average, "fit_head", refuse)
-    module = begun(experts, tasks(), make_trainer)
-    plain = begun(experts, tasks(), make_trainer, start="average")
-    assert module.chosen["start"] == plain.chosen["start"] == "average"
-    assert all(torch.equal(tensor, plain.begun[name]) for name, tensor in module.begun.items())
-    with pytest.raises(StateError, match="found a head 'conv'"):
-        begun(experts, tasks(), make_trainer, start="head_fit")
+    assert is_in_eval_mode(module)
 
 
 def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks, make_trainer, tmp_path):
@@ -95,8 +96,7 @@ def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks
     expected = Refit("own").make(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
-    assert module.chosen["start"] == start
-    assert module.chosen["target"] == "own"
+    assert (module.chosen["start"], module.chosen["target"]) == (start, "own")
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     again = DistillationModule.load_from_checkpoint(tmp_path / "kept.ckpt", weights_only=True)
     assert again.hparams["start"] == start
@@ -130,23 +130,17 @@ def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibr
     assert module.passes == start_passes(40, 8, head_fit=True) + 40 * recalibrated + 7 * 8 * (3 + 2)
 
 
-def test_the_held_out_loss_is_of_samples_that_training_leaves_out(experts, tasks, make_trainer):
-    module, data = module_of(experts, lr=1e-3), tasks(held_out=0.2)
-    make_trainer(max_epochs=2).fit(module, datamodule=data)
+def test_the_held_out_loss_is_of_samples_that_training_leaves_out_and_a_run_is_repeatable(experts, tasks, make_trainer):
+    modules, data = [module_of(experts, lr=1e-3) for _ in range(2)], tasks(held_out=0.2)
+    for state, module in enumerate(modules):
+        torch.manual_seed(state)
+        make_trainer(max_epochs=2).fit(module, datamodule=data)
+    module, again = modules
     held_out = data.calibration().split(0.2)[1]
     assert len(module.losses) == 2
     assert module.losses[-1] == pytest.approx(loss_of(module, held_out.inputs()), rel=1e-5)
-
-
-def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
-    def student(state):
-        torch.manual_seed(state)
-        module = module_of(experts, lr=1e-3)
-        make_trainer(max_epochs=2).fit(module, datamodule=tasks())
-        return module.student.state_dict()
-
-    first, second = student(0), student(1)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    same = again.student.state_dict()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in module.student.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -161,17 +155,20 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
         ({"start": "refined"}, "found start='refined', expected one of average, coin, .*refit"),
         ({"learning_rates": [1e-3, -1.0]}, "found learning_rates=-1.0, expected a number above 0"),
         ({"steps": 0}, "found steps=0"),
+        ({"seed": -1}, "found seed=-1"),
         ({"batch_size": 1}, "found batch_size=1, expected a whole number of at least 2"),
         ({"held_out": 0.0}, "found held_out=0.0"),
         ({"held_out": 1.0}, "found held_out=1.0"),
+        *(({"label": label}, "found label") for label in ("", "a/b", "oracle")),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):
+    assert Distillation(label="long").label == "long"
     with pytest.raises(ConfigurationError, match=message):
         Distillation(**options)
 
 
-def test_what_is_missing_is_named(experts, tasks, synthetic, make_trainer):
+def test_what_is_missing_or_does_not_fit_is_named(experts, tasks, synthetic, make_trainer, tmp_path):
     with pytest.raises(ConfigurationError, match=r"found 2 weights for 0 experts, \[0.25, 0.75\]"):
         module_of([]).configure_model()
     for row in ([1.0], [0.7, 0.7], [1.5, -0.5], [float("nan"), 1.0]):
@@ -179,27 +176,7 @@ def test_what_is_missing_is_named(experts, tasks, synthetic, make_trainer):
             module_of(experts, row).configure_model()
     with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
         make_trainer(max_epochs=1).fit(module_of(experts, lr=1e-3), datamodule=synthetic())
-
-
-def test_experts_of_two_architectures_are_refused(tmp_path, experts, tasks, make_trainer):
     config = NetworkConfig("small_resnet", 16, None, {"width": 8})
     save_network(tmp_path / "other.safetensors", build_network(config, 3), config, 3, {})
     with pytest.raises(StateError, match=r"tensor '[\w.]+' is \[8\] in one expert but \[4\] in another"):
         begun([experts[0], str(tmp_path / "other.safetensors")], tasks(), make_trainer)
-
-
-def test_the_label_names_a_variant():
-    assert Distillation().label == "distillation"
-    assert Distillation(label="long").label == "long"
-    for label in ("", "a/b", "oracle"):
-        with pytest.raises(ConfigurationError, match="found label"):
-            Distillation(label=label)
-
-
-def test_train_mode_never_reaches_the_networks(experts):
-    module = module_of(experts)
-    module.configure_model()
-    module.train()
-    assert module.training
-    assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
-    assert module_of(experts).train().training

@@ -27,14 +27,8 @@ def batches_of(task):
 
 def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trainer):
     experts, tasks = write_experts(CLASSES), tasks_of(CLASSES)
-    decoders = [
-        "linear",
-        "ridge",
-        {"kind": "ridge", "fitted_on": "own"},
-        "feature_ridge",
-        {"kind": "feature_ridge", "survivors": False},
-        "expert_head",
-    ]
+    own, alone = {"kind": "ridge", "fitted_on": "own"}, {"kind": "feature_ridge", "survivors": False}
+    decoders = ["linear", "ridge", own, "feature_ridge", alone, "expert_head"]
     paths = write_coded(PAIR, experts)
     evaluator = DecodingEvaluator(experts, paths, decoders)
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
@@ -95,20 +89,19 @@ def test_what_is_missing_is_told():
     experts = [nn.Linear(6, 3) for _ in range(3)]
     system = coin.Coded(coin.Code([[0.5, 0.5]]), experts[:2], experts[2:])
     pairs, inputs = [(torch.randn(4, 6), torch.zeros(4))], [torch.randn(4, 6)]
-    for options, kind, message in (
+    linear = {"decoders": ["linear"]}
+    for loaders, options, kind, message in (
+        ([pairs, pairs], {}, ConfigurationError, "found no calibration samples to fit the decoder ridge on; give them"),
         (
-            {},
+            [pairs, pairs],
+            {"calibration": [inputs]},
             ConfigurationError,
-            "found no calibration samples to fit the decoder ridge on; give them",
+            "found calibration data of 1 tasks, expected 2",
         ),
-        ({"calibration": [inputs]}, ConfigurationError, "found calibration data of 1 tasks, expected 2"),
-        ({"decoders": ["cubic"]}, ValueError, "found decoder='cubic'"),
+        ([pairs, pairs], {"decoders": ["cubic"]}, ValueError, "found decoder='cubic'"),
+        ([pairs], linear, ConfigurationError, "found loaders of 1 tasks, expected 2; give every expert's"),
+        ([pairs, inputs], linear, DataError, r"found a test batch of type Tensor, expected pairs \(inputs, labels\)"),
+        ([pairs, []], linear, DataError, "found no test batches of task '1'"),
     ):
         with pytest.raises(kind, match=message):
-            coin.evaluate(system, [pairs, pairs], **options)
-    with pytest.raises(ConfigurationError, match="found loaders of 1 tasks, expected 2; give every expert's"):
-        coin.evaluate(system, [pairs], decoders=["linear"])
-    with pytest.raises(DataError, match=r"found a test batch of type Tensor, expected pairs \(inputs, labels\)"):
-        coin.evaluate(system, [pairs, inputs], decoders=["linear"])
-    with pytest.raises(DataError, match="found no test batches of task '1'"):
-        coin.evaluate(system, [pairs, []], decoders=["linear"])
+            coin.evaluate(system, loaders, **options)

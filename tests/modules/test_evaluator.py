@@ -24,6 +24,7 @@ from coin.trainer.record import record_evaluation, warn_of_weak_experts
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
 DECODERS = ["linear", "ridge", "feature_ridge"]
+TAKEN = {"batchnorm": "recalibrate", "fisher_data": "pooled"}
 OPTIONS = [
     *({"kind": kind, "fitted_on": "own"} for kind in ("ridge", "feature_ridge")),
     {"kind": "feature_ridge", "survivors": False},
@@ -136,24 +137,19 @@ def test_costs_are_those_of_the_files_and_of_fitting_the_decoder(experts, write_
         assert math.isnan(outcome.columns["residual"]) == (outcome.columns["method"] == "none")
 
 
-def test_without_coded_models_the_references_stand_on_a_uniform_code(experts, tasks, make_trainer):
-    evaluator = DecodingEvaluator(experts, decoders=["linear", "ridge"])
-    torch.testing.assert_close(evaluator.code.matrix, torch.full((1, 3), 1 / 3, dtype=torch.float64))
-    for _ in range(2):
+def test_the_references_stand_on_any_code(write_experts, write_coded, synthetic, experts, tasks, make_trainer):
+    for decoders in (["linear", "ridge"], ["linear", "expert_head"]):
+        evaluator = DecodingEvaluator(experts, decoders=decoders)
+        torch.testing.assert_close(evaluator.code.matrix, torch.full((1, 3), 1 / 3, dtype=torch.float64))
         outcomes = run(evaluator, tasks, make_trainer)
         found = {(o.columns["method"], o.columns["decoder"]) for o in outcomes}
         assert found == {("none", "ridge"), ("oracle", "linear")}  # the survivors alone, asked for or not
         assert len(outcomes) == 6
-        evaluator = DecodingEvaluator(experts, decoders=["linear", "expert_head"])
-
-
-def test_losing_every_expert_is_not_asked_of_the_survivors(write_experts, write_coded, synthetic, make_trainer):
-    experts = write_experts([3, 3])
-    evaluator = DecodingEvaluator(experts, write_coded([[0.7, 0.3], [0.3, 0.7]], experts), ["ridge"])
-    tasks = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, samples_per_task=20)
-    erased = {(o.columns["method"], o.columns["erased"]) for o in run(evaluator, tasks, make_trainer)}
-    assert ("average", "task0+task1") in erased
-    assert ("none", "task0") in erased
+    pair = write_experts([3, 3])  # whose loss of both is not asked of the survivors
+    evaluator = DecodingEvaluator(pair, write_coded([[0.7, 0.3], [0.3, 0.7]], pair), ["ridge"])
+    two = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, samples_per_task=20)
+    erased = {(o.columns["method"], o.columns["erased"]) for o in run(evaluator, two, make_trainer)}
+    assert {("average", "task0+task1"), ("none", "task0")} <= erased
     assert ("none", "task0+task1") not in erased
 
 
@@ -167,14 +163,16 @@ def test_features_are_taken_only_where_a_decoder_reads_them(experts, write_coded
 
 def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded, small_config):
     coded = write_coded(PAIR, experts)
+    assert DecodingEvaluator(experts, coded[::-1]).variants[0].networks == (1, 0)  # rows may come in any order
+    for paths, message in (
+        (coded[1:], r"found rows \[1\] of method average, expected all 2 of one code"),
+        ([*coded, coded[1]], r"found rows \[0, 1, 1\]"),
+        ([experts["task0"]], r"expert-0\.safetensors' is no coded model"),
+    ):
+        with pytest.raises(FileError, match=message):
+            DecodingEvaluator(experts, paths)
     with pytest.raises(FileError, match="in another order; run coin merge again"):
         DecodingEvaluator(dict(reversed(experts.items())), coded)
-    with pytest.raises(FileError, match=r"found rows \[1\] of method average, expected all 2 of one code"):
-        DecodingEvaluator(experts, coded[1:])
-    with pytest.raises(FileError, match=r"found rows \[0, 1, 1\]"):
-        DecodingEvaluator(experts, [*coded, coded[1]])
-    with pytest.raises(FileError, match=r"expert-0\.safetensors' is no coded model"):
-        DecodingEvaluator(experts, [experts["task0"]])
     changed = load_network(Path(experts["task1"])).network
     with torch.no_grad():
         changed.fc.bias[0] += 1
@@ -183,25 +181,25 @@ def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded,
         DecodingEvaluator(experts, coded)
 
 
-def test_what_a_method_chose_is_said_of_its_variant(experts, write_coded):
-    paths = [Path(path) for path in write_coded(PAIR, experts)]
-
-    def policy(asked, *chosen):
-        for path, choice in zip(paths, chosen, strict=True):
-            file = load_network(path)
-            made = {**file.provenance, "batchnorm": asked, "chosen": choice}
-            save_network(path, file.network, file.config, file.num_classes, made)
-        variant = DecodingEvaluator(experts, [str(path) for path in paths], ["linear"]).variants[0]
-        assert variant.chosen == tuple(choice or {} for choice in chosen)
-        return variant.batchnorm
-
-    taken, other = {"batchnorm": "recalibrate", "fisher_data": "pooled"}, {"batchnorm": "average"}
-    assert policy("auto", taken, taken) == "auto:recalibrate"
-    assert policy("auto", taken, other) == "auto:recalibrate+average"
-    assert policy("auto", None, {"converged": False}) == "auto"
-    assert policy("keep", {"lr": 0.1}, {"lr": 0.2}) == "keep"
-    assert policy("recalibrate", taken, taken) == "recalibrate", "nothing was left to choose"
-    assert policy("", {}, {}) == ""
+@pytest.mark.parametrize(
+    ("asked", "chosen", "told"),
+    [
+        ("auto", [TAKEN, TAKEN], "auto:recalibrate"),
+        ("auto", [TAKEN, {"batchnorm": "average"}], "auto:recalibrate+average"),
+        ("auto", [None, {"converged": False}], "auto"),
+        ("recalibrate", [TAKEN, TAKEN], "recalibrate"),  # nothing was left to choose
+        ("", [{}, {}], ""),
+    ],
+)
+def test_what_a_method_chose_is_said_of_its_variant(experts, write_coded, asked, chosen, told):
+    paths = write_coded(PAIR, experts)
+    for path, choice in zip(map(Path, paths), chosen, strict=True):
+        file = load_network(path)
+        made = {**file.provenance, "batchnorm": asked, "chosen": choice}
+        save_network(path, file.network, file.config, file.num_classes, made)
+    variant = DecodingEvaluator(experts, paths, ["linear"]).variants[0]
+    assert variant.chosen == tuple(choice or {} for choice in chosen)
+    assert variant.batchnorm == told
 
 
 def test_the_results_say_which_method_a_label_stands_for(experts, write_coded, tasks, make_trainer, tmp_path):
@@ -219,44 +217,6 @@ def test_the_results_say_which_method_a_label_stands_for(experts, write_coded, t
     assert methods(method={"name": "distillation", "options": {}}) == [("kd", "distillation")]
 
 
-def test_promises_are_from_validation_samples_and_checked_on_the_tests(
-    experts, write_coded, synthetic, make_trainer, tmp_path
-):
-    paths = write_coded(PAIR, experts)
-    members = {f"task{i}": synthetic(classes, train=500, key=i) for i, classes in enumerate(CLASSES)}
-    tasks = Tasks(members, samples_per_task=20, promise_samples=90)
-    evaluator = DecodingEvaluator(experts, paths, ["linear", "ridge"], alpha=0.5, confidence=0.8)
-    run(evaluator, tasks, make_trainer)
-    record_evaluation(evaluator, tasks, tmp_path, "x", None, [])
-    files, new = list(experts.values()), tasks.promise()
-    for part, task in zip(new.parts, members.values(), strict=True):
-        assert set(part.index.tolist()) <= set(task.splits.validation.index.tolist())
-    fit_on, promised_on = (
-        replace(answers_of(files, paths, c.inputs()), tasks=c.part) for c in (tasks.calibration(), new)
-    )
-    rows = read_promises(tmp_path)
-    rows = rows[rows.method == "average"]
-    assert len(rows) == 2 * (3 + 2 * 3)
-    assert rows.threshold.notna().any()
-    for row in rows.itertuples():
-        lost, expert = [list(experts).index(task) for task in row.erased.split("+")], list(experts).index(row.task)
-        decoder = make_decoder(row.decoder, Code(PAIR), lost).fit(fit_on)
-        wanted = decoder.accept(promised_on, 0.5, 0.8, CLASSES)[expert]
-        assert (row.samples, row.needed, row.alpha, row.confidence) == (90, 3, 0.5, 0.8)
-        assert row.promised == pytest.approx(wanted.coverage, abs=1e-9)
-        assert row.threshold == pytest.approx(math.nan if wanted.threshold is None else wanted.threshold, nan_ok=True)
-        test = answers_of(files, paths, to_input(members[row.task].splits.test.images(), 16))
-        decoded, width = decoder.decode(test)[lost.index(expert)], CLASSES[expert]
-        accepted = answer_score(decoded[:, :width]) <= row.threshold
-        differs = decoded[:, :width].argmax(1) != test.experts[expert, :, :width].argmax(1)
-        assert row.coverage == pytest.approx(float(accepted.double().mean()))
-        assert row.found == pytest.approx(float(differs[accepted].double().mean()), nan_ok=True)
-    tasks.promise_samples = 0
-    run(evaluator, tasks, make_trainer)
-    record_evaluation(evaluator, tasks, tmp_path, "x", None, [])
-    assert read_promises(tmp_path) is None
-
-
 def test_own_samples_cost_only_what_they_are_and_must_be_two(experts, write_coded, tasks, synthetic, make_trainer):
     for outcome in run(DecodingEvaluator(experts, write_coded(PAIR, experts), OPTIONS), tasks, make_trainer):
         row = outcome.columns
@@ -270,19 +230,45 @@ def test_own_samples_cost_only_what_they_are_and_must_be_two(experts, write_code
         DecodingEvaluator(experts, decoders=OPTIONS[:1] * 2)
 
 
-def test_a_coded_system_is_read_from_the_folder_of_a_run(experts, write_coded, synthetic, make_trainer, tmp_path):
+def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic, make_trainer, tmp_path):
     seed = tmp_path / "runs/x/seed-0"
     members = {f"task{i}": synthetic(classes, train=500, key=i) for i, classes in enumerate(CLASSES)}
     tasks = Tasks(members, samples_per_task=20, promise_samples=90)
     (seed / "coded").mkdir(parents=True)
-    coded = [shutil.copy(path, seed / f"coded/average.row-{i}.safetensors") for i, path in
-             enumerate(write_coded(PAIR, experts))]  # fmt: skip
+    made = enumerate(write_coded(PAIR, experts))
+    coded = [shutil.copy(path, seed / f"coded/average.row-{i}.safetensors") for i, path in made]
     for name, path in experts.items():
         (seed / "experts" / name).mkdir(parents=True)
         experts[name] = shutil.copy(path, seed / "experts" / name / "expert.safetensors")
-    evaluator = DecodingEvaluator(experts, coded, [*DECODERS, *OPTIONS], alpha=0.5, confidence=0.8)
+    decoders = ["linear", "ridge", OPTIONS[-1]]
+    evaluator = DecodingEvaluator(experts, coded, decoders, alpha=0.5, confidence=0.8)
     run(evaluator, tasks, make_trainer)
     record_evaluation(evaluator, tasks, seed, "x", None, [])
+
+    files, new = list(experts.values()), tasks.promise()
+    for part, task in zip(new.parts, members.values(), strict=True):
+        assert set(part.index.tolist()) <= set(task.splits.validation.index.tolist())
+    fit_on, promised_on = (
+        replace(answers_of(files, coded, c.inputs()), tasks=c.part) for c in (tasks.calibration(), new)
+    )
+    rows = read_promises(seed)
+    rows = rows[(rows.method == "average") & rows.decoder.isin(["linear", "ridge"])]
+    assert len(rows) == 2 * (3 + 2 * 3)
+    assert rows.threshold.notna().any()
+    for row in rows.itertuples():
+        lost, expert = [list(experts).index(task) for task in row.erased.split("+")], list(experts).index(row.task)
+        decoder = make_decoder(row.decoder, Code(PAIR), lost).fit(fit_on)
+        wanted = decoder.accept(promised_on, 0.5, 0.8, CLASSES)[expert]
+        assert (row.samples, row.needed, row.alpha, row.confidence) == (90, 3, 0.5, 0.8)
+        assert row.promised == pytest.approx(wanted.coverage, abs=1e-9)
+        assert row.threshold == pytest.approx(math.nan if wanted.threshold is None else wanted.threshold, nan_ok=True)
+        test = answers_of(files, coded, to_input(members[row.task].splits.test.images(), 16))
+        decoded, width = decoder.decode(test)[lost.index(expert)], CLASSES[expert]
+        accepted = answer_score(decoded[:, :width]) <= row.threshold
+        differs = decoded[:, :width].argmax(1) != test.experts[expert, :, :width].argmax(1)
+        assert row.coverage == pytest.approx(float(accepted.double().mean()))
+        assert row.found == pytest.approx(float(differs[accepted].double().mean()), nan_ok=True)
+
     images = torch.rand(5, 3, 16, 16)
     for name in ("ridge", "feature_ridge-alone"):
         system = Coded.from_run(seed.parent, "average", name)
@@ -296,23 +282,18 @@ def test_a_coded_system_is_read_from_the_folder_of_a_run(experts, write_coded, s
                 assert system.decoders[fitted.decoder.erased].promises == fitted.decoder.promises
     best = read_results(seed).query("method == 'average'").groupby("decoder").decoded_accuracy.mean()
     assert best[Coded.from_run(seed).decoder.config.name] == best.max()
-    with pytest.raises(
-        ConfigurationError, match=r"found method '\*' with decoder 'cubic', expected one .*average with"
-    ):
+    told = r"found method '\*' with decoder 'cubic', expected one .*average with"
+    with pytest.raises(ConfigurationError, match=told):
         Coded.from_run(seed, decoder="cubic")
     shutil.copy(coded[1], coded[0])
     with pytest.raises(FileError, match=r"average.row-0.safetensors' is not the coded model that"):
         Coded.from_run(seed)
     with pytest.raises(FileError, match=r"found neither 'results.csv' nor 'seed-\*/results.csv'"):
         Coded.from_run(tmp_path / "nowhere")
-
-
-def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):
-    coded = write_coded(PAIR, experts)
-    first, second = (
-        run(DecodingEvaluator(experts, paths, ["linear"]), tasks, make_trainer) for paths in (coded, coded[::-1])
-    )
-    assert [o.columns["nda"] for o in first] == [o.columns["nda"] for o in second]
+    tasks.promise_samples = 0
+    run(evaluator, tasks, make_trainer)
+    record_evaluation(evaluator, tasks, seed, "x", None, [])
+    assert read_promises(seed) is None
 
 
 def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):

@@ -39,22 +39,17 @@ def test_the_same_samples_are_kept_whatever_the_batches_and_the_answers(batch: i
     assert kept.images.equal(images[kept.position])  # back from the normalised inputs, to the last bit
 
 
-def test_fewer_samples_than_places_and_a_single_one():
-    kept = keep(5, 2)
-    assert sorted(kept.position.tolist()) == [0, 1, 2, 3, 4]
+def test_fewer_samples_than_places_and_large_images():
+    assert sorted(keep(5, 2).position.tolist()) == [0, 1, 2, 3, 4]
     one = keep(1, 1)
     assert (one.images.shape, one.expert.shape, one.decoded.shape) == ((1, 3, 16, 16), (1,), (1, 2))
-
-
-def test_large_images_are_made_smaller():
     assert keep(4, 4, image_size=120).images.shape == (4, 3, 96, 96)
 
 
 def test_the_evaluator_keeps_what_every_decoder_answers(write_experts, write_coded, tasks_of, make_trainer):
-    experts = write_experts(CLASSES)
-    code = Code([[0.6, 0.4]])
-    paths = [*write_coded([[0.6, 0.4]], experts), *write_coded([[0.6, 0.4]], experts, label="other")]
-    evaluator, tasks = DecodingEvaluator(experts, paths, ["ridge", "linear"]), tasks_of(CLASSES)
+    experts, code, tasks = write_experts(CLASSES), [[0.6, 0.4]], tasks_of(CLASSES)
+    paths = [*write_coded(code, experts), *write_coded(code, experts, label="other")]
+    evaluator = DecodingEvaluator(experts, paths, ["ridge", "linear"])
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
     assert list(evaluator.kept) == ["task0", "task1"]
     networks = [load_network(Path(path)).network for path in (*experts.values(), paths[1])]
@@ -71,13 +66,10 @@ def test_the_evaluator_keeps_what_every_decoder_answers(write_experts, write_cod
         ways = [(evaluator.variants[each.variant].method, each.decoder.config.name) for each in alone]
         assert len(set(ways)) == len(ways) == kept.decoded.shape[1]
         seen = evaluator.variants[0].seen(evaluator(to_input(images, 16)))
-        lost = make_decoder("linear", code, [place]).decode(type(seen)(logits[:2], logits[2:]))[0]
+        lost = make_decoder("linear", Code(code), [place]).decode(type(seen)(logits[:2], logits[2:]))[0]
         decoded = kept.decoded[:, ways.index(("other", "linear"))]
         assert decoded.tolist() == lost[:, : CLASSES[place]].argmax(1).tolist()
         assert kept.decoded[:, ways.index(("oracle", "linear"))].tolist() == own.tolist()
-
-
-def test_without_coded_models_nothing_is_kept(write_experts, tasks_of, make_trainer):
-    evaluator = DecodingEvaluator(write_experts(CLASSES), decoders=["ridge"])
-    make_trainer().test(evaluator, datamodule=tasks_of(CLASSES), verbose=False)
+    evaluator = DecodingEvaluator(experts, decoders=["ridge"])  # without coded models nothing is kept
+    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
     assert evaluator.kept == {}

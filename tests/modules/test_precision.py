@@ -22,6 +22,14 @@ def evaluated(trainer, experts, coded, tasks_of):
     return evaluator
 
 
+@pytest.fixture
+def product_precision():
+    """Restore the precision of products after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield before
+    torch.set_float32_matmul_precision(before)
+
+
 def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_experts, write_coded, tasks_of):
     passes = []
     experts = write_experts([3, 2])  # which runs the networks, and so comes before the hook
@@ -39,30 +47,25 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
     rough, exact = ([outcome.columns["residual"] for outcome in each.outcomes] for each in (mixed, full))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05, nan_ok=True)
-    for outcome in mixed.outcomes:
-        if outcome.columns["method"] == "oracle":
-            assert outcome.columns["agreement"] == 1
+    oracle = [each.columns["agreement"] for each in mixed.outcomes if each.columns["method"] == "oracle"]
+    assert set(oracle) == {1}
     # The decoders' own arithmetic: with 8 bits of mantissa the ridge's solution would be far off.
     decoders = [[outcome.columns["decoder"] for outcome in each.outcomes] for each in (mixed, full)]
     assert decoders[0] == decoders[1]
-    assert {outcome.columns["decoder"] for outcome in mixed.outcomes} == {str(kind) for kind in DecoderKind}
+    assert set(decoders[0]) == {str(kind) for kind in DecoderKind}
 
 
+@pytest.mark.usefixtures("product_precision")
 def test_decoding_is_in_full_precision_whatever_products_are(
     make_trainer, write_experts, write_coded, tasks_of, monkeypatch
 ):
     experts = write_experts([3, 2])
-    coded, seen = write_coded([[0.5, 0.5]], experts), set()
-    update = Scores.update
+    coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), Scores.update
     monkeypatch.setattr(
         Scores, "update", lambda *arguments: seen.add(torch.get_float32_matmul_precision()) or update(*arguments)
     )
-    before = torch.get_float32_matmul_precision()
-    try:
-        evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
+    assert torch.get_float32_matmul_precision() == "medium"
     assert seen == {"highest"}
 
 
@@ -86,22 +89,10 @@ def test_an_expert_trained_in_bf16_is_exported_with_its_full_fisher(tmp_path, ma
     assert all(value.dtype == torch.float32 for value in values.values())
 
 
-def test_tf32_is_an_option_of_the_trainer(make_trainer):
-    before = torch.get_float32_matmul_precision()
-    try:
-        make_trainer(matmul_precision="high")
+def test_precisions_are_options_of_the_trainer(make_trainer, product_precision):
+    for option in ("high", None):
+        make_trainer(**({} if option is None else {"matmul_precision": option}))
         assert torch.get_float32_matmul_precision() == "high"
-        make_trainer()
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    with pytest.raises(
-        ConfigurationError, match=r"found matmul_precision 'low', expected one of highest, high, medium"
-    ):
-        make_trainer(matmul_precision="low")
-
-
-@pytest.mark.parametrize("precision", ["bf16", "16"])
-def test_weights_of_16_bits_are_refused(make_trainer, precision):
-    with pytest.raises(ConfigurationError, match=f"found precision '{precision}-true'.*; use {precision}-mixed"):
-        make_trainer(precision=f"{precision}-true")
+    for each in ("bf16", "16"):
+        with pytest.raises(ConfigurationError, match=f"found precision '{each}-true'.*; use {each}-mixed"):
+            make_trainer(precision=f"{each}-true")
