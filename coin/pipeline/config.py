@@ -77,15 +77,14 @@ class CalibrationConfig:
 
     Args:
         samples_per_task: P, the number of calibration samples of each task.
-        fisher_data: The samples for the experts' statistics, for methods that do not set it: ``own``: each expert's own
-            task; ``pooled``: all tasks; ``auto``: both, and the better one is used for each method.
+        fisher_data: The samples of the experts' statistics, for methods that do not set it: each expert's ``own`` task,
+            all tasks (``pooled``), or ``auto``: both, and the better one is used for each method.
         fisher_kind: Which Fisher diagonal.
         fisher_mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind only.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples per batch.
         promise_samples: How many validation samples of each task set the score up to which decoded answers are
-            accepted; experts, coded models and decoders do not learn from them. 0 makes no promise. At 95 % confidence
-            at least 59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
+            accepted; nothing else learns from them. 0 makes no promise; at 95 % confidence α = 5 % takes 59, 2 % 149.
         promise_alpha: α, the largest probability that an accepted answer differs from the expert's.
         promise_confidence: The probability that the promise holds.
     """
@@ -107,9 +106,8 @@ class CalibrationConfig:
                 check_integer(name, getattr(self, name), lowest)
         for name in ("promise_alpha", "promise_confidence"):
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
-        for name, kind in {"data": DataChoice, "kind": FisherKind}.items():
-            name = f"fisher_{name}"
-            object.__setattr__(self, name, parse_enum(kind, name, getattr(self, name)))
+        object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
+        object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
 
     def warn_of_too_few(self) -> None:
         """Warn if there are too few samples to learn from, or for any promise."""

@@ -52,9 +52,8 @@ def config_dict(value: Any) -> Any:
         value = value.as_dict()
     if isinstance(value, Mapping):
         return {str(name): config_dict(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        entries = [config_dict(entry) for entry in value]
-        return sorted(entries) if isinstance(value, set | frozenset) else entries
+    if isinstance(value, list | tuple):
+        return [config_dict(entry) for entry in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {option.name: config_dict(getattr(value, option.name)) for option in fields(value)}
     if isinstance(value, TaskData | Method):

@@ -1,8 +1,4 @@
-"""The plan of an experiment: its steps, and where a person sees what they make.
-
-Steps live in ``runs/.steps``; ``runs/NAME/seed-K/experts/TASK`` and the like are links to them, and the results of an
-evaluation are copied. Several seeds, experiments and points of a sweep have one step where they have one key.
-"""
+"""The plan of an experiment: its steps in ``runs/.steps``, and where in ``runs/NAME`` a person sees what they make."""
 
 import filecmp
 import os
@@ -32,10 +28,9 @@ S = TypeVar("S", bound=Step)
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A step, what it makes in words, and where a person sees its files.
+    """A step, what it makes in words, an experiment that has it, and where a person sees its files.
 
-    `links` are places with the file or folder that they link to, `copies` the folders that an evaluation is copied to;
-    `experiment` is one that has the step.
+    `links` are places with the file or folder that they link to, `copies` the folders that an evaluation is copied to.
     """
 
     step: Step
@@ -73,10 +68,9 @@ def plan(experiment: Experiment) -> list[Planned]:
 
 
 class _Plan:
-    """The steps of an experiment, as they are added; first those that all seeds share.
+    """The steps of an experiment, as they are added; first those that all seeds share: base and initialisations.
 
-    These are the base, and the shared initialisation with each number of classes. What a network's constructor draws
-    depends on that number, below the head too: hence all have the body of the widest.
+    What a network's constructor draws depends on the number of classes, below the head too: all have the widest's body.
     """
 
     def __init__(self, experiment: Experiment) -> None:

@@ -52,9 +52,8 @@ def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Plann
     check_options(experiment)
     join_processes(experiment.folder, experiment.trainer)
     if launch is not None and launch.side_by_side and (count := process_count()) > 1:
-        raise ConfigurationError(
-            f"found {count} processes that share every training, and a launch section; leave out one"
-        )
+        told = f"found {count} processes that share every training, and a launch section"
+        raise ConfigurationError(f"{told}; leave out one")
     on_rank_zero(experiment.fetch)
     steps = plan(experiment)
     if on_rank_zero(lambda: not all(each.step.is_done for each in steps)):

@@ -46,7 +46,7 @@ _NAME_LENGTH = 60
 
 @dataclass(frozen=True)
 class SweepFile:
-    """The contents of a sweep's file: values by dotted key, of its grids and common to all points; and its text."""
+    """A sweep's file: values by dotted key, of its grids and common to all points; and its text."""
 
     name: str
     experiment: tuple[str, ...]

@@ -118,18 +118,14 @@ class Merge(Step):
         """Make the coded models."""
         initial = None if self.initial is None else self.initial.output
         files = ExpertFiles({task: step.output for task, step in self.experts.items()}, initial)
-        statistics = {
-            which: {task: step.output for task, step in own.items()} for which, own in self.statistics.items()
-        }
+        read = {which: {task: each.output for task, each in own.items()} for which, own in self.statistics.items()}
         data = datamodule(self.tasks, self.calibration)
         data.setup()
-        samples = list(data.calibrations().values())
+        experts = Experts(files, statistics=read, calibration=list(data.calibrations().values()))
         with ExitStack() as stack:
-            train = None
             if self.trainer is not None:
                 loggers = stack.enter_context(self.log.open(self.folder))
-                train = Training(data, self.folder, self.seed, self.trainer, loggers)
-            experts = Experts(files, statistics=statistics, calibration=samples, train=train)
+                experts.train = Training(data, self.folder, self.seed, self.trainer, loggers)
             make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
 
 

@@ -168,9 +168,8 @@ class ImportExpert(Step):
     def run(self) -> None:
         """Write the file."""
         if self.place.startswith(PREFIX):
-            network = import_pretrained(
-                self.network, self.place, self.initial.output, self.task.zero_shot, self.task_name
-            )
+            more = self.initial.output, self.task.zero_shot, self.task_name
+            network = import_pretrained(self.network, self.place, *more)
         else:
             network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
         made: dict[str, Any] = {"made_by": "coin run", "source": self.place, "task": self.task_name}
