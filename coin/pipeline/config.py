@@ -24,8 +24,7 @@ class BaseConfig(TrainingConfig):
     Args:
         task: The task to pretrain on.
         checkpoint: Trained weights to use instead of pretraining: a safetensors state dict or a Lightning checkpoint.
-        seed: The seed of the pretraining (initial weights, order of samples). All seeds of an experiment share one
-            base.
+        seed: Of the pretraining: initial weights, order of samples. All seeds of an experiment share one base.
     """
 
     task: TaskData | None = None

@@ -109,10 +109,8 @@ class Experiment:
         self._check_content()
         kinds = {which.kind for method in self.methods for which in method.statistics()}
         if calibration.fisher_mc_samples is not None and FisherKind.monte_carlo not in kinds:
-            raise ConfigurationError(
-                f"found fisher_mc_samples={calibration.fisher_mc_samples} and no method with a monte_carlo Fisher; "
-                "leave it out, or set fisher_kind"
-            )
+            told = f"found fisher_mc_samples={calibration.fisher_mc_samples} and no method with a monte_carlo Fisher"
+            raise ConfigurationError(f"{told}; leave it out, or set fisher_kind")
 
     def _check_names(self) -> None:
         """Raise ConfigurationError if two coded models or replicas have one name, or differ in nothing."""

@@ -202,10 +202,8 @@ class _Slurm:
         options: dict[str, Any] = {"cluster": "slurm", "name": "coin", **launch.slurm}
         self._cluster, self._folder = options.pop("cluster"), store / ".jobs"
         if self._cluster == "slurm" and shutil.which("srun") is None:
-            raise ConfigurationError(
-                "found no srun on this machine, expected a SLURM cluster's login node; launch.slurm.cluster=debug "
-                "tries the jobs here"
-            )
+            told = "found no srun on this machine, expected a SLURM cluster's login node"
+            raise ConfigurationError(f"{told}; launch.slurm.cluster=debug tries the jobs here")
         self._asked, self._queue = -math.inf, set[str]()
         self._gone: dict[str, float] = {}  # since when a job without a result is no more in the queue
         logging.getLogger("submitit").setLevel(logging.ERROR)  # of accounting, which is not everywhere

@@ -27,10 +27,9 @@ from coin.reporting.summary import write_summary
 from coin.tracking.settings import check_connection
 from coin.trainer import make_trainer
 
-_DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
-
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
+_DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
 _POLL_SECONDS = 0.2
 
 
@@ -93,14 +92,9 @@ def run_steps(
     Remote steps go to the pool of the launch section, if there is one; the others run here, one after the other. With
     several processes all of them call it with the same steps, and share the collective ones.
 
-    Args:
-        steps: A plan, in an order in which the steps can run.
-        launch: Where remote steps run.
-        on_done: Called on rank zero with every step that is done, and whether its publication has changed anything.
-        keep_going: Whether the error of a step that runs here ends only those that need it.
-
-    Raises:
-        CommandFailedError: Some steps have failed; all that do not need them have finished.
+    `on_done` is called on rank zero with every step that is done, and whether its publication has changed anything.
+    With `keep_going` the error of a step that runs here ends only those that need it. Raises CommandFailedError if some
+    have failed; all that do not need them have finished.
     """
     with open_pool(launch, steps[0].step.store) as submit:
         run, workers = _Run(steps, on_done, keep_going), 1 if launch is None else launch.workers

@@ -43,9 +43,8 @@ def unkeyed(**options: Any) -> Any:
 class Step(ABC):
     """One step: its fields are its options, the steps that it needs, and files that a user named (`Path`).
 
-    `name` is unique in an experiment's seed; `store` is the folder of all steps. A class has a `version`, raised when
-    the numbers that it makes change. A `collective` step is run by all processes together, another by rank zero alone;
-    a `remote` one may run in a process or job of its own.
+    `name` is unique in an experiment's seed. A class has a `version`, raised when the numbers that it makes change. A
+    `collective` step is run by all processes together; a `remote` one may run in a process or job of its own.
     """
 
     version: ClassVar[int] = 1
@@ -124,10 +123,7 @@ class Step(ABC):
             lock.release()
 
     def before(self) -> tuple[str, float | None]:
-        """Return why the step has to run, and what its like took last time, in seconds, as far as that is known.
-
-        Its like is the finished step of the same name with the fewest other options.
-        """
+        """Return why the step has to run, and the seconds that the most similar finished one of its name took."""
         found = []
         for path in self.store.glob(f"{self.name}-*/{DONE}"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -34,12 +34,8 @@ def tell_how_far_apart(files: ExpertFiles) -> None:
     where = "near one another" if apart <= FAR else "far from one another"
     rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
     if apart > UNRELATED * (len(states) - 1) ** 0.5:
-        warnings.warn(
-            f"found experts that are {apart:.0%} of their weights apart, as networks of different starts are, expected "
-            "one start for all; fine-tune them from the same weights, for others cannot be merged",
-            CoinWarning,
-            stacklevel=2,
-        )
+        told = f"found experts that are {apart:.0%} of their weights apart, as networks of different starts are"
+        warnings.warn(f"{told}, expected one start for all; others cannot be merged", CoinWarning, stacklevel=2)
 
 
 def _key(calibration: CalibrationConfig) -> dict[str, Any]:
