@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.core.batches import Forward, adapted, as_input, size_of
@@ -92,6 +93,9 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
     a = a.to(sum_type(a))
     if bias:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
+    if name in values and (further := values[name].shape[-1] - a.shape[-1]):  # called with a bias and without
+        a = F.pad(a, (0, max(0, further)))
+        values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
     columns = a.permute(1, 0, 2)  # [G, rows, K]
     values[name] = values[name].baddbmm_(columns.mT, columns) if name in values else torch.bmm(columns.mT, columns)
 

@@ -93,6 +93,28 @@ def test_a_layer_called_twice_has_the_sum_over_its_calls() -> None:
     torch.testing.assert_close(gram_sums(nn.Sequential(layer, layer), [x]).values["0.weight"][0], x.T @ x + y.T @ y)
 
 
+def test_a_weight_called_with_a_bias_and_without() -> None:
+    """Where there is no bias, the entry of the bias is 0."""
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.layer, self.first = nn.Linear(3, 3), first
+
+        def forward(self, x: Tensor) -> Tensor:
+            with_bias = (lambda x: self.layer(x)), (lambda x: F.linear(x, self.layer.weight))
+            one, two = with_bias if self.first else reversed(with_bias)
+            return one(x) + two(2 * x)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for first in (True, False):
+        a, b = (x, 2 * x) if first else (2 * x, x)
+        a, b = with_one(a, True), torch.cat([b, torch.zeros(4, 1, dtype=b.dtype)], 1)
+        found = gram_sums(Both(first).double(), [x]).values["layer.weight"]
+        torch.testing.assert_close(found, (a.T @ a + b.T @ b)[None])
+
+
 def test_what_has_no_matrix_is_named() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
