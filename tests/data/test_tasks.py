@@ -78,14 +78,6 @@ def test_two_processes_share_samples_without_repeats_in_the_order_of_the_data(me
             assert torch.equal(labels, test.targets[rank::2])
 
 
-def test_no_loader_moves_torchs_own_random_state(members, on_process):
-    tasks = on_process(Tasks(members, samples_per_task=10, held_out=0.3), 0, 1)
-    before = torch.get_rng_state()
-    for loader in (tasks.train_dataloader(), tasks.val_dataloader(), *tasks.test_dataloader()):
-        assert len(list(loader)) > 0
-        assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_only_test_images_are_still_to_be_turned_into_inputs(members, on_process):
     tasks = on_process(Tasks(members, samples_per_task=10), 0, 1)
     batch = (torch.arange(2), torch.zeros(2, 3, 16, 16))

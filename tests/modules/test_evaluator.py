@@ -56,54 +56,56 @@ def answers_of(experts, coded, inputs):
     return Answers(logits[0], logits[1], [f for f, _ in lots[0]], [f for f, _ in lots[1]])
 
 
+def answers_to_tests(experts, coded, tasks):
+    tests = {name: task.splits.test.images() for name, task in tasks.tasks.items()}
+    return {name: answers_of(experts, coded, to_input(images, 16)) for name, images in tests.items()}
+
+
 def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_coded, tasks, make_trainer):
-    paths, code = write_coded(PAIR, experts), Code(PAIR)
+    paths, code, files = write_coded(PAIR, experts), Code(PAIR), list(experts.values())
     outcomes = run(DecodingEvaluator(experts, paths, [*DECODERS, *OPTIONS]), tasks, make_trainer)
-    files, configs = list(experts.values()), {DecoderConfig.of(each).name: each for each in (*DECODERS, *OPTIONS)}
+    configs = {DecoderConfig.of(each).name: each for each in (*DECODERS, *OPTIONS)}
     calibration = answers_of(files, paths, tasks.calibration().inputs())
     calibration = replace(calibration, tasks=tasks.calibration().part)
-    checked = 0
-    for place, (name, task) in enumerate(tasks.tasks.items()):
-        answers = answers_of(files, paths, to_input(task.splits.test.images(), 16))
+    every = answers_to_tests(files, paths, tasks)
+    for outcome in outcomes:
+        row = outcome.columns
+        method, name, single = row["method"], row["decoder"], row["erased"] == row["task"]
+        lost, place = [list(experts).index(task) for task in row["erased"].split("+")], list(experts).index(row["task"])
+        test, classes = tasks.tasks[row["task"]].splits.test, CLASSES[place]
+        answers, labels = every[row["task"]], test.targets
         ideal = torch.tensordot(code.matrix.float(), answers.experts, dims=1)
         residual = float((answers.coded - ideal).double().norm() / ideal.double().norm())
-        classes = CLASSES[place]
-        labels = task.splits.test.targets
+        seen, fitted = answers, calibration
+        if method == "none":
+            seen, fitted = answers.without_coded(), calibration.without_coded()
+        elif method == "oracle":
+            seen = Answers(answers.experts, ideal)
+        decoder = make_decoder(configs[name], code, lost).fit(fitted)
+        decoded = decoder.decode(seen)[lost.index(place), :, :classes].argmax(1)
         own = answers.experts[place, :, :classes].argmax(1)
-        for outcome in outcomes:
-            if outcome.columns["task"] != name:
-                continue
-            method = outcome.columns["method"]
-            lost = [list(experts).index(task) for task in outcome.columns["erased"].split("+")]
-            seen, fitted = answers, calibration
-            if method == "none":
-                seen, fitted = answers.without_coded(), calibration.without_coded()
-            elif method == "oracle":
-                seen = Answers(answers.experts, ideal)
-            decoded = (
-                make_decoder(configs[outcome.columns["decoder"]], code, lost)
-                .fit(fitted)
-                .decode(seen)[lost.index(place)]
-            )
-            decoded = decoded[:, :classes].argmax(1)
-            right, recovered = int((own == labels).sum()), int((decoded == labels).sum())
-            assert right > 0
-            assert outcome.columns["expert_accuracy"] == right / len(labels)
-            assert outcome.columns["decoded_accuracy"] == recovered / len(labels)
-            assert outcome.columns["nda"] == recovered / right
-            assert outcome.columns["agreement"] == int((decoded == own).sum()) / len(labels)
-            counts = Counter(zip(own.tolist(), decoded.tolist(), strict=True))
-            wanted = [[counts[expert, found] for found in range(classes)] for expert in range(classes)]
-            assert outcome.confusion.tolist() == wanted
-            if method == "average":
-                assert outcome.columns["residual"] == pytest.approx(residual, rel=1e-5)
-            if method == "oracle":
-                told = [outcome.columns[name] for name in ("nda", "agreement", "residual")]
-                assert told == [1.0, 1.0, 0.0]
-                assert outcome.confusion.sum() == outcome.confusion.trace()
-            checked += 1
+        right, recovered = int((own == labels).sum()), int((decoded == labels).sum())
+        assert right > 0
+        assert row["expert_accuracy"] == right / len(labels)
+        assert row["decoded_accuracy"] == recovered / len(labels)
+        assert row["nda"] == recovered / right
+        assert row["agreement"] == int((decoded == own).sum()) / len(labels)
+        counts = Counter(zip(own.tolist(), decoded.tolist(), strict=True))
+        wanted = [[counts[expert, found] for found in range(classes)] for expert in range(classes)]
+        assert outcome.confusion.tolist() == wanted
+        expected = {"average": residual, "oracle": 0.0, "none": math.nan}[method]
+        assert row["residual"] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+        if method == "oracle":
+            assert [row["nda"], row["agreement"]] == [1.0, 1.0]
+        # Two rows of ten passes and a second each; a regression is fitted on what all networks answer, or on what it
+        # reads and the lost expert's own.
+        assert (row["merge_passes"], row["merge_seconds"]) == ((20, 2) if method == "average" else (0, 0))
+        assert (row["decoder_seconds"] > 0) == ("ridge" in name)
+        if single:
+            networks = 3 if "alone" in name or method == "none" else 5
+            assert row["decoder_passes"] == ("ridge" in name) * networks * (20 if "-own" in name else 60)
     # Three erasures of one and three of two, each lost expert measured: 3 + 6 for every variant and decoder.
-    assert checked == len(outcomes) == 9 * (6 + 4 + 1)
+    assert len(outcomes) == 9 * (6 + 4 + 1)
     assert {(o.columns["method"], o.columns["decoder"]) for o in outcomes} == {
         *(("average", decoder) for decoder in configs),
         *(("none", decoder) for decoder in ("ridge", "feature_ridge", "ridge-own", "feature_ridge-own")),
@@ -124,19 +126,6 @@ def test_each_network_runs_once_a_batch_whatever_is_measured(experts, write_code
     assert len(evaluator.variants) == 4
 
 
-def test_costs_are_those_of_the_files_and_of_fitting_the_decoder(experts, write_coded, tasks, make_trainer):
-    outcomes = run(DecodingEvaluator(experts, write_coded(PAIR, experts)), tasks, make_trainer)
-    made, samples = 2 * 10.0, 60
-    for outcome in outcomes:
-        merged, fitted = outcome.columns["method"] == "average", "ridge" in outcome.columns["decoder"]
-        assert outcome.columns["merge_passes"] == (made if merged else 0)
-        assert outcome.columns["merge_seconds"] == (2 * 1.0 if merged else 0)
-        # All three experts run, the lost one for its answers, and both coded models where there are any.
-        assert outcome.columns["decoder_passes"] == fitted * (5 if merged else 3) * samples
-        assert (outcome.columns["decoder_seconds"] > 0) == fitted
-        assert math.isnan(outcome.columns["residual"]) == (outcome.columns["method"] == "none")
-
-
 def test_the_references_stand_on_any_code(write_experts, write_coded, synthetic, experts, tasks, make_trainer):
     for decoders in (["linear", "ridge"], ["linear", "expert_head"]):
         evaluator = DecodingEvaluator(experts, decoders=decoders)
@@ -151,14 +140,6 @@ def test_the_references_stand_on_any_code(write_experts, write_coded, synthetic,
     erased = {(o.columns["method"], o.columns["erased"]) for o in run(evaluator, two, make_trainer)}
     assert {("average", "task0+task1"), ("none", "task0")} <= erased
     assert ("none", "task0+task1") not in erased
-
-
-def test_features_are_taken_only_where_a_decoder_reads_them(experts, write_coded):
-    inputs = torch.zeros(2, 3, 16, 16)
-    coded = write_coded(PAIR, experts)
-    assert DecodingEvaluator(experts, coded, ["linear", "ridge"])(inputs).expert_features is None
-    answers = DecodingEvaluator(experts, coded, ["feature_ridge"])(inputs)
-    assert [feature.shape for feature in answers.coded_features] == [(2, 32)] * 2
 
 
 def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded, small_config):
@@ -217,12 +198,7 @@ def test_the_results_say_which_method_a_label_stands_for(experts, write_coded, t
     assert methods(method={"name": "distillation", "options": {}}) == [("kd", "distillation")]
 
 
-def test_own_samples_cost_only_what_they_are_and_must_be_two(experts, write_coded, tasks, synthetic, make_trainer):
-    for outcome in run(DecodingEvaluator(experts, write_coded(PAIR, experts), OPTIONS), tasks, make_trainer):
-        row = outcome.columns
-        if row["method"] == "average" and row["erased"] == row["task"]:
-            networks, samples = 3 if "alone" in row["decoder"] else 5, 20 if "-own" in row["decoder"] else 60
-            assert row["decoder_passes"] == networks * samples
+def test_own_samples_must_be_two(experts, synthetic, make_trainer):
     few = Tasks({f"task{i}": synthetic(classes, key=i) for i, classes in enumerate(CLASSES)}, samples_per_task=1)
     with pytest.raises(NumericalError, match="found 1 calibration samples of expert 0's own task"):
         run(DecodingEvaluator(experts, decoders=OPTIONS[:1]), few, make_trainer)
@@ -251,7 +227,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     fit_on, promised_on = (
         replace(answers_of(files, coded, c.inputs()), tasks=c.part) for c in (tasks.calibration(), new)
     )
-    rows = read_promises(seed)
+    rows, every = read_promises(seed), answers_to_tests(files, coded, tasks)
     rows = rows[(rows.method == "average") & rows.decoder.isin(["linear", "ridge"])]
     assert len(rows) == 2 * (3 + 2 * 3)
     assert rows.threshold.notna().any()
@@ -262,7 +238,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         assert (row.samples, row.needed, row.alpha, row.confidence) == (90, 3, 0.5, 0.8)
         assert row.promised == pytest.approx(wanted.coverage, abs=1e-9)
         assert row.threshold == pytest.approx(math.nan if wanted.threshold is None else wanted.threshold, nan_ok=True)
-        test = answers_of(files, coded, to_input(members[row.task].splits.test.images(), 16))
+        test = every[row.task]
         decoded, width = decoder.decode(test)[lost.index(expert)], CLASSES[expert]
         accepted = answer_score(decoded[:, :width]) <= row.threshold
         differs = decoded[:, :width].argmax(1) != test.experts[expert, :, :width].argmax(1)
