@@ -1,7 +1,6 @@
 """``coin sweep``: its points, what they share, its table, and what happens when it is killed or a point fails."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from coin.cli import main
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import read_results
 from coin.reporting.results import COLUMNS
-from coin.reporting.sweeps import sweep_frame, sweep_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("elsewhere")]
 
@@ -212,24 +210,6 @@ def test_finished_sweep_computes_nothing(swept: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("up to date") == 15
 
 
-def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:
-    keys = ["calibration.samples_per_task", "seeds"]
-    frame = sweep_frame(
-        [
-            ({keys[0]: samples, keys[1]: [seed]}, [swept / NAMES[index] / f"seed-{seed}"])
-            for index, (samples, seed) in enumerate([(12, 0), (12, 1), (24, 0), (24, 1)])
-        ]
-    )
-    table = sweep_table(frame, keys, "a sweep")
-    cells = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
-    assert list(cells) == ["calibration.samples_per_task", "method", "linear", "ridge"]
-    assert cells["calibration.samples_per_task"] == ["12", "12", "24", "24"]
-    assert cells["method"] == ["average", "none"] * 2
-    for line, samples in ((0, 12), (2, 24)):
-        rows = frame[(frame.samples_per_task == samples) & (frame.method == "average")]
-        first, second = (100 * rows.nda[rows.seed == seed].mean() for seed in (0, 1))
-        spread = abs(first - second) / math.sqrt(2)
-        assert cells["linear"][line] == f"{(first + second) / 2:.1f} ± {spread:.1f}"
 
 
 def finished_steps(folder: Path) -> dict[str, int]:
