@@ -11,8 +11,6 @@ import pandas as pd
 import pytest
 import yaml
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +31,7 @@ def command(what: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "coin", what, *options, "--launch.executor=slurm", "--launch.workers=2", slurm]
 
 
+@pytest.mark.slow
 def test_six_points_killed_three_times_are_those_of_one_run(
     config: Path, login: dict[str, str], tmp_path: Path
 ) -> None:
