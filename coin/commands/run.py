@@ -6,7 +6,7 @@ from typing import Any
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import Planned, plan
+from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, outlook, run_experiment, run_only
 from coin.reporting.report_parts import REPORT_HTML
@@ -18,10 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
     experiment, options = _read(arguments)
     if options["dry_run"]:
-        check_options(experiment)
-        steps = plan(experiment)
-        check_launch(options["launch"], steps[0].step.store)
-        print_outlook(experiment.name, steps, options["launch"], as_document=options["json"])
+        print_outlook(experiment.name, [experiment], options["launch"], as_document=options["json"])
         return
     if options["only"] is not None:
         run_only(experiment, options["only"])
@@ -44,8 +41,12 @@ def experiment_of(arguments: Sequence[str]) -> Experiment:
     return _read(arguments)[0]
 
 
-def print_outlook(name: str, steps: Sequence[Planned], launch: Launch, *, as_document: bool = False) -> None:
-    """Print every step, whether it has to run, why and where, and what its like took last time."""
+def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
+    """Check what a run checks, and print every step: whether it has to run, why, where, and what its like took."""
+    for experiment in experiments:
+        check_options(experiment)
+    steps = union(map(plan, experiments))
+    check_launch(launch, steps[0].step.store)
     rows: list[dict[str, Any]] = [
         {
             "step": planned.what,

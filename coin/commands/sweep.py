@@ -12,9 +12,7 @@ from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of, print_outlook
 from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
-from coin.pipeline.plan import plan, union
-from coin.pipeline.pool import Launch, check_launch
-from coin.pipeline.run import check_options
+from coin.pipeline.pool import Launch
 from coin.pipeline.sweep import read_sweep, run_sweep, sweep_points
 from coin.reporting.sweeps import SWEEP_CSV, sweep_table
 from coin.reporting.tables import results_console
@@ -35,11 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(options["output"]) / sweep.name
     points = [(point, experiment_of(point.arguments)) for point in sweep_points(sweep, folder)]
     if options["dry_run"]:
-        for _, experiment in points:
-            check_options(experiment)
-        steps = union(plan(experiment) for _, experiment in points)
-        check_launch(options["launch"], steps[0].step.store)
-        print_outlook(f"{sweep.name}, {len(points)} points", steps, options["launch"])
+        print_outlook(f"{sweep.name}, {len(points)} points", [each for _, each in points], options["launch"])
         return
     frame, page = run_sweep(sweep, points, folder, options["launch"])
     results_console().print(sweep_table(frame, list(sweep.grids[0]), f"{sweep.name}: NDA in %, mean over tasks"))
