@@ -210,8 +210,6 @@ def test_finished_sweep_computes_nothing(swept: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("up to date") == 15
 
 
-
-
 def finished_steps(folder: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(".steps/*/done.json")}
 
