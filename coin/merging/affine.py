@@ -89,8 +89,8 @@ def fit_unit(
 ) -> None:
     """Refit a unit in place to targets [P, q, ·], at the call of its map in a forward pass of P samples.
 
-    Places are as for `output_rows`, shares the rows' weights [P, q], and the ridge is relative. With a rounding the
-    matrix is rounded, and the bias fitted to what that leaves.
+    Places are as for `output_rows`, shares the rows' weights [P, q], and the ridge is relative. With a rounding, which
+    takes the weight, the matrix is rounded, and the bias fitted to what that leaves.
     """
     weight = network.get_parameter(unit.weight)
     turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
@@ -104,17 +104,14 @@ def fit_unit(
         whole[:, entries[:, None], entries] = metric
         return rounding.step(unit.weight, weight, _placed(step, entries, flat), whole, turned)[..., entries]
 
-    rounds = rounding is not None and rounding.takes(unit.weight)
     outputs = inputs @ flat[..., entries].to(inputs).mT
     added = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
     if added is not None:
         outputs += added.to(inputs).reshape(len(inputs), 1, -1)
     residual = target.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
-    step, constant = fit_affine(
-        inputs, residual, shares.flatten(), ridge * len(entries) / unit.unknowns, intercept=shift is not None,
-        change=rounded if rounds else None,
-    )  # fmt: skip
-    if rounding is not None and rounds:
+    ridge, change = ridge * len(entries) / unit.unknowns, None if rounding is None else rounded
+    step, constant = fit_affine(inputs, residual, shares.flatten(), ridge, intercept=shift is not None, change=change)
+    if rounding is not None:
         weight.copy_(rounding.weight(unit.weight))
     else:
         step = _placed(step, entries, flat).flatten(0, 1)

@@ -211,7 +211,8 @@ def fit_in_order(
             mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
             if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
                 mine = mine * rows.weights[unit.weight].to(mine)
-            fit_unit(network, unit, call, target, at, mine, ridge, rounding)
+            rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
+            fit_unit(network, unit, call, target, at, mine, ridge, rounds)
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
         network(as_input(rows.inputs, network))

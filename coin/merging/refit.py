@@ -16,8 +16,8 @@ from coin.core.progress import progress
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
+from coin.merging.closed_form import LINEAR, choose
 from coin.merging.experts import Experts
-from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import ExpertOutputs, chosen_rows, fit_in_order
 from coin.merging.target import AHEAD, FAR, Target, objective, spread
@@ -47,15 +47,13 @@ class Refit(Method):
     over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is a regression for each group, a normalisation that follows no linear map one for each channel.
     A BatchNorm becomes an identity that carries b. What cannot be refitted (an embedding, a weight that is used twice)
-    keeps the start, and the result names it. At last the head is fitted to Σ_i β_i f_i (`fit_head`). No labels, no
-    training, no learning rate.
+    keeps the start, and is named. At last the head is fitted to Σ_i β_i f_i (`fit_head`). No labels, no training.
 
     It takes one forward pass of every expert (``own``: on its own task's samples alone), and one of the coded network,
-    in which every layer is fitted just before it is called. A layer with K unknowns for each output is fitted to
-    `ROWS` · K rows (more if they take less than `CHEAP` of its calls' time, fewer if more than `DEAR`, at least
-    `LEAST`), at positions drawn evenly, but tokens as often as the outputs depend on them. Where activations do not
-    fit `memory_mib`, it takes as many samples as fit, with a warning; where experts' outputs do not fit a quarter of
-    it, experts run several times.
+    in which every layer is fitted just before it is called: to `ROWS` rows for each unknown (more or fewer by what they
+    cost beside the layer's calls), at positions drawn evenly, but tokens as often as the outputs depend on them. Where
+    activations do not fit `memory_mib`, it takes as many samples as fit, with a warning; where experts' outputs do not
+    fit a quarter of it, experts run several times.
 
     ``own`` is best near a strong base, ``both`` elsewhere and for many experts. Transformers that were fine-tuned far
     want ``both`` with ``start: coin`` and ``last: 0.5``.

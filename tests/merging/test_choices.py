@@ -9,7 +9,7 @@ from torch import nn
 
 from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError
 from coin.merging import Average, Coin, Experts, RegMean
-from coin.merging.held_out import choose
+from coin.merging.closed_form import choose
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
 from coin.networks import recalibrate
 from coin.statistics import fisher_diagonal, gram_sums

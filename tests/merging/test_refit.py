@@ -782,7 +782,7 @@ def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     near(monkeypatch)
     networks, tasks = kind_of("two layers")
     trials = iter([1.0 if each == best else 2.0 for each in ("own", "both")])
-    monkeypatch.setattr("coin.merging.held_out.held_out_error", lambda *_: next(trials))
+    monkeypatch.setattr("coin.merging.closed_form.held_out_error", lambda *_: next(trials))
     experts = experts_of(networks, tasks)
     made = Refit().make(experts, ROW)
     assert made.chosen["target"] == best

@@ -9,7 +9,7 @@ import coin
 from coin.coding import Answers, DecoderConfig
 from coin.errors import ConfigurationError, HeadError
 from coin.merging import Experts, Refit
-from coin.merging.held_out import held_out_error
+from coin.merging.closed_form import held_out_error
 from coin.merging.method import starting_method
 from coin.networks.heads import features_and_logits
 from coin.pipeline.options import config_dict
@@ -157,7 +157,7 @@ def test_auto_takes_the_target_with_the_smaller_error_of_these_decoders(decoders
         asked.append([each.name for each in chosen])
         return float(len(asked) == 1)  # the second is better
 
-    monkeypatch.setattr("coin.merging.held_out.held_out_error", error)
+    monkeypatch.setattr("coin.merging.closed_form.held_out_error", error)
     (coded,) = (made := coin.merge_networks(Refit(), networks, CODE, decoders=decoders, **given))
     assert isinstance(coded, nn.Module)
     assert asked == [decoders] * 2
@@ -169,7 +169,7 @@ def test_auto_takes_both_only_where_it_is_clearly_ahead(both, taken, monkeypatch
     """By a hair's breadth it took both on letters that it had never seen, and lost two points by it."""
     monkeypatch.setattr("coin.merging.refit.FAR", float("inf"))
     errors = iter([1.0, both])
-    monkeypatch.setattr("coin.merging.held_out.held_out_error", lambda *_: next(errors))
+    monkeypatch.setattr("coin.merging.closed_form.held_out_error", lambda *_: next(errors))
     networks, given = setup()
     made = coin.merge_networks(Refit(), networks, CODE, **given)
     assert made.chosen[0]["target"] == taken

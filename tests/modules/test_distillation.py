@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError, HeadError, StateError
-from coin.merging import Experts, Refit, average, held_out
+from coin.merging import Experts, Refit, average, closed_form
 from coin.modules import DistillationModule
 from coin.networks import NetworkConfig, build_network, load_network, pad_head, save_network
 
@@ -115,8 +115,8 @@ def start_passes(samples, held_out, *, head_fit):
 def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibrated, monkeypatch):
     """The start takes the policy with the smaller residual, and one more pass of all samples to recalibrate."""
     residuals = iter([1.0, 0.5] * 3 if recalibrated else [0.5, 1.0] * 3)
-    real = held_out.held_out_error
-    monkeypatch.setattr(held_out, "held_out_error", lambda *found: (real(*found), next(residuals))[1])
+    real = closed_form.held_out_error
+    monkeypatch.setattr(closed_form, "held_out_error", lambda *found: (real(*found), next(residuals))[1])
     module = module_of(experts, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks())
     assert module.passes == start_passes(40, 8, head_fit=False) + 40 * recalibrated + 40 * 2 + 3 * (3 * 40)
