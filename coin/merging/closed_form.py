@@ -42,8 +42,8 @@ class MergeMethod(Method):
     Args:
         batchnorm: The BatchNorm merge policy.
         label: Name of this variant in results, a plain file name.
-        compress: Compressed variants of the coded models, beside the whole ones: one section of `Compression`'s
-            options, such as ``{bits: 4}``, or several. Their label in results is ``LABEL-4bit``.
+        compress: Compressed variants beside the whole coded models, ``LABEL-4bit`` in results: one section of
+            `Compression`'s options, such as ``{bits: 4}``, or several.
 
     A user's own closed form:
 
@@ -110,12 +110,9 @@ class MergeMethod(Method):
             return [SAME]
         if not experts.is_calibrated or experts.split[0].num_samples < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
-            warnings.warn(
-                f"found {found}, needed by method '{self.label}' to choose its BatchNorm policy: it averages the "
-                "statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm",
-                CoinWarning,
-                stacklevel=4,
-            )
+            told = f"found {found}, needed by method '{self.label}' to choose its BatchNorm policy: it averages the"
+            advice = "statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm"
+            warnings.warn(f"{told} {advice}", CoinWarning, stacklevel=4)
             return [str(BatchNormPolicy.average)]
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 
@@ -141,13 +138,13 @@ def choose(
     row: Sequence[float],
     label: str,
     decoders: Sequence[DecoderConfig] = (LINEAR,),
-    handicap: Callable[[Option], float] = lambda _: 1.0,
+    handicaps: Sequence[float] | None = None,
 ) -> tuple[Option, list[float]]:
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
 
     A single option is not tried, and has no error; of equally good ones the first is taken. `build` maps an option to
-    its coded model, made without the held-out samples; `handicap` to a factor on its error. With fewer than `FEW`
-    held-out samples there is a warning. Raises NumericalError if no error is finite.
+    its coded model, made without the held-out samples; `handicaps` are factors on the options' errors. With fewer than
+    `FEW` held-out samples there is a warning. Raises NumericalError if no error is finite.
     """
     if len(options) == 1:
         return options[0], []
@@ -158,7 +155,7 @@ def choose(
     if not any(map(math.isfinite, errors)):
         found = f"the outputs of method '{label}' on held-out calibration samples are not finite"
         raise NumericalError(f"{found}; check the experts' outputs")
-    compared = [handicap(option) * error for option, error in zip(options, errors, strict=True)]
+    compared = [factor * error for factor, error in zip(handicaps or [1.0] * len(errors), errors, strict=True)]
     return options[compared.index(min(compared))], errors
 
 
@@ -168,10 +165,9 @@ def held_out_error(
     """Return the mean cosine distance of decoded answers to the experts' own on held-out samples, in [0, 2].
 
     That is the mean over tasks j and decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), with f̂_j what is decoded when
-    expert j is lost, and logits less their mean over the classes: size and offset do not change which class an answer
-    names, while the squared error ‖f_c − Σ_i β_i f_i‖ prefers outputs that have shrunk. Decoders are fitted on the
-    other samples; with fewer than two of a task only the linear one judges, and expert_head judges only where heads
-    give the logits, unless it is alone. Infinite if it is no number.
+    expert j is lost, and logits less their mean over the classes: unlike the squared error ‖f_c − Σ_i β_i f_i‖ it does
+    not prefer outputs that have shrunk. Decoders are fitted on the other samples; with fewer than two of a task only
+    linear judges, and expert_head only where heads give the logits, unless it is alone. Infinite if it is no number.
     """
     fitted = experts.tasks[: experts.split[0].num_samples]
     if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:
@@ -184,7 +180,13 @@ def held_out_error(
             raise
         heads, decoders = None, others
     features = any(each.reads_features for each in decoders)
-    judged, calibration = _answers(experts, coded, 1, features), None
+
+    def answers(part: int) -> Answers:
+        runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
+        tasks = experts.tasks[len(fitted) :] if part else fitted
+        return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)
+
+    judged, calibration = answers(1), None
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
     if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
@@ -199,7 +201,7 @@ def held_out_error(
             else:
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
-                    calibration = calibration or _answers(experts, coded, 0, features).with_kernels()
+                    calibration = calibration or answers(0).with_kernels()
                     decoder.fit(calibration)
                 decoded = decoder.decode(mine)[0]
             errors.append(_turned(decoded, truth))
@@ -212,11 +214,3 @@ def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
     if decoded.shape[1] > 1:
         decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
     return 1 - torch.cosine_similarity(decoded, truth).mean()
-
-
-def _answers(experts: Experts, coded: nn.Module, part: int, features: bool) -> Answers:
-    """Return the answers of experts and coded model to a part of `Experts.split`, logits in float64."""
-    runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
-    start, samples = part * experts.split[0].num_samples, len(runs[-1].logits)
-    tasks = experts.tasks[start : start + samples].to(runs[-1].logits.device)
-    return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)

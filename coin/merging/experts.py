@@ -53,8 +53,7 @@ class Experts:
         train: A `coin.pipeline.steps.merge.Training` for methods that train; without one they train in memory.
 
     Attributes:
-        source: The experts, in memory or in files.
-        count: N.
+        source: The experts, in memory or in files; `count` is their number N.
         passes: Forward-equivalents spent so far, the cost of the merge.
         seconds: Wall time of statistics that were computed elsewhere.
 

@@ -47,11 +47,8 @@ class CodedModel:
 class Merged(list[nn.Module]):
     """Coded models, one per row of the code, and how they were made.
 
-    Attributes:
-        chosen: For each, what `CodedModel.chosen` says; ``averaged`` are the parameters that `Refit` left averaged.
-        compressed: For each, the compressed variants by label, such as ``refit-4bit``.
-        passes: The total cost in forward-equivalents of one sample.
-        seconds: Wall time.
+    `chosen` and `compressed` are, for each, its `CodedModel.chosen` and its compressed variants by label, such as
+    ``refit-4bit``; `passes` and `seconds` the total cost, in forward-equivalents of one sample and in wall time.
 
     >>> merged = coin.merge_networks(coin.Average(), experts, code)
     >>> len(merged), merged.chosen, merged.passes
@@ -73,12 +70,8 @@ class Method(ABC):
         name: The name in result tables.
         label: The name of this variant in results and files; by default `name`.
         batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
-        is_trained: Whether it trains with a Trainer, on all processes; other methods run on rank zero only.
         reads_initial: Whether it needs the shared initialisation.
         compress: The compressed variants of its coded models, beside the whole ones.
-        rounds: Whether it can round a coded model while it makes it.
-        samples_per_task: Its own P; by default the experiment's.
-        augmentation: The augmentation of calibration samples in its training.
 
     A user's own method:
 
@@ -94,12 +87,12 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    is_trained: ClassVar[bool] = False
+    is_trained: ClassVar[bool] = False  # with a Trainer, on all processes; other methods run on rank zero only
+    rounds: ClassVar[bool] = False  # whether it can round a coded model while it makes it
     reads_initial: bool = False
-    rounds: ClassVar[bool] = False
     compress: Sequence[Compression] = ()
-    samples_per_task: int | None = None
-    augmentation: str = "none"
+    samples_per_task: int | None = None  # its own P; by default the experiment's
+    augmentation: str = "none"  # of calibration samples in its training
     label: str
     batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 

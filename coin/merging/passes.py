@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, as_input, samples_of, take
 from coin.errors import StateError
 from coin.merging.affine import fit_unit, output_rows
-from coin.merging.units import Trace, Unit, floating_parameters
+from coin.merging.units import SAME_CALLS, Trace, Unit, floating_parameters
 from coin.networks.compressed import Rounding
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
@@ -23,7 +23,6 @@ READ = 16  # multiplications that take as long as reading a number where it lies
 LEAST = 256  # rows of a regression, where there are as many
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
 FIT = 2  # passes of an expert that a pass of the coded network with its fits counts as, in the progress
-_SAME = "give experts that make the same calls whatever their inputs"
 
 
 class Rows(NamedTuple):
@@ -90,9 +89,9 @@ def _affordable(unit: Unit, samples: float) -> float:
 def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:
     """Return, by the weights of units that are no convolutions, what the positions weigh [L], with mean 1.
 
-    One half is the same for all positions; the other half goes with the mean square over samples of the gradient of
-    ½‖f‖² by the unit's outputs there, f less its mean over the classes: in a transformer the last layers' outputs at
-    all but the class token do not matter. A unit that the outputs do not reach has none.
+    One half is the same for all; the other goes with the mean square over samples of the gradient of ½‖f‖² by the
+    unit's outputs there, f less its mean over the classes: a transformer's last layers matter at the class token alone.
+    A unit that the outputs do not reach has none.
     """
     ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
     parameters = floating_parameters(network)
@@ -125,9 +124,9 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
 class ExpertOutputs:
     """The mixtures of the experts' outputs to which the units of a trace are fitted, made on demand in their order.
 
-    As many units at once as fit into `budget` bytes, one at least; for every such group each expert, of those that
-    `experts` returns, runs on the samples of whose mixtures it is part, `batch_size` at once. `passes` counts the
-    samples that have gone through experts; `advance` is called with the progress, `total` in all.
+    As many units at once as fit into `budget` bytes, one at least; for every such group each expert that `experts`
+    returns runs on the samples of whose mixtures it is part, `batch_size` at once. `passes` counts these; `advance` is
+    called with the progress, `total` in all.
     """
 
     def __init__(
@@ -168,16 +167,21 @@ class ExpertOutputs:
         """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
         known, expected = set(self._trace.calls), iter([*self._trace.calls, ""])
 
+        def check(made: str) -> None:
+            if made != (due := next(expected, "")):
+                own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made, due))
+                raise StateError(f"an expert {own} where the coded network {theirs}; {SAME_CALLS}")
+
         def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
             if (weight := names.get("weight", "")) not in known:
                 return None
-            _check_call(weight, next(expected, ""))
+            check(weight)
             output = function()
             if unit := ends.get(weight):
                 shape = (len(output) // len(part), *output.shape[1:])
                 if shape != unit.shape:
                     found = f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]}"
-                    raise StateError(f"{found} in the coded network; {_SAME}")
+                    raise StateError(f"{found} in the coded network; {SAME_CALLS}")
                 at = self._rows.places[unit.weight]
                 rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
                 rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
@@ -189,14 +193,7 @@ class ExpertOutputs:
 
         with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
             network(as_input(take(self._rows.inputs, part), network))
-        _check_call("", next(expected, ""))
-
-
-def _check_call(made: str, expected: str) -> None:
-    """Raise StateError where an expert's call is another than the coded network makes at its place."""
-    if made != expected:
-        own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made, expected))
-        raise StateError(f"an expert {own} where the coded network {theirs}; {_SAME}")
+        check("")
 
 
 def fit_in_order(

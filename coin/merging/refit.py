@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -135,15 +136,10 @@ class Refit(Method):
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
         made = None if self._start is None else self._start.make(experts, row)
         start = self._started(experts, row, made)
-        (target, ridge), errors = choose(
-            options,
-            lambda option: self._refit(experts, row, start, *option, held_out=True),
-            experts,
-            row,
-            self.label,
-            [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]],
-            lambda option: 1 / AHEAD if option[0] is Target.both else 1.0,
-        )
+        trial = partial(self._refit, experts, row, start, held_out=True)
+        decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
+        handicaps = [1 / AHEAD if target is Target.both else 1.0 for target, _ in options]
+        (target, ridge), errors = choose(options, lambda of: trial(*of), experts, row, self.label, decoders, handicaps)
         network = self._refit(experts, row, start, target, ridge)
         experts.check_coded(network, self.label)
         self._warn_of_averaged(start)
@@ -162,8 +158,8 @@ class Refit(Method):
     ) -> Compressed:
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
-        A layer is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to
-        the inputs that follow. What cannot be refitted is rounded to the nearest first. See `Method.pack`.
+        It is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to the
+        inputs that follow. What cannot be refitted is rounded to the nearest first.
         """
         if compression.bits is None or compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)
@@ -219,12 +215,9 @@ class Refit(Method):
         every = experts.split[0].num_samples if held_out else experts.pooled.num_samples
         samples = min(every, max(experts.count, (self.memory_mib << 20) // (4 * trace.floats)))
         if samples < every:
-            warnings.warn(
-                f"method '{self.label}' fits its layers on {samples} of {every} calibration samples, which need "
-                f"memory_mib={math.ceil(4 * trace.floats * every / 2**20)}; found {self.memory_mib}",
-                CoinWarning,
-                stacklevel=4,
-            )
+            needed = math.ceil(4 * trace.floats * every / 2**20)
+            told = f"method '{self.label}' fits its layers on {samples} of {every} calibration samples, which need"
+            warnings.warn(f"{told} memory_mib={needed}; found {self.memory_mib}", CoinWarning, stacklevel=4)
         inputs, task = experts.pooled.inputs(torch.arange(samples)), experts.tasks[:samples]
         budget = max(self.memory_mib // 4, FEWEST_MIB) << 20
         rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)

@@ -114,19 +114,15 @@ class RegMean(MergeMethod):
         return tuned, {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
 
     def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
+        """Return the solution, with Gram matrices of zeros where an expert's samples never reached a map."""
+        source = {name: gram for gram in grams for name in gram}
+        every: list[State] = []
+        for gram in grams:  # which may lie in a file: no tensor is read before its turn
+            zeros = {name: torch.zeros_like(source[name][name]) for name in source if name not in gram}
+            every.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
+        check_each(every, "the Gram statistic of expert")
         options: Any = self.alpha, self.damping, self.layers, self.label
-        return regmean_parameters(experts.parameters, completed(grams), row, *options)
-
-
-def completed(grams: Sequence[State]) -> list[State]:
-    """Return Gram matrices after `check_each`, zeros where an expert's samples never reached a map."""
-    source = {name: gram for gram in grams for name in gram}
-    found: list[State] = []
-    for gram in grams:  # which may lie in a file: no tensor is read before its turn
-        zeros = {name: torch.zeros_like(source[name][name]) for name in source if name not in gram}
-        found.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
-    check_each(found, "the Gram statistic of expert")
-    return found
+        return regmean_parameters(experts.parameters, every, row, *options)
 
 
 def regmean_parameters(

@@ -46,12 +46,10 @@ class Wudi(MergeMethod):
         W = W_0 + (Σ_i β_i τ_i G_i)(Σ_i β_i G_i + λI)⁻¹
 
     is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖²; λ as in `regmean_parameters`. All but fully connected layers
-    and convolutions of one group is averaged, as are weights that several modules share, maps that an expert has left
-    as they were and, unless `head`, the head: task vectors that do not meet are added up, which suits features, but not
-    the coded outputs Σ_i β_i f_i.
+    and convolutions of one group is averaged, as are shared weights, maps that an expert has left as they were and,
+    unless `head`, the head: task vectors that do not meet are added up, which suits features, but not coded outputs.
 
-    Source: Cheng et al., *Whoever started the interference should end it* (ICML 2025), there minimised by gradient
-    descent, heads left out.
+    Source: Cheng et al., *Whoever started the interference should end it* (ICML 2025), there by gradient descent.
 
     Args:
         damping: λ, relative and dimensionless, above 0. Transformers that were tuned far want more, such as 0.1.
@@ -68,8 +66,7 @@ class Wudi(MergeMethod):
     def __init__(self, damping: float = 1e-4, *, head: bool = False, **options: Any) -> None:
         super().__init__(**options)
         check_number("damping", damping, low=0, strict=True)
-        self.damping = damping
-        self.head = head
+        self.damping, self.head = damping, head
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""

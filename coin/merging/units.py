@@ -24,6 +24,7 @@ from coin.statistics.rules.linear import LinearCall
 from coin.statistics.tape import Tape
 
 PROBES = 17  # forward-equivalents of the search: of two samples, and of three with two backward passes
+SAME_CALLS = "give experts that make the same calls whatever their inputs"
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once
 
 
@@ -87,10 +88,8 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
         for tape, count in ((two, 2), (three, 3)):
             output = tape.run(network, as_input(take(inputs, torch.arange(count) % size_of(inputs)), network))
         if two.weights != three.weights:
-            raise StateError(
-                f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give "
-                "experts that make the same calls whatever their inputs"
-            )
+            found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
+            raise StateError(f"{found}; {SAME_CALLS}")
         general = three.shared(output) | _misplaced(three, output)
     leading = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]

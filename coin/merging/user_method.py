@@ -31,8 +31,7 @@ class UserMethod(Method):
 
     A function whose first parameter is called ``tensors`` merges one tensor at a time, so that N networks are never in
     memory at once: it gets the experts' N tensors of one name, as ``initial`` the shared initialisation's, as ``name``
-    the name and as ``layer`` the module that has it, with arbitrary weights. It is called for all parameters and
-    persistent buffers but the head's, which is averaged.
+    the name and as ``layer`` the module that has it, with arbitrary weights. The head, of its task alone, is averaged.
 
     Its cost is the wall time, and the samples that pass through the experts, the initialisation and copies of them:
     1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
@@ -94,21 +93,20 @@ class UserMethod(Method):
         """Call the function for one row of the code, and check what it returns; see `Method.make`."""
         experts.check(row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            network = experts.empty_model().eval()
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            state = (self._merged_tensors if self._by_tensor else self._merged_network)(experts, row)
-        network = experts.empty_model().eval()
-        if self._by_tensor:
-            fill(network, state)
-        else:
-            fill_network(network, state, f"the network that {self.function} returned")
+            if self._by_tensor:
+                fill(network, self._merged_tensors(experts, row))
+            else:
+                made = self._merged_network(experts, row)
+                fill_network(network, made.state_dict(), f"the network that {self.function} returned")
         experts.check_coded(network, self.label)
         return CodedModel(network)
 
-    def _merged_network(self, experts: Experts, row: Sequence[float]) -> State:
-        """Call the function on networks, and return the tensors of the one that it returns."""
+    def _merged_network(self, experts: Experts, row: Sequence[float]) -> nn.Module:
+        """Call the function on networks, and return the one that it returns."""
         networks = [_counted(clone(network).eval(), experts) for network in experts.source.each_network()]
-        samples = experts.samples(DataChoice.own)
-        calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
+        calibration = [[as_input(batch, networks[0]) for batch in own] for own in experts.samples(DataChoice.own)]
         initial = None
         if self.reads_initial:
             parameters, buffers = experts.initial()
@@ -118,7 +116,7 @@ class UserMethod(Method):
         if not isinstance(made, nn.Module):
             told = f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts"
             raise ConfigurationError(f"{told}; return one of them, or a copy")
-        return made.state_dict()
+        return made
 
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
         """Call the function on the experts' tensors of each name, and return what it returns."""
