@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from coin.core.batches import Batch, as_input, samples_of, take
 from coin.errors import StateError
-from coin.merging.affine import fit_unit, output_rows
-from coin.merging.units import SAME_CALLS, Trace, Unit, floating_parameters
+from coin.merging.units import SAME_CALLS, Trace, Unit, fit_unit, floating_parameters, output_rows
 from coin.networks.compressed import Rounding
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor

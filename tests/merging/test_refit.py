@@ -949,7 +949,7 @@ def test_bfloat16_is_fitted_in_float32(monkeypatch):
         types.update({a.dtype, r.dtype})
         return fit_affine(a, r, *options, **named)
 
-    monkeypatch.setattr("coin.merging.affine.fit_affine", recorded)
+    monkeypatch.setattr("coin.merging.units.fit_affine", recorded)
     made = Refit("own", RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
     assert types == {torch.float32}
     assert {parameter.dtype for parameter in made.network.parameters()} == {torch.bfloat16}
