@@ -1,4 +1,7 @@
-"""What Refit starts from, and that it chooses for the decoders that are asked for."""
+"""What Refit starts from, and that it chooses target and ridge for the decoders that are asked for."""
+
+import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,9 +11,12 @@ from torch.nn import functional as F
 import coin
 from coin.coding import Answers, DecoderConfig
 from coin.errors import ConfigurationError, HeadError
-from coin.merging import Experts, Refit
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, Target
 from coin.merging.closed_form import held_out_error
 from coin.merging.method import starting_method
+from coin.merging.refit import RIDGES
+from coin.merging.target import AHEAD, FAR, spread
+from coin.merging.units import PROBES
 from coin.networks.heads import features_and_logits
 from coin.pipeline.options import config_dict
 from coin.statistics import FisherKind
@@ -44,7 +50,56 @@ def of(*names):
     return [DecoderConfig.named(name) for name in names]
 
 
+def near(monkeypatch, *errors):
+    """All experts are near each other, as from one strong base; and what trials' errors are said to be, if given."""
+    monkeypatch.setattr("coin.merging.refit.FAR", math.inf)
+    found, asked = iter(errors), []
+    if errors:
+        told = "coin.merging.closed_form.held_out_error"
+        monkeypatch.setattr(told, lambda *given: asked.append([each.name for each in given[3]]) or next(found))
+    return asked
+
+
 # Starts
+
+
+@pytest.mark.parametrize(
+    ("start", "kind", "options"),
+    [
+        ("average", Average, {}),
+        ("coin", Coin, {}),
+        ("refit", Refit, {"target": Target.auto}),
+        ({"class_path": "Refit", "init_args": {"target": "own", "ridge": None}}, Refit, {"target": Target.own}),
+        ({"class_path": "coin.merging.Average", "init_args": {"batchnorm": "recalibrate"}}, Average, {}),
+        ({"class_path": "HeadFit", "init_args": None}, HeadFit, {}),
+    ],
+)
+def test_a_start_is_a_closed_form_by_its_name_or_by_its_class(start, kind, options):
+    class Special(Average):  # a variant does not take its base's name
+        pass
+
+    assert type(starting_method({"class_path": "Special"})) is not Average
+    method = starting_method(start)
+    assert type(method) is kind
+    assert {name: getattr(method, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("refined", r"^found start='refined', expected one of average, coin, head_fit, "),
+        ("ties", "found start='ties', expected"),  # needs the shared initialisation
+        ("distillation", "found start='distillation', expected"),
+        ({"class_path": "UserMethod", "init_args": {"function": "mine.merge"}}, "found start=.*, expected one of ave"),
+        (3, "found start=3, expected one of average"),
+        ({"class": "Refit"}, r"found start=\{'class': 'Refit'\}, expected one of"),
+        ({"class_path": "Refit", "init_args": {"goal": "own"}}, "expected options of Refit .*unexpected.*'goal'"),
+        ({"class_path": "Refit", "init_args": {"target": "all"}}, "found target='all', expected one of own, both"),
+    ],
+)
+def test_what_cannot_be_a_start_is_refused(start, message):
+    with pytest.raises(ConfigurationError, match=message):
+        starting_method(start)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +142,7 @@ def test_what_a_start_wants_and_costs_is_the_refits():
         coin.Distillation(start={"class_path": "Refit", "init_args": {"start": "wudi"}})
 
 
-# Choices
+# The error of a choice
 
 
 def cosines(decoded, truth):
@@ -147,33 +202,88 @@ def test_one_sample_a_task_is_judged_by_the_linear_decoder():
     assert error == held_out_error(experts, networks[0], ROW)
 
 
+def test_where_logits_are_no_heads_of_the_features_the_own_head_does_not_judge():
+    networks, given = setup(tail=nn.Tanh())
+    experts = Experts(networks, **given)
+    both = held_out_error(experts, networks[0], ROW, of("linear", "expert_head"))
+    assert both == held_out_error(experts, networks[0], ROW)
+    with pytest.raises(HeadError, match=r"are not its head '6' .*of the head's input"):
+        held_out_error(experts, networks[0], ROW, of("expert_head"))
+
+
+def test_without_held_out_leaves_every_tasks_last_samples_out():
+    experts = Experts([nn.Linear(4, 3)] * 2, calibration=[torch.randn(60, 4).split(20) for _ in range(2)])
+    fitted = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
+    assert [sum(map(len, each)) for each in fitted.samples("own")] == [48, 48]
+    assert torch.equal(torch.cat(list(fitted.pooled)), torch.cat(list(experts.split[0])))
+
+
+# Choices
+
+
+def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not_see(monkeypatch):
+    near(monkeypatch)
+    networks, given = setup()
+    experts = Experts(networks, **given)
+    made = Refit(ridge=None).make(experts, ROW)
+    errors = made.chosen["held_out_error"]
+    options = {f"{target}/{ridge:g}": (target, ridge) for target in ("own", "both") for ridge in RIDGES}
+    assert list(errors) == list(options)
+    fitted = experts.fitted(DataChoice.own)
+    for name, option in options.items():
+        coded = Refit(*option).make(Experts(networks, calibration=fitted), ROW).network
+        assert errors[name] == pytest.approx(held_out_error(experts, coded, ROW), rel=1e-8)
+    best = min(errors, key=lambda each: errors[each] / (AHEAD if each.startswith("both") else 1))
+    assert (made.chosen["target"], made.chosen["ridge"]) == options[best]
+    alone = Refit(*options[best]).make(Experts(networks, **given), ROW).network
+    assert all(torch.equal(tensor, alone.state_dict()[name]) for name, tensor in made.network.state_dict().items())
+
+
 @pytest.mark.parametrize("decoders", [["linear"], ["expert_head", "linear"], ["feature_ridge"]])
-def test_auto_takes_the_target_with_the_smaller_error_of_these_decoders(decoders, monkeypatch):
-    monkeypatch.setattr("coin.merging.refit.FAR", float("inf"))
-    networks, given = setup()
-    asked = []
-
-    def error(experts, coded, row, chosen):
-        asked.append([each.name for each in chosen])
-        return float(len(asked) == 1)  # the second is better
-
-    monkeypatch.setattr("coin.merging.closed_form.held_out_error", error)
-    (coded,) = (made := coin.merge_networks(Refit(), networks, CODE, decoders=decoders, **given))
-    assert isinstance(coded, nn.Module)
-    assert asked == [decoders] * 2
-    assert made.chosen[0]["target"] == "both"
-
-
 @pytest.mark.parametrize(("both", "taken"), [(0.86, "own"), (0.84, "both")])
-def test_auto_takes_both_only_where_it_is_clearly_ahead(both, taken, monkeypatch):
+def test_both_is_taken_only_where_it_is_clearly_ahead_for_these_decoders_and_trials_count(
+    both, taken, decoders, monkeypatch
+):
     """By a hair's breadth it took both on letters that it had never seen, and lost two points by it."""
-    monkeypatch.setattr("coin.merging.refit.FAR", float("inf"))
-    errors = iter([1.0, both])
-    monkeypatch.setattr("coin.merging.closed_form.held_out_error", lambda *_: next(errors))
+    asked = near(monkeypatch, 1.0, both)
     networks, given = setup()
-    made = coin.merge_networks(Refit(), networks, CODE, **given)
+    made = coin.merge_networks(Refit(), networks, CODE, decoders=decoders, **given)
+    assert asked == [decoders] * 2
     assert made.chosen[0]["target"] == taken
     assert made.chosen[0]["held_out_error"] == {"own/0.1": 1.0, "both/0.1": both}
+    tried = (1 + 1 + 1 + 3 + 1 + 1) * 96  # own, both: experts, the coded network, the features of its head
+    outputs = 3 * 120  # for the head, read once for all
+    assert made.passes == tried + outputs + PROBES + ((1 if taken == "own" else 3) + 1 + 1) * 120
+
+
+@pytest.mark.parametrize("apart", [0.5, 2.0])
+def test_auto_of_experts_that_are_far_apart_is_both_and_nothing_is_tried(apart):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    networks = [deepcopy(base) for _ in range(3)]
+    for sign, network in zip((1, 0, -1), networks, strict=True):
+        for layer, share in zip((0, 2, 4), (1, 1, 1000), strict=True):  # the median, whatever the head
+            weight = network[layer].weight
+            weight.data += sign * share * apart * FAR * weight.data
+    found = spread([dict(network.named_parameters()) for network in networks], (0.5, 0.0, 0.5))
+    assert found == pytest.approx(apart * FAR)
+    tasks = [torch.randn(20, 4, dtype=torch.float64) for _ in networks]
+    made = Refit().make(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.0, 0.5))
+    assert made.chosen["spread"] == found
+    assert ("held_out_error" in made.chosen) == (apart < 1)
+    assert made.chosen["target"] == "both" or apart < 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_experts_that_agree_or_have_no_matrix_are_not_apart():
+    state = {"weight": torch.randn(3, 2, requires_grad=True), "bias": torch.randn(3)}
+    torch.set_warn_always(True)  # of parameters that are trained
+    try:
+        assert spread([state, state], (0.3, 0.7)) == pytest.approx(0, abs=1e-12)
+    finally:
+        torch.set_warn_always(False)
+    assert spread([{"bias": torch.ones(3)}, {"bias": torch.zeros(3)}], (0.5, 0.5)) == 0
+    assert spread([{"weight": torch.zeros(3, 2)}] * 2, (0.5, 0.5)) == 0
 
 
 def test_for_the_own_head_alone_it_is_own_untried():
@@ -198,12 +308,3 @@ def test_decoders_are_told_of_only_where_they_decide():
     assert Refit().with_defaults(*SETTINGS).decoders is None
     with pytest.raises(ConfigurationError, match="decoder='lineal'"):
         Refit(decoders=["lineal"])
-
-
-def test_where_logits_are_no_heads_of_the_features_the_own_head_does_not_judge():
-    networks, given = setup(tail=nn.Tanh())
-    experts = Experts(networks, **given)
-    both = held_out_error(experts, networks[0], ROW, of("linear", "expert_head"))
-    assert both == held_out_error(experts, networks[0], ROW)
-    with pytest.raises(HeadError, match=r"are not its head '6' .*of the head's input"):
-        held_out_error(experts, networks[0], ROW, of("expert_head"))
