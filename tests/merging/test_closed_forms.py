@@ -1,3 +1,5 @@
+"""The closed forms against their formulas, written out or minimised by force, and what they refuse."""
+
 import math
 import re
 from copy import deepcopy
@@ -5,13 +7,18 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
+import coin
+from coin.core.batches import clone
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Coin, Experts, RegMean, TaskArithmetic, Ties, Wudi
+from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, Wudi
 from coin.merging.coin import check_fishers, coin_parameters
 from coin.merging.experts import check_each
 from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import ties
+from coin.statistics import fisher_diagonal, gram_sums
+from coin.statistics.gram import linear_maps
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "head.weight": (3, 5), "head.bias": (3,)}
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -24,8 +31,7 @@ def random_state(seed):
 
 def random_gram(seed, samples=40):
     """Gram matrices of a convolution (K = 2·9) and a head (K = 5), both with a bias."""
-    generator = torch.Generator().manual_seed(seed)
-    grams = {}
+    generator, grams = torch.Generator().manual_seed(seed), {}
     for key, width in (("conv.weight", 18), ("head.weight", 5)):
         inputs = torch.randn(samples, width, generator=generator, dtype=torch.float64)
         inputs = torch.cat([inputs, torch.ones(samples, 1, dtype=torch.float64)], 1)
@@ -36,7 +42,6 @@ def random_gram(seed, samples=40):
 EXPERTS = [random_state(i) for i in range(3)]
 FISHERS = [{key: tensor.square() for key, tensor in random_state(100 + i).items()} for i in range(3)]
 GRAMS = [random_gram(20 + i) for i in range(3)]
-INITIAL = random_state(50)
 
 
 def assert_states_close(found, expected, **tolerance):
@@ -145,21 +150,193 @@ def test_ties_by_hand():
     assert weighted["w"].tolist() == pytest.approx([1, 1 - 2, 1 - 3, 1 + 6])
 
 
+# With the statistics of networks
+
+NETWORKS = {
+    "linear": (lambda: nn.Linear(6, 4), (6,)),
+    "linear without bias": (lambda: nn.Linear(6, 4, bias=False), (6,)),
+    "tokens": (lambda: nn.Sequential(nn.Linear(6, 4), nn.Flatten()), (3, 6)),
+    "strided convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Flatten()), (2, 5, 5)),
+    "grouped convolution": (lambda: nn.Sequential(nn.Conv2d(4, 6, (3, 2), groups=2), nn.Flatten()), (4, 4, 4)),
+    "convolution in time": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, bias=False), nn.Flatten()), (2, 6)),
+}
+
+
+def networks_and_data(name):
+    make, shape = NETWORKS[name]
+    networks = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        networks.append(make().double())
+    data = [torch.randn(20, *shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)]
+    return networks, [{k: v.detach() for k, v in network.named_parameters()} for network in networks], data
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_linear_network_on_pooled_data_reaches_the_mixture(name):
+    networks, experts, data = networks_and_data(name)
+    pooled = torch.cat(data)
+    grams = [gram_sums(network, pooled.split(25)).mean() for network in networks]
+    fishers = [fisher_diagonal(network, pooled.split(25)) for network in networks]
+    with torch.no_grad():
+        mixture = sum(w * network(pooled) for w, network in zip(WEIGHTS, networks, strict=True))
+    for merged in (
+        regmean_parameters(experts, grams, WEIGHTS),
+        regmean_parameters(experts, grams, WEIGHTS, alpha=1, damping=0),
+        coin_parameters(experts, fishers, WEIGHTS),
+    ):
+        outputs = functional_call(networks[0], merged, (pooled,))
+        torch.testing.assert_close(outputs, mixture, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_regmean_on_own_data_minimises_the_weighted_output_error(name):
+    """Its gradient there, by autograd through the networks themselves, is zero; the average's is not."""
+    networks, experts, data = networks_and_data(name)
+    grams = [gram_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
+
+    def slope(parameters):
+        leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
+        error = sum(
+            w * (functional_call(network, leaves, (x,)) - network(x).detach()).square().sum()
+            for w, network, x in zip(WEIGHTS, networks, data, strict=True)
+        )
+        return torch.cat([g.flatten() for g in torch.autograd.grad(error, list(leaves.values()))]).norm()
+
+    merged = regmean_parameters(experts, grams, WEIGHTS, alpha=1, damping=0)
+    average = {key: sum(w * e[key] for w, e in zip(WEIGHTS, experts, strict=True)) for key in experts[0]}
+    assert slope(merged) < 1e-9 * slope(average)
+
+
+# Task vectors
+
+
+class Mixed(nn.Module):
+    """One layer of every kind."""
+
+    head_name = "head"
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 1, groups=4)
+        self.turned = nn.ConvTranspose2d(4, 5, 1)
+        self.norm, self.words, self.place = nn.BatchNorm2d(5), nn.Embedding(7, 5), nn.Parameter(torch.randn(1, 3, 5))
+        self.frozen, self.head = nn.Linear(5, 5), nn.Linear(5, 6)
+        self.tied = nn.Linear(5, 7)
+        self.tied.weight = self.words.weight
+
+    def forward(self, x):
+        x = self.norm(self.turned(self.deep(self.first(x)))).mean((2, 3))
+        return self.head((x + self.tied(x) @ self.words.weight + self.place.mean((0, 1))).tanh() + self.frozen(x))
+
+
+def mixed_networks():
+    torch.manual_seed(0)
+    initial = Mixed().double().eval()
+    experts = [clone(initial) for _ in WEIGHTS]
+    for index, expert in enumerate(experts):
+        draw = torch.Generator().manual_seed(index)
+        for name, parameter in expert.named_parameters():
+            if name != "frozen.weight" or index:  # the first has left it as it was
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+    return initial, experts
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map(head):
+    initial, experts = mixed_networks()
+    (made,) = coin.merge_networks(coin.Wudi(head=head), experts, [WEIGHTS], initial=initial)
+    for name, found in made.named_parameters():
+        own, start = [expert.get_parameter(name) for expert in experts], initial.get_parameter(name)
+        average = sum(share * each for share, each in zip(WEIGHTS, own, strict=True))
+        if name not in ("first.weight", *["head.weight"] * head):
+            torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-12, msg=name)
+            continue
+        steps = [(each - start).flatten(1) for each in own]
+        # Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖² + λ ‖W − W̄‖² as one least-squares problem, a row of W an unknown vector.
+        rows = [(share**0.5 / step.norm()) * step for share, step in zip(WEIGHTS, steps, strict=True)]
+        width = steps[0].shape[1]
+        damping = (1e-4 * sum(float(each.square().sum()) for each in rows) / width) ** 0.5
+        left = torch.cat([*rows, damping * torch.eye(width, dtype=torch.float64)])
+        right = [each @ weight.flatten(1).T for each, weight in zip(rows, own, strict=True)]
+        expected = torch.linalg.lstsq(left, torch.cat([*right, damping * average.flatten(1).T])).solution.T
+        torch.testing.assert_close(found.flatten(1), expected, rtol=1e-9, atol=1e-10, msg=name)
+        assert (found - average).norm() > 0.1 * steps[0].norm()
+
+
+def test_orthogonal_task_vectors_are_all_kept_whole():
+    """No expert's inputs, as its task vector tells of them, meet another's task vector: nothing interferes."""
+    initial = nn.Linear(4, 3).double()
+    experts = [clone(initial) for _ in range(2)]
+    with torch.no_grad():
+        for place, expert in enumerate(experts):
+            expert.weight[:, 2 * place : 2 * place + 2] += torch.randn(3, 2, dtype=torch.float64)
+    (made,) = coin.merge_networks(coin.Wudi(head=True), experts, coin.uniform(2), initial=initial)
+    wanted = experts[0].weight + experts[1].weight - initial.weight
+    torch.testing.assert_close(made.weight, wanted, rtol=0.01, atol=0.01)
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's: x ↦ x W."""
+
+    head_name = ""  # the network itself
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_weight_that_lies_the_other_way_round_gives_the_same():
+    initial, plain = Conv1D(), nn.Linear(4, 6, bias=False).double()
+    experts = [Conv1D() for _ in WEIGHTS]
+    (turned,) = coin.merge_networks(coin.Wudi(head=True), experts, [WEIGHTS], initial=initial)
+    linear = [clone(plain) for _ in WEIGHTS]
+    for one, two in zip([plain, *linear], [initial, *experts], strict=True):
+        one.weight.data = two.weight.data.T
+    (made,) = coin.merge_networks(coin.Wudi(head=True), linear, [WEIGHTS], initial=plain)
+    torch.testing.assert_close(turned.weight.T, made.weight, rtol=1e-10, atol=1e-12)
+    assert linear_maps(initial) == ["weight:T"]
+
+
+def test_maps_are_found_by_their_modules():
+    encoder = nn.TransformerEncoderLayer(4, 2, 8)
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert linear_maps(encoder) == names
+    assert linear_maps(Mixed()) == ["first.weight", "frozen.weight", "head.weight"]
+    assert linear_maps(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) == []  # no parameter of its own
+
+
+def test_the_base_is_the_initialisation_with_buffers_by_the_policy():
+    initial, experts = mixed_networks()
+    for index, each in enumerate([initial, *experts]):
+        each.norm.running_mean.fill_(float(index))
+    for policy, mean in (("keep", 0.0), ("average", 0.2 * 1 + 0.3 * 2 + 0.5 * 3)):
+        (made,) = coin.merge_networks(coin.Base(batchnorm=policy), experts, [WEIGHTS], initial=initial)
+        torch.testing.assert_close(made.norm.running_mean, torch.full((5,), mean, dtype=torch.float64))
+        assert all(torch.equal(made.get_parameter(name), value) for name, value in initial.named_parameters())
+
+
 # What is refused
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("methods", "message"),
     [
-        (Coin(), "found no calibration inputs, which the merge needs; give them as calibration"),
-        (RegMean(), "found no calibration inputs"),
-        (Ties(), "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression"),
-        (TaskArithmetic(), "found no shared initialisation"),
+        ([Coin(), RegMean()], "found no calibration inputs, which the merge needs; give them as calibration"),
+        (
+            [Ties(), TaskArithmetic(), Base(), Wudi(), Refit(start="wudi")],
+            "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression",
+        ),
     ],
 )
-def test_what_a_method_needs_is_named(method, message):
-    with pytest.raises(ConfigurationError, match=message):
-        method.make(Experts([nn.Linear(2, 2) for _ in WEIGHTS]), WEIGHTS)
+def test_what_a_method_needs_is_named(methods, message):
+    calibration = None if Coin in map(type, methods) else [[torch.randn(9, 2)]] * 3
+    for method in methods:
+        with pytest.raises(ConfigurationError, match=message):
+            method.make(Experts([nn.Linear(2, 2) for _ in WEIGHTS], calibration=calibration), WEIGHTS)
 
 
 def test_parts_are_of_every_expert():
@@ -199,9 +376,6 @@ def test_damaged_and_mismatched_statistics_are_named():
     ):
         with pytest.raises(StateError, match=message):
             regmean_parameters(EXPERTS, [gram] * 3, WEIGHTS)
-
-
-# Options
 
 
 @pytest.mark.parametrize(

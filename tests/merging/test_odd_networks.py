@@ -1,0 +1,293 @@
+"""Networks that break naive merging: caches, complex tensors, masks, computed and frozen weights."""
+
+import operator
+from contextlib import nullcontext
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.core.batches import clone
+from coin.errors import CoinWarning, ConfigurationError, StateError
+from coin.networks import NetworkConfig, load_network, save_network, sources
+
+CLASSES = 3
+
+
+def moved(network, seed, by=0.1):
+    """A network near another: an expert of the same initialisation."""
+    other, draw = clone(network), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter))
+    return other
+
+
+def batches(*shape, seed=0, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+    return [[torch.randn(12, *shape, generator=draw, dtype=dtype)] for _ in range(2)]
+
+
+def merged(method, experts, row=(0.5, 0.5), **given):
+    return method.make(coin.Experts(experts, **given), row).network
+
+
+def by_label(method):
+    return method.label
+
+
+# Caches
+
+
+class Caching(nn.Module):
+    """Attention biases that are gathered once in eval mode and kept until `train`, as timm's LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.biases = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.cache = {}
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and self.cache:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return (x + self.biases[[0, 1, 2, 1, 0]]).tanh()
+        if "cpu" not in self.cache:
+            self.cache["cpu"] = self.biases[[0, 1, 2, 1, 0]]
+        return (x + self.cache["cpu"]).tanh()
+
+
+def cached():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), Caching(), nn.Linear(5, CLASSES)).double().eval()
+
+
+@pytest.mark.parametrize(
+    "method", [coin.Average(), coin.Coin(), coin.RegMean(), coin.HeadFit(), coin.Refit()], ids=by_label
+)
+def test_merges_of_networks_that_cache(method):
+    """The coded model and the experts answer as they do without a cache, whatever was cached before."""
+    experts = [moved(cached(), 1).eval(), moved(cached(), 2).eval()]
+    with torch.no_grad():
+        answers = [expert(batches(4)[0][0]) for expert in experts]
+    made = merged(method, experts, calibration=batches(4))
+    uncached = cached().train()  # which nothing else in it looks at
+    uncached.load_state_dict(made.state_dict())
+    x = batches(4, seed=1)[0][0]
+    torch.testing.assert_close(made(x), uncached(x))
+    torch.testing.assert_close(experts[0](batches(4)[0][0]), answers[0])
+
+
+# Complex parameters
+
+
+class Turning(nn.Module):
+    """A complex weight between two real layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5).double(), nn.Linear(5, CLASSES).double()
+        self.turn = nn.Parameter(torch.randn(5, 5, dtype=torch.complex128))
+
+    def forward(self, x):
+        return self.head((self.first(x).to(self.turn.dtype) @ self.turn).real.tanh())
+
+
+@pytest.mark.filterwarnings("error:Casting complex values")
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(coin.Average(), coin.HeadFit(), coin.Refit(), coin.TaskArithmetic(0.5), coin.Ties(keep=1.0), coin.Wudi()),
+        coin.Refit(start="wudi", label="from-wudi"),
+    ],
+    ids=by_label,
+)
+def test_complex_parameters_keep_both_parts(method):
+    torch.manual_seed(0)
+    initial = Turning()
+    experts = [moved(initial, 1), moved(initial, 2)]
+    for index, expert in enumerate(experts):
+        with torch.no_grad():
+            expert.turn.add_(0.1j * (index + 1))
+    told = pytest.warns(CoinWarning, match=r"kept the average of 37% of the parameters of Turning \(1 tensors, such as")
+    with told if isinstance(method, coin.Refit) else nullcontext():
+        made = merged(method, experts, calibration=batches(4), initial=initial)
+    average = (experts[0].turn + experts[1].turn) / 2
+    assert made.turn.is_complex()
+    if method.label == "ties":  # every entry goes the way on which both agree, or that of the larger
+        assert 0 < (made.turn - average).abs().max() < 1
+        torch.testing.assert_close(made.turn.imag, average.imag)
+    else:
+        torch.testing.assert_close(made.turn, average)
+    with pytest.raises(ConfigurationError, match="parameter 'turn' is complex, expected real ones"):
+        merged(coin.Coin(), experts, calibration=batches(4))
+
+
+# Buffers that are no statistics
+
+
+class Kept(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.head = nn.Linear(4, CLASSES).double()
+        self.register_buffer("scale", torch.tensor([scale]), persistent=False)
+
+    def forward(self, x):
+        return self.head(x * self.scale)
+
+
+def test_buffers_that_are_not_persistent_are_averaged_too():
+    experts = [Kept(1.0), Kept(3.0)]
+    assert merged(coin.Refit(), experts, (0.25, 0.75), calibration=batches(4)).scale.tolist() == [2.5]
+    assert experts[0].scale.tolist() == [1.0]
+
+
+class Causal(nn.Module):
+    """Attention of 4 tokens to those before them, by a mask of −∞; the head's weight has a second name."""
+
+    def __init__(self, num_classes=3, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.query, self.embedding, self.head = nn.Linear(5, 5), nn.Linear(5, num_classes), nn.Linear(5, num_classes)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("turn", torch.exp(1j * torch.arange(5) / 3))
+
+    def forward(self, x):
+        query = self.query(x)
+        query = (query * self.turn).real
+        return self.head(((query @ x.mT + self.mask).softmax(-1) @ x).mean(1))
+
+
+@pytest.mark.parametrize("row", [(1 / 3, 2 / 3), (0.0, 1.0)])
+@pytest.mark.parametrize("method", [coin.Average(), coin.Coin()], ids=by_label)
+def test_a_mask_of_infinities_that_all_experts_share_stays(method, row):
+    networks, calibration = [Causal(seed=1), Causal(seed=2)], batches(4, 5, dtype=torch.float32)
+    made = merged(method, networks, row, calibration=calibration)
+    assert made.head.weight is made.embedding.weight  # two names of one parameter
+    if method.name == "average":
+        wanted = sum(weight * network.head.weight for weight, network in zip(row, networks, strict=True))
+        torch.testing.assert_close(made.head.weight, wanted)
+    assert torch.equal(made.mask, networks[0].mask)
+    assert torch.equal(made.turn, networks[0].turn)
+    assert bool(made(calibration[0][0]).isfinite().all())
+
+
+def test_a_nan_in_a_buffer_or_an_infinity_in_one_without_is_refused():
+    networks = [Causal(seed=1), Causal(seed=2)]
+    networks[1].turn[2] = torch.inf
+    for name in ("turn", "mask"):
+        with pytest.raises(StateError, match=rf"^the coded model of method 'soup' is not finite: tensor '{name}'"):
+            merged(coin.Average(label="soup"), networks)
+        networks[1].turn[2] = networks[0].turn[2]
+        networks[1].mask[2, 1] = torch.nan
+
+
+def test_a_network_with_a_mask_goes_through_a_file_and_damage_does_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.Own.kinds, "causal", Causal)
+    config, path, network = NetworkConfig("causal", 4), tmp_path / "net.safetensors", Causal()
+    save_network(path, network, config, 3, {})
+    loaded = load_network(path)
+    assert loaded.provenance["infinite"] == ["mask"]
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.network.state_dict().items())
+    before = path.read_bytes()
+    network.mask[0, 0] = torch.nan
+    with pytest.raises(StateError, match=r"is not finite: tensor 'mask' holds a NaN or an infinity[^\n]*$"):
+        save_network(path, network, config, 3, {})
+    assert path.read_bytes() == before
+
+
+# Computed weights
+
+
+def pruned(layer):
+    nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "remover"),
+    [
+        (nn.utils.weight_norm, "remove_weight_norm"),
+        (nn.utils.spectral_norm, None),  # what torch's own remover leaves cannot be loaded
+        (pruned, "prune.remove"),
+        (nn.utils.parametrizations.weight_norm, "parametrize.remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, "parametrize.remove_parametrizations"),
+    ],
+)
+def test_weights_that_are_computed_at_every_pass_are_refused_until_they_are_parameters(wrap, remover):
+    """Their average, or what is fitted to them, means nothing or is lost at the next pass."""
+    torch.manual_seed(0)
+    experts = [nn.Sequential(nn.Linear(4, 5), wrap(nn.Linear(5, CLASSES))).eval() for _ in "ab"]
+    with pytest.raises(StateError, match=r"^a weight of layer '1' is computed") as caught:
+        coin.Experts(experts)
+    assert "\n" not in str(caught.value)
+    if remover is not None:
+        assert f"{remover}(layer, 'weight')" in str(caught.value)
+        for expert in experts:
+            operator.attrgetter(remover)(nn.utils)(expert[1], "weight")
+        made = merged(coin.Average(), experts)
+        torch.testing.assert_close(made[1].weight, (experts[0][1].weight + experts[1][1].weight) / 2)
+
+
+# Frozen parameters
+
+METHODS = [coin.Average(), coin.Coin(), coin.RegMean(), coin.RegMean(alpha=None, damping=None, label="tuned")]
+METHODS += [coin.HeadFit()]
+HEAD = ("2.weight", "2.bias")
+
+
+def frozen(base, dtype=torch.float64):
+    """Two networks with heads of their own, of one body, or of two."""
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed * base)
+        networks.append(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype))
+        torch.manual_seed(1 + seed)
+        networks[-1][2].reset_parameters()
+    return networks
+
+
+def flags(networks):
+    return [[p.requires_grad for p in network.parameters()] for network in networks]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=by_label)
+def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method):
+    experts = frozen(0, torch.float32)
+    for expert in experts:
+        expert[0].requires_grad_(False)
+    found = flags(experts)
+    coded = merged(method, experts, (0.3, 0.7), calibration=batches(6, dtype=torch.float32))
+    assert flags(experts) == found
+    for name, tensor in coded.state_dict().items():
+        assert torch.equal(tensor, experts[0].state_dict()[name]) == (name not in HEAD)
+
+
+@pytest.mark.parametrize("method", [coin.Coin(), coin.RegMean(), coin.Refit("both")], ids=by_label)
+def test_networks_that_are_frozen_altogether_merge_as_if_they_were_not(method):
+    experts = frozen(3)
+    whole = [deepcopy(expert).requires_grad_(False) for expert in experts]
+    expected, found = (merged(method, each, calibration=batches(6)).state_dict() for each in (experts, whole))
+    assert not any(map(any, flags(whole)))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("method", METHODS[1:], ids=by_label)
+def test_what_is_frozen_in_one_expert_alone_is_averaged(method):
+    experts = frozen(3)
+    experts[1][0].requires_grad_(False)
+    coded, average = merged(method, experts, calibration=batches(6)), merged(coin.Average(), experts).state_dict()
+    for name, tensor in coded.state_dict().items():
+        if name not in HEAD:
+            assert torch.equal(tensor, average[name])
+        elif name == HEAD[0]:  # the Fisher of a bias is the same for all experts
+            assert (tensor - average[name]).abs().max() > 1e-6
