@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from coin.errors import CoinError, CoinWarning, NumericalError, StateError
-from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi
+from coin.errors import CoinError, CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
+from coin.networks import BatchNormPolicy
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)
+
+
+def head():
+    return nn.Flatten(), nn.Linear(16, 3)
 
 
 def small_vit():
@@ -26,14 +31,8 @@ def small_vit():
 NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), (2, 3)),
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,)),
-    "convolution": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
-        (2, 4, 4),
-    ),
-    "batchnorm": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
-        (2, 4, 4),
-    ),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), *head()), (2, 4, 4)),
+    "batchnorm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), *head()), (2, 4, 4)),
     "vit": (small_vit, (3, 8, 8)),
 }
 # With the relative tolerance to which a method solves what it solves.
@@ -175,6 +174,59 @@ def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logi
         network.append(nn.Softmax(1))
     with pytest.raises(StateError, match=r"^the logits of Sequential are not its head '2' \(Linear\) of [^\n]*$"):
         HeadFit().make(Experts(networks, calibration=calibration), WEIGHTS)
+
+
+# Policies and compression
+
+AVERAGE = Average(batchnorm="average")
+
+
+def same(first, second):
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items()) and first.keys() == second.keys()
+
+
+def test_averages_are_of_parameters_and_of_statistics_or_keep_those_of_the_initialisation():
+    initial, networks, _ = setup("batchnorm")
+    merged = AVERAGE.make(Experts(networks), WEIGHTS).network
+    for name, tensor in merged.state_dict().items():
+        every = [network.state_dict()[name] for network in networks]
+        if tensor.is_floating_point():
+            mean = sum(weight * each for weight, each in zip(WEIGHTS, every, strict=True))
+            torch.testing.assert_close(tensor, mean, rtol=1e-14, atol=1e-14)
+        else:
+            assert tensor == every[0]
+    keep = Average(batchnorm=BatchNormPolicy.keep)
+    kept = keep.make(Experts(networks, initial=initial), WEIGHTS).network
+    assert same(dict(kept.named_buffers()), dict(initial.named_buffers()))
+    assert same(dict(kept.named_parameters()), dict(merged.named_parameters()))
+    with pytest.raises(ConfigurationError, match="no shared initialisation, which the method, its B"):
+        keep.make(Experts(networks), WEIGHTS)
+    assert keep.make(Experts(setup("mlp")[1]), WEIGHTS).chosen == {}  # without BatchNorm a policy needs nothing
+    for wrong in (Coin, "Coin"):
+        with pytest.raises(ConfigurationError, match="expected an object of a method's class"):
+            merge_networks(wrong, networks, [WEIGHTS])
+
+
+@pytest.mark.parametrize("method", [Average, Refit])
+def test_compressed_coded_models_stand_beside_the_whole_ones(method):
+    initial, networks, calibration = setup("batchnorm")
+    options = {"target": "own"} if method is Refit else {"batchnorm": "average"}
+    packed = method(**options, compress=[{"bits": 8}, {"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}])
+    with pytest.raises(ConfigurationError, match=r"found no shared initialisation, which .* or its compression needs"):
+        merge_networks(packed, networks, [WEIGHTS], calibration=calibration)
+    whole = merge_networks(method(**options), networks, [WEIGHTS], calibration=calibration)
+    assert whole.compressed == [{}]
+    code = [WEIGHTS, (0.4, 0.3, 0.3)]
+    merged = merge_networks(packed, networks, code, calibration=calibration, initial=initial)
+    assert same(merged[0].state_dict(), whole[0].state_dict())
+    names = [f"{method.name}-{end}" for end in ("8bit", "8bit-int8base", "2bit-nobase")]
+    assert [list(each) for each in merged.compressed] == [names, names]
+    x = torch.cat(calibration[0])
+    with torch.no_grad():
+        for network, compressed in zip(merged, merged.compressed, strict=True):
+            for name in names[:2]:
+                assert (compressed[name].network()(x) - network(x)).norm() < 0.1 * network(x).norm()
+    assert merged.compressed[0][names[2]].nbytes < merged.compressed[0][names[0]].nbytes
 
 
 # Damage
