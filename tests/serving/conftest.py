@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ def run_virtually(main: Coroutine[Any, Any, Any]) -> Any:
         loop.close()
     assert not problems
     return result
+
+
+def virtually(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make a test of a coroutine that runs on a virtual loop."""
+
+    @wraps(test)
+    def run(*given: Any, **named: Any) -> None:
+        run_virtually(test(*given, **named))
+
+    return run
 
 
 class LinearSystem:
