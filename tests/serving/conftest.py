@@ -1,11 +1,14 @@
 """A virtual clock, and servers whose answers tell who gave them and to what."""
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from coin.coding import Code, make_decoder
 from coin.serving.front_end import Answer, FrontEnd, Limits
@@ -14,6 +17,18 @@ from coin.serving.servers import Reply, System, check_reply
 from coin.serving.simulate import VirtualLoop
 
 OUTPUTS = 3
+
+
+def body(datatype: str, shape: Sequence[int], data: Any, name: str = "images", **more: Any) -> dict[str, Any]:
+    """Return a request of the Open Inference Protocol."""
+    return {"inputs": [{"name": name, "datatype": datatype, "shape": list(shape), "data": data}], **more}
+
+
+def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
+    """Return an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format)
+    return buffer.getvalue()
 
 
 def run_virtually(main: Coroutine[Any, Any, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import socket
 import threading
@@ -16,7 +15,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, OverloadedError
@@ -24,6 +22,7 @@ from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.policies import Policy, PolicyKind, StandIns
 from coin.serving.protocol import Description, RefusedError
 from coin.serving.servers import Reply, System, check_reply
+from tests.serving.conftest import body, encoded
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install '.[serve]'")
 uvicorn = pytest.importorskip("uvicorn")
@@ -94,18 +93,15 @@ def plain(*colour: int) -> np.ndarray:
 
 
 def png(*colour: int) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(plain(*colour).transpose(1, 2, 0)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(encoded(plain(*colour).transpose(1, 2, 0))).decode()
 
 
 def files(*contents: str) -> dict[str, Any]:
-    return {"inputs": [{"name": "images", "datatype": "BYTES", "shape": [len(contents)], "data": list(contents)}]}
+    return body("BYTES", [len(contents)], list(contents))
 
 
 def pixels(images: np.ndarray) -> dict[str, Any]:
-    tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.flatten().tolist()}
-    return {"id": "7", "inputs": [tensor]}
+    return body("UINT8", images.shape, images.flatten().tolist(), id="7")
 
 
 def ask(client: httpx.Client, model: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,7 +178,6 @@ MISTAKES = {
     "path": ("/nothing", wrong(), 404, "Not Found"),
     "method": ("/v2/health/live", wrong(), 405, "Method Not Allowed"),
     "model": ("/v2/models/magic/infer", wrong(), 404, "expected one of colours, lights & darks, all"),
-    "no request": (INFER, {"json": {"a": 1}}, 400, "wrong at inputs"),
     "datatype": (INFER, wrong(datatype="FP32"), 400, "inputs.0.datatype"),
     "no image": (INFER, {"json": files("aGVsbG8=")}, 400, "no image"),
     "too many": (INFER, {"json": files(*["aGVsbG8="] * 5)}, 413, "1 to 4 at a time"),
@@ -259,25 +254,16 @@ def test_the_deadline_begins_before_the_body_is_read(serve_toy: Any) -> None:
 def test_large_images_wait_in_a_line_of_their_own_and_are_refused_beyond_the_budget(serve_toy: Any) -> None:
     """Two queries of 64 blank images of 4096² held an ordinary one up for 15 s on two cores."""
     _, client, _ = serve_toy(bytes=2**23, samples=64)
-    buffer = io.BytesIO()
-    Image.new("L", (4096, 4096)).save(buffer, "PNG")
-    image = base64.b64encode(buffer.getvalue()).decode()
-    statuses: list[int] = []
-    waited: list[float] = []
-
-    def large(count: int) -> None:
-        found = client.post(INFER, json=files(*[image] * count))
-        statuses.append(found.status_code)
-        assert found.headers.get("retry-after") == ("1" if found.status_code == 429 else None)
-
+    image, waited = base64.b64encode(encoded(np.zeros((4096, 4096), np.uint8))).decode(), []
     with ThreadPoolExecutor(8) as pool:
-        works = [pool.submit(large, count) for count in (64, 64, 4, 4, 4, 4, 2, 2)]
+        bodies = [files(*[image] * count) for count in (64, 64, 4, 4, 4, 4, 2, 2)]
+        works = [pool.submit(client.post, INFER, json=each) for each in bodies]
         while not all(work.done() for work in works):
             began = time.monotonic()
             ask(client, "colours", files(png(9, 0, 0)))
             waited.append(time.monotonic() - began)
-        for work in works:
-            work.result()
+    statuses = [work.result().status_code for work in works]
+    assert all(("retry-after" in work.result().headers) == (work.result().status_code == 429) for work in works)
     assert statuses.count(413) == 2
     assert statuses.count(429) >= 2  # what is decoded at a time is bounded
     assert 200 in statuses
@@ -328,14 +314,13 @@ def test_tritons_client_asks_and_is_told_its_mistakes_in_json(serve_toy: Any) ->
             assert array.dtype == kinds.get(output["datatype"], np.float32)
             assert array.shape == (1, *output["shape"][1:])
     toy.ways["expert-colours"] = "raise"
-    for binary in (True, False):  # what is asked for as bytes comes as JSON, which the client reads too
+    file = tensor(np.array([png(0, 200, 0)], dtype=object), "BYTES")
+    for given, binary in ((tensor(image), True), (file, False)):  # what is asked for as bytes comes as JSON
         asked = [module.InferRequestedOutput(name, binary_data=binary) for name in ("label", "class", "score")]
-        encoded = tensor(np.array([png(0, 200, 0)], dtype=object), "BYTES")
-        for given in (tensor(image), encoded):
-            found = client.infer("colours", [given], outputs=asked)
-            assert [output["name"] for output in found.get_response()["outputs"]] == ["class", "label", "score"]
-            assert found.get_response()["parameters"]["answered_by"] == "expert-lights,coded-0"
-            assert (found.as_numpy("class").tolist(), found.as_numpy("label").tolist()) == ([1], ["green"])
+        found = client.infer("colours", [given], outputs=asked)
+        assert [output["name"] for output in found.get_response()["outputs"]] == ["class", "label", "score"]
+        assert found.get_response()["parameters"]["answered_by"] == "expert-lights,coded-0"
+        assert (found.as_numpy("class").tolist(), found.as_numpy("label").tolist()) == ([1], ["green"])
     for options, message in (
         ({"inputs": [tensor(image, binary=True)]}, "expected plain JSON; set binary_data=False"),
         ({"inputs": [tensor(image)], "request_compression_algorithm": "gzip"}, "content-encoding: gzip"),

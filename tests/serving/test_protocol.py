@@ -1,7 +1,6 @@
 """Requests and responses of the Open Inference Protocol without HTTP, their images, and networks as servers."""
 
 import base64
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,13 @@ from coin.serving.front_end import Answer, Limits
 from coin.serving.protocol import Description, InferRequest, parse
 from coin.serving.ray_app import run_together
 from coin.serving.servers import NetworkServer, Reply
+from tests.serving.conftest import body, encoded
 
 PETS = Description({"pets": ["cat", "dog"], "cars": ["old", "new", "none"]}, 32, "coin")
 
 
-def body(datatype: str, shape: list[int], data: list[Any], name: str = "images", **more: Any) -> bytes:
-    tensor = {"name": name, "datatype": datatype, "shape": shape, "data": data}
-    return json.dumps({"inputs": [tensor], **more}).encode()
-
-
-def read(content: bytes, about: Description = PETS, **limits: int) -> torch.Tensor:
+def read(content: Any, about: Description = PETS, **limits: int) -> torch.Tensor:
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
     return parse(content, next(iter(about.classes)), about, Limits(**limits))[2]()
 
 
@@ -40,12 +36,6 @@ def read_files(*files: bytes, size: int = 32, **limits: int) -> torch.Tensor:
 
 def read_array(array: np.ndarray, size: int = 32, **limits: int) -> torch.Tensor:
     return read(body("UINT8", list(array.shape), array.tolist()), replace(PETS, image_size=size), **limits)
-
-
-def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format)
-    return buffer.getvalue()
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -78,12 +68,6 @@ def test_a_strip_costs_no_more_than_its_pixels(shape: tuple[int, int]) -> None:
     assert read_array(noise(1, 1, *shape)).shape == (1, 3, 32, 32)
 
 
-def sixteen_bits() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 GIF = encoded(noise(8, 8), "GIF")
 PNG, JPEG = encoded(noise(8, 8, 3)), encoded(noise(64, 64, 3), "JPEG")
 
@@ -91,7 +75,7 @@ PNG, JPEG = encoded(noise(8, 8, 3)), encoded(noise(64, 64, 3), "JPEG")
 @pytest.mark.parametrize(("files", "message", "status"), [
     ([b"hello"], "no image", 400), ([GIF], "no image", 400), ([JPEG[:400]], "no image", 400),
     ([encoded(noise(40, 40, 3), "JPEG")[:-200]], "damaged image", 400), ([b""], "no image", 400),
-    ([sixteen_bits()], "8 bits a channel", 400),
+    ([encoded(np.zeros((4, 4), np.uint16))], "8 bits a channel", 400),
     ([PNG, encoded(noise(9, 9))], "different sizes", 400), ([JPEG], "4096 pixels, expected at most 4000", 413),
     ([PNG] * 3, "found 3 images, expected 1 to 2", 413),
 ])  # fmt: skip
@@ -106,7 +90,7 @@ WRONG = {
     "no inputs": (b"{}", "wrong at inputs"),
     "input": (body("UINT8", [1, 1, 2, 2], [1] * 4, "words"), "an input 'words', expected 'images'"),
     "datatype": (body("FP32", [1, 1, 2, 2], [1] * 4), "wrong at inputs.0.datatype"),
-    "data": (body("UINT8", [1, 1, 2, 2], None), "wrong at inputs.0.data"),  # type: ignore[arg-type]
+    "data": (body("UINT8", [1, 1, 2, 2], None), "wrong at inputs.0.data"),
     "shape": (body("UINT8", [2, 2, 3], [1] * 12), r"\[B, 1 or 3, H, W\]"),
     "two channels": (body("UINT8", [1, 2, 2, 2], [1] * 8), r"\[B, 1 or 3, H, W\]"),
     "none": (body("UINT8", [0, 1, 2, 2], []), "found 0 images"),
