@@ -40,8 +40,6 @@ def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> di
 class HeadFit(Average):
     """The β-average with its head fitted to Σ_i β_i f_i (`fit_head`), after BatchNorm's statistics, by the policy.
 
-    It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels.
-
     >>> coin.merge_networks(coin.HeadFit(), experts, code, calibration=inputs).passes
     720.0
     """
@@ -58,12 +56,7 @@ class HeadFit(Average):
 
 
 def fit_head(
-    network: nn.Module,
-    experts: Experts,
-    row: Sequence[float],
-    *,
-    held_out: bool = False,
-    rounding: Rounding | None = None,
+    network: nn.Module, experts: Experts, row: Sequence[float], held_out: bool = False, rounding: Rounding | None = None
 ) -> None:
     """Fit a coded network's head (W, b) in place, so that it reads Σ_i β_i f_i out of the network's features φ(x).
 

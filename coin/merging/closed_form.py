@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
 from coin.core.choices import parse_enum
@@ -42,8 +42,7 @@ class MergeMethod(Method):
     Args:
         batchnorm: The BatchNorm merge policy.
         label: Name of this variant in results, a plain file name.
-        compress: Compressed variants beside the whole coded models, ``LABEL-4bit`` in results: one section of
-            `Compression`'s options, such as ``{bits: 4}``, or several.
+        compress: Compressed variants beside the whole ones: sections of `Compression`'s options, as ``{bits: 4}``.
 
     A user's own closed form:
 
@@ -142,9 +141,9 @@ def choose(
 ) -> tuple[Option, list[float]]:
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
 
-    A single option is not tried, and has no error; of equally good ones the first is taken. `build` maps an option to
-    its coded model, made without the held-out samples; `handicaps` are factors on the options' errors. With fewer than
-    `FEW` held-out samples there is a warning. Raises NumericalError if no error is finite.
+    A single option is not tried, and has no error; of equally good ones the first is taken. `build` makes an option's
+    coded model without the held-out samples; `handicaps` are factors on the errors. Warns of fewer than `FEW` held-out
+    samples; raises NumericalError if no error is finite.
     """
     if len(options) == 1:
         return options[0], []
@@ -153,8 +152,7 @@ def choose(
         told = f"method '{label}' chose by {held_out} held-out calibration samples, expected at least {FEW}"
         warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=2)
     if not any(map(math.isfinite, errors)):
-        found = f"the outputs of method '{label}' on held-out calibration samples are not finite"
-        raise NumericalError(f"{found}; check the experts' outputs")
+        raise NumericalError(f"the outputs of method '{label}' on held-out calibration samples are not finite")
     compared = [factor * error for factor, error in zip(handicaps or [1.0] * len(errors), errors, strict=True)]
     return options[compared.index(min(compared))], errors
 
@@ -204,13 +202,8 @@ def held_out_error(
                     calibration = calibration or answers(0).with_kernels()
                     decoder.fit(calibration)
                 decoded = decoder.decode(mine)[0]
-            errors.append(_turned(decoded, truth))
+            if truth.shape[1] > 1:
+                decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
+            errors.append(1 - torch.cosine_similarity(decoded, truth).mean())
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
-
-
-def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean of 1 − cos between logits ``[P, C]``, taken from their mean over the classes."""
-    if decoded.shape[1] > 1:
-        decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
-    return 1 - torch.cosine_similarity(decoded, truth).mean()

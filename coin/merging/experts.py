@@ -54,8 +54,8 @@ class Experts:
 
     Attributes:
         source: The experts, in memory or in files; `count` is their number N.
-        passes: Forward-equivalents spent so far, the cost of the merge.
-        seconds: Wall time of statistics that were computed elsewhere.
+        is_calibrated: Whether there are calibration samples.
+        passes: Forward-equivalents spent so far, the cost of the merge; `seconds` went into statistics made elsewhere.
 
     Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
     there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
@@ -79,7 +79,7 @@ class Experts:
     ) -> None:
         source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
         self.source: ExpertNetworks | ExpertFiles = source
-        self.count, self.train = len(networks), train
+        self.count, self.train, self.is_calibrated = len(networks), train, calibration is not None
         self._calibration: Sequence[Calibration] | None = cast(Any, calibration)
         self.passes = self.seconds = 0.0
         self.statistic_paths = statistics or {}
@@ -145,11 +145,6 @@ class Experts:
         check_same_layout([self.parameters[0], initial[0]], ["expert 0", "the shared initialisation"])
         check_finite(initial[0], "the shared initialisation")
         return initial
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether there are calibration samples."""
-        return self._calibration is not None
 
     def samples(self, data: DataChoice) -> Sequence[Calibration]:
         """Return for every expert the samples for its statistics: its own task's, or all tasks'."""

@@ -167,19 +167,17 @@ def merge_networks(
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
-    made, compressed = [], []
+    made, compressed, label = [], [], method.label
     for row in code.matrix.tolist():
-        made.append(method.make(experts, row))
-        packed = {how.name: method.pack(experts, row, made[-1], initial, how) for how in method.compress}
-        compressed.append({f"{method.label}-{name}": each for name, each in packed.items()})
+        made.append(coded := method.make(experts, row))
+        compressed.append({f"{label}-{c.name}": method.pack(experts, row, coded, initial, c) for c in method.compress})
     return Merged(made, experts.passes, time.perf_counter() - began, compressed)
 
 
 def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
     """Return the closed form given by another method's option `start`: its name, or ``{class_path: …, init_args: …}``.
 
-    Raises ConfigurationError if it is unknown, trains, needs the shared initialisation although `reads_initial` is
-    false, or an option is unknown or out of its range.
+    Raises ConfigurationError if it is unknown, trains, needs the initialisation unless `reads_initial`, or of options.
     """
     section: Any = {"class_path": start} if isinstance(start, str) else start
     known = [each for each in reversed(_subclasses(Method)) if not each.is_trained and not isabstract(each)]

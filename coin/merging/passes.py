@@ -52,9 +52,9 @@ def chosen_places(
 ) -> dict[str, Tensor | None]:
     """Return by units' weights at which positions of every sample the rows are [P, q]; none for all positions.
 
-    A sample's positions are drawn as often as they weigh (`position_weights`), one from each of q stretches of the same
-    weight, and by its place `order` [P] in its task, so that the order of the tasks does not matter. Where the rows'
-    outputs would take more bytes than the budget there are only `ROWS` for each unknown.
+    They are drawn as often as they weigh, one from each of q stretches of the same weight, and by the sample's place
+    `order` [P] in its task, so that the order of the tasks does not matter. Where the rows' outputs would take more
+    bytes than the budget there are only `ROWS` for each unknown.
     """
     places: dict[str, Tensor | None] = {}
     generator, samples = torch.Generator().manual_seed(0), len(order)

@@ -63,8 +63,7 @@ class Refit(Method):
 
     Args:
         target: ``own``, ``both`` or ``auto``.
-        start: ``average``; another closed form's name, such as ``wudi`` or ``coin``; or its ``class_path`` and
-            ``init_args``. It is made of all samples, before any are held out.
+        start: ``average``, another closed form's name, or its ``class_path`` and ``init_args``; made of all samples.
         last: Which share of the layers is refitted, the last ones, in (0, 1]; the others keep the start.
         decoders: For which decoders target and ridge are chosen, by their mean error; by default the experiment's.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.

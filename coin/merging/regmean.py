@@ -29,10 +29,8 @@ DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # what the damping is chosen from: at 
 class RegMeanLayers(StrEnum):
     """Which linear maps RegMean fits; all other parameters get the β-average."""
 
-    linear = "linear"
-    """Fully connected layers only, as in the literature."""
-    all = "all"
-    """Convolutions too, as linear maps of the patches they see."""
+    linear = "linear"  # fully connected layers only, as in the literature
+    all = "all"  # convolutions too, as linear maps of the patches they see
 
 
 class RegMean(MergeMethod):
@@ -40,7 +38,7 @@ class RegMean(MergeMethod):
 
     With 200 samples the Gram matrix of a wide layer is nearly singular, and weak damping fits noise; the defaults were
     tuned on calibration samples of the embedded tasks. If None, damping and α are chosen by the error on held-out
-    calibration samples, with Gram matrices of the others; then the data, as in `coin.merging.Coin`.
+    calibration samples; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2, §3.3.
 
@@ -115,14 +113,13 @@ class RegMean(MergeMethod):
 
     def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
         """Return the solution, with Gram matrices of zeros where an expert's samples never reached a map."""
-        source = {name: gram for gram in grams for name in gram}
-        every: list[State] = []
+        source, every = {name: gram for gram in grams for name in gram}, list[State]()
         for gram in grams:  # which may lie in a file: no tensor is read before its turn
             zeros = {name: torch.zeros_like(source[name][name]) for name in source if name not in gram}
             every.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
         check_each(every, "the Gram statistic of expert")
-        options: Any = self.alpha, self.damping, self.layers, self.label
-        return regmean_parameters(experts.parameters, every, row, *options)
+        alpha, damping = cast(tuple[float, float], (self.alpha, self.damping))
+        return regmean_parameters(experts.parameters, every, row, alpha, damping, self.layers)
 
 
 def regmean_parameters(
@@ -132,7 +129,6 @@ def regmean_parameters(
     alpha: float = 0.7,
     damping: float = 1.0,
     layers: RegMeanLayers = RegMeanLayers.all,
-    label: str = "regmean",
 ) -> dict[str, Tensor]:
     """Return the RegMean merge, in the experts' types; parameters without a Gram matrix get the β-average.
 
@@ -145,7 +141,7 @@ def regmean_parameters(
     Raises StateError where one fits no weight, and NumericalError where a damped one is singular.
     """
     like, merged = experts[0], dict[str, Tensor]()
-    for name in progress_bar(label, items=grams[0]):
+    for name in progress_bar(RegMean.name, items=grams[0]):
         key = name.removesuffix(TRANSPOSED)
         if key not in like:
             found = f"there is a Gram matrix for '{key}', which the experts do not have"

@@ -81,9 +81,9 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     """Find the affine units of a network in eval mode, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass, and
-    whose output has the samples, or several rows of each, in order along its leading dimension, as gradients say; rows
-    that activations have sorted do not count, since they differ between networks. A BatchNorm that alone and next reads
-    a linear map's outputs is part of its unit. Raises StateError where the calls depend on the number of samples.
+    whose output has the samples, or several rows of each, in order along its leading dimension, as gradients say, and
+    not as activations have sorted them. A BatchNorm that alone and next reads a linear map's outputs is part of its
+    unit. Raises StateError where the calls depend on the number of samples.
     """
     parameters = floating_parameters(network)
     two, three = (Tape(parameters, {}, None) for _ in range(2))

@@ -37,13 +37,11 @@ class UserMethod(Method):
     1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
 
     Args:
-        function: Its import path, also relative to the working folder, or in Python the function itself. If its source
-            file changes, the coded models are made again.
+        function: Its import path, also relative to the working folder, or the function itself. If its source file
+            changes, the coded models are made again.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
         compress: As for every method (`coin.MergeMethod`).
-
-    Raises ConfigurationError if there is no such function, or it does not take these arguments.
 
     >>> coin.UserMethod("mine.merge", {"scale": 0.5}).label  # with merge(experts, calibration, scale) in mine.py
     'merge'
@@ -63,11 +61,8 @@ class UserMethod(Method):
         if callable(function):
             self._function: Any = function
             function = f"{function.__module__}.{getattr(function, '__name__', type(function).__name__)}"
-        elif isinstance(function, str):
-            self._function = imported("function", function, "a Python function")
         else:
-            expected = "expected one, or its import path, such as 'mine.merge'"
-            raise ConfigurationError(f"found {type(function).__name__} as a function, {expected}")
+            self._function = imported("function", str(function), "a Python function")
         self.function, self.options = function, options or {}
         try:
             signature = inspect.signature(self._function)

@@ -180,7 +180,7 @@ def test_a_function_of_tensors_gets_complex_ones_too_and_no_masks() -> None:
         ("mine.first", {"scale": 1}, r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'sc"),
         ("mine.told", {"row": [1]}, "multiple values for keyword argument 'row'"),
         ("textwrap.dedent", {}, "of experts and calibration, or .*too many positional arguments"),
-        (3, {}, "found int as a function, expected one, or its import path"),
+        (3, {}, "found function '3', expected the import path of a Python function"),
     ],
 )
 def test_what_cannot_be_called_is_refused(function: Any, options: dict[str, object], message: str) -> None:
