@@ -186,10 +186,8 @@ def main() -> None:
         for name in [*([] if written else ["write"]), *options.steps]:
             done = subprocess.run([*command, "--only", name], capture_output=True, text=True, check=False)
             if done.returncode:
-                print(
-                    f"{name:18}failed: {(done.stderr.strip() or f'status {done.returncode}').splitlines()[-1]}",
-                    flush=True,
-                )
+                last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+                print(f"{name:18}failed: {last}", flush=True)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
             model = model or (folder / "task0.safetensors").stat().st_size / 2**20

@@ -81,8 +81,7 @@ def network_steps(expert: nn.Module, batches: list[Tensor], memory_mib: int) -> 
         coin.fisher_diagonal(network, batches, memory_mib=memory_mib)
 
     samples = sum(map(len, batches))
-    for precision in PRECISIONS:
-        yield Step("forward", precision, samples, partial(forward, precision))
+    yield from (Step("forward", precision, samples, partial(forward, precision)) for precision in PRECISIONS)
     for precision in PRECISIONS:
         note = "" if precision == "float32" else "squares and sums in float32"
         yield Step("fisher", precision, samples, partial(fisher, precision), note)
@@ -127,8 +126,7 @@ def decoder_steps(experts: list[nn.Module], tasks: list[list[Tensor]]) -> Iterat
         with autocast(pooled[0].device, precision):
             return coin.Answers.concatenate([system.answers(batch, features=True) for batch in pooled])
 
-    for precision in PRECISIONS:
-        yield Step("answers", precision, 3 * samples, partial(answers, precision))
+    yield from (Step("answers", precision, 3 * samples, partial(answers, precision)) for precision in PRECISIONS)
     task_of = [index for index, task in enumerate(tasks) for batch in task for _ in batch]
     known = replace(answers("float32"), tasks=torch.tensor(task_of, device=pooled[0].device))
     for kind in coin.DecoderKind:

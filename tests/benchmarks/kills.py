@@ -6,8 +6,7 @@ A file with a ``grid`` is a sweep. Every round starts in an empty folder; the co
 whole process group) after a random time, started again in the same folder, killed again, …, until it comes to its end
 before it is killed. Then everything is compared: the rows of all ``results.csv`` but for their seconds, and every
 number of all experts, statistics and coded models. Rounds follow until there were enough kills. The time to a kill is
-drawn evenly from 0 to the time of the undisturbed run, or to ``--longest``. The exit status is 1 where anything
-differs or a restart fails.
+drawn evenly from 0 to the time of the undisturbed run. The exit status is 1 where anything differs or a restart fails.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from coin.cli import main as main_of_coin
 from coin.reporting import read_results
 
 TIMES = ("merge_seconds", "decoder_seconds")
@@ -37,36 +35,18 @@ def command_of(file: Path, output: Path) -> list[str]:
     return ["run", "-c", str(file), f"--output={output}"]
 
 
-def run(arguments: list[str], log: Path, seconds: float | None, forked: bool) -> tuple[int | None, float]:
+def run(arguments: list[str], log: Path, seconds: float | None) -> tuple[int | None, float]:
     """Run a command, and kill its process group after so many seconds; return its status (none if killed) and time."""
     started = time.monotonic()
-    process = _forked(arguments, log) if forked else _started(arguments, log)
-    while seconds is None or time.monotonic() < started + seconds:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status), time.monotonic() - started
-        time.sleep(0.02)
-    os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return None, time.monotonic() - started
-
-
-def _started(arguments: list[str], log: Path) -> int:
     with log.open("ab") as file:
         command = [sys.executable, "-m", "coin", *arguments]
-        return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True).pid
-
-
-def _forked(arguments: list[str], log: Path) -> int:
-    """Start a command in a process that has imported everything already: it is killed at work, not at its imports."""
-    child = os.fork()
-    if child:
-        return child
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os._exit(main_of_coin(arguments))
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return process.wait(seconds), time.monotonic() - started
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None, time.monotonic() - started
 
 
 def measured(output: Path) -> dict[str, str]:
@@ -84,11 +64,6 @@ def measured(output: Path) -> dict[str, str]:
     return found
 
 
-def litter(output: Path) -> list[Path]:
-    """Return the temporary files that killed writers have left."""
-    return list(output.rglob(".*.tmp"))
-
-
 def main() -> int:
     """Run the comparison, and report it as text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,27 +71,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/coin-kills"))
-    parser.add_argument("--undisturbed", type=Path, default=None, help="An output of the same file, made earlier.")
-    parser.add_argument(
-        "--longest", type=float, default=None, help="Seconds to a kill at most, instead of a whole run's."
-    )
-    parser.add_argument("--forked", action="store_true", help="Import once, and fork: quicker, and killed at work.")
     options = parser.parse_args()
-    if options.undisturbed is not None and options.longest is None:
-        parser.error("--undisturbed needs --longest")
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     draw = random.Random(options.seed)
 
-    undisturbed, whole = options.undisturbed, 0.0
-    if undisturbed is None:
-        undisturbed, log = options.folder / "undisturbed", options.folder / "undisturbed.log"
-        status, whole = run(command_of(options.file, undisturbed), log, None, options.forked)
-        if status != 0:
-            print(f"the undisturbed run ended with status {status}; see {log}")
-            return 1
-        print(f"undisturbed: {whole:.0f} s", flush=True)
-    longest = whole if options.longest is None else options.longest
+    undisturbed, log = options.folder / "undisturbed", options.folder / "undisturbed.log"
+    status, longest = run(command_of(options.file, undisturbed), log, None)
+    if status != 0:
+        print(f"the undisturbed run ended with status {status}; see {log}")
+        return 1
     wanted = measured(undisturbed)
     print(f"{len(wanted)} files to compare, up to {longest:.0f} s to a kill", flush=True)
 
@@ -125,19 +89,15 @@ def main() -> int:
     while kills < options.kills:
         output, log = options.folder / f"round-{rounds}", options.folder / f"round-{rounds}.log"
         own = 0
-        while True:
+        status = None
+        while status is None:
             seconds = draw.uniform(0, longest) if kills < options.kills else None
-            status, took = run(command_of(options.file, output), log, seconds, options.forked)
+            status, took = run(command_of(options.file, output), log, seconds)
             if status is None:
                 kills, own = kills + 1, own + 1
-                last = log.read_text(errors="replace").strip().splitlines()
+                last = ["nothing said yet", *log.read_text(errors="replace").strip().splitlines()][-1]
                 moments.append(f"{took:.0f}")
-                print(
-                    f"  round {rounds}: killed after {took:.1f} s ({last[-1][:90] if last else 'nothing said yet'})",
-                    flush=True,
-                )
-                continue
-            break
+                print(f"  round {rounds}: killed after {took:.1f} s ({last[:90]})", flush=True)
         if status != 0:
             print(f"round {rounds}: FAILED with status {status} after {own} kills; see {log}", flush=True)
             return 1
@@ -145,10 +105,8 @@ def main() -> int:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         different += bool(wrong)
         verdict = f"DIFFERS in {', '.join(wrong)}" if wrong else "the same"
-        print(
-            f"round {rounds}: {own} kills, then finished: {verdict}; {len(litter(output))} temporary files left",
-            flush=True,
-        )
+        left = len(list(output.rglob(".*.tmp")))
+        print(f"round {rounds}: {own} kills, then finished: {verdict}; {left} temporary files left", flush=True)
         shutil.rmtree(output)
         rounds += 1
     print(f"{kills} kills, after {', '.join(moments)} s")

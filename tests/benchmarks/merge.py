@@ -2,9 +2,8 @@
 
 Every merge is a fresh process that does what ``coin merge`` does: it checks and hashes all files, merges, and writes
 the coded model. Memory is how far the process's high-water mark (VmHWM, mapped pages of files included) rises over what
-it was before, as multiples of one model in float32. Time is wall and CPU time, beside those of reading the same files:
-with ``read``, every byte of them into one buffer; with ``load``, every file by the functions that all of ``coin`` reads
-files with, checks included, one network or statistic in memory at a time.
+it was before, as multiples of one model in float32. Time is wall and CPU time, beside those of reading every byte of
+the same files into one buffer.
 
     python tests/benchmarks/merge.py [--experts N ...] [--methods average coin ...] [--network resnet50] [--files DIR]
 """
@@ -30,7 +29,6 @@ from coin.files.safetensors import save_state
 from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, RegMean, TaskArithmetic, Ties
 from coin.networks import BatchNormPolicy, NetworkConfig, build_network, load_network, save_network
-from coin.statistics.files import open_statistic
 
 CLASSES = 10
 OUTPUT = Path("runs/bench/merge.json")
@@ -41,6 +39,10 @@ METHODS = {
     "ties": (Ties, ("initial",)),
     "regmean": (RegMean, ("gram",)),
 }
+
+
+def statistic_path(folder: Path, statistic: str, index: int) -> Path:
+    return folder / f"expert-{index}.{statistic}.safetensors"
 
 
 def write_files(folder: Path, config: NetworkConfig, count: int) -> None:
@@ -54,7 +56,9 @@ def write_files(folder: Path, config: NetworkConfig, count: int) -> None:
             fisher = {key: torch.rand(p.shape, generator=draw).square() for key, p in parameters.items()}
             mark = fingerprint(network.state_dict())
             made = {"weights": mark, "samples": 200, "seconds": 0.0, "passes": 0.0, "data": "own"}
-            save_state(fisher_path(folder, index), fisher, {"statistic": "fisher", "kind": "exact", **made})
+            save_state(
+                statistic_path(folder, "fisher", index), fisher, {"statistic": "fisher", "kind": "exact", **made}
+            )
             save_network(path, network, config, CLASSES, {"made_by": "a benchmark"})
     initial = folder / "initial.safetensors"
     if not initial.is_file():
@@ -64,28 +68,18 @@ def write_files(folder: Path, config: NetworkConfig, count: int) -> None:
 def write_grams(folder: Path, count: int) -> None:
     """Write Gram matrices of all layers for the experts that are there."""
     for index in range(count):
-        path = gram_path(folder, index)
+        path = statistic_path(folder, "gram", index)
         if not path.is_file():
             network = load_network(folder / f"expert-{index}.safetensors").network
             draw = torch.Generator().manual_seed(index)
             grams = {}
             for key, parameter in network.named_parameters():
                 if parameter.ndim > 1:
-                    inputs = parameter[0].numel() + (f"{key.removesuffix('weight')}bias" in network.state_dict()) * (
-                        parameter.ndim == 2
-                    )
+                    inputs = parameter[0].numel() + (parameter.ndim == 2)  # the head's bias
                     rows = torch.randn(1, 64, inputs, generator=draw)
                     grams[key] = rows.mT @ rows / 64
             made = {"weights": fingerprint(network.state_dict()), "samples": 64, "seconds": 0.0, "passes": 0.0}
             save_state(path, grams, {"statistic": "gram", "data": "own", **made})
-
-
-def fisher_path(folder: Path, index: int) -> Path:
-    return folder / f"expert-{index}.fisher.safetensors"
-
-
-def gram_path(folder: Path, index: int) -> Path:
-    return folder / f"expert-{index}.gram.safetensors"
 
 
 def paths_of(folder: Path, method: str, count: int) -> dict[str, dict[str, str] | str]:
@@ -94,9 +88,8 @@ def paths_of(folder: Path, method: str, count: int) -> dict[str, dict[str, str] 
     files: dict[str, dict[str, str] | str] = {
         "experts": {f"task{i}": str(folder / f"expert-{i}.safetensors") for i in range(count)}
     }
-    for statistic, path in (("fisher", fisher_path), ("gram", gram_path)):
-        if statistic in wanted:
-            files[statistic] = {f"task{i}": str(path(folder, i)) for i in range(count)}
+    for statistic in {"fisher", "gram"}.intersection(wanted):
+        files[statistic] = {f"task{i}": str(statistic_path(folder, statistic, i)) for i in range(count)}
     if "initial" in wanted:
         files["initial"] = str(folder / "initial.safetensors")
     return files
@@ -110,18 +103,6 @@ def read_bytes(files: dict[str, dict[str, str] | str]) -> None:
             with Path(path).open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
-
-
-def load_each(files: dict[str, dict[str, str] | str]) -> None:
-    """Load every file as the rest of ``coin`` does, and use each of its numbers once."""
-    for option, group in files.items():
-        for path in [group] if isinstance(group, str) else group.values():
-            if option in ("fisher", "gram"):
-                state: Any = open_statistic(Path(path), statistic=option).values
-            else:
-                state = load_network(Path(path)).network.state_dict()
-            for tensor in state.values():
-                tensor.sum()
 
 
 def measured(task: str, method: str, count: int, folder: Path) -> dict[str, float]:
@@ -140,10 +121,8 @@ def measured(task: str, method: str, count: int, folder: Path) -> dict[str, floa
     if task == "merge":
         with tempfile.TemporaryDirectory(dir=folder) as output:
             merge(method=METHODS[method][0](batchnorm=BatchNormPolicy.average), output=output, **options)
-    elif task == "read":
-        read_bytes(files)
     else:
-        load_each(files)
+        read_bytes(files)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {"mib": (_status("VmHWM") - before) / 1024, "seconds": seconds, "cpu": cpu}
 
@@ -178,7 +157,7 @@ def main() -> None:
         return
     config = NetworkConfig(options.network, 32, None)
     model = sum(tensor.nbytes for tensor in build_network(config, CLASSES).state_dict().values()) / 2**20
-    table = Table("method", "N", "peak, models", "seconds (CPU)", "× read (CPU)", "× load (CPU)")
+    table = Table("method", "N", "peak, models", "seconds (CPU)", "× read (CPU)")
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.files or Path(temporary)
@@ -189,15 +168,12 @@ def main() -> None:
         for method in options.methods:
             for count in options.experts:
                 apart("read", method, count, folder)  # from the disk; all that is timed comes from the page cache
-                found = {task: apart(task, method, count, folder) for task in ("read", "load", "merge")}
+                found = {task: apart(task, method, count, folder) for task in ("read", "merge")}
                 results.append({"method": method, "experts": count, "model_mib": model, **found})
-                own = found["merge"]
-                against = [
-                    f"{own['seconds'] / found[task]['seconds']:.2f} ({own['cpu'] / found[task]['cpu']:.2f})"
-                    for task in ("read", "load")
-                ]
+                own, read = found["merge"], found["read"]
+                against = f"{own['seconds'] / read['seconds']:.2f} ({own['cpu'] / read['cpu']:.2f})"
                 spent = f"{own['seconds']:.1f} ({own['cpu']:.1f})"
-                table.add_row(method, str(count), f"{own['mib'] / model:.2f}", spent, *against)
+                table.add_row(method, str(count), f"{own['mib'] / model:.2f}", spent, against)
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps({"network": asdict(config), "results": results}, indent=2) + "\n")
     Console().print(table)
