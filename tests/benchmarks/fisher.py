@@ -127,7 +127,7 @@ def measure_peak(name: str, samples: int, candidate: str) -> None:
 
 
 def tensor_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest error of any tensor, relative to its largest entry; or to that of all if it is but rounding."""
+    """Return the largest error of a tensor, relative to its largest entry; to that of all if it is but rounding."""
     largest = max(float(value.max()) for value in expected.values())
     return max(
         float((found[name].double() - value).abs().max()) / max(float(value.max()), 1e-12 * largest)

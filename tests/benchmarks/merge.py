@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from coin.commands.merge import merge
-from coin.files.safetensors import save_state
-from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, RegMean, TaskArithmetic, Ties
 from coin.networks import BatchNormPolicy, NetworkConfig, build_network, load_network, save_network
+from coin.statistics import save_statistic
 
 CLASSES = 10
 OUTPUT = Path("runs/bench/merge.json")
@@ -78,8 +77,7 @@ def write_grams(folder: Path, count: int) -> None:
                     inputs = parameter[0].numel() + (parameter.ndim == 2)  # the head's bias
                     rows = torch.randn(1, 64, inputs, generator=draw)
                     grams[key] = rows.mT @ rows / 64
-            made = {"weights": fingerprint(network.state_dict()), "samples": 64, "seconds": 0.0, "passes": 0.0}
-            save_state(path, grams, {"statistic": "gram", "data": "own", **made})
+            save_statistic(path, grams, network, samples=64, seconds=0.0, passes=0.0, data="own")
 
 
 def paths_of(folder: Path, method: str, count: int) -> dict[str, dict[str, str] | str]:
@@ -136,11 +134,8 @@ def apart(task: str, method: str, count: int, folder: Path) -> dict[str, float]:
     """Return what `measured` finds in a fresh process, whose allocator is tuned as the command's."""
     command = [sys.executable, "-W", "ignore", __file__, "--task", task, method, str(count), "--files", str(folder)]
     tuned = {"OMP_WAIT_POLICY": "passive", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=1800, env={**os.environ, **tuned}
-    )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **tuned})
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def main() -> None:
