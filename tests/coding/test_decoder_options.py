@@ -129,13 +129,6 @@ def test_own_fits_each_lost_expert_on_its_own_samples(kind, erased):
     assert decoder.passes(2) == networks * sum(decoder.samples_read.values())
 
 
-def test_own_is_all_where_all_samples_are_of_the_lost_experts_task():
-    calibration, test = noisy_answers(40, 1), noisy_answers(9, 2)
-    calibration = dataclasses.replace(calibration, tasks=torch.full((40,), 1))
-    own = decoded(DecoderConfig("feature_ridge", fitted_on="own"), calibration, test)
-    torch.testing.assert_close(own, decoded("feature_ridge", calibration, test), rtol=0, atol=0)
-
-
 def test_own_needs_to_know_the_tasks_and_two_samples():
     answers = noisy_answers(30, 1)
     own = DecoderConfig("ridge", fitted_on="own")

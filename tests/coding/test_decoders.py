@@ -12,21 +12,10 @@ CODES = [
 ]
 
 
-def exact_answers(code, samples=7, classes=3, seed=0, features=None):
+def exact_answers(code, samples=7, classes=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     experts = torch.randn(code.num_experts, samples, classes, generator=generator, dtype=torch.float64)
-    wide = None
-    if features is not None:
-        wide = [
-            torch.randn(samples, features, generator=generator, dtype=torch.float64)
-            for _ in range(code.num_experts + code.num_coded)
-        ]
-    return Answers(
-        experts,
-        code.encode(experts),
-        None if wide is None else wide[: code.num_experts],
-        None if wide is None else wide[code.num_experts :],
-    )
+    return Answers(experts, code.encode(experts))
 
 
 def lose(answers, erased):
@@ -81,9 +70,8 @@ def test_exact_relations_are_recovered_for_every_erasure_in_the_order_of_its_nam
         wanted = test.experts[list(erased)]
         decoded = LinearDecoder(code, erased).decode(lose(test, erased))
         torch.testing.assert_close(decoded, wanted, rtol=1e-10, atol=1e-10)
-        shifted = [
-            Answers(each.experts, each.coded + 100) for each in (calibration, lose(test, erased))
-        ]  # an intercept
+        # An intercept.
+        shifted = [Answers(each.experts, each.coded + 100) for each in (calibration, lose(test, erased))]
         decoded = make_decoder(DecoderKind.ridge, code, erased).fit(shifted[0]).decode(shifted[1])
         torch.testing.assert_close(decoded, wanted, rtol=1e-6, atol=1e-6)
 
@@ -113,9 +101,8 @@ def test_features_read_out_what_logits_do_not_hold():
         f = torch.randn(2, samples, 3, generator=generator, dtype=torch.float64)
         features = [torch.randn(samples, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
         f[0] = features[2] @ readout
-        return Answers(
-            f, torch.randn(1, samples, 3, generator=generator, dtype=torch.float64), features[:2], features[2:]
-        )
+        coded = torch.randn(1, samples, 3, generator=generator, dtype=torch.float64)
+        return Answers(f, coded, features[:2], features[2:])
 
     calibration, test = answers(60), answers(8)
     decoded = make_decoder("feature_ridge", code, [0]).fit(calibration).decode(lose(test, [0]))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from coin.coding.ridge import RIDGE_EXPONENTS, block_kernel, fit_blocks, fit_ridge, thin_svd
+from coin.coding.ridge import RIDGE_EXPONENTS, block_kernel, fit_blocks, fit_ridge
 from coin.errors import NumericalError
 
 
@@ -94,26 +94,16 @@ def test_two_samples_are_enough_and_one_is_not_nor_is_an_infinity():
         fit_ridge(x, y)
 
 
-def test_blocks_are_divided_by_their_scales_and_the_map_is_of_the_blocks_as_they_are():
-    x, y = problem(30, 6)
-    blocks, targets = [1000 * x[:, :2], 0.01 * x[:, 2:]], torch.stack([y[:, :2], y[:, 2:]])
-    fit = fit_blocks(blocks, targets)
-    scales = [float((block - block.mean(0)).square().mean().sqrt()) for block in blocks]
-    divided = torch.cat([block / scale for block, scale in zip(blocks, scales, strict=True)], 1)
-    reference = fit_ridge(divided, y, groups=2)
-    torch.testing.assert_close(fit.ridges, reference.ridges)
-    torch.testing.assert_close(fit(torch.cat(blocks, 1)), reference(divided), rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_wide_blocks_are_fitted_by_their_kernels_as_by_the_singular_values(dead, groups):
-    x, y = problem(40, 90)
+@pytest.mark.parametrize("samples", [40, 120])
+def test_scaled_blocks_are_fitted_by_their_kernels_as_by_the_singular_values(dead, groups, samples):
+    x, y = problem(samples, 90)
     if dead:  # a constant column, and a block that says nothing
         x[:, 3] = 7.0
         x[:, 80:] = 1e4 / 3
     blocks = [1000 * x[:, :2], x[:, 2:50], 0.01 * x[:, 50:80], x[:, 80:]]
-    targets = y.reshape(40, groups, -1).transpose(0, 1)
+    targets = y.reshape(samples, groups, -1).transpose(0, 1)
     fit = fit_blocks(blocks, targets, [None, *map(block_kernel, blocks[1:])])
     deviations = [(block - block.mean(0)).square().mean().sqrt() for block in blocks]
     scales = [deviation if deviation > 1e-9 else 1.0 for deviation in deviations]
@@ -122,21 +112,6 @@ def test_wide_blocks_are_fitted_by_their_kernels_as_by_the_singular_values(dead,
     torch.testing.assert_close(fit.ridges, reference.ridges, rtol=1e-10, atol=0)
     torch.testing.assert_close(fit(torch.cat(blocks, 1)), reference(divided), rtol=1e-10, atol=1e-10)
     assert torch.equal(fit_blocks(blocks, targets).coefficients, fit.coefficients)
-
-
-@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (3, 4)])
-@pytest.mark.parametrize("rank", [None, 1])
-def test_a_matrix_is_put_together_again(shape, rank):
-    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    matrix = matrix if rank is None else torch.outer(matrix[:, 0], matrix[0])
-    u, s, vt = thin_svd(matrix)
-    least = min(shape)
-    assert u.shape == (shape[0], least)
-    assert vt.shape == (least, shape[1])
-    torch.testing.assert_close(u @ (s[:, None] * vt), matrix, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(s, torch.linalg.svdvals(matrix), rtol=1e-12, atol=1e-12)
-    for columns in (u, vt.T):
-        torch.testing.assert_close(columns.T @ columns, torch.eye(least, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_without_an_intercept_nothing_is_centred_and_left_out_errors_are_those_of_fits_without_the_sample():

@@ -9,6 +9,7 @@ from dense import CLASSES, Net, dense_loop, random
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
+from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, fisher_sums, gram_sums
 
 
@@ -228,13 +229,6 @@ def test_a_complex_parameter_is_refused() -> None:
     network.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
     with pytest.raises(ConfigurationError, match=r"'phase' is complex.*requires_grad_\(False\)"):
         fisher_diagonal(network, [torch.randn(2, 4)])
-
-
-def test_mixed_samples_are_taken_one_by_one() -> None:
-    """What a network that mixes the samples of a batch says of one is what it says of it alone."""
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
-    assert_exact(Net(lambda net, x: net.layers(x + (x - x.mean(0))), layers=layers), torch.randn(4, 4))
 
 
 @pytest.mark.parametrize("zero", ["head", "branch"])
@@ -535,3 +529,30 @@ def test_a_backward_pass_that_cannot_be_batched_with_channels_last() -> None:
     layers = [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     torch.manual_seed(0)
     assert_exact(nn.Sequential(*layers, nn.Linear(4, CLASSES)), torch.randn(5, 3, 8, 8), absolute=1e-12)
+
+
+@pytest.mark.parametrize("form", ["plain", "scaled", "masked", "causal", "narrow values"])
+def test_scaled_dot_product_attention(form: str) -> None:
+    """By its own backward pass where it is plain, by torch's where it is not."""
+
+    def call(net: Net, x: Tensor) -> Tensor:
+        q, k, v = net.packed(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)  # [B, 2, T, 4]
+        options = {"scaled": {"scale": 0.3}, "masked": {"attn_mask": CAUSAL.T}, "causal": {"is_causal": True}}
+        v = v[..., :2] if form == "narrow values" else v
+        return net.head(F.scaled_dot_product_attention(q, k, v, **options.get(form, {})).tanh().mean((1, 2)))
+
+    torch.manual_seed(0)
+    parts = {"packed": nn.Linear(4, 24), "head": nn.Linear(2 if form == "narrow values" else 4, CLASSES)}
+    network, x = Net(call, **parts), torch.randn(3, 5, 4)
+    assert_exact(network, x, absolute=1e-18)
+    assert fisher_sums(network, [x.double()]).passes == 3 * (1 + 2 * CLASSES)
+
+
+def test_the_public_way_around_vmap_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, x = SmallViT(CLASSES, 16, 8, depth=1, heads=2, width=8, mlp_width=12), torch.randn(3, 3, 16, 16)
+    nn.init.normal_(network.heads.head.weight)
+    expected = fisher_diagonal(network, [x])
+    monkeypatch.setattr("coin.statistics.rules.attention.is_batchedtensor", lambda tensor: False)
+    for name, value in fisher_diagonal(network, [x]).items():
+        torch.testing.assert_close(value, expected[name], msg=name)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from dense import CLASSES, Net, dense_loop, random
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coin.errors import ConfigurationError, DataError, StateError
@@ -41,14 +40,11 @@ class Pooled(nn.Module):
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 4, 4)),
-    "no bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (4, 5, 5)),
     "strided and padded": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1)), (4, 5, 4)),
     "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), (4, 6, 5)),
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), (4, 6, 6)),
     "depthwise, large map": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 9, 9)),
     "depthwise, strided": (lambda: nn.Conv2d(6, 6, (3, 5), groups=6, padding=(1, 2), stride=2), (6, 15, 10)),
-    "depthwise, strided, small map": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1, stride=2), (6, 7, 8)),
-    "depthwise, dilated, no bias": (lambda: nn.Conv2d(6, 6, 3, groups=6, dilation=2, bias=False), (6, 12, 9)),
     "depthwise, one dimension": (lambda: nn.Conv1d(6, 6, 5, groups=6, padding=2, stride=3), (6, 100)),
     "depthwise, three dimensions": (lambda: nn.Conv3d(6, 6, 2, groups=6, padding=(1, 0, 0)), (6, 2, 5, 4)),
     "depthwise, two outputs a channel": (lambda: nn.Conv2d(3, 6, 3, groups=3, padding=1), (3, 9, 9)),
@@ -58,15 +54,10 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "pointwise, padded": (lambda: nn.Conv2d(4, 6, 1, stride=2, padding=1), (4, 3, 3)),
     "to one position": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 2, 2)),
     "to one position, all of the map": (lambda: nn.Conv2d(4, 6, (2, 3)), (4, 2, 3)),
-    "to one position, dilated": (lambda: nn.Conv2d(4, 6, 2, dilation=2), (4, 3, 3)),
     "1×1 map": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 1, 1)),
-    "1×1 map, taps beyond the padding": (lambda: nn.Conv2d(4, 6, 3, padding=3, dilation=3), (4, 1, 1)),
     "same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (4, 5, 5)),
     "same, uneven": (lambda: nn.Conv2d(4, 6, 2, padding="same"), (4, 5, 5)),
-    "same, uneven on one side": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", groups=2), (4, 5, 4)),
     "same, uneven, dilated": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=3), (4, 40)),
-    "same, uneven, three dimensions": (lambda: nn.Conv3d(4, 6, (2, 3, 4), padding="same"), (4, 2, 3, 4)),
-    "same, uneven, one position": (lambda: nn.Conv2d(4, 6, 2, padding="same"), (4, 1, 1)),
     "reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 5, 5)),
     "one dimension": (lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2), (4, 9)),
     "one dimension, long": (lambda: nn.Conv1d(4, 6, 5, dilation=2, groups=2), (4, 70)),
@@ -112,16 +103,12 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "linear": (lambda: nn.Linear(4, 5), (4,), 5),
     "linear at positions": (lambda: nn.Linear(4, 5), (3, 4), 15),
     "convolution": (lambda: nn.Conv2d(4, 6, 3), (4, 4, 4), 24),
-    "convolution of a large map": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 9, 9), 243),
     "convolution to one position": (lambda: nn.Conv2d(4, 6, (2, 3)), (4, 2, 3), 6),
     "depthwise convolution": (lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2, padding=1), (4, 4, 4), 16),
-    "depthwise convolution, large map": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), (4, 5, 4), 80),
     "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1), (4, 4, 4), 24),
-    "one dimension": (lambda: nn.Conv1d(4, 6, 3, dilation=2), (4, 7), 18),
     "three dimensions": (lambda: nn.Conv3d(2, 4, 2, groups=2), (2, 3, 2, 3), 16),
     "batch norm": (lambda: nn.BatchNorm2d(4), (4, 2, 2), 16),
     "layer norm": (lambda: nn.LayerNorm(4), (3, 4), 12),
-    "layer norm over a map": (lambda: nn.LayerNorm([4, 2, 2]), (4, 2, 2), 16),
     "group norm": (lambda: nn.GroupNorm(2, 4), (4, 2, 2), 16),
     "scale and shift": (lambda: Scaled(4), (3, 4), 12),
     "scale and shift of positions": (lambda: Scaled(1, 3, 1), (3, 4), 12),
@@ -184,25 +171,22 @@ def test_fresh_batchnorm_without_running_statistics_is_left_to_autograd() -> Non
 
 
 class Tokens(nn.Module):
-    """Embeds tokens; the head may be tied to the embedding."""
+    """Embeds tokens."""
 
-    def __init__(self, tied: bool, padding: int | None = None) -> None:
+    def __init__(self, padding: int | None) -> None:
         super().__init__()
         self.embed = nn.Embedding(CLASSES, 4, padding_idx=padding)
         self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES, bias=False)
         nn.init.normal_(self.embed.weight)
-        if tied:
-            self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(torch.tanh(self.mix(self.embed(tokens))).mean(1))
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("padding", [None, 1])
-def test_embedding(tied: bool, padding: int | None) -> None:
+def test_embedding(padding: int | None) -> None:
     torch.manual_seed(0)
-    assert_exact(Tokens(tied, padding), torch.tensor([[0, 1, 1, 2, 0], [2, 2, 2, 2, 1], [0, 1, 2, 1, 2]]))
+    assert_exact(Tokens(padding), torch.tensor([[0, 1, 1, 2, 0], [2, 2, 2, 2, 1], [0, 1, 2, 1, 2]]))
 
 
 class Twice(nn.Module):
@@ -258,41 +242,28 @@ def test_layouts(layout: str, samples: int) -> None:
 
 
 class Attention(nn.Module):
-    def __init__(self, batch_first: bool, cross: bool = False, masked: bool = False) -> None:
+    def __init__(self, batch_first: bool, cross: bool = False) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
-        self.head, self.cross, self.masked = nn.Linear(4, CLASSES), cross, masked
+        self.head, self.cross = nn.Linear(4, CLASSES), cross
         nn.init.normal_(self.attention.in_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.attention.batch_first else x.transpose(0, 1)
         other = x.tanh() if self.cross else x
-        mask = torch.ones(5, 5, device=x.device).triu(1).bool() if self.masked else None
-        y, weights = self.attention(x, other, other, attn_mask=mask)
+        y, weights = self.attention(x, other, other)
         y = y if self.attention.batch_first else y.transpose(0, 1)
         return self.head(y.sin().mean(1)) + weights.sin().mean((1, 2))[:, None]
 
 
-@pytest.mark.parametrize("options", [(True,), (False,), (True, True), (False, False, True)])
+@pytest.mark.parametrize("options", [(True,), (False,), (True, True)])
 def test_attention(options: tuple[bool, ...]) -> None:
-    torch.manual_seed(0)
-    network = Attention(*options)
-    assert_exact_attention(network, torch.randn(3, 5, 4))
-
-
-def assert_exact_attention(network: nn.Module, inputs: Tensor) -> None:
     """A key's bias shifts all scores alike, so its exact gradient is zero: compare it absolutely."""
-    network, inputs = network.double(), inputs.double()
+    torch.manual_seed(0)
+    network, inputs = Attention(*options).double(), torch.randn(3, 5, 4).double()
     expected, found = dense_loop(network, inputs), fisher_diagonal(network, [inputs])
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-18)
-
-
-def test_a_transformer_layer() -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
-    encoder = Net(lambda net, x: net.head(net.layer(x)[:, 0]), layer=layer, head=nn.Linear(4, CLASSES))
-    assert_exact_attention(encoder, torch.randn(3, 5, 4))
 
 
 def test_a_network_whose_views_hold_in_the_usual_order_of_memory_alone() -> None:
@@ -360,12 +331,6 @@ def test_a_layers_input_modified_in_place_is_refused() -> None:
         fisher_diagonal(Net(call, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)), [torch.randn(2, 4)])
 
 
-def test_parametrised_weights() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES))
-    assert_exact(network, torch.randn(3, 4))
-
-
 def test_unused_and_frozen_parameters() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
@@ -413,7 +378,7 @@ def test_sixteen_bits_are_squared_and_summed_in_full_precision(name: str, dtype:
 
 def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:
     network = nn.Linear(2, CLASSES).bfloat16()
-    found = fisher_diagonal(network, [torch.ones(1, 2)] * 600)
+    found = fisher_diagonal(network, [torch.ones(1, 2)] * 300)
     assert torch.equal(found["weight"], torch.ones(CLASSES, 2)), "bfloat16 counts to 256"
     network = nn.Linear(2, CLASSES).half()
     found = fisher_diagonal(network, [torch.full((4, 2), 300.0)])
