@@ -50,8 +50,7 @@ def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Te
     height, width = images.shape[-2:]
     draws = draw_augmentation(samples, height, width, view.seed, view.epoch)[positions]
     vertical, horizontal = _padding(height), _padding(width)
-    rows = draws[:, 0, None] + torch.arange(height)
-    columns = draws[:, 1, None] + torch.arange(width)
+    rows, columns = draws[:, 0, None] + torch.arange(height), draws[:, 1, None] + torch.arange(width)
     if view.augmentation is Augmentation.shift:
         rows = (rows - vertical).clamp(0, height - 1)
         columns = (columns - horizontal).clamp(0, width - 1)
@@ -101,15 +100,13 @@ def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: V
     """
     if not transforms:
         return images
-    changed = []
+    changed, together = [], v2.Compose(transforms)
     with torch.random.fork_rng(devices=[]):
         for image, position in zip(images, positions.tolist(), strict=True):
             draw = seeded(view.seed, Stream.TRANSFORM, view.epoch, position)
             # Not torch.manual_seed, which would move the generators of GPUs as well.
             torch.default_generator.manual_seed(draw.initial_seed())
-            for transform in transforms:
-                image = transform(image)
-            changed.append(image)
+            changed.append(together(image))
     for image in changed:
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != changed[0].shape:
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

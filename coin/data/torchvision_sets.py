@@ -30,13 +30,12 @@ class TorchvisionTask(TaskData):
 
     Args:
         root: The folder for downloaded data, shared by all sets.
-        download: Download what is missing, in `prepare_data`. False for machines without network: copy the files to
-            where torchvision expects them; errors name the place.
+        download: Download what is missing, in `prepare_data`. False for machines without network: copy the files to the
+            place that errors name.
         kwargs: See `TaskData`.
     """
 
     folder: ClassVar[str]  # where torchvision keeps the files, under root
-    dataset: ClassVar[str | None] = None  # what torchvision calls the set; the class's name by default
     # torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
     downloadable: ClassVar[bool] = True
@@ -63,16 +62,14 @@ class TorchvisionTask(TaskData):
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
         images = torch.as_tensor(dataset.data)
-        if images.ndim == 3:
-            images = images.unsqueeze(1)
-        elif images.shape[3] == 3:
-            images = images.permute(0, 3, 1, 2)
+        images = images.unsqueeze(1) if images.ndim == 3 else images
+        images = images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         return images.contiguous(), torch.as_tensor(labels)
 
     def _open(self, download: bool) -> list[Any]:
         name, place = type(self).__name__, (self.root / self.folder).absolute()
-        kind = getattr(datasets, self.dataset or name)
+        kind = getattr(datasets, name.removesuffix("Letters"))
         try:
             return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
@@ -110,7 +107,6 @@ class EMNISTLetters(TorchvisionTask):
 
     folder = "EMNIST/raw"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
-    dataset = "EMNIST"
     arguments = {"split": "letters", "train": True}, {"split": "letters", "train": False}
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
@@ -155,8 +151,7 @@ class ImageFiles(TorchvisionTask):
         """The paths and labels of an opened data set."""
         if hasattr(dataset, "_image_files"):
             return list(zip(map(str, dataset._image_files), dataset._labels, strict=True))
-        found = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
-        return [(str(path), int(label)) for path, label in found]
+        return [(str(path), label) for path, label in getattr(dataset, "_samples", None) or dataset.samples]
 
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
