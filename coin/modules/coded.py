@@ -40,7 +40,7 @@ class Coded(LightningModule):
         coded: The R coded models, one per row of the code.
         names: The experts' tasks; ``0``, ``1``, … by default.
         forward: (network, inputs) → logits ``[B, C]``, for networks that are not called with one tensor; inputs may
-            then also be mappings of tensors.
+            then be mappings of tensors.
 
     Attributes:
         decoders: The fitted ones by the lost experts; the last is taken by default.
@@ -77,13 +77,12 @@ class Coded(LightningModule):
         forward: Forward | None = None,
     ) -> None:
         super().__init__()
-        code = code if isinstance(code, Code) else Code(code)
-        if len(experts) != code.num_experts or len(coded) != code.num_coded:
+        self.code = code if isinstance(code, Code) else Code(code)
+        if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
             raise ConfigurationError(
-                f"found {len(experts)} experts and {len(coded)} coded models, the code is for {code.num_experts} "
-                f"and {code.num_coded}; give the same numbers, or another code"
+                f"found {len(experts)} experts and {len(coded)} coded models, the code is for {self.code.num_experts} "
+                f"and {self.code.num_coded}; give as many"
             )
-        self.code = code
         self.names = tuple(map(str, range(len(experts))) if names is None else names)
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
@@ -144,14 +143,12 @@ class Coded(LightningModule):
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
-        erased = self._indices(erased)
-        decoder = make_decoder(kind, self.code, erased)
-        batches = _batches(calibration)
+        decoder, batches = make_decoder(kind, self.code, self._indices(erased)), _batches(calibration)
         first = list(islice(batches, 1))
         for batch in first:
             self.count_classes(batch)
         if isinstance(decoder, ExpertHeadDecoder):
-            decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
+            decoder = make_decoder(decoder.config, self.code, decoder.erased, self.heads(*first))
         if decoder.needs_fit:
             parts = [self._answers_for(decoder, batch, learning=True) for batch in chain(first, batches)]
             decoder.fit(_of_tasks(parts, tasks))
@@ -255,8 +252,7 @@ class Coded(LightningModule):
         seed = Path(folder) if (Path(folder) / RESULTS_CSV).is_file() else next(iter(seed_folders(Path(folder))), None)
         if seed is None:
             raise FileError(
-                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
-                "experiment or of one seed; make it with `coin run`"
+                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'; make it with `coin run`"
             )
         check_current(seed)
         frame = read_results(seed)
@@ -311,11 +307,10 @@ class Coded(LightningModule):
         return next(reversed(self.decoders.values()), None)
 
     def _indices(self, erased: Sequence[int | str]) -> tuple[int, ...]:
-        """Return experts that are given by index or by name; a ConfigurationError for an unknown one."""
+        """Return experts that are given by index or by name."""
         if not isinstance(erased, Sequence) or isinstance(erased, str):
             raise ConfigurationError(f"found erased={erased!r}, expected a list of lost experts; give [{erased!r}]")
-        known: dict[int | str, int] = {index: index for index in range(len(self.experts))}
-        known |= {name: index for index, name in enumerate(self.names)}
+        known: dict[int | str, int] = {each: i for i, name in enumerate(self.names) for each in (i, name)}
         if unknown := [each for each in erased if each not in known]:
             expected = f"0 to {len(self.experts) - 1}, or one of {', '.join(self.names)}"
             raise ConfigurationError(f"found lost expert {unknown[0]!r}, expected {expected}")
@@ -335,10 +330,9 @@ class Coded(LightningModule):
 
     def _answers_for(self, decoder: Decoder, inputs: Batch, *, learning: bool = False) -> Answers:
         """Return the answers that a decoder needs; for its fit, the lost experts' own too."""
-        read = {*decoder.survivors, *(decoder.erased if learning else ())}
-        idle = [expert for expert in range(decoder.num_experts) if expert not in read]
+        idle = {*range(decoder.num_experts)} - {*decoder.survivors, *(decoder.erased if learning else ())}
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
-        return self.answers(inputs, features=decoder.config.reads_features, erased=idle, silent=[*silent])
+        return self.answers(inputs, features=decoder.config.reads_features, erased=[*idle], silent=[*silent])
 
     @torch.no_grad()
     def count_classes(self, inputs: Any) -> list[int]:
@@ -351,7 +345,7 @@ class Coded(LightningModule):
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches; raises DataError if given a single batch instead."""
+    """Return an iterator; a DataError for a single batch."""
     if isinstance(inputs, Tensor | Mapping):
         raise DataError(f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]")
     return iter(inputs)

@@ -97,7 +97,7 @@ class DistillationModule(LightningModule):
             self.samples = data.training_calibration()
 
     def train(self, mode: bool = True) -> "DistillationModule":
-        """Set the module's mode but keep all networks in eval mode, in which the target outputs are computed."""
+        """Set the module's mode but keep all networks in eval mode."""
         super().train(mode)
         for network in self.children():
             network.eval()

@@ -32,13 +32,12 @@ class DecodingEvaluator(LightningModule):
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
         coded: The coded models' safetensors files.
-        decoders: The decoders: kinds, or sections of a kind and its options; by default all kinds, but expert_head only
-            if head and features give the experts' logits.
+        decoders: Kinds, or sections of a kind and its options; by default all kinds, but expert_head only if head and
+            features give the experts' logits.
         code: The code of the references, R×N; by default the first coded model's.
         replicas: The files of compressed experts, each of which replaces its own expert.
-        alpha: α, the largest probability that an accepted answer differs from the expert's, if the
-            datamodule has samples for a promise (`coin.promised_threshold`).
-        confidence: The probability that the promise holds.
+        alpha: α of the promises (`coin.promised_threshold`), if the datamodule has samples for these.
+        confidence: The probability that a promise holds.
 
     Raises ConfigurationError where there is nothing to evaluate, or a decoder is unknown or given twice; FileError
     where a file is missing or damaged, or a coded model was made of other experts.
@@ -86,12 +85,11 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
-        data = tasks_of(self)
-        counts = [task.num_classes for task in data.tasks.values()]
-        if tuple(data.tasks) != self.tasks or counts != self.class_counts:
+        data, own = tasks_of(self), dict(zip(self.tasks, self.class_counts, strict=True))
+        found = {name: task.num_classes for name, task in data.tasks.items()}
+        if [*found.items()] != [*own.items()]:
             raise ConfigurationError(
-                f"found data of tasks {dict(zip(data.tasks, counts, strict=True))}, expected those of the experts, "
-                f"{dict(zip(self.tasks, self.class_counts, strict=True))}; name the same tasks in the same order"
+                f"found data of tasks {found}, expected those of the experts, {own}; name the same in the same order"
             )
         for task in data.tasks.values():
             self.config.check_content(task.content)

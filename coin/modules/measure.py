@@ -39,8 +39,8 @@ def evaluate(
         loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
         decoders: Kinds or configurations; by default all kinds, but expert_head only if head and features give the
             experts' logits.
-        calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
-            labels; the linear decoder and an expert_head that is not corrected need none.
+        calibration: For every expert the batches of its own task's samples, on which decoders are fitted; the linear
+            decoder and an expert_head that is not corrected need none.
         erasures: Which experts are lost together; each alone by default.
 
     Returns:
@@ -50,9 +50,9 @@ def evaluate(
         ``memory_mib`` (coded models, and heads or regressions), ``forwards`` (for one lost answer) and ``losses`` (the
         most at once).
 
-    Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
-    calibration data; DecodingError where an erasure names no expert or is beyond what a decoder can; DataError where a
-    batch is no pair (inputs, labels), or a task has none.
+    Raises ConfigurationError where numbers of tasks differ, or a decoder comes twice or finds no calibration data;
+    DecodingError where an erasure is beyond what a decoder can; DataError where a batch is no pair (inputs, labels), or
+    a task has none.
 
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code), names="abc")

@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
     with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
         run(evaluator, synthetic(), make_trainer)
     swapped = Tasks(dict(reversed(tasks.tasks.items())), samples_per_task=20)
-    with pytest.raises(ConfigurationError, match="name the same tasks in the same order"):
+    with pytest.raises(ConfigurationError, match="name the same in the same order"):
         run(evaluator, swapped, make_trainer)
     other = Tasks({**tasks.tasks, "task1": synthetic(3)}, samples_per_task=20)
     with pytest.raises(ConfigurationError, match=r"'task1': 3.*expected those of the experts.*'task1': 2"):
