@@ -243,11 +243,6 @@ def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.Mo
     assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(1)] == ["5,7"]
 
 
-def test_a_job_queues_itself_again(tmp_path: Path) -> None:
-    command = Command(["--help"], tmp_path / "a.log")
-    assert command.checkpoint().function is command
-
-
 def test_what_does_not_fit_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

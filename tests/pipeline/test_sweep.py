@@ -145,11 +145,6 @@ def test_mistake_is_one_line_before_anything_is_run(
     assert not Path("runs").exists()
 
 
-def test_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", "none.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("coin: error: cannot read 'none.yaml' (No such file or directory)")
-
-
 def test_an_agent_of_a_wandb_sweep_runs_our_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = {"seeds": [3], "calibration.samples_per_task": 9, "methods": [{"class_path": "Coin"}], "expert.lr": 0.5}
     arguments = create_sweep_command_args({"args": {key: {"value": value} for key, value in chosen.items()}})["args"]

@@ -130,19 +130,6 @@ def test_an_experiment_s_own_tags(
     assert set(run_of(records)["tags"]) >= {"small_resnet", "mine"}
 
 
-def test_an_agent_of_a_sweep_gets_the_evaluation_alone(
-    copied: Path, config: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
-) -> None:
-    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    methods = "--methods=[{class_path: Distillation, init_args: {steps: 3, lr: 1.0e-3}}]"
-    assert main(["run", "-c", str(config), f"--output={copied.parent}", methods, "--decoders=[linear]"]) == 0
-    (folder,) = copied.rglob("offline-run-*")
-    records = read_wandb(folder)
-    assert run_of(records)["job_type"] == "evaluate"
-    assert summary_of(records)["best_method"] == "distillation"
-
-
 def test_a_training_that_fails_is_told_to_have_failed_and_its_run_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
 ) -> None:

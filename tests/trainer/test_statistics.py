@@ -44,15 +44,6 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_the_networks_layout_is_found_once_for_all_batches(tasks, small_config, make_trainer, tmp_path):
-    network, sizes = build_network(small_config, 3), []
-    network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    estimate_over_tasks(make_trainer(), network, tasks, FisherOptions(), tmp_path / "a.safetensors")
-    first, *others = (len(batch) for batch in tasks.calibration())
-    assert others
-    assert sizes == [2, first, 2, *others]  # the first batch's ends once more, by themselves
-
-
 @pytest.mark.parametrize("statistic", ["fisher", "gram"])
 def test_fewer_samples_than_processes_are_refused_in_one_line(
     tasks, small_config, make_trainer, monkeypatch, statistic, tmp_path
