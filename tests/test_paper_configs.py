@@ -11,7 +11,7 @@ from torch import Tensor
 
 import coin.pipeline.run
 from coin.cli import main
-from coin.commands.run import experiment_of
+from coin.commands.run import read_experiment
 from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask, Tweets
 from coin.data.tasks import Tasks
 from coin.distillation import Distillation
@@ -94,7 +94,7 @@ def test_every_pair_of_sets_has_a_file_that_says_how_to_run_it() -> None:
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
 def test_a_pair_has_all_that_the_pairs_share(path: Path) -> None:
-    experiment = experiment_of(options_of(path))
+    experiment = read_experiment(options_of(path))[0]
     most = 4500 if "stl10" in path.stem else 7000
     labels = ["average", "coin", "regmean", "distillation", "distillation-plain", f"distillation-{most}"]
     assert [method.label for method in experiment.methods] == labels
@@ -108,7 +108,7 @@ def test_a_pair_has_all_that_the_pairs_share(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_tasks_networks_and_samples_fit_together(path: Path) -> None:
-    experiment = experiment_of(options_of(path))
+    experiment = read_experiment(options_of(path))[0]
     assert experiment.name.endswith(path.stem)
     assert experiment.seeds[:3] == [0, 1, 2]
     assert len(experiment.seeds) == 5 or path.parent.name == "beyond"
@@ -139,7 +139,7 @@ def distinct_networks() -> list[tuple[Path, int]]:
 
 @pytest.mark.parametrize(("path", "classes"), distinct_networks(), ids=lambda value: Path(str(value)).stem)
 def test_one_batch_through_the_real_network(path: Path, classes: int) -> None:
-    experiment = experiment_of(options_of(path))
+    experiment = read_experiment(options_of(path))[0]
     config = replace(experiment.network, weights=None)  # they are not here, and their names were checked when parsed
     expert = Expert(
         config.name, config.image_size, options=config.options, num_classes=classes, lr=experiment.expert.lr

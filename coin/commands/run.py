@@ -16,7 +16,7 @@ from coin.reporting.tables import print_summary
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
-    experiment, options = _read(arguments)
+    experiment, options = read_experiment(arguments)
     if options["dry_run"]:
         print_outlook(experiment.name, [experiment], options["launch"], as_document=options["json"])
         return
@@ -34,11 +34,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"report: {page}")
         print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
         print(f"      coin serve {experiment.folder} answers queries")
-
-
-def experiment_of(arguments: Sequence[str]) -> Experiment:
-    """Return the experiment that the arguments of ``coin run`` describe."""
-    return _read(arguments)[0]
 
 
 def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
@@ -73,8 +68,8 @@ def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, 
         print(f"elsewhere: {launch.executor}, {launch.workers} at a time")
 
 
-def _read(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
-    """Return the experiment, and the options beside it."""
+def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
+    """Return the experiment that the arguments of ``coin run`` describe, and the options beside it."""
     parser = command_parser("run")
     parser.add_class_arguments(Experiment, skip={"given"})
     parser.add_class_arguments(Launch, "launch")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coin.commands.parser import command_parser, parsed
-from coin.commands.run import experiment_of, print_outlook
+from coin.commands.run import print_outlook, read_experiment
 from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
 from coin.pipeline.pool import Launch
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigurationError(f"{told}; start coin sweep without torchrun or srun")
     sweep = read_sweep(Path(shipped(SWEEPS, options["file"])))
     folder = Path(options["output"]) / sweep.name
-    points = [(point, experiment_of(point.arguments)) for point in sweep_points(sweep, folder)]
+    points = [(point, read_experiment(point.arguments)[0]) for point in sweep_points(sweep, folder)]
     if options["dry_run"]:
         print_outlook(f"{sweep.name}, {len(points)} points", [each for _, each in points], options["launch"])
         return

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from coin.callbacks import Weights
-from coin.commands.run import experiment_of
+from coin.commands.run import read_experiment
 from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
@@ -83,7 +83,7 @@ class Forgetful(OwnTask):
 
 def test_a_run_leaves_the_options_that_repeat_it(config: Path) -> None:
     options = ["--expert.lr=0.5", "--methods=[{class_path: Coin, init_args: {damping: 0.1}}]", "--code=[[0.25,0.75]]"]
-    experiment = experiment_of(["-c", str(config), *options])
+    experiment = read_experiment(["-c", str(config), *options])[0]
     said = yaml.safe_load(experiment.as_yaml([7]))
     assert said["seeds"] == [7]
     assert said["tasks"]["digits"]["init_args"]["image_size"] == 16  # what the network takes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coin.commands.run import experiment_of
+from coin.commands.run import read_experiment
 from coin.errors import FileError
 from coin.merging import Average
 from coin.pipeline.plan import Planned, plan, union
@@ -27,7 +27,7 @@ def planned(config: Path, tmp_path: Path) -> Callable[..., list[Planned]]:
 
     def make(*options: str) -> list[Planned]:
         arguments = ["-c", str(config), f"--output={tmp_path}", "--replicas=[{bits: 3}]", *options]
-        return plan(experiment_of(arguments))
+        return plan(read_experiment(arguments)[0])
 
     return make
 
