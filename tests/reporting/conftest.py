@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
@@ -20,11 +21,18 @@ METHODS = (
     ("coin", "recalibrate", (0.862, 0.965, 0.981), 0.55, 4.6, 8800.0),
     ("distillation", "keep", (0.980, 0.979, 0.981), 0.22, 30.4, 57600.0),
 )
+FEW = (METHODS[0], METHODS[2], ("coin", "auto:recalibrate", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0))
 DECODERS = ("linear", "ridge", "feature_ridge")
 EXPERTS = (0.956, 0.987, 0.912)
 
+BASE = Row("x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8e3, 0.2, 9.0)
 Confusions = dict[str, NDArray[np.int64]]
 Make = Callable[..., Path]
+
+
+def frame(*rows: Row) -> pd.DataFrame:
+    """Return rows as they are in ``results.csv``."""
+    return pd.DataFrame([vars(row) for row in rows])
 
 
 def measured(

@@ -11,9 +11,9 @@ import coin
 from coin.cli import main
 from coin.errors import ConfigurationError, FileError
 from coin.reporting.choice import choose
-from coin.reporting.results import Row, write_results
+from coin.reporting.results import write_results
+from tests.reporting.conftest import BASE
 
-BASE = Row("x", 0, "coin", "", "linear", "0", "a", "a", 200, 0.9, 0.8, 0.9, 0.85, 0.5, 4.0, 84.0, 0.2, 12.0)
 # method, decoder, NDA on a and on b, memory, forwards, losses
 KEPT = (
     ("none", "ridge", 0.80, 0.60, 0.1, 1, 1),

@@ -19,13 +19,9 @@ from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, wri
 from coin.reporting.report import report_summary
 from coin.reporting.results import KEYS, write_results
 from coin.reporting.style import as_png
+from tests.reporting import conftest
 
-FEW = (
-    ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
-    ("average", "auto:average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
-    ("coin", "auto:recalibrate", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
-    ("refit", "keep", (0.95, 0.970, 0.999), 0.3, 4.1, 8400.0),
-)
+FEW = (*conftest.FEW, ("refit", "keep", (0.95, 0.970, 0.999), 0.3, 4.1, 8400.0))
 Make = Callable[..., Path]
 
 

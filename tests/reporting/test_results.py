@@ -107,14 +107,6 @@ def test_missing_or_damaged_files_are_one_clear_line(tmp_path: Path):
         (tmp_path / "results.csv").write_text(text.replace(old, new), encoding="utf-8")
         with pytest.raises(FileError, match=said):
             read_results(tmp_path)
-    write_results(tmp_path, [ROW], {}, {"a": np.eye(2, dtype=np.int64)})
-    for name in ("confusion.npz", "results.json"):
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FileError, match="not a whole"):
-        read_confusions(tmp_path)
-    with pytest.raises(FileError, match="cannot be read as JSON"):
-        read_configuration(tmp_path)
 
 
 def test_results_of_other_experts_than_those_there_are_refused(tmp_path: Path):

@@ -8,28 +8,15 @@ import pandas as pd
 import pytest
 
 from coin.errors import CoinWarning
-from coin.reporting import read_summary, summarise
+from coin.reporting import read_summary, stand_ins, summarise, summary as summaries
 from coin.reporting.results import Row, write_results
-from coin.reporting.summary import (
-    decoders_of,
-    expert_accuracies,
-    over_tasks,
-    seed_folders,
-    stand_ins,
-    variant_names,
-    write_summary,
-)
-
-BASE = Row("x", 0, "coin", "average", "linear", "0", "a", "a", 200, 0.9, 0.8, 0.9, 0.4, 0.1, 9.0, 100.0, 0.5, 80.0)
+from coin.reporting.summary import decoders_of, over_tasks, variant_names, write_summary
+from tests.reporting.conftest import BASE, frame
 
 
 def row(seed: int, task: str, nda: float, erased: str = "", **changes: object) -> Row:
     own = {"decoded_accuracy": 0.9 * nda, "agreement": nda / 2, "residual": 1 - nda, "merge_seconds": 10.0 * nda}
     return replace(BASE, seed=seed, task=task, nda=nda, erased=erased or task, **{**own, **changes})  # type: ignore
-
-
-def frame(*rows: Row) -> pd.DataFrame:
-    return pd.DataFrame([vars(each) for each in rows])
 
 
 def pick(summary: pd.DataFrame, **where: object) -> pd.Series:
@@ -43,7 +30,7 @@ def test_mean_and_spread_over_seeds_and_tasks():
     ndas = {"a": [0.8, 0.9, 0.97], "b": [0.7, 0.95, 0.6]}
     summary = summarise(frame(*(row(seed, task, ndas[task][seed]) for seed in range(3) for task in "ab")))
     assert len(summary) == 3
-    experts = expert_accuracies(summary)[["task", "seeds", "mean"]].values.tolist()
+    experts = summaries.expert_accuracies(summary)[["task", "seeds", "mean"]].values.tolist()
     assert experts == [["a", 3, pytest.approx(0.9)], ["b", 3, pytest.approx(0.9)]]
     for task, values in ndas.items():
         found = pick(summary, task=task, erased=task)
@@ -112,8 +99,8 @@ def test_a_name_depends_on_the_method_s_own_options_alone():
 
 def test_names_give_the_code_rows_only_where_one_loss_is_read_out_by_several():
     one, two = row(0, "a", 0.9), row(0, "a", 0.9, code_row="0+1")
-    assert list(variant_names(frame(one, row(0, "a", 0.9, erased="a+b", code_row="0+1")))) == ["coin (average)"] * 2
-    assert list(variant_names(frame(one, two))) == ["coin (average)[0]", "coin (average)[0+1]"]
+    assert list(variant_names(frame(one, row(0, "a", 0.9, erased="a+b", code_row="0+1")))) == ["coin"] * 2
+    assert list(variant_names(frame(one, two))) == ["coin[0]", "coin[0+1]"]
 
 
 def test_decoders_that_matter_come_first():
@@ -133,7 +120,7 @@ def test_seeds_of_other_options_than_the_latest_are_left_out_with_a_warning(tmp_
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"date": "2020-01-01"}))
     with pytest.warns(CoinWarning, match="left out seed-0: measured with other options"):
-        assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-1", "seed-2"]
+        assert [folder.name for folder in summaries.seed_folders(tmp_path)] == ["seed-1", "seed-2"]
 
 
 def test_what_may_be_kept_has_the_worst_task_over_seeds_too():

@@ -13,12 +13,8 @@ from coin.errors import FileError
 from coin.reporting import write_report
 from coin.reporting.results import write_frame, write_results
 from coin.reporting.sweeps import read_sweep_table, sweep_frame, sweep_table
+from tests.reporting.conftest import FEW, frame
 
-FEW = (
-    ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
-    ("average", "auto:average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
-    ("coin", "auto:recalibrate", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
-)
 Write = Callable[..., Path]
 
 
@@ -32,10 +28,7 @@ def write_sweep(tmp_path: Path, measure) -> Write:
         for index, values in enumerate(points):
             seed, samples = int(values["seeds"].strip("[]")), values.get("calibration.samples_per_task", 50)
             rows = measure(seed, experiment=f"kinds-{index:03d}", samples=samples, methods=FEW)[0]
-            frame = pd.DataFrame([vars(row) for row in rows])
-            for place, (key, value) in enumerate(values.items()):
-                frame.insert(place, key, value)
-            frames.append(frame)
+            frames.append(pd.concat([pd.DataFrame([values] * len(rows)), frame(*rows)], axis=1))
             if with_folders:
                 write_results(folder / f"kinds-{index:03d}" / f"seed-{seed}", rows, {"name": "kinds"})
         write_frame(folder / "sweep.csv", pd.concat(frames, ignore_index=True))

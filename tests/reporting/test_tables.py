@@ -11,47 +11,20 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from coin.reporting import nda_tables, summarise
+from coin.reporting import headline, nda_tables, summarise, tables
 from coin.reporting.extras import PROMISE_COLUMNS
-from coin.reporting.headline import (
-    BASELINE,
-    CODED,
-    COPIES,
-    FLOOR,
-    Entry,
-    cautions,
-    difference,
-    differences,
-    entries,
-    headline,
-)
+from coin.reporting.headline import Entry, cautions, difference, differences, entries
 from coin.reporting.results import Row
 from coin.reporting.summary import shortlist, stand_ins, undominated
-from coin.reporting.tables import (
-    finding,
-    heading,
-    percent,
-    print_summary,
-    promise_table,
-    rich_table,
-    seconds,
-    stand_in_table,
-)
-
-BASE = Row(
-    "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
-)
-
-
-def frame(*rows: Row) -> pd.DataFrame:
-    return pd.DataFrame([vars(row) for row in rows])
+from coin.reporting.tables import percent, rich_table, seconds, stand_in_table
+from tests.reporting.conftest import BASE, frame
 
 
 def printed(summary: pd.DataFrame, width: int = 80) -> str:
     # A console that is no terminal: what a pipe receives.
     console = Console(width=width, force_terminal=False, color_system=None)
     with console.capture() as capture:
-        print_summary(summary, console)
+        tables.print_summary(summary, console)
     return capture.get()
 
 
@@ -113,14 +86,14 @@ def test_a_wide_terminal_has_all_and_markup_in_a_name_stands_as_it_is(measure):
 def test_numbers_and_names_as_text():
     assert [seconds(value) for value in (0.0, 31.06, 12345.0, math.nan)] == ["0.0", "31.1", "12,345", "–"]
     assert [percent(0.98024, 0.00314), percent(0.98024), percent(math.nan)] == ["98.02 ± 0.31", "98.02", "–"]
-    assert [heading("feature_ridge-64-own"), heading("merge passes")] == ["feature_ridge-\n64-\nown", "merge passes"]
+    assert [tables.heading(name) for name in ("a_longer_name-own", "merge s")] == ["a_longer_name-\nown", "merge s"]
 
 
 def test_promises_over_tasks_and_seeds_by_hand():
     key, about = ["x", 0, "coin", "auto:keep", "linear", "0", "a", "a", 200], [0.02, 0.95, 400, 149]
     lines = [[*key, *about, 0.3, 0.8, 0.9, 0.01], [*key, *about, 0.2, 0.4, 0.3, 0.03]]
     lines += [[*key, *about, math.nan, 0.0, 0.0, math.nan]]
-    table = promise_table(pd.DataFrame(lines, columns=list(PROMISE_COLUMNS)))
+    table = tables.promise_table(pd.DataFrame(lines, columns=list(PROMISE_COLUMNS)))
     assert list(table)[1:] == ["given", "at most", "coverage promised", "coverage", "found"]
     # 0.9 and 0.3 of two test sets are accepted, of which 0.01 and 0.03 differ
     assert table.iloc[0].tolist()[1:] == ["2 of 3", "2.00", "40.00", "40.00", "1.50"]
@@ -163,11 +136,11 @@ def test_the_finding_is_the_smallest_of_the_nearly_best():
     ]  # fmt: skip
     kept = pd.DataFrame(rows, columns=columns)
     told = r"middle with linear .* 98\.5 % .* 4 MiB; .* 3 network runs, .* 1 expert .*; the survivors .* 40\.0 %"
-    assert re.search(told, finding(kept))
+    assert re.search(told, tables.finding(kept))
     far = pd.DataFrame([("average", "linear", 2.857, 0.0, 2, 1, 2)], columns=columns)
-    assert not re.search(r"\d", finding(far))  # weaker than what replaces them: no number of what is none
+    assert not re.search(r"\d", tables.finding(far))  # weaker than what replaces them: no number of what is none
     copies = pd.DataFrame([("replica-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
-    assert re.search(r" 2 MiB; .* 1 network run, .* 2 experts", finding(copies))
+    assert re.search(r" 2 MiB; .* 1 network run, .* 2 experts", tables.finding(copies))
 
 
 NONE = {"batchnorm": "", "code_row": ""}
@@ -183,7 +156,7 @@ def found(*rows: list[Row], kinds: dict[str, str] | None = None) -> list[Entry]:
 
 
 def said(*rows: list[Row]) -> str:
-    return headline(found(*rows), 2)
+    return headline.headline(found(*rows), 2)
 
 
 def test_entries_are_variants_with_their_best_decoder_and_their_role_whatever_the_label():
@@ -196,8 +169,9 @@ def test_entries_are_variants_with_their_best_decoder_and_their_role_whatever_th
         kinds={"kd": "distillation", "replica-3bit": "replica"},
     )  # fmt: skip
     assert [(each.name, each.decoder, each.role) for each in told] == [
-        ("replica-3bit", "replica", COPIES), ("coin", "ridge", CODED), ("kd (keep)", "linear", BASELINE),
-        ("distillation-200", "linear", BASELINE), ("none", "ridge", FLOOR),
+        ("replica-3bit", "replica", headline.COPIES), ("coin", "ridge", headline.CODED),
+        ("kd (keep)", "linear", headline.BASELINE), ("distillation-200", "linear", headline.BASELINE),
+        ("none", "ridge", headline.FLOOR),
     ]  # fmt: skip
 
 
