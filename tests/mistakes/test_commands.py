@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,26 +58,12 @@ TYPOS = {
     "a task's class": ("class_path: Digits", "class_path: Digist", "found class 'Digist' (did you mean Digits?)"),
     "a task of torchvision's": ("class_path: Digits", "class_path: torchvision.datasets.MNIST", "subclass of TaskData"),
     "a null section": ("calibration: {samples_per_task: 4}", "calibration:", "found no options in calibration"),
-    "a key twice": ("name: small\n", "name: small\nname: other\n", "found key 'name' twice"),
     "no YAML": ("name: small\n", "name: [small\n", "as YAML: while parsing a flow sequence in line 2"),
-    "a tab": ("name: small\n", "name: small\n\tx: 1\n", "as YAML: while scanning"),
     "a method's option": ("Average}", "Average, init_args: {batchnrom: keep}}", "Option 'batchnrom' is not accepted"),
-    "an option beside": (
-        "Average}",
-        "Refit, ridge: 1}",
-        "found 'ridge' beside class_path: Refit, expected options und",
-    ),
-    "no list of methods": (
-        "[{class_path: Average}]",
-        "Average",
-        "\"methods\": Expected a <class 'list'>. Got value: Av",
-    ),
+    "an option beside": ("Average}", "Refit, ridge: 1}", "found 'ridge' beside class_path: Refit, expected options"),
+    "no list of methods": ("[{class_path: Average}]", "Average", "\"methods\": Expected a <class 'list'>. Got val"),
     "a choice": ("samples_per_task: 4", "fisher_kind: exat", "'FisherKind'>: {exact,"),
-    "a method's choice": (
-        "Average}",
-        "Refit, init_args: {target: oun}}",
-        "Expected a member of <enum 'Target'>: {own,",
-    ),
+    "a method's choice": ("Average}", "Refit, init_args: {target: oun}}", "a member of <enum 'Target'>: {own,"),
     "a method's number": ("Average}", "Refit, init_args: {ridge: -1}}", "found ridge=-1.0, expected a number above 0"),
     "a method's text": ("Average}", "Refit, init_args: {ridge: no}}", "<class 'float'>. Got value: False"),
     "a method's module": ("Average", "mine.Method", "'mine.Method': No module named 'mine'"),
@@ -99,6 +84,8 @@ def test_a_mistake_in_a_file_is_one_line(case: str, config: Path, capsys: pytest
 
 NO_BATCHNORM = "--network={name: squeezenet1_1, image_size: 64, options: {}}"
 FOLDER = "{class_path: ImageFolder, init_args: {root: nowhere}}"
+POLICIES = "[{class_path: Coin}, {class_path: Coin, init_args: {batchnorm: keep}}]"
+LARGER = "[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"
 RUN = {
     "no such option": (["--codes=[[1.0]]"], "found option 'codes' (did you mean code?)"),
     "half an option": (["--expert.epoch=7"], "found option 'expert.epoch' (did you mean expert.epochs?)"),
@@ -129,17 +116,8 @@ RUN = {
     "a folder of images": ([f"--tasks.digits={FOLDER}"], "nowhere/train does not exist; expected images as"),
     "a base's images": ([f"--tasks.digits={FOLDER}", "--base={task: {class_path: Digits}}"], "nowhere/train does not"),
     "too few samples": (["--calibration.samples_per_task=4000"], "4000 calibration samples asked of the task 'digits'"),
-    "a method's own": (
-        ["--methods=[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"],
-        "4000 calibration samples asked of the task 'digits' (Digits)",
-    ),
-    "policies without BatchNorm": (
-        [
-            NO_BATCHNORM,
-            "--methods=[{class_path: Coin}, {class_path: Coin, init_args: {batchnorm: keep}}]",
-        ],
-        "no BatchNorm",
-    ),
+    "a method's own": ([f"--methods={LARGER}"], "4000 calibration samples asked of the task 'digits' (Digits)"),
+    "policies without BatchNorm": ([NO_BATCHNORM, f"--methods={POLICIES}"], "no BatchNorm"),
     "an option of another network": (["--network={name: timm/resnet18}"], "with options {'width': 4}: ResNet.__init__"),
     "an option of no network": (["--network.options={wide: 1}"], "with options {'wide': 1}: SmallResNet.__init__"),
     "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),
@@ -169,20 +147,14 @@ COMMANDS = {
     "an option of a function": (["compress", "a", "--bts=3"], "found option 'bts' (did you mean bits?)"),
     "a network's file": (["compress", "no.safetensors", "--bits=4"], "found no file 'no.safetensors', expected"),
     "report of nothing": (["report", "nowhere"], "nowhere"),
-    "serving nothing": (
-        ["serve", "nowhere"],
-        "found no folder 'nowhere', expected an experiment's; make it with coin r",
-    ),
+    "serving nothing": (["serve", "nowhere"], "found no folder 'nowhere', expected an experiment's; make it with"),
     "simulating nothing": (["simulate", "nowhere"], "found no folder 'nowhere', expected"),
     "choosing of nothing": (["choose", "nowhere"], "nowhere"),
     "a method for a model": (["fit", "--model=Distillation", "--data=Digits"], "(did you mean DistillationModule?)"),
     "a task": (["fit", "--data.class_path=Mnist5k"], "found class 'Mnist5k' (did you mean MNIST5k?)"),
     "a folder's root": (["fit", "--data=ImageFolder"], "'coin.data.ImageFolder': the following arguments are required"),
     "an option": (["fit", "--dat=Digits"], "unrecognized arguments: --dat=Digits; see coin fit --help"),
-    "a Trainer's option": (
-        ["fit", "--data=Digits", "--trainer.max_epoch=1"],
-        "unrecognized arguments: --trainer.max_e",
-    ),
+    "a Trainer's option": (["fit", "--data=Digits", "--trainer.max_epoch=1"], "unrecognized arguments: --trainer.max"),
     "an option in a file": (["fit", "-c", "{whatever: 1}"], "Subcommand 'fit' does not accept option 'whatever'"),
     "an expert's option": (["fit", "--data=Digits", "--model.lrr=1"], "'coin.modules.Expert': Option 'lrr' is not acc"),
     "an expert's network": (["fit", "--data=Digits", "--model.network=resnet5"], "found network.name 'resnet5' (did"),
@@ -212,19 +184,9 @@ def test_a_package_that_is_missing_is_one_line(config: Path, capsys: Any, monkey
     assert "pip install" in line
 
 
-class Own(torch.nn.Module):
-    """A network of the user's, with a defect."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        raise ValueError("a defect of the user's")
-
-
 def worker_error() -> DataError:
     """An error as a DataLoader hands it on from a worker."""
-    return DataError(
-        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n x"
-    )
+    return DataError("Caught DataError in DataLoader worker 0.\nOriginal Traceback (most recent call last):\n x")
 
 
 def within() -> None:
@@ -239,7 +201,6 @@ def within() -> None:
     [
         (within, KeyError),
         (lambda: len(3), TypeError),
-        (lambda: Own(3), ValueError),
         (lambda: torch.empty(2**60), RuntimeError),
         (lambda: open("/proc/nope", "w"), OSError),  # noqa: PTH123, SIM115
         (lambda: (_ for _ in ()).throw(worker_error()), DataError),
@@ -321,15 +282,12 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     cut_off(last)
     line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys, written=True)
     assert f"cannot read '{last}' as a checkpoint" in line
-    shutil.rmtree(tmp_path / "o")
 
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
     under, over = tmp_path / "under.yaml", tmp_path / "over.yaml"
-    first = "{class_path: Ties, init_args: {scale: 5}}"
-    under.write_text(
-        f"name: x\ntasks: {{a: {{class_path: Digits, init_args: {{max_train: 7}}}}}}\nmethods: [{first}]\n"
-    )
+    tasks, first = "{a: {class_path: Digits, init_args: {max_train: 7}}}", "{class_path: Ties, init_args: {scale: 5}}"
+    under.write_text(f"name: x\ntasks: {tasks}\nmethods: [{first}]\n")
     over.write_text("tasks: {a: {class_path: MNIST5k}}\nmethods: [{class_path: TaskArithmetic}]\n")
     given = ["--methods", "[{class_path: TaskArithmetic}]", "--tasks={a: {class_path: MNIST5k}}"]
     for more in (["-c", str(over)], given):

@@ -1,4 +1,3 @@
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +6,6 @@ import torch
 from safetensors.torch import save_file
 
 from coin.errors import FileError, StateError
-from coin.files.safetensors import save_state
 from coin.networks import (
     NetworkConfig,
     build_network,
@@ -15,7 +13,6 @@ from coin.networks import (
     import_checkpoint,
     initial_network,
     load_network,
-    read_weights,
     save_network,
 )
 
@@ -56,23 +53,10 @@ def test_reading_a_file_of_pretrained_weights_downloads_nothing(tmp_path, monkey
     assert same(load_network(tmp_path / "net.safetensors").network.state_dict(), network.state_dict())
 
 
-def test_tensors_of_another_architecture_or_class_count_are_named(tmp_path, small_config, saved):
-    save_state(tmp_path / "fisher.safetensors", {"weight": torch.ones(2)}, {"statistic": "fisher"})
-    with pytest.raises(FileError, match=r"fisher\.safetensors' holds no network"):
-        load_network(tmp_path / "fisher.safetensors")
+def test_tensors_of_another_architecture_are_named(small_config, saved):
     with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\]"):
         initial_network(replace(small_config, options={"width": 8}), 3, saved)
     network = build_network(small_config, 3)
-    path = tmp_path / "net.safetensors"
-    save_network(path, network, small_config, 4, {})
-    with pytest.raises(StateError, match=r"tensor 'fc\.weight' of shape \[3, 32\], expected \[4, 32\]"):
-        load_network(path)
-    save_network(path, network, replace(small_config, options={"width": 8}), 3, {})
-    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\], expected \[8, 3, 3, 3\]"):
-        load_network(path)
-    save_network(path, network, NetworkConfig("resnet18", 16), 3, {})
-    with pytest.raises(StateError, match=r"has no tensor 'bn1\.bias'.*of another architecture: give one"):
-        load_network(path)
     with pytest.raises(StateError, match=r"'mine' has a tensor 'extra' too many \(1 in all\)"):
         fill_network(network, {**network.state_dict(), "extra": torch.ones(1)}, "mine")
 
@@ -98,34 +82,6 @@ def test_adapters_beside_the_weights_are_refused_with_the_line_that_merges_them(
     save_file(state, tmp_path / "adapted.safetensors")
     with pytest.raises(FileError, match=r"holds LoRA adapters .*; save what peft's merge_and_unload\(\) returns"):
         import_checkpoint(small_config, 3, tmp_path / "adapted.safetensors")
-
-
-def test_pickled_objects_are_refused_and_not_run(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload()))
-    for name in ("evil.pt", "evil.pkl"):
-        with pytest.raises(FileError, match="without unpickling objects; save its state_dict as safetensors"):
-            read_weights(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("content", ["missing", "truncated", "list", "numbers", "damaged.safetensors"])
-def test_unreadable_weights_are_one_line(tmp_path, content):
-    path = tmp_path / (content if "." in content else f"{content}.pt")
-    if content == "damaged.safetensors":
-        path.write_bytes(b"\x08")
-    elif content != "missing":
-        torch.save({"truncated": {"a": torch.ones(999)}, "list": [torch.ones(1)], "numbers": {"a": 1}}[content], path)
-        if content == "truncated":
-            path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(FileError) as caught:
-        read_weights(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_base_checkpoints_head_is_kept_when_the_class_counts_agree(small_config, saved):
