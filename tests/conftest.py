@@ -63,16 +63,7 @@ def forget_wandb_service() -> None:
         os.environ.pop("WANDB_SERVICE", None)
 
 
-@pytest.fixture(autouse=True)
-def own_wandb_service() -> None:
-    """Start every test without another test's W&B service."""
-    forget_wandb_service()
-
-
-@pytest.fixture(scope="session")
-def fresh_wandb() -> Callable[[], None]:
-    """The same for fixtures that outlive a test."""
-    return forget_wandb_service
+own_wandb_service = pytest.fixture(autouse=True)(forget_wandb_service)
 
 
 def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
@@ -138,17 +129,9 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """Return a function that makes a Trainer on one CPU that prints and writes nothing of its own."""
 
     def make(**options: Any) -> Trainer:
-        quiet = {
-            "default_root_dir": tmp_path / "run",
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "num_sanity_val_steps": 0,
-        }
-        return Trainer(**{**quiet, **options})
+        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        usual = {"default_root_dir": tmp_path / "run", "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
+        return Trainer(**{**off, **usual, **options})
 
     return make
 
@@ -181,19 +164,12 @@ def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., li
         width = max(file.num_classes for file in files)
         paths = []
         for row in range(code.num_coded):
-            provenance = {
-                "label": label,
-                "batchnorm": "average",
-                "code": code.matrix.tolist(),
-                "row": row,
-                "experts": [fingerprint(file.network.state_dict()) for file in files],
-                "samples_per_task": 20,
-                "seconds": 1.0,
-                "passes": 10.0,
-            }
+            made = {"label": label, "batchnorm": "average", "samples_per_task": 20, "seconds": 1.0, "passes": 10.0}
+            made |= {"code": code.matrix.tolist(), "row": row}
+            made["experts"] = [fingerprint(file.network.state_dict()) for file in files]
             path = tmp_path / "coded" / f"{label}-{row}.safetensors"
             network = build_network(small_config, width, seed=100 + row)
-            save_network(path, network, small_config, width, provenance)
+            save_network(path, network, small_config, width, made)
             paths.append(str(path))
         return paths
 
@@ -209,9 +185,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(config: Path, tmp_path_factory: pytest.TempPathFactory, fresh_wandb: Callable[[], None]) -> Path:
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the finished experiment; tests read it and leave it as it is, and all processes share it."""
-    fresh_wandb()
+    forget_wandb_service()
     temporary = tmp_path_factory.getbasetemp()
     output = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "finished"
     environment = {name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")}

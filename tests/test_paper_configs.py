@@ -70,12 +70,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     def tweets(self: Tweets) -> Source:
         """Tokens of as many tweets as the smaller topic has, in three classes."""
         draw = torch.Generator().manual_seed(0)
-        return Source(
-            *(
-                Samples.of(torch.randint(1, 1000, (count, self.image_size), generator=draw), torch.arange(count) % 3)
-                for count in (6_000, 1_500)
-            )
-        )
+        texts = [torch.randint(1, 1000, (count, self.image_size), generator=draw) for count in (6_000, 1_500)]
+        return Source(*(Samples.of(own, torch.arange(len(own)) % 3) for own in texts))
 
     monkeypatch.setattr(Tweets, "load", tweets)
 
@@ -141,9 +137,7 @@ def distinct_networks() -> list[tuple[Path, int]]:
 def test_one_batch_through_the_real_network(path: Path, classes: int) -> None:
     experiment = read_experiment(options_of(path))[0]
     config = replace(experiment.network, weights=None)  # they are not here, and their names were checked when parsed
-    expert = Expert(
-        config.name, config.image_size, options=config.options, num_classes=classes, lr=experiment.expert.lr
-    )
+    expert = Expert(config.name, config.image_size, options=config.options, num_classes=classes)
     task = next(iter(experiment.tasks.values()))
     task.setup()
     images, labels = next(iter(task.train_dataloader()))
@@ -173,11 +167,9 @@ def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, mon
         "methods:\n" + methods
     )
     command = ["run", *options_of(path), "-c", str(tmp_path / "few.yaml"), f"--output={tmp_path}", "--seeds=[0]"]
-    tasks = (
-        "{gtsrb: {class_path: GTSRB, init_args: {eval_batch_size: 4}},"
-        " stl10: {class_path: STL10, init_args: {eval_batch_size: 4}}}"
-    )
-    assert main([*command, f"--network={narrow}", f"--trainer={few}", f"--tasks={tasks}"]) == 0
+    each = "{name}: {{class_path: {kind}, init_args: {{eval_batch_size: 4}}}}"
+    tasks = ", ".join(each.format(name=kind.lower(), kind=kind) for kind in ("GTSRB", "STL10"))
+    assert main([*command, f"--network={narrow}", f"--trainer={few}", f"--tasks={{{tasks}}}"]) == 0
     found = read_results(tmp_path / "paper-gtsrb-stl10/seed-0")
     labels = {"average", "coin", "regmean", "distillation", "distillation-plain", "distillation-4500", "none", "oracle"}
     assert set(found.method) == labels

@@ -47,8 +47,5 @@ def test_without_a_terminal_long_work_is_told_of(
             advance(2)
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert [each[:10] for each in printed.err.split("\r") if "work" in each][1:] == [
-        "work:  20%",
-        "work:  40%",
-        "work:  60%",
-    ]
+    shares = [each[:10] for each in printed.err.split("\r") if "work" in each]
+    assert shares[1:] == ["work:  20%", "work:  40%", "work:  60%"]

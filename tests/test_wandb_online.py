@@ -51,20 +51,14 @@ def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, wr
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     experts = yaml.safe_dump(write_experts([10, 6]), default_flow_style=True, width=10_000).strip()
     tasks = "{task0: {class_path: Digits}, task1: {class_path: Glyphs, init_args: {classes: A-F}}}"
-    commands = {
-        "run": ["run", "-c", "experiment.yaml"],
-        "sweep": ["sweep", "sweep.yaml"],
-        "evaluate": ["evaluate", "-c", str(CONFIGS / "evaluate/default.yaml"), f"--model.experts={experts}",
-                     f"--data.tasks={tasks}"],
-        "fit": ["fit", "-c", str(CONFIGS / "expert/mnist5k.yaml")],
-    }  # fmt: skip
-    logger = ["fit", "-c", str(CONFIGS / "expert/mnist5k.yaml"), "-c", str(CONFIGS / "logger/wandb-online.yaml")]
+    fit = ["fit", "-c", str(CONFIGS / "expert/mnist5k.yaml")]
+    evaluate = ["evaluate", "-c", str(CONFIGS / "evaluate/default.yaml"), f"--model.experts={experts}"]
+    commands = [["run", "-c", "experiment.yaml"], ["sweep", "sweep.yaml"], [*evaluate, f"--data.tasks={tasks}"], fit]
+    logger = [*fit, "-c", str(CONFIGS / "logger/wandb-online.yaml")]
     online, key = {"WANDB_MODE": "online"}, {"WANDB_API_KEY": "x" * 40}
     cases = [
-        *({"arguments": command, "environment": online} for command in commands.values()),
-        *({"arguments": command, "environment": online | key} for command in commands.values()),
-        {"arguments": logger, "environment": {}},
-        {"arguments": logger, "environment": key},
+        *({"arguments": each, "environment": online | given} for given in ({}, key) for each in commands),
+        *({"arguments": logger, "environment": given} for given in ({}, key)),
     ]
     with socket.socket() as taken:  # bound but not listening: the port refuses connections
         taken.bind(("127.0.0.1", 0))
@@ -80,16 +74,8 @@ def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, wr
             # A file, for W&B's service process would hold a pipe open.
             script, stderr = [sys.executable, "-W", "ignore", "-c", SCRIPT], tmp_path / "stderr"
             with stderr.open("w") as file:
-                given = json.dumps(cases)
-                subprocess.run(
-                    script,
-                    input=given,
-                    cwd=tmp_path,
-                    env=environment,
-                    stdout=subprocess.DEVNULL,
-                    stderr=file,
-                    text=True,
-                )
+                kept: Any = {"stdout": subprocess.DEVNULL, "stderr": file, "cwd": tmp_path, "env": environment}
+                subprocess.run(script, input=json.dumps(cases), text=True, **kept)
             return stderr.read_text(encoding="utf-8")
 
         stderr = run()
@@ -106,19 +92,13 @@ def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, wr
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.fixture
-def evaluation(
-    tmp_path: Path, synthetic: Any, write_experts: Callable[..., dict], write_coded: Callable[..., list]
-) -> Any:
-    experts = write_experts([3, 2])
-    tasks = {"task0": synthetic(3, key=0, test=23), "task1": synthetic(2, key=1, test=17)}
-    return DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts)), Tasks(tasks, 20, seed=7)
-
-
 def test_results_stand_where_w_and_b_fails_at_the_very_end(
-    tmp_path: Path, evaluation: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, synthetic: Any, write_experts: Any, write_coded: Any, make_trainer: Any, monkeypatch: Any
 ):
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    tasks = Tasks({"task0": synthetic(3, key=0, test=23), "task1": synthetic(2, key=1, test=17)}, 20, seed=7)
+    experts = write_experts([3, 2])
+    evaluator = DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts))
 
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenPipeError("the service is gone")
@@ -130,7 +110,7 @@ def test_results_stand_where_w_and_b_fails_at_the_very_end(
         try:
             trainer = make_trainer(logger=WandbLogger(experiment=run))
             with pytest.warns(CoinWarning, match=r"W&B did not take the evaluation \(BrokenPipeError: the service is"):
-                outcomes = trainer.evaluate(*evaluation)
+                outcomes = trainer.evaluate(evaluator, tasks)
         finally:
             run.finish()
     frame = read_results(tmp_path / "run")

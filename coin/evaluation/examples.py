@@ -22,10 +22,7 @@ class KeptSamples(NamedTuple):
 
 
 class ExampleSamples(Metric):
-    """Keeps the first `count` samples of a test set in a fixed random order, with the answers to them in K ways.
-
-    Which ones depends neither on the batch size nor on the number of processes.
-    """
+    """Keeps the first `count` samples of a test set in a fixed random order, with the answers to them in K ways."""
 
     full_state_update = False
     answers: Tensor
@@ -55,6 +52,8 @@ class ExampleSamples(Metric):
         return self.answers, self.images
 
     def kept(self) -> KeptSamples:
-        """Return the samples kept over all processes, in the CPU's memory."""
+        """Return the samples seen and kept over all processes, in the CPU's memory."""
         answers, images = (state.cpu() for state in self.compute())  # where torchmetrics makes one number a scalar
-        return KeptSamples(images, self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])
+        seen = answers[:, 0] >= 0  # all of them, unless test batches are limited
+        answers, position = answers[seen], self.order[: len(seen)][seen]
+        return KeptSamples(images[seen], position, answers[:, 0], answers[:, 1], answers[:, 2:])

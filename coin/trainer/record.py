@@ -95,7 +95,7 @@ def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
 
 def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     """Return the test images kept by an evaluation, with their tasks' class names; None if there are none."""
-    if not model.kept:
+    if not any(len(kept.images) for kept in model.kept.values()):
         return None
     names: list[str] = []
     parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task")}

@@ -46,6 +46,15 @@ def test_fewer_samples_than_places_and_large_images():
     assert keep(4, 4, image_size=120).images.shape == (4, 3, 96, 96)
 
 
+def test_samples_that_were_not_seen_are_left_out():
+    images, *three = answers(5)
+    metric = ExampleSamples(5, 16, 2)
+    metric.update(to_input(images[:3], 16), torch.arange(3), *(each[:3] for each in three))
+    kept = metric.kept()
+    assert sorted(kept.position.tolist()) == [0, 1, 2]
+    assert kept.images.equal(images[kept.position])
+
+
 def test_the_evaluator_keeps_what_every_decoder_answers(write_experts, write_coded, tasks_of, make_trainer):
     experts, code, tasks = write_experts(CLASSES), [[0.6, 0.4]], tasks_of(CLASSES)
     paths = [*write_coded(code, experts), *write_coded(code, experts, label="other")]

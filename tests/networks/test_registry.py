@@ -63,7 +63,7 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
         (
             ("small_resnet", 32, "IMAGENET1K_V1"),
             3,
-            "found network.weights 'IMAGENET1K_V1', expected a file or null for",
+            "network.weights 'IMAGENET1K_V1', expected a file or null for small",
         ),
         (("resnet18", 0), 3, r"network\.image_size 0, expected at least 1 pixel"),
         (("resnet18", 32, None, {"bogus": 1}), 3, "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
