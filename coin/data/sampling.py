@@ -29,7 +29,7 @@ class Stream(IntEnum):
 
 
 def seeded(seed: int, *keys: int) -> torch.Generator:
-    """A CPU generator that depends on ``(seed, *keys)`` alone; distinct tuples give unrelated streams."""
+    """A CPU generator that depends on ``(seed, *keys)`` alone."""
     state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 

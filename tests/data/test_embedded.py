@@ -15,15 +15,16 @@ from coin.errors import ConfigurationError, FileError
 )
 def test_packaged_digits(task, module, shape, sizes, monkeypatch):
     pytest.importorskip(module)
-    splits, other = task().splits, task(split_seed=1).splits
+    splits = task().splits
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == sizes
     assert {index for part in parts for index in part.index.tolist()} == set(range(sum(sizes)))
     assert splits.test.images().shape == (sizes[2], *shape)
     assert int(splits.test.images().max()) == 255
     assert torch.bincount(splits.test.targets, minlength=10).min() >= 0.09 * sizes[2]
-    assert torch.equal(task(seed=1).splits.test.index, splits.test.index)
-    assert not torch.equal(other.test.index, splits.test.index)
+    if task is Digits:  # whose table is read faster
+        assert torch.equal(task(seed=1).splits.test.index, splits.test.index)
+        assert not torch.equal(task(split_seed=1).splits.test.index, splits.test.index)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(FileError, match=r"pip install '\.\[demo\]'"):
         task().setup()

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torchmetrics.utilities.data import dim_zero_sum
 
 from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.errors import ConfigurationError, DataError
@@ -13,14 +14,8 @@ def logits_for(predictions, classes=3):
 
 def random_batches(seed, sizes=(5, 1, 17)):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(size, 4, generator=generator),
-            torch.randn(size, 4, generator=generator),
-            torch.randint(4, (size,), generator=generator),
-        )
-        for size in sizes
-    ]
+    logits = [[torch.randn(size, 4, generator=generator) for _ in range(2)] for size in sizes]
+    return [(*pair, torch.randint(4, pair[0].shape[:1], generator=generator)) for pair in logits]
 
 
 def test_the_numbers_by_hand():
@@ -56,18 +51,13 @@ def test_padding_is_not_read():
         DecodingAccuracy(num_classes=0)
 
 
-def test_an_expert_that_is_never_right_has_no_nda():
-    metric = DecodingAccuracy()
+def test_an_expert_that_is_never_right_has_no_nda_and_an_answer_of_nan_is_none():
+    metric, nothing = DecodingAccuracy(), DecodingAccuracy()
     metric.update(logits_for([0]), logits_for([1]), torch.tensor([0]))
     assert math.isnan(metric.compute()["nda"])
     assert float(metric.compute()["decoded_accuracy"]) == 1.0
-
-
-def test_an_answer_of_nan_is_no_answer():
-    metric = DecodingAccuracy()
-    metric.update(torch.full((1, 3), torch.nan), logits_for([0]), torch.tensor([0]))
-    assert float(metric.compute()["decoded_accuracy"]) == 0.0
-    assert float(metric.compute()["agreement"]) == 0.0
+    nothing.update(torch.full((1, 3), torch.nan), logits_for([0]), torch.tensor([0]))
+    assert [float(nothing.compute()[name]) for name in ("decoded_accuracy", "agreement")] == [0.0, 0.0]
 
 
 def test_shapes_are_checked():
@@ -84,10 +74,7 @@ def test_residual_is_the_ratio_of_norms_over_all_samples():
         metric.update(coded, target)
     coded, target = (torch.cat([batch[i] for batch in batches]).double() for i in (0, 1))
     torch.testing.assert_close(metric.compute(), (coded - target).norm() / target.norm())
-
-
-def test_residual_against_nothing_is_not_a_number():
-    metric = Residual()
+    metric = Residual()  # against nothing it is not a number
     assert math.isnan(metric.compute())
     metric.update(torch.ones(2, 3), torch.zeros(2, 3))
     assert math.isnan(metric.compute())
@@ -103,16 +90,10 @@ def test_two_processes_equal_one(make):
         one.update(*used)
         (first if index % 2 else second).update(*used)
     (state,) = first._defaults
-    assert first._reductions[state] is torchmetrics_sum()
+    assert first._reductions[state] is dim_zero_sum
     merged = torch.stack([getattr(first, state), getattr(second, state)]).sum(0)
     setattr(first, state, merged)
     torch.testing.assert_close(first.compute(), one.compute(), rtol=1e-14, atol=0)
-
-
-def torchmetrics_sum():
-    from torchmetrics.utilities.data import dim_zero_sum
-
-    return dim_zero_sum
 
 
 def test_long_sums_do_not_lose_counts():
