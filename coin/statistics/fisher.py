@@ -21,16 +21,13 @@ from coin.statistics.tape import Tape
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """Which Fisher diagonal it is, and how it is computed.
+    """Which Fisher diagonal it is, and how it is computed; raises ConfigurationError for options out of their range.
 
     Args:
         kind: Which diagonal.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind; none takes 1.
         memory_mib: Bound on the working memory in MiB, beside the network and the sums; numbers do not depend on it.
         samples_per_task: P, the number of unlabelled samples of each task, where they are drawn.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or belongs to another kind.
     """
 
     kind: FisherKind = FisherKind.exact
@@ -42,12 +39,11 @@ class FisherOptions:
         object.__setattr__(self, "kind", parse_enum(FisherKind, "kind", self.kind))
         check_integer("memory_mib", self.memory_mib, 1)
         check_integer("samples_per_task", self.samples_per_task, 1)
-        if self.mc_samples is not None and self.kind is not FisherKind.monte_carlo:
-            raise ConfigurationError(
-                f"found mc_samples={self.mc_samples} for the {self.kind} Fisher; only monte_carlo takes a number"
-            )
         if self.mc_samples is not None:
             check_integer("mc_samples", self.mc_samples, 1)
+            if self.kind is not FisherKind.monte_carlo:
+                found = f"found mc_samples={self.mc_samples} for the {self.kind} Fisher"
+                raise ConfigurationError(f"{found}; only monte_carlo takes a number")
 
     @property
     def needs_labels(self) -> bool:
@@ -77,8 +73,7 @@ def fisher_sums(
         labels: True classes [P] in the order of the samples, for the empirical kind.
         generator: Of Monte Carlo's cotangents; torch's global one by default.
         progress: Called with the number of samples after every cut of a batch.
-        forward: (network, batch) → logits, for a network that is not called with one tensor; batches may then be
-            mappings of tensors too.
+        forward: (network, batch) → logits, for other calls than with one tensor; batches may then be mappings too.
         **choices: Options by name, such as ``kind="monte_carlo"``.
 
     Raises:

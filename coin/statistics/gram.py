@@ -38,17 +38,14 @@ def gram_sums(
         network: Maps [B, …] to any output; run in eval mode and left as found.
         batches: Input batches [B, …], or pairs of inputs and labels, whose labels are not looked at.
         progress: Called with the number of samples after every batch.
-        forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
-            mappings of tensors too.
+        forward: (network, batch) → output, for other calls than with one tensor; batches may then be mappings too.
 
     Returns:
         Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias; over all its
-        calls. A weight [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`. Every other
-        trainable parameter of two dimensions or more, and a map that no row came to, is in `Sums.uncovered`.
+        calls. A weight [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`. What no row
+        came to has none.
 
-    Raises:
-        ConfigurationError: There are no parameters.
-        DataError: A batch holds anything but tensors of as many samples.
+    Raises ConfigurationError if there are no parameters, DataError for a batch of anything but tensors.
 
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
@@ -71,9 +68,7 @@ def gram_sums(
         count += size_of(inputs)
         if progress is not None:
             progress(size_of(inputs))
-    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
-    uncovered = (name for name in matrices if values.keys().isdisjoint((name, name + TRANSPOSED)))
-    return Sums(values, count, float(count), tuple(uncovered))
+    return Sums(values, count, float(count))
 
 
 def _rows(call: LinearCall) -> Iterable[Tensor]:

@@ -19,15 +19,11 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
     parameters = {name: p for name, p in every.items() if p.requires_grad} or every
     if not parameters:
-        raise ConfigurationError(
-            f"found no floating-point parameters in {type(network).__name__}, expected at least one; give a network "
-            "that has weights"
-        )
+        found = f"found no floating-point parameters in {type(network).__name__}, expected at least one"
+        raise ConfigurationError(f"{found}; give a network that has weights")
     if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
-        raise ConfigurationError(
-            f"parameter '{complex_ones[0]}' is complex, expected real ones; hold its parts as a real tensor, or leave "
-            "it out by requires_grad_(False)"
-        )
+        found = f"parameter '{complex_ones[0]}' is complex, expected real ones"
+        raise ConfigurationError(f"{found}; hold its parts as a real tensor, or leave it out by requires_grad_(False)")
     return parameters
 
 

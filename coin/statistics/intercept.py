@@ -43,13 +43,9 @@ _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 class Interceptor(TorchFunctionMode):
     """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
 
-    Functions are watched and not modules: a module's weight that is used without its forward (Swin's attention), or a
-    subclass that computes something else first (ConvNeXt's LayerNorm2d), is then treated by what is computed.
-
-    Attributes:
-        sorts: Whether values decided where a row goes, as in a mixture of experts: that may differ between batches.
-        reads: How many functions that return tensors read what a node of autograd's graph made, detached or not. Only
-            if `follow`.
+    Functions are watched and not modules, so that a module's weight that is used without its forward (Swin's
+    attention) is treated by what is computed. `sorts` says whether values decided where a row goes, as in a mixture of
+    experts; `reads`, if `follow`, how many functions read what a node of autograd's graph made, detached or not.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, *, follow: bool = False) -> None:
@@ -187,8 +183,7 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **
 def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
     """Spell out `torch.nn.functional.multi_head_attention_forward` for self-attention [T, B, E], under masks or not.
 
-    Its projections are then ordinary linear calls with the samples first. None stands for every other form of attention
-    (cross attention, extra keys, separate projections, dropout), which is left to the function itself.
+    Its projections are then ordinary linear calls with the samples first. None stands for every other form.
     """
     bound = _ATTENTION.bind(*arguments, **options)
     bound.apply_defaults()
@@ -210,12 +205,11 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
         bias = bias + _added(mask if mask.ndim == 2 else mask.view(b, -1, t, t), x)
     if padding is not None:  # [B, T]
         bias = bias + _added(padding[:, None, None, :], x)
-    weights = None
-    if a["need_weights"]:
-        weights = ((q / math.sqrt(q.shape[-1])) @ k.mT + bias).softmax(-1)
-        mixed = weights @ v
-    else:
+    weights = ((q / math.sqrt(q.shape[-1])) @ k.mT + bias).softmax(-1) if a["need_weights"] else None
+    if weights is None:
         mixed = F.scaled_dot_product_attention(q, k, v, bias if isinstance(bias, Tensor) else None)
+    else:
+        mixed = weights @ v
     output = F.linear(mixed.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"]).transpose(0, 1)
     return output, weights.mean(1) if weights is not None and a["average_attn_weights"] else weights
 

@@ -23,12 +23,10 @@ _ENOUGH_BYTES = 48 << 20
 
 @dataclass(frozen=True)
 class PassLayout:
-    """The layout of a pass over samples of one shape: applicable rules and memory per sample.
+    """The layout of a pass over samples of one shape: applicable rules and memory per sample."""
 
-    `rows` holds, for the parameters that a layer rule may answer for, k, the leading rows that a sample has in the
-    input of the parameter's one call; None if it has to be found out for every cut.
-    """
-
+    # By the parameters that a layer rule may answer for, the leading rows of a sample in the input of its one call;
+    # None if that has to be found out for every cut.
     rows: Mapping[str, int] | None
     activations: int  # floats per sample in the inputs of all ruled calls together
     widest: int  # floats per sample in the largest of those inputs

@@ -31,9 +31,8 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
     pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), matrix.diagonal(dim1=1, dim2=2).amax(1)
     noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
     if bool((failed.bool() | (pivots <= noise)).any()):
-        raise NumericalError(
-            f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise the method's damping"
-        )
+        found = f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}"
+        raise NumericalError(f"{found}; raise the method's damping")
     return torch.cholesky_solve(pull.mT, factor).mT
 
 
@@ -49,8 +48,8 @@ def fit_affine(
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied. All is done in
-    their own type; where λ is lost in that beside the largest eigenvalue, the matrix is factored in float64.
+    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. All is done in the rows' type; where λ is lost in that beside
+    the largest eigenvalue, the matrix is factored in float64.
 
     Args:
         inputs: a [G, n, K].
@@ -107,15 +106,12 @@ def _products(a: Tensor) -> Tensor:
 
 def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
     """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
+    where = "a layer's inputs on calibration data are"
     if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
-        raise NumericalError(
-            "a layer's inputs on calibration data are so large that squares overflow; check the experts"
-        )
+        raise NumericalError(f"{where} so large that squares overflow; check the experts")
     root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
     if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
         root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
     if bool(failed.any()):
-        raise NumericalError(
-            "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
-        )
+        raise NumericalError(f"{where} too nearly dependent for this ridge; give a larger ridge")
     return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)

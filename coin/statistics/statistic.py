@@ -73,8 +73,7 @@ def statistic_sums(
 ) -> Sums:
     """Return the sums of a network's Fisher, or without options of its Gram matrices, over this process's samples.
 
-    `labels` are these samples' true classes, if the options need them; Monte Carlo's random cotangents depend on the
-    seed and on this process's rank. `progress` is called with the number of samples that are done.
+    Monte Carlo's random cotangents depend on the seed and on this process's rank; the rest is as of `fisher_sums`.
     """
     if options is None:
         return gram_sums(network, batches, progress=progress)

@@ -22,13 +22,11 @@ class Sums:
         values: Name → sum over samples of the per-sample statistic.
         count: Number of samples in the sums.
         passes: Forward-equivalents spent: 1 per sample for a forward pass, 2 per sample and cotangent for a backward.
-        uncovered: The trainable parameters of two dimensions or more that a Gram pass found no matrix for.
     """
 
     values: Mapping[str, Tensor]
     count: int
     passes: float
-    uncovered: tuple[str, ...] = ()
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over samples of every tensor; raises StateError where there are none."""
@@ -37,17 +35,12 @@ class Sums:
         return {name: value / self.count for name, value in self.values.items()}
 
     def __add__(self, other: "Sums") -> "Sums":
-        """Return the sums over both sets of samples, with zeros for uncovered entries; StateError if others differ."""
-        left, right = self._beside(other), other._beside(self)
-        check_same_layout([left, right], ["the first sums", "the second sums"])
-        uncovered = tuple(name for name in self.uncovered if name in other.uncovered)
-        values = {name: value + right[name] for name, value in left.items()}
-        return Sums(values, self.count + other.count, self.passes + other.passes, uncovered)
-
-    def _beside(self, other: "Sums") -> dict[str, Tensor]:
-        """Return the values, with zeros for what only the other covers."""
-        lacking = {n: v for n, v in other.values.items() if n.removesuffix(TRANSPOSED) in self.uncovered}
-        return {**self.values, **{name: torch.zeros_like(value) for name, value in lacking.items()}}
+        """Return the sums over both sets of samples; what only one has is zero in the other. StateError by shapes."""
+        shared = [name for name in self.values if name in other.values]
+        parts = [{name: each.values[name] for name in shared} for each in (self, other)]
+        check_same_layout(parts, ["the first sums", "the second sums"])
+        values = {**self.values, **other.values, **{name: parts[0][name] + parts[1][name] for name in shared}}
+        return Sums(values, self.count + other.count, self.passes + other.passes)
 
 
 def sum_type(tensor: Tensor) -> torch.dtype:
@@ -58,8 +51,8 @@ def sum_type(tensor: Tensor) -> torch.dtype:
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
-    The processes first agree on the tensors, as one may not have covered what another has; StateError where they differ
-    otherwise. Then all travel as one float64 vector in a single reduction, on the device that the backend needs.
+    The processes first agree on the tensors, of which one may lack some: experts of a mixture that no sample came to.
+    Then all travel as one float64 vector in a single reduction, on the device that the backend needs.
     """
     if process_count() == 1:
         return sums
@@ -74,8 +67,7 @@ def reduce_sums(sums: Sums) -> Sums:
     distributed.all_reduce(flat)
     *pieces, numbers = torch.split(flat, [*(tensor.numel() for tensor in own), 2])
     totals = [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, own, strict=True)]
-    values = dict(zip(whole.values, totals, strict=True))
-    return Sums(values, round(float(numbers[0])), float(numbers[1]), whole.uncovered)
+    return Sums(dict(zip(whole.values, totals, strict=True)), round(float(numbers[0])), float(numbers[1]))
 
 
 def check_shares(samples: int, world: int) -> None:

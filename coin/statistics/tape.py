@@ -58,9 +58,7 @@ class Tape:
             call.readers = reads.get(call.node, 0)
             if call.reads_input and call.inputs._version != call.version:
                 found = f"the input of the layer with '{next(iter(call.names.values()))}' is modified in place"
-                raise StateError(
-                    f"{found} after its use, which its gradient needs; make that out of place (inplace=False)"
-                )
+                raise StateError(f"{found} after its use, but its gradient needs it; set inplace=False there")
         return output
 
     def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
