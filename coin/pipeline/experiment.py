@@ -137,10 +137,6 @@ class Experiment:
         given = {**self.given, "seeds": self.seeds if seeds is None else seeds}
         return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
-    def tasks_of(self, seed: int) -> dict[str, TaskData]:
-        """Return the tasks with a seed set."""
-        return {name: task_with(task, seed=seed) for name, task in self.tasks.items()}
-
     def recorded(self, seed: int | None) -> dict[str, Any]:
         """Return the options of one seed, or of what all seeds share, as results and W&B have them."""
         own = {name: value for name, value in self.given.items() if name not in ("seeds", "output", "wandb")}
@@ -174,10 +170,10 @@ class Experiment:
         for task in [*self.tasks.values(), *([self.base.task] if self.base is not None and self.base.task else [])]:
             task.check_files()
 
-    def check_fit(self) -> None:
-        """Raise ConfigurationError, before any training, if options do not fit the network.
+    def check(self) -> None:
+        """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.
 
-        So does a pattern of ``trainable`` that matches nothing, or two policies for a network without BatchNorm.
+        A pattern of ``trainable`` that matches nothing does not fit, nor two policies for a network without BatchNorm.
         """
         built = empty_network(replace(self.network, weights=None), 2)
         labels = [method.label for method in self.methods]
@@ -192,3 +188,4 @@ class Experiment:
                 checked.append(given)
                 options: Any = {"trainable": each.trainable, "head_lr": each.head_lr, "num_classes": 2}
                 Expert(self.network.name, self.network.image_size, options=self.network.options, **options)
+        self.check_files()

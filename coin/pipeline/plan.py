@@ -85,7 +85,7 @@ class _Plan:
     def add_seed(self, seed: int) -> None:
         """Add the steps of a seed."""
         of, folder, said = self.of, f"seed-{seed}", f"seed {seed}: "
-        tasks = of.tasks_of(seed)
+        tasks = {name: task_with(task, seed=seed) for name, task in of.tasks.items()}
         experts = {
             name: self._add(self._expert(seed, name, task), f"{said}expert {name}", {f"{folder}/experts/{name}": ""})
             for name, task in tasks.items()

@@ -42,8 +42,7 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
 def check_options(experiment: Experiment) -> None:
     """Raise CoinError for what is wrong with an experiment, before anything is downloaded or run."""
     check_connection()
-    experiment.check_fit()
-    experiment.check_files()
+    experiment.check()
 
 
 def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Planned]:
