@@ -36,7 +36,7 @@ def estimate_statistic(
     check_shares(calibration.num_samples, world)
     started = time.perf_counter()
     share = calibration.subset(shard(calibration.num_samples, rank, world))
-    labels = share.labels if options is not None and options.needs_labels else None
+    labels = share.labels if options is not None and options.kind is FisherKind.empirical else None
     name = StatisticKind.gram if options is None else StatisticKind.fisher
     with progress(str(name), share.num_samples) as advance:
         own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)

@@ -62,13 +62,9 @@ def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[st
 
 
 def save_statistic(
-    path: Path | str,
-    values: State | Sums,
-    network: nn.Module,
-    *,
-    kind: FisherKind | str = FisherKind.exact,
+    path: Path | str, values: State | Sums, network: nn.Module, *, kind: FisherKind | str = FisherKind.exact,
     **provenance: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Write a network's Fisher diagonal or Gram matrices, with the fingerprint of the weights that they are of.
 
     Args:
@@ -78,9 +74,8 @@ def save_statistic(
         kind: Which Fisher it is; nothing of Gram matrices.
         **provenance: Further JSON values of the file's metadata.
 
-    Raises:
-        StateError: A tensor fits no parameter of the network, or a number is not finite, or a Fisher negative.
-        FileError: The file cannot be written.
+    Raises StateError where a tensor fits no parameter of the network, a number is not finite, or a Fisher negative;
+    FileError where the file cannot be written.
 
     >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])
     """
@@ -96,9 +91,8 @@ def save_statistic(
 def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     """Return a network's Fisher diagonal or Gram matrices from a file of `save_statistic` or of ``coin fisher``.
 
-    Raises:
-        FileError: The file is missing, damaged or no statistic, or it is of other weights than the network's.
-        StateError: A tensor does not fit the network.
+    Raises FileError where the file is missing, damaged, no statistic or of other weights than the network's, StateError
+    where a tensor does not fit the network.
 
     >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])
     >>> coin.load_statistic("fisher.safetensors", experts[0])["bias"]

@@ -45,11 +45,6 @@ class FisherOptions:
                 found = f"found mc_samples={self.mc_samples} for the {self.kind} Fisher"
                 raise ConfigurationError(f"{found}; only monte_carlo takes a number")
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the true classes of the samples go into it."""
-        return self.kind is FisherKind.empirical
-
 
 def fisher_sums(
     network: nn.Module,
@@ -76,10 +71,9 @@ def fisher_sums(
         forward: (network, batch) → logits, for other calls than with one tensor; batches may then be mappings too.
         **choices: Options by name, such as ``kind="monte_carlo"``.
 
-    Raises:
-        ConfigurationError: Options that do not belong together, or nothing to differentiate by.
-        DataError: There are no samples, the output is not [B, C], labels do not fit, or a batch holds no tensors.
-        StateError: The network changes in place what a gradient needs.
+    Raises ConfigurationError for options that do not belong together or nothing to differentiate by; DataError where
+    there are no samples, the output is not [B, C], labels do not fit or a batch holds no tensors; StateError where the
+    network changes in place what a gradient needs.
     """
     fisher = _Pass(cuts.adapted(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
     for batch in batches:
@@ -104,7 +98,7 @@ class _Pass:
     def __init__(
         self, network: nn.Module, options: FisherOptions, labels: Tensor | None, generator: torch.Generator | None
     ) -> None:
-        if options.needs_labels != (labels is not None):
+        if (options.kind is FisherKind.empirical) != (labels is not None):
             found = f"found {'no ' if labels is None else ''}labels for the {options.kind} Fisher"
             raise ConfigurationError(f"{found}; labels belong to the empirical kind, and only to it")
         self.network, self.options, self.labels, self.generator = network, options, labels, generator

@@ -40,12 +40,9 @@ def gram_sums(
         progress: Called with the number of samples after every batch.
         forward: (network, batch) → output, for other calls than with one tensor; batches may then be mappings too.
 
-    Returns:
-        Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias; over all its
-        calls. A weight [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`. What no row
-        came to has none.
-
-    Raises ConfigurationError if there are no parameters, DataError for a batch of anything but tensors.
+    Returns the sums by the weights' names, [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias.
+    A weight [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`. Raises ConfigurationError
+    if there are no parameters, DataError for a batch of anything but tensors.
 
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
