@@ -28,24 +28,17 @@ def lose(answers, erased):
     return Answers(experts, answers.coded, features, answers.coded_features)
 
 
-def test_linear_is_the_papers_formula_for_one_row():
-    code = Code([[0.2, 0.3, 0.5]])
-    answers = exact_answers(code)
-    noisy = Answers(answers.experts, answers.coded + 0.1)
-    f = answers.experts
-    expected = (noisy.coded[0] - 0.2 * f[0] - 0.5 * f[2]) / 0.3
-    torch.testing.assert_close(LinearDecoder(code, [1]).decode(noisy)[0], expected)
-
-
-def test_with_spare_rows_linear_is_least_squares():
-    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
-    answers = exact_answers(code)
+@pytest.mark.parametrize("matrix", [[[0.2, 0.3, 0.5]], [[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]]])
+def test_linear_is_the_papers_formula_and_with_spare_rows_least_squares(matrix):
+    code = Code(matrix)
+    answers, b = exact_answers(code), code.matrix
     noisy = Answers(answers.experts, answers.coded + torch.randn(answers.coded.shape, generator=torch.manual_seed(1)))
     decoded = LinearDecoder(code, [0]).decode(noisy)[0]
-    f, b = answers.experts, code.matrix
-    wanted = noisy.coded - b[:, 1, None, None] * f[1] - b[:, 2, None, None] * f[2]
-    expected = torch.linalg.lstsq(b[:, :1], wanted.reshape(2, -1)).solution.reshape(decoded.shape)
+    wanted = noisy.coded - b[:, 1, None, None] * answers.experts[1] - b[:, 2, None, None] * answers.experts[2]
+    expected = torch.linalg.lstsq(b[:, :1], wanted.reshape(len(b), -1)).solution.reshape(decoded.shape)
     torch.testing.assert_close(decoded, expected)
+    if len(b) == 1:
+        torch.testing.assert_close(decoded, wanted[0] / b[0, 0])
 
 
 def test_linear_refuses_what_the_code_cannot_do():
@@ -78,13 +71,11 @@ def test_exact_relations_are_recovered_for_every_erasure_in_the_order_of_its_nam
 
 @pytest.mark.parametrize("kind", ["ridge", "feature_ridge"])
 def test_calibrated_decoders_work_from_the_survivors_alone(kind):
-    code = Code([[0.2, 0.3, 0.5]])
-    generator = torch.Generator().manual_seed(3)
+    code, draw = Code([[0.2, 0.3, 0.5]]), {"generator": torch.Generator().manual_seed(3), "dtype": torch.float64}
 
     def dependent(samples):
-        f = torch.randn(3, samples, 4, generator=generator, dtype=torch.float64)
+        f, features = torch.randn(3, samples, 4, **draw), [torch.randn(samples, 5, **draw) for _ in range(4)]
         f[1] = 2 * f[0].flip(1) - f[2] + 1
-        features = [torch.randn(samples, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
         return Answers(f, code.encode(f), features[:3], features[3:]).without_coded()
 
     decoder = make_decoder(kind, code, [1]).fit(dependent(80))
@@ -93,16 +84,13 @@ def test_calibrated_decoders_work_from_the_survivors_alone(kind):
 
 
 def test_features_read_out_what_logits_do_not_hold():
-    code = Code([[0.5, 0.5]])
-    generator = torch.Generator().manual_seed(4)
-    readout = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    code, draw = Code([[0.5, 0.5]]), {"generator": torch.Generator().manual_seed(4), "dtype": torch.float64}
+    readout = torch.randn(6, 3, **draw)
 
     def answers(samples):
-        f = torch.randn(2, samples, 3, generator=generator, dtype=torch.float64)
-        features = [torch.randn(samples, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+        f, features = torch.randn(2, samples, 3, **draw), [torch.randn(samples, 6, **draw) for _ in range(3)]
         f[0] = features[2] @ readout
-        coded = torch.randn(1, samples, 3, generator=generator, dtype=torch.float64)
-        return Answers(f, coded, features[:2], features[2:])
+        return Answers(f, torch.randn(1, samples, 3, **draw), features[:2], features[2:])
 
     calibration, test = answers(60), answers(8)
     decoded = make_decoder("feature_ridge", code, [0]).fit(calibration).decode(lose(test, [0]))
@@ -127,19 +115,19 @@ def test_padded_classes_decode_to_zero():
 def test_misuse_is_one_clear_error():
     code = Code([[0.5, 0.5]])
     answers = exact_answers(code)
-    with pytest.raises(DecodingError, match="not fitted"):
-        make_decoder("ridge", code, [0]).decode(answers)
-    with pytest.raises(DecodingError, match="expected one of linear, ridge, feature_ridge"):
-        make_decoder("oracle", code, [0])
-    with pytest.raises(DecodingError, match="without features"):
-        make_decoder("feature_ridge", code, [0]).fit(answers)
-    with pytest.raises(DecodingError, match="nothing to decode from; lose fewer, or add coded models"):
-        make_decoder("ridge", code, [0, 1]).fit(answers.without_coded())
-    with pytest.raises(DecodingError, match="3 experts, the decoder is for 2; keep the lost ones' places"):
-        make_decoder("ridge", code, [0]).fit(exact_answers(Code([[0.2, 0.3, 0.5]])))
-    with pytest.raises(DecodingError, match="fitted on"):
-        make_decoder("ridge", code, [0]).fit(answers).decode(answers.without_coded())
+    three = exact_answers(Code([[0.2, 0.3, 0.5]]))
+    ridge = make_decoder("ridge", code, [0]).fit(answers)
+    for message, misuse in {
+        "not fitted": lambda: make_decoder("ridge", code, [0]).decode(answers),
+        "expected one of linear, ridge, feature_ridge": lambda: make_decoder("oracle", code, [0]),
+        "without features": lambda: make_decoder("feature_ridge", code, [0]).fit(answers),
+        "nothing to decode from; lose fewer": lambda: make_decoder("ridge", code, [0, 1]).fit(answers.without_coded()),
+        "3 experts, the decoder is for 2; keep the lost ones' places": lambda: ridge.fit(three),
+        "fitted on": lambda: ridge.decode(answers.without_coded()),
+    }.items():
+        with pytest.raises(DecodingError, match=message):
+            misuse()
     with pytest.raises(NumericalError, match="at least 2"):
-        make_decoder("ridge", code, [0]).fit(answers.select(slice(0, 1)))
+        ridge.fit(answers.select(slice(0, 1)))
     with pytest.raises(NumericalError, match="inputs of the decoder hold a NaN"):
-        make_decoder("ridge", code, [0]).fit(lose(answers, [1]))
+        ridge.fit(lose(answers, [1]))

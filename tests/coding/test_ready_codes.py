@@ -10,7 +10,7 @@ SIZES = [(n, r) for n in range(1, 9) for r in range(1, min(n, 4) + 1)]
 
 
 @pytest.mark.parametrize(("experts", "coded"), SIZES)
-def test_every_erasure_of_every_ready_code_decodes_exactly(experts, coded):
+def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_of_random_ones(experts, coded):
     code = convex(experts, coded)
     assert (code.num_coded, code.num_experts) == (coded, experts)
     generator = torch.Generator().manual_seed(experts * 10 + coded)
@@ -22,11 +22,7 @@ def test_every_erasure_of_every_ready_code_decodes_exactly(experts, coded):
         arrived[list(erased)] = torch.nan
         decoded = LinearDecoder(code, erased).decode(Answers(arrived, code.encode(outputs)))
         torch.testing.assert_close(decoded, outputs[list(erased)], rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(("experts", "coded"), SIZES)
-def test_ready_codes_amplify_less_than_random_ones(experts, coded):
-    worst = convex(experts, coded).worst_amplification()
+    worst = code.worst_amplification()
     # Uniform weights are the optimum of one row (1/min β ≥ N); copies, of N rows.
     if coded in (1, experts):
         assert worst == pytest.approx(experts if coded == 1 else 1)

@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
-from coin.statistics.sums import sum_type
 
 _FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
 
@@ -144,12 +143,6 @@ class DepthwiseCall(ConvolutionCall):
     One matrix product a channel and sample, of all cotangents with the input at all taps; on few positions, where the
     matrices are tiny, one product a tap.
     """
-
-    @override
-    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        if g.device.type == "cpu":  # in 16 bits the library takes ten times as long
-            return super().input_gradient(g.to(sum_type(g)), weight.to(sum_type(weight))).to(g.dtype)
-        return super().input_gradient(g, weight)
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
