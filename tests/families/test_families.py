@@ -19,17 +19,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROW = [0.4, 0.6]
 TRAINED: dict[str, Any] = {"lr": 1e-5, "steps": 2, "schedule": "constant", "start": "average"}
+KEPT: Any = {"batchnorm": "average"}  # which policy is better is tried once a family, by the first method
 METHODS: dict[str, Callable[[], Method]] = {
     "average": coin.Average,
-    "coin": lambda: coin.Coin(fisher_data="own"),
-    "regmean_linear": lambda: coin.RegMean("linear", gram_data="own"),
-    "regmean_all": lambda: coin.RegMean("all", gram_data="own"),
-    "head_fit": coin.HeadFit,
+    "coin": lambda: coin.Coin(fisher_data="own", **KEPT),
+    "regmean_linear": lambda: coin.RegMean("linear", gram_data="own", **KEPT),
+    "regmean_all": lambda: coin.RegMean("all", gram_data="own", **KEPT),
+    "head_fit": lambda: coin.HeadFit(**KEPT),
     "refit_own": lambda: coin.Refit("own"),
     "refit_both": lambda: coin.Refit("both"),
-    "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5),
-    "ties": lambda: coin.Ties(keep=1.0),
-    "wudi": coin.Wudi,
+    "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5, **KEPT),
+    "ties": lambda: coin.Ties(keep=1.0, **KEPT),
+    "wudi": lambda: coin.Wudi(**KEPT),
     "distillation": lambda: coin.Distillation(**TRAINED),
 }
 SWAPPED = ("average", "regmean_all", "refit_own")  # one a way to depend on the order, to save time
