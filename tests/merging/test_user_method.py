@@ -63,6 +63,10 @@ def tensor(tensors, row, initial, name, layer, scale=1.0):
     scaled = isinstance(layer, nn.BatchNorm2d) and name == "stem.1.weight"
     return initial.add_(scale * tensors[0]) if scaled else tensors[0]
 
+def named(tensors, row, name):
+    assert name == "k"
+    return row[0] * tensors[0] + row[1] * tensors[1]
+
 def no_tensor(tensors):
     return tensors
 
@@ -137,10 +141,9 @@ def test_a_function_of_tensors_gets_one_of_every_expert_at_a_time(in_files: bool
     paths = {"initial": initial} | {f"task{index}": network for index, network in enumerate(networks)}
     for name, each in paths.items():
         save_network(tmp_path / f"{name}.safetensors", each, config, each.fc.out_features, {})  # type: ignore[union-attr, arg-type]
-    files = ExpertFiles(
-        {f"task{i}": tmp_path / f"task{i}.safetensors" for i in (0, 1)}, tmp_path / "initial.safetensors"
-    )
-    given = Experts(files) if in_files else Experts(networks, initial=initial)
+    files = {name: tmp_path / f"{name}.safetensors" for name in paths}
+    stored = ExpertFiles({name: files[name] for name in ("task0", "task1")}, files["initial"])
+    given = Experts(stored) if in_files else Experts(networks, initial=initial)
     made = UserMethod("mine.tensor", {"scale": 3.0}).make(given, ROW).network.state_dict()
     average = Average(batchnorm="average").make(given, ROW).network.state_dict()  # type: ignore[arg-type]
     assert torch.equal(given.networks[0].state_dict()["stem.1.weight"], networks[0].state_dict()["stem.1.weight"])
@@ -151,24 +154,18 @@ def test_a_function_of_tensors_gets_one_of_every_expert_at_a_time(in_files: bool
     assert len(made["fc.weight"]) == 5
 
 
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.head = nn.Parameter(torch.randn(3, dtype=torch.complex64)), nn.Linear(4, 2)
+        self.register_buffer("mask", torch.full((3,), -torch.inf), persistent=False)
+
+
 def test_a_function_of_tensors_gets_complex_ones_too_and_no_masks() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.k = nn.Parameter(torch.randn(3, dtype=torch.complex64))
-            self.head = nn.Linear(4, 2)
-            self.register_buffer("mask", torch.full((3,), -torch.inf), persistent=False)
-
-    given, names = Experts([Odd().eval(), Odd().eval()]), []
-
-    def mean(tensors: list[torch.Tensor], row: list[float], name: str) -> torch.Tensor:
-        names.append(name)
-        return row[0] * tensors[0] + row[1] * tensors[1]
-
-    made = UserMethod(mean).make(given, ROW).network  # type: ignore[arg-type]
-    assert names == ["k"]
+    given = Experts([Odd().eval(), Odd().eval()])
+    made: Any = UserMethod("mine.named").make(given, ROW).network
     torch.testing.assert_close(made.k, 0.25 * given.networks[0].k + 0.75 * given.networks[1].k)
-    assert made.mask.isinf().all()  # type: ignore[operator, union-attr]
+    assert made.mask.isinf().all()
 
 
 @pytest.mark.parametrize(
