@@ -138,22 +138,6 @@ def test_experts_stay_as_they_are_and_give_their_type_and_a_network_of_its_own(k
         assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize("data", ["pooled", "auto"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ties", "wudi")])
-def test_a_linear_network_reaches_the_mixture_to_rounding(name, data):
-    """There is a network that answers Σ_i β_i f_i on common inputs, and methods find it."""
-    initial, networks, calibration = setup("linear")
-    method = deepcopy(METHODS[name][0])
-    for option in ("fisher_data", "gram_data"):
-        if hasattr(method, option):
-            setattr(method, option, type(method)(**{option: data}).__dict__[option])
-    coded = method.make(Experts(networks, initial=initial, calibration=calibration), WEIGHTS).network
-    inputs = torch.cat([batch for task in calibration for batch in task])
-    with torch.no_grad():
-        wanted = sum(weight * network(inputs) for weight, network in zip(WEIGHTS, networks, strict=True))
-        torch.testing.assert_close(coded(inputs), wanted, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logits_is_refused(bias):
     _, networks, calibration = setup("mlp")
