@@ -133,22 +133,6 @@ def test_complex_parameters_keep_both_parts(method):
 # Buffers that are no statistics
 
 
-class Kept(nn.Module):
-    def __init__(self, scale):
-        super().__init__()
-        self.head = nn.Linear(4, CLASSES).double()
-        self.register_buffer("scale", torch.tensor([scale]), persistent=False)
-
-    def forward(self, x):
-        return self.head(x * self.scale)
-
-
-def test_buffers_that_are_not_persistent_are_averaged_too():
-    experts = [Kept(1.0), Kept(3.0)]
-    assert merged(coin.Refit(), experts, (0.25, 0.75), calibration=batches(4)).scale.tolist() == [2.5]
-    assert experts[0].scale.tolist() == [1.0]
-
-
 class Causal(nn.Module):
     """Attention of 4 tokens to those before them, by a mask of −∞; the head's weight has a second name."""
 
@@ -159,16 +143,17 @@ class Causal(nn.Module):
         self.head.weight = self.embedding.weight
         self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
         self.register_buffer("turn", torch.exp(1j * torch.arange(5) / 3))
+        self.register_buffer("scale", torch.tensor([1.0 + seed]), persistent=False)
 
     def forward(self, x):
-        query = self.query(x)
-        query = (query * self.turn).real
+        query = (self.scale * self.query(x) * self.turn).real
         return self.head(((query @ x.mT + self.mask).softmax(-1) @ x).mean(1))
 
 
 @pytest.mark.parametrize("row", [(1 / 3, 2 / 3), (0.0, 1.0)])
-@pytest.mark.parametrize("method", [coin.Average(), coin.Coin()], ids=by_label)
-def test_a_mask_of_infinities_that_all_experts_share_stays(method, row):
+@pytest.mark.parametrize("method", [coin.Average(), coin.Coin(), coin.Refit("own")], ids=by_label)
+@pytest.mark.filterwarnings("ignore:method 'refit' kept the average")
+def test_a_mask_that_all_experts_share_stays_and_buffers_that_are_not_persistent_are_averaged(method, row):
     networks, calibration = [Causal(seed=1), Causal(seed=2)], batches(4, 5, dtype=torch.float32)
     made = merged(method, networks, row, calibration=calibration)
     assert made.head.weight is made.embedding.weight  # two names of one parameter
@@ -177,6 +162,7 @@ def test_a_mask_of_infinities_that_all_experts_share_stays(method, row):
         torch.testing.assert_close(made.head.weight, wanted)
     assert torch.equal(made.mask, networks[0].mask)
     assert torch.equal(made.turn, networks[0].turn)
+    torch.testing.assert_close(made.scale, torch.tensor([2 * row[0] + 3 * row[1]]))
     assert bool(made(calibration[0][0]).isfinite().all())
 
 
