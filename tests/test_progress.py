@@ -1,6 +1,7 @@
 """What is shown of progress: a bar on a terminal, else a line now and then, and nothing on standard output."""
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,7 @@ def interrupted(total: float | None) -> None:
 
 
 @pytest.mark.parametrize("total", [4, None, float("inf")])
-def test_a_terminal_shows_the_share_and_is_left_clean(
-    total: float | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_shows_the_share_and_is_left_clean(total: float | None, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(KeyboardInterrupt):
         interrupted(total)
@@ -38,9 +37,7 @@ def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(capsys: pyte
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_long_work_is_told_of(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_terminal_long_work_is_told_of(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
     with progress("work", 10) as advance:
         for _ in range(3):

@@ -119,9 +119,7 @@ def test_results_stand_where_w_and_b_fails_at_the_very_end(
 
 
 @pytest.mark.parametrize("name", ["csv", "wandb"])
-def test_shipped_loggers_log_a_training_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], list]
-):
+def test_shipped_loggers_log_a_training_run(name: str, tmp_path: Path, monkeypatch: Any, read_wandb: Any):
     monkeypatch.chdir(tmp_path)
     for variable in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
         monkeypatch.delenv(variable, raising=False)

@@ -16,18 +16,15 @@ from coin.reporting import read_results, read_summary
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
-LETTERS = [
-    "--data=Glyphs",
-    "--data.classes=A-F",
-    "--data.train_per_class=30",
-    "--data.test_per_class=9",
-    "--data.image_size=16",
-]
+LETTERS = ["--data=Glyphs", "--data.classes=A-F", "--data.train_per_class=30", "--data.test_per_class=9"]
+LETTERS += ["--data.image_size=16"]
 TASKS = (
     "{digits: {class_path: Digits, init_args: {max_train: 120, max_test: 77, image_size: 16}},"
     " letters: {class_path: Glyphs, init_args:"
     " {classes: A-F, train_per_class: 30, test_per_class: 9, image_size: 16}}}"
 )
+CALLBACKS = ["--trainer.callbacks+=ExpertExport", "--trainer.callbacks+=FisherEstimator"]
+CALLBACKS += ["--trainer.callbacks.init_args.samples_per_task=24"]
 CALIBRATION = [f"--tasks={TASKS}", "--samples_per_task=24", "--batch_size=16"]
 NETWORK = ["--model=Expert", "--model.network=small_resnet", "--model.options={width: 4}", "--model.image_size=16"]
 
@@ -45,21 +42,9 @@ def route(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same experiment step by step: ``coin fit`` twice with the callbacks."""
     folder = tmp_path_factory.mktemp("route")
     for name, data, classes in (("digits", DIGITS, 10), ("letters", LETTERS, 6)):
-        arguments = [
-            "fit",
-            *NETWORK,
-            "--model.lr=0.02",
-            f"--model.initial={finished}/base/initial-{classes}.safetensors",
-            *data,
-            "--data.batch_size=32",
-            "--trainer.max_epochs=2",
-            f"--trainer.default_root_dir={folder / name}",
-            "--trainer.callbacks+=ExpertExport",
-            "--trainer.callbacks+=FisherEstimator",
-            "--trainer.callbacks.init_args.samples_per_task=24",
-            *QUIET,
-        ]
-        assert main(arguments) == 0
+        model = [*NETWORK, "--model.lr=0.02", f"--model.initial={finished}/base/initial-{classes}.safetensors"]
+        trainer = ["--trainer.max_epochs=2", f"--trainer.default_root_dir={folder / name}", *CALLBACKS, *QUIET]
+        assert main(["fit", *model, *data, "--data.batch_size=32", *trainer]) == 0
     return folder
 
 
@@ -81,19 +66,9 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     recalibrated = ["--method=Coin", "--method.batchnorm=recalibrate", f"--fisher={fishers_of(route)}"]
     assert main(["merge", *shared, *recalibrated]) == 0
     files = f"[{coded}/average.safetensors, {coded}/coin.safetensors, {coded}/coin-recalibrate.safetensors]"
-    arguments = [
-        "evaluate",
-        "--model=DecodingEvaluator",
-        f"--model.experts={experts_of(route)}",
-        f"--model.coded={files}",
-        "--data=Tasks",
-        f"--data.tasks={TASKS}",
-        "--data.samples_per_task=24",
-        "--data.batch_size=16",
-        f"--output={route / 'results'}",
-        *QUIET,
-    ]
-    assert main(arguments) == 0
+    model = ["--model=DecodingEvaluator", f"--model.experts={experts_of(route)}", f"--model.coded={files}"]
+    data = ["--data=Tasks", f"--data.tasks={TASKS}", "--data.samples_per_task=24", "--data.batch_size=16"]
+    assert main(["evaluate", *model, *data, f"--output={route / 'results'}", *QUIET]) == 0
     said = capsys.readouterr().out
     line = said.splitlines()[-1]
     results = route / "results"
@@ -121,9 +96,7 @@ def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(fin
     )  # fmt: skip
     assert done.stderr.startswith("coin: warning: found no calibration inputs, needed by method 'average' to choose")
     assert done.stderr.count("\n") == 1
-    assert done.stdout.startswith(
-        f"2 experts merged; wrote {tmp_path / 'average.safetensors'}; next: coin evaluate -c "
-    )
+    assert done.stdout.startswith(f"2 experts merged; wrote {tmp_path / 'average.safetensors'}; next: coin evaluate ")
     assert done.stdout.count("\n") == 1
     made = load_provenance(tmp_path / "average.safetensors")
     assert (made["batchnorm"], made["chosen"], made["passes"]) == ("auto", {"batchnorm": "average"}, 0)
@@ -193,11 +166,7 @@ def test_lightning_checkpoints_are_tested_and_predicted(tmp_path: Path, capsys: 
 
 def test_commands_take_the_image_size_of_the_experts(route: Path, tmp_path: Path) -> None:
     expert = route / "digits" / "expert.safetensors"
-    data = [
-        "--data=Digits",
-        "--data.max_train=120",
-        "--samples_per_task=24",
-    ]  # 32 pixels by default, the expert's are 16
+    data = ["--data=Digits", "--data.max_train=120", "--samples_per_task=24"]  # 32 pixels; the expert's are 16
     assert main(["fisher", f"--ckpt_path={expert}", *data, f"--output={tmp_path}", *QUIET]) == 0
     own, _ = load_state(tmp_path / "expert.fisher.safetensors")
     wanted, _ = load_state(route / "digits" / "expert.fisher.safetensors")
@@ -206,14 +175,8 @@ def test_commands_take_the_image_size_of_the_experts(route: Path, tmp_path: Path
 
 def test_gram_files_for_regmean(route: Path, tmp_path: Path) -> None:
     for name, data in (("digits", DIGITS), ("letters", LETTERS)):
-        command = [
-            "fisher",
-            f"--ckpt_path={route / name}/expert.safetensors",
-            *data,
-            "--statistic=gram",
-            "--samples_per_task=24",
-        ]
-        assert main([*command, f"--output={tmp_path / name}", *QUIET]) == 0
+        command = ["fisher", f"--ckpt_path={route / name}/expert.safetensors", *data, "--statistic=gram"]
+        assert main([*command, "--samples_per_task=24", f"--output={tmp_path / name}", *QUIET]) == 0
     files = ", ".join(f"{name}: {tmp_path}/{name}/expert.gram.safetensors" for name in ("digits", "letters"))
     grams = f"--gram={{{files}}}"
     assert main(["merge", f"--experts={experts_of(route)}", "--method=RegMean", grams, f"--output={tmp_path}"]) == 0
@@ -229,9 +192,8 @@ def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, caps
     assert "coin run -c tiny.yaml &#39;--seeds=[0]&#39; --output=runs" in page
     document = json.loads(capsys.readouterr().out)
     assert document["report"] == str(tmp_path / "again.html")
-    pd.testing.assert_frame_equal(
-        pd.DataFrame(document["summary"]).astype(read_summary(finished).dtypes), read_summary(finished)
-    )
+    summary = read_summary(finished)
+    pd.testing.assert_frame_equal(pd.DataFrame(document["summary"]).astype(summary.dtypes), summary)
 
 
 @pytest.mark.slow

@@ -7,15 +7,11 @@ import torch
 
 from coin.cli import main
 from coin.files.safetensors import load_provenance, load_state
+from tests.commands.test_commands import DIGITS, NETWORK, QUIET
 
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
-DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
 SAMPLES = 10
-CALLBACKS = [
-    "--trainer.callbacks+=ExpertExport",
-    "--trainer.callbacks+=FisherEstimator",
-    f"--trainer.callbacks.init_args.samples_per_task={SAMPLES}",
-]
+CALLBACKS = ["--trainer.callbacks+=ExpertExport", "--trainer.callbacks+=FisherEstimator"]
+CALLBACKS += [f"--trainer.callbacks.init_args.samples_per_task={SAMPLES}"]
 
 
 def fit(folder: Path, network: str, options: str, *more: str) -> int:
@@ -67,10 +63,9 @@ def test_an_expert_of_a_head_alone_merges_with_one_that_was_trained_as_a_whole(t
 @pytest.mark.slow
 def test_the_seed_of_a_command_is_that_of_its_model_and_its_data(tmp_path: Path) -> None:
     def weights(*options: str) -> dict[str, torch.Tensor]:
-        network = ["--model.network=small_resnet", "--model.image_size=16", "--model.options={width: 4}"]
         callbacks = ["--trainer.callbacks+=ExpertExport", f"--trainer.callbacks.path={tmp_path / 'a.safetensors'}"]
         steps = ["--trainer.max_epochs=1", "--trainer.enable_checkpointing=false"]
-        assert main(["fit", *DIGITS, *QUIET, *network, *callbacks, *steps, *options]) == 0
+        assert main(["fit", *DIGITS, *QUIET, *NETWORK, *callbacks, *steps, *options]) == 0
         return load_state(tmp_path / "a.safetensors")[0]
 
     def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -160,9 +160,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistake_is_one_line(
-    case: str, finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistake_is_one_line(case: str, finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as though it were not installed
     arguments, wanted = MISTAKES[case]
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,6 +1,7 @@
 """``coin simulate`` on a finished experiment: its files, what they say, and what it says to mistakes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +20,7 @@ def simulated(folder: Path, output: Path, *options: str) -> pd.DataFrame:
     return pd.read_csv(output / "simulation.csv", keep_default_na=False)
 
 
-def test_a_row_for_every_policy_and_kind_of_query(
-    alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_row_for_every_policy_and_kind_of_query(alone: Path, tmp_path: Path, capsys: Any) -> None:
     rows = simulated(alone, tmp_path, "--seconds=0.01", "-c", "stragglers")
     assert len(rows) == 2 * len(PolicyKind)
     assert set(rows["redundancy"]) == set(PolicyKind)
