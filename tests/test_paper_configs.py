@@ -172,6 +172,5 @@ def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, mon
     assert main([*command, f"--network={narrow}", f"--trainer={few}", f"--tasks={{{tasks}}}"]) == 0
     found = read_results(tmp_path / "paper-gtsrb-stl10/seed-0")
     labels = {"average", "coin", "regmean", "distillation", "distillation-plain", "distillation-4500", "none", "oracle"}
-    assert set(found.method) == labels
-    assert set(found.task) == {"gtsrb", "stl10"}
+    assert (set(found.method), set(found.task)) == (labels, {"gtsrb", "stl10"})
     assert (found[found.method == "oracle"].agreement == 1).all()

@@ -24,5 +24,4 @@ def test_private_names_that_are_read(make_trainer: Any, tmp_path: Any, monkeypat
     assert trainer._accelerator_connector.cluster_environment is None or trainer.num_nodes == 1
     assert callable(_SubprocessScriptLauncher.launch)
     logger = WandbLogger(save_dir=tmp_path, offline=True, mode="offline")
-    assert logger._offline is True
-    assert logger._wandb_init["mode"] == "offline"
+    assert (logger._offline, logger._wandb_init["mode"]) == (True, "offline")

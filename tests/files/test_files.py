@@ -11,7 +11,7 @@ import torch
 import coin.files.safetensors
 from coin.core.versions import versions
 from coin.errors import FileError, StateError
-from coin.files.atomic import atomic_path, remove_leftovers, sha256_of, write_text
+from coin.files.atomic import atomic_path, remove_leftovers, write_text
 from coin.files.safetensors import StateFile, load_provenance, load_state, save_state
 from coin.files.tensors import check_finite, check_same_layout, fingerprint, weighted_sum
 
@@ -195,14 +195,8 @@ def test_a_fingerprint_changes_with_any_value_type_shape_or_name():
     assert len({fingerprint(entry) for entry in [state, *others]}) == len(others) + 1
 
 
-def test_sha256_is_the_files(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file with six tensors of 4,000 bytes each."""
     path = tmp_path / "state.safetensors"
     draw = torch.Generator().manual_seed(0)
     save_state(path, {f"layer{i}.weight": torch.randn(10, 100, generator=draw) for i in range(6)}, {"made_by": "test"})

@@ -164,16 +164,8 @@ def test_a_folder_of_another_kind_is_one_line(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "zero_shot", "message"),
     [
-        (
-            {"options": {}},
-            (["{}"], DIGITS),
-            r"'numbers' with head\.zero_shot .*, whose head is trained; set",
-        ),
-        (
-            {},
-            None,
-            r"'numbers' without head\.zero_shot .* is computed from class names; set network\.opt",
-        ),
+        ({"options": {}}, (["{}"], DIGITS), r"'numbers' with head\.zero_shot .*, whose head is trained; set"),
+        ({}, None, r"'numbers' without head\.zero_shot .* is computed from class names; set network\.opt"),
         ({"options": {"head": "linear"}}, None, "found network.options.head 'linear', expected zero_shot, or nothing"),
     ],
 )

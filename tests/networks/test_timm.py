@@ -9,14 +9,7 @@ import torch
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.packaged import packaged_file
-from coin.networks import (
-    NetworkConfig,
-    build_network,
-    features_and_logits,
-    head_name,
-    load_network,
-    save_network,
-)
+from coin.networks import NetworkConfig, build_network, features_and_logits, head_name, load_network, save_network
 
 LITE0 = "timm/tf_efficientnet_lite0"
 

@@ -1,7 +1,6 @@
 """The page of an experiment and of a seed: whole, self-contained, and of the files' numbers."""
 
 import base64
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coin.cli import main
 from coin.errors import FileError
 from coin.reporting import read_results, write_report
 from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
-from coin.reporting.report import report_summary
 from coin.reporting.results import KEYS, write_results
 from coin.reporting.style import as_png
 from tests.reporting import conftest
@@ -125,16 +122,6 @@ def test_one_seed_alone_claims_no_spread(make_experiment: Make):
     assert "nan" not in page.said
     assert re.findall(r"\d ± \d", page.said) == []
     assert not re.search("(Examples|Differences)</h", page.text)
-
-
-def test_the_command_writes_to_a_file_or_a_folder(make_experiment: Make, tmp_path: Path, capsys):
-    folder = make_experiment(seeds=(0,), methods=FEW)
-    assert main(["report", str(folder), f"--output={tmp_path / 'own.html'}"]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "own.html")
-    assert main(["report", str(folder), f"--output={tmp_path / 'elsewhere'}", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["report"] == str(tmp_path / "elsewhere" / "report.html")
-    assert len(said["summary"]) == len(report_summary(folder))
 
 
 HOSTILE = "<script>alert(1)</script>\"'&$x_{1}$"

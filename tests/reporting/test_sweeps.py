@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from coin.errors import FileError
 from coin.reporting import write_report
 from coin.reporting.results import write_frame, write_results
 from coin.reporting.sweeps import read_sweep_table, sweep_frame, sweep_table
@@ -110,10 +109,3 @@ def test_the_table_in_the_terminal_has_a_line_a_point_and_method(tmp_path: Path,
     assert cells["ridge"][2] == f"{100 * by_seed.mean():.1f} ± {100 * by_seed.std(ddof=1):.1f}"
     assert cells["linear"][0] == "–"
     assert [row.end_section for row in table.rows] == [False, False, True, False, False, False]
-
-
-def test_damaged_tables_are_one_clear_line(write_sweep: Write):
-    folder = write_sweep(grid())
-    (folder / "sweep.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(FileError, match=r"sweep\.csv' has no column 'experiment'"):
-        write_report(folder)

@@ -54,14 +54,6 @@ def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
-def run_folders(folder: Path) -> list[Path]:
-    return sorted((folder / "wandb").glob("offline-run-*"))
-
-
-def summary_of(records: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: value for record in of_type(records, "summary") for name, value in record.get("update", {}).items()}
-
-
 def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_wandb: Read):
     folder = tmp_path / "runs" / "quickstart" / "seed-0"
     rows, confusions = measure(0)
@@ -77,14 +69,14 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     log_evaluation(run, rows, confusions, examples, classes)
     run.finish()
 
-    (run_folder,) = run_folders(folder)
+    (run_folder,) = (folder / "wandb").glob("offline-run-*")
     records = read_wandb(run_folder)
     (started,) = of_type(records, "run")
     assert [started[name] for name in ("run_group", "job_type", "display_name")] == [*named.values()]
     assert (started["tags"], started["config"]["update"]["lr"]) == (["overview"], 0.1)
     assert len(of_type(records, "history")) == 1  # tables and pictures; numbers are the summary's
 
-    summary = summary_of(records)
+    summary = {name: value for each in of_type(records, "summary") for name, value in each.get("update", {}).items()}
     frame = pd.DataFrame([vars(row) for row in rows])
     means = frame.assign(name=variant_names(frame)).groupby(["name", "decoder"])["nda"].mean()
     logged = {name: value for name, value in summary.items() if name.startswith("nda/")}
@@ -117,7 +109,8 @@ def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "one, two")
     start_run(tmp_path, group="g", job_type="method", name="n", tags=["two", "x" * 100]).finish()
-    (started,) = of_type(read_wandb(run_folders(tmp_path)[0]), "run")
+    (run_folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (started,) = of_type(read_wandb(run_folder), "run")
     assert started["project"] == "theirs"
     assert set(started["tags"]) == {"one", "two", "x" * 64}
 
@@ -165,21 +158,15 @@ def built(**options: Any) -> dict[str, Any]:
     return spec.model_dump(by_alias=True, exclude_none=True)["section"]
 
 
-def panels() -> dict[str, list[dict[str, Any]]]:
+def test_bars_are_all_methods_of_a_decoder_beside_memory_curves_confusions_and_tables():
     sections = built()["panelBankConfig"]["sections"]
-    return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
-
-
-def test_bars_are_all_methods_of_a_decoder_with_their_spread_over_seeds():
-    bars = panels()["NDA by method"]
+    found = {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
+    bars = found["NDA by method"]
     assert [bar["chartTitle"] for bar in bars] == ["NDA, linear", "NDA, ridge", "NDA, replica"]
     both = [[f"nda/{name}/{decoder}" for name in ("coin", "none", "refit-4bit")] for decoder in ("linear", "ridge")]
     assert [bar["metrics"] for bar in bars] == [*both, ["nda/replica-3bit/replica"]]
     assert all((bar["groupAgg"], bar["groupArea"]) == ("mean", "stddev") for bar in bars)
 
-
-def test_memory_curves_confusions_and_tables_are_shown():
-    found = panels()
     assert [*found] == ["NDA by method", "NDA against memory", "Training", "Confusion", "Tables"]
     assert [panel["mediaKeys"] for panel in found["NDA against memory"]] == [["nda_against_memory"]]
     assert [panel["metrics"] for panel in found["Training"]] == [["val/accuracy"], ["train/loss"]]
