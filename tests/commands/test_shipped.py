@@ -73,12 +73,7 @@ def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_p
     assert {"coin/py.typed", "coin/reporting/report.html.jinja"} <= names
     assert {name.split("/")[0] for name in names} == {"coin", f"{wheel.stem.removesuffix('-py3-none-any')}.dist-info"}
     (tmp_path / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "coin", "sweep", "pair", "--dry-run"],
-        cwd=tmp_path / "empty",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command, environment = ["coin", "sweep", "pair", "--dry-run"], os.environ | {"PYTHONPATH": f"{tmp_path}/installed"}
+    where = {"cwd": tmp_path / "empty", "env": environment}
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True, **where)
     assert "seed 305: evaluation" in done.stdout

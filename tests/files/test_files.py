@@ -15,8 +15,6 @@ from coin.files.atomic import atomic_path, remove_leftovers, write_text
 from coin.files.safetensors import StateFile, load_provenance, load_state, save_state
 from coin.files.tensors import check_finite, check_same_layout, fingerprint, weighted_sum
 
-BAD = (float("nan"), float("inf"), -float("inf"))
-
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
@@ -57,7 +55,7 @@ def test_a_file_gives_back_tensors_and_provenance(tmp_path, mixed):
 @pytest.mark.parametrize(
     ("value", "made", "error", "message"),
     [
-        *((bad, {}, StateError, r"state\.safetensors' is not finite: tensor 'b' .*; check what") for bad in BAD),
+        *((bad, {}, StateError, r"state\.safetensors' is not finite: tensor 'b'") for bad in (torch.nan, torch.inf)),
         (0.0, {"folder": Path()}, TypeError, "JSON"),
     ],
 )

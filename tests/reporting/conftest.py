@@ -78,11 +78,9 @@ def measure() -> Callable[..., tuple[list[Row], Confusions]]:
     return measured
 
 
-CONFIGURATION = {
-    "network": {"name": "small_resnet", "image_size": 32, "weights": None},
-    "tasks": {"mnist": {"class_path": "MNIST5k"}, "letters": {"class_path": "Glyphs"}},
-    "code": [[0.5, 0.5]],
-}
+CONFIGURATION: dict[str, Any] = {"network": {"name": "small_resnet", "image_size": 32, "weights": None}}
+CONFIGURATION["tasks"] = {"mnist": {"class_path": "MNIST5k"}, "letters": {"class_path": "Glyphs"}}
+CONFIGURATION["code"] = [[0.5, 0.5]]
 
 
 @pytest.fixture
@@ -91,7 +89,7 @@ def make_experiment(tmp_path: Path) -> Make:
 
     def make(name: str = "quickstart", seeds: Sequence[int] = (0, 1, 2), **options: Any) -> Path:
         for seed in seeds:
-            rows, _ = measured(seed, experiment=name, **options)
+            rows = measured(seed, experiment=name, **options)[0]
             write_results(tmp_path / "runs" / name / f"seed-{seed}", rows, CONFIGURATION)
         return tmp_path / "runs" / name
 

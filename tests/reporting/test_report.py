@@ -39,7 +39,6 @@ class Page:
 
 @pytest.fixture(autouse=True)
 def coarse_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw with few pixels, which nothing here looks at."""
     monkeypatch.setattr(as_png, "__defaults__", (20,))
 
 
@@ -50,8 +49,8 @@ def full(make_experiment: Make) -> Path:
     answers = np.array([0, 1, 1])
     decoded = {"refit|keep|feature_ridge": np.array([0, 0, 1]), "coin|auto|feature_ridge": np.array([1, 0, 1])}
     images = np.zeros((3, 4, 4, 3), np.uint8)
-    tasks = ("mnist", "mnist", "letters")
-    write_examples(folder / "seed-0", Examples(images, answers, answers, decoded, ("cat", "dog"), tasks))
+    examples = Examples(images, answers, answers, decoded, ("cat", "dog"), ("mnist", "mnist", "letters"))
+    write_examples(folder / "seed-0", examples)
     keys = read_results(folder / "seed-2")[list(KEYS)].to_dict("records")
     promises = [[*key.values(), 0.02, 0.95, 400, 149, 0.1, 0.8, 0.75, 0.01] for key in keys]
     write_promises(folder / "seed-2", pd.DataFrame(promises, columns=list(PROMISE_COLUMNS)))
@@ -174,10 +173,8 @@ def test_it_says_what_every_method_chose(make_experiment: Make, measure):
     folder = make_experiment(seeds=(0, 1), methods=FEW)
     for seed, policy in enumerate(("average", "recalibrate")):
         chosen = {"batchnorm": policy, "fisher_data": "own", "held_out_error": {"own/average": 0.5}}
-        made = [
-            {"label": label, "chosen": own}
-            for label, own in (("coin", chosen), ("distillation", {"lr": 0.0003, "steps": 400}), ("ties", {}))
-        ]
+        every = {"coin": chosen, "distillation": {"lr": 0.0003, "steps": 400}, "ties": {}}
+        made = [{"label": label, "chosen": own} for label, own in every.items()]
         write_results(folder / f"seed-{seed}", measure(seed, methods=FEW)[0], {}, methods=made)
     page = Page(write_report(folder))
     said = page.said[page.said.rindex("What was chosen") : page.said.rindex("How to reproduce")]

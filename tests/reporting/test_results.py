@@ -31,12 +31,9 @@ ROW = Row(
 
 
 def test_columns_are_the_design_s():
-    design = (
-        "experiment, seed, method, batchnorm, decoder, code_row, erased, task, samples_per_task, expert_accuracy, "
-        "decoded_accuracy, nda, agreement, residual, merge_seconds, merge_passes, "
-        "decoder_seconds, decoder_passes, memory_mib, forwards, losses"
-    )
-    assert tuple(design.split(", ")) == COLUMNS
+    design = "experiment seed method batchnorm decoder code_row erased task samples_per_task expert_accuracy "
+    design += "decoded_accuracy nda agreement residual merge_seconds merge_passes decoder_seconds decoder_passes "
+    assert tuple(f"{design}memory_mib forwards losses".split()) == COLUMNS
 
 
 def test_rows_read_back_exactly(tmp_path: Path):
@@ -54,13 +51,10 @@ def test_rows_read_back_exactly(tmp_path: Path):
 
 
 def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):
-    def refuse(name: str) -> None:
-        pytest.fail(f"{name} is not JSON")
-
     configuration = {"root": Path("data"), "lr": math.nan, "code": np.array([[0.5, np.inf]]), 3: (True, np.int64(4))}
     methods = [{"label": "coin", "batchnorm": "auto:average", "row": 0, "chosen": {"held_out": math.inf}}]
     write_results(tmp_path, [replace(ROW, residual=math.nan)], configuration, methods=methods)
-    document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert document["rows"][0]["residual"] is None
     assert document["rows"][0]["nda"] == ROW.nda
     assert document["methods"] == [{**methods[0], "chosen": {"held_out": None}}]

@@ -42,8 +42,7 @@ def test_mean_and_spread_over_seeds_and_tasks():
     mean = pick(summary, task="mean")
     assert mean["erased"] == "1 of 2"
     assert mean["nda_mean"] == pytest.approx(statistics.fmean(per_seed), rel=1e-14)
-    # The spread of the per-seed means, which is not the mean of the tasks' spreads.
-    assert mean["nda_std"] == pytest.approx(statistics.stdev(per_seed), rel=1e-14)
+    assert mean["nda_std"] == pytest.approx(statistics.stdev(per_seed), rel=1e-14)  # no mean of the tasks' spreads
     assert mean["expert_accuracy_std"] == pytest.approx(0.0, abs=1e-15)
 
 

@@ -21,8 +21,7 @@ from tests.reporting.conftest import BASE, frame
 
 
 def printed(summary: pd.DataFrame, width: int = 80) -> str:
-    # A console that is no terminal: what a pipe receives.
-    console = Console(width=width, force_terminal=False, color_system=None)
+    console = Console(width=width, force_terminal=False, color_system=None)  # what a pipe receives
     with console.capture() as capture:
         tables.print_summary(summary, console)
     return capture.get()
@@ -32,8 +31,7 @@ def test_a_table_has_a_line_a_variant_the_references_last_and_the_best_starred(m
     summary = summarise(frame(*(row for seed in (0, 1) for row in measure(seed)[0])))
     ((key, table),) = nda_tables(summary).items()
     assert key == "1 of 2"
-    # linear and the winner come first
-    assert list(table.columns)[:3] == ["method", "linear", "feature_ridge"]
+    assert list(table.columns)[:3] == ["method", "linear", "feature_ridge"]  # linear and the winner come first
     assert list(table["method"]) == ["average", "coin", "coin (recalibrate)", "distillation", "none", "oracle"]
     means = summary[summary["task"] == "mean"]
     for decoder in ("linear", "ridge", "feature_ridge"):

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import wandb_workspaces.workspaces.interface as interface
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.reporting.extras import Examples
-from coin.reporting.results import Row, confusion_key
+from coin.reporting.results import confusion_key
 from coin.reporting.summary import variant_names
 from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
@@ -27,16 +26,12 @@ from coin.tracking.evaluation import log_evaluation
 from coin.tracking.runs import start_run
 from coin.tracking.settings import check_connection, run_environment
 
-Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
-Read = Callable[[Path], list[dict[str, Any]]]
-
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    return
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
-def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_wandb: Read):
+def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Any, read_wandb: Any):
     folder = tmp_path / "runs" / "quickstart" / "seed-0"
     rows, confusions = measure(0)
     compressed = [replace(row, method="coin-4bit", nda=0.9) for row in rows if row.method == "coin"]
@@ -105,7 +100,7 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
     assert list((run_folder / "files/media/images").glob("nda_against_memory_*"))
 
 
-def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Read):
+def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Any):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "one, two")
     start_run(tmp_path, group="g", job_type="method", name="n", tags=["two", "x" * 100]).finish()
