@@ -86,7 +86,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     unit. Raises StateError where the calls depend on the number of samples.
     """
     parameters = floating_parameters(network)
-    two, three = (Tape(parameters, {}, None) for _ in range(2))
+    two, three = (Tape(parameters) for _ in range(2))
     with evaluating(network), differentiable(parameters.values()):
         for tape, count in ((two, 2), (three, 3)):
             output = tape.run(network, as_input(take(inputs, torch.arange(count) % size_of(inputs)), network))

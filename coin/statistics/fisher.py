@@ -133,7 +133,7 @@ class _Pass:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
         known = self._layouts.get(key)
-        layout = known or find_layout(self.network, self._parameters, self._totals, take(inputs, slice(0, 1)))
+        layout = known or find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.options.mc_samples or 1}
         number = fewer.get(self.options.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.options.memory_mib, next(iter(self._parameters.values())))
@@ -141,7 +141,7 @@ class _Pass:
         rows, general = None, set(self._parameters)
         if not layout.mixes:
             arranged = cuts.channels_last(piece) if layout.channels_last else piece
-            tape = Tape(self._parameters, self._totals, layout.rows)
+            tape = Tape(self._parameters, layout.rows)
             output = tape.run(self.network, arranged)
             if known is None:
                 layout = replace(layout, mixes=self._mixes(output, layout.logits, arranged))
@@ -177,7 +177,7 @@ class _Pass:
         if tape.rows is None and tape.calls:
             general |= tape.misplaced(output, unseen=False)
             self._passes += 2 * tape.cotangents * len(output)
-        tape.close(general)
+        tape.close(self._totals, general)
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
             if tape.backward(output, piece, last=start + len(piece) == len(rows)):

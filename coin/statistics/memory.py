@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, channels_last, joined, tensors_in
-from coin.statistics.rules import Totals
 from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
@@ -35,23 +34,18 @@ class PassLayout:
     mixes: bool = False  # whether a sample's output depends on its neighbours in the batch: then it runs alone
 
 
-def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], totals: Totals, sample: Batch) -> PassLayout:
-    """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
-
-    Nothing is added to the totals. If values decide what lies where, every cut has to be looked at by itself.
-    """
+def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> PassLayout:
+    """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape."""
     two = joined([sample, sample])
     if any(tensor.ndim == 4 for tensor in tensors_in(two)):
         with suppress(RuntimeError):  # a view of its activations, or a backward pass, may hold in the usual order alone
-            return _layout_of(network, parameters, totals, channels_last(two), last=True)
-    return _layout_of(network, parameters, totals, two, last=False)
+            return _layout_of(network, parameters, channels_last(two), last=True)
+    return _layout_of(network, parameters, two, last=False)
 
 
-def _layout_of(
-    network: nn.Module, parameters: Mapping[str, Tensor], totals: Totals, two: Batch, *, last: bool
-) -> PassLayout:
+def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, last: bool) -> PassLayout:
     """Return the layout found on two copies of a sample, in the order of memory that they are in."""
-    tape = Tape(parameters, totals, None)
+    tape = Tape(parameters)
     output = tape.run(network, two)
     rows: dict[str, int] = {}
     try:
@@ -60,7 +54,7 @@ def _layout_of(
             if untrusted.isdisjoint(call.names.values()):
                 rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
         if len(rows) < len(parameters):  # what is left to autograd has to batch its backward pass too
-            trial = Tape(parameters, {}, rows)
+            trial = Tape(parameters, rows)
             trial.backward(trial.run(network, two), torch.ones_like(output)[None], last=True)
     except RuntimeError:
         if last:

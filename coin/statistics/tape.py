@@ -24,13 +24,12 @@ class Tape:
 
     Args:
         parameters: Name → parameter, those to differentiate by.
-        totals: Parameter name → accumulator; none of those whose squares are not wanted.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
             None rules every call of B·k rows.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
-        self._parameters, self._totals, self.rows = parameters, totals, rows
+    def __init__(self, parameters: Mapping[str, Tensor], rows: Mapping[str, int] | None = None) -> None:
+        self._parameters, self.rows = parameters, rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
         self.calls: list[Call] = []  # the ruled ones
@@ -106,10 +105,10 @@ class Tape:
         self._scales = None
         return {n for call in self.calls if not self._placed.get(call, not unseen) for n in call.names.values()}
 
-    def close(self, general: Collection[str]) -> None:
-        """Have every call's rule add up its parameters, before the counted backward passes, but for those `general`."""
+    def close(self, totals: Totals, general: Collection[str]) -> None:
+        """Have the rules add to the totals, by parameter, in the passes that follow, but for those `general`."""
         for call in self.calls:
-            self._kept[call] = {role: self._totals[n] for role, n in call.names.items() if n not in general}
+            self._kept[call] = {role: totals[n] for role, n in call.names.items() if n not in general}
 
     def backward(self, output: Tensor, cotangents: Tensor, *, last: bool, batched: bool = True) -> bool:
         """Run the backward passes of cotangents [V, B, C] at once, for the rules to add up; say if there were any."""
