@@ -72,8 +72,9 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> None:
     start = subprocess.Popen
 
     def finish(command: list[str], **options: Any) -> Any:
-        folder = Path(options["stdout"].name).parent
-        return start([sys.executable, "-c", FINISH, str(folder)], **options)
+        if command[1:3] == ["-m", "coin"]:
+            command = [sys.executable, "-c", FINISH, str(Path(options["stdout"].name).parent)]
+        return start(command, **options)
 
     monkeypatch.setattr("coin.pipeline.pool.subprocess.Popen", finish)
 
