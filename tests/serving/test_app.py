@@ -179,7 +179,6 @@ MISTAKES = {
     "method": ("/v2/health/live", wrong(), 405, "Method Not Allowed"),
     "model": ("/v2/models/magic/infer", wrong(), 404, "expected one of colours, lights & darks, all"),
     "datatype": (INFER, wrong(datatype="FP32"), 400, "inputs.0.datatype"),
-    "no image": (INFER, {"json": files("aGVsbG8=")}, 400, "no image"),
     "too many": (INFER, {"json": files(*["aGVsbG8="] * 5)}, 413, "1 to 4 at a time"),
     "too large": (INFER, wrong(data=[0] * 9000), 413, "expected at most 5000"),
     "packed": (INFER, {"content": b"x", "headers": {"Content-Encoding": "gzip"}}, 415, "expected plain JSON"),

@@ -322,23 +322,26 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise() -> None:
         system.decode(0, huge)
 
 
-def test_which_servers_suffice() -> None:
+@pytest.mark.parametrize(
+    ("which", "expert", "enough", "too_few"),
+    [
+        ("everyone", 1, ["a c coded-0", "a coded-0 coded-1"], ["a coded-0"]),
+        ("everyone", 0, [], ["b c coded-1", "c coded-0"]),  # it is not in the second row
+        ("coded", 0, ["coded-0"], ["a", "coded-1"]),
+        ("coded", 2, ["coded-1"], ["coded-0"]),
+        ("replica", 1, ["replica-1/b"], ["replica-1/a"]),
+        ("nobody", 0, [], ["a b c"]),
+    ],
+)
+def test_which_servers_suffice(which: Any, expert: int, enough: list[str], too_few: list[str]) -> None:
     code = LinearSystem([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]], Policy(PolicyKind.coded_hedged)).code
-    names = ["a", "b", "c"]
-    every = StandIns("everyone", names, code)
-    assert every.of[1] == ("a", "c", "coded-0", "coded-1")
-    assert every.suffice(1, {"a", "c", "coded-0"})
-    assert not every.suffice(1, {"a", "coded-0"})
-    assert every.suffice(1, {"a", "coded-0", "coded-1"})
-    assert not every.suffice(0, {"b", "c", "coded-1"})  # it is not in the second row
-    assert not every.suffice(0, {"c", "coded-0"})
-    alone = StandIns("coded", names, code)
-    assert [alone.of[expert] for expert in range(3)] == [("coded-0",), ("coded-0",), ("coded-1",)]
-    both = StandIns("coded", names, code, every_row=True)
-    assert both.suffice(0, {"coded-0", "coded-1"})
-    assert not both.suffice(0, {"a", "coded-0"})
-    replicas = StandIns("replica", names, code)
-    assert list(replicas.servers) == [*names, *(f"replica-{row}/{name}" for name in names for row in (0, 1))]
-    assert replicas.suffice(1, {"replica-1/b"})
-    assert not replicas.suffice(1, {"replica-1/a"})
-    assert not StandIns("nobody", names, code).suffice(0, set(names))
+    given = StandIns(which, ["a", "b", "c"], code)
+    if which == "everyone":
+        assert given.of[1] == ("a", "c", "coded-0", "coded-1")
+    if which == "replica":
+        assert list(given.servers) == ["a", "b", "c", *(f"replica-{row}/{each}" for each in "abc" for row in (0, 1))]
+    assert all(given.suffice(expert, each.split()) for each in enough)
+    assert not any(given.suffice(expert, each.split()) for each in too_few)
+    every_row = StandIns("coded", ["a", "b", "c"], code, every_row=True)
+    assert every_row.suffice(0, {"coded-0", "coded-1"})
+    assert not every_row.suffice(0, {"a", "coded-0"})
