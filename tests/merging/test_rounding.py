@@ -4,11 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from torch import nn
 
 from coin.errors import ConfigurationError
-from coin.merging import Average, Experts, Refit
+from coin.merging import Average, Refit
 from coin.networks.compressed import Compressed, compress
 from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
@@ -96,42 +94,22 @@ def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
     assert torch.equal(found.get_parameter(name), before + nearest)
 
 
-def trained(network, x, y, steps):
-    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
-    for step in range(steps):
-        batch = torch.arange(step * 64, step * 64 + 64) % len(x)
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(network(x[batch]), y[batch]).backward()
-        optimiser.step()
-    return network.eval()
-
-
 def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
-    torch.manual_seed(0)
-    digits = load_digits()
-    x, y = torch.tensor(digits.images).float()[:, None] / 16, torch.tensor(digits.target)
-    base = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5),
-    )  # fmt: skip
-    trained(base, x, y % 5, 40)
-    tasks = [x[part] for part in (y < 5, y >= 5)]
-    networks = [trained(deepcopy(base).train(), x[part], y[part] % 5, 40) for part in (y < 5, y >= 5)]
-    experts = Experts(networks, calibration=[task[:200].split(50) for task in tasks])
-    method = Refit("own", head=False)
-    made = method.make(experts, (0.5, 0.5))
+    networks, tasks = kind_of("convolutions")
+    method, experts = Refit("own", RIDGE, head=False), experts_of(networks, tasks)
+    made = method.make(experts, ROW)
+    bases = [torch.manual_seed(seed) and base_of(networks) for seed in range(3)]
 
     def error(network):
         """How far the experts' own answers are."""
-        pairs = zip(networks, (task[200:] for task in tasks), strict=True)
+        pairs = zip(networks, tasks, strict=True)
         return float(sum((answers(network, x) - answers(one, x)).square().mean() for one, x in pairs))
 
     def added(rounding):
-        """What rounding adds to the error, to three bits and to two: at four it is lost in what chance adds."""
+        """What rounding to three bits and to two adds to the error."""
         hows = [Compression(bits, rounding=rounding) for bits in (3, 2)]
-        packed = [method.pack(experts, (0.5, 0.5), made, base, how).network() for how in hows]
-        return sum(map(error, packed)) - 2 * error(made.network)
+        packed = [method.pack(experts, ROW, made, base, how).network() for base in bases for how in hows]
+        return sum(map(error, packed)) - len(packed) * error(made.network)
 
     assert added(None) < 0.3 * added("nearest")
 
