@@ -290,14 +290,13 @@ class Conv1D(nn.Module):
 
 
 def test_a_weight_that_lies_the_other_way_round_gives_the_same():
-    initial, plain = Conv1D(), nn.Linear(4, 6, bias=False).double()
-    experts = [Conv1D() for _ in WEIGHTS]
-    (turned,) = coin.merge_networks(coin.Wudi(head=True), experts, [WEIGHTS], initial=initial)
-    linear = [clone(plain) for _ in WEIGHTS]
-    for one, two in zip([plain, *linear], [initial, *experts], strict=True):
+    turned, plain = [Conv1D() for _ in range(4)], [nn.Linear(4, 6, bias=False).double() for _ in range(4)]
+    for one, two in zip(plain, turned, strict=True):
         one.weight.data = two.weight.data.T
-    (made,) = coin.merge_networks(coin.Wudi(head=True), linear, [WEIGHTS], initial=plain)
-    torch.testing.assert_close(turned.weight.T, made.weight, rtol=1e-10, atol=1e-12)
+    (initial, *experts), method = turned, Wudi(head=True)
+    found = method.make(Experts(experts, initial=initial), WEIGHTS).network
+    made = method.make(Experts(plain[1:], initial=plain[0]), WEIGHTS).network
+    torch.testing.assert_close(found.weight.T, made.weight, rtol=1e-10, atol=1e-12)
     assert linear_maps(initial) == ["weight:T"]
 
 

@@ -621,14 +621,11 @@ def test_an_expert_that_has_no_share_of_the_row_is_not_run(target):
         assert_answers_close(made.network, without.network, tasks, 1e-9)
 
 
-def test_no_sample_of_a_task_with_a_share_is_one_line():
+def test_no_sample_of_a_task_with_a_share_and_a_ridge_that_is_too_small_are_one_line():
     networks, tasks = kind_of("two layers")
     experts = experts_of(networks, [tasks[0][:0], *tasks[1:]])
     with pytest.raises(DataError, match=r"found no calibration samples of a task that has a share in .* target=both"):
         Refit("own", RIDGE, head=False).make(experts, (1.0, 0.0, 0.0))
-
-
-def test_a_ridge_that_is_too_small_is_one_line():
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 60), nn.Linear(60, 3)) for _ in "ab"]
     tasks = [torch.randn(200, 3) @ torch.randn(3, 40) for _ in networks]
@@ -765,29 +762,17 @@ class Unbatched(torch.autograd.Function):
         return torch.from_numpy(g.detach().numpy().copy())
 
 
-class Through(nn.Sequential):
-    def forward(self, x):
-        return self[2](self[1](Unbatched.apply(self[0](x))))
-
-
 def test_networks_whose_backward_pass_cannot_be_batched():
-    networks, tasks = setup(lambda: Through(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,))
+    networks, tasks = setup(lambda: nn.Sequential(nn.Linear(4, 6), Apply(Unbatched.apply), nn.Linear(6, 3)), (4,))
     assert Refit("both").make(experts_of(networks, tasks), ROW).chosen["averaged"] == []
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.head(self.head(x).tanh())
-
-
 def test_a_network_without_a_layer_that_can_be_refitted_is_averaged():
-    with pytest.warns(CoinWarning, match="kept the average of 100% of the parameters of Twice"):
-        made = Refit("own", head=False).make(experts_of(*setup(Twice, (4,))), ROW)
-    assert made.chosen["averaged"] == ["head.bias", "head.weight"]
+    layer = nn.Linear(4, 4)
+    experts = experts_of(*setup(lambda: nn.Sequential(layer, nn.Tanh(), layer), (4,)))
+    with pytest.warns(CoinWarning, match="kept the average of 100% of the parameters of Sequential"):
+        made = Refit("own", head=False).make(experts, ROW)
+    assert made.chosen["averaged"] == ["0.bias", "0.weight"]
 
 
 def test_bfloat16_is_fitted_in_float32(monkeypatch):
