@@ -152,15 +152,6 @@ def test_the_first_of_the_best_is_chosen_one_alone_untried_and_none_that_is_not_
         choose([broken] * 2, lambda network: network, experts, PAIR, "mine")
 
 
-def test_few_samples_to_choose_by_are_told_of():
-    networks, calibration = linear_networks()
-    few = [[torch.cat(task)[:20]] for task in calibration]
-    for method in (Coin(), RegMean(alpha=None)):
-        message = f"method '{method.name}' chose by 8 held-out calibration samples, expected at least 10"
-        with pytest.warns(CoinWarning, match=message):
-            method.make(Experts(networks, calibration=few), PAIR)
-
-
 # BatchNorm
 
 

@@ -162,8 +162,6 @@ def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logi
 
 # Policies and compression
 
-AVERAGE = Average(batchnorm="average")
-
 
 def same(first, second):
     return all(torch.equal(tensor, second[name]) for name, tensor in first.items()) and first.keys() == second.keys()
@@ -171,7 +169,7 @@ def same(first, second):
 
 def test_averages_are_of_parameters_and_of_statistics_or_keep_those_of_the_initialisation():
     initial, networks, _ = setup("batchnorm")
-    merged = AVERAGE.make(Experts(networks), WEIGHTS).network
+    merged = Average(batchnorm="average").make(Experts(networks), WEIGHTS).network
     for name, tensor in merged.state_dict().items():
         every = [network.state_dict()[name] for network in networks]
         if tensor.is_floating_point():

@@ -1,8 +1,8 @@
 """Networks that break naive merging: caches, complex tensors, masks, computed and frozen weights."""
 
-import operator
 from contextlib import nullcontext
 from copy import deepcopy
+from operator import attrgetter
 
 import pytest
 import torch
@@ -34,9 +34,7 @@ def merged(method, experts, row=(0.5, 0.5), **given):
     return method.make(coin.Experts(experts, **given), row).network
 
 
-def by_label(method):
-    return method.label
-
+by_label = attrgetter("label")
 
 # Caches
 
@@ -176,18 +174,13 @@ def test_a_nan_in_a_buffer_or_an_infinity_in_one_without_is_refused():
         networks[1].mask[2, 1] = torch.nan
 
 
-def test_a_network_with_a_mask_goes_through_a_file_and_damage_does_not(tmp_path, monkeypatch):
+def test_a_network_with_a_mask_goes_through_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.Own.kinds, "causal", Causal)
     config, path, network = NetworkConfig("causal", 4), tmp_path / "net.safetensors", Causal()
     save_network(path, network, config, 3, {})
     loaded = load_network(path)
     assert loaded.provenance["infinite"] == ["mask"]
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in loaded.network.state_dict().items())
-    before = path.read_bytes()
-    network.mask[0, 0] = torch.nan
-    with pytest.raises(StateError, match=r"is not finite: tensor 'mask' holds a NaN or an infinity[^\n]*$"):
-        save_network(path, network, config, 3, {})
-    assert path.read_bytes() == before
 
 
 # Computed weights
@@ -219,7 +212,7 @@ def test_weights_that_are_computed_at_every_pass_are_refused_until_they_are_para
     if remover is not None:
         assert f"{remover}(layer, 'weight')" in str(caught.value)
         for expert in experts:
-            operator.attrgetter(remover)(nn.utils)(expert[1], "weight")
+            attrgetter(remover)(nn.utils)(expert[1], "weight")
         made = merged(coin.Average(), experts)
         torch.testing.assert_close(made[1].weight, (experts[0][1].weight + experts[1][1].weight) / 2)
 
