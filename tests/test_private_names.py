@@ -7,6 +7,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.utils._pytree import tree_leaves, tree_map
 
 from coin.commands.trainer import TrainerCLI
 
@@ -23,5 +24,7 @@ def test_private_names_that_are_read(make_trainer: Any, tmp_path: Any, monkeypat
     assert trainer._accelerator_connector.use_distributed_sampler is False
     assert trainer._accelerator_connector.cluster_environment is None or trainer.num_nodes == 1
     assert callable(_SubprocessScriptLauncher.launch)
+    assert tree_map(str, {"a": [1, (2,)]}) == {"a": ["1", ("2",)]}
+    assert tree_leaves({"a": [1, (2,)]}) == [1, 2]
     logger = WandbLogger(save_dir=tmp_path, offline=True, mode="offline")
     assert (logger._offline, logger._wandb_init["mode"]) == (True, "offline")
