@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coin.coding import Code, convex, uniform
+from coin.coding import convex
 from coin.errors import ConfigurationError, DecodingError
 from coin.files.safetensors import load_provenance
 from coin.pipeline.steps.merge import read_code
@@ -24,12 +24,6 @@ METHODS = [
 
 def glyphs(classes: str) -> dict[str, Any]:
     return {"class_path": "Glyphs", "init_args": {"classes": classes, "train_per_class": 30, "test_per_class": 9}}
-
-
-def test_what_the_option_stands_for() -> None:
-    assert read_code(None, 3) == uniform(3)
-    assert read_code(2, 3) == convex(3, 2)
-    assert read_code([[0.25, 0.75]], 2) == Code([[0.25, 0.75]])
 
 
 @pytest.mark.parametrize(

@@ -37,18 +37,3 @@ def test_an_experiment_is_measured_with_every_decoder_and_repeats_itself(
     # The same decoders in other words are the same.
     assert main(["run", "-c", str(seed / "config.yaml"), f"--decoders={[{'kind': 'linear'}, *SECTIONS[1:]]}"]) == 0
     assert "evaluation: up to date" in capsys.readouterr().err
-
-
-def test_the_evaluator_takes_the_same_sections(finished: Path, trained: dict[str, Any], config: Path) -> None:
-    tasks = yaml.safe_load(config.read_text())["tasks"]
-    coded = [str(finished / "seed-0/coded/average.safetensors")]
-    model = {"experts": trained["expert"]["checkpoints"], "coded": coded, "decoders": SECTIONS}
-    options = {
-        "model": {"class_path": "DecodingEvaluator", "init_args": model},
-        "data": {"class_path": "Tasks", "init_args": {"tasks": tasks, "samples_per_task": 24}},
-        "trainer": {"logger": False, "default_root_dir": "."},
-    }
-    Path("evaluate.yaml").write_text(yaml.safe_dump(options))
-    assert main(["evaluate", "-c", "evaluate.yaml", "--output=."]) == 0
-    frame = read_results(Path())
-    assert list(dict.fromkeys(frame[frame.method == "average"].decoder)) == NAMES

@@ -48,15 +48,6 @@ def test_a_task_may_train_its_head_alone(make_expert: Any) -> None:
     assert not any("running" in name for name in found)
 
 
-def test_the_penalty_draws_to_the_shared_initialisation(make_expert: Any) -> None:
-    def distance(**options: Any) -> float:
-        expert, initial = make_expert("digits", epochs=3, **options)
-        names = {name for name in expert if name.endswith("weight") and not name.startswith("fc")}
-        return float(sum((expert[name] - initial[name]).square().sum() for name in names))
-
-    assert distance(l2_sp=10.0) < 0.8 * distance()
-
-
 FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
 NESTED = {"class_path": "torchvision.transforms.v2.RandomApply", "init_args": {"transforms": [FLIP], "p": 1.0}}
 

@@ -8,7 +8,6 @@ import yaml
 
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.pipeline.config import CalibrationConfig
 
 
 @pytest.mark.slow
@@ -43,13 +42,3 @@ def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
     lines = [str(each.message) for each in told if "nothing will be promised" in str(each.message)]
     assert len(lines) == (warned is not None)
     assert not warned or f"expected at least {warned} for" in lines[0]
-
-
-@pytest.mark.parametrize(("samples", "warned"), [(9, True), (10, False)])
-def test_too_few_samples_to_learn_from_are_told_of(samples: int, warned: bool) -> None:
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        CalibrationConfig(samples_per_task=samples).warn_of_too_few()
-    assert [str(each.message).startswith("found samples_per_task=9, expected at least 10") for each in told] == (
-        [True] if warned else []
-    )

@@ -117,19 +117,6 @@ def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]
     assert charts == {f"_wandb.visualize.confusion/{task}" for task in ("digits", "letters")}
 
 
-def test_an_experiment_s_own_tags(
-    copied: Path, config: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
-) -> None:
-    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    command = ["run", "-c", str(config), f"--output={copied.parent}", "--wandb.tags=[mine]", "--decoders=[linear]"]
-    assert main(command) == 0
-    (folder,) = copied.rglob("offline-run-*")  # only the evaluation is run again
-    records = read_wandb(folder)
-    assert run_of(records)["display_name"] == "tiny-seed-0-evaluate"
-    assert set(run_of(records)["tags"]) >= {"small_resnet", "mine"}
-
-
 def test_a_training_that_fails_is_told_to_have_failed_and_its_run_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
 ) -> None:
