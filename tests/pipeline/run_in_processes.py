@@ -1,5 +1,6 @@
 """Runs ``coin`` twice on every process under ``torch.distributed.run``, for `test_processes.py`."""
 
+import atexit
 import json
 import os
 import sys
@@ -30,5 +31,11 @@ def run(folder: Path, arguments: list[str]) -> None:
     assert main(arguments) == 0
 
 
+def say_what_is_left() -> None:
+    """Tell at the very end: gloo may abort where a process group is left to the interpreter."""
+    print("left in its process group" if torch.distributed.is_initialized() else "left its process group")
+
+
 if __name__ == "__main__":
+    atexit.register(say_what_is_left)  # before coin's own, and so run after it
     run(Path(sys.argv[1]), sys.argv[2:])

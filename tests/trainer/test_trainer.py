@@ -1,12 +1,7 @@
 import csv
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,14 +10,12 @@ from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
-from coin.reporting.extras import read_examples
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 
 pytestmark = pytest.mark.slow
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
-SCRIPT = Path(__file__).parent / "measure_in_processes.py"
 
 
 def fisher_of(network, batches, **options):
@@ -138,43 +131,3 @@ def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
     assert described["x"] == [1]
     assert described["tasks"] == ["task0", "task1"]
     assert described["code"] == [[0.5, 0.5]]
-
-
-def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_coded):
-    experts = write_experts([10, 10])
-    paths = {"experts": experts, "coded": write_coded([[0.7, 0.3], [0.3, 0.7]], experts)}
-    (tmp_path / "paths.json").write_text(json.dumps(paths))
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    runpy.run_path(str(SCRIPT), run_name="imported")["measure"](one, devices=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(two), "2"], env=quiet, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["left its process group"] * 2  # gloo may abort at the end of one that is left
-
-    alone, shared = (torch.load(folder / "fisher.pt", weights_only=True) for folder in (one, two))
-    assert (alone["processes"], shared["processes"]) == (1, 2)
-    for kind, wanted in alone["fishers"].items():
-        found = shared["fishers"][kind]
-        assert found["count"] == wanted["count"] == 42
-        assert found["passes"] == wanted["passes"]
-        for name, value in wanted["values"].items():
-            torch.testing.assert_close(found["values"][name], value, rtol=1e-12, atol=0.0)
-
-    alone, shared = (json.loads((folder / "outcomes.json").read_text()) for folder in (one, two))
-    residuals = [[outcome.pop("residual") for outcome in outcomes] for outcomes in (alone, shared)]
-    assert shared == alone
-    assert {sum(map(sum, outcome["counts"])) for outcome in alone} == {37, 61}
-    assert residuals[1] == pytest.approx(residuals[0], rel=1e-5, nan_ok=True)
-    own, other = (read_examples(folder) for folder in (one, two))
-    assert {task: len(indices) for task, indices in own.by_task().items()} == {"task0": 24, "task1": 24}
-    for name in ("images", "expert", "label"):
-        np.testing.assert_array_equal(getattr(other, name), getattr(own, name))
-    assert list(own.decoded) == list(other.decoded)
-    np.testing.assert_array_equal(list(other.decoded.values()), list(own.decoded.values()))
-    rows = [(folder / "results.csv").read_text().splitlines() for folder in (one, two)]
-    assert len(rows[0]) == len(rows[1]) == 1 + len(alone)
