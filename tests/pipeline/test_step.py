@@ -1,15 +1,10 @@
 """A step: the key that it has before it runs, its folder, and its lock."""
 
-import contextlib
 import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,66 +136,6 @@ def test_two_commands_do_a_step_once(tmp_path: Path) -> None:
         thread.join(60)
     assert runs == [1]
     assert steps[0].is_done
-
-
-@contextlib.contextmanager
-def holder(step: Step, then: Callable[[], object] = lambda: time.sleep(60)) -> Iterator[int]:
-    """Yield the number of a process that holds a step and goes on with `then`; it is killed at the end."""
-    ready, told = os.pipe()
-    process = os.fork()
-    if not process:
-        try:
-            os.setsid()
-            with step.locked():
-                os.write(told, b"held")
-                then()
-        finally:
-            os._exit(0)  # whatever happens: it must not go on with the tests of its parent
-    os.close(told)  # where it ends early, reading ends too
-    try:
-        assert os.read(ready, 4) == b"held"
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(process, 0)
-
-
-def is_free(step: Step) -> bool:
-    with step.locked(wait=False) as free:
-        return free
-
-
-def child() -> None:
-    subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("start", [lambda: None, os.fork, child], ids=["alone", "forked", "started"])
-def test_a_lock_ends_with_its_process_whatever_that_leaves_behind(tmp_path: Path, start: Callable[[], None]) -> None:
-    def with_child() -> None:
-        start()  # lives on for seconds where its parent is killed, like a loader's worker
-        time.sleep(60)
-
-    step = write(tmp_path)
-    with holder(step, with_child) as process:
-        assert not is_free(step)
-        assert is_free(write(tmp_path, option="other"))
-        time.sleep(0.3)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        assert is_free(step)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_worker_that_ends_leaves_its_parents_lock_alone(tmp_path: Path) -> None:
-    step = write(tmp_path)
-    with step.locked():
-        if not (worker := os.fork()):
-            os._exit(0)
-        os.waitpid(worker, 0)
-        assert not is_free(write(tmp_path))
 
 
 def test_a_folder_that_takes_no_lock_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
