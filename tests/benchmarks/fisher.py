@@ -117,10 +117,9 @@ def peak_mib(name: str, samples: int, candidate: str, threads: int) -> float:
 
 def measure_peak(name: str, samples: int, candidate: str) -> None:
     function, network = candidates(name, check=candidate in ("limit", "coin"))[candidate]
-    side = NETWORKS[name][0]
-    function(network, torch.randn(1, 3, side, side))  # libraries allocate on their first call
+    function(network, images(name, 1))  # libraries allocate on their first call
     network.zero_grad()
-    inputs = torch.randn(samples, 3, side, side)
+    inputs = images(name, samples)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     function(network, inputs)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

@@ -63,12 +63,6 @@ def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
     assert make_decoder(options["kind"], CODE, [0]).config.name == options["kind"]
 
 
-@pytest.mark.parametrize("name", ["", "magic", "ridge-magic", "feature_ridge-alone-own", "linear-16"])
-def test_names_of_nothing(name):
-    with pytest.raises(ConfigurationError, match="found"):
-        DecoderConfig.named(name)
-
-
 REFUSED = [
     ({"kind": "cubic"}, "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
     ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge or exp"),
@@ -81,11 +75,14 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_options_that_do_not_apply_are_refused_in_one_line(options, message):
-    with pytest.raises(ConfigurationError, match=message) as found:
-        DecoderConfig.of(options)
-    assert "\n" not in str(found.value)
+def test_options_that_do_not_apply_and_names_of_nothing_are_refused_in_one_line():
+    for options, message in REFUSED:
+        with pytest.raises(ConfigurationError, match=message) as found:
+            DecoderConfig.of(options)
+        assert "\n" not in str(found.value)
+    for name in ("", "magic", "ridge-magic", "feature_ridge-alone-own", "linear-16"):
+        with pytest.raises(ConfigurationError, match="found"):
+            DecoderConfig.named(name)
 
 
 def test_a_list_of_decoders_has_no_repeats_and_is_not_empty():
