@@ -89,21 +89,16 @@ class Glyphs(TaskData):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.characters = parse_characters(classes)
+        self.names = parse_characters(classes)
         check_integer("train_per_class", train_per_class, 2)
         check_integer("test_per_class", test_per_class, 1)
         if train_samples is not None:
-            check_integer("train_samples", train_samples, len(self.characters))
+            check_integer("train_samples", train_samples, len(self.names))
         self.train_per_class, self.test_per_class, self.train_samples = train_per_class, test_per_class, train_samples
-
-    def class_names(self) -> tuple[str, ...]:
-        """The characters."""
-        return self.characters
 
     def load(self) -> Source:
         """Render the images."""
-        count = len(self.characters)
-        masks = character_masks(self.characters)
+        count, masks = len(self.names), character_masks(self.names)
         train = torch.arange(self.train_samples or count * self.train_per_class) % count
         test = torch.arange(count * self.test_per_class) % count
         return Source(

@@ -40,29 +40,24 @@ class Samples:
         """The selected samples' class indices, int64 [P]."""
         return self.labels[self.index]
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether the images are."""
-        return isinstance(self.store, Tensor)
-
-    def images(self, positions: Tensor | None = None) -> Tensor:
-        """The images at these positions of the selection (all by default), uint8 [B, C, H, W]."""
-        return self.store[self.index if positions is None else self.index[positions]]
+    def images(self, positions: Tensor | None = None, view: View | None = None) -> Tensor:
+        """The images at these positions of the selection (all by default), as a view shows them, uint8 [B, C, H, W]."""
+        if positions is None:
+            positions = torch.arange(len(self))
+        images = self.store[self.index[positions]]
+        return images if view is None else augmented(images, view, positions, len(self))
 
     def subset(self, positions: Tensor | Sequence[int]) -> Self:
         """The samples at these positions of the selection, in this order."""
         return replace(self, index=self.index[torch.as_tensor(positions, dtype=torch.int64)])
 
     def inputs(self, positions: Tensor, image_size: int, view: View | None = None) -> Tensor:
-        """The inputs at these positions, int64 [B], changed as a view says: float32 [B, 3, S, S], or int64 [B, S]."""
-        images = self.images(positions)
-        return to_input(images if view is None else augmented(images, view, positions, len(self)), image_size)
+        """The inputs at these positions, int64 [B], as a view shows them: float32 [B, 3, S, S], or int64 [B, S]."""
+        return to_input(self.images(positions, view), image_size)
 
     def held(self) -> Self:
         """The same samples, with their images in memory."""
-        if isinstance(self.store, Tensor):
-            return self
-        return type(self).of(self.store.decoded(self.index), self.targets)
+        return self if isinstance(self.store, Tensor) else self.of(self.store.decoded(self.index), self.targets)
 
     def stratified(self, count: int, generator: torch.Generator) -> tuple[Self, Self]:
         """`count` samples in which the classes are in proportion, and the rest, both in their order."""
@@ -133,9 +128,8 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         if not isinstance(draw, Draw):
             raise ConfigurationError("the loader's sampler was replaced, as by overfit_batches; use max_train instead")
-        images = self.samples.images(draw.positions)
-        if draw.epoch is not None:
-            view = View(self.augmentation, self.seed, draw.epoch)
-            images = augmented(images, view, draw.positions, len(self.samples))
+        view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
+        images = self.samples.images(draw.positions, view)
+        if view is not None:
             images = transform_images(images, self.transforms, view, draw.positions)
         return images, self.samples.targets[draw.positions]

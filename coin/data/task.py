@@ -52,10 +52,9 @@ def once(cache: MutableMapping[Hashable, Any], key: Hashable, find: Callable[[],
 
 
 def read_head(given: Any) -> dict[str, Any] | None:
-    """Return ``{zero_shot: {prompts: [...], classes: [...]}}`` or ``{zero_shot: FILE.yaml}`` with the file's contents.
+    """Return ``{zero_shot: {prompts: [...], classes: [...]}}``, of which a file may hold the inner part.
 
     ``{}`` in a prompt stands for the class; without classes it is the task's own names, with spaces for underscores.
-    Raises ConfigurationError if it is something else, FileError where the file cannot be read.
     """
     if given is None:
         return None
@@ -76,38 +75,34 @@ def read_head(given: Any) -> dict[str, Any] | None:
 class TaskData(LightningDataModule, ABC):
     """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
 
-    The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
-    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does. Samples
-    are sharded over processes by index: set the Trainer's ``use_distributed_sampler=False``.
-
-    A subclass gives the classes, in the order of their labels (`names`, or `class_names` where they depend on options),
-    and reads the images (`load`), or texts if its `content` is ``texts``. Copies by `coin.data.tasks.task_with` share
-    what is read.
+    The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B]; `on_after_batch_transfer` turns the
+    images into inputs on the device. Samples are sharded over processes by index: set the Trainer's
+    ``use_distributed_sampler=False``. A subclass gives the classes, in the order of their labels (`names`, or
+    `class_names` where finding them takes time), and reads the images (`load`), or texts if its `content` is ``texts``.
+    Copies by `coin.data.tasks.task_with` share what is read.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
         batch_size: Training samples a batch and process, at least 2.
         eval_batch_size: Samples a batch in validation, test and prediction.
-        validation_share: Share of the training samples set aside for validation, in [0, 1); unused where the source has
-            a validation split.
+        validation_share: Share of the training samples for validation, in [0, 1), where the source has no such split.
         split_seed: Decides which samples are in which split.
-        seed: Decides the order of the training samples, their augmentation and the choice of calibration samples. None
-            is 0, or ``--seed_everything`` on the command line.
+        seed: Decides the training samples' order and augmentation, and the calibration samples. None is 0, or
+            ``--seed_everything`` on the command line.
         augmentation: The augmentation of training images.
-        transform: A transform of ``torchvision.transforms.v2`` after it, such as
-            ``{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: 32}}``, or a list of them. It
-            gets one image at a time, uint8 [1 or 3, H, W], and returns one, all of one size; its random numbers are a
-            function of the seed, the epoch and the image.
+        transform: A transform after it, such as ``{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args:
+            {size: 32}}``, or a list of them, from one image, uint8 [1 or 3, H, W], to one, all of one size. What it
+            draws is a function of the seed, the epoch and the image.
         max_train: The largest number of training samples, a stratified choice; validation shrinks in proportion.
         max_test: The largest number of test samples, a stratified choice.
         num_workers: Worker processes of each loader; with 0 only files that are decoded batch by batch have workers,
             one a core, 8 at most.
-        head: Prompts and class names of a zero-shot head, for a CLIP (`coin.data.task.read_head`):
-            ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or ``{zero_shot: FILE.yaml}``. The classes
-            are in the order of the labels, and become the task's names. None is for heads that are trained.
+        head: A CLIP's zero-shot head, ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or
+            ``{zero_shot: FILE.yaml}`` (`read_head`). The classes, in the order of the labels, become the task's names.
+            None is for heads that are trained.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
     content: ClassVar[str] = "images"  # what networks read of it: images or texts
 
     def __init__(
@@ -144,8 +139,8 @@ class TaskData(LightningDataModule, ABC):
     def check_augmentation(self, augmentation: Augmentation, transform: TransformSpec = None) -> None:
         """Refuse an augmentation or a transform of what are no images."""
         if self.content != "images" and (transform or augmentation is not Augmentation.none):
-            found = "a transform" if transform else f"augmentation '{augmentation}'"
-            raise ConfigurationError(f"found {found} for {type(self).__name__}, whose samples are {self.content}")
+            found, own = "a transform" if transform else f"augmentation '{augmentation}'", type(self).__name__
+            raise ConfigurationError(f"found {found} for {own}, whose samples are {self.content}, expected none")
 
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of their labels; a network is built with them before data are read."""
@@ -180,7 +175,7 @@ class TaskData(LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
-        self._source = self._shared.latest = once(self._shared.samples, self._key, self._read)
+        _ = self.splits
 
     def release(self) -> None:
         """Free the images; `setup` reads them again."""
@@ -198,8 +193,9 @@ class TaskData(LightningDataModule, ABC):
             raise DataError(
                 f"{task} has {own} classes and head.zero_shot.classes names {self.num_classes}; give one name for each"
             )
-        parts = {"training": source.train, "test": source.test, "validation": source.validation}
-        for name, part in ((name, part) for name, part in parts.items() if part is not None):
+        for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
+            if part is None:
+                continue
             if not len(part):
                 raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
             least, most = map(int, part.targets.aminmax())
@@ -210,10 +206,9 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def splits(self) -> Source:
-        """The final splits; reads the data where `setup` has not run."""
-        self.setup()
-        assert self._source is not None
-        return self._source
+        """The final splits, read once."""
+        self._source = self._shared.latest = found = once(self._shared.samples, self._key, self._read)
+        return found
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
@@ -241,7 +236,7 @@ class TaskData(LightningDataModule, ABC):
 
     def _options(self, samples: Samples) -> dict[str, Any]:
         workers = self.num_workers
-        if not workers and not samples.in_memory:
+        if not workers and not isinstance(samples.store, Tensor):
             processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = max(1, min(WORKERS, cores() // processes))
         return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}

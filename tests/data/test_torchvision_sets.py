@@ -207,7 +207,7 @@ def test_sets_of_image_files(tmp_path, task_class, write, sizes, monkeypatch):
         task.prepare_data()
         splits = task.splits
         assert [len(splits.train), splits.validation and len(splits.validation), len(splits.test)] == [*sizes]
-        assert splits.train.in_memory == (most > 0)
+        assert isinstance(splits.train.store, torch.Tensor) == (most > 0)
         images, labels = splits.test.images(), splits.test.targets
         assert images.shape[1:] == (3, 24, 24)
         assert int((images[:, 0, 12, 12].int() - labels % 256).abs().max()) <= 3
