@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import coin.pipeline.run
-from coin.cli import main
 from coin.commands.run import read_experiment
 from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask, Tweets
 from coin.data.tasks import Tasks
 from coin.distillation import Distillation
 from coin.modules import Expert
-from coin.reporting import read_results
 
 pytestmark = pytest.mark.slow
 
@@ -146,31 +143,3 @@ def test_one_batch_through_the_real_network(path: Path, classes: int) -> None:
     assert logits.shape == (2, classes)
     torch.nn.functional.cross_entropy(logits, labels).backward()
     assert all(parameter.grad is not None for parameter in expert.parameters())
-
-
-def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of a paper's file as it is, with a narrow ResNet50 and one batch where there are thousands."""
-    monkeypatch.setattr(coin.pipeline.run, "write_report", lambda *_: None)  # half of the time, tested elsewhere
-    path = ROOT / "experiment/paper/gtsrb-stl10.yaml"
-    narrow = "{name: resnet50, image_size: 64, weights: null, options: {width_per_group: 2}}"
-    few = "{accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1, limit_test_batches: 1}"
-    methods = BASE.read_text().partition("methods:")[2].partition("\n")[2].partition("decoders:")[0]
-    methods += "  - " + path.read_text().partition("methods+: [")[2].removesuffix("]\n") + "\n"
-    fair = "{class_path: Distillation}", "{class_path: Distillation, init_args: {lr: 0.001, steps: 2}}"
-    fewer = (("steps: 500", "lr: 0.001, steps: 2"), ("steps: 2000", "lr: 0.001, steps: 2"), ("4500,", "4,"))
-    for many, two in (fair, *fewer):
-        assert many in methods
-        methods = methods.replace(many, two)
-    (tmp_path / "few.yaml").write_text(
-        "expert: {epochs: 1, batch_size: 2, overrides: {stl10: {epochs: 2}}}\n"
-        "calibration: {samples_per_task: 3, batch_size: 3}\n"
-        "methods:\n" + methods
-    )
-    command = ["run", *options_of(path), "-c", str(tmp_path / "few.yaml"), f"--output={tmp_path}", "--seeds=[0]"]
-    each = "{name}: {{class_path: {kind}, init_args: {{eval_batch_size: 4}}}}"
-    tasks = ", ".join(each.format(name=kind.lower(), kind=kind) for kind in ("GTSRB", "STL10"))
-    assert main([*command, f"--network={narrow}", f"--trainer={few}", f"--tasks={{{tasks}}}"]) == 0
-    found = read_results(tmp_path / "paper-gtsrb-stl10/seed-0")
-    labels = {"average", "coin", "regmean", "distillation", "distillation-plain", "distillation-4500", "none", "oracle"}
-    assert (set(found.method), set(found.task)) == (labels, {"gtsrb", "stl10"})
-    assert (found[found.method == "oracle"].agreement == 1).all()
