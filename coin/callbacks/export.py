@@ -46,15 +46,12 @@ class FileOfTrained(Callback):
                 "options; leave out ExpertExport and FisherEstimator, or set model to Expert"
             )
         if self.weights == Weights.best and self._monitored(trainer) is None:
-            raise ConfigurationError(
-                "found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last"
-            )
+            raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or take the last")
 
     def trained_network(self, trainer: Trainer, module: Any) -> nn.Module:
-        """Return the trained network with the chosen weights, a copy where anything would change.
+        """Return the trained network with the chosen weights and no parameter frozen, a copy where anything changes.
 
-        Every parameter is trainable, so that a Fisher covers all: those that one expert did not train matter in a merge
-        with others that did.
+        So a Fisher covers all: what one expert did not train matters in a merge with others that did.
         """
         monitored = self._monitored(trainer)
         if self.weights == Weights.last or monitored is None:

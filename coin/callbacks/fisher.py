@@ -28,9 +28,9 @@ def estimate_statistic(
 ) -> dict[str, float]:
     """Compute a network's Fisher, or without options its Gram matrices, and write it on the first process.
 
-    Returns its cost in ``seconds`` and ``passes``. The samples, of the expert's own task or of all tasks, are divided
-    among the Trainer's running processes. The seed is of Monte Carlo's random cotangents and of the samples;
-    `provenance` is further metadata of the file. Raises ConfigurationError if there are fewer samples than processes.
+    Returns its cost in ``seconds`` and ``passes``. The samples are divided among the Trainer's running processes, of
+    which there may be as many at most. The seed is of random cotangents and of the samples; `provenance` is further
+    metadata of the file.
     """
     rank, world = trainer.global_rank, trainer.world_size
     check_shares(calibration.num_samples, world)
@@ -51,7 +51,7 @@ def estimate_statistic(
 class FisherEstimator(FileOfTrained):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
-    The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint, by the same function.
+    ``coin fisher --ckpt_path`` computes the same for any checkpoint.
 
     Args:
         samples_per_task: P, the number of unlabelled training samples.
@@ -80,9 +80,7 @@ class FisherEstimator(FileOfTrained):
         """Check, before training, that the Fisher can be estimated after it."""
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
-            raise ConfigurationError(
-                "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
-            )
+            raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
         check_shares(self.options.samples_per_task, trainer.world_size)
         super().on_fit_start(trainer, pl_module)
         data.calibration(self.options.samples_per_task)

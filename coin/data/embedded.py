@@ -31,8 +31,6 @@ SCALE = (0.6, 1.1)  # range of the size, relative to a letter height of about 20
 SHIFT = 4.0  # largest shift along each axis, in pixels
 CONTRAST = 0.2  # least difference of luminance between ink and paper, out of 1
 NOISE = 0.15  # largest standard deviation of the pixels' Gaussian noise, out of 1
-
-_LUMINANCE = (0.299, 0.587, 0.114)
 _CHUNK = 4096  # images rendered at once
 _CHARACTERS = string.ascii_letters + string.digits
 _NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")  # fonts whose letters are boxes or mathematical signs
@@ -68,8 +66,7 @@ class Digits(PackagedDigits):
 class Glyphs(TaskData):
     """Characters in RGB at 32×32, rendered from the fonts that ship with matplotlib: no download.
 
-    Font, rotation, size, position, colours and noise are drawn from ``split_seed``. An upper-case letter and its
-    lower-case form are two classes.
+    Font, rotation, size, position, colours and noise are drawn from ``split_seed``; both cases are own classes.
 
     Args:
         classes: The characters, as ranges and single ones ("A-J", "K-Za-z", "0-9AEX"), or as a list.
@@ -92,8 +89,7 @@ class Glyphs(TaskData):
         self.names = parse_characters(classes)
         check_integer("train_per_class", train_per_class, 2)
         check_integer("test_per_class", test_per_class, 1)
-        if train_samples is not None:
-            check_integer("train_samples", train_samples, len(self.names))
+        check_integer("train_samples", len(self.names) if train_samples is None else train_samples, len(self.names))
         self.train_per_class, self.test_per_class, self.train_samples = train_per_class, test_per_class, train_samples
 
     def load(self) -> Source:
@@ -101,10 +97,8 @@ class Glyphs(TaskData):
         count, masks = len(self.names), character_masks(self.names)
         train = torch.arange(self.train_samples or count * self.train_per_class) % count
         test = torch.arange(count * self.test_per_class) % count
-        return Source(
-            Samples.of(render(masks, train, seeded(self.split_seed, Stream.RENDER_TRAIN)), train),
-            Samples.of(render(masks, test, seeded(self.split_seed, Stream.RENDER_TEST)), test),
-        )
+        splits = ((train, Stream.RENDER_TRAIN), (test, Stream.RENDER_TEST))
+        return Source(*(Samples.of(render(masks, t, seeded(self.split_seed, stream)), t) for t, stream in splits))
 
 
 def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
@@ -118,9 +112,8 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
             characters += between if ends.isalnum() and ends[0] <= ends[1] else [part]
     for place, character in enumerate(characters):
         if character not in (*_CHARACTERS,) or character in characters[:place]:
-            raise ConfigurationError(
-                f"the classes {classes!r} hold {character!r}; expected A-Z, a-z and 0-9, each once, as in 'K-Za-z'"
-            )
+            expected = "A-Z, a-z and 0-9, each once, as in 'K-Za-z'"
+            raise ConfigurationError(f"the classes {classes!r} hold {character!r}; expected {expected}")
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)
@@ -129,13 +122,9 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
 @cache
 def usable_fonts() -> tuple[Path, ...]:
     """The shipped fonts that have all of A-Z, a-z and 0-9, sorted by name."""
-    folder = Path(get_data_path(), "fonts", "ttf")
-    return tuple(
-        path
-        for path in sorted(folder.glob("*.ttf"))
-        if not path.name.startswith(_NOT_LETTERS)
-        and {*map(ord, _CHARACTERS)} <= FT2Font(str(path)).get_charmap().keys()
-    )
+    paths = sorted(Path(get_data_path(), "fonts", "ttf").glob("*.ttf"))
+    letters, needed = [path for path in paths if not path.name.startswith(_NOT_LETTERS)], {*map(ord, _CHARACTERS)}
+    return tuple(path for path in letters if needed <= FT2Font(str(path)).get_charmap().keys())
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
@@ -186,7 +175,7 @@ def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random colours of paper and ink, each [count, 3] in [0, 1], that differ in luminance by `CONTRAST` or more."""
     paper = torch.rand(count, 3, generator=generator)
     inks = torch.rand(count, 8, 3, generator=generator)  # candidates
-    weights = torch.tensor(_LUMINANCE)
+    weights = torch.tensor([0.299, 0.587, 0.114])  # of red, green and blue in luminance
     paper_luminance = paper @ weights
     contrast = (inks @ weights - paper_luminance[:, None]).abs()
     enough = contrast >= CONTRAST

@@ -12,7 +12,6 @@ from coin.data.task import TaskData, once
 from coin.errors import DataError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-
 IN_MEMORY = 2**30  # up to how many bytes of decoded images a task is held in memory by default
 
 
@@ -21,7 +20,7 @@ class ImageFolder(TaskData):
 
     The classes are the folders' names, sorted. Files with other than image extensions and hidden ones are passed over.
     Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images are
-    squares of one size up to ``image_size``, they are stored as they are. A task and its copies list the folder once.
+    squares of one size up to ``image_size``, they are stored as they are.
 
     Args:
         root: The folder.
@@ -38,9 +37,8 @@ class ImageFolder(TaskData):
         """The names of the folders in ``ROOT/train``, sorted."""
         classes, train = self._folders("train"), self.root / "train"
         if len(classes) < 2:
-            raise DataError(
-                f"{train} holds {len(classes)} class folder(s); expected at least 2, as in {train}/CLASS/image.png"
-            )
+            found = f"{train} holds {len(classes)} class folder(s)"
+            raise DataError(f"{found}; expected at least 2, as in {train}/CLASS/image.png")
         return classes
 
     def check_files(self) -> None:
@@ -76,9 +74,8 @@ class ImageFolder(TaskData):
         found = self._folders(split)
         if odd := sorted({*found} ^ {*classes}):
             verb = "has" if odd[0] in found else "lacks"
-            raise DataError(
-                f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}; both need the same class folders"
-            )
+            found = f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}"
+            raise DataError(f"{found}; both need the same class folders")
         images = {name: [path for path in sorted((folder / name).iterdir()) if _is_image(path)] for name in classes}
         if empty := next((name for name in classes if not images[name]), None):
             raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
@@ -90,9 +87,8 @@ class ImageFolder(TaskData):
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
-        raise DataError(
-            f"{folder} does not exist; expected images as {folder}/CLASS/image.png; set root to the right folder"
-        )
+        expected = f"expected images as {folder}/CLASS/image.png; set root to the right folder"
+        raise DataError(f"{folder} does not exist; {expected}")
     return tuple(sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")))
 
 

@@ -99,9 +99,8 @@ def split_source(
     if source.validation is None and validation_share > 0:
         held_out = max(1, round(validation_share * len(order)))
         if held_out >= len(order):
-            raise ConfigurationError(
-                f"validation_share {validation_share} of {len(order)} samples leaves none to train on; lower it"
-            )
+            found = f"validation_share {validation_share} of {len(order)} samples"
+            raise ConfigurationError(f"{found} leaves none to train on; lower it")
     validation, train = order[:held_out], order[held_out:]
     if max_train is not None and max_train < len(train):
         validation = validation[: max(1, round(held_out * max_train / len(train)))]

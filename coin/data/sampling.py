@@ -102,9 +102,7 @@ def batch_loader(
     rank, world_size, epoch = 0, 1, 0
     if trainer is not None:
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ConfigurationError(
-                "the Trainer would shard the data again; set trainer.use_distributed_sampler=false"
-            )
+            raise ConfigurationError("the Trainer shards the data again; set trainer.use_distributed_sampler=false")
         # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
         rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
     sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)

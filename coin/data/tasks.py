@@ -30,9 +30,6 @@ class Tasks(LightningDataModule):
         held_out: The share of the calibration samples that training leaves out for validation, in [0, 1).
         seed: Draws the calibration samples and their order; by default every task's own seed.
         promise_samples: How many validation samples of each task `promise` draws.
-
-    Attributes:
-        augmentation: The augmentation of calibration samples used for training, set by the training module.
     """
 
     def __init__(
@@ -60,7 +57,7 @@ class Tasks(LightningDataModule):
             self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
         self.samples_per_task, self.batch_size = samples_per_task, batch_size
         self.held_out, self.promise_samples = held_out, promise_samples
-        self.augmentation = Augmentation.none
+        self.augmentation = Augmentation.none  # of calibration samples to train on; the training module sets it
         self.seed = next(iter(self.tasks.values())).seed
 
     def resize(self, image_size: int) -> None:

@@ -78,7 +78,6 @@ class TextFile(TextTask):
 
     def check_files(self) -> None:
         """Refuse files that are missing, without their columns, or with a class that the training file lacks."""
-        super().check_files()
         self._checked(self.test)
 
     def load(self) -> Source:

@@ -13,7 +13,6 @@ def to_input(stored: Tensor, image_size: int) -> Tensor:
 
     Tokens are inputs already. Images are scaled to [0, 1], resized to S with antialiased bilinear interpolation where
     the size differs, repeated over three channels if grey, and normalised with ImageNet's mean and standard deviation.
-    A `DataError` for anything else.
     """
     check_stored(stored, image_size)
     if stored.dtype == torch.int64:

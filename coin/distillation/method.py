@@ -1,27 +1,34 @@
 """The ensemble-distillation baseline: a merge method that trains."""
 
 import itertools
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from coin.coding import Code
-from coin.core.batches import Forward, clear_caches, clone, twin
+from coin.core.batches import Forward, as_input, clear_caches, clone, joined, take, twin
 from coin.core.choices import check_integer, check_number, parse_enum
+from coin.core.lightning import silence_lightning
 from coin.core.processes import rank_zero_info
-from coin.data import Augmentation
+from coin.data import Augmentation, Calibration, pooled
+from coin.data.sampling import batch_loader
+from coin.data.tasks import PositionedSamples
 from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves, search_grid
-from coin.distillation.training import fit_in_memory
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method, merge_networks
 from coin.merging.method import Compress, starting_method
 from coin.modules.distillation import AUTO, DistillationModule, Schedule
 from coin.networks import BatchNormPolicy
+from coin.statistics.guard import differentiable, trainable
 
 
 class Distillation(Method):
@@ -141,12 +148,9 @@ class Distillation(Method):
             choice = search_curves(lambda lr, every: losses(lr, steps, every), rates, steps)
         if is_grid and choice.at_edge:
             lr, steps = choice.best
-            warnings.warn(
-                f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the edge of what "
-                "it tried; begin nearer with learning_rates and steps",
-                CoinWarning,
-                stacklevel=2,
-            )
+            told = f"chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the edge of what it tried"
+            mend = "begin nearer with learning_rates and steps"
+            warnings.warn(f"method '{self.label}' {told}; {mend}", CoinWarning, stacklevel=2)
         if not any(map(math.isfinite, choice.losses.values())):
             raise NumericalError(f"{self.label} diverged with every learning rate of {rates}; give smaller ones")
         return choice, trial
@@ -204,3 +208,32 @@ def distill(
     [Linear(in_features=4, out_features=3, bias=True)]
     """
     return merge_networks(Distillation(**options), networks, code, calibration=calibration, forward=forward)
+
+
+def fit_in_memory(module: DistillationModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
+    """Run a Trainer with these options, silently, on the samples but a held-out share, on which it validates."""
+    whole = as_input(joined(list(experts.pooled)), experts.networks[0])  # a DataError where samples differ in shape
+    own = [take(whole, (experts.tasks == task).nonzero().flatten()) for task in range(experts.count)]
+    size, seed = module.hparams["batch_size"], module.hparams["seed"] or 0
+    samples = replace(pooled([Calibration.of_batches([batch]) for batch in own]), batch_size=size)
+    module.samples, left_out = samples.split(held_out) if held_out else (samples, None)
+    train = batch_loader(PositionedSamples(module.samples), size, seed, None, shuffle=True)
+    validation: Any = batch_loader(PositionedSamples(left_out), size, seed, None) if left_out else []
+    parameters = trainable(module.student).values()
+    device = next(iter(parameters)).device
+    with ExitStack() as until_then, warnings.catch_warnings(), differentiable(parameters):
+        for logger in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
+            until_then.callback(logger.setLevel, logger.level)
+        silence_lightning()
+        trainer = Trainer(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **options,
+        )
+        trainer.fit(module, train, validation)
+    module.student.to(device).zero_grad()

@@ -30,9 +30,8 @@ from coin.statistics.guard import eval_mode
 class Coded(LightningModule):
     """N experts, R coded models and their code.
 
-    ``forward`` returns the coded models' outputs, which approximate Σ_i β_i f_i; `answers` the outputs of all servers;
-    `decode` a lost expert's logits. Networks run in eval mode and without gradients; their modes and ``requires_grad``
-    are restored. Inputs are moved to their device.
+    Networks run in eval mode and without gradients, on inputs moved to their device; their modes are restored.
+    Where `erased` is None it is that of the last `fit_decoder`.
 
     Args:
         code: The code, R×N, or its rows.
@@ -79,10 +78,8 @@ class Coded(LightningModule):
         super().__init__()
         self.code = code if isinstance(code, Code) else Code(code)
         if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
-            raise ConfigurationError(
-                f"found {len(experts)} experts and {len(coded)} coded models, the code is for {self.code.num_experts} "
-                f"and {self.code.num_coded}; give as many"
-            )
+            expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
+            raise ConfigurationError(f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}")
         self.names = tuple(map(str, range(len(experts))) if names is None else names)
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
@@ -137,8 +134,7 @@ class Coded(LightningModule):
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and an
-                expert_head that is not corrected need none, but the first batch also checks that heads and features
-                give the logits.
+                expert_head that is not corrected need none, but its first batch checks heads and features.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
@@ -150,17 +146,13 @@ class Coded(LightningModule):
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, decoder.erased, self.heads(*first))
         if decoder.needs_fit:
-            parts = [self._answers_for(decoder, batch, learning=True) for batch in chain(first, batches)]
-            decoder.fit(_of_tasks(parts, tasks))
+            decoder.fit(self._answers_with_own(decoder, chain(first, batches), tasks))
         self.decoders.pop(decoder.erased, None)
         self.decoders[decoder.erased] = decoder
         return self
 
     def decode(self, inputs: Batch, erased: Sequence[int | str] | None = None) -> Tensor:
-        """Return lost experts' logits ``[|erased|, B, C]``, by default of the last `fit_decoder`.
-
-        Only servers that the decoder needs run.
-        """
+        """Return the logits ``[|erased|, B, C]`` of lost experts; only servers that the decoder needs run."""
         decoder, lost = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
             with eval_mode(self.coded):
@@ -193,14 +185,13 @@ class Coded(LightningModule):
             alpha: α, the largest probability of a difference, in (0, 1).
             confidence: The probability that the promise holds, in (0, 1).
             inputs: Batches of new inputs, distributed like the queries and not used to fit anything.
-            erased: The lost experts; those of the last `fit_decoder` by default.
+            erased: The lost experts.
             tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone.
         """
         decoder, lost = self._decoder_of(erased)
         batches = list(_batches(inputs))
-        parts = [self._answers_for(decoder, batch, learning=True) for batch in batches]
-        self.count_classes(batches[0])
-        promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
+        answers = self._answers_with_own(decoder, batches, tasks)
+        promises = decoder.accept(answers, alpha, confidence, self.count_classes(batches[0]))
         return [promises[expert] for expert in lost]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
@@ -223,16 +214,11 @@ class Coded(LightningModule):
         coded: Sequence[nn.Module] | None = None,
         forward: Forward | None = None,
     ) -> Self:
-        """Return the system that `save` wrote; its answers are identical to the last bit.
+        """Return the system that `save` wrote with these experts; its answers are identical to the last bit.
 
-        Args:
-            path: The file.
-            experts: The experts that the system was saved with.
-            coded: Networks for the coded models' tensors, filled in place; copies of the first expert by default.
-            forward: How networks are called, see the class.
-
+        `coded` are networks for the coded models' tensors, filled in place; copies of the first expert by default.
         Raises FileError where the file is missing, damaged or holds something else, StateError where the experts are
-        not those that the system was saved with, or tensors do not fit.
+        others or tensors do not fit.
         """
         return cls._of_file(SystemFile.load(Path(path)), str(path), experts, coded, forward)
 
@@ -243,11 +229,10 @@ class Coded(LightningModule):
         Args:
             folder: An experiment's folder, whose first seed is taken, or a seed's.
             method: The method's name in the results, or that of its file in ``systems``, which tells BatchNorm policies
-                apart; by default that of the most accurate decoded answers.
-            decoder: The decoder's name in the results; the default is likewise.
+                apart.
+            decoder: The decoder's name in the results; by default the pair with the most accurate decoded answers.
 
-        Raises ConfigurationError where there are no such results, FileError where a file is missing, damaged or of
-        other coded models, StateError where the experts are others.
+        Raises what `load` does, and ConfigurationError where there are no such results.
         """
         seed = Path(folder) if (Path(folder) / RESULTS_CSV).is_file() else next(iter(seed_folders(Path(folder))), None)
         if seed is None:
@@ -265,10 +250,8 @@ class Coded(LightningModule):
         asked = [each for each in asked if method in (None, each[2]["method"].iloc[0], each[0].stem)]
         if not asked:
             known = ", ".join(f"{path.stem} with {name}" for path, name, _ in systems) or "none"
-            raise ConfigurationError(
-                f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected one that '{seed}' has "
-                f"results and systems of: {known}"
-            )
+            found = f"method '{method or '*'}' with decoder '{decoder or '*'}'"
+            raise ConfigurationError(f"found {found}, expected one that '{seed}' has results and systems of: {known}")
         path, name, rows = max(asked, key=lambda each: float(each[2]["decoded_accuracy"].mean()))
         file = SystemFile.load(path)
         file.decoders = [each for each in file.decoders if each.config.name == name]
@@ -301,11 +284,6 @@ class Coded(LightningModule):
         system.decoders, system.classes = {decoder.erased: decoder for decoder in file.decoders}, file.classes
         return system
 
-    @property
-    def decoder(self) -> Decoder | None:
-        """The decoder that was fitted last."""
-        return next(reversed(self.decoders.values()), None)
-
     def _indices(self, erased: Sequence[int | str]) -> tuple[int, ...]:
         """Return experts that are given by index or by name."""
         if not isinstance(erased, Sequence) or isinstance(erased, str):
@@ -328,11 +306,18 @@ class Coded(LightningModule):
             raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
         return decoder, key
 
-    def _answers_for(self, decoder: Decoder, inputs: Batch, *, learning: bool = False) -> Answers:
-        """Return the answers that a decoder needs; for its fit, the lost experts' own too."""
-        idle = {*range(decoder.num_experts)} - {*decoder.survivors, *(decoder.erased if learning else ())}
+    def _answers_for(self, decoder: Decoder, inputs: Batch, own: Sequence[int] = ()) -> Answers:
+        """Return the answers that a decoder needs, and these experts' own."""
+        idle = {*range(decoder.num_experts)} - {*decoder.survivors, *own}
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
         return self.answers(inputs, features=decoder.config.reads_features, erased=[*idle], silent=[*silent])
+
+    def _answers_with_own(
+        self, decoder: Decoder, batches: Iterable[Batch], tasks: Tensor | Sequence[int] | None
+    ) -> Answers:
+        """Return what a decoder needs and the lost experts' own answers, with the inputs' tasks if these are given."""
+        answers = Answers.concatenate([self._answers_for(decoder, batch, decoder.erased) for batch in batches])
+        return answers if tasks is None else replace(answers, tasks=torch.as_tensor(tasks))
 
     @torch.no_grad()
     def count_classes(self, inputs: Any) -> list[int]:
@@ -349,8 +334,3 @@ def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
     if isinstance(inputs, Tensor | Mapping):
         raise DataError(f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]")
     return iter(inputs)
-
-
-def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
-    """Return the answers to all batches, with their tasks if these are given."""
-    return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))

@@ -11,7 +11,7 @@ from torch.optim import Adam
 
 from coin.core.batches import Batch, as_input, clear_caches
 from coin.core.lightning import plot_against_epochs
-from coin.data import Augmentation, Calibration
+from coin.data import Augmentation
 from coin.data.tasks import tasks_of
 from coin.errors import HeadError
 from coin.merging import Average, Experts, HeadFit
@@ -29,8 +29,7 @@ class Schedule(StrEnum):
     constant = "constant"
 
 
-AUTO = "auto"
-"""Start with the head fitted, where there is one that can be: a fully connected layer with a bias."""
+AUTO = "auto"  # start with the head fitted, where there is one that can be: a fully connected layer with a bias
 
 
 class DistillationModule(LightningModule):
@@ -61,21 +60,13 @@ class DistillationModule(LightningModule):
         self.save_hyperparameters()
         self.student: Any = None  # the network that is trained, in eval mode; its weights are replaced by the start
         self.teachers: nn.ModuleList | list[nn.Module] = []  # the experts, in eval mode
-        self.samples: Calibration | None = None  # to train on, in the order of their positions; or the datamodule's
+        self.samples: Any = None  # the Calibration to train on, in the order of their positions; or the datamodule's
         self.passes = 0.0
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # held out, one a validation
         self.chosen: dict[str, Any] = {}
         self.begun: dict[str, Tensor] | None = None  # the student's tensors at the start, where they are known already
         # The experts' logits [N, ·, C], by held-out batch; by None for training samples that never change.
         self.known: dict[int | None, Tensor] = {}
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Clear what the student caches of its parameters in eval mode: they have changed."""
-        clear_caches(self.student)
-
-    def on_validation_batch_start(self, *_: Any) -> None:
-        """Clear the student's cache, as before a training step."""
-        clear_caches(self.student)
 
     def configure_model(self) -> None:
         """Load the experts and build the student; its weights are replaced when training starts."""
@@ -85,9 +76,8 @@ class DistillationModule(LightningModule):
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
-        teachers = nn.ModuleList([pad_head(file.network, outputs).requires_grad_(False) for file in files])
-        student = build_network(files[0].config, outputs)
-        self.teachers, self.student = teachers, student.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.teachers = nn.ModuleList([pad_head(file.network, outputs).requires_grad_(False) for file in files])
+        self.student = build_network(files[0].config, outputs).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     def setup(self, stage: str) -> None:
         """Take the samples of the datamodule, and set its augmentation."""
@@ -108,19 +98,16 @@ class DistillationModule(LightningModule):
         plot_against_epochs(self, ["train/loss", "val/loss"])
         if self.trainer.ckpt_path is None:
             self._begin()
-        if self.hparams["augmentation"] != Augmentation.none or None in self.known:
-            return
-        assert self.samples is not None
-        with torch.no_grad():
-            batches = [as_input(batch, self.student) for batch in self.samples]
-            self.known[None] = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
-        self.passes += self.samples.num_samples * len(self.teachers)
+        if self.hparams["augmentation"] == Augmentation.none and None not in self.known:
+            with torch.no_grad():
+                outputs = [self.expert_outputs(as_input(batch, self.student)) for batch in self.samples]
+            self.known[None] = torch.cat(outputs, dim=1)
+            self.passes += self.samples.num_samples * len(self.teachers)
 
     def _begin(self) -> None:
         """Initialise the student with the start, which is computed if necessary."""
         if self.begun is None:
             samples = self.samples
-            assert samples is not None
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
             experts = Experts(list(self.teachers), calibration=tasks)
             start, row = self.hparams["start"], self.hparams["code_row"]
@@ -144,35 +131,17 @@ class DistillationModule(LightningModule):
         """Return the experts' logits ``[N, B, C]``."""
         return torch.stack([network(inputs) for network in self.teachers])
 
-    def target(self, outputs: Tensor) -> Tensor:
-        """Return Σ_i β_i f_i(x), logits ``[B, C]``, from the experts' ``[N, B, C]``."""
-        row = outputs.new_tensor(self.hparams["code_row"])
-        return torch.tensordot(row, outputs, dims=1)  # type: ignore[no-any-return]
-
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
-        """Return ½ mean‖f_θ(x) − target‖² of one batch of positions and inputs."""
-        positions, inputs = batch
-        together = len(positions) * self.trainer.world_size
-        self.passes += 3 * together
-        if None in self.known:
-            return self._loss(inputs, self.known[None][:, positions], "train")
-        self.passes += len(self.teachers) * together
-        with torch.no_grad():
-            outputs = self.expert_outputs(inputs)
-        return self._loss(inputs, outputs, "train")
+        """Return ½ mean‖f_θ(x) − Σ_i β_i f_i(x)‖² of one batch of positions and inputs."""
+        known = self.known[None][:, batch[0]] if None in self.known else None
+        return self._loss(batch, known, "train")[0]
 
     def validation_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> None:
         """Log the same loss on held-out samples."""
-        positions, inputs = batch
-        together = len(positions) * self.trainer.world_size
-        self.passes += together
-        if batch_idx not in self.known:
-            self.passes += len(self.teachers) * together
-            self.known[batch_idx] = self.expert_outputs(inputs)
-        self._loss(inputs, self.known[batch_idx], "val")
+        _, self.known[batch_idx] = self._loss(batch, self.known.get(batch_idx), "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Store the held-out loss, one number per validation."""
+        """Keep the held-out loss."""
         if not self.trainer.sanity_checking:
             self.losses.append(float(self.trainer.callback_metrics["val/loss"]))
 
@@ -186,10 +155,17 @@ class DistillationModule(LightningModule):
         scheduler = OneCycle(optimizer, lr, steps, pct_start=0.11 if steps == 10 else 0.1, anneal_strategy="linear")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _loss(self, inputs: Batch, outputs: Tensor, stage: str) -> Tensor:
-        """Return and log the loss on a batch, for which these are the experts' logits ``[N, B, C]``."""
-        output, target = self.student(inputs), self.target(outputs)
-        loss: Tensor = 0.5 * (full_precision(output) - full_precision(target)).square().sum(1).mean()
+    def _loss(self, batch: tuple[Tensor, Batch], outputs: Tensor | None, stage: str) -> tuple[Tensor, Tensor]:
+        """Log the loss on a batch; return it and the experts' logits ``[N, B, C]``, computed unless they are known."""
+        (positions, inputs), together = batch, len(batch[0]) * self.trainer.world_size
+        self.passes += together * (3 if stage == "train" else 1)
+        if outputs is None:
+            self.passes += together * len(self.teachers)
+            with torch.no_grad():
+                outputs = self.expert_outputs(inputs)
+        clear_caches(self.student)  # of its parameters, in eval mode: they have changed
+        target = torch.tensordot(outputs.new_tensor(self.hparams["code_row"]), outputs, dims=1)
+        loss: Tensor = 0.5 * (full_precision(self.student(inputs)) - full_precision(target)).square().sum(1).mean()
         shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}
-        self.log(f"{stage}/loss", loss, batch_size=len(output), **shared)
-        return loss
+        self.log(f"{stage}/loss", loss, batch_size=len(positions), **shared)
+        return loss, outputs

@@ -39,8 +39,7 @@ class DecodingEvaluator(LightningModule):
         alpha: α of the promises (`coin.promised_threshold`), if the datamodule has samples for these.
         confidence: The probability that a promise holds.
 
-    Raises ConfigurationError where there is nothing to evaluate, or a decoder is unknown or given twice; FileError
-    where a file is missing or damaged, or a coded model was made of other experts.
+    Raises ConfigurationError where there is nothing to evaluate, FileError where a coded model is of other experts.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class DecodingEvaluator(LightningModule):
         }
 
     def _answers(self, calibration: Calibration) -> Answers:
-        with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
+        with self.trainer.precision_plugin.forward_context():  # as in the test
             parts = [self(batch.to(self.device)).cpu() for batch in calibration]
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 

@@ -18,10 +18,8 @@ from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded
 from coin.statistics.guard import eval_mode
 
-_COLUMNS = (
-    *("decoder", "erased", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"),
-    *("decoder_passes", "memory_mib", "forwards", "losses"),
-)
+_COLUMNS = ["decoder", "erased", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"]
+_COLUMNS += ["decoder_passes", "memory_mib", "forwards", "losses"]
 
 
 def evaluate(
@@ -50,9 +48,8 @@ def evaluate(
         ``memory_mib`` (coded models, and heads or regressions), ``forwards`` (for one lost answer) and ``losses`` (the
         most at once).
 
-    Raises ConfigurationError where numbers of tasks differ, or a decoder comes twice or finds no calibration data;
-    DecodingError where an erasure is beyond what a decoder can; DataError where a batch is no pair (inputs, labels), or
-    a task has none.
+    Raises ConfigurationError where numbers of tasks differ, or a decoder comes twice or finds no calibration data, and
+    DecodingError where an erasure is beyond what a decoder can.
 
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code), names="abc")
@@ -90,7 +87,7 @@ def evaluate(
             evaluation.update(task, _answers(system, inputs, configs), labels.cpu())
     outcomes, names = evaluation.outcomes(system.names), [config.name for config in configs]
     outcomes.sort(key=lambda outcome: names.index(outcome.columns["decoder"]))
-    return pd.DataFrame([outcome.columns for outcome in outcomes], columns=list(_COLUMNS))
+    return pd.DataFrame([outcome.columns for outcome in outcomes], columns=_COLUMNS)
 
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:

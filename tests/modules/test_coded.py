@@ -115,7 +115,7 @@ def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(input
 
 
 def test_what_does_not_fit_is_refused(inputs):
-    with pytest.raises(ConfigurationError, match="1 experts and 1 coded models, the code is for 2 and 1; give"):
+    with pytest.raises(ConfigurationError, match="1 experts and 1 coded models, expected 2 and 1, as the code has"):
         Coded(Code(CODES[0]), [linear(0)], [linear(1)])
     coded = pair_system(["a", "b"])
     for use, error, message in (
@@ -146,7 +146,7 @@ def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(na
     with pytest.raises(DecodingError, match="do not tell their tasks; give it tasks"):
         coded.fit_decoder([inputs], [0], {"kind": "ridge", "fitted_on": "own"})
     coded.fit_decoder(inputs.split(7), [1], config, tasks)
-    assert coded.decoder.config == config
+    assert [decoder.config for decoder in coded.decoders.values()][-1] == config
     logits = [network(inputs).detach() for network in (*coded.experts, *coded.coded)]
     everything = Answers(torch.stack(logits[:2]), torch.stack(logits[2:]), [inputs] * 2, [inputs], tasks)
     expected = make_decoder(config, coded.code, [1]).fit(everything).decode(everything)

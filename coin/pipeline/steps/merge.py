@@ -131,7 +131,7 @@ class Merge(Step):
 
 @dataclass
 class Training:
-    """Trains coded models, in place of `coin.distillation.training.fit_in_memory`.
+    """Trains coded models, in place of `coin.distillation.method.fit_in_memory`.
 
     `options` is the experiment's ``trainer`` section; the loggers are those of the final run.
     """
