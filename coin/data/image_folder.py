@@ -74,8 +74,8 @@ class ImageFolder(TaskData):
         found = self._folders(split)
         if odd := sorted({*found} ^ {*classes}):
             verb = "has" if odd[0] in found else "lacks"
-            found = f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}"
-            raise DataError(f"{found}; both need the same class folders")
+            told = f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}"
+            raise DataError(f"{told}; both need the same class folders")
         images = {name: [path for path in sorted((folder / name).iterdir()) if _is_image(path)] for name in classes}
         if empty := next((name for name in classes if not images[name]), None):
             raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")

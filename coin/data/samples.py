@@ -105,11 +105,8 @@ def split_source(
     if max_train is not None and max_train < len(train):
         validation = validation[: max(1, round(held_out * max_train / len(train)))]
         train = train[:max_train]
-    return Source(
-        source.train.subset(train.sort().values),
-        test,
-        source.train.subset(validation.sort().values) if held_out else source.validation,
-    )
+    apart = source.train.subset(validation.sort().values) if held_out else source.validation
+    return Source(source.train.subset(train.sort().values), test, apart)
 
 
 @dataclass

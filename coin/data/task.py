@@ -263,10 +263,9 @@ class TaskData(LightningDataModule, ABC):
         part = self.splits.train if split == "training" else self.splits.validation
         task, most = type(self).__name__, 0 if part is None else len(part)
         if part is None or samples > most:
-            raise DataError(
-                f"{samples} {use} samples asked of {f'the task {name!r} ({task})' if name else task}, whose {split} "
-                f"split has {most}; set {option} to {most} or less, or change the task's validation_share"
-            )
+            task = f"the task {name!r} ({task})" if name else task
+            mend = f"set {option} to {most} or less, or change the task's validation_share"
+            raise DataError(f"{samples} {use} samples asked of {task}, whose {split} split has {most}; {mend}")
         order = torch.randperm(len(part), generator=seeded(self.seed, stream))
         key = *self._key, self.seed, samples, stream
         held = once(self._shared.samples, key, part.subset(order[:samples]).held)

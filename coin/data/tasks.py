@@ -52,9 +52,7 @@ class Tasks(LightningDataModule):
         sizes = {name: task.image_size for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
-        self.tasks = dict(tasks)
-        if seed is not None:
-            self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
+        self.tasks = {name: task if seed is None else task_with(task, seed=seed) for name, task in tasks.items()}
         self.samples_per_task, self.batch_size = samples_per_task, batch_size
         self.held_out, self.promise_samples = held_out, promise_samples
         self.augmentation = Augmentation.none  # of calibration samples to train on; the training module sets it

@@ -50,9 +50,7 @@ class TextTask(TaskData):
 
 
 class TextFile(TextTask):
-    """A user's own texts in two tables: CSV files, or JSON Lines (``.jsonl``).
-
-    The classes are the labels of the training file, sorted.
+    """A user's own texts in two tables, CSV or JSON Lines (``.jsonl``); the classes are the training labels, sorted.
 
     Args:
         train: The training texts.
@@ -113,8 +111,7 @@ class TextFile(TextTask):
             raise DataError(f"cannot read '{path}' ({first_line(error)}); expected {expected}") from error
 
 
-# 14,000 tweets, 10,000, and twice 3,800.
-_KEYWORDS = {
+_KEYWORDS = {  # 14,000 tweets, 10,000, and twice 3,800
     "airlines": r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
     "deflategate": r"deflate|patriots",
     "coachella": r"coachella",

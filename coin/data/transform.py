@@ -7,6 +7,8 @@ from torch import Tensor
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import DataError
 
+_MEAN, _STD = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
 
 def to_input(stored: Tensor, image_size: int) -> Tensor:
     """Turn stored samples, uint8 [B, 1 or 3, H, W] or int64 [B, S], into inputs, float32 [B, 3, S, S] or int64 [B, S].
@@ -17,21 +19,13 @@ def to_input(stored: Tensor, image_size: int) -> Tensor:
     check_stored(stored, image_size)
     if stored.dtype == torch.int64:
         return stored
-    mean, std = _normalisation(stored.device)
-    inputs: Tensor = (_resized(stored.float() / 255, image_size) - mean) / std
-    return inputs
+    return (_resized(stored.float() / 255, image_size) - _MEAN.to(stored.device)) / _STD.to(stored.device)
 
 
 def to_image(inputs: Tensor, side: int | None = None) -> Tensor:
     """Turn inputs, float [B, 3, S, S], back into images, uint8 [B, 3, side, side], of side S by default."""
-    mean, std = _normalisation(inputs.device)
-    x = _resized(inputs.float() * std + mean, side or inputs.shape[-1])
-    return (x * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _normalisation(device: torch.device) -> Tensor:
-    """Return ImageNet's mean and standard deviation of the channels, [2, 1, 3, 1, 1]."""
-    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 1, 3, 1, 1)
+    images = inputs.float() * _STD.to(inputs.device) + _MEAN.to(inputs.device)
+    return (_resized(images, side or inputs.shape[-1]) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
