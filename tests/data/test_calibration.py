@@ -52,16 +52,8 @@ def test_more_samples_than_there_are_is_an_error_with_both_numbers():
     task = Digits(max_train=100, validation_share=0.0)
     assert task.calibration(100).num_samples == 100
     for draw, error, message in (
-        (
-            lambda: task.calibration(101),
-            DataError,
-            "101 calibration .* of Digits, whose training split has 100; set sam",
-        ),
-        (
-            lambda: Digits().promise(999, name="x"),
-            DataError,
-            r"999 promise .* 'x' \(Digits\), whose .* has 144; .*share",
-        ),
+        (lambda: task.calibration(101), DataError, "101 .* of Digits, whose training split has 100; set samples_per"),
+        (lambda: Digits().promise(999, name="x"), DataError, r"999 promise .* 'x' \(Digits\), whose .* 144; .*share"),
         (lambda: task.promise(1), DataError, "validation split has 0"),
         (lambda: task.calibration(0), ConfigurationError, "calibration samples=0"),
         (lambda: task.calibration(10, batch_size=0), ConfigurationError, "batch size=0"),

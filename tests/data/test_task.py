@@ -77,12 +77,8 @@ def test_limits_keep_stratified_subsets_of_the_same_splits():
 def test_loaders_yield_stored_images_with_their_labels():
     task = Numbered(batch_size=32, eval_batch_size=50)
     own = task.splits
-    loaders = {
-        task.train_dataloader(): own.train,
-        task.val_dataloader(): own.validation,
-        task.test_dataloader(): own.test,
-    }
-    for loader, split in loaders.items():
+    loaders = task.train_dataloader(), task.val_dataloader(), task.test_dataloader()
+    for loader, split in zip(loaders, (own.train, own.validation, own.test), strict=True):
         seen = []
         for images, labels in loader:
             assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)

@@ -19,13 +19,8 @@ def test_values_are_scaled_and_normalised():
 def test_images_come_back_as_they_were():
     assert to_image(to_input(IMAGES, 16)).equal(IMAGES)
     flat = torch.full((1, 3, 16, 16), 77, dtype=torch.uint8)
-    assert to_image(to_input(flat, 32), 8).equal(flat[..., :8, :8])
-
-
-@pytest.mark.parametrize("side", [4, 16, 9])
-def test_resizing_keeps_constants(side):
-    constant = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
-    torch.testing.assert_close(to_input(constant, side), ((100 / 255 - MEAN) / STD).expand(2, 3, side, side))
+    for side in (9, 32):
+        assert to_image(to_input(flat, side), 8).equal(flat[..., :8, :8])
 
 
 def test_halving_is_antialiased():

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from coin.coding import Answers, Code, DecoderConfig, answer_score, make_decoder
 from coin.data import to_input
 from coin.data.tasks import Tasks
-from coin.errors import CoinWarning, ConfigurationError, FileError, NumericalError
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.evaluation.examples import ExampleSamples
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
@@ -49,9 +49,8 @@ def run(evaluator, tasks, make_trainer):
 def answers_of(experts, coded, inputs):
     """All servers' answers to all inputs at once."""
     with torch.no_grad():
-        lots = [
-            [features_and_logits(load_network(Path(p)).network, inputs) for p in group] for group in (experts, coded)
-        ]
+        networks = [[load_network(Path(path)).network for path in group] for group in (experts, coded)]
+        lots = [[features_and_logits(network, inputs) for network in group] for group in networks]
     logits = [torch.stack([pad_logits(logits, 3) for _, logits in lot]) for lot in lots]
     return Answers(logits[0], logits[1], [f for f, _ in lots[0]], [f for f, _ in lots[1]])
 
@@ -198,14 +197,6 @@ def test_the_results_say_which_method_a_label_stands_for(experts, write_coded, t
     assert methods(method={"name": "distillation", "options": {}}) == [("kd", "distillation")]
 
 
-def test_own_samples_must_be_two(experts, synthetic, make_trainer):
-    few = Tasks({f"task{i}": synthetic(classes, key=i) for i, classes in enumerate(CLASSES)}, samples_per_task=1)
-    with pytest.raises(NumericalError, match="found 1 calibration samples of expert 0's own task"):
-        run(DecodingEvaluator(experts, decoders=OPTIONS[:1]), few, make_trainer)
-    with pytest.raises(ConfigurationError, match="found decoder ridge-own twice"):
-        DecodingEvaluator(experts, decoders=OPTIONS[:1] * 2)
-
-
 def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic, make_trainer, tmp_path):
     seed = tmp_path / "runs/x/seed-0"
     members = {f"task{i}": synthetic(classes, train=500, key=i) for i, classes in enumerate(CLASSES)}
@@ -259,8 +250,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     best = read_results(seed).query("method == 'average'").groupby("decoder").decoded_accuracy.mean()
     (name,) = {decoder.config.name for decoder in Coded.from_run(seed).decoders.values()}
     assert best[name] == best.max()
-    told = r"found method '\*' with decoder 'cubic', expected one .*average with"
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=r"method '\*' with decoder 'cubic', expected one .*average with"):
         Coded.from_run(seed, decoder="cubic")
     shutil.copy(coded[1], coded[0])
     with pytest.raises(FileError, match=r"average.row-0.safetensors' is not the coded model that"):
@@ -274,23 +264,22 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
 
 
 def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
-    with pytest.raises(ConfigurationError, match="found decoder='cubic', expected one of linear, ridge, feature_ridge"):
-        DecodingEvaluator(experts, decoders=["cubic"])
-    with pytest.raises(ConfigurationError, match="found no experts"):
-        DecodingEvaluator({})
-    with pytest.raises(ConfigurationError, match="found a code for 2 experts, expected 3"):
-        DecodingEvaluator(experts, code=[[0.5, 0.5]])
-    with pytest.raises(FileError, match="found no file"):
-        DecodingEvaluator({"task0": "nowhere.safetensors"})
+    for files, options, error, message in (
+        (experts, {"decoders": ["cubic"]}, ConfigurationError, "found decoder='cubic', expected one of linear, ridge"),
+        ({}, {}, ConfigurationError, "found no experts"),
+        (experts, {"code": [[0.5, 0.5]]}, ConfigurationError, "found a code for 2 experts, expected 3"),
+        ({"task0": "nowhere.safetensors"}, {}, FileError, "found no file"),
+    ):
+        with pytest.raises(error, match=message):
+            DecodingEvaluator(files, **options)
     evaluator = DecodingEvaluator(experts, decoders=["ridge"])
-    with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
-        run(evaluator, synthetic(), make_trainer)
-    swapped = Tasks(dict(reversed(tasks.tasks.items())), samples_per_task=20)
-    with pytest.raises(ConfigurationError, match="name the same in the same order"):
-        run(evaluator, swapped, make_trainer)
-    other = Tasks({**tasks.tasks, "task1": synthetic(3)}, samples_per_task=20)
-    with pytest.raises(ConfigurationError, match=r"'task1': 3.*expected those of the experts.*'task1': 2"):
-        run(evaluator, other, make_trainer)
+    for data, message in (
+        (synthetic(), "found data of Synthetic, expected Tasks"),
+        (Tasks(dict(reversed(tasks.tasks.items())), samples_per_task=20), "name the same in the same order"),
+        (Tasks({**tasks.tasks, "task1": synthetic(3)}), r"'task1': 3.*expected those of the experts.*'task1': 2"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            run(evaluator, data, make_trainer)
 
 
 def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
@@ -298,33 +287,27 @@ def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
 ):
     evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), ["ridge", "feature_ridge"])
     run(evaluator, tasks, make_trainer)
-    answers = evaluator(tasks.calibration().inputs())
-    labels = tasks.calibration().labels
-    seen = []
+    answers, labels, seen = evaluator(tasks.calibration().inputs()), tasks.calibration().labels, []
     for metric in [*evaluator.evaluation.metrics, *evaluator.examples.values()]:
         pictures = isinstance(metric, ExampleSamples)  # which look at the inputs where those are
-        monkeypatch.setattr(
-            metric,
-            "update",
-            lambda *values, skip=pictures: seen.extend(
-                value.device.type for value in values[skip:] if value is not None
-            ),
-        )
+
+        def update(*values, skip=pictures):
+            seen.extend(value.device.type for value in values[skip:] if value is not None)
+
+        monkeypatch.setattr(metric, "update", update)
+
+    def elsewhere(tensors):
+        return [torch.zeros_like(tensor, device="cuda") for tensor in tensors]
+
     with FakeTensorMode(allow_non_fake_inputs=True):  # it knows of devices that the machine has not
-
-        def elsewhere(tensors):
-            return [torch.zeros_like(tensor, device="cuda") for tensor in tensors]
-
-        there = Answers(
-            *elsewhere([answers.experts, answers.coded]),
-            elsewhere(answers.expert_features),
-            elsewhere(answers.coded_features),
+        logits, features = (
+            elsewhere([answers.experts, answers.coded]),
+            (answers.expert_features, answers.coded_features),
         )
+        there, batch = Answers(*logits, *map(elsewhere, features)), elsewhere([torch.zeros(60, 3, 16, 16), labels])
         monkeypatch.setattr(evaluator, "forward", lambda inputs: there)
         for task in range(3):
-            evaluator.test_step(
-                (torch.zeros(60, 3, 16, 16, device="cuda"), torch.zeros_like(labels, device="cuda")), 0, task
-            )
+            evaluator.test_step(batch, 0, task)
     assert len(seen) > 100
     assert set(seen) == {"cpu"}
 
@@ -344,10 +327,8 @@ def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trai
 
 
 def test_experts_that_are_hardly_right_are_told_of():
-    accuracies, classes = (
-        {"low": 0.25, "high": 0.99, "two": 0.55, "never": 0.0},
-        {"low": 10, "high": 5, "two": 2, "never": 3},
-    )
+    accuracies = {"low": 0.25, "high": 0.99, "two": 0.55, "never": 0.0}
+    classes = {"low": 10, "high": 5, "two": 2, "never": 3}
     with pytest.warns(CoinWarning, match=r"'low' 25.0% \(chance is 10.0%\), 'two' 55.0% .*'never' 0.0%") as told:
         warn_of_weak_experts(accuracies, classes, images=True)
     assert "high" not in str(told[0].message)
