@@ -163,7 +163,7 @@ class DistillationModule(LightningModule):
             self.passes += together * len(self.teachers)
             with torch.no_grad():
                 outputs = self.expert_outputs(inputs)
-        clear_caches(self.student)  # of its parameters, in eval mode: they have changed
+        clear_caches(self.student)  # what it keeps of its parameters in eval mode: they have changed
         target = torch.tensordot(outputs.new_tensor(self.hparams["code_row"]), outputs, dims=1)
         loss: Tensor = 0.5 * (full_precision(self.student(inputs)) - full_precision(target)).square().sum(1).mean()
         shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}

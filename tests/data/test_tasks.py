@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from coin.data import to_input
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, DataError
 
@@ -76,19 +75,6 @@ def test_two_processes_share_samples_without_repeats_in_the_order_of_the_data(me
             images, labels = (torch.cat(parts) for parts in zip(*tasks.test_dataloader()[place], strict=True))
             assert torch.equal(images, test.images()[rank::2])
             assert torch.equal(labels, test.targets[rank::2])
-
-
-def test_only_test_images_are_still_to_be_turned_into_inputs(members, on_process):
-    tasks = on_process(Tasks(members, samples_per_task=10), 0, 1)
-    batch = (torch.arange(2), torch.zeros(2, 3, 16, 16))
-    assert tasks.on_after_batch_transfer(batch, 0) is batch
-    assert Tasks(members).on_after_batch_transfer(batch, 0) is batch
-    tasks.trainer.testing = True
-    for place, task in enumerate(members.values()):
-        images, labels = task.splits.test.images(), task.splits.test.targets
-        inputs, found = tasks.on_after_batch_transfer((images, labels), place)
-        assert torch.equal(inputs, to_input(images, 16))
-        assert torch.equal(found, labels)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,7 @@ def test_decoding_is_in_full_precision_whatever_products_are(
 ):
     experts = write_experts([3, 2])
     coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), Scores.update
-    monkeypatch.setattr(
-        Scores, "update", lambda *arguments: seen.add(torch.get_float32_matmul_precision()) or update(*arguments)
-    )
+    monkeypatch.setattr(Scores, "update", lambda *a: seen.add(torch.get_float32_matmul_precision()) or update(*a))
     evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
     assert torch.get_float32_matmul_precision() == "medium"
     assert seen == {"highest"}
@@ -90,8 +88,8 @@ def test_an_expert_trained_in_bf16_is_exported_with_its_full_fisher(tmp_path, ma
 
 
 def test_precisions_are_options_of_the_trainer(make_trainer, product_precision):
-    for option in ("high", None):
-        make_trainer(**({} if option is None else {"matmul_precision": option}))
+    for options in ({"matmul_precision": "high"}, {}):
+        make_trainer(**options)
         assert torch.get_float32_matmul_precision() == "high"
     for each in ("bf16", "16"):
         with pytest.raises(ConfigurationError, match=f"found precision '{each}-true'.*; use {each}-mixed"):

@@ -47,10 +47,10 @@ def inputs():
 
 
 @pytest.mark.parametrize("kind", ALONE, ids=str)
-def test_all_experts_may_be_lost_and_any_part_of_them(system, inputs, kind, tmp_path):
-    own, wanted = list(system.experts), system.answers(inputs).experts
+def test_all_experts_may_be_lost_and_any_part_of_them(system, inputs, kind):
+    wanted = system.answers(inputs).experts
     assert system.fit_decoder(inputs.split(9), [0, 1, 2], kind) is system
-    system.experts = nn.ModuleList([Gone() for _ in own])
+    system.experts = nn.ModuleList([Gone() for _ in wanted])
     decoded = system.decode(inputs)
     if kind == "expert_head":  # the regressions are of coded models that are no sums of the experts
         torch.testing.assert_close(decoded, wanted, rtol=0, atol=1e-12)
@@ -58,9 +58,6 @@ def test_all_experts_may_be_lost_and_any_part_of_them(system, inputs, kind, tmp_
         part = system.decode(inputs, several)
         assert torch.equal(part, decoded[several])
         assert torch.equal(system.score(part, several), system.score(decoded)[several])
-    system.experts = nn.ModuleList(own)
-    system.save(tmp_path / "system.safetensors")
-    assert torch.equal(Coded.load(tmp_path / "system.safetensors", own).decode(inputs, [2]), decoded[[2]])
 
 
 def test_only_what_is_read_runs(system, inputs):
