@@ -49,6 +49,8 @@ class Noise:
         draw = torch.Generator().manual_seed(len(positions))
         return torch.randint(0, 256, (len(positions), *self.shape), generator=draw, dtype=torch.uint8)
 
+    decoded = __getitem__
+
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
