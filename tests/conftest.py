@@ -57,10 +57,9 @@ seeds: [0]
 
 
 def forget_wandb_service() -> None:
-    """Let W&B start a service of its own: a test before may have ended the one whose address is left behind."""
-    if "WANDB_SERVICE" in os.environ:
-        wandb.teardown()
-        os.environ.pop("WANDB_SERVICE", None)
+    """Let W&B start anew: a test before may have ended its service, or have had it disabled."""
+    wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 own_wandb_service = pytest.fixture(autouse=True)(forget_wandb_service)

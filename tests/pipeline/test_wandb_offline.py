@@ -73,7 +73,7 @@ def test_runs_are_tagged_and_configured_to_group_by(runs: list[tuple[Path, Recor
         assert (config["seed"], config["num_experts"], config["samples_per_task"]) == (0, 2, 24)
         experiment = config["experiment"]
         assert experiment["calibration"]["fisher_kind"] == "exact"  # a default, filled in
-        assert experiment["tasks"]["digits"]["max_train"] == 120
+        assert experiment["tasks"]["digits"]["init_args"]["max_train"] == 120
         assert experiment["code"] == [[0.4, 0.6]]
         assert not of_type(records, "exit")[-1].get("exit_code")
     assert "digits" in run_of(named(runs, "expert-digits"))["tags"]
