@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from coin.data import Digits, Glyphs
-from coin.errors import ConfigurationError
 from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
-from coin.pipeline.config import BaseConfig
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan
 from coin.pipeline.run import execute
@@ -36,18 +34,3 @@ def test_experts_of_different_class_counts_start_from_one_body(network, tmp_path
     differing = [name for name in ten if ten[name].shape != six[name].shape or not torch.equal(ten[name], six[name])]
     assert 0 < len(differing) <= 2
     assert all(torch.equal(ten[name][:6], six[name]) for name in differing)
-
-
-def test_another_seed_is_another_draw_of_the_base(tmp_path):
-    network = NetworkConfig("small_resnet", 16, None, {"width": 4})
-    drawn = []
-    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        base = BaseConfig(task=Digits(max_train=20), epochs=1, batch_size=10, seed=seed)
-        experiment = Experiment(
-            name, {"a": Digits(), "b": Digits()}, [Average()], network, base=base, output=str(tmp_path)
-        )
-        drawn.append(load_network(make_initial(experiment)[0]).network.state_dict())
-    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
-    assert not torch.equal(drawn[0]["fc.weight"], drawn[2]["fc.weight"])
-    with pytest.raises(ConfigurationError, match="seed"):
-        BaseConfig(task=Digits(), seed=-1)

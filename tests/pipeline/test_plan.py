@@ -3,16 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from coin.commands.run import read_experiment
 from coin.errors import FileError
-from coin.merging import Average
 from coin.pipeline.plan import Planned, plan, union
 from coin.pipeline.step import Step, closure
-from coin.pipeline.steps.merge import coded_name, coded_paths
 
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
@@ -130,17 +127,3 @@ def test_a_folder_of_somebody_elses_is_not_replaced(planned: Callable[..., list[
     expert.step.folder.mkdir(parents=True)
     with pytest.raises(FileError, match=r"found the folder .*digits', expected coin's own link or nothing"):
         expert.publish()
-
-
-class Fixed(Average):
-    """A user's method with an option that has no default."""
-
-    def __init__(self, share: float, **options: Any) -> None:
-        super().__init__(**options)
-        self.share = share
-
-
-def test_methods_have_a_file_each() -> None:
-    assert coded_paths(Fixed(0.5), 1, Path("coded"))[0].parent == Path("coded")
-    assert {coded_name(Average(label=label)) for label in ("a-0.2", "a-0.5")} == {"a-0.2", "a-0.5"}
-    assert coded_name(Average(batchnorm="keep")) == "average-keep"

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from coin.cli import main
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
@@ -143,19 +142,6 @@ def test_mistake_is_one_line_before_anything_is_run(
     assert len(error.splitlines()) == 1
     assert wanted in error
     assert not Path("runs").exists()
-
-
-def test_an_agent_of_a_wandb_sweep_runs_our_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = {"seeds": [3], "calibration.samples_per_task": 9, "methods": [{"class_path": "Coin"}], "expert.lr": 0.5}
-    arguments = create_sweep_command_args({"args": {key: {"value": value} for key, value in chosen.items()}})["args"]
-    command = create_sweep_command(["coin", "run", "-c", str(config), "${args}"])
-    place = command.index("${args}")
-    with pytest.raises(SystemExit) as stop:
-        main([*command[1:place], *arguments, "--print_config"])
-    assert stop.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert (printed["seeds"], printed["calibration"]["samples_per_task"], printed["expert"]["lr"]) == ([3], 9, 0.5)
-    assert [method["class_path"].rsplit(".")[-1] for method in printed["methods"]] == ["Coin"]
 
 
 def test_table_holds_every_points_results(swept: Path) -> None:
