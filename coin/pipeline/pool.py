@@ -90,7 +90,7 @@ class Command:
     def __call__(
         self, environment: Mapping[str, str] | None = None, started: Callable[[Any], None] = lambda _: None
     ) -> None:
-        """Run it; at the end its exit status is in its log. `started` is called with its process."""
+        """Run it, its exit status noted in its log; CommandFailedError unless that is 0. `started` gets the process."""
         command = [sys.executable, "-m", "coin", *self.arguments]
         environment = child_environment(cores()) if environment is None else environment
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,16 @@ class Command:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
             started(process)
             log.write(f"\n{_STATUS}{process.wait()}\n".encode())
+        if process.returncode:
+            raise CommandFailedError(self.failure())
 
     def failure(self) -> str:
         """Return why it has failed: its exit status and the last line that it printed, if it came to its end."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
-        said, _, status = text.strip().rpartition(_STATUS)
-        if not status.isdigit() and not status.startswith("-"):
+        *said, last = [line for line in text.splitlines() if line.strip()] or [""]
+        if not last.startswith(_STATUS):
             return "it ended without a result"
-        return f"exit status {status}: {said.strip().rpartition(chr(10))[2]}"
+        return f"{last.removeprefix('# ')}: {said[-1]}"
 
     def checkpoint(self) -> Any:
         """Return what submitit requeues when the cluster preempts the job: the same, which goes on where it was."""
@@ -176,8 +178,10 @@ def _processes(workers: int) -> Iterator[Submit]:
     free, running = worker_environments(workers), list[Any]()
 
     def run(command: Command, environment: dict[str, str]) -> None:
-        command(environment, running.append)
-        free.append(environment)
+        try:
+            command(environment, running.append)
+        finally:
+            free.append(environment)
 
     with ThreadPoolExecutor(workers) as threads:
         try:

@@ -228,6 +228,8 @@ def test_a_command_that_did_not_come_to_its_end_has_no_last_word(tmp_path: Path)
     assert command.failure() == "it ended without a result"
     command.log.write_text("answers queries\n")
     assert command.failure() == "it ended without a result"
+    with pytest.raises(CommandFailedError, match="exit status 2: coin: error: found command 'nonsense'"):
+        Command(["nonsense"], command.log)()
 
 
 def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
