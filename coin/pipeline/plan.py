@@ -42,10 +42,8 @@ class Planned:
     def publish(self) -> bool:
         """Show the finished step's files at its places, and return whether anything has changed there."""
         changed = [_link(place, target) for place, target in self.links.items() if target.exists()]
-        files = self.step.files if isinstance(self.step, Evaluate) else []
-        changed += [
-            _copy(path, folder / path.relative_to(self.step.folder)) for folder in self.copies for path in files
-        ]
+        for path in self.step.files if isinstance(self.step, Evaluate) else ():
+            changed += [_copy(path, folder / path.relative_to(self.step.folder)) for folder in self.copies]
         return any(changed)
 
 

@@ -19,7 +19,7 @@ from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan
 from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
-from coin.pipeline.step import Step, closure
+from coin.pipeline.step import Step
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
 from coin.reporting.report_parts import REPORT_HTML
@@ -182,7 +182,7 @@ class _Run:
         self._say(planned, f"failed: {why}")
         key = planned.step.key
         self.failed.append((self.places[key], f"{planned.what}: {why}"))
-        self.waiting = {name: each for name, each in self.waiting.items() if key not in closure(each.step)}
+        self.waiting = {name: each for name, each in self.waiting.items() if key not in each.step.closure}
 
     def _say(self, planned: Planned, what: str) -> None:
         rank_zero_info(f"[{self.places[planned.step.key]}/{len(self.places)}] {planned.what}: {what}")
@@ -239,7 +239,7 @@ def run_only(experiment: Experiment, name: str) -> None:
     if not chosen:
         expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
         raise ConfigurationError(f"found no task or step '{name}', expected {expected}")
-    needed = {key for step in chosen for key in closure(step)}
+    needed = {key for step in chosen for key in step.closure}
     run_steps([each for each in steps if each.step.key in needed], on_done=report_seed)
 
 
@@ -264,8 +264,9 @@ def summarise_experiment(experiment: Experiment) -> pd.DataFrame:
     path = experiment.folder / "summary.csv"
     before = path.read_bytes() if path.is_file() else b""
     summary = write_summary(experiment.folder)
-    changed = before != path.read_bytes()
-    for folder in (*(experiment.folder / f"seed-{seed}" for seed in experiment.seeds), experiment.folder):
-        if not (folder / REPORT_HTML).is_file() or (changed and folder is experiment.folder):
+    for folder in (experiment.folder / f"seed-{seed}" for seed in experiment.seeds):
+        if not (folder / REPORT_HTML).is_file():
             write_report(folder)
+    if before != path.read_bytes() or not (experiment.folder / REPORT_HTML).is_file():
+        write_report(experiment.folder)
     return summary

@@ -79,6 +79,14 @@ class Step(ABC):
         return [leaf for leaf in leaves if isinstance(leaf, Step)]
 
     @cached_property
+    def closure(self) -> "dict[str, Step]":
+        """It and all that it needs, by key, in an order in which they can run."""
+        found: dict[str, Step] = {}
+        for need in self.needs:
+            found |= need.closure
+        return found | {self.key: self}
+
+    @cached_property
     def folder(self) -> Path:
         """The folder of its files."""
         return self.store / f"{self.name}-{self.key[:12]}"
@@ -134,14 +142,6 @@ class Step(ABC):
             return ("was interrupted" if self.folder.is_dir() else "never done"), None
         *_, changed, seconds = min(found)
         return f"changed: {', '.join(changed)}", seconds
-
-
-def closure(step: Step) -> dict[str, Step]:
-    """Return a step and all that it needs, by key, in an order in which they can run."""
-    found: dict[str, Step] = {}
-    for need in step.needs:
-        found |= closure(need)
-    return found | {step.key: step}
 
 
 def _digest(value: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from coin.commands.run import read_experiment
 from coin.errors import FileError
 from coin.pipeline.plan import Planned, plan, union
-from coin.pipeline.step import Step, closure
+from coin.pipeline.step import Step
 
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
@@ -40,7 +40,7 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
     for each in steps:
         assert {need.key for need in each.step.needs} <= done
         done.add(each.step.key)
-    assert {step.name for step in closure(steps[-1].step).values()} == BASE | EXPERTS | AFTER_EXPERTS
+    assert {step.name for step in steps[-1].step.closure.values()} == BASE | EXPERTS | AFTER_EXPERTS
     assert not list(tmp_path.iterdir())  # nothing is written
 
 

@@ -19,7 +19,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.merging import Average
 from coin.pipeline.options import config_dict
 from coin.pipeline.run import execute
-from coin.pipeline.step import DONE, Step, closure, keyed_by, unkeyed
+from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,9 +77,9 @@ def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and
 def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: Path) -> None:
     first, second = write(tmp_path, "first", option="x"), write(tmp_path, "second", option="y")
     both = write(tmp_path, "both", option="z", parts=(first, second))
-    assert [step.name for step in closure(both).values()] == ["first", "second", "both"]
+    assert [step.name for step in both.closure.values()] == ["first", "second", "both"]
     assert not first.is_done
-    for step in closure(both).values():
+    for step in both.closure.values():
         execute(step)
     assert both.output.read_text() == "xyz"
     made = json.loads((both.folder / DONE).read_text())

@@ -121,11 +121,12 @@ class Merge(Step):
         read = {which: {task: each.output for task, each in own.items()} for which, own in self.statistics.items()}
         data = datamodule(self.tasks, self.calibration)
         data.setup()
-        experts = Experts(files, statistics=read, calibration=list(data.calibrations().values()))
+        samples, train = list(data.calibrations().values()), None
         with ExitStack() as stack:
             if self.trainer is not None:
                 loggers = stack.enter_context(self.log.open(self.folder))
-                experts.train = Training(data, self.folder, self.seed, self.trainer, loggers)
+                train = Training(data, self.folder, self.seed, self.trainer, loggers)
+            experts = Experts(files, statistics=read, calibration=samples, train=train)
             make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
 
 
