@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-from coin.callbacks import StepProgress
-from coin.callbacks.fisher import estimate_statistic
+from coin.callbacks import StepProgress, estimate_statistic
 from coin.core.choices import parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import leave_processes_at_exit
