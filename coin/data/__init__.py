@@ -1,6 +1,5 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
-from coin.data.augmentation import Augmentation as Augmentation
 from coin.data.calibration import Calibration as Calibration, pooled as pooled
 from coin.data.embedded import Digits as Digits, Glyphs as Glyphs, MNIST5k as MNIST5k
 from coin.data.image_folder import ImageFolder as ImageFolder
@@ -23,4 +22,4 @@ from coin.data.torchvision_sets import (
     StanfordCars as StanfordCars,
     TorchvisionTask as TorchvisionTask,
 )
-from coin.data.transform import to_image as to_image, to_input as to_input
+from coin.data.transform import Augmentation as Augmentation, to_image as to_image, to_input as to_input

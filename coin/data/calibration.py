@@ -10,8 +10,8 @@ from torch import Tensor
 
 from coin.core.batches import Batch, joined, samples_of, shapes_in, size_of, take, tensors_in
 from coin.core.choices import check_number
-from coin.data.augmentation import View
 from coin.data.samples import Samples
+from coin.data.transform import View
 from coin.errors import DataError
 
 

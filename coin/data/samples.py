@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from coin.data.augmentation import Augmentation, View, augmented, transform_images
 from coin.data.image_io import LazyImages, read_files
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
-from coin.data.transform import to_input
+from coin.data.transform import Augmentation, View, augmented, to_input, transform_images
 from coin.errors import ConfigurationError, DataError
 
 
@@ -99,8 +98,9 @@ def split_source(
     if source.validation is None and validation_share > 0:
         held_out = max(1, round(validation_share * len(order)))
         if held_out >= len(order):
-            found = f"validation_share {validation_share} of {len(order)} samples"
-            raise ConfigurationError(f"{found} leaves none to train on; lower it")
+            raise ConfigurationError(
+                f"validation_share {validation_share} of {len(order)} samples leaves none to train on"
+            )
     validation, train = order[:held_out], order[held_out:]
     if max_train is not None and max_train < len(train):
         validation = validation[: max(1, round(held_out * max_train / len(train)))]

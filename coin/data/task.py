@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number, is_list_of_names, parse_enum
 from coin.core.processes import cores
-from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
-from coin.data.transform import check_stored, to_input
+from coin.data.transform import Augmentation, TransformSpec, build_transforms, check_stored, to_input
 from coin.errors import ConfigurationError, DataError
 from coin.files.yaml import read_yaml
 

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from coin.data import Augmentation
-from coin.data.augmentation import View, augmented, build_transforms, draw_augmentation, transform_images
+from coin.data.transform import View, augmented, build_transforms, draw_augmentation, transform_images
 from coin.errors import ConfigurationError
 
 CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": 12}}

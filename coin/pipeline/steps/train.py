@@ -12,8 +12,8 @@ from coin.callbacks import ExpertExport, Weights
 from coin.core.choices import check_integer, parse_enum
 from coin.core.processes import on_rank_zero
 from coin.data import Augmentation, TaskData
-from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
+from coin.data.transform import TransformSpec, build_transforms
 from coin.errors import FileError
 from coin.files.atomic import hashes
 from coin.files.checkpoints import TO_GO_ON, read_checkpoint
