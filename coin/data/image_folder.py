@@ -1,7 +1,8 @@
 """A user's own images, in one folder per class."""
 
-import hashlib
 import math
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,8 @@ class ImageFolder(TaskData):
 
     def class_names(self) -> tuple[str, ...]:
         """The names of the folders in ``ROOT/train``, sorted."""
-        classes, train = self._folders("train"), self.root / "train"
-        if len(classes) < 2:
-            found = f"{train} holds {len(classes)} class folder(s)"
-            raise DataError(f"{found}; expected at least 2, as in {train}/CLASS/image.png")
+        if len(classes := self._folders("train")) < 2:
+            raise DataError(f"{self.root / 'train'} holds {len(classes)} class folder(s); expected at least 2")
         return classes
 
     def check_files(self) -> None:
@@ -53,15 +52,14 @@ class ImageFolder(TaskData):
 
     def content_key(self) -> str:
         """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed."""
-        return once(self._shared.facts, "content", self._hash)
 
-    def _hash(self) -> str:
-        digest = hashlib.sha256()
-        for split in sorted(self._files, key=("train", "val", "test").index):
-            for path in (Path(path) for path, _ in self._files[split]):
-                place, state = path.relative_to(self.root).as_posix(), path.stat()
-                digest.update(f"{place}:{state.st_size}:{state.st_mtime_ns};".encode())
-        return digest.hexdigest()
+        def find() -> str:
+            files = chain.from_iterable(self._files.get(split, []) for split in ("train", "val", "test"))
+            states = ((Path(path).relative_to(self.root).as_posix(), Path(path).stat()) for path, _ in files)
+            told = "".join(f"{place}:{state.st_size}:{state.st_mtime_ns};" for place, state in states)
+            return sha256(told.encode()).hexdigest()
+
+        return once(self._shared.facts, "content", find)
 
     @property
     def _files(self) -> dict[str, list[tuple[str, int]]]:
@@ -74,22 +72,19 @@ class ImageFolder(TaskData):
         found = self._folders(split)
         if odd := sorted({*found} ^ {*classes}):
             verb = "has" if odd[0] in found else "lacks"
-            told = f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}"
-            raise DataError(f"{told}; both need the same class folders")
+            raise DataError(f"{folder} {verb} the class {odd[0]!r}, unlike train; both need the same class folders")
         images = {name: [path for path in sorted((folder / name).iterdir()) if _is_image(path)] for name in classes}
         if empty := next((name for name in classes if not images[name]), None):
             raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
         return [(str(path), label) for label, name in enumerate(classes) for path in images[name]]
 
     def _folders(self, split: str) -> tuple[str, ...]:
-        return once(self._shared.facts, split, lambda: _class_folders((self.root / split).absolute()))
+        def find() -> tuple[str, ...]:
+            if not (folder := (self.root / split).absolute()).is_dir():
+                raise DataError(f"{folder} does not exist; expected images as {folder}/CLASS/image.png; set root")
+            return tuple(sorted(it.name for it in folder.iterdir() if it.is_dir() and not it.name.startswith(".")))
 
-
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        expected = f"expected images as {folder}/CLASS/image.png; set root to the right folder"
-        raise DataError(f"{folder} does not exist; {expected}")
-    return tuple(sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")))
+        return once(self._shared.facts, split, find)
 
 
 def _is_image(path: Path) -> bool:
