@@ -23,10 +23,6 @@ DAMAGE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFErr
 _LONGEST = 8  # the longest side that is resized as a whole, in short sides: far from what the centre square needs
 
 
-class OtherSizeError(Exception):
-    """An image is not of the size that all were expected to have."""
-
-
 def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     """The centre square of an image in RGB, uint8 [3, side, side]: its short side resized, then its centre cropped."""
     # JPEG decoders can halve an image while decoding; twice the final size leaves the rest to the antialiased resize.
@@ -61,10 +57,10 @@ def open_image(path: str) -> Iterator[Image.Image]:
 
 
 def read_file(path: str, side: int, native: bool = False) -> NDArray[np.uint8]:
-    """Read one image file as `to_square` does; an `OtherSizeError` if ``native`` and it is not ``side`` × ``side``."""
+    """Read one image file as `to_square` does; a `DataError` if ``native`` and it is not ``side`` × ``side``."""
     with open_image(path) as image:
         if native and image.size != (side, side):
-            raise OtherSizeError
+            raise DataError(f"{path} is {image.width} × {image.height} pixels; expected {side} × {side}")
         return to_square(image, side)
 
 
@@ -116,7 +112,7 @@ def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) ->
     with open_image(paths[0]) as first:
         width, height = first.size
     if width == height <= image_size and 3 * width**2 * len(paths) <= most:
-        with suppress(OtherSizeError):
+        with suppress(DataError):  # one of another size; a damaged one is refused below
             return read_in_parallel(paths, width, native=True)
     if 3 * image_size**2 * len(paths) <= most:
         return read_in_parallel(paths, image_size)
