@@ -103,20 +103,17 @@ class Glyphs(TaskData):
 
 def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
     """Read a list of characters, or a string of ranges and single characters such as "K-Za-z0"."""
-    characters = list(classes)
-    if isinstance(classes, str):
-        characters = []
-        for part in re.findall(".-.|.", classes, re.DOTALL):
-            ends = part[0] + part[-1]
-            between = map(chr, range(ord(part[0]), ord(part[-1]) + 1))
-            characters += between if ends.isalnum() and ends[0] <= ends[1] else [part]
-    for place, character in enumerate(characters):
-        if character not in (*_CHARACTERS,) or character in characters[:place]:
-            expected = "A-Z, a-z and 0-9, each once, as in 'K-Za-z'"
-            raise ConfigurationError(f"the classes {classes!r} hold {character!r}; expected {expected}")
-    if len(characters) < 2:
-        raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
-    return tuple(characters)
+
+    def between(ends: re.Match[str]) -> str:
+        return "".join(map(chr, range(ord(ends[1]), ord(ends[2]) + 1))) or ends[0]
+
+    found = tuple(re.sub(r"(\w)-(\w)", between, classes) if isinstance(classes, str) else classes)
+    if odd := [each for each in found if each not in (*_CHARACTERS,) or found.count(each) > 1]:
+        expected = "A-Z, a-z and 0-9, each once, as in 'K-Za-z'"
+        raise ConfigurationError(f"the classes {classes!r} hold {odd[0]!r}; expected {expected}")
+    if len(found) < 2:
+        raise ConfigurationError(f"the classes {classes!r} are {len(found)} character(s); expected at least 2")
+    return found
 
 
 @cache

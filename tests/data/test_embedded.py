@@ -96,7 +96,7 @@ def test_characters_are_read(classes, expected):
     [
         ({"classes": ""}, r"0 character\(s\); expected at least 2"),
         ({"classes": "A"}, r"1 character\(s\)"),
-        ({"classes": "D-A"}, "hold 'D-A'; expected A-Z, a-z and 0-9, each once"),
+        ({"classes": "D-A"}, "hold '-'; expected A-Z, a-z and 0-9, each once"),
         ({"classes": "A-"}, "hold '-'"),
         ({"classes": "A B"}, "hold ' '"),
         ({"classes": "A水"}, "hold '水'"),
