@@ -94,13 +94,11 @@ def split_source(
     if max_test is not None:
         test, _ = test.stratified(max_test, seeded(split_seed, Stream.TEST_SPLIT))
     order = stratified_order(source.train.targets, seeded(split_seed, Stream.TRAIN_SPLIT))
-    held_out = 0
+    held_out, count = 0, len(order)
     if source.validation is None and validation_share > 0:
-        held_out = max(1, round(validation_share * len(order)))
-        if held_out >= len(order):
-            raise ConfigurationError(
-                f"validation_share {validation_share} of {len(order)} samples leaves none to train on"
-            )
+        held_out = max(1, round(validation_share * count))
+        if held_out >= count:
+            raise ConfigurationError(f"validation_share {validation_share} of {count} samples leaves none; lower it")
     validation, train = order[:held_out], order[held_out:]
     if max_train is not None and max_train < len(train):
         validation = validation[: max(1, round(held_out * max_train / len(train)))]
