@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from coin.core.choices import check_integer, check_number, is_list_of_names, parse_enum
 from coin.core.processes import cores
 from coin.data.calibration import Calibration
-from coin.data.samples import BatchDataset, Samples, Source, split_source
+from coin.data.samples import BatchDataset, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import Augmentation, TransformSpec, build_transforms, check_stored, to_input
 from coin.errors import ConfigurationError, DataError
@@ -189,9 +189,7 @@ class TaskData(LightningDataModule, ABC):
         """Read and split the images; refuse what would fail much later and less clearly."""
         source, task = self.load(), type(self).__name__
         if (own := len(self.class_names())) != self.num_classes:
-            raise DataError(
-                f"{task} has {own} classes and head.zero_shot.classes names {self.num_classes}; give one name for each"
-            )
+            raise DataError(f"{task} has {own} classes, head.zero_shot.classes {self.num_classes}; name each once")
         for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
             if part is None:
                 continue
@@ -212,33 +210,30 @@ class TaskData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
         self.check_augmentation(self.augmentation, self.transform)
-        train = self.splits.train
-        dataset = BatchDataset(train, self.augmentation, self.seed, build_transforms(self.transform))
-        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True, **self._options(train))
+        transforms = build_transforms(self.transform)
+        dataset = BatchDataset(self.splits.train, self.augmentation, self.seed, transforms)
+        return self._loader(dataset, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
         validation = self.splits.validation
-        return [] if validation is None else self._evaluation(validation)
+        return [] if validation is None else self._loader(BatchDataset(validation))
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The test split."""
-        return self._evaluation(self.splits.test, persistent_workers=False)
+        return self._loader(BatchDataset(self.splits.test), persistent_workers=False)
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """The test images without their labels."""
-        return self._evaluation(self.splits.test, persistent_workers=False, collate_fn=itemgetter(0))
+        return self._loader(BatchDataset(self.splits.test), persistent_workers=False, collate_fn=itemgetter(0))
 
-    def _evaluation(self, samples: Samples, **options: Any) -> DataLoader[Any]:
-        options = self._options(samples) | options
-        return batch_loader(BatchDataset(samples), self.eval_batch_size, self.seed, self.trainer, **options)
-
-    def _options(self, samples: Samples) -> dict[str, Any]:
+    def _loader(self, dataset: BatchDataset, batch_size: int | None = None, **options: Any) -> DataLoader[Any]:
         workers = self.num_workers
-        if not workers and not isinstance(samples.store, Tensor):
+        if not workers and not isinstance(dataset.samples.store, Tensor):
             processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = max(1, min(WORKERS, cores() // processes))
-        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+        usual = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+        return batch_loader(dataset, batch_size or self.eval_batch_size, self.seed, self.trainer, **usual | options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
