@@ -100,12 +100,8 @@ class Calibration:
     @property
     def labels(self) -> Tensor:
         """Class indices within each sample's own task, int64 [P]. Only for the `empirical` Fisher ablation."""
-        out = torch.empty(self.num_samples, dtype=torch.int64)
-        for number, samples in enumerate(self.parts):
-            assert isinstance(samples, Samples)
-            rows = self.part == number
-            out[rows] = samples.targets[self.position[rows]]
-        return out
+        targets = [samples.targets for samples in self.parts if isinstance(samples, Samples)]
+        return torch.stack([targets[part][position] for part, position in zip(self.part, self.position, strict=True)])
 
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:
