@@ -137,11 +137,7 @@ class ImageFiles(TorchvisionTask):
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
         splits = [sorted(self.files(split)) for split in self._open(download=False)]
-        try:
-            parts = read_splits(splits, self.image_size, IN_MEMORY)
-        except DataError as error:
-            told = f"{type(self).__name__} in {(self.root / self.folder).absolute()} is damaged ({error})"
-            raise DataError(f"{told}; delete it to download it again") from error
+        parts = read_splits(splits, self.image_size, IN_MEMORY)
         return hold_out(parts[0], self.split_seed) if len(parts) == 1 else Source(parts[0], parts[-1], *parts[1:-1])
 
 

@@ -213,7 +213,7 @@ def test_sets_of_image_files(tmp_path, task_class, write, sizes, monkeypatch):
 def test_a_damaged_image_is_an_error(tmp_path):
     write_gtsrb(tmp_path)
     (tmp_path / "gtsrb/GTSRB/Training/00003/00000.ppm").write_bytes(b"P6 oh")
-    with pytest.raises(DataError, match=r"GTSRB in .*gtsrb is damaged .*; delete it to download it again"):
+    with pytest.raises(DataError, match=r"gtsrb.*00003.00000.ppm cannot be read as an image .*; replace or remove it"):
         GTSRB(root=str(tmp_path), download=False).setup()
 
 
