@@ -8,8 +8,8 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -25,19 +25,16 @@ _LESS = ("Does not validate against any", "- Expected a path")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, from the command line's words behind ``coin``, by default the process's own.
 
-    Args:
-        args: The command line without the program's name; ``sys.argv`` by default.
-
-    Returns:
-        The exit status: 0; 2 for a user's mistake and 130 for an interruption, in one line on standard error.
+    Returns the exit status: 0; 2 for a user's mistake and 130 for an interruption, in one line on standard error.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     name = next(iter(arguments), "")
+    usual = warnings.formatwarning
+    warnings.formatwarning = partial(_format_warning, usual)
     try:
-        with _warnings_in_one_line():
-            _run(name, arguments[1:])
+        _run(name, arguments[1:])
     except (KeyboardInterrupt, SystemExit) as stop:
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
@@ -50,21 +47,18 @@ def main(args: Sequence[str] | None = None) -> int:
         see = f"; see coin {name if name in COMMANDS else 'COMMAND'} --help"
         print(f"coin: error: {line}{'' if ';' in line else see}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = usual
     return 0
 
 
 def _run(name: str, options: list[str]) -> None:
-    if not name:
-        raise ConfigurationError(f"found no command, expected one of {', '.join(COMMANDS)}")
-    if name in ("-h", "--help"):
-        print(_help())
-        return
-    if name == "--version":
-        print(f"coin {version('coded-coin')}")
+    if name in ("-h", "--help", "--version"):
+        print(f"coin {version('coded-coin')}" if name == "--version" else _help())
         return
     if name not in COMMANDS:
-        meant = did_you_mean(name, COMMANDS)
-        raise ConfigurationError(f"found command '{name}'{meant}, expected one of {', '.join(COMMANDS)}")
+        found = f"command '{name}'{did_you_mean(name, COMMANDS)}" if name else "no command"
+        raise ConfigurationError(f"found {found}, expected one of {', '.join(COMMANDS)}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
     if name in ("run", "sweep"):
@@ -89,21 +83,10 @@ coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file
 comes with coin, such as quickstart; --print_config shows all of them."""
 
 
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Print our own warnings like our errors, without the line of source code that Python adds."""
-    usual = warnings.formatwarning
-
-    def formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
-        if issubclass(category, CoinWarning):
-            return f"coin: warning: {' '.join(str(message).split())}\n"
-        return usual(message, category, *place)
-
-    warnings.formatwarning = formatted  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
+def _format_warning(usual: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """Return our own warnings like our errors, without the line of source code that Python adds."""
+    ours = issubclass(category, CoinWarning)
+    return f"coin: warning: {' '.join(str(message).split())}\n" if ours else usual(message, category, *place)
 
 
 def _mistake(error: BaseException | None) -> str | None:

@@ -318,11 +318,12 @@ def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatc
 
 WARN = """
 import warnings
-from coin.cli import _warnings_in_one_line
+from functools import partial
+from coin.cli import _format_warning
 from coin.errors import CoinWarning
-with _warnings_in_one_line():
-    import lightning.fabric.utilities.warnings  # which formats warnings in its own way
-    warnings.warn("one\\nline", CoinWarning)
+warnings.formatwarning = partial(_format_warning, warnings.formatwarning)
+import lightning.fabric.utilities.warnings  # which formats warnings in its own way
+warnings.warn("one\\nline", CoinWarning)
 """
 
 
