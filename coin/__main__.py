@@ -6,9 +6,6 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-
 
 def tune_process() -> None:
     """Keep OpenMP's threads from spinning for long and glibc from giving large blocks back.
@@ -23,8 +20,8 @@ def tune_process() -> None:
     if sys.platform == "linux" and not os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"}:
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
-            libc.mallopt(_M_MMAP_MAX, 0)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def entry_point() -> NoReturn:

@@ -59,10 +59,7 @@ class OverloadedError(ServingError):
 
 
 class CoinWarning(UserWarning):
-    """A warning to the user, in one line like the errors.
-
-    The command line prints it as ``coin: warning: …``.
-    """
+    """A warning to the user, which the command line prints in one line, as ``coin: warning: …``."""
 
 
 def first_line(error: BaseException) -> str:
