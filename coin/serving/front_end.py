@@ -211,7 +211,7 @@ class FrontEnd:
             if is_busy or isinstance(error, OverloadedError):
                 return OverloadedError(f"{server.name} cannot take more; ask again later")
             server.doubted = True
-            logger.warning("%s lost a request (%s: %s)", server.name, type(error).__name__, first_line(error))
+            logger.info("%s lost a request (%s: %s)", server.name, type(error).__name__, first_line(error))
             return LostError(f"lost {server.name}")
         server.doubted, server.answered_at = False, loop.time()
         return reply

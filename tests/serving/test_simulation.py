@@ -94,13 +94,14 @@ def test_hedging_cuts_the_tail_of_stragglers_and_costs_little() -> None:
     assert tails["replica"] == pytest.approx(tails["standin"], rel=0.1)  # one server more, of the same speed
 
 
-def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded() -> None:
+def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded(caplog: pytest.LogCaptureFixture) -> None:
     failed = {}
     for kind in PolicyKind:
         outcome = run_simulation(make(kind, load=0.1, down=Phases(0.05, 50.0)))
         failed[kind] = float(np.isinf(outcome.latencies).mean())
     assert 0.03 < failed[PolicyKind.uncoded] < 0.08
     assert all(share < 0.4 * failed["uncoded"] for kind, share in failed.items() if kind != "uncoded"), failed
+    assert not caplog.records  # which a terminal would show, thousands of lines
 
 
 def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
