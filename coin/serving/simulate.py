@@ -187,11 +187,8 @@ class Machine:
 
 def run_simulation(it: Simulation) -> Outcome:
     """Run one simulation; with the same options it comes out the same to the last bit."""
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(_run(it))
-    finally:
-        loop.close()
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(_run(it))
 
 
 async def _run(it: Simulation) -> Outcome:
@@ -226,9 +223,6 @@ async def _run(it: Simulation) -> Outcome:
         for place, gap in enumerate(gaps):
             await asyncio.sleep(gap)
             group.create_task(ask(place))
-    for request in asyncio.all_tasks() - {asyncio.current_task()}:
-        request.cancel()
-    await asyncio.sleep(0)
     kept = latencies[total // 4 :]
     stood_in = sum(answer.answered_by != (it.stand_ins.experts[answer.expert],) for answer in found)
     answers = len(kept) * (count if it.want is QueryTarget.all else 1)
