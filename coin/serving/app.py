@@ -104,7 +104,7 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
             await reader.discard(request)
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
 
-    async def experts_of(model: str) -> list[int]:
+    async def experts_of(model: str = ALL) -> list[int]:
         if model not in models:
             raise RefusedError(f"found model '{model}', expected one of {', '.join(models)}", 404)
         return models[model]
@@ -135,17 +135,12 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         """Answer."""
         return {"live": True}
 
+    @app.get("/v2/health/ready")
     @app.get("/v2/models/{model}/ready")
-    async def model_ready(model: str, experts: Experts, response: Response) -> dict[str, Any]:
-        """Return 200 if the task can be answered, else 503."""
+    async def ready(experts: Experts, response: Response, model: str = ALL) -> dict[str, Any]:
+        """Return 200 if the task, or every task, can be answered, else 503."""
         response.status_code = 200 if (is_ready := front.can_answer(experts)) else 503
         return {"name": model, "ready": is_ready}
-
-    @app.get("/v2/health/ready")
-    async def ready(response: Response) -> dict[str, Any]:
-        """Return 200 if every task can be answered, else 503."""
-        told: dict[str, Any] = await model_ready(ALL, models[ALL], response)
-        return told
 
     @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])
     async def metadata(model: str) -> dict[str, Any]:
