@@ -34,15 +34,9 @@ def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
 def run_virtually(main: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine on a new virtual loop; fail if a callback raised."""
     problems: list[dict[str, Any]] = []
-    loop = VirtualLoop()
-    loop.set_exception_handler(lambda _, context: problems.append(context))
-    try:
-        result = loop.run_until_complete(main)
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-    finally:
-        loop.close()
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.get_loop().set_exception_handler(lambda _, context: problems.append(context))
+        result = runner.run(main)
     assert not problems
     return result
 
