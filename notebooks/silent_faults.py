@@ -21,7 +21,7 @@ from torch import nn
 
 from coin.coding import Answers, make_decoder
 from coin.data import TaskData
-from coin.data.calibration import Calibration
+from coin.data.samples import Calibration
 from coin.data.tasks import Tasks, task_with
 from coin.evaluation.scores import server_answers
 from coin.files.yaml import read_yaml

@@ -1,9 +1,8 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
-from coin.data.calibration import Calibration as Calibration, pooled as pooled
 from coin.data.embedded import Digits as Digits, Glyphs as Glyphs, MNIST5k as MNIST5k
 from coin.data.image_folder import ImageFolder as ImageFolder
-from coin.data.samples import Samples as Samples, Source as Source
+from coin.data.samples import Calibration as Calibration, Samples as Samples, Source as Source, pooled as pooled
 from coin.data.task import TaskData as TaskData
 from coin.data.text import TextFile as TextFile, TextTask as TextTask, Tweets as Tweets
 from coin.data.torchvision_sets import (

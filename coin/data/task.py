@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number, is_list_of_names, parse_enum
 from coin.core.processes import cores
-from coin.data.calibration import Calibration
-from coin.data.samples import BatchDataset, Source, split_source
+from coin.data.samples import BatchDataset, Calibration, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import Augmentation, TransformSpec, build_transforms, check_stored, to_input
 from coin.errors import ConfigurationError, DataError

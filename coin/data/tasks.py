@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coin.core.choices import check_integer, check_number
-from coin.data.calibration import Calibration, pooled
+from coin.data.samples import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader
 from coin.data.task import TaskData
 from coin.data.transform import Augmentation, View

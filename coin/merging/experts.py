@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
-from coin.data.calibration import Calibration, pooled
+from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite, check_same_layout
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
