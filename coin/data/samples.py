@@ -109,28 +109,6 @@ def split_source(
     return Source(source.train.subset(train.sort().values), test, apart)
 
 
-@dataclass
-class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Whole batches of a selection, images and labels; draws that carry an epoch are augmented and transformed."""
-
-    samples: Samples
-    augmentation: Augmentation = Augmentation.none
-    seed: int = 0
-    transforms: Sequence[v2.Transform] = ()
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        if not isinstance(draw, Draw):
-            raise ConfigurationError("the loader's sampler was replaced, as by overfit_batches; use max_train instead")
-        view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
-        images = self.samples.images(draw.positions, view)
-        if view is not None:
-            images = transform_images(images, self.transforms, view, draw.positions)
-        return images, self.samples.targets[draw.positions]
-
-
 @dataclass(frozen=True)
 class MemorySamples:
     """Inputs in memory without labels, as batches of one ``[1, …]``, which may differ in shape."""
@@ -235,3 +213,27 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     position = torch.cat([each.position for each in calibrations])
     batch_size = max(each.batch_size for each in calibrations)
     return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], batch_size)
+
+
+@dataclass
+class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Whole batches: images and labels, or calibration samples' positions and inputs; draws of an epoch augmented."""
+
+    samples: Samples | Calibration
+    augmentation: Augmentation = Augmentation.none
+    seed: int = 0
+    transforms: Sequence[v2.Transform] = ()
+
+    def __len__(self) -> int:
+        return self.samples.num_samples if isinstance(self.samples, Calibration) else len(self.samples)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        if not isinstance(draw, Draw):
+            raise ConfigurationError("the loader's sampler was replaced, as by overfit_batches; use max_train instead")
+        view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
+        if isinstance(self.samples, Calibration):
+            return draw.positions, self.samples.inputs(draw.positions, view)
+        images = self.samples.images(draw.positions, view)
+        if view is not None:
+            images = transform_images(images, self.transforms, view, draw.positions)
+        return images, self.samples.targets[draw.positions]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number, is_list_of_names, parse_enum
 from coin.core.processes import cores
-from coin.data.samples import BatchDataset, Calibration, Source, split_source
+from coin.data.samples import BatchDataset, Calibration, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import Augmentation, TransformSpec, build_transforms, check_stored, to_input
 from coin.errors import ConfigurationError, DataError
@@ -209,26 +209,25 @@ class TaskData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
         self.check_augmentation(self.augmentation, self.transform)
-        transforms = build_transforms(self.transform)
-        dataset = BatchDataset(self.splits.train, self.augmentation, self.seed, transforms)
-        return self._loader(dataset, self.batch_size, shuffle=True)
+        return self._loader(self.splits.train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
         validation = self.splits.validation
-        return [] if validation is None else self._loader(BatchDataset(validation))
+        return [] if validation is None else self._loader(validation)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The test split."""
-        return self._loader(BatchDataset(self.splits.test), persistent_workers=False)
+        return self._loader(self.splits.test, persistent_workers=False)
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """The test images without their labels."""
-        return self._loader(BatchDataset(self.splits.test), persistent_workers=False, collate_fn=itemgetter(0))
+        return self._loader(self.splits.test, persistent_workers=False, collate_fn=itemgetter(0))
 
-    def _loader(self, dataset: BatchDataset, batch_size: int | None = None, **options: Any) -> DataLoader[Any]:
+    def _loader(self, samples: Samples, batch_size: int | None = None, **options: Any) -> DataLoader[Any]:
+        dataset = BatchDataset(samples, self.augmentation, self.seed, build_transforms(self.transform))
         workers = self.num_workers
-        if not workers and not isinstance(dataset.samples.store, Tensor):
+        if not workers and not isinstance(samples.store, Tensor):
             processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = max(1, min(WORKERS, cores() // processes))
         usual = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}

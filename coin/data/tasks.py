@@ -2,18 +2,17 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number
-from coin.data.samples import Calibration, pooled
-from coin.data.sampling import Draw, batch_loader
+from coin.data.samples import BatchDataset, Calibration, pooled
+from coin.data.sampling import batch_loader
 from coin.data.task import TaskData
-from coin.data.transform import Augmentation, View
+from coin.data.transform import Augmentation
 from coin.errors import ConfigurationError, DataError
 
 
@@ -113,7 +112,7 @@ class Tasks(LightningDataModule):
         return [task.test_dataloader() for task in self.tasks.values()]
 
     def _loader(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        dataset = PositionedSamples(calibration, self.augmentation, self.seed)
+        dataset = BatchDataset(calibration, self.augmentation, self.seed)
         return batch_loader(dataset, self.batch_size, self.seed, self.trainer, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -138,19 +137,3 @@ def tasks_of(module: LightningModule) -> Tasks:
     if not isinstance(data, Tasks):
         raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
     return data
-
-
-@dataclass
-class PositionedSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Calibration samples as whole batches, with their positions; training batches augmented."""
-
-    calibration: Calibration
-    augmentation: Augmentation = Augmentation.none
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return self.calibration.num_samples
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
-        return draw.positions, self.calibration.inputs(draw.positions, view)

@@ -19,8 +19,8 @@ from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import rank_zero_info
 from coin.data import Augmentation, Calibration, pooled
+from coin.data.samples import BatchDataset
 from coin.data.sampling import batch_loader
-from coin.data.tasks import PositionedSamples
 from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves, search_grid
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
@@ -217,8 +217,8 @@ def fit_in_memory(module: DistillationModule, experts: Experts, held_out: float,
     size, seed = module.hparams["batch_size"], module.hparams["seed"] or 0
     samples = replace(pooled([Calibration.of_batches([batch]) for batch in own]), batch_size=size)
     module.samples, left_out = samples.split(held_out) if held_out else (samples, None)
-    train = batch_loader(PositionedSamples(module.samples), size, seed, None, shuffle=True)
-    validation: Any = batch_loader(PositionedSamples(left_out), size, seed, None) if left_out else []
+    train = batch_loader(BatchDataset(module.samples), size, seed, None, shuffle=True)
+    validation: Any = batch_loader(BatchDataset(left_out), size, seed, None) if left_out else []
     parameters = trainable(module.student).values()
     device = next(iter(parameters)).device
     with ExitStack() as until_then, warnings.catch_warnings(), differentiable(parameters):
