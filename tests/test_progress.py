@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from coin.core.progress import progress, progress_bar
+from coin.core.progress import progress_bar
 
 
 def interrupted(total: float | None) -> None:
     """Do three steps, and two of other work within, which prints its results."""
-    with progress("refit [x]", total) as advance:
+    with progress_bar("refit [x]", total) as bar:
         for _ in range(3):
-            advance()
+            bar.update()
         for _ in progress_bar("inner", items=["a", "b"]):
             print("a result")
         raise KeyboardInterrupt
@@ -31,17 +31,17 @@ def test_a_terminal_shows_the_share_and_is_left_clean(total: float | None, capsy
 
 
 def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("work", 3) as advance:
-        advance()
+    with progress_bar("work", 3) as bar:
+        bar.update()
     assert list(progress_bar("work", items=[1, 2])) == [1, 2]
     assert capsys.readouterr() == ("", "")
 
 
 def test_without_a_terminal_long_work_is_told_of(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
-    with progress("work", 10) as advance:
+    with progress_bar("work", 10) as bar:
         for _ in range(3):
-            advance(2)
+            bar.update(2)
     printed = capsys.readouterr()
     assert printed.out == ""
     shares = [each[:10] for each in printed.err.split("\r") if "work" in each]

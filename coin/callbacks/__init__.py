@@ -12,7 +12,7 @@ from torch import nn
 
 from coin.core.batches import clone
 from coin.core.choices import parse_enum
-from coin.core.progress import progress, progress_bar
+from coin.core.progress import progress_bar
 from coin.data import Calibration
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.atomic import hashes
@@ -130,8 +130,8 @@ def estimate_statistic(
     share = calibration.subset(shard(calibration.num_samples, rank, world))
     labels = share.labels if options is not None and options.kind is FisherKind.empirical else None
     name = StatisticKind.gram if options is None else StatisticKind.fisher
-    with progress(str(name), share.num_samples) as advance:
-        own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)
+    with progress_bar(str(name), share.num_samples) as bar:
+        own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=bar.update)
     sums = reduce_sums(own)
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:

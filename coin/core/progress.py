@@ -1,9 +1,8 @@
 """A progress bar on standard error, removed at the end; without a terminal a line now and then."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -17,10 +16,3 @@ def progress_bar(what: str, total: float | None = None, items: Iterable[T] | Non
     """Return a bar to update after each of `total` steps and to close, or one to iterate over items by."""
     often = {} if sys.stderr.isatty() else {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
     return tqdm(items, desc=what, total=total, leave=False, disable=not is_rank_zero(), **often)
-
-
-@contextmanager
-def progress(what: str, total: float | None) -> Iterator[Callable[..., Any]]:
-    """Yield a function to call after each of `total` steps, or with a number of them; None if the total is unknown."""
-    with progress_bar(what, total) as bar:
-        yield bar.update

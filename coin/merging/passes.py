@@ -123,9 +123,8 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
 class ExpertOutputs:
     """The mixtures of the experts' outputs to which the units of a trace are fitted, made on demand in their order.
 
-    As many units at once as fit into `budget` bytes, one at least; for every such group each expert that `experts`
-    returns runs on the samples of whose mixtures it is part, `batch_size` at once. `passes` counts these; `advance` is
-    called with the progress, `total` in all.
+    As many units at once as fit into `budget` bytes, one at least; for each such group every expert runs on the samples
+    of whose mixtures it is part, `batch_size` at once. `passes` counts these, `advance` is told: `total` in all.
     """
 
     def __init__(

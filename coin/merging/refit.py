@@ -13,7 +13,7 @@ from torch import nn
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
 from coin.core.batches import clone
 from coin.core.choices import check_integer, check_number, parse_enum
-from coin.core.progress import progress
+from coin.core.progress import progress_bar
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
@@ -221,7 +221,8 @@ class Refit(Method):
         budget = max(self.memory_mib // 4, FEWEST_MIB) << 20
         rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
-        with progress(f"{self.label}, layers", targets.total) as targets.advance:
+        with progress_bar(f"{self.label}, layers", targets.total) as bar:
+            targets.advance = bar.update
             fit_in_order(network, trace, rows, targets, ridge, rounding)
         experts.passes += rows.passes + targets.passes + samples
         if self.head:

@@ -5,6 +5,7 @@ import re
 import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -592,11 +593,11 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
     @contextmanager
     def progress(what, total):
         done = []
-        yield done.append
+        yield SimpleNamespace(update=done.append)
         told.append((what, total, pytest.approx(sum(done))))
 
     monkeypatch.setattr("coin.merging.passes.chosen_places", lambda *given: chosen_places(*given[:4]))
-    monkeypatch.setattr("coin.merging.refit.progress", progress)
+    monkeypatch.setattr("coin.merging.refit.progress_bar", progress)
     monkeypatch.setattr("coin.merging.refit.FEWEST_MIB", 0)
     networks, tasks = kind_of("two layers")
     found, told = [], []
