@@ -1,8 +1,7 @@
 """Batches of tensors or mappings of tensors, and networks that are called in a user's way or copied."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -43,16 +42,12 @@ def plain(network: Network) -> Network:
     return network
 
 
-def clone(network: Network, shared: Iterable[Tensor] = ()) -> Network:
-    """Return a copy of a network that shares nothing with it but the tensors that are given, in the same modes."""
-    copied = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+def clone(network: Network, *, shared: bool = False) -> Network:
+    """Return a copy of a network in the same modes, which shares all tensors with it or, by default, none."""
+    tensors = (*network.parameters(), *network.buffers()) if shared else ()
+    copied = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
     clear_caches(copied)
     return copied
-
-
-def twin(network: Network) -> Network:
-    """Return a copy of a network's modules that shares all tensors but can be in another mode."""
-    return clone(network, chain(network.parameters(), network.buffers()))
 
 
 def clear_caches(network: nn.Module) -> None:

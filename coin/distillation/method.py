@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from coin.coding import Code
-from coin.core.batches import Forward, as_input, clear_caches, clone, joined, take, twin
+from coin.core.batches import Forward, as_input, clear_caches, clone, joined, take
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import rank_zero_info
@@ -175,7 +175,7 @@ class Distillation(Method):
             if every is not None:
                 module.begun, module.known = before.begun, before.known
         elif experts.train is None:
-            module.teachers = [twin(network).eval() for network in experts.networks]
+            module.teachers = [clone(network, shared=True).eval() for network in experts.networks]
             module.student = experts.empty_model().eval()
         trainer_options = {
             "max_steps": steps,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.core.batches import Batch, Network, take, twin
+from coin.core.batches import Batch, Network, clone, take
 from coin.errors import HeadError, NumericalError, StateError
 from coin.files.tensors import State
 
@@ -121,7 +121,7 @@ def pad_head(network: Network, num_outputs: int) -> Network:
     rows = padded_rows(own, "", num_outputs)
     if not rows:
         return network
-    padded = twin(network)
+    padded = clone(network, shared=True)
     head = padded.get_submodule(name)
     for key, tensor in rows.items():
         setattr(head, key, nn.Parameter(tensor, requires_grad=own[key].requires_grad))
