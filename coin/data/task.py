@@ -63,10 +63,9 @@ def read_head(given: Any) -> dict[str, Any] | None:
     prompts, classes = found.pop("prompts", None), found.pop("classes", None)
     sound = is_list_of_names(prompts) and all("{}" in prompt for prompt in prompts)
     if found or not sound or not (classes is None or (is_list_of_names(classes) and len({*classes}) == len(classes))):
-        raise ConfigurationError(
-            f"found head {section or given!r:.200}, expected {{zero_shot: {{prompts: ['a photo of a {{}}.'], classes: "
-            "[...]}}, or a YAML file with these two; the classes are distinct names, numbers in quotes"
-        )
+        expected = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, or a YAML file with these two"
+        told = f"found head {section or given!r:.200}, expected {expected}; the classes are distinct names in quotes"
+        raise ConfigurationError(told)
     return {"zero_shot": {"prompts": list(prompts), "classes": None if classes is None else list(classes)}}
 
 
@@ -253,11 +252,10 @@ class TaskData(LightningDataModule, ABC):
         check_integer(f"{use} samples", samples, 1)
         check_integer(f"the {use} samples' batch size", batch_size, 1)
         part = self.splits.train if split == "training" else self.splits.validation
-        task, most = type(self).__name__, 0 if part is None else len(part)
-        if part is None or samples > most:
-            task = f"the task {name!r} ({task})" if name else task
-            mend = f"set {option} to {most} or less, or change the task's validation_share"
-            raise DataError(f"{samples} {use} samples asked of {task}, whose {split} split has {most}; {mend}")
+        if part is None or samples > len(part):
+            task, most = type(self).__name__, 0 if part is None else len(part)
+            told = f"{samples} {use} samples asked of {f'the task {name!r} ({task})' if name else task}, whose {split}"
+            raise DataError(f"{told} split has {most}; set {option} to {most} or less, or change validation_share")
         order = torch.randperm(len(part), generator=seeded(self.seed, stream))
         key = *self._key, self.seed, samples, stream
         held = once(self._shared.samples, key, part.subset(order[:samples]).held)

@@ -17,10 +17,7 @@ from coin.errors import ConfigurationError, DataError
 
 
 class Tasks(LightningDataModule):
-    """The tasks of an experiment.
-
-    ``test_dataloader`` gives one loader a task; ``train_dataloader`` the pooled calibration samples, shuffled every
-    epoch, as pairs of positions ``[B]`` and inputs ``[B, 3, S, S]``; ``val_dataloader`` the held-out ones.
+    """The tasks of an experiment: to train and validate on, their pooled calibration samples; to test on, each's own.
 
     Args:
         tasks: The tasks by name.
@@ -98,7 +95,7 @@ class Tasks(LightningDataModule):
         return self.calibration() if self.held_out == 0 else self.calibration().split(self.held_out)[0]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The calibration samples to train on, shuffled from (seed, epoch)."""
+        """The calibration samples to train on, shuffled from (seed, epoch): positions ``[B]`` and inputs ``[B, …]``."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
         return self._loader(self.training_calibration(), shuffle=True)

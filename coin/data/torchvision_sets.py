@@ -82,11 +82,9 @@ class TorchvisionTask(TaskData):
             return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
             found = "the download failed and there are" if download else "there are"
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(
-                f"{name}: {found} no usable files in {place} ({reason}); copy torchvision's files for {name} there and "
-                "set download: false, or set download: true and call prepare_data (a Trainer does)"
-            ) from error
+            told = f"{name}: {found} no usable files in {place} ({str(error)[:200] or type(error).__name__})"
+            advice = "copy torchvision's files there and set download: false, or set download: true and use a Trainer"
+            raise DataError(f"{told}; {advice}") from error
 
 
 class MNIST(TorchvisionTask, folder="MNIST/raw", names=string.digits):

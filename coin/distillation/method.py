@@ -108,9 +108,7 @@ class Distillation(Method):
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""
         if experts.train is None and (self.augments or self.samples_per_task is not None):
-            raise ConfigurationError(
-                "found augmentation or samples_per_task for calibration batches in memory, which are taken as they are"
-            )
+            raise ConfigurationError("found augmentation or samples_per_task for batches in memory, taken as they are")
         lr, steps, described, trial = self.lr, self.steps, {}, None
         with torch.inference_mode(False), torch.enable_grad():
             if lr is None:

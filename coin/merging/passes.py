@@ -124,7 +124,7 @@ class ExpertOutputs:
     """The mixtures of the experts' outputs to which the units of a trace are fitted, made on demand in their order.
 
     As many units at once as fit into `budget` bytes, one at least; for each such group every expert runs on the samples
-    of whose mixtures it is part, `batch_size` at once. `passes` counts these, `advance` is told: `total` in all.
+    of whose mixtures it is part, `batch_size` at once. `passes` counts these; `advance` gets the progress to `total`.
     """
 
     def __init__(

@@ -1,13 +1,12 @@
 """The Open Inference Protocol, version 2, in JSON over HTTP, as used by KServe, Triton and their clients.
 
 A model is a task, or ``all`` for every task's answer to the same inputs. Its one input is ``images``, as pixels (UINT8,
-``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``). Its outputs
-are ``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``score`` FP32 ``[B]``, one
-minus the largest probability, with the task before them and a dot where the model is ``all``. Where the run holds a
-promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, as it does an expert's own: accepted answers
-differ from the expert's with a probability of at most ``promise.alpha``, a parameter of the model. The response's
-parameters say whether any of it was ``decoded``, which servers it was ``answered_by``, and the ``seconds`` that these
-took; each output's say the first two of its own task.
+``[B, 1 or 3, H, W]``) or as PNG or JPEG files in base64 (BYTES, ``[B]``). Its outputs are ``probabilities`` FP32
+``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``score`` FP32 ``[B]``, one minus the largest
+probability, with the task before them and a dot where the model is ``all``. Where the run holds a promise, ``accepted``
+BOOL ``[B]`` says whether it covers the answer, as it does an expert's own: accepted answers differ from the expert's
+with a probability of at most ``promise.alpha``, a parameter of the model. The response's parameters, and each output's,
+say whether any of it was ``decoded`` and which servers it was ``answered_by``; ``seconds`` is the time that these took.
 """
 
 import base64

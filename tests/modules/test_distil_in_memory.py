@@ -154,7 +154,7 @@ def test_the_code_row_is_as_exact_as_the_experts():
 def test_what_memory_does_not_allow_is_told():
     experts = make()
     for options in ({"augmentation": "shift"}, {"samples_per_task": 4}):
-        with pytest.raises(ConfigurationError, match="for calibration batches in memory, which are taken as they are"):
+        with pytest.raises(ConfigurationError, match="for batches in memory, taken as they are"):
             coin.distill(experts, CODE, calibration(), **FAST, **options)
     coin.distill(experts, CODE, calibration(), lr=1e-2, steps=1, augmentation="none")
     with pytest.raises(ConfigurationError, match="found no calibration inputs, which the merge needs"):
