@@ -88,19 +88,17 @@ def hold_out(samples: Samples, seed: int) -> Source:
     return Source(train, test)
 
 
-def split_source(
-    source: Source, validation_share: float, split_seed: int, max_train: int | None, max_test: int | None
-) -> Source:
+def split_source(source: Source, share: float, seed: int, max_train: int | None, max_test: int | None) -> Source:
     """Set validation samples aside where the source brings none, and limit the splits to stratified subsets."""
     test = source.test
     if max_test is not None:
-        test, _ = test.stratified(max_test, seeded(split_seed, Stream.TEST_SPLIT))
-    order = stratified_order(source.train.targets, seeded(split_seed, Stream.TRAIN_SPLIT))
-    held_out, count = 0, len(order)
-    if source.validation is None and validation_share > 0:
-        held_out = max(1, round(validation_share * count))
-        if held_out >= count:
-            raise ConfigurationError(f"validation_share {validation_share} of {count} samples leaves none; lower it")
+        test, _ = test.stratified(max_test, seeded(seed, Stream.TEST_SPLIT))
+    order = stratified_order(source.train.targets, seeded(seed, Stream.TRAIN_SPLIT))
+    held_out = 0
+    if source.validation is None and share > 0:
+        held_out = max(1, round(share * len(order)))
+        if held_out >= len(order):
+            raise ConfigurationError(f"validation_share {share} of {len(order)} samples leaves none; lower it")
     validation, train = order[:held_out], order[held_out:]
     if max_train is not None and max_train < len(train):
         validation = validation[: max(1, round(held_out * max_train / len(train)))]

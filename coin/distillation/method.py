@@ -114,7 +114,7 @@ class Distillation(Method):
             if lr is None:
                 choice, trial = self._search(experts, row)
                 (lr, steps), described = choice.best, choice.config_dict
-            module = self._run(experts, row, lr, steps, None, trial)
+            module = self._run(experts, row, lr, steps, 0, trial)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
         clear_caches(module.student)
@@ -154,24 +154,18 @@ class Distillation(Method):
         return choice, trial
 
     def _run(
-        self,
-        experts: Experts,
-        row: Sequence[float],
-        lr: float,
-        steps: int,
-        every: int | None,
-        before: DistillationModule | None,
+        self, experts: Experts, row: Sequence[float], lr: float, steps: int, every: int, last: DistillationModule | None
     ) -> DistillationModule:
         """Train a module: on all samples, or as a trial that is validated every so many steps on the held-out ones.
 
-        It reuses the experts of a trial `before`, and its start and their outputs if it is a trial too.
+        It reuses the experts of the `last` trial, and its start and their outputs if it is a trial too.
         """
         own = {"augmentation": "none"} if experts.train is None else experts.train.run_options(experts, self)
         module = self.module(row, **own, lr=lr, steps=steps)
-        if before is not None:
-            module.teachers, module.student = before.teachers, clone(before.student)
-            if every is not None:
-                module.begun, module.known = before.begun, before.known
+        if last is not None:
+            module.teachers, module.student = last.teachers, clone(last.student)
+            if every:
+                module.begun, module.known = last.begun, last.known
         elif experts.train is None:
             module.teachers = [clone(network, shared=True).eval() for network in experts.networks]
             module.student = experts.empty_model().eval()
@@ -180,12 +174,12 @@ class Distillation(Method):
             "max_epochs": -1,
             "log_every_n_steps": max(1, steps // POINTS),
             "num_sanity_val_steps": 0,
-            "val_check_interval": every,
-            "check_val_every_n_epoch": 1 if every is None else None,
-            "limit_val_batches": 0 if every is None else 1.0,
+            "val_check_interval": every or None,
+            "check_val_every_n_epoch": None if every else 1,
+            "limit_val_batches": 1.0 if every else 0,
         }
         fit = fit_in_memory if experts.train is None else experts.train.fit
-        fit(module, experts, 0.0 if every is None else self.held_out, trainer_options)
+        fit(module, experts, self.held_out if every else 0.0, trainer_options)
         experts.passes += module.passes
         return module
 

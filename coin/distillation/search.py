@@ -65,11 +65,7 @@ def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequen
     `losses` returns a run's held-out losses, given the rate and the number of steps between validations.
     """
     every = max(1, steps // POINTS)
-    tried = {
-        (rate, (point + 1) * every): loss
-        for rate in rates
-        for point, loss in enumerate(losses(rate, every))
-        if math.isfinite(loss)
-    }
+    runs = ((rate, (point + 1) * every, loss) for rate in rates for point, loss in enumerate(losses(rate, every)))
+    tried = {(rate, count): loss for rate, count, loss in runs if math.isfinite(loss)}
     best, _ = min(tried, key=lambda pair: tried[pair], default=(rates[0], steps))
     return SearchResult(tried, at_edge=best in (rates[0], rates[-1]))
