@@ -17,6 +17,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.coding.decoders import Head
 from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.core.batches import Batch
+from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, HeadError
 from coin.evaluation.variants import NONE, Replica, Variant
 from coin.networks import linear_heads, run_network
@@ -118,8 +119,7 @@ class Evaluation:
                 for erased in variant.erasures() if config.reads_survivors else [tuple(range(len(class_counts)))]:
                     decoder = make_decoder(config, variant.code, erased, heads)
                     self.fitted.append(FittedDecoder(decoder, {j: Scores(class_counts[j]) for j in erased}, index))
-        with_outputs = [index for index, each in enumerate(self.variants) if each.method != NONE]
-        self.residuals = {index: [Residual() for _ in class_counts] for index in with_outputs}
+        self.residuals = {i: [Residual() for _ in class_counts] for i, own in enumerate(variants) if own.method != NONE}
         self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
         self.network_seconds = 0.0
 
@@ -128,7 +128,7 @@ class Evaluation:
         self.network_seconds = network_seconds
         if any(config.kind is DecoderKind.feature_ridge for config in self.configs):
             answers = answers.with_kernels()
-        for each in self.fitted:
+        for each in progress_bar("fitting decoders", items=self.fitted):
             seen, started = self.variants[each.variant].seen(answers), time.perf_counter()
             each.decoder.fit(seen)
             losses = 1 if each.decoder.config.reads_survivors else len(each.decoder.erased)

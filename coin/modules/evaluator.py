@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
 from coin.core.batches import as_input
+from coin.core.progress import progress_bar
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
@@ -87,21 +88,21 @@ class DecodingEvaluator(LightningModule):
         data, own = tasks_of(self), dict(zip(self.tasks, self.class_counts, strict=True))
         found = {name: task.num_classes for name, task in data.tasks.items()}
         if [*found.items()] != [*own.items()]:
-            raise ConfigurationError(
-                f"found data of tasks {found}, expected those of the experts, {own}; name the same in the same order"
-            )
+            told = f"found data of tasks {found}, expected those of the experts, {own}"
+            raise ConfigurationError(f"{told}; name the same in the same order")
         for task in data.tasks.values():
             self.config.check_content(task.content)
-        calibration = data.calibration()
+        calibration, new = data.calibration(), data.promise()
+        tests = sum(len(task.splits.test) for task in data.tasks.values()) / self.trainer.world_size
+        self._bar = progress_bar("evaluation", tests + sum(each.num_samples for each in (calibration, new) if each))
         first = as_input(next(iter(calibration)), self.experts[0])
         self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
         self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
         started = time.perf_counter()
         answers = self._answers(calibration)
-        # The networks run together; a decoder is charged with the share of those that it needs.
-        networks = len(self.experts) + len(self.coded)
+        networks = len(self.experts) + len(self.coded)  # run together; a decoder is charged with those that it needs
         self.evaluation.fit(answers, (time.perf_counter() - started) / networks / answers.num_samples)
-        if (new := data.promise()) is not None:
+        if new is not None:
             self.evaluation.promise(self._answers(new), self.alpha, self.confidence)
         self.examples = {
             place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.evaluation.alone(place)))
@@ -110,8 +111,11 @@ class DecodingEvaluator(LightningModule):
         }
 
     def _answers(self, calibration: Calibration) -> Answers:
+        parts = []
         with self.trainer.precision_plugin.forward_context():  # as in the test
-            parts = [self(batch.to(self.device)).cpu() for batch in calibration]
+            for batch in calibration:
+                parts.append(self(batch.to(self.device)).cpu())
+                self._bar.update(parts[-1].num_samples)
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -129,9 +133,11 @@ class DecodingEvaluator(LightningModule):
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
                 scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
+        self._bar.update(len(labels))
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
+        self._bar.close()
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
             for metric in [*self.evaluation.metrics, *self.examples.values()]:
                 metric.to(self.device)

@@ -153,9 +153,8 @@ class Expert(LightningModule):
         if scheduler is None:
             return optimizer
         if self._begun not in (None, steps):
-            found = f"found a checkpoint of a schedule of {self._begun} steps, expected {steps}, as long as this run"
-            mend = "give the trainer.max_epochs that it began with, or start anew from its expert (--model.initial)"
-            raise ConfigurationError(f"{found}; {mend}")
+            told = f"found a checkpoint of a schedule of {self._begun} steps, expected {steps}, as long as this run"
+            raise ConfigurationError(f"{told}; give the trainer.max_epochs that it began with, or --model.initial")
         monitor = getattr(scheduler, "monitor", None)  # that of Lightning's ReduceLROnPlateau
         every = {"interval": "step"} if monitor is None else {"monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **every}}

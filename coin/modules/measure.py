@@ -73,10 +73,11 @@ def evaluate(
     with eval_mode(system.experts):
         inputs = as_input(first[0], system.coded[0])
         configs, heads = with_heads(configs, list(system.experts), inputs, needed=decoders is not None)
+    features = any(config.reads_features for config in configs)
     evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
     parts = []
     for task, batches in enumerate(calibration or ()):
-        found = [_answers(system, batch, configs) for batch in batches]
+        found = [system.answers(batch, features=features).cpu() for batch in batches]  # not all devices have float64
         parts += [replace(each, tasks=torch.full((each.num_samples,), task)) for each in found]
     if parts:
         evaluation.fit(Answers.concatenate(parts))
@@ -84,7 +85,7 @@ def evaluate(
         raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
     for task, pairs in tests.items():
         for inputs, labels in pairs:
-            evaluation.update(task, _answers(system, inputs, configs), labels.cpu())
+            evaluation.update(task, system.answers(inputs, features=features).cpu(), labels.cpu())
     outcomes, names = evaluation.outcomes(system.names), [config.name for config in configs]
     outcomes.sort(key=lambda outcome: names.index(outcome.columns["decoder"]))
     return pd.DataFrame([outcome.columns for outcome in outcomes], columns=_COLUMNS)
@@ -99,8 +100,3 @@ def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
         yield batch[0], batch[1]
     if batch is None:
         raise DataError(f"found no test batches of task '{task}', expected at least one")
-
-
-def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:
-    """Return all servers' answers on the CPU, where decoders are fitted: not every device has float64."""
-    return system.answers(inputs, features=any(config.reads_features for config in configs)).cpu()

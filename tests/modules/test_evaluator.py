@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchmetrics import Metric
 
 from coin.coding import Answers, Code, DecoderConfig, answer_score, make_decoder
+from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.evaluation.examples import ExampleSamples
 from coin.modules import Coded, DecodingEvaluator
-from coin.networks import features_and_logits, load_network, pad_logits, save_network
+from coin.networks import Compression, features_and_logits, load_network, pad_logits, save_network
+from coin.pipeline.steps.merge import compress_file
 from coin.reporting.extras import read_promises
 from coin.reporting.results import read_configuration, read_results
 from coin.trainer.record import record_evaluation, warn_of_weak_experts
@@ -112,17 +114,29 @@ def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_
     }
 
 
-def test_each_network_runs_once_a_batch_whatever_is_measured(experts, write_coded, tasks, make_trainer):
+def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
+    experts, write_coded, tasks, make_trainer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
+    bars = []
+    monkeypatch.setattr("coin.modules.evaluator.progress_bar", lambda *of: bars.append(progress_bar(*of)) or bars[-1])
+    copies = [tmp_path / f"{task}.safetensors" for task in experts]
+    for path, copy in zip(map(Path, experts.values()), copies, strict=True):
+        compress_file(path, copy, None, Compression(bits=4, base_bits=0))
     paths = [*write_coded(PAIR, experts), *write_coded(PAIR, experts, label="other")]
-    evaluator = DecodingEvaluator(experts, paths, DECODERS)
+    evaluator = DecodingEvaluator(experts, paths, DECODERS, replicas=list(map(str, copies)))
     calls = Counter()
-    for network in [*evaluator.experts, *evaluator.coded]:
+    for network in [*evaluator.experts, *evaluator.coded, *evaluator.replica_networks]:
         network.register_forward_hook(lambda module, *_: calls.update([module]))
     run(evaluator, tasks, make_trainer)
-    batches = len(tasks.calibration()) + sum(len(task.test_dataloader()) for task in tasks.tasks.values())
-    assert batches == 4 + 3 + 4 + 5
-    assert list(calls.values()) == [batches] * 7
+    tests = [len(task.test_dataloader()) for task in tasks.tasks.values()]
+    assert (len(tasks.calibration()), tests) == (4, [3, 4, 5])
+    assert [calls[network] for network in evaluator.replica_networks] == tests
+    assert [calls[network] for network in [*evaluator.experts, *evaluator.coded]] == [4 + 3 + 4 + 5] * 7
     assert len(evaluator.variants) == 4
+    (bar,) = bars
+    assert bar.n == bar.total == 60 + 23 + 29 + 35
+    assert "fitting decoders: " in capsys.readouterr().err
 
 
 def test_the_references_stand_on_any_code(write_experts, write_coded, synthetic, experts, tasks, make_trainer):
