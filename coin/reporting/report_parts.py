@@ -16,7 +16,7 @@ from PIL import Image
 from coin.files.yaml import as_text
 from coin.reporting.extras import PROMISE_CSV, read_examples, read_promises
 from coin.reporting.headline import Entry
-from coin.reporting.results import RESULTS_CSV, read_configuration, requested_policy
+from coin.reporting.results import RESULTS_CSV, check_current, read_configuration, requested_policy
 from coin.reporting.summary import REFERENCES, SUMMARY_CSV, expert_accuracies, read_run, variant_names
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, read_sweep_table
 from coin.reporting.tables import percent, promise_table
@@ -57,8 +57,10 @@ def read_source(folder: Path) -> Source:
     Raises FileError where it holds no results, a file is damaged, or results are of other experts than those there.
     """
     if sweep := read_sweep_table(folder):
-        every = (seed for point in sweep.points for seed in sorted((folder / point).glob("seed-*")))
-        seeds, frame = [seed for seed in every if (seed / RESULTS_CSV).is_file()], sweep.frame
+        files = (sorted((folder / point).glob(f"seed-*/{RESULTS_CSV}")) for point in sweep.points)
+        seeds, frame = [file.parent for own in files for file in own], sweep.frame
+        for seed in seeds:
+            check_current(seed)
     else:
         seeds, frame = read_run(folder)
     return Source(folder, tuple(seeds), frame, tuple(map(read_configuration, seeds)), sweep)

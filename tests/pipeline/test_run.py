@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 from coin.cli import main
+from coin.errors import FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
+from coin.modules import Coded
 from coin.reporting import read_results, read_summary
 from coin.reporting.extras import read_examples
 from coin.reporting.results import COLUMNS, requested_policy
@@ -272,6 +274,8 @@ def test_an_interrupted_change_leaves_the_finished_expert_and_its_results_are_re
     for command in ("report", "choose"):
         assert main([command, str(copied)]) == 2
         assert "are of another expert 'digits'" in capsys.readouterr().err
+    with pytest.raises(FileError, match="are of another expert 'digits'"):
+        Coded.from_run(copied)  # what coin serve and coin simulate read
     assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
     assert (copied / "seed-0/experts/digits").resolve() == finished_expert
     assert main(["choose", str(copied)]) == 0

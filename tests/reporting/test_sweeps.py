@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from coin.errors import FileError
 from coin.reporting import write_report
 from coin.reporting.results import write_frame, write_results
 from coin.reporting.sweeps import read_sweep_table, sweep_frame, sweep_table
-from tests.reporting.conftest import FEW, frame
+from tests.reporting.conftest import BASE, FEW, frame
 
 Write = Callable[..., Path]
 
@@ -71,6 +72,12 @@ def test_a_sweep_over_seeds_alone_is_one_experiment(write_sweep: Write):
     assert "coin: sweep kinds" in page
     assert "When one of 2 experts is lost, coin keeps" in page
     assert "seeds 0, 1" in page
+    seed = folder / "kinds-001/seed-1"
+    write_results(seed, [BASE], {"experts": {"a": "one"}})
+    (seed / "experts/a").mkdir(parents=True)
+    (seed / "experts/a/done.json").write_text('{"key": "other"}')
+    with pytest.raises(FileError, match=r"kinds-001/seed-1' are of another expert 'a' than"):
+        write_report(folder)
 
 
 def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: Write):
