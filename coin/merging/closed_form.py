@@ -15,7 +15,7 @@ from coin.core.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import State, weighted_sum
 from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, Compress, Method, fill
+from coin.merging.method import CodedModel, Method, fill
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
 
 LINEAR = DecoderConfig(DecoderKind.linear)
@@ -41,6 +41,7 @@ class MergeMethod(Method):
 
     Args:
         batchnorm: The BatchNorm merge policy.
+        decoders: For which decoders a choice is made, by their mean error; by default the experiment's.
         label: Name of this variant in results, a plain file name.
         compress: Compressed variants beside the whole ones: sections of `Compression`'s options, as ``{bits: 4}``.
 
@@ -56,10 +57,8 @@ class MergeMethod(Method):
     True
     """
 
-    def __init__(
-        self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None, compress: Compress = None
-    ) -> None:
-        super().__init__(label, compress)
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, **options: Any) -> None:
+        super().__init__(**options)
         self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
 
@@ -94,7 +93,7 @@ class MergeMethod(Method):
             data = [str(value) for name, value in option[0].options.items() if name.endswith("_data")]
             return "/".join(filter(None, [*data, option[1]]))
 
-        (best, policy), errors = choose(options, trial, experts, row, self.label)
+        (best, policy), errors = choose(options, trial, experts, row, self.label, self.decoders)
         return best, policy, dict(zip(map(name, options), errors, strict=False))
 
     def _policies(self, experts: Experts) -> list[str]:
@@ -136,7 +135,7 @@ def choose(
     experts: Experts,
     row: Sequence[float],
     label: str,
-    decoders: Sequence[DecoderConfig] = (LINEAR,),
+    decoders: Sequence[str] | None = None,
     handicaps: Sequence[float] | None = None,
 ) -> tuple[Option, list[float]]:
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
@@ -147,7 +146,8 @@ def choose(
     """
     if len(options) == 1:
         return options[0], []
-    errors = [held_out_error(experts, build(option), row, decoders) for option in options]
+    judges = [DecoderConfig.named(name) for name in decoders or [LINEAR.name]]
+    errors = [held_out_error(experts, build(option), row, judges) for option in options]
     if (held_out := experts.split[1].num_samples) < FEW:
         told = f"method '{label}' chose by {held_out} held-out calibration samples, expected at least {FEW}"
         warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=2)

@@ -96,8 +96,9 @@ class Method(ABC):
     label: str
     batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 
-    def __init__(self, label: str | None = None, compress: Compress = None) -> None:
+    def __init__(self, label: str | None = None, compress: Compress = None, decoders: list[str] | None = None) -> None:
         """Set the options that every method has; raises ConfigurationError where results cannot have the label."""
+        self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.label = getattr(self, "label", self.name) if label is None else label
         if self.label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label):
             expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
@@ -132,7 +133,8 @@ class Method(ABC):
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
-        defaults = {"fisher_kind": fisher_kind, "fisher_data": fisher_data, "gram_data": fisher_data}
+        defaults: dict[str, Any] = dict.fromkeys(("fisher_data", "gram_data"), fisher_data)
+        defaults |= {"fisher_kind": fisher_kind, "decoders": [each.name for each in decoders] or None}
         method = copy(self)
         vars(method).update({name: value for name, value in defaults.items() if getattr(self, name, value) is None})
         return method
@@ -152,7 +154,7 @@ def merge_networks(
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
-    `decoders` are those for which `Refit` makes its choices; see `Experts` for the other arguments. The networks are
+    `decoders` are those for which the method makes its choices; see `Experts` for the other arguments. The networks are
     of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)

@@ -3,21 +3,20 @@
 import math
 import warnings
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
-from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import DecoderConfig, DecoderKind
 from coin.core.batches import clone
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
-from coin.merging.closed_form import LINEAR, choose
+from coin.merging.closed_form import choose
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import ExpertOutputs, chosen_rows, fit_in_order
@@ -102,8 +101,7 @@ class Refit(Method):
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
-        self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
-        super().__init__(label, compress)
+        super().__init__(label, compress, decoders)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics that the start wants."""
@@ -113,14 +111,12 @@ class Refit(Method):
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
         """Return the method with the experiment's choices, its decoders only where there is something to choose."""
-        method = copy(self)
+        method = super().with_defaults(fisher_kind, fisher_data, decoders)
         if self._start is not None:
             method._start = self._start.with_defaults(fisher_kind, fisher_data, decoders)
-        if self.decoders is None:
-            method.decoders = [each.name for each in decoders] or None
         if self.target is Target.auto and method.decoders == [str(DecoderKind.expert_head)]:
             method.target = Target.own
-        if method.target is not Target.auto and self.ridge is not None:
+        if method.target is not Target.auto and self.ridge is not None and self._start is None:
             method.decoders = None
         return method
 
@@ -136,9 +132,9 @@ class Refit(Method):
         made = None if self._start is None else self._start.make(experts, row)
         start = self._started(experts, row, made)
         trial = partial(self._refit, experts, row, start, held_out=True)
-        decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
         handicaps = [1 / AHEAD if target is Target.both else 1.0 for target, _ in options]
-        (target, ridge), errors = choose(options, lambda of: trial(*of), experts, row, self.label, decoders, handicaps)
+        by = experts, row, self.label, self.decoders
+        (target, ridge), errors = choose(options, lambda of: trial(*of), *by, handicaps)
         network = self._refit(experts, row, start, target, ridge)
         experts.check_coded(network, self.label)
         self._warn_of_averaged(start)

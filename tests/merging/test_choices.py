@@ -227,12 +227,16 @@ def test_without_calibration_data_auto_averages_with_a_warning():
     assert same(made.network, Average(batchnorm="average").make(Experts(networks), PAIR).network)
 
 
-def test_candidates_and_policies_are_chosen_together():
+def test_candidates_and_policies_are_chosen_together_for_the_decoders_in_use(monkeypatch):
     networks, calibration = batchnorm_networks("recalibrate")
     made = Coin().make(Experts(networks, calibration=calibration), PAIR)
     residuals = made.chosen["held_out_error"]
     assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
     assert "/".join(made.chosen[name] for name in ("fisher_data", "batchnorm")) == min(residuals, key=residuals.get)
+    asked, decoders = near(monkeypatch, 0.4, 0.3, 0.1, 0.2), ["expert_head", "ridge"]
+    (chosen,) = coin.merge_networks(Coin(), networks, [PAIR], calibration=calibration, decoders=decoders).chosen
+    assert asked == [decoders] * 4
+    assert (chosen["fisher_data"], chosen["batchnorm"]) == ("pooled", "average")
 
 
 # The data of statistics
@@ -511,9 +515,9 @@ def test_decoders_are_told_of_only_where_they_decide():
         return config_dict(method.with_defaults(*SETTINGS, of(*names)))
 
     one, two = ["linear"], ["linear", "expert_head"]
-    for method in (Refit("own"), Refit("both", start="coin"), coin.Average(), coin.Coin(), coin.RegMean()):
+    for method in (Refit("own"), Refit("both"), coin.HeadFit(decoders=one), coin.Distillation()):
         assert said(method, *one) == said(method, *two)
-    for method in (Refit(), Refit("own", ridge=None)):
+    for method in (Refit(), Refit("own", ridge=None), Refit("own", start="coin"), Average(), Coin(), RegMean()):
         assert said(method, *one) != said(method, *two)
     assert said(Refit(), "expert_head") == said(Refit("own"), "expert_head")
     assert said(Refit(decoders=two), *one) == said(Refit(), *two)

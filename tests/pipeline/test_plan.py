@@ -64,7 +64,7 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
         ),
         ("--calibration.promise_samples=60", {"evaluate"}),
         ("--code=[[0.5,0.5]]", MERGES | {"evaluate"}),
-        ("--decoders=[linear]", {"evaluate"}),
+        ("--decoders=[linear]", MERGES - {"coded-distillation"} | {"evaluate"}),
         ("--name=other", {"evaluate"}),
         ("--replicas=[{bits: 2}]", {"replicas-2bit", "evaluate"}),
     ],
@@ -79,7 +79,7 @@ def test_an_option_changes_the_keys_of_what_it_changes(
 def test_seeds_and_points_share_what_has_one_key(planned: Callable[..., list[Planned]]) -> None:
     both = planned("--seeds=[0,1]")
     assert len(both) == len(BASE) + 2 * len(EXPERTS | AFTER_EXPERTS)
-    points = union([planned("--name=p1"), planned("--name=p2", "--decoders=[linear]")])
+    points = union([planned("--name=p1"), planned("--name=p2", "--calibration.promise_samples=60")])
     assert [each.step.name for each in points].count("evaluate") == 2
     assert len(points) == len(planned()) + 1
     expert = next(each for each in points if each.step.name == "expert-digits")

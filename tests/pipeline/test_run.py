@@ -74,8 +74,8 @@ def test_costs_count_statistics_and_choices(finished: Path) -> None:
     chosen = {(method["label"], method["batchnorm"].partition(":")[0]): method["chosen"] for method in said}
 
     def choice(label: str) -> int:
-        """Two experts and two networks on what is held out, one recalibrated on the rest, and at last on all."""
-        return 4 * 10 + 38 + 48 * (chosen[label, "auto"]["batchnorm"] == "recalibrate")
+        """Two experts and two networks on all samples, for the decoders; one recalibrated on some, at last on all."""
+        return 4 * 48 + 38 + 48 * (chosen[label, "auto"]["batchnorm"] == "recalibrate")
 
     # Average: its choice of a BatchNorm policy. COIN: a forward and ten (or six) backward passes a sample as well.
     assert frame["average", "auto", "linear", "digits"] == choice("average")
@@ -199,9 +199,9 @@ def test_a_dry_run_says_what_there_is_to_do_and_why_and_writes_nothing(
     assert changed["evaluate"].startswith("after coded-average, coded-coin")
     assert main(["run", *command, "--dry-run", "--decoders=[linear]"]) == 0
     told = capsys.readouterr().out
-    assert "tiny: 1 of 13 steps to do, which took" in told
+    assert "tiny: 5 of 13 steps to do, which took" in told
     assert "to do  seed 0: evaluation" in told
-    assert "changed: decoders" in told
+    assert "changed: method.decoders" in told
     wrong = [*command, "--dry-run", "--expert.trainable=[nothing]"]  # what a run refuses, a dry run refuses
     assert main(["run", *wrong]) == 2
     assert "matches no parameter" in capsys.readouterr().err
