@@ -215,7 +215,7 @@ class Refit(Method):
             warnings.warn(f"{told} memory_mib={needed}; found {self.memory_mib}", CoinWarning, stacklevel=4)
         inputs, task = experts.pooled.inputs(torch.arange(samples)), experts.tasks[:samples]
         budget = max(self.memory_mib // 4, FEWEST_MIB) << 20
-        rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)
+        rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task, held_out), budget)
         targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
         with progress_bar(f"{self.label}, layers", targets.total) as bar:
             targets.advance = bar.update

@@ -32,20 +32,20 @@ class Target(StrEnum):
     most `AHEAD` of own's. For the expert_head decoder alone own."""
 
 
-def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:
+def objective(target: Target, row: Sequence[float], task: Tensor, held_out: bool = False) -> tuple[Tensor, Tensor]:
     """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P]."""
     # A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
     beta = torch.tensor(row, dtype=torch.float64)
     own_share = OWN_SHARE / len(row) if target is Target.both else 1.0
     # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.
-    own = own_share * (beta / torch.bincount(task, minlength=len(row)))[task]
+    counts = torch.bincount(task, minlength=len(row))
+    own = own_share * (beta / counts)[task]
     mixed = torch.full_like(own, (1 - own_share) / len(task))
     shares = own + mixed
-    if not bool(shares.any()):
-        raise DataError(
-            f"found no calibration samples of a task that has a share in the code row {list(row)}, expected at least "
-            "one; give some, raise memory_mib, or use target=both"
-        )
+    lost = ((beta > 0) & (counts == 0)).nonzero().flatten().tolist() if target is Target.own else []
+    if lost and not (held_out and bool(shares.any())):  # in a trial all samples of a task may be held out
+        told = f"found no calibration samples of task {lost[0]}, which has a share in the code row {list(row)}"
+        raise DataError(f"{told}, expected at least one; give some, raise memory_mib, or use target=both")
     mixtures = torch.outer(beta, mixed)
     mixtures[task, torch.arange(len(task))] += own
     return mixtures / shares.where(shares > 0, 1), shares

@@ -625,8 +625,9 @@ def test_an_expert_that_has_no_share_of_the_row_is_not_run(target):
 def test_no_sample_of_a_task_with_a_share_and_a_ridge_that_is_too_small_are_one_line():
     networks, tasks = kind_of("two layers")
     experts = experts_of(networks, [tasks[0][:0], *tasks[1:]])
-    with pytest.raises(DataError, match=r"found no calibration samples of a task that has a share in .* target=both"):
-        Refit("own", RIDGE, head=False).make(experts, (1.0, 0.0, 0.0))
+    for row in ((1.0, 0.0, 0.0), ROW):
+        with pytest.raises(DataError, match=r"found no calibration samples of task 0, .* share in .* target=both"):
+            Refit("own", RIDGE, head=False).make(experts, row)
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 60), nn.Linear(60, 3)) for _ in "ab"]
     tasks = [torch.randn(200, 3) @ torch.randn(3, 40) for _ in networks]
