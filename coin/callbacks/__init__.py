@@ -17,7 +17,7 @@ from coin.data import Calibration
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.atomic import hashes
 from coin.files.tensors import not_finite
-from coin.networks import NetworkConfig, save_network, without_frozen
+from coin.networks import NetworkConfig, fill_network, save_network, without_frozen
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, check_shares, reduce_sums, shard
 from coin.statistics.files import save_statistic
 from coin.statistics.statistic import StatisticKind, statistic_sums
@@ -62,7 +62,8 @@ class FileOfTrained(Callback):
             return without_frozen(module.network)
         state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
         best, own = clone(module.network), "network."
-        best.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
+        saved = {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
+        fill_network(best, saved, monitored.best_model_path)
         return without_frozen(best)
 
     @staticmethod

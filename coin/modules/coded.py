@@ -152,15 +152,22 @@ class Coded(LightningModule):
         return self
 
     def decode(self, inputs: Batch, erased: Sequence[int | str] | None = None) -> Tensor:
-        """Return the logits ``[|erased|, B, C]`` of lost experts; only servers that the decoder needs run."""
+        """Return the logits ``[|erased|, B, C]`` of lost experts; only servers that the decoder needs run.
+
+        C is the largest of these experts' class counts. The logits of classes that an expert has not are −∞.
+        """
         decoder, lost = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
             with eval_mode(self.coded):
                 read = [self.coded[row] for row in decoder.rows(len(self.coded))]
                 linear_heads(read, as_input(inputs, read[0]))
             self._checked_heads = True
-        decoded = decoder.decode(self._answers_for(decoder, inputs))
-        return decoded[[decoder.erased.index(expert) for expert in lost]]
+        every = decoder.decode(self._answers_for(decoder, inputs))
+        decoded = every[[decoder.erased.index(expert) for expert in lost]]
+        widths = [self.count_classes(inputs)[expert] for expert in lost]
+        for logits, width in zip(decoded, widths, strict=True):
+            logits[:, width:] = -torch.inf
+        return decoded[..., : max(widths)]
 
     def score(self, decoded: Tensor, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return the score ``[|erased|, B]`` of decoded logits: `coin.answer_score` over the expert's own classes."""

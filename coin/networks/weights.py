@@ -21,8 +21,10 @@ from coin.networks.heads import head_name, initialise_head
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
     """Copy a state dict into a network; raises as `check_layout`."""
-    check_layout(network.state_dict(), state, source)
-    network.load_state_dict(dict(state))
+    whole = network.state_dict()  # with the versions of its modules, which MNASNet asks for
+    check_layout(whole, state, source)
+    whole.update(state)
+    network.load_state_dict(whole)
     clear_caches(network)
 
 

@@ -53,10 +53,11 @@ def test_all_experts_may_be_lost_and_any_part_of_them(system, inputs, kind):
     system.experts = nn.ModuleList([Gone() for _ in wanted])
     decoded = system.decode(inputs)
     if kind == "expert_head":  # the regressions are of coded models that are no sums of the experts
-        torch.testing.assert_close(decoded, wanted, rtol=0, atol=1e-12)
+        for logits, own, width in zip(decoded, wanted, (4, 2, 3), strict=True):
+            torch.testing.assert_close(logits[:, :width], own[:, :width], rtol=0, atol=1e-12)
     for several in ([0], [1], [2], [0, 1], [1, 2], [2, 0]):
         part = system.decode(inputs, several)
-        assert torch.equal(part, decoded[several])
+        assert torch.equal(part, decoded[several][..., : part.shape[2]])
         assert torch.equal(system.score(part, several), system.score(decoded)[several])
 
 
