@@ -1,14 +1,14 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits or of low rank."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.fx import Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import clone, plain
@@ -173,10 +173,7 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
         check_finite(_unique(base), "the base", [name for name, _ in base.named_buffers()])
     kept = base if isinstance(base, Compressed) else int8(base) if base_bits == 8 else None
     base = kept.network() if kept else cast(nn.Module, base)
-    own, folds = _unique(network), _folds(network)
-    plainly, within = _reference(network, base, {}), _reference(network, base, folds)
-    apart = {n: [(own[w] - each[w]).norm() for each in (plainly, within)] for n, w in folds.items()}
-    norms = {n: folds[n] for n, (far, near) in apart.items() if near < far and not own[f"{n}.running_mean"].any()}
+    norms = _folds(network, _reference(network, base, {}))
     return Reference(base, kept, norms, _reference(network, base, norms))
 
 
@@ -216,21 +213,27 @@ def _reference(network: nn.Module, base: nn.Module | None, folds: Mapping[str, s
     return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
 
 
-def _folds(network: nn.Module) -> dict[str, str]:
-    """Return the BatchNorms, each with the weight of the map whose output it alone reads.
+def _folds(network: nn.Module, base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the BatchNorms that are folded, whose means are 0, each with the weight that it is folded into.
 
-    `torch.fx` tells without inputs; of a network that it cannot trace nothing is known.
+    The pairs, of as many rows, are those that bring the weights nearest to the base's, so scaled: neither the order of
+    registration tells which belong together, nor can every network be traced.
     """
-    state, found = _unique(network), dict[str, str]()
-    norms = {name: each.num_features for name, each in network.named_modules() if isinstance(each, _BatchNorm)}
-    with suppress(Exception):  # of many kinds
-        for node in Tracer().trace(network).nodes if norms else ():
-            if (norm := str(node.target)) in norms and len((source := node.args[0]).users) == 1:
-                given = getattr(next(iter(source.args[1:]), None), "target", None)
-                weight = f"{source.target}.weight" if source.op == "call_module" else given
-                if weight in state and state[weight].ndim > 1 and len(state[weight]) == norms[norm]:
-                    found[norm] = weight
-    return found
+    own, scales = _unique(network), dict[str, Tensor]()
+    for name, norm in network.named_modules():
+        gain, mean, variance = (f"{name}.{part}" for part in ("weight", "running_mean", "running_var"))
+        if isinstance(norm, _BatchNorm) and {gain, mean} <= own.keys() and not own[mean].any():
+            scales[name] = base[gain] / (base[variance].double() + norm.eps).sqrt()
+    maps = [name for name, tensor in own.items() if tensor.ndim > 1 and tensor.is_floating_point()]
+    gains = np.zeros((len(scales), len(maps)))  # ‖W − W₀‖² − ‖W − sW₀‖², relative to ‖W‖²
+    for column, name in enumerate(maps if scales else ()):
+        now, before = (state[name].double().flatten(1) for state in (own, base))
+        products, squares, size = (now * before).sum(1), before.square().sum(1), now.square().sum().clamp(min=1e-38)
+        for row, scale in enumerate(scales.values()):
+            if len(scale) == len(now):
+                gains[row, column] = ((scale - 1) * (2 * products - (scale + 1) * squares)).sum() / size
+    pairs, names = zip(*linear_sum_assignment(gains, maximize=True), strict=True), list(scales)
+    return {names[row]: maps[column] for row, column in pairs if gains[row, column] > 0}
 
 
 class Rounding:

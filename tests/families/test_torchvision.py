@@ -32,7 +32,9 @@ def test_a_classifier_of_torchvision_goes_all_the_way(name: str, tmp_path: Path)
         if merged.is_floating_point():
             torch.testing.assert_close(merged, 0.4 * own[0] + 0.6 * own[1], msg=key)
 
-    refit = coin.Refit("own", head=not name.startswith("squeezenet"))  # whose head is a convolution, averaged after a ReLU
+    refit = coin.Refit(
+        "own", head=not name.startswith("squeezenet")
+    )  # whose head is a convolution, averaged after a ReLU
     system = coin.Coded(code, experts, coin.merge_networks(refit, experts, code, calibration=inputs))
     decoded = system.fit_decoder(inputs[0], [0], "linear").decode(inputs[0][0])
     with torch.no_grad():
@@ -47,9 +49,7 @@ def test_a_classifier_of_torchvision_goes_all_the_way(name: str, tmp_path: Path)
     small = coin.Compressed.load(tmp_path / "small.safetensors", initial).network().state_dict()
     assert all(torch.equal(tensor, small[key]) for key, tensor in made.network().state_dict().items())
     expert, start = dict(experts[0].named_parameters()), dict(initial.named_parameters())
-    lost, moved = (
-        torch.stack([(each[key] - expert[key]).norm() for key in expert]).norm() for each in (small, start)
-    )
+    lost, moved = (torch.stack([(each[key] - expert[key]).norm() for key in expert]).norm() for each in (small, start))
     assert lost < 0.15 * moved
 
     save_network(tmp_path / "expert.safetensors", experts[0], config, 3, {})

@@ -112,6 +112,30 @@ def test_a_network_with_folded_batchnorms_is_a_delta_from_the_folded_base(base):
     assert sorted(made._folded) == sorted(pairs)
 
 
+def test_folded_batchnorms_are_found_in_any_order_of_registration_and_control_flow():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c1, self.c2 = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 8, 3, bias=False)
+            self.b1, self.b2 = torch.nn.BatchNorm2d(8), torch.nn.BatchNorm2d(8)
+            self.plain, self.fc = torch.nn.BatchNorm2d(8, affine=False), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = x if x.sum() < 1e9 else 2 * x  # which no tracer without inputs follows
+            x = torch.relu(self.b2(self.c2(torch.relu(self.b1(self.c1(x))))))
+            return self.fc(self.plain(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    base = Net().eval()
+    for norm in (base.b1, base.b2):
+        norm.running_var.uniform_(3, 33)
+    experts, inputs = [near(base), near(base)], torch.randn(60, 3, 9, 9)
+    merged = coin.merge_networks(coin.Refit("own"), experts, [[0.5, 0.5]], calibration=[[inputs[:30]], [inputs[30:]]])
+    made = coin.compress(merged[0], base, bits=3)
+    assert made._folded == {"b1": "c1.weight", "b2": "c2.weight"}
+    assert apart(merged[0], made.network(), inputs) < 0.1 * apart(merged[0], base, inputs)
+
+
 @pytest.mark.parametrize("classes", [4, 9])
 def test_heads_of_other_class_counts_are_deltas_from_the_rows_that_are_there(base, classes, tmp_path):
     network = build_network(CONFIG, classes)
