@@ -216,8 +216,8 @@ def _reference(network: nn.Module, base: nn.Module | None, folds: Mapping[str, s
 def _folds(network: nn.Module, base: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the BatchNorms that are folded, whose means are 0, each with the weight that it is folded into.
 
-    The pairs, of as many rows, are those that bring the weights nearest to the base's, so scaled: neither the order of
-    registration tells which belong together, nor can every network be traced.
+    The pairs, of as many rows, are those that bring the weights nearest to the base's, so scaled: neither does the
+    order of registration say which belong together, nor can every network be traced.
     """
     own, scales = _unique(network), dict[str, Tensor]()
     for name, norm in network.named_modules():
@@ -225,15 +225,15 @@ def _folds(network: nn.Module, base: Mapping[str, Tensor]) -> dict[str, str]:
         if isinstance(norm, _BatchNorm) and {gain, mean} <= own.keys() and not own[mean].any():
             scales[name] = base[gain] / (base[variance].double() + norm.eps).sqrt()
     maps = [name for name, tensor in own.items() if tensor.ndim > 1 and tensor.is_floating_point()]
-    gains = np.zeros((len(scales), len(maps)))  # ‖W − W₀‖² − ‖W − sW₀‖², relative to ‖W‖²
-    for column, name in enumerate(maps if scales else ()):
-        now, before = (state[name].double().flatten(1) for state in (own, base))
-        products, squares, size = (now * before).sum(1), before.square().sum(1), now.square().sum().clamp(min=1e-38)
-        for row, scale in enumerate(scales.values()):
-            if len(scale) == len(now):
-                gains[row, column] = ((scale - 1) * (2 * products - (scale + 1) * squares)).sum() / size
-    pairs, names = zip(*linear_sum_assignment(gains, maximize=True), strict=True), list(scales)
-    return {names[row]: maps[column] for row, column in pairs if gains[row, column] > 0}
+    nearer = np.zeros((len(scales), len(maps)))  # by how much is ‖W − sW₀‖² less than ‖W − W₀‖², over ‖W‖²
+    for column, weight in enumerate(maps if scales else ()):
+        now, before = (state[weight].flatten(1).double() for state in (own, base))
+        products, squares, size = (now * before).sum(1), before.square().sum(1), now.square().sum() + 1e-38
+        for row, s in enumerate(scales.values()):
+            if len(s) == len(now):
+                nearer[row, column] = ((s - 1) * (2 * products - (s + 1) * squares)).sum().clamp(min=0) / size
+    pairs, norms = zip(*linear_sum_assignment(nearer, maximize=True), strict=True), list(scales)
+    return {norms[row]: maps[column] for row, column in pairs if nearer[row, column] > 0}
 
 
 class Rounding:
