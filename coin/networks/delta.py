@@ -65,21 +65,23 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     """Round a matrix ``[rows, K]`` to 1 … 8 bits a value, each row with the scale of the smallest squared error.
 
     From several clips of a row, so that few large values do not make the steps of all others too large, the scale is
-    improved in turns with the codes: for given codes c it is ⟨row, L_c⟩ / ⟨L_c, L_c⟩.
+    improved in turns with the codes: for given codes c it is ⟨row, L_c⟩ / ⟨L_c, L_c⟩. Sums are in float64, so that their
+    order, which processors choose, does not show in a base's hash.
     """
     matrix = matrix.float()
     most = matrix.abs().amax(1)
-    best, error = torch.zeros_like(most, dtype=torch.bfloat16), matrix.square().sum(1)
+    best, error = torch.zeros_like(most, dtype=torch.bfloat16), matrix.square().sum(1, dtype=torch.float64)
     for even in {1: [False], 8: [True]}.get(bits, [False, True]):  # of 256, even ones are as good
         known = levels(bits)[int(even)]
         for clip in _CLIPS if bits > 1 else (1.0,):
             scale = most * clip
             for _ in range(2):
                 taken = known[_codes(matrix, scale, bits, even).int()]
-                scale = (matrix * taken).sum(1) / taken.square().sum(1).clamp(min=1e-38)
+                products, squares = (each.sum(1, dtype=torch.float64) for each in (matrix * taken, taken.square()))
+                scale = (products / squares.clamp(min=1e-38)).float()
             kept = scale.bfloat16()
             read = known[_codes(matrix, kept.float(), bits, even).int()] * kept.float()[:, None]
-            left = (matrix - read).square().sum(1)
+            left = (matrix - read).square().sum(1, dtype=torch.float64)
             best, error = torch.where(left < error, -kept if even else kept, best), torch.minimum(left, error)
     return Rounded(nearest(matrix, best, bits), best, bits)
 
