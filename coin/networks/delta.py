@@ -65,8 +65,8 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     """Round a matrix ``[rows, K]`` to 1 … 8 bits a value, each row with the scale of the smallest squared error.
 
     From several clips of a row, so that few large values do not make the steps of all others too large, the scale is
-    improved in turns with the codes: for given codes c it is ⟨row, L_c⟩ / ⟨L_c, L_c⟩. Sums are in float64, so that their
-    order, which processors choose, does not show in a base's hash.
+    improved in turns with the codes: for given codes c it is ⟨row, L_c⟩ / ⟨L_c, L_c⟩. Sums are in float64, lest a
+    base's hash shows their order, which processors choose.
     """
     matrix = matrix.float()
     most = matrix.abs().amax(1)
