@@ -73,7 +73,6 @@ class Glyphs(TaskData):
         train_per_class: Training images of each class (validation comes out of them).
         test_per_class: Test images of each class.
         train_samples: Training images of all classes together, in place of ``train_per_class``; as even as it can be.
-        kwargs: See `TaskData`.
     """
 
     def __init__(

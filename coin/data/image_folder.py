@@ -27,7 +27,6 @@ class ImageFolder(TaskData):
         root: The folder.
         in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, always
             at ``image_size`` and in worker processes. None holds in memory what takes up to 1 GiB, all splits together.
-        kwargs: See `TaskData`.
     """
 
     def __init__(self, root: str, *, in_memory: bool | None = None, **kwargs: Any) -> None:

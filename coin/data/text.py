@@ -22,7 +22,6 @@ class TextTask(TaskData):
 
     Args:
         tokenizer: A ``tokenizer.json`` of Hugging Face's; by default the encoder's of the extra ``text``.
-        kwargs: See `TaskData`.
     """
 
     content = "texts"
@@ -54,7 +53,6 @@ class TextFile(TextTask):
         test: The test texts.
         text_column: The column of the texts.
         label_column: The column of the classes.
-        kwargs: See `TextTask`.
     """
 
     def __init__(
@@ -124,7 +122,6 @@ class Tweets(TextTask):
 
     Args:
         about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.
-        kwargs: See `TextTask`.
     """
 
     names = ("negative", "neutral", "positive")

@@ -35,7 +35,6 @@ class TorchvisionTask(TaskData):
     Args:
         root: The folder for downloaded data, shared by all sets.
         download: Download what is missing. False is for machines without network: errors name the place of the files.
-        kwargs: See `TaskData`.
     """
 
     folder: ClassVar[str]  # where torchvision keeps the files, under root

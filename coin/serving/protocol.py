@@ -44,18 +44,12 @@ class RefusedError(DataError):
 
 @dataclass(frozen=True)
 class Description:
-    """A description of the served system.
+    """A description of the served system."""
 
-    Args:
-        classes: The names of every task's classes, in the order of the experts.
-        image_size: The side of the networks' inputs; `platform`: the policy, the merge method and the decoder.
-        promise: ``alpha`` and ``confidence`` of the run's promise; None leaves out the output ``accepted``.
-    """
-
-    classes: Mapping[str, Sequence[str]]
-    image_size: int
-    platform: str
-    promise: Mapping[str, float] | None = None
+    classes: Mapping[str, Sequence[str]]  # the names of every task's classes, in the order of the experts
+    image_size: int  # the side of the networks' inputs
+    platform: str  # the policy, the merge method and the decoder
+    promise: Mapping[str, float] | None = None  # `alpha` and `confidence`; None leaves out the output `accepted`
 
     def outputs(self, model: str) -> dict[str, list[dict[str, Any]]]:
         """Return the names, types and shapes of a model's outputs, by task."""

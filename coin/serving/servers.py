@@ -63,21 +63,14 @@ class NetworkServer:
 
 @dataclass(frozen=True)
 class System:
-    """A run's coded system and the policy that it is served by.
+    """A run's coded system and the policy that it is served by."""
 
-    Args:
-        files: The network's file of every server, a path that all machines see.
-        stand_ins: The servers that stand in for an expert; `policy`, when they are asked.
-        decoders: Decoders by the experts that are lost; one that reads no survivor is for the loss of all.
-        classes: How many classes every expert has; `features`, whether replies have features.
-    """
-
-    files: Mapping[str, Path]
+    files: Mapping[str, Path]  # the network's file of every server, a path that all machines see
     stand_ins: StandIns
     policy: Policy
-    decoders: Mapping[tuple[int, ...], Decoder]
-    classes: tuple[int, ...]
-    features: bool
+    decoders: Mapping[tuple[int, ...], Decoder]  # by the lost experts; of all, where one reads no survivor
+    classes: tuple[int, ...]  # how many every expert has
+    features: bool  # whether replies have features
 
     @classmethod
     def of(cls, coded: Coded, policy: Policy) -> Self:

@@ -107,22 +107,15 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Simulation:
-    """One simulation.
-
-    Args:
-        stand_ins: The servers; `policy`, when they are asked; `conditions`, the load and the machines.
-        seconds: For each expert measured service times ``[K]``, or their mean ``[1]``; other servers take the first's.
-        marginal: The time of each further input of a batch, as a share of the first.
-        want: Whose answers a query wants; `seed`: of everything random, queries and phases the same for all policies.
-    """
+    """One simulation."""
 
     stand_ins: StandIns
     policy: Policy
     conditions: Conditions
-    seconds: Sequence[NDArray[np.float64]]
-    marginal: float = 1.0
+    seconds: Sequence[NDArray[np.float64]]  # each expert's service times [K] or their mean [1]; others take the first's
+    marginal: float = 1.0  # the time of each further input of a batch, as a share of the first
     want: QueryTarget = QueryTarget.one
-    seed: int = 0
+    seed: int = 0  # of everything random; queries and phases are the same for all policies
 
     @property
     def unit(self) -> float:
