@@ -183,25 +183,18 @@ def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path,
     assert resumed.epochs == {epoch: recorder.epochs[epoch] for epoch in (1, 2)}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_size": 0}, "image_size=0, expected a whole number of at least 1"),
-        ({"batch_size": 1}, "batch_size=1, expected a whole number of at least 2"),
-        ({"eval_batch_size": 0}, "eval_batch_size=0"),
-        ({"validation_share": 1.0}, "validation_share=1.0, expected a number at least 0 and below 1"),
-        ({"validation_share": -0.1}, "validation_share=-0.1"),
-        ({"split_seed": -1}, "split_seed=-1"),
-        ({"seed": -1}, "seed=-1, expected a whole number of at least 0"),
-        ({"augmentation": "rotate"}, "found augmentation='rotate', expected one of none, crop"),
-        ({"max_train": 1}, "max_train=1"),
-        ({"max_test": 0}, "max_test=0"),
-        ({"num_workers": -1}, "num_workers=-1"),
-    ],
-)
-def test_options_are_checked_at_construction(options, message):
-    with pytest.raises(ConfigurationError, match=message):
-        Numbered(**options)
+def test_options_are_checked_at_construction():
+    wrong = {"image_size": 0, "batch_size": 1, "eval_batch_size": 0, "max_train": 1, "max_test": 0, "split_seed": -1}
+    for name, value in (wrong | {"seed": -1, "num_workers": -1}).items():
+        with pytest.raises(
+            ConfigurationError, match=f"{name}={value}, expected a whole number of at least {value + 1}"
+        ):
+            Numbered(**{name: value})
+    for share in (1.0, -0.1):
+        with pytest.raises(ConfigurationError, match=f"share={share}, expected a number at least 0 and below 1"):
+            Numbered(validation_share=share)
+    with pytest.raises(ConfigurationError, match="found augmentation='rotate', expected one of none, crop"):
+        Numbered(augmentation="rotate")
 
 
 def test_what_leaves_nothing_to_train_on_or_replaces_the_batches_is_refused():
