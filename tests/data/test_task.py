@@ -110,6 +110,7 @@ def test_augmentation_touches_training_images_only_and_changes_with_the_epoch_bu
     same = Numbered(augmentation=Augmentation.crop, batch_size=60, num_workers=1)
     assert torch.equal(by_sample(augmented, 1), by_sample(same, 1))
     assert not torch.equal(by_sample(augmented, 0), by_sample(augmented, 1))
+    assert not torch.equal(by_sample(augmented, 0), by_sample(Numbered(augmentation=Augmentation.crop, seed=1), 0))
     assert torch.equal(by_sample(plain, 0), by_sample(plain, 1))
     assert not torch.equal(by_sample(plain, 0), by_sample(augmented, 0))
 

@@ -198,19 +198,6 @@ async def test_nobody_waits_for_a_server_that_hangs_and_it_is_tried_one_request_
 
 
 @virtually
-async def test_readiness_is_that_of_servers_whose_last_request_went_well() -> None:
-    it = World([raises, after(0.1), after(0.1), raises])
-    assert it.front.can_answer([0, 1, 2])
-    with pytest.raises(LostError):
-        await ask_one(it.front, X, 0)
-    assert not it.front.can_answer([0])
-    assert it.front.can_answer([1, 2])
-    it.behaviours["e0"] = after(0.1)
-    assert not (await ask_one(it.front, X, 0)).decoded
-    assert it.front.can_answer([0, 1, 2])
-
-
-@virtually
 async def test_each_expert_and_size_of_a_query_has_a_lateness_of_its_own() -> None:
     """One estimate for a fast and a slow expert, or for 1 and 8 images, has the slower one's answers always late."""
 
@@ -266,14 +253,6 @@ async def test_draining_refuses_new_queries_and_answers_those_that_are_under_way
     await draining
     assert asyncio.get_running_loop().time() == pytest.approx(1.0)
     assert [(await task).decoded for task in tasks] == [False] * 3
-
-
-@virtually
-async def test_too_many_queries_are_refused() -> None:
-    it = World([after(0.4)] * 4, queries=2)
-    done = await asyncio.gather(*(ask_one(it.front, X, 0) for _ in range(3)), return_exceptions=True)
-    assert [type(each) for each in done].count(OverloadedError) == 1
-    assert not (await ask_one(it.front, X, 0)).decoded
 
 
 @virtually
