@@ -42,7 +42,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         at = sizes.where(sizes > 0, free)
         front = rows["nda_mean"] > rows["nda_mean"].cummax().shift(fill_value=-1.0)  # better than all that keep less
         named = {*rows.groupby("name")["nda_mean"].idxmax(), *rows.index[front]}
-        figure = Figure(figsize=(1.5 * WIDTH, max(3.6, 1.1 + 0.2 * len(named))))
+        figure = Figure(figsize=(WIDTH, max(3.6, 1.1 + 0.2 * len(named))))
         axes = figure.subplots()
         counts = rows["forwards"].clip(upper=_MANY).astype(int)
         kinds = sorted(set(counts))
@@ -71,7 +71,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
         column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
-        axes.set(ylabel="NDA (%), finer near 100", xlabel=f"kept beyond the experts' servers, in {unit} (log scale)")
+        axes.set(ylabel="NDA (%), finer near 100", xlabel=f"memory kept, in {unit} (log scale)")
         for i, count in enumerate(kinds):
             text = f"{count}{' or more' if count == _MANY else ''} network{'s' if count > 1 else ''} a lost answer"
             axes.plot([], [], color=SOFT, marker=marker(i), linestyle="none", label=text)

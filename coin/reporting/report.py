@@ -14,7 +14,7 @@ from coin.reporting import figures, report_parts as parts
 from coin.reporting.choice import choose
 from coin.reporting.headline import best_coded, cautions, differences, entries, headline
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
-from coin.reporting.style import WIDTH, as_png
+from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES, decoders_of, over_tasks, shortlist, stand_ins, summarise
 from coin.reporting.sweeps import Sweep, as_numbers, sweep_text
 from coin.reporting.tables import nda_tables, stand_in_table
@@ -27,8 +27,9 @@ _NDA = (
     "the dearest decoder; the linear one costs nothing. The best is the best on the test sets."
 )
 _MEMORY = (
-    "What may stand in for a lost expert: NDA against what it keeps. Up and left is better; the line joins those that "
-    "no smaller one equals. Each method's best decoder is named. replica: the lost expert's own weights, compressed."
+    "What stands in for a lost expert: NDA against what it keeps beyond the experts' servers. Up and left is better; "
+    "the line joins those that no smaller one equals. Each method's best decoder is named. none: the survivors alone; "
+    "replica: the lost expert's own weights, compressed."
 )
 _PAIRED = (
     "In points of NDA, every method with its best decoder, paired by seed, ± standard deviation over seeds. Shaded: "
@@ -36,7 +37,8 @@ _PAIRED = (
 )
 _KEEP = (
     "Kept beyond the experts' own servers. Forwards: networks run for one lost answer. Losses: the most experts "
-    "that may be lost at once. Shaded: no other is as good in NDA, memory, forwards and losses."
+    "that may be lost at once. Shaded: no other is as good in NDA, memory, forwards and losses. none: the survivors "
+    "alone, for comparison."
 )
 _CHOSEN = "Chosen on calibration data, or how a solve ended; several values: seeds or rows of the code differ."
 
@@ -159,5 +161,4 @@ class _Page:
         slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-").lower() or "plot"
         with atomic_path(self.path.parent / PLOTS / f"{slug}.png") as temporary:
             temporary.write_bytes(png)
-        image = parts.data_url("image/png", png)
-        return {"image": image, "caption": caption, "wide": figure.get_figwidth() > WIDTH}
+        return {"image": parts.data_url("image/png", png), "caption": caption}

@@ -21,6 +21,7 @@ NEAR = 0.01  # how far below the best NDA a stand-in may be to be called as good
 IN_SHORT = "In short: "  # how a finding begins
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
+NONE = REFERENCES[0]
 _WIDEST = 14  # characters of a heading in one line
 
 
@@ -60,7 +61,7 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
         {
             "method": row["name"],
             "decoder": row["decoder"],
-            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (all_rows and is_best),
+            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (all_rows and is_best and row["name"] != NONE),
             "memory MiB": f"{row['memory_mib']:.3g}" if row["memory_mib"] < 1000 else f"{row['memory_mib']:,.0f}",
             "forwards": f"{row['forwards']:g}",
             "losses": f"{row['losses']:g}",
@@ -150,20 +151,22 @@ def finding(kept: pd.DataFrame) -> str:
     """Return `stand_ins` in a sentence: the smallest that is within `NEAR` of the best, beside the survivors alone."""
     near = kept[(kept["nda_mean"] >= kept["nda_mean"].max() - NEAR) & undominated(kept)]
     row = near.loc[near["memory_mib"].idxmin()]
-    alone = kept[kept["name"] == REFERENCES[0]]["nda_mean"].max()
+    alone = kept[kept["name"] == NONE]["nda_mean"].max()
     if row["nda_mean"] > FAR_ABOVE:
         return f"{IN_SHORT}what stands in is right more often than the lost experts; look at their own accuracy first."
-    rest = "" if math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
+    is_none, share = row["name"] == NONE, percent(row["nda_mean"], digits=1)
+    rest = "" if is_none or math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
     return (
-        f"{IN_SHORT}{read_by(row)} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
+        f"{IN_SHORT}{read_by(row)} {'keep' if is_none else 'keeps'} {share} % of a lost expert's accuracy in "
         f"{row['memory_mib']:.3g} MiB; an answer takes {counted(row['forwards'], 'network run')}, and up to "
         f"{counted(row['losses'], 'expert')} may be lost at once{rest}."
     )
 
 
 def read_by(row: "pd.Series[Any]") -> str:
-    """Return the name of a row of `stand_ins`, with its decoder if it has one."""
-    return f"{row['name']} with {row['decoder']}" if row["decoder"] != REPLICA else str(row["name"])
+    """Return what a row of `stand_ins` is in words, with its decoder if it has one."""
+    name = "the survivors alone" if row["name"] == NONE else str(row["name"])
+    return f"{name} with {row['decoder']}" if row["decoder"] != REPLICA else name
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:

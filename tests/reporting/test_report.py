@@ -75,6 +75,7 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     first = page.text[: page.text.index("<h2>")]
     assert "When one of 2 experts is lost, refit keeps 9" in first
     assert "above 9" in first
+    assert "NDA: how often the answer for a lost expert is right" in first
     assert first.count("<img") == 1  # what is kept
     assert {item.name for item in (full / "plots").iterdir()} == {"nda_against_memory.png"}
     plot = base64.b64encode((full / "plots/nda_against_memory.png").read_bytes()).decode()

@@ -120,6 +120,7 @@ def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "2", "1", seconds(BASE.merge_seconds)]
     assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "3", "1", seconds(BASE.merge_seconds)]
     assert stand_in_table(kept, all_rows=False)["NDA"].tolist() == ["99.00", "97.00"]
+    assert "*" not in "".join(stand_in_table(kept.assign(name="none"))["NDA"])  # what is no contender is not shaded
     below = printed(summarise(frame(*stand_in_rows()))).partition("what to keep")[2]
     assert "expert_head" in below
     assert "95.00" not in below
@@ -139,6 +140,9 @@ def test_the_finding_is_the_smallest_of_the_nearly_best():
     assert not re.search(r"\d", tables.finding(far))  # weaker than what replaces them: no number of what is none
     copies = pd.DataFrame([("replica-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
     assert re.search(r" 2 MiB; .* 1 network run, .* 2 experts", tables.finding(copies))
+    alone = tables.finding(kept.head(1))
+    assert alone.startswith("In short: the survivors alone with ridge keep 40.0 % of a lost expert's accuracy in 0.1")
+    assert alone.count("survivors") == 1
 
 
 NONE = {"batchnorm": "", "code_row": ""}
