@@ -27,18 +27,16 @@ _NDA = (
     "the dearest decoder; the linear one costs nothing. The best is the best on the test sets."
 )
 _MEMORY = (
-    "What stands in for a lost expert: NDA against what it keeps beyond the experts' servers. Up and left is better; "
-    "the line joins those that no smaller one equals. Each method's best decoder is named. none: the survivors alone; "
-    "replica: the lost expert's own weights, compressed."
+    "NDA against what is kept beyond the experts' servers. Up and left is better; the line joins those that no smaller "
+    "one equals. Each method's best decoder is named. none: the survivors alone; replica: the expert, compressed."
 )
 _PAIRED = (
     "In points of NDA, every method with its best decoder, paired by seed, ± standard deviation over seeds. Shaded: "
     "what a t-test at 5 % tells from zero, not corrected for the number of comparisons."
 )
 _KEEP = (
-    "Kept beyond the experts' own servers. Forwards: networks run for one lost answer. Losses: the most experts "
-    "that may be lost at once. Shaded: no other is as good in NDA, memory, forwards and losses. none: the survivors "
-    "alone, for comparison."
+    "Kept beyond the experts' own servers. Forwards: networks run for one lost answer. Losses: the most lost at "
+    "once. Shaded: no other is as good in NDA, memory, forwards and losses. none: the survivors alone."
 )
 _CHOSEN = "Chosen on calibration data, or how a solve ended; several values: seeds or rows of the code differ."
 
@@ -76,8 +74,8 @@ class _Page:
     def content(self) -> dict[str, Any]:
         """Return what the template shows: the finding first, then what lies behind it."""
         source, facts = self.source, facts_of(self.source)
-        several = source.sweep is not None and len(source.sweep.options) > 1
-        content = self._of_sweep(source.sweep) if several and source.sweep else self._of_experiment()
+        sweep = source.sweep if source.sweep and len(source.sweep.options) > 1 else None
+        content = self._of_sweep(sweep) if sweep else self._of_experiment()
         name = f"sweep {source.sweep.name}" if source.sweep else source.frame["experiment"].iloc[0]
         content["sections"]["Experts"].insert(0, {"tables": [("", parts.experts_table(self.summary))]})
         content["sections"]["How to reproduce"] = [
@@ -91,9 +89,8 @@ class _Page:
 
     def _of_experiment(self) -> dict[str, Any]:
         source, frame, kept = self.source, self.source.frame, stand_ins(self.summary)
-        found = entries(
-            frame, {str(made.get("label")): str(made["method"]) for made in source.made if "method" in made}
-        )
+        kinds = {str(made.get("label")): str(made["method"]) for made in source.made if "method" in made}
+        found = entries(frame, kinds)
         opening: dict[str, Any] = {}
         if (kept["memory_mib"] > 0).any():
             size = float(source.first["configuration"].get("network_mib") or "nan")

@@ -84,8 +84,7 @@ def facts_of(source: Source) -> dict[str, str]:
         "date": str(source.first.get("date") or "")[:16].replace("T", " "),
         "machine": str(source.first.get("machine") or ""),
     }
-    swept = source.sweep.swept.items() if source.sweep else ()
-    found |= {f"swept: {name}": ", ".join(values) for name, values in swept}
+    found |= {f"swept: {name}": ", ".join(v) for name, v in (source.sweep.swept.items() if source.sweep else ())}
     return {name: text for name, text in found.items() if text not in ("", "None")}
 
 
@@ -97,7 +96,7 @@ def data_url(kind: str, content: bytes) -> str:
 def experts_table(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the experts' own accuracies; experiments of a sweep that share their experts share a line."""
     experts = expert_accuracies(summary)
-    experts["test accuracy (%)"] = [percent(row["mean"], row["spread"]) for row in _records(experts)]
+    experts["test accuracy (%)"] = [percent(row["mean"], row["spread"]) for row in experts.to_dict("records")]
     keys = ["task", "test accuracy (%)", "seeds"]
     table = experts.groupby(keys, sort=False)["experiment"].agg(", ".join).reset_index().astype(str)
     return table if experts["experiment"].nunique() > 1 else table[keys]
@@ -107,9 +106,10 @@ def by_task(summary: pd.DataFrame, source: Source, decoder: str) -> Iterator[Tit
     """Yield the accuracy and agreement of every task with a decoder, and what is promised of it if anything is."""
     alone = (summary["erased"] == summary["task"]) & (summary["decoder"] == decoder)
     rows = summary[alone & (summary["method"] != "oracle")]
-    own = {f"{row['task']}: decoded": percent(row["mean"], row["spread"]) for row in _records(expert_accuracies(rows))}
+    experts = expert_accuracies(rows).to_dict("records")
+    own = {f"{row['task']}: decoded": percent(row["mean"], row["spread"]) for row in experts}
     lines: dict[str, dict[str, str]] = {"the expert itself": own}
-    for name, row in zip(variant_names(rows), _records(rows), strict=True):
+    for name, row in zip(variant_names(rows), rows.to_dict("records"), strict=True):
         line = lines.setdefault(name, {})
         for what, column in (("decoded", "decoded_accuracy"), ("agreement", "agreement")):
             line[f"{row['task']}: {what}"] = percent(row[f"{column}_mean"], row[f"{column}_std"])
@@ -136,8 +136,9 @@ def choices(source: Source) -> pd.DataFrame:
 def keys_of_shown(source: Source, best: Entry) -> dict[str, str]:
     """Return the keys of answers of the best method and of COIN, both with the best method's decoder."""
     frame = source.frame[source.frame["decoder"] == best.decoder].assign(name=variant_names)
-    rows = [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]
-    return {str(row["name"]): f"{row['method']}|{requested_policy(row['batchnorm'])}|{best.decoder}" for row in rows}
+    rows = pd.concat([frame[frame["name"] == best.name].head(1), frame[frame["method"] == "coin"].head(1)])
+    keys = rows["method"] + "|" + rows["batchnorm"].map(requested_policy) + f"|{best.decoder}"
+    return dict(zip(rows["name"], keys, strict=True))
 
 
 def example_images(source: Source, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -189,7 +190,3 @@ def command(source: Source, page: Path) -> dict[str, Any]:
 def as_dict(value: object) -> dict[str, Any]:
     """Return a value of ``results.json`` that should be a section, or an empty one."""
     return value if isinstance(value, dict) else {}
-
-
-def _records(frame: pd.DataFrame) -> list[dict[Any, Any]]:
-    return frame.to_dict("records")
