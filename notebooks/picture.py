@@ -6,9 +6,9 @@ The boxes are filled and have white text; lines and captions are of a grey that 
 from pathlib import Path
 
 GREY, SLATE, BLUE, GREEN, RED = "#7d8590", "#57606a", "#0969da", "#1a7f37", "#e5484d"
-WIDTH, HEIGHT = 880, 372
-SERVER_X, SERVER_WIDTH, SERVER_HEIGHT = 222, 220, 52
-DECODER_X, DECODER_WIDTH = 540, 116
+WIDTH, HEIGHT = 560, 420  # narrow, so that the text is legible on a phone
+SERVER_X, SERVER_WIDTH, SERVER_HEIGHT = 160, 190, 52
+DECODER_X, DECODER_WIDTH = 404, 148
 
 
 def text(
@@ -21,7 +21,7 @@ def text(
 def box(x: float, y: float, width: float, height: float, colour: str, words: str, below: str = "") -> str:
     """Return a filled box with a line of white text, or two."""
     middle, centre = x + width / 2, y + height / 2
-    rows = [(words, centre + 5, 16)] if not below else [(words, centre - 3, 16), (below, centre + 15, 12)]
+    rows = [(words, centre + 5, 16)] if not below else [(words, centre - 3, 16), (below, centre + 16, 14)]
     shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}"/>'
     return "\n".join([shape, *(text(middle, at, row, "white", size) for row, at, size in rows)])
 
@@ -31,7 +31,7 @@ def lost_box(x: float, y: float, width: float, height: float, words: str, below:
     middle, centre = x + width / 2, y + height / 2
     dashed = f'fill="none" stroke="{RED}" stroke-width="2" stroke-dasharray="7 5"'
     shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" {dashed}/>'
-    return "\n".join([shape, text(middle, centre - 3, words, RED, 16), text(middle, centre + 15, below, RED, 12)])
+    return "\n".join([shape, text(middle, centre - 3, words, RED, 16), text(middle, centre + 16, below, RED, 14)])
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float, colour: str = GREY, more: str = "") -> str:
@@ -58,33 +58,32 @@ def picture() -> str:
         box(SERVER_X, rows[3], SERVER_WIDTH, SERVER_HEIGHT, GREEN, "coded model", "one more server, same size"),
     ]
     ends = [row + SERVER_HEIGHT / 2 for row in rows]
-    decoder_y, decoder_height = 150, 104
-    decoder_middle = decoder_y + decoder_height / 2
-    right = DECODER_X + DECODER_WIDTH
+    decoder_y, decoder_height, query_middle = 100, 84, 202
+    decoder_middle, centre = decoder_y + decoder_height / 2, DECODER_X + DECODER_WIDTH / 2
     lines = []
     for place, end in enumerate(ends):
         if place == 0:
             continue
         colour = GREEN if place == 3 else GREY
-        lines.append(arrow(150, decoder_middle, SERVER_X - 4, end, colour))
-        target = decoder_middle + (0, -28, 0, 28)[place]
+        lines.append(arrow(118, query_middle, SERVER_X - 4, end, colour))
+        target = decoder_middle + (0, -24, 0, 24)[place]
         lines.append(arrow(SERVER_X + SERVER_WIDTH + 4, end, DECODER_X - 4, target, colour))
     lost = f'stroke="{RED}" stroke-width="2" stroke-dasharray="7 5"'
-    lines.append(f'<line x1="150" y1="{decoder_middle}" x2="{SERVER_X - 4}" y2="{ends[0]}" {lost}/>')
-    lines.append(text(184, 146, "✕", RED, 22))
-    lines.append(arrow(right + 4, decoder_middle, 704, decoder_middle))
+    lines.append(f'<line x1="118" y1="{query_middle}" x2="{SERVER_X - 4}" y2="{ends[0]}" {lost}/>')
+    lines.append(text(137, 145, "✕", RED, 22))
+    lines.append(arrow(centre, decoder_y + decoder_height + 4, centre, 242))
     low, back = '<tspan dy="4" font-size="11">', '</tspan><tspan dy="-4">&#8203;</tspan>'
     formula = f"f{low}coded{back} ≈ β₁f₁ + β₂f₂ + … + β{low}N{back}f{low}N{back}"
     parts = [
-        box(24, decoder_middle - 26, 122, 52, SLATE, "query", "for expert 1"),
+        box(8, query_middle - 26, 106, 52, SLATE, "query", "for expert 1"),
         *lines,
         *servers,
         box(DECODER_X, decoder_y, DECODER_WIDTH, decoder_height, SLATE, "decoder"),
-        box(708, decoder_middle - 32, 148, 64, GREEN, "answer of", "the lost expert 1"),
-        text(24, 26, "N experts on N servers: networks fine-tuned from one start", anchor="start"),
-        text(540, 290, formula, anchor="start", more=' font-style="italic"'),
-        text(540, 312, "so f₁ can be solved for, or the coded model", anchor="start", size=14),
-        text(540, 331, "answers alone through expert 1’s own head", anchor="start", size=14),
+        box(DECODER_X, 246, DECODER_WIDTH, 64, GREEN, "answer of", "the lost expert 1"),
+        text(8, 26, "N experts on N servers: networks fine-tuned from one start", size=16, anchor="start"),
+        text(8, 370, formula, size=16, anchor="start", more=' font-style="italic"'),
+        text(8, 392, "so f₁ can be solved for, or the coded model answers alone", size=16, anchor="start"),
+        text(8, 413, "through expert 1’s own head", size=16, anchor="start"),
     ]
     title = "One coded model beside N experts answers for the expert whose server is lost"
     return drawing(WIDTH, HEIGHT, title, [f"<defs>{marker('grey', GREY)}{marker('green', GREEN)}</defs>", *parts])
