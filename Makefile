@@ -33,8 +33,8 @@ $(VENV)/.docs: $(VENV)/.demo
 install: $(VENV)/.dev  ## make the environment in .venv with everything for development
 
 # Bytecode that the first start has made saves every later one some 15 seconds.
-demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, a table and a report; SEEDS=3 for three seeds
-	PYTHONDONTWRITEBYTECODE= $(BIN)/coin run $(DEMO) $(if $(SEEDS),--seeds=[$(shell seq -s , 0 $$(($(SEEDS) - 1)))])
+demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, a table and a report; SEEDS=[0,1,2] for three seeds
+	PYTHONDONTWRITEBYTECODE= $(BIN)/coin run $(DEMO) $(if $(SEEDS),--seeds=$(SEEDS))
 
 demo-small: $(VENV)/.demo  ## the quickstart's smallest form: one seed, one epoch, a few steps
 	$(BIN)/coin run -c configs/experiment/smallest.yaml
