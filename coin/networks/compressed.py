@@ -33,8 +33,8 @@ class Compressed:
             weights are not used.
         base_bits: 32, 8 or 0.
 
-    >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3).nbytes  # of 288
-    56
+    >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3)  # of 288 bytes
+    Compressed(3 bits, 56 bytes, base of 32 bits)
     """
 
     base: nn.Module
@@ -44,6 +44,11 @@ class Compressed:
     _folded: dict[str, str]  # the BatchNorms that are, into which weights
     _outputs: int | None  # of the head, where the base's has others
     _kept: "Compressed | None" = None  # the base's bytes
+
+    def __repr__(self) -> str:
+        kinds = sorted({kind for kind in self._kinds if kind < 0 or 0 < kind <= 8})  # the others are kept as they are
+        how = ", ".join(f"{kind} bits" if kind > 0 else f"rank {-kind}" for kind in kinds)
+        return f"Compressed({how or 'whole tensors'}, {self.nbytes} bytes, base of {self.base_bits} bits)"
 
     @property
     def nbytes(self) -> int:
