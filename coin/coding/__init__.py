@@ -14,10 +14,10 @@ from coin.coding.parity import (
     parity_residual as parity_residual,
     parity_significance as parity_significance,
 )
-from coin.coding.promise import Promise as Promise, promised_threshold as promised_threshold
-from coin.coding.ready import (
-    convex as convex,
-    uniform as uniform,
+from coin.coding.promise import (
+    Promise as Promise,
+    answer_score as answer_score,
+    promised_threshold as promised_threshold,
 )
+from coin.coding.ready import convex as convex, uniform as uniform
 from coin.coding.ridge import fit_ridge as fit_ridge
-from coin.coding.score import answer_score as answer_score

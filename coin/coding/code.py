@@ -12,7 +12,6 @@ from coin.errors import ConfigurationError, DecodingError
 MAX_AMPLIFICATION = 1e4
 """An erasure whose noise amplification is larger cannot be decoded: at 1e6 rounding alone costs 4 % of agreement."""
 
-
 MAX_ERASURES = 20_000
 """How many largest erasures a code may have: all are checked, and the ready-made ones chosen by them."""
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from coin.coding.answers import Answers
 from coin.coding.code import check_erasure
 from coin.coding.decoder_config import DecoderConfig, FittedOn
-from coin.coding.promise import Promise, promised_threshold
-from coin.coding.score import answer_score
+from coin.coding.promise import Promise, answer_score, promised_threshold
 from coin.errors import DecodingError, NumericalError
 
 

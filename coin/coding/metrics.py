@@ -11,12 +11,11 @@ class DecodingAccuracy(Metric):
     """How well one decoded expert replaces the expert itself, on its own task's test set.
 
     `compute` returns float64 scalars, NaN before the first sample: ``expert_accuracy`` and ``decoded_accuracy``, shares
-    of samples that are classified correctly, ``nda``, their ratio, ``agreement``, the
-    share of samples where both predict the same class, and of a promise ``coverage``, the share of accepted answers,
-    and ``found``, the share of these that differ. The state is six integer counts, summed over processes.
+    of samples that are classified correctly, ``nda``, their ratio, ``agreement``, the share of samples where both
+    predict the same class, and of a promise ``coverage``, the share of accepted answers, and ``found``, the share of
+    these that differ. The state is six integer counts, summed over processes.
 
-    Only the first C_j outputs are read, the task's `num_classes`, which drops the padding; None reads all. Raises
-    ConfigurationError where it is less than 1.
+    Only the first C_j outputs are read, the task's `num_classes`; None reads all. A ConfigurationError below 1.
 
     >>> metric = coin.DecodingAccuracy()
     >>> metric.update(torch.eye(4)[[0, 1, 2, 2]], torch.eye(4), torch.arange(4))  # decoded, the expert's, labels
@@ -47,9 +46,11 @@ class DecodingAccuracy(Metric):
                 f"found decoded logits {list(decoded.shape)}, expert's logits {list(expert.shape)} and labels "
                 f"{list(labels.shape)}, expected [B, C], [B, C] and [B]"
             )
-        if decoded.shape[1] < (width := self.num_classes or 1):
+        if decoded.shape[1] < (width := self.num_classes or decoded.shape[1]):
             raise DataError(f"found {decoded.shape[1]} outputs, expected at least {width}")
-        decoded, expert = decoded[:, : self.num_classes], expert[:, : self.num_classes]
+        if bool(((labels < 0) | (labels >= width)).any()):
+            raise DataError(f"found labels {int(labels.min())} to {int(labels.max())}, expected 0 to {width - 1}")
+        decoded, expert = decoded[:, :width], expert[:, :width]
         answered = torch.isfinite(decoded).all(1)
         agrees = (decoded.argmax(1) == expert.argmax(1)) & answered
         right = (decoded.argmax(1) == labels) & answered

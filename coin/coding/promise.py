@@ -1,4 +1,4 @@
-"""Promises: a threshold on the score below which at most a share α of decoded answers differ from the expert's."""
+"""Scores of answers, and promises: below a threshold at most a share α of decoded ones differ from the expert's."""
 
 import math
 from dataclasses import dataclass
@@ -90,3 +90,20 @@ def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence
             break
         threshold, accepted = at, number
     return Promise(threshold, alpha, confidence, accepted / max(samples, 1), samples, needed)
+
+
+def answer_score(logits: Tensor) -> Tensor:
+    """Return 1 − the largest softmax probability of logits over an expert's own classes, ``[..., C]`` → ``[...]``.
+
+    In float64; 1 where a logit is not finite. It is no probability of an error: `promised_threshold` makes a promise of
+    it. A DataError for fewer than two logits, of which it says nothing.
+
+    Source: Hendrycks and Gimpel, *A baseline for detecting misclassified examples* (ICLR 2017).
+
+    >>> [round(score, 3) for score in coin.answer_score(torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]])).tolist()]
+    [0.091, 0.424]
+    """
+    if logits.shape[-1] < 2:
+        raise DataError(f"found logits {list(logits.shape)}, expected at least two classes to score; give a logit each")
+    score: Tensor = 1 - torch.softmax(logits.double(), -1).amax(-1)
+    return score.where(torch.isfinite(logits).all(-1), 1.0)

@@ -131,7 +131,7 @@ def fit_blocks(blocks: Sequence[Tensor], targets: Tensor, kernels: Sequence[Tens
         known = kernels or [None] * len(blocks)
         pairs = zip(blocks, known, strict=True)
         kernel = torch.stack([block_kernel(block) if own is None else own for block, own in pairs]).sum(0)
-    side_by_side = targets.transpose(0, 1).reshape(samples, -1)
+    side_by_side = targets.transpose(0, 1).flatten(1)
     fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, len(targets), kernel)
     return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
 
@@ -159,8 +159,8 @@ def _scales(blocks: Sequence[Tensor]) -> Tensor:
     """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
     scales = []
     for block in blocks:
-        deviation = (block - block.mean(0)).square().mean().sqrt()
+        deviation, size = ((block - mean).square().mean().sqrt() for mean in (block.mean(0), 0))
         # The mean of equal numbers is rounded: what is left of them is no deviation.
-        noise = torch.finfo(block.dtype).eps * len(block) * block.abs().amax()
+        noise = torch.finfo(block.dtype).eps * len(block) * size
         scales.append(deviation.where(deviation > noise, 1.0).expand(block.shape[1]))
     return torch.cat(scales)

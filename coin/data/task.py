@@ -188,6 +188,8 @@ class TaskData(LightningDataModule, ABC):
         source, task = self.load(), type(self).__name__
         if (own := len(self.class_names())) != self.num_classes:
             raise DataError(f"{task} has {own} classes, head.zero_shot.classes {self.num_classes}; name each once")
+        if own < 2:
+            raise DataError(f"{task} has {own} class, expected at least two to tell apart; add another")
         for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
             if part is None:
                 continue

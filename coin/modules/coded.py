@@ -20,7 +20,7 @@ from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors
-from coin.networks import linear_heads, load_network
+from coin.networks import linear_heads, load_network, run_network
 from coin.networks.heads import of_one_width
 from coin.reporting.results import RESULTS_CSV, check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
@@ -304,9 +304,12 @@ class Coded(LightningModule):
     def _decoder_of(self, erased: Sequence[int | str] | None) -> tuple[Decoder, tuple[int, ...]]:
         """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
         key = next(reversed(self.decoders), ()) if erased is None else self._indices(erased)
-        # One that reads no survivor is for any of its experts.
-        alone = (own for each, own in self.decoders.items() if not own.config.reads_survivors and {*key} <= {*each})
-        decoder = self.decoders.get(key) or (next(alone, None) if key else None)
+        fits = (  # in any order, and one that reads no survivor is for any of its experts
+            own
+            for each, own in self.decoders.items()
+            if sorted(each) == sorted(key) or (not own.config.reads_survivors and {*key} <= {*each})
+        )
+        decoder = self.decoders.get(key) or (next(fits, None) if key else None)
         if decoder is None:
             lost = "" if erased is None else f" of the loss of {list(erased)}"
             ready = f", only of {', '.join(str(list(each)) for each in self.decoders)}" if self.decoders else ""
@@ -332,7 +335,7 @@ class Coded(LightningModule):
         if self.classes is None:
             with eval_mode(self.experts):
                 each = [(expert, take(as_input(inputs, expert), slice(0, 1))) for expert in self.experts]
-                self.classes = [expert(sample).shape[1] for expert, sample in each]
+                self.classes = [run_network(expert, sample, False).logits.shape[1] for expert, sample in each]
         return self.classes
 
 

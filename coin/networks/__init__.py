@@ -27,7 +27,6 @@ from coin.networks.heads import (
     head_name as head_name,
     linear_heads as linear_heads,
     pad_head as pad_head,
-    pad_logits as pad_logits,
     run_network as run_network,
 )
 from coin.networks.registry import NetworkConfig as NetworkConfig, build_network as build_network

@@ -87,8 +87,7 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
         prompts: Texts in which ``{}`` stands for the class.
         classes: C names, as they are to stand in the prompts.
 
-    Raises:
-        FileError: The model or its tokenizer cannot be read.
+    Raises FileError where the model or its tokenizer cannot be read.
     """
     transformers = extra_module("transformers", "text")
     try:

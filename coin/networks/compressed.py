@@ -19,7 +19,7 @@ from coin.networks.batchnorm import folded
 from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
 from coin.networks.heads import head_name, replace_head
-from coin.networks.weights import check_layout, fill_network
+from coin.networks.weights import check_layout, check_plain, fill_network
 
 PACKED = "packed"  # the one tensor of a compressed network's file
 
@@ -60,7 +60,7 @@ class Compressed:
         """The bytes of the base as stored."""
         if self.base_bits == 8:
             return (self._kept or int8(self.base)).nbytes
-        return self.base_bits and sum(tensor.nbytes for tensor in _unique(self.base).values())
+        return self.base_bits and sum(tensor.nbytes for tensor in stored(self.base).values())
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode."""
@@ -147,11 +147,12 @@ def compress(
     Compression(bits, rank, base_bits)  # checks them
     if base_bits and base is None:
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
-    own = _unique(network)
+    check_plain(network)
+    own = stored(network)
     check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
     base, kept, norms, reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
     made = [encode(tensor, reference[name], bits, rank, (rounded or {}).get(name)) for name, tensor in own.items()]
-    outputs = next((len(own[name]) for name, tensor in _unique(base).items() if tensor.shape != own[name].shape), None)
+    outputs = next((len(own[name]) for name, tensor in stored(base).items() if tensor.shape != own[name].shape), None)
     data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
     return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
 
@@ -174,8 +175,9 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are."""
     if base is None or not base_bits:
         return Reference(network, None, {}, _reference(network, None, {}))
-    if isinstance(base, nn.Module):
-        check_finite(_unique(base), "the base", [name for name, _ in base.named_buffers()])
+    if not isinstance(base, Compressed):
+        check_plain(base)
+        check_finite(stored(base), "the base", [name for name, _ in base.named_buffers()])
     kept = base if isinstance(base, Compressed) else int8(base) if base_bits == 8 else None
     base = kept.network() if kept else cast(nn.Module, base)
     norms = _folds(network, _reference(network, base, {}))
@@ -193,7 +195,7 @@ def _ties(network: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in network.state_dict(keep_vars=True).items()}
 
 
-def _unique(network: nn.Module) -> dict[str, Tensor]:
+def stored(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's tensors, tied ones once, on the CPU."""
     state = network.state_dict()
     return {name: state[name].detach().cpu() for name, first in _ties(network).items() if name == first}
@@ -201,16 +203,19 @@ def _unique(network: nn.Module) -> dict[str, Tensor]:
 
 def _reference(network: nn.Module, base: nn.Module | None, folds: Mapping[str, str]) -> dict[str, Tensor]:
     """Return what a network's tensors are a delta from: the base's, these BatchNorms folded; zeros without a base."""
-    own = _unique(network)
+    own = stored(network)
     if base is None:
         return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
-    state = _unique(base)
+    state = stored(base)
     if any(name in state and state[name].shape != tensor.shape for name, tensor in own.items()):
         for name in (f"{head_name(network)}.weight", f"{head_name(network)}.bias"):
             if name in own and name in state and state[name].shape[1:] == own[name].shape[1:]:
                 rows = state[name][: len(own[name])]
                 state[name] = torch.cat([rows, rows.new_zeros(len(own[name]) - len(rows), *rows.shape[1:])])
     check_layout(own, state, "the base")
+    for name, tensor in own.items():
+        if tensor.dtype != (base_type := state[name].dtype):
+            raise StateError(f"'{name}' is {tensor.dtype}, in the base {base_type}, expected one type; convert one")
     for norm, weight in folds.items():
         bias = f"{weight.removesuffix('weight')}bias"
         eps = cast(_BatchNorm, network.get_submodule(norm)).eps
@@ -224,7 +229,7 @@ def _folds(network: nn.Module, base: Mapping[str, Tensor]) -> dict[str, str]:
     The pairs, of as many rows, are those that bring the weights nearest to the base's, so scaled: neither does the
     order of registration say which belong together, nor can every network be traced.
     """
-    own, scales = _unique(network), dict[str, Tensor]()
+    own, scales = stored(network), dict[str, Tensor]()
     for name, norm in network.named_modules():
         gain, mean, variance = (f"{name}.{part}" for part in ("weight", "running_mean", "running_var"))
         if isinstance(norm, _BatchNorm) and {gain, mean} <= own.keys() and not own[mean].any():

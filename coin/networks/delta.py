@@ -98,13 +98,6 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return torch.from_numpy(np.packbits(np.pad(each, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
 
 
-def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors ``[rows, r]`` and ``[r, K]`` of a truncated singular value decomposition, in float16."""
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    root = values[:rank].sqrt()
-    return (left[:, :rank] * root).half(), (root[:, None] * right[:rank]).half()
-
-
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """Return the rows, which have a scale each, and the columns of a tensor: one row a unit of its first dimension."""
     sizes = [size for size in shape if size != 1] or [1]  # a table of positions [1, N, D] has N rows
@@ -130,7 +123,10 @@ def encode(
     if tensor.ndim > 1 and bits is not None and columns * bits + 16 < columns * 16:
         return encode(tensor, base, None, None, quantise(delta.reshape(rows, columns), bits))
     if tensor.ndim > 1 and rank is not None and rank * (rows + columns) < rows * columns:
-        return -rank, torch.cat([_bytes(factor) for factor in low_rank(delta.reshape(rows, columns), rank)])
+        left, values, right = torch.linalg.svd(delta.reshape(rows, columns).double(), full_matrices=False)
+        root = values[:rank].sqrt()
+        factors = left[:, :rank] * root, root[:, None] * right[:rank]
+        return -rank, torch.cat([_bytes(factor.half()) for factor in factors])
     half = delta.half()
     if float((half - delta).abs().max()) <= float(delta.abs().max()) / 1000:
         return HALF, _bytes(half)

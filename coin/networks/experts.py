@@ -27,8 +27,12 @@ class ExpertNetworks:
     ) -> None:
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
-        for network in networks:
+        for network in (*networks, *([initial] if initial is not None else [])):
             check_plain(network)
+        kinds = {(type(each).__qualname__, *sorted({str(p.dtype) for p in each.parameters()})) for each in networks}
+        if len(kinds) > 1:
+            found = " and ".join(" of ".join(kind) for kind in sorted(kinds))
+            raise ConfigurationError(f"found experts that are {found}, expected one class and type; convert them")
         self.unpadded = [adapted(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
         self.skeleton, self.initial = self.networks[0], initial

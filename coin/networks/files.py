@@ -16,7 +16,7 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite
 from coin.networks.clip import zero_shot_head
-from coin.networks.compressed import Base, Compressed, int8
+from coin.networks.compressed import Base, Compressed, int8, stored
 from coin.networks.compression import Compression
 from coin.networks.heads import head_name, is_frozen
 from coin.networks.hub import HuggingFace, local_place
@@ -38,8 +38,8 @@ class NetworkFile:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its tensors as stored; for a compressed network those of the delta only."""
-        return int(self.provenance.get("nbytes") or sum(tensor.nbytes for tensor in self.state.values()))
+        """The bytes of its tensors, tied ones once; for a compressed network those of the delta only."""
+        return int(self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values()))
 
     @property
     def base_nbytes(self) -> int:
@@ -172,10 +172,8 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
         # Pretrained weights are about to be overwritten: never download them to read a file.
         return NetworkConfig(**{**network, "weights": None}), operator.index(num_classes)  # type: ignore[arg-type]
     except (TypeError, AttributeError) as error:
-        raise FileError(
-            f"'{path}' has metadata that describe no network (network {network!r:.120}, num_classes {num_classes!r:.20}"
-            "), expected name, image_size and options; make the file again"
-        ) from error
+        told = f"'{path}' has metadata that describe no network ({network!r:.120}, {num_classes!r:.20} classes)"
+        raise FileError(f"{told}, expected name, image_size and options; make the file again") from error
 
 
 def initial_network(
@@ -236,11 +234,8 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
     check_heads(config, zero_shot is not None, task)
     if zero_shot is None or not is_frozen(network):
         return
-    source = config.source
-    assert isinstance(source, HuggingFace)
-    head = zero_shot_head(source.place, *zero_shot)
-    weight = network.get_submodule(head_name(network)).get_parameter("weight")
-    weight.copy_(head)
+    head = zero_shot_head(local_place(config.name), *zero_shot)
+    network.get_submodule(head_name(network)).get_parameter("weight").copy_(head)
 
 
 def import_pretrained(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.core.batches import Batch, Network, clone, take
-from coin.errors import HeadError, NumericalError, StateError
+from coin.errors import DataError, HeadError, NumericalError, StateError
 from coin.files.tensors import State
 
 _ADVICE = "name the layer that gives the logits in an attribute 'head_name', or give experts of one architecture"
@@ -149,21 +149,13 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
     return [pad_head(network, width) for network in networks] if differing else list(networks)
 
 
-def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
-    """Return logits ``[..., C]`` padded with zeros to ``[..., num_outputs]``; a StateError if they are more."""
-    if (found := logits.shape[-1]) > num_outputs:
-        expected = f"expected at most {num_outputs}; give the largest class count"
-        raise StateError(f"found {found} logits to pad to {num_outputs}, {expected}")
-    return F.pad(logits, (0, num_outputs - found))
-
-
 def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:
     """Raise HeadError where a padded network's logits are not the network's own with zeros behind them."""
     if padded is own:
         return
     found, expected = padded(inputs), own(inputs)
-    is_wider = found.shape[1] > expected.shape[1]
-    if not is_wider or not torch.allclose(found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4):
+    wider = found.shape[1] - expected.shape[1]
+    if wider <= 0 or not torch.allclose(found, F.pad(expected, (0, wider)), rtol=1e-2, atol=1e-4):
         told = f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}'"
         raise HeadError(f"{told}, which is padded since class counts differ; {_ADVICE}")
 
@@ -209,6 +201,9 @@ class Run(NamedTuple):
 def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
     """Run a network once, with its penultimate features if they are wanted."""
     found, logits = features_and_logits(network, inputs) if features else (None, network(inputs))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"found {shape} of {type(network).__name__}, expected logits [B, C]; give forward=…")
     return Run(full_precision(logits[:, :0] if found is None else found), full_precision(logits))
 
 
@@ -283,4 +278,4 @@ def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> 
         weight = head.weight.detach().flatten(1)
         heads.append((weight, weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()))
     width = max(len(bias) for _, bias in heads)
-    return [(F.pad(weight, (0, 0, 0, width - len(bias))), pad_logits(bias, width)) for weight, bias in heads]
+    return [(F.pad(w, (0, 0, 0, width - len(b))), F.pad(b, (0, width - len(b)))) for w, b in heads]

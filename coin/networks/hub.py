@@ -88,10 +88,9 @@ class HuggingFace(NetworkSource):
         return network
 
     def load(self, network: nn.Module, place: str) -> None:
-        """Fill a network that was built here with the weights of another folder or ID, such as an expert's.
+        """Fill a network that was built here, but for a zero-shot head, with the weights of another folder or ID.
 
-        A zero-shot head stays as it is. Raises FileError where they cannot be read, ConfigurationError or StateError
-        where they are of another architecture.
+        Raises FileError where they cannot be read, ConfigurationError or StateError for another architecture.
         """
         if isinstance(network, clip.ClipTower):
             self.download(lambda: clip.load_tower(network, place), CACHE)

@@ -51,8 +51,7 @@ class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyp
 
     It has patches of 4 pixels, a class token, learned positions, six blocks of four heads and width 128. The classifier
     is called ``heads.head`` and starts at zero, as in ``vit_b_16``. Every channel of every image is first brought to
-    mean 0 and variance 1: without BatchNorm and pretraining, the tokens of coloured images otherwise differ mostly by
-    the image's colours, and training stalls.
+    mean 0 and variance 1: tokens would differ mostly by the image's colours, and training stall.
 
     Args:
         num_classes: The number of logits.

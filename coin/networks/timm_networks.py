@@ -59,18 +59,13 @@ class Timm(NetworkSource):
             raise ConfigurationError(f"{told}; take another network")
         if head_name(network) != head:
             network.head_name = head  # type: ignore[assignment]
-        if weights in PACKAGED:
-            self._load_packaged(network, weights)
+        if weights in PACKAGED:  # whose tensors, but for the head's, are timm's in the same order
+            path = packaged_file(*PACKAGED[weights][1:], extra="timm")
+            theirs = torch.load(path, map_location="cpu", weights_only=True).values()
+            pairs = zip(network.state_dict().items(), theirs, strict=True)
+            state = {each: own if each.startswith(f"{head}.") else other for (each, own), other in pairs}
+            fill_network(network, state, f"the weights {weights}")
         if weights is not None:
             replace_head(network, num_classes)
         network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
         return network
-
-    def _load_packaged(self, network: nn.Module, weights: str) -> None:
-        """Copy a package's weights into everything but the head; its tensors are timm's in the same order."""
-        _, package, file = PACKAGED[weights]
-        theirs = torch.load(packaged_file(package, file, extra="timm"), map_location="cpu", weights_only=True).values()
-        own, head = network.state_dict(), f"{head_name(network)}."
-        pairs = zip(own.items(), theirs, strict=True)
-        state = {name: tensor if name.startswith(head) else other for (name, tensor), other in pairs}
-        fill_network(network, state, f"the weights {weights}")

@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from coin.core.batches import clear_caches, clone
-from coin.errors import FileError, StateError, first_line
+from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.files.tensors import State
 from coin.networks.heads import head_name, initialise_head
 
@@ -36,7 +36,12 @@ def without_frozen(network: nn.Module) -> nn.Module:
 
 
 def check_plain(network: nn.Module) -> None:
-    """Raise a StateError where a weight is computed from other tensors at every pass, as of a parametrisation."""
+    """Raise a ConfigurationError for what is no module, a StateError where its state is not parameters and buffers."""
+    if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
+        found = f"found {type(network).__name__}, expected a torch.nn.Module"
+        raise ConfigurationError(f"{found}; load a state dict into one, or compile it afterwards")
+    if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
+        raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; leave out get_extra_state")
     for name, module in network.named_modules():
         hooks = module._forward_pre_hooks.values()
         if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):

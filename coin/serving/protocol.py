@@ -25,7 +25,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from coin.coding.score import answer_score
+from coin.coding.promise import answer_score
 from coin.data.image_io import DAMAGE, to_square
 from coin.errors import DataError, first_line
 from coin.serving.front_end import Answer, Limits

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, decode_linear
 from coin.coding.decoder_config import REPLICA
-from coin.coding.score import answer_score
+from coin.coding.promise import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DecodingError, ServingError
 from coin.modules import Coded

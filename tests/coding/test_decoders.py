@@ -1,3 +1,6 @@
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
@@ -127,7 +130,9 @@ def test_misuse_is_one_clear_error():
     }.items():
         with pytest.raises(DecodingError, match=message):
             misuse()
-    with pytest.raises(NumericalError, match="at least 2"):
-        ridge.fit(answers.select(slice(0, 1)))
+    features = {"expert_features": list(answers.experts), "coded_features": list(answers.coded)}
+    for kind, count in product(("ridge", "feature_ridge"), (0, 1)):
+        with pytest.raises(NumericalError, match=f"found {count} calibration samples, expected at least 2"):
+            make_decoder(kind, code, [0]).fit(replace(answers, **features).select(slice(0, count)))
     with pytest.raises(NumericalError, match="inputs of the decoder hold a NaN"):
         ridge.fit(lose(answers, [1]))

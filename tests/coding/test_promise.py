@@ -124,4 +124,5 @@ def test_the_score_is_one_less_the_largest_probability():
     torch.testing.assert_close(answer_score(odds.log()), torch.tensor([[3 / 8, 2 / 3]]).double(), rtol=1e-6, atol=0)
     wrong = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
     assert answer_score(wrong).tolist() == [1.0, 1.0, 1.0]
-    assert answer_score(torch.ones(2, 1)).tolist() == [0.0, 0.0]
+    with pytest.raises(DataError, match=r"found logits \[2, 1\], expected at least two classes to score"):
+        answer_score(torch.ones(2, 1))

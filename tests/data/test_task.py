@@ -217,5 +217,8 @@ def test_sources_are_checked(monkeypatch):
         monkeypatch.setattr(Numbered, "load", lambda task, source=source: source)
         with pytest.raises(DataError, match=message):
             Numbered().setup()
+    monkeypatch.setattr(Numbered, "names", ("a",))
+    with pytest.raises(DataError, match="Numbered has 1 class, expected at least two to tell apart"):
+        Numbered().setup()
     with pytest.raises(DataError, match="8 images but 3 labels"):
         Samples.of(images, torch.arange(3))

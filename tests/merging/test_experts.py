@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coin.coding import Code
-from coin.errors import DataError, HeadError, StateError
+from coin.errors import ConfigurationError, DataError, HeadError, StateError
 from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Wudi, merge_networks
 from coin.modules import Coded
 from coin.networks import recalibrate
@@ -123,7 +123,10 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
         with pytest.raises(HeadError, match=message):
             Experts([kind(3), kind(2)])
     with pytest.raises(StateError, match=r"expert 1 has no tensor '2\.bias'"):
-        merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8))], CODE)
+        merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8)).double()], CODE)
+    for other in (make(2, 3).float(), Early(3).double()):
+        with pytest.raises(ConfigurationError, match=r"Sequential of torch.float.*, expected one class and type"):
+            Experts([make(1, 3), other])
     softmax = [make(1, 3, nn.LogSoftmax(1)), make(2, 2, nn.LogSoftmax(1))]
     with pytest.raises(
         HeadError, match="the logits of Sequential are not those of its head '2', which is padded since"

@@ -47,6 +47,9 @@ def test_padding_is_not_read():
     assert (float(scores["expert_accuracy"]), float(scores["decoded_accuracy"])) == (1.0, 0.0)
     with pytest.raises(DataError, match="expected at least 2"):
         metric.update(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]))
+    for label in (-1, 2):
+        with pytest.raises(DataError, match=rf"found labels {label} to {label}, expected 0 to 1"):
+            metric.update(expert[:1], expert[:1], torch.tensor([label]))
     with pytest.raises(ConfigurationError, match="num_classes=0"):
         DecodingAccuracy(num_classes=0)
 

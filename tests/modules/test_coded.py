@@ -169,6 +169,8 @@ def test_several_erasures_are_ready_at_once_and_say_their_score(inputs):
             assert decoded[place, :, width:].isneginf().all()
             assert torch.equal(scores[place], answer_score(decoded[place, :, :width]))
     assert torch.equal(system.decode(inputs), system.decode(inputs, system.code.erasures()[-1]))
+    assert torch.equal(system.decode(inputs, [2, 1]), system.decode(inputs, [1, 2])[[1, 0]])
+    del system.decoders[1, 2]
     with pytest.raises(ConfigurationError, match=r"no decoder of the loss of \[2, 1\], only of .*; call fit_dec"):
         system.decode(inputs, [2, 1])
 

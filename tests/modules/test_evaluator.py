@@ -17,7 +17,7 @@ from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.evaluation.examples import ExampleSamples
 from coin.modules import Coded, DecodingEvaluator
-from coin.networks import Compression, features_and_logits, load_network, pad_logits, save_network
+from coin.networks import Compression, features_and_logits, load_network, save_network
 from coin.pipeline.steps.merge import compress_file
 from coin.reporting.extras import read_promises
 from coin.reporting.results import read_configuration, read_results
@@ -53,7 +53,7 @@ def answers_of(experts, coded, inputs):
     with torch.no_grad():
         networks = [[load_network(Path(path)).network for path in group] for group in (experts, coded)]
         lots = [[features_and_logits(network, inputs) for network in group] for group in networks]
-    logits = [torch.stack([pad_logits(logits, 3) for _, logits in lot]) for lot in lots]
+    logits = [torch.stack([torch.nn.functional.pad(own, (0, 3 - own.shape[1])) for _, own in lot]) for lot in lots]
     return Answers(logits[0], logits[1], [f for f, _ in lots[0]], [f for f, _ in lots[1]])
 
 

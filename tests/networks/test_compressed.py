@@ -17,6 +17,7 @@ from coin.networks import (
     nbytes_together,
     save_compressed,
     save_network,
+    sources,
 )
 from coin.networks.batchnorm import folded
 
@@ -151,7 +152,7 @@ def test_heads_of_other_class_counts_are_deltas_from_the_rows_that_are_there(bas
 
 
 class Tied(nn.Module):
-    def __init__(self):
+    def __init__(self, num_classes=50):
         super().__init__()
         self.embed = nn.Embedding(50, 16)
         self.out = nn.Linear(16, 50, bias=False)
@@ -164,7 +165,7 @@ class Tied(nn.Module):
         return self.out(self.embed(tokens)) * self.scale + 0 * self.mask.exp().sum()
 
 
-def test_tied_weights_are_kept_once_and_stay_tied():
+def test_tied_weights_are_kept_once_and_stay_tied(monkeypatch, tmp_path):
     base = Tied()
     network = near(base, 0)
     with torch.no_grad():
@@ -175,6 +176,11 @@ def test_tied_weights_are_kept_once_and_stay_tied():
     assert read.out.weight is read.embed.weight
     torch.testing.assert_close(read.out.weight, network.out.weight, rtol=0, atol=0.01)
     assert torch.equal(read.mask, base.mask)
+    monkeypatch.setitem(sources.Own.kinds, "tied", Tied)
+    save_network(tmp_path / "tied.safetensors", network, NetworkConfig("tied"), 50, {})
+    whole = load_network(tmp_path / "tied.safetensors")
+    assert whole.network.out.weight is whole.network.embed.weight
+    assert whole.nbytes == made.base_nbytes == 4 * (50 * 16 + 4 * 4 + 1)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,17 @@ def test_no_base_another_architecture_and_a_nan_are_refused(base):
         coin.compress(base, other, bits=3)
     with pytest.raises(ConfigurationError, match="base_bits"):
         Compression.of({"bits": 3, "bas_bits": 8})
+    for half, types in ((near(base).bfloat16(), "torch.bfloat16"), (near(base).double(), "torch.float64")):
+        with pytest.raises(StateError, match=rf"is {types}, in the base torch.float32, expected one type"):
+            coin.compress(half, base, bits=3)
+        made = coin.compress(half, copy.deepcopy(base).to(half.fc.weight.dtype), bits=3).network()
+        assert made.fc.weight.dtype == half.fc.weight.dtype
+    for odd in (base.state_dict(), torch.compile(base)):
+        for pair in ((odd, base), (base, odd)):
+            with pytest.raises(
+                ConfigurationError, match=r"expected a torch\.nn\.Module; load a state dict into one, or"
+            ):
+                coin.compress(*pair, bits=3)
     broken = near(base)
     broken.fc.bias.data[0] = torch.nan
     with pytest.raises(StateError, match=r"fc\.bias"):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coin.errors import StateError
-from coin.networks import check_head, features_and_logits, head_name, pad_logits
+from coin.networks import check_head, features_and_logits, head_name
 from coin.networks.heads import padded_rows, replace_head
 
 
@@ -267,13 +267,6 @@ def test_a_padded_head_has_zero_rows_or_the_mean_of_its_own():
     assert padded_rows(state, "fc", 2) == {}
     with pytest.raises(StateError, match=r"'fc\.weight' has 2 outputs, expected at most 1"):
         padded_rows(state, "fc", 1)
-
-
-def test_pad_logits_adds_zeros():
-    assert pad_logits(torch.ones(1, 2), 4).tolist() == [[1.0, 1.0, 0.0, 0.0]]
-    assert pad_logits(torch.ones(3, 1, 2), 2).shape == (3, 1, 2)
-    with pytest.raises(StateError, match="found 2 logits to pad to 1, expected at most 1; give the largest"):
-        pad_logits(torch.ones(3, 1, 2), 1)
 
 
 def test_features_are_those_of_the_token_that_the_logits_are_read_at():

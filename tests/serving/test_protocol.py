@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coin.coding.score import answer_score
+from coin.coding.promise import answer_score
 from coin.data.image_io import read_files as read_from_disk
 from coin.errors import ConfigurationError, DataError
 from coin.networks import NetworkConfig, build_network, save_network
