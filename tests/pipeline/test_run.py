@@ -38,11 +38,7 @@ def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
     frame = pd.read_csv(finished / "seed-0" / "results.csv", keep_default_na=False)
     assert tuple(frame.columns) == COLUMNS
     found = set(zip(frame.method, frame.batchnorm.map(requested_policy), frame.decoder, frame.task, strict=True))
-    methods = [
-        ("average", "auto"),
-        ("distillation", "keep"),
-        *(("coin", each) for each in ("auto", "recalibrate", "keep")),
-    ]
+    methods = [("average", "auto"), ("distillation", "keep"), *product(["coin"], ["auto", "recalibrate", "keep"])]
     wanted = set(product(methods, ("linear", "ridge", "feature_ridge"))) | {(("oracle", ""), "linear")}
     wanted |= set(product([("none", "")], ("ridge", "feature_ridge")))
     assert found == {(*method, decoder, task) for (method, decoder), task in product(wanted, ("digits", "letters"))}

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from coin.errors import FileError
+from coin.files.atomic import write_text
 from coin.reporting import write_report
 from coin.reporting.results import write_frame, write_results
 from coin.reporting.sweeps import read_sweep_table, sweep_frame, sweep_table
@@ -74,8 +75,7 @@ def test_a_sweep_over_seeds_alone_is_one_experiment(write_sweep: Write):
     assert "seeds 0, 1" in page
     seed = folder / "kinds-001/seed-1"
     write_results(seed, [BASE], {"experts": {"a": "one"}})
-    (seed / "experts/a").mkdir(parents=True)
-    (seed / "experts/a/done.json").write_text('{"key": "other"}')
+    write_text(seed / "experts/a/done.json", '{"key": "other"}')
     with pytest.raises(FileError, match=r"kinds-001/seed-1' are of another expert 'a' than"):
         write_report(folder)
 
