@@ -154,7 +154,8 @@ class Coded(LightningModule):
     def decode(self, inputs: Batch, erased: Sequence[int | str] | None = None) -> Tensor:
         """Return the logits ``[|erased|, B, C]`` of lost experts; only servers that the decoder needs run.
 
-        C is the largest of these experts' class counts. The logits of classes that an expert has not are −∞.
+        C is the largest of their class counts, for which all experts run once where there was no calibration. The
+        logits of classes that an expert has not are −∞.
         """
         decoder, lost = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from coin.coding import Answers, Code, DecoderConfig, convex, make_decoder
 from coin.coding.decoders import CORRECTION
-from coin.errors import DecodingError, NumericalError
+from coin.errors import DecodingError
 
 PAIR = Code([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
 ALONE = [DecoderConfig("ridge", survivors=False), DecoderConfig("feature_ridge", survivors=False)]
@@ -152,17 +152,6 @@ def test_a_corrected_head_is_kept_as_it_is_and_one_that_is_right_stays():
     exact = dataclasses.replace(exact, tasks=answers.tasks)
     right = make_decoder(OWN_HEAD, PAIR, [0, 1], heads).fit(exact)
     torch.testing.assert_close(right.decode(exact), exact.experts[[0, 1]], rtol=0, atol=1e-12)
-
-
-def test_a_corrected_head_needs_calibration_answers_of_its_own_task():
-    answers, heads = shifted_system(60)
-    decoder = make_decoder(OWN_HEAD, PAIR, [0], heads)
-    with pytest.raises(DecodingError, match="expert_head-own decoder is not fitted; call fit"):
-        decoder.decode(answers)
-    with pytest.raises(DecodingError, match="do not tell their tasks"):
-        decoder.fit(dataclasses.replace(answers, tasks=None))
-    with pytest.raises(NumericalError, match="found 1 calibration samples of expert 0's own task"):
-        decoder.fit(answers.select(torch.arange(2)))
 
 
 def test_what_it_cannot_read_is_told_in_one_line():

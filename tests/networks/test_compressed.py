@@ -19,7 +19,6 @@ from coin.networks import (
     save_network,
     sources,
 )
-from coin.networks.batchnorm import folded
 
 CONFIG = NetworkConfig("small_resnet", image_size=16, options={"width": 8})
 
@@ -86,31 +85,6 @@ def test_the_base_takes_what_it_is_kept_in(base):
     assert shares[2] == 0
     equal = coin.compress(copy.deepcopy(base), base, bits=3)
     assert (equal.nbytes, same(equal.network(), base)) == (0, True)
-
-
-def test_a_network_with_folded_batchnorms_is_a_delta_from_the_folded_base(base):
-    network = near(base)
-    pairs = {
-        "stages.0.0.bn1": "stages.0.0.conv1",
-        "stages.0.0.bn2": "stages.0.0.conv2",
-        "stages.1.0.bn1": "stages.1.0.conv1",
-    }
-    inputs = torch.randn(20, 3, 16, 16)
-    for part in (base, network):
-        for norm in pairs:  # statistics far from 1, as of a trained network
-            part.get_submodule(norm).running_var.fill_(9)
-    whole = copy.deepcopy(network)
-    for norm, conv in pairs.items():
-        state = folded(network.state_dict(), f"{conv}.weight", None, norm, network.get_submodule(norm).eps)
-        for name, tensor in state.items():
-            network.state_dict()[name].copy_(tensor)
-    assert apart(whole, network, inputs) < 1e-5
-    made = coin.compress(network, base, bits=3)
-    assert made.nbytes < coin.compress(whole, base, bits=3).nbytes + 100
-    assert apart(network, made.network(), inputs) < 1.3 * apart(
-        whole, coin.compress(whole, base, bits=3).network(), inputs
-    )
-    assert sorted(made._folded) == sorted(pairs)
 
 
 def test_folded_batchnorms_are_found_in_any_order_of_registration_and_control_flow():

@@ -9,7 +9,6 @@ from coin.errors import FileError, StateError
 from coin.networks import (
     NetworkConfig,
     build_network,
-    fill_network,
     import_checkpoint,
     initial_network,
     load_network,
@@ -51,14 +50,6 @@ def test_reading_a_file_of_pretrained_weights_downloads_nothing(tmp_path, monkey
     network = build_network(replace(config, weights=None), 3)
     save_network(tmp_path / "net.safetensors", network, config, 3, {})
     assert same(load_network(tmp_path / "net.safetensors").network.state_dict(), network.state_dict())
-
-
-def test_tensors_of_another_architecture_are_named(small_config, saved):
-    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\]"):
-        initial_network(replace(small_config, options={"width": 8}), 3, saved)
-    network = build_network(small_config, 3)
-    with pytest.raises(StateError, match=r"'mine' has a tensor 'extra' too many \(1 in all\)"):
-        fill_network(network, {**network.state_dict(), "extra": torch.ones(1)}, "mine")
 
 
 @pytest.mark.parametrize("prefix", ["", "network.", "module.", "net._orig_mod."])

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.networks import NetworkConfig, build_network, features_and_logits, head_name
-from coin.statistics import gram_sums
 
 OPTIONS = {"vocabulary": 11, "depth": 2, "heads": 2, "width": 8, "mlp_width": 12}
 TEXTS = torch.tensor([[2, 5, 7, 3, 0, 0], [2, 9, 9, 9, 10, 3], [2, 4, 3, 0, 0, 0]])
@@ -108,10 +107,3 @@ def test_padding_changes_nothing(network):
     with torch.no_grad():
         wanted = shorter(TEXTS[:1, :4])
         torch.testing.assert_close(network(TEXTS)[:1], wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_gram_matrices_are_of_every_map(network):
-    attention = {f"attention.self.{part}" for part in ("query", "key", "value")} | {"attention.output.dense"}
-    inside = attention | {"intermediate.dense", "output.dense"}
-    wanted = {f"bert.encoder.layer.{index}.{name}.weight" for index in range(2) for name in inside}
-    assert gram_sums(network, [TEXTS]).values.keys() == wanted | {"head.weight"}
