@@ -41,7 +41,7 @@ class MergeMethod(Method):
 
     Args:
         batchnorm: The BatchNorm merge policy.
-        decoders: For which decoders a choice is made, by their mean error; by default the experiment's.
+        decoders: For which decoders a choice is made, by their mean error; by default the experiment's, or linear.
         label: Name of this variant in results, a plain file name.
         compress: Compressed variants beside the whole ones: sections of `Compression`'s options, as ``{bits: 4}``.
 

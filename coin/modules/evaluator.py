@@ -93,7 +93,7 @@ class DecodingEvaluator(LightningModule):
         for task in data.tasks.values():
             self.config.check_content(task.content)
         calibration, new = data.calibration(), data.promise()
-        tests = sum(len(task.splits.test) for task in data.tasks.values()) / self.trainer.world_size
+        tests = sum(-(-len(task.splits.test) // self.trainer.world_size) for task in data.tasks.values())
         self._bar = progress_bar("evaluation", tests + sum(each.num_samples for each in (calibration, new) if each))
         first = as_input(next(iter(calibration)), self.experts[0])
         self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
