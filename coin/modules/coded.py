@@ -335,7 +335,7 @@ class Coded(LightningModule):
         """Return every expert's number of logits, and keep it as `classes`."""
         if self.classes is None:
             with eval_mode(self.experts):
-                each = [(expert, take(as_input(inputs, expert), slice(0, 1))) for expert in self.experts]
+                each = [(expert, take(as_input(inputs, expert), slice(0, 2))) for expert in self.experts]
                 self.classes = [run_network(expert, sample, False).logits.shape[1] for expert, sample in each]
         return self.classes
 

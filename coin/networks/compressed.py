@@ -89,8 +89,7 @@ class Compressed:
     def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
         """Load a compressed network, given its base: the original one for an int8 base, any for ``base_bits=0``.
 
-        Raises:
-            FileError: The file is missing or damaged, holds no compressed network, or is of another base.
+        Raises FileError where the file is missing or damaged, holds no compressed network, or is of another base.
         """
         file = StateFile(Path(path))
         try:
@@ -136,9 +135,8 @@ def compress(
         base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, from which the delta is; 0: not at all.
         rounded: Deltas that are already rounded, by tensor; used unchanged.
 
-    Raises:
-        ConfigurationError: An option is wrong, bits and rank are both given or both left out, or there is no base.
-        StateError: Network and base differ in more than the outputs of their heads, or are not finite.
+    Raises ConfigurationError where an option is wrong or there is no base, StateError where network and base differ in
+    more than the outputs of their heads, or are not finite.
 
     >>> base = torch.nn.Linear(64, 32)
     >>> coin.compress(torch.nn.Linear(64, 32), base, bits=3).network().weight.shape

@@ -29,8 +29,7 @@ class Compression:
             at all, so that this is plain quantisation of the network.
         rounding: ``refit`` or ``nearest``, for a merge method that can round while it fits; by default its own.
 
-    Raises:
-        ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
+    Raises ConfigurationError where an option is out of its range, or both or neither of bits and rank are given.
     """
 
     bits: int | None = None

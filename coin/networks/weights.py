@@ -41,7 +41,7 @@ def check_plain(network: nn.Module) -> None:
         found = f"found {type(network).__name__}, expected a torch.nn.Module"
         raise ConfigurationError(f"{found}; load a state dict into one, or compile it afterwards")
     if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
-        raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; leave out get_extra_state")
+        raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
     for name, module in network.named_modules():
         hooks = module._forward_pre_hooks.values()
         if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):

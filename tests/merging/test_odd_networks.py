@@ -209,7 +209,7 @@ def test_weights_that_are_computed_at_every_pass_are_refused_until_they_are_para
         def get_extra_state(self):
             return {"passes": 1}
 
-    with pytest.raises(StateError, match="'_extra_state' of Counting is no tensor; leave out get_extra_state"):
+    with pytest.raises(StateError, match="'_extra_state' of Counting is no tensor; drop get_extra_state"):
         coin.compress(Counting(4, 5), Counting(4, 5), bits=3)
     torch.manual_seed(0)
     experts = [nn.Sequential(nn.Linear(4, 5), wrap(nn.Linear(5, CLASSES))).eval() for _ in "ab"]

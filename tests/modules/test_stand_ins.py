@@ -73,8 +73,8 @@ def test_only_what_is_read_runs(system, inputs):
         expert.register_forward_hook(lambda _, given, __, place=place: ran.append((place, len(given[0]))))
     again = Coded(CODE, fresh, [Net(nn.Linear(6, 5).double(), 3) for _ in range(2)])
     again.fit_decoder(inputs.split(20), [1], DecoderConfig("ridge", survivors=False))
-    assert [size for place, size in ran if place == 1] == [1, 20, 20]  # one more to count the classes
-    assert [size for place, size in ran if place != 1] == [1, 1]
+    assert [size for place, size in ran if place == 1] == [2, 20, 20]  # two more to count the classes
+    assert [size for place, size in ran if place != 1] == [2, 2]
 
 
 def test_nothing_is_fitted_and_no_calibration_is_needed(system, inputs):
