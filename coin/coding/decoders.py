@@ -37,10 +37,8 @@ class LinearDecoder(Decoder):
         """Return the lost experts' logits; see `decode_linear`."""
         self._check(answers)
         if answers.num_coded != self.code.num_coded:
-            raise DecodingError(
-                f"found answers of {answers.num_coded} coded models, the code has {self.code.num_coded}; give all of "
-                "them, or a code of those rows"
-            )
+            found = f"found answers of {answers.num_coded} coded models, the code has {self.code.num_coded}"
+            raise DecodingError(f"{found}; give all of them, or a code of those rows")
         survivors = answers.experts[list(self.survivors)]
         return decode_linear(self.code.matrix.to(answers.coded.device), answers.coded, survivors, self.erased)
 

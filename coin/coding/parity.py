@@ -23,6 +23,8 @@ def parity_residual(code: Code, answers: Answers) -> Tensor:
     >>> coin.parity_residual(code, answers).gt(0.1).tolist()
     [False, False, False, False, True]
     """
+    if answers.num_coded != code.num_coded:
+        raise DecodingError(f"found {answers.num_coded} coded models' answers, the code has {code.num_coded}; give all")
     return (answers.coded - code.encode(answers.experts)).double().square().mean((0, 2)).sqrt()
 
 

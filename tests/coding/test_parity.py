@@ -77,5 +77,7 @@ def test_the_linear_decoder_of_one_row_accuses_everyone_alike():
     odd = fault_score(decoders, answers_of(experts, coded, seed=3), answers)
     assert odd.min() > 3
     torch.testing.assert_close(odd, odd[:1].expand(3))
+    with pytest.raises(DecodingError, match="found 0 coded models' answers, the code has 1; give all"):
+        parity_residual(CODE, answers.without_coded())
     with pytest.raises(DecodingError, match="expected each expert alone"):
         fault_score(decoders[:2], answers, answers)

@@ -119,6 +119,9 @@ def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(input
 def test_what_does_not_fit_is_refused(inputs):
     with pytest.raises(ConfigurationError, match="1 experts and 1 coded models, expected 2 and 1, as the code has"):
         Coded(Code(CODES[0]), [linear(0)], [linear(1)])
+    for names in (["a"], ["a", "a"]):
+        with pytest.raises(ConfigurationError, match=r"of 2 experts, expected a name each"):
+            pair_system(names)
     coded = pair_system(["a", "b"])
     for use, error, message in (
         (lambda: coded.decode(inputs), ConfigurationError, "found no decoder; call fit_decoder"),
