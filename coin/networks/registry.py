@@ -45,6 +45,8 @@ class NetworkConfig:
             raise ConfigurationError(f"found no file '{self.weights_file}', expected network.weights; check the path")
         if self.image_size < 1:
             raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
+        if own := sorted({"num_classes", "weights"} & self.options.keys()):
+            raise ConfigurationError(f"found network.options with '{own[0]}', which coin sets; leave it out")
 
     @property
     def reads(self) -> str:
@@ -82,10 +84,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
 
     The seed draws its random weights, with pretrained ones the head's; global generators do not matter and stay.
 
-    Raises:
-        ConfigurationError: The options do not fit the architecture.
-        FileError: Pretrained weights could not be downloaded or read.
-        StateError: A file of weights is of another architecture, or a weight is no parameter of its own.
+    Raises ConfigurationError where the options do not fit the architecture, FileError where weights cannot be read,
+    StateError where they are of another architecture, or a weight is no parameter of its own.
     """
     if num_classes < 1:
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")

@@ -64,6 +64,7 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
         ),
         (("resnet18", 0), 3, r"network\.image_size 0, expected at least 1 pixel"),
         (("resnet18", 32, None, {"bogus": 1}), 3, "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
+        (("resnet18", 32, None, {"num_classes": 4}), 3, "found network.options with 'num_classes', which coin sets"),
         (("small_resnet", 32, None, {"width": 0}), 3, "found width=0, expected at least 1 channel"),
         *((("small_vit", 32, None, {o: n}), 3, "cannot build small_vit for images of size 32") for o, n in INDIVISIBLE),
         (("resnet18", 32), 0, "found 0 classes, expected at least 1"),
