@@ -1,11 +1,10 @@
-"""The text encoder against BERT written out, and what padding must not change."""
-
-import math
+"""The text encoder against transformers' BERT, and what padding must not change."""
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
-from torch.nn import functional as F
+from torch import nn
 
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.networks import NetworkConfig, build_network, features_and_logits, head_name
@@ -24,62 +23,26 @@ def network():
     return network
 
 
-def bert_weights():
-    """Random weights under Hugging Face's names."""
-    draw = torch.Generator().manual_seed(0)
-    shapes = {
-        "embeddings.word_embeddings.weight": (11, 8),
-        "embeddings.position_embeddings.weight": (9, 8),
-        "embeddings.token_type_embeddings.weight": (2, 8),
-        "embeddings.LayerNorm.weight": (8,),
-        "embeddings.LayerNorm.bias": (8,),
-    }
-    for index in range(2):
-        layer = f"encoder.layer.{index}."
-        for name, (outputs, inputs) in {
-            **{f"attention.self.{part}": (8, 8) for part in ("query", "key", "value")},
-            "attention.output.dense": (8, 8),
-            "intermediate.dense": (12, 8),
-            "output.dense": (8, 12),
-        }.items():
-            shapes |= {f"{layer}{name}.weight": (outputs, inputs), f"{layer}{name}.bias": (outputs,)}
-        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            shapes |= {f"{layer}{name}.weight": (8,), f"{layer}{name}.bias": (8,)}
-    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-
-
-def bert(state, tokens):
-    """The mean over one text's hidden states, written out; `tokens` without padding."""
-
-    def linear(name, x):
-        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-    def norm(name, x):
-        return F.layer_norm(x, (8,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-12)
-
-    x = state["embeddings.word_embeddings.weight"][tokens]
-    x = x + state["embeddings.position_embeddings.weight"][: len(tokens)]
-    x = norm("embeddings.LayerNorm", x + state["embeddings.token_type_embeddings.weight"][0])
-    for index in range(2):
-        layer = f"encoder.layer.{index}"
-        parts = [linear(f"{layer}.attention.self.{part}", x).chunk(2, -1) for part in ("query", "key", "value")]
-        heads = [((q @ k.T) / math.sqrt(4)).softmax(-1) @ v for q, k, v in zip(*parts, strict=True)]
-        x = norm(
-            f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", torch.cat(heads, -1))
-        )
-        inner = F.gelu(linear(f"{layer}.intermediate.dense", x))
-        x = norm(f"{layer}.output.LayerNorm", x + linear(f"{layer}.output.dense", inner))
-    return x.mean(0)
+def bert():
+    """Transformers' own, with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    config = transformers.BertConfig(vocab_size=11, max_position_embeddings=9, **sizes)
+    network = transformers.BertModel(config, add_pooling_layer=False).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    return network
 
 
 def test_pretrained_weights_compute_what_bert_does(tmp_path, monkeypatch):
-    state = bert_weights()
-    save_file(state, tmp_path / "model.safetensors")
+    theirs = bert()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr("coin.networks.text_encoder.packaged_file", lambda *_: tmp_path / "model.safetensors")
     network = build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS), 3, seed=0).eval()
     with torch.no_grad():
         features, logits = features_and_logits(network, TEXTS)
-    expected = torch.stack([bert(state, text[text != 0]) for text in TEXTS])
+        own = [theirs(text[text != 0][None]).last_hidden_state[0] for text in TEXTS]  # without their padding
+    expected = torch.stack([states.mean(0) for states in own])
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert logits.shape == (3, 3)
     for length, options in ((10, {}), (6, {"width": 16}), (6, {"depth": 3})):
