@@ -247,9 +247,9 @@ class Experts:
         """Return one statistic of every expert, of its own class count."""
         if isinstance(self.source, ExpertFiles):
             files = open_statistics(self.statistic_paths, which, self.source.fingerprints)
-            self.seconds += sum(file.seconds for file in files)
-            self.passes += sum(file.passes for file in files)
-            return [file.values for file in files]
+            self.seconds += sum(file.provenance.get("seconds", 0.0) for file in files)
+            self.passes += sum(file.provenance.get("passes", 0.0) for file in files)
+            return files
         if (given := self._given[which.name]) is None:
             return self.computed(which.kind, self.samples(which.data))
         return given[which.data] if isinstance(given, Mapping) else given

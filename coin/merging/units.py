@@ -100,7 +100,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         weight = call.names["weight"]
         made = leading.get(weight, call.made)
-        affine = isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None)
+        affine = isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and not call.added)
         per_row = isinstance(call, ConvolutionCall)  # whether a BatchNorm over the output has a channel for every row
         per_row |= isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
         leads = made[1:] == call.made[1:] and 3 * made[0] == 2 * call.made[0]
@@ -171,8 +171,7 @@ def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor,
     if isinstance(call, ConvolutionCall):
         return _patches(call.inputs, call.geometry, samples, places)
     if isinstance(call, ElementwiseCall):
-        assert call.normalised is not None
-        rows = output_rows(call, call.normalised(call.inputs), samples, places).T[..., None]
+        rows = output_rows(call, call.normalised(), samples, places).T[..., None]
     else:
         rows = output_rows(call, call.inputs, samples, places)[None]
     return rows.to(sum_type(rows)), torch.arange(rows.shape[2], device=rows.device)

@@ -9,7 +9,7 @@ derivatives of the kind's outputs by every parameter; a Gram file for the weight
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,40 +25,30 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 """The files of every expert's statistics, by task."""
 
 
-class StatisticFile(NamedTuple):
-    """A statistic in a file: the mean over samples by name, read on access, and the cost of computing it."""
-
-    values: StateFile
-    samples: int
-    seconds: float
-    passes: float
-
-
-def open_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
+def open_statistic(path: Path, statistic: str | None = None, weights: str | None = None) -> StateFile:
     """Open the file of a ``fisher`` or ``gram``, of the weights with a fingerprint; none accepts any.
 
-    Raises FileError where the file is missing, damaged, of another statistic or of other weights, or a Fisher has a
-    negative number; StateError where a number is not finite.
+    Raises FileError where the file is missing, damaged, of another statistic or of other weights; StateError where a
+    number is not finite, or negative in a Fisher.
     """
-    values = _opened(path, [statistic], weights, "run coin fisher again")
-    check_finite(values, f"the {statistic} in '{path}'")
-    if statistic == "fisher" and (name := _negative(values)):
-        raise FileError(f"'{path}' holds a negative number in '{name}', expected squares; run coin fisher again")
-    made = values.provenance
-    try:
-        return StatisticFile(values, int(made["samples"]), float(made["seconds"]), float(made["passes"]))
-    except (KeyError, TypeError, ValueError) as error:
-        found = f"'{path}' does not say its samples, seconds, passes as numbers"
-        raise FileError(f"{found}; run coin fisher again") from error
+    values, kinds = StateFile(path), [statistic] if statistic else [*StatisticKind]
+    if (found := values.provenance.get("statistic")) not in kinds:
+        expected = f"expected {' or '.join(kinds)}; give a file of coin fisher or save_statistic"
+        raise FileError(f"'{path}' holds {found or 'no statistic'}, {expected}")
+    if weights is not None and (own := str(values.provenance.get("weights"))) != weights:
+        marks = f"{own[:12]}…, expected {weights[:12]}…: the expert has changed since"
+        raise FileError(f"'{path}' is of weights {marks}; run coin fisher again")
+    _check_numbers(values, found == StatisticKind.fisher, f"the {found} in '{path}'")
+    return values
 
 
-def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]) -> list[StatisticFile]:
+def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]) -> list[StateFile]:
     """Open one statistic of every expert, and check that it is of the weights with these fingerprints, by task."""
     own = paths.get(which, {})
     if missing := [task for task in weights if task not in own]:
         found = f"found no {which} of expert '{missing[0]}', which the method needs"
         raise ConfigurationError(f"{found}; run coin fisher on it and name the file")
-    return [open_statistic(own[task], statistic=which.name, weights=mark) for task, mark in weights.items()]
+    return [open_statistic(own[task], which.name, mark) for task, mark in weights.items()]
 
 
 def save_statistic(
@@ -98,22 +88,9 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     >>> coin.load_statistic("fisher.safetensors", experts[0])["bias"]
     tensor([1., 1., 1.])
     """
-    weights = fingerprint(network.state_dict())
-    state = dict(_opened(Path(path), list(StatisticKind), weights, "compute the statistic again"))
+    state = dict(open_statistic(Path(path), weights=fingerprint(network.state_dict())))
     _checked_kind(state, network)
     return state
-
-
-def _opened(path: Path, statistics: list[Any], weights: str | None, advice: str) -> StateFile:
-    """Open a file, which must hold one of these statistics, of the weights with a fingerprint; none accepts any."""
-    values = StateFile(path)
-    if (found := values.provenance.get("statistic")) not in statistics:
-        expected = f"expected {' or '.join(statistics)}; give a file of coin fisher or save_statistic"
-        raise FileError(f"'{path}' holds {found or 'no statistic'}, {expected}")
-    if weights is not None and (found := values.provenance.get("weights")) != weights:
-        marks = f"{str(found)[:12]}…, expected {weights[:12]}…"
-        raise FileError(f"'{path}' is of weights {marks}: the expert has changed since; {advice}")
-    return values
 
 
 def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
@@ -128,12 +105,13 @@ def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
             expected = f"expected {list(own.shape)} of a Fisher, or [G, K, K] of Gram matrices"
             raise StateError(f"the statistic's '{name}' is {list(tensor.shape)}, {expected}; give the network's own")
         fisher &= is_like
-    check_finite(state, "the statistic")
-    if fisher and (negative := _negative(state)):
-        raise StateError(f"the Fisher is negative in '{negative}', expected mean squares")
+    _check_numbers(state, fisher, "the statistic")
     return StatisticKind.fisher if fisher else StatisticKind.gram
 
 
-def _negative(state: State) -> str | None:
-    """Return the name of the first tensor with a negative entry."""
-    return next((name for name, tensor in state.items() if bool((tensor < 0).any())), None)
+def _check_numbers(state: State, squares: bool, what: str) -> None:
+    """Raise StateError where a number is not finite, or one of what should be squares is negative."""
+    check_finite(state, what)
+    for name, tensor in state.items() if squares else ():
+        if bool((tensor < 0).any()):
+            raise StateError(f"{what} is negative in '{name}', expected mean squares; compute it again")

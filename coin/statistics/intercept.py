@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from coin.core.batches import tensors_in
 from coin.statistics.rules import Call
-from coin.statistics.rules.attention import attention
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import add, batch_norm, expand, group_norm, layer_norm, multiply
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
@@ -79,8 +78,6 @@ class Interceptor(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:  # the projections inside are calls like any other
                 output = _self_attention(args, options)
-        elif func is F.scaled_dot_product_attention and torch.is_grad_enabled():
-            output = attention(*args, **options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
             call = None
@@ -191,8 +188,7 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
     query, mask, padding, causal = (a[name] for name in ("query", "attn_mask", "key_padding_mask", "is_causal"))
     plain = query is a["key"] and query is a["value"] and query.ndim == 3 and a["in_proj_weight"] is not None
     extras = any(a[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v")) or a["add_zero_attn"]
-    stochastic = a["training"] and a["dropout_p"] > 0
-    if not plain or extras or a["use_separate_proj_weight"] or stochastic or (causal and mask is None):
+    if not plain or extras or (a["training"] and a["dropout_p"] > 0) or (causal and mask is None):
         return None
     x = query.transpose(0, 1)
     b, t, _ = x.shape
@@ -200,25 +196,15 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D]
     if causal and padding is None and not a["need_weights"]:  # elsewhere torch takes the mask
         mask = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-    bias: Any = 0  # added to the scores
-    if mask is not None:
-        bias = bias + _added(mask if mask.ndim == 2 else mask.view(b, -1, t, t), x)
-    if padding is not None:  # [B, T]
-        bias = bias + _added(padding[:, None, None, :], x)
-    weights = ((q / math.sqrt(q.shape[-1])) @ k.mT + bias).softmax(-1) if a["need_weights"] else None
-    if weights is None:
-        mixed = F.scaled_dot_product_attention(q, k, v, bias if isinstance(bias, Tensor) else None)
-    else:
-        mixed = weights @ v
-    output = F.linear(mixed.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"]).transpose(0, 1)
-    return output, weights.mean(1) if weights is not None and a["average_attn_weights"] else weights
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """Return what a mask adds to the scores: itself, or minus infinity where a boolean one is true."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+    masks = [] if mask is None else [mask if mask.ndim == 2 else mask.view(b, -1, t, t)]
+    masks += [] if padding is None else [padding[:, None, None, :]]
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+    for each in masks:
+        scores = scores.masked_fill(each, -math.inf) if each.dtype == torch.bool else scores + each
+    weights = scores.softmax(-1)
+    output = F.linear((weights @ v).transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
+    shown = weights.mean(1) if a["average_attn_weights"] else weights
+    return output.transpose(0, 1), shown if a["need_weights"] else None
 
 
 _READERS: dict[Any, Callable[..., Call | None]] = {

@@ -12,7 +12,6 @@ from coin.core.batches import Batch, size_of
 from coin.errors import DataError, StateError
 from coin.statistics.intercept import Interceptor, leaves
 from coin.statistics.rules import Call, Totals
-from coin.statistics.rules.attention import over_batch
 from coin.statistics.sums import sum_type
 
 
@@ -173,5 +172,21 @@ class _RuledCall(Function):
         if g is None:
             return (None,) * 5
         needs_input = ctx.needs_input_grad[1]
-        found = over_batch(g, lambda each: ctx.tape.contract(ctx.call, each, needs_input))
+        found = _OverBatch.apply(g, lambda each: ctx.tape.contract(ctx.call, each, needs_input))  # type: ignore[no-untyped-call]
         return None, found if needs_input else None, None, None, None
+
+
+class _OverBatch(Function):
+    """A function [V, …] → [V, …] of a gradient, over all V that `torch.vmap` batches; V = 1 if it does not."""
+
+    @staticmethod
+    def forward(g: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(g[None])[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing: there are no second derivatives."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, g: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        return function(g.movedim(in_dims[0], 0)), 0

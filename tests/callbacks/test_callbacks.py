@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgre
 
 from coin.callbacks import ExpertExport, FisherEstimator, StepProgress, Weights
 from coin.errors import ConfigurationError, DataError, FileError
-from coin.files.safetensors import load_provenance
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
 from coin.networks import load_network, read_weights
@@ -64,10 +63,10 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(
         generator=torch.Generator().manual_seed(2 * 100_003) if kind == "monte_carlo" else None,
         **options,
     )
-    assert statistic.values.keys() == wanted.keys()
-    assert all(torch.equal(statistic.values[name], value) for name, value in wanted.items())
-    assert (statistic.samples, statistic.passes) == (20, 20 * (1 + 2 * cotangents))
-    made = load_provenance(path)
+    assert statistic.keys() == wanted.keys()
+    assert all(torch.equal(statistic[name], value) for name, value in wanted.items())
+    made = statistic.provenance
+    assert (made["samples"], made["passes"]) == (20, 20 * (1 + 2 * cotangents))
     assert (made["kind"], made["data"]) == (kind, "own")
     with pytest.raises(FileError, match="expected gram"):
         open_statistic(path, statistic="gram")
@@ -86,7 +85,8 @@ def test_best_takes_the_best_checkpoint_for_both_files_and_leaves_the_module_as_
     assert mark != fingerprint(expert.network.state_dict())
     exported = load_network(tmp_path / "run" / "expert.safetensors")
     assert fingerprint(exported.network.state_dict()) == mark
-    assert open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark).samples == 8
+    statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
+    assert statistic.provenance["samples"] == 8
 
 
 class Started(Callback):

@@ -102,7 +102,7 @@ def test_a_head_alone_may_have_a_rate_of_its_own_and_has_a_fisher_of_all_paramet
     options = {"trainable": ["head"], "head_lr": 0.03, "lr_scheduler": None}
     expert, _, trainer = trained([FisherEstimator(samples_per_task=8)], **options)
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.03]
-    fisher = open_statistic(tmp_path / "run/expert.fisher.safetensors", statistic="fisher").values
+    fisher = open_statistic(tmp_path / "run/expert.fisher.safetensors", statistic="fisher")
     assert fisher.keys() == dict(expert.network.named_parameters()).keys()
     assert {name for name, each in expert.network.named_parameters() if each.requires_grad} == HEAD
     with pytest.raises(ConfigurationError, match=r"found head_lr=0\.1 and a head that is not trained; add 'head'"):

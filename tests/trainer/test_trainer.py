@@ -34,9 +34,9 @@ def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, 
     make_trainer().fisher(expert, synthetic(seed=3), samples_per_task=11)
     mark = fingerprint(build_network(expert.config, 3, seed=4).state_dict())
     statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
-    assert_same(statistic.values, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
-    assert (statistic.samples, statistic.passes) == (11, 11 * 7)
-    made = statistic.values.provenance
+    assert_same(statistic, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
+    assert (statistic.provenance["samples"], statistic.provenance["passes"]) == (11, 11 * 7)
+    made = statistic.provenance
     assert (made["kind"], made["data"], made["seed"]) == ("exact", "own", 3)
 
 
@@ -46,9 +46,9 @@ def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
     make_trainer().fisher(expert, tasks, samples_per_task=9)
     statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher")
     wanted = fisher_of(expert.network, Tasks(tasks.tasks, samples_per_task=9, seed=6).calibration())
-    assert_same(statistic.values, wanted)
-    assert statistic.samples == 18
-    assert (statistic.values.provenance["data"], statistic.values.provenance["seed"]) == ("pooled", 6)
+    assert_same(statistic, wanted)
+    assert statistic.provenance["samples"] == 18
+    assert (statistic.provenance["data"], statistic.provenance["seed"]) == ("pooled", 6)
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical", "categorical"])
@@ -71,8 +71,8 @@ def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer
             statistic="fisher",
             weights=fingerprint(network.state_dict()),
         )
-        assert_same(statistic.values, wanted)
-        assert statistic.values.provenance["kind"] == kind
+        assert_same(statistic, wanted)
+        assert statistic.provenance["kind"] == kind
 
 
 @pytest.mark.parametrize("options", [{"kind": "exact"}, {"mc_samples": 2}])

@@ -1,10 +1,11 @@
 """The rule for parameters that are multiplied with or added to activations: scales, shifts and normalisations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -18,23 +19,31 @@ class ElementwiseCall(Call):
     """y = x̂ · weight + bias, or x + weight, with the parameters broadcast over x [N, …].
 
     weight += Σ_nv (Σ_t g x̂)² and bias += Σ_nv (Σ_t g)², where t runs over all that the parameter was broadcast over
-    within a sample. x̂ comes from the input, never from dividing the output by the weight, which may be zero.
+    within a sample. x̂ is x, less a mean and times a factor in a BatchNorm: never the output divided by the weight,
+    which may be zero.
     """
 
     shape: tuple[int, ...]  # in which both are broadcast over x[n]
-    normalised: Callable[[Tensor], Tensor] | None  # x → x̂, in the type of sums; None if the weight is added
-    pull_back: Callable[[Tensor, Tensor, Tensor], Tensor]  # (g, weight, x) → the cotangents of x
+    added: bool = False  # whether the weight is added
+    statistics: tuple[Tensor, Tensor] | None = None  # a BatchNorm's mean and factor
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.reads_input = self.normalised is not None
+        self.reads_input = not self.added
+
+    def normalised(self) -> Tensor:
+        """Return x̂, in the type of sums."""
+        x = self.inputs
+        if self.statistics is not None:
+            x = (x - self.statistics[0]) * self.statistics[1]
+        return x.to(sum_type(x))
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         inner = g.shape[2:]
         shape = (1,) * (len(inner) - len(self.shape)) + self.shape
         over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
-        factor = None if self.normalised is None or "weight" not in totals else self.normalised(self.inputs)
+        factor = None if self.added or "weight" not in totals else self.normalised()
         for block in torch.split(g, max(1, BLOCK // g[0].numel())):
             for role, total in totals.items():
                 local = block if role == "bias" or factor is None else block * factor
@@ -43,20 +52,31 @@ class ElementwiseCall(Call):
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        return self.pull_back(g, weight.view(self.shape), self.inputs)
+        factor = weight.view(self.shape)
+        if self.statistics is not None:
+            factor = factor * self.statistics[1]
+        return g if self.added else g * factor
 
 
 # What follows returns the call of a function of the same arguments; None stands for a form that has no rule.
 
 
-def multiply(input: Any, other: Any) -> Call | None:
+def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
     """Read `torch.mul`."""
-    return _broadcast(input, other, lambda x: x, lambda g, weight, x: g * weight)
+    weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
+    if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+        return None
+    if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
+        return None
+    aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
+    if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
+        return None
+    return ElementwiseCall(x, weight, None, aligned[1:], added)
 
 
 def add(input: Any, other: Any) -> Call | None:
     """Read `torch.add`."""
-    return _broadcast(input, other, None, lambda g, weight, x: g)
+    return multiply(input, other, added=True)
 
 
 def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
@@ -66,18 +86,6 @@ def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
     return add(weight.detach().expand(*(sizes if size is None else size)), weight)
 
 
-def _broadcast(input: Any, other: Any, normalised: Any, pull_back: Any) -> Call | None:
-    weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
-    if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
-        return None
-    if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
-        return None
-    aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
-    if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
-        return None
-    return ElementwiseCall(x, weight, None, aligned[1:], normalised, pull_back)
-
-
 def batch_norm(
     input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
 ) -> Call | None:
@@ -85,42 +93,20 @@ def batch_norm(
     if options["training"] or running_mean is None or running_var is None or weight is None:
         return None
     shape = (input.shape[1], *(1 for _ in input.shape[2:]))
-    mean: Tensor = running_mean.view(shape)
-    factor = torch.rsqrt(running_var + options["eps"]).view(shape)
-    return ElementwiseCall(
-        input, weight, bias, shape, lambda x: ((x - mean) * factor).to(sum_type(x)), lambda g, w, x: g * (w * factor)
-    )
+    statistics = running_mean.view(shape), torch.rsqrt(running_var + options["eps"]).view(shape)
+    return ElementwiseCall(input, weight, bias, shape, statistics=statistics)
 
 
 def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Call | None:
-    """Read `torch.nn.functional.layer_norm`."""
+    """Read `torch.nn.functional.layer_norm`: what it makes of the input without parameters is the call's input."""
     if weight is None or input.ndim <= len(shape):
         return None
-    return _slice_norm(input, (*input.shape[: -len(shape)], weight.numel()), weight, bias, eps, tuple(weight.shape))
+    return ElementwiseCall(F.layer_norm(input, shape, None, None, eps), weight, bias, tuple(weight.shape))
 
 
 def group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Call | None:
-    """Read `torch.nn.functional.group_norm`."""
+    """Read `torch.nn.functional.group_norm`, as a `layer_norm`."""
     if weight is None:
         return None
     shape = (input.shape[1], *(1 for _ in input.shape[2:]))
-    return _slice_norm(input, (len(input), num_groups, input[0].numel() // num_groups), weight, bias, eps, shape)
-
-
-def _slice_norm(x: Tensor, slices: tuple[int, ...], weight: Tensor, bias: Any, eps: float, shape: Any) -> Call:
-    """Return the call of a normalisation of every slice, the last dimension of x in the shape `slices` [N, …, M]."""
-
-    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x̂ and what it was scaled with, in slices."""
-        rows = x.reshape(slices)
-        variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
-        factor = torch.rsqrt(variance + eps)
-        return (rows - mean) * factor, factor
-
-    def pull_back(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        hat, factor = parts(x)
-        inner = (g * weight).reshape(len(g), *slices)
-        along = (inner * hat).mean(-1, keepdim=True)
-        return ((inner - inner.mean(-1, keepdim=True) - hat * along) * factor).reshape(g.shape)
-
-    return ElementwiseCall(x, weight, bias, shape, lambda x: parts(x.to(sum_type(x)))[0].view(x.shape), pull_back)
+    return ElementwiseCall(F.group_norm(input, num_groups, None, None, eps), weight, bias, shape)
