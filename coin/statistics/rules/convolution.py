@@ -1,7 +1,7 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
 from dataclasses import dataclass, field
-from itertools import product
+from functools import lru_cache
 from math import prod
 from typing import ClassVar
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
-
-_FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
 
 
 @dataclass(frozen=True)
@@ -51,24 +49,13 @@ class Geometry:
             met = met * n + at.clamp(0, n - 1)
         return met, inside
 
-    def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
-        """Return each tap that meets an image of this size: its flat index, slices of output and of input positions."""
-        output = self.output_size(size)
-        axes = []
-        for n, out, k, s, p, d in zip(size, output, self.kernel, self.stride, self.padding, self.dilation, strict=True):
-            axis = []
-            for tap in range(k):
-                offset = tap * d - p
-                low = max(0, -(offset // s))  # the first output position with position·s + offset ≥ 0
-                high = min(out, (n - 1 - offset) // s + 1)
-                if low < high:
-                    start = low * s + offset
-                    axis.append((tap, slice(low, high), slice(start, start + (high - low - 1) * s + 1, s)))
-            axes.append(axis)
-        return [
-            (sum(tap * prod(self.kernel[d + 1 :]) for d, tap in enumerate(taps)), outputs, inputs)
-            for taps, outputs, inputs in (zip(*met, strict=True) for met in product(*axes))
-        ]
+
+@lru_cache(maxsize=256)
+def taps_of(geometry: Geometry, size: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return by tap the output's places, row by row, at which it meets an image, and the image's that it meets."""
+    places = torch.arange(prod(geometry.output_size(size)), device=device)
+    taps = zip(*(each.T for each in geometry.met(places, size)), strict=True)
+    return [(places[inside], met[inside]) for met, inside in taps]
 
 
 @dataclass(eq=False)
@@ -93,9 +80,9 @@ class ConvolutionCall(LinearCall):
         one_position = prod(geometry.output_size(size)) == 1
         if geometry.groups == 1 and (one_position or (pointwise and max(geometry.stride) > 1)):
             # One product for each tap, as no two meet: several times faster than the library's kernel.
-            rows, by_place = folded.movedim(1, -1), gradient.zero_().movedim(1, -1)
-            for index, _, places in geometry.taps(size):
-                by_place[(slice(None), *places)] = rows @ weight.flatten(2)[..., index]
+            rows, by_place = folded.flatten(2).mT, gradient.zero_().flatten(2).mT
+            for tap, (places, met) in enumerate(taps_of(geometry, size, g.device)):
+                by_place[:, met] = rows[:, places] @ weight.flatten(2)[..., tap]
         else:
             folded = folded.contiguous(memory_format=order)
             gradient = torch.ops.aten.convolution_backward(
@@ -121,34 +108,26 @@ class ConvolutionCall(LinearCall):
 
     @override
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
-        size = tuple(self.inputs.shape[2:])
-        output = self.geometry.output_size(size)
-        grid = torch.arange(prod(output), device=total.device).view(output)
-        rows = self.inputs.movedim(1, -1).to(total.dtype).contiguous()
+        size, rows = tuple(self.inputs.shape[2:]), self.inputs.flatten(2).mT.to(total.dtype)
+        count = prod(self.geometry.output_size(size))
         by_tap = total.view(*total.shape[:2], prod(self.geometry.kernel), -1)
-        for index, outputs, inputs in self.geometry.taps(size):
-            a = rows[(slice(None), *inputs)].flatten(1, -2)
-            met = grid[outputs].flatten()
+        for tap, (places, met) in enumerate(taps_of(self.geometry, size, total.device)):
             met_pairs = pairs
-            if len(met) < grid.numel():
-                first, second = (met[places] for places in position_pairs(len(met), met.device)[:2])
-                met_pairs = pairs.index_select(1, first * (2 * grid.numel() - 1 - first) // 2 + second)
-            add_gram(by_tap[:, :, index], met_pairs, a)
+            if len(places) < count:
+                first, second = (places[at] for at in position_pairs(len(places), total.device)[:2])
+                met_pairs = pairs.index_select(1, first * (2 * count - 1 - first) // 2 + second)
+            add_gram(by_tap[:, :, tap], met_pairs, rows[:, met])
 
 
 @dataclass(eq=False)
 class DepthwiseCall(ConvolutionCall):
     """A convolution of each channel by itself, W [C, 1, *kernel].
 
-    One matrix product a channel and sample, of all cotangents with the input at all taps; on few positions, where the
-    matrices are tiny, one product a tap.
+    One matrix product a channel and sample, of all cotangents with the input at all taps.
     """
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
-        if rows.shape[2] < _FEW:
-            self._add_by_tap(g, rows, weight)
-            return
         channels, by_channel, dims = len(weight), self.matrices(weight)[:, 0], weight.ndim - 2
         order = 0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims)
         for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), g.shape[1] // rows.shape[1])):
@@ -157,13 +136,3 @@ class DepthwiseCall(ConvolutionCall):
             for block in torch.split(rows[:, n], max(1, BLOCK // rows[0, n].numel())):
                 cotangents = block.reshape(-1, channels).t().contiguous().view(channels, len(block), -1)
                 by_channel.add_(torch.bmm(cotangents, shifted.mT).square_().sum(1))
-
-    def _add_by_tap(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
-        maps = rows.contiguous().view(*g.shape[:2], *g.shape[3:], g.shape[2])  # [V, B·k, *output, C]
-        inputs = self.inputs.movedim(1, -1).to(g.dtype)
-        by_tap = weight.view(len(weight), -1)
-        for index, outputs, places in self.geometry.taps(tuple(self.inputs.shape[2:])):
-            a = inputs[(slice(None), *places)].contiguous()
-            for block in torch.split(maps[(slice(None), slice(None), *outputs)], max(1, BLOCK // a.numel())):
-                sums = (block * a).view(len(block), rows.shape[1], -1, a.shape[-1]).sum(2)
-                by_tap[:, index] += sums.square_().sum((0, 1))
