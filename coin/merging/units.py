@@ -17,7 +17,7 @@ from coin.errors import StateError
 from coin.files.tensors import State, weighted_sum
 from coin.networks.batchnorm import folded
 from coin.networks.compressed import Rounding
-from coin.statistics.guard import differentiable, evaluating
+from coin.statistics.guard import check_apart, differentiable, evaluating
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall
@@ -88,6 +88,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     parameters = floating_parameters(network)
     two, three = (Tape(parameters) for _ in range(2))
     with evaluating(network), differentiable(parameters.values()):
+        check_apart(network, as_input(inputs, network))
         for tape, count in ((two, 2), (three, 3)):
             output = tape.run(network, as_input(take(inputs, torch.arange(count) % size_of(inputs)), network))
         if two.weights != three.weights:

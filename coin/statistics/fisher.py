@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core import batches as cuts
 from coin.core.batches import Batch, Forward, size_of, take
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, make_cotangents
-from coin.statistics.guard import differentiable, evaluating, trainable
+from coin.statistics.guard import check_apart, differentiable, evaluating, trainable
 from coin.statistics.memory import DEFAULT_MEMORY_MIB, PassLayout, choose_cut, find_layout
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
@@ -132,43 +131,24 @@ class _Pass:
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
-        known = self._layouts.get(key)
-        layout = known or find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
-        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.options.mc_samples or 1}
-        number = fewer.get(self.options.kind, len(layout.logits))
-        samples, chunk = choose_cut(layout, number, self.options.memory_mib, next(iter(self._parameters.values())))
+        if key not in self._layouts:
+            check_apart(self.network, inputs)
+            self._layouts[key] = find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
+        layout, options = self._layouts[key], self.options
+        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: options.mc_samples or 1}
+        number = fewer.get(options.kind, layout.outputs)
+        samples, chunk = choose_cut(layout, number, options.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
-        rows, general = None, set(self._parameters)
-        if not layout.mixes:
-            arranged = cuts.channels_last(piece) if layout.channels_last else piece
-            tape = Tape(self._parameters, layout.rows)
-            output = tape.run(self.network, arranged)
-            if known is None:
-                layout = replace(layout, mixes=self._mixes(output, layout.logits, arranged))
-                self._layouts[key] = layout
-            if not layout.mixes:
-                rows = self._cotangents(output, 0)
-                general = self._add_by_rules(tape, output, rows, chunk)
-            del tape, output
+        tape = Tape(self._parameters, layout.rows)
+        output = tape.run(self.network, cuts.channels_last(piece) if layout.channels_last else piece)
+        labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
+        k, generator = options.mc_samples, self.generator
+        rows = make_cotangents(options.kind, output.detach(), labels=labels, mc_samples=k, generator=generator)
+        general = self._add_by_rules(tape, output, rows, chunk)
+        del tape, output
         if general:
             self._add_one_by_one(piece, rows, general)
         return size_of(piece)
-
-    def _mixes(self, output: Tensor, alone: Tensor, inputs: Batch) -> bool:
-        """Say whether outputs [B, C] depend on neighbours: the first is not `alone`, or the ends are not."""
-        rounding = torch.finfo(output.dtype).eps ** 0.5 * alone.abs().amax()
-        with torch.no_grad():
-            ends = torch.tensor([len(output) - 1, 0][: len(output)])
-            apart = self.network(take(inputs, ends))
-        # Outputs that overflow tell nothing, and end in the sums.
-        return bool(((output[0] - alone).abs() > rounding).any() or ((output[ends] - apart).abs() > rounding).any())
-
-    def _cotangents(self, output: Tensor, start: int) -> Tensor:
-        """Return the cotangents [V, b, C] at the output [b, C] of samples from `start` after those counted."""
-        first = self.count + start
-        labels = None if self.labels is None else self.labels[first : first + len(output)]
-        kind, k = self.options.kind, self.options.mc_samples
-        return make_cotangents(kind, output.detach(), labels=labels, mc_samples=k, generator=self.generator)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""
@@ -184,25 +164,17 @@ class _Pass:
                 self._passes += 2 * len(piece) * len(output)
         return general
 
-    def _add_one_by_one(self, samples: Batch, rows: Tensor | None, names: Collection[str]) -> None:
-        """Add every sample's squares for some parameters, by a backward pass for each of its cotangents.
-
-        These are `rows` [V, b, C]; if None, as of a network that mixes samples, those at a sample's output on its own.
-        """
+    def _add_one_by_one(self, samples: Batch, rows: Tensor, names: Collection[str]) -> None:
+        """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [V, b, C]."""
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
-        # In PyTorch 2.13 on CPUs the backward pass of `torch.nn.functional.batch_norm` in eval mode is wrong for a
-        # batch of one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``: with a copy it is not.
-        in_pairs = rows is not None and any(isinstance(module, _BatchNorm) for module in self.network.modules())
         for n, sample in enumerate(cuts.samples_of(samples)):
-            logits = self.network(cuts.joined([sample, sample]) if in_pairs else sample)
-            own = self._cotangents(logits, n) if rows is None else rows[:, n : n + 1]
-            own = torch.cat([own, torch.zeros_like(own)], 1) if in_pairs else own
-            self._passes += len(logits)
-            for cotangent in own if logits.requires_grad else ():
+            logits = self.network(sample)
+            self._passes += 1
+            for cotangent in rows[:, n : n + 1] if logits.requires_grad else ():
                 gradients = torch.autograd.grad(
                     logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
                 )
-                self._passes += 2 * len(logits)
+                self._passes += 2
                 for name, gradient in zip(chosen, gradients, strict=True):
                     if gradient is not None:
                         gradient = gradient.to(self._totals[name].dtype)

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import clear_caches
-from coin.errors import ConfigurationError
+from coin.core.batches import Batch, clear_caches, samples_of, take
+from coin.errors import ConfigurationError, StateError
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,6 +26,17 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
         found = f"parameter '{complex_ones[0]}' is complex, expected real ones"
         raise ConfigurationError(f"{found}; hold its parts as a real tensor, or leave it out by requires_grad_(False)")
     return parameters
+
+
+def check_apart(network: nn.Module, inputs: Batch) -> None:
+    """Raise StateError where the outputs [B, C] depend on what else is in the batch, as of the first samples."""
+    few = take(inputs, slice(0, 3))
+    with torch.no_grad():
+        together, alone = network(few), torch.cat([network(sample) for sample in samples_of(few)])
+    # Outputs that overflow tell nothing, and are refused where they are used.
+    if bool(((together - alone).abs() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().amax()).any()):
+        found = f"{type(network).__name__} gives a sample other outputs beside others than alone"
+        raise StateError(f"{found}; take out what mixes samples, such as BatchNorms without running statistics")
 
 
 @contextmanager
@@ -71,6 +83,12 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
         clear_caches(network)
 
 
+def _copy_of_one(module: nn.Module, inputs: object, output: Tensor) -> None:
+    """Have a BatchNorm's gradient copied for a batch of one: PyTorch 2.13 is wrong on CPUs if that comes transposed."""
+    if output.requires_grad and len(output) == 1:
+        output.register_hook(Tensor.contiguous)
+
+
 @contextmanager
 def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
@@ -80,6 +98,8 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    norms = [module for module in network.modules() if gradients and isinstance(module, _BatchNorm)]
+    hooks = [module.register_forward_hook(_copy_of_one) for module in norms]
     fast = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:
@@ -94,6 +114,8 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         ):
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         changed = [(buffer != old).any().to(device) for buffer, old in buffers]
         # The device is waited for once, not for every buffer.

@@ -29,9 +29,8 @@ class PassLayout:
     rows: Mapping[str, int] | None
     activations: int  # floats per sample in the inputs of all ruled calls together
     widest: int  # floats per sample in the largest of those inputs
-    logits: Tensor  # the output [C] for the first of these samples, on its own
+    outputs: int
     channels_last: bool  # in memory, if the network takes such images: then convolutions are faster
-    mixes: bool = False  # whether a sample's output depends on its neighbours in the batch: then it runs alone
 
 
 def find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> PassLayout:
@@ -61,7 +60,7 @@ def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch,
             raise
         rows, tape.sorts = {}, False
     sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(two)) // 2]
-    return PassLayout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
+    return PassLayout(None if tape.sorts else rows, sum(sizes), max(sizes), output.shape[1], last)
 
 
 def choose_cut(layout: PassLayout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
