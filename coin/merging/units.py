@@ -26,7 +26,7 @@ from coin.statistics.solvers import fit_affine
 from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
-PROBES = 17  # forward-equivalents of the search: of two samples, and of three with two backward passes
+PROBES = 23  # forward-equivalents of the search: three samples alone and at once, two, three with two backward passes
 SAME_CALLS = "give experts that make the same calls whatever their inputs"
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once
 
@@ -88,12 +88,12 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     parameters = floating_parameters(network)
     two, three = (Tape(parameters) for _ in range(2))
     with evaluating(network), differentiable(parameters.values()):
-        check_apart(network, as_input(inputs, network))
         for tape, count in ((two, 2), (three, 3)):
             output = tape.run(network, as_input(take(inputs, torch.arange(count) % size_of(inputs)), network))
         if two.weights != three.weights:
             found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
             raise StateError(f"{found}; {SAME_CALLS}")
+        check_apart(network, as_input(inputs, network))
         general = three.shared(output) | _misplaced(three, output)
     leading = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]

@@ -21,20 +21,12 @@ from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
 """(call, role → trainable parameter's name, the function itself) → the output to use, or None."""
 
-# Functions that make places of values.
-_CHOOSING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
-_CHOOSING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
-_CHOOSING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
-_CHOOSING |= {"trunc", "numpy"}
-# Those by which values can decide where a row goes; those that work in place have the same names.
-_SORTING = _CHOOSING | {"repeat_interleave", "gather", "take", "take_along_dim", "put", "index_select", "index_add"}
-_SORTING |= {"index_copy", "index_put", "index_fill", "masked_select", "masked_scatter", "scatter", "scatter_add"}
-_SORTING |= {"scatter_reduce"}
-# Those by which activations can decide, and so send a row elsewhere in another network.
-_DECIDING = _CHOOSING | {"eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-# Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing.
-_COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type", "type_as", "sum", "cumsum"}
-_COUNTING |= {"mul", "__mul__", "__rmul__", "multiply", "einsum", "matmul", "__matmul__"}
+# Functions by which values can decide where a row goes; those that work in place have the same names.
+_DECIDING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
+_DECIDING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
+_DECIDING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
+_DECIDING |= {"trunc", "numpy", "eq", "ne", "lt", "le", "gt", "ge"}
+_DECIDING |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 _FOLLOWED = "_coin_followed"  # an attribute of tensors that are made of parameters
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
@@ -43,8 +35,8 @@ class Interceptor(TorchFunctionMode):
     """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
 
     Functions are watched and not modules, so that a module's weight that is used without its forward (Swin's
-    attention) is treated by what is computed. `sorts` says whether values decided where a row goes, as in a mixture of
-    experts; `reads`, if `follow`, how many functions read what a node of autograd's graph made, detached or not.
+    attention) is treated by what is computed. If `follow`, `sorts` says whether values may decide where a row goes, as
+    in a mixture of experts, and `reads` how many functions read what a node of autograd's graph made, detached or not.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, *, follow: bool = False) -> None:
@@ -61,8 +53,11 @@ class Interceptor(TorchFunctionMode):
             return self._call(func, args, options)
         given = tensors_in((args, options))
         followed = any(hasattr(each, _FOLLOWED) for each in given)
-        # Of parameters, detached or not: what is decided by them may differ between networks.
-        self._decided = self._decided or (followed and _is_in(_DECIDING, func))
+        name = getattr(func, "__name__", "")
+        if name in _DECIDING or name.removesuffix("_") in _DECIDING:
+            self.sorts = True
+            # Of parameters, detached or not: what is decided by them may differ between networks.
+            self._decided = self._decided or followed
         result = self._call(func, args, options)
         made = tensors_in(result)
         self.reads.update(each.grad_fn for each in given if made)
@@ -79,7 +74,6 @@ class Interceptor(TorchFunctionMode):
             with self:  # the projections inside are calls like any other
                 output = _self_attention(args, options)
         else:
-            self.sorts = self.sorts or _sorts(func, args)
             call = None
             with suppress(TypeError):  # called in a form that the reader does not know
                 call = _READERS[func](*args, **options) if func in _READERS else None
@@ -91,21 +85,6 @@ class Interceptor(TorchFunctionMode):
                     call.decided = self._decided
                     output = self._visit(call, names, lambda: func(*args, **options))
         return func(*args, **options) if output is None else output
-
-
-def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name in ("__getitem__", "__setitem__") and not isinstance(args[0], nn.Parameter):
-        places = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(place, Tensor | list) for place in places)
-    if name in _COUNTING:
-        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args)
-    return _is_in(_SORTING, func)
-
-
-def _is_in(names: set[str], func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in names or name.removesuffix("_") in names
 
 
 def leaves(output: Tensor) -> set[int]:

@@ -307,11 +307,12 @@ class Masked(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.head, self.padded, self.weights, self.causal = nn.Linear(4, CLASSES), padded, weights, causal
         self.register_buffer("mask", mask)
+        self.later = torch.arange(5) > 0
         nn.init.normal_(self.attention.in_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 5, 4]
         mask = self.mask if self.mask.ndim == 2 else self.mask.repeat(len(x), 1, 1)
-        padding = (x[..., 0] > 1) & (torch.arange(5) > 0) if self.padded else None
+        padding = (x[..., 0] - 1).relu().bool() & self.later if self.padded else None
         y, weights = self.attention(
             x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=self.weights, is_causal=self.causal
         )
