@@ -86,7 +86,7 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 def _copy_of_one(module: nn.Module, inputs: object, output: Tensor) -> None:
     """Have a BatchNorm's gradient copied for a batch of one: PyTorch 2.13 is wrong on CPUs if that comes transposed."""
     if output.requires_grad and len(output) == 1:
-        output.register_hook(Tensor.contiguous)
+        output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
