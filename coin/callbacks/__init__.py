@@ -18,7 +18,7 @@ from coin.errors import ConfigurationError, NumericalError
 from coin.files.atomic import hashes
 from coin.files.tensors import not_finite
 from coin.networks import NetworkConfig, fill_network, save_network, without_frozen
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, check_shares, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, reduce_sums, shard
 from coin.statistics.files import save_statistic
 from coin.statistics.statistic import StatisticKind, statistic_sums
 
@@ -126,7 +126,6 @@ def estimate_statistic(
     The seed is of random cotangents and of the samples; `provenance` is further metadata of the file.
     """
     rank, world = trainer.global_rank, trainer.world_size
-    check_shares(calibration.num_samples, world)
     started = time.perf_counter()
     share = calibration.subset(shard(calibration.num_samples, rank, world))
     labels = share.labels if options is not None and options.kind is FisherKind.empirical else None
@@ -174,7 +173,7 @@ class FisherEstimator(FileOfTrained):
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
-        check_shares(self.options.samples_per_task, trainer.world_size)
+        shard(self.options.samples_per_task, trainer.global_rank, trainer.world_size)
         super().on_fit_start(trainer, pl_module)
         data.calibration(self.options.samples_per_task)
 

@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -94,7 +93,11 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
             found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
             raise StateError(f"{found}; {SAME_CALLS}")
         check_apart(network, as_input(inputs, network))
-        general = three.shared(output) | _misplaced(three, output)
+        general = three.shared(output)
+        try:
+            general |= three.misplaced(output, unseen=True)
+        except RuntimeError:  # a function that has no backward pass
+            general |= parameters.keys()
     leading = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]
     units: list[Unit] = []
@@ -116,14 +119,6 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
             units.append(unit)
     largest = max((max(call.inputs.numel(), call.made.numel()) for call in calls), default=1)
     return Trace(units, three.weights, max(1, _ALIVE * largest // 3))
-
-
-def _misplaced(tape: Tape, output: Tensor) -> set[str]:
-    """Return the parameters at whose calls row r is not of sample r // k."""
-    for batched in (True, False):
-        with suppress(RuntimeError):  # a function that cannot batch its backward pass, or has none of this kind
-            return tape.misplaced(output, unseen=True, batched=batched)
-    return {name for call in tape.calls for name in call.names.values()}
 
 
 def _unit(call: Call, size: int) -> Unit:

@@ -12,7 +12,6 @@ from coin.statistics.memory import DEFAULT_MEMORY_MIB as DEFAULT_MEMORY_MIB
 from coin.statistics.sums import (
     TRANSPOSED as TRANSPOSED,
     Sums as Sums,
-    check_shares as check_shares,
     reduce_sums as reduce_sums,
     shard as shard,
 )

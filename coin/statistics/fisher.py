@@ -38,11 +38,10 @@ class FisherOptions:
         object.__setattr__(self, "kind", parse_enum(FisherKind, "kind", self.kind))
         check_integer("memory_mib", self.memory_mib, 1)
         check_integer("samples_per_task", self.samples_per_task, 1)
-        if self.mc_samples is not None:
-            check_integer("mc_samples", self.mc_samples, 1)
-            if self.kind is not FisherKind.monte_carlo:
-                found = f"found mc_samples={self.mc_samples} for the {self.kind} Fisher"
-                raise ConfigurationError(f"{found}; only monte_carlo takes a number")
+        check_integer("mc_samples", 1 if self.mc_samples is None else self.mc_samples, 1)
+        if self.mc_samples is not None and self.kind is not FisherKind.monte_carlo:
+            found = f"found mc_samples={self.mc_samples} for the {self.kind} Fisher"
+            raise ConfigurationError(f"{found}; only monte_carlo takes a number")
 
 
 def fisher_sums(
@@ -72,12 +71,16 @@ def fisher_sums(
 
     Raises ConfigurationError for options that do not belong together or nothing to differentiate by; DataError where
     there are no samples, the output is not [B, C], labels do not fit or a batch holds no tensors; StateError where the
-    network changes in place what a gradient needs.
+    outputs depend on a sample's neighbours in the batch.
     """
     fisher = _Pass(cuts.adapted(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
     for batch in batches:
-        fisher.add(batch, progress)
-    return fisher.sums()
+        fisher.add(batch, progress or (lambda done: None))
+    if fisher.count == 0:
+        raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
+    if labels is not None and len(labels) != fisher.count:
+        raise DataError(f"found {len(labels)} labels for {fisher.count} samples, expected one each, in their order")
+    return Sums({name: total.contiguous() for name, total in fisher.totals.items()}, fisher.count, fisher.passes)
 
 
 def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) -> dict[str, Tensor]:
@@ -103,11 +106,11 @@ class _Pass:
         self.network, self.options, self.labels, self.generator = network, options, labels, generator
         self._parameters = trainable(network)
         with torch.inference_mode(False):
-            self._totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
+            self.totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
         self._layouts: dict[tuple[object, ...], PassLayout] = {}
-        self.count, self._passes = 0, 0.0
+        self.count, self.passes = 0, 0.0
 
-    def add(self, batch: Any, progress: Callable[[int], None] | None = None) -> None:
+    def add(self, batch: Any, progress: Callable[[int], None]) -> None:
         """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = cuts.as_input(batch, self.network)
@@ -116,17 +119,7 @@ class _Pass:
                 done = self._add_cut(inputs, start)
                 start += done
                 self.count += done
-                if progress is not None:
-                    progress(done)
-
-    def sums(self) -> Sums:
-        """Return the sums, in float32 at least; DataError where there were none, or another number of labels."""
-        if self.count == 0:
-            raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
-        if self.labels is not None and len(self.labels) != self.count:
-            found = f"found {len(self.labels)} labels for {self.count} samples"
-            raise DataError(f"{found}, expected one each, in their order")
-        return Sums({name: total.contiguous() for name, total in self._totals.items()}, self.count, self._passes)
+                progress(done)
 
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
@@ -152,16 +145,16 @@ class _Pass:
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""
-        self._passes += len(output)
+        self.passes += len(output)
         general = tape.shared(output)
         if tape.rows is None and tape.calls:
             general |= tape.misplaced(output, unseen=False)
-            self._passes += 2 * tape.cotangents * len(output)
-        tape.close(self._totals, general)
+            self.passes += 2 * tape.repetitions * len(output)
+        tape.close(self.totals, general)
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
             if tape.backward(output, piece, last=start + len(piece) == len(rows)):
-                self._passes += 2 * len(piece) * len(output)
+                self.passes += 2 * len(piece) * len(output)
         return general
 
     def _add_one_by_one(self, samples: Batch, rows: Tensor, names: Collection[str]) -> None:
@@ -169,16 +162,16 @@ class _Pass:
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
         for n, sample in enumerate(cuts.samples_of(samples)):
             logits = self.network(sample)
-            self._passes += 1
+            self.passes += 1
             for cotangent in rows[:, n : n + 1] if logits.requires_grad else ():
                 gradients = torch.autograd.grad(
                     logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
                 )
-                self._passes += 2
+                self.passes += 2
                 for name, gradient in zip(chosen, gradients, strict=True):
                     if gradient is not None:
-                        gradient = gradient.to(self._totals[name].dtype)
-                        self._totals[name].addcmul_(gradient, gradient)
+                        gradient = gradient.to(self.totals[name].dtype)
+                        self.totals[name].addcmul_(gradient, gradient)
 
 
 def _accumulator(parameter: Tensor) -> Tensor:

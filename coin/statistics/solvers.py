@@ -21,7 +21,7 @@ def damped(gram: Tensor, ridges: Tensor) -> Tensor:
 def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
 
-    Raises NumericalError, which names the layer, where the damped matrix ``[G, K, K]`` is as good as singular.
+    Raises NumericalError, which names the layer, where the damped matrix is as good as singular.
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.

@@ -51,8 +51,7 @@ def sum_type(tensor: Tensor) -> torch.dtype:
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
-    The processes first agree on the tensors, of which one may lack some: experts of a mixture that no sample came to.
-    Then all travel as one float64 vector in a single reduction, on the device that the backend needs.
+    All travel as one float64 vector. A process may lack tensors: experts of a mixture that no sample came to.
     """
     if process_count() == 1:
         return sums
@@ -70,15 +69,9 @@ def reduce_sums(sums: Sums) -> Sums:
     return Sums(dict(zip(whole.values, totals, strict=True)), round(float(numbers[0])), float(numbers[1]))
 
 
-def check_shares(samples: int, world: int) -> None:
-    """Raise ConfigurationError where there are fewer samples than processes, each of which must have some."""
-    if samples < world:
-        found = f"found {samples} calibration samples for {world} processes, expected at least one each"
-        raise ConfigurationError(f"{found}; raise the number of samples or take fewer devices")
-
-
 def shard(n: int, rank: int, world: int) -> range:
-    """Return the indices of the samples that process `rank` of `world` takes: every sample once, none twice."""
-    if not 0 <= rank < world:
-        raise ConfigurationError(f"found rank {rank} of {world} processes, expected 0 ≤ rank < {world}")
+    """Return the indices of the samples that process `rank` of `world` takes: every sample once, one each at least."""
+    if n < world:
+        found = f"found {n} calibration samples for {world} processes, expected at least one each"
+        raise ConfigurationError(f"{found}; raise the number of samples or take fewer devices")
     return range(rank, n, world)

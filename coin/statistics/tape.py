@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from coin.core.batches import Batch, size_of
-from coin.errors import DataError, StateError
+from coin.errors import DataError
 from coin.statistics.intercept import Interceptor, leaves
 from coin.statistics.rules import Call, Totals
 from coin.statistics.sums import sum_type
@@ -36,15 +36,11 @@ class Tape:
         self.sorts = False  # whether values may decide where a row goes
         self.cotangents, self._last = 1, True  # V of the backward pass that is running, and whether it is the last
         self._kept: dict[Call, dict[str, Tensor]] = {}
-        self._scales: Tensor | None = None
-        self._placed: dict[Call, bool] = {}
-        self._arrived: dict[Call, list[Tensor]] = {}
+        self._arrived: dict[Call, list[Tensor]] | None = None  # the cotangents, while rows are being told apart
+        self._unseen = False
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
-        """Return the network's output [B, C] for samples [B, …], with the ruled calls recorded.
-
-        Raises DataError for another output, and StateError where a ruled call's input was changed in place.
-        """
+        """Record the ruled calls for samples [B, …]; return the output [B, C], a DataError for another."""
         self._samples = size_of(inputs)
         with Interceptor(self._parameters, self._visit, follow=self.rows is None) as interceptor:
             output: Tensor = network(inputs)
@@ -54,9 +50,6 @@ class Tape:
         reads = {id(node): times for node, times in interceptor.reads.items()}
         for call in self.calls:
             call.readers = reads.get(call.node, 0)
-            if call.reads_input and call.inputs._version != call.version:
-                found = f"the input of the layer with '{next(iter(call.names.values()))}' is modified in place"
-                raise StateError(f"{found} after its use, but its gradient needs it; set inplace=False there")
         return output
 
     def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
@@ -66,7 +59,7 @@ class Tape:
             return None
         source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
         result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
-        call.names, call.version, call.made = names, source._version, result.shape
+        call.names, call.made = names, result.shape
         call.source, call.node = id(source.grad_fn), id(result.grad_fn)
         self.calls.append(call)
         return result
@@ -78,7 +71,7 @@ class Tape:
         outside = {name for name, parameter in self._parameters.items() if id(parameter) in reached}
         return outside | {name for name in times if times[name] > 1}
 
-    def misplaced(self, output: Tensor, *, unseen: bool, batched: bool = True) -> set[str]:
+    def misplaced(self, output: Tensor, *, unseen: bool) -> set[str]:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each; the graph is kept.
 
         A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
@@ -86,23 +79,21 @@ class Tape:
         numbers in base 4 tells all samples apart. A row at which no gradient arrives has no share in the squares.
 
         If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to be trusted for other
-        samples too; a weight of zero that hides the gradient is looked behind. `batched` runs the repetitions at once.
+        samples too; a weight of zero that hides the gradient is looked behind.
         """
         numbers = torch.arange(self._samples, device=output.device)
         scales = [torch.ones_like(numbers)]
         while 4 ** (len(scales) - 1) < self._samples:
             scales.append(2 ** (numbers // 4 ** (len(scales) - 1) % 4))
-        self._scales, self._unseen = torch.stack(scales).to(output.dtype), unseen
-        self._placed, self._arrived = {}, {}
+        self._arrived, self._unseen, self.repetitions = {}, unseen, len(scales)
         # Any cotangent does that no symmetry of the outputs cancels.
         cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
-        scaled = self._scales[..., None] * cotangent
-        for piece in [scaled] if batched else scaled[:, None]:
-            self.backward(output, piece, last=False, batched=batched)
-        for call, pieces in self._arrived.items():
-            self._placed[call] = self._is_placed(self._scales, torch.cat(pieces))
-        self._scales = None
-        return {n for call in self.calls if not self._placed.get(call, not unseen) for n in call.names.values()}
+        for scale in scales:
+            self.backward(output, (scale[:, None] * cotangent)[None], last=False, batched=False)
+        by, arrived = torch.stack(scales).to(output.dtype), self._arrived
+        placed = {call: self._is_placed(by, torch.cat(pieces)) for call, pieces in arrived.items()}
+        self._arrived = None
+        return {name for call in self.calls if not placed.get(call, not unseen) for name in call.names.values()}
 
     def close(self, totals: Totals, general: Collection[str]) -> None:
         """Have the rules add to the totals, by parameter, in the passes that follow, but for those `general`."""
@@ -126,11 +117,8 @@ class Tape:
         """Let a call's rule see the cotangents [V, N, …] of its output; return its input's, if asked, else anything."""
         if len(g) < self.cotangents:  # not batched: the same for every v
             g = g.expand(self.cotangents, *g.shape[1:])
-        if self._scales is not None:
-            if len(g) == len(self._scales):
-                self._placed[call] = self._is_placed(self._scales, g)
-            else:
-                self._arrived.setdefault(call, []).append(g)
+        if self._arrived is not None:
+            self._arrived.setdefault(call, []).append(g)
         elif totals := self._kept.get(call):
             call.accumulate(g.to(sum_type(g)), self._samples, totals)
             if self._last:
@@ -138,7 +126,7 @@ class Tape:
         if not needs_input:
             return g
         gradient = call.input_gradient(g, call.weight)
-        if self._scales is not None and self._unseen and not bool(gradient.any()):
+        if self._arrived is not None and self._unseen and not bool(gradient.any()):
             gradient = call.input_gradient(g, torch.where(call.weight == 0, 1, call.weight))
         return gradient
 
@@ -163,6 +151,8 @@ class _RuledCall(Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.tape = call, tape
+        if call.reads_input:
+            ctx.save_for_backward(source)  # of which torch says whether it was changed in place
         output = function()
         # No view may be changed in place, and an expanded parameter must not be.
         return output.clone() if output._base is call.weight else output.data
@@ -171,7 +161,7 @@ class _RuledCall(Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 5
-        needs_input = ctx.needs_input_grad[1]
+        needs_input, _ = ctx.needs_input_grad[1], ctx.saved_tensors
         found = _OverBatch.apply(g, lambda each: ctx.tape.contract(ctx.call, each, needs_input))  # type: ignore[no-untyped-call]
         return None, found if needs_input else None, None, None, None
 

@@ -26,7 +26,6 @@ class Call(ABC):
         reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
         decided: Whether activations had decided something before it, which may differ between networks.
         names: Role → the trainable parameter's name; set by a `Tape`, as is what follows.
-        version: The input's, which tells of changes in place.
         made: The output's shape.
         source, node: The nodes in autograd's graph whose output the input is, and that of this call, by id.
         readers: How many functions read the output.
@@ -39,7 +38,7 @@ class Call(ABC):
     def __post_init__(self) -> None:
         self.roles = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
         self.reads_input = self.weight.requires_grad
-        self.decided, self.names, self.version, self.made = False, dict[str, str](), 0, torch.Size()
+        self.decided, self.names, self.made = False, dict[str, str](), torch.Size()
         self.source = self.node = self.readers = 0
 
     @abstractmethod
