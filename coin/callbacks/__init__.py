@@ -173,7 +173,7 @@ class FisherEstimator(FileOfTrained):
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
-        shard(self.options.samples_per_task, trainer.global_rank, trainer.world_size)
+        shard(self.options.samples_per_task, 0, trainer.world_size)
         super().on_fit_start(trainer, pl_module)
         data.calibration(self.options.samples_per_task)
 

@@ -224,7 +224,7 @@ class _Plan:
         calibration = self.of.calibration
         data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
         plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
-        return which.name + ("" if which == plain else "".join(f"-{part}" for part in which.options.values()))
+        return which.name + ("" if which == plain else "".join(f"-{part}" for part in (which.kind, which.data) if part))
 
 
 def _link(place: Path, target: Path) -> bool:

@@ -32,13 +32,9 @@ class FisherKind(StrEnum):
 
 
 def make_cotangents(
-    kind: FisherKind,
-    logits: Tensor,
-    *,
-    labels: Tensor | None = None,
-    mc_samples: int | None = None,
+    kind: FisherKind, logits: Tensor, *, labels: Tensor | None = None, mc_samples: int | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
     exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
@@ -65,9 +61,7 @@ def make_cotangents(
 def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:
     """Draw one sample's cotangents [k, C]; one draw per sample, so that batch sizes do not change the numbers."""
     if number > classes:
-        raise ConfigurationError(
-            f"found mc_samples={number} for {classes} classes, expected at most {classes}; take fewer"
-        )
+        raise ConfigurationError(f"found mc_samples={number}, expected at most {classes}, one a class")
     device = "cpu" if generator is None else generator.device
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
     # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.

@@ -1,10 +1,7 @@
 """Statistics as safetensors files with their weights' fingerprint, data and sample count as metadata.
 
-Other programs can read them: `safetensors.torch.load_file` gives the tensors, and the file's metadata have one JSON
-value under ``coin`` (``statistic``, ``kind``, ``task``, ``data``, ``samples``, ``passes``, ``seconds``, and
-``weights``, the fingerprint of the network's tensors). A Fisher holds the mean over the samples of the squared
-derivatives of the kind's outputs by every parameter; a Gram file for the weight of every linear map the mean of
-Σ_positions a aᵀ, [G, K, K], of its inputs (`coin.statistics.gram_sums`).
+Other programs can read them: the metadata have one JSON value under ``coin`` (``statistic``, ``kind``, ``task``,
+``data``, ``samples``, ``passes``, ``seconds``, and ``weights``, the fingerprint of the network's tensors).
 """
 
 from collections.abc import Mapping
@@ -57,12 +54,8 @@ def save_statistic(
 ) -> None:  # fmt: skip
     """Write a network's Fisher diagonal or Gram matrices, with the fingerprint of the weights that they are of.
 
-    Args:
-        path: The file, safetensors.
-        values: What `fisher_diagonal` or ``gram_sums(…).mean()`` returns, the mean over samples by name; or sums.
-        network: The network, with the weights that it had then.
-        kind: Which Fisher it is; nothing of Gram matrices.
-        **provenance: Further JSON values of the file's metadata.
+    `values` are what `fisher_diagonal` or ``gram_sums(…).mean()`` returns, the mean over samples by name, or sums; of
+    a Fisher of this kind. `provenance` is further JSON values of the file's metadata.
 
     Raises StateError where a tensor fits no parameter of the network, a number is not finite, or a Fisher negative;
     FileError where the file cannot be written.
@@ -98,8 +91,7 @@ def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
     parameters, fisher = dict(network.named_parameters(remove_duplicate=False)), True
     for name, tensor in state.items():
         if (own := parameters.get(name.removesuffix(TRANSPOSED))) is None:
-            found = f"the statistic has a tensor '{name}', which {type(network).__name__} has not"
-            raise StateError(f"{found}; give its own")
+            raise StateError(f"the statistic has a tensor '{name}', which {type(network).__name__} has not; give its")
         is_like = name in parameters and own.shape == tensor.shape
         if not is_like and (tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]):
             expected = f"expected {list(own.shape)} of a Fisher, or [G, K, K] of Gram matrices"

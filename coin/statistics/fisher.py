@@ -1,6 +1,7 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +14,24 @@ from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, make_cotangents
 from coin.statistics.guard import check_apart, differentiable, evaluating, trainable
-from coin.statistics.memory import DEFAULT_MEMORY_MIB, PassLayout, choose_cut, find_layout
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
+
+DEFAULT_MEMORY_MIB = 1024  # the default of memory_mib: a Fisher pass's peak beyond the network and the accumulators
+_GRADIENTS = 6  # tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes
+_KEPT = 2  # floats kept for the backward pass per float of a ruled call's input: itself, and as much between calls
+_ENOUGH_BYTES = 48 << 20  # of the widest layer's cotangents on CPUs: fewer read the weights too often (ResNets, 32×32)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The layout of a pass over samples of one shape: applicable rules and memory per sample."""
+
+    rows: Mapping[str, int] | None  # as of `Tape`, by the parameters that a rule may answer for; None: seen every time
+    activations: int  # floats per sample in the inputs of all ruled calls together
+    widest: int  # floats per sample in the largest of those inputs
+    outputs: int
+    channels_last: bool  # in memory, if the network takes such images: then convolutions are faster
 
 
 @dataclass(frozen=True)
@@ -45,16 +61,10 @@ class FisherOptions:
 
 
 def fisher_sums(
-    network: nn.Module,
-    batches: Iterable[Any],
-    options: FisherOptions | None = None,
-    *,
-    labels: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    progress: Callable[[int], None] | None = None,
-    forward: Forward | None = None,
-    **choices: Any,
-) -> Sums:
+    network: nn.Module, batches: Iterable[Any], options: FisherOptions | None = None, *, labels: Tensor | None = None,
+    generator: torch.Generator | None = None, progress: Callable[[int], None] | None = None,
+    forward: Forward | None = None, **choices: Any,
+) -> Sums:  # fmt: skip
     """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
 
     If none does, as in a network that was frozen after its training, it is of all of them.
@@ -84,7 +94,7 @@ def fisher_sums(
 
 
 def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) -> dict[str, Tensor]:
-    """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; by the same arguments.
+    """Return the mean over samples of what `fisher_sums` adds up, by the same arguments.
 
     >>> coin.fisher_diagonal(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"]
     tensor([[ 5., 10.]])
@@ -107,7 +117,7 @@ class _Pass:
         self._parameters = trainable(network)
         with torch.inference_mode(False):
             self.totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
-        self._layouts: dict[tuple[object, ...], PassLayout] = {}
+        self._layouts: dict[tuple[object, ...], _Layout] = {}
         self.count, self.passes = 0, 0.0
 
     def add(self, batch: Any, progress: Callable[[int], None]) -> None:
@@ -126,11 +136,11 @@ class _Pass:
         key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
         if key not in self._layouts:
             check_apart(self.network, inputs)
-            self._layouts[key] = find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
+            self._layouts[key] = _find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
         layout, options = self._layouts[key], self.options
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: options.mc_samples or 1}
         number = fewer.get(options.kind, layout.outputs)
-        samples, chunk = choose_cut(layout, number, options.memory_mib, next(iter(self._parameters.values())))
+        samples, chunk = _choose_cut(layout, number, options.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
         tape = Tape(self._parameters, layout.rows)
         output = tape.run(self.network, cuts.channels_last(piece) if layout.channels_last else piece)
@@ -160,13 +170,12 @@ class _Pass:
     def _add_one_by_one(self, samples: Batch, rows: Tensor, names: Collection[str]) -> None:
         """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [V, b, C]."""
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
+        wanted = list(chosen.values())
         for n, sample in enumerate(cuts.samples_of(samples)):
             logits = self.network(sample)
             self.passes += 1
             for cotangent in rows[:, n : n + 1] if logits.requires_grad else ():
-                gradients = torch.autograd.grad(
-                    logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
-                )
+                gradients = torch.autograd.grad(logits, wanted, cotangent, retain_graph=True, allow_unused=True)
                 self.passes += 2
                 for name, gradient in zip(chosen, gradients, strict=True):
                     if gradient is not None:
@@ -180,3 +189,48 @@ def _accumulator(parameter: Tensor) -> Tensor:
         return parameter.new_zeros(parameter.shape, dtype=sum_type(parameter))
     shape = (parameter.shape[0], *parameter.shape[2:], parameter.shape[1])
     return parameter.new_zeros(shape, dtype=sum_type(parameter)).movedim(-1, 1)
+
+
+def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> _Layout:
+    """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape."""
+    two = cuts.joined([sample, sample])
+    if any(tensor.ndim == 4 for tensor in cuts.tensors_in(two)):
+        with suppress(RuntimeError):  # a view of its activations, or a backward pass, may hold in the usual order alone
+            return _layout_of(network, parameters, cuts.channels_last(two), last=True)
+    return _layout_of(network, parameters, two, last=False)
+
+
+def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, last: bool) -> _Layout:
+    """Return the layout found on two copies of a sample, in the order of memory that they are in."""
+    tape = Tape(parameters)
+    output = tape.run(network, two)
+    rows: dict[str, int] = {}
+    try:
+        untrusted = tape.misplaced(output, unseen=True) | tape.shared(output)
+        for call in tape.calls:
+            if untrusted.isdisjoint(call.names.values()):
+                rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
+        tape.backward(output, torch.ones_like(output)[None], last=True)  # which has to be batched
+    except RuntimeError:
+        if last:
+            raise
+        rows, tape.sorts = {}, False
+    sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(map(torch.numel, cuts.tensors_in(two))) // 2]
+    return _Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output.shape[1], last)
+
+
+def _choose_cut(layout: _Layout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
+    """Choose how many samples b and cotangents v go through a pass together; one each at least.
+
+    The estimate is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V cotangents stay together as long as
+    one sample fits, since the Gram rule gains from them. `like` is a parameter.
+    """
+    kept = layout.activations * _KEPT * like.element_size()
+    widest = layout.widest * sum_type(like).itemsize
+    available = memory_mib << 20
+    samples = available // (kept + cotangents * widest * _GRADIENTS)
+    if samples < 1:
+        return 1, max(1, min(cotangents, (available - kept) // (widest * _GRADIENTS)))
+    if like.device.type == "cpu":
+        samples = min(samples, max(1, _ENOUGH_BYTES // (cotangents * widest)))
+    return samples, cotangents

@@ -21,28 +21,18 @@ _BLOCK = 1 << 24  # floats of unfolded patches formed at a time
 
 
 def gram_sums(
-    network: nn.Module,
-    batches: Iterable[Any],
-    *,
-    progress: Callable[[int], None] | None = None,
+    network: nn.Module, batches: Iterable[Any], *, progress: Callable[[int], None] | None = None,
     forward: Forward | None = None,
-) -> Sums:
+) -> Sums:  # fmt: skip
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
-    Trainable is what requires gradients, or everything if nothing does. Linear maps are calls of linear, convolutions,
-    addmm, and matmul by a matrix, and the projections of self-attention. a is the input that the map multiplies at a
+    Trainable is what requires gradients, or everything if nothing does. a is the input that the map multiplies at a
     position, in the order of ``weight.flatten(1)`` (for a convolution: the im2col patch of one group, zeros where it
     meets the padding), with a last entry 1 if the map has a trainable bias, named as the weight is.
 
-    Args:
-        network: Maps [B, …] to any output; run in eval mode and left as found.
-        batches: Input batches [B, …], or pairs of inputs and labels, whose labels are not looked at.
-        progress: Called with the number of samples after every batch.
-        forward: (network, batch) → output, for other calls than with one tensor; batches may then be mappings too.
-
-    Returns the sums by the weights' names, [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias.
-    A weight [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`. Raises ConfigurationError
-    if there are no parameters, DataError for a batch of anything but tensors.
+    Arguments and errors are as of `fisher_sums`. Returns the sums by the weights' names, [G, K, K] with G groups and
+    K = C_in/G · kernel entries, plus 1 for a bias; a weight [in, out], which multiplies as x @ W, by its name and
+    `TRANSPOSED`.
 
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
@@ -97,15 +87,13 @@ def linear_maps(network: nn.Module) -> list[str]:
 
     Those ``[K, C_out]`` of Hugging Face's Conv1D end in `TRANSPOSED`. What several modules hold is left out.
     """
-    modules = [(name, module) for name, module in network.named_modules() if module._parameters]
-    uses = Counter(id(parameter) for _, module in modules for parameter in module._parameters.values())
+    uses = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
     found = []
-    for name, module in modules:
-        turned = type(module).__name__ == "Conv1D"
+    for prefix, module in network.named_modules():
+        turned, packed = type(module).__name__ == "Conv1D", isinstance(module, nn.MultiheadAttention)
         plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(module, "groups", 1) == 1
-        packed = isinstance(module, nn.MultiheadAttention)
-        for key, weight in module._parameters.items():
-            wanted = key.endswith("proj_weight") if packed else key == "weight" and (plain or turned)
-            if wanted and weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
-                found.append(f"{name}.{key}".lstrip(".") + (TRANSPOSED if turned else ""))
+        for key, weight in module.named_parameters(prefix, recurse=False):
+            wanted = key.endswith("proj_weight") if packed else key.endswith("weight") and (plain or turned)
+            if wanted and weight.is_floating_point() and uses[id(weight)] == 1:
+                found.append(key + (TRANSPOSED if turned else ""))
     return found

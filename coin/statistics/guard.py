@@ -1,7 +1,7 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,10 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
     parameters = {name: p for name, p in every.items() if p.requires_grad} or every
     if not parameters:
-        found = f"found no floating-point parameters in {type(network).__name__}, expected at least one"
-        raise ConfigurationError(f"{found}; give a network that has weights")
+        raise ConfigurationError(f"found no floating-point parameters in {type(network).__name__}, expected some")
     if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
         found = f"parameter '{complex_ones[0]}' is complex, expected real ones"
-        raise ConfigurationError(f"{found}; hold its parts as a real tensor, or leave it out by requires_grad_(False)")
+        raise ConfigurationError(f"{found}; leave it out by requires_grad_(False)")
     return parameters
 
 
@@ -33,7 +32,6 @@ def check_apart(network: nn.Module, inputs: Batch) -> None:
     few = take(inputs, slice(0, 3))
     with torch.no_grad():
         together, alone = network(few), torch.cat([network(sample) for sample in samples_of(few)])
-    # Outputs that overflow tell nothing, and are refused where they are used.
     if bool(((together - alone).abs() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().amax()).any()):
         found = f"{type(network).__name__} gives a sample other outputs beside others than alone"
         raise StateError(f"{found}; take out what mixes samples, such as BatchNorms without running statistics")
@@ -99,12 +97,12 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     norms = [module for module in network.modules() if gradients and isinstance(module, _BatchNorm)]
-    hooks = [module.register_forward_hook(_copy_of_one) for module in norms]
     fast = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with (
+            ExitStack() as hooks,
             eval_mode(network),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
@@ -112,10 +110,10 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext(),
             disable_tf32(),
         ):
+            for norm in norms:
+                hooks.enter_context(norm.register_forward_hook(_copy_of_one))
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         changed = [(buffer != old).any().to(device) for buffer, old in buffers]
         # The device is waited for once, not for every buffer.

@@ -56,8 +56,7 @@ class Interceptor(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _DECIDING or name.removesuffix("_") in _DECIDING:
             self.sorts = True
-            # Of parameters, detached or not: what is decided by them may differ between networks.
-            self._decided = self._decided or followed
+            self._decided = self._decided or followed  # by parameters, which differ between networks
         result = self._call(func, args, options)
         made = tensors_in(result)
         self.reads.update(each.grad_fn for each in given if made)

@@ -37,19 +37,13 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
 
 
 def fit_affine(
-    inputs: Tensor,
-    residuals: Tensor,
-    shares: Tensor,
-    ridge: float,
-    *,
-    intercept: bool = True,
+    inputs: Tensor, residuals: Tensor, shares: Tensor, ridge: float, *, intercept: bool = True,
     change: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. All is done in the rows' type; where λ is lost in that beside
-    the largest eigenvalue, the matrix is factored in float64.
+    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A; in the rows' type, or where λ is lost in that in float64.
 
     Args:
         inputs: a [G, n, K].
@@ -109,9 +103,8 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
     where = "a layer's inputs on calibration data are"
     if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
         raise NumericalError(f"{where} so large that squares overflow; check the experts")
-    root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
-    if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
-        root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
-    if bool(failed.any()):
-        raise NumericalError(f"{where} too nearly dependent for this ridge; give a larger ridge")
-    return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)
+    for each in (gram, gram.double()):  # in which a ridge is not lost beside the largest eigenvalue
+        root, failed = torch.linalg.cholesky_ex(damped(each, ridges))
+        if not bool(failed.any()):
+            return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)
+    raise NumericalError(f"{where} too nearly dependent for this ridge; give a larger ridge")

@@ -32,8 +32,7 @@ class DataChoice(StrEnum):
     """Each expert's on its own task's samples: the merge then minimises Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖²."""
 
     pooled = "pooled"
-    """Each expert's on all tasks' samples: then it is Σ_i β_i E_x‖f_θ − f_i‖², which up to a constant is the coding
-    objective E_x‖f_θ − Σ_i β_i f_i‖²."""
+    """Each expert's on all tasks' samples: then it is E_x‖f_θ − Σ_i β_i f_i‖², up to a constant."""
 
     auto = "auto"
     """Both, and the merge with the smaller error of decoded answers on held-out calibration samples."""
@@ -53,24 +52,13 @@ class Statistic:
     kind: FisherKind | None = None
 
     def __str__(self) -> str:
-        return f"{'Gram matrices' if self.kind is None else 'Fisher'} ({', '.join(self.options.values())})"
-
-    @property
-    def options(self) -> dict[str, str]:
-        """Its distinguishing options."""
-        return ({} if self.kind is None else {"kind": str(self.kind)}) | {"data": str(self.data)}
+        return f"Gram matrices ({self.data})" if self.kind is None else f"Fisher ({self.kind}, {self.data})"
 
 
 def statistic_sums(
-    network: nn.Module,
-    batches: Iterable[Any],
-    options: FisherOptions | None,
-    *,
-    labels: Tensor | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> Sums:
+    network: nn.Module, batches: Iterable[Any], options: FisherOptions | None, *, labels: Tensor | None = None,
+    seed: int = 0, rank: int = 0, progress: Callable[[int], None] | None = None,
+) -> Sums:  # fmt: skip
     """Return the sums of a network's Fisher, or without options of its Gram matrices, over this process's samples.
 
     Monte Carlo's random cotangents depend on the seed and on this process's rank; the rest is as of `fisher_sums`.

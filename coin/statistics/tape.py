@@ -33,11 +33,10 @@ class Tape:
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
         self.calls: list[Call] = []  # the ruled ones
         self.weights: list[str] = []  # the names of those of all calls, ruled or not
-        self.sorts = False  # whether values may decide where a row goes
         self.cotangents, self._last = 1, True  # V of the backward pass that is running, and whether it is the last
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._arrived: dict[Call, list[Tensor]] | None = None  # the cotangents, while rows are being told apart
-        self._unseen = False
+        self._unseen, self.sorts = False, False  # `sorts`: whether values may decide where a row goes
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Record the ruled calls for samples [B, …]; return the output [B, C], a DataError for another."""
@@ -68,18 +67,15 @@ class Tape:
         """Return the parameters that are not used by one ruled call alone, in the graph behind the output."""
         times = Counter(name for call in self.calls for name in call.names.values())
         reached = leaves(output)
-        outside = {name for name, parameter in self._parameters.items() if id(parameter) in reached}
-        return outside | {name for name in times if times[name] > 1}
+        return {name for name, parameter in self._parameters.items() if id(parameter) in reached or times[name] > 1}
 
     def misplaced(self, output: Tensor, *, unseen: bool) -> set[str]:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each; the graph is kept.
 
         A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
         touches: at every row exactly the scale of its sample must arrive. One repetition for each digit of the samples'
-        numbers in base 4 tells all samples apart. A row at which no gradient arrives has no share in the squares.
-
-        If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to be trusted for other
-        samples too; a weight of zero that hides the gradient is looked behind.
+        numbers in base 4 tells all samples apart. A row without a gradient has no share in the squares; if `unseen`, a
+        call without any counts as misplaced, since other samples may have some, and a weight of zero is looked behind.
         """
         numbers = torch.arange(self._samples, device=output.device)
         scales = [torch.ones_like(numbers)]

@@ -51,7 +51,7 @@ def test_a_merge_takes_them(network: nn.Module, tmp_path: Path) -> None:
 def test_what_is_no_statistic_of_the_network_is_refused(network: nn.Module, tmp_path: Path) -> None:
     path, fisher = tmp_path / "statistic", coin.fisher_diagonal(network, BATCHES)
     for values, message in (
-        ({**fisher, "tail": torch.ones(2)}, "has a tensor 'tail', which Sequential has not; give its own"),
+        ({**fisher, "tail": torch.ones(2)}, "has a tensor 'tail', which Sequential has not"),
         (
             {**fisher, "2.bias": torch.ones(2)},
             r"'2\.bias' is \[2\], expected \[3\] of a Fisher, or \[G, K, K\] of Gram",

@@ -16,14 +16,12 @@ class Call(ABC):
     """One call of a function that has a layer rule, on B samples.
 
     V cotangents of the output arrive as g [V, N, …], in the totals' type and possibly in several chunks of V; a rule
-    adds what it can at once and the rest in `finish`. N is the leading dimension of input and output: B·k, with the k
-    rows of a sample lying together, as the windows of a windowed attention.
+    adds what it can at once and the rest in `finish`. N is B·k, with the k rows of a sample lying together.
 
     Attributes:
         inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
-        weight, bias: The tensors that the function takes in these roles.
         roles: Role → the tensor whose squared gradients are wanted.
-        reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
+        reads_input: Whether the backward pass needs the input's values.
         decided: Whether activations had decided something before it, which may differ between networks.
         names: Role → the trainable parameter's name; set by a `Tape`, as is what follows.
         made: The output's shape.

@@ -1,4 +1,7 @@
-"""The rule for parameters that are multiplied with or added to activations: scales, shifts and normalisations."""
+"""The rule for parameters that are multiplied with or added to activations: scales, shifts and normalisations.
+
+The functions return the call of one of torch's from its arguments; None stands for a form that has no rule.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +22,7 @@ class ElementwiseCall(Call):
     """y = x̂ · weight + bias, or x + weight, with the parameters broadcast over x [N, …].
 
     weight += Σ_nv (Σ_t g x̂)² and bias += Σ_nv (Σ_t g)², where t runs over all that the parameter was broadcast over
-    within a sample. x̂ is x, less a mean and times a factor in a BatchNorm: never the output divided by the weight,
-    which may be zero.
+    within a sample. x̂ is x, in a BatchNorm less its mean and times a factor.
     """
 
     shape: tuple[int, ...]  # in which both are broadcast over x[n]
@@ -34,8 +36,7 @@ class ElementwiseCall(Call):
     def normalised(self) -> Tensor:
         """Return x̂, in the type of sums."""
         x = self.inputs
-        if self.statistics is not None:
-            x = (x - self.statistics[0]) * self.statistics[1]
+        x = x if self.statistics is None else (x - self.statistics[0]) * self.statistics[1]
         return x.to(sum_type(x))
 
     @override
@@ -53,12 +54,8 @@ class ElementwiseCall(Call):
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         factor = weight.view(self.shape)
-        if self.statistics is not None:
-            factor = factor * self.statistics[1]
+        factor = factor if self.statistics is None else factor * self.statistics[1]
         return g if self.added else g * factor
-
-
-# What follows returns the call of a function of the same arguments; None stands for a form that has no rule.
 
 
 def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
@@ -66,7 +63,7 @@ def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
     weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
     if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return None
-    if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
+    if weight.dtype != x.dtype or not weight.ndim <= x.ndim >= 2:
         return None
     aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
     if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):

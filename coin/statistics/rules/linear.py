@@ -22,8 +22,6 @@ class LinearCall(Call):
     The Gram rule for few positions, Σ_v (Σ_t g_vt a_t)² = Σ_{t≤t'} w_tt' a_t a_t' (Σ_v g_vt g_vt') with w = 1 on the
     diagonal and 2 off it, contracts the cotangents first and multiplies by the inputs at the end. With one position
     and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
-
-    The positions of this class are all but the last dimension of the input, a [N, …, I]; a subclass may say otherwise.
     """
 
     parameter: Tensor | None = None  # what W is a view of; itself if None
@@ -103,8 +101,8 @@ class EmbeddingCall(Call):
 
 def prefers_gram(positions: int, cotangents: int, columns: int) -> bool:
     """Say whether the Gram rule is the quicker one for T positions, V cotangents and W [O, K], as measured on CPUs."""
-    # Per output and sample the Gram rule multiplies K·T(T+1)/2 times inside a matrix product, and V·T(T+1)/2 times
-    # outside, each as long as 17 inside; the direct rule V·T·K times inside, and squares V·K numbers, as long as 8.
+    # The Gram rule multiplies K·T(T+1)/2 times inside a matrix product, and V·T(T+1)/2 times outside, each as long as
+    # 17 inside; the direct rule V·T·K times inside, and squares V·K numbers, as long as 8.
     pairs = positions * (positions + 1) // 2
     return positions == 1 or (17 * cotangents + columns) * pairs <= cotangents * columns * (positions + 8)
 
@@ -141,8 +139,7 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
 def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs [G, T, K] in a.
 
-    Small gradients are formed several at a time, and of large ones some outputs: squared while it is in a core's cache,
-    a gradient costs a third as much.
+    Gradients are formed in pieces that stay in a core's cache until they are squared: that costs a third as much.
     """
     groups, outputs, k = total.shape
     small = 2 * total.numel() <= CACHED or total.device.type != "cpu"  # elsewhere many small products cost more
