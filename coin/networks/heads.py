@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.core.batches import Batch, Network, clone, take
+from coin.core.batches import Batch, Network, clone, map_tensors, take
 from coin.errors import DataError, HeadError, NumericalError, StateError
 from coin.files.tensors import State
 
@@ -199,7 +199,8 @@ class Run(NamedTuple):
 
 
 def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
-    """Run a network once, with its penultimate features if they are wanted."""
+    """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
+    inputs = map_tensors(torch.clone, inputs)
     found, logits = features_and_logits(network, inputs) if features else (None, network(inputs))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from coin.core.batches import Batch, clear_caches, samples_of, take
 from coin.errors import ConfigurationError, StateError
@@ -65,15 +67,19 @@ def disable_tf32() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode, and restore every module's mode."""
+    """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode."""
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     modes = {module: module.training for module in network.modules()}
-    has_caches = any(type(module).train is not nn.Module.train for module in modes)
+
+    def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
+        clear_caches(network)
+        return tree_map_only(Tensor, torch.clone, (arguments, options))  # which the network may change in place
+
     try:
         for module in modes:
             module.training = False
         clear_caches(network)
-        with network.register_forward_pre_hook(lambda *_: clear_caches(network)) if has_caches else nullcontext():
+        with network.register_forward_pre_hook(prepare, with_kwargs=True):
             yield
     finally:
         for module, mode in modes.items():
