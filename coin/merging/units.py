@@ -1,7 +1,7 @@
 """The affine units of a network, its maps with the BatchNorms behind them: found by tracing, fitted by regression."""
 
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -27,6 +27,7 @@ from coin.statistics.tape import Tape
 
 PROBES = 23  # forward-equivalents of the search: three samples alone and at once, two, three with two backward passes
 SAME_CALLS = "give experts that make the same calls whatever their inputs"
+WIDEST = 5000  # unknowns up to which a matrix is rounded by its metric [K, K], whose inverse takes time as K³
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once
 
 
@@ -231,10 +232,13 @@ def fit_unit(
     inputs, entries = input_rows(call, len(shares), places)
     flat = (weight.T if turned else weight).reshape(len(inputs), -1, unit.unknowns)
 
-    def rounded(step: Tensor, metric: Tensor) -> Tensor:
+    def rounded(step: Tensor, metric: Callable[[], Tensor]) -> Tensor:
         assert rounding is not None
-        whole = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(unit.unknowns).to(metric)
-        whole[:, entries[:, None], entries] = metric
+        whole = None
+        if unit.unknowns <= WIDEST:
+            known = metric()
+            whole = known.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(unit.unknowns).to(known)
+            whole[:, entries[:, None], entries] = known
         return rounding.step(unit.weight, weight, _placed(step, entries, flat), whole, turned)[..., entries]
 
     outputs = inputs @ flat[..., entries].to(inputs).mT

@@ -266,10 +266,11 @@ class Rounding:
         self.rounded[name] = quantise((weight.double().cpu() - base).reshape(matrix_shape(base.shape)), self._bits)
         return self.weight(name)
 
-    def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor, turned: bool = False) -> Tensor:
+    def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
         """Round weight + step, and return the step to what it became.
 
-        The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K].
+        The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K];
+        without one it is rounded to the nearest.
         `turned` says that the weight is ΔW's transpose.
         """
         base = self._tensors[name].double()
@@ -283,8 +284,9 @@ class Rounding:
 
         now = grouped(weight.double().cpu() - base)
         wanted = now + step.cpu()
-        scale = quantise(flat(wanted), self._bits).scale
-        scales = grouped(scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
-        codes = round_columns(wanted, scales, self._bits, metric.cpu())
-        self.rounded[name] = Rounded(flat(codes), scale, self._bits)
+        self.rounded[name] = plain = quantise(flat(wanted), self._bits)
+        if metric is not None:
+            scales = grouped(plain.scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
+            codes = round_columns(wanted, scales, self._bits, metric.cpu())
+            self.rounded[name] = Rounded(flat(codes), plain.scale, self._bits)
         return (grouped(self.rounded[name].dense().reshape(base.shape)) - now).to(step)

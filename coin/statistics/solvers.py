@@ -38,7 +38,7 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
 
 def fit_affine(
     inputs: Tensor, residuals: Tensor, shares: Tensor, ridge: float, *, intercept: bool = True,
-    change: Callable[[Tensor, Tensor], Tensor] | None = None,
+    change: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
@@ -51,7 +51,7 @@ def fit_affine(
         shares: w [n].
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
-        change: Returns what ΔW becomes, given it and M = cov(a) + λI [G, K, K], by which a change E costs tr(E M Eᵀ).
+        change: Returns what ΔW becomes, given it and what makes M = cov(a) + λI [G, K, K]: a change E costs tr(E M Eᵀ).
 
     Returns ΔW [G, O, K] and Δb [G, O], in float64. Raises NumericalError where a row is not finite, or too large to be
     squared, or the ridge is too small.
@@ -69,11 +69,10 @@ def fit_affine(
     ridges = (ridge * scale).masked_fill(dead, 1)
     if is_dual:
         step = (_solve(gram, r, ridges, dead).mT @ a).double()
-        gram = _products(a) if change is not None else gram
     else:
         step = _solve(gram, a.mT @ r, ridges, dead).mT.double()
     if change is not None:
-        step = change(step, damped(gram.double(), ridges))
+        step = change(step, lambda: damped((_products(a) if is_dual else gram).double(), ridges))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
