@@ -140,6 +140,8 @@ class Method(ABC):
         return method
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def merge_networks(
     method: Method,
     networks: Sequence[nn.Module],

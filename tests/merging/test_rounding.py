@@ -94,6 +94,21 @@ def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
     assert torch.equal(found.get_parameter(name), before + nearest)
 
 
+def test_a_matrix_of_many_inputs_is_rounded_to_the_nearest_without_its_metric(monkeypatch):
+    """A layer of 9,216 inputs took 7.6 GB and 48 s where it takes 0.4 GB and 6 s."""
+    networks, tasks = kind_of("vit")
+    base, experts = base_of(networks), experts_of(networks, tasks)
+    method = Refit("own", RIDGE, head=False)
+    made = method.make(experts, ROW)
+    monkeypatch.setattr("coin.merging.units.WIDEST", 1)
+    monkeypatch.setattr("coin.networks.compressed.round_columns", None)  # is not called
+    found = method.pack(experts, ROW, made, base, Compression(3)).network()
+    name = "conv_proj.weight"  # of the first layer
+    fitted, before = (each.get_parameter(name).detach() for each in (made.network, base))
+    nearest = quantise((fitted - before).reshape(matrix_shape(fitted.shape)), 3).dense().reshape(fitted.shape)
+    torch.testing.assert_close(found.get_parameter(name).detach(), before + nearest)
+
+
 def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
     networks, tasks = kind_of("convolutions")
     method, experts = Refit("own", RIDGE, head=False), experts_of(networks, tasks)
