@@ -140,8 +140,6 @@ class Method(ABC):
         return method
 
 
-@torch.autocast("cuda", enabled=False)
-@torch.autocast("cpu", enabled=False)
 def merge_networks(
     method: Method,
     networks: Sequence[nn.Module],
@@ -172,9 +170,10 @@ def merge_networks(
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
     made, compressed, label = [], [], method.label
-    for row in code.matrix.tolist():
-        made.append(coded := method.make(experts, row))
-        compressed.append({f"{label}-{c.name}": method.pack(experts, row, coded, initial, c) for c in method.compress})
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        for row in code.matrix.tolist():
+            made.append(one := method.make(experts, row))
+            compressed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
     return Merged(made, experts.passes, time.perf_counter() - began, compressed)
 
 
