@@ -169,12 +169,12 @@ def merge_networks(
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
-    made, compressed, label = [], [], method.label
+    made, packed, label = [], [], method.label
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
             made.append(one := method.make(experts, row))
-            compressed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
-    return Merged(made, experts.passes, time.perf_counter() - began, compressed)
+            packed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
+    return Merged(made, experts.passes, time.perf_counter() - began, packed)
 
 
 def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
