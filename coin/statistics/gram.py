@@ -83,10 +83,7 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
 
 
 def linear_maps(network: nn.Module) -> list[str]:
-    """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
-
-    Those ``[K, C_out]`` of Hugging Face's Conv1D end in `TRANSPOSED`. What several modules hold is left out.
-    """
+    """Return the weights of fully connected layers and convolutions of one group; Conv1D's end in `TRANSPOSED`."""
     uses = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
     found = []
     for prefix, module in network.named_modules():

@@ -279,19 +279,16 @@ def test_what_is_frozen_in_one_expert_alone_is_averaged(method):
             assert (tensor - average[name]).abs().max() > 1e-6
 
 
-class Overwriting(nn.Sequential):
-    """Its first module writes over its input."""
-
-    def __init__(self, inplace=True):
-        super().__init__(nn.SiLU(inplace), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+def overwriting(inplace=True):
+    return nn.Sequential(nn.SiLU(inplace), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
 
 
 @pytest.mark.parametrize("method", [coin.Coin(), coin.RegMean(), coin.Refit("own")], ids=by_label)
 def test_inputs_that_a_network_writes_over_are_its_own(method):
     """The second expert read what the first had left: 11 % off; and so did the caller."""
     torch.manual_seed(0)
-    experts = [moved(Overwriting().double(), seed) for seed in range(2)]
-    plain = [Overwriting(inplace=False).double() for _ in experts]
+    experts = [moved(overwriting(), seed) for seed in range(2)]
+    plain = [overwriting(inplace=False) for _ in experts]
     for one, other in zip(plain, experts, strict=True):
         one.load_state_dict(other.state_dict())
     given = batches(4)

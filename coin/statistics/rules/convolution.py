@@ -121,10 +121,7 @@ class ConvolutionCall(LinearCall):
 
 @dataclass(eq=False)
 class DepthwiseCall(ConvolutionCall):
-    """A convolution of each channel by itself, W [C, 1, *kernel].
-
-    One matrix product a channel and sample, of all cotangents with the input at all taps.
-    """
+    """A convolution of each channel by itself, W [C, 1, *kernel]: one matrix product a channel and sample."""
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
