@@ -202,3 +202,8 @@ class StepProgress(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting."""
         self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal clean for what is printed next."""
+        if hasattr(self, "_bar"):
+            self._bar.close()

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
 from coin.core.batches import as_input
-from coin.core.progress import progress_bar
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
@@ -42,6 +42,8 @@ class DecodingEvaluator(LightningModule):
 
     Raises ConfigurationError where there is nothing to evaluate, FileError where a coded model is of other experts.
     """
+
+    progress = tqdm[Any](disable=True)  # what counts the samples, from outside
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class DecodingEvaluator(LightningModule):
             self.config.check_content(task.content)
         calibration, new = data.calibration(), data.promise()
         tests = sum(-(-len(task.splits.test) // self.trainer.world_size) for task in data.tasks.values())
-        self._bar = progress_bar("evaluation", tests + sum(each.num_samples for each in (calibration, new) if each))
+        self.progress.total = tests + sum(each.num_samples for each in (calibration, new) if each)
         first = as_input(next(iter(calibration)), self.experts[0])
         self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
         self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
@@ -115,7 +117,7 @@ class DecodingEvaluator(LightningModule):
         with self.trainer.precision_plugin.forward_context():  # as in the test
             for batch in calibration:
                 parts.append(self(batch.to(self.device)).cpu())
-                self._bar.update(parts[-1].num_samples)
+                self.progress.update(parts[-1].num_samples)
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -133,11 +135,10 @@ class DecodingEvaluator(LightningModule):
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
                 scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
-        self._bar.update(len(labels))
+        self.progress.update(len(labels))
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
-        self._bar.close()
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
             for metric in [*self.evaluation.metrics, *self.examples.values()]:
                 metric.to(self.device)

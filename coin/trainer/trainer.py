@@ -17,6 +17,7 @@ from coin.callbacks import StepProgress, estimate_statistic
 from coin.core.choices import parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import leave_processes_at_exit
+from coin.core.progress import progress_bar
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
@@ -138,7 +139,8 @@ class Trainer(pl.Trainer):
             found = f"found a {type(model).__name__} with data of {type(datamodule).__name__}"
             raise ConfigurationError(f"{found}, expected a DecodingEvaluator with Tasks; see configs/evaluate/")
         datamodule.resize(model.config.image_size)
-        self.test(model, datamodule=datamodule, verbose=False)
+        with progress_bar("evaluation") as model.progress:
+            self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             record_evaluation(model, datamodule, Path(self.default_root_dir), name, configuration, self.loggers)
         return model.outcomes

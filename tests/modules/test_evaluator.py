@@ -115,10 +115,9 @@ def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_
 
 
 def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
-    experts, write_coded, tasks, make_trainer, tmp_path, monkeypatch
+    experts, write_coded, tasks, make_trainer, tmp_path
 ):
-    bars, copies = [], [str(tmp_path / task) for task in experts]
-    monkeypatch.setattr("coin.modules.evaluator.progress_bar", lambda *of: bars.append(progress_bar(*of)) or bars[-1])
+    copies = [str(tmp_path / task) for task in experts]
     for path, copy in zip(experts.values(), copies, strict=True):
         compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
     paths = [*write_coded(PAIR, experts), *write_coded(PAIR, experts, label="other")]
@@ -126,12 +125,13 @@ def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
     calls = Counter()
     for network in [*evaluator.experts, *evaluator.coded, *evaluator.replica_networks]:
         network.register_forward_hook(lambda module, *_: calls.update([module]))
-    run(evaluator, tasks, make_trainer)
+    with progress_bar("evaluation") as evaluator.progress:
+        run(evaluator, tasks, make_trainer)
     tests = [len(task.test_dataloader()) for task in tasks.tasks.values()]
     assert (len(tasks.calibration()), tests) == (4, [3, 4, 5])
     assert list(calls.values()) == [4 + 3 + 4 + 5] * 7 + tests
     assert len(evaluator.variants) == 4
-    assert [(bar.n, bar.total) for bar in bars] == [(60 + 23 + 29 + 35, 60 + 23 + 29 + 35)]
+    assert evaluator.progress.n == evaluator.progress.total == 60 + 23 + 29 + 35
 
 
 def test_the_references_stand_on_any_code(write_experts, write_coded, synthetic, experts, tasks, make_trainer):
