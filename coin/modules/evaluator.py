@@ -43,7 +43,7 @@ class DecodingEvaluator(LightningModule):
     Raises ConfigurationError where there is nothing to evaluate, FileError where a coded model is of other experts.
     """
 
-    progress = tqdm[Any](disable=True)  # what counts the samples, from outside
+    progress: "tqdm[Any]" = tqdm(disable=True)  # what counts the samples, from outside
 
     def __init__(
         self,
