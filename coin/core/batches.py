@@ -28,7 +28,7 @@ def adapted(network: Network, forward: Forward | None) -> Network:
         return network
 
     def call(self: nn.Module, batch: Any) -> Tensor:
-        return forward(plain(copy.copy(self)), batch)
+        return forward(plain(copy.copy(self)), map_tensors(torch.clone, batch))  # which it may change
 
     shared = copy.copy(network)
     # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
@@ -44,8 +44,10 @@ def plain(network: Network) -> Network:
 
 def clone(network: Network, *, shared: bool = False) -> Network:
     """Return a copy of a network in the same modes, which shares all tensors with it or, by default, none."""
-    tensors = (*network.parameters(), *network.buffers()) if shared else ()
-    copied = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())} if shared else {}
+    # What a forward pass has left in attributes has a graph, which cannot be copied.
+    left = (tensor for module in network.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf)
+    copied = copy.deepcopy(network, memo | {id(tensor): tensor.detach() for tensor in left})
     clear_caches(copied)
     return copied
 
@@ -82,7 +84,7 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
     Raises DataError if it is neither a tensor nor, for an `adapted` network, a mapping of tensors of one length.
     """
     reads_any = "_call_impl" in network.__dict__
-    if isinstance(batch, tuple | list) and len(batch) == 2 and not reads_any:
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and not reads_any:
         batch = batch[0]
     if isinstance(batch, Mapping) and reads_any:
         sizes = {name: len(entry) if _is_batch(entry) else type(entry).__name__ for name, entry in batch.items()}

@@ -102,7 +102,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     leading = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]
     units: list[Unit] = []
-    for call, following in zip(calls, [*calls[1:], None], strict=True):
+    for call, following in zip(calls, [*calls[1:], None][: len(calls)], strict=True):
         weight = call.names["weight"]
         made = leading.get(weight, call.made)
         affine = isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and not call.added)

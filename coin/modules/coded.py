@@ -80,7 +80,7 @@ class Coded(LightningModule):
         if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
             expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
             raise ConfigurationError(f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}")
-        self.names = tuple(map(str, range(len(experts))) if names is None else names)
+        self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len({*self.names}) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])

@@ -112,14 +112,9 @@ Base = nn.Module | Compressed | None
 
 
 def compress(
-    network: nn.Module,
-    base: "Base | Reference",
-    *,
-    bits: int | None = None,
-    rank: int | None = None,
-    base_bits: int = 32,
-    rounded: Mapping[str, Rounded] | None = None,
-) -> Compressed:
+    network: nn.Module, base: "Base | Reference", *, bits: int | None = None, rank: int | None = None,
+    base_bits: int = 32, rounded: Mapping[str, Rounded] | None = None,
+) -> Compressed:  # fmt: skip
     """Compress a network to its delta from a base, such as the shared initialisation of an expert or a coded model.
 
     Kernels are flattened to a matrix with a row an output, and rounded to few bits a value with a scale a row
@@ -149,7 +144,9 @@ def compress(
     own = stored(network)
     check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
     base, kept, norms, reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
-    made = [encode(tensor, reference[name], bits, rank, (rounded or {}).get(name)) for name, tensor in own.items()]
+    buffers = dict(network.named_buffers())  # such as masks
+    options = {name: (None, None) if name in buffers else (bits, rank, (rounded or {}).get(name)) for name in own}
+    made = [encode(tensor, reference[name], *options[name]) for name, tensor in own.items()]
     outputs = next((len(own[name]) for name, tensor in stored(base).items() if tensor.shape != own[name].shape), None)
     data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
     return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
@@ -269,8 +266,7 @@ class Rounding:
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
         """Round weight + step, and return the step to what it became.
 
-        The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K];
-        without one it is rounded to the nearest.
+        The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K].
         `turned` says that the weight is ΔW's transpose.
         """
         base = self._tensors[name].double()

@@ -1,8 +1,10 @@
 """State dicts from elsewhere, checked name by name, and from files of the kinds that people have."""
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
+from types import FunctionType
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +45,9 @@ def check_plain(network: nn.Module) -> None:
     if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
         raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
     for name, module in network.named_modules():
+        held = [value.values() if isinstance(value, dict) else [value] for value in vars(module).values()]
+        if any(map(_is_closure, chain(*held))):
+            raise StateError(f"layer '{name}' holds a function of a module, which copies would share; make it a method")
         hooks = module._forward_pre_hooks.values()
         if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):
             raise StateError(
@@ -50,6 +55,12 @@ def check_plain(network: nn.Module) -> None:
                 "parametrize.remove_parametrizations(layer, 'weight'), for the old weight_norm remove_weight_norm(layer"
                 ", 'weight'), for pruning prune.remove(layer, 'weight')"
             )
+
+
+def _is_closure(value: object) -> bool:
+    """Say whether a value is a function that holds a module or a method of one."""
+    cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
+    return any(isinstance(getattr(cell.cell_contents, "__self__", cell.cell_contents), nn.Module) for cell in cells)
 
 
 def check_layout(own: State, state: State, source: str) -> None:

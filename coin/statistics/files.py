@@ -18,8 +18,7 @@ from coin.statistics.cotangents import FisherKind
 from coin.statistics.statistic import Statistic, StatisticKind
 from coin.statistics.sums import TRANSPOSED, Sums
 
-StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
-"""The files of every expert's statistics, by task."""
+StatisticPaths = Mapping[Statistic, Mapping[str, Path]]  # the files of every expert's statistics, by task
 
 
 def open_statistic(path: Path, statistic: str | None = None, weights: str | None = None) -> StateFile:

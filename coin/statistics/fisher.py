@@ -55,9 +55,10 @@ class FisherOptions:
         check_integer("memory_mib", self.memory_mib, 1)
         check_integer("samples_per_task", self.samples_per_task, 1)
         check_integer("mc_samples", 1 if self.mc_samples is None else self.mc_samples, 1)
-        if self.mc_samples is not None and self.kind is not FisherKind.monte_carlo:
-            found = f"found mc_samples={self.mc_samples} for the {self.kind} Fisher"
-            raise ConfigurationError(f"{found}; only monte_carlo takes a number")
+        if (k := self.mc_samples) is not None and self.kind is not FisherKind.monte_carlo:
+            raise ConfigurationError(
+                f"found mc_samples={k} for the {self.kind} Fisher; only monte_carlo takes a number"
+            )
 
 
 def fisher_sums(
@@ -65,9 +66,7 @@ def fisher_sums(
     generator: torch.Generator | None = None, progress: Callable[[int], None] | None = None,
     forward: Forward | None = None, **choices: Any,
 ) -> Sums:  # fmt: skip
-    """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
-
-    If none does, as in a network that was frozen after its training, it is of all of them.
+    """Return the sum over samples of the per-sample Fisher diagonal, for what requires gradients, or for all.
 
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
@@ -100,7 +99,6 @@ def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) 
     tensor([[ 5., 10.]])
     """
     sums = fisher_sums(network, batches, **options)
-    # The sums are this function's own: dividing them in place saves a copy of the network's size.
     return {name: value.div_(sums.count) for name, value in sums.values.items()}
 
 
@@ -135,8 +133,8 @@ class _Pass:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
         if key not in self._layouts:
-            check_apart(self.network, inputs)
             self._layouts[key] = _find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
+            check_apart(self.network, inputs)
         layout, options = self._layouts[key], self.options
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: options.mc_samples or 1}
         number = fewer.get(options.kind, layout.outputs)
@@ -179,7 +177,7 @@ class _Pass:
                 self.passes += 2
                 for name, gradient in zip(chosen, gradients, strict=True):
                     if gradient is not None:
-                        gradient = gradient.to(self.totals[name].dtype)
+                        gradient = gradient.to_dense().to(self.totals[name].dtype)
                         self.totals[name].addcmul_(gradient, gradient)
 
 

@@ -23,9 +23,8 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in every.items() if p.requires_grad} or every
     if not parameters:
         raise ConfigurationError(f"found no floating-point parameters in {type(network).__name__}, expected some")
-    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
-        found = f"parameter '{complex_ones[0]}' is complex, expected real ones"
-        raise ConfigurationError(f"{found}; leave it out by requires_grad_(False)")
+    if found := [name for name, p in parameters.items() if p.is_complex()]:
+        raise ConfigurationError(f"parameter '{found[0]}' is complex, expected real ones; use requires_grad_(False)")
     return parameters
 
 

@@ -19,13 +19,12 @@ from coin.statistics.rules.elementwise import add, batch_norm, expand, group_nor
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
-"""(call, role → trainable parameter's name, the function itself) → the output to use, or None."""
 
 # Functions by which values can decide where a row goes; those that work in place have the same names.
 _DECIDING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
 _DECIDING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
 _DECIDING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
-_DECIDING |= {"trunc", "numpy", "eq", "ne", "lt", "le", "gt", "ge"}
+_DECIDING |= {"trunc", "numpy", "eq", "ne", "lt", "le", "gt", "ge", "repeat_interleave", "masked_select"}
 _DECIDING |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 _FOLLOWED = "_coin_followed"  # an attribute of tensors that are made of parameters
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
@@ -34,9 +33,8 @@ _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 class Interceptor(TorchFunctionMode):
     """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
 
-    Functions are watched and not modules, so that a module's weight that is used without its forward (Swin's
-    attention) is treated by what is computed. If `follow`, `sorts` says whether values may decide where a row goes, as
-    in a mixture of experts, and `reads` how many functions read what a node of autograd's graph made, detached or not.
+    Functions are watched, not modules: Swin uses weights without their modules. If `follow`, `sorts` says whether values
+    may decide where a row goes, and `reads` how many functions read a node's output, detached or not.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, *, follow: bool = False) -> None:
@@ -54,7 +52,7 @@ class Interceptor(TorchFunctionMode):
         given = tensors_in((args, options))
         followed = any(hasattr(each, _FOLLOWED) for each in given)
         name = getattr(func, "__name__", "")
-        if name in _DECIDING or name.removesuffix("_") in _DECIDING:
+        if name in _DECIDING or name.removesuffix("_") in _DECIDING or (name == "__getitem__" and _picks(*args)):
             self.sorts = True
             self._decided = self._decided or followed  # by parameters, which differ between networks
         result = self._call(func, args, options)
@@ -84,6 +82,14 @@ class Interceptor(TorchFunctionMode):
                     call.decided = self._decided
                     output = self._visit(call, names, lambda: func(*args, **options))
         return func(*args, **options) if output is None else output
+
+
+def _picks(source: Tensor, at: Any) -> bool:
+    """Say whether an index is made of values, other than into a table of parameters."""
+    parts = [
+        (each.start, each.stop) if isinstance(each, slice) else each for each in (at if type(at) is tuple else [at])
+    ]
+    return bool(tensors_in(parts)) and not isinstance(source, nn.Parameter)
 
 
 def leaves(output: Tensor) -> set[int]:

@@ -22,7 +22,6 @@ class Tape:
     [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out from the gradients themselves.
 
     Args:
-        parameters: Name → parameter, those to differentiate by.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
             None rules every call of B·k rows.
     """
@@ -44,8 +43,9 @@ class Tape:
         with Interceptor(self._parameters, self._visit, follow=self.rows is None) as interceptor:
             output: Tensor = network(inputs)
         self.sorts = interceptor.sorts
-        if output.ndim != 2 or len(output) != self._samples:
-            raise DataError(f"the network's output is {list(output.shape)}, expected logits [{self._samples}, C]")
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(found, list) or len(found) != 2 or found[0] != self._samples:
+            raise DataError(f"the network's output is {found}, expected logits [{self._samples}, C]; give forward=…")
         reads = {id(node): times for node, times in interceptor.reads.items()}
         for call in self.calls:
             call.readers = reads.get(call.node, 0)

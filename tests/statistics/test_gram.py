@@ -34,18 +34,6 @@ def test_convolution_equals_im2col(bias: bool, groups: int) -> None:
     torch.testing.assert_close(conv(x), output)
 
 
-@pytest.mark.parametrize("kernel", [(2, 4), (4, 3), (1, 2)])
-def test_an_uneven_same_padding_equals_im2col_of_the_padded_input(kernel: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, kernel, padding="same").double()
-    x = torch.randn(5, 4, 6, 7, dtype=torch.float64)
-    low, high = [(k - 1) // 2 for k in kernel], [k // 2 for k in kernel]
-    columns = F.unfold(F.pad(x, [low[1], high[1], low[0], high[0]]), kernel)
-    torch.testing.assert_close(conv(x), (conv.weight.flatten(1) @ columns).view(5, 6, 6, 7) + conv.bias.view(-1, 1, 1))
-    a = with_one(columns.mT.reshape(-1, 4 * kernel[0] * kernel[1]), True)
-    torch.testing.assert_close(gram_sums(conv, [x[:2], x[2:]]).values["weight"], (a.mT @ a)[None])
-
-
 def test_linear_sums_over_positions_and_divides_by_samples() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2).double()
