@@ -33,7 +33,7 @@ _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 class Interceptor(TorchFunctionMode):
     """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
 
-    Functions are watched, not modules: Swin uses weights without their modules. If `follow`, `sorts` says whether values
+    Functions are watched, not modules: Swin uses weights without those. If `follow`, `sorts` says whether values
     may decide where a row goes, and `reads` how many functions read a node's output, detached or not.
     """
 
