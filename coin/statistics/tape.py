@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim, maybe_get_level
 from torch.autograd import Function
 
 from coin.core.batches import Batch, size_of
@@ -158,21 +159,9 @@ class _RuledCall(Function):
         if g is None:
             return (None,) * 5
         needs_input, _ = ctx.needs_input_grad[1], ctx.saved_tensors
-        found = _OverBatch.apply(g, lambda each: ctx.tape.contract(ctx.call, each, needs_input))  # type: ignore[no-untyped-call]
+        if is_batchedtensor(g):  # all that `torch.vmap` batches at once, without its ways for functions of one's own
+            whole = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
+            found = _add_batch_dim(ctx.tape.contract(ctx.call, whole, needs_input), 0, maybe_get_level(g))
+        else:
+            found = ctx.tape.contract(ctx.call, g[None], needs_input)[0]
         return None, found if needs_input else None, None, None, None
-
-
-class _OverBatch(Function):
-    """A function [V, …] → [V, …] of a gradient, over all V that `torch.vmap` batches; V = 1 if it does not."""
-
-    @staticmethod
-    def forward(g: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(g[None])[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep nothing: there are no second derivatives."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, g: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
-        return function(g.movedim(in_dims[0], 0)), 0
