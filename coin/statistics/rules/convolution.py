@@ -12,6 +12,8 @@ from typing_extensions import override
 
 from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
 
+_FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -121,11 +123,17 @@ class ConvolutionCall(LinearCall):
 
 @dataclass(eq=False)
 class DepthwiseCall(ConvolutionCall):
-    """A convolution of each channel by itself, W [C, 1, *kernel]: one matrix product a channel and sample."""
+    """A convolution of each channel by itself, W [C, 1, *kernel]: one product a channel and sample, or a tap."""
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
         channels, by_channel, dims = len(weight), self.matrices(weight)[:, 0], weight.ndim - 2
+        if rows.shape[2] < _FEW and len(self.inputs) == rows.shape[1]:
+            rows, inputs = rows.contiguous(), self.inputs.flatten(2).mT.to(g.dtype).contiguous()
+            for tap, (places, met) in enumerate(taps_of(self.geometry, tuple(self.inputs.shape[2:]), g.device)):
+                sums = (rows.index_select(2, places) * inputs.index_select(1, met)).sum(2)
+                by_channel[:, tap] += sums.square_().sum((0, 1))
+            return
         order = 0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims)
         for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), g.shape[1] // rows.shape[1])):
             patches = self.geometry.patches(maps.transpose(0, 1)).permute(order)  # [C, *kernel, k, *output]
