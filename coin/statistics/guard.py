@@ -69,9 +69,11 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode."""
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     modes = {module: module.training for module in network.modules()}
+    has_caches = any(type(module).train is not nn.Module.train for module in modes)
 
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
-        clear_caches(network)
+        if has_caches:
+            clear_caches(network)
         return tree_map_only(Tensor, torch.clone, (arguments, options))  # which the network may change in place
 
     try:
