@@ -89,14 +89,15 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     two, three = (Tape(parameters) for _ in range(2))
     with evaluating(network), differentiable(parameters.values()):
         for tape, count in ((two, 2), (three, 3)):
-            output = tape.run(network, as_input(take(inputs, torch.arange(count) % size_of(inputs)), network))
+            few = as_input(take(inputs, torch.arange(count) % size_of(inputs)), network)
+            output = tape.run(network, few)
         if two.weights != three.weights:
             found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
             raise StateError(f"{found}; {SAME_CALLS}")
-        check_apart(network, as_input(inputs, network))
+        check_apart(network, few, output)
         general = three.shared(output)
         try:
-            general |= three.misplaced(output, unseen=True)
+            general |= three.misplaced(output, unseen=True, batched=False)
         except RuntimeError:  # a function that has no backward pass
             general |= parameters.keys()
     leading = {call.names.get("weight"): call.made for call in two.calls}

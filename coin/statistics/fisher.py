@@ -132,9 +132,8 @@ class _Pass:
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
-        if key not in self._layouts:
+        if new := key not in self._layouts:
             self._layouts[key] = _find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
-            check_apart(self.network, inputs)
         layout, options = self._layouts[key], self.options
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: options.mc_samples or 1}
         number = fewer.get(options.kind, layout.outputs)
@@ -142,6 +141,8 @@ class _Pass:
         piece = take(inputs, slice(start, start + samples))
         tape = Tape(self._parameters, layout.rows)
         output = tape.run(self.network, cuts.channels_last(piece) if layout.channels_last else piece)
+        if new and size_of(piece) > 1:
+            check_apart(self.network, piece, output)
         labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
         k, generator = options.mc_samples, self.generator
         rows = make_cotangents(options.kind, output.detach(), labels=labels, mc_samples=k, generator=generator)
@@ -204,11 +205,10 @@ def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch,
     output = tape.run(network, two)
     rows: dict[str, int] = {}
     try:
-        untrusted = tape.misplaced(output, unseen=True) | tape.shared(output)
+        untrusted = tape.misplaced(output, unseen=True) | tape.shared(output)  # its backward pass has to be batched
         for call in tape.calls:
             if untrusted.isdisjoint(call.names.values()):
                 rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
-        tape.backward(output, torch.ones_like(output)[None], last=True)  # which has to be batched
     except RuntimeError:
         if last:
             raise

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from coin.core.batches import Batch, clear_caches, samples_of, take
+from coin.core.batches import Batch, clear_caches, size_of, take
 from coin.errors import ConfigurationError, StateError
 
 
@@ -28,11 +28,11 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def check_apart(network: nn.Module, inputs: Batch) -> None:
-    """Raise StateError where the outputs [B, C] depend on what else is in the batch, as of the first samples."""
-    few = take(inputs, slice(0, 3))
+def check_apart(network: nn.Module, inputs: Batch, outputs: Tensor) -> None:
+    """Raise StateError where the outputs [B, C] of the first or last sample depend on what else is in the batch."""
+    ends = [0, size_of(inputs) - 1]
     with torch.no_grad():
-        together, alone = network(few), torch.cat([network(sample) for sample in samples_of(few)])
+        together, alone = outputs[ends], torch.cat([network(take(inputs, slice(n, n + 1))) for n in ends])
     if bool(((together - alone).abs() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().amax()).any()):
         found = f"{type(network).__name__} gives a sample other outputs beside others than alone"
         raise StateError(f"{found}; take out what mixes samples, such as BatchNorms without running statistics")

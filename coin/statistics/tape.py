@@ -70,7 +70,7 @@ class Tape:
         reached = leaves(output)
         return {name for name, parameter in self._parameters.items() if id(parameter) in reached or times[name] > 1}
 
-    def misplaced(self, output: Tensor, *, unseen: bool) -> set[str]:
+    def misplaced(self, output: Tensor, *, unseen: bool, batched: bool = True) -> set[str]:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each; the graph is kept.
 
         A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
@@ -85,9 +85,9 @@ class Tape:
         self._arrived, self._unseen, self.repetitions = {}, unseen, len(scales)
         # Any cotangent does that no symmetry of the outputs cancels.
         cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
-        for scale in scales:
-            self.backward(output, (scale[:, None] * cotangent)[None], last=False, batched=False)
-        by, arrived = torch.stack(scales).to(output.dtype), self._arrived
+        by = torch.stack(scales).to(output.dtype)
+        self.backward(output, by[:, :, None] * cotangent, last=False, batched=batched)
+        arrived = self._arrived
         placed = {call: self._is_placed(by, torch.cat(pieces)) for call, pieces in arrived.items()}
         self._arrived = None
         return {name for call in self.calls if not placed.get(call, not unseen) for name in call.names.values()}
@@ -101,13 +101,13 @@ class Tape:
         """Run the backward passes of cotangents [V, B, C] at once, for the rules to add up; say if there were any."""
         if not self.calls or not output.requires_grad:
             return False
-        self.cotangents, self._last = len(cotangents), last
+        self.cotangents, self._last = len(cotangents) if batched else 1, last
 
         def one(cotangent: Tensor) -> Tensor:
             torch.autograd.grad(output, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
             return cotangent
 
-        torch.vmap(one)(cotangents) if batched else one(cotangents[0])
+        torch.vmap(one)(cotangents) if batched else [one(cotangent) for cotangent in cotangents]
         return True
 
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
