@@ -58,14 +58,12 @@ class Answers:
                 raise DecodingError(f"found features of {len(features)} {whose}, expected {len(logits)}")
             for feature in features or ():
                 if feature.ndim != 2 or feature.shape[0] != logits.shape[1]:
-                    raise DecodingError(
-                        f"found features {list(feature.shape)} of the {whose}, expected [{logits.shape[1]}, F]"
-                    )
+                    found = f"found features {list(feature.shape)} of the {whose}"
+                    raise DecodingError(f"{found}, expected [{logits.shape[1]}, F]")
         if self.tasks is not None:
             if (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
-                raise DecodingError(
-                    f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
-                )
+                found = f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}"
+                raise DecodingError(f"{found}, expected int64 [{self.num_samples}]")
             if outside := sorted(set(self.tasks.tolist()) - set(range(self.num_experts))):
                 raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
 

@@ -113,16 +113,13 @@ class Decoder(nn.Module, ABC):
     def _own_samples(self, calibration: Answers) -> dict[int, Tensor]:
         """Return the positions of the inputs of every lost expert's own task."""
         if calibration.tasks is None:
-            raise DecodingError(
-                f"the {self.config.name} decoder found answers that do not tell their tasks; give it tasks"
-            )
+            raise DecodingError(f"{self.config.name} decoder found answers that do not tell their tasks; give it tasks")
         own = {expert: (calibration.tasks == expert).nonzero().flatten() for expert in self.erased}
         for expert, samples in own.items():
             if len(samples) < 2:
-                raise NumericalError(
-                    f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2 for "
-                    f"the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
-                )
+                told = f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2"
+                advice = f"for the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
+                raise NumericalError(f"{told} {advice}")
         return own
 
     def _without_features(self) -> DecodingError:

@@ -96,9 +96,7 @@ class Residual(Metric):
     def update(self, coded: Tensor, target: Tensor) -> None:
         """Add a batch: the coded model's logits and Σ_i β_i f_i, both ``[B, C]``, else a DataError."""
         if coded.shape != target.shape:
-            raise DataError(
-                f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same"
-            )
+            raise DataError(f"found coded logits {[*coded.shape]} for targets {[*target.shape]}, expected the same")
         wanted = target.to(torch.float64)
         norms = torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])
         self.squares += norms.to(self.squares.device)

@@ -37,9 +37,8 @@ def convex(num_experts: int, num_coded: int) -> Code:
     if num_experts < 1:
         raise ConfigurationError(f"found {num_experts} experts, expected at least 1")
     if not 1 <= num_coded <= num_experts:
-        raise ConfigurationError(
-            f"found {num_coded} coded models for {num_experts} experts, expected 1 to {num_experts}"
-        )
+        found = f"found {num_coded} coded models for {num_experts} experts"
+        raise ConfigurationError(f"{found}, expected 1 to {num_experts}")
     if num_coded == 1:
         return Code([[1 / num_experts] * num_experts])
     if num_coded == num_experts:

@@ -75,9 +75,7 @@ class RidgeDecoder(Decoder):
         logits = [*answers.coded, *answers.experts[list(self.survivors)]]
         if not logits:
             whose = "every expert is lost" if self.config.reads_survivors else "no survivor is read"
-            raise DecodingError(
-                f"{whose} and no coded model answers: nothing to decode from; lose fewer, or add coded models"
-            )
+            raise DecodingError(f"{whose} and no coded model answers: nothing to decode from; lose fewer or add models")
         features: list[Tensor] = []
         if self.config.reads_features:
             if answers.expert_features is None or answers.coded_features is None:

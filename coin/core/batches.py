@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coin.errors import DataError
+from coin.errors import DataError, StateError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels of images in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,6 +50,15 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     copied = copy.deepcopy(network, memo | {id(tensor): tensor.detach() for tensor in left})
     clear_caches(copied)
     return copied
+
+
+def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
+    """Raise StateError for TorchScript, or where a tensor is sparse, lazy or, unless `meta`, on the meta device."""
+    every = (*network.named_parameters(), *network.named_buffers())
+    odd = [n for n, t in every if nn.parameter.is_lazy(t) or t.layout != torch.strided or (t.is_meta and not meta)]
+    if odd or isinstance(network, torch.jit.ScriptModule):
+        found = f"'{odd[0]}', which is sparse, lazy or on the meta device," if odd else "TorchScript"
+        raise StateError(f"found {found} in {type(network).__name__}, expected a module of dense tensors; convert it")
 
 
 def clear_caches(network: nn.Module) -> None:

@@ -44,7 +44,7 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     """Return Σ_i w_i · state_i, tensor by tensor, for weights that sum to 1; a StateError where names or shapes differ.
 
     Entries that agree in all states stay, to the last bit and infinities included, and a state of weight zero has no
-    say. Of counts (BatchNorm's ``num_batches_tracked``) the maximum over the states is taken.
+    say. Of BatchNorm's ``num_batches_tracked`` the maximum is taken; a StateError where other integers differ.
     """
     check_same_layout(states)
     return {key: weighted_mean(states, weights, key) for key in states[0]}
@@ -66,6 +66,8 @@ def weighted_mean(
             total = torch.maximum(total, tensor)
         elif weight != 0:  # zero times an infinity is NaN
             total.add_(tensor, alpha=weight)
+    if not summed and not key.endswith("num_batches_tracked") and not bool(agree.all()):
+        raise StateError(f"'{key}', {first.dtype}, differs between experts and has no average; give experts of one")
     return torch.where(agree, first, total)
 
 

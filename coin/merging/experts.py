@@ -57,7 +57,7 @@ class Experts:
         is_calibrated: Whether there are calibration samples.
         passes: Forward-equivalents spent so far, the cost of the merge; `seconds` went into statistics made elsewhere.
 
-    Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
+    Raises ConfigurationError for fewer than two experts or unlike ones, or arguments for other numbers; DataError if
     there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
 
     >>> every = coin.Experts([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)])

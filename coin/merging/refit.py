@@ -186,9 +186,9 @@ class Refit(Method):
         if share > MOST_AVERAGED:
             count = f"{len(start.averaged)} tensors, such as '{start.averaged[0]}'"
             told = f"method '{self.label}' kept the average of {share:.0%} of the parameters of"
-            told = f"{told} {type(start.network).__name__} ({count})"
-            why = "which are no affine map's that runs once, or whose outputs do not have one row per sample"
-            warnings.warn(f"{told}, {why}; compare it with other methods on this network", CoinWarning, stacklevel=3)
+            told = f"{told} {type(start.network).__name__} ({count}), which are no affine map's that runs once, one row"
+            why = "per sample, outside checkpoints and before any comparison or choice by activations"
+            warnings.warn(f"{told} {why}; compare it with other methods on this network", CoinWarning, stacklevel=3)
 
     def _refit(
         self,

@@ -25,7 +25,7 @@ from coin.statistics.solvers import fit_affine
 from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
-PROBES = 23  # forward-equivalents of the search: three samples alone and at once, two, three with two backward passes
+PROBES = 19  # forward-equivalents of the search: two samples alone, two and three at once, with two backward passes
 SAME_CALLS = "give experts that make the same calls whatever their inputs"
 WIDEST = 5000  # unknowns up to which a matrix is rounded by its metric [K, K], whose inverse takes time as K³
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once

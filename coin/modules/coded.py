@@ -246,9 +246,8 @@ class Coded(LightningModule):
         """
         seed = Path(folder) if (Path(folder) / RESULTS_CSV).is_file() else next(iter(seed_folders(Path(folder))), None)
         if seed is None:
-            raise FileError(
-                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'; make it with `coin run`"
-            )
+            found = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
+            raise FileError(f"{found}; make it with `coin run`")
         check_current(seed)
         frame = read_results(seed)
         systems: list[tuple[Path, str, pd.DataFrame]] = []
@@ -286,7 +285,7 @@ class Coded(LightningModule):
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
         if file.coded_files:
             coded = [load_network(each).network for each in file.coded_files]
-        networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in file.coded]
+        networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in file.coded if experts]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
             check_same_layout([all_tensors(network), own], ["the network", f"coded model {row} of '{path}'"])

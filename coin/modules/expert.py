@@ -172,9 +172,8 @@ class Expert(LightningModule):
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train(self.training)
-        self.accuracy = nn.ModuleDict(
-            {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
-        )
+        stages = ("train_", "val_", "test_")
+        self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch

@@ -29,8 +29,8 @@ class Compressed:
     """A network as packed bytes, a delta from a base; made by `compress`.
 
     Attributes:
-        base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of the architecture, whose
-            weights are not used.
+        base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of its architecture and
+            class count, whose weights are not used.
         base_bits: 32, 8 or 0.
 
     >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3)  # of 288 bytes
@@ -87,7 +87,7 @@ class Compressed:
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
-        """Load a compressed network, given its base: the original one for an int8 base, any for ``base_bits=0``.
+        """Load a compressed network, given its base: the original one for an int8 base, one like it for 0 bits.
 
         Raises FileError where the file is missing or damaged, holds no compressed network, or is of another base.
         """

@@ -18,21 +18,21 @@ from coin.networks.weights import check_layout, check_plain
 class ExpertNetworks:
     """Experts in memory: `networks` have padded heads, in copies that share all other tensors with those `unpadded`.
 
-    `padding` is the head's name and its number of outputs where it is padded. Raises ConfigurationError if there are no
-    experts, HeadError if heads cannot be padded, StateError as `check_plain`.
+    `padding` is the head's name and its number of outputs where it is padded. Raises ConfigurationError for
+    fewer than two experts or unlike ones, HeadError if heads cannot be padded, StateError as `check_plain`.
     """
 
     def __init__(
         self, networks: Sequence[nn.Module], initial: nn.Module | None = None, forward: Forward | None = None
     ) -> None:
-        if not networks:
-            raise ConfigurationError("found no experts, expected at least one")
+        if len(networks) < 2:
+            raise ConfigurationError(f"found {len(networks)} experts, expected at least two; give those of two tasks")
         for network in (*networks, *([initial] if initial is not None else [])):
             check_plain(network)
-        kinds = {(type(each).__qualname__, *sorted({str(p.dtype) for p in each.parameters()})) for each in networks}
-        if len(kinds) > 1:
-            found = " and ".join(" of ".join(kind) for kind in sorted(kinds))
-            raise ConfigurationError(f"found experts that are {found}, expected one class and type; convert them")
+        kinds = [_kinds(network) for network in networks]
+        found = {name: sorted({each.get(name, kind) for each in kinds}) for name, kind in kinds[0].items()}
+        if odd := [f"'{name or 'network'}' of {' and '.join(each)}" for name, each in found.items() if len(each) > 1]:
+            raise ConfigurationError(f"found experts with {odd[0]}, expected one class and type; convert them")
         self.unpadded = [adapted(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
         self.skeleton, self.initial = self.networks[0], initial
@@ -62,6 +62,13 @@ class ExpertNetworks:
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return clone(self.skeleton)
+
+
+def _kinds(network: nn.Module) -> dict[str, str]:
+    """Return by name the classes of a network's modules, what drops out as an identity, and its parameters' types."""
+    classes = {name: type(module).__qualname__ for name, module in network.named_modules()}
+    kinds = {name: "Identity" if "Drop" in kind else kind for name, kind in classes.items()}
+    return kinds | {name: str(parameter.dtype) for name, parameter in network.named_parameters()}
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:

@@ -138,15 +138,16 @@ def _tell_classes(network: nn.Module, num_classes: int) -> None:
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
     """Return networks padded to the largest class count; HeadError where shapes differ elsewhere than in the head."""
     shapes = [{name: p.shape for name, p in each.named_parameters(remove_duplicate=False)} for each in networks]
-    first, head = shapes[0], head_name(networks[0])
-    if any(other.keys() != first.keys() for other in shapes):  # they are refused by name where they are merged
+    first = shapes[0]
+    differing = {name: other[name] for other in shapes for name in first if other.get(name, first[name]) != first[name]}
+    if not differing or any(other.keys() != first.keys() for other in shapes):  # refused where they are merged
         return list(networks)
-    differing = {name: other[name] for other in shapes for name in first if other[name] != first[name]}
+    head = head_name(networks[0])
     for name in sorted(differing.keys() - {f"{head}.{part}".lstrip(".") for part in ("weight", "bias")}):
         found = f"{list(differing[name])} in one expert but {list(first[name])} in another"
         raise HeadError(f"tensor '{name}' is {found}, and their head is '{head}'; {_ADVICE}")
     width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
-    return [pad_head(network, width) for network in networks] if differing else list(networks)
+    return [pad_head(network, width) for network in networks]
 
 
 def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:

@@ -62,9 +62,8 @@ class HuggingFace(NetworkSource):
             found = clip.vision_config(found, self.name)
         options = {name: value for name, value in self.options.items() if name != "head"}
         if unknown := sorted(name for name in options if not hasattr(found, name)):
-            raise ConfigurationError(
-                f"found network.options with '{unknown[0]}', expected entries of the configuration of {self.name}"
-            )
+            told = f"found network.options with '{unknown[0]}', expected entries of the configuration of {self.name}"
+            raise ConfigurationError(told)
         return type(found).from_dict({**found.to_dict(), **options})
 
     def build(self, num_classes: int) -> nn.Module:
@@ -120,9 +119,8 @@ class HuggingFace(NetworkSource):
         ):
             if type(found) in auto._model_mapping:
                 return reads, auto
-        raise ConfigurationError(
-            f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or sequences"
-        )
+        told = f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or texts"
+        raise ConfigurationError(told)
 
     def _processor(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``; {} without one."""
@@ -146,9 +144,8 @@ class HuggingFace(NetworkSource):
     def _reading_texts(self, found: Any) -> "_ByName":
         longest = getattr(found, "max_position_embeddings", None)
         if longest is not None and self.image_size > longest:
-            raise ConfigurationError(
-                f"found network.image_size {self.image_size} tokens for {self.name}, expected at most {longest}"
-            )
+            told = f"found network.image_size {self.image_size} tokens for {self.name}, expected at most {longest}"
+            raise ConfigurationError(told)
         return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0)
 
 

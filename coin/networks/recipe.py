@@ -205,9 +205,8 @@ def parameter_groups(network: nn.Module, head_lr: float | None) -> list[dict[str
     body = without_head(network, list(trained))
     own = [each for name, each in trained.items() if name not in body]
     if not own:
-        raise ConfigurationError(
-            f"found head_lr={head_lr} and a head that is not trained; add '{HEAD}' to trainable, or leave head_lr out"
-        )
+        found = f"found head_lr={head_lr} and a head that is not trained"
+        raise ConfigurationError(f"{found}; add '{HEAD}' to trainable, or leave head_lr out")
     groups: list[dict[str, Any]] = [{"params": [trained[name] for name in body]}] if body else []
     return [*groups, {"params": own, "lr": head_lr}]
 

@@ -23,9 +23,8 @@ class SmallResNet(nn.Module):
         super().__init__()
         if width < 1:
             raise ValueError(f"found width={width}, expected at least 1 channel")
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-        )
+        first = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         pairs = ((_block(channels, out), _block(out, out)) for channels, out in pairwise(widths))
         self.stages = nn.Sequential(*(nn.Sequential(*pair) for pair in pairs))

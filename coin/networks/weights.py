@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod as Pruning
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from coin.core.batches import clear_caches, clone
+from coin.core.batches import check_tensors, clear_caches, clone
 from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.files.tensors import State
 from coin.networks.heads import head_name, initialise_head
@@ -37,11 +37,12 @@ def without_frozen(network: nn.Module) -> nn.Module:
     return clone(network).requires_grad_(True)
 
 
-def check_plain(network: nn.Module) -> None:
-    """Raise a ConfigurationError for what is no module, a StateError where its state is not parameters and buffers."""
+def check_plain(network: nn.Module, *, meta: bool = False) -> None:
+    """Raise ConfigurationError for what is no module, StateError for a state not of dense parameters and buffers."""
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
         found = f"found {type(network).__name__}, expected a torch.nn.Module"
         raise ConfigurationError(f"{found}; load a state dict into one, or compile it afterwards")
+    check_tensors(network, meta=meta)
     if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
         raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
     for name, module in network.named_modules():
@@ -50,11 +51,9 @@ def check_plain(network: nn.Module) -> None:
             raise StateError(f"layer '{name}' holds a function of a module, which copies would share; make it a method")
         hooks = module._forward_pre_hooks.values()
         if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):
-            raise StateError(
-                f"a weight of layer '{name}' is computed at every pass, expected a parameter; call torch.nn.utils."
-                "parametrize.remove_parametrizations(layer, 'weight'), for the old weight_norm remove_weight_norm(layer"
-                ", 'weight'), for pruning prune.remove(layer, 'weight')"
-            )
+            told = f"a weight of layer '{name}' is computed at every pass, expected a parameter; call torch.nn.utils."
+            others = "weight_norm remove_weight_norm(layer, 'weight'), for pruning prune.remove(layer, 'weight')"
+            raise StateError(f"{told}parametrize.remove_parametrizations(layer, 'weight'), for the old {others}")
 
 
 def _is_closure(value: object) -> bool:

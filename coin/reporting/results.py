@@ -181,9 +181,8 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
     found = read_archive(path)
     for key, counts in found.items():
         if counts.ndim != 2 or len({*counts.shape}) > 1 or counts.dtype.kind not in "iu":
-            raise FileError(
-                f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}', expected whole numbers [C, C]"
-            )
+            told = f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}'"
+            raise FileError(f"{told}, expected whole numbers [C, C]")
     return found
 
 

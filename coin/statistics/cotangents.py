@@ -50,12 +50,12 @@ def make_cotangents(
     probabilities = logits.softmax(-1)
     if kind is FisherKind.categorical:
         return probabilities.T.sqrt()[..., None] * (identity[:, None] - probabilities)
-    if labels is None or labels.shape != (samples,):
-        found = "none" if labels is None else list(labels.shape)
-        raise DataError(f"found labels of shape {found}, expected [{samples}]: one for every sample, in their order")
+    if not isinstance(labels, Tensor) or labels.shape != (samples,) or labels.dtype.is_floating_point:
+        found = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise DataError(f"found labels {found}, expected integers [{samples}]: one for every sample, in their order")
     if bool(((labels < 0) | (labels >= classes)).any()):
         raise DataError(f"found a label outside [0, {classes}); check that the labels belong to this network")
-    return (identity[labels.to(logits.device)] - probabilities)[None]
+    return (identity[labels.to(logits.device, torch.int64)] - probabilities)[None]
 
 
 def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:

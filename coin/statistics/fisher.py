@@ -12,6 +12,7 @@ from coin.core import batches as cuts
 from coin.core.batches import Batch, Forward, size_of, take
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
+from coin.files.tensors import check_finite
 from coin.statistics.cotangents import FisherKind, make_cotangents
 from coin.statistics.guard import check_apart, differentiable, evaluating, trainable
 from coin.statistics.sums import Sums, sum_type
@@ -56,9 +57,7 @@ class FisherOptions:
         check_integer("samples_per_task", self.samples_per_task, 1)
         check_integer("mc_samples", 1 if self.mc_samples is None else self.mc_samples, 1)
         if (k := self.mc_samples) is not None and self.kind is not FisherKind.monte_carlo:
-            raise ConfigurationError(
-                f"found mc_samples={k} for the {self.kind} Fisher; only monte_carlo takes a number"
-            )
+            raise ConfigurationError(f"found mc_samples={k} for the {self.kind} Fisher; only monte_carlo takes one")
 
 
 def fisher_sums(
@@ -93,12 +92,13 @@ def fisher_sums(
 
 
 def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) -> dict[str, Tensor]:
-    """Return the mean over samples of what `fisher_sums` adds up, by the same arguments.
+    """Return the mean over samples of what `fisher_sums` adds up, by the same arguments; StateError if not finite.
 
     >>> coin.fisher_diagonal(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"]
     tensor([[ 5., 10.]])
     """
     sums = fisher_sums(network, batches, **options)
+    check_finite(sums.values, "the Fisher")
     return {name: value.div_(sums.count) for name, value in sums.values.items()}
 
 

@@ -10,15 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from coin.core.batches import Batch, clear_caches, size_of, take
+from coin.core.batches import Batch, check_tensors, clear_caches, size_of, take
 from coin.errors import ConfigurationError, StateError
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
 
-    Raises ConfigurationError where there are none, or one is complex: the square of its gradient is no real number.
+    Raises ConfigurationError where there are none, or one is complex, with no real squares; else as `check_tensors`.
     """
+    check_tensors(network)
     every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
     parameters = {name: p for name, p in every.items() if p.requires_grad} or every
     if not parameters:
@@ -34,8 +35,8 @@ def check_apart(network: nn.Module, inputs: Batch, outputs: Tensor) -> None:
     with torch.no_grad():
         together, alone = outputs[ends], torch.cat([network(take(inputs, slice(n, n + 1))) for n in ends])
     if bool(((together - alone).abs() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().amax()).any()):
-        found = f"{type(network).__name__} gives a sample other outputs beside others than alone"
-        raise StateError(f"{found}; take out what mixes samples, such as BatchNorms without running statistics")
+        found = f"{type(network).__name__} gives a sample other outputs beside others than alone, or at every call"
+        raise StateError(f"{found}; take out what mixes samples (BatchNorms without running statistics) or is random")
 
 
 @contextmanager
@@ -99,9 +100,10 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
     A caller's `torch.no_grad`, `torch.inference_mode` and autocast are suspended, as are TF32 and bfloat16 inside
-    products. Modes, and buffers that the block wrote to, are restored. With gradients attention runs on its plain
-    kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
+    products. Modes, and buffers that the block wrote to or replaced, are restored. With gradients attention runs on
+    its plain kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
     """
+    registered = [(module._buffers, dict(module._buffers)) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     norms = [module for module in network.modules() if gradients and isinstance(module, _BatchNorm)]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -122,6 +124,8 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for place, found in registered:
+            place.update(found)
         changed = [(buffer != old).any().to(device) for buffer, old in buffers]
         # The device is waited for once, not for every buffer.
         for place in torch.stack(changed).nonzero().flatten().tolist() if changed else ():

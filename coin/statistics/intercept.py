@@ -78,7 +78,7 @@ class Interceptor(TorchFunctionMode):
                 names = {role: self._names[id(t)] for role, t in call.roles.items() if id(t) in self._names}
                 # A weight or bias that was computed from something trainable must stay in autograd's hands.
                 foreign = any(t.requires_grad and id(t) not in self._names for t in call.roles.values())
-                if names and not foreign and len(set(names.values())) == len(names):
+                if names and not foreign and len(set(names.values())) == len(names) and call.weight.numel():
                     call.decided = self._decided
                     output = self._visit(call, names, lambda: func(*args, **options))
         return func(*args, **options) if output is None else output
@@ -86,9 +86,7 @@ class Interceptor(TorchFunctionMode):
 
 def _picks(source: Tensor, at: Any) -> bool:
     """Say whether an index is made of values, other than into a table of parameters."""
-    parts = [
-        (each.start, each.stop) if isinstance(each, slice) else each for each in (at if type(at) is tuple else [at])
-    ]
+    parts = [(i.start, i.stop) if isinstance(i, slice) else i for i in (at if type(at) is tuple else [at])]
     return bool(tensors_in(parts)) and not isinstance(source, nn.Parameter)
 
 

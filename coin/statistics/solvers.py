@@ -67,10 +67,7 @@ def fit_affine(
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
     dead = scale <= count * precision**2 * mean_a.square().mean(1)
     ridges = (ridge * scale).masked_fill(dead, 1)
-    if is_dual:
-        step = (_solve(gram, r, ridges, dead).mT @ a).double()
-    else:
-        step = _solve(gram, a.mT @ r, ridges, dead).mT.double()
+    step = (_solve(gram, r, ridges, dead).mT @ a if is_dual else _solve(gram, a.mT @ r, ridges, dead).mT).double()
     if change is not None:
         step = change(step, lambda: damped((_products(a) if is_dual else gram).double(), ridges))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]

@@ -136,9 +136,7 @@ async def under_load(base: str, known: Known, clients: int, seconds: float) -> b
 
         await asyncio.gather(*map(ask, range(clients)))
     p50, p99 = np.percentile(times or [np.nan], [50, 99])
-    print(
-        f"{clients} clients for {seconds:.0f} s: {dict(counts)}, answers after {p50:.0f} ms (p50), {p99:.0f} ms (p99)"
-    )
+    print(f"{clients} clients for {seconds:.0f} s: {dict(counts)}, answers after {p50:.0f} (p50), {p99:.0f} ms (p99)")
     return bool(times) and set(counts) <= {200, 429, 503, 504}
 
 

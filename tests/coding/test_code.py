@@ -45,9 +45,8 @@ def test_row_sums_within_the_tolerance_are_made_exact():
 def test_encode_is_the_weighted_sum():
     outputs = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     code = Code([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
-    expected = torch.stack(
-        [sum(weight * output for weight, output in zip(row, outputs, strict=True)) for row in code.matrix]
-    )
+    sums = (sum(weight * output for weight, output in zip(row, outputs, strict=True)) for row in code.matrix)
+    expected = torch.stack([*sums])
     torch.testing.assert_close(code.encode(outputs), expected)
     assert code.encode(outputs.float()).dtype == torch.float32
     with pytest.raises(ConfigurationError, match="2 experts, the code is for 3; give them all"):

@@ -43,9 +43,8 @@ def test_residual_and_significance_by_hand():
     residual = parity_residual(code, Answers(own, torch.tensor([[[2.0, 3.0]]])))
     assert residual.tolist() == pytest.approx([2**0.5], rel=1e-12)
     calibration = torch.tensor([4.0, 1.0, 3.0, 2.0])
-    assert parity_significance(torch.tensor([0.5, 2.0, 2.5, 9.0]), calibration).tolist() == pytest.approx(
-        [1.0, 0.8, 0.6, 0.2]
-    )
+    found = parity_significance(torch.tensor([0.5, 2.0, 2.5, 9.0]), calibration)
+    assert found.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.2])
 
 
 @pytest.mark.parametrize("wrong", [None, 0, 1, 2])

@@ -33,9 +33,7 @@ def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_o
     assert worst <= float(1 / smallest.max()) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("experts", "coded", "message"), [(0, 1, "0 experts"), (3, 0, "0 coded"), (3, 4, "expected 1 to 3")]
-)
+@pytest.mark.parametrize(("experts", "coded", "message"), [(0, 1, "0 experts"), (3, 0, "0 coded"), (3, 4, "1 to 3")])
 def test_sizes_are_checked(experts, coded, message):
     with pytest.raises(ConfigurationError, match=message):
         convex(experts, coded)

@@ -106,12 +106,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_weighted_sum_sums_floats_and_takes_the_largest_count():
-    first = {"weight": torch.tensor([1.0, 2.0]), "count": torch.tensor(3), "double": torch.ones(1).double()}
-    second = {"weight": torch.tensor([4.0, 8.0]), "count": torch.tensor(5), "double": torch.zeros(1).double()}
+    count = "bn.num_batches_tracked"
+    first = {"weight": torch.tensor([1.0, 2.0]), count: torch.tensor(3), "double": torch.ones(1).double()}
+    second = {"weight": torch.tensor([4.0, 8.0]), count: torch.tensor(5), "double": torch.zeros(1).double()}
     total = weighted_sum([first, second], [0.25, 0.75])
     assert total["weight"].tolist() == [3.25, 6.5]
     assert total["double"].equal(torch.tensor([0.25], dtype=torch.float64))
-    assert total["count"].equal(torch.tensor(5))
+    assert total[count].equal(torch.tensor(5))
+    with pytest.raises(StateError, match=r"'order', torch\.int64, differs between experts and has no average"):
+        weighted_sum([{"order": torch.arange(3)}, {"order": torch.arange(3).flip(0)}], [0.5, 0.5])
     weighted_sum([first], [1.0])["weight"].zero_()
     assert first["weight"].tolist() == [1.0, 2.0]
 

@@ -60,9 +60,8 @@ def test_coin_is_the_closed_form(damping):
     assert_states_close(equal, weighted(EXPERTS), rtol=1e-12, atol=1e-12)
     total = weighted(FISHERS)
     ridge = damping * torch.cat([tensor.flatten() for tensor in total.values()]).mean()
-    pulled = weighted(
-        [{key: (f[key] + ridge) * e[key] for key in SHAPES} for f, e in zip(FISHERS, EXPERTS, strict=True)]
-    )
+    both = zip(FISHERS, EXPERTS, strict=True)
+    pulled = weighted([{key: (f[key] + ridge) * e[key] for key in SHAPES} for f, e in both])
     expected = {key: pulled[key] / (total[key] + ridge) for key in SHAPES}
     assert_states_close(coin_parameters(EXPERTS, FISHERS, WEIGHTS, damping), expected, rtol=1e-10, atol=1e-12)
 
@@ -346,8 +345,8 @@ def test_parts_are_of_every_expert():
             Experts(networks, fishers=some)
     with pytest.raises(ConfigurationError, match="calibration inputs of 1 experts, expected 3"):
         Experts(networks, calibration=[[torch.zeros(3, 2)]])
-    with pytest.raises(ConfigurationError, match="found no experts"):
-        Experts([])
+    with pytest.raises(ConfigurationError, match="found 1 experts, expected at least two"):
+        Experts(networks[:1])
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])

@@ -16,8 +16,6 @@ from coin.networks import recalibrate
 from coin.statistics import fisher_diagonal, gram_sums
 
 CODE = Code([[0.4, 0.6]])
-
-
 by_label = attrgetter("label")
 
 
@@ -124,13 +122,15 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
             Experts([kind(3), kind(2)])
     with pytest.raises(StateError, match=r"expert 1 has no tensor '2\.bias'"):
         merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8)).double()], CODE)
-    for other in (make(2, 3).float(), Early(3).double()):
-        with pytest.raises(ConfigurationError, match=r"Sequential of torch.float.*, expected one class and type"):
+    rectified = nn.Sequential(make(2, 3)[0], nn.ReLU(), make(2, 3)[2])
+    others = {"0.weight' of torch": make(2, 3).float(), "network' of ": Early(3).double(), "1' of ReLU and": rectified}
+    for message, other in others.items():
+        with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
             Experts([make(1, 3), other])
+    Experts([make(1, 3, each) for each in (nn.Dropout(), nn.Identity())])
+    merge_networks(Average(), [nn.Bilinear(3, 3, 2) for _ in "ab"], CODE)  # reads no head
     softmax = [make(1, 3, nn.LogSoftmax(1)), make(2, 2, nn.LogSoftmax(1))]
-    with pytest.raises(
-        HeadError, match="the logits of Sequential are not those of its head '2', which is padded since"
-    ):
+    with pytest.raises(HeadError, match="the logits of Sequential are not those of its head '2', which is padded"):
         Experts(softmax, calibration=CALIBRATION)
 
 
@@ -230,7 +230,7 @@ def test_batches_of_anything_else_are_told(batch, message):
         lambda: fisher_diagonal(network, [batch], forward=call),
         lambda: gram_sums(network, [batch], forward=call),
         lambda: recalibrate(network, [batch], forward=call),
-        lambda: Experts([network], calibration=[[batch]], forward=call),
+        lambda: Experts([network] * 2, calibration=[[batch]] * 2, forward=call),
         lambda: Coded(Code([[1.0]]), [network], [network], forward=call)(batch),
     ):
         with pytest.raises(DataError, match=message) as told:

@@ -13,7 +13,7 @@ from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskAr
 from coin.networks import BatchNormPolicy
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
-from coin.statistics import fisher_diagonal, gram_sums
+from coin.statistics import fisher_sums, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)
 
@@ -237,7 +237,7 @@ def damaged(damage: str) -> Experts:
     if damage == "outputs that overflow":
         networks[1][2].weight.data.fill_(3e38)
         networks[1][0].weight.data.mul_(100)
-    fishers = [fisher_diagonal(network, [x]) for network, x in zip(networks, data, strict=True)]
+    fishers = [fisher_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
     grams = [gram_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
     initial = deepcopy(networks[0])
     if damage == "a NaN in an expert":

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from operator import attrgetter
 
 import pytest
@@ -304,8 +305,18 @@ def test_a_network_that_mixes_samples_is_refused():
     """Identical experts were 3 to 15 % off."""
     layers = nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6, track_running_stats=False), nn.Flatten(), nn.Linear(18, CLASSES)
     experts = [nn.Sequential(*layers).double()] * 2
-    with pytest.raises(StateError, match="gives a sample other outputs beside others than alone"):
+    with pytest.raises(StateError, match="gives a sample other outputs beside others than alone, or at every call"):
         merged(coin.Refit("own"), experts, calibration=batches(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_networks_of_other_than_dense_tensors_are_refused():
+    odd = nn.ParameterList([torch.eye(3).to_sparse()]), nn.LazyLinear(3), torch.jit.script(nn.Linear(4, 3))
+    for network in (*odd, nn.Linear(4, 3, device="meta")):
+        merge, fisher = partial(coin.Experts, [network] * 2), partial(coin.fisher_diagonal, network, [])
+        for refused in (merge, fisher, partial(coin.compress, network, network, bits=3)):
+            with pytest.raises(StateError, match="expected a module of dense tensors; convert it"):
+                refused()
 
 
 def test_a_function_that_holds_the_network_is_refused():

@@ -505,9 +505,7 @@ def test_how_many_positions_are_chosen_and_where(monkeypatch):
         return chosen_places([unit], torch.arange(100), weights, torch.device("cpu"), budget)["w"]
 
     assert chosen(3, 10) is None  # 300 rows, and 256 are wanted: as many of every sample
-    places = chosen(
-        1000, 500, 500
-    )  # half of 1,000 · 500 · 500 multiplications pay for 165 · 500 · (500 + 2 · 500 + 16)
+    places = chosen(1000, 500, 500)  # half of 1,000 · 500 · 500 multiplications pay for 165 · 500 · (3 · 500 + 16)
     assert places.shape == (100, 165)
     stretches = places / (1000 / 165) - torch.arange(165)
     assert float(stretches.min()) > -165 / 1000

@@ -225,6 +225,8 @@ def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
         assert torch.equal(again.accepted(decoded, erased), system.accepted(decoded, erased))
     with pytest.raises(StateError, match=r"expert 1 is not the one that '.*' was saved with; give those experts"):
         Coded.load(path, [linear(0), linear(5, 2), linear(2)])
+    with pytest.raises(ConfigurationError, match="found 0 experts and 0 coded models, expected 3 and"):
+        Coded.load(path, [])
     save_state(path, {"x": torch.ones(2)}, {})
     with pytest.raises(FileError, match=r"holds no coded system, expected a file that Coded\.save wrote"):
         Coded.load(path, list(system.experts))

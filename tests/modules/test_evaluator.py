@@ -209,9 +209,8 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     files, new = list(experts.values()), tasks.promise()
     for part, task in zip(new.parts, members.values(), strict=True):
         assert set(part.index.tolist()) <= set(task.splits.validation.index.tolist())
-    fit_on, promised_on = (
-        replace(answers_of(files, coded, c.inputs()), tasks=c.part) for c in (tasks.calibration(), new)
-    )
+    both = tasks.calibration(), new
+    fit_on, promised_on = (replace(answers_of(files, coded, each.inputs()), tasks=each.part) for each in both)
     rows, every = read_promises(seed), answers_to_tests(files, coded, tasks)
     rows = rows[(rows.method == "average") & rows.decoder.isin(["linear", "ridge"])]
     assert len(rows) == 2 * (3 + 2 * 3)

@@ -131,10 +131,8 @@ def test_experts_are_imported_from_folders_with_their_projection_or_the_bases(
 @pytest.mark.parametrize(("prefix", "safe"), [("", True), ("vision_model.", False)])
 def test_towers_are_read_under_the_names_of_any_version_of_transformers(config, place, tmp_path, prefix, safe):
     transformers.CLIPVisionModel.from_pretrained(place).save_pretrained(tmp_path)
-    state = {
-        name.removeprefix("vision_model."): each for name, each in load_file(tmp_path / "model.safetensors").items()
-    }
-    state = {f"{prefix}{name}": 2 * tensor for name, tensor in state.items()}
+    state = load_file(tmp_path / "model.safetensors")
+    state = {f"{prefix}{name.removeprefix('vision_model.')}": 2 * tensor for name, tensor in state.items()}
     if safe:
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     else:

@@ -234,18 +234,16 @@ def test_six_points_killed_three_times_are_those_of_one_run(
         kill_and_go_on(command, tmp_path / place / "grid", kills)
         steps = finished_steps(tmp_path / place / "grid")
         assert len(steps) == 3 + 2 * 3 + 6 + 6
-        tables.append(
-            pd.read_csv(tmp_path / place / "grid/sweep.csv").drop(columns=["merge_seconds", "decoder_seconds"])
-        )
+        table = pd.read_csv(tmp_path / place / "grid/sweep.csv")
+        tables.append(table.drop(columns=["merge_seconds", "decoder_seconds"]))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_failing_point_leaves_the_others_alone(
     swept: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bases = [
-        {"task": None, "checkpoint": str(folder / "base/base.safetensors")} for folder in (tmp_path, swept / NAMES[0])
-    ]
+    files = (str(folder / "base/base.safetensors") for folder in (tmp_path, swept / NAMES[0]))
+    bases = [{"task": None, "checkpoint": file} for file in files]
     (tmp_path / "base").mkdir()
     (tmp_path / "base/base.safetensors").write_text("damaged")
     file = write_sweep(tmp_path / "grid.yaml", config, grid={"base": bases})

@@ -53,9 +53,8 @@ def test_the_linear_decoder_undoes_the_code(code: Code, seed: int, samples: int,
         lost = experts.clone()
         lost[list(erased)] = torch.nan
         decoded = LinearDecoder(code, erased).decode(Answers(lost, answers.coded))
-        torch.testing.assert_close(
-            decoded, experts[list(erased)], rtol=0, atol=1e-12 * code.amplification(erased) * 100
-        )
+        tolerance = 1e-12 * code.amplification(erased) * 100
+        torch.testing.assert_close(decoded, experts[list(erased)], rtol=0, atol=tolerance)
 
 
 @FEW

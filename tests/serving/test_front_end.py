@@ -277,9 +277,8 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise() -> None:
     biased = {name: r._replace(logits=r.logits + 0.5) if "coded" in name else r for name, r in replies.items()}
     logits = torch.stack([reply.logits for reply in biased.values()])  # a bias that a fit sees and the code does not
     features = [reply.features for reply in biased.values()]
-    fitted = make_decoder("feature_ridge", it.code, [1]).fit(
-        Answers(logits[:3], logits[3:], features[:3], features[3:])
-    )
+    answers = Answers(logits[:3], logits[3:], features[:3], features[3:])
+    fitted = make_decoder("feature_ridge", it.code, [1]).fit(answers)
     system = System({}, it.stand_ins, it.policy, {(1,): fitted}, (3, 3, 3), True)
 
     def decode(expert: int, *lost: str) -> torch.Tensor:

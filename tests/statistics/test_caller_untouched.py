@@ -63,14 +63,17 @@ def test_a_buffer_that_forward_writes_is_restored() -> None:
             super().__init__()
             self.head = nn.Linear(3, 2)
             self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", None)
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
+            self.last = x
             return self.head(x)
 
     network = Counting()
     fisher_diagonal(network, [torch.randn(2, 3)])
     assert network.calls == 0
+    assert network.last is None
 
 
 @pytest.mark.parametrize("name", ["fisher", "gram"])

@@ -207,6 +207,12 @@ def test_a_complex_parameter_is_refused() -> None:
         fisher_diagonal(network, [torch.randn(2, 4)])
 
 
+def test_a_parameter_without_entries() -> None:
+    parts = {"none": nn.Parameter(torch.ones(4, 0)), "head": nn.Linear(4, CLASSES)}
+    network = Net(lambda net, x: net.head(torch.cat([x, x @ net.none], 1)), **parts)
+    assert_exact(network, torch.randn(3, 4), zero=("none",))
+
+
 @pytest.mark.parametrize("zero", ["head", "branch"])
 def test_a_gradient_that_a_weight_of_zero_hides(zero: str) -> None:
     """Rules hold in front of a weight that is still zero; the layers behind it are not left to the slow route."""
@@ -346,9 +352,8 @@ def assert_attention_is_covered(network: Masked, x: Tensor) -> None:
     projection = network.attention.out_proj
     a = torch.linalg.solve(projection.weight, (mixed[0] - projection.bias).detach().flatten(0, 1).T).T
     a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
-    torch.testing.assert_close(
-        sums.values["attention.out_proj.weight"], (a.T @ a)[None].detach(), rtol=1e-8, atol=1e-10
-    )
+    found, expected = sums.values["attention.out_proj.weight"], (a.T @ a)[None].detach()
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_the_general_route_is_counted() -> None:

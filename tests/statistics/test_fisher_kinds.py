@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError, StateError
 from coin.statistics import FisherKind, fisher_diagonal, fisher_sums
 
 CLASSES = 4
@@ -77,9 +77,7 @@ def test_monte_carlo_is_unbiased_and_its_error_falls(network: nn.Module, inputs:
 def test_monte_carlo_does_not_depend_on_batch_sizes(network: nn.Module, inputs: Tensor) -> None:
     def run(sizes: list[int]) -> Tensor:
         generator = torch.Generator().manual_seed(5)
-        found = fisher_diagonal(
-            network, inputs.split(sizes), kind=FisherKind.monte_carlo, mc_samples=2, generator=generator
-        )
+        found = fisher_diagonal(network, inputs.split(sizes), kind="monte_carlo", mc_samples=2, generator=generator)
         return flat(found)
 
     torch.testing.assert_close(run([5]), run([1, 3, 1]), rtol=1e-12, atol=1e-15)
@@ -100,11 +98,9 @@ def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) ->
         ({"kind": "monte_carlo", "mc_samples": 5}, ConfigurationError, "at most 4"),
         ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 4])}, DataError, "outside"),
         ({"kind": "empirical", "labels": torch.tensor([0, 1])}, DataError, "one for every sample"),
-        (
-            {"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 1, 1])},
-            DataError,
-            "found 6 labels for 5 samples, expected one each",
-        ),
+        ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 1, 1])}, DataError, "found 6 labels for 5 samples"),
+        ({"kind": "empirical", "labels": torch.ones(5)}, DataError, r"labels torch.float32 \[5\], expected integers"),
+        ({"kind": "empirical", "labels": [0, 1, 2, 3, 1]}, DataError, "found labels list, expected integers"),
         ({"memory_mib": 0}, ConfigurationError, "memory_mib=0"),
         ({"kind": "hessian"}, ValueError, "hessian"),
     ],
@@ -114,7 +110,9 @@ def test_bad_options(network: nn.Module, inputs: Tensor, options: dict, error: t
         fisher_diagonal(network, [inputs], **options)
 
 
-def test_no_samples(network: nn.Module) -> None:
+def test_no_samples_or_none_that_is_finite(network: nn.Module, inputs: Tensor) -> None:
+    with pytest.raises(StateError, match=r"the Fisher is not finite: tensor '0\.weight' holds a NaN"):
+        fisher_diagonal(network, [inputs * torch.nan])
     for fisher in (fisher_diagonal, fisher_sums):
         with pytest.raises(DataError, match="found no calibration samples, expected at least one batch; raise"):
             fisher(network, [])
