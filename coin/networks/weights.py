@@ -47,7 +47,7 @@ def check_plain(network: nn.Module, *, meta: bool = False) -> None:
         raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
     for name, module in network.named_modules():
         held = [value.values() if isinstance(value, dict) else [value] for value in vars(module).values()]
-        if any(map(_is_closure, chain(*held))):
+        if type(module).__setstate__ is nn.Module.__setstate__ and any(map(_is_closure, chain(*held))):
             raise StateError(f"layer '{name}' holds a function of a module, which copies would share; make it a method")
         hooks = module._forward_pre_hooks.values()
         if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):
@@ -57,7 +57,7 @@ def check_plain(network: nn.Module, *, meta: bool = False) -> None:
 
 
 def _is_closure(value: object) -> bool:
-    """Say whether a value is a function that holds a module or a method of one."""
+    """Say whether a value is a function that holds a module or a method of one; metrics make theirs anew in a copy."""
     cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
     return any(isinstance(getattr(cell.cell_contents, "__self__", cell.cell_contents), nn.Module) for cell in cells)
 

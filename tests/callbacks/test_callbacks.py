@@ -140,7 +140,7 @@ def test_other_modules_data_and_too_many_processes_are_refused(synthetic, make_t
     ("options", "message"),
     [
         ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
-        ({"mc_samples": 2}, "found mc_samples=2 for the exact Fisher; only monte_carlo takes a number"),
+        ({"mc_samples": 2}, "found mc_samples=2 for the exact Fisher; only monte_carlo takes one"),
         ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected a whole number of at least 1"),
         ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
         ({"kind": "exactly"}, r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo"),

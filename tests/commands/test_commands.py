@@ -101,9 +101,8 @@ def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(fin
     made = load_provenance(tmp_path / "average.safetensors")
     assert (made["batchnorm"], made["chosen"], made["passes"]) == ("auto", {"batchnorm": "average"}, 0)
     buffers, _ = load_state(tmp_path / "average.safetensors")
-    digits, letters = (
-        load_state(finished / f"seed-0/experts/{task}/expert.safetensors")[0] for task in ("digits", "letters")
-    )
+    paths = (finished / f"seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters"))
+    digits, letters = (load_state(path)[0] for path in paths)
     name = "stem.1.running_var"
     torch.testing.assert_close(buffers[name], 0.4 * digits[name] + 0.6 * letters[name])
 
