@@ -180,8 +180,8 @@ def held_out_error(
     features = any(each.reads_features for each in decoders)
 
     def answers(part: int) -> Answers:
-        runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
         tasks = experts.tasks[len(fitted) :] if part else fitted
+        runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features, tasks)]
         return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)
 
     judged, calibration = answers(1), None

@@ -11,6 +11,7 @@ from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, 
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite, check_same_layout
+from coin.merging.adapted import answering
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
 from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
 from coin.statistics import TRANSPOSED, FisherKind, FisherOptions
@@ -185,11 +186,20 @@ class Experts:
         logits = torch.cat(list(map(torch.stack, parts)), dim=1)
         return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
 
-    def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False) -> Run:
-        """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
+    def run(
+        self, network: nn.Module, batches: Iterable[Batch], features: bool = False, tasks: Tensor | None = None
+    ) -> Run:
+        """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes.
+
+        A body with adapters answers sample by sample for `tasks` [P].
+        """
+        runs: list[Run] = []
         with evaluating(network, gradients=False):
-            inputs = (as_input(batch, network) for batch in batches)
-            runs = [run_network(network, each, features) for each in inputs]
+            for batch in batches:
+                done = sum(len(run.logits) for run in runs)
+                asked = None if tasks is None else tasks[done : done + size_of(batch)]
+                with answering([network], asked):
+                    runs.append(run_network(network, as_input(batch, network), features))
         self.passes += sum(len(run.logits) for run in runs)
         return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]))
 

@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import isabstract
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,10 @@ from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
 from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
+from coin.merging.adapted import Adapted, parts_of
+from coin.merging.adapters import AdapterOptions
 from coin.merging.experts import Experts
+from coin.merging.passes import adapt
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress_as
 from coin.networks.compression import Compression, RoundingKind
@@ -27,12 +30,15 @@ from coin.statistics.statistic import DataChoice, Given, Statistic
 Compress = dict[str, Any] | list[dict[str, Any]] | None
 """The option `compress` of methods: a section of `Compression`'s options, or several."""
 
+Adapters = AdapterOptions | dict[str, Any] | None
+"""The option `adapters` of methods: a section of `AdapterOptions`."""
+
 
 @dataclass(frozen=True)
 class CodedModel:
     """A method's result for one row of a code: a network in eval mode, and the options that were chosen, plain values.
 
-    `start` is what a `Refit` began from; `Method.pack` begins there again.
+    `body` is what a `Refit` began from; `Method.pack` begins there again.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
@@ -41,7 +47,7 @@ class CodedModel:
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
-    start: Any = None
+    body: Any = None
 
 
 class Merged(list[nn.Module]):
@@ -72,6 +78,7 @@ class Method(ABC):
         batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
         reads_initial: Whether it needs the shared initialisation.
         compress: The compressed variants of its coded models, beside the whole ones.
+        adapters: What experts keep beside its coded models, which are bodies then.
 
     A user's own method:
 
@@ -91,15 +98,22 @@ class Method(ABC):
     rounds: ClassVar[bool] = False  # whether it can round a coded model while it makes it
     reads_initial: bool = False
     compress: Sequence[Compression] = ()
+    adapters: AdapterOptions | None = None
     samples_per_task: int | None = None  # its own P; by default the experiment's
     augmentation: str = "none"  # of calibration samples in its training
     label: str
     batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 
-    def __init__(self, label: str | None = None, compress: Compress = None, decoders: list[str] | None = None) -> None:
+    def __init__(
+        self, label: str | None = None, compress: Compress = None, decoders: list[str] | None = None,
+        adapters: Adapters = None,
+    ) -> None:  # fmt: skip
         """Set the options that every method has; raises ConfigurationError where results cannot have the label."""
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
+        self.adapters = AdapterOptions.of(adapters)
         self.label = getattr(self, "label", self.name) if label is None else label
+        if label is None and self.adapters is not None:
+            self.label = f"{self.label}+{self.adapters.name}"
         if self.label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label):
             expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
             raise ConfigurationError(f"found label {self.label!r}, expected a plain file name: {expected}")
@@ -122,8 +136,18 @@ class Method(ABC):
     def pack(
         self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
     ) -> Compressed:
-        """Return the coded model of one row, compressed as a delta from a base."""
-        return compress_as(compression, made.network, base)
+        """Return the coded model of one row, compressed as a delta from a base; adapters are fitted to what is left."""
+        packed = compress_as(compression, parts_of(made.network)[0], base)
+        if self.adapters is not None:
+            packed.adapters = parts_of(adapt(packed.network(), experts, row, self.label, self.adapters))[1]
+        return packed
+
+    def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row, and its adapters unless the method has fitted them beside it."""
+        made = self.make(experts, row)
+        if self.adapters is None or isinstance(made.network, Adapted):
+            return made
+        return replace(made, network=adapt(made.network, experts, row, self.label, self.adapters))
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it needs."""
@@ -134,7 +158,8 @@ class Method(ABC):
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
         defaults: dict[str, Any] = dict.fromkeys(("fisher_data", "gram_data"), fisher_data)
-        defaults |= {"fisher_kind": fisher_kind, "decoders": [each.name for each in decoders] or None}
+        judges = [each.name for each in decoders] if self.adapters is None else [str(DecoderKind.expert_head)]
+        defaults |= {"fisher_kind": fisher_kind, "decoders": judges or None}
         method = copy(self)
         vars(method).update({name: value for name, value in defaults.items() if getattr(self, name, value) is None})
         return method
@@ -172,7 +197,7 @@ def merge_networks(
     made, packed, label = [], [], method.label
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
-            made.append(one := method.make(experts, row))
+            made.append(one := method.coded_model(experts, row))
             packed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
     return Merged(made, experts.passes, time.perf_counter() - began, packed)
 

@@ -1,21 +1,43 @@
-"""The two passes of a refit: experts leave their outputs, and the coded network is fitted to them, unit by unit."""
+"""The two passes of a fit: experts leave their outputs, and a body and its adapters are fitted to them by units."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, as_input, samples_of, take
-from coin.errors import StateError
-from coin.merging.units import SAME_CALLS, Trace, Unit, fit_unit, floating_parameters, output_rows
+from coin.core.batches import Batch, as_input, clone, samples_of, take
+from coin.core.progress import progress_bar
+from coin.errors import CoinWarning, StateError
+from coin.files.tensors import State
+from coin.merging.adapted import Adapted
+from coin.merging.adapters import AdapterFit, AdapterOptions
+from coin.merging.experts import Experts
+from coin.merging.target import Target, objective
+from coin.merging.units import (
+    PROBES,
+    SAME_CALLS,
+    Trace,
+    Unit,
+    affine_units,
+    fit_unit,
+    floating_parameters,
+    fold_average,
+    input_rows,
+    output_rows,
+)
 from coin.networks.compressed import Rounding
+from coin.networks.experts import parameters_of, tensors_of
+from coin.networks.heads import head_name
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type
 
+MEMORY_MIB = 8192  # the bound on the activations of a fit
+FEWEST_MIB = 64  # of experts' outputs at once: with fewer, experts run too often
 ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
 CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
 READ = 16  # multiplications that take as long as reading a number where it lies alone
@@ -195,19 +217,99 @@ class ExpertOutputs:
 
 
 def fit_in_order(
-    network: nn.Module, trace: Trace, rows: Rows, targets: ExpertOutputs, ridge: float, rounding: Rounding | None = None
-) -> None:
-    """Run the coded network once, fitting every unit of its trace in place before its call (`fit_unit`)."""
+    network: nn.Module, trace: Trace, rows: Rows, targets: ExpertOutputs, ridge: float | None,
+    rounding: Rounding | None = None, adapters: AdapterFit | None = None,
+) -> None:  # fmt: skip
+    """Run the coded network once, fitting every unit of its trace in place before its call (`fit_unit`).
+
+    Without a ridge the units stay; with `adapters` these are fitted too, and every sample goes on with its own.
+    """
     waiting = {unit.weight: unit for unit in trace.units}
 
-    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
         if unit := waiting.get(names.get("weight", "")):
             target, at = targets.pop(unit.weight), rows.places[unit.weight]
             mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
             if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
                 mine = mine * rows.weights[unit.weight].to(mine)
             rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
-            fit_unit(network, unit, call, target, at, mine, ridge, rounds)
+            found, tasks = input_rows(call, len(mine), at), None if adapters is None else adapters.tasks
+            if ridge is not None:
+                fit_unit(network, unit, call, target, at, mine, ridge, found, rounds, tasks)
+            if adapters is not None:
+                return adapters.fit(network, unit, call, found, target, mine, function())
+        return None
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
         network(as_input(rows.inputs, network))
+
+
+class Body(NamedTuple):
+    """A network with its BatchNorms folded in, its pass with the units to fit, and the parameters that stay."""
+
+    network: nn.Module
+    trace: Trace
+    kept: list[str]
+
+    @classmethod
+    def of(cls, network: nn.Module, experts: Experts, states: Sequence[tuple[State, State]], row: Sequence[float]) -> Self:
+        """Return a network, changed in place, as the β-average of other networks' folded maps."""
+        trace = affine_units(network, experts.pooled.inputs(torch.arange(min(3, experts.pooled.num_samples))))
+        experts.passes += PROBES
+        fold_average(network, trace.units, states, row)
+        fitted = {name for unit in trace.units for name in unit.names}
+        return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
+
+
+def fit_body(
+    body: Body,
+    experts: Experts,
+    row: Sequence[float],
+    label: str,
+    *,
+    ridge: float | None,
+    target: Target = Target.own,
+    held_out: bool = False,
+    rounding: Rounding | None = None,
+    adapters: AdapterOptions | None = None,
+    memory_mib: int = MEMORY_MIB,
+) -> nn.Module:
+    """Return a copy of a body, refitted without the held-out samples or with; its matrices rounded, if so.
+
+    Without a ridge its units stay; with adapters, which are fitted in the same pass, it is an `Adapted`. Their experts'
+    own heads are read in place of the body's, which stays.
+    """
+    network, trace = clone(body.network), body.trace
+    fit = None
+    if rounding is not None:
+        fitted = {name for unit in trace.units for name in unit.names}
+        for name in filter(rounding.takes, parameters_of(network).keys() - fitted):
+            network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
+    every = experts.split[0].num_samples if held_out else experts.pooled.num_samples
+    samples = min(every, max(experts.count, (memory_mib << 20) // (4 * trace.floats)))
+    if samples < every:
+        needed = math.ceil(4 * trace.floats * every / 2**20)
+        told = f"method '{label}' fits its layers on {samples} of {every} calibration samples, which need"
+        warnings.warn(f"{told} memory_mib={needed}; found {memory_mib}", CoinWarning, stacklevel=4)
+    inputs, task = experts.pooled.inputs(torch.arange(samples)), experts.tasks[:samples]
+    if adapters is not None:
+        head = f"{head_name(network)}.weight".lstrip(".")
+        trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
+        fit = AdapterFit(adapters.rank_for(trace.units, experts.count), adapters.ridge, experts.source.tensors, task)
+    budget = max(memory_mib // 4, FEWEST_MIB) << 20
+    rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task, held_out), budget)
+    targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
+    with progress_bar(f"{label}, layers", targets.total) as bar:
+        targets.advance = bar.update
+        fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
+    experts.passes += rows.passes + targets.passes + samples
+    return network if fit is None else Adapted(network, fit.adapters)
+
+
+@torch.inference_mode(False)
+def adapt(network: nn.Module, experts: Experts, row: Sequence[float], label: str, options: AdapterOptions) -> Adapted:
+    """Return a network as a body with adapters for all experts that have a share in the row."""
+    body = Body.of(clone(network), experts, [tensors_of(network)], [1.0])
+    made = fit_body(body, experts, row, label, ridge=None, adapters=options)
+    assert isinstance(made, Adapted)
+    return made

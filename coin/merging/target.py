@@ -14,8 +14,6 @@ from coin.files.tensors import State
 OWN_SHARE = 0.6
 # The spread above which experts are far apart: 0.005 to 0.008 near ImageNet weights, 0.016 to 0.25 tuned freely.
 FAR = 0.0125
-# The largest share of own's error that both's may have: near a strong base both are alike there, and own the better.
-AHEAD = 0.85
 
 
 class Target(StrEnum):
@@ -26,10 +24,6 @@ class Target(StrEnum):
 
     both = "both"
     """Beside that, on all samples, the β-average of what all experts make of them."""
-
-    auto = "auto"
-    """Both where the experts are `FAR` apart; else own and both are tried, and both taken if its held-out error is at
-    most `AHEAD` of own's. For the expert_head decoder alone own."""
 
 
 def objective(target: Target, row: Sequence[float], task: Tensor, held_out: bool = False) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,19 @@ class Unit:
         """The names of all its parameters."""
         return {self.weight, self.bias, self.end, self.shift}
 
+    @property
+    def channels(self) -> int:
+        """The number of outputs of all groups."""
+        return prod(self.shape) // self.positions
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is one matrix, neither of groups nor a number."""
+        return self.outputs == self.channels and self.outputs * self.unknowns > 1
+
     def target_bytes(self, places: int) -> int:
         """Return how many bytes its outputs take at so many positions of a sample, in float32."""
-        return 4 * min(places, self.positions) * (prod(self.shape) // self.positions)
+        return 4 * min(places, self.positions) * self.channels
 
 
 class Trace(NamedTuple):
@@ -220,7 +230,9 @@ def fit_unit(
     places: Tensor | None,
     shares: Tensor,
     ridge: float,
+    rows: tuple[Tensor, Tensor],
     rounding: Rounding | None = None,
+    tasks: Tensor | None = None,
 ) -> None:
     """Refit a unit in place to targets [P, q, ·], at the call of its map in a forward pass of P samples.
 
@@ -230,7 +242,7 @@ def fit_unit(
     weight = network.get_parameter(unit.weight)
     turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
-    inputs, entries = input_rows(call, len(shares), places)
+    inputs, entries = rows
     flat = (weight.T if turned else weight).reshape(len(inputs), -1, unit.unknowns)
 
     def rounded(step: Tensor, metric: Callable[[], Tensor]) -> Tensor:
@@ -248,7 +260,9 @@ def fit_unit(
         outputs += added.to(inputs).reshape(len(inputs), 1, -1)
     residual = target.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
     ridge, change = ridge * len(entries) / unit.unknowns, None if rounding is None else rounded
-    step, constant = fit_affine(inputs, residual, shares.flatten(), ridge, intercept=shift is not None, change=change)
+    own = None if tasks is None else tasks[:, None].expand(shares.shape).flatten().to(shares.device)
+    found = fit_affine(inputs, residual, shares.flatten(), ridge, intercept=shift is not None, change=change, tasks=own)
+    step, constant = found
     if rounding is not None:
         weight.copy_(rounding.weight(unit.weight))
     else:

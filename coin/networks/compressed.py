@@ -1,6 +1,6 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits or of low rank."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,6 +15,7 @@ from coin.core.batches import clone, plain
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, fingerprint
+from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
 from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
@@ -32,6 +33,7 @@ class Compressed:
         base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of its architecture and
             class count, whose weights are not used.
         base_bits: 32, 8 or 0.
+        adapters: Of a body, what experts keep beside it.
 
     >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3)  # of 288 bytes
     Compressed(3 bits, 56 bytes, base of 32 bits)
@@ -44,6 +46,7 @@ class Compressed:
     _folded: dict[str, str]  # the BatchNorms that are, into which weights
     _outputs: int | None  # of the head, where the base's has others
     _kept: "Compressed | None" = None  # the base's bytes
+    adapters: Sequence[Adapter] = ()
 
     def __repr__(self) -> str:
         kinds = sorted({kind for kind in self._kinds if kind < 0 or 0 < kind <= 8})  # the others are kept as they are
@@ -52,8 +55,8 @@ class Compressed:
 
     @property
     def nbytes(self) -> int:
-        """The network's bytes, without the base."""
-        return self._data.numel()
+        """The network's bytes and its adapters', without the base."""
+        return self._data.numel() + sum(each.nbytes for each in self.adapters)
 
     @property
     def base_nbytes(self) -> int:
@@ -70,8 +73,8 @@ class Compressed:
                 replace_head(network, self._outputs)
         reference, kinds = _reference(network, self.base if self.base_bits else None, self._folded), self._kinds
         sizes = [size(kind, tensor) for kind, tensor in zip(kinds, reference.values(), strict=False)]
-        if len(kinds) != len(reference) or sum(sizes) != self.nbytes:
-            found = f"found {len(kinds)} compressed tensors of {self.nbytes} bytes for a {type(network).__name__}"
+        if len(kinds) != len(reference) or sum(sizes) != len(self._data):
+            found = f"found {len(kinds)} compressed tensors of {len(self._data)} bytes for a {type(network).__name__}"
             raise StateError(f"{found}, expected {len(reference)} of {sum(sizes)}; give a base of its architecture")
         parts = zip(reference.items(), kinds, torch.split(self._data, sizes), strict=True)
         state = {name: decode(kind, part, tensor) for (name, tensor), kind, part in parts}
@@ -82,8 +85,9 @@ class Compressed:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
         own = {"base_bits": self.base_bits, "kinds": self._kinds, "folded": self._folded, "outputs": self._outputs}
         mark = fingerprint(self.base.state_dict()) if self.base_bits else None
-        told = {**own, "base": mark, "sum": fingerprint({PACKED: self._data})}
-        save_state(Path(path), {PACKED: self._data}, {**(provenance or {}), "compressed": told})
+        state = {PACKED: self._data, **adapters_state(self.adapters)}
+        told = {**own, "base": mark, "sum": fingerprint(state), "adapters": len(self.adapters)}
+        save_state(Path(path), state, {**(provenance or {}), "compressed": told})
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
@@ -94,8 +98,9 @@ class Compressed:
         file = StateFile(Path(path))
         try:
             told, data = file.provenance["compressed"], file[PACKED].clone()
-            mark, base_bits, intact = told["base"], told["base_bits"], told["sum"] == fingerprint({PACKED: data})
+            mark, base_bits, intact = told["base"], told["base_bits"], told["sum"] == fingerprint(file)
             made = cls(base, base_bits, data, list(told["kinds"]), dict(told["folded"]), told["outputs"])
+            made.adapters = split_adapters(file, told["adapters"])[1]
         except (KeyError, TypeError) as error:
             raise FileError(f"'{path}' holds no compressed network, expected one that coin wrote") from error
         if not intact:

@@ -15,6 +15,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite
+from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, int8, stored
 from coin.networks.compression import Compression
@@ -35,11 +36,13 @@ class NetworkFile:
     config: NetworkConfig
     num_classes: int
     provenance: dict[str, Any]
+    adapters: Sequence[Adapter] = ()  # of a coded model that is a body with some
 
     @property
     def nbytes(self) -> int:
         """The bytes of its tensors, tied ones once; for a compressed network those of the delta only."""
-        return int(self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values()))
+        own = self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values())
+        return int(own) + sum(each.nbytes for each in self.adapters)
 
     @property
     def base_nbytes(self) -> int:
@@ -67,12 +70,15 @@ def nbytes_together(files: Iterable[NetworkFile]) -> int:
 
 
 def save_network(
-    path: Path, network: nn.Module, config: NetworkConfig, num_classes: int, provenance: Mapping[str, Any]
-) -> None:
+    path: Path, network: nn.Module, config: NetworkConfig, num_classes: int, provenance: Mapping[str, Any],
+    adapters: Sequence[Adapter] = (),
+) -> None:  # fmt: skip
     """Write a network, its architecture and provenance; a StateError for values not finite, but infinite buffers."""
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]  # causal masks
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
-    save_state(path, network.state_dict(), described | ({"infinite": infinite} if infinite else {}), infinite)
+    described |= {"infinite": infinite} if infinite else {}
+    described |= {"adapters": len(adapters)} if adapters else {}
+    save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)
 
 
 def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
@@ -111,7 +117,7 @@ def save_compressed(
         "num_classes": num_classes,
         "compression": asdict(compression),
         "base_file": base and os.path.relpath(base, path.parent),
-        "nbytes": made.nbytes,
+        "nbytes": made.nbytes - sum(each.nbytes for each in made.adapters),
         "base_nbytes": made.base_nbytes,
     }
     made.save(path, described)
@@ -134,9 +140,11 @@ def open_network(path: Path) -> NetworkFile:
         return _open_compressed(path, state.provenance)
     infinite = state.provenance.get("infinite", [])
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
+    names, adapters = split_adapters(state, int(state.provenance.get("adapters", 0)))
+    state = StateFile(path, names)
     config, num_classes = _described(path, state.provenance)
     check_layout(empty_network(config, num_classes).state_dict(), state, str(path))
-    return NetworkFile(path, state, config, num_classes, state.provenance)
+    return NetworkFile(path, state, config, num_classes, state.provenance, adapters)
 
 
 def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
@@ -151,9 +159,10 @@ def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
         if found is None:
             raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")
         base = open_network(found).network
-    network = Compressed.load(path, base).network()
+    made = Compressed.load(path, base)
+    network = made.network()
     check_finite(network.state_dict(), f"the network in '{path}'", {name for name, _ in network.named_buffers()})
-    return NetworkFile(path, network.state_dict(), config, num_classes, provenance)
+    return NetworkFile(path, network.state_dict(), config, num_classes, provenance, made.adapters)
 
 
 def load_network(path: Path) -> NetworkFile:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coin.errors import NumericalError
 
@@ -38,7 +38,7 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
 
 def fit_affine(
     inputs: Tensor, residuals: Tensor, shares: Tensor, ridge: float, *, intercept: bool = True,
-    change: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None,
+    change: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None, tasks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
@@ -51,6 +51,7 @@ def fit_affine(
         shares: w [n].
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
+        tasks: Of which task every row is [n]: each task then has an intercept of its own, and Δb is their mean.
         change: Returns what ΔW becomes, given it and what makes M = cov(a) + λI [G, K, K]: a change E costs tr(E M Eᵀ).
 
     Returns ΔW [G, O, K] and Δb [G, O], in float64. Raises NumericalError where a row is not finite, or too large to be
@@ -58,7 +59,7 @@ def fit_affine(
     """
     (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
     weights = (shares / shares.sum()).to(inputs)
-    (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept) for each in (inputs, residuals))
+    (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept, tasks) for each in (inputs, residuals))
     if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
     is_dual = count < unknowns
@@ -73,12 +74,16 @@ def fit_affine(
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
-def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Return rows [G, n, K] less their mean, times the roots of their weights; the mean [G, K] in float64."""
+def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return rows [G, n, K] less their task's mean, times the roots of their weights; the mean [G, K] in float64."""
     root = weights.sqrt()[:, None]
     if intercept:
         mean = weights @ rows
-        return (rows - mean[:, None]).mul_(root), mean.double()
+        if tasks is None:
+            return (rows - mean[:, None]).mul_(root), mean.double()
+        own = nn.functional.one_hot(tasks).to(rows).T * weights  # [tasks, n]
+        means = own @ rows / own.sum(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        return (rows - means[:, tasks]).mul_(root), mean.double()
     zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
     return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)  # for the caller to refuse
 

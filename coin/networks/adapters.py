@@ -1,0 +1,88 @@
+"""Adapters: what every expert keeps beside one body, so that the body answers in its place."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coin.core.batches import clone, plain
+from coin.files.tensors import State
+from coin.networks.heads import head_name
+
+Change = Mapping[str, Tensor]
+"""What becomes of a parameter θ, by part: θ ⊙ ``scale`` + ``left`` ``right`` + ``shift``, each part if it is there."""
+
+
+class Adapter(nn.Module):
+    """What one expert keeps beside a body: changes of the body's parameters, as buffers in float16.
+
+    A map's weight [O, …] has a scale for each output, and a correction of rank r: left [O, r] and right [r, K]; its
+    bias, or that of the BatchNorm behind it, a shift.
+
+    >>> len(adapted.adapters), adapted.adapters[0].nbytes
+    (3, 48)
+    """
+
+    def __init__(self, changes: Mapping[str, Change] | None = None) -> None:
+        super().__init__()
+        for name, parts in (changes or {}).items():
+            self.add(name, parts)
+
+    def add(self, name: str, parts: Change) -> None:
+        """Add the change of a parameter, by its dotted name."""
+        for part, tensor in parts.items():
+            self.register_buffer(f"{name.replace('.', '/')}/{part}", tensor.half())
+
+    @property
+    def changes(self) -> dict[str, dict[str, Tensor]]:
+        """The changes by parameter, in float32."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.named_buffers():
+            name, _, part = key.rpartition("/")
+            found.setdefault(name.replace("/", "."), {})[part] = tensor.float()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in memory and in a file."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    @torch.no_grad()
+    def applied_to(self, body: nn.Module, head: nn.Module | None = None) -> nn.Module:
+        """Return the body as the expert's: a plain network, in eval mode, with that head's weights if one is given."""
+        network = plain(clone(body)).eval()
+        for name, parts in self.changes.items():
+            parameter = network.get_parameter(name)
+            value = parameter.float()
+            if "scale" in parts:
+                value = value * parts["scale"]
+            if "left" in parts:
+                value = value + (parts["left"] @ parts["right"]).reshape(value.shape)
+            parameter.copy_(value + parts["shift"].reshape(value.shape) if "shift" in parts else value)
+        if head is not None:
+            own = network.get_submodule(head_name(network))
+            for place, parameter in head.named_parameters():
+                setattr(own, place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+        return network
+
+
+_ADAPTERS = "adapters."
+
+
+def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """Return the tensors of adapters by name, as a file beside a body has them."""
+    every = enumerate(adapters)
+    return {f"{_ADAPTERS}{i}.{name}": tensor for i, each in every for name, tensor in each.named_buffers()}
+
+
+def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
+    """Return the names of the other tensors in a state, and the adapters of so many experts."""
+    adapters = [Adapter() for _ in range(count)]
+    others = []
+    for name in state:
+        if count and name.startswith(_ADAPTERS):
+            place, _, key = name.removeprefix(_ADAPTERS).partition(".")
+            adapters[int(place)].register_buffer(key, state[name].clone())
+        else:
+            others.append(name)
+    return others, adapters
