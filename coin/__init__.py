@@ -30,10 +30,10 @@ _HOMES = {
     "parity_residual parity_significance promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation distill",
-    "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
-    "Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
+    "merging": "Adapted Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
+    "Refit RegMean TaskArithmetic Ties UserMethod Wudi answering fit_adapters merge_networks",
     "modules": "Coded evaluate",
-    "networks": "BatchNormPolicy Compressed compress recalibrate",
+    "networks": "Adapter BatchNormPolicy Compressed compress recalibrate",
     "reporting.choice": "choose",
     "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
 }

@@ -20,16 +20,22 @@ from coin.core.batches import Batch
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, HeadError
 from coin.evaluation.variants import NONE, Replica, Variant
+from coin.merging.adapted import answering
 from coin.networks import linear_heads, run_network
 from coin.statistics.guard import disable_tf32
 
 
 def server_answers(
-    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = ()
-) -> Answers:
-    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = (),
+    tasks: int | Tensor | None = None,
+) -> Answers:  # fmt: skip
+    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`.
+
+    Bodies with adapters answer for the inputs' own experts: `tasks` [B], or one for all.
+    """
     servers = enumerate((*experts, *coded))
-    runs = [None if index in idle else run_network(network, inputs, features) for index, network in servers]
+    with answering(coded, tasks):
+        runs = [None if index in idle else run_network(network, inputs, features) for index, network in servers]
     return Answers.of_servers(runs, len(experts))
 
 
@@ -119,7 +125,8 @@ class Evaluation:
                 for erased in variant.erasures() if config.reads_survivors else [tuple(range(len(class_counts)))]:
                     decoder = make_decoder(config, variant.code, erased, heads)
                     self.fitted.append(FittedDecoder(decoder, {j: Scores(class_counts[j]) for j in erased}, index))
-        self.residuals = {i: [Residual() for _ in class_counts] for i, own in enumerate(variants) if own.method != NONE}
+        whole = [index for index, own in enumerate(variants) if own.method != NONE and not own.adapted]
+        self.residuals = {index: [Residual() for _ in class_counts] for index in whole}
         self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
         self.network_seconds = 0.0
 

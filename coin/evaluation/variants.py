@@ -11,6 +11,7 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
+from coin.merging.adapted import with_adapters
 from coin.networks import BatchNormPolicy, load_network, nbytes_together, pad_head
 
 NONE, ORACLE = "none", "oracle"
@@ -25,7 +26,8 @@ class Variant:
 
     `networks` are the places of its coded models among all, none for the references; `made` are the columns `MADE`,
     `chosen` is what was chosen for each, `kind` the method's own name, `memory` their bytes as stored, with the base of
-    compressed ones; `lost` are the erasures to measure, by default all that the code can decode.
+    compressed ones; `lost` are the erasures to measure, by default all that the code can decode; `adapted` says whether
+    they are bodies with adapters.
     """
 
     method: str
@@ -37,9 +39,15 @@ class Variant:
     kind: str | None = None
     memory: float = 0
     lost: tuple[tuple[int, ...], ...] | None = None
+    adapted: bool = False
 
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
-        """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
+        """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it.
+
+        A body with adapters has no one output for all experts, from which another is decoded.
+        """
+        if self.adapted:
+            return [config for config in every if config.kind is DecoderKind.expert_head]
         if self.method == ORACLE:
             return [config for config in every if config.kind is DecoderKind.linear]
         if self.method != NONE:
@@ -107,8 +115,9 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
         seconds, passes = (sum(float(row[name]) for row in rows) for name in ("seconds", "passes"))
         made = dict(zip(MADE, (first["samples_per_task"], seconds, passes), strict=True))
         kind, memory = (first.get("method") or {}).get("name"), nbytes_together(files[index] for index in networks)
-        variants.append(Variant(method, code, policy, tuple(networks), made, chosen, kind, memory))
-    return [file.network for file in files], variants
+        adapted = any(files[index].adapters for index in networks)
+        variants.append(Variant(method, code, policy, tuple(networks), made, chosen, kind, memory, adapted=adapted))
+    return [with_adapters(file.network, file.adapters) for file in files], variants
 
 
 def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:

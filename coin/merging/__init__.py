@@ -1,5 +1,6 @@
 """Merge methods: experts and statistics of their calibration data in, coded models out."""
 
+from coin.merging.adapted import Adapted as Adapted, answering as answering
 from coin.merging.average import Average as Average, HeadFit as HeadFit
 from coin.merging.closed_form import MergeMethod as MergeMethod
 from coin.merging.coin import Coin as Coin
@@ -10,6 +11,7 @@ from coin.merging.method import (
     Method as Method,
     merge_networks as merge_networks,
 )
+from coin.merging.passes import fit_adapters as fit_adapters
 from coin.merging.refit import Refit as Refit
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
 from coin.merging.target import Target as Target

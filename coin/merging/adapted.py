@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from coin.core.batches import tensors_in
 from coin.errors import StateError
-from coin.networks.adapters import Adapter, Change
+from coin.files.tensors import State
+from coin.networks.adapters import Adapter, Change, split_adapters
 from coin.networks.heads import head_name
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
@@ -46,8 +47,8 @@ class Adapted(nn.Module):
             raise StateError("found a body with adapters, expected to be told whose answer it gives; use answering")
         count = len(tensors_in((inputs, named))[0])
         experts = torch.as_tensor(self._experts).expand(count).cpu()
-        groups = [(expert, (experts == expert).nonzero().flatten()) for expert in experts.unique().tolist()]
-        changes = {expert: self.adapters[expert].changes for expert, _ in groups}  # type: ignore[union-attr]
+        groups = [(expert, (experts == expert).nonzero().flatten()) for expert in sorted({*experts.tolist()})]
+        changes: Any = {expert: self.adapters[expert].changes for expert, _ in groups}
 
         def visit(call: Call, names: dict[str, str], function: Any) -> Tensor:
             output: Tensor = function()
@@ -69,6 +70,15 @@ class Adapted(nn.Module):
 def with_adapters(network: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
     """Return a network, as a body if there are adapters."""
     return Adapted(network, adapters) if adapters else network
+
+
+def adapted_like(network: nn.Module, state: State) -> nn.Module:
+    """Return a network as a body with the adapters whose tensors are in the state of another; itself if none are."""
+    names = [name for name in state if name.startswith("adapters.")]
+    if not names:
+        return network
+    count = 1 + max(int(name.split(".")[1]) for name in names)
+    return Adapted(network, split_adapters({name: state[name] for name in names}, count)[1])
 
 
 def parts_of(network: nn.Module) -> tuple[nn.Module, Sequence[Adapter]]:

@@ -3,12 +3,12 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, as_input, clone, samples_of, take
+from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, StateError
 from coin.files.tensors import State
@@ -313,3 +313,31 @@ def adapt(network: nn.Module, experts: Experts, row: Sequence[float], label: str
     made = fit_body(body, experts, row, label, ridge=None, adapters=options)
     assert isinstance(made, Adapted)
     return made
+
+
+def fit_adapters(
+    body: nn.Module,
+    experts: Sequence[nn.Module],
+    calibration: Sequence[Iterable[Any]],
+    *,
+    rank: int | None = None,
+    memory_mib: float | None = None,
+    ridge: float = 0.1,
+    forward: Forward | None = None,
+) -> Adapted:
+    """Return a body, left as it is, with adapters for experts of its architecture; see `AdapterFit`.
+
+    Args:
+        body: Any network of the experts' architecture: a coded model, a compressed one, the experts' common base.
+        experts: The N experts.
+        calibration: For every expert the batches of its own task's samples, without labels.
+        rank: r of the corrections, 4 unless `memory_mib` is given; `memory_mib` and `ridge` as of `AdapterOptions`.
+        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor.
+
+    >>> adapted = coin.fit_adapters(experts[0], experts, inputs, rank=1)
+    >>> torch.allclose(adapted.network(2, experts[2])(inputs[2][0]), experts[2](inputs[2][0]))
+    True
+    """
+    options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)
+    every = Experts(experts, calibration=calibration, forward=forward)
+    return adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options)

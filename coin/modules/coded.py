@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
-from coin.core.batches import Batch, Forward, adapted, as_input, clone, take
+from coin.core.batches import Batch, Forward, adapted, as_input, clone, size_of, take
 from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_same_layout, fingerprint
+from coin.merging.adapted import Adapted, adapted_like, answering, with_adapters
 from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors
 from coin.networks import linear_heads, load_network, run_network
@@ -110,14 +111,21 @@ class Coded(LightningModule):
         features: bool = False,
         erased: Sequence[int | str] = (),
         silent: Sequence[int] = (),
+        tasks: int | Tensor | None = None,
     ) -> Answers:
         """Run every server once on inputs ``[B, ...]``; return penultimate features beside logits on demand.
 
-        Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN.
+        Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN. Bodies with
+        adapters have to be told of which expert's task the inputs are: `tasks` [B], or one for all.
         """
         idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
         with eval_mode(self):
-            return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, idle)
+            return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, idle, tasks)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the coded models are bodies with adapters."""
+        return any(isinstance(network, Adapted) for network in self.coded)
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
@@ -161,12 +169,16 @@ class Coded(LightningModule):
         """
         decoder, lost = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
-            with eval_mode(self.coded):
+            with eval_mode(self.coded), answering(self.coded, decoder.erased[0]):
                 read = [self.coded[row] for row in decoder.rows(len(self.coded))]
                 linear_heads(read, as_input(inputs, read[0]))
             self._checked_heads = True
-        every = decoder.decode(self._answers_for(decoder, inputs))
-        decoded = every[[decoder.erased.index(expert) for expert in lost]]
+        places = [decoder.erased.index(expert) for expert in lost]
+        if self.is_adapted:  # every lost expert's answer is another pass
+            each = [decoder.decode(self._answers_for(decoder, inputs, tasks=expert)) for expert in lost]
+            decoded = torch.stack([every[place] for every, place in zip(each, places, strict=True)])
+        else:
+            decoded = decoder.decode(self._answers_for(decoder, inputs))[places]
         widths = [self.count_classes(inputs)[expert] for expert in lost]
         for logits, width in zip(decoded, widths, strict=True):
             logits[:, width:] = -torch.inf
@@ -284,8 +296,9 @@ class Coded(LightningModule):
             if fingerprint(expert.state_dict()) != expected:
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
         if file.coded_files:
-            coded = [load_network(each).network for each in file.coded_files]
-        networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in file.coded if experts]
+            opened = [load_network(each) for each in file.coded_files]
+            coded = [with_adapters(each.network, each.adapters) for each in opened]
+        networks = coded or [adapted_like(clone(of_one_width(experts)[0]).eval(), own) for own in file.coded if experts]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
             check_same_layout([all_tensors(network), own], ["the network", f"coded model {row} of '{path}'"])
@@ -318,18 +331,25 @@ class Coded(LightningModule):
             raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
         return decoder, key
 
-    def _answers_for(self, decoder: Decoder, inputs: Batch, own: Sequence[int] = ()) -> Answers:
+    def _answers_for(
+        self, decoder: Decoder, inputs: Batch, own: Sequence[int] = (), tasks: int | Tensor | None = None
+    ) -> Answers:
         """Return the answers that a decoder needs, and these experts' own."""
         idle = {*range(decoder.num_experts)} - {*decoder.survivors, *own}
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
-        return self.answers(inputs, features=decoder.config.reads_features, erased=[*idle], silent=[*silent])
+        features = decoder.config.reads_features
+        return self.answers(inputs, features=features, erased=[*idle], silent=[*silent], tasks=tasks)
 
     def _answers_with_own(
         self, decoder: Decoder, batches: Iterable[Batch], tasks: Tensor | Sequence[int] | None
     ) -> Answers:
         """Return what a decoder needs and the lost experts' own answers, with the inputs' tasks if these are given."""
-        answers = Answers.concatenate([self._answers_for(decoder, batch, decoder.erased) for batch in batches])
-        return answers if tasks is None else replace(answers, tasks=torch.as_tensor(tasks))
+        told, parts = None if tasks is None else torch.as_tensor(tasks), list[Answers]()
+        for batch in batches:
+            done = sum(each.num_samples for each in parts)
+            own = None if told is None else told[done : done + size_of(as_input(batch, self.coded[0]))]
+            parts.append(self._answers_for(decoder, batch, decoder.erased, own))
+        return replace(Answers.concatenate(parts), tasks=told)
 
     @torch.no_grad()
     def count_classes(self, inputs: Any) -> list[int]:

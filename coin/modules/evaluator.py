@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, uniform
 from coin.core.batches import as_input
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
@@ -68,6 +68,9 @@ class DecodingEvaluator(LightningModule):
         self.coded_files = [Path(path) for path in coded or []]
         networks, self.variants = read_coded(self.coded_files, self.fingerprints)
         self.coded = nn.ModuleList(networks)
+        own = DecoderConfig(DecoderKind.expert_head)
+        if own not in self.decoders and any(variant.adapted for variant in self.variants):
+            self.decoders.append(own)  # which alone reads a body with adapters
         first = self.variants[0].code if self.variants else uniform(len(experts))
         self.code = first if code is None else Code(code)
         if self.code.num_experts != len(experts):
@@ -81,9 +84,13 @@ class DecodingEvaluator(LightningModule):
         self.kept: dict[str, KeptSamples] = {}
         self.eval().requires_grad_(False)
 
-    def forward(self, inputs: Tensor) -> Answers:
-        """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once."""
-        return server_answers(self.experts, self.coded, inputs, any(each.reads_features for each in self.decoders))
+    def forward(self, inputs: Tensor, tasks: int | Tensor | None = None) -> Answers:
+        """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once.
+
+        Bodies with adapters answer for the inputs' own experts, `tasks`.
+        """
+        features = any(each.reads_features for each in self.decoders)
+        return server_answers(self.experts, self.coded, inputs, features, tasks=tasks)
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -113,17 +120,18 @@ class DecodingEvaluator(LightningModule):
         }
 
     def _answers(self, calibration: Calibration) -> Answers:
-        parts = []
+        parts: list[Answers] = []
         with self.trainer.precision_plugin.forward_context():  # as in the test
             for batch in calibration:
-                parts.append(self(batch.to(self.device)).cpu())
+                done = sum(each.num_samples for each in parts)
+                parts.append(self(batch.to(self.device), calibration.part[done : done + len(batch)]).cpu())
                 self.progress.update(parts[-1].num_samples)
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
         inputs, labels, task = batch[0], batch[1].cpu(), dataloader_idx
-        answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
+        answers = self(inputs, task).cpu()  # where the decoders were fitted; not every device has float64
         decoded = self.evaluation.update(task, answers, labels)
         if task in self.examples:
             # Where in the test set the samples of this process's batch are; see `evaluation_batches`.

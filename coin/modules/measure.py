@@ -66,7 +66,10 @@ def evaluate(
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
     nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
-    variant = Variant("coded", system.code, networks=tuple(range(len(system.coded))), memory=nbytes, lost=lost)
+    networks, adapted = tuple(range(len(system.coded))), system.is_adapted
+    variant = Variant("coded", system.code, networks=networks, memory=nbytes, lost=lost, adapted=adapted)
+    if adapted:
+        configs = [config for config in configs if config.kind is DecoderKind.expert_head]
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
     first = next(tests[min(tests)])
     tests[min(tests)] = chain([first], tests[min(tests)])
@@ -77,7 +80,8 @@ def evaluate(
     evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
     parts = []
     for task, batches in enumerate(calibration or ()):
-        found = [system.answers(batch, features=features).cpu() for batch in batches]  # not all devices have float64
+        # Not all devices have float64.
+        found = [system.answers(batch, features=features, tasks=task).cpu() for batch in batches]
         parts += [replace(each, tasks=torch.full((each.num_samples,), task)) for each in found]
     if parts:
         evaluation.fit(Answers.concatenate(parts))
@@ -85,7 +89,7 @@ def evaluate(
         raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
     for task, pairs in tests.items():
         for inputs, labels in pairs:
-            evaluation.update(task, system.answers(inputs, features=features).cpu(), labels.cpu())
+            evaluation.update(task, system.answers(inputs, features=features, tasks=task).cpu(), labels.cpu())
     outcomes, names = evaluation.outcomes(system.names), [config.name for config in configs]
     outcomes.sort(key=lambda outcome: names.index(outcome.columns["decoder"]))
     return pd.DataFrame([outcome.columns for outcome in outcomes], columns=_COLUMNS)

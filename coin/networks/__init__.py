@@ -1,5 +1,6 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
+from coin.networks.adapters import Adapter as Adapter
 from coin.networks.batchnorm import (
     BatchNormPolicy as BatchNormPolicy,
     has_batchnorm as has_batchnorm,

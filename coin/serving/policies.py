@@ -82,15 +82,18 @@ class Lateness:
 
 
 class StandIns:
-    """The servers that stand in for N experts, by name: ``coded-ROW``, or ``replica-ROW/EXPERT``.
+    """The servers that stand in for N experts, by name: ``coded-ROW``, ``coded-ROW/EXPERT`` or ``replica-ROW/EXPERT``.
 
     Args:
         which: Who stands in; `experts`: the names of the experts' servers.
         code: The code; each of its rows is one server more, with a coded model or all experts.
         every_row: Whether an answer without survivors needs all coded models, or the one of largest weight.
+        adapted: Whether coded models are bodies with adapters, which are asked for an expert's, ``coded-ROW/EXPERT``.
     """
 
-    def __init__(self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False) -> None:
+    def __init__(
+        self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False, adapted: bool = False
+    ) -> None:
         self.which, self.experts, self.code = which, tuple(experts), code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
         self.of: list[tuple[str, ...]] = []  # those of each expert
@@ -98,7 +101,7 @@ class StandIns:
             kinds: dict[Which, tuple[str, ...]] = {
                 "nobody": (),
                 "replica": tuple(f"replica-{row}/{expert}" for row in range(code.num_coded)),
-                "coded": self.coded if every_row else (self.coded[heaviest],),
+                "coded": self.coded if every_row else (self.coded[heaviest] + (f"/{expert}" if adapted else ""),),
                 "everyone": (*(name for name in self.experts if name != expert), *self.coded),
             }
             self.of.append(kinds[which])

@@ -55,13 +55,14 @@ class ModelProcess:
         from ray import serve
 
         torch.set_num_threads(1)
-        networks = {name: system.network(name, device) for name in names}
-        for network in networks.values():  # the first query need not wait for what a first pass takes
+        networks = system.networks(names, device)
+        for network in {*networks.values()}:  # the first query need not wait for what a first pass takes
             network(network.probe)
+        experts = {name: system.expert_of(name) for name in names}
         thread = ThreadPoolExecutor(1, "pass")
 
         async def run(requests: list[tuple[str, Tensor]]) -> list[Reply]:
-            return await asyncio.get_running_loop().run_in_executor(thread, run_together, networks, requests)
+            return await asyncio.get_running_loop().run_in_executor(thread, run_together, networks, requests, experts)
 
         self._run = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)(run)
 
@@ -83,13 +84,17 @@ class FrontEndProcess:
         await self.app.state.drain()
 
 
-def run_together(networks: Mapping[str, NetworkServer], requests: Sequence[tuple[str, Tensor]]) -> list[Reply]:
-    """Return the replies to requests, in one pass for each network and shape of its inputs."""
-    kinds = [(name, stored.shape[1:]) for name, stored in requests]
+def run_together(
+    networks: Mapping[str, NetworkServer], requests: Sequence[tuple[str, Tensor]], experts: Mapping[str, int]
+) -> list[Reply]:
+    """Return the replies to requests, in one pass for each network and shape of its inputs, for mixed experts."""
+    kinds = [(networks[name], stored.shape[1:]) for name, stored in requests]
     replies: dict[int, Reply] = {}
     for kind in dict.fromkeys(kinds):
         places, start = [place for place, each in enumerate(kinds) if each == kind], 0
-        reply = networks[kind[0]](torch.cat([requests[place][1] for place in places]))
+        own = [requests[place] for place in places]
+        asked = torch.tensor([experts[name] for name, stored in own for _ in stored])
+        reply = kind[0](torch.cat([stored for _, stored in own]), asked)
         for place in places:
             rows = slice(start, start := start + len(requests[place][1]))
             replies[place] = Reply(reply.logits[rows], None if reply.features is None else reply.features[rows])

@@ -14,6 +14,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.coding.promise import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DecodingError, ServingError
+from coin.merging.adapted import answering, with_adapters
 from coin.modules import Coded
 from coin.networks import load_network, pad_head, run_network
 from coin.reporting.results import RESULTS_CSV, read_results
@@ -38,14 +39,18 @@ def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of stored inputs; logits are padded by zeros to `outputs`."""
+    """An expert or a coded model that answers batches of stored inputs; logits are padded by zeros to `outputs`.
+
+    A body with adapters answers for experts, one or sample by sample [B].
+    """
 
     def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
         file = load_network(path)
         if file.config.reads != "images":
             raise ConfigurationError(f"found '{path}', which reads {file.config.reads}, expected a network for images")
         self.image_size = file.config.image_size
-        self._network = pad_head(file.network, outputs).requires_grad_(False).to(device)
+        network = with_adapters(pad_head(file.network, outputs), file.adapters)
+        self._network = network.requires_grad_(False).to(device)
         self._device, self._features = device, features
 
     @property
@@ -54,10 +59,11 @@ class NetworkServer:
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     @torch.no_grad()
-    def __call__(self, stored: Tensor) -> Reply:
+    def __call__(self, stored: Tensor, experts: int | Tensor = 0) -> Reply:
         """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``; else a DataError."""
         inputs = to_input(stored.to(self._device), self.image_size)
-        run = run_network(self._network, inputs, self._features)
+        with answering([self._network], experts):
+            run = run_network(self._network, inputs, self._features)
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
 
@@ -77,14 +83,26 @@ class System:
         """Return how a run's coded system is served by a policy that its decoder is for."""
         config = next(iter(coded.decoders.values())).config
         names, classes = [f"expert-{task}" for task in coded.names], tuple(coded.classes or ())
-        stand_ins = StandIns(policy.which, names, coded.code, config.kind is not DecoderKind.expert_head)
+        every_row = config.kind is not DecoderKind.expert_head
+        stand_ins = StandIns(policy.which, names, coded.code, every_row, coded.is_adapted)
         own = dict(zip((*names, *stand_ins.coded), (path.absolute() for path in coded.files), strict=True))
-        files = {name: own[name.rpartition("/")[2]] for name in stand_ins.servers}
+        files = {name: own.get(name.partition("/")[0]) or own[name.rpartition("/")[2]] for name in stand_ins.servers}
         return cls(files, stand_ins, policy, dict(coded.decoders), classes, config.reads_features)
 
-    def network(self, name: str, device: str = "cpu") -> NetworkServer:
+    def network(self, name: str) -> NetworkServer:
         """Return the network of a server."""
-        return NetworkServer(self.files[name], max(self.classes), self.features, device)
+        return self.networks([name])[name]
+
+    def networks(self, names: Sequence[str], device: str = "cpu") -> dict[str, NetworkServer]:
+        """Return the networks of some servers; those of one file are one."""
+        options = max(self.classes), self.features, device
+        made = {path: NetworkServer(path, *options) for path in dict.fromkeys(self.files[name] for name in names)}
+        return {name: made[self.files[name]] for name in names}
+
+    def expert_of(self, name: str) -> int:
+        """Return for which expert a body with adapters answers as a server; 0 for a network that has no choice."""
+        own = name.rpartition("/")[2]
+        return self.stand_ins.experts.index(own) if own in self.stand_ins.experts else 0
 
     def _answers(self, replies: Mapping[str, Reply]) -> Answers:
         """Return the replies as a decoder reads them, NaN for those that did not arrive."""
@@ -102,6 +120,7 @@ class System:
     def decode(self, expert: int, replies: Mapping[str, Reply]) -> Reply:
         """Return an expert's answer by the decoder of what is missing, or from the available rows' equations."""
         names, coded = self.stand_ins.experts, self.stand_ins.coded
+        replies = {name.removesuffix(f"/{names[expert]}"): reply for name, reply in replies.items()}
         answers, accepted = self._answers(replies), None
         present = [place for place, name in enumerate(names) if place != expert and name in replies]
         missing = tuple(place for place in range(len(names)) if place not in present)

@@ -20,6 +20,7 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
+from coin.merging.adapted import parts_of
 from coin.networks import (
     Compression,
     compress_as,
@@ -176,7 +177,7 @@ def make_coded_models(
     read += [files.initial] if method.reads_initial and files.initial is not None else []
     for index, row in enumerate(code.matrix.tolist()):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
-        made = method.make(experts, row)
+        made = method.coded_model(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
         took = experts.passes - passes
         if not is_rank_zero():
@@ -198,7 +199,8 @@ def make_coded_models(
             "chosen": made.chosen,
         }
         path, *smaller = paths[index :: code.num_coded]
-        save_network(path, made.network, files.config, files.width, provenance)
+        body, adapters = parts_of(made.network)
+        save_network(path, body, files.config, files.width, provenance, adapters)
         for small, how in zip(smaller, method.compress, strict=True):
             began, spent = time.perf_counter(), experts.passes - took
             base, beside = kept_base(small, files.initial, how)
