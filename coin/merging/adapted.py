@@ -48,14 +48,18 @@ class Adapted(nn.Module):
         count = len(tensors_in((inputs, named))[0])
         experts = torch.as_tensor(self._experts).expand(count).cpu()
         groups = [(expert, (experts == expert).nonzero().flatten()) for expert in sorted({*experts.tolist()})]
-        changes: Any = {expert: self.adapters[expert].changes for expert, _ in groups}
+        changes: Any = [(expert, self.adapters[expert].changes) for expert, _ in groups]
 
         def visit(call: Call, names: dict[str, str], function: Any) -> Tensor:
             output: Tensor = function()
+            each = {expert: {role: own[name] for role, name in names.items() if name in own} for expert, own in changes}
+            if len(groups) == 1 or not any(each.values()):
+                return with_change(call, call.inputs, output, next(iter(each.values())))
+            leading = torch.arange(len(output) // count)
             for expert, samples in groups:
-                own = {role: changes[expert][name] for role, name in names.items() if name in changes[expert]}
-                if own:
-                    output = with_change(call, output, own, samples.to(output.device), count)
+                rows = (len(leading) * samples[:, None] + leading).flatten().to(output.device)
+                changed = with_change(call, call.inputs[rows], output[rows], each[expert])
+                output = output.index_copy(0, rows, changed)
             return output
 
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -102,21 +106,16 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
             each._experts = old
 
 
-def with_change(call: Call, output: Tensor, change: Mapping[str, Change], samples: Tensor, count: int) -> Tensor:
-    """Return a call's output for B samples with the change of its weight and bias, by role, for some of the samples."""
+def with_change(call: Call, inputs: Tensor, output: Tensor, change: Mapping[str, Change]) -> Tensor:
+    """Return some rows of a call's output with the change of its weight and bias, by role, given its inputs there."""
     weight, bias = change.get("weight", {}), change.get("bias", {})
-    whole = len(samples) == count
-    each = len(output) // count
-    rows = (each * samples[:, None] + torch.arange(each, device=samples.device)).flatten()
-    inputs, own = (call.inputs, output) if whole else (call.inputs[rows], output[rows])
     if "scale" in weight:
-        scale = _along(call, weight["scale"], own)
-        own = own * scale if call.bias is None else own * scale + (1 - scale) * _along(call, call.bias, own)
+        scale = _along(call, weight["scale"], output)
+        kept = 0 if call.bias is None else (1 - scale) * _along(call, call.bias, output)
+        output = output * scale + kept
     if "left" in weight:
-        own = own + _low_rank(call, inputs, weight["left"].to(own), weight["right"].to(own))
-    if "shift" in bias:
-        own = own + _along(call, bias["shift"], own)
-    return own if whole else output.index_copy(0, rows, own)
+        output = output + _low_rank(call, inputs, weight["left"].to(output), weight["right"].to(output))
+    return output + _along(call, bias["shift"], output) if "shift" in bias else output
 
 
 def _along(call: Call, values: Tensor, output: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Adapters fitted in closed form, unit by unit, to the experts' outputs on the body's own inputs."""
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -17,11 +18,10 @@ from coin.networks.adapters import Adapter
 from coin.networks.batchnorm import folded
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.solvers import fit_affine
+from coin.statistics.solvers import products, solve_ridge
 
 _SHRUNK = 0.01  # of the mean variance of a unit's outputs: the ridge that draws their scales to 1
-_MORE = 8  # directions beside the r wanted, and iterations, of the search for the first singular vectors
-_ITERATIONS = 4
+_MORE, _ITERATIONS = 8, 4  # directions beside the r wanted, and iterations, of the search for singular vectors
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class AdapterFit:
     """Fits adapters while the body runs on all tasks' samples, each with the adapter of its own expert so far.
 
     Let a be a unit's input, y = W a + b the body's output and z expert i's, on its own task's samples. With W_i the
-    expert's own map and M = cov(a) + μI, the correction begins as the ridge regression of z − W a that is drawn to
+    expert's own map, and M = cov(a) + μI, the correction begins as the ridge regression of z − W a that is drawn to
     W_i − W,
 
         B = argmin E‖(W + B) a + c − z‖² + μ‖W + B − W_i‖²,
 
-    and is replaced by the closest matrix of rank r in the norm tr(B M Bᵀ): V Vᵀ B, with V the first left singular
+    and becomes the matrix of rank r that is closest in the norm tr(B M Bᵀ): V Vᵀ B, with V the first left singular
     vectors of B M^{1/2} (reduced-rank ridge regression). With few samples it is the singular value decomposition of
     W_i − W, weighted by the inputs, and with many the fit. At last every output has a scale and a shift, by least
     squares, the scale drawn to 1 by 0.01 of the mean variance. A grouped convolution and a normalisation have these
@@ -91,17 +91,16 @@ class AdapterFit:
 
     Args:
         rank: r.
-        ridge: μ, relative.
+        ridge: μ, relative to the mean diagonal entry of cov(a).
         experts: The experts' parameters and buffers.
-        tasks: Of which expert's task every sample is [P].
+        tasks: Of which expert's task every sample is [P], in ascending order.
     """
 
-    def __init__(
-        self, rank: int, ridge: float, experts: Sequence[tuple[State, State]], tasks: Tensor
-    ) -> None:
+    def __init__(self, rank: int, ridge: float, experts: Sequence[tuple[State, State]], tasks: Tensor) -> None:
         self._rank, self._ridge, self._experts, self.tasks = rank, ridge, experts, tasks
         self.adapters = [Adapter() for _ in experts]
-        self._samples = [(tasks == task).nonzero().flatten() for task in range(len(experts))]
+        ends = [0, *torch.bincount(tasks, minlength=len(experts)).cumsum(0).tolist()]
+        self._samples = list(map(slice, ends, ends[1:]))
 
     def fit(
         self, network: nn.Module, unit: Unit, call: Call, rows: tuple[Tensor, Tensor], target: Tensor, shares: Tensor,
@@ -111,46 +110,52 @@ class AdapterFit:
 
         `rows` are its inputs and entries, of `input_rows`; targets and shares those of `fit_unit`.
         """
-        inputs, entries = rows
-        weight = network.get_parameter(unit.weight)
-        turned = isinstance(call, LinearCall) and call.transposed
-        flat = _flat(weight, turned, unit, len(inputs))[..., entries].to(inputs)
-        shift = None if unit.shift is None else network.get_parameter(unit.shift)
-        each = inputs.shape[1] // len(shares)
+        each, leading = rows[0].shape[1] // len(shares), len(output) // len(shares)
+        parts = []
         for expert, samples in enumerate(self._samples):
-            if not len(samples) or not bool(shares[samples].any()):
-                continue
-            place = (each * samples[:, None] + torch.arange(each)).flatten().to(inputs.device)
-            a, weights = inputs[:, place], shares[samples].flatten().to(inputs)
-            wanted = target[samples].to(inputs).flatten(0, 1)
-            left = right = None
-            made = a @ flat.mT
-            if self._rank and unit.is_matrix:
-                own = self._own(network, unit, expert).to(inputs)
-                left, right = self._low_rank(
-                    a, wanted, flat, _flat(own, turned, unit, 1)[..., entries], weights, unit, shift is not None
-                )
-                made = made + (a @ right.mT) @ left.mT
-            change = {"weight": self._scaled(made.transpose(0, 1).flatten(1), wanted, weights, shift)}
-            scale = change["weight"]["scale"]
-            if shift is not None:
-                change["bias"] = {"shift": change["weight"].pop("shift")}
-            if left is not None and right is not None:
-                whole = right.new_zeros(len(right[0]), unit.unknowns)
-                whole[:, entries] = right[0]
-                left = left[0] * scale[:, None]
-                change["weight"] |= {"left": whole.T, "right": left.T} if turned else {"left": left, "right": whole}
-            change["weight"]["scale"] = scale[None] if turned else scale.view(-1, *[1] * (weight.ndim - 1))
-            if isinstance(call, LinearCall) is False:
-                change["weight"]["scale"] = scale.view(weight.shape)
-            change = {role: {part: each_.half().float() for part, each_ in parts.items()} for role, parts in change.items()}
-            if not all(bool(torch.isfinite(t).all()) for parts in change.values() for t in parts.values()):
-                raise NumericalError(f"the adapter of '{unit.weight}' is not finite; check the experts")
-            self.adapters[expert].add(unit.weight, change["weight"])
-            if "bias" in change and unit.shift is not None:
-                self.adapters[expert].add(unit.shift, change["bias"])
-            output = with_change(call, output, change, samples.to(output.device), len(shares))
-        return output
+            mine, own = (slice(samples.start * k, samples.stop * k) for k in (each, leading))
+            changed = output[own]
+            if bool(shares[samples].any()):
+                moments = Moments(rows[0][:, mine], target[samples], shares[samples], unit.shift is not None)
+                change = self._change(network, unit, call, rows[1], moments, expert)
+                for name, parts_of_it in zip((unit.weight, unit.shift), change.values(), strict=False):
+                    self.adapters[expert].add(str(name), parts_of_it)
+                changed = with_change(call, call.inputs[own], changed, change)
+            parts.append(changed)
+        return torch.cat(parts)
+
+    def _change(
+        self, network: nn.Module, unit: Unit, call: Call, entries: Tensor, moments: "Moments", expert: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return the changes of a unit's weight and bias, by role, as float16 holds them."""
+        weight = network.get_parameter(unit.weight)
+        turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
+
+        def columns(matrix: Tensor) -> Tensor:
+            flat = (matrix.T if turned else matrix).reshape(len(moments.mean_a), -1, unit.unknowns)
+            return flat[..., entries].mT.to(moments.cross)  # [G, K, O]
+
+        whole, found = columns(weight), dict[str, Tensor]()
+        if self._rank and unit.is_matrix:
+            damping = self._ridge * len(entries) / unit.unknowns
+            left, right = moments.low_rank(whole, columns(self._own(network, unit, expert)), damping, self._rank)
+            whole = whole + (left @ right).T
+            found = {"left": left, "right": right.new_zeros(len(right), unit.unknowns).index_copy(1, entries, right)}
+        scale, shift = moments.scaled(whole)
+        if found:
+            found["left"] = found["left"] * scale[:, None]
+        if turned:
+            found = {part: found[other].T for part, other in (("left", "right"), ("right", "left")) if found}
+        sizes = [1, -1] if turned else [-1, *[1] * (weight.ndim - 1)] if isinstance(call, LinearCall) else weight.shape
+        change = {"weight": {"scale": scale.reshape(sizes), **found}}
+        if unit.shift is not None:
+            change["bias"] = {"shift": shift - network.get_parameter(unit.shift).flatten()}
+        elif call.bias is not None:  # which is computed of other tensors
+            raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
+        rounded = {role: {part: value.half() for part, value in own.items()} for role, own in change.items()}
+        if not all(bool(torch.isfinite(value).all()) for own in rounded.values() for value in own.values()):
+            raise NumericalError(f"the adapter of '{unit.weight}' is not finite; check the experts")
+        return rounded
 
     def _own(self, network: nn.Module, unit: Unit, expert: int) -> Tensor:
         """Return an expert's own weight of a unit, the BatchNorm behind it folded in."""
@@ -159,46 +164,66 @@ class AdapterFit:
             return parameters[unit.weight]
         norm = network.get_submodule(unit.norm)
         assert isinstance(norm, _BatchNorm)
-        names = [unit.weight, *([unit.bias] if unit.bias else []), *(f"{unit.norm}.{p}" for p in ("weight", "bias"))]
-        state = {name: parameters[name] for name in names}
-        state |= {name: buffers[name] for name in (f"{unit.norm}.running_mean", f"{unit.norm}.running_var")}
+        state: State = ChainMap(cast(Any, parameters), cast(Any, buffers))  # never written to
         return folded(state, unit.weight, unit.bias, unit.norm, norm.eps)[unit.weight]
 
-    def _low_rank(
-        self, a: Tensor, wanted: Tensor, flat: Tensor, own: Tensor, weights: Tensor, unit: Unit, intercept: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return left [1, O, r] and right [1, r, K] for inputs [1, n, K] and outputs [n, O]."""
-        residual = wanted[None] - a @ own.mT
-        ridge = self._ridge * a.shape[2] / unit.unknowns
-        step, _ = fit_affine(a, residual, weights, ridge, intercept=intercept)
-        best = own + step.to(a) - flat  # [1, O, K]
-        share = (weights / weights.sum())[:, None]
-        centred = (a - (share * a).sum(1, keepdim=True) if intercept else a) * share.sqrt()
-        damping = ridge * centred.square().sum((1, 2), keepdim=True) / a.shape[2]
-        stacked = torch.cat([centred @ best.mT, damping.sqrt() * best.mT], 1)[0]
-        rank = min(self._rank, *best.shape[1:])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            found = torch.svd_lowrank(stacked, min(rank + _MORE, *stacked.shape), _ITERATIONS)[2][:, :rank]
-        return found[None], found.T[None] @ best
 
-    def _scaled(self, made: Tensor, wanted: Tensor, weights: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
-        """Return the scale [O], and beside the given shift the one [O] that is added, for outputs [n, O]."""
-        share = (weights / weights.sum())[:, None].double()
-        y, z = made.double(), wanted.double()
-        means = ((share * y).sum(0), (share * z).sum(0)) if shift is not None else (0.0, 0.0)
-        y, z = y - means[0], z - means[1]
-        variance = (share * y * y).sum(0)
+class Moments:
+    """The first two moments of a unit's inputs a [G, n, K] and wanted outputs z [P, q, G·O], of one expert's samples.
+
+    Args:
+        inputs: a.
+        wanted: z, as many rows as a.
+        shares: What the rows weigh [P, q].
+        intercept: Whether means are subtracted.
+    """
+
+    def __init__(self, inputs: Tensor, wanted: Tensor, shares: Tensor, intercept: bool) -> None:
+        groups, count, unknowns = inputs.shape
+        weights = (shares / shares.sum()).flatten().to(inputs)
+        z = wanted.to(inputs).reshape(count, groups, -1).transpose(0, 1)
+        self.mean_a, self.mean_z = (weights @ each * float(intercept) for each in (inputs, z))  # [G, K], [G, O]
+        root = weights.sqrt()[:, None]
+        self._a, self._z = ((each - mean[:, None]) * root for each, mean in ((inputs, self.mean_a), (z, self.mean_z)))
+        self.cross = self._a.mT @ self._z
+        self._gram = products(self._a) if count >= unknowns else None  # with fewer rows products go by these
+
+    def _times(self, x: Tensor) -> Tensor:
+        """Return cov(a) x for x [G, K, m]."""
+        return self._a.mT @ (self._a @ x) if self._gram is None else self._gram @ x
+
+    def low_rank(self, body: Tensor, own: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+        """Return left [O, r] and right [r, K] of what a body's map lacks of an expert's, Wᵀ of both [1, K, O]."""
+        a, unknowns = self._a, len(body[0])
+        mean = a.square().sum((1, 2)) / unknowns
+        dead = mean == 0  # inputs that do not change: then the difference itself is cut
+        damping = (ridge * mean).masked_fill(dead, 1)
+        if self._gram is None:
+            step = a.mT @ solve_ridge(products(a.mT), self._z - a @ own, damping, dead)
+        else:
+            step = solve_ridge(self._gram, self.cross - self._gram @ own, damping, dead)
+        best = own + step - body  # Bᵀ
+        rank = min(rank, *best.shape[1:])
+        generator = torch.Generator().manual_seed(0)
+        found = torch.randn(1, best.shape[2], min(rank + _MORE, *best.shape[1:]), generator=generator).to(best)
+
+        def squared(x: Tensor) -> Tensor:  # B M Bᵀ x
+            inner = best @ x
+            return best.mT @ (self._times(inner) + damping[:, None, None] * inner)
+
+        for _ in range(_ITERATIONS):
+            found = torch.linalg.qr(squared(found)).Q
+        _, vectors = torch.linalg.eigh(found.mT @ squared(found))
+        left = (found @ vectors[..., -rank:])[0]
+        return left, left.T @ best[0].T
+
+    def scaled(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and the intercept [G·O] with which a map Wᵀ [G, K, O] gives the outputs wanted."""
+        variance, covariance = (columns * self._times(columns)).sum(1), (columns * self.cross).sum(1)
         ridge = _SHRUNK * variance.mean()
-        scale = ((share * y * z).sum(0) + ridge) / (variance + ridge).clamp(min=torch.finfo(torch.float64).tiny)
-        scale = scale.where(variance + ridge > 0, torch.ones_like(scale))
-        if shift is None:
-            return {"scale": scale.float()}
-        return {"scale": scale.float(), "shift": (means[1] - scale * means[0] - shift.double().flatten()).float()}
-
-
-def _flat(weight: Tensor, turned: bool, unit: Unit, groups: int) -> Tensor:
-    return (weight.T if turned else weight).reshape(groups, -1, unit.unknowns)
+        scale = ((covariance + ridge) / (variance + ridge)).where(variance + ridge > 0, 1.0)
+        means = (self.mean_a[:, None] @ columns)[:, 0]
+        return scale.flatten(), (self.mean_z - scale * means).flatten()
 
 
 def _nbytes(unit: Unit, rank: int) -> int:

@@ -252,7 +252,9 @@ class Body(NamedTuple):
     kept: list[str]
 
     @classmethod
-    def of(cls, network: nn.Module, experts: Experts, states: Sequence[tuple[State, State]], row: Sequence[float]) -> Self:
+    def of(
+        cls, network: nn.Module, experts: Experts, states: Sequence[tuple[State, State]], row: Sequence[float]
+    ) -> Self:
         """Return a network, changed in place, as the β-average of other networks' folded maps."""
         trace = affine_units(network, experts.pooled.inputs(torch.arange(min(3, experts.pooled.num_samples))))
         experts.passes += PROBES
@@ -291,11 +293,15 @@ def fit_body(
         needed = math.ceil(4 * trace.floats * every / 2**20)
         told = f"method '{label}' fits its layers on {samples} of {every} calibration samples, which need"
         warnings.warn(f"{told} memory_mib={needed}; found {memory_mib}", CoinWarning, stacklevel=4)
-    inputs, task = experts.pooled.inputs(torch.arange(samples)), experts.tasks[:samples]
+    chosen = torch.arange(samples)
     if adapters is not None:
+        chosen = experts.tasks[:samples].argsort(stable=True)  # whose rows then lie together
         head = f"{head_name(network)}.weight".lstrip(".")
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
-        fit = AdapterFit(adapters.rank_for(trace.units, experts.count), adapters.ridge, experts.source.tensors, task)
+        fit = AdapterFit(
+            adapters.rank_for(trace.units, experts.count), adapters.ridge, experts.source.tensors, experts.tasks[chosen]
+        )
+    inputs, task = experts.pooled.inputs(chosen), experts.tasks[chosen]
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
     rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task, held_out), budget)
     targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
@@ -331,7 +337,9 @@ def fit_adapters(
         body: Any network of the experts' architecture: a coded model, a compressed one, the experts' common base.
         experts: The N experts.
         calibration: For every expert the batches of its own task's samples, without labels.
-        rank: r of the corrections, 4 unless `memory_mib` is given; `memory_mib` and `ridge` as of `AdapterOptions`.
+        rank: r of the corrections, 4 unless `memory_mib` is given.
+        memory_mib: In place of a rank; see `AdapterOptions`.
+        ridge: μ, relative.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor.
 
     >>> adapted = coin.fit_adapters(experts[0], experts, inputs, rank=1)

@@ -51,8 +51,8 @@ class Refit(Method):
     fit a quarter of it, experts run several times.
 
     With `adapters` (`AdapterFit`) b is every expert's own, and a sample goes on through its own expert's: the network
-    need not be right for all experts at once, and what reads it is the lost expert's head alone. Without them ``own`` is
-    best near a strong base, ``both`` far from it.
+    need not be right for all experts at once, and only the lost expert's head reads it. Without them ``own`` is best
+    near a strong base, ``both`` far from it.
 
     Source: this project's. Related, none of which codes: RegMean++ (the merged network's inputs), Chain of Merges, LOT.
 

@@ -63,14 +63,15 @@ def fit_affine(
     if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
     is_dual = count < unknowns
-    gram = _products(a.mT) if is_dual else _products(a)
+    gram = products(a.mT) if is_dual else products(a)
     scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
     dead = scale <= count * precision**2 * mean_a.square().mean(1)
     ridges = (ridge * scale).masked_fill(dead, 1)
-    step = (_solve(gram, r, ridges, dead).mT @ a if is_dual else _solve(gram, a.mT @ r, ridges, dead).mT).double()
+    solved = solve_ridge(gram, r if is_dual else a.mT @ r, ridges, dead).mT
+    step = (solved @ a if is_dual else solved).double()
     if change is not None:
-        step = change(step, lambda: damped((_products(a) if is_dual else gram).double(), ridges))
+        step = change(step, lambda: damped((products(a) if is_dual else gram).double(), ridges))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
@@ -88,18 +89,18 @@ def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | Non
     return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)  # for the caller to refuse
 
 
-def _products(a: Tensor) -> Tensor:
+def products(a: Tensor) -> Tensor:
     """Return aᵀa [G, K, K] for a [G, n, K]."""
     width = a.shape[2]
     if width < _HALVES:
         return a.mT @ a
     first, second = a[..., : width // 2], a[..., width // 2 :]
     across = first.mT @ second
-    top, bottom = torch.cat([_products(first), across], 2), torch.cat([across.mT, _products(second)], 2)
+    top, bottom = torch.cat([products(first), across], 2), torch.cat([across.mT, products(second)], 2)
     return torch.cat([top, bottom], 1)
 
 
-def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
+def solve_ridge(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
     """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
     where = "a layer's inputs on calibration data are"
     if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
