@@ -25,8 +25,11 @@ class Adapted(nn.Module):
     Every unit runs once on the whole batch; what the adapters add is computed for each expert's samples. Logits are
     those of the body's head, on features that are the expert's.
 
-    >>> with coin.answering([adapted], 1):
-    ...     features = adapted(inputs[1][0])
+    >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
+    >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
+    >>> with coin.answering([adapted], torch.tensor([0, 2])):
+    ...     adapted(torch.randn(2, 4)).shape
+    torch.Size([2, 3])
     """
 
     def __init__(self, body: nn.Module, adapters: Sequence[Adapter]) -> None:
@@ -94,7 +97,12 @@ def parts_of(network: nn.Module) -> tuple[nn.Module, Sequence[Adapter]]:
 
 @contextmanager
 def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> Iterator[None]:
-    """Have networks with adapters answer as an expert, or sample by sample as experts ``[B]``; others are as always."""
+    """Have networks with adapters answer as an expert, or sample by sample as experts ``[B]``; others are as always.
+
+    >>> with coin.answering(experts, 1):  # no adapters: nothing changes
+    ...     experts[0](torch.randn(2, 4)).shape
+    torch.Size([2, 3])
+    """
     chosen = [each for each in networks if isinstance(each, Adapted)]
     before = [each._experts for each in chosen]
     try:

@@ -342,8 +342,10 @@ def fit_adapters(
         ridge: μ, relative.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor.
 
-    >>> adapted = coin.fit_adapters(experts[0], experts, inputs, rank=1)
-    >>> torch.allclose(adapted.network(2, experts[2])(inputs[2][0]), experts[2](inputs[2][0]))
+    >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
+    >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
+    >>> again = adapted.network(2, head=networks[2][1])  # a plain network
+    >>> torch.allclose(again(inputs[2][0]), networks[2](inputs[2][0]), atol=0.05)
     True
     """
     options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)

@@ -19,8 +19,10 @@ class Adapter(nn.Module):
     A map's weight [O, …] has a scale for each output, and a correction of rank r: left [O, r] and right [r, K]; its
     bias, or that of the BatchNorm behind it, a shift.
 
-    >>> len(adapted.adapters), adapted.adapters[0].nbytes
-    (3, 48)
+    >>> layer = torch.nn.Linear(4, 3)
+    >>> adapter = coin.Adapter({"weight": {"scale": torch.full((3, 1), 2.0)}})
+    >>> torch.equal(adapter.applied_to(layer).weight, 2 * layer.weight), adapter.nbytes
+    (True, 6)
     """
 
     def __init__(self, changes: Mapping[str, Change] | None = None) -> None:

@@ -174,7 +174,9 @@ def test_replies_are_padded_and_those_to_requests_run_together_are_told_apart(
     others = torch.randint(256, (2, 3, 16, 16), generator=draw, dtype=torch.uint8)
     requests = [("it", images[:1]), ("it", others), ("it", images[1:]), ("other", images)]
     networks = {"it": server, "other": NetworkServer(path, 5, features=True)}
-    for (name, stored), found in zip(requests, run_together(networks, requests, dict.fromkeys(networks, 0)), strict=True):
+    for (name, stored), found in zip(
+        requests, run_together(networks, requests, dict.fromkeys(networks, 0)), strict=True
+    ):
         own = networks[name](stored)
         torch.testing.assert_close(found.logits, own.logits)
         torch.testing.assert_close(found.features, own.features)

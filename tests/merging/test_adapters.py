@@ -1,0 +1,330 @@
+"""Adapters against regressions written out, and bodies with adapters from the fit to a file and to serving."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import coin
+from coin.coding import uniform
+from coin.errors import ConfigurationError, DataError, StateError
+from coin.merging import Adapted, Average, Base, Refit, answering, fit_adapters, merge_networks
+from coin.merging.adapted import parts_of, with_adapters
+from coin.merging.adapters import AdapterOptions, Moments
+from coin.merging.units import affine_units
+from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks.heads import features_and_logits
+from coin.networks.small import SmallViT
+from coin.serving.ray_app import run_together
+from coin.serving.servers import NetworkServer
+from coin.statistics.solvers import fit_affine
+
+
+class Turned(nn.Module):
+    """A fully connected layer as GPT-2 has it, its weight [in, out]."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(0.3 * torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def convolutions():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, stride=2, groups=8), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.GELU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+
+
+def maps():
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.Tanh(), Turned(7, 7), nn.LayerNorm(7), nn.Linear(7, 6, bias=False), nn.Linear(6, 4)
+    )
+
+
+def transformer():
+    return SmallViT(image_size=8, patch_size=4, depth=1, heads=2, width=8, mlp_width=12, num_classes=4)
+
+
+INPUTS = {convolutions: (3, 8, 8), maps: (5,), transformer: (3, 8, 8)}
+
+
+def make_experts(make, count=3, samples=60, apart=0.3):
+    """Return experts that lie around one start, in eval mode, and a batch of inputs for each."""
+    torch.manual_seed(0)
+    start, experts = make(), []
+    for _ in range(count):
+        experts.append(deepcopy(start).eval())
+        for tensor in [*experts[-1].parameters(), *(b for n, b in experts[-1].named_buffers() if "running" in n)]:
+            tensor.data += apart * tensor.std().nan_to_num(0.1) * torch.rand_like(tensor)
+    scales = torch.linspace(1, 2, count)
+    return experts, [[scale * torch.randn(samples, *INPUTS[make])] for scale in scales]
+
+
+def solved(rows, wanted, weights, penalties):
+    """Return the ridge regression of `wanted` [n, O] on `rows` [n, K] by numpy, with penalties (matrix, towards)."""
+    root = weights.sqrt()[:, None]
+    left = torch.cat([root * rows, *(matrix for matrix, _ in penalties)]).numpy()
+    right = torch.cat([root * wanted, *(towards for _, towards in penalties)]).numpy()
+    return torch.from_numpy(np.linalg.lstsq(left, right, rcond=None)[0])
+
+
+def test_the_matrix_is_fitted_with_an_intercept_for_each_task():
+    torch.manual_seed(1)
+    tasks, weights = torch.arange(40) % 3, torch.rand(40).double()
+    a, r = torch.randn(40, 6).double() + tasks[:, None], torch.randn(40, 4).double() + 3 * tasks[:, None]
+    for rows in (a, torch.cat([a, torch.randn(40, 50).double()], 1)):  # fewer unknowns than rows, and more
+        step, _ = fit_affine(rows[None], r[None], weights, 0.2, tasks=tasks)
+        share, which = weights / weights.sum(), F.one_hot(tasks).double()
+        centred = rows - which @ ((which.T * share) @ rows / (which.T @ share)[:, None])
+        ridge = 0.2 * (share[:, None] * centred.square()).sum() / rows.shape[1]
+        penalty = torch.cat([ridge.sqrt() * torch.eye(rows.shape[1]).double(), torch.zeros(rows.shape[1], 3)], 1)
+        expected = solved(torch.cat([rows, which], 1), r, share, [(penalty, torch.zeros(rows.shape[1], 4))])
+        torch.testing.assert_close(step[0], expected[:-3].T)
+
+
+@pytest.mark.parametrize("samples", [9, 50])  # fewer rows than unknowns, and more
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_map(samples, rank):
+    torch.manual_seed(2)
+    a, z, shares = (
+        torch.randn(samples, 12).double() + 1,
+        torch.randn(samples, 8).double() - 2,
+        torch.rand(samples).double(),
+    )
+    body, own = torch.randn(12, 8).double(), torch.randn(12, 8).double()
+    moments = Moments(a[None], z[:, None], shares[:, None], intercept=True)
+    left, right = moments.low_rank(body[None], own[None], 0.3, rank)
+    share = shares / shares.sum()
+    centred = a - share @ a
+    ridge = 0.3 * (share[:, None] * centred.square()).sum() / 12
+    fit = solved(centred, z - share @ z, share, [(ridge.sqrt() * torch.eye(12).double(), ridge.sqrt() * own)])
+    metric = centred.T @ (share[:, None] * centred) + ridge * torch.eye(12)
+    root = torch.linalg.cholesky(metric).mT
+    u, s, v = torch.linalg.svd(root @ (fit - body), full_matrices=False)
+    expected = torch.linalg.solve(root, u[:, :rank] * s[:rank] @ v[:rank])
+    assert left.shape[1] == right.shape[0] == min(rank, 8)
+    torch.testing.assert_close((left @ right).T, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_a_scale_is_a_regression_drawn_to_one(intercept):
+    torch.manual_seed(3)
+    a, z, shares = torch.randn(2, 30, 5).double() + 1, torch.randn(30, 6).double() + 2, torch.rand(30).double()
+    columns = torch.randn(2, 5, 3).double()
+    moments = Moments(a, z[:, None], shares[:, None], intercept)
+    scale, shift = moments.scaled(columns)
+    share = shares / shares.sum()
+    made = (a @ columns).transpose(0, 1).flatten(1)
+    variances = share @ (made - share @ made * intercept).square()
+    penalty = (0.01 * variances.mean()).sqrt()
+    for channel in range(6):
+        rows = torch.stack([made[:, channel], torch.ones(30).double()][: 1 + intercept], 1)
+        drawn = torch.zeros(1, rows.shape[1]).double()
+        drawn[0, 0] = penalty
+        found = solved(rows, z[:, [channel]], share, [(drawn, penalty.reshape(1, 1))])
+        torch.testing.assert_close(scale[channel], found[0, 0])
+        if intercept:
+            torch.testing.assert_close(shift[channel], found[1, 0])
+
+
+@pytest.mark.parametrize("make", INPUTS)
+def test_with_full_rank_a_body_becomes_each_expert(make):
+    experts, inputs = make_experts(make, apart=1.0, samples=150)
+    adapted = fit_adapters(
+        Average().make(coin.Experts(experts), [1 / 3] * 3).network, experts, inputs, rank=99, ridge=1e-4
+    )
+    poor = fit_adapters(Average().make(coin.Experts(experts), [1 / 3] * 3).network, experts, inputs, rank=0)
+    for place, (expert, (batch,)) in enumerate(zip(experts, inputs, strict=True)):
+        own, _ = features_and_logits(expert, batch)
+        with answering([adapted, poor], place), torch.no_grad():
+            near, far = (
+                float((features_and_logits(each, batch)[0] - own).norm() / own.norm()) for each in (adapted, poor)
+            )
+        assert near < 0.6 * far, (near, far)  # groups of a convolution and a transformer's positions have no correction
+
+
+@pytest.mark.parametrize("make", INPUTS)
+def test_one_pass_for_mixed_experts_plain_networks_and_each_alone_agree(make):
+    experts, inputs = make_experts(make)
+    before = deepcopy(experts[0].state_dict())
+    adapted = fit_adapters(experts[0], experts, inputs, rank=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in experts[0].state_dict().items())
+    mixed, who = torch.cat([batch[:4] for (batch,) in inputs]), torch.arange(3).repeat_interleave(4)
+    shuffled = torch.randperm(12)
+    with answering([adapted], who[shuffled]), torch.no_grad():
+        together = adapted(mixed[shuffled])
+    alone = torch.cat([adapted.network(place)(batch[:4]) for place, (batch,) in enumerate(inputs)])
+    torch.testing.assert_close(together, alone[shuffled], rtol=1e-3, atol=1e-3)
+    with pytest.raises(StateError, match="expected to be told whose answer it gives"):
+        adapted(mixed)
+    headed = adapted.network(1, experts[1].get_submodule(coin.networks.head_name(experts[1])))
+    own = coin.networks.linear_heads([experts[1]])[0][0]
+    assert torch.equal(coin.networks.linear_heads([headed])[0][0], own)
+
+
+def test_equal_experts_need_no_adapters():
+    experts, inputs = make_experts(convolutions, count=1)
+    experts = [experts[0], deepcopy(experts[0])]
+    adapted = fit_adapters(experts[0], experts, [inputs[0], inputs[0]])
+    own, _ = features_and_logits(experts[0], inputs[0][0])
+    with answering([adapted], 1):
+        torch.testing.assert_close(features_and_logits(adapted, inputs[0][0])[0], own, rtol=1e-2, atol=1e-3)
+
+
+def test_more_rank_is_nearer_and_a_memory_takes_the_largest_rank_that_fits():
+    experts, inputs = make_experts(convolutions, samples=200)
+    errors = []
+    for rank in (0, 1, 3):
+        adapted = merge_networks(Refit(adapters={"rank": rank}, label="it"), experts, uniform(3), calibration=inputs)[0]
+        with answering([adapted], 2), torch.no_grad():
+            own, found = (features_and_logits(each, inputs[2][0])[0] for each in (experts[2], adapted))
+        errors.append(float((own - found).norm() / own.norm()))
+    assert errors == sorted(errors, reverse=True)
+    whole = merge_networks(Refit(), experts, uniform(3), calibration=inputs)[0]
+    own, found = (features_and_logits(each, inputs[2][0])[0] for each in (experts[2], whole))
+    assert errors[0] < float((own - found).norm() / own.norm())
+    sizes = [sum(a.nbytes for a in fit_adapters(experts[0], experts, inputs, rank=rank).adapters) for rank in (2, 3)]
+    given = fit_adapters(experts[0], experts, inputs, memory_mib=(sizes[1] - 1) / 2**20)
+    assert sum(adapter.nbytes for adapter in given.adapters) == sizes[0]
+
+
+def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
+    config = NetworkConfig("small_resnet", 16, None, {"width": 4})
+    torch.manual_seed(0)
+    experts = [build_network(config, 3, seed=0).eval() for _ in range(2)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.1 * parameter.std().nan_to_num(0.1) * torch.randn_like(parameter)
+    inputs = [[torch.randn(40, 3, 16, 16)] for _ in experts]
+    for method in (Refit, Average):
+        how = {"adapters": {"rank": 2}, "compress": {"bits": 2, "base_bits": 0}}
+        made = merge_networks(method(**how), experts, uniform(2), calibration=inputs)
+        ((label, packed),) = made.compressed[0].items()
+        assert label == f"{method.name}+rank2-2bit-nobase"
+        rounded = with_adapters(packed.network(), packed.adapters)
+        bare = with_adapters(packed.network(), made[0].adapters)  # those that were fitted to the whole body
+        with answering([rounded, bare], 0):
+            own, *each = (features_and_logits(net, inputs[0][0])[0] for net in (experts[0], rounded, bare))
+        assert (each[0] - own).norm() < 0.8 * (each[1] - own).norm()
+        body, adapters = parts_of(made[0])
+        path = tmp_path / f"{label}.safetensors"
+        save_network(path, body, config, 3, {"what": "a body"}, adapters)
+        file = load_network(path)
+        assert file.nbytes == sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters)
+        again = with_adapters(file.network, file.adapters)
+        packed.save(tmp_path / "packed.safetensors")
+        unpacked = coin.Compressed.load(tmp_path / "packed.safetensors", experts[0])
+        assert unpacked.nbytes == packed.nbytes
+        read = with_adapters(unpacked.network(), unpacked.adapters)
+        for left, right in ((again, made[0]), (read, rounded)):
+            with answering([left, right], torch.tensor([1, 0, 1])):
+                assert torch.equal(left(inputs[0][0][:3]), right(inputs[0][0][:3]))
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    server = NetworkServer(path, 3, features=True)
+    requests = [("coded-0/b", images[:1]), ("coded-0/a", images[1:]), ("coded-0/b", images)]
+    asked = {"coded-0/a": 0, "coded-0/b": 1}
+    for (name, stored), found in zip(
+        requests, run_together(dict.fromkeys(asked, server), requests, asked), strict=True
+    ):
+        torch.testing.assert_close(found.features, server(stored, asked[name]).features)
+
+
+def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
+    experts, inputs = make_experts(convolutions, samples=80)
+    made = merge_networks(Refit(adapters={"rank": 3}), experts, uniform(3), calibration=inputs)
+    system = coin.Coded(uniform(3), experts, made, names="abc")
+    system.fit_decoder(inputs[0], [0, 1, 2], "expert_head")
+    batch = inputs[1][0][:20]
+    decoded = system.decode(batch, ["c", "b"])
+    for place, expert in enumerate((2, 1)):
+        head = coin.networks.linear_heads([experts[expert]])[0]
+        with answering(system.coded, expert):
+            expected = F.linear(features_and_logits(system.coded[0], batch)[0], *head)
+        torch.testing.assert_close(decoded[place], expected)
+    promises = system.accept(
+        0.2, inputs=[torch.cat([i[0] for i in inputs])], tasks=torch.arange(3).repeat_interleave(80)
+    )
+    assert len(promises) == 3
+    tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
+    table = coin.evaluate(system, tests)
+    assert table["decoder"].tolist() == ["expert_head"] * 3
+    assert table["nda"].min() > 0.9
+    assert table["residual"].isna().all()
+    body, adapters = parts_of(made[0])
+    heads = 4 * 3 * (4 * 6 + 4)
+    kept = sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters) + heads
+    assert table["memory_mib"].tolist() == [kept / 2**20] * 3
+    system.save(tmp_path / "system.safetensors")
+    again = coin.Coded.load(tmp_path / "system.safetensors", experts)
+    assert torch.equal(again.decode(batch, ["c", "b"]), decoded)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"rank": 1, "memory_mib": 1}, "expected one of them"),
+        ({}, "expected one of them"),
+        ({"rank": -1}, "found rank=-1"),
+        ({"rank": 1, "ridge": 0}, "found ridge=0"),
+        ({"memory_mib": 1e-5}, "which scales and biases take"),
+        ({"bits": 4}, "expected rank or memory_mib"),
+    ],
+)
+def test_wrong_options_are_one_line(options, told):
+    experts, inputs = make_experts(maps)
+    with pytest.raises(ConfigurationError, match=told):
+        merge_networks(Average(adapters=options), experts, uniform(3), calibration=inputs)
+
+
+def test_what_has_no_adapters_is_refused_or_left():
+    with pytest.raises(ConfigurationError, match="found target=both with adapters"):
+        Refit("both", adapters={"rank": 1})
+    experts, inputs = make_experts(maps)
+    with pytest.raises(DataError, match="no calibration samples of task 1"):
+        fit_adapters(experts[0], experts, [inputs[0], [inputs[1][0][:0]], inputs[2]])
+    few = [[batch[:1]] for (batch,) in inputs]  # one sample a task
+    adapted = fit_adapters(experts[0], experts, few, rank=4)
+    for place, (batch,) in enumerate(few):
+        with answering([adapted], place):
+            assert torch.isfinite(adapted(batch)).all()
+    row = [0.5, 0.5, 0.0]
+    made = merge_networks(Refit(adapters={"rank": 1}), experts, [row, [0, 0.5, 0.5]], calibration=inputs)
+    assert [[each.nbytes > 0 for each in body.adapters] for body in made] == [[True, True, False], [False, True, True]]
+    head = nn.ModuleList([nn.Linear(4, 3) for _ in range(2)])  # networks that are nothing but a head
+    alone = fit_adapters(head[0], list(head), [[torch.randn(5, 4)], [torch.randn(5, 4)]])
+    assert [each.nbytes for each in alone.adapters] == [0, 0]
+    base = merge_networks(Base(adapters=AdapterOptions(2)), experts, uniform(3), calibration=inputs, initial=experts[0])
+    assert isinstance(base[0], Adapted)
+
+
+def test_shared_weights_and_embeddings_stay_and_attention_is_seen():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.map, self.twice = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, tokens):
+            x = self.map(self.table(tokens))
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return self.head(self.twice(torch.relu(self.twice(x))).mean(1))
+
+    torch.manual_seed(0)
+    experts = [Tied().eval() for _ in range(2)]
+    inputs = [[torch.randint(9, (40, 5))] for _ in experts]
+    units = {unit.weight for unit in affine_units(experts[0], inputs[0][0]).units}
+    adapted = fit_adapters(experts[0], experts, inputs, rank=2)
+    changed = set(adapted.adapters[0].changes)
+    assert {"map.weight", "map.bias", "attention.in_proj_weight", "attention.out_proj.bias"} <= changed
+    assert changed <= units | {name.replace("weight", "bias") for name in units}
+    assert not any(name.startswith(("twice", "table", "head")) for name in changed)
+    with answering([adapted], 1), torch.no_grad():  # where torch's fused attention would hide its projections
+        torch.testing.assert_close(adapted(inputs[1][0]), adapted.network(1)(inputs[1][0]), rtol=1e-3, atol=1e-3)
