@@ -1,4 +1,4 @@
-"""``coin export``: a network's file in, a folder out that transformers loads without coin."""
+"""``coin export``: a network's file in, a folder out that transformers loads without coin; or one expert's network."""
 
 from pathlib import Path
 
@@ -6,15 +6,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coin.errors import ConfigurationError, FileError
-from coin.networks import head_name, load_network
+from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
 from coin.networks.hub import HuggingFace
 
 HEADS = "heads.safetensors"  # zero-shot heads, in the folder of a CLIP's vision tower
 
 
-def export(network: str, output: str | None = None, experts: dict[str, str] | None = None) -> Path:
+def export(
+    network: str, output: str | None = None, experts: dict[str, str] | None = None, expert: str | None = None
+) -> Path:
     """Write a network, an expert or a coded model, as a folder that transformers loads.
+
+    Of a body with adapters it is one expert's network, body and adapter in one with the expert's own head; where it is
+    none of Hugging Face's, as a safetensors file of ``coin``.
 
     Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
     ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1. Other
@@ -26,9 +31,12 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
         output: The folder; by default beside the file, with its name.
         experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
             the run whose ``coded/`` the tower lies in. With an expert its own head is written.
+        expert: Of a body with adapters, the task whose expert is written.
     """
     path = Path(network)
     file = load_network(path)
+    if file.adapters or expert is not None:
+        return _export_adapted(file, expert, experts or _beside(path), output)
     source = file.config.source
     if not isinstance(source, HuggingFace):
         told = f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
@@ -40,12 +48,36 @@ def export(network: str, output: str | None = None, experts: dict[str, str] | No
         source.save(file.network, folder)
         if source.zero_shot:
             if experts is None and "code" in file.provenance:  # those that lie beside its run's coded models
-                own = sorted(path.absolute().parent.parent.glob("experts/*/expert.safetensors"))
-                experts = {expert.parent.name: str(expert) for expert in own}
+                experts = _beside(path)
             save_file(_heads(file, experts or {}), folder / HEADS)
     except OSError as error:
         raise FileError(f"cannot write '{folder}' ({error}); give another --output") from error
     return folder
+
+
+def _beside(path: Path) -> dict[str, str]:
+    """Return the experts' files of the run whose ``coded/`` a file lies in, by task."""
+    own = sorted(path.absolute().parent.parent.glob("experts/*/expert.safetensors"))
+    return {expert.parent.name: str(expert) for expert in own}
+
+
+def _export_adapted(file: NetworkFile, expert: str | None, experts: dict[str, str], output: str | None) -> Path:
+    """Write the network of one expert that a body and its adapter make."""
+    tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
+    if expert not in tasks or expert not in experts:
+        known = f"one of {', '.join(tasks)}, whose files lie in experts/ or are given" if tasks else "none: no adapters"
+        raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
+    own = load_network(Path(experts[expert]))
+    head = own.network.get_submodule(head_name(own.network))
+    made = file.adapters[tasks.index(expert)].applied_to(file.network, head)
+    path = file.path.with_name(f"{file.path.stem}-{expert}") if output is None else Path(output)
+    if isinstance(file.config.source, HuggingFace):
+        file.config.source.save(made, path)
+        return path
+    path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+    told = {"made_by": "coin export", "task": expert, "of": str(file.path)}
+    save_network(path, made, file.config, own.num_classes, told)
+    return path
 
 
 def _heads(file: NetworkFile, experts: dict[str, str]) -> dict[str, Tensor]:
