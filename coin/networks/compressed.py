@@ -22,6 +22,7 @@ from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, qu
 from coin.networks.heads import head_name, replace_head
 from coin.networks.weights import check_layout, check_plain, fill_network
 
+SHORT = 64  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
 PACKED = "packed"  # the one tensor of a compressed network's file
 
 
@@ -253,10 +254,14 @@ class Rounding:
         self.reference, self._bits, self._tensors = reference, bits, reference.tensors
         self.rounded: dict[str, Rounded] = {}
 
+    def bits(self, name: str) -> int:
+        """Return the bits a value: 8 for short rows, of depthwise kernels for one, which are few and leave much."""
+        return 8 if matrix_shape(self._tensors[name].shape)[1] < SHORT else self._bits
+
     def takes(self, name: str) -> bool:
         """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
         shape, floats = self._tensors[name].shape, self._tensors[name].is_floating_point()
-        return len(shape) > 1 and floats and matrix_shape(shape)[1] * (16 - self._bits) > 16
+        return len(shape) > 1 and floats and matrix_shape(shape)[1] * (16 - self.bits(name)) > 16
 
     def weight(self, name: str) -> Tensor:
         """Return a rounded weight as it is read back."""
@@ -265,7 +270,7 @@ class Rounding:
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
         base = self._tensors[name].double()
-        self.rounded[name] = quantise((weight.double().cpu() - base).reshape(matrix_shape(base.shape)), self._bits)
+        self.rounded[name] = quantise((weight.double().cpu() - base).reshape(matrix_shape(base.shape)), self.bits(name))
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
@@ -285,9 +290,9 @@ class Rounding:
 
         now = grouped(weight.double().cpu() - base)
         wanted = now + step.cpu()
-        self.rounded[name] = plain = quantise(flat(wanted), self._bits)
+        self.rounded[name] = plain = quantise(flat(wanted), bits := self.bits(name))
         if metric is not None:
             scales = grouped(plain.scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
-            codes = round_columns(wanted, scales, self._bits, metric.cpu())
-            self.rounded[name] = Rounded(flat(codes), plain.scale, self._bits)
+            codes = round_columns(wanted, scales, bits, metric.cpu())
+            self.rounded[name] = Rounded(flat(codes), plain.scale, bits)
         return (grouped(self.rounded[name].dense().reshape(base.shape)) - now).to(step)

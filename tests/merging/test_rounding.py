@@ -7,10 +7,16 @@ import torch
 
 from coin.errors import ConfigurationError
 from coin.merging import Average, Refit
+from coin.networks import compressed
 from coin.networks.compressed import Compressed, compress
 from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
+
+
+@pytest.fixture(autouse=True)
+def as_many_bits_for_all(monkeypatch):
+    monkeypatch.setattr(compressed, "SHORT", 0)
 
 
 def base_of(networks):
@@ -71,16 +77,15 @@ def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tm
             assert_answers_close(network, made.network, tasks, tolerance)
 
 
-def test_a_start_is_made_once_for_the_coded_model_and_what_is_packed():
+def test_short_rows_are_rounded_to_eight_bits(monkeypatch):
     networks, tasks = kind_of("convolutions")
-    passes = {}
-    for start in ("average", "coin"):
-        method, experts = Refit("own", RIDGE, start=start), experts_of(networks, tasks)
-        made = method.make(experts, ROW)
-        before = experts.passes
-        method.pack(experts, ROW, made, base_of(networks), Compression(3))
-        passes[start] = experts.passes - before
-    assert passes["average"] == passes["coin"] < before
+    experts, method = experts_of(networks, tasks), Refit("own", RIDGE, head=False)
+    made, bits = method.make(experts, ROW), {}
+    for short in (0, 64):
+        monkeypatch.setattr(compressed, "SHORT", short)
+        bits[short] = method.pack(experts, ROW, made, None, Compression(2, base_bits=0))._kinds
+    assert {2, 8} & {*bits[0]} == {2}
+    assert {2, 8} & {*bits[64]} == {8}
 
 
 def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
