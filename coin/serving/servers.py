@@ -41,8 +41,10 @@ def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
 class NetworkServer:
     """An expert or a coded model that answers batches of stored inputs; logits are padded by zeros to `outputs`.
 
-    A body with adapters answers for experts, one or sample by sample [B].
+    A body with adapters answers for `expert`, or for given experts, one or sample by sample [B].
     """
+
+    expert = 0
 
     def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
         file = load_network(path)
@@ -59,10 +61,10 @@ class NetworkServer:
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     @torch.no_grad()
-    def __call__(self, stored: Tensor, experts: int | Tensor = 0) -> Reply:
+    def __call__(self, stored: Tensor, experts: int | Tensor | None = None) -> Reply:
         """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``; else a DataError."""
         inputs = to_input(stored.to(self._device), self.image_size)
-        with answering([self._network], experts):
+        with answering([self._network], self.expert if experts is None else experts):
             run = run_network(self._network, inputs, self._features)
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
@@ -90,8 +92,10 @@ class System:
         return cls(files, stand_ins, policy, dict(coded.decoders), classes, config.reads_features)
 
     def network(self, name: str) -> NetworkServer:
-        """Return the network of a server."""
-        return self.networks([name])[name]
+        """Return the network of a server, a new one that answers for the server's expert."""
+        network = self.networks([name])[name]
+        network.expert = self.expert_of(name)
+        return network
 
     def networks(self, names: Sequence[str], device: str = "cpu") -> dict[str, NetworkServer]:
         """Return the networks of some servers; those of one file are one."""
