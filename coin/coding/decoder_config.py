@@ -29,8 +29,7 @@ class DecoderKind(StrEnum):
     """The same from the arriving logits and features."""
 
     expert_head = "expert_head"
-    """The lost expert's own head on a coded model's features. Needs no survivors, and calibration only to be corrected:
-    with ``fitted_on: own`` to what the expert says on its own task's samples."""
+    """The lost expert's own head on a coded model's features. Needs no survivors and no calibration."""
 
 
 class FittedOn(StrEnum):
@@ -46,8 +45,7 @@ class DecoderConfig:
 
     Args:
         kind: The decoder.
-        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge. With ``own``
-            expert_head is corrected by a regression too.
+        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
         survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
             feature_ridge. Without them any number of experts may be lost.
 
@@ -67,10 +65,10 @@ class DecoderConfig:
         object.__setattr__(self, "fitted_on", parse_enum(FittedOn, "fitted_on", self.fitted_on))
         if not isinstance(self.survivors, bool):
             raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
-        if self.fitted_on is FittedOn.own and self.kind is DecoderKind.linear:
-            raise ConfigurationError("found fitted_on=own for linear, expected ridge or feature_ridge or expert_head")
-        if not self.survivors and self.kind not in (DecoderKind.ridge, DecoderKind.feature_ridge):
-            raise ConfigurationError(f"found survivors=False for {self.kind}, expected ridge or feature_ridge")
+        own = self.fitted_on is FittedOn.own
+        if (own or not self.survivors) and self.kind not in (DecoderKind.ridge, DecoderKind.feature_ridge):
+            found = f"fitted_on={self.fitted_on}" if own else f"survivors={self.survivors}"
+            raise ConfigurationError(f"found {found} for {self.kind}, expected ridge or feature_ridge")
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":

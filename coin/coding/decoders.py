@@ -1,17 +1,15 @@
 """The decoders by kind: the linear one and the experts' own heads, and `make_decoder` for these and the ridge ones."""
 
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, decode_linear
 from coin.coding.decoder import Decoder
-from coin.coding.decoder_config import DecoderConfig, DecoderKind, FittedOn
-from coin.coding.ridge import fit_ridge
+from coin.coding.decoder_config import DecoderConfig, DecoderKind
 from coin.coding.ridge_decoder import RidgeDecoder
 from coin.errors import ConfigurationError, DecodingError
 
@@ -43,78 +41,37 @@ class LinearDecoder(Decoder):
         return decode_linear(self.code.matrix.to(answers.coded.device), answers.coded, survivors, self.erased)
 
 
-CORRECTION = -1.5
-"""The ridge of an expert head's correction, as the exponent of 10 times the mean squared singular value.
-
-The one of least leave-one-out error corrects too little where errors are few and logits large: it was behind by half a
-point with eight experts.
-"""
-
-
 class ExpertHeadDecoder(Decoder):
     """The lost experts' own heads on the penultimate features of the coded model with the largest β for each.
 
     Exact where the coded model's features are the expert's. No other server is asked, so all experts may be lost.
     `decode` needs the `heads` of all experts, or of the lost ones by expert; the buffers are the lost ones' weights
     ``[|erased|, C, F]`` and biases ``[|erased|, C]``, padded with zeros to the largest class count.
-
-    With ``fitted_on: own`` the head (W, b) becomes (W + ΔW, b + Δb): ΔW φ + Δb is the ridge regression, with the ridge
-    `CORRECTION`, of what the expert says on its own task's calibration inputs, less Wφ + b, on the coded model's
-    features φ there. No label, and as many tensors as without.
     """
 
+    needs_fit = False
     weight: Tensor
     bias: Tensor
 
     def __init__(
-        self,
-        code: Code,
-        erased: Sequence[int],
-        heads: Sequence[Head] | Mapping[int, Head] | None = None,
-        config: DecoderConfig | None = None,
+        self, code: Code, erased: Sequence[int], heads: Sequence[Head] | Mapping[int, Head] | None = None
     ) -> None:
-        super().__init__(code.num_experts, erased, config or DecoderConfig(DecoderKind.expert_head))
-        self.needs_fit = self.config.fitted_on is FittedOn.own
+        super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.expert_head))
         self.row_of = {expert: int(code.matrix[:, expert].argmax()) for expert in self.erased}
         """Which coded model each lost expert is read from, the first of equals."""
-        self._own = _stacked([heads[expert] for expert in self.erased]) if heads else None
-        for place, name in enumerate(("weight", "bias")):
-            self.register_buffer(name, None if self._own is None or self.needs_fit else self._own[place])
-
-    def fit(self, calibration: Answers) -> Self:
-        """Correct the heads, if requested. See `Decoder.fit`."""
-        super().fit(calibration)
-        if not self.needs_fit:
-            return self
-        if self._own is None:
-            raise self._without_heads()
-        weights, biases = [], []
-        own = self._own_samples(calibration)
-        for weight, bias, (expert, samples) in zip(*self._own, own.items(), strict=True):
-            features = self._read(calibration, expert, weight.shape[1])[samples]
-            wanted = calibration.experts[expert, samples, : len(bias)].double()
-            missed = wanted - linear(features, weight.to(features), bias.to(features))
-            fit = fit_ridge(features, missed, exponents=[CORRECTION])
-            shift = fit.target_mean - fit.input_mean @ fit.coefficients
-            weights.append((weight.to(features) + fit.coefficients.T).to(weight))
-            biases.append((bias.to(features) + shift).to(bias))
-        self.weight, self.bias = torch.stack(weights), torch.stack(biases)
-        self.samples_read = {expert: len(samples) for expert, samples in own.items()}
-        return self
+        own = _stacked([heads[expert] for expert in self.erased]) if heads else (None, None)
+        for name, tensor in zip(("weight", "bias"), own, strict=True):
+            self.register_buffer(name, tensor)
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models that the lost experts are read from."""
         return tuple(sorted(set(self.row_of.values())))
 
-    def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
-        """Return two for every sample: the expert's, and that of the coded model that it is read from."""
-        return 2 * sum(self.samples_read.get(expert, 0) for expert in erased or self.erased)
-
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""
         self._check(answers)
         if next(self.buffers(), None) is None:
-            raise self._without_heads()
+            raise DecodingError(f"the {self.config.name} decoder has no heads; make it with the lost experts' heads")
         features = torch.stack([self._read(answers, expert, self.weight.shape[2]) for expert in self.erased])
         logits = features @ self.weight.to(features).mT + self.bias.to(features)[:, None]
         return pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[2]))).to(answers.experts)
@@ -136,9 +93,6 @@ class ExpertHeadDecoder(Decoder):
                 f"{width}; use another decoder"
             )
         return features.double()
-
-    def _without_heads(self) -> DecodingError:
-        return DecodingError(f"the {self.config.name} decoder has no heads; make it with the lost experts' heads")
 
 
 def _stacked(heads: Sequence[Head]) -> Head:
@@ -171,5 +125,5 @@ def make_decoder(
     if config.kind is DecoderKind.linear:
         return LinearDecoder(code, erased)
     if config.kind is DecoderKind.expert_head:
-        return ExpertHeadDecoder(code, erased, heads, config)
+        return ExpertHeadDecoder(code, erased, heads)
     return RidgeDecoder(code.num_experts, erased, config)

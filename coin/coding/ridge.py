@@ -45,7 +45,6 @@ def fit_ridge(
     kernel: Tensor | None = None,
     *,
     intercept: bool = True,
-    exponents: Sequence[float] = RIDGE_EXPONENTS,
 ) -> RidgeFit:
     """Fit ridge regressions with an unpenalised intercept and the ridge that predicts left-out samples best.
 
@@ -65,7 +64,6 @@ def fit_ridge(
         groups: The targets are this many blocks of equal width, each with a ridge of its own.
         kernel: The products of the centred inputs ``[P, P]``, float64.
         intercept: Without one nothing is centred, and H is U diag(s²/(s² + λ)) Uᵀ.
-        exponents: k of the ridges to choose from, 10^k times the mean of s².
 
     Raises NumericalError where there are fewer than two samples, or a value is not finite.
     """
@@ -95,7 +93,7 @@ def fit_ridge(
     outside = y - u @ projected
     leverage_left = (1 - intercept / samples - u.square().sum(1)).clamp_min(0.0)
     scale = s.square().mean() if s.numel() else x.new_ones(())
-    grid = scale * 10.0 ** x.new_tensor(exponents)
+    grid = scale * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
 
     def left_out_errors(ridge: Tensor) -> Tensor:
         shrunk = ridge / (s.square() + ridge)

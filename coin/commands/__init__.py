@@ -5,7 +5,7 @@ COMMANDS = {
     "fit": "Fine-tune one expert, or pretrain a base.",
     "fisher": "Compute the statistics of an existing checkpoint.",
     "merge": "Merge experts into coded models.",
-    "compress": "Compress a network to its delta from the shared initialisation, in few bits or of low rank.",
+    "compress": "Compress a network to its delta from the shared initialisation, in few bits.",
     "export": "Write a network of Hugging Face's as a folder that transformers loads.",
     "evaluate": "Measure how well lost experts are decoded.",
     "sweep": "Run an experiment over a grid of its options.",

@@ -11,7 +11,6 @@ def compress_network(
     base: str | None = None,
     output: str | None = None,
     bits: int | None = None,
-    rank: int | None = None,
     base_bits: int = 32,
 ) -> Path:
     """Compress a network, an expert or a coded model, to its delta from the shared initialisation.
@@ -21,12 +20,11 @@ def compress_network(
         base: The file of the shared initialisation. The compressed file refers to it by path: leave it there, or in the
             same folder.
         output: The compressed file; by default beside the network, with the compression in its name.
-        bits: 1 … 8 bits a value; or
-        rank: the rank of every delta.
+        bits: 1 … 8 bits a value.
         base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
             delta is taken from it; 0: not at all, the network itself is rounded.
     """
-    compression, source = Compression(bits, rank, base_bits), Path(network)
+    compression, source = Compression.of({"bits": bits, "base_bits": base_bits}), Path(network)
     path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)
     compress_file(source, path, None if base is None else Path(base), compression)
     return path

@@ -136,13 +136,12 @@ def choose(
     row: Sequence[float],
     label: str,
     decoders: Sequence[str] | None = None,
-    handicaps: Sequence[float] | None = None,
 ) -> tuple[Option, list[float]]:
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
 
     A single option is not tried, and has no error; of equally good ones the first is taken. `build` makes an option's
-    coded model without the held-out samples; `handicaps` are factors on the errors. Warns of fewer than `FEW` held-out
-    samples; raises NumericalError if no error is finite.
+    coded model without the held-out samples. Warns of fewer than `FEW` held-out samples; raises NumericalError if no
+    error is finite.
     """
     if len(options) == 1:
         return options[0], []
@@ -153,8 +152,7 @@ def choose(
         warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=2)
     if not any(map(math.isfinite, errors)):
         raise NumericalError(f"the outputs of method '{label}' on held-out calibration samples are not finite")
-    compared = [factor * error for factor, error in zip(handicaps or [1.0] * len(errors), errors, strict=True)]
-    return options[compared.index(min(compared))], errors
+    return options[errors.index(min(errors))], errors
 
 
 def held_out_error(

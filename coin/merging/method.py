@@ -202,14 +202,14 @@ def merge_networks(
     return Merged(made, experts.passes, time.perf_counter() - began, packed)
 
 
-def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
-    """Return the closed form given by another method's option `start`: its name, or ``{class_path: …, init_args: …}``.
+def starting_method(start: str | Mapping[str, Any]) -> Method:
+    """Return the closed form given by the option `start` of distillation: a name, or ``{class_path: …, init_args: …}``.
 
-    Raises ConfigurationError if it is unknown, trains, needs the initialisation unless `reads_initial`, or of options.
+    Raises ConfigurationError if it is unknown, trains, needs the initialisation, has adapters, or of options.
     """
     section: Any = {"class_path": start} if isinstance(start, str) else start
     known = [each for each in reversed(_subclasses(Method)) if not each.is_trained and not isabstract(each)]
-    kinds = {each.name: each for each in known if reads_initial or not each.reads_initial}  # a base before its own
+    kinds = {each.name: each for each in known if not each.reads_initial}  # a base before its own
     named = kinds | {each.__name__: each for each in known if each.name in kinds}
     is_section = isinstance(section, Mapping) and set(section) <= {"class_path", "init_args"}
     kind = named.get(str(section.get("class_path")).rpartition(".")[2]) if is_section else None
@@ -220,8 +220,9 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
         method = kind(**section.get("init_args") or {})
     except TypeError as error:
         raise ConfigurationError(f"found start={start!r}, expected options of {kind.__name__} ({error})") from error
-    if method.reads_initial and not reads_initial:
-        raise ConfigurationError(f"found start={start!r}, which needs the shared initialisation; choose other options")
+    if method.reads_initial or method.adapters is not None:
+        lacking = "has adapters" if method.adapters else "needs the shared initialisation"
+        raise ConfigurationError(f"found start={start!r}, which {lacking}; choose other options")
     return method
 
 

@@ -127,7 +127,7 @@ class Refit(Method):
         It is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to the
         inputs that follow. What cannot be refitted is rounded to the nearest first.
         """
-        if compression.bits is None or compression.rounding is RoundingKind.nearest:
+        if compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)
         bits, base_bits = compression.bits, compression.base_bits
         rounding = Rounding(reference_of(made.body.network, base, base_bits), bits)

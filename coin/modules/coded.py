@@ -143,8 +143,8 @@ class Coded(LightningModule):
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
         Args:
-            calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and an
-                expert_head that is not corrected need none, but its first batch checks heads and features.
+            calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and
+                expert_head need none, but expert_head's first batch checks heads and features.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.

@@ -37,8 +37,8 @@ def evaluate(
         loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
         decoders: Kinds or configurations; by default all kinds, but expert_head only if head and features give the
             experts' logits.
-        calibration: For every expert the batches of its own task's samples, on which decoders are fitted; the linear
-            decoder and an expert_head that is not corrected need none.
+        calibration: For every expert the batches of its own task's samples, on which decoders are fitted; linear and
+            expert_head need none.
         erasures: Which experts are lost together; each alone by default.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Compressed networks: the difference from a base that is stored anyway, in few bits or of low rank."""
+"""Compressed networks: the difference from a base that is stored anyway, in few bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Compressed:
     adapters: Sequence[Adapter] = ()
 
     def __repr__(self) -> str:
-        kinds = sorted({kind for kind in self._kinds if kind < 0 or 0 < kind <= 8})  # the others are kept as they are
-        how = ", ".join(f"{kind} bits" if kind > 0 else f"rank {-kind}" for kind in kinds)
+        kinds = sorted({kind for kind in self._kinds if 0 < kind <= 8})  # the others are kept as they are
+        how = ", ".join(f"{kind} bits" for kind in kinds)
         return f"Compressed({how or 'whole tensors'}, {self.nbytes} bytes, base of {self.base_bits} bits)"
 
     @property
@@ -118,21 +118,20 @@ Base = nn.Module | Compressed | None
 
 
 def compress(
-    network: nn.Module, base: "Base | Reference", *, bits: int | None = None, rank: int | None = None,
-    base_bits: int = 32, rounded: Mapping[str, Rounded] | None = None,
+    network: nn.Module, base: "Base | Reference", *, bits: int, base_bits: int = 32,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> Compressed:  # fmt: skip
     """Compress a network to its delta from a base, such as the shared initialisation of an expert or a coded model.
 
     Kernels are flattened to a matrix with a row an output, and rounded to few bits a value with a scale a row
-    (`coin.networks.delta.quantise`), or replaced by their best approximation of low rank, in float16. Where the network
-    has its BatchNorms folded into the maps before them, as `Refit` does, so has the base that the delta is from. The
-    base's head may have fewer or more outputs: the rows beyond its own are zero.
+    (`coin.networks.delta.quantise`). Where the network has its BatchNorms folded into the maps before them, as `Refit`
+    does, so has the base that the delta is from. The base's head may have fewer or more outputs: the rows beyond its
+    own are zero.
 
     Args:
         network: The network.
         base: What it was fine-tuned or merged from, for ``base_bits=8`` possibly rounded already; not needed for 0.
-        bits: 1 … 8 bits a value; or
-        rank: the rank of every delta, 1 or more; a matrix that is smaller than its factors is kept in float16.
+        bits: 1 … 8 bits a value.
         base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, from which the delta is; 0: not at all.
         rounded: Deltas that are already rounded, by tensor; used unchanged.
 
@@ -143,7 +142,7 @@ def compress(
     >>> coin.compress(torch.nn.Linear(64, 32), base, bits=3).network().weight.shape
     torch.Size([32, 64])
     """
-    Compression(bits, rank, base_bits)  # checks them
+    Compression(bits, base_bits)  # checks them
     if base_bits and base is None:
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
     check_plain(network)
@@ -151,7 +150,7 @@ def compress(
     check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
     base, kept, norms, reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
     buffers = dict(network.named_buffers())  # such as masks
-    options = {name: (None, None) if name in buffers else (bits, rank, (rounded or {}).get(name)) for name in own}
+    options = {name: (None,) if name in buffers else (bits, (rounded or {}).get(name)) for name in own}
     made = [encode(tensor, reference[name], *options[name]) for name, tensor in own.items()]
     outputs = next((len(own[name]) for name, tensor in stored(base).items() if tensor.shape != own[name].shape), None)
     data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
@@ -160,7 +159,7 @@ def compress(
 
 def compress_as(how: Compression, network: nn.Module, base: Base) -> Compressed:
     """Return a network compressed by these options."""
-    return compress(network, base, bits=how.bits, rank=how.rank, base_bits=how.base_bits)
+    return compress(network, base, bits=how.bits, base_bits=how.base_bits)
 
 
 class Reference(NamedTuple):

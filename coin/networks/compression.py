@@ -23,29 +23,21 @@ class Compression:
     """How a network is compressed.
 
     Args:
-        bits: 1 … 8 bits a value; or
-        rank: the rank of every delta.
+        bits: 1 … 8 bits a value.
         base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
             at all, so that this is plain quantisation of the network.
         rounding: ``refit`` or ``nearest``, for a merge method that can round while it fits; by default its own.
 
-    Raises ConfigurationError where an option is out of its range, or both or neither of bits and rank are given.
+    Raises ConfigurationError where an option is out of its range.
     """
 
-    bits: int | None = None
-    rank: int | None = None
+    bits: int
     base_bits: int = 32
     rounding: RoundingKind | None = None
 
     def __post_init__(self) -> None:
-        if (self.bits is None) == (self.rank is None):
-            raise ConfigurationError(f"found bits={self.bits} and rank={self.rank}, expected one of them")
-        for name, value in (("bits", self.bits), ("rank", self.rank)):
-            if value is not None:
-                check_integer(name, value, 1)
-        if self.rank is not None and self.rounding is not None:
-            raise ConfigurationError(f"found rank={self.rank} and a rounding, expected bits; leave out the rounding")
-        if (self.bits or 1) > 8:
+        check_integer("bits", self.bits, 1)
+        if self.bits > 8:
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.rounding is not None:
             object.__setattr__(self, "rounding", parse_enum(RoundingKind, "rounding", self.rounding))
@@ -58,10 +50,10 @@ class Compression:
         try:
             return cls(**(asdict(options) if isinstance(options, Compression) else options))
         except TypeError as error:
-            raise ConfigurationError(f"found {options!r:.100}, expected bits or rank, and base_bits") from error
+            raise ConfigurationError(f"found {options!r:.100}, expected bits and base_bits") from error
 
     @property
     def name(self) -> str:
-        """Its name in results and files: ``3bit``, ``3bit-int8base``, ``rank8``."""
+        """Its name in results and files: ``3bit``, ``3bit-int8base``."""
         how = "-nearest" if self.rounding is RoundingKind.nearest else ""
-        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits] + how
+        return f"{self.bits}bit{_BASES[self.base_bits]}{how}"

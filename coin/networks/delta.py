@@ -1,4 +1,4 @@
-"""A tensor as its difference from a base's, in few bits a value or of low rank, packed into bytes."""
+"""A tensor as its difference from a base's, in few bits a value, packed into bytes."""
 
 import math
 from functools import cache
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 EQUAL, HALF, WHOLE = 0, 16, 32
-"""How a tensor is kept, beside 1 … 8 bits a value and, as −r, a rank: not at all, its delta in float16, itself."""
+"""How a tensor is kept, beside 1 … 8 bits a value: not at all, its delta in float16, itself."""
 
 _CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
 
@@ -104,13 +104,11 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     return (sizes[0], math.prod(sizes[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
-def encode(
-    tensor: Tensor, base: Tensor, bits: int | None, rank: int | None, rounded: Rounded | None = None
-) -> tuple[int, Tensor]:
+def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None) -> tuple[int, Tensor]:
     """Encode a tensor as its difference from a base of its shape and type: return its storage kind and its bytes.
 
-    Matrices are kept in `bits` a value, in `rank`, or as they are `rounded` already; vectors, and matrices that would
-    not be smaller, in float16; integers and what float16 does not hold to a thousandth as they are; and what equals the
+    Matrices are kept in `bits` a value, or as they are `rounded` already; vectors, and matrices that would not be
+    smaller, in float16; integers and what float16 does not hold to a thousandth as they are; and what equals the
     base's not at all.
     """
     if torch.equal(tensor, base):
@@ -121,12 +119,7 @@ def encode(
     if tensor.ndim > 1 and rounded is not None:
         return rounded.bits, torch.cat([pack(rounded.codes, rounded.bits), _bytes(rounded.scale)])
     if tensor.ndim > 1 and bits is not None and columns * bits + 16 < columns * 16:
-        return encode(tensor, base, None, None, quantise(delta.reshape(rows, columns), bits))
-    if tensor.ndim > 1 and rank is not None and rank * (rows + columns) < rows * columns:
-        left, values, right = torch.linalg.svd(delta.reshape(rows, columns).double(), full_matrices=False)
-        root = values[:rank].sqrt()
-        factors = left[:, :rank] * root, root[:, None] * right[:rank]
-        return -rank, torch.cat([_bytes(factor.half()) for factor in factors])
+        return encode(tensor, base, None, quantise(delta.reshape(rows, columns), bits))
     half = delta.half()
     if float((half - delta).abs().max()) <= float(delta.abs().max()) / 1000:
         return HALF, _bytes(half)
@@ -135,11 +128,8 @@ def encode(
 
 def size(kind: int, base: Tensor) -> int:
     """Return how many bytes `encode` makes of a tensor like the base's."""
-    rows, columns = matrix_shape(base.shape)
-    if kind < 0:
-        return -2 * kind * (rows + columns)
     whole = {EQUAL: 0, HALF: 2 * base.numel(), WHOLE: base.nbytes}
-    return whole[kind] if kind in whole else math.ceil(kind * base.numel() / 8) + 2 * rows
+    return whole[kind] if kind in whole else math.ceil(kind * base.numel() / 8) + 2 * matrix_shape(base.shape)[0]
 
 
 def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
@@ -151,9 +141,6 @@ def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
         return _typed(data, base.dtype).reshape(base.shape)
     if kind == HALF:
         delta = _typed(data, torch.float16)
-    elif kind < 0:
-        factors = _typed(data, torch.float16).float()
-        delta = factors[: -kind * rows].reshape(rows, -kind) @ factors[-kind * rows :].reshape(-kind, columns)
     else:
         packed, scale = data[: -2 * rows], _typed(data[-2 * rows :], torch.bfloat16)
         delta = Rounded(unpack(packed, kind, rows * columns).reshape(rows, columns), scale, kind).dense()

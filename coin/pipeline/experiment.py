@@ -44,7 +44,7 @@ class Experiment:
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; by default all kinds.
         replicas: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
-            options, such as ``{bits: 3}``, ``{bits: 3, base_bits: 8}`` or ``{rank: 8}``.
+            options, such as ``{bits: 3}`` or ``{bits: 3, base_bits: 8}``.
         seeds: A list of seeds, or one; the seed fixes the calibration samples and everything random after the base.
         output: The folder of all experiments.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. Several
