@@ -130,8 +130,7 @@ def decoder_steps(experts: list[nn.Module], tasks: list[list[Tensor]]) -> Iterat
     task_of = [index for index, task in enumerate(tasks) for batch in task for _ in batch]
     known = replace(answers("float32"), tasks=torch.tensor(task_of, device=pooled[0].device))
     for kind in coin.DecoderKind:
-        fitted_on = "own" if kind is coin.DecoderKind.expert_head else "all"
-        decoder = coin.make_decoder(coin.DecoderConfig(kind, fitted_on=fitted_on), code, [0], system.heads(pooled[0]))
+        decoder = coin.make_decoder(kind, code, [0], system.heads(pooled[0]))
         for verb in ("fit", "decode"):
             yield Step(f"{kind} {verb}", "float32", samples, partial(getattr(decoder, verb), known))
             yield Step(f"{kind} {verb}", "bfloat16", samples, None, BY_DESIGN)

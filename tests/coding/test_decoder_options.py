@@ -49,7 +49,6 @@ NAMES = [
     ({"kind": "feature_ridge", "fitted_on": "own", "survivors": False}, "feature_ridge-own-alone"),
     ({"kind": "ridge", "survivors": False}, "ridge-alone"),
     ({"kind": "expert_head"}, "expert_head"),
-    ({"kind": "expert_head", "fitted_on": "own"}, "expert_head-own"),
 ]
 
 
@@ -65,7 +64,8 @@ def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
 
 REFUSED = [
     ({"kind": "cubic"}, "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
-    ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge or exp"),
+    ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge"),
+    ({"kind": "expert_head", "fitted_on": "own"}, "found fitted_on=own for expert_head, expected ridge or feature_r"),
     ({"kind": "linear", "survivors": False}, "found survivors=False for linear, expected ridge or feature_ridge"),
     ({"kind": "expert_head", "survivors": False}, "found survivors=False for expert_head, expected ridge or feature_r"),
     ({"kind": "ridge", "survivors": "no"}, "found survivors='no', expected true or false"),

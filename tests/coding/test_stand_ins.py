@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from coin.coding import Answers, Code, DecoderConfig, convex, make_decoder
-from coin.coding.decoders import CORRECTION
 from coin.errors import DecodingError
 
 PAIR = Code([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
@@ -100,58 +99,6 @@ def test_heads_of_unequal_class_counts_are_padded_and_read_back_to_the_last_bit(
     again.load_state_dict(decoder.state_dict())
     assert torch.equal(again.decode(answers), decoder.decode(answers))
     assert (again.row_of, again.nbytes) == (decoder.row_of, 2 * 8 * 4 * (5 + 1))
-
-
-def shifted_system(samples):
-    """Coded features that are off, answers in a type of their own for every task's samples, and the experts' heads."""
-    answers, heads = linear_system(PAIR, samples)
-    draw = torch.Generator().manual_seed(7)
-    off = [
-        each @ torch.randn(5, 5, generator=draw, dtype=torch.float64) + torch.randn(samples, 5, generator=draw)
-        for each in answers.coded_features
-    ]
-    tasks = torch.arange(samples) % 3
-    return dataclasses.replace(answers, coded_features=off, tasks=tasks), heads
-
-
-def corrected(features, wanted, weight, bias):
-    """The head after one ridge regression of what it misses, written out."""
-    mean, missed = features.mean(0), wanted - features @ weight.T - bias
-    a, r = features - mean, missed - missed.mean(0)
-    gram = a.T @ a
-    ridge = 10**CORRECTION * gram.trace() / min(len(a) - 1, 5)
-    step = torch.linalg.solve(gram + ridge * torch.eye(5, dtype=torch.float64), a.T @ r).T
-    return weight + step, bias + missed.mean(0) - step @ mean
-
-
-OWN_HEAD = DecoderConfig.named("expert_head-own")
-
-
-def test_a_corrected_head_is_a_ridge_regression_of_what_it_misses_on_its_own_task():
-    answers, heads = shifted_system(60)
-    decoder = make_decoder(OWN_HEAD, PAIR, [2, 0], heads).fit(answers)
-    assert sum(decoder.samples_read.values()) == 40
-    for place, expert in enumerate([2, 0]):
-        own = answers.tasks == expert
-        features, wanted = answers.coded_features[decoder.row_of[expert]], answers.experts[expert]
-        weight, bias = corrected(features[own], wanted[own], *heads[expert])
-        torch.testing.assert_close(decoder.decode(answers)[place], features @ weight.T + bias)
-
-
-def test_a_corrected_head_is_kept_as_it_is_and_one_that_is_right_stays():
-    answers, heads = shifted_system(60)
-    small = [(weight.float(), bias.float()) for weight, bias in heads]
-    decoder = make_decoder(OWN_HEAD, PAIR, [0, 1], small).fit(answers)
-    assert {tensor.dtype for tensor in decoder.buffers()} == {torch.float32}
-    restored = make_decoder(OWN_HEAD, PAIR, [0, 1])
-    restored.load_state_dict(decoder.state_dict())
-    assert torch.equal(restored.decode(answers), decoder.decode(answers))
-    twice = decoder.decode(answers)
-    assert torch.equal(decoder.fit(answers).decode(answers), twice)
-    exact, heads = linear_system(PAIR, 60)
-    exact = dataclasses.replace(exact, tasks=answers.tasks)
-    right = make_decoder(OWN_HEAD, PAIR, [0, 1], heads).fit(exact)
-    torch.testing.assert_close(right.decode(exact), exact.experts[[0, 1]], rtol=0, atol=1e-12)
 
 
 def test_what_it_cannot_read_is_told_in_one_line():

@@ -1,6 +1,5 @@
-"""What is chosen on held-out samples, by which error: policies, data, RegMean's options, Refit's target and start."""
+"""What is chosen on held-out samples, by which error; what distillation may start from; how far experts are apart."""
 
-import math
 import warnings
 from copy import deepcopy
 
@@ -18,14 +17,13 @@ from coin.merging.closed_form import choose, held_out_error
 from coin.merging.method import starting_method
 from coin.merging.refit import RIDGES
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
-from coin.merging.target import AHEAD, FAR, spread
-from coin.merging.units import PROBES
+from coin.merging.target import FAR, spread
 from coin.networks import recalibrate
 from coin.networks.experts import parameters_of
 from coin.networks.heads import features_and_logits
 from coin.pipeline.options import config_dict
 from coin.statistics import FisherKind, fisher_diagonal, gram_sums
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.statistics.statistic import DataChoice
 
 ROW = (0.4, 0.35, 0.25)
 PAIR = (0.9, 0.1)
@@ -233,7 +231,9 @@ def test_candidates_and_policies_are_chosen_together_for_the_decoders_in_use(mon
     residuals = made.chosen["held_out_error"]
     assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
     assert "/".join(made.chosen[name] for name in ("fisher_data", "batchnorm")) == min(residuals, key=residuals.get)
-    asked, decoders = near(monkeypatch, 0.4, 0.3, 0.1, 0.2), ["expert_head", "ridge"]
+    asked, decoders, errors = [], ["expert_head", "ridge"], iter((0.4, 0.3, 0.1, 0.2))
+    told = "coin.merging.closed_form.held_out_error"
+    monkeypatch.setattr(told, lambda *given: asked.append([each.name for each in given[3]]) or next(errors))
     (chosen,) = coin.merge_networks(Coin(), networks, [PAIR], calibration=calibration, decoders=decoders).chosen
     assert asked == [decoders] * 4
     assert (chosen["fisher_data"], chosen["batchnorm"]) == ("pooled", "average")
@@ -351,8 +351,8 @@ def test_regmean_chooses_alpha_and_damping_by_the_held_out_error():
     [
         ("average", Average, {}),
         ("coin", Coin, {}),
-        ("refit", Refit, {"target": Target.auto}),
-        ({"class_path": "Refit", "init_args": {"target": "own", "ridge": None}}, Refit, {"target": Target.own}),
+        ("refit", Refit, {"target": Target.own}),
+        ({"class_path": "Refit", "init_args": {"target": "both", "ridge": None}}, Refit, {"target": Target.both}),
         ({"class_path": "coin.merging.Average", "init_args": {"batchnorm": "recalibrate"}}, Average, {}),
         ({"class_path": "HeadFit", "init_args": None}, HeadFit, {}),
     ],
@@ -377,7 +377,9 @@ def test_a_start_is_a_closed_form_by_its_name_or_by_its_class(start, kind, optio
         (3, "found start=3, expected one of average"),
         ({"class": "Refit"}, r"found start=\{'class': 'Refit'\}, expected one of"),
         ({"class_path": "Refit", "init_args": {"goal": "own"}}, "expected options of Refit .*unexpected.*'goal'"),
-        ({"class_path": "Refit", "init_args": {"target": "all"}}, "found target='all', expected one of own, both"),
+        ({"class_path": "Refit", "init_args": {"target": "auto"}}, "found target='auto', expected one of own, both"),
+        ({"class_path": "Average", "init_args": {"compress": {"bits": 3}}}, "needs the shared initialisation; choose"),
+        ({"class_path": "Refit", "init_args": {"adapters": {"rank": 2}}}, "which has adapters; choose other options"),
     ],
 )
 def test_what_cannot_be_a_start_is_refused(start, message):
@@ -385,109 +387,32 @@ def test_what_cannot_be_a_start_is_refused(start, message):
         starting_method(start)
 
 
-@pytest.mark.parametrize(
-    "start", ["coin", "wudi", "base", {"class_path": "Coin", "init_args": {"batchnorm": "recalibrate"}}], ids=str
-)
-def test_it_starts_from_the_coded_model_of_another_method_with_its_statistics_folded_in(start, monkeypatch):
-    networks, given = setup()
-    made = starting_method(start, reads_initial=True).make(Experts(networks, **given), ROW)
-    experts = Experts(networks, **given)
-    with monkeypatch.context() as patched:
-        patched.setattr("coin.merging.passes.fit_unit", lambda *_: None)
-        begun = Refit("own", start=start, head=False).make(experts, ROW)
-    torch.testing.assert_close(
-        experts.run(begun.network, experts.pooled).logits,
-        experts.run(made.network, experts.pooled).logits,
-        rtol=1e-10,
-        atol=1e-10,
-    )
-    assert torch.equal(begun.network[1].weight, torch.ones(5, dtype=torch.float64))
-    assert begun.chosen["start_batchnorm"] == made.chosen["batchnorm"]
-    one, two = (Refit("own", start=each).make(Experts(networks, **given), ROW).network for each in (start, "average"))
-    assert (one[4].weight - two[4].weight).norm() > 1e-3 * two[4].weight.norm()
+# Refit's ridge
 
 
-def test_what_a_start_wants_and_costs_is_the_refits():
-    networks, given = setup()
-    method = Refit("own", start="coin").with_defaults(*SETTINGS, of("linear"))
-    assert method.statistics() == (Statistic(StatisticKind.fisher, DataChoice.own, FisherKind.exact),)
-    assert [Refit(start=each).reads_initial for each in ("average", "coin", "wudi")] == [False, False, True]
-    passes = []
-    for each in (coin.Coin().with_defaults(*SETTINGS), Refit("own"), method):
-        experts = Experts(networks, **given)
-        each.make(experts, ROW)
-        passes.append(experts.passes)
-    outputs = 3 * 3 * 40  # the experts', which the start's choice of a BatchNorm policy and the head both read
-    assert passes[2] == passes[0] + passes[1] - outputs * 0.2
-    with pytest.raises(ConfigurationError, match="found start='distillation', expected one of"):
-        Refit(start="distillation")
-    with pytest.raises(ConfigurationError, match="which needs the shared initialisation; choose other options"):
-        coin.Distillation(start={"class_path": "Refit", "init_args": {"start": "wudi"}})
-
-
-# Refit's target and ridge
-
-
-def near(monkeypatch, *errors):
-    """All experts are near each other, as from one strong base; and what trials' errors are said to be, if given."""
-    monkeypatch.setattr("coin.merging.refit.FAR", math.inf)
-    found, asked = iter(errors), []
-    if errors:
-        told = "coin.merging.closed_form.held_out_error"
-        monkeypatch.setattr(told, lambda *given: asked.append([each.name for each in given[3]]) or next(found))
-    return asked
-
-
-def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not_see(monkeypatch):
-    near(monkeypatch)
+def test_the_ridge_is_what_leaves_least_on_held_out_samples_that_the_trials_did_not_see():
     networks, given = setup()
     experts = Experts(networks, **given)
     made = Refit(ridge=None).make(experts, ROW)
-    errors = made.chosen["held_out_error"]
-    options = {f"{target}/{ridge:g}": (target, ridge) for target in ("own", "both") for ridge in RIDGES}
-    assert list(errors) == list(options)
-    fitted = experts.fitted(DataChoice.own)
-    for name, option in options.items():
-        coded = Refit(*option).make(Experts(networks, calibration=fitted), ROW).network
-        assert errors[name] == pytest.approx(held_out_error(experts, coded, ROW), rel=1e-8)
-    best = min(errors, key=lambda each: errors[each] / (AHEAD if each.startswith("both") else 1))
-    assert (made.chosen["target"], made.chosen["ridge"]) == options[best]
-    assert same(made.network, Refit(*options[best]).make(Experts(networks, **given), ROW).network)
+    errors, fitted = made.chosen["held_out_error"], experts.fitted(DataChoice.own)
+    assert list(errors) == [f"{ridge:g}" for ridge in RIDGES]
+    for ridge in RIDGES:
+        coded = Refit(ridge=ridge).make(Experts(networks, calibration=fitted), ROW).network
+        assert errors[f"{ridge:g}"] == pytest.approx(held_out_error(experts, coded, ROW), rel=1e-8)
+    best = min(RIDGES, key=lambda ridge: errors[f"{ridge:g}"])
+    assert (made.chosen["target"], made.chosen["ridge"]) == ("own", best)
+    assert same(made.network, Refit(ridge=best).make(Experts(networks, **given), ROW).network)
 
 
-@pytest.mark.parametrize("decoders", [["linear"], ["expert_head", "linear"], ["feature_ridge"]])
-@pytest.mark.parametrize(("both", "taken"), [(0.86, "own"), (0.84, "both")])
-def test_both_is_taken_only_where_it_is_clearly_ahead_for_these_decoders_and_trials_count(
-    both, taken, decoders, monkeypatch
-):
-    """By a hair's breadth it took both on letters that it had never seen, and lost two points by it."""
-    asked = near(monkeypatch, 1.0, both)
-    networks, given = setup()
-    made = coin.merge_networks(Refit(), networks, CODE, decoders=decoders, **given)
-    assert asked == [decoders] * 2
-    assert made.chosen[0]["target"] == taken
-    assert made.chosen[0]["held_out_error"] == {"own/0.1": 1.0, "both/0.1": both}
-    tried = (1 + 1 + 1 + 3 + 1 + 1) * 96  # own, both: experts, the coded network, the features of its head
-    outputs = 3 * 120  # for the head, read once for all
-    assert made.passes == tried + outputs + PROBES + ((1 if taken == "own" else 3) + 1 + 1) * 120
-
-
-@pytest.mark.parametrize("apart", [0.5, 2.0])
-def test_auto_of_experts_that_are_far_apart_is_both_and_nothing_is_tried(apart):
+def test_the_spread_is_the_median_of_the_matrices_whatever_the_head():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 30), nn.Tanh(), nn.Linear(30, 3)).double()
     networks = [deepcopy(base) for _ in range(3)]
     for sign, network in zip((1, 0, -1), networks, strict=True):
-        for layer, share in zip((0, 2, 4), (1, 1, 1000), strict=True):  # the median, whatever the head
-            weight = network[layer].weight
-            weight.data += sign * share * apart * FAR * weight.data
-    found = spread([dict(network.named_parameters()) for network in networks], (0.5, 0.0, 0.5))
-    assert found == pytest.approx(apart * FAR)
-    tasks = [torch.randn(20, 4, dtype=torch.float64) for _ in networks]
-    made = Refit().make(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.0, 0.5))
-    assert made.chosen["spread"] == found
-    assert ("held_out_error" in made.chosen) == (apart < 1)
-    assert made.chosen["target"] == "both" or apart < 1
+        for layer, share in zip((0, 2, 4), (1, 1, 1000), strict=True):
+            network[layer].weight.data *= 1 + sign * share * FAR
+    found = [dict(network.named_parameters()) for network in networks]
+    assert spread(found, (0.5, 0.0, 0.5)) == pytest.approx(FAR)
 
 
 @pytest.mark.filterwarnings("error")
@@ -502,25 +427,16 @@ def test_experts_that_agree_or_have_no_matrix_are_not_apart():
     assert spread([{"weight": torch.zeros(3, 2)}] * 2, (0.5, 0.5)) == 0
 
 
-def test_for_the_own_head_alone_it_is_own_untried():
-    networks, given = setup()
-    made = coin.merge_networks(Refit(), networks, CODE, decoders=["expert_head"], **given)
-    own = coin.merge_networks(Refit("own"), networks, CODE, **given)
-    assert (made.chosen, made.passes) == (own.chosen, own.passes)
-    assert same(made[0], own[0])
-
-
 def test_decoders_are_told_of_only_where_they_decide():
     def said(method, *names):
         return config_dict(method.with_defaults(*SETTINGS, of(*names)))
 
     one, two = ["linear"], ["linear", "expert_head"]
-    for method in (Refit("own"), Refit("both"), coin.HeadFit(decoders=one), coin.Distillation()):
+    for method in (Refit(), Refit("both"), coin.HeadFit(decoders=one), coin.Distillation()):
         assert said(method, *one) == said(method, *two)
-    for method in (Refit(), Refit("own", ridge=None), Refit("own", start="coin"), Average(), Coin(), RegMean()):
+    for method in (Refit(ridge=None), Average(), Coin(), RegMean()):
         assert said(method, *one) != said(method, *two)
-    assert said(Refit(), "expert_head") == said(Refit("own"), "expert_head")
-    assert said(Refit(decoders=two), *one) == said(Refit(), *two)
+    assert said(Refit(ridge=None, decoders=two), *one) == said(Refit(ridge=None), *two)
     assert Refit().with_defaults(*SETTINGS).decoders is None
     with pytest.raises(ConfigurationError, match="decoder='lineal'"):
         Refit(decoders=["lineal"])

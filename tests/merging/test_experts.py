@@ -25,7 +25,7 @@ def equal(first, second):
 
 # Class counts
 
-METHODS = [Average(), Coin(), RegMean(), HeadFit(), TaskArithmetic(), Wudi(), Base(), Refit(start="wudi")]
+METHODS = [Average(), Coin(), RegMean(), HeadFit(), TaskArithmetic(), Wudi(), Base(), Refit()]
 DRAW = torch.Generator().manual_seed(5)
 CALIBRATION = [[torch.randn(12, 6, generator=DRAW, dtype=torch.float64)] for _ in range(2)]
 

@@ -47,8 +47,8 @@ METHODS = {
     "ties": (Ties(keep=1, scale=1), 1e-12),
     "wudi": (Wudi(), 1e-10),
     "head_fit": (HeadFit(), 1e-8),
-    "refit own": (Refit("own", start="coin"), 1e-8),
-    "refit both": (Refit("both", start="wudi"), 1e-8),
+    "refit own": (Refit(), 1e-8),
+    "refit both": (Refit("both"), 1e-8),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "vit" else ()) for kind in NETWORKS]

@@ -105,7 +105,7 @@ class Turning(nn.Module):
     "method",
     [
         *(coin.Average(), coin.HeadFit(), coin.Refit(), coin.TaskArithmetic(0.5), coin.Ties(keep=1.0), coin.Wudi()),
-        coin.Refit(start="wudi", label="from-wudi"),
+        coin.Refit("both", label="refit-both"),
     ],
     ids=by_label,
 )

@@ -560,17 +560,6 @@ def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
     assert weighed < not_weighed
 
 
-def test_the_first_layers_may_keep_the_start():
-    networks, tasks = kind_of("convolutions")
-    made = Refit("both", RIDGE, last=0.5, head=False).make(experts_of(networks, tasks), ROW)
-    whole = Refit("both", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
-    assert made.chosen["averaged"] == whole.chosen["averaged"] == []
-    # The average, BatchNorm folded.
-    none = Refit("both", 1e9, head=False).make(experts_of(networks, tasks), ROW).network
-    assert_answers_close(made.network[:1], none[:1], tasks, 1e-7)
-    assert (made.network[3].weight - none[3].weight).norm() > 1e-3 * none[3].weight.norm()  # two of three layers
-
-
 def test_samples_that_do_not_fit_the_memory_are_left_out_with_a_warning():
     networks, tasks = setup(wide, (1, 8, 8))
     tasks = [task.repeat(12, 1, 1, 1) for task in tasks]
@@ -595,8 +584,8 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
         told.append((what, total, pytest.approx(sum(done))))
 
     monkeypatch.setattr("coin.merging.passes.chosen_places", lambda *given: chosen_places(*given[:4]))
-    monkeypatch.setattr("coin.merging.refit.progress_bar", progress)
-    monkeypatch.setattr("coin.merging.refit.FEWEST_MIB", 0)
+    monkeypatch.setattr("coin.merging.passes.progress_bar", progress)
+    monkeypatch.setattr("coin.merging.passes.FEWEST_MIB", 0)
     networks, tasks = kind_of("two layers")
     found, told = [], []
     for groups, mib in ((1, 8192), (2, 3)):
