@@ -21,7 +21,7 @@ from coin.merging.adapters import AdapterOptions
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Base, Compressed, compress_as
+from coin.networks.compressed import Base, Compressed, compress
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
@@ -137,7 +137,8 @@ class Method(ABC):
         self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
     ) -> Compressed:
         """Return the coded model of one row, compressed as a delta from a base; adapters are fitted to what is left."""
-        packed = compress_as(compression, parts_of(made.network)[0], base)
+        bits, base_bits = compression.bits, compression.base_bits
+        packed = compress(parts_of(made.network)[0], base, bits=bits, base_bits=base_bits)
         if self.adapters is not None:
             packed.adapters = parts_of(adapt(packed.network(), experts, row, self.label, self.adapters))[1]
         return packed

@@ -6,7 +6,7 @@ from coin.networks.batchnorm import (
     has_batchnorm as has_batchnorm,
     recalibrate as recalibrate,
 )
-from coin.networks.compressed import Compressed as Compressed, compress as compress, compress_as as compress_as
+from coin.networks.compressed import Compressed as Compressed, compress as compress
 from coin.networks.compression import Compression as Compression
 from coin.networks.files import (
     check_heads as check_heads,

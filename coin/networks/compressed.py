@@ -157,11 +157,6 @@ def compress(
     return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
 
 
-def compress_as(how: Compression, network: nn.Module, base: Base) -> Compressed:
-    """Return a network compressed by these options."""
-    return compress(network, base, bits=how.bits, base_bits=how.base_bits)
-
-
 class Reference(NamedTuple):
     """The tensors that a network's are a delta from, and where they come from."""
 

@@ -11,7 +11,6 @@ from coin.networks import (
     Compression,
     NetworkConfig,
     build_network,
-    compress_as,
     kept_base,
     load_network,
     nbytes_together,
@@ -224,7 +223,7 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
     for path in paths:
         compression = Compression(bits=3, base_bits=base_bits)
         kept_at, beside = kept_base(path, tmp_path / "base.safetensors", compression)
-        made = compress_as(compression, network, beside)
+        made = coin.compress(network, beside, bits=3, base_bits=base_bits)
         save_compressed(path, made, CONFIG, 6, kept_at, compression, {"label": "x"})
     files = [load_network(path) for path in paths]
     assert same(files[0].network, coin.compress(network, base, bits=3, base_bits=base_bits).network())

@@ -106,9 +106,8 @@ def test_vision_transformers_with_every_method_and_decoder(run_small: Run) -> No
     options = {"patch_size": 8, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
     adam = {"epochs": 1, "lr": 0.001, "optimizer": "AdamW"}
     base = {"task": {"class_path": "Glyphs", "init_args": {"classes": "K-N", "train_samples": 80}}, **adam}
-    methods = [{"class_path": name} for name in ("RegMean", "HeadFit", "TaskArithmetic", "Base", "Ties")]
-    methods.append({"class_path": "Wudi"})
-    methods.append({"class_path": "Refit"})
+    names = ("RegMean", "HeadFit", "TaskArithmetic", "Base", "Ties", "Wudi", "Refit")
+    methods = [{"class_path": name} for name in names]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
     network = {"name": "small_vit", "image_size": 16, "options": options}
     decoders = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "fitted_on": "own"}]

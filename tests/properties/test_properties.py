@@ -2,7 +2,6 @@
 
 import math
 import tempfile
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -102,24 +101,6 @@ def states(seed: int, experts: int, scale: float = 1.0) -> list[dict[str, torch.
 
 def fishers(seed: int, experts: int) -> list[dict[str, torch.Tensor]]:
     return [{name: value.square() for name, value in state.items()} for state in states(seed + 99, experts)]
-
-
-@FEW
-@given(st.integers(2, 4), SEEDS, st.data())
-def test_merging_does_not_depend_on_the_order_of_the_experts(experts: int, seed: int, data: st.DataObject) -> None:
-    weights = data.draw(convex_rows(experts))
-    order = data.draw(st.sampled_from(list(permutations(range(experts)))))
-    own, theirs = states(seed, experts), fishers(seed, experts)
-    first, second = (
-        ([own[i] for i in places], [theirs[i] for i in places], [weights[i] for i in places])
-        for places in (range(experts), order)
-    )
-    for merged, moved in (
-        (average_parameters(first[0], first[2]), average_parameters(second[0], second[2])),
-        (coin_parameters(*first), coin_parameters(*second)),
-    ):
-        for name, value in merged.items():
-            torch.testing.assert_close(moved[name], value, rtol=1e-10, atol=1e-12)
 
 
 @FEW

@@ -23,7 +23,7 @@ from coin.merging import Experts, Method
 from coin.merging.adapted import parts_of
 from coin.networks import (
     Compression,
-    compress_as,
+    compress,
     has_batchnorm,
     int8_path,
     kept_base,
@@ -270,6 +270,6 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict()), "sha256": inputs}
     started = time.perf_counter()
     base, beside = kept_base(output, base, compression)
-    packed = compress_as(compression, file.network, beside)
+    packed = compress(file.network, beside, bits=compression.bits, base_bits=compression.base_bits)
     metadata["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
     save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)
