@@ -208,7 +208,8 @@ def test_compressed_coded_models_stand_beside_the_whole_ones(method):
         for network, compressed in zip(merged, merged.compressed, strict=True):
             for name in names[:2]:
                 assert (compressed[name].network()(x) - network(x)).norm() < 0.1 * network(x).norm()
-    assert merged.compressed[0][names[2]].nbytes < merged.compressed[0][names[0]].nbytes
+    if method is Average:  # Refit rounds rows as short as these to 8 bits
+        assert merged.compressed[0][names[2]].nbytes < merged.compressed[0][names[0]].nbytes
 
 
 # Damage
