@@ -55,13 +55,11 @@ class HeadFit(Average):
         return CodedModel(made.network, {renamed.get(name, name): value for name, value in made.chosen.items()})
 
 
-def fit_head(
-    network: nn.Module, experts: Experts, row: Sequence[float], held_out: bool = False, rounding: Rounding | None = None
-) -> None:
+def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], rounding: Rounding | None = None) -> None:
     """Fit a coded network's head (W, b) in place, so that it reads Σ_i β_i f_i out of the network's features φ(x).
 
     It becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge regression of Σβ_if_i − (Wφ + b) on the pooled calibration
-    samples (if `held_out`, without the held-out ones), its ridge chosen by leave-one-out (`fit_ridge`). So experts that
+    samples, its ridge chosen by leave-one-out (`fit_ridge`). So experts that
     agree keep their head. With a `rounding` W + ΔW is rounded. Raises HeadError where the head is not a fully connected
     layer, or the logits are not the head of its inputs.
     """
@@ -70,8 +68,8 @@ def fit_head(
     if not isinstance(head, nn.Linear):
         found = f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer"
         raise HeadError(f"{found}; name another in an attribute 'head_name', leave the method out, or give head=False")
-    target = experts.target(row, held_out=held_out).double()
-    run = experts.run(network, experts.split[0] if held_out else experts.pooled, features=True)
+    target = experts.target(row).double()
+    run = experts.run(network, experts.pooled, features=True)
     check_head(network, run.features, run.logits)
     features, residual = run.features.double(), target - run.logits.double()
     fit = fit_ridge(features, residual, intercept=head.bias is not None)

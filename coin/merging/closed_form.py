@@ -179,7 +179,7 @@ def held_out_error(
 
     def answers(part: int) -> Answers:
         tasks = experts.tasks[len(fitted) :] if part else fitted
-        runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features, tasks)]
+        runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
         return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)
 
     judged, calibration = answers(1), None

@@ -11,7 +11,6 @@ from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, 
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite, check_same_layout
-from coin.merging.adapted import answering
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
 from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
 from coin.statistics import TRANSPOSED, FisherKind, FisherOptions
@@ -180,26 +179,16 @@ class Experts:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
         return self.pooled.split(0.2)
 
-    def target(self, row: Sequence[float], *, held_out: bool = False) -> Tensor:
-        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``, without the held-out ones if `held_out`; all finite."""
-        parts = [[run.logits for run in self.runs(part)] for part in ([0] if held_out else [0, 1])]
+    def target(self, row: Sequence[float]) -> Tensor:
+        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``, all finite."""
+        parts = [[run.logits for run in self.runs(part)] for part in (0, 1)]
         logits = torch.cat(list(map(torch.stack, parts)), dim=1)
         return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
 
-    def run(
-        self, network: nn.Module, batches: Iterable[Batch], features: bool = False, tasks: Tensor | None = None
-    ) -> Run:
-        """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes.
-
-        A body with adapters answers sample by sample for `tasks` [P].
-        """
-        runs: list[Run] = []
+    def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False) -> Run:
+        """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
-            for batch in batches:
-                done = sum(len(run.logits) for run in runs)
-                asked = None if tasks is None else tasks[done : done + size_of(batch)]
-                with answering([network], asked):
-                    runs.append(run_network(network, as_input(batch, network), features))
+            runs = [run_network(network, as_input(batch, network), features) for batch in batches]
         self.passes += sum(len(run.logits) for run in runs)
         return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]))
 

@@ -22,7 +22,7 @@ from coin.merging.experts import Experts
 from coin.merging.passes import adapt
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress
-from coin.networks.compression import Compression, RoundingKind
+from coin.networks.compression import Compression
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Given, Statistic
@@ -95,7 +95,6 @@ class Method(ABC):
 
     name: ClassVar[str]
     is_trained: ClassVar[bool] = False  # with a Trainer, on all processes; other methods run on rank zero only
-    rounds: ClassVar[bool] = False  # whether it can round a coded model while it makes it
     reads_initial: bool = False
     compress: Sequence[Compression] = ()
     adapters: AdapterOptions | None = None
@@ -119,9 +118,6 @@ class Method(ABC):
             raise ConfigurationError(f"found label {self.label!r}, expected a plain file name: {expected}")
         sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
         self.compress = [Compression.of(each) for each in sections]
-        if any(each.rounding is RoundingKind.refit and not self.rounds for each in self.compress):
-            told = f"found rounding: refit for method '{self.name}', expected nearest"
-            raise ConfigurationError(f"{told}: only Refit rounds while it fits")
         self.reads_initial = self.reads_initial or any(each.base_bits for each in self.compress)
 
     @abstractmethod

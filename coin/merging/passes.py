@@ -271,12 +271,11 @@ def fit_body(
     *,
     ridge: float | None,
     target: Target = Target.own,
-    held_out: bool = False,
     rounding: Rounding | None = None,
     adapters: AdapterOptions | None = None,
     memory_mib: int = MEMORY_MIB,
 ) -> nn.Module:
-    """Return a copy of a body, refitted without the held-out samples or with; its matrices rounded, if so.
+    """Return a copy of a body, refitted; its matrices rounded, if so.
 
     Without a ridge its units stay; with adapters, which are fitted in the same pass, it is an `Adapted`. Their experts'
     own heads are read in place of the body's, which stays.
@@ -287,7 +286,7 @@ def fit_body(
         fitted = {name for unit in trace.units for name in unit.names}
         for name in filter(rounding.takes, parameters_of(network).keys() - fitted):
             network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
-    every = experts.split[0].num_samples if held_out else experts.pooled.num_samples
+    every = experts.pooled.num_samples
     samples = min(every, max(experts.count, (memory_mib << 20) // (4 * trace.floats)))
     if samples < every:
         needed = math.ceil(4 * trace.floats * every / 2**20)
@@ -303,7 +302,7 @@ def fit_body(
         )
     inputs, task = experts.pooled.inputs(chosen), experts.tasks[chosen]
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
-    rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task, held_out), budget)
+    rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)
     targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
     with progress_bar(f"{label}, layers", targets.total) as bar:
         targets.advance = bar.update

@@ -2,31 +2,25 @@
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
-from coin.coding import DecoderConfig
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import weighted_sum
 from coin.merging.adapted import parts_of
 from coin.merging.average import average_parameters, fit_head
-from coin.merging.closed_form import choose
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import MEMORY_MIB, Body, fit_body
 from coin.merging.target import Target
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Rounding, compress, reference_of
-from coin.networks.compression import Compression, RoundingKind
-from coin.statistics import FisherKind
-from coin.statistics.statistic import DataChoice
+from coin.networks.compression import Compression
 
 MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
-RIDGES = (0.01, 0.03, 0.1, 0.3)  # what the ridge is chosen from
 
 
 class Refit(Method):
@@ -58,8 +52,7 @@ class Refit(Method):
 
     Args:
         target: ``own`` or ``both``; with adapters ``own``.
-        decoders: For which decoders the ridge is chosen, by their mean error; by default the experiment's.
-        ridge: λ, relative and dimensionless, above 0; none has it chosen.
+        ridge: λ, relative and dimensionless, above 0.
         head: Whether the head is fitted at last; with adapters it is not, for the experts' own are read.
         memory_mib: Bound on the coded network's activations, in MiB; a quarter of it is one on the experts' outputs.
         label: Name of this variant in results.
@@ -71,51 +64,35 @@ class Refit(Method):
 
     name = "refit"
     batchnorm = BatchNormPolicy.keep
-    rounds = True
 
     def __init__(
         self,
         target: Target = Target.own,
-        ridge: float | None = 0.1,
+        ridge: float = 0.1,
         *,
         head: bool = True,
-        decoders: list[str] | None = None,
         memory_mib: int = MEMORY_MIB,
         label: str | None = None,
         compress: Compress = None,
         adapters: Adapters = None,
     ) -> None:
         self.target = parse_enum(Target, "target", target)
-        if ridge is not None:
-            check_number("ridge", ridge, low=0, strict=True)
+        check_number("ridge", ridge, low=0, strict=True)
         check_integer("memory_mib", memory_mib, 1)
         self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
-        super().__init__(label, compress, decoders, adapters)
+        super().__init__(label, compress, adapters=adapters)
         if self.adapters is not None and self.target is not Target.own:
             raise ConfigurationError("found target=both with adapters, expected own; each expert has its own")
-
-    def with_defaults(
-        self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
-    ) -> Self:
-        """Return the method with the experiment's choices, its decoders only where there is something to choose."""
-        method = super().with_defaults(fisher_kind, fisher_data, decoders)
-        if self.ridge is not None:
-            method.decoders = None
-        return method
 
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
         experts.check(row)
-        ridges, body = [self.ridge] if self.ridge else list(RIDGES), self._body(experts, row)
-        trial = partial(self._refit, experts, row, body, held_out=True)
-        ridge, errors = choose(ridges, trial, experts, row, self.label, self.decoders)
-        network = self._refit(experts, row, body, ridge)
+        body = self._body(experts, row)
+        network = self._refit(experts, row, body)
         experts.check_coded(network, self.label)
         self._warn_of_averaged(body)
-        chosen: dict[str, Any] = {"target": str(self.target), "ridge": ridge, "averaged": body.kept}
-        if errors:
-            chosen["held_out_error"] = {f"{each:g}": error for each, error in zip(ridges, errors, strict=True)}
+        chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, body)
 
     @torch.inference_mode(False)
@@ -127,11 +104,9 @@ class Refit(Method):
         It is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to the
         inputs that follow. What cannot be refitted is rounded to the nearest first.
         """
-        if compression.rounding is RoundingKind.nearest:
-            return super().pack(experts, row, made, base, compression)
         bits, base_bits = compression.bits, compression.base_bits
         rounding = Rounding(reference_of(made.body.network, base, base_bits), bits)
-        network = self._refit(experts, row, made.body, made.chosen["ridge"], rounding=rounding)
+        network = self._refit(experts, row, made.body, rounding)
         body, adapters = parts_of(network)
         packed = compress(body, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
         packed.adapters = adapters
@@ -154,21 +129,10 @@ class Refit(Method):
             why = "per sample, outside checkpoints and before any comparison or choice by activations"
             warnings.warn(f"{told} {why}; compare it with other methods on this network", CoinWarning, stacklevel=3)
 
-    def _refit(
-        self,
-        experts: Experts,
-        row: Sequence[float],
-        body: Body,
-        ridge: float,
-        *,
-        held_out: bool = False,
-        rounding: Rounding | None = None,
-    ) -> nn.Module:
+    def _refit(self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None) -> nn.Module:
         """Return a body refitted (`fit_body`), and its head."""
-        network = fit_body(
-            body, experts, row, self.label, ridge=ridge, target=self.target, held_out=held_out, rounding=rounding,
-            adapters=self.adapters, memory_mib=self.memory_mib,
-        )  # fmt: skip
+        options: Any = {"ridge": self.ridge, "adapters": self.adapters, "memory_mib": self.memory_mib}
+        network = fit_body(body, experts, row, self.label, target=self.target, rounding=rounding, **options)
         if self.head and self.adapters is None:
-            fit_head(network, experts, row, held_out=held_out, rounding=rounding)
+            fit_head(network, experts, row, rounding)
         return network

@@ -26,7 +26,7 @@ class Target(StrEnum):
     """Beside that, on all samples, the β-average of what all experts make of them."""
 
 
-def objective(target: Target, row: Sequence[float], task: Tensor, held_out: bool = False) -> tuple[Tensor, Tensor]:
+def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P]."""
     # A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
     beta = torch.tensor(row, dtype=torch.float64)
@@ -37,7 +37,7 @@ def objective(target: Target, row: Sequence[float], task: Tensor, held_out: bool
     mixed = torch.full_like(own, (1 - own_share) / len(task))
     shares = own + mixed
     lost = ((beta > 0) & (counts == 0)).nonzero().flatten().tolist() if target is Target.own else []
-    if lost and not (held_out and bool(shares.any())):  # in a trial all samples of a task may be held out
+    if lost:
         told = f"found no calibration samples of task {lost[0]}, which has a share in the code row {list(row)}"
         raise DataError(f"{told}, expected at least one; give some, raise memory_mib, or use target=both")
     mixtures = torch.outer(beta, mixed)

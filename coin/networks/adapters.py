@@ -65,7 +65,9 @@ class Adapter(nn.Module):
             own = network.get_submodule(head_name(network))
             for place, parameter in head.named_parameters():
                 setattr(own, place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-            setattr(own, "out_features" if isinstance(own, nn.Linear) else "out_channels", len(own.get_parameter("weight")))
+            setattr(
+                own, "out_features" if isinstance(own, nn.Linear) else "out_channels", len(own.get_parameter("weight"))
+            )
         return network
 
 

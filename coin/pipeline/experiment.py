@@ -101,8 +101,6 @@ class Experiment:
         self.code = read_code(code, len(tasks))
         self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         self.replicas = [Compression.of(section) for section in replicas or []]
-        if any(replica.rounding for replica in self.replicas):
-            raise ConfigurationError("found rounding in replicas, expected none; only merge methods have this option")
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
         self.methods = [method.with_defaults(*settings) for method in methods]
         self._check_names()

@@ -15,7 +15,6 @@ from coin.errors import CoinWarning, ConfigurationError, DataError, HeadError, N
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, Target
 from coin.merging.closed_form import choose, held_out_error
 from coin.merging.method import starting_method
-from coin.merging.refit import RIDGES
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
 from coin.merging.target import FAR, spread
 from coin.networks import recalibrate
@@ -387,23 +386,6 @@ def test_what_cannot_be_a_start_is_refused(start, message):
         starting_method(start)
 
 
-# Refit's ridge
-
-
-def test_the_ridge_is_what_leaves_least_on_held_out_samples_that_the_trials_did_not_see():
-    networks, given = setup()
-    experts = Experts(networks, **given)
-    made = Refit(ridge=None).make(experts, ROW)
-    errors, fitted = made.chosen["held_out_error"], experts.fitted(DataChoice.own)
-    assert list(errors) == [f"{ridge:g}" for ridge in RIDGES]
-    for ridge in RIDGES:
-        coded = Refit(ridge=ridge).make(Experts(networks, calibration=fitted), ROW).network
-        assert errors[f"{ridge:g}"] == pytest.approx(held_out_error(experts, coded, ROW), rel=1e-8)
-    best = min(RIDGES, key=lambda ridge: errors[f"{ridge:g}"])
-    assert (made.chosen["target"], made.chosen["ridge"]) == ("own", best)
-    assert same(made.network, Refit(ridge=best).make(Experts(networks, **given), ROW).network)
-
-
 def test_the_spread_is_the_median_of_the_matrices_whatever_the_head():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 30), nn.Tanh(), nn.Linear(30, 3)).double()
@@ -434,9 +416,8 @@ def test_decoders_are_told_of_only_where_they_decide():
     one, two = ["linear"], ["linear", "expert_head"]
     for method in (Refit(), Refit("both"), coin.HeadFit(decoders=one), coin.Distillation()):
         assert said(method, *one) == said(method, *two)
-    for method in (Refit(ridge=None), Average(), Coin(), RegMean()):
+    for method in (Average(), Coin(), RegMean()):
         assert said(method, *one) != said(method, *two)
-    assert said(Refit(ridge=None, decoders=two), *one) == said(Refit(ridge=None), *two)
-    assert Refit().with_defaults(*SETTINGS).decoders is None
+    assert said(Average(decoders=two), *one) == said(Average(), *two)
     with pytest.raises(ConfigurationError, match="decoder='lineal'"):
-        Refit(decoders=["lineal"])
+        Average(decoders=["lineal"])

@@ -1,12 +1,13 @@
 """Rounding while refitting: against the method written out, and the packed file against what was fitted."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 
 from coin.errors import ConfigurationError
-from coin.merging import Average, Refit
+from coin.merging import Average, Method, Refit
 from coin.networks import compressed
 from coin.networks.compressed import Compressed, compress
 from coin.networks.compression import Compression
@@ -125,20 +126,16 @@ def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
         pairs = zip(networks, tasks, strict=True)
         return float(sum((answers(network, x) - answers(one, x)).square().mean() for one, x in pairs))
 
-    def added(rounding):
+    def added(pack):
         """What rounding to three bits and to two adds to the error."""
-        hows = [Compression(bits, rounding=rounding) for bits in (3, 2)]
-        packed = [method.pack(experts, ROW, made, base, how).network() for base in bases for how in hows]
+        hows = [Compression(bits) for bits in (3, 2)]
+        packed = [pack(experts, ROW, made, base, how).network() for base in bases for how in hows]
         return sum(map(error, packed)) - len(packed) * error(made.network)
 
-    assert added(None) < 0.3 * added("nearest")
+    assert added(method.pack) < 0.3 * added(partial(Method.pack, method))
 
 
-def test_rounding_while_fitting_is_refused_where_it_is_not_to_be_had():
-    with pytest.raises(ConfigurationError, match="found rounding: refit for method 'average', expected nearest"):
-        Average(compress={"bits": 3, "rounding": "refit"})
-    for wrong in (3, "3bit", [3]):
+def test_what_is_no_section_of_a_compression_is_refused():
+    for wrong in (3, "3bit", [3], {"bits": 3, "rounding": "nearest"}):
         with pytest.raises(ConfigurationError, match="expected bits and base_bits"):
             Average(compress=wrong)
-    names = [each.name for each in Refit(compress=[{"bits": 3}, {"bits": 3, "rounding": "nearest"}]).compress]
-    assert names == ["3bit", "3bit-nearest"]
