@@ -1,0 +1,200 @@
+"""Stand-ins of other papers that keep something for each expert, on a finished experiment's experts: its folder → CSV.
+
+    python notebooks/rivals.py runs/NAME --output rivals.csv
+
+They are what a body with adapters has to beat, read as `expert_head` reads it: the lost expert's own head on the
+features of a stand-in that knows whose answer it gives, whatever else is lost. A row for every seed, method and task:
+
+- ``average+svd`` and ``base+svd``: the experts' average or the shared initialisation, and of each expert its vectors
+  (biases, scales, BatchNorm statistics) and W_i − W to rank r, from a singular value decomposition, in float16;
+  without data (Lu et al., *Twin-Merging*, NeurIPS 2024, arXiv 2406.15479).
+- ``emr``: the initialisation and one elected difference from it, of each expert a bit a weight and a scale (Huang et
+  al., *EMR-Merging: tuning-free high-performance model merging*, NeurIPS 2024, arXiv 2405.17461).
+- ``tall-0.4``, ``tall-0.6``: the initialisation and the sum of all differences from it, of each expert a bit a weight:
+  whether its own difference is at least 0.4 (0.6) times what the others' sum to (Wang et al., *Localizing task
+  information for improved model merging and compression*, ICML 2024, arXiv 2405.07813, TALL-masks).
+
+All have the experts' own BatchNorm statistics, which the papers do not speak of; what equals the body's takes no bytes.
+
+``memory_mib`` is the body in float32, what all experts keep beside it and their heads, to the byte; the difference of
+``emr`` and ``tall`` is in float16. Columns that end in ``_4bit`` are with the body, and that difference, in 4 bits a
+value (`coin.compress`), and with all that experts keep taken from the rounded body.
+"""
+
+import argparse
+import math
+from copy import deepcopy
+from pathlib import Path
+
+import pandas as pd
+import torch
+from silent_faults import tasks_of
+
+import coin
+from coin.data.samples import Calibration
+from coin.files.yaml import read_yaml
+from coin.networks import head_name, load_network, run_network
+from coin.networks.delta import matrix_shape
+
+RANKS = (1, 4, 8, 16)
+TALL = (0.4, 0.6)
+
+
+def body_of(network):
+    """Return the tensors of a network but for its head's."""
+    head = f"{head_name(network)}."
+    return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head)}
+
+
+def filled(network, state):
+    """Return the network with these tensors, but with its own counters and indices."""
+    network = deepcopy(network)
+    for name, tensor in network.state_dict().items():
+        if name in state and tensor.is_floating_point():
+            tensor.copy_(state[name])
+    return network
+
+
+def flat(state, names):
+    """Return tensors as one vector."""
+    return torch.cat([state[name].flatten() for name in names])
+
+
+def shaped(vector, state, names):
+    """Return a vector as tensors of these names and the shapes that they have in the state."""
+    parts = vector.split([state[name].numel() for name in names])
+    return {name: part.reshape(state[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def nbytes(tensors):
+    """Return the bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def in_4_bits(network):
+    """Return a body in 4 bits a value, and its bytes."""
+    network = deepcopy(network)
+    for parameter in network.get_submodule(head_name(network)).parameters():
+        parameter.zero_()  # which takes no bytes
+    packed = coin.compress(network, None, bits=4, base_bits=0)
+    return body_of(packed.network()), packed.nbytes
+
+
+def with_own(expert, body, names):
+    """Return the expert with a body's tensors, but with its own of these names, and the bytes that they take."""
+    plain = filled(expert, body)
+    own = coin.compress(filled(plain, {name: expert.state_dict()[name] for name in names}), plain, bits=8)
+    return own.network(), own.nbytes
+
+
+def by_svd(experts, body):
+    """Yield (r, the networks, the bytes that experts keep beside the body) for the ranks r."""
+    found = []
+    for expert in experts:
+        own = body_of(expert)
+        matrices = [name for name, weight in expert.named_parameters() if name in own and weight.ndim > 1]
+        network, size = with_own(expert, body, own.keys() - set(matrices))
+        steps = {name: (own[name] - body[name]).reshape(matrix_shape(own[name].shape)) for name in matrices}
+        found.append((network, size, {name: (step, torch.linalg.svd(step, False)) for name, step in steps.items()}))
+    for rank in RANKS:
+        networks, total = [], 0
+        for network, size, parts in found:
+            state, kept = {}, []
+            for name, (step, (u, s, v)) in parts.items():
+                root = s[:rank].sqrt()
+                factors = [(u[:, :rank] * root).half(), (root[:, None] * v[:rank]).half()]
+                if nbytes(factors) >= 2 * step.numel():  # then the difference itself is smaller
+                    factors = [step.half()]
+                step = torch.linalg.multi_dot([each.float() for each in factors]) if factors[1:] else factors[0].float()
+                state[name], kept = body[name] + step.reshape(body[name].shape), kept + factors
+            networks.append(filled(network, state))
+            total += size + nbytes(kept)
+        yield rank, networks, total
+
+
+def by_masks(experts, base, bits, threshold=None):
+    """Return the networks of TALL-masks, or of EMR-Merging without a threshold, and the bytes beside the base."""
+    every = [body_of(expert) for expert in experts]
+    names = [name for name, _ in experts[0].named_parameters() if name in base]
+    start = flat(base, names)
+    steps = torch.stack([flat(own, names) for own in every]) - start
+    shared = steps.sum(0)
+    if threshold is None:  # the largest of those that have the sum's sign
+        shared = shared.sign() * (steps * shared.sign()).clamp(min=0).amax(0)
+    if bits == 4:
+        plain = filled(experts[0], base)
+        packed = coin.compress(filled(plain, shaped(start + shared, base, names)), plain, bits=4)
+        shared, size = flat(body_of(packed.network()), names) - start, packed.nbytes
+    else:
+        shared, size = shared.half().float(), 2 * len(shared)
+    networks = []
+    for expert, own, step in zip(experts, every, steps, strict=True):
+        if threshold is None:
+            mask = step * shared > 0
+            scale = step.abs().sum() / shared[mask].abs().sum().clamp(min=1e-38)
+            size += 4
+        else:
+            mask, scale = step.abs() >= threshold * (shared - step).abs(), 1.0
+        network, vectors = with_own(expert, base, own.keys() - set(names))
+        networks.append(filled(network, shaped(start + scale * mask * shared, base, names)))
+        size += math.ceil(len(mask) / 8) + vectors
+    return networks, size
+
+
+def stand_ins(experts, bodies, bits):
+    """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
+    for name, (body, size) in bodies.items():
+        for rank, networks, kept in by_svd(experts, body):
+            yield f"{name}+svd", rank, networks, size + kept
+    base, size = bodies["base"]
+    for name, options in {"emr": [], **{f"tall-{share}": [share] for share in TALL}}.items():
+        networks, kept = by_masks(experts, base, bits, *options)
+        yield name, None, networks, size + kept
+
+
+@torch.no_grad()
+def measure(folder):
+    """Yield a row for every method and task of a seed's folder."""
+    names = list(read_yaml(folder / "config.yaml")["tasks"])
+    files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
+    experts, size = [file.network for file in files], files[0].config.image_size
+    tests = {name: task.splits.test for name, task in tasks_of(folder, names, size).tasks.items()}
+    widest = max(file.num_classes for file in files)
+    base = load_network(folder.parent / "base" / f"initial-{widest}.safetensors").network
+
+    def accuracy(network, name):
+        batches = Calibration.of(tests[name], size)
+        answers = torch.cat([run_network(network, batch, features=False).logits.argmax(1) for batch in batches])
+        return float((answers == tests[name].targets).double().mean())
+
+    right = {name: accuracy(expert, name) for name, expert in zip(names, experts, strict=True)}
+    every = [body_of(expert) for expert in experts]
+    average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
+    heads = nbytes(tensor for each in experts for name, tensor in each.state_dict().items() if name not in average)
+    whole = {"average": filled(experts[0], average), "base": filled(experts[0], body_of(base))}
+    bodies = {name: (body_of(network), nbytes(body_of(network).values())) for name, network in whole.items()}
+    rows = {}
+    for bits, end in ((32, ""), (4, "_4bit")):
+        if bits == 4:
+            bodies = {name: in_4_bits(network) for name, network in whole.items()}
+        for method, rank, networks, kept in stand_ins(experts, bodies, bits):
+            for name, network in zip(names, networks, strict=True):
+                decoded = accuracy(network, name)
+                row = {"experiment": folder.parent.name, "seed": int(folder.name.removeprefix("seed-"))}
+                row |= {"method": method, "rank": rank, "task": name, "expert_accuracy": right[name]}
+                row = rows.setdefault((method, rank, name), row)
+                row |= {f"decoded_accuracy{end}": decoded, f"nda{end}": decoded / right[name]}
+                row |= {f"memory_mib{end}": (kept + heads) / 2**20}
+    yield from rows.values()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the experiment's folder")
+    parser.add_argument("--output", type=Path, default=Path("rivals.csv"), help="the CSV to write")
+    given = parser.parse_args()
+    found = pd.DataFrame([row for folder in sorted(given.folder.glob("seed-*")) for row in measure(folder)])
+    found.to_csv(given.output, index=False)
+    shown = found.groupby(["method", "rank"], dropna=False, sort=False)
+    shown = shown.agg({name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]})
+    print(shown.round(4).to_string())
