@@ -156,15 +156,16 @@ def feat_cal(experts, calibration, row, initial, scale=0.3, rho=2.2, own=0.25, r
     """Merge by task arithmetic, then fit layer after layer, in the order of the forward pass, to the experts' answers.
 
     With a the layer's input in the network so far, a_i in expert i and t_i = 0.25 a_i + 0.75 a, W minimises the sum
-    over tasks of E‖W a − W_i t_i‖² / ‖E a aᵀ‖, plus 0.05 ‖W − W̄‖², W̄ being 2.2 times as far from the initialisation as
-    task arithmetic's weight; so do the shift and, given normalised a, a LayerNorm's parameters. The head is averaged,
-    and the experts' inputs of all layers are in memory.
+    over tasks of E‖W a − W_i t_i‖² / ‖E a aᵀ‖, plus 0.05 ‖W − W̄‖², where W̄ is 2.2 times as far from the initialisation
+    as task arithmetic's weight. The bias is fitted after it, and a LayerNorm's parameters to the experts' on the same
+    inputs. The head is averaged. All inputs of the experts' layers are in memory at once.
 
     Source: *FeatCal: feature calibration for post-merging models* (arXiv 2605.13030), for fully connected layers and
-    LayerNorms; convolutions are fitted by their patches here, and BatchNorm statistics averaged.
+    LayerNorms; here convolutions are fitted on their patches, and BatchNorm statistics averaged.
     """
-    shares = [len(row) * share for share in row]
-    merged, seen = averaged(experts, row), list(map(layer_inputs, experts, calibration))
+    shares, merged = [len(row) * share for share in row], averaged(experts, row)
+    *_, attentions = [in_linear_layers(network) for network in (*experts, initial, merged)]
+    seen = list(map(layer_inputs, experts, calibration))
     *layers, head = seen[0]
     anchors, counts = {}, [len(each[head]) for each in seen]
     for name, parameter in merged.named_parameters():
@@ -177,11 +178,10 @@ def feat_cal(experts, calibration, row, initial, scale=0.3, rho=2.2, own=0.25, r
     def fit(layer, given, output, name):
         of = [expert.get_submodule(name) for expert in experts]
         anchor = {place: anchors[f"{name}.{place}"] for place, _ in layer.named_parameters()}
-        mine = given[0].split(counts)
+        mine, theirs = given[0].split(counts), [each.pop(name) for each in seen]
         if isinstance(layer, nn.LayerNorm):
             layer.weight[:], layer.bias[:] = fit_norm(layer, of, mine, anchor, shares, ridge)
         else:
-            theirs = [each.pop(name) for each in seen]
             moments = [layer_moments(layer, *each, output, own) for each in zip(mine, theirs, strict=True)]
             weight, bias = fit_matrix(layer, of, moments, anchor, shares, ridge)
             layer.weight.copy_(weight)
@@ -192,7 +192,31 @@ def feat_cal(experts, calibration, row, initial, scale=0.3, rho=2.2, own=0.25, r
 
     handles = {name: merged.get_submodule(name).register_forward_hook(partial(fit, name=name)) for name in layers}
     merged(torch.cat([batch for batches in calibration for batch in batches]))
+    for name, attention in attentions.items():
+        merged.set_submodule(name, attention)
     return merged
+
+
+class Attention(nn.Module):
+    """The self-attention of an `nn.MultiheadAttention`, as two linear layers with its parameters."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.inputs, self.outputs = attention.num_heads, nn.Linear(1, 1), attention.out_proj
+        self.inputs.weight, self.inputs.bias = attention.in_proj_weight, attention.in_proj_bias
+
+    def forward(self, query, key, value, need_weights=False):
+        """Return the output [n, T, D], and no weights."""
+        q, k, v = self.inputs(query).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.outputs(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+
+def in_linear_layers(network):
+    """Put `Attention` in the place of a network's attentions, as torchvision has them, and return these by name."""
+    found = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.MultiheadAttention)}
+    for name, attention in found.items():
+        network.set_submodule(name, Attention(attention))
+    return found
 
 
 def layer_inputs(network, batches):
@@ -219,9 +243,7 @@ def layer_rows(layer, inputs, output):
     padding = layer.padding
     if isinstance(padding, str) or not any(padding):  # perhaps padded before: as much as the output's size tells
         sizes = zip(inputs.shape[2:], output.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
-        missing = [
-            max(0, (out - 1) * stride + dilation * (k - 1) + 1 - size) for size, out, k, stride, dilation in sizes
-        ]
+        missing = [max(0, (out - 1) * stride + apart * (k - 1) + 1 - size) for size, out, k, stride, apart in sizes]
         high, wide = ((each // 2, each - each // 2) for each in missing)
         inputs, padding = F.pad(inputs, (*wide, *high)), 0
     patches = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
@@ -261,11 +283,11 @@ def fit_matrix(layer, of, moments, anchor, shares, ridge):
 
 def fit_norm(layer, of, inputs, anchor, shares, ridge):
     """Return the weight and the bias of a LayerNorm in the experts `of`, by its inputs on their tasks."""
-    wanted = [torch.stack([each.weight, each.bias], -1)[..., None] for each in (*of, nn.ParameterDict(anchor))]
-    left, right = ridge * torch.eye(2).to(layer.weight), ridge * wanted[-1]
-    for share, a, own in zip(shares, inputs, wanted, strict=False):
+    left = ridge * torch.eye(2).to(layer.weight)
+    right = ridge * torch.stack([anchor["weight"], anchor["bias"]], -1)[..., None]  # [F, 2, 1]
+    for share, a, own in zip(shares, inputs, of, strict=True):
         z = F.layer_norm(a, layer.normalized_shape, eps=layer.eps).flatten(0, -2).T  # [F, rows]
         pairs = torch.stack([z, torch.ones_like(z)], 1)
         gram = share * pairs @ pairs.mT / z.shape[1]
-        left, right = left + gram, right + gram @ own
+        left, right = left + gram, right + gram @ torch.stack([own.weight, own.bias], -1)[..., None]
     return torch.linalg.solve(left, right)[..., 0].T

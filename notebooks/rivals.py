@@ -14,11 +14,10 @@ features of a stand-in that knows whose answer it gives, whatever else is lost. 
   whether its own difference is at least 0.4 (0.6) times what the others' sum to (Wang et al., *Localizing task
   information for improved model merging and compression*, ICML 2024, arXiv 2405.07813, TALL-masks).
 
-All have the experts' own BatchNorm statistics, which the papers do not speak of; what equals the body's takes no bytes.
-
-``memory_mib`` is the body in float32, what all experts keep beside it and their heads, to the byte; the difference of
-``emr`` and ``tall`` is in float16. Columns that end in ``_4bit`` are with the body, and that difference, in 4 bits a
-value (`coin.compress`), and with all that experts keep taken from the rounded body.
+All have the experts' own BatchNorm statistics. ``memory_mib`` is the body in float32, what all experts keep beside it
+(of what equals the body's, nothing) and their heads, to the byte; the difference of ``emr`` and ``tall`` is in float16.
+Columns that end in ``_4bit`` are with the body, and that difference, in 4 bits a value, 8 in short rows as `Refit` has
+them, and with all that experts keep taken from the rounded body.
 """
 
 import argparse
@@ -34,10 +33,10 @@ import coin
 from coin.data.samples import Calibration
 from coin.files.yaml import read_yaml
 from coin.networks import head_name, load_network, run_network
+from coin.networks.compressed import Rounding, reference_of
 from coin.networks.delta import matrix_shape
 
-RANKS = (1, 4, 8, 16)
-TALL = (0.4, 0.6)
+RANKS, TALL = (1, 4, 8, 16), (0.4, 0.6)
 
 
 def body_of(network):
@@ -71,12 +70,13 @@ def nbytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def in_4_bits(network):
-    """Return a body in 4 bits a value, and its bytes."""
-    network = deepcopy(network)
-    for parameter in network.get_submodule(head_name(network)).parameters():
-        parameter.zero_()  # which takes no bytes
-    packed = coin.compress(network, None, bits=4, base_bits=0)
+def in_4_bits(network, base=None):
+    """Return a body in 4 bits a value, or what is left of it beside a base, and its bytes."""
+    base_bits = 0 if base is None else 32
+    rounding = Rounding(reference_of(network, base, base_bits), 4)
+    for name in filter(rounding.takes, dict(network.named_parameters())):
+        rounding.round(name, network.get_parameter(name))
+    packed = coin.compress(network, base, bits=4, base_bits=base_bits, rounded=rounding.rounded)
     return body_of(packed.network()), packed.nbytes
 
 
@@ -123,8 +123,8 @@ def by_masks(experts, base, bits, threshold=None):
         shared = shared.sign() * (steps * shared.sign()).clamp(min=0).amax(0)
     if bits == 4:
         plain = filled(experts[0], base)
-        packed = coin.compress(filled(plain, shaped(start + shared, base, names)), plain, bits=4)
-        shared, size = flat(body_of(packed.network()), names) - start, packed.nbytes
+        state, size = in_4_bits(filled(plain, shaped(start + shared, base, names)), plain)
+        shared = flat(state, names) - start
     else:
         shared, size = shared.half().float(), 2 * len(shared)
     networks = []
@@ -159,8 +159,8 @@ def measure(folder):
     files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
     experts, size = [file.network for file in files], files[0].config.image_size
     tests = {name: task.splits.test for name, task in tasks_of(folder, names, size).tasks.items()}
-    widest = max(file.num_classes for file in files)
-    base = load_network(folder.parent / "base" / f"initial-{widest}.safetensors").network
+    initial = f"initial-{max(file.num_classes for file in files)}.safetensors"
+    base = load_network(folder.parent / "base" / initial).network
 
     def accuracy(network, name):
         batches = Calibration.of(tests[name], size)
@@ -171,7 +171,8 @@ def measure(folder):
     every = [body_of(expert) for expert in experts]
     average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
     heads = nbytes(tensor for each in experts for name, tensor in each.state_dict().items() if name not in average)
-    whole = {"average": filled(experts[0], average), "base": filled(experts[0], body_of(base))}
+    headless = filled(experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()})  # no bytes
+    whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
     bodies = {name: (body_of(network), nbytes(body_of(network).values())) for name, network in whole.items()}
     rows = {}
     for bits, end in ((32, ""), (4, "_4bit")):
@@ -195,6 +196,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     found = pd.DataFrame([row for folder in sorted(given.folder.glob("seed-*")) for row in measure(folder)])
     found.to_csv(given.output, index=False)
-    shown = found.groupby(["method", "rank"], dropna=False, sort=False)
-    shown = shown.agg({name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]})
-    print(shown.round(4).to_string())
+    shown = {name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]}
+    print(found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string())
