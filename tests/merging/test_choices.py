@@ -351,7 +351,7 @@ def test_regmean_chooses_alpha_and_damping_by_the_held_out_error():
         ("average", Average, {}),
         ("coin", Coin, {}),
         ("refit", Refit, {"target": Target.own}),
-        ({"class_path": "Refit", "init_args": {"target": "both", "ridge": None}}, Refit, {"target": Target.both}),
+        ({"class_path": "Refit", "init_args": {"target": "both", "ridge": 0.2}}, Refit, {"target": Target.both}),
         ({"class_path": "coin.merging.Average", "init_args": {"batchnorm": "recalibrate"}}, Average, {}),
         ({"class_path": "HeadFit", "init_args": None}, HeadFit, {}),
     ],
