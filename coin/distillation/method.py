@@ -25,7 +25,7 @@ from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method, merge_networks
-from coin.merging.method import Compress, starting_method
+from coin.merging.method import Adapters, Compress, starting_method
 from coin.modules.distillation import AUTO, DistillationModule, Schedule
 from coin.networks import BatchNormPolicy
 from coin.statistics.guard import differentiable, trainable
@@ -83,6 +83,7 @@ class Distillation(Method):
         label: str | None = None,
         seed: int | None = None,
         compress: Compress = None,
+        adapters: Adapters = None,
     ) -> None:
         learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
         for name, rates in (("lr", [] if lr is None else [lr]), ("learning_rates", learning_rates)):
@@ -103,7 +104,7 @@ class Distillation(Method):
         given = Augmentation.shift if augmentation is None else augmentation
         self.augmentation = str(parse_enum(Augmentation, "augmentation", given))
         self.schedule = parse_enum(Schedule, "schedule", schedule)
-        super().__init__(label, compress)
+        super().__init__(label, compress, adapters=adapters)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""

@@ -17,7 +17,8 @@ def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory
     """The experiment, evaluated with decoders that read no survivor beside one that does."""
     output = tmp_path_factory.mktemp("alone")
     decoders = "[linear, expert_head, {kind: feature_ridge, survivors: false}]"
-    methods = "[{class_path: Coin, init_args: {compress: {bits: 8}}}]"
+    body = "{class_path: Refit, init_args: {adapters: {rank: 2}}}"
+    methods = f"[{{class_path: Coin, init_args: {{compress: {{bits: 8}}}}}}, {body}]"
     options = [f"--output={output}", f"--decoders={decoders}", f"--methods={methods}"]
     assert main(["run", "-c", str(config), *options]) == 0
     return output / "tiny"

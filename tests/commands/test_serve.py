@@ -14,10 +14,13 @@ import yaml
 
 from coin.cli import main
 from coin.coding import Promise
+from coin.commands.export import export
 from coin.commands.serve import application, read_system
 from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
+from coin.data.transform import to_input
 from coin.errors import ConfigurationError, FileError
+from coin.networks import load_network
 from coin.reporting import read_results
 from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.policies import PolicyKind
@@ -75,6 +78,7 @@ def accuracies(system: System, *lost: str) -> list[float]:
 SERVED = [
     ("coin", "linear", "coded_hedged"), ("coin", "feature_ridge", "coded_hedged"), ("coin", "expert_head", "standin"),
     ("coin", "feature_ridge-alone", "standin"), ("coin-8bit", "expert_head", "standin"),
+    ("refit+rank2", "expert_head", "standin"),
 ]  # fmt: skip
 
 
@@ -86,7 +90,8 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
     folder = request.getfixturevalue("finished" if decoder in ("linear", "feature_ridge") else "alone")
     system = read(folder, None, decoder, method)
     assert system.policy.kind == policy  # the default for the decoder
-    assert list(system.files) == ["expert-digits", "expert-letters", "coded-0"]
+    bodies = ["coded-0/expert-digits", "coded-0/expert-letters"] if "rank" in method else ["coded-0"]
+    assert list(system.files) == ["expert-digits", "expert-letters", *bodies]
     results = read_results(folder / "seed-0").query("method == @method and decoder == @decoder").sort_values("task")
     best = results.groupby("batchnorm").decoded_accuracy.mean().idxmax()
     rows = results[results.batchnorm == best]
@@ -112,6 +117,25 @@ def test_the_decoder_is_the_most_accurate_that_the_policy_can_use(alone: Path, f
     ):
         with pytest.raises(ConfigurationError, match=told):
             read(folder, policy, decoder)
+
+
+def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: Path) -> None:
+    body = alone / "seed-0/coded/refit+rank2.safetensors"
+    made = load_network(export(str(body), str(tmp_path / "letters"), expert="letters"))
+    system = read(alone, "standin", "expert_head", "refit+rank2")
+    images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = system.decode(1, {"coded-0/expert-letters": system.network("coded-0/expert-letters")(images)}).logits
+        found = made.network(to_input(images, 16))
+    torch.testing.assert_close(found, expected[:, :6].float(), rtol=1e-2, atol=1e-2)
+    for wrong, told in (
+        (None, "found --expert=None .*, expected one of digits, le"),
+        ("cats", "expert=cats"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            export(str(body), expert=wrong)
+    with pytest.raises(ConfigurationError, match="expected none: no adapters"):
+        export(str(body.with_name("coin.safetensors")), expert="letters")
 
 
 def test_what_a_promise_covers_is_told(alone: Path) -> None:
