@@ -66,7 +66,7 @@ TYPOS = {
     "a method's choice": ("Average}", "Refit, init_args: {target: oun}}", "a member of <enum 'Target'>: {own,"),
     "a method's number": ("Average}", "Refit, init_args: {ridge: -1}}", "found ridge=-1.0, expected a number above 0"),
     "a method's text": ("Average}", "Refit, init_args: {ridge: no}}", "<class 'float'>. Got value: False"),
-    "a method's module": ("Average", "mine.Method", "'mine.Method': No module named 'mine'"),
+    "a method's module": ("Average", "nowhere.Method", "'nowhere.Method': No module named 'nowhere'"),
     "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
     "an experiment that leads out": ("name: small\n", "name: ../small\n", "found name '../small'"),
     "a name with a line in it": ("name: small\n", 'name: "a\\nb"\n', "found name 'a\\nb'"),
