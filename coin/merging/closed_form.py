@@ -3,9 +3,9 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
 
 LINEAR = DecoderConfig(DecoderKind.linear)
 FEW = 10  # with fewer held-out samples a choice is little better than chance, and a warning says so
-Option = TypeVar("Option")
 SAME = "same"  # what BatchNormPolicy.auto is called where all experts have the same buffers
 
 
@@ -36,7 +35,7 @@ class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
     Of several candidates and BatchNorm policies the one with the smallest error of decoded answers on held-out
-    calibration samples is taken (`choose`). No fixed policy is safe: ``average`` ruins networks whose statistics were
+    calibration samples is taken. No fixed policy is safe: ``average`` ruins networks whose statistics were
     trained along (NDA 17 where 81 is possible), ``recalibrate`` those whose statistics were frozen (18 where 92 is).
 
     Args:
@@ -79,22 +78,30 @@ class MergeMethod(Method):
     def _best(
         self, experts: Experts, row: Sequence[float], candidates: Sequence[Candidate]
     ) -> tuple[Candidate, str, dict[str, float]]:
-        """Return the best candidate and BatchNorm policy, and all errors by the candidates' data and the policies."""
+        """Return the best candidate and BatchNorm policy by `held_out_error`, and all errors by data and policy.
+
+        A single option is not tried, and has no error; of equally good ones the first is taken. Warns of fewer than
+        `FEW` held-out samples; raises NumericalError if no error is finite.
+        """
         if len(candidates) > 1 and not experts.is_calibrated:
             found = f"found no calibration inputs, by which method '{self.label}' chooses"
             raise ConfigurationError(f"{found}; give them, or set its options")
         options = list(product(candidates, self._policies(experts)))
-
-        def trial(option: tuple[Candidate, str]) -> nn.Module:
-            (_, parameters, without), policy = option
-            return self._build(experts, row, parameters if without is None else without, policy, held_out=True)
-
-        def name(option: tuple[Candidate, str]) -> str:
-            data = [str(value) for name, value in option[0].options.items() if name.endswith("_data")]
-            return "/".join(filter(None, [*data, option[1]]))
-
-        (best, policy), errors = choose(options, trial, experts, row, self.label, self.decoders)
-        return best, policy, dict(zip(map(name, options), errors, strict=False))
+        if len(options) == 1:
+            return *options[0], {}
+        judges = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
+        errors, names = list[float](), list[str]()
+        for (chosen, parameters, trial), policy in options:
+            coded = self._build(experts, row, parameters if trial is None else trial, policy, held_out=True)
+            errors.append(held_out_error(experts, coded, row, judges))
+            data = [str(value) for name, value in chosen.items() if name.endswith("_data")]
+            names.append("/".join(filter(None, [*data, policy])))
+        if (held_out := experts.split[1].num_samples) < FEW:
+            told = f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least {FEW}"
+            warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=3)
+        if not any(map(math.isfinite, errors)):
+            raise NumericalError(f"the outputs of method '{self.label}' on held-out calibration samples are not finite")
+        return *options[errors.index(min(errors))], dict(zip(names, errors, strict=True))
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one without BatchNorm."""
@@ -127,32 +134,6 @@ class MergeMethod(Method):
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
         return network
-
-
-def choose(
-    options: Sequence[Option],
-    build: Callable[[Option], nn.Module],
-    experts: Experts,
-    row: Sequence[float],
-    label: str,
-    decoders: Sequence[str] | None = None,
-) -> tuple[Option, list[float]]:
-    """Return the option whose trial has the smallest `held_out_error`, and every option's error.
-
-    A single option is not tried, and has no error; of equally good ones the first is taken. `build` makes an option's
-    coded model without the held-out samples. Warns of fewer than `FEW` held-out samples; raises NumericalError if no
-    error is finite.
-    """
-    if len(options) == 1:
-        return options[0], []
-    judges = [DecoderConfig.named(name) for name in decoders or [LINEAR.name]]
-    errors = [held_out_error(experts, build(option), row, judges) for option in options]
-    if (held_out := experts.split[1].num_samples) < FEW:
-        told = f"method '{label}' chose by {held_out} held-out calibration samples, expected at least {FEW}"
-        warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=2)
-    if not any(map(math.isfinite, errors)):
-        raise NumericalError(f"the outputs of method '{label}' on held-out calibration samples are not finite")
-    return options[errors.index(min(errors))], errors
 
 
 def held_out_error(

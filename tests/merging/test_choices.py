@@ -13,7 +13,7 @@ from coin.coding import Answers, DecoderConfig
 from coin.core.batches import clone
 from coin.errors import CoinWarning, ConfigurationError, DataError, HeadError, NumericalError
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, Target
-from coin.merging.closed_form import choose, held_out_error
+from coin.merging.closed_form import held_out_error
 from coin.merging.method import starting_method
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
 from coin.merging.target import FAR, spread
@@ -139,14 +139,25 @@ def test_the_first_of_the_best_is_chosen_one_alone_untried_and_none_that_is_not_
     networks, calibration = batchnorm_networks("average")
     experts, broken = Experts(networks, calibration=calibration), deepcopy(networks[0])
     broken[-1].bias.data[0] = torch.nan
-    options = [broken, networks[1], networks[0], networks[1]]
-    best, errors = choose(options, lambda network: network, experts, (0.0, 1.0), "mine")
-    assert best is networks[1]
+
+    def made(*options):
+        class Given(coin.MergeMethod):
+            name = label = "mine"
+
+            def candidates(self, experts, row):
+                for place, network in enumerate(options):
+                    yield {"its_data": place}, dict(network.named_parameters())
+
+        return Given(batchnorm="average").make(experts, (0.0, 1.0)).chosen
+
+    found = made(broken, networks[1], networks[0], networks[1])
+    errors = list(found["held_out_error"].values())
+    assert found["its_data"] == 1
     assert errors[0] == float("inf")
     assert errors[1] == errors[3] <= errors[2] < 1
-    assert choose([broken], None, experts, PAIR, "mine") == (broken, [])
+    assert "held_out_error" not in made(networks[1])
     with pytest.raises(NumericalError, match="the outputs of method 'mine' on held-out calibration samples are not"):
-        choose([broken] * 2, lambda network: network, experts, PAIR, "mine")
+        made(broken, broken)
 
 
 # BatchNorm
