@@ -12,7 +12,8 @@ from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.merging.adapted import with_adapters
-from coin.networks import BatchNormPolicy, load_network, nbytes_together, pad_head
+from coin.networks import BatchNormPolicy, load_network, pad_head
+from coin.networks.files import nbytes_together
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""

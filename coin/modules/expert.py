@@ -14,7 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from coin.core.lightning import plot_against_epochs
 from coin.errors import ConfigurationError
-from coin.networks import NetworkConfig, fill_head, initial_network
+from coin.networks import NetworkConfig
+from coin.networks.files import fill_head, initial_network
 from coin.networks.recipe import (
     OneCycle,
     Recipe,

@@ -18,7 +18,9 @@ from coin.files.atomic import is_folder_name
 from coin.files.downloads import fetch_from_hub
 from coin.merging import Method
 from coin.modules import Expert
-from coin.networks import Compression, NetworkConfig, check_heads, has_batchnorm, import_checkpoint
+from coin.networks import Compression, NetworkConfig
+from coin.networks.batchnorm import has_batchnorm
+from coin.networks.files import check_heads, import_checkpoint
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks import has_batchnorm, recalibrate
+from coin.networks.batchnorm import has_batchnorm, recalibrate
 
 
 def network():

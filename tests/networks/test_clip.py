@@ -17,16 +17,9 @@ from coin.files.downloads import hub_weights
 from coin.merging import Experts, Refit, merge_networks
 from coin.modules import Expert
 from coin.modules.coded import Coded
-from coin.networks import (
-    NetworkConfig,
-    build_network,
-    check_head,
-    features_and_logits,
-    fill_head,
-    import_pretrained,
-    save_network,
-)
+from coin.networks import NetworkConfig, build_network, check_head, features_and_logits
 from coin.networks.clip import zero_shot_head
+from coin.networks.files import fill_head, import_pretrained, save_network
 from coin.networks.hub import _configuration
 
 DIGITS = ["zero", "one", "two", "three"]

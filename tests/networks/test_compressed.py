@@ -7,17 +7,8 @@ from torch import nn
 import coin
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError, FileError, StateError
-from coin.networks import (
-    Compression,
-    NetworkConfig,
-    build_network,
-    kept_base,
-    load_network,
-    nbytes_together,
-    save_compressed,
-    save_network,
-    sources,
-)
+from coin.networks import Compression, NetworkConfig, build_network, sources
+from coin.networks.files import kept_base, load_network, nbytes_together, save_compressed, save_network
 
 CONFIG = NetworkConfig("small_resnet", image_size=16, options={"width": 8})
 

@@ -10,16 +10,8 @@ import transformers
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, StateError
-from coin.networks import (
-    NetworkConfig,
-    build_network,
-    check_head,
-    features_and_logits,
-    head_name,
-    import_pretrained,
-    load_network,
-    save_network,
-)
+from coin.networks import NetworkConfig, build_network, check_head, features_and_logits, head_name
+from coin.networks.files import import_pretrained, load_network, save_network
 from coin.networks.hub import _configuration
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -6,14 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from coin.errors import FileError, StateError
-from coin.networks import (
-    NetworkConfig,
-    build_network,
-    import_checkpoint,
-    initial_network,
-    load_network,
-    save_network,
-)
+from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks.files import import_checkpoint, initial_network
 
 
 @pytest.fixture

@@ -21,17 +21,10 @@ from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
 from coin.merging.adapted import parts_of
-from coin.networks import (
-    Compression,
-    compress,
-    has_batchnorm,
-    int8_path,
-    kept_base,
-    load_network,
-    save_compressed,
-    save_network,
-)
+from coin.networks import Compression, compress, load_network, save_network
+from coin.networks.batchnorm import has_batchnorm
 from coin.networks.experts import ExpertFiles
+from coin.networks.files import int8_path, kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed

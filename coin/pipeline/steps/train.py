@@ -18,7 +18,8 @@ from coin.errors import FileError
 from coin.files.atomic import hashes
 from coin.files.checkpoints import TO_GO_ON, read_checkpoint
 from coin.modules import Expert
-from coin.networks import NetworkConfig, import_checkpoint, import_pretrained, initial_network, save_network
+from coin.networks import NetworkConfig, save_network
+from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
 from coin.pipeline.options import result_options
