@@ -45,8 +45,7 @@ def vision_config(found: Any, name: str) -> Any:
     """Return the configuration of a CLIP's vision tower; a ConfigurationError for what is no CLIP."""
     if getattr(found, "model_type", None) not in ("clip", "clip_vision_model"):
         told = f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}"
-        advice = "name one, such as hf/openai/clip-vit-base-patch32, or leave the option out"
-        raise ConfigurationError(f"{told}, expected a CLIP; {advice}")
+        raise ConfigurationError(f"{told}, expected a CLIP, as hf/openai/clip-vit-base-patch32; name one, or no head")
     own = getattr(found, "vision_config", found)
     own.projection_dim = found.projection_dim
     return own
@@ -77,17 +76,11 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """Return CLIP's zero-shot head s·t ``[C, F]``, float32, with s = exp(logit_scale).
+    """Return the zero-shot head s·t ``[C, F]`` of a `CLIPModel` with its tokenizer, float32, s = exp(logit_scale).
 
-    t_k is the mean of the unit vectors of class k's prompts, scaled to length 1 again. With one prompt the logits are
-    `CLIPModel`'s own ``logits_per_image``. Source: Radford et al. (ICML 2021), section 3.1.4, prompt ensembling.
-
-    Args:
-        place: A folder or ID of a `CLIPModel` with its tokenizer.
-        prompts: Texts in which ``{}`` stands for the class.
-        classes: C names, as they are to stand in the prompts.
-
-    Raises FileError where the model or its tokenizer cannot be read.
+    t_k is the mean of the unit vectors of class k's prompts, scaled to length 1 again; ``{}`` stands for the class. With
+    one prompt the logits are `CLIPModel`'s own ``logits_per_image``. Raises FileError for what cannot be read.
+    Source: Radford et al. (ICML 2021), section 3.1.4, prompt ensembling.
     """
     transformers = extra_module("transformers", "text")
     try:

@@ -44,11 +44,6 @@ class NetworkFile:
         own = self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values())
         return int(own) + sum(each.nbytes for each in self.adapters)
 
-    @property
-    def base_nbytes(self) -> int:
-        """The bytes of its base; 0 for a whole network."""
-        return int(self.provenance.get("base_nbytes", 0))
-
     @cached_property
     def network(self) -> nn.Module:
         """The network, in eval mode; raises StateError if its tensors do not fit the architecture."""
@@ -65,8 +60,8 @@ class NetworkFile:
 
 def nbytes_together(files: Iterable[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
-    every = list(files)
-    return sum(file.nbytes for file in every) + max((file.base_nbytes for file in every), default=0)
+    every = [(file.nbytes, int(file.provenance.get("base_nbytes", 0))) for file in files]
+    return sum(own for own, _ in every) + max((base for _, base in every), default=0)
 
 
 def save_network(
@@ -111,16 +106,9 @@ def save_compressed(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a compressed network that names its base's file (`kept_base`); `open_network` reads it back."""
-    described = {
-        **provenance,
-        "network": asdict(config),
-        "num_classes": num_classes,
-        "compression": asdict(compression),
-        "base_file": base and os.path.relpath(base, path.parent),
-        "nbytes": made.nbytes - sum(each.nbytes for each in made.adapters),
-        "base_nbytes": made.base_nbytes,
-    }
-    made.save(path, described)
+    described = {"network": asdict(config), "num_classes": num_classes, "compression": asdict(compression)}
+    described |= {"nbytes": made.nbytes - sum(each.nbytes for each in made.adapters), "base_nbytes": made.base_nbytes}
+    made.save(path, {**provenance, **described, "base_file": base and os.path.relpath(base, path.parent)})
 
 
 def int8_path(path: Path, base: Path) -> Path:
@@ -131,9 +119,8 @@ def int8_path(path: Path, base: Path) -> Path:
 def open_network(path: Path) -> NetworkFile:
     """Open a network's file, whole or compressed, and check its values and metadata.
 
-    Raises:
-        FileError: The file, or a compressed one's base, is missing or damaged, or does not hold a network.
-        StateError: A tensor is not finite, or the tensors are not those of the architecture that the file names.
+    Raises FileError where it, or its base, is missing, damaged or no network's; StateError for tensors that are not
+    finite, or not those of the architecture that the file names.
     """
     state = StateFile(path)
     if "compressed" in state.provenance:
@@ -230,11 +217,9 @@ def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
     """Refuse a task with a zero-shot head for a network that trains its own, and the reverse; a ConfigurationError."""
     if zero_shot != config.source.zero_shot:
         head, kind = ("with", "trained") if zero_shot else ("without", "computed from class names")
-        raise ConfigurationError(
-            f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}; set "
-            "network.options.head=zero_shot, of a CLIP, and every task's head: {zero_shot: {prompts: ['a photo of a "
-            "{}.'], classes: [...]}}, or neither"
-        )
+        told = f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}"
+        own = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}"
+        raise ConfigurationError(f"{told}; set network.options.head=zero_shot, of a CLIP, and every head: {own}, or none")
 
 
 @torch.no_grad()
@@ -253,15 +238,11 @@ def import_pretrained(
     """Return a task's expert with the weights of Hugging Face's folder or ID, ``hf/PLACE``.
 
     The file `initial` is the shared initialisation's, whose projection is kept where a CLIP tower was saved without.
-    Raises ConfigurationError where the network is none of Hugging Face's or the head does not fit the task, FileError
-    or StateError where the weights cannot be read or are of another architecture.
     """
     source = config.source
     if not isinstance(source, HuggingFace):
-        raise ConfigurationError(
-            f"found the expert '{place}' for the network '{config.name}', expected a network of Hugging Face's (hf/…); "
-            "give a file of weights, or change network.name"
-        )
+        told = f"found the expert '{place}' for the network '{config.name}', expected a network of Hugging Face's (hf/…)"
+        raise ConfigurationError(f"{told}; give a file of weights, or change network.name")
     network = load_network(initial).network
     source.load(network, local_place(place))
     fill_head(network, config, zero_shot, task)

@@ -108,8 +108,7 @@ class Recipe:
         if not isinstance(self.freeze_batchnorm, bool):
             raise ConfigurationError(f"found freeze_batchnorm={self.freeze_batchnorm!r}, expected true or false")
         if self.trainable is not None and not is_list_of_names(self.trainable):
-            expected = "expected a list of names or glob patterns, such as [head], or null"
-            raise ConfigurationError(f"found trainable={self.trainable!r}, {expected}")
+            raise ConfigurationError(f"found trainable={self.trainable!r}, expected a list of glob patterns or null")
         try:  # on a parameter of its own: a class or an option that there is not is refused before anything is trained
             self.make_scheduler(self.make_optimizer([nn.Parameter(torch.zeros(1, 1))]), 100)
         except (ArgumentError, TypeError, ValueError) as error:
@@ -121,8 +120,8 @@ class Recipe:
 
     def make_optimizer(self, parameters: Iterable[Any]) -> Optimizer:
         """Return the optimiser of parameters, or of groups of them."""
-        short = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay")}
-        short = {name: value for name, value in short.items() if value is not None}
+        own = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay")}
+        short = {name: value for name, value in own.items() if value is not None}
         given: Any = self.optimizer
         spec = {**given, "init_args": {**given["init_args"], **short}}
         return _maker("optimizer", OptimizerCallable, spec)(parameters)  # type: ignore[no-any-return]
@@ -136,10 +135,8 @@ class Recipe:
         known = {"max_lr": [group["lr"] for group in optimizer.param_groups], "total_steps": steps, "T_max": steps}
         given = inspect.signature(_class_of(make)).parameters.keys() & known.keys()
         if steps == float("inf") and given - {"max_lr"}:
-            raise ConfigurationError(
-                f"found lr_scheduler={spec['class_path']} for a run of no known length, expected its "
-                "number of steps; set trainer.max_epochs or trainer.max_steps, or lr_scheduler=null"
-            )
+            told = f"found lr_scheduler={spec['class_path']} for a run of no known length, expected its number of steps"
+            raise ConfigurationError(f"{told}; set trainer.max_epochs or trainer.max_steps, or lr_scheduler=null")
         return make(optimizer, **{name: known[name] for name in given})  # type: ignore[no-any-return]
 
 
@@ -183,30 +180,23 @@ def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[
         glob = f"{head_name(network)}.*" if pattern == HEAD else pattern
         matching = {name for name in names if fnmatchcase(name, glob)}
         if not matching:
-            stem = pattern.split("*")[0].rstrip(".")
-            near = [name for name in names if stem and name.startswith(stem)]
-            near = near[:3] or difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            raise ConfigurationError(
-                f"found trainable pattern '{pattern}', which matches no parameter of {type(network).__name__}; the "
-                f"nearest names are {', '.join(near)} (or '{HEAD}'; 'layer.*' takes all of a layer)"
-            )
+            told = f"found trainable pattern '{pattern}', which matches no parameter of {type(network).__name__}"
+            near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
+            raise ConfigurationError(f"{told}; the nearest names are {near} (or '{HEAD}'; 'layer.*' is a whole layer)")
         found |= matching
     return [name for name in names if name in found]
 
 
 def parameter_groups(network: nn.Module, head_lr: float | None) -> list[dict[str, Any]]:
-    """Return the optimiser's parameter groups: one, or two if the head has its own learning rate.
-
-    Raises ConfigurationError if the head has its own learning rate but is not trained.
-    """
+    """Return the optimiser's parameter groups: one, or two if the head, which must be trained, has its own rate."""
     trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
     if head_lr is None:
         return [{"params": list(trained.values())}]
     body = without_head(network, list(trained))
     own = [each for name, each in trained.items() if name not in body]
     if not own:
-        found = f"found head_lr={head_lr} and a head that is not trained"
-        raise ConfigurationError(f"{found}; add '{HEAD}' to trainable, or leave head_lr out")
+        advice = f"add '{HEAD}' to trainable, or leave head_lr out"
+        raise ConfigurationError(f"found head_lr={head_lr} and a head that is not trained; {advice}")
     groups: list[dict[str, Any]] = [{"params": [trained[name] for name in body]}] if body else []
     return [*groups, {"params": own, "lr": head_lr}]
 
