@@ -122,8 +122,7 @@ def estimate_statistic(
 ) -> dict[str, float]:
     """Compute a network's Fisher, or without options its Gram matrices, and write it on the first process.
 
-    Returns its cost in ``seconds`` and ``passes``. Each of the Trainer's processes takes at least one sample.
-    The seed is of random cotangents and of the samples; `provenance` is further metadata of the file.
+    Returns its cost in ``seconds`` and ``passes``. The seed is of random cotangents; `provenance` goes into the file.
     """
     rank, world = trainer.global_rank, trainer.world_size
     started = time.perf_counter()

@@ -7,11 +7,7 @@ from coin.pipeline.steps.merge import compress_file
 
 
 def compress_network(
-    network: str,
-    base: str | None = None,
-    output: str | None = None,
-    bits: int | None = None,
-    base_bits: int = 32,
+    network: str, base: str | None = None, output: str | None = None, bits: int | None = None, base_bits: int = 32
 ) -> Path:
     """Compress a network, an expert or a coded model, to its delta from the shared initialisation.
 

@@ -22,9 +22,7 @@ def export(
     none of Hugging Face's, as a safetensors file of ``coin``.
 
     Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
-    ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1. Other
-    networks have their head in the folder. Returns the folder. Raises ConfigurationError where the network is none of
-    Hugging Face's, or an expert is not of its architecture, FileError where a file cannot be read or written.
+    ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1.
 
     Args:
         network: The network's safetensors file, which may be a compressed one.
@@ -85,9 +83,7 @@ def _heads(file: NetworkFile, experts: dict[str, str]) -> dict[str, Tensor]:
     files = {task: load_network(Path(path)) for task, path in experts.items()}
     for task, other in files.items():
         if other.config.name != file.config.name or other.config.options != file.config.options:
-            raise ConfigurationError(
-                f"found the expert '{task}' of {other.config.name}, expected {file.config.name}; give its own experts"
-            )
+            raise ConfigurationError(f"found the expert '{task}' of {other.config.name}, expected {file.config.name}")
     if not files and "code" not in file.provenance:
         files = {str(file.provenance.get("task")): file}
     head = f"{head_name(file.network)}.weight"

@@ -49,14 +49,12 @@ def merge(
     given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
     found = {name: _described(name, files) for name, files in given.items()}
     statistics = {which: given[name] for name, (which, _) in found.items()}
-    paths = {task: Path(path) for task, path in experts.items()}
-    opened = ExpertFiles(paths, None if initial is None else Path(initial))
+    opened = ExpertFiles({task: Path(path) for task, path in experts.items()}, Path(initial) if initial else None)
     calibration, train = None, None
     samples = next((samples for _, samples in found.values()), None)
     if tasks is not None:
         if list(tasks) != list(experts):
-            told = f"found tasks {list(tasks)} for experts {list(experts)}"
-            raise ConfigurationError(f"{told}; name the same, in one order")
+            raise ConfigurationError(f"found tasks {list(tasks)} for experts {list(experts)}, expected the same order")
         sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
@@ -80,8 +78,9 @@ def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, 
             kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
             found.setdefault(Statistic(name, DataChoice(made["data"]), kind), made.get("samples_per_task"))
         except (KeyError, ValueError, TypeError) as error:
-            told = f"'{path}' does not say what {name} it holds, and of what data"
-            raise FileError(f"{told}; make it with coin fisher") from error
+            raise FileError(
+                f"'{path}' does not say what {name} of what data it holds; make it with coin fisher"
+            ) from error
     if len(found) > 1:
         raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
     return next(iter(found.items()))

@@ -42,9 +42,8 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
             raise
         name = unknown[1] or ".".join(filter(None, unknown.groups()))
         known = [each.dest for each in parser._actions if not each.dest.endswith(("help", "config"))]
-        raise ConfigurationError(
-            f"found option '{name}'{did_you_mean(name, known)}, expected one that {parser.prog} --help lists; check it"
-        ) from error
+        told = f"found option '{name}'{did_you_mean(name, known)}"
+        raise ConfigurationError(f"{told}, expected one that {parser.prog} --help lists; check it") from error
     if empty := [name for name in parser.groups or () if found.get(name, "") is None]:
         raise ConfigurationError(f"found no options in {empty[0]}, expected 'option: value' lines; or leave it out")
     found.pop("config", None)
@@ -89,8 +88,7 @@ def parse_options(
 def checked_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     """Return a command's arguments with the path of every YAML file, which is read, with errors in one line.
 
-    Options that replace a whole list are preceded by an empty one; otherwise an entry would inherit the options of the
-    entry that it replaces, even if that is of another class.
+    Options that replace a whole list are preceded by an empty one, lest entries inherit those of the ones they replace.
     """
     found: list[str] = []
     left = iter(arguments)

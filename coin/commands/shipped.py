@@ -7,9 +7,8 @@ import coin
 from coin.core.choices import did_you_mean
 from coin.errors import FileError
 
-_PACKAGE = Path(coin.__file__).parent
-CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
-"""In a wheel they lie in the package, in a repository beside it."""
+# In a wheel they lie in the package, in a repository beside it.
+CONFIGS = next(folder for place in Path(coin.__file__).parents[:2] if (folder := place / "configs").is_dir())
 SWEEPS = "sweep's file"
 _FOLDERS = {  # of a command's files
     "run": ("experiment", "cluster"),
@@ -22,11 +21,7 @@ _FOLDERS = {  # of a command's files
 
 
 def shipped(command: str, name: str) -> str:
-    """Return a file's path: of a shipped one by its name, ``quickstart``, or its path in ``configs/``; else as it is.
-
-    Raises:
-        FileError: No shipped file has this name, which has no path or ending.
-    """
+    """Return a file's path: of a shipped one by its name, ``quickstart``, or its path in ``configs/``."""
     if Path(name).is_file():
         return name
     inside = CONFIGS / name.removeprefix("configs/")

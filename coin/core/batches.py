@@ -73,25 +73,19 @@ def clear_caches(network: nn.Module) -> None:
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch as ordinary tensors on the network's device, of its first real parameter's type but for integers.
-
-    Inference tensors, which autograd refuses, are copied.
-    """
+    """Return a batch as ordinary tensors on the network's device, of its first real parameter's type or integers."""
     like = next((each for each in network.parameters() if each.is_floating_point()), None)
 
     def ready(tensor: Tensor) -> Tensor:
         if like is not None:
             tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
-        return tensor.clone() if tensor.is_inference() else tensor.detach()
+        return tensor.clone() if tensor.is_inference() else tensor.detach()  # autograd refuses inference tensors
 
     return map_tensors(ready, checked_batch(batch, network))
 
 
 def checked_batch(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch, or the inputs of a pair (inputs, labels).
-
-    Raises DataError if it is neither a tensor nor, for an `adapted` network, a mapping of tensors of one length.
-    """
+    """Return a batch, or the inputs of (inputs, labels): a tensor, or for an `adapted` network tensors by name."""
     reads_any = "_call_impl" in network.__dict__
     if isinstance(batch, tuple | list) and len(batch) in (1, 2) and not reads_any:
         batch = batch[0]
@@ -103,8 +97,7 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
         advice = "give the inputs alone" if reads_any else "or give forward=lambda network, batch: … to read others"
         expected = "a tensor [B, …], or tensors by name," if reads_any else "input tensors [B, …]"
         raise DataError(f"found a batch of type {type(batch).__name__}, expected {expected}; {advice}")
-    sound: Batch = batch
-    return sound
+    return batch  # type: ignore[no-any-return]
 
 
 def _is_batch(value: Any) -> bool:

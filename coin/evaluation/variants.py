@@ -88,10 +88,7 @@ class Replica(NamedTuple):
 
 
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
-    """Return coded models, and a variant for the rows of each code; a FileError where those are not all there.
-
-    The files must be of the experts with these `fingerprints`.
-    """
+    """Return coded models, of these experts, and a variant for the rows of each code, which must all be there."""
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
     for index, file in enumerate(files):
@@ -108,8 +105,8 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
         first, found = rows[0], [row["row"] for row in rows]
         code = Code(first["code"])
         if found != list(range(code.num_coded)) or any(row["code"] != first["code"] for row in rows):
-            told = f"found rows {found} of method {method}, expected all {code.num_coded} of one code"
-            raise FileError(f"{told}; run coin merge again")
+            expected = f"all {code.num_coded} of one code; run coin merge again"
+            raise FileError(f"found rows {found} of method {method}, expected {expected}")
         chosen = tuple(row.get("chosen") or {} for row in rows)
         taken = "+".join(dict.fromkeys(str(each["batchnorm"]) for each in chosen if "batchnorm" in each))
         policy = f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy

@@ -21,8 +21,7 @@ _MAPPED = 2**20  # after so many bytes of tensors the file is mapped anew, so th
 def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
     """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``.
 
-    Raises StateError where a tensor is not finite, but for infinities in those named in `infinite`; FileError where the
-    file cannot be written.
+    Raises StateError where a tensor is not finite, but for infinities in those named in `infinite`.
     """
     check_finite(state, f"the state for '{path}'", infinite)
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
@@ -81,9 +80,7 @@ class StateFile(Mapping[str, Tensor]):
             file = safe_open(str(self.path), framework="pt")
             found = self.path.stat()
         except (SafetensorError, OSError) as error:
-            raise FileError(
-                f"'{self.path}' is not a whole safetensors file ({error}); give coin's, or make it again"
-            ) from error
+            raise FileError(f"'{self.path}' is no whole safetensors file ({error}); make it again") from error
         version = (found.st_ino, found.st_size, found.st_mtime_ns)
         if self._version not in (None, version):
             raise FileError(f"'{self.path}' has changed while it was read; run the command again, alone on its files")
@@ -91,7 +88,6 @@ class StateFile(Mapping[str, Tensor]):
         return file
 
     def _provenance(self) -> dict[str, Any]:
-        """Return the JSON value in the file's metadata."""
         try:
             return dict(json.loads(self._file.metadata()[_METADATA_KEY]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -78,8 +78,8 @@ def _quietly() -> Iterator[None]:
 def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -> Tensor:
     """Return the zero-shot head s·t ``[C, F]`` of a `CLIPModel` with its tokenizer, float32, s = exp(logit_scale).
 
-    t_k is the mean of the unit vectors of class k's prompts, scaled to length 1 again; ``{}`` stands for the class. With
-    one prompt the logits are `CLIPModel`'s own ``logits_per_image``. Raises FileError for what cannot be read.
+    t_k is the mean of the unit vectors of class k's prompts, scaled to length 1 again; ``{}`` stands for the class.
+    With one prompt the logits are `CLIPModel`'s own ``logits_per_image``. Raises FileError for what cannot be read.
     Source: Radford et al. (ICML 2021), section 3.1.4, prompt ensembling.
     """
     transformers = extra_module("transformers", "text")

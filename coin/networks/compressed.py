@@ -92,10 +92,7 @@ class Compressed:
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
-        """Load a compressed network, given its base: the original one for an int8 base, one like it for 0 bits.
-
-        Raises FileError where the file is missing or damaged, holds no compressed network, or is of another base.
-        """
+        """Load a compressed network, given its base: the original one for an int8 base, one like it for 0 bits."""
         file = StateFile(Path(path))
         try:
             told, data = file.provenance["compressed"], file[PACKED].clone()

@@ -53,7 +53,6 @@ def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _codes(matrix: Tensor, scale: Tensor, bits: int, even: bool) -> Tensor:
-    """Return the codes of the nearest levels, even ones or dense ones."""
     over = matrix / scale.clamp(min=1e-38)[:, None]  # of a row of zeros any level will do
     if even and bits > 1:
         return over.mul_(2 ** (bits - 1)).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(2 ** (bits - 1))
@@ -153,7 +152,6 @@ def added(base: Tensor, delta: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor of at least single precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -135,7 +135,6 @@ def open_network(path: Path) -> NetworkFile:
 
 
 def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
-    """Unpack a compressed network, with its base if it has one."""
     config, num_classes = _described(path, provenance)
     if (named := provenance.get("base_file")) is None:
         base = build_network(config, num_classes)
@@ -160,7 +159,6 @@ def load_network(path: Path) -> NetworkFile:
 
 
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
-    """Return the architecture and the number of classes in a file's metadata."""
     network, num_classes = provenance.get("network"), provenance.get("num_classes")
     if network is None:
         raise FileError(f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model")
@@ -219,7 +217,7 @@ def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
         head, kind = ("with", "trained") if zero_shot else ("without", "computed from class names")
         told = f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}"
         own = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}"
-        raise ConfigurationError(f"{told}; set network.options.head=zero_shot, of a CLIP, and every head: {own}, or none")
+        raise ConfigurationError(f"{told}; set network.options.head=zero_shot and every task's head: {own}, or neither")
 
 
 @torch.no_grad()
@@ -241,7 +239,7 @@ def import_pretrained(
     """
     source = config.source
     if not isinstance(source, HuggingFace):
-        told = f"found the expert '{place}' for the network '{config.name}', expected a network of Hugging Face's (hf/…)"
+        told = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"
         raise ConfigurationError(f"{told}; give a file of weights, or change network.name")
     network = load_network(initial).network
     source.load(network, local_place(place))

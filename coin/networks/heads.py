@@ -32,8 +32,7 @@ def head_name(network: nn.Module) -> str:
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
             return min(reversed(names), key=lambda name: sum(f"{name}.".startswith(base) for base in bases))
-    told = f"found no Linear or Conv2d layer in {type(network).__name__}"
-    raise HeadError(f"{told}, expected a classifier head; name it in an attribute 'head_name'")
+    raise HeadError(f"found no Linear or Conv2d layer in {type(network).__name__}; name it by an attribute 'head_name'")
 
 
 def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -80,8 +79,7 @@ def initialise_head(head: nn.Module) -> None:
 def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False) -> dict[str, Tensor]:
     """Return the tensors of the head, by its dotted name, padded to `num_outputs` rows; none where it has as many.
 
-    The state is a network's, or a statistic with the same names. New rows are zero, or the mean of the others. Raises
-    HeadError if there are more rows.
+    The state is a network's, or a statistic with the same names. New rows are zero, or the mean of the others.
     """
     padded = {}
     for part in ("weight", "bias"):
@@ -250,11 +248,11 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
             if bool((difference <= max(_TOLERANCES[each] for each in types) * size).all()):
                 return
             found = f" (found a difference of {float(difference.max()):.3g})"
-    raise HeadError(
-        f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of the head's "
-        f"input{found}; name the layer that gives the logits in an attribute 'head_name', or leave out the method or "
-        "decoder that reads it"
+    told = (
+        f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of the head's input"
     )
+    advice = "name the layer that gives the logits in an attribute 'head_name', or leave out the method or decoder"
+    raise HeadError(f"{told}{found}; {advice} that reads it")
 
 
 _FEW = 8  # samples that tell whether logits are the head's of the features
@@ -264,8 +262,7 @@ _FEW = 8  # samples that tell whether logits are the head's of the features
 def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> list[tuple[Tensor, Tensor]]:
     """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.
 
-    The networks, in eval mode, run on the first few of the inputs and are checked by `check_head`; without inputs only
-    the layers are.
+    The networks, in eval mode, are checked by `check_head` on the first few of the inputs; without any, the layers are.
     """
     heads = []
     for network in networks:

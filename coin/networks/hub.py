@@ -40,8 +40,7 @@ class HuggingFace(NetworkSource):
     def zero_shot(self) -> bool:
         """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
         if (head := self.options.get("head")) not in (None, clip.ZERO_SHOT):
-            told = f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing for a head to train"
-            raise ConfigurationError(f"{told}; prompts and classes go to the tasks' head")
+            raise ConfigurationError(f"found network.options.head {head!r}, expected {clip.ZERO_SHOT} or null")
         return head is not None
 
     def check(self) -> None:
@@ -62,8 +61,9 @@ class HuggingFace(NetworkSource):
             found = clip.vision_config(found, self.name)
         options = {name: value for name, value in self.options.items() if name != "head"}
         if unknown := sorted(name for name in options if not hasattr(found, name)):
-            told = f"found network.options with '{unknown[0]}', expected entries of the configuration of {self.name}"
-            raise ConfigurationError(told)
+            raise ConfigurationError(
+                f"found network.options with '{unknown[0]}', expected entries of the configuration"
+            )
         return type(found).from_dict({**found.to_dict(), **options})
 
     def build(self, num_classes: int) -> nn.Module:
@@ -87,10 +87,7 @@ class HuggingFace(NetworkSource):
         return network
 
     def load(self, network: nn.Module, place: str) -> None:
-        """Fill a network that was built here, but for a zero-shot head, with the weights of another folder or ID.
-
-        Raises FileError where they cannot be read, ConfigurationError or StateError for another architecture.
-        """
+        """Fill a network that was built here, but for a zero-shot head, with the weights of another folder or ID."""
         if isinstance(network, clip.ClipTower):
             self.download(lambda: clip.load_tower(network, place), CACHE)
             return
@@ -106,7 +103,6 @@ class HuggingFace(NetworkSource):
             (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
 
     def _kind(self) -> tuple[str, Any]:
-        """Return the kind of inputs, and the class that builds the model."""
         found = _configuration(self.place, self.name)
         if self.zero_shot:
             clip.vision_config(found, self.name)
@@ -119,8 +115,8 @@ class HuggingFace(NetworkSource):
         ):
             if type(found) in auto._model_mapping:
                 return reads, auto
-        told = f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or texts"
-        raise ConfigurationError(told)
+        own = type(found).__name__
+        raise ConfigurationError(f"found network.name '{self.name}', a {own}, expected a classifier of images or texts")
 
     def _processor(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``; {} without one."""
@@ -132,20 +128,19 @@ class HuggingFace(NetworkSource):
 
     def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
         processor = self._processor()
-        usual = (clip.MEAN, clip.STD) if self.zero_shot else (None, None)
-        mean, std = (processor.get(f"image_{part}", own) for part, own in zip(("mean", "std"), usual, strict=True))
-        normalise = None if mean is None or std is None else Renormalised(mean, std)
+        usual = (clip.MEAN, clip.STD) if self.zero_shot else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = (processor.get(f"image_{part}") or own for part, own in zip(("mean", "std"), usual, strict=True))
         # Where positions were learned for images of one size; convolutions take any.
         resized = getattr(found, "image_size", None) not in (None, self.image_size)
         option = "interpolate_pos_encoding"
         interpolates = resized and option in inspect.signature(network.forward).parameters
-        return _ByName("pixel_values", normalise=normalise, options={option: True} if interpolates else {})
+        return _ByName("pixel_values", None, Renormalised(mean, std), {option: True} if interpolates else {})
 
     def _reading_texts(self, found: Any) -> "_ByName":
         longest = getattr(found, "max_position_embeddings", None)
         if longest is not None and self.image_size > longest:
-            told = f"found network.image_size {self.image_size} tokens for {self.name}, expected at most {longest}"
-            raise ConfigurationError(told)
+            told = f"found network.image_size {self.image_size} tokens for {self.name}"
+            raise ConfigurationError(f"{told}, expected at most {longest}")
         return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0)
 
 
@@ -161,10 +156,8 @@ def _configuration(place: str, name: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
-        raise FileError(
-            f"found network.name '{name}', expected hf/FOLDER with a config.json of a classifier, or hf/ID of the "
-            f"Hugging Face hub, which cannot be read ({first_line(error)[:150]}); check it, or give a folder"
-        ) from error
+        told = f"cannot read network.name '{name}' ({first_line(error)[:150]})"
+        raise FileError(f"{told}, expected hf/FOLDER with a config.json of a classifier, or hf/ID; check it") from error
 
 
 class Renormalised:
@@ -205,5 +198,4 @@ class _ByName:
 
 
 def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:
-    """A hook that returns the logits of a model's output."""
     return output if isinstance(output, Tensor) else output.logits

@@ -141,7 +141,6 @@ class Recipe:
 
 
 def _maker(name: str, kind: Any, spec: Mapping[str, Any]) -> Any:
-    """Return a class with the options of its specification."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{name}", type=kind)
     return parser.instantiate(parser.parse_object({name: spec}))[name]
@@ -159,8 +158,7 @@ def _spec(name: str, given: Any, home: str) -> dict[str, Any]:
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": getattr(given, "keywords", {})}
     spec = {"class_path": given} if isinstance(given, str) else given
     if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
-        expected = f"expected the name of a class of {home}, or its class_path and init_args"
-        raise ConfigurationError(f"found {name}={given!r}, {expected}")
+        raise ConfigurationError(f"found {name}={given!r}, expected the name of a class of {home}, or its class_path")
     path = spec["class_path"]
     return {"init_args": {}, **spec, "class_path": path if "." in path else f"{home}.{path}"}
 
@@ -171,7 +169,7 @@ def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[
     if is_frozen(network):
         names = without_head(network, names)
         if patterns is not None and HEAD in patterns:
-            told = f"found trainable pattern '{HEAD}' for a {type(network).__name__}"
+            told = f"found trainable pattern '{HEAD}' and a {type(network).__name__}"
             raise ConfigurationError(f"{told}, whose head is computed from class names and not trained; leave it out")
     if patterns is None:
         return names

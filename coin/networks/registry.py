@@ -56,8 +56,8 @@ class NetworkConfig:
     def check_content(self, content: str) -> None:
         """Refuse data that the network does not read, ``images`` or ``texts``, with a ConfigurationError."""
         if content != self.reads:
-            told = f"found a task of {content} for the network '{self.name}'"
-            raise ConfigurationError(f"{told}, expected {self.reads}; change the task or network.name")
+            found = f"a task of {content} for the network '{self.name}'"
+            raise ConfigurationError(f"found {found}, expected {self.reads}; change the task or network.name")
 
     @property
     def weights_file(self) -> Path | None:
@@ -83,9 +83,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     """Build a network with a head of `num_classes` outputs.
 
     The seed draws its random weights, with pretrained ones the head's; global generators do not matter and stay.
-
-    Raises ConfigurationError where the options do not fit the architecture, FileError where weights cannot be read,
-    StateError where they are of another architecture, or a weight is no parameter of its own.
+    Raises ConfigurationError where the options do not fit, FileError or StateError where the weights do not.
     """
     if num_classes < 1:
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")

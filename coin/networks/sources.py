@@ -46,16 +46,13 @@ class NetworkSource(ABC):
 
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:
-        """Build the network; what is random is drawn from torch's global generator.
-
-        A ConfigurationError where the options do not fit, a FileError where weights cannot be downloaded or read.
-        """
+        """Build the network; what is random is drawn from torch's global generator."""
 
     def check_name(self, known: list[str], expected: str, advice: str) -> None:
         """Refuse a name that is not known; `advice` says where the known ones are listed."""
         if self.name not in known:
-            meant = did_you_mean(self.name, known)
-            raise ConfigurationError(f"found network.name '{self.name}'{meant}, expected {expected}; {advice}")
+            found = f"network.name '{self.name}'{did_you_mean(self.name, known)}"
+            raise ConfigurationError(f"found {found}, expected {expected}; {advice}")
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
@@ -70,9 +67,10 @@ class NetworkSource(ABC):
         except NotImplementedError:  # of the meta device, on which not every network can be built
             raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
-            problem = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
-            advice = "change network.image_size or network.options"
-            raise ConfigurationError(f"{problem}: {first_line(error)}; {advice}") from error
+            told = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
+            raise ConfigurationError(
+                f"{told}: {first_line(error)}; change network.image_size or the options"
+            ) from error
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
@@ -82,10 +80,9 @@ class NetworkSource(ABC):
             try:
                 return builder()
             except OSError as error:
-                raise FileError(
-                    f"cannot download the weights {self.weights} of {self.name} ({first_line(error)}); {elsewhere}, or "
-                    "set network.weights=null or to a file, or give trained weights as base.checkpoint"
-                ) from error
+                told = f"cannot download the weights {self.weights} of {self.name} ({first_line(error)})"
+                advice = "or set network.weights=null or to a file, or give trained weights as base.checkpoint"
+                raise FileError(f"{told}; {elsewhere}, {advice}") from error
 
         return self.construct(downloaded)
 

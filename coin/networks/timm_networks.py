@@ -55,8 +55,7 @@ class Timm(NetworkSource):
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
         if not isinstance(head, str):
-            told = f"found {self.name}, whose head is {head}, expected one classifier"
-            raise ConfigurationError(f"{told}; take another network")
+            raise ConfigurationError(f"found {self.name}, whose head is {head}, expected one classifier; take another")
         if head_name(network) != head:
             network.head_name = head  # type: ignore[assignment]
         if weights in PACKAGED:  # whose tensors, but for the head's, are timm's in the same order

@@ -40,8 +40,7 @@ def without_frozen(network: nn.Module) -> nn.Module:
 def check_plain(network: nn.Module, *, meta: bool = False) -> None:
     """Raise ConfigurationError for what is no module, StateError for a state not of dense parameters and buffers."""
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
-        found = f"found {type(network).__name__}, expected a torch.nn.Module"
-        raise ConfigurationError(f"{found}; load a state dict into one, or compile it afterwards")
+        raise ConfigurationError(f"found {type(network).__name__}, expected a torch.nn.Module; compile it afterwards")
     check_tensors(network, meta=meta)
     if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
         raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
@@ -78,10 +77,9 @@ def check_layout(own: State, state: State, source: str) -> None:
 def with_own_head(
     network: nn.Module, state: Mapping[str, Tensor], *, seed: int, wider: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a state with a head drawn from the seed if its head has not the class count of the network to fill.
+    """Return a state with a head drawn from the seed, also into the network, if its head has not as many classes.
 
-    Of the tensors of a `wider` network, of more classes, the head's first rows are taken instead. The network's own
-    head is drawn anew.
+    Of the tensors of a `wider` network, of more classes, the head's first rows are taken instead.
     """
     head = head_name(network)
     with torch.random.fork_rng(devices=[]):
@@ -117,11 +115,9 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
             return without_prefix(load_file(path), names)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        told = f"cannot read '{path}' ({first_line(error)})"
-        raise FileError(f"{told}; it is damaged or no checkpoint: save it again") from error
+        raise FileError(f"cannot read '{path}' ({first_line(error)}), expected a checkpoint; save it again") from error
     except UnpicklingError as error:
-        told = f"cannot read '{path}' without unpickling objects"
-        raise FileError(f"{told}; save its state_dict as safetensors") from error
+        raise FileError(f"cannot read '{path}' without unpickling; save its state_dict as safetensors") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
