@@ -17,7 +17,7 @@ from coin.commands import ON_TRAINER, closing
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
-from coin.files.checkpoints import TO_GO_ON, read_checkpoint
+from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.tracking.settings import logger_mode, run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 

@@ -1,16 +1,10 @@
-"""What a command takes from the network: found in its place or not, and fetched from Hugging Face."""
+"""What a command takes from Hugging Face: found in its place or not, and fetched."""
 
-import os
 from pathlib import Path
 
 from coin.errors import FileError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face's, the better one first
-
-
-def names_a_file(weights: str) -> bool:
-    """Whether weights are given by a file, and not by a name such as ``IMAGENET1K_V2``."""
-    return weights.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin")) or os.sep in weights
 
 
 def hub_weights(place: str) -> list[Path]:

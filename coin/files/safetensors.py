@@ -80,7 +80,7 @@ class StateFile(Mapping[str, Tensor]):
             file = safe_open(str(self.path), framework="pt")
             found = self.path.stat()
         except (SafetensorError, OSError) as error:
-            raise FileError(f"'{self.path}' is no whole safetensors file ({error}); make it again") from error
+            raise FileError(f"'{self.path}' is not a whole safetensors file ({error}); make it again") from error
         version = (found.st_ino, found.st_size, found.st_mtime_ns)
         if self._version not in (None, version):
             raise FileError(f"'{self.path}' has changed while it was read; run the command again, alone on its files")

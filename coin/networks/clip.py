@@ -1,7 +1,6 @@
 """CLIP's vision tower as a classifier: its head is computed from class names by the text tower, and never trained."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def vision_config(found: Any, name: str) -> Any:
     """Return the configuration of a CLIP's vision tower; a ConfigurationError for what is no CLIP."""
     if getattr(found, "model_type", None) not in ("clip", "clip_vision_model"):
         told = f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}"
-        raise ConfigurationError(f"{told}, expected a CLIP, as hf/openai/clip-vit-base-patch32; name one, or no head")
+        raise ConfigurationError(f"{told}, expected a CLIP; name one, such as hf/openai/clip-vit-base-patch32, or none")
     own = getattr(found, "vision_config", found)
     own.projection_dim = found.projection_dim
     return own
@@ -54,24 +53,11 @@ def vision_config(found: Any, name: str) -> Any:
 def load_tower(tower: ClipTower, place: str) -> None:
     """Fill a tower from a folder or ID; a missing projection stays as it is, a ValueError for another tensor."""
     own: Any = tower.vision
-    with _quietly():
-        found, info = type(own).from_pretrained(place, config=own.config, output_loading_info=True)
+    found, info = type(own).from_pretrained(place, config=own.config, output_loading_info=True)
     state, missing = found.state_dict(), set(info["missing_keys"])
     if other := sorted(missing - {"visual_projection.weight"}):
         raise ValueError(f"'{place}' has no tensor '{other[0]}' ({len(other)} missing): it is no CLIP vision tower")
     own.load_state_dict({**own.state_dict(), **{name: state[name] for name in state.keys() - missing}})
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Run a block without transformers' report of what a part of a model leaves unread."""
-    logging = extra_module("transformers", "text").utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 @torch.no_grad()
@@ -84,9 +70,8 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
     """
     transformers = extra_module("transformers", "text")
     try:
-        with _quietly():
-            model = transformers.CLIPModel.from_pretrained(place).float().eval()
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        model = transformers.CLIPModel.from_pretrained(place).float().eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError) as error:
         told = f"cannot read CLIP's text tower and tokenizer of '{place}' ({' '.join(str(error).split())[:150]})"
         raise FileError(f"{told}; give a folder or ID of a whole CLIPModel with its tokenizer") from error

@@ -40,7 +40,7 @@ class HuggingFace(NetworkSource):
     def zero_shot(self) -> bool:
         """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
         if (head := self.options.get("head")) not in (None, clip.ZERO_SHOT):
-            raise ConfigurationError(f"found network.options.head {head!r}, expected {clip.ZERO_SHOT} or null")
+            raise ConfigurationError(f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing")
         return head is not None
 
     def check(self) -> None:
@@ -153,6 +153,7 @@ def local_place(place: str) -> str:
 @cache
 def _configuration(place: str, name: str) -> Any:
     transformers = extra_module("transformers", "text")
+    transformers.utils.logging.set_verbosity_error()  # it would tell what a part of a model leaves unread
     try:
         return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:

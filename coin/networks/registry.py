@@ -1,5 +1,6 @@
 """Networks by name, from wherever they come."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from torch import nn
 
 from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
-from coin.files.downloads import names_a_file
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
@@ -61,8 +61,9 @@ class NetworkConfig:
 
     @property
     def weights_file(self) -> Path | None:
-        """The file that `weights` are; none where they have a name."""
-        return Path(self.weights) if self.weights is not None and names_a_file(self.weights) else None
+        """The file that `weights` are; none where they have a name, such as ``IMAGENET1K_V2``."""
+        endings, given = (".safetensors", ".pt", ".pth", ".ckpt", ".bin"), self.weights or ""
+        return Path(given) if given.endswith(endings) or os.sep in given else None
 
     @property
     def source(self) -> NetworkSource:

@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FunctionType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +41,8 @@ def without_frozen(network: nn.Module) -> nn.Module:
 def check_plain(network: nn.Module, *, meta: bool = False) -> None:
     """Raise ConfigurationError for what is no module, StateError for a state not of dense parameters and buffers."""
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
-        raise ConfigurationError(f"found {type(network).__name__}, expected a torch.nn.Module; compile it afterwards")
+        told = f"found {type(network).__name__}, expected a torch.nn.Module"
+        raise ConfigurationError(f"{told}; load a state dict into one, or compile it afterwards")
     check_tensors(network, meta=meta)
     if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
         raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
@@ -100,6 +102,19 @@ def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[
         if prefix.endswith(".") and all(prefix + name in state for name in names):
             return {name: state[prefix + name] for name in names}
     return dict(state)
+
+
+TO_GO_ON = ("state_dict", "loops", "optimizer_states")  # what a training needs of a checkpoint
+
+
+def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
+    """Return these parts of a Lightning checkpoint; a FileError where it has not all of them."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: content[name] for name in expected}
+    except Exception as error:  # pickle's and zip's errors share no base class
+        told = f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]})"
+        raise FileError(f"{told}; check ckpt_path: give one that coin fit wrote") from error
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:

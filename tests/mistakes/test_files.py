@@ -80,7 +80,7 @@ NETWORKS: dict[str, tuple[Damage, str]] = {
     "cut in its header": (cut(0.001), "not a whole safetensors file"),
     "cut in its tensors": (cut(0.5), "not a whole safetensors file"),
     "a text": (lambda path: path.write_text("weights") and None, "not a whole safetensors file"),
-    "a checkpoint": (lambda path: torch.save({"a": torch.ones(2)}, path), r"give coin's, or make it again"),
+    "a checkpoint": (lambda path: torch.save({"a": torch.ones(2)}, path), "not a whole safetensors file"),
     "without metadata": (lambda path: save_file(load_file(path), path), "does not say what made it"),
     "metadata that are no JSON": (lambda path: save_file(load_file(path), path, {"coin": "{"}), "not say what made it"),
     "metadata that are a list": (lambda path: save_file(load_file(path), path, {"coin": "[]"}), "holds no network"),

@@ -16,12 +16,12 @@ from coin.data.tasks import task_with
 from coin.data.transform import TransformSpec, build_transforms
 from coin.errors import FileError
 from coin.files.atomic import hashes
-from coin.files.checkpoints import TO_GO_ON, read_checkpoint
 from coin.modules import Expert
 from coin.networks import NetworkConfig, save_network
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
+from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.pipeline.options import result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.tracking.runs import RunLog
