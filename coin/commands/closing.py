@@ -84,6 +84,5 @@ def _data(trainer: Trainer, data: Namespace) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    """Return a value in one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, width=2**20, sort_keys=False)
     return str(text).removesuffix("...\n").strip()

@@ -60,7 +60,6 @@ def _beside(path: Path) -> dict[str, str]:
 
 
 def _export_adapted(file: NetworkFile, expert: str | None, experts: dict[str, str], output: str | None) -> Path:
-    """Write the network of one expert that a body and its adapter make."""
     tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
     if expert not in tasks or expert not in experts:
         known = f"one of {', '.join(tasks)}, whose files lie in experts/ or are given" if tasks else "none: no adapters"

@@ -67,8 +67,7 @@ class ImageFolder(TaskData):
         return once(self._shared.facts, "files", lambda: {split: self._listed(split) for split in splits})
 
     def _listed(self, split: str) -> list[tuple[str, int]]:
-        folder, classes = self.root / split, self.class_names()
-        found = self._folders(split)
+        folder, classes, found = self.root / split, self.class_names(), self._folders(split)
         if odd := sorted({*found} ^ {*classes}):
             verb = "has" if odd[0] in found else "lacks"
             raise DataError(f"{folder} {verb} the class {odd[0]!r}, unlike train; both need the same class folders")

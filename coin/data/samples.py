@@ -161,7 +161,6 @@ class Calibration:
                 yield self.inputs(torch.tensor(chosen))
 
     def _shape(self, place: int) -> tuple[object, ...]:
-        """The shape of a sample; of a data set's, which all have one, none."""
         samples = self.parts[int(self.part[place])]
         return () if isinstance(samples, Samples) else shapes_in(samples.samples[int(self.position[place])])
 

@@ -63,9 +63,8 @@ def read_head(given: Any) -> dict[str, Any] | None:
     prompts, classes = found.pop("prompts", None), found.pop("classes", None)
     sound = is_list_of_names(prompts) and all("{}" in prompt for prompt in prompts)
     if found or not sound or not (classes is None or (is_list_of_names(classes) and len({*classes}) == len(classes))):
-        expected = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, or a YAML file with these two"
-        told = f"found head {section or given!r:.200}, expected {expected}; the classes are distinct names in quotes"
-        raise ConfigurationError(told)
+        expected = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, of distinct names, or a file"
+        raise ConfigurationError(f"found head {section or given!r:.200}, expected {expected}")
     return {"zero_shot": {"prompts": list(prompts), "classes": None if classes is None else list(classes)}}
 
 
@@ -180,7 +179,6 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        """The options that decide what the splits are."""
         return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
 
     def _read(self) -> Source:

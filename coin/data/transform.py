@@ -18,8 +18,7 @@ from coin.errors import ConfigurationError, DataError
 
 _MEAN, _STD = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
-# {class_path: …, init_args: {…}}, or a list of such, applied one after the other. Of plain values, which a step's key
-# holds; jsonargparse would make objects of `dict[str, Any]`.
+# {class_path: …, init_args: {…}}, or a list of such, applied one after the other: plain values, as in `ClassSpec`.
 TransformSpec: TypeAlias = dict | list[dict] | None  # type: ignore[type-arg]
 
 
@@ -90,8 +89,9 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
         return list(parser.instantiate(parsed).transform)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
-        told = f"found transform {spec!r:.200} ({reason}); name a class of torchvision.transforms.v2 and its init_args"
-        raise ConfigurationError(told) from error
+        raise ConfigurationError(
+            f"found transform {spec!r:.200} ({reason}); name a class of torchvision's v2"
+        ) from error
 
 
 def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:

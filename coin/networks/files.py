@@ -181,31 +181,25 @@ def initial_network(
     source = checkpoint or wider
     if source is None:
         return build_network(config, num_classes, seed=seed)
-    return import_checkpoint(config, num_classes, source, seed=seed, fresh_head=True, wider=wider)
+    return import_checkpoint(config, num_classes, source, seed=seed, wider=wider)
 
 
 def import_checkpoint(
-    config: NetworkConfig,
-    num_classes: int,
-    path: Path,
-    *,
-    seed: int = 0,
-    fresh_head: bool = False,
-    wider: Path | None = None,
+    config: NetworkConfig, num_classes: int, path: Path, *, seed: int | None = None, wider: Path | None = None
 ) -> nn.Module:
     """Build a network that was trained elsewhere, from a state dict as safetensors or a checkpoint.
 
-    Its head must have `num_classes` logits, unless `fresh_head` allows a new one, drawn from the seed or the first rows
-    of that in the file `wider`. Raises FileError for a file that cannot be used, StateError for another architecture.
+    Its head must have `num_classes` logits; with a seed it may have others, and a new one is drawn, or is the first
+    rows of that in the file `wider`. Raises FileError for a file that cannot be used, StateError for another network.
     """
-    network = build_network(replace(config, weights=None), num_classes, seed=seed)
+    network = build_network(replace(config, weights=None), num_classes)
     names = network.state_dict().keys()
     state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
         told = f"'{path}' holds LoRA adapters beside the weights, expected them merged"
         raise FileError(f"{told}; save what peft's merge_and_unload() returns")
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
-    if fresh_head:
+    if seed is not None:
         state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))
     fill_network(network, state, str(path))
     return network

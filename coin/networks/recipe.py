@@ -112,11 +112,10 @@ class Recipe:
         try:  # on a parameter of its own: a class or an option that there is not is refused before anything is trained
             self.make_scheduler(self.make_optimizer([nn.Parameter(torch.zeros(1, 1))]), 100)
         except (ArgumentError, TypeError, ValueError) as error:
-            specs: tuple[Any, Any] = self.optimizer, self.lr_scheduler
-            paths = [each and each["class_path"] for each in specs]
+            specs: list[Any] = [self.optimizer, self.lr_scheduler]
             reason = " ".join(str(error).split()).rpartition("callable class: ")[2].partition(" Got value")[0]
-            told = "found optimizer {} and lr_scheduler {}, which cannot be made".format(*paths)
-            raise ConfigurationError(f"{told}: {reason:.300}; change their class_path or init_args") from error
+            told = "found optimizer {} and lr_scheduler {}".format(*(each and each["class_path"] for each in specs))
+            raise ConfigurationError(f"{told}, not made: {reason:.300}; change class_path or init_args") from error
 
     def make_optimizer(self, parameters: Iterable[Any]) -> Optimizer:
         """Return the optimiser of parameters, or of groups of them."""
