@@ -11,21 +11,17 @@ from coin.errors import StateError
 State = Mapping[str, Tensor]
 
 
-def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
-    """Raise a StateError, which calls the states by `names`, unless their tensors have the same names and shapes."""
-    called = names or [f"state {i}" for i in range(len(states))]
-    first, *others = states
-    for other, name in zip(others, called[1:], strict=True):
-        if missing := sorted(first.keys() - other.keys()):
-            found = f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing)"
-        elif extra := sorted(other.keys() - first.keys()):
-            found = f"{name} has a tensor '{extra[0]}', which {called[0]} has not ({len(extra)} superfluous)"
-        elif unlike := next((key for key, tensor in first.items() if other[key].shape != tensor.shape), None):
-            shapes = list(other[unlike].shape), list(first[unlike].shape)
-            found = f"tensor '{unlike}' is {shapes[0]} in {name} but {shapes[1]} in {called[0]}"
-        else:
-            continue
-        raise StateError(f"{found}; give tensors of one architecture")
+def check_layout(own: State, state: State, source: str) -> None:
+    """Raise a StateError unless a state, from `source`, has the names and shapes of a network's `own`."""
+    advice = "it is of another architecture: give one of the same network.name and network.options"
+    if missing := sorted(own.keys() - state.keys()):
+        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
+    if extra := sorted(state.keys() - own.keys()):
+        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
+    for name, tensor in own.items():
+        if (found := state[name].shape) != tensor.shape:
+            told = f"'{source}' has tensor '{name}' of shape {list(found)}, expected {list(tensor.shape)}"
+            raise StateError(f"{told}; it has another architecture or another number of classes: give one of the same")
 
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
@@ -46,7 +42,8 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     Entries that agree in all states stay, to the last bit and infinities included, and a state of weight zero has no
     say. Of BatchNorm's ``num_batches_tracked`` the maximum is taken; a StateError where other integers differ.
     """
-    check_same_layout(states)
+    for index, state in enumerate(states):
+        check_layout(states[0], state, f"state {index}")
     return {key: weighted_mean(states, weights, key) for key in states[0]}
 
 

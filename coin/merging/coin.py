@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coin.core.choices import check_number, parse_enum
 from coin.errors import CoinWarning, StateError
-from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
+from coin.files.tensors import State, check_finite, check_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.statistics import FisherKind
@@ -117,7 +117,7 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
             raise StateError(f"{told}; compute the Fishers of these experts")
         largest = 0.0
         for key, tensor in fisher.items():
-            check_same_layout([{key: expert[key]}, {key: tensor}], ["expert 0", name])
+            check_layout({key: expert[key]}, {key: tensor}, name)
             check_finite({key: tensor}, name)
             least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
             largest = max(largest, most)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
-from coin.files.tensors import State, check_finite, check_same_layout
+from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
 from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
 from coin.statistics import TRANSPOSED, FisherKind, FisherOptions
@@ -28,10 +28,9 @@ def check_row(weights: Sequence[float], count: int) -> None:
 
 def check_each(states: Sequence[State], what: str) -> None:
     """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
-    names = [f"{what} {index}" for index in range(len(states))]
-    check_same_layout(states, names)
-    for state, name in zip(states, names, strict=True):
-        check_finite(state, name)
+    for index, state in enumerate(states):
+        check_layout(states[0], state, f"{what} {index}")
+        check_finite(state, f"{what} {index}")
 
 
 class Experts:
@@ -142,7 +141,7 @@ class Experts:
         if (initial := self.source.initial_tensors()) is None:
             found = "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression"
             raise ConfigurationError(f"{found} needs; give one, choose another, or compress with base_bits: 0")
-        check_same_layout([self.parameters[0], initial[0]], ["expert 0", "the shared initialisation"])
+        check_layout(self.parameters[0], initial[0], "the shared initialisation")
         check_finite(initial[0], "the shared initialisation")
         return initial
 

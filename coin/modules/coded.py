@@ -17,7 +17,7 @@ from coin.core.batches import Batch, Forward, adapted, as_input, clone, size_of,
 from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
-from coin.files.tensors import check_same_layout, fingerprint
+from coin.files.tensors import check_layout, fingerprint
 from coin.merging.adapted import Adapted, adapted_like, answering, with_adapters
 from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors
@@ -301,7 +301,7 @@ class Coded(LightningModule):
         networks = coded or [adapted_like(clone(of_one_width(experts)[0]).eval(), own) for own in file.coded if experts]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
-            check_same_layout([all_tensors(network), own], ["the network", f"coded model {row} of '{path}'"])
+            check_layout(all_tensors(network), own, f"coded model {row} of {path}")
             fill(network, own)
         system.decoders, system.classes = {decoder.erased: decoder for decoder in file.decoders}, file.classes
         return system

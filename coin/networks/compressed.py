@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from coin.core.batches import clone, plain
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import check_finite, fingerprint
+from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
 from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
 from coin.networks.heads import head_name, replace_head
-from coin.networks.weights import check_layout, check_plain, fill_network
+from coin.networks.weights import check_plain, fill_network
 
 SHORT = 64  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
 PACKED = "packed"  # the one tensor of a compressed network's file

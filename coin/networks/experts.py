@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from coin.core.batches import Forward, adapted, clone
 from coin.errors import ConfigurationError
-from coin.files.tensors import State, fingerprint
+from coin.files.tensors import State, check_layout, fingerprint
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network, empty_network
-from coin.networks.weights import check_layout, check_plain
+from coin.networks.weights import check_plain
 
 
 class ExpertNetworks:

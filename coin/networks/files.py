@@ -14,7 +14,7 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite
+from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, int8, stored
@@ -22,7 +22,7 @@ from coin.networks.compression import Compression
 from coin.networks.heads import head_name, is_frozen
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, empty_network
-from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
+from coin.networks.weights import fill_network, read_weights, with_own_head
 
 ZeroShot = tuple[Sequence[str], Sequence[str]]  # a task's prompts and class names, for a zero-shot head
 

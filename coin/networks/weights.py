@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from coin.core.batches import check_tensors, clear_caches, clone
 from coin.errors import ConfigurationError, FileError, StateError, first_line
-from coin.files.tensors import State
+from coin.files.tensors import State, check_layout
 from coin.networks.heads import head_name, initialise_head
 
 
@@ -61,19 +61,6 @@ def _is_closure(value: object) -> bool:
     """Say whether a value is a function that holds a module or a method of one; metrics make theirs anew in a copy."""
     cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
     return any(isinstance(getattr(cell.cell_contents, "__self__", cell.cell_contents), nn.Module) for cell in cells)
-
-
-def check_layout(own: State, state: State, source: str) -> None:
-    """Raise a StateError unless a state, from `source`, has the names and shapes of a network's `own`."""
-    advice = "it is of another architecture: give one of the same network.name and network.options"
-    if missing := sorted(own.keys() - state.keys()):
-        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
-    if extra := sorted(state.keys() - own.keys()):
-        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
-    for name, tensor in own.items():
-        if (found := state[name].shape) != tensor.shape:
-            told = f"'{source}' has tensor '{name}' of shape {list(found)}, expected {list(tensor.shape)}"
-            raise StateError(f"{told}; it has another architecture or another number of classes: give one of the same")
 
 
 def with_own_head(

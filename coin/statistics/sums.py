@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from coin.core.processes import process_count
 from coin.errors import ConfigurationError, StateError
-from coin.files.tensors import check_same_layout
+from coin.files.tensors import check_layout
 
 TRANSPOSED = ":T"
 """Ends the name of a Gram matrix of a weight [in, out] that multiplies from the right, x @ W."""
@@ -38,7 +38,7 @@ class Sums:
         """Return the sums over both sets of samples; what only one has is zero in the other. StateError by shapes."""
         shared = [name for name in self.values if name in other.values]
         parts = [{name: each.values[name] for name in shared} for each in (self, other)]
-        check_same_layout(parts, ["the first sums", "the second sums"])
+        check_layout(*parts, "the second sums")
         values = {**self.values, **other.values, **{name: parts[0][name] + parts[1][name] for name in shared}}
         return Sums(values, self.count + other.count, self.passes + other.passes)
 
