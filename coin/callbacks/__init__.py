@@ -53,10 +53,7 @@ class FileOfTrained(Callback):
             raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or take the last")
 
     def trained_network(self, trainer: Trainer, module: Any) -> nn.Module:
-        """Return the trained network with the chosen weights and no parameter frozen, a copy where anything changes.
-
-        So a Fisher covers all: what one expert did not train matters in a merge with others that did.
-        """
+        """Return the network with the chosen weights, none frozen: what one expert did not train another may have."""
         monitored = self._monitored(trainer)
         if self.weights == Weights.last or monitored is None:
             return without_frozen(module.network)

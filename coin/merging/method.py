@@ -21,8 +21,7 @@ from coin.merging.adapters import AdapterOptions
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Base, Compressed, compress
-from coin.networks.compression import Compression
+from coin.networks.compressed import Base, Compressed, Compression, compress
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Given, Statistic

@@ -17,8 +17,7 @@ from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import MEMORY_MIB, Body, fit_body
 from coin.merging.target import Target
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Base, Compressed, Rounding, compress, reference_of
-from coin.networks.compression import Compression
+from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
 
 MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
 

@@ -2,8 +2,7 @@
 
 from coin.networks.adapters import Adapter as Adapter
 from coin.networks.batchnorm import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
-from coin.networks.compressed import Compressed as Compressed, compress as compress
-from coin.networks.compression import Compression as Compression
+from coin.networks.compressed import Compressed as Compressed, Compression as Compression, compress as compress
 from coin.networks.files import load_network as load_network, save_network as save_network
 from coin.networks.heads import (
     check_head as check_head,

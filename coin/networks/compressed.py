@@ -1,9 +1,9 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -12,18 +12,57 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import clone, plain
+from coin.core.choices import check_integer
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
-from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
 from coin.networks.heads import head_name, replace_head
 from coin.networks.weights import check_plain, fill_network
 
 SHORT = 64  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
 PACKED = "packed"  # the one tensor of a compressed network's file
+
+
+_BASES = {32: "", 8: "-int8base", 0: "-nobase"}
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a network is compressed.
+
+    Args:
+        bits: 1 … 8 bits a value.
+        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
+            at all, so that this is plain quantisation of the network.
+
+    Raises ConfigurationError where an option is out of its range.
+    """
+
+    bits: int
+    base_bits: int = 32
+
+    def __post_init__(self) -> None:
+        check_integer("bits", self.bits, 1)
+        if self.bits > 8:
+            raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
+        if self.base_bits not in _BASES:
+            raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
+
+    @classmethod
+    def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
+        """Return a section of options as an object."""
+        try:
+            return cls(**(asdict(options) if isinstance(options, Compression) else options))
+        except TypeError as error:
+            raise ConfigurationError(f"found {options!r:.100}, expected bits and base_bits") from error
+
+    @property
+    def name(self) -> str:
+        """Its name in results and files: ``3bit``, ``3bit-int8base``."""
+        return f"{self.bits}bit{_BASES[self.base_bits]}"
 
 
 @dataclass(eq=False, repr=False)

@@ -17,8 +17,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
-from coin.networks.compressed import Base, Compressed, int8, stored
-from coin.networks.compression import Compression
+from coin.networks.compressed import Base, Compressed, Compression, int8, stored
 from coin.networks.heads import head_name, is_frozen
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, empty_network

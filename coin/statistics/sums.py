@@ -38,7 +38,7 @@ class Sums:
         """Return the sums over both sets of samples; what only one has is zero in the other. StateError by shapes."""
         shared = [name for name in self.values if name in other.values]
         parts = [{name: each.values[name] for name in shared} for each in (self, other)]
-        check_layout(*parts, "the second sums")
+        check_layout(parts[0], parts[1], "the second sums")
         values = {**self.values, **other.values, **{name: parts[0][name] + parts[1][name] for name in shared}}
         return Sums(values, self.count + other.count, self.passes + other.passes)
 

@@ -9,8 +9,7 @@ import torch
 from coin.errors import ConfigurationError
 from coin.merging import Average, Method, Refit
 from coin.networks import compressed
-from coin.networks.compressed import Compressed, compress
-from coin.networks.compression import Compression
+from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
 
