@@ -12,7 +12,7 @@ State = Mapping[str, Tensor]
 
 
 def check_layout(own: State, state: State, source: str) -> None:
-    """Raise a StateError unless a state, from `source`, has the names and shapes of a network's `own`."""
+    """Raise a StateError unless a state, from `source`, has the names and shapes of another, a network's `own`."""
     advice = "it is of another architecture: give one of the same network.name and network.options"
     if missing := sorted(own.keys() - state.keys()):
         raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")

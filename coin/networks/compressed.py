@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import clone, plain
-from coin.core.choices import check_integer
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
@@ -24,8 +23,6 @@ from coin.networks.weights import check_plain, fill_network
 
 SHORT = 64  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
 PACKED = "packed"  # the one tensor of a compressed network's file
-
-
 _BASES = {32: "", 8: "-int8base", 0: "-nobase"}
 
 
@@ -37,16 +34,13 @@ class Compression:
         bits: 1 … 8 bits a value.
         base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
             at all, so that this is plain quantisation of the network.
-
-    Raises ConfigurationError where an option is out of its range.
     """
 
     bits: int
     base_bits: int = 32
 
     def __post_init__(self) -> None:
-        check_integer("bits", self.bits, 1)
-        if self.bits > 8:
+        if self.bits not in range(1, 9):
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.base_bits not in _BASES:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")

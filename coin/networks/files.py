@@ -76,10 +76,7 @@ def save_network(
 
 
 def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
-    """Return the file that a compressed network's names as its base, and the base as stored.
-
-    An 8-bit base is written beside `path` unless it exists. Raises ConfigurationError if a base is needed and missing.
-    """
+    """Return the file that a compressed one names as its base, and the base as stored, of 8 bits written beside it."""
     if not compression.base_bits:
         return None, None
     if base is None:

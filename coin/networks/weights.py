@@ -107,8 +107,7 @@ def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """Read a network's tensors from ``coin``'s files, flat safetensors, or Lightning or plain PyTorch checkpoints.
 
-    The latter are read with ``weights_only=True``. Raises a FileError for others. Given the `names` of the network's
-    tensors, a prefix of them all is dropped: Lightning's ``network.`` or ``model.``, ``module.`` of DDP.
+    Given the `names` of the network's tensors, a prefix of them all is dropped: Lightning's ``network.``, ``module.``.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")
