@@ -78,9 +78,7 @@ def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, 
             kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
             found.setdefault(Statistic(name, DataChoice(made["data"]), kind), made.get("samples_per_task"))
         except (KeyError, ValueError, TypeError) as error:
-            raise FileError(
-                f"'{path}' does not say what {name} of what data it holds; make it with coin fisher"
-            ) from error
+            raise FileError(f"'{path}' does not say what {name} it holds of what; make it with coin fisher") from error
     if len(found) > 1:
         raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
     return next(iter(found.items()))

@@ -89,9 +89,7 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
         return list(parser.instantiate(parsed).transform)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
-        raise ConfigurationError(
-            f"found transform {spec!r:.200} ({reason}); name a class of torchvision's v2"
-        ) from error
+        raise ConfigurationError(f"found transform {spec!r:.200} ({reason}); name a class of torchvision") from error
 
 
 def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:

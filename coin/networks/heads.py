@@ -248,9 +248,7 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
             if bool((difference <= max(_TOLERANCES[each] for each in types) * size).all()):
                 return
             found = f" (found a difference of {float(difference.max()):.3g})"
-    told = (
-        f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of the head's input"
-    )
+    told = f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of its input"
     advice = "name the layer that gives the logits in an attribute 'head_name', or leave out the method or decoder"
     raise HeadError(f"{told}{found}; {advice} that reads it")
 

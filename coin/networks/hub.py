@@ -60,10 +60,8 @@ class HuggingFace(NetworkSource):
         if self.zero_shot:
             found = clip.vision_config(found, self.name)
         options = {name: value for name, value in self.options.items() if name != "head"}
-        if unknown := sorted(name for name in options if not hasattr(found, name)):
-            raise ConfigurationError(
-                f"found network.options with '{unknown[0]}', expected entries of the configuration"
-            )
+        if odd := sorted(name for name in options if not hasattr(found, name)):
+            raise ConfigurationError(f"found network.options with '{odd[0]}', expected entries of the configuration")
         return type(found).from_dict({**found.to_dict(), **options})
 
     def build(self, num_classes: int) -> nn.Module:

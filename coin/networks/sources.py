@@ -68,9 +68,7 @@ class NetworkSource(ABC):
             raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
             told = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
-            raise ConfigurationError(
-                f"{told}: {first_line(error)}; change network.image_size or the options"
-            ) from error
+            raise ConfigurationError(f"{told}: {first_line(error)}; change network.image_size or these") from error
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
