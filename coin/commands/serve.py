@@ -64,10 +64,7 @@ def read_system(
 
 
 def application(args: dict[str, Any]) -> Any:
-    """Return the Ray Serve application of a Serve YAML, whose ``args`` are the options of `serve`.
-
-    ``import_path: coin.commands.serve:application``; see ``configs/serve/three-machines.yaml``.
-    """
+    """Return the application of a Serve YAML such as ``configs/serve/three-machines.yaml``: ``args`` are `serve`'s."""
     given = [f"--{name}={as_text(value)}" for name, value in args.items() if name != "folder"]
     options = parse_options("serve", serve, [args["folder"], *given])
     ray = options.pop("ray")

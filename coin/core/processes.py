@@ -81,10 +81,8 @@ def _control() -> distributed.ProcessGroup:
 
 @cache
 def leave_processes_at_exit() -> None:
-    """Have the process group destroyed before the interpreter ends, as Lightning does for NCCL alone.
-
-    A thread of gloo that still held a tensor would abort the process: https://github.com/pytorch/pytorch/pull/179291.
-    """
+    """Have the process group destroyed before the interpreter ends, as Lightning does for NCCL alone."""
+    # A thread of gloo that still held a tensor would abort the process: https://github.com/pytorch/pytorch/pull/179291.
     atexit.register(lambda: distributed.destroy_process_group() if _has_group() else None)
 
 

@@ -106,8 +106,7 @@ class LazyImages:
 def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
     """Read images into one tensor, uint8 [P, 3, S, S]; or lazily, if it would exceed the byte limit.
 
-    Square images that all have one size up to ``image_size`` keep it; all others, and those that are read lazily,
-    become ``image_size`` by `to_square`.
+    Square images that all have one size up to ``image_size`` keep it, unless read lazily; others go by `to_square`.
     """
     with open_image(paths[0]) as first:
         width, height = first.size

@@ -80,8 +80,8 @@ class TorchvisionTask(TaskData):
         try:
             return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
-            found = "the download failed and there are" if download else "there are"
-            told = f"{name}: {found} no usable files in {place} ({str(error)[:200] or type(error).__name__})"
+            found = f"{name}: {'the download failed and ' * download}there are no usable files in {place}"
+            told = f"{found} ({str(error)[:200] or type(error).__name__})"
             advice = "copy torchvision's files there and set download: false, or set download: true and use a Trainer"
             raise DataError(f"{told}; {advice}") from error
 

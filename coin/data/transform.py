@@ -93,19 +93,14 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
 
 
 def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:
-    """Apply transforms, one after the other, to each image of uint8 [B, C, H, W] by itself.
-
-    What they draw from torch's generator is a function of (seed, epoch, position). Raises ConfigurationError where the
-    results are no images of one size.
-    """
+    """Apply transforms to each image of uint8 [B, C, H, W] by itself; what they draw is by (seed, epoch, sample)."""
     if not transforms:
         return images
     changed, together = [], v2.Compose(transforms)
     with torch.random.fork_rng(devices=[]):
         for image, position in zip(images, positions.tolist(), strict=True):
             draw = seeded(view.seed, Stream.TRANSFORM, view.epoch, position)
-            # Not torch.manual_seed, which would move the generators of GPUs as well.
-            torch.default_generator.manual_seed(draw.initial_seed())
+            torch.default_generator.manual_seed(draw.initial_seed())  # torch.manual_seed would move GPUs' as well
             changed.append(together(image))
     for image in changed:
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != changed[0].shape:

@@ -43,11 +43,8 @@ class Variant:
     adapted: bool = False
 
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
-        """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it.
-
-        A body with adapters has no one output for all experts, from which another is decoded.
-        """
-        if self.adapted:
+        """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
+        if self.adapted:  # which has no one output for all experts, from which another is decoded
             return [config for config in every if config.kind is DecoderKind.expert_head]
         if self.method == ORACLE:
             return [config for config in every if config.kind is DecoderKind.linear]

@@ -251,8 +251,7 @@ def _reference(network: nn.Module, base: nn.Module | None, folds: Mapping[str, s
 def _folds(network: nn.Module, base: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the BatchNorms that are folded, whose means are 0, each with the weight that it is folded into.
 
-    The pairs, of as many rows, are those that bring the weights nearest to the base's, so scaled: neither does the
-    order of registration say which belong together, nor can every network be traced.
+    The pairs are those that bring the weights nearest to the base's, so scaled: not every network can be traced.
     """
     own, scales = stored(network), dict[str, Tensor]()
     for name, norm in network.named_modules():
@@ -298,10 +297,9 @@ class Rounding:
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
-        """Round weight + step, and return the step to what it became.
+        """Round weight + step, or with `turned` the weight's transpose, and return the step to what it became.
 
         The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K].
-        `turned` says that the weight is ΔW's transpose.
         """
         base = self._tensors[name].double()
 

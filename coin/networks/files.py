@@ -171,8 +171,7 @@ def initial_network(
 ) -> nn.Module:
     """Build the shared initialisation of all experts of one class count, from a base checkpoint or from the seed.
 
-    The checkpoint's head is kept if its class count agrees. Given the file `wider` of an initialisation with more
-    classes, only the head differs: it has the first rows of the wider head.
+    The checkpoint's head is kept if its class count agrees, or has the first rows of that in the file `wider`.
     """
     source = checkpoint or wider
     if source is None:

@@ -105,8 +105,7 @@ def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = Fals
 def pad_head(network: Network, num_outputs: int) -> Network:
     """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
 
-    It shares all other tensors with the network. Raises HeadError where the head is neither a Linear nor a Conv2d
-    layer, its weight is used elsewhere too, or it has more outputs.
+    It shares all other tensors. Raises HeadError where its weight is used elsewhere too or is no Linear's or Conv2d's.
     """
     name = head_name(network)
     head = network.get_submodule(name)

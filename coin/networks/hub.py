@@ -169,8 +169,6 @@ class Renormalised:
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the inputs in the network's normalisation."""
         images, *others = inputs
-        if self.scale == [1, 1, 1] and self.shift == [0, 0, 0]:
-            return inputs
         scale, shift = (images.new_tensor(each).view(3, 1, 1) for each in (self.scale, self.shift))
         return (images * scale + shift, *others)
 

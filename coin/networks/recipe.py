@@ -95,11 +95,9 @@ class Recipe:
     trainable: list[str] | None = None
 
     def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
-        optimizer = SGD if self.optimizer is None else _spec("optimizer", self.optimizer, "torch.optim")
-        object.__setattr__(self, "optimizer", optimizer)
-        if self.lr_scheduler is not None:
-            scheduler = _spec("lr_scheduler", self.lr_scheduler, "torch.optim.lr_scheduler")
-            object.__setattr__(self, "lr_scheduler", scheduler)
+        for name, home, usual in (("optimizer", "optim", SGD), ("lr_scheduler", "optim.lr_scheduler", None)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, usual if given is None else _spec(name, given, f"torch.{home}"))
         for name in ("lr", "head_lr"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=0.0, strict=True)
