@@ -124,7 +124,7 @@ def test_where_logits_are_no_heads_of_the_features_the_own_head_does_not_judge()
     experts = Experts(networks, **given)
     both = held_out_error(experts, networks[0], ROW, of("linear", "expert_head"))
     assert both == held_out_error(experts, networks[0], ROW)
-    with pytest.raises(HeadError, match=r"are not its head '6' .*of the head's input"):
+    with pytest.raises(HeadError, match=r"are not its head '6' .*of its input"):
         held_out_error(experts, networks[0], ROW, of("expert_head"))
 
 

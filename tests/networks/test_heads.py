@@ -206,7 +206,7 @@ def test_logits_of_another_shape_are_refused():
 
 def test_a_head_of_another_kind_is_refused():
     network = told(nn.Sequential(nn.Linear(6, 5), nn.Tanh()), "1")
-    with pytest.raises(StateError, match=r"not its head '1' \(Tanh\) of the head's input; name the layer"):
+    with pytest.raises(StateError, match=r"not its head '1' \(Tanh\) of its input; name the layer"):
         check_head(network, *features_and_logits(network, torch.randn(ROWS)))
     with pytest.raises(StateError, match="the head '1' is a Tanh, expected a Linear or a Conv2d"):
         replace_head(network, 3)
