@@ -8,7 +8,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.files.safetensors import load_provenance
@@ -28,8 +27,8 @@ def after_fit(trainer: Trainer, options: Namespace) -> str:
     reached = f"{next(iter(found), 'trained')} after {trainer.current_epoch} epochs"
     exports: list[Any] = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
-    saved = [each.best_model_path for each in callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
-    file = next(iter([*exports, *saved]), trainer.default_root_dir)
+    saved = getattr(trainer.checkpoint_callback, "best_model_path", None)
+    file = exports[0] if exports else saved or trainer.default_root_dir
     if exports and fishers:
         return _line(reached, file, _merge(options.data, file, StatisticKind.fisher, fishers[0]))
     return _line(reached, file, ["fisher", f"--ckpt_path={file}", *_data(trainer, options.data)])

@@ -42,10 +42,7 @@ def server_answers(
 def with_heads(
     decoders: list[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch, needed: bool
 ) -> tuple[list[DecoderConfig], list[Head] | None]:
-    """Return the decoders, and the experts' heads on the CPU if one of them needs these.
-
-    Where heads are not linear (`linear_heads`), expert_head is left out with a warning, unless it is needed.
-    """
+    """Return the decoders, and the heads if one needs these; expert_head, unless needed, only if heads are linear."""
     others = [config for config in decoders if config.kind is not DecoderKind.expert_head]
     if len(others) == len(decoders):
         return decoders, None

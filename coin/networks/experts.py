@@ -82,10 +82,7 @@ def tensors_of(network: nn.Module) -> tuple[State, State]:
 
 
 class ExpertFiles:
-    """Experts in files, by task, read on demand; `networks` keeps all of them in memory.
-
-    `tensors` reads one tensor at a time and keeps none, so that merging many experts takes little memory.
-    """
+    """Experts in files, by task, read on demand, one tensor at a time; `networks` keeps all of them in memory."""
 
     def __init__(self, paths: Mapping[str, Path], initial: Path | None = None) -> None:
         self.paths, self.initial = dict(paths), initial

@@ -191,8 +191,7 @@ def import_checkpoint(
     names = network.state_dict().keys()
     state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
-        told = f"'{path}' holds LoRA adapters beside the weights, expected them merged"
-        raise FileError(f"{told}; save what peft's merge_and_unload() returns")
+        raise FileError(f"'{path}' holds LoRA adapters apart; save what peft's merge_and_unload() returns")
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if seed is not None:
         state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))
@@ -222,10 +221,7 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
 def import_pretrained(
     config: NetworkConfig, place: str, initial: Path, zero_shot: ZeroShot | None, task: str
 ) -> nn.Module:
-    """Return a task's expert with the weights of Hugging Face's folder or ID, ``hf/PLACE``.
-
-    The file `initial` is the shared initialisation's, whose projection is kept where a CLIP tower was saved without.
-    """
+    """Return a task's expert with the weights of ``hf/PLACE``; a projection that a CLIP lacks is the file `initial`'s."""
     source = config.source
     if not isinstance(source, HuggingFace):
         told = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"

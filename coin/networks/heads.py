@@ -77,10 +77,7 @@ def initialise_head(head: nn.Module) -> None:
 
 
 def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of the head, by its dotted name, padded to `num_outputs` rows; none where it has as many.
-
-    The state is a network's, or a statistic with the same names. New rows are zero, or the mean of the others.
-    """
+    """Return the tensors of a state's head, by its name, with zero or mean rows added; none where it has as many."""
     padded = {}
     for part in ("weight", "bias"):
         key = f"{head}.{part}" if head else part  # a network may itself be its head
