@@ -221,7 +221,7 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
 def import_pretrained(
     config: NetworkConfig, place: str, initial: Path, zero_shot: ZeroShot | None, task: str
 ) -> nn.Module:
-    """Return a task's expert with the weights of ``hf/PLACE``; a projection that a CLIP lacks is the file `initial`'s."""
+    """Return a task's expert with the weights of ``hf/PLACE``; a projection that a CLIP lacks is that of `initial`."""
     source = config.source
     if not isinstance(source, HuggingFace):
         told = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"

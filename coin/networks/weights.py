@@ -66,7 +66,7 @@ def _is_closure(value: object) -> bool:
 def with_own_head(
     network: nn.Module, state: Mapping[str, Tensor], *, seed: int, wider: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a state; a head of other classes is drawn from the seed, or has the first rows of the `wider` network's."""
+    """Return a state; a head of other classes is drawn from the seed, or the first rows of the `wider` network's."""
     head = head_name(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
