@@ -7,9 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map_only
 
 from coin.coding.ridge import block_kernel
-from coin.errors import DecodingError
+from coin.errors import DecodingError, first_line
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,8 @@ class Answers:
             )
         if (self.expert_features is None) != (self.coded_features is None):
             raise DecodingError("found features of the experts or of the coded models only, expected both or neither")
-        for whose, logits, features in (
-            ("experts", self.experts, self.expert_features),
-            ("coded models", self.coded, self.coded_features),
-        ):
+        groups = (("experts", self.experts, self.expert_features), ("coded models", self.coded, self.coded_features))
+        for whose, logits, features in groups:
             if features is not None and len(features) != len(logits):
                 raise DecodingError(f"found features of {len(features)} {whose}, expected {len(logits)}")
             for feature in features or ():
@@ -130,52 +129,31 @@ class Answers:
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
-        return self._each(lambda outputs: outputs[..., samples, :], None if self.tasks is None else self.tasks[samples])
+        return self._each(lambda each: each[samples] if each.ndim == 1 else each[..., samples, :])
 
     def cpu(self) -> Self:
         """Return the answers in the CPU's memory."""
-        return self._each(Tensor.cpu, None if self.tasks is None else self.tasks.cpu())
+        return self._each(Tensor.cpu)
 
-    def _each(self, change: Callable[[Tensor], Tensor], tasks: Tensor | None) -> Self:
-        experts, coded = (
-            None if group is None else [change(each) for each in group]
-            for group in (self.expert_features, self.coded_features)
-        )
-        return replace(
-            self,
-            experts=change(self.experts),
-            coded=change(self.coded),
-            expert_features=experts,
-            coded_features=coded,
-            tasks=tasks,
-            kernels=None,
-        )
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the answers with every tensor changed, without kernels."""
+        return replace(self, **tree_map_only(Tensor, change, {**vars(self), "kernels": None}))
 
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
         """Return the answers for several batches as one, in their order; a DecodingError unless they fit together."""
-        if not batches:
-            raise DecodingError("found no batches of answers, expected at least one")
-        if any(batch._kind != batches[0]._kind for batch in batches):
-            raise DecodingError(
-                "the batches of answers differ in networks, classes, features or whether they tell the tasks, expected "
-                "the same"
-            )
         tasks = [batch.tasks for batch in batches if batch.tasks is not None]
-        return cls(
-            torch.cat([batch.experts for batch in batches], dim=1),
-            torch.cat([batch.coded for batch in batches], dim=1),
-            _joined([batch.expert_features for batch in batches]),
-            _joined([batch.coded_features for batch in batches]),
-            torch.cat(tasks) if tasks else None,
-        )
-
-    @property
-    def _kind(self) -> tuple[object, ...]:
-        """What all batches of one data set have in common."""
-        features = (self.expert_features, self.coded_features)
-        columns = [None if each is None else [feature.shape[1] for feature in each] for each in features]
-        return (self.num_experts, self.num_coded, self.experts.shape[2], *columns, self.tasks is None)
+        try:
+            return cls(
+                torch.cat([batch.experts for batch in batches], dim=1),
+                torch.cat([batch.coded for batch in batches], dim=1),
+                _joined([batch.expert_features for batch in batches]),
+                _joined([batch.coded_features for batch in batches]),
+                torch.cat(tasks) if tasks else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            told = f"found {len(batches)} batches of answers that do not fit together ({first_line(error)})"
+            raise DecodingError(f"{told}, expected those of the same networks") from error
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:

@@ -76,10 +76,8 @@ class Code:
     def encode(self, outputs: Tensor) -> Tensor:
         """Return what ideal coded models would answer to outputs ``[N, ...]``: ``[R, ...]``, Σ_i matrix[r, i] · f_i."""
         if outputs.shape[0] != self.num_experts:
-            raise ConfigurationError(
-                f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}; give them "
-                "all, or another code"
-            )
+            told = f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}"
+            raise ConfigurationError(f"{told}; give them all, or another code")
         return torch.tensordot(self.matrix.to(outputs), outputs, dims=1)  # type: ignore[no-any-return]
 
     def amplification(self, erased: Sequence[int]) -> float:
@@ -165,17 +163,9 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
         raise ConfigurationError(f"the code is not a matrix of numbers ({error}); give R rows of N weights") from error
     if weights.ndim != 2 or 0 in weights.shape:
         raise ConfigurationError(f"the code has shape {list(weights.shape)}, expected R rows of N weights")
-    for index, row in enumerate(weights):
-        if not bool(torch.isfinite(row).all()):
-            raise ConfigurationError(f"row {index} of the code is not finite: {row.tolist()}; expected numbers")
-        if bool((row < 0).any()):
-            raise ConfigurationError(
-                f"row {index} of the code has a negative weight: {row.tolist()}, expected 0 or more; change it"
-            )
-        total = float(row.sum())
-        if abs(total - 1) > 1e-6:
-            raise ConfigurationError(
-                f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}; divide it by its sum"
-            )
     totals = weights.sum(dim=1, keepdim=True)
+    for index, (row, total) in enumerate(zip(weights, totals, strict=True)):
+        if not (bool((row >= 0).all()) and abs(float(total) - 1) <= 1e-6):
+            told = f"row {index} of the code is {row.tolist()}, which sums to {float(total):.8g}"
+            raise ConfigurationError(f"{told}, expected weights of at least 0 that sum to 1; divide it by its sum")
     return weights / totals.where((totals - 1).abs() > 4 * torch.finfo(torch.float64).eps, 1.0)

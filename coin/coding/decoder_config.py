@@ -77,11 +77,9 @@ class DecoderConfig:
             return decoder
         options = decoder if isinstance(decoder, dict) else {"kind": decoder}
         known = [option.name for option in fields(cls)]
-        if "kind" not in options:
-            raise ConfigurationError(f"found decoder {options} without kind, expected one of {', '.join(DecoderKind)}")
         if unknown := [name for name in options if name not in known]:
             raise ConfigurationError(f"found option '{unknown[0]}' of a decoder, expected {', '.join(known)}")
-        return cls(**options)
+        return cls(**{"kind": None, **options})
 
     @classmethod
     def named(cls, name: str) -> "DecoderConfig":

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, decode_linear
@@ -59,9 +60,9 @@ class ExpertHeadDecoder(Decoder):
         super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.expert_head))
         self.row_of = {expert: int(code.matrix[:, expert].argmax()) for expert in self.erased}
         """Which coded model each lost expert is read from, the first of equals."""
-        own = _stacked([heads[expert] for expert in self.erased]) if heads else (None, None)
-        for name, tensor in zip(("weight", "bias"), own, strict=True):
-            self.register_buffer(name, tensor)
+        own = list(zip(*(heads[expert] for expert in self.erased), strict=True)) if heads else (None, None)
+        for name, tensors in zip(("weight", "bias"), own, strict=True):
+            self.register_buffer(name, tensors and pad_sequence(list(tensors), batch_first=True))
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models that the lost experts are read from."""
@@ -72,34 +73,16 @@ class ExpertHeadDecoder(Decoder):
         self._check(answers)
         if next(self.buffers(), None) is None:
             raise DecodingError(f"the {self.config.name} decoder has no heads; make it with the lost experts' heads")
-        features = torch.stack([self._read(answers, expert, self.weight.shape[2]) for expert in self.erased])
-        logits = features @ self.weight.to(features).mT + self.bias.to(features)[:, None]
-        return pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[2]))).to(answers.experts)
-
-    def _read(self, answers: Answers, expert: int, width: int) -> Tensor:
-        """Return the features that a lost expert's head reads ``[B, F]``, in float64."""
-        row = self.row_of[expert]
         if answers.coded_features is None:
             raise self._without_features()
-        if answers.num_coded <= max(self.row_of.values()):
-            raise DecodingError(
-                f"found answers of {answers.num_coded} coded models, {self.config.name} reads number "
-                f"{max(self.row_of.values())}; keep the silent ones' places"
-            )
-        features = answers.coded_features[row]
-        if features.shape[1] != width:
-            raise DecodingError(
-                f"found {features.shape[1]} features of coded model {row}, the head of expert {expert} reads "
-                f"{width}; use another decoder"
-            )
-        return features.double()
-
-
-def _stacked(heads: Sequence[Head]) -> Head:
-    """Return heads as weights ``[K, C, F]`` and biases ``[K, C]``, padded with zeros to the largest class count."""
-    width = max(len(bias) for _, bias in heads)
-    weights = [pad(weight, (0, 0, 0, width - len(weight))) for weight, _ in heads]
-    return torch.stack(weights), torch.stack([pad(bias, (0, width - len(bias))) for _, bias in heads])
+        rows, width = [self.row_of[expert] for expert in self.erased], self.weight.shape[2]
+        widths = dict(enumerate(feature.shape[1] for feature in answers.coded_features))
+        if wrong := [row for row in rows if widths.get(row) != width]:
+            told = f"found {widths.get(wrong[0], 'no')} features of coded model {wrong[0]}, a lost expert's head reads"
+            raise DecodingError(f"{told} {width}; keep the places of silent models, or use another decoder")
+        features = torch.stack([answers.coded_features[row] for row in rows]).double()
+        logits = features @ self.weight.to(features).mT + self.bias.to(features)[:, None]
+        return pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[2]))).to(answers.experts)
 
 
 def make_decoder(

@@ -45,24 +45,18 @@ def convex(num_experts: int, num_coded: int) -> Code:
         return Code(torch.eye(num_experts, dtype=torch.float64))
     if (num_coded, num_experts) in PRECOMPUTED_CODES:
         return Code(torch.tensor(PRECOMPUTED_CODES[num_coded, num_experts], dtype=torch.float64) / 1000)
-    return _gaussian(num_experts, num_coded)
-
-
-def _gaussian(num_experts: int, num_coded: int) -> Code:
     nodes = torch.linspace(0, 1, num_experts, dtype=torch.float64)
     centres = torch.linspace(0, 1, num_coded, dtype=torch.float64)
-    codes: list[Code] = []
-    refusal: DecodingError | None = None
+    codes, refusals = list[Code](), list[DecodingError]()
     for width in (2 ** (exponent / 2) for exponent in range(-6, 2)):
         bumps = torch.exp(-(((nodes - centres[:, None]) / width) ** 2) / 2)
         try:
             codes.append(Code(bumps / bumps.sum(1, keepdim=True)))
         except DecodingError as error:
-            refusal = error
+            refusals.append(error)
     if not codes:
-        raise DecodingError(
-            f"found no well-conditioned code of {num_coded} rows for {num_experts} experts ({refusal}); use fewer rows"
-        )
+        told = f"found no well-conditioned code of {num_coded} rows for {num_experts} experts ({refusals[-1]})"
+        raise DecodingError(f"{told}; use fewer rows")
     return min(codes, key=Code.worst_amplification)
 
 

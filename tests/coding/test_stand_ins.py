@@ -108,8 +108,8 @@ def test_what_it_cannot_read_is_told_in_one_line():
     narrow = dataclasses.replace(answers, coded_features=[feature[:, :3] for feature in answers.coded_features])
     for message, which, read in (
         ("found answers without features", decoder, without),
-        (r"found 3 features of coded model 1, the head of expert 0 reads 5; use", decoder, narrow),
-        ("found answers of 1 coded models, expert_head reads number 1", decoder, answers.with_coded([0])),
+        ("found 3 features of coded model 1, a lost expert's head reads 5; keep", decoder, narrow),
+        ("found no features of coded model 1", decoder, answers.with_coded([0])),
         ("has no heads; make it with", make_decoder("expert_head", PAIR, [0]), answers),
     ):
         with pytest.raises(DecodingError, match=message) as refused:
