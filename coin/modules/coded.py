@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, Forward, adapted, as_input, clone, size_of, take
-from coin.errors import ConfigurationError, DataError, FileError, StateError
+from coin.errors import ConfigurationError, DataError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_layout, fingerprint
@@ -23,7 +23,7 @@ from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors
 from coin.networks import linear_heads, load_network, run_network
 from coin.networks.heads import of_one_width
-from coin.reporting.results import RESULTS_CSV, check_current, read_results, requested_policy
+from coin.reporting.results import check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.statistics.guard import eval_mode
 
@@ -245,7 +245,13 @@ class Coded(LightningModule):
         return cls._of_file(SystemFile.load(Path(path)), str(path), experts, coded, forward)
 
     @classmethod
-    def from_run(cls, folder: str | Path, method: str | None = None, decoder: str | None = None) -> Self:
+    def from_run(
+        cls,
+        folder: str | Path,
+        method: str | None = None,
+        decoder: str | None = None,
+        reads_survivors: bool | None = None,
+    ) -> Self:
         """Return a coded system that an experiment has evaluated, with its decoders and promises.
 
         Args:
@@ -253,13 +259,11 @@ class Coded(LightningModule):
             method: The method's name in the results, or that of its file in ``systems``, which tells BatchNorm policies
                 apart.
             decoder: The decoder's name in the results; by default the pair with the most accurate decoded answers.
+            reads_survivors: Whether the decoder does; None takes either.
 
         Raises what `load` does, and ConfigurationError where there are no such results.
         """
-        seed = Path(folder) if (Path(folder) / RESULTS_CSV).is_file() else next(iter(seed_folders(Path(folder))), None)
-        if seed is None:
-            found = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
-            raise FileError(f"{found}; make it with `coin run`")
+        seed = seed_folders(Path(folder))[0]
         check_current(seed)
         frame = read_results(seed)
         systems: list[tuple[Path, str, pd.DataFrame]] = []
@@ -269,9 +273,11 @@ class Coded(LightningModule):
             systems += [(path, str(name), rows) for name, rows in own.groupby("decoder", sort=False)]
         asked = [each for each in systems if decoder in (None, each[1])]
         asked = [each for each in asked if method in (None, each[2]["method"].iloc[0], each[0].stem)]
+        asked = [each for each in asked if reads_survivors in (None, DecoderConfig.named(each[1]).reads_survivors)]
         if not asked:
             known = ", ".join(f"{path.stem} with {name}" for path, name, _ in systems) or "none"
-            found = f"method '{method or '*'}' with decoder '{decoder or '*'}'"
+            kind = {None: "", True: " that reads survivors", False: " that reads no survivor"}[reads_survivors]
+            found = f"method '{method or '*'}' with decoder '{decoder or '*'}'{kind}"
             raise ConfigurationError(f"found {found}, expected one that '{seed}' has results and systems of: {known}")
         path, name, rows = max(asked, key=lambda each: float(each[2]["decoded_accuracy"].mean()))
         file = SystemFile.load(path)

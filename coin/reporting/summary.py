@@ -4,7 +4,6 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -78,15 +77,23 @@ def read_summary(experiment_folder: Path) -> pd.DataFrame:
     return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, integers, numbers)[list(SUMMARY_COLUMNS)]
 
 
-def seed_folders(experiment_folder: Path) -> list[Path]:
-    """Return the folders ``seed-*`` that hold results of one configuration, by increasing seed.
+def seed_folders(folder: Path) -> list[Path]:
+    """Return an experiment's folders ``seed-*`` that hold results, by increasing seed, or the one seed's that is given.
 
     Seeds with other options than the latest one would spoil a mean: they are left out, with a warning that names them.
+    Raises FileError where there are no results.
     """
-    found = [path.parent for path in experiment_folder.glob(f"seed-*/{RESULTS_CSV}")]
+    if (folder / RESULTS_CSV).is_file():
+        return [folder]
+    found = [path.parent for path in folder.glob(f"seed-*/{RESULTS_CSV}")]
+    if not found:
+        told = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
+        raise FileError(f"{told}, expected the folder of an experiment or of one seed; make it with `coin run`")
     if len(found) > 1:
         documents = {folder: read_configuration(folder) for folder in found}
-        options = {folder: _comparable(document["configuration"]) for folder, document in documents.items()}
+        # All but what seeds of one experiment differ in.
+        own = {folder: {**document["configuration"], "experts": None} for folder, document in documents.items()}
+        options = {folder: re.sub(r'"seed": \d+', "", json.dumps(each)) for folder, each in own.items()}
         latest = options[max(found, key=lambda folder: str(documents[folder].get("date")))]
         if other := sorted(folder.name for folder in found if options[folder] != latest):
             told = f"left out {', '.join(other)}: measured with other options than the latest seed"
@@ -100,10 +107,7 @@ def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:
 
     Raises FileError where there are no results, a file is damaged, or results are of other experts than those there.
     """
-    seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
-    if not seeds:
-        told = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
-        raise FileError(f"{told}, expected the folder of an experiment or of one seed; make it with `coin run`")
+    seeds = seed_folders(folder)
     for seed in seeds:
         check_current(seed)
     return seeds, pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
@@ -175,12 +179,6 @@ def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
     tasks = summary[summary["task"] != "mean"].drop_duplicates(["experiment", "task"])
     renamed = tasks.rename(columns={"expert_accuracy_mean": "mean", "expert_accuracy_std": "spread"})
     return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)
-
-
-def _comparable(configuration: dict[str, Any]) -> str:
-    """Return what seeds of one experiment have in common: all but their seeds and the keys of their experts."""
-    own = {name: entry for name, entry in configuration.items() if name != "experts"}
-    return re.sub(r'"seed": \d+', "", json.dumps(own))
 
 
 def _over(frame: pd.DataFrame, keys: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, "pd.Series[int]"]:

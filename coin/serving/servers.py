@@ -1,24 +1,20 @@
 """What is served of a run: its networks as servers, and the decoder of their replies."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, decode_linear
-from coin.coding.decoder_config import REPLICA
+from coin.coding import Answers, Decoder, DecoderKind, decode_linear
 from coin.coding.promise import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DecodingError, ServingError
 from coin.merging.adapted import answering, with_adapters
 from coin.modules import Coded
 from coin.networks import load_network, pad_head, run_network
-from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import REFERENCES, seed_folders
 from coin.serving.policies import Policy, PolicyKind, StandIns
 
 
@@ -108,24 +104,13 @@ class System:
         own = name.rpartition("/")[2]
         return self.stand_ins.experts.index(own) if own in self.stand_ins.experts else 0
 
-    def _answers(self, replies: Mapping[str, Reply]) -> Answers:
-        """Return the replies as a decoder reads them, NaN for those that did not arrive."""
-        logits, features = next(iter(replies.values()))[:2]
-        nothing = Reply(logits * math.nan, None if features is None else features * math.nan)
-
-        def of(names: Sequence[str]) -> tuple[Tensor, list[Tensor] | None]:
-            group = [replies.get(name, nothing) for name in names]
-            given = [each.features for each in group if each.features is not None]
-            return torch.stack([each.logits for each in group]), given or None
-
-        (experts, own), (coded, read) = of(self.stand_ins.experts), of(self.stand_ins.coded)
-        return Answers(experts, coded, own, read)
-
     def decode(self, expert: int, replies: Mapping[str, Reply]) -> Reply:
         """Return an expert's answer by the decoder of what is missing, or from the available rows' equations."""
         names, coded = self.stand_ins.experts, self.stand_ins.coded
         replies = {name.removesuffix(f"/{names[expert]}"): reply for name, reply in replies.items()}
-        answers, accepted = self._answers(replies), None
+        sent = {name: own.logits[:, :0] if own.features is None else own.features for name, own in replies.items()}
+        outputs = [(sent[name], replies[name].logits) if name in sent else None for name in (*names, *coded)]
+        answers, accepted = Answers.of_servers(outputs, len(names)), None
         present = [place for place, name in enumerate(names) if place != expert and name in replies]
         missing = tuple(place for place in range(len(names)) if place not in present)
         rows = [row for row, name in enumerate(coded) if name in replies]
@@ -147,16 +132,5 @@ class System:
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
     """Return `Coded.from_run` with the most accurate decoder that the policy can use; else a ConfigurationError."""
-    survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
-    if survivors is not None:
-        frame = read_results(folder if (folder / RESULTS_CSV).is_file() else next(iter(seed_folders(folder)), folder))
-        frame = frame[~frame["method"].isin(REFERENCES) & (frame["decoder"] != REPLICA)]
-        reads = frame["decoder"].map(lambda name: DecoderConfig.named(name).reads_survivors).astype(bool)
-        named = (frame["decoder"] == (decoder or frame["decoder"])) & (frame["method"] == (method or frame["method"]))
-        frame = frame[named & (reads == survivors)]
-        if frame.empty:
-            kind = "that reads the survivors, such as ridge" if survivors else "that reads none, such as expert_head"
-            raise ConfigurationError(f"found no results for {policy}, expected a decoder {kind}; run it with one")
-        best: Any = frame.groupby(["method", "decoder"])["decoded_accuracy"].mean().idxmax()
-        method, decoder = best
-    return Coded.from_run(folder, method, decoder)
+    reads_survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
+    return Coded.from_run(folder, method, decoder, reads_survivors)
