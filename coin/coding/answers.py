@@ -81,14 +81,10 @@ class Answers:
         silent = features[:, :0], torch.full_like(like[:, :1], torch.nan).expand(-1, width)
         every = [silent if output is None else output for output in outputs]
         logits = torch.stack([pad(each, (0, width - each.shape[1])) for _, each in every])
-        sent = [each for each, _ in every] if any(each.shape[1] for each, _ in arrived) else None
-        return cls(
-            logits[:num_experts],
-            logits[num_experts:],
-            None if sent is None else sent[:num_experts],
-            None if sent is None else sent[num_experts:],
-            tasks,
-        )
+        experts, coded, sent = logits[:num_experts], logits[num_experts:], [each for each, _ in every]
+        if not any(each.shape[1] for each, _ in arrived):
+            return cls(experts, coded, tasks=tasks)
+        return cls(experts, coded, sent[:num_experts], sent[num_experts:], tasks)
 
     @property
     def num_experts(self) -> int:

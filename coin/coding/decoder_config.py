@@ -49,8 +49,7 @@ class DecoderConfig:
         survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
             feature_ridge. Without them any number of experts may be lost.
 
-    Raises:
-        ConfigurationError: An option does not exist, has no such value, or does not apply to the kind.
+    Raises ConfigurationError where an option does not exist, has no such value, or does not apply to the kind.
 
     >>> coin.DecoderConfig.of({"kind": "ridge", "survivors": False}).name
     'ridge-alone'

@@ -246,11 +246,7 @@ class Coded(LightningModule):
 
     @classmethod
     def from_run(
-        cls,
-        folder: str | Path,
-        method: str | None = None,
-        decoder: str | None = None,
-        reads_survivors: bool | None = None,
+        cls, folder: str | Path, method: str | None = None, decoder: str | None = None, survivors: bool | None = None
     ) -> Self:
         """Return a coded system that an experiment has evaluated, with its decoders and promises.
 
@@ -259,7 +255,7 @@ class Coded(LightningModule):
             method: The method's name in the results, or that of its file in ``systems``, which tells BatchNorm policies
                 apart.
             decoder: The decoder's name in the results; by default the pair with the most accurate decoded answers.
-            reads_survivors: Whether the decoder does; None takes either.
+            survivors: Whether the decoder reads survivors; None takes either.
 
         Raises what `load` does, and ConfigurationError where there are no such results.
         """
@@ -273,10 +269,10 @@ class Coded(LightningModule):
             systems += [(path, str(name), rows) for name, rows in own.groupby("decoder", sort=False)]
         asked = [each for each in systems if decoder in (None, each[1])]
         asked = [each for each in asked if method in (None, each[2]["method"].iloc[0], each[0].stem)]
-        asked = [each for each in asked if reads_survivors in (None, DecoderConfig.named(each[1]).reads_survivors)]
+        asked = [each for each in asked if survivors in (None, DecoderConfig.named(each[1]).reads_survivors)]
         if not asked:
             known = ", ".join(f"{path.stem} with {name}" for path, name, _ in systems) or "none"
-            kind = {None: "", True: " that reads survivors", False: " that reads no survivor"}[reads_survivors]
+            kind = {None: "", True: " that reads survivors", False: " that reads no survivor"}[survivors]
             found = f"method '{method or '*'}' with decoder '{decoder or '*'}'{kind}"
             raise ConfigurationError(f"found {found}, expected one that '{seed}' has results and systems of: {known}")
         path, name, rows = max(asked, key=lambda each: float(each[2]["decoded_accuracy"].mean()))

@@ -55,8 +55,7 @@ class Experiment:
         wandb: What is logged to W&B.
         given: All options as plain values, as a file has them: what a run leaves for its repetition.
 
-    Raises:
-        ConfigurationError: The parts do not fit together.
+    Raises ConfigurationError where the parts do not fit together.
     """
 
     def __init__(
@@ -93,6 +92,7 @@ class Experiment:
         self.network = network
         self.tasks = {task: task_with(data, image_size=network.image_size) for task, data in tasks.items()}
         self.base = base
+        self._data = [*self.tasks.items(), *([("base", base.task)] if base is not None and base.task else [])]
         self.expert = expert
         self.calibration = calibration
         self.trainer = trainer or {}
@@ -122,10 +122,9 @@ class Experiment:
 
     def _check_content(self) -> None:
         """Raise ConfigurationError if the network does not read the tasks, or a task takes no augmentation given."""
-        network, base = self.network, self.base
-        for name, data in [*self.tasks.items(), *([("base", base.task)] if base is not None and base.task else [])]:
-            network.check_content(data.content)
-            check_heads(network, data.head is not None, name)
+        for name, data in self._data:
+            self.network.check_content(data.content)
+            check_heads(self.network, data.head is not None, name)
         for name, data in self.tasks.items():
             own = self.expert.of(name)
             data.check_augmentation(own.augmentation, own.transform)
@@ -167,7 +166,7 @@ class Experiment:
 
     def check_files(self) -> None:
         """Raise CoinError, before any training, if a user's own data lack something."""
-        for task in [*self.tasks.values(), *([self.base.task] if self.base is not None and self.base.task else [])]:
+        for _, task in self._data:
             task.check_files()
 
     def check(self) -> None:

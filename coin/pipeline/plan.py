@@ -103,20 +103,18 @@ class _Plan:
                 )
                 place = f"{folder}/statistics/{task}.{self._called(which)}.safetensors"
                 statistics.setdefault(which, {})[task] = self._add(step, f"{said}{which} of {task}", {place: step.file})
+        shared: dict[str, Any] = {"store": self.store, "code": of.code, "experts": experts, "tasks": tasks}
+        shared["calibration"] = of.calibration
         merges = []
         for method in of.methods:
             name = coded_name(method)
             merge = Merge(
+                **shared,
                 name=f"coded-{name}",
-                store=self.store,
                 method=method,
-                code=of.code,
-                experts=experts,
                 statistics={which: statistics[which] for which in method.statistics()},
                 initial=self.widest if method.reads_initial else None,
-                tasks=tasks,
                 seed=seed,
-                calibration=of.calibration,
                 trainer=of.trainer if method.is_trained else None,
                 doing="training" if method.is_trained else "merging",
                 log=self._log(seed, "method", name, method.label),
@@ -131,16 +129,12 @@ class _Plan:
             links = {f"{folder}/replicas/{path.name}": path.name for path in copies.outputs.values()}
             replicas.append(self._add(copies, f"{said}replicas of {how.name}", links))
         evaluation = Evaluate(
+            **shared,
             name="evaluate",
-            store=self.store,
             experiment=of.name,
-            experts=experts,
             merges=merges,
             replicas=replicas,
-            code=of.code,
             decoders=None if of.takes_all_decoders else of.decoders,
-            tasks=tasks,
-            calibration=of.calibration,
             trainer=of.trainer,
             configuration=of.recorded(seed),
             yaml=of.as_yaml([seed]),

@@ -125,8 +125,7 @@ Submit: TypeAlias = Callable[[Command], Callable[[], bool]]
 def open_pool(launch: Launch | None, store: Path) -> Iterator[Submit | None]:
     """Yield the function that starts commands as a launch section says, none without; jobs of SLURM outlive the block.
 
-    Raises:
-        ConfigurationError: submitit, SLURM or Ray is missing, or refuses an option.
+    Raises ConfigurationError where submitit, SLURM or Ray is missing, or refuses an option.
     """
     if launch is None or not launch.side_by_side:
         yield None
@@ -255,9 +254,15 @@ class _Slurm:
 def _ray(launch: Launch) -> Iterator[Submit]:
     """Yield what starts a command as a task of Ray; a task whose machine is lost is started again."""
     options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
+    folder, variables = Path.cwd(), {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     address = options.pop("address", None)
     set_ray_variables(address)
     ray, running = extra_module("ray", "serve"), list[Any]()
+
+    def run(command: Command) -> None:  # in this folder, with this command's variables for W&B
+        os.chdir(folder)
+        os.environ.update(variables)
+        command()
 
     def submit(command: Command) -> Callable[[], bool]:
         running.append(task.remote(command))
@@ -265,7 +270,7 @@ def _ray(launch: Launch) -> Iterator[Submit]:
         return done
 
     try:
-        task = ray.remote(**options)(_in_this_folder())
+        task = ray.remote(**options)(run)
         start_ray(address)
     except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
@@ -275,16 +280,3 @@ def _ray(launch: Launch) -> Iterator[Submit]:
         for each in running:
             ray.cancel(each, force=True)  # does nothing to one that has ended
         ray.shutdown()
-
-
-def _in_this_folder() -> Callable[[Command], None]:
-    """Return a function that runs a command in this folder, with this command's variables for W&B."""
-    folder = Path.cwd()
-    variables = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-
-    def run(command: Command) -> None:
-        os.chdir(folder)
-        os.environ.update(variables)
-        command()
-
-    return run

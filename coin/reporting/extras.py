@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from coin.errors import ConfigurationError, FileError, first_line
+from coin.errors import FileError, first_line
 from coin.reporting.results import INTEGERS, KEYS, read_archive, read_frame, write_archive, write_frame
 
 EXAMPLES_NPZ = "examples.npz"
@@ -23,8 +23,7 @@ class Examples:
     """Test images ``[n, H, W, 3]``, uint8, with what was answered for them when their tasks' experts were lost alone.
 
     The `expert`'s answers, the `label` and what was `decoded`, by ``method|batchnorm|decoder``, are places ``[n]`` in
-    `names`, the classes of all tasks one after the other; `task` is that of each image. Raises ConfigurationError where
-    they do not fit together.
+    `names`, the classes of all tasks one after the other; `task` is that of each image.
     """
 
     images: npt.NDArray[np.uint8]
@@ -33,18 +32,6 @@ class Examples:
     decoded: Mapping[str, Answers]
     names: tuple[str, ...]
     task: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        images, count = self.images, len(self.images)
-        whole = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8 and len(self.task) == count
-        for own in (self.expert, self.label, *self.decoded.values()):
-            whole = whole and own.shape == (count,) and own.dtype.kind in "iu"
-            whole = whole and bool(((own >= 0) & (own < len(self.names))).all())
-        if not whole:
-            raise ConfigurationError(
-                f"found example images {list(images.shape)} of {images.dtype}, expected [n, H, W, 3] of uint8, and n "
-                "places of class names for the expert's answers, the labels and what was decoded"
-            )
 
     def by_task(self) -> dict[str, list[int]]:
         """Return the indices of each task's images, in order of appearance."""

@@ -18,11 +18,11 @@ from coin.reporting.style import (
     marker,
     method_colour,
     style,
-    tick_text,
 )
 from coin.reporting.summary import REFERENCES, decoders_of, variant_names
 
 _MANY = 4  # so many forwards and more have one marker
+_NAMED = 16  # so many characters of a name are written on an axis
 _NEAR = 0.5  # points of NDA below 100 up to which an axis is about linear
 _TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5))
 
@@ -106,7 +106,9 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
             if logarithmic:
                 log_scale(axes)
             if not numeric or len(known) <= 8:
-                axes.set_xticks(known if numeric else range(len(known)), [tick_text(value) for value in known])
+                texts = (f"{value:g}" if isinstance(value, float) else str(value) for value in known)
+                short = [text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…" for text in texts]
+                axes.set_xticks(known if numeric else range(len(known)), short)
                 axes.minorticks_off()
         panels[-1].set_xlabel(f"{option} (log scale)" if logarithmic else option)
         legend_below(figure, panels[0])

@@ -16,7 +16,7 @@ from coin.reporting.headline import best_coded, cautions, differences, entries, 
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
 from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES, decoders_of, over_tasks, shortlist, stand_ins, summarise
-from coin.reporting.sweeps import Sweep, as_numbers, sweep_text
+from coin.reporting.sweeps import Sweep, sweep_text
 from coin.reporting.tables import nda_tables, stand_in_table
 
 PLOTS = "plots"
@@ -104,8 +104,7 @@ class _Page:
             first = [("", stand_in_table(kept[shown]))]
             keep = [{"lead": told, "tables": first, "more": more, "text": _KEEP, "phone": phone}]
         if best := best_coded(found):
-            keys = parts.keys_of_shown(source, best)
-            if images := list(parts.example_images(source, keys)):
+            if images := list(parts.example_images(source, best)):
                 examples = [{"text": f"Decoded with {best.decoder}.", "examples": images}]
             tasks = [{"tables": list(parts.by_task(self.summary, source, best.decoder))}]
         tables = [(f"{erased} lost", table) for erased, table in nda_tables(self.summary).items()]
@@ -147,10 +146,12 @@ class _Page:
         names = [name for name, values in sweep.swept.items() if len(values) > 1 and len(means)]
         for name in names:
             of_each = {experiment: own[name] for experiment, own in sweep.options.items()}
-            values = as_numbers(means["experiment"].map(of_each))
+            values = means["experiment"].map(of_each)
+            numbers = pd.to_numeric(values, errors="coerce")
+            plotted = values if numbers.isna().any() else numbers
             others = ", ".join(other for other in names if other != name)
             caption = f"NDA against {name}, mean ± spread over seeds{f'; mean over {others}' if others else ''}."
-            figure = figures.nda_against_option(means, name, values, joined=len(names) == 1)
+            figure = figures.nda_against_option(means, name, plotted, joined=len(names) == 1)
             yield self._draw(f"nda_against_{name}", figure, caption)
 
     def _draw(self, name: str, figure: Figure, caption: str) -> dict[str, Any]:

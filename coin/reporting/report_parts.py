@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,19 +133,15 @@ def choices(source: Source) -> pd.DataFrame:
     return pd.DataFrame(said, columns=["method", "chosen"])
 
 
-def keys_of_shown(source: Source, best: Entry) -> dict[str, str]:
-    """Return the keys of answers of the best method and of COIN, both with the best method's decoder."""
+def example_images(source: Source, best: Entry) -> Iterator[dict[str, Any]]:
+    """Yield the example images by task, with what the expert, the best method and COIN answer by its decoder."""
+    if (examples := next(source.read(read_examples), None)) is None:
+        return
     frame = source.frame[source.frame["decoder"] == best.decoder].assign(name=variant_names)
     rows = pd.concat([frame[frame["name"] == best.name].head(1), frame[frame["method"] == "coin"].head(1)])
     keys = rows["method"] + "|" + rows["batchnorm"].map(requested_policy) + f"|{best.decoder}"
-    return dict(zip(rows["name"], keys, strict=True))
-
-
-def example_images(source: Source, keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the example images by task, each with what the expert and the methods of `keys_of_shown` answer."""
-    if (examples := next(source.read(read_examples), None)) is None:
-        return
-    decoded = {name: examples.decoded[key] for name, key in keys.items() if key in examples.decoded}
+    known = examples.decoded
+    decoded = {name: known[key] for name, key in zip(rows["name"], keys, strict=True) if key in known}
     for task, indices in examples.by_task().items():
         images = []
         for i in indices:

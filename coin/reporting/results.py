@@ -1,9 +1,4 @@
-"""The files of a measurement, written and read back exactly; tables, figures and the report need nothing else.
-
-``results.csv`` is long format, one row per measured number set; ``results.json`` holds the same rows with the
-configuration, the versions, the date and the machine; ``confusion.npz`` counts the expert's answers against the decoded
-ones.
-"""
+"""The files of a measurement, written and read back exactly; tables, figures and the report need nothing else."""
 
 import json
 import math
@@ -106,7 +101,7 @@ def write_results(
     classes: Mapping[str, Sequence[str]] | None = None,
     wandb_url: str | None = None,
 ) -> None:
-    """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``.
+    """Write ``results.csv``, ``results.json`` (with versions, date and machine) and, of confusions, ``confusion.npz``.
 
     Args:
         folder: The seed's folder, made where it is missing.

@@ -7,13 +7,12 @@ references. Variants of a method share its colour.
 import io
 import math
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.style import context
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 INK, SOFT = "#1b1f24", "#6b7480"
@@ -28,7 +27,6 @@ _METHODS = {
     "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": SOFT, "oracle": INK,
 }  # fmt: skip
 _OTHERS = ("#CC79A7", "#B8A800", "#A65628", "#F781BF", "#999933")
-_NAMED = 16  # so many characters of a name are written on an axis
 _LINE = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)}  # from a point to its name
 # Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
 _STYLE: Any = {
@@ -40,13 +38,9 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Draw in the house's style within this block, whatever the user's matplotlib settings say."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
-        yield
+def style() -> AbstractContextManager[None]:
+    """Return a context that draws in the house's style, whatever the user's matplotlib settings say."""
+    return context(_STYLE, after_reset=True)
 
 
 def marker(index: int) -> str:
@@ -82,12 +76,6 @@ def log_scale(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def tick_text(value: object) -> str:
-    """Return a tick's text: a number in full, a long name cut off."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…"
 
 
 def column_of_names(axes: Axes, labels: list[tuple[float, float, str, str]], gap: float) -> None:

@@ -54,8 +54,8 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     swept = {short[key]: tuple(dict.fromkeys(frame[key])) for key in keys}
     options, parts = {}, []
     for values, part in frame.groupby(keys, sort=False) if keys else [((), frame)]:
-        named = zip((short[key] for key in keys), values, strict=True)
-        own = {option: _short_value(str(value), swept[option]) for option, value in named}
+        named = zip((short[key] for key in keys), map(str, values), strict=True)
+        own = {o: value if len(value) <= _LONGEST else f"#{swept[o].index(value)}" for o, value in named}
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
         parts.append(part[list(COLUMNS)].assign(experiment=label))
@@ -115,18 +115,8 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*heads, *decoders])
 
 
-def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Return the values of an option as numbers where all of them are, else as they stand."""
-    numbers = pd.to_numeric(values, errors="coerce")
-    return values if numbers.isna().any() else numbers
-
-
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
     """Return the last part of each swept key, the whole key where another ends alike or a column is called so."""
     last = [key.rsplit(".")[-1] for key in keys]
     pairs = zip(keys, last, strict=True)
     return {key: name if last.count(name) == 1 and name not in COLUMNS else key for key, name in pairs}
-
-
-def _short_value(value: str, values: Sequence[str]) -> str:
-    return value if len(value) <= _LONGEST else f"#{values.index(value)}"

@@ -174,7 +174,9 @@ def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method"
     out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     number: Any = {"justify": "right", "no_wrap": True, "overflow": "ellipsis"}  # one that is cut says so
     for name in table.columns:
-        out.add_column(Text(heading(str(name))), **({"overflow": "fold"} if name in texts else number))
+        # A long heading is broken behind hyphens and between words.
+        heading = str(name) if len(name) <= _WIDEST else str(name).replace("-", "-\n").replace(" ", "\n")
+        out.add_column(Text(heading), **({"overflow": "fold"} if name in texts else number))
     starred = {name: any(str(cell).endswith(BEST) for cell in table[name]) for name in table.columns}
     for place, row in enumerate(table.itertuples(index=False), 1):
         cells = (
@@ -184,8 +186,3 @@ def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method"
         )
         out.add_row(*cells, end_section=place in ends)
     return out
-
-
-def heading(name: str) -> str:
-    """Return a name as a heading: a long one broken behind hyphens and between words."""
-    return name if len(name) <= _WIDEST else name.replace("-", "-\n").replace(" ", "\n")

@@ -132,5 +132,5 @@ class System:
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
     """Return `Coded.from_run` with the most accurate decoder that the policy can use; else a ConfigurationError."""
-    reads_survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
-    return Coded.from_run(folder, method, decoder, reads_survivors)
+    survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
+    return Coded.from_run(folder, method, decoder, survivors)

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from coin.core.batches import tensors_in
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
-from coin.statistics.rules.elementwise import add, batch_norm, expand, group_norm, layer_norm, multiply
+from coin.statistics.rules.elementwise import batch_norm, expand, group_norm, layer_norm, multiply
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
@@ -199,6 +200,6 @@ _READERS: dict[Any, Callable[..., Call | None]] = {
     F.group_norm: group_norm,
     F.embedding: _embedding,
     **dict.fromkeys((torch.mul, Tensor.mul), multiply),
-    **dict.fromkeys((torch.add, Tensor.add), add),
+    **dict.fromkeys((torch.add, Tensor.add), partial(multiply, added=True)),
     Tensor.expand: expand,
 }

@@ -1,6 +1,5 @@
 """Write the results of an evaluation: rows, confusion matrices and examples, as files and to W&B."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
-from coin.evaluation.scores import Outcome
 from coin.modules import DecodingEvaluator
 from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
-from coin.reporting.results import COLUMNS, KEYS, Row, confusion_key, requested_policy, write_results
+from coin.reporting.results import COLUMNS, Row, confusion_key, requested_policy, write_results
 from coin.tracking.settings import logging_only
 
 WEAK = 0.2
@@ -57,7 +55,12 @@ def record_evaluation(
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
     model.save_systems(folder / "systems")
-    kept = [_kept_promise(row, outcome) for row, outcome in pairs if outcome.promise]
+    kept = [
+        {**vars(row), **vars(outcome.promise), "promised": outcome.promise.coverage}
+        | {name: outcome.columns[name] for name in ("coverage", "found")}
+        for row, outcome in pairs
+        if outcome.promise
+    ]
     write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))
     for run in runs:
         from coin.tracking.evaluation import log_evaluation  # imports wandb
@@ -78,19 +81,6 @@ def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, 
             CoinWarning,
             stacklevel=2,
         )
-
-
-def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
-    """Return the row of ``promise.csv``: the promise, and whether it held on the test samples."""
-    promise = outcome.promise
-    assert promise is not None
-    return {
-        **{key: getattr(row, key) for key in KEYS},
-        **{name: getattr(promise, name) for name in ("alpha", "confidence", "samples", "needed")},
-        "threshold": math.nan if promise.threshold is None else promise.threshold,
-        "promised": promise.coverage,
-        **{name: outcome.columns[name] for name in ("coverage", "found")},
-    }
 
 
 def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:

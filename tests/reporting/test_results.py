@@ -129,16 +129,6 @@ def test_examples_read_back_and_none_are_left_of_an_earlier_run(tmp_path: Path):
     assert read_examples(tmp_path) is None
 
 
-def test_wrong_shapes_and_types_are_refused():
-    for changes in (
-        {"images": np.zeros((2, 3, 3, 1), np.uint8)}, {"images": IMAGES.astype(float)}, {"task": ("a",)},
-        {"decoded": {"m||d": np.array([0])}}, {"label": np.array(["x", "y"])}, {"label": ONE + 1}, {"label": ONE - 1},
-    ):  # fmt: skip
-        given = {"images": IMAGES, "expert": ONE, "label": ONE, "decoded": {}, "names": ("x", "y"), "task": ("a", "a")}
-        with pytest.raises(ConfigurationError, match=r"expected \[n, H, W, 3\] of uint8, and n places of class names"):
-            Examples(**{**given, **changes})
-
-
 def test_damaged_examples_are_one_clear_line_wherever_they_are_damaged(tmp_path: Path):
     path = tmp_path / EXAMPLES_NPZ
     for content in (b"nothing", b""):

@@ -59,7 +59,7 @@ class ElementwiseCall(Call):
 
 
 def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
-    """Read `torch.mul`."""
+    """Read `torch.mul`, or `torch.add` if the parameter is `added`."""
     weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
     if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return None
@@ -71,16 +71,11 @@ def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
     return ElementwiseCall(x, weight, None, aligned[1:], added)
 
 
-def add(input: Any, other: Any) -> Call | None:
-    """Read `torch.add`."""
-    return multiply(input, other, added=True)
-
-
 def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
     """Read `torch.Tensor.expand` over samples: as if the weight were added to zeros of that shape."""
     if not isinstance(weight, nn.Parameter):
         return None
-    return add(weight.detach().expand(*(sizes if size is None else size)), weight)
+    return multiply(weight.detach().expand(*(sizes if size is None else size)), weight, added=True)
 
 
 def batch_norm(
