@@ -45,10 +45,8 @@ class Answers:
 
     def __post_init__(self) -> None:
         if self.experts.ndim != 3 or self.coded.ndim != 3 or self.experts.shape[1:] != self.coded.shape[1:]:
-            raise DecodingError(
-                f"found experts' logits {list(self.experts.shape)} and coded logits {list(self.coded.shape)}, "
-                "expected [N, B, C] and [R, B, C]"
-            )
+            told = f"found experts' logits {list(self.experts.shape)} and coded logits {list(self.coded.shape)}"
+            raise DecodingError(f"{told}, expected [N, B, C] and [R, B, C]")
         if (self.expert_features is None) != (self.coded_features is None):
             raise DecodingError("found features of the experts or of the coded models only, expected both or neither")
         groups = (("experts", self.experts, self.expert_features), ("coded models", self.coded, self.coded_features))

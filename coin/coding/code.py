@@ -131,17 +131,13 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
     erased = check_erasure(erased, matrix.shape[1])
     present = [expert for expert in range(matrix.shape[1]) if expert not in erased]
     if len(erased) > matrix.shape[0]:
-        raise DecodingError(
-            f"{len(erased)} experts are lost but {matrix.shape[0]} coded models answered, expected at least as many; "
-            "add rows to the code or use a calibrated decoder"
-        )
+        told = f"{len(erased)} experts are lost but {matrix.shape[0]} coded models answered, expected at least as many"
+        raise DecodingError(f"{told}; add rows to the code or use a calibrated decoder")
     weights = matrix.to(torch.float64)
     amplification = _amplification(weights, erased)
     if not amplification <= MAX_AMPLIFICATION:
-        raise DecodingError(
-            f"the code's columns for the lost experts {list(erased)} are linearly dependent: they have a noise "
-            f"amplification of {amplification:.3g}, expected at most {MAX_AMPLIFICATION:.0e}; choose another code"
-        )
+        told = f"the code's columns for the lost experts {list(erased)} are linearly dependent, noise is amplified"
+        raise DecodingError(f"{told} {amplification:.3g}-fold, expected at most {MAX_AMPLIFICATION:.0e}; use another")
     inverse = torch.linalg.pinv(weights[:, list(erased)])
     # One matrix for both parts, made in float64 and rounded once.
     both = torch.cat([inverse, -(inverse @ weights[:, present])], 1).to(coded)

@@ -105,10 +105,8 @@ class Decoder(nn.Module, ABC):
         if self.needs_fit and not fitting and next(self.buffers(), None) is None:
             raise DecodingError(f"the {self.config.name} decoder is not fitted; call fit with calibration answers")
         if answers.num_experts != self.num_experts:
-            raise DecodingError(
-                f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}; keep the lost "
-                "ones' places"
-            )
+            told = f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}"
+            raise DecodingError(f"{told}; keep the lost ones' places")
 
     def _own_samples(self, calibration: Answers) -> dict[int, Tensor]:
         """Return the positions of the inputs of every lost expert's own task."""

@@ -26,10 +26,8 @@ class LinearDecoder(Decoder):
     def __init__(self, code: Code, erased: Sequence[int]) -> None:
         super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.linear))
         if len(self.erased) > code.max_erasures:
-            raise DecodingError(
-                f"{len(self.erased)} experts are lost, the code decodes at most {code.max_erasures}; "
-                "add rows to the code or use a calibrated decoder"
-            )
+            told = f"{len(self.erased)} experts are lost, the code decodes at most {code.max_erasures}"
+            raise DecodingError(f"{told}; add rows to the code or use a calibrated decoder")
         self.code = code
 
     def decode(self, answers: Answers) -> Tensor:
@@ -62,7 +60,7 @@ class ExpertHeadDecoder(Decoder):
         """Which coded model each lost expert is read from, the first of equals."""
         own = list(zip(*(heads[expert] for expert in self.erased), strict=True)) if heads else (None, None)
         for name, tensors in zip(("weight", "bias"), own, strict=True):
-            self.register_buffer(name, tensors and pad_sequence(list(tensors), batch_first=True))
+            self.register_buffer(name, None if tensors is None else pad_sequence(list(tensors), batch_first=True))
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models that the lost experts are read from."""

@@ -23,8 +23,6 @@ class DecodingAccuracy(Metric):
     0.75
     """
 
-    is_differentiable = False
-    higher_is_better = True
     full_state_update = False
     counts: Tensor
 
@@ -42,10 +40,8 @@ class DecodingAccuracy(Metric):
         of NaN is no answer.
         """
         if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
-            raise DataError(
-                f"found decoded logits {list(decoded.shape)}, expert's logits {list(expert.shape)} and labels "
-                f"{list(labels.shape)}, expected [B, C], [B, C] and [B]"
-            )
+            shapes = [list(each.shape) for each in (decoded, expert, labels)]
+            raise DataError(f"found decoded and expert's logits and labels {shapes}, expected [B, C], [B, C] and [B]")
         if decoded.shape[1] < (width := self.num_classes or decoded.shape[1]):
             raise DataError(f"found {decoded.shape[1]} outputs, expected at least {width}")
         if bool(((labels < 0) | (labels >= width)).any()):
@@ -84,8 +80,6 @@ class Residual(Metric):
     0.25
     """
 
-    is_differentiable = False
-    higher_is_better = False
     full_state_update = False
     squares: Tensor
 

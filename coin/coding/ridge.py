@@ -15,22 +15,15 @@ RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 
 @dataclass(frozen=True)
 class RidgeFit:
-    """An affine map x ↦ (x − input_mean) · coefficients + target_mean in float64, and how it was chosen.
+    """An affine map x ↦ (x − input_mean) · coefficients + target_mean in float64, and how it was chosen."""
 
-    Args:
-        coefficients: ``[D, T]``, with `input_mean` ``[D]`` and `target_mean` ``[T]``: what is `kept` to predict.
-        ridges: The absolute ridge chosen for each group of targets ``[G]``.
-        leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
-        left_out: The error made for every sample by the same ridges fitted to all others ``[P, T]``.
-    """
-
-    kept: ClassVar = ("coefficients", "input_mean", "target_mean")
-    coefficients: Tensor
-    input_mean: Tensor
-    target_mean: Tensor
-    ridges: Tensor
-    leave_one_out: Tensor
-    left_out: Tensor
+    kept: ClassVar = ("coefficients", "input_mean", "target_mean")  # to predict
+    coefficients: Tensor  # [D, T]
+    input_mean: Tensor  # [D]
+    target_mean: Tensor  # [T]
+    ridges: Tensor  # the absolute ridge chosen for each group of targets [G]
+    leave_one_out: Tensor  # mean squared leave-one-out error by group and grid point [G, K], summed over the targets
+    left_out: Tensor  # the error made for every sample by the same ridges fitted to all others [P, T]
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``, on their device."""
@@ -39,12 +32,7 @@ class RidgeFit:
 
 
 def fit_ridge(
-    inputs: Tensor,
-    targets: Tensor,
-    groups: int = 1,
-    kernel: Tensor | None = None,
-    *,
-    intercept: bool = True,
+    inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor | None = None, *, intercept: bool = True
 ) -> RidgeFit:
     """Fit ridge regressions with an unpenalised intercept and the ridge that predicts left-out samples best.
 

@@ -61,10 +61,8 @@ class RidgeDecoder(Decoder):
         self._check(answers)
         inputs = torch.cat(self._blocks(answers), 1)
         if (found := inputs.shape[1]) != (fitted := self.input_mean.shape[1]):
-            raise DecodingError(
-                f"found answers of {found} numbers, the decoder was fitted on {fitted}; fit it on answers of the same "
-                "servers"
-            )
+            told = f"found answers of {found} numbers, the decoder was fitted on {fitted}"
+            raise DecodingError(f"{told}; fit it on answers of the same servers")
         coefficients, mean, target = (getattr(self, name).to(inputs.device) for name in RidgeFit.kept)
         decoded = (inputs - mean[:, None]) @ coefficients + target[:, None]  # [1 or |erased|, B, ·]
         each: Tensor = decoded.unflatten(2, (len(self.erased) // len(decoded), -1)).transpose(1, 2)

@@ -5,10 +5,10 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -22,7 +22,6 @@ from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, read_sweep_table
 from coin.reporting.tables import percent, promise_table
 
 Titled = tuple[str, pd.DataFrame]  # what stands above a table of text, and the table
-Found = TypeVar("Found")
 REPORT_HTML = "report.html"
 
 
@@ -45,10 +44,6 @@ class Source:
     def made(self) -> list[dict[str, Any]]:
         """What the coded models of all seeds say of their making."""
         return [as_dict(made) for document in self.documents for made in document.get("methods") or ()]
-
-    def read(self, reader: Callable[[Path], Found | None]) -> Iterator[Found]:
-        """Yield what a reader of an optional file returns for the seeds' folders that have one."""
-        return (found for found in map(reader, self.seeds) if found is not None)
 
 
 def read_source(folder: Path) -> Source:
@@ -115,7 +110,7 @@ def by_task(summary: pd.DataFrame, source: Source, decoder: str) -> Iterator[Tit
             line[f"{row['task']}: {what}"] = percent(row[f"{column}_mean"], row[f"{column}_std"])
     table = pd.DataFrame([{"method": name, **line} for name, line in lines.items()]).fillna("–")
     yield f"Accuracy of the decoded answers, and agreement with the expert, in %, {decoder} decoder", table
-    if made := list(source.read(read_promises)):
+    if made := [found for found in map(read_promises, source.seeds) if found is not None]:
         promised = pd.concat(made, ignore_index=True)
         promised = promised[(promised["decoder"] == decoder) & (promised["method"] != "oracle")]
         yield f"Promised and found on the test sets, in %, {decoder} decoder", promise_table(promised)
@@ -135,7 +130,7 @@ def choices(source: Source) -> pd.DataFrame:
 
 def example_images(source: Source, best: Entry) -> Iterator[dict[str, Any]]:
     """Yield the example images by task, with what the expert, the best method and COIN answer by its decoder."""
-    if (examples := next(source.read(read_examples), None)) is None:
+    if (examples := next(filter(None, map(read_examples, source.seeds)), None)) is None:
         return
     frame = source.frame[source.frame["decoder"] == best.decoder].assign(name=variant_names)
     rows = pd.concat([frame[frame["name"] == best.name].head(1), frame[frame["method"] == "coin"].head(1)])

@@ -23,21 +23,13 @@ _LONGEST = 24  # longer values are named by their place among the values
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished sweep. Points that differ in their seeds alone are one experiment of it.
+    """A finished sweep. Points that differ in their seeds alone are one experiment of it."""
 
-    Args:
-        name: The sweep's name, which is its folder's.
-        swept: The values of each option, in order of appearance, by its short name; seeds are no option.
-        options: Each experiment's values of these, a long one by its place; empty where only seeds were swept.
-        frame: All rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name.
-        points: The folders of the points.
-    """
-
-    name: str
-    swept: Mapping[str, tuple[str, ...]]
-    options: Mapping[str, Mapping[str, str]]
-    frame: pd.DataFrame
-    points: tuple[str, ...]
+    name: str  # its folder's
+    swept: Mapping[str, tuple[str, ...]]  # every option's values, as they appear, by its short name, but for seeds
+    options: Mapping[str, Mapping[str, str]]  # each experiment's values of these, a long one by its place; or nothing
+    frame: pd.DataFrame  # all rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name
+    points: tuple[str, ...]  # their folders
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
