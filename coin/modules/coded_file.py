@@ -56,11 +56,7 @@ class SystemFile:
 
     @classmethod
     def load(cls, path: Path) -> "SystemFile":
-        """Read what `save` wrote.
-
-        Raises FileError where the file, or that of a coded model, is missing, damaged, changed or holds something else,
-        StateError where a decoder's tensors are not whole.
-        """
+        """Read what `save` wrote; FileError where it, or a coded model's file, is not whole, StateError for tensors."""
         state, told = load_state(path)
         if told.get("what") != _SYSTEM:
             raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")

@@ -85,10 +85,7 @@ class DecodingEvaluator(LightningModule):
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor, tasks: int | Tensor | None = None) -> Answers:
-        """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once.
-
-        Bodies with adapters answer for the inputs' own experts, `tasks`.
-        """
+        """Return all experts' and coded models' answers to inputs ``[B, ...]``, with adapters those for the tasks."""
         features = any(each.reads_features for each in self.decoders)
         return server_answers(self.experts, self.coded, inputs, features, tasks=tasks)
 

@@ -155,10 +155,7 @@ def child_environment(threads: int) -> dict[str, str]:
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Return the environment of each worker on this machine: its share of the cores, and of the GPUs if there are any.
-
-    With more workers than GPUs, several share one.
-    """
+    """Return the environment of each worker on this machine: its share of the cores and GPUs; several may share one."""
     import torch  # which a job that only starts a command does not need
 
     environment = child_environment(max(1, cores() // workers))

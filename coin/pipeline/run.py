@@ -230,10 +230,7 @@ def _claim(step: Step, locks: ExitStack) -> bool:
 
 
 def run_only(experiment: Experiment, name: str) -> None:
-    """Run the steps with a name (a task's: its expert), for every seed, or the one in a folder, and all that they need.
-
-    Raises ConfigurationError if there are none.
-    """
+    """Run the steps with a name (a task's: its expert) or the one in a folder, of all seeds, and what they need."""
     steps, called = prepared(experiment), {name, f"expert-{name}"}
     chosen = [each.step for each in steps if called & {each.step.name, each.step.folder.name}]
     if not chosen:

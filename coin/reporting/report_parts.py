@@ -47,10 +47,7 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """Read the folder of an experiment (with ``seed-*``), of one seed, or of a sweep (with ``sweep.csv``).
-
-    Raises FileError where it holds no results, a file is damaged, or results are of other experts than those there.
-    """
+    """Read the folder of an experiment, of one seed, or of a sweep (with ``sweep.csv``); raises as `read_run`."""
     if sweep := read_sweep_table(folder):
         files = (sorted((folder / point).glob(f"seed-*/{RESULTS_CSV}")) for point in sweep.points)
         seeds, frame = [file.parent for own in files for file in own], sweep.frame

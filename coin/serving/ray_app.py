@@ -152,10 +152,7 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
 
 
 def start(system: System, about: Description, options: RayOptions) -> Callable[[], None]:
-    """Serve on Ray Serve until the returned function is called, which first lets running queries finish.
-
-    Raises ServingError where it cannot serve here.
-    """
+    """Serve on Ray Serve, else a ServingError, until the returned function is called; running queries finish first."""
     set_ray_variables(options.address)
     serve = extra_module("ray.serve", "serve")
     import ray

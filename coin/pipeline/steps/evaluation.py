@@ -46,10 +46,7 @@ def _key(calibration: CalibrationConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate(Step):
-    """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders.
-
-    `configuration` is what ``results.json`` says of the experiment, `yaml` what ``coin run`` repeats the seed with.
-    """
+    """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders."""
 
     collective: ClassVar[bool] = True
 
@@ -62,8 +59,8 @@ class Evaluate(Step):
     tasks: dict[str, TaskData]
     calibration: CalibrationConfig = keyed_by(_key)
     trainer: dict[str, Any] = keyed_by(lambda trainer: result_options(trainer, training=False))
-    configuration: dict[str, Any] = unkeyed()
-    yaml: str = unkeyed()
+    configuration: dict[str, Any] = unkeyed()  # what ``results.json`` says of the experiment
+    yaml: str = unkeyed()  # what ``coin run`` repeats the seed with
     log: RunLog = unkeyed()
     doing: str = unkeyed(default="every method with every decoder")
 

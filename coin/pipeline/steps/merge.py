@@ -81,16 +81,13 @@ class EstimateStatistic(Step):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Merge(Step):
-    """Makes a method's coded models, one a row of the code, and their compressed variants.
-
-    `initial` and `trainer` are given to methods that read them only.
-    """
+    """Makes a method's coded models, one a row of the code, and their compressed variants."""
 
     method: Method
     code: Code = keyed_by(lambda code: code.matrix.tolist())
     experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
-    initial: WriteInitial | None
+    initial: WriteInitial | None  # given, as the trainer, to methods that read it only
     tasks: dict[str, TaskData]
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
@@ -126,16 +123,13 @@ class Merge(Step):
 
 @dataclass
 class Training:
-    """Trains coded models, in place of `coin.distillation.method.fit_in_memory`.
-
-    `options` is the experiment's ``trainer`` section; the loggers are those of the final run.
-    """
+    """Trains coded models, in place of `coin.distillation.method.fit_in_memory`."""
 
     tasks: Tasks
     folder: Path
     seed: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-    loggers: Sequence[Logger] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # the experiment's ``trainer`` section
+    loggers: Sequence[Logger] = ()  # of the final run
 
     def run_options(self, experts: Experts, method: Any) -> dict[str, Any]:
         """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
@@ -205,10 +199,7 @@ def make_coded_models(
 
 
 def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
-    """Return the code for the option `code` and N experts.
-
-    Raises CoinError if it is no code, is for another number of experts, or cannot decode every erasure of R.
-    """
+    """Return the code for the option `code` and N experts; a CoinError where it is none, or not for so many."""
     code = Code(option) if isinstance(option, list) else convex(num_experts, 1 if option is None else option)
     if code.num_experts != num_experts:
         raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {num_experts}")
