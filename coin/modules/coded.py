@@ -272,9 +272,10 @@ class Coded(LightningModule):
         asked = [each for each in asked if survivors in (None, DecoderConfig.named(each[1]).reads_survivors)]
         if not asked:
             known = ", ".join(f"{path.stem} with {name}" for path, name, _ in systems) or "none"
-            kind = {None: "", True: " that reads survivors", False: " that reads no survivor"}[survivors]
-            found = f"method '{method or '*'}' with decoder '{decoder or '*'}'{kind}"
-            raise ConfigurationError(f"found {found}, expected one that '{seed}' has results and systems of: {known}")
+            kinds = {True: "reads the survivors, such as ridge,", False: "reads none, such as expert_head,"}
+            kind = "one" if survivors is None else f"a decoder that {kinds[survivors]}"
+            told = f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected {kind}"
+            raise ConfigurationError(f"{told} that '{seed}' has results and systems of: {known}")
         path, name, rows = max(asked, key=lambda each: float(each[2]["decoded_accuracy"].mean()))
         file = SystemFile.load(path)
         file.decoders = [each for each in file.decoders if each.config.name == name]
