@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from coin.coding.ridge import block_kernel
-from coin.errors import DecodingError, first_line
+from coin.errors import DecodingError
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,18 @@ class Answers:
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
         """Return the answers for several batches as one, in their order; a DecodingError unless they fit together."""
+        kinds = [tree_map_only(Tensor, lambda each: each.shape, vars(batch.select(slice(0)))) for batch in batches]
+        if not kinds or any(kind != kinds[0] for kind in kinds):
+            told = f"found {len(batches)} batches of answers that do not fit together"
+            raise DecodingError(f"{told}, expected the same networks, classes and features, all with tasks or none")
         tasks = [batch.tasks for batch in batches if batch.tasks is not None]
-        try:
-            return cls(
-                torch.cat([batch.experts for batch in batches], dim=1),
-                torch.cat([batch.coded for batch in batches], dim=1),
-                _joined([batch.expert_features for batch in batches]),
-                _joined([batch.coded_features for batch in batches]),
-                torch.cat(tasks) if tasks else None,
-            )
-        except (RuntimeError, ValueError) as error:
-            told = f"found {len(batches)} batches of answers that do not fit together ({first_line(error)})"
-            raise DecodingError(f"{told}, expected those of the same networks") from error
+        return cls(
+            torch.cat([batch.experts for batch in batches], dim=1),
+            torch.cat([batch.coded for batch in batches], dim=1),
+            _joined([batch.expert_features for batch in batches]),
+            _joined([batch.coded_features for batch in batches]),
+            torch.cat(tasks) if tasks else None,
+        )
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:
