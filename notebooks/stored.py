@@ -75,9 +75,15 @@ def cost(rows: pd.DataFrame, method: str, column: str = "merge_passes") -> float
 
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
-    """The rows of a suite of stand-ins, of the most experts, with the memory in networks."""
+    """The rows of a suite of stand-ins, and of that of its adapters, of the most experts, with the memory in networks."""
     rows = measured(f"stand-ins-{suite}")
     rows = rows[rows.groupby("experiment").task.transform("nunique") == (8 if suite == "experts" else 2)]
+    if (RESULTS / f"adapters-{suite}").is_dir():
+        more = measured(f"adapters-{suite}")
+        more = more[~more.method.isin(["none", "oracle", "average"])]  # which the other has, with all decoders
+        anew = {*zip(more.method, more.decoder, strict=True)}
+        old = [each not in anew for each in zip(rows.method, rows.decoder, strict=True)]
+        rows = pd.concat([rows[old], more])
     rows = rows.assign(memory_mib=pd.to_numeric(rows.memory_mib))
     network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
     return rows.assign(networks=rows.memory_mib / network)
