@@ -75,7 +75,7 @@ def cost(rows: pd.DataFrame, method: str, column: str = "merge_passes") -> float
 
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
-    """The rows of a suite of stand-ins, and of that of its adapters, of the most experts, with the memory in networks."""
+    """The rows of a suite of stand-ins and of its adapters, of the most experts, with the memory in networks."""
     rows = measured(f"stand-ins-{suite}")
     rows = rows[rows.groupby("experiment").task.transform("nunique") == (8 if suite == "experts" else 2)]
     if (RESULTS / f"adapters-{suite}").is_dir():
