@@ -70,77 +70,70 @@ STAND_INS = {
 }
 KEPT = {
     ("none", "feature_ridge"): "nothing: the survivors alone",
-    ("base", "expert_head-own"): "the base itself, own head corrected",
+    ("base", "expert_head"): "the base itself, own head",
     ("base", "feature_ridge"): "the base itself, `feature_ridge`",
-    ("average", "expert_head-own"): "`Average`, own head corrected",
+    ("average", "expert_head"): "`Average`, own head",
     ("average", "feature_ridge"): "`Average`, `feature_ridge`",
     ("wudi", "expert_head"): "`Wudi` (no data), own head",
-    ("wudi", "expert_head-own"): "`Wudi`, own head corrected",
     ("coin", "linear"): "`Coin`, the paper's decoder",
-    ("coin", "expert_head-own"): "`Coin`, own head corrected",
+    ("coin", "expert_head"): "`Coin`, own head",
     ("coin", "feature_ridge"): "`Coin`, `feature_ridge`",
-    ("distillation", "expert_head-own"): "`Distillation`, own head corrected",
+    ("distillation", "linear"): "`Distillation`, the paper's decoder",
+    ("distillation", "expert_head"): "`Distillation`, own head",
     ("distillation", "feature_ridge"): "`Distillation`, `feature_ridge`",
     ("refit", "linear"): "`Refit`, the paper's decoder",
-    ("refit", "expert_head"): "**`Refit`, own head**",
+    ("refit", "expert_head"): "`Refit`, own head",
     ("refit", "feature_ridge"): "`Refit`, `feature_ridge`",
     ("refit-both", "linear"): "`Refit(both)`, the paper's decoder",
-    ("refit-both", "expert_head-own"): "`Refit(both)`, own head corrected",
     ("refit-both", "feature_ridge"): "`Refit(both)`, `feature_ridge`",
-    ("refit-half", "expert_head-own"): "`Refit(both)` of the last half, from `Coin`, own head corrected",
-    ("base-4bit-nobase", "expert_head-own"): "the base itself, own head corrected, in 4 bits",
-    ("average-4bit-nobase", "expert_head-own"): "`Average`, own head corrected, in 4 bits",
-    ("distillation-4bit-nobase", "expert_head-own"): "`Distillation`, own head corrected, in 4 bits",
-    ("refit-4bit-nobase", "expert_head"): "**`Refit`, own head, in 4 bits**",
-    ("refit-4bit-nobase", "expert_head-own"): "`Refit`, own head corrected, in 4 bits",
-    ("refit-both-4bit-nobase", "expert_head-own"): "**`Refit(both)`, own head corrected, in 4 bits**",
-    ("refit-half-4bit-nobase", "expert_head-own"): "`Refit(both)` of the last half, own head corrected, in 4 bits",
-    ("distillation-3bit-int8base", "expert_head-own"): "`Distillation`, own head corrected, a 3-bit delta",
+    ("average-4bit-nobase", "expert_head"): "`Average`, own head, in 4 bits",
+    ("distillation-4bit-nobase", "expert_head"): "`Distillation`, own head, in 4 bits",
+    ("refit-4bit-nobase", "expert_head"): "`Refit`, own head, in 4 bits",
     ("refit-3bit-int8base", "expert_head"): "`Refit`, own head, a 3-bit delta",
+    ("refit+rank4", "expert_head"): "**`Refit` with adapters of rank 4**",
+    ("refit+rank4-4bit-nobase", "expert_head"): "**`Refit` with adapters of rank 4, in 4 bits**",
+    ("refit+rank16-4bit-nobase", "expert_head"): "`Refit` with adapters of rank 16, in 4 bits",
+    ("average+rank4-4bit-nobase", "expert_head"): "`Average` with adapters of rank 4, in 4 bits",
+    ("base+rank4", "expert_head"): "the base with adapters of rank 4",
+    ("base+rank4-4bit-nobase", "expert_head"): "the base with adapters of rank 4, in 4 bits",
     ("replica-8bit-nobase", "replica"): "copies of the experts in 8 bits",
     ("replica-3bit-int8base", "replica"): "**copies of the experts**, 3-bit deltas from an int8 base",
     ("replica-2bit-int8base", "replica"): "copies of the experts, 2-bit deltas from an int8 base",
-    ("replica-rank8-int8base", "replica"): "copies of the experts, deltas of rank 8 from an int8 base",
     ("replica-4bit-nobase", "replica"): "copies of the experts in 4 bits",
 }
 """What may stand in for a lost expert: method and decoder, and how the tables call it."""
 
 IN_SHORT = [
     ("none", "feature_ridge"),
-    ("base", "expert_head-own"),
-    ("average", "expert_head-own"),
     ("coin", "linear"),
-    ("distillation", "expert_head-own"),
-    ("refit", "expert_head"),
+    ("distillation", "feature_ridge"),
     ("refit-4bit-nobase", "expert_head"),
-    ("refit-both-4bit-nobase", "expert_head-own"),
+    ("refit+rank4-4bit-nobase", "expert_head"),
+    ("base+rank4-4bit-nobase", "expert_head"),
     ("replica-3bit-int8base", "replica"),
 ]
 """The rows of the README's table."""
 
 DRAWN = {
     ("none", "feature_ridge"): "none: survivors alone",
-    ("base", "expert_head-own"): "base, own head corrected",
-    ("average", "expert_head-own"): "average, own head corrected",
+    ("average", "expert_head"): "average, own head",
     ("coin", "linear"): "coin, the paper's decoder",
     ("coin", "feature_ridge"): "coin, feature_ridge",
-    ("distillation", "expert_head-own"): "distillation, own head corrected",
-    ("distillation-4bit-nobase", "expert_head-own"): "distillation, the same in 4 bits",
+    ("distillation", "feature_ridge"): "distillation, feature_ridge",
     ("refit", "expert_head"): "refit, own head",
-    ("refit-3bit-int8base", "expert_head"): "refit, own head, 3-bit delta",
     ("refit-4bit-nobase", "expert_head"): "refit, own head, 4 bits",
+    ("refit+rank4-4bit-nobase", "expert_head"): "refit + rank 4, 4 bits",
+    ("base+rank4-4bit-nobase", "expert_head"): "base + rank 4, 4 bits",
     ("replica-3bit-int8base", "replica"): "replica: copies, 3-bit deltas",
     ("replica-8bit-nobase", "replica"): "replica: copies in 8 bits",
 }
 """The points of the README's figure: method and decoder, and what they are called in it."""
 
 DRAWN_TOO = DRAWN | {
-    ("base-4bit-nobase", "expert_head-own"): "base, the same in 4 bits",
-    ("coin", "expert_head-own"): "coin, own head corrected",
-    ("wudi", "expert_head-own"): "wudi, own head corrected",
-    ("refit", "expert_head-own"): "refit, own head corrected",
-    ("refit-both", "expert_head-own"): "refit(both), own head corrected",
-    ("refit-both-4bit-nobase", "expert_head-own"): "refit(both), the same in 4 bits",
+    ("base", "expert_head"): "base, own head",
+    ("distillation-4bit-nobase", "expert_head"): "distillation, own head, 4 bits",
+    ("wudi", "expert_head"): "wudi, own head",
+    ("refit-both", "feature_ridge"): "refit(both), feature_ridge",
     ("replica-4bit-nobase", "replica"): "replica: copies in 4 bits",
 }
 """The same of the study's figures."""
@@ -261,7 +254,8 @@ def stand_ins(kept: list[tuple[str, str]], columns: list[str]) -> str:
     for method, decoder in kept:
         every = {suite: stood_in(suite) for suite in STAND_INS}
         own = {suite: part[(part.method == method) & (part.decoder == decoder)] for suite, part in every.items()}
-        first = next(part for part in own.values() if len(part))
+        if (first := next((part for part in own.values() if len(part)), None)) is None:
+            continue
         sizes = (first, own["experts"]) if "experts" in columns else (first,)
         memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in sizes]
         forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "one"

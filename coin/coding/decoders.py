@@ -75,10 +75,12 @@ class ExpertHeadDecoder(Decoder):
             raise self._without_features()
         rows, width = [self.row_of[expert] for expert in self.erased], self.weight.shape[2]
         widths = dict(enumerate(feature.shape[1] for feature in answers.coded_features))
-        if wrong := [row for row in rows if widths.get(row) != width]:
+        if wrong := [row for row in rows if widths.get(row) not in (0, width)]:
             told = f"found {widths.get(wrong[0], 'no')} features of coded model {wrong[0]}, a lost expert's head reads"
             raise DecodingError(f"{told} {width}; keep the places of silent models, or use another decoder")
-        features = torch.stack([answers.coded_features[row] for row in rows]).double()
+        # A coded model that is silent has none: what is read from it is no number.
+        every = [pad(each, (0, width - each.shape[1]), value=torch.nan) for each in answers.coded_features]
+        features = torch.stack([every[row] for row in rows]).double()
         logits = features @ self.weight.to(features).mT + self.bias.to(features)[:, None]
         return pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[2]))).to(answers.experts)
 

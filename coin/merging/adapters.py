@@ -1,20 +1,18 @@
 """Adapters fitted in closed form, unit by unit, to the experts' outputs on the body's own inputs."""
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
 from coin.merging.adapted import with_change
 from coin.merging.units import Unit
-from coin.networks.adapters import Adapter
+from coin.networks.adapters import Adapter, AdapterOptions
 from coin.networks.batchnorm import folded
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
@@ -24,54 +22,17 @@ _SHRUNK = 0.01  # of the mean variance of a unit's outputs: the ridge that draws
 _MORE, _ITERATIONS = 8, 4  # directions beside the r wanted, and iterations, of the search for singular vectors
 
 
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What every expert keeps beside the body; raises ConfigurationError for an option out of its range.
-
-    Args:
-        rank: r of the correction of every matrix; 0 for scales and biases alone.
-        memory_mib: In place of a rank, the MiB of all adapters together; the largest rank is taken that fits.
-        ridge: μ, relative to the mean diagonal entry of the inputs' covariance, above 0.
-    """
-
-    rank: int | None = None
-    memory_mib: float | None = None
-    ridge: float = 0.1
-
-    def __post_init__(self) -> None:
-        if (self.rank is None) == (self.memory_mib is None):
-            found = f"found rank={self.rank} and memory_mib={self.memory_mib} of adapters"
-            raise ConfigurationError(f"{found}, expected one of them")
-        if self.rank is not None:
-            check_integer("rank", self.rank, 0)
-        if self.memory_mib is not None:
-            check_number("memory_mib", self.memory_mib, low=0, strict=True)
-        check_number("ridge", self.ridge, low=0, strict=True)
-
-    @classmethod
-    def of(cls, options: "AdapterOptions | Mapping[str, Any] | None") -> Self | None:
-        """Return a section of options as an object."""
-        try:
-            return cls(**options) if isinstance(options, Mapping) else cast("Self | None", options)
-        except TypeError as error:
-            raise ConfigurationError(f"found {options!r:.100} for adapters, expected rank or memory_mib") from error
-
-    @property
-    def name(self) -> str:
-        """Their name in results and files: ``rank4``, ``1.5mib``."""
-        return f"rank{self.rank}" if self.memory_mib is None else f"{self.memory_mib:g}mib"
-
-    def rank_for(self, units: Sequence[Unit], count: int) -> int:
-        """Return the rank for the units of so many experts; a ConfigurationError where not even rank 0 fits."""
-        if self.rank is not None:
-            return self.rank
-        assert self.memory_mib is not None
-        most = max((min(unit.outputs, unit.unknowns) for unit in units), default=0)
-        sizes = [count * sum(_nbytes(unit, rank) for unit in units) / 2**20 for rank in range(most + 1)]
-        if sizes[0] > self.memory_mib:
-            found = f"found memory_mib={self.memory_mib:g} for the adapters of {count} experts"
-            raise ConfigurationError(f"{found}, expected at least {sizes[0]:.3g}, which scales and biases take")
-        return max(rank for rank, size in enumerate(sizes) if size <= self.memory_mib)
+def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
+    """Return the rank for the units of so many experts; a ConfigurationError where not even rank 0 fits."""
+    if options.rank is not None:
+        return options.rank
+    assert options.memory_mib is not None
+    most = max((min(unit.outputs, unit.unknowns) for unit in units), default=0)
+    sizes = [count * sum(_nbytes(unit, rank) for unit in units) / 2**20 for rank in range(most + 1)]
+    if sizes[0] > options.memory_mib:
+        found = f"found memory_mib={options.memory_mib:g} for the adapters of {count} experts"
+        raise ConfigurationError(f"{found}, expected at least {sizes[0]:.3g}, which scales and biases take")
+    return max(rank for rank, size in enumerate(sizes) if size <= options.memory_mib)
 
 
 class AdapterFit:

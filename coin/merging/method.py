@@ -17,9 +17,9 @@ from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.merging.adapted import Adapted, parts_of
-from coin.merging.adapters import AdapterOptions
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
+from coin.networks.adapters import AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, compress
 from coin.networks.weights import fill_network

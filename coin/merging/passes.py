@@ -13,7 +13,7 @@ from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, StateError
 from coin.files.tensors import State
 from coin.merging.adapted import Adapted
-from coin.merging.adapters import AdapterFit, AdapterOptions
+from coin.merging.adapters import AdapterFit, rank_of
 from coin.merging.experts import Experts
 from coin.merging.target import Target, objective
 from coin.merging.units import (
@@ -28,6 +28,7 @@ from coin.merging.units import (
     input_rows,
     output_rows,
 )
+from coin.networks.adapters import AdapterOptions
 from coin.networks.compressed import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.heads import head_name
@@ -298,7 +299,7 @@ def fit_body(
         head = f"{head_name(network)}.weight".lstrip(".")
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         fit = AdapterFit(
-            adapters.rank_for(trace.units, experts.count), adapters.ridge, experts.source.tensors, experts.tasks[chosen]
+            rank_of(adapters, trace.units, experts.count), adapters.ridge, experts.source.tensors, experts.tasks[chosen]
         )
     inputs, task = experts.pooled.inputs(chosen), experts.tasks[chosen]
     budget = max(memory_mib // 4, FEWEST_MIB) << 20

@@ -1,16 +1,58 @@
 """Adapters: what every expert keeps beside one body, so that the body answers in its place."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from coin.core.batches import clone, plain
+from coin.core.choices import check_integer, check_number
+from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.networks.heads import head_name
 
 Change = Mapping[str, Tensor]
 """What becomes of a parameter θ, by part: θ ⊙ ``scale`` + ``left`` ``right`` + ``shift``, each part if it is there."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What every expert keeps beside the body; raises ConfigurationError for an option out of its range.
+
+    Args:
+        rank: r of the correction of every matrix; 0 for scales and biases alone.
+        memory_mib: In place of a rank, the MiB of all adapters together; the largest rank is taken that fits.
+        ridge: μ, relative to the mean diagonal entry of the inputs' covariance, above 0.
+    """
+
+    rank: int | None = None
+    memory_mib: float | None = None
+    ridge: float = 0.1
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.memory_mib is None):
+            found = f"found rank={self.rank} and memory_mib={self.memory_mib} of adapters"
+            raise ConfigurationError(f"{found}, expected one of them")
+        if self.rank is not None:
+            check_integer("rank", self.rank, 0)
+        if self.memory_mib is not None:
+            check_number("memory_mib", self.memory_mib, low=0, strict=True)
+        check_number("ridge", self.ridge, low=0, strict=True)
+
+    @classmethod
+    def of(cls, options: "AdapterOptions | Mapping[str, Any] | None") -> Self | None:
+        """Return a section of options as an object."""
+        try:
+            return cls(**options) if isinstance(options, Mapping) else cast("Self | None", options)
+        except TypeError as error:
+            raise ConfigurationError(f"found {options!r:.100} for adapters, expected rank or memory_mib") from error
+
+    @property
+    def name(self) -> str:
+        """Their name in results and files: ``rank4``, ``1.5mib``."""
+        return f"rank{self.rank}" if self.memory_mib is None else f"{self.memory_mib:g}mib"
 
 
 class Adapter(nn.Module):

@@ -13,9 +13,10 @@ from coin.coding import uniform
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.merging import Adapted, Average, Base, Refit, answering, fit_adapters, merge_networks
 from coin.merging.adapted import parts_of, with_adapters
-from coin.merging.adapters import AdapterOptions, Moments
+from coin.merging.adapters import Moments
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks.adapters import AdapterOptions
 from coin.networks.heads import features_and_logits
 from coin.networks.small import SmallViT
 from coin.serving.ray_app import run_together

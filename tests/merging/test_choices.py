@@ -16,9 +16,8 @@ from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, Target
 from coin.merging.closed_form import held_out_error
 from coin.merging.method import starting_method
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
-from coin.merging.target import FAR, spread
 from coin.networks import recalibrate
-from coin.networks.experts import parameters_of
+from coin.networks.experts import FAR, parameters_of, spread
 from coin.networks.heads import features_and_logits
 from coin.pipeline.options import config_dict
 from coin.statistics import FisherKind, fisher_diagonal, gram_sums
