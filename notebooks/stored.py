@@ -33,8 +33,15 @@ def percent(share: float) -> str:
 
 @cache
 def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
-    """The rows of a suite's sweep where so many experts are lost; all if None."""
+    """The rows of a suite's sweep where so many experts are lost; all if None. A suite of stand-ins has its adapters."""
     frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
+    beside = suite.replace("stand-ins", "adapters")
+    if beside != suite and (RESULTS / beside).is_dir():
+        more = measured(beside, None)
+        more = more[~more.method.isin(["none", "oracle", "average"])]  # which the other has, with all decoders
+        anew = {*zip(more.method, more.decoder, strict=True)}
+        frame = frame[[each not in anew for each in zip(frame.method, frame.decoder, strict=True)]]
+        frame = pd.concat([frame, more])
     return frame if lost is None else frame[frame.erased.str.count(r"\+") + 1 == lost]
 
 
@@ -75,15 +82,9 @@ def cost(rows: pd.DataFrame, method: str, column: str = "merge_passes") -> float
 
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
-    """The rows of a suite of stand-ins and of its adapters, of the most experts, with the memory in networks."""
+    """The rows of a suite of stand-ins, of the most experts, with the memory in networks."""
     rows = measured(f"stand-ins-{suite}")
     rows = rows[rows.groupby("experiment").task.transform("nunique") == (8 if suite == "experts" else 2)]
-    if (RESULTS / f"adapters-{suite}").is_dir():
-        more = measured(f"adapters-{suite}")
-        more = more[~more.method.isin(["none", "oracle", "average"])]  # which the other has, with all decoders
-        anew = {*zip(more.method, more.decoder, strict=True)}
-        old = [each not in anew for each in zip(rows.method, rows.decoder, strict=True)]
-        rows = pd.concat([rows[old], more])
     rows = rows.assign(memory_mib=pd.to_numeric(rows.memory_mib))
     network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
     return rows.assign(networks=rows.memory_mib / network)
