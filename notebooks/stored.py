@@ -33,7 +33,7 @@ def percent(share: float) -> str:
 
 @cache
 def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
-    """The rows of a suite's sweep where so many experts are lost; all if None. A suite of stand-ins has its adapters."""
+    """The rows of a suite's sweep where so many experts are lost; all if None. Stand-ins have their adapters too."""
     frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
     beside = suite.replace("stand-ins", "adapters")
     if beside != suite and (RESULTS / beside).is_dir():
