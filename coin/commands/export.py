@@ -72,8 +72,7 @@ def _export_adapted(file: NetworkFile, expert: str | None, experts: dict[str, st
         file.config.source.save(made, path)
         return path
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    told = {"made_by": "coin export", "task": expert, "of": str(file.path)}
-    save_network(path, made, file.config, own.num_classes, told)
+    save_network(path, made, file.config, own.num_classes, {"made_by": "coin export", "task": expert})
     return path
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, uniform
+from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
 from coin.core.batches import as_input
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
@@ -68,9 +68,8 @@ class DecodingEvaluator(LightningModule):
         self.coded_files = [Path(path) for path in coded or []]
         networks, self.variants = read_coded(self.coded_files, self.fingerprints)
         self.coded = nn.ModuleList(networks)
-        own = DecoderConfig(DecoderKind.expert_head)
-        if own not in self.decoders and any(variant.adapted for variant in self.variants):
-            self.decoders.append(own)  # which alone reads a body with adapters
+        if any(each.adapted for each in self.variants):  # bodies, which it alone reads
+            self.decoders = list(dict.fromkeys([*self.decoders, DecoderConfig.of("expert_head")]))
         first = self.variants[0].code if self.variants else uniform(len(experts))
         self.code = first if code is None else Code(code)
         if self.code.num_experts != len(experts):

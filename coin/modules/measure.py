@@ -66,10 +66,8 @@ def evaluate(
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
     nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
-    networks, adapted = tuple(range(len(system.coded))), system.is_adapted
-    variant = Variant("coded", system.code, networks=networks, memory=nbytes, lost=lost, adapted=adapted)
-    if adapted:
-        configs = [config for config in configs if config.kind is DecoderKind.expert_head]
+    places = tuple(range(len(system.coded)))
+    variant = Variant("coded", system.code, networks=places, memory=nbytes, lost=lost, adapted=system.is_adapted)
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
     first = next(tests[min(tests)])
     tests[min(tests)] = chain([first], tests[min(tests)])
