@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coin.core.batches import tensors_in
+from coin.core.batches import clone, tensors_in
 from coin.errors import StateError
 from coin.files.tensors import State
 from coin.networks.adapters import Adapter, Change, split_adapters
@@ -59,11 +59,10 @@ class Adapted(nn.Module):
             if len(groups) == 1 or not any(each.values()):
                 return with_change(call, call.inputs, output, next(iter(each.values())))
             leading = torch.arange(len(output) // count)
-            for expert, samples in groups:
-                rows = (len(leading) * samples[:, None] + leading).flatten().to(output.device)
-                changed = with_change(call, call.inputs[rows], output[rows], each[expert])
-                output = output.index_copy(0, rows, changed)
-            return output
+            rows = [(len(leading) * samples[:, None] + leading).flatten().to(output.device) for _, samples in groups]
+            owners = zip(rows, each.values(), strict=True)
+            parts = [with_change(call, call.inputs[own], output[own], change) for own, change in owners]
+            return torch.cat(parts)[torch.cat(rows).argsort()]
 
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
@@ -79,13 +78,11 @@ def with_adapters(network: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
     return Adapted(network, adapters) if adapters else network
 
 
-def adapted_like(network: nn.Module, state: State) -> nn.Module:
-    """Return a network as a body with the adapters whose tensors are in the state of another; itself if none are."""
-    names = [name for name in state if name.startswith("adapters.")]
-    if not names:
-        return network
-    count = 1 + max(int(name.split(".")[1]) for name in names)
-    return Adapted(network, split_adapters({name: state[name] for name in names}, count)[1])
+def adapted_like(network: nn.Module, state: State, count: int) -> nn.Module:
+    """Return a copy of a network, as a body with so many experts' adapters if the state is one's."""
+    network = clone(network).eval()
+    is_body = all(name.startswith(("body.", "adapters.")) for name in state)
+    return Adapted(network, split_adapters(state, count)[1]) if is_body else network
 
 
 def parts_of(network: nn.Module) -> tuple[nn.Module, Sequence[Adapter]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
-from coin.core.batches import Batch, Forward, adapted, as_input, clone, size_of, take
+from coin.core.batches import Batch, Forward, adapted, as_input, size_of, take
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
@@ -301,7 +301,7 @@ class Coded(LightningModule):
         if file.coded_files:
             opened = [load_network(each) for each in file.coded_files]
             coded = [with_adapters(each.network, each.adapters) for each in opened]
-        networks = coded or [adapted_like(clone(of_one_width(experts)[0]).eval(), own) for own in file.coded if experts]
+        networks = coded or [adapted_like(of_one_width(experts)[0], own, len(experts)) for own in file.coded if experts]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
             check_layout(all_tensors(network), own, f"coded model {row} of {path}")

@@ -265,6 +265,12 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     system.save(tmp_path / "system.safetensors")
     again = coin.Coded.load(tmp_path / "system.safetensors", experts)
     assert torch.equal(again.decode(batch, ["c", "b"]), decoded)
+    code = [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]  # the last expert has no adapter beside the first body
+    made = merge_networks(Refit(adapters={"rank": 1}), experts, code, calibration=inputs)
+    coin.Coded(code, experts, made).save(tmp_path / "rows.safetensors")
+    again = coin.Coded.load(tmp_path / "rows.safetensors", experts)
+    with torch.no_grad(), answering([*made, *again.coded], 2):
+        assert all(torch.equal(body(batch), one(batch)) for body, one in zip(made, again.coded, strict=True))
 
 
 @pytest.mark.parametrize(
