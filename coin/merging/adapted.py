@@ -114,12 +114,12 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
 def with_change(call: Call, inputs: Tensor, output: Tensor, change: Mapping[str, Change]) -> Tensor:
     """Return some rows of a call's output with the change of its weight and bias, by role, given its inputs there."""
     weight, bias = change.get("weight", {}), change.get("bias", {})
+    if "left" in weight:
+        output = output + _low_rank(call, inputs, weight["left"].to(output), weight["right"].to(output))
     if "scale" in weight:
         scale = _along(call, weight["scale"], output)
         kept = 0 if call.bias is None else (1 - scale) * _along(call, call.bias, output)
         output = output * scale + kept
-    if "left" in weight:
-        output = output + _low_rank(call, inputs, weight["left"].to(output), weight["right"].to(output))
     return output + _along(call, bias["shift"], output) if "shift" in bias else output
 
 

@@ -12,8 +12,9 @@ from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
 from coin.merging.adapted import with_change
 from coin.merging.units import Unit
-from coin.networks.adapters import Adapter, AdapterOptions
+from coin.networks.adapters import BITS, Adapter, AdapterOptions
 from coin.networks.batchnorm import folded
+from coin.networks.delta import Rounded, nearest, quantise
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.solvers import products, solve_ridge
@@ -46,9 +47,9 @@ class AdapterFit:
 
     and becomes the matrix of rank r that is closest in the norm tr(B M Bᵀ): V Vᵀ B, with V the first left singular
     vectors of B M^{1/2} (reduced-rank ridge regression). With few samples it is the singular value decomposition of
-    W_i − W, weighted by the inputs, and with many the fit. At last every output has a scale and a shift, by least
-    squares, the scale drawn to 1 by 0.01 of the mean variance. A grouped convolution and a normalisation have these
-    alone, a unit without a bias no shift.
+    W_i − W, weighted by the inputs, and with many the fit. V is rounded as `Adapter` keeps it, to V̂, and V̂⁺ B then. At
+    last every output has a scale and a shift, by least squares, the scale drawn to 1 by 0.01 of the mean variance. A
+    grouped convolution and a normalisation have these alone, a unit without a bias no shift.
 
     Args:
         rank: r.
@@ -78,17 +79,19 @@ class AdapterFit:
             changed = output[own]
             if bool(shares[samples].any()):
                 moments = Moments(rows[0][:, mine], target[samples], shares[samples], unit.shift is not None)
-                change = self._change(network, unit, call, rows[1], moments, expert)
-                for name, parts_of_it in zip((unit.weight, unit.shift), change.values(), strict=False):
-                    self.adapters[expert].add(str(name), parts_of_it)
-                changed = with_change(call, call.inputs[own], changed, change)
+                own_change = Adapter(self._change(network, unit, call, rows[1], moments, expert))
+                changed = with_change(call, call.inputs[own], changed, own_change.changes)
+                names = {"weight": unit.weight, "bias": str(unit.shift)}
+                for key, tensor in own_change.named_buffers():
+                    role, part = key.split("/")
+                    self.adapters[expert].register_buffer(f"{names[role].replace('.', '/')}/{part}", tensor)
             parts.append(changed)
         return torch.cat(parts)
 
     def _change(
         self, network: nn.Module, unit: Unit, call: Call, entries: Tensor, moments: "Moments", expert: int
-    ) -> dict[str, dict[str, Tensor]]:
-        """Return the changes of a unit's weight and bias, by role, as float16 holds them."""
+    ) -> dict[str, dict[str, Tensor | Rounded]]:
+        """Return the changes of a unit's weight and bias, by role."""
         weight = network.get_parameter(unit.weight)
         turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
 
@@ -96,27 +99,28 @@ class AdapterFit:
             flat = (matrix.T if turned else matrix).reshape(len(moments.mean_a), -1, unit.unknowns)
             return flat[..., entries].mT.to(moments.cross)  # [G, K, O]
 
-        whole, found = columns(weight), dict[str, Tensor]()
+        whole, factors = columns(weight), dict[str, Tensor | Rounded]()
         if self._rank and unit.is_matrix:
             damping = self._ridge * len(entries) / unit.unknowns
-            left, right = moments.low_rank(whole, columns(self._own(network, unit, expert)), damping, self._rank)
-            whole = whole + (left @ right).T
-            found = {"left": left, "right": right.new_zeros(len(right), unit.unknowns).index_copy(1, entries, right)}
+            found, best = moments.low_rank(whole, columns(self._own(network, unit, expert)), damping, self._rank)
+            left = quantise(found.T.cpu().contiguous(), BITS)
+            kept = left.dense().to(best)  # [r, O]
+            right = quantise((torch.linalg.pinv(kept.T) @ best).cpu().contiguous(), BITS)
+            whole = whole + right.dense().to(best).T @ kept
+            codes = nearest(torch.zeros(len(right.codes), unit.unknowns), right.scale, BITS)
+            right = right._replace(codes=codes.index_copy(1, entries.cpu(), right.codes))
+            factors = dict(zip(("left", "right"), (right, left) if turned else (left, right), strict=True))
         scale, shift = moments.scaled(whole)
-        if found:
-            found["left"] = found["left"] * scale[:, None]
-        if turned:
-            found = {part: found[other].T for part, other in (("left", "right"), ("right", "left")) if found}
         sizes = [1, -1] if turned else [-1, *[1] * (weight.ndim - 1)] if isinstance(call, LinearCall) else weight.shape
-        change = {"weight": {"scale": scale.reshape(sizes), **found}}
+        change = {"weight": {"scale": scale.reshape(sizes), **factors}}
         if unit.shift is not None:
             change["bias"] = {"shift": shift - network.get_parameter(unit.shift).flatten()}
         elif call.bias is not None:  # which is computed of other tensors
             raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
-        rounded = {role: {part: value.half() for part, value in own.items()} for role, own in change.items()}
-        if not all(bool(torch.isfinite(value).all()) for own in rounded.values() for value in own.values()):
+        vectors = [value.half() for parts in change.values() for value in parts.values() if isinstance(value, Tensor)]
+        if not all(bool(torch.isfinite(value).all()) for value in [whole, *vectors]):
             raise NumericalError(f"the adapter of '{unit.weight}' is not finite; check the experts")
-        return rounded
+        return change
 
     def _own(self, network: nn.Module, unit: Unit, expert: int) -> Tensor:
         """Return an expert's own weight of a unit, the BatchNorm behind it folded in."""
@@ -154,7 +158,7 @@ class Moments:
         return self._a.mT @ (self._a @ x) if self._gram is None else self._gram @ x
 
     def low_rank(self, body: Tensor, own: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
-        """Return left [O, r] and right [r, K] of what a body's map lacks of an expert's, Wᵀ of both [1, K, O]."""
+        """Return V [O, r] and B [O, K] of what a body's map lacks of an expert's, Wᵀ of both [1, K, O]."""
         a, unknowns = self._a, len(body[0])
         mean = a.square().sum((1, 2)) / unknowns
         dead = mean == 0  # inputs that do not change: then the difference itself is cut
@@ -175,8 +179,7 @@ class Moments:
         for _ in range(_ITERATIONS):
             found = torch.linalg.qr(squared(found)).Q
         _, vectors = torch.linalg.eigh(found.mT @ squared(found))
-        left = (found @ vectors[..., -rank:])[0]
-        return left, left.T @ best[0].T
+        return (found @ vectors[..., -rank:])[0], best[0].T
 
     def scaled(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the intercept [G·O] with which a map Wᵀ [G, K, O] gives the outputs wanted."""
@@ -189,5 +192,5 @@ class Moments:
 
 def _nbytes(unit: Unit, rank: int) -> int:
     """Return the bytes of one expert's adapter of a unit."""
-    low = min(rank, unit.outputs, unit.unknowns) * (unit.outputs + unit.unknowns) if unit.is_matrix else 0
-    return 2 * (unit.channels * (1 if unit.shift is None else 2) + low)
+    low = min(rank, unit.outputs, unit.unknowns) if unit.is_matrix else 0
+    return 2 * unit.channels * (1 if unit.shift is None else 2) + (low + 1) // 2 * (unit.outputs + unit.unknowns) + 4 * low

@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.core.batches import clone, plain
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
+from coin.networks.delta import Rounded, quantise
 from coin.networks.heads import head_name
 
 Change = Mapping[str, Tensor]
-"""What becomes of a parameter θ, by part: θ ⊙ ``scale`` + ``left`` ``right`` + ``shift``, each part if it is there."""
+"""What becomes of a parameter θ, by part: (θ + ``left`` ``right``) ⊙ ``scale`` + ``shift``, each part if it is there."""
+BITS = 4  # of the factors of a correction, a value
+_FACTORS = {"left": 1, "right": 0}  # and the dimension that is r
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,11 @@ class AdapterOptions:
 
 
 class Adapter(nn.Module):
-    """What one expert keeps beside a body: changes of the body's parameters, as buffers in float16.
+    """What one expert keeps beside a body: changes of the body's parameters, as buffers.
 
     A map's weight [O, …] has a scale for each output, and a correction of rank r: left [O, r] and right [r, K]; its
-    bias, or that of the BatchNorm behind it, a shift.
+    bias, or that of the BatchNorm behind it, a shift. Scales and shifts are in float16, the factors of corrections in 4
+    bits a value (`quantise`), with a scale for each of the r, and two of the r in a byte.
 
     >>> layer = torch.nn.Linear(4, 3)
     >>> adapter = coin.Adapter({"weight": {"scale": torch.full((3, 1), 2.0)}})
@@ -72,18 +77,32 @@ class Adapter(nn.Module):
         for name, parts in (changes or {}).items():
             self.add(name, parts)
 
-    def add(self, name: str, parts: Change) -> None:
-        """Add the change of a parameter, by its dotted name."""
-        for part, tensor in parts.items():
-            self.register_buffer(f"{name.replace('.', '/')}/{part}", tensor.half())
+    def add(self, name: str, parts: Mapping[str, Tensor | Rounded]) -> None:
+        """Add the change of a parameter, by its dotted name; factors may be rounded already, by r rows."""
+        for part, value in parts.items():
+            key = f"{name.replace('.', '/')}/{part}"
+            if part in _FACTORS and isinstance(value, Tensor):
+                value = quantise(value.detach().cpu().movedim(_FACTORS[part], 0).contiguous(), BITS)
+            if isinstance(value, Rounded):
+                codes = F.pad(value.codes, (0, 0, 0, len(value.codes) % 2))
+                self.register_buffer(f"{key}_scale", value.scale)
+                self.register_buffer(key, codes[::2] * 2**BITS + codes[1::2])
+            else:
+                self.register_buffer(key, value.half())
 
     @property
     def changes(self) -> dict[str, dict[str, Tensor]]:
         """The changes by parameter, in float32."""
         found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in self.named_buffers():
+        kept = dict(self.named_buffers())
+        for key, tensor in kept.items():
             name, _, part = key.rpartition("/")
-            found.setdefault(name.replace("/", "."), {})[part] = tensor.float()
+            if part in _FACTORS:
+                scale = kept[f"{key}_scale"].cpu()
+                codes = torch.stack([tensor // 2**BITS, tensor % 2**BITS], 1).flatten(0, 1)[: len(scale)].cpu()
+                tensor = Rounded(codes, scale, BITS).dense().movedim(0, _FACTORS[part]).to(tensor.device)
+            if not part.endswith("_scale"):
+                found.setdefault(name.replace("/", "."), {})[part] = tensor.float()
         return found
 
     @property
@@ -98,10 +117,10 @@ class Adapter(nn.Module):
         for name, parts in self.changes.items():
             parameter = network.get_parameter(name)
             value = parameter.float()
-            if "scale" in parts:
-                value = value * parts["scale"]
             if "left" in parts:
                 value = value + (parts["left"] @ parts["right"]).reshape(value.shape)
+            if "scale" in parts:
+                value = value * parts["scale"]
             parameter.copy_(value + parts["shift"].reshape(value.shape) if "shift" in parts else value)
         if head is not None:
             own = network.get_submodule(head_name(network))

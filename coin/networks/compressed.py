@@ -21,7 +21,7 @@ from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, qu
 from coin.networks.heads import head_name, replace_head
 from coin.networks.weights import check_plain, fill_network
 
-SHORT = 64  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
+SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
 PACKED = "packed"  # the one tensor of a compressed network's file
 _BASES = {32: "", 8: "-int8base", 0: "-nobase"}
 
