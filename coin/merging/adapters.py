@@ -193,4 +193,5 @@ class Moments:
 def _nbytes(unit: Unit, rank: int) -> int:
     """Return the bytes of one expert's adapter of a unit."""
     low = min(rank, unit.outputs, unit.unknowns) if unit.is_matrix else 0
-    return 2 * unit.channels * (1 if unit.shift is None else 2) + (low + 1) // 2 * (unit.outputs + unit.unknowns) + 4 * low
+    vectors = 2 * unit.channels * (1 if unit.shift is None else 2)
+    return vectors + (low + 1) // 2 * (unit.outputs + unit.unknowns) + 4 * low

@@ -16,7 +16,7 @@ from coin.networks.delta import Rounded, quantise
 from coin.networks.heads import head_name
 
 Change = Mapping[str, Tensor]
-"""What becomes of a parameter θ, by part: (θ + ``left`` ``right``) ⊙ ``scale`` + ``shift``, each part if it is there."""
+"""What becomes of a parameter θ, by part: (θ + ``left`` ``right``) ⊙ ``scale`` + ``shift``, each if it is there."""
 BITS = 4  # of the factors of a correction, a value
 _FACTORS = {"left": 1, "right": 0}  # and the dimension that is r
 
@@ -72,7 +72,7 @@ class Adapter(nn.Module):
     (True, 6)
     """
 
-    def __init__(self, changes: Mapping[str, Change] | None = None) -> None:
+    def __init__(self, changes: Mapping[str, Mapping[str, Tensor | Rounded]] | None = None) -> None:
         super().__init__()
         for name, parts in (changes or {}).items():
             self.add(name, parts)

@@ -17,6 +17,7 @@ from coin.merging.adapters import Moments
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapters import AdapterOptions
+from coin.networks.delta import quantise
 from coin.networks.heads import features_and_logits
 from coin.networks.small import SmallViT
 from coin.serving.ray_app import run_together
@@ -101,7 +102,7 @@ def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_ma
     )
     body, own = torch.randn(12, 8).double(), torch.randn(12, 8).double()
     moments = Moments(a[None], z[:, None], shares[:, None], intercept=True)
-    left, right = moments.low_rank(body[None], own[None], 0.3, rank)
+    left, best = moments.low_rank(body[None], own[None], 0.3, rank)
     share = shares / shares.sum()
     centred = a - share @ a
     ridge = 0.3 * (share[:, None] * centred.square()).sum() / 12
@@ -110,8 +111,8 @@ def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_ma
     root = torch.linalg.cholesky(metric).mT
     u, s, v = torch.linalg.svd(root @ (fit - body), full_matrices=False)
     expected = torch.linalg.solve(root, u[:, :rank] * s[:rank] @ v[:rank])
-    assert left.shape[1] == right.shape[0] == min(rank, 8)
-    torch.testing.assert_close((left @ right).T, expected, rtol=1e-3, atol=1e-4)
+    assert left.shape[1] == min(rank, 8)
+    torch.testing.assert_close((left @ left.T @ best).T, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("intercept", [True, False])
@@ -133,6 +134,20 @@ def test_a_scale_is_a_regression_drawn_to_one(intercept):
         torch.testing.assert_close(scale[channel], found[0, 0])
         if intercept:
             torch.testing.assert_close(shift[channel], found[1, 0])
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_corrections_are_kept_in_4_bits_and_the_body_is_changed_by_what_is_read_back(rank):
+    torch.manual_seed(4)
+    layer, left, right = nn.Linear(30, 20), torch.randn(20, rank), torch.randn(rank, 30)
+    adapter = coin.Adapter({"weight": {"left": left, "right": right, "scale": torch.full((20, 1), 0.5)}})
+    assert adapter.nbytes == 2 * 20 + (20 + 30) * ((rank + 1) // 2) + 4 * rank  # two values a byte, scales in bfloat16
+    parts = adapter.changes["weight"]
+    for factor, kept in ((left.T, parts["left"].T), (right, parts["right"])):
+        assert torch.equal(kept, quantise(factor.contiguous(), 4).dense())
+        assert (kept - factor).norm() < 0.15 * factor.norm()
+    expected = 0.5 * (layer.weight + parts["left"] @ parts["right"])
+    torch.testing.assert_close(adapter.applied_to(layer).weight, expected)
 
 
 @pytest.mark.parametrize("make", INPUTS)
