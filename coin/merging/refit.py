@@ -87,7 +87,9 @@ class Refit(Method):
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
         experts.check(row)
-        body = self._body(experts, row)
+        average = experts.empty_model().eval()
+        fill(average, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
+        body = Body.of(average, experts, list(experts.source.tensors), row)
         network = self._refit(experts, row, body)
         experts.check_coded(network, self.label)
         self._warn_of_averaged(body)
@@ -110,12 +112,6 @@ class Refit(Method):
         packed = compress(body, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
         packed.adapters = adapters
         return packed
-
-    def _body(self, experts: Experts, row: Sequence[float]) -> Body:
-        """Return the β-average with its BatchNorms folded in."""
-        network = experts.empty_model().eval()
-        fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
-        return Body.of(network, experts, list(experts.source.tensors), row)
 
     def _warn_of_averaged(self, body: Body) -> None:
         """Warn where the parameters that cannot be refitted are more than `MOST_AVERAGED` of the network's."""
