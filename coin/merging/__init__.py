@@ -12,8 +12,7 @@ from coin.merging.method import (
     merge_networks as merge_networks,
 )
 from coin.merging.passes import fit_adapters as fit_adapters
-from coin.merging.refit import Refit as Refit
+from coin.merging.refit import Refit as Refit, Target as Target
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
-from coin.merging.target import Target as Target
 from coin.merging.task_vectors import Base as Base, TaskArithmetic as TaskArithmetic, Ties as Ties, Wudi as Wudi
 from coin.merging.user_method import UserMethod as UserMethod

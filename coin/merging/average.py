@@ -51,8 +51,7 @@ class HeadFit(Average):
         made = super().make(experts, row)
         fit_head(made.network, experts, row)
         experts.check_coded(made.network, self.label)
-        renamed = {"held_out_error": "held_out_error_of_start"}
-        return CodedModel(made.network, {renamed.get(name, name): value for name, value in made.chosen.items()})
+        return made
 
 
 def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], rounding: Rounding | None = None) -> None:
@@ -68,7 +67,8 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], roundin
     if not isinstance(head, nn.Linear):
         found = f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer"
         raise HeadError(f"{found}; name another in an attribute 'head_name', leave the method out, or give head=False")
-    target = experts.target(row).double()
+    logits = torch.cat([torch.stack([run.logits for run in experts.runs(part)]) for part in (0, 1)], 1)  # [N, P, C]
+    target = torch.tensordot(logits.new_tensor(row), logits, dims=1).double()
     run = experts.run(network, experts.pooled, features=True)
     check_head(network, run.features, run.logits)
     features, residual = run.features.double(), target - run.logits.double()

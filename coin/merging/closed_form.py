@@ -16,11 +16,9 @@ from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalErr
 from coin.files.tensors import State, weighted_sum
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Method, fill
-from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
+from coin.networks.batchnorm import BatchNormPolicy, batchnorms, recalibrate
 
 LINEAR = DecoderConfig(DecoderKind.linear)
-FEW = 10  # with fewer held-out samples a choice is little better than chance, and a warning says so
-SAME = "same"  # what BatchNormPolicy.auto is called where all experts have the same buffers
 
 
 class Candidate(NamedTuple):
@@ -35,8 +33,7 @@ class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
     Of several candidates and BatchNorm policies the one with the smallest error of decoded answers on held-out
-    calibration samples is taken. No fixed policy is safe: ``average`` ruins networks whose statistics were
-    trained along (NDA 17 where 81 is possible), ``recalibrate`` those whose statistics were frozen (18 where 92 is).
+    calibration samples is taken (`held_out_error`).
 
     Args:
         batchnorm: The BatchNorm merge policy.
@@ -66,58 +63,46 @@ class MergeMethod(Method):
         """Yield every candidate, or its options and parameters; the experts have been checked."""
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code; see `Method.make`."""
+        """Make the coded model of one row of the code; see `Method.make`.
+
+        A single option is not tried, and has no error; of equally good ones the first is taken.
+        """
         experts.check(row)
         candidates = [Candidate(*each) for each in self.candidates(experts, row)]
-        best, policy, errors = self._best(experts, row, candidates)
-        network = self._build(experts, row, best.parameters, policy, held_out=False)
-        experts.check_coded(network, self.label)
-        taken = best.options | ({"batchnorm": policy} if policy else {})
-        return CodedModel(network, taken | ({"held_out_error": errors} if errors else {}))
-
-    def _best(
-        self, experts: Experts, row: Sequence[float], candidates: Sequence[Candidate]
-    ) -> tuple[Candidate, str, dict[str, float]]:
-        """Return the best candidate and BatchNorm policy by `held_out_error`, and all errors by data and policy.
-
-        A single option is not tried, and has no error; of equally good ones the first is taken. Warns of fewer than
-        `FEW` held-out samples; raises NumericalError if no error is finite.
-        """
         if len(candidates) > 1 and not experts.is_calibrated:
             found = f"found no calibration inputs, by which method '{self.label}' chooses"
             raise ConfigurationError(f"{found}; give them, or set its options")
         options = list(product(candidates, self._policies(experts)))
-        if len(options) == 1:
-            return *options[0], {}
         judges = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
         errors, names = list[float](), list[str]()
-        for (chosen, parameters, trial), policy in options:
+        for (chosen, parameters, trial), policy in options if len(options) > 1 else ():
             coded = self._build(experts, row, parameters if trial is None else trial, policy, held_out=True)
             errors.append(held_out_error(experts, coded, row, judges))
             data = [str(value) for name, value in chosen.items() if name.endswith("_data")]
             names.append("/".join(filter(None, [*data, policy])))
-        if (held_out := experts.split[1].num_samples) < FEW:
-            told = f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least {FEW}"
-            warnings.warn(f"{told}; raise samples_per_task, or set its options", CoinWarning, stacklevel=3)
-        if not any(map(math.isfinite, errors)):
+        if errors and not any(map(math.isfinite, errors)):
             raise NumericalError(f"the outputs of method '{self.label}' on held-out calibration samples are not finite")
-        return *options[errors.index(min(errors))], dict(zip(names, errors, strict=True))
+        best, policy = options[errors.index(min(errors)) if errors else 0]
+        network = self._build(experts, row, best.parameters, policy, held_out=False)
+        experts.check_coded(network, self.label)
+        taken = best.options | ({"batchnorm": policy} if policy else {})
+        tried = {"held_out_error": dict(zip(names, errors, strict=True))} if errors else {}
+        return CodedModel(network, taken | tried)
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one without BatchNorm."""
-        if not has_batchnorm(experts.source.skeleton):
+        if not batchnorms(experts.source.skeleton):
             return [""]
         if self.batchnorm is not BatchNormPolicy.auto:
             return [str(self.batchnorm)]
         first, *others = experts.buffers
         floating = [name for name, buffer in first.items() if buffer.is_floating_point()]
         if all(torch.equal(first[name], other[name]) for other in others for name in floating):
-            return [SAME]
-        if not experts.is_calibrated or experts.split[0].num_samples < 2:
-            found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
-            told = f"found {found}, needed by method '{self.label}' to choose its BatchNorm policy: it averages the"
-            advice = "statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm"
-            warnings.warn(f"{told} {advice}", CoinWarning, stacklevel=4)
+            return ["same"]
+        if not experts.is_calibrated:
+            told = f"found no calibration inputs, needed by method '{self.label}' to choose its BatchNorm policy: it"
+            advice = "averages statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm"
+            warnings.warn(f"{told} {advice}", CoinWarning, stacklevel=3)
             return [str(BatchNormPolicy.average)]
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 
@@ -166,11 +151,11 @@ def held_out_error(
     judged, calibration = answers(1), None
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
-    if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
-        own = dict.fromkeys(own, torch.arange(judged.num_samples))
+    every = torch.arange(judged.num_samples)  # of few samples, where all are of tasks without a share
+    own = {task: samples for task, samples in own.items() if len(samples)} or dict.fromkeys(own, every)
     errors = []
     for task, samples in own.items():
-        for config in decoders if len(samples) else ():
+        for config in decoders:
             mine, truth = judged.select(samples), judged.experts[task, samples]
             if config.kind is DecoderKind.linear:
                 rest = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)

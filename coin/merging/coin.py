@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from coin.core.choices import check_number, parse_enum
-from coin.errors import CoinWarning, StateError
-from coin.files.tensors import State, check_finite, check_layout, weighted_mean
+from coin.errors import CoinWarning
+from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
-from coin.merging.experts import Experts
+from coin.merging.experts import Experts, in_all
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -64,7 +64,10 @@ class Coin(MergeMethod):
         """Yield the closed form for the Fishers of every kind of data that the option allows."""
         for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
             fishers = experts.statistic(self.fisher(data))
-            check_fishers(fishers, experts.parameters[0])
+            if zero := [str(index) for index, fisher in enumerate(fishers) if not any(map(torch.any, fisher.values()))]:
+                found = f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone"
+                told = f"{found}; check the expert's outputs on the calibration data"
+                warnings.warn(told, CoinWarning, stacklevel=4)
             merged = coin_parameters(experts.parameters, fishers, row, self.damping)
             yield Candidate({"fisher_data": str(data)}, merged)
 
@@ -81,7 +84,7 @@ def coin_parameters(
     It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: entries in which experts
     agree stay, however small their Fisher.
     """
-    known = _covered_by(fishers)
+    known = in_all(fishers)
     entries = sum(fishers[0][key].numel() for key in known)
     pairs = zip(fishers, weights, strict=True)
     mass = sum(weight * float(fisher[key].sum(dtype=torch.float64)) for fisher, weight in pairs for key in known)
@@ -100,31 +103,3 @@ def coin_parameters(
             average.add_(pull.div_(curvature.masked_fill_(curvature <= 0, 1)))
         merged[key] = average.to(experts[0][key].dtype)
     return merged
-
-
-def _covered_by(fishers: Sequence[State]) -> list[str]:
-    """Return the names that every expert's Fisher has, in the first one's order."""
-    return [name for name in fishers[0] if all(name in fisher for fisher in fishers)]
-
-
-def check_fishers(fishers: Sequence[State], expert: State) -> None:
-    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones."""
-    zero = []
-    for index, fisher in enumerate(fishers):
-        name = f"the Fisher of expert {index}"
-        if unknown := sorted(set(fisher) - set(expert)):
-            told = f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous)"
-            raise StateError(f"{told}; compute the Fishers of these experts")
-        largest = 0.0
-        for key, tensor in fisher.items():
-            check_layout({key: expert[key]}, {key: tensor}, name)
-            check_finite({key: tensor}, name)
-            least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
-            largest = max(largest, most)
-            if least < 0:
-                raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")
-        if largest == 0:
-            zero.append(str(index))
-    if zero:
-        found = f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that it only counts in the average"
-        warnings.warn(f"{found}; check the expert's outputs on the calibration data", CoinWarning, stacklevel=4)

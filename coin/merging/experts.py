@@ -1,6 +1,6 @@
 """The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
 from coin.data.samples import Calibration, pooled
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
 from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
-from coin.statistics import TRANSPOSED, FisherKind, FisherOptions
-from coin.statistics.files import StatisticPaths, open_statistics
-from coin.statistics.guard import evaluating, trainable
-from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, statistic_sums
+from coin.statistics import FisherKind, FisherOptions
+from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
+from coin.statistics.guard import evaluating
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
@@ -26,11 +26,9 @@ def check_row(weights: Sequence[float], count: int) -> None:
         raise ConfigurationError(f"{found}, expected one each, non-negative numbers that sum to 1; give a code's row")
 
 
-def check_each(states: Sequence[State], what: str) -> None:
-    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
-    for index, state in enumerate(states):
-        check_layout(states[0], state, f"{what} {index}")
-        check_finite(state, f"{what} {index}")
+def in_all(states: Sequence[State]) -> list[str]:
+    """Return the names that all states have, in the first one's order; what is frozen in an expert has no statistic."""
+    return [name for name in states[0] if all(name in state for state in states)]
 
 
 class Experts:
@@ -41,8 +39,8 @@ class Experts:
 
     Args:
         networks: The experts, or their files with that of the shared initialisation.
-        fishers: Every expert's Fisher diagonal; or a mapping of these by data, ``own`` and ``pooled``.
-        grams: Every expert's Gram matrices, in the same form.
+        fishers: Every expert's Fisher diagonal.
+        grams: Every expert's Gram matrices.
         initial: The shared initialisation, for methods and policies that need it.
         calibration: For every expert its own task's samples: a `coin.data.Calibration`, or batches ``[B, …]``, read
             once; of pairs (inputs, labels) the inputs.
@@ -68,8 +66,8 @@ class Experts:
         self,
         networks: Sequence[nn.Module] | ExpertFiles,
         *,
-        fishers: Given | None = None,
-        grams: Given | None = None,
+        fishers: Sequence[State] | None = None,
+        grams: Sequence[State] | None = None,
         initial: nn.Module | None = None,
         calibration: Sequence[Iterable[Any]] | None = None,
         forward: Forward | None = None,
@@ -87,10 +85,9 @@ class Experts:
         self._outputs: dict[tuple[int, bool], list[Run]] = {}
         named = {"fisher statistics": fishers, "gram statistics": grams, "calibration inputs": calibration}
         for what, given in named.items():
-            for parts in given.values() if isinstance(given, Mapping) else [given]:
-                if parts is not None and len(parts) != self.count:
-                    found = f"found {what} of {len(parts)} experts, expected {self.count}"
-                    raise ConfigurationError(f"{found}; give those of every expert")
+            if given is not None and len(given) != self.count:
+                found = f"found {what} of {len(given)} experts, expected {self.count}"
+                raise ConfigurationError(f"{found}; give those of every expert")
         if calibration is not None and not all(isinstance(each, Calibration) for each in calibration):
             if any(isinstance(batches, Tensor) for batches in calibration):
                 raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
@@ -104,9 +101,12 @@ class Experts:
                     check_padding(padded, network, as_input(first, network))
 
     def check(self, row: Sequence[float]) -> None:
-        """Raise as `check_row` and, for the parameters, as `check_each`."""
+        """Raise as `check_row`, and a StateError where experts' parameters differ in layout or are not finite."""
         check_row(row, self.count)
-        check_each(self.parameters, "expert")
+        every = self.parameters
+        for index, state in enumerate(every):
+            check_layout(every[0], state, f"expert {index}")
+            check_finite(state, f"expert {index}")
 
     def check_coded(self, network: nn.Module, label: str) -> None:
         """Raise StateError where a method's coded model is not finite, but for buffers that are infinite in experts."""
@@ -178,12 +178,6 @@ class Experts:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
         return self.pooled.split(0.2)
 
-    def target(self, row: Sequence[float]) -> Tensor:
-        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``, all finite."""
-        parts = [[run.logits for run in self.runs(part)] for part in (0, 1)]
-        logits = torch.cat(list(map(torch.stack, parts)), dim=1)
-        return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
-
     def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False) -> Run:
         """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
@@ -213,19 +207,14 @@ class Experts:
         return found
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return the data, own or pooled, of which there is a statistic, and which a method's option allows.
+        """Return the data, own or pooled, that a method's option allows: for ``auto`` those of which there are files.
 
-        One that is computed, or given without data, is of any. Raises ConfigurationError where there are none.
+        Statistics in memory are of the option's data, for ``auto`` own; those that are computed are of both.
         """
-        stored: dict[str, Any] = dict.fromkeys(which.data for which in self.statistic_paths if which.name is name)
-        given = stored or self._given[name]
-        if not isinstance(given, Mapping):
-            return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
-        allowed = [DataChoice(each) for each in given if data in (DataChoice.auto, each)]
-        if not allowed:
-            found = f"found {name} statistics of {', '.join(given)} data, expected {data}"
-            raise ConfigurationError(f"{found}; give such ones, or set {name}_data")
-        return allowed
+        stored = [which.data for which in self.statistic_paths if which.name is name]
+        if self._given[name] is not None:
+            stored = [DataChoice.own]
+        return [each for each in data.alternatives if each in stored] or data.alternatives
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
@@ -248,24 +237,25 @@ class Experts:
             self.seconds += sum(file.provenance.get("seconds", 0.0) for file in files)
             self.passes += sum(file.provenance.get("passes", 0.0) for file in files)
             return files
-        if (given := self._given[which.name]) is None:
-            return self.computed(which.kind, self.samples(which.data))
-        return given[which.data] if isinstance(given, Mapping) else given
+        if (states := self._given[which.name]) is None:
+            states = self.computed(which.kind, self.samples(which.data))
+        for index, (state, network) in enumerate(zip(states, self.source.unpadded, strict=True)):
+            found = check_statistic(state, network, f"the {which.name} of expert {index}")
+            if found is StatisticKind.gram and which.name is StatisticKind.fisher:
+                raise StateError(f"found Gram matrices of expert {index} as its Fisher; give them as grams")
+        return states
 
-    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
+    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> Sequence[State]:
         """Return every expert's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes.
 
-        Fishers are those of the experts before padding: a padded class would get a probability too. What is frozen in
-        one expert has none in any: it is averaged.
+        Fishers are those of the experts before padding: a padded class would get a probability too.
         """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
         options = None if kind is None else FisherOptions(kind)
-        means, trained = [], []
+        means = []
         for network, batches in zip(self.source.each_network(padded=kind is None), samples, strict=True):
-            trained.append(set(trainable(network)))
             sums = statistic_sums(network, batches, options)
             means.append(sums.mean())
             self.passes += sums.passes
-        shared = set.intersection(*trained)
-        return [{name: mean[name] for name in mean if name.removesuffix(TRANSPOSED) in shared} for mean in means]
+        return means

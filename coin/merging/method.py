@@ -24,7 +24,7 @@ from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, compress
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
-from coin.statistics.statistic import DataChoice, Given, Statistic
+from coin.statistics.statistic import DataChoice, Statistic
 
 Compress = dict[str, Any] | list[dict[str, Any]] | None
 """The option `compress` of methods: a section of `Compression`'s options, or several."""
@@ -166,8 +166,8 @@ def merge_networks(
     networks: Sequence[nn.Module],
     code: Code | Sequence[Sequence[float]],
     *,
-    fishers: Given | None = None,
-    grams: Given | None = None,
+    fishers: Sequence[State] | None = None,
+    grams: Sequence[State] | None = None,
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     forward: Forward | None = None,

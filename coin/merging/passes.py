@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
 from coin.core.progress import progress_bar
-from coin.errors import CoinWarning, StateError
+from coin.errors import CoinWarning, DataError, StateError
 from coin.files.tensors import State
 from coin.merging.adapted import Adapted
 from coin.merging.adapters import AdapterFit, rank_of
 from coin.merging.experts import Experts
-from coin.merging.target import Target, objective
 from coin.merging.units import (
     PROBES,
     SAME_CALLS,
@@ -44,7 +43,6 @@ CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows ta
 READ = 16  # multiplications that take as long as reading a number where it lies alone
 LEAST = 256  # rows of a regression, where there are as many
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
-FIT = 2  # passes of an expert that a pass of the coded network with its fits counts as, in the progress
 
 
 class Rows(NamedTuple):
@@ -56,6 +54,27 @@ class Rows(NamedTuple):
     places: Mapping[str, Tensor | None]  # of `chosen_places`
     weights: Mapping[str, Tensor]  # of `position_weights`
     passes: int  # that finding the weights took
+
+
+def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Tensor, Tensor]:
+    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P].
+
+    It is `own_share` the sum over tasks, each with its own expert, and for the rest the β-average on all samples.
+    """
+    # A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
+    beta = torch.tensor(row, dtype=torch.float64)
+    # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.
+    counts = torch.bincount(task, minlength=len(row))
+    own = own_share * (beta / counts)[task]
+    mixed = torch.full_like(own, (1 - own_share) / len(task))
+    shares = own + mixed
+    lost = ((beta > 0) & (counts == 0)).nonzero().flatten().tolist() if own_share == 1 else []
+    if lost:
+        told = f"found no calibration samples of task {lost[0]}, which has a share in the code row {list(row)}"
+        raise DataError(f"{told}, expected at least one; give some, raise memory_mib, or use target=both")
+    mixtures = torch.outer(beta, mixed)
+    mixtures[task, torch.arange(len(task))] += own
+    return mixtures / shares.where(shares > 0, 1), shares
 
 
 def chosen_rows(
@@ -165,8 +184,8 @@ class ExpertOutputs:
                 left = budget
             self._groups[-1].append(unit)
             left -= size
-        self._fit = FIT * samples / max(1, len(trace.units))
-        self.passes, self.total = 0, len(self._groups) * int(rows.mixtures.count_nonzero()) + FIT * samples
+        self._fit = samples / max(1, len(trace.units))
+        self.passes, self.total = 0, len(self._groups) * int(rows.mixtures.count_nonzero()) + samples
         self.advance: Callable[[float], None] = lambda _: None
 
     def pop(self, weight: str) -> Tensor:
@@ -186,17 +205,12 @@ class ExpertOutputs:
 
     def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
         """Run an expert on the samples `part` [p], and add its share of some units' targets, of the mixtures [P]."""
-        known, expected = set(self._trace.calls), iter([*self._trace.calls, ""])
-
-        def check(made: str) -> None:
-            if made != (due := next(expected, "")):
-                own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made, due))
-                raise StateError(f"an expert {own} where the coded network {theirs}; {SAME_CALLS}")
+        known, made = set(self._trace.calls), list[str]()
 
         def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
             if (weight := names.get("weight", "")) not in known:
                 return None
-            check(weight)
+            made.append(weight)
             output = function()
             if unit := ends.get(weight):
                 shape = (len(output) // len(part), *output.shape[1:])
@@ -214,7 +228,8 @@ class ExpertOutputs:
 
         with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
             network(as_input(take(self._rows.inputs, part), network))
-        check("")
+        if made != self._trace.calls:
+            raise StateError(f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}")
 
 
 def fit_in_order(
@@ -236,7 +251,7 @@ def fit_in_order(
             rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
             found, tasks = input_rows(call, len(mine), at), None if adapters is None else adapters.tasks
             if ridge is not None:
-                fit_unit(network, unit, call, target, at, mine, ridge, found, rounds, tasks)
+                fit_unit(network, unit, call, target, mine, ridge, found, rounds, tasks)
             if adapters is not None:
                 return adapters.fit(network, unit, call, found, target, mine, function())
         return None
@@ -260,7 +275,7 @@ class Body(NamedTuple):
         trace = affine_units(network, experts.pooled.inputs(torch.arange(min(3, experts.pooled.num_samples))))
         experts.passes += PROBES
         fold_average(network, trace.units, states, row)
-        fitted = {name for unit in trace.units for name in unit.names}
+        fitted = {name for unit in trace.units for name in (unit.weight, unit.bias, unit.end, unit.shift)}
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 
 
@@ -271,21 +286,19 @@ def fit_body(
     label: str,
     *,
     ridge: float | None,
-    target: Target = Target.own,
+    own_share: float = 1.0,
     rounding: Rounding | None = None,
     adapters: AdapterOptions | None = None,
     memory_mib: int = MEMORY_MIB,
 ) -> nn.Module:
-    """Return a copy of a body, refitted; its matrices rounded, if so.
+    """Return a copy of a body, refitted to the `objective`; its matrices rounded, if so.
 
     Without a ridge its units stay; with adapters, which are fitted in the same pass, it is an `Adapted`. Their experts'
     own heads are read in place of the body's, which stays.
     """
-    network, trace = clone(body.network), body.trace
-    fit = None
+    network, trace, fit = clone(body.network), body.trace, None
     if rounding is not None:
-        fitted = {name for unit in trace.units for name in unit.names}
-        for name in filter(rounding.takes, parameters_of(network).keys() - fitted):
+        for name in filter(rounding.takes, body.kept):
             network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
     every = experts.pooled.num_samples
     samples = min(every, max(experts.count, (memory_mib << 20) // (4 * trace.floats)))
@@ -303,7 +316,7 @@ def fit_body(
         )
     inputs, task = experts.pooled.inputs(chosen), experts.tasks[chosen]
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
-    rows = chosen_rows(network, trace, inputs, task, *objective(target, row, task), budget)
+    rows = chosen_rows(network, trace, inputs, task, *objective(row, task, own_share), budget)
     targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
     with progress_bar(f"{label}, layers", targets.total) as bar:
         targets.advance = bar.update
@@ -345,7 +358,7 @@ def fit_adapters(
     >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
     >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
     >>> again = adapted.network(2, head=networks[2][1])  # a plain network
-    >>> torch.allclose(again(inputs[2][0]), networks[2](inputs[2][0]), atol=0.05)
+    >>> torch.allclose(again(inputs[2][0]), networks[2](inputs[2][0]), atol=0.2)  # corrections in 4 bits
     True
     """
     options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)

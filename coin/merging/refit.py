@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -15,11 +16,21 @@ from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import MEMORY_MIB, Body, fit_body
-from coin.merging.target import Target
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
 
 MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
+OWN_SHARE = 0.6  # N times the share of the experts' own targets in both: N answers are decoded from one for all
+
+
+class Target(StrEnum):
+    """What the layers of the coded network are fitted to."""
+
+    own = "own"
+    """On every task's samples, what that task's expert makes of them at this layer."""
+
+    both = "both"
+    """Beside that, on all samples, the β-average of what all experts make of them."""
 
 
 class Refit(Method):
@@ -38,8 +49,7 @@ class Refit(Method):
     stays averaged, and is named. At last the head is fitted to Σ_i β_i f_i (`fit_head`). No labels, no training.
 
     It takes one forward pass of every expert (``own``: on its own task's samples alone), and one of the coded network,
-    in which every layer is fitted just before it is called: to `ROWS` rows for each unknown (more or fewer by what they
-    cost beside the layer's calls), at positions drawn evenly, but tokens as often as the outputs depend on them. Where
+    in which every layer is fitted just before it is called, at some positions of every sample (`chosen_places`). Where
     activations do not fit `memory_mib`, it takes as many samples as fit, with a warning; where experts' outputs do not
     fit a quarter of it, experts run several times.
 
@@ -53,7 +63,7 @@ class Refit(Method):
         target: ``own`` or ``both``; with adapters ``own``.
         ridge: λ, relative and dimensionless, above 0.
         head: Whether the head is fitted at last; with adapters it is not, for the experts' own are read.
-        memory_mib: Bound on the coded network's activations, in MiB; a quarter of it is one on the experts' outputs.
+        memory_mib: Bound on the coded network's activations, in MiB.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
 
@@ -92,7 +102,12 @@ class Refit(Method):
         body = Body.of(average, experts, list(experts.source.tensors), row)
         network = self._refit(experts, row, body)
         experts.check_coded(network, self.label)
-        self._warn_of_averaged(body)
+        sizes = {name: parameter.numel() for name, parameter in average.named_parameters()}
+        share = sum(sizes[name] for name in body.kept) / sum(sizes.values())
+        if share > MOST_AVERAGED:
+            told = f"method '{self.label}' kept the average of {share:.0%} of the parameters of"
+            told = f"{told} {type(average).__name__}, such as '{body.kept[0]}', of no affine map that runs once"
+            warnings.warn(f"{told}; compare it with other methods on this network", CoinWarning, stacklevel=2)
         chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, body)
 
@@ -113,21 +128,11 @@ class Refit(Method):
         packed.adapters = adapters
         return packed
 
-    def _warn_of_averaged(self, body: Body) -> None:
-        """Warn where the parameters that cannot be refitted are more than `MOST_AVERAGED` of the network's."""
-        sizes = {name: parameter.numel() for name, parameter in body.network.named_parameters()}
-        share = sum(sizes[name] for name in body.kept) / sum(sizes.values())
-        if share > MOST_AVERAGED:
-            count = f"{len(body.kept)} tensors, such as '{body.kept[0]}'"
-            told = f"method '{self.label}' kept the average of {share:.0%} of the parameters of"
-            told = f"{told} {type(body.network).__name__} ({count}), which are no affine map's that runs once, one row"
-            why = "per sample, outside checkpoints and before any comparison or choice by activations"
-            warnings.warn(f"{told} {why}; compare it with other methods on this network", CoinWarning, stacklevel=3)
-
     def _refit(self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None) -> nn.Module:
         """Return a body refitted (`fit_body`), and its head."""
+        own_share = OWN_SHARE / len(row) if self.target is Target.both else 1.0
         options: Any = {"ridge": self.ridge, "adapters": self.adapters, "memory_mib": self.memory_mib}
-        network = fit_body(body, experts, row, self.label, target=self.target, rounding=rounding, **options)
+        network = fit_body(body, experts, row, self.label, own_share=own_share, rounding=rounding, **options)
         if self.head and self.adapters is None:
             fit_head(network, experts, row, rounding)
         return network

@@ -1,12 +1,10 @@
 """RegMean: each linear map fitted to the outputs of the experts' maps on their inputs."""
 
-import math
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
 from enum import StrEnum
+from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +15,10 @@ from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate, MergeMethod
-from coin.merging.experts import Experts, check_each
+from coin.merging.experts import Experts, in_all
 from coin.statistics import TRANSPOSED
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
-
-ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)  # what α is chosen from; 1 is its bound, and 0 a diagonal merge
-DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # what the damping is chosen from: at 100 little but the average is left
 
 
 class RegMeanLayers(StrEnum):
@@ -37,15 +32,14 @@ class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
     With 200 samples the Gram matrix of a wide layer is nearly singular, and weak damping fits noise; the defaults were
-    tuned on calibration samples of the embedded tasks. If None, damping and α are chosen by the error on held-out
-    calibration samples; then the data, as in `coin.merging.Coin`.
+    tuned on calibration samples of the embedded tasks. The data are chosen as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2, §3.3.
 
     Args:
         layers: ``linear`` or ``all``.
-        alpha: The factor on off-diagonal entries of the Gram matrices, in [0, 1]; none has it chosen.
-        damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
+        alpha: The factor on off-diagonal entries of the Gram matrices, in [0, 1].
+        damping: λ relative to the mean diagonal entry, dimensionless, at least 0.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         **options: See `MergeMethod`.
 
@@ -58,18 +52,16 @@ class RegMean(MergeMethod):
     def __init__(
         self,
         layers: RegMeanLayers = RegMeanLayers.all,
-        alpha: float | None = 0.7,
-        damping: float | None = 1.0,
+        alpha: float = 0.7,
+        damping: float = 1.0,
         *,
         gram_data: DataChoice | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.layers = parse_enum(RegMeanLayers, "layers", layers)
-        if alpha is not None:
-            check_number("alpha", alpha, low=0, most=1)
-        if damping is not None:
-            check_number("damping", damping, low=0)
+        check_number("alpha", alpha, low=0, most=1)
+        check_number("damping", damping, low=0)
         self.alpha, self.damping = alpha, damping
         self.gram_data = None if gram_data is None else parse_enum(DataChoice, "gram_data", gram_data)
 
@@ -79,47 +71,16 @@ class RegMean(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows."""
-        tuned, chosen = self._tuned(experts, row)
         data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
         # Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
         judged = len(data) > 1 and experts.is_calibrated
         judged = judged and all(each.num_samples for each in experts.fitted(DataChoice.own))
-        most = 2 if self.layers is RegMeanLayers.linear else math.inf
-        solvable = {name for name, tensor in experts.parameters[0].items() if 2 <= tensor.ndim <= most}
+        options: Any = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers}
+        solved = partial(regmean_parameters, experts.parameters, weights=row, **options)
         for each in data:
             grams = experts.statistic(Statistic(StatisticKind.gram, each))
-            averaged = sorted(solvable.difference(name.removesuffix(TRANSPOSED) for gram in grams for name in gram))
-            options = {"gram_data": str(each)} | ({"averaged": averaged} if averaged else {}) | chosen
-            trial = tuned._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
-            yield Candidate(options, tuned._solved(experts, row, grams), trial)
-
-    def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple["RegMean", dict[str, Any]]:
-        """Return the method with damping and α, in this order, chosen on held-out samples; and what was chosen."""
-        grids = {"damping": DAMPINGS, "alpha": ALPHAS}
-        left_open = [name for name in grids if getattr(self, name) is None]
-        if not left_open:
-            return self, {}
-        grams = experts.computed(None, experts.fitted(DataChoice.pooled))
-        tuned = copy(self)
-        tuned.alpha = 0.7 if self.alpha is None else self.alpha
-        for name in left_open:
-            tried = []
-            for value in grids[name]:
-                setattr(tuned, name, value)
-                tried.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
-            setattr(tuned, name, self._best(experts, row, tried)[0].options[name])
-        at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
-        return tuned, {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
-
-    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
-        """Return the solution, with Gram matrices of zeros where an expert's samples never reached a map."""
-        source, every = {name: gram for gram in grams for name in gram}, list[State]()
-        for gram in grams:  # which may lie in a file: no tensor is read before its turn
-            zeros = {name: torch.zeros_like(source[name][name]) for name in source if name not in gram}
-            every.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
-        check_each(every, "the Gram statistic of expert")
-        alpha, damping = cast(tuple[float, float], (self.alpha, self.damping))
-        return regmean_parameters(experts.parameters, every, row, alpha, damping, self.layers)
+            trial = solved(grams=experts.computed(None, experts.fitted(each))) if judged else None
+            yield Candidate({"gram_data": str(each)}, solved(grams=grams), trial)
 
 
 def regmean_parameters(
@@ -130,7 +91,7 @@ def regmean_parameters(
     damping: float = 1.0,
     layers: RegMeanLayers = RegMeanLayers.all,
 ) -> dict[str, Tensor]:
-    """Return the RegMean merge, in the experts' types; parameters without a Gram matrix get the β-average.
+    """Return the RegMean merge, in the experts' types; what some expert has no Gram matrix of gets the β-average.
 
     For a layer with weights W_i ``[C_out, K]`` and inputs a of expert i with Gram matrix G_i = E Σ_positions aaᵀ, the
     minimiser of Σ_i β_i E‖Wa − W_ia‖² is W = (Σ_i β_i W_i G_i)(Σ_i β_i G_i)⁻¹. It is computed as the β-average W̄ plus
@@ -141,12 +102,8 @@ def regmean_parameters(
     Raises StateError where one fits no weight, and NumericalError where a damped one is singular.
     """
     like, merged = experts[0], dict[str, Tensor]()
-    for name in progress_bar(RegMean.name, items=grams[0]):
-        key = name.removesuffix(TRANSPOSED)
-        if key not in like:
-            found = f"there is a Gram matrix for '{key}', which the experts do not have"
-            raise StateError(f"{found}; compute the Gram matrices of these experts")
-        if layers != RegMeanLayers.linear or like[key].ndim == 2:
+    for name in progress_bar(RegMean.name, items=in_all(grams)):
+        if layers != RegMeanLayers.linear or like[name.removesuffix(TRANSPOSED)].ndim == 2:
             merged |= regmean_map(experts, (gram[name] for gram in grams), weights, name, alpha, damping)
     return average_parameters(experts, weights) | merged
 
@@ -162,6 +119,8 @@ def regmean_map(
     average = _joint_map(means, key, bias, len(first), turned)
     pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
     for expert, gram, weight in zip(experts, chain([first], grams), weights, strict=True):
+        if gram.shape != first.shape:
+            raise StateError(f"the Gram matrices of '{key}' are not of one shape; give those of experts alike")
         gram = gram.double()
         gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
         pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ gram

@@ -55,11 +55,6 @@ class Unit:
         return self.bias if self.norm is None else f"{self.norm}.bias"
 
     @property
-    def names(self) -> set[str | None]:
-        """The names of all its parameters."""
-        return {self.weight, self.bias, self.end, self.shift}
-
-    @property
     def channels(self) -> int:
         """The number of outputs of all groups."""
         return prod(self.shape) // self.positions
@@ -199,12 +194,6 @@ def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | 
     met = met.expand(samples, -1, -1)  # [P, q, taps]
     inside = inside[..., alive].expand_as(met).flatten(0, 1)
     images = inputs.reshape(samples, each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · places]
-    if groups == 1 and met.shape[2] > 1:
-        rows = images.movedim(0, 2).flatten(0, 1)
-        first = images.shape[2] * torch.arange(samples, device=inputs.device)[:, None, None]
-        found = rows.to(sum_type(rows)).index_select(0, (first + met).flatten()).view(*inside.shape, channels)
-        found[~inside] = 0
-        return found.flatten(1)[None], entries
     found = images.gather(2, met.flatten(1).expand(channels, -1, -1)).view(channels, *inside.shape)
     if not bool(inside.all()):
         found *= inside
@@ -227,7 +216,6 @@ def fit_unit(
     unit: Unit,
     call: Call,
     target: Tensor,
-    places: Tensor | None,
     shares: Tensor,
     ridge: float,
     rows: tuple[Tensor, Tensor],
@@ -236,7 +224,7 @@ def fit_unit(
 ) -> None:
     """Refit a unit in place to targets [P, q, ·], at the call of its map in a forward pass of P samples.
 
-    Places are as for `output_rows`, shares the rows' weights [P, q], and the ridge is relative. With a rounding, which
+    Shares are the weights [P, q] of the rows, which are of `input_rows`; the ridge is relative. With a rounding, which
     takes the weight, the matrix is rounded, and the bias fitted to what that leaves.
     """
     weight = network.get_parameter(unit.weight)

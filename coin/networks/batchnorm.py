@@ -36,9 +36,9 @@ class BatchNormPolicy(StrEnum):
     keep = "keep"
 
 
-def has_batchnorm(network: nn.Module) -> bool:
-    """Return whether any BatchNorm layer tracks running statistics."""
-    return bool(_tracking(network))
+def batchnorms(network: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers that track running statistics."""
+    return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
 
 
 def folded(state: State, weight: str, bias: str | None, norm: str, eps: float) -> dict[str, Tensor]:
@@ -59,10 +59,6 @@ def folded(state: State, weight: str, bias: str | None, norm: str, eps: float) -
         f"{norm}.running_mean": torch.zeros_like(mean),
         f"{norm}.running_var": torch.full_like(variance, 1 - eps),
     }
-
-
-def _tracking(network: nn.Module) -> list[_BatchNorm]:
-    return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
 
 
 @torch.no_grad()
@@ -88,7 +84,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     first = next(sound, None)
     if first is None:
         raise StateError("found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two")
-    layers = _tracking(network)
+    layers = batchnorms(network)
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     network.eval()

@@ -18,7 +18,7 @@ from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
-from coin.networks.heads import head_name, is_frozen
+from coin.networks.heads import head_name
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, empty_network
 from coin.networks.weights import fill_network, read_weights, with_own_head
@@ -212,10 +212,9 @@ def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
 def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | None, task: str = "task") -> None:
     """Compute a task's zero-shot head and write it into a network that has such a head; raises as `check_heads`."""
     check_heads(config, zero_shot is not None, task)
-    if zero_shot is None or not is_frozen(network):
-        return
-    head = zero_shot_head(local_place(config.name), *zero_shot)
-    network.get_submodule(head_name(network)).get_parameter("weight").copy_(head)
+    if zero_shot is not None:
+        head = zero_shot_head(local_place(config.name), *zero_shot)
+        network.get_submodule(head_name(network)).get_parameter("weight").copy_(head)
 
 
 def import_pretrained(

@@ -48,11 +48,6 @@ def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
     return found
 
 
-def is_frozen(network: nn.Module) -> bool:
-    """Return whether the network's head is not to be trained, as its attribute ``frozen_head: bool`` says."""
-    return bool(getattr(network, "frozen_head", False))
-
-
 def replace_head(network: nn.Module, num_classes: int) -> None:
     """Replace the head by a freshly initialised one with `num_classes` outputs."""
     name = head_name(network)

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from coin.core.choices import check_number, is_list_of_names
 from coin.errors import ConfigurationError
-from coin.networks.heads import full_precision, head_name, is_frozen
+from coin.networks.heads import full_precision, head_name
 
 HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
 
@@ -163,7 +163,7 @@ def _spec(name: str, given: Any, home: str) -> dict[str, Any]:
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     """Return names that match globs or `HEAD`, all by default, no frozen head's; ConfigurationError for no match."""
     names = [name for name, _ in network.named_parameters()]
-    if is_frozen(network):
+    if getattr(network, "frozen_head", False):
         names = without_head(network, names)
         if patterns is not None and HEAD in patterns:
             told = f"found trainable pattern '{HEAD}' and a {type(network).__name__}"

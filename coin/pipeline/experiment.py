@@ -19,7 +19,7 @@ from coin.files.downloads import fetch_from_hub
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig
-from coin.networks.batchnorm import has_batchnorm
+from coin.networks.batchnorm import batchnorms
 from coin.networks.files import check_heads, import_checkpoint
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
@@ -177,7 +177,7 @@ class Experiment:
         built = empty_network(replace(self.network, weights=None), 2)
         labels = [method.label for method in self.methods]
         twice = [label for label in labels if labels.count(label) > 1]
-        if twice and not has_batchnorm(built):
+        if twice and not batchnorms(built):
             told = f"found method {twice[0]} more than once for {self.network.name}, which has no BatchNorm"
             raise ConfigurationError(f"{told} for their policies to differ in; leave one, or give them labels")
         trained = [self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints]

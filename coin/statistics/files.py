@@ -63,7 +63,7 @@ def save_statistic(
     """
     spent = {"samples": values.count, "passes": values.passes} if isinstance(values, Sums) else {}
     state = values.mean() if isinstance(values, Sums) else values
-    name = _checked_kind(state, network)
+    name = check_statistic(state, network)
     described = {"statistic": str(name), "weights": fingerprint(network.state_dict())}
     if name is StatisticKind.fisher:
         described["kind"] = str(parse_enum(FisherKind, "kind", kind))
@@ -81,22 +81,22 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     tensor([1., 1., 1.])
     """
     state = dict(open_statistic(Path(path), weights=fingerprint(network.state_dict())))
-    _checked_kind(state, network)
+    check_statistic(state, network)
     return state
 
 
-def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
-    """Return which statistic it is, after checking that it fits the network's parameters."""
+def check_statistic(state: State, network: nn.Module, what: str = "the statistic") -> StatisticKind:
+    """Return which statistic it is, after checking its numbers, and that it fits the network's parameters."""
     parameters, fisher = dict(network.named_parameters(remove_duplicate=False)), True
     for name, tensor in state.items():
         if (own := parameters.get(name.removesuffix(TRANSPOSED))) is None:
-            raise StateError(f"the statistic has a tensor '{name}', which {type(network).__name__} has not; give its")
+            raise StateError(f"{what} has a tensor '{name}', which {type(network).__name__} has not; give its")
         is_like = name in parameters and own.shape == tensor.shape
         if not is_like and (tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]):
             expected = f"expected {list(own.shape)} of a Fisher, or [G, K, K] of Gram matrices"
-            raise StateError(f"the statistic's '{name}' is {list(tensor.shape)}, {expected}; give the network's own")
+            raise StateError(f"{what} has '{name}' of {list(tensor.shape)}, {expected}; give the network's own")
         fisher &= is_like
-    _check_numbers(state, fisher, "the statistic")
+    _check_numbers(state, fisher, what)
     return StatisticKind.fisher if fisher else StatisticKind.gram
 
 

@@ -1,6 +1,6 @@
 """Which statistics of experts a merge needs, and the pass that computes one."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.files.tensors import State
 from coin.statistics.cotangents import FisherKind
 from coin.statistics.fisher import FisherOptions, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.sums import Sums
-
-Given = Sequence[State] | Mapping[str, Sequence[State]]
-"""Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
 
 
 class StatisticKind(StrEnum):

@@ -15,12 +15,11 @@ from coin.errors import CoinWarning, ConfigurationError, DataError, HeadError, N
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, Target
 from coin.merging.closed_form import held_out_error
 from coin.merging.method import starting_method
-from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
 from coin.networks import recalibrate
-from coin.networks.experts import FAR, parameters_of, spread
+from coin.networks.experts import FAR, spread
 from coin.networks.heads import features_and_logits
 from coin.pipeline.options import config_dict
-from coin.statistics import FisherKind, fisher_diagonal, gram_sums
+from coin.statistics import FisherKind, fisher_diagonal
 from coin.statistics.statistic import DataChoice
 
 ROW = (0.4, 0.35, 0.25)
@@ -284,13 +283,12 @@ def test_pooled_statistics_of_a_linear_layer_are_exact_and_auto_takes_them(metho
 def test_one_statistic_that_is_given_is_taken_without_a_look():
     networks, calibration = linear_networks()
     fishers = [fisher_diagonal(*pair) for pair in zip(networks, calibration, strict=True)]
-    made = Coin().make(Experts(networks, fishers=fishers), (0.5, 0.5))
-    assert made.chosen == {"fisher_data": "own"}
-    assert Coin().make(Experts(networks, fishers={"pooled": fishers}), (0.5, 0.5)).chosen == {"fisher_data": "pooled"}
-    with pytest.raises(ConfigurationError, match="found fisher statistics of pooled data, expected own"):
-        Coin(fisher_data="own").make(Experts(networks, fishers={"pooled": fishers}), (0.5, 0.5))
-    with pytest.raises(ConfigurationError, match="no calibration inputs, by which method 'coin' chooses"):
-        Coin().make(Experts(networks, fishers={"own": fishers, "pooled": fishers}), (0.5, 0.5))
+    for option, data in ((None, "own"), ("pooled", "pooled")):
+        made = Coin(fisher_data=option).make(Experts(networks, fishers=fishers), (0.5, 0.5))
+        assert made.chosen == {"fisher_data": data}
+    many = type("Many", (coin.MergeMethod,), {"name": "many", "candidates": lambda self, *_: [({}, {})] * 2})
+    with pytest.raises(ConfigurationError, match="no calibration inputs, by which method 'many' chooses"):
+        many().make(Experts(networks, fishers=fishers), (0.5, 0.5))
 
 
 def test_samples_of_unlike_shapes_merge_and_what_is_no_input_is_told():
@@ -309,47 +307,6 @@ def test_samples_of_unlike_shapes_merge_and_what_is_no_input_is_told():
         Experts(networks, calibration=[[], []])
     with pytest.raises(DataError, match=r"found a tensor for a task's calibration, expected its batches; write \[ten"):
         Experts(networks, calibration=[ragged[0][0], ragged[1][0]])
-
-
-# RegMean's options
-
-
-class Mixing(nn.Module):
-    """Two fully connected layers and a matrix that no layer owns."""
-
-    def __init__(self, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 3)
-        self.mix = nn.Parameter(torch.randn(12, 12) / 3)
-        self.double()
-
-    def forward(self, x):
-        return self.second(torch.einsum("bi,ij->bj", torch.tanh(self.first(x)), self.mix))
-
-
-def test_regmean_chooses_alpha_and_damping_by_the_held_out_error():
-    networks = [Mixing(0), Mixing(1)]
-    _, calibration = linear_networks()
-    experts = Experts(networks, calibration=calibration)
-    made = RegMean(alpha=None, damping=None, gram_data="own").make(experts, PAIR)
-    grams = [gram_sums(network, experts.split[0]).mean() for network in networks]
-
-    def error(alpha, damping):
-        trial = deepcopy(networks[0])
-        trial.load_state_dict(regmean_parameters(list(map(parameters_of, networks)), grams, PAIR, alpha, damping))
-        return held_out_error(experts, trial, PAIR)
-
-    errors = {each: error(0.7, each) for each in DAMPINGS}
-    best_damping = min(errors, key=errors.get)
-    errors = {each: error(each, best_damping) for each in ALPHAS}
-    best_alpha = min(errors, key=errors.get)
-    assert len({round(each, 9) for each in errors.values()}) == 5
-    at_edge = best_damping in (DAMPINGS[0], DAMPINGS[-1])
-    chosen = {"alpha": best_alpha, "damping": best_damping, "at_edge": at_edge}
-    assert made.chosen == {"gram_data": "own", "averaged": ["mix"]} | chosen
-    fixed = RegMean(alpha=best_alpha, damping=best_damping, gram_data="own")
-    assert same(made.network, fixed.make(Experts(networks, calibration=calibration), PAIR).network)
 
 
 # Starts

@@ -81,7 +81,7 @@ def test_given_statistics_are_padded_like_those_that_are_computed(kind):
     fishers = [fisher_diagonal(*each, kind=kind) for each in zip(experts, CALIBRATION, strict=True)]
     grams = [gram_sums(*each).mean() for each in zip(experts, CALIBRATION, strict=True)]
     for method, given in (
-        (Coin(fisher_kind=kind, fisher_data="own"), {"fishers": {"own": fishers}}),
+        (Coin(fisher_kind=kind, fisher_data="own"), {"fishers": fishers}),
         (RegMean(gram_data="own"), {"grams": grams}),
     ):
         (found,) = merge_networks(method, experts, CODE, calibration=CALIBRATION, **given)
@@ -191,7 +191,7 @@ NAMED = [[named(batch) for batch in batches] for batches in STACKED]
 
 @pytest.mark.parametrize(
     "method",
-    [Average(batchnorm="recalibrate"), Coin(), RegMean(alpha=None, damping=None), HeadFit(), Refit("both")],
+    [Average(batchnorm="recalibrate"), Coin(), RegMean(), HeadFit(), Refit("both")],
     ids=by_label,
 )
 def test_batches_by_name_merge_as_one_tensor_does(method):
@@ -231,7 +231,7 @@ def test_batches_of_anything_else_are_told(batch, message):
         lambda: gram_sums(network, [batch], forward=call),
         lambda: recalibrate(network, [batch], forward=call),
         lambda: Experts([network] * 2, calibration=[[batch]] * 2, forward=call),
-        lambda: Coded(Code([[1.0]]), [network], [network], forward=call).answers(batch),
+        lambda: Coded(Code([[1.0]]), [network], [network], forward=call)(batch),
     ):
         with pytest.raises(DataError, match=message) as told:
             use()

@@ -17,7 +17,7 @@ from coin.errors import CoinWarning, DataError, NumericalError, StateError
 from coin.merging import Average, Experts, Refit
 from coin.merging.average import average_parameters
 from coin.merging.passes import LEAST, PROBED, chosen_places, position_weights
-from coin.merging.target import OWN_SHARE
+from coin.merging.refit import OWN_SHARE
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.small import SmallViT
 from coin.statistics.solvers import fit_affine
@@ -593,7 +593,7 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
         found.append(Refit(target, head=False, memory_mib=mib).make(experts, ROW).network.state_dict())
         every = groups * (1 if target == "own" else 3) * sum(SIZES)
         assert experts.passes == PROBES + every + sum(SIZES)
-        assert told.pop() == ("refit, layers", every + 2 * sum(SIZES), every + 2 * sum(SIZES))
+        assert told.pop() == ("refit, layers", every + sum(SIZES), every + sum(SIZES))
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
 
 
@@ -854,10 +854,7 @@ class Forks(nn.Module):
 @pytest.mark.parametrize(
     ("way", "who", "message"),
     [
-        ("shorter", 1, "an expert calls 'second.weight' where the coded network calls 'first.weight'"),
-        ("shortest", 1, "an expert is at its end where the coded network calls 'head.weight'"),
-        ("longer", 1, "an expert calls 'head.weight' where the coded network is at its end"),
-        ("turned", 1, "an expert calls 'second.weight' where the coded network calls 'first.weight'"),
+        *((way, 1, "an expert calls other layers than") for way in ("shorter", "shortest", "longer", "turned")),
         ("wider", 1, r"'second.weight' gives \[1, 2, 6\] a sample in an expert and \[1, 6\] in the coded network"),
         ("by size", 0, "Forks makes other calls on two samples than on three, expected the same"),
     ],

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks.batchnorm import has_batchnorm, recalibrate
+from coin.networks.batchnorm import batchnorms, recalibrate
 
 
 def network():
@@ -60,8 +60,8 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ba
         recalibrate(net, breaks_off())
     assert [module.training for module in net.modules()] == modes
     assert (net[1].momentum, net[5].momentum) == (0.37, 0.1)
-    assert has_batchnorm(net)
-    assert not has_batchnorm(nn.Sequential(nn.GroupNorm(1, 3), nn.BatchNorm2d(3, track_running_stats=False)))
+    assert batchnorms(net)
+    assert not batchnorms(nn.Sequential(nn.GroupNorm(1, 3), nn.BatchNorm2d(3, track_running_stats=False)))
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
 
 

@@ -52,7 +52,7 @@ def test_what_is_no_statistic_of_the_network_is_refused(network: nn.Module, tmp_
     path, fisher = tmp_path / "statistic", coin.fisher_diagonal(network, BATCHES)
     for values, message in (
         ({**fisher, "tail": torch.ones(2)}, "has a tensor 'tail', which Sequential has not"),
-        ({**fisher, "2.bias": torch.ones(2)}, r"'2\.bias' is \[2\], expected \[3\] of a Fisher, or \[G, K, K\]"),
+        ({**fisher, "2.bias": torch.ones(2)}, r"has '2\.bias' of \[2\], expected \[3\] of a Fisher, or \[G, K, K\]"),
         ({**fisher, "2.bias": -torch.ones(3)}, r"the statistic is negative in '2\.bias'"),
         ({**fisher, "2.bias": torch.full((3,), torch.nan)}, r"not finite: tensor '2\.bias'"),
     ):

@@ -22,7 +22,7 @@ from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
 from coin.merging.adapted import parts_of
 from coin.networks import Compression, compress, load_network, save_network
-from coin.networks.batchnorm import has_batchnorm
+from coin.networks.batchnorm import batchnorms
 from coin.networks.experts import ExpertFiles
 from coin.networks.files import int8_path, kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
@@ -173,7 +173,7 @@ def make_coded_models(
             "made_by": "coin merge",
             "label": method.label,
             "method": {"name": method.name, "options": config_dict(method)},
-            "batchnorm": str(method.batchnorm) if has_batchnorm(files.skeleton) else "",
+            "batchnorm": str(method.batchnorm) if batchnorms(files.skeleton) else "",
             "code": code.matrix.tolist(),
             "row": index,
             "tasks": list(files.paths),
