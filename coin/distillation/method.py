@@ -57,7 +57,7 @@ class Distillation(Method):
             for stored images. Batches in memory are never augmented.
         schedule: The learning-rate schedule: ``one_cycle`` or ``constant``.
         start: The closed-form merge to start from: ``auto`` (``head_fit``, or ``average`` if the head cannot be
-            fitted), a method's name, or its ``class_path`` and ``init_args`` (`coin.merging.method.starting_method`).
+            fitted), or the name of a method that needs no shared initialisation, such as ``refit``.
         label: The name of this variant in results and files.
         seed: The seed of the samples' order; by default the experiment's, or 0 in memory.
 
@@ -79,7 +79,7 @@ class Distillation(Method):
         samples_per_task: int | None = None,
         augmentation: Augmentation | None = None,
         schedule: Schedule = Schedule.one_cycle,
-        start: str | dict[str, Any] = AUTO,
+        start: str = AUTO,
         label: str | None = None,
         seed: int | None = None,
         compress: Compress = None,

@@ -3,7 +3,7 @@
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from inspect import isabstract
@@ -198,28 +198,16 @@ def merge_networks(
     return Merged(made, experts.passes, time.perf_counter() - began, packed)
 
 
-def starting_method(start: str | Mapping[str, Any]) -> Method:
-    """Return the closed form given by the option `start` of distillation: a name, or ``{class_path: …, init_args: …}``.
+def starting_method(start: str) -> Method:
+    """Return the closed form of this name, for the option `start` of distillation; a ConfigurationError without one.
 
-    Raises ConfigurationError if it is unknown, trains, needs the initialisation, has adapters, or of options.
+    It does not need the shared initialisation.
     """
-    section: Any = {"class_path": start} if isinstance(start, str) else start
     known = [each for each in reversed(_subclasses(Method)) if not each.is_trained and not isabstract(each)]
     kinds = {each.name: each for each in known if not each.reads_initial}  # a base before its own
-    named = kinds | {each.__name__: each for each in known if each.name in kinds}
-    is_section = isinstance(section, Mapping) and set(section) <= {"class_path", "init_args"}
-    kind = named.get(str(section.get("class_path")).rpartition(".")[2]) if is_section else None
-    if kind is None:
-        expected = f"one of {', '.join(sorted(kinds))}, or class_path and init_args of one"
-        raise ConfigurationError(f"found start={start!r}, expected {expected}")
-    try:
-        method = kind(**section.get("init_args") or {})
-    except TypeError as error:
-        raise ConfigurationError(f"found start={start!r}, expected options of {kind.__name__} ({error})") from error
-    if method.reads_initial or method.adapters is not None:
-        lacking = "has adapters" if method.adapters else "needs the shared initialisation"
-        raise ConfigurationError(f"found start={start!r}, which {lacking}; choose other options")
-    return method
+    if start not in list(kinds):
+        raise ConfigurationError(f"found start={start!r}, expected one of {', '.join(sorted(kinds))}")
+    return kinds[start]()
 
 
 def _subclasses(kind: Any) -> list[type[Method]]:

@@ -2,16 +2,19 @@
 
 import math
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from itertools import chain
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
-from coin.files.tensors import State
+from coin.files.tensors import State, weighted_sum
 from coin.merging.adapted import Adapted
 from coin.merging.adapters import AdapterFit, rank_of
 from coin.merging.experts import Experts
@@ -23,11 +26,11 @@ from coin.merging.units import (
     affine_units,
     fit_unit,
     floating_parameters,
-    fold_average,
     input_rows,
     output_rows,
 )
 from coin.networks.adapters import AdapterOptions
+from coin.networks.batchnorm import folded
 from coin.networks.compressed import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.heads import head_name
@@ -274,7 +277,15 @@ class Body(NamedTuple):
         """Return a network, changed in place, as the β-average of other networks' folded maps."""
         trace = affine_units(network, experts.pooled.inputs(torch.arange(min(3, experts.pooled.num_samples))))
         experts.passes += PROBES
-        fold_average(network, trace.units, states, row)
+        every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+        tensors = dict(chain(network.named_parameters(), network.named_buffers()))
+        for unit in trace.units:
+            if unit.norm is not None:
+                eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
+                maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
+                with torch.no_grad():
+                    for name, tensor in weighted_sum(maps, row).items():
+                        tensors[name].copy_(tensor)
         fitted = {name for unit in trace.units for name in (unit.weight, unit.bias, unit.end, unit.shift)}
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 

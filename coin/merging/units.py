@@ -1,11 +1,9 @@
 """The affine units of a network, its maps with the BatchNorms behind them: found by tracing, fitted by regression."""
 
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, as_input, size_of, take
 from coin.errors import StateError
-from coin.files.tensors import State, weighted_sum
-from coin.networks.batchnorm import folded
 from coin.networks.compressed import Rounding
 from coin.statistics.guard import check_apart, differentiable, evaluating
 from coin.statistics.rules import Call
@@ -139,21 +135,6 @@ def _unit(call: Call, size: int) -> Unit:
         outputs = groups = size
     names, sizes = (call.names["weight"], call.names.get("bias")), (size // outputs, outputs // groups)
     return Unit(*names, None, shape, prod(shape) // outputs, *sizes, isinstance(call, ConvolutionCall))
-
-
-def fold_average(
-    network: nn.Module, units: Iterable[Unit], states: Sequence[tuple[State, State]], row: Sequence[float]
-) -> None:
-    """Write the β-average of other networks' folded maps into a network, whose BatchNorms become shifts."""
-    every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
-    tensors = dict(chain(network.named_parameters(), network.named_buffers()))
-    for unit in units:
-        if unit.norm is not None:
-            eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
-            maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
-            with torch.no_grad():
-                for name, tensor in weighted_sum(maps, row).items():
-                    tensors[name].copy_(tensor)
 
 
 def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class DistillationModule(LightningModule):
         steps: int,
         augmentation: str,
         schedule: str,
-        start: str | dict[str, Any],
+        start: str,
         batch_size: int,
         samples_per_task: int | None,
         seed: int | None,

@@ -86,9 +86,8 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(
     assert is_in_eval_mode(module)
 
 
-def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks, make_trainer, tmp_path):
-    start = {"class_path": "Refit", "init_args": {"target": "own"}}
-    module, data = module_of(experts, lr=1e-12, steps=1, start=start), tasks()
+def test_it_goes_on_from_a_refit_which_a_checkpoint_keeps(experts, tasks, make_trainer, tmp_path):
+    module, data = module_of(experts, lr=1e-12, steps=1, start="refit"), tasks()
     trainer = make_trainer(max_steps=1, max_epochs=-1)
     trainer.fit(module, datamodule=data)
     samples = data.training_calibration()
@@ -96,10 +95,10 @@ def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks
     expected = Refit("own").make(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
-    assert (module.chosen["start"], module.chosen["target"]) == (start, "own")
+    assert (module.chosen["start"], module.chosen["target"]) == ("refit", "own")
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     again = DistillationModule.load_from_checkpoint(tmp_path / "kept.ckpt", weights_only=True)
-    assert again.hparams["start"] == start
+    assert again.hparams["start"] == "refit"
     assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
