@@ -6,8 +6,8 @@ They are what a body with adapters has to beat, read as `expert_head` reads it: 
 features of a stand-in that knows whose answer it gives, whatever else is lost. A row for every seed, method and task:
 
 - ``average+svd`` and ``base+svd``: the experts' average or the shared initialisation, and of each expert its vectors
-  (biases, scales, BatchNorm statistics) and W_i − W to rank r, from a singular value decomposition, in float16;
-  without data (Lu et al., *Twin-Merging*, NeurIPS 2024, arXiv 2406.15479).
+  (biases, scales, BatchNorm statistics) and W_i − W to rank r, from a singular value decomposition, in 4 bits a value
+  as adapters are; without data (Lu et al., *Twin-Merging*, NeurIPS 2024, arXiv 2406.15479).
 - ``emr``: the initialisation and one elected difference from it, of each expert a bit a weight and a scale (Huang et
   al., *EMR-Merging: tuning-free high-performance model merging*, NeurIPS 2024, arXiv 2405.17461).
 - ``tall-0.4``, ``tall-0.6``: the initialisation and the sum of all differences from it, of each expert a bit a weight:
@@ -34,9 +34,9 @@ from coin.data.samples import Calibration
 from coin.files.yaml import read_yaml
 from coin.networks import head_name, load_network, run_network
 from coin.networks.compressed import Rounding, reference_of
-from coin.networks.delta import matrix_shape
+from coin.networks.delta import matrix_shape, quantise
 
-RANKS, TALL = (1, 4, 8, 16), (0.4, 0.6)
+RANKS, TALL = (4, 16, 32), (0.4, 0.6)
 
 
 def body_of(network):
@@ -101,14 +101,14 @@ def by_svd(experts, body):
         for network, size, parts in found:
             state, kept = {}, []
             for name, (step, (u, s, v)) in parts.items():
-                root = s[:rank].sqrt()
-                factors = [(u[:, :rank] * root).half(), (root[:, None] * v[:rank]).half()]
-                if nbytes(factors) >= 2 * step.numel():  # then the difference itself is smaller
-                    factors = [step.half()]
-                step = torch.linalg.multi_dot([each.float() for each in factors]) if factors[1:] else factors[0].float()
+                root = s[:rank, None].sqrt()
+                factors = [quantise(root * u.T[:rank].contiguous(), 4), quantise(root * v[:rank], 4)]
+                if sum(each.codes.numel() for each in factors) >= step.numel():  # then the difference itself is smaller
+                    factors = [quantise(step, 4)]
+                step = factors[0].dense().T @ factors[1].dense() if factors[1:] else factors[0].dense()
                 state[name], kept = body[name] + step.reshape(body[name].shape), kept + factors
             networks.append(filled(network, state))
-            total += size + nbytes(kept)
+            total += size + sum(math.ceil(each.codes.numel() / 2) + each.scale.nbytes for each in kept)
         yield rank, networks, total
 
 
