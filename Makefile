@@ -76,12 +76,12 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
-# Each line goes on where it was killed, but for the scripts, which take minutes.
-study: $(VENV)/.demo  ## every result in notebooks/results anew, and the tables: its merges alone take 12 hours
+# A sweep goes on where it was killed.
+study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs
 	$(PIP) '.[demo,text]'
 	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) || exit 1; done
-	$(BIN)/python notebooks/fine_tuning_distance.py $(RESULTS)/fine-tuning/*/seed-* --output $(RESULTS)/fine-tuning/distance.csv
-	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/experts/*-30[23]-tasks-[012]/seed-* --output $(RESULTS)/silent-faults/faults.csv
+	for suite in imagenet-pair small-pair vit experts; do $(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-$$suite/*/seed-* --output $(RESULTS)/stand-ins-$$suite/rivals.csv || exit 1; done
+	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/fleet/fleet-00[0-2]*/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error

@@ -1,6 +1,6 @@
-"""Stand-ins of other papers that keep something for each expert, on a finished experiment's experts: its folder → CSV.
+"""Stand-ins of other papers that keep something for each expert, on finished experts: folders of seeds → CSV.
 
-    python notebooks/rivals.py runs/NAME --output rivals.csv
+    python notebooks/rivals.py runs/NAME/seed-* --output rivals.csv
 
 They are what a body with adapters has to beat, read as `expert_head` reads it: the lost expert's own head on the
 features of a stand-in that knows whose answer it gives, whatever else is lost. A row for every seed, method and task:
@@ -10,14 +10,14 @@ features of a stand-in that knows whose answer it gives, whatever else is lost. 
   as adapters are; without data (Lu et al., *Twin-Merging*, NeurIPS 2024, arXiv 2406.15479).
 - ``emr``: the initialisation and one elected difference from it, of each expert a bit a weight and a scale (Huang et
   al., *EMR-Merging: tuning-free high-performance model merging*, NeurIPS 2024, arXiv 2405.17461).
-- ``tall-0.4``, ``tall-0.6``: the initialisation and the sum of all differences from it, of each expert a bit a weight:
-  whether its own difference is at least 0.4 (0.6) times what the others' sum to (Wang et al., *Localizing task
-  information for improved model merging and compression*, ICML 2024, arXiv 2405.07813, TALL-masks).
+- ``tall``: the initialisation and the sum of all differences from it, of each expert a bit a weight: whether its own
+  difference is at least `TALL` times what the others' sum to (Wang et al., *Localizing task information for improved
+  model merging and compression*, ICML 2024, arXiv 2405.07813, TALL-masks).
 
-All have the experts' own BatchNorm statistics. ``memory_mib`` is the body in float32, what all experts keep beside it
-(of what equals the body's, nothing) and their heads, to the byte; the difference of ``emr`` and ``tall`` is in float16.
-Columns that end in ``_4bit`` are with the body, and that difference, in 4 bits a value, 8 in short rows as `Refit` has
-them, and with all that experts keep taken from the rounded body.
+All have the experts' own BatchNorm statistics. Columns that end in ``_4bit`` are with the body, and the difference of
+``emr`` and ``tall``, in 4 bits a value, 8 in short rows as `Refit` has them, and with all that experts keep taken from
+the rounded body; those that end in ``_8bit`` likewise. ``memory_mib`` is the body, what all experts keep beside it (of
+what equals the body's, nothing) and their heads, to the byte; ``networks`` that over an expert's.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from coin.networks import head_name, load_network, run_network
 from coin.networks.compressed import Rounding, reference_of
 from coin.networks.delta import matrix_shape, quantise
 
-RANKS, TALL = (4, 16, 32), (0.4, 0.6)
+RANKS, TALL = (4, 16), 0.6
 
 
 def body_of(network):
@@ -70,13 +70,13 @@ def nbytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def in_4_bits(network, base=None):
-    """Return a body in 4 bits a value, or what is left of it beside a base, and its bytes."""
+def in_bits(bits, network, base=None):
+    """Return a body in so many bits a value, or what is left of it beside a base, and its bytes."""
     base_bits = 0 if base is None else 32
-    rounding = Rounding(reference_of(network, base, base_bits), 4)
+    rounding = Rounding(reference_of(network, base, base_bits), bits)
     for name in filter(rounding.takes, dict(network.named_parameters())):
         rounding.round(name, network.get_parameter(name))
-    packed = coin.compress(network, base, bits=4, base_bits=base_bits, rounded=rounding.rounded)
+    packed = coin.compress(network, base, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
     return body_of(packed.network()), packed.nbytes
 
 
@@ -112,7 +112,7 @@ def by_svd(experts, body):
         yield rank, networks, total
 
 
-def by_masks(experts, base, bits, threshold=None):
+def by_masks(experts, base, bits, threshold):
     """Return the networks of TALL-masks, or of EMR-Merging without a threshold, and the bytes beside the base."""
     every = [body_of(expert) for expert in experts]
     names = [name for name, _ in experts[0].named_parameters() if name in base]
@@ -121,12 +121,9 @@ def by_masks(experts, base, bits, threshold=None):
     shared = steps.sum(0)
     if threshold is None:  # the largest of those that have the sum's sign
         shared = shared.sign() * (steps * shared.sign()).clamp(min=0).amax(0)
-    if bits == 4:
-        plain = filled(experts[0], base)
-        state, size = in_4_bits(filled(plain, shaped(start + shared, base, names)), plain)
-        shared = flat(state, names) - start
-    else:
-        shared, size = shared.half().float(), 2 * len(shared)
+    plain = filled(experts[0], base)
+    state, size = in_bits(bits, filled(plain, shaped(start + shared, base, names)), plain)
+    shared = flat(state, names) - start
     networks = []
     for expert, own, step in zip(experts, every, steps, strict=True):
         if threshold is None:
@@ -147,8 +144,8 @@ def stand_ins(experts, bodies, bits):
         for rank, networks, kept in by_svd(experts, body):
             yield f"{name}+svd", rank, networks, size + kept
     base, size = bodies["base"]
-    for name, options in {"emr": [], **{f"tall-{share}": [share] for share in TALL}}.items():
-        networks, kept = by_masks(experts, base, bits, *options)
+    for name, threshold in {"emr": None, "tall": TALL}.items():
+        networks, kept = by_masks(experts, base, bits, threshold)
         yield name, None, networks, size + kept
 
 
@@ -171,13 +168,12 @@ def measure(folder):
     every = [body_of(expert) for expert in experts]
     average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
     heads = nbytes(tensor for each in experts for name, tensor in each.state_dict().items() if name not in average)
+    whole_expert = nbytes(experts[0].state_dict().values())
     headless = filled(experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()})  # no bytes
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
-    bodies = {name: (body_of(network), nbytes(body_of(network).values())) for name, network in whole.items()}
     rows = {}
-    for bits, end in ((32, ""), (4, "_4bit")):
-        if bits == 4:
-            bodies = {name: in_4_bits(network) for name, network in whole.items()}
+    for bits, end in ((8, "_8bit"), (4, "_4bit")):
+        bodies = {name: in_bits(bits, network) for name, network in whole.items()}
         for method, rank, networks, kept in stand_ins(experts, bodies, bits):
             for name, network in zip(names, networks, strict=True):
                 decoded = accuracy(network, name)
@@ -185,16 +181,16 @@ def measure(folder):
                 row |= {"method": method, "rank": rank, "task": name, "expert_accuracy": right[name]}
                 row = rows.setdefault((method, rank, name), row)
                 row |= {f"decoded_accuracy{end}": decoded, f"nda{end}": decoded / right[name]}
-                row |= {f"memory_mib{end}": (kept + heads) / 2**20}
+                row |= {f"memory_mib{end}": (kept + heads) / 2**20, f"networks{end}": (kept + heads) / whole_expert}
     yield from rows.values()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="the experiment's folder")
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
     parser.add_argument("--output", type=Path, default=Path("rivals.csv"), help="the CSV to write")
     given = parser.parse_args()
-    found = pd.DataFrame([row for folder in sorted(given.folder.glob("seed-*")) for row in measure(folder)])
+    found = pd.DataFrame([row for folder in given.folders for row in measure(folder)])
     found.to_csv(given.output, index=False)
     shown = {name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]}
     print(found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string())

@@ -33,15 +33,8 @@ def percent(share: float) -> str:
 
 @cache
 def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
-    """The rows of a suite's sweep where so many experts are lost; all if None. Stand-ins have their adapters too."""
+    """The rows of a suite's sweep where so many experts are lost; all if None."""
     frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
-    beside = suite.replace("stand-ins", "adapters")
-    if beside != suite and (RESULTS / beside).is_dir():
-        more = measured(beside, None)
-        more = more[~more.method.isin(["none", "oracle", "average"])]  # which the other has, with all decoders
-        anew = {*zip(more.method, more.decoder, strict=True)}
-        frame = frame[[each not in anew for each in zip(frame.method, frame.decoder, strict=True)]]
-        frame = pd.concat([frame, more])
     return frame if lost is None else frame[frame.erased.str.count(r"\+") + 1 == lost]
 
 
@@ -70,33 +63,31 @@ def ndas(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
     return 100 * own.groupby("experiment").nda.mean()
 
 
-def both_decoders(rows: pd.DataFrame, method: str) -> str:
-    """Return a method's NDA with the linear decoder / with feature_ridge."""
-    return " / ".join(spread(ndas(rows, method, decoder)) for decoder in DECODERS)
-
-
 def cost(rows: pd.DataFrame, method: str, column: str = "merge_passes") -> float:
     """Return the mean of one of a method's cost columns."""
     return float(of_method(rows, method)[column].mean())
 
 
+def network_mib(rows: pd.DataFrame) -> float:
+    """The size of one network in MiB: that of the experts' average, read by nothing beside it."""
+    return float(pd.to_numeric(rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib).mean())
+
+
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
-    """The rows of a suite of stand-ins, of the most experts, with the memory in networks."""
+    """The rows of a suite of stand-ins, with the memory in networks."""
     rows = measured(f"stand-ins-{suite}")
-    rows = rows[rows.groupby("experiment").task.transform("nunique") == (8 if suite == "experts" else 2)]
-    rows = rows.assign(memory_mib=pd.to_numeric(rows.memory_mib))
-    network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
-    return rows.assign(networks=rows.memory_mib / network)
+    return rows.assign(networks=pd.to_numeric(rows.memory_mib) / network_mib(rows))
 
 
-def of_stand_ins(suite: str, experts: int | None = None) -> tuple[pd.DataFrame, float]:
-    """What may stand in for one of so many experts, the most by default, and the size of a network in MiB."""
-    rows = runs(f"stand-ins-{suite}", None)
-    counts = rows.groupby("seed").task.transform("nunique")
-    rows = rows[counts == (experts or counts.max())]
-    network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
-    return stand_ins(summarise(rows)), float(network)
+def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:
+    """What may stand in for a lost expert, and the size of a network in MiB."""
+    return stand_ins(summarise(runs(f"stand-ins-{suite}", None))), network_mib(measured(f"stand-ins-{suite}"))
+
+
+def rivals(suite: str) -> pd.DataFrame:
+    """What `rivals.py` measured on a suite's experts."""
+    return pd.read_csv(RESULTS / suite / "rivals.csv", keep_default_na=False, dtype={"rank": str})
 
 
 def simulation(scenario: str, experts: int) -> pd.DataFrame:

@@ -7,7 +7,6 @@ NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a
 
 import math
 import re
-from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from rich.console import Console
 from stored import (
     DECODERS,
     RESULTS,
-    both_decoders,
     cost,
     markdown,
     measured,
@@ -26,212 +24,221 @@ from stored import (
     ndas,
     of_stand_ins,
     percent,
+    rivals,
     simulated,
     spread,
     stood_in,
 )
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting.figures import nda_against_memory
+from coin.reporting.figures import legend_below, nda_against_memory
 from coin.reporting.results import COLUMNS, Row
-from coin.reporting.style import style
+from coin.reporting.style import COLOURS, MARKERS, WIDTH, style
 from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
 from coin.reporting.tables import finding, rich_table, stand_in_table
 
 NOTEBOOKS = Path(__file__).parent
+COSTS = ("merge_passes", "merge_seconds")
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
 SUITES = {
-    "imagenet-pair": "ImageNet pair",
-    "imagenet-triple": "triple",
-    "pair": "small pair",
-    "real": "MNIST + CIFAR-10",
-}
-METHODS = {
-    "none": "*none: no coded model*",
-    "average": "`Average`",
-    "coin": "`Coin`",
-    "head_fit": "`HeadFit`",
-    "refit": "**`Refit`**",
-    "distillation": "`Distillation`, 150 steps",
-}
-CLAIMED = (
-    ("coin", "linear", "`Coin`, the paper's decoder"),
-    ("coin", "feature_ridge", "`Coin`, `feature_ridge`"),
-    ("refit", "linear", "`Refit`, the paper's decoder"),
-    ("refit", "feature_ridge", "`Refit`, `feature_ridge`"),
-    ("distillation", "feature_ridge", "`Distillation`, `feature_ridge`"),
-)
-"""What the paper's claims are checked on: method, decoder, and how the table calls them."""
-STAND_INS = {
     "imagenet-pair": "ImageNet pair",
     "small-pair": "small pair",
     "vit": "small ViT",
     "experts": "8 experts",
+    "text": "texts",
 }
 KEPT = {
-    ("none", "feature_ridge"): "nothing: the survivors alone",
-    ("base", "expert_head"): "the base itself, own head",
-    ("base", "feature_ridge"): "the base itself, `feature_ridge`",
+    ("none", "feature_ridge"): "the survivors alone",
     ("average", "expert_head"): "`Average`, own head",
-    ("average", "feature_ridge"): "`Average`, `feature_ridge`",
-    ("wudi", "expert_head"): "`Wudi` (no data), own head",
     ("coin", "linear"): "`Coin`, the paper's decoder",
     ("coin", "expert_head"): "`Coin`, own head",
     ("coin", "feature_ridge"): "`Coin`, `feature_ridge`",
     ("distillation", "linear"): "`Distillation`, the paper's decoder",
-    ("distillation", "expert_head"): "`Distillation`, own head",
     ("distillation", "feature_ridge"): "`Distillation`, `feature_ridge`",
     ("refit", "linear"): "`Refit`, the paper's decoder",
-    ("refit", "expert_head"): "`Refit`, own head",
     ("refit", "feature_ridge"): "`Refit`, `feature_ridge`",
-    ("refit-both", "linear"): "`Refit(both)`, the paper's decoder",
-    ("refit-both", "feature_ridge"): "`Refit(both)`, `feature_ridge`",
-    ("average-4bit-nobase", "expert_head"): "`Average`, own head, in 4 bits",
-    ("distillation-4bit-nobase", "expert_head"): "`Distillation`, own head, in 4 bits",
-    ("refit-4bit-nobase", "expert_head"): "`Refit`, own head, in 4 bits",
-    ("refit-3bit-int8base", "expert_head"): "`Refit`, own head, a 3-bit delta",
-    ("refit+rank4", "expert_head"): "**`Refit` with adapters of rank 4**",
-    ("refit+rank4-4bit-nobase", "expert_head"): "**`Refit` with adapters of rank 4, in 4 bits**",
-    ("refit+rank16-4bit-nobase", "expert_head"): "`Refit` with adapters of rank 16, in 4 bits",
-    ("average+rank4-4bit-nobase", "expert_head"): "`Average` with adapters of rank 4, in 4 bits",
-    ("base+rank4", "expert_head"): "the base with adapters of rank 4",
-    ("base+rank4-4bit-nobase", "expert_head"): "the base with adapters of rank 4, in 4 bits",
-    ("replica-8bit-nobase", "replica"): "copies of the experts in 8 bits",
-    ("replica-3bit-int8base", "replica"): "**copies of the experts**, 3-bit deltas from an int8 base",
-    ("replica-2bit-int8base", "replica"): "copies of the experts, 2-bit deltas from an int8 base",
-    ("replica-4bit-nobase", "replica"): "copies of the experts in 4 bits",
+    ("refit", "expert_head"): "`Refit`, own head",
+    ("refit-4bit-nobase", "expert_head"): "`Refit`, own head, 4 bits",
+    ("refit+rank4", "expert_head"): "`Refit` with adapters of rank 4",
+    ("refit+rank4-4bit-nobase", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
+    ("refit+rank16", "expert_head"): "`Refit` with adapters of rank 16",
+    ("refit+rank16-4bit-nobase", "expert_head"): "**`Refit` with adapters, 4 bits**",
+    ("average+rank16-4bit-nobase", "expert_head"): "the average with adapters, 4 bits",
+    ("base+rank16-4bit-nobase", "expert_head"): "the base with adapters, 4 bits",
+    ("distillation+rank16-4bit-nobase", "expert_head"): "`Distillation` with adapters, 4 bits",
+    ("replica-2bit-int8base", "replica"): "copies of the experts, 2-bit deltas",
+    ("replica-3bit-int8base", "replica"): "copies of the experts, 3-bit deltas",
 }
-"""What may stand in for a lost expert: method and decoder, and how the tables call it."""
+"""What may stand in for a lost expert: method and decoder, and how the tables call it; adapters are of rank 16."""
 
 IN_SHORT = [
     ("none", "feature_ridge"),
     ("coin", "linear"),
     ("distillation", "feature_ridge"),
-    ("refit-4bit-nobase", "expert_head"),
-    ("refit+rank4-4bit-nobase", "expert_head"),
-    ("base+rank4-4bit-nobase", "expert_head"),
+    ("refit+rank16-4bit-nobase", "expert_head"),
+    ("base+rank16-4bit-nobase", "expert_head"),
     ("replica-3bit-int8base", "replica"),
 ]
-"""The rows of the README's table."""
+"""The rows of the README's table but for the last, a spare."""
+
+CLAIMED = [
+    ("coin", "linear"),
+    ("coin", "feature_ridge"),
+    ("distillation", "feature_ridge"),
+    ("refit", "feature_ridge"),
+    ("refit+rank16", "expert_head"),
+]
+"""What the paper's claims are checked on."""
+
+SAMPLED = [
+    ("coin", "linear"),
+    ("coin", "feature_ridge"),
+    ("refit", "feature_ridge"),
+    ("refit", "expert_head"),
+    ("base+rank16", "expert_head"),
+    ("refit+rank4", "expert_head"),
+    ("refit+rank16", "expert_head"),
+]
+"""What is measured with few samples."""
 
 DRAWN = {
-    ("none", "feature_ridge"): "none: survivors alone",
+    ("none", "feature_ridge"): "the survivors alone",
     ("average", "expert_head"): "average, own head",
     ("coin", "linear"): "coin, the paper's decoder",
     ("coin", "feature_ridge"): "coin, feature_ridge",
     ("distillation", "feature_ridge"): "distillation, feature_ridge",
     ("refit", "expert_head"): "refit, own head",
     ("refit-4bit-nobase", "expert_head"): "refit, own head, 4 bits",
-    ("refit+rank4-4bit-nobase", "expert_head"): "refit + rank 4, 4 bits",
-    ("base+rank4-4bit-nobase", "expert_head"): "base + rank 4, 4 bits",
+    ("refit+rank16-4bit-nobase", "expert_head"): "refit + adapters, 4 bits",
+    ("base+rank16-4bit-nobase", "expert_head"): "base + adapters, 4 bits",
     ("replica-3bit-int8base", "replica"): "replica: copies, 3-bit deltas",
-    ("replica-8bit-nobase", "replica"): "replica: copies in 8 bits",
+    ("replica-2bit-int8base", "replica"): "replica: copies, 2-bit deltas",
 }
-"""The points of the README's figure: method and decoder, and what they are called in it."""
+"""The points of the figure of stand-ins: method and decoder, and what they are called in it."""
 
-DRAWN_TOO = DRAWN | {
-    ("base", "expert_head"): "base, own head",
-    ("distillation-4bit-nobase", "expert_head"): "distillation, own head, 4 bits",
-    ("wudi", "expert_head"): "wudi, own head",
-    ("refit-both", "feature_ridge"): "refit(both), feature_ridge",
-    ("replica-4bit-nobase", "replica"): "replica: copies in 4 bits",
+RIVALS = {
+    "average+svd": "the average and SVD of W_i − W̄",
+    "base+svd": "the base and SVD of W_i − W₀",
+    "emr": "EMR-Merging",
+    "tall": "TALL-masks",
 }
-"""The same of the study's figures."""
+FLEET = {
+    ("refit+rank16-4bit-nobase", "expert_head"): "`Refit` with adapters, 4 bits",
+    ("base+rank16-4bit-nobase", "expert_head"): "the base with adapters, 4 bits",
+    ("refit-4bit-nobase", "expert_head"): "`Refit`, one network for all, 4 bits",
+    ("replica-3bit-int8base", "replica"): "copies, 3-bit deltas",
+    ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
+}
+"""What is measured from two experts to many."""
 
 
-def suites() -> str:
-    """NDA on four suites with two decoders, and the passes on the first."""
-    pair, rows = measured("imagenet-pair"), []
-    for method, name in METHODS.items():
-        passes = cost(pair, method)
-        cells = [both_decoders(measured(suite), method) for suite in SUITES]
-        rows.append([name, *cells, f"{passes / 1000:.0f}k" if passes else "0"])
-    return markdown(["merge", *SUITES.values(), "passes"], rows)
+def rows_of(rows: pd.DataFrame, method: str, decoder: str) -> pd.DataFrame:
+    """The rows of a method with a decoder."""
+    return rows[(rows.method == method) & (rows.decoder == decoder)]
 
 
-def reached(target: float = 97.5) -> str:
-    """In how many runs of each suite a method reaches a target."""
-
-    def count(suite: str, method: str, decoder: str) -> str:
-        found = ndas(measured(suite), method, decoder)
-        return f"{(found >= target).sum()} of {len(found)}" if len(found) else "–"
-
-    rows = [
-        [name, *(" / ".join(count(suite, method, decoder) for decoder in DECODERS) for suite in SUITES)]
-        for method, name in METHODS.items()
-    ]
-    return markdown(["merge", *SUITES.values()], rows)
+def stand_ins(kept: list[tuple[str, str]], columns: list[str], spare: bool = False) -> str:
+    """What stands in: its memory with two and with eight experts, networks run for an answer, losses, NDA by suite."""
+    rows = []
+    every = {suite: stood_in(suite) for suite in SUITES}
+    for method, decoder in kept:
+        own = {suite: rows_of(part, method, decoder) for suite, part in every.items()}
+        if (first := next((part for part in own.values() if len(part)), None)) is None:
+            continue
+        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in (first, own["experts"])]
+        forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "1"
+        losses = "all" if float(first.losses.iloc[0]) > 1 else "1"
+        shown = [spread(ndas(every[suite], method, decoder)) for suite in columns]
+        rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
+    if spare:
+        rows.append(["a spare server with all weights", "2 / 8", "1", "all", *["100"] * len(columns)])
+    head = ["what stands in", "memory, N = 2 / 8", "forwards", "losses", *(SUITES[suite] for suite in columns)]
+    return markdown(head, rows)
 
 
 def claims(target: float = 97.5) -> str:
-    """The paper's claims: in how many runs they hold, where they hold best, and what it takes."""
-    every, rows = {**SUITES, "transformer": "small ViT", "text": "texts"}, []
-    of_suites = {name: measured(suite) for suite, name in every.items()}
+    """The paper's claims: in how many runs they hold, where they hold best, and what that takes."""
+    of_suites = {name: measured(f"stand-ins-{suite}") for suite, name in SUITES.items()}
+    few, rows = measured("samples"), []
     for claim, parts in (
         (f"NDA above {target} % in some cases", of_suites),
-        ("the same with under 1 % of the training data (P = 25: 0.6 %)", {"small pair": of_small_pair(25)}),
+        ("the same with 0.6 % of the training data (P = 25)", {"small pair": few[few.samples_per_task == 25]}),
     ):
-        for method, decoder, name in CLAIMED:
+        for method, decoder in CLAIMED:
             found = {suite: ndas(part, method, decoder) for suite, part in parts.items()}
             found = {suite: each for suite, each in found.items() if len(each)}
+            if not found:
+                continue
             best = max(found, key=lambda suite: float(found[suite].mean()))
             runs = pd.concat([*found.values()])
             took = f"{cost(parts[best], method) / 1000:.1f}k passes"
             holds = f"{(runs >= target).sum()} of {len(runs)} runs"
-            rows.append([claim, name, holds, f"{best}: {spread(found[best])}", took])
+            rows.append([claim, KEPT[method, decoder], holds, f"{best}: {spread(found[best])}", took])
             claim = ""
-    for claim, method, name in (
-        ("far cheaper than distillation", "coin", "`Coin`"),
-        ("", "refit", "`Refit`"),
-    ):
-        columns = ("merge_passes", "merge_seconds")
+    claim = "far cheaper than distillation"
+    for method in ("coin", "refit", "refit+rank16"):
         times = {
-            suite: [cost(part, "distillation", column) / cost(part, method, column) for column in columns]
+            suite: [cost(part, "distillation", column) / cost(part, method, column) for column in COSTS]
             for suite, part in of_suites.items()
         }
-        best = max(times, key=lambda suite: times[suite][0])
-        cheaper = sum(min(each) > 1 for each in times.values())
-        passes, took = times[best]
-        least = min(each[0] for each in times.values())
-        where = f"distillation takes {least:.{0 if least > 1 else 1}f} to {passes:.0f} times as many passes; {best}"
-        rows.append([claim, name, f"cheaper in {cheaper} of {len(times)} suites", where, f"{took:.1f} times as long"])
+        low, high = (end(each[0] for each in times.values()) for end in (min, max))
+        passes = f"{low:.1f} to {high:.0f} times as many passes"
+        slow, fast = (end(each[1] for each in times.values()) for end in (min, max))
+        cheaper = f"{sum(min(each) > 1 for each in times.values())} of {len(times)} suites"
+        name = KEPT[method, "expert_head"].removesuffix(", own head")
+        rows.append([claim, name, cheaper, f"distillation takes {passes}", f"{slow:.1f} to {fast:.0f} times as long"])
+        claim = ""
     return markdown(["the paper", "measured", "holds in", "best", "cost"], rows)
 
 
-def dearer() -> str:
-    """How many times the passes and seconds of a closed form distillation takes."""
-
-    def times(suite: str, method: str, column: str, digits: int) -> str:
-        rows = measured(suite)
-        return f"{cost(rows, 'distillation', column) / cost(rows, method, column):.{digits}f}"
-
-    rows = [
-        [f"{name}, {what}", *(times(suite, method, column, digits) for suite in SUITES)]
-        for method, name in (("coin", "`Coin`"), ("refit", "`Refit`"))
-        for what, column, digits in (("passes", "merge_passes", 0), ("seconds", "merge_seconds", 1))
-    ]
-    return markdown(["distillation's cost, in those of", *SUITES.values()], rows)
-
-
-def of_small_pair(samples: int) -> pd.DataFrame:
-    """The rows of the small pair with so many samples of each task."""
+def samples() -> str:
+    """NDA on the small pair by P."""
     rows = measured("samples")
-    return rows[rows.samples_per_task == samples]
+    parts = {f"P = {count}": own for count, own in rows.groupby("samples_per_task")}
+    lines = [[KEPT.get(pair) or "the base with adapters of rank 16", *(spread(ndas(p, *pair)) for p in parts.values())]
+             for pair in SAMPLED]  # fmt: skip
+    return markdown(["what stands in", *parts], lines)
 
 
-def few_samples() -> str:
-    """NDA with 25 to 1,600 samples of each task, and on a small vision transformer with 200."""
-    parts = {f"small pair, P = {samples:,}": of_small_pair(samples) for samples in (25, 200, 1600)}
-    parts["small ViT, P = 200"] = measured("transformer")
-    names = {method: METHODS[method] for method in ("none", "average", "coin", "refit", "distillation")}
-    rows = [[name, *(both_decoders(part, method) for part in parts.values())] for method, name in names.items()]
-    return markdown(["merge", *parts], rows)
+def rivals_table() -> str:
+    """What the rivals keep of the experts of every suite, with bodies in 8 and in 4 bits, and their memory."""
+    named = [suite for suite in SUITES if (RESULTS / f"stand-ins-{suite}/rivals.csv").exists()]
+    every, rows = {suite: rivals(f"stand-ins-{suite}") for suite in named}, []
+    for (method, rank), _ in every[named[0]].groupby(["method", "rank"], sort=False):
+        for bits in (8, 4):
+            own = {s: part[(part.method == method) & (part["rank"] == rank)] for s, part in every.items()}
+            shown = [spread(100 * part.groupby("experiment")[f"nda_{bits}bit"].mean()) for part in own.values()]
+            sizes = [f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own else "–" for s in (named[0], "experts")]
+            name = RIVALS[method] + (f" to rank {float(rank):.0f}" if rank else "")
+            rows.append([f"{name}, {bits} bits", " / ".join(sizes), *shown])
+    return markdown(["rival", "memory, N = 2 / 8", *(SUITES[suite] for suite in named)], rows)
+
+
+def fleets() -> pd.DataFrame:
+    """Of fleets of N experts, for every stand-in: mean NDA and the worst task's in %, and its memory in networks."""
+    rows = measured("fleet")
+    network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()  # with the heads of two experts
+    found = []
+    for count, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
+        for pair, name in FLEET.items():
+            own = rows_of(part, *pair)
+            worst, mean = 100 * own.nda.min(), 100 * own.nda.mean()
+            found.append([count, name, mean, worst, pd.to_numeric(own.memory_mib).mean() / network])
+    return pd.DataFrame(found, columns=["experts", "name", "nda", "worst", "networks"])
+
+
+def fleet() -> str:
+    """NDA, the worst task's and the memory, from two experts to many."""
+    found, lines = fleets(), []
+    for name, part in found.groupby("name", sort=False):
+        lines.append([name, *(f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}" for row in part.itertuples())])
+    return markdown(["what stands in", *(f"N = {count}" for count in found.experts.unique())], lines)
 
 
 def promises() -> str:
     """What is accepted of the answers of `Refit` with the experts' own heads, and how many of these differ."""
     rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
-    own = rows[(rows.method == "refit") & (rows.decoder == "expert_head")].astype({"coverage": float, "found": float})
+    own = rows_of(rows, "refit", "expert_head").astype({"coverage": float, "found": float})
     (alpha,) = set(own.alpha.astype(float))
     cells = [f"{100 * alpha:.0f}", percent(own.coverage.mean()), percent(own.found.mean())]
     return markdown(["", "at most may differ", "accepted", "of these differ"], [["`Refit`, own head", *cells]])
@@ -246,24 +253,6 @@ def wrong_experts() -> str:
     names = {"refit": "with a coded model (`Refit`)", "none": "without"}
     cells = [[name, right, *map(percent, found.loc[method])] for method, name in names.items()]
     return markdown(["", "the expert is right", "exposed", "named", "false alarms"], cells)
-
-
-def stand_ins(kept: list[tuple[str, str]], columns: list[str]) -> str:
-    """What stands in: its memory with two (and eight) experts, networks run for an answer, losses, and NDA by suite."""
-    rows = []
-    for method, decoder in kept:
-        every = {suite: stood_in(suite) for suite in STAND_INS}
-        own = {suite: part[(part.method == method) & (part.decoder == decoder)] for suite, part in every.items()}
-        if (first := next((part for part in own.values() if len(part)), None)) is None:
-            continue
-        sizes = (first, own["experts"]) if "experts" in columns else (first,)
-        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in sizes]
-        forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "one"
-        losses = "all" if float(first.losses.iloc[0]) > 1 else "one"
-        shown = [spread(100 * own[suite].groupby("experiment").nda.mean()) for suite in columns]
-        rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
-    names = [STAND_INS[suite] for suite in columns]
-    return markdown(["what stands in", "memory", "forwards", "lost at once", *names], rows)
 
 
 def demo() -> str:
@@ -321,13 +310,12 @@ def columns() -> str:
 
 TABLES = {
     "demo": demo,
-    "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "small-pair"]),
-    "stand-ins": lambda: stand_ins(list(KEPT), list(STAND_INS)),
+    "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "experts"], spare=True),
+    "stand-ins": lambda: stand_ins(list(KEPT), list(SUITES)),
     "claims": claims,
-    "suites": suites,
-    "reached": reached,
-    "cost": dearer,
-    "few samples": few_samples,
+    "samples": samples,
+    "rivals": rivals_table,
+    "fleet": fleet,
     "promises": promises,
     "wrong experts": wrong_experts,
     "serving": serving,
@@ -335,13 +323,30 @@ TABLES = {
 }
 
 
-def figure(suite: str = "imagenet-pair", drawn: Mapping[tuple[str, str], str] = DRAWN) -> Figure:
-    """Memory against NDA of some of what may stand in, by default of the README's figure."""
+def figure(suite: str = "imagenet-pair") -> Figure:
+    """Memory against NDA of some of what may stand in on a suite."""
     kept, network = of_stand_ins(suite)
     methods = kept["name"].str.removesuffix(" (keep)")  # what is said of a base with BatchNorm
-    names = [drawn.get(pair, "") for pair in zip(methods, kept["decoder"], strict=True)]
+    names = [DRAWN.get(pair, "") for pair in zip(methods, kept["decoder"], strict=True)]
     kept = kept.assign(name=names, decoder=REPLICA)[[name != "" for name in names]]
     return nda_against_memory(kept, network)
+
+
+def fleet_figure() -> Figure:
+    """NDA and memory from two experts to many."""
+    found = fleets()
+    with style():
+        drawn = Figure(figsize=(WIDTH, 2.9))
+        panels = {"networks": "memory (networks)", "worst": "NDA of the worst task (%)"}
+        for axes, (column, label) in zip(drawn.subplots(1, 2), panels.items(), strict=True):
+            for place, (name, part) in enumerate(found.groupby("name", sort=False)):
+                look = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
+                axes.plot(part.experts, part[column], label=name.replace("`", ""), linewidth=1.3, **look)
+            axes.set(xlabel="experts, N", ylabel=label, xscale="log", xticks=found.experts.unique())
+            axes.set_xticks(found.experts.unique(), found.experts.unique())
+            axes.minorticks_off()
+        legend_below(drawn, drawn.axes[0], columns=2)
+        return drawn
 
 
 def labels(drawn: Figure) -> str:
@@ -362,7 +367,7 @@ def with_tables(text: str) -> str:
 if __name__ == "__main__":
     for path in FILES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-    drawn = figure()
     with style():
-        metadata = {"Software": None, "Description": labels(drawn)}
-        drawn.savefig(RESULTS / "stand-ins.png", dpi=200, facecolor="white", metadata=metadata)
+        for name, drawn in (("stand-ins", figure()), ("fleet", fleet_figure())):
+            metadata = {"Software": None, "Description": labels(drawn)}
+            drawn.savefig(RESULTS / f"{name}.png", dpi=200, facecolor="white", metadata=metadata)

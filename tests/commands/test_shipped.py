@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
         ("run", "experts", "cluster/experts.yaml"),
         ("fit", "mnist", "expert/mnist.yaml"),
         ("test", "csv", "logger/csv.yaml"),
-        (SWEEPS, "experts", "study/experts.yaml"),
-        ("run", "configs/study/pair.yaml", "study/pair.yaml"),
+        (SWEEPS, "fleet", "study/fleet.yaml"),
+        ("run", "configs/study/fleet.yaml", "study/fleet.yaml"),
     ],
 )
 def test_a_name_is_a_shipped_file_of_the_command(command, name, file, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_p
     assert {"coin/py.typed", "coin/reporting/report.html.jinja"} <= names
     assert {name.split("/")[0] for name in names} == {"coin", f"{wheel.stem.removesuffix('-py3-none-any')}.dist-info"}
     (tmp_path / "empty").mkdir()
-    command, environment = ["coin", "sweep", "pair", "--dry-run"], os.environ | {"PYTHONPATH": f"{tmp_path}/installed"}
+    command, environment = ["coin", "sweep", "fleet", "--dry-run"], os.environ | {"PYTHONPATH": f"{tmp_path}/installed"}
     where = {"cwd": tmp_path / "empty", "env": environment}
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True, **where)
-    assert "seed 305: evaluation" in done.stdout
+    assert "seed 401: evaluation" in done.stdout
