@@ -58,14 +58,14 @@ KEPT = {
     ("refit", "linear"): "`Refit`, the paper's decoder",
     ("refit", "feature_ridge"): "`Refit`, `feature_ridge`",
     ("refit", "expert_head"): "`Refit`, own head",
-    ("refit-4bit-nobase", "expert_head"): "`Refit`, own head, 4 bits",
+    ("refit-4bit", "expert_head"): "`Refit`, own head, 4 bits",
     ("refit+rank4", "expert_head"): "`Refit` with adapters of rank 4",
-    ("refit+rank4-4bit-nobase", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
+    ("refit+rank4-4bit", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
     ("refit+rank16", "expert_head"): "`Refit` with adapters of rank 16",
-    ("refit+rank16-4bit-nobase", "expert_head"): "**`Refit` with adapters, 4 bits**",
-    ("average+rank16-4bit-nobase", "expert_head"): "the average with adapters, 4 bits",
-    ("base+rank16-4bit-nobase", "expert_head"): "the base with adapters, 4 bits",
-    ("distillation+rank16-4bit-nobase", "expert_head"): "`Distillation` with adapters, 4 bits",
+    ("refit+rank16-4bit", "expert_head"): "**`Refit` with adapters, 4 bits**",
+    ("average+rank16-4bit", "expert_head"): "the average with adapters, 4 bits",
+    ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
+    ("distillation+rank16-4bit", "expert_head"): "`Distillation` with adapters, 4 bits",
     ("replica-2bit-int8base", "replica"): "copies of the experts, 2-bit deltas",
     ("replica-3bit-int8base", "replica"): "copies of the experts, 3-bit deltas",
 }
@@ -75,8 +75,8 @@ IN_SHORT = [
     ("none", "feature_ridge"),
     ("coin", "linear"),
     ("distillation", "feature_ridge"),
-    ("refit+rank16-4bit-nobase", "expert_head"),
-    ("base+rank16-4bit-nobase", "expert_head"),
+    ("refit+rank16-4bit", "expert_head"),
+    ("base+rank16-4bit", "expert_head"),
     ("replica-3bit-int8base", "replica"),
 ]
 """The rows of the README's table but for the last, a spare."""
@@ -108,9 +108,9 @@ DRAWN = {
     ("coin", "feature_ridge"): "coin, feature_ridge",
     ("distillation", "feature_ridge"): "distillation, feature_ridge",
     ("refit", "expert_head"): "refit, own head",
-    ("refit-4bit-nobase", "expert_head"): "refit, own head, 4 bits",
-    ("refit+rank16-4bit-nobase", "expert_head"): "refit + adapters, 4 bits",
-    ("base+rank16-4bit-nobase", "expert_head"): "base + adapters, 4 bits",
+    ("refit-4bit", "expert_head"): "refit, own head, 4 bits",
+    ("refit+rank16-4bit", "expert_head"): "refit + adapters, 4 bits",
+    ("base+rank16-4bit", "expert_head"): "base + adapters, 4 bits",
     ("replica-3bit-int8base", "replica"): "replica: copies, 3-bit deltas",
     ("replica-2bit-int8base", "replica"): "replica: copies, 2-bit deltas",
 }
@@ -123,9 +123,9 @@ RIVALS = {
     "tall": "TALL-masks",
 }
 FLEET = {
-    ("refit+rank16-4bit-nobase", "expert_head"): "`Refit` with adapters, 4 bits",
-    ("base+rank16-4bit-nobase", "expert_head"): "the base with adapters, 4 bits",
-    ("refit-4bit-nobase", "expert_head"): "`Refit`, one network for all, 4 bits",
+    ("refit+rank16-4bit", "expert_head"): "`Refit` with adapters, 4 bits",
+    ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
+    ("refit-4bit", "expert_head"): "`Refit`, one network for all, 4 bits",
     ("replica-3bit-int8base", "replica"): "copies, 3-bit deltas",
     ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
 }

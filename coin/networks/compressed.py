@@ -23,7 +23,7 @@ from coin.networks.weights import check_plain, fill_network
 
 SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
 PACKED = "packed"  # the one tensor of a compressed network's file
-_BASES = {32: "", 8: "-int8base", 0: "-nobase"}
+_BASES = {32: "-delta", 8: "-int8base", 0: ""}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Compression:
 
     @property
     def name(self) -> str:
-        """Its name in results and files: ``3bit``, ``3bit-int8base``."""
+        """Its name in results and files: ``4bit``, ``3bit-delta``, ``3bit-int8base``."""
         return f"{self.bits}bit{_BASES[self.base_bits]}"
 
 

@@ -223,7 +223,7 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
         how = {"adapters": {"rank": 2}, "compress": {"bits": 2, "base_bits": 0}}
         made = merge_networks(method(**how), experts, uniform(2), calibration=inputs)
         ((label, packed),) = made.compressed[0].items()
-        assert label == f"{method.name}+rank2-2bit-nobase"
+        assert label == f"{method.name}+rank2-2bit"
         rounded = with_adapters(packed.network(), packed.adapters)
         bare = with_adapters(packed.network(), made[0].adapters)  # those that were fitted to the whole body
         with answering([rounded, bare], 0):

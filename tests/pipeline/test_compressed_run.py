@@ -27,30 +27,30 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     seed = run_small(**trained, methods=METHODS, replicas=REPLICAS, decoders=["linear", "expert_head"])
     frame = read_results(seed)
     replicas = frame[frame.decoder == "replica"]
-    labels = ["replica-8bit", "replica-3bit", "replica-3bit-int8base"]
+    labels = ["replica-8bit-delta", "replica-3bit-delta", "replica-3bit-int8base"]
     assert list(dict.fromkeys(replicas.method)) == labels
     assert replicas.task.tolist() == ["digits", "letters"] * 3
     assert (replicas.erased == replicas.task).all()
     assert set(zip(replicas.forwards, replicas.losses, strict=True)) == {(1, 2)}
     assert replicas.residual.isna().all()
     assert replicas.merge_seconds.gt(0).all()
-    assert replicas[replicas.method == "replica-8bit"].agreement.min() > 0.95
+    assert replicas[replicas.method == "replica-8bit-delta"].agreement.min() > 0.95
     # The bytes are those on disk, but for the files' headers, which are long beside so small a network.
     whole = (seed / "experts/digits/expert.safetensors").stat().st_size / 2**20
     memory = replicas.groupby("method").memory_mib.first()
-    assert whole < memory["replica-3bit"] < 1.5 * whole
+    assert whole < memory["replica-3bit-delta"] < 1.5 * whole
     kept = (seed / "replicas/digits.3bit-int8base.safetensors").resolve().parent
     on_disk = [path.stat().st_size for path in kept.glob("*.safetensors")]
     assert len(on_disk) == 3  # the base and two experts
     assert memory["replica-3bit-int8base"] == pytest.approx(sum(on_disk) / 2**20, rel=0.4)
     coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
-    assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit-nobase"]
+    assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit"]
     nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
     assert nda["refit-8bit-int8base"] == pytest.approx(nda["refit"], abs=0.1)
     kept_mib = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
-    assert kept_mib["refit-2bit-nobase"] < kept_mib["refit-8bit-int8base"] < kept_mib["refit"]
+    assert kept_mib["refit-2bit"] < kept_mib["refit-8bit-int8base"] < kept_mib["refit"]
     kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
-    assert (kinds["replica-3bit"], kinds["refit-2bit-nobase"]) == ("replica", "refit")
+    assert (kinds["replica-3bit-delta"], kinds["refit-2bit"]) == ("replica", "refit")
     # The configuration that was left repeats the run, and finds all of it done.
     capsys.readouterr()
     assert main(["run", "-c", str(seed / "config.yaml")]) == 0
@@ -87,7 +87,10 @@ def test_the_command_compresses_experts_and_coded_models(
 
 
 def test_two_variants_of_one_name_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for replicas, found in (([{"bits": 3}, {"bits": 3}], "replica-3bit"), ([{"bits": 3, "bit": 4}], "bits and base_")):
+    for replicas, found in (
+        ([{"bits": 3}, {"bits": 3}], "replica-3bit-delta"),
+        ([{"bits": 3, "bit": 4}], "bits and base_"),
+    ):
         Path("twice.yaml").write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"replicas": replicas}))
         assert main(["run", "-c", "twice.yaml"]) == 2
         assert found in capsys.readouterr().err

@@ -14,7 +14,7 @@ from coin.pipeline.step import Step
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
 MERGES = {"coded-average", "coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "coded-distillation"}
-AFTER_EXPERTS = FISHERS | MERGES | {"replicas-3bit", "evaluate"}
+AFTER_EXPERTS = FISHERS | MERGES | {"replicas-3bit-delta", "evaluate"}
 BASE = {"base", "initial-10", "initial-6"}
 
 
@@ -54,7 +54,7 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
         ("--expert.lr=0.3", EXPERTS | AFTER_EXPERTS),
         (
             "--expert.overrides={digits: {lr: 0.3}}",
-            {"expert-digits", "fisher-digits", "evaluate", "replicas-3bit"} | MERGES,
+            {"expert-digits", "fisher-digits", "evaluate", "replicas-3bit-delta"} | MERGES,
         ),
         ("--trainer={precision: bf16-mixed}", BASE | EXPERTS | AFTER_EXPERTS),
         ("--calibration.samples_per_task=9", FISHERS | MERGES | {"evaluate"}),
@@ -66,7 +66,7 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
         ("--code=[[0.5,0.5]]", MERGES | {"evaluate"}),
         ("--decoders=[linear]", MERGES - {"coded-distillation"} | {"evaluate"}),
         ("--name=other", {"evaluate"}),
-        ("--replicas=[{bits: 2}]", {"replicas-2bit", "evaluate"}),
+        ("--replicas=[{bits: 2}]", {"replicas-2bit-delta", "evaluate"}),
     ],
 )
 def test_an_option_changes_the_keys_of_what_it_changes(
@@ -97,7 +97,7 @@ def test_experts_that_are_brought_are_known_by_their_contents(
     paths[1].write_bytes(b"others")
     third = keys(planned(f"--expert.checkpoints={json.dumps({'digits': str(paths[1])})}"))
     assert {name for name, key in third.items() if found[0][name] != key} == {
-        "expert-digits", "fisher-digits", "replicas-3bit", "evaluate", *MERGES
+        "expert-digits", "fisher-digits", "replicas-3bit-delta", "evaluate", *MERGES
     }  # fmt: skip
 
 
