@@ -8,7 +8,6 @@ from pathlib import Path
 GREY, SLATE, BLUE, GREEN, RED = "#7d8590", "#57606a", "#0969da", "#1a7f37", "#e5484d"
 WIDTH, HEIGHT = 560, 420  # narrow, so that the text is legible on a phone
 SERVER_X, SERVER_WIDTH, SERVER_HEIGHT = 160, 190, 52
-DECODER_X, DECODER_WIDTH = 404, 148
 
 
 def text(
@@ -34,11 +33,10 @@ def lost_box(x: float, y: float, width: float, height: float, words: str, below:
     return "\n".join([shape, text(middle, centre - 3, words, RED, 16), text(middle, centre + 16, below, RED, 14)])
 
 
-def arrow(x1: float, y1: float, x2: float, y2: float, colour: str = GREY, more: str = "") -> str:
+def arrow(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
     """Return a line with an arrow's head at its end."""
-    head = {GREY: "grey", GREEN: "green"}[colour]
     line = f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" stroke-width="2"'
-    return f'{line} marker-end="url(#{head})"{more}/>'
+    return f'{line} marker-end="url(#green)"/>'
 
 
 def marker(name: str, colour: str) -> str:
@@ -48,45 +46,40 @@ def marker(name: str, colour: str) -> str:
 
 
 def picture() -> str:
-    """Return the picture as SVG: N experts, one lost, the coded model beside them, and the decoded answer."""
-    rows = (46, 118, 210, 290)
+    """Return the picture as SVG: N experts, one lost, and the body with N adapters that answers in its place."""
+    rows, answer_x, query_middle = (46, 112, 204), 412, 188
     servers = [
         lost_box(SERVER_X, rows[0], SERVER_WIDTH, SERVER_HEIGHT, "expert 1", "its server is lost"),
-        box(SERVER_X, rows[1], SERVER_WIDTH, SERVER_HEIGHT, BLUE, "expert 2", "survives"),
-        text(SERVER_X + SERVER_WIDTH / 2, 195, "⋮", size=22),
-        box(SERVER_X, rows[2], SERVER_WIDTH, SERVER_HEIGHT, BLUE, "expert N", "survives"),
-        box(SERVER_X, rows[3], SERVER_WIDTH, SERVER_HEIGHT, GREEN, "coded model", "one more server, same size"),
+        box(SERVER_X, rows[1], SERVER_WIDTH, SERVER_HEIGHT, BLUE, "expert 2", "answers for itself"),
+        text(SERVER_X + SERVER_WIDTH / 2, 189, "⋮", size=22),
+        box(SERVER_X, rows[2], SERVER_WIDTH, SERVER_HEIGHT, BLUE, "expert N", "answers for itself"),
     ]
-    ends = [row + SERVER_HEIGHT / 2 for row in rows]
-    decoder_y, decoder_height, query_middle = 100, 84, 202
-    decoder_middle, centre = decoder_y + decoder_height / 2, DECODER_X + DECODER_WIDTH / 2
-    lines = []
-    for place, end in enumerate(ends):
-        if place == 0:
-            continue
-        colour = GREEN if place == 3 else GREY
-        lines.append(arrow(118, query_middle, SERVER_X - 4, end, colour))
-        target = decoder_middle + (0, -24, 0, 24)[place]
-        lines.append(arrow(SERVER_X + SERVER_WIDTH + 4, end, DECODER_X - 4, target, colour))
+    body_y, adapter = 290, (SERVER_WIDTH - 16) / 3
+    body = [
+        box(SERVER_X, body_y, SERVER_WIDTH, 44, GREEN, "one body"),
+        box(SERVER_X, body_y + 52, adapter, 40, GREEN, "1"),
+        box(SERVER_X + adapter + 8, body_y + 52, adapter, 40, SLATE, "2"),
+        box(SERVER_X + 2 * (adapter + 8), body_y + 52, adapter, 40, SLATE, "… N"),
+        text(SERVER_X + SERVER_WIDTH / 2, body_y + 112, "an adapter for each expert", size=14),
+    ]
     lost = f'stroke="{RED}" stroke-width="2" stroke-dasharray="7 5"'
-    lines.append(f'<line x1="118" y1="{query_middle}" x2="{SERVER_X - 4}" y2="{ends[0]}" {lost}/>')
-    lines.append(text(137, 145, "✕", RED, 22))
-    lines.append(arrow(centre, decoder_y + decoder_height + 4, centre, 242))
-    low, back = '<tspan dy="4" font-size="11">', '</tspan><tspan dy="-4">&#8203;</tspan>'
-    formula = f"f{low}coded{back} ≈ β₁f₁ + β₂f₂ + … + β{low}N{back}f{low}N{back}"
+    lines = [
+        f'<line x1="118" y1="{query_middle}" x2="{SERVER_X - 4}" y2="{rows[0] + SERVER_HEIGHT / 2}" {lost}/>',
+        text(137, 137, "✕", RED, 22),
+        arrow(118, query_middle, SERVER_X - 4, body_y + 22, GREEN),
+        arrow(SERVER_X + SERVER_WIDTH + 4, body_y + 22, answer_x - 4, body_y + 22, GREEN),
+    ]
     parts = [
         box(8, query_middle - 26, 106, 52, SLATE, "query", "for expert 1"),
         *lines,
         *servers,
-        box(DECODER_X, decoder_y, DECODER_WIDTH, decoder_height, SLATE, "decoder"),
-        box(DECODER_X, 246, DECODER_WIDTH, 64, GREEN, "answer of", "the lost expert 1"),
+        *body,
+        box(answer_x, body_y - 10, 140, 64, GREEN, "answer of", "the lost expert 1"),
         text(8, 26, "N experts on N servers: networks fine-tuned from one start", size=16, anchor="start"),
-        text(8, 370, formula, size=16, anchor="start", more=' font-style="italic"'),
-        text(8, 392, "so f₁ can be solved for, or the coded model answers alone", size=16, anchor="start"),
-        text(8, 413, "through expert 1’s own head", size=16, anchor="start"),
+        text(SERVER_X + 4, 279, "one server more", size=16, anchor="start"),
     ]
-    title = "One coded model beside N experts answers for the expert whose server is lost"
-    return drawing(WIDTH, HEIGHT, title, [f"<defs>{marker('grey', GREY)}{marker('green', GREEN)}</defs>", *parts])
+    title = "One body with an adapter for each of N experts answers for the expert whose server is lost"
+    return drawing(WIDTH, HEIGHT, title, [f"<defs>{marker('green', GREEN)}</defs>", *parts])
 
 
 def drawing(width: float, height: float, title: str, parts: list[str]) -> str:
@@ -114,7 +107,7 @@ def code() -> str:
 KINDS = (
     ("survivors alone", SLATE, "regression", ("a regression", "N − 1 networks", "1")),
     ("coded with survivors", GREEN, "coded model", ("one network", "N networks", "1")),
-    ("coded model alone", GREEN, "coded model", ("⅐ to 1 network", "1 network", "all")),
+    ("a body with adapters", GREEN, "body, N adapters", ("⅕ of a network", "1 network", "all")),
     ("compressed copies", SLATE, "N deltas", ("N small deltas", "1 network", "all")),
 )
 """Stand-ins: the name, the colour and the name of what is kept; its memory, forwards and losses."""
