@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coin.errors import ConfigurationError, FileError
-from coin.networks import head_name, load_network, save_network
+from coin.merging.peft import save_peft
+from coin.networks import head_name, load_network, pad_head, save_network
 from coin.networks.files import NetworkFile
 from coin.networks.hub import HuggingFace
 
@@ -14,12 +15,14 @@ HEADS = "heads.safetensors"  # zero-shot heads, in the folder of a CLIP's vision
 
 
 def export(
-    network: str, output: str | None = None, experts: dict[str, str] | None = None, expert: str | None = None
-) -> Path:
+    network: str, output: str | None = None, experts: dict[str, str] | None = None, expert: str | None = None,
+    peft: bool = False,
+) -> Path:  # fmt: skip
     """Write a network, an expert or a coded model, as a folder that transformers loads.
 
     Of a body with adapters it is one expert's network, body and adapter in one with the expert's own head; where it is
-    none of Hugging Face's, as a safetensors file of ``coin``.
+    none of Hugging Face's, as a safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads,
+    with the body beside it.
 
     Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
     ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1.
@@ -30,11 +33,12 @@ def export(
         experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
             the run whose ``coded/`` the tower lies in. With an expert its own head is written.
         expert: Of a body with adapters, the task whose expert is written.
+        peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``.
     """
     path = Path(network)
     file = load_network(path)
     if file.adapters or expert is not None:
-        return _export_adapted(file, expert, experts or _beside(path), output)
+        return _export_adapted(file, expert, experts or _beside(path), output, peft)
     source = file.config.source
     if not isinstance(source, HuggingFace):
         told = f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
@@ -59,20 +63,28 @@ def _beside(path: Path) -> dict[str, str]:
     return {expert.parent.name: str(expert) for expert in own}
 
 
-def _export_adapted(file: NetworkFile, expert: str | None, experts: dict[str, str], output: str | None) -> Path:
+def _export_adapted(
+    file: NetworkFile, expert: str | None, experts: dict[str, str], output: str | None, peft: bool
+) -> Path:
     tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
     if expert not in tasks or expert not in experts:
         known = f"one of {', '.join(tasks)}, whose files lie in experts/ or are given" if tasks else "none: no adapters"
         raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
-    own = load_network(Path(experts[expert]))
-    head = own.network.get_submodule(head_name(own.network))
-    made = file.adapters[tasks.index(expert)].applied_to(file.network, head)
-    path = file.path.with_name(f"{file.path.stem}-{expert}") if output is None else Path(output)
+    own, adapter = load_network(Path(experts[expert])), file.adapters[tasks.index(expert)]
+    classes, path = own.num_classes, file.path.with_name(f"{file.path.stem}-{expert}")
+    path = path if output is None else Path(output)
+    if peft:
+        classes, made = file.num_classes, file.network
+        head = pad_head(own.network, classes).get_submodule(head_name(own.network))
+        save_peft(adapter, made, head.state_dict(), path / expert)
+        path = path / "body"
+    else:
+        made = adapter.applied_to(file.network, own.network.get_submodule(head_name(own.network)))
     if isinstance(file.config.source, HuggingFace):
         file.config.source.save(made, path)
         return path
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    save_network(path, made, file.config, own.num_classes, {"made_by": "coin export", "task": expert})
+    save_network(path, made, file.config, classes, {"made_by": "coin export", "task": expert})
     return path
 
 

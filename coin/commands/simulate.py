@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from coin.commands.parser import parse_options
 from coin.core.choices import check_integer
@@ -13,8 +12,9 @@ from coin.core.progress import progress_bar
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path
 from coin.modules import Coded
+from coin.reporting.figures import tail_figure
 from coin.reporting.results import write_frame
-from coin.reporting.style import COLOURS, WIDTH, as_png, legend_below, marker, style
+from coin.reporting.style import as_png
 from coin.reporting.tables import percent, results_console, rich_table
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
@@ -76,26 +76,6 @@ def table_of(rows: pd.DataFrame) -> pd.DataFrame:
     for name, column in (("stood in", "share_stood_in"), ("failed", "share_failed"), ("right", "effective_accuracy")):
         table[name] = rows[column].map(percent)
     return table.assign(forwards=rows["forwards"].map("{:.2f}".format))
-
-
-def tail_figure(rows: pd.DataFrame) -> Figure:
-    """The 99.9 % quantile of the latency against the memory of all servers, where finite, a panel a kind of query."""
-    wants, kinds = list(dict.fromkeys(rows["want"])), list(dict.fromkeys(rows["redundancy"]))
-    with style():
-        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
-        panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, want in zip(panels, wants, strict=True):
-            shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
-            for index, kind in enumerate(kinds):
-                line = shown[shown["redundancy"] == kind].sort_values("memory")
-                high = line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
-                ends = [1e3 * (line["p999"] - line["p999_low"]), 1e3 * (high - line["p999"])]
-                look = {"color": COLOURS[index], "marker": marker(index), "capsize": 2, "linewidth": 1.3}
-                axes.errorbar(line["memory"] / 2**20, 1e3 * line["p999"], ends, label=kind, markersize=5, **look)
-            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
-        panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
-        legend_below(figure, panels[0], columns=3)
-        return figure
 
 
 def main(arguments: Sequence[str]) -> None:

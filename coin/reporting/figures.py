@@ -1,4 +1,4 @@
-"""The figures: NDA against memory and against an option."""
+"""The figures: NDA against memory and against an option; latency against memory."""
 
 import math
 from typing import Any
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting.style import (
+    COLOURS,
     INK,
     SOFT,
     WIDTH,
@@ -122,3 +123,23 @@ def _nearness(nda: Any) -> Any:
 
 def _nda_of(nearness: Any) -> Any:
     return 100 + _NEAR * np.sinh(np.asarray(nearness))
+
+
+def tail_figure(rows: pd.DataFrame) -> Figure:
+    """The 99.9 % quantile of the latency against the memory of all servers, where finite, a panel a kind of query."""
+    wants, kinds = list(dict.fromkeys(rows["want"])), list(dict.fromkeys(rows["redundancy"]))
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
+        panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, want in zip(panels, wants, strict=True):
+            shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
+            for index, kind in enumerate(kinds):
+                line = shown[shown["redundancy"] == kind].sort_values("memory")
+                high = line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
+                ends = [1e3 * (line["p999"] - line["p999_low"]), 1e3 * (high - line["p999"])]
+                look = {"color": COLOURS[index], "marker": marker(index), "capsize": 2, "linewidth": 1.3}
+                axes.errorbar(line["memory"] / 2**20, 1e3 * line["p999"], ends, label=kind, markersize=5, **look)
+            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
+        panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
+        legend_below(figure, panels[0], columns=3)
+        return figure

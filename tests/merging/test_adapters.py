@@ -14,6 +14,7 @@ from coin.errors import ConfigurationError, DataError, StateError
 from coin.merging import Adapted, Average, Base, Refit, answering, fit_adapters, merge_networks
 from coin.merging.adapted import parts_of, with_adapters
 from coin.merging.adapters import Moments
+from coin.merging.peft import save_peft
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapters import AdapterOptions
@@ -305,7 +306,11 @@ def test_wrong_options_are_one_line(options, told):
         merge_networks(Average(adapters=options), experts, uniform(3), calibration=inputs)
 
 
-def test_what_has_no_adapters_is_refused_or_left():
+def test_what_has_no_adapters_is_refused_or_left(tmp_path):
+    experts, inputs = make_experts(convolutions)
+    adapted = fit_adapters(experts[0], experts, inputs, rank=1)
+    with pytest.raises(ConfigurationError, match=r"found '3\.weight' of a Conv2d, which peft's LoRA does not adapt"):
+        save_peft(adapted.adapters[0], experts[0], {}, tmp_path)  # a grouped convolution
     with pytest.raises(ConfigurationError, match="found target=both with adapters"):
         Refit("both", adapters={"rank": 1})
     experts, inputs = make_experts(maps)

@@ -1,0 +1,52 @@
+"""A body and every expert's adapter as folders that peft loads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from coin.errors import ConfigurationError
+from coin.networks.adapters import Adapter
+from coin.networks.heads import head_name
+
+_WHOLE = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+
+
+def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter of a body, and the tensors of a head of its shape, as a DoRA adapter of peft.
+
+    Peft's W ← m ⊙ (W + B A) / ‖W + B A‖, a magnitude m for each output, is the adapter's (W + left right) ⊙ scale with
+    m = scale · ‖W + left right‖ (Liu et al., *DoRA*, ICML 2024, arXiv 2402.09353). Biases are peft's ``bias: all``;
+    normalisations and the head are kept whole. Raises ConfigurationError for other layers than Linear and Conv2d.
+    """
+    changed, own = adapter.applied_to(body), head_name(body)
+    tensors, ranks, whole = {f"{own}.{name}": tensor for name, tensor in head.items()}, dict[str, int](), {own}
+    for name, parts in adapter.changes.items():
+        place, _, role = name.rpartition(".")
+        layer, parameter = body.get_submodule(place), changed.get_parameter(name)
+        if isinstance(layer, _WHOLE):
+            whole.add(place)
+            tensors[name] = parameter
+        elif not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
+            raise ConfigurationError(f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt")
+        elif role == "bias":
+            tensors[f"{place}.base_layer.bias"] = parameter
+        else:
+            ones = [1] * (parameter.ndim - 2)
+            left, right = (parts.get(part, torch.zeros(1)) for part in ("left", "right"))
+            left, right = left.expand(len(parameter), -1), right.expand(left.shape[-1], parameter[0].numel())
+            tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
+            tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
+            sign = parts["scale"].sign().flatten()  # which a norm has not
+            norm = sign * parameter.flatten(1).norm(dim=1)
+            tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
+            ranks[place] = left.shape[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, folder / "adapter_model.safetensors")
+    options = {"peft_type": "LORA", "use_dora": True, "bias": "all", "rank_pattern": ranks, "alpha_pattern": ranks}
+    options |= {"target_modules": [*ranks], "modules_to_save": sorted(whole), "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
