@@ -22,14 +22,14 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
     m = scale · ‖W + left right‖ (Liu et al., *DoRA*, ICML 2024, arXiv 2402.09353). Biases are peft's ``bias: all``;
     normalisations and the head are kept whole. Raises ConfigurationError for other layers than Linear and Conv2d.
     """
-    changed, own = adapter.applied_to(body), head_name(body)
-    tensors, ranks, whole = {f"{own}.{name}": tensor for name, tensor in head.items()}, dict[str, int](), {own}
+    changed, last = adapter.applied_to(body), head_name(body)
+    tensors, ranks, whole = {f"{last}.{name}": tensor for name, tensor in head.items()}, dict[str, int](), {last}
     for name, parts in adapter.changes.items():
         place, _, role = name.rpartition(".")
         layer, parameter = body.get_submodule(place), changed.get_parameter(name)
         if isinstance(layer, _WHOLE):
             whole.add(place)
-            tensors[name] = parameter
+            tensors |= {f"{place}.{own}": tensor for own, tensor in changed.get_submodule(place).state_dict().items()}
         elif not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
             raise ConfigurationError(f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt")
         elif role == "bias":
