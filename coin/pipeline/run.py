@@ -195,7 +195,8 @@ def outlook(steps: Sequence[Planned]) -> list[tuple[Planned, str, float | None]]
         step = planned.step
         why, seconds = ("", None) if step.is_done else step.before()
         if missing := [] if step.is_done else [need.name for need in step.needs if not need.is_done]:
-            why = f"after {', '.join(dict.fromkeys(missing))}"
+            names = list(dict.fromkeys(missing))
+            why = f"after {', '.join(names if len(names) < 6 else [*names[:4], f'{len(names) - 4} more'])}"
         found.append((planned, why, seconds))
     return found
 
