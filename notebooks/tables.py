@@ -326,8 +326,7 @@ TABLES = {
 def figure(suite: str = "imagenet-pair") -> Figure:
     """Memory against NDA of some of what may stand in on a suite."""
     kept, network = of_stand_ins(suite)
-    methods = kept["name"].str.removesuffix(" (keep)")  # what is said of a base with BatchNorm
-    names = [DRAWN.get(pair, "") for pair in zip(methods, kept["decoder"], strict=True)]
+    names = [DRAWN.get(pair, "") for pair in zip(kept["name"], kept["decoder"], strict=True)]
     kept = kept.assign(name=names, decoder=REPLICA)[[name != "" for name in names]]
     return nda_against_memory(kept, network)
 

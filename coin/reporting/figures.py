@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coin.coding.decoder_config import REPLICA
 from coin.reporting.style import (
     COLOURS,
     INK,
@@ -31,9 +30,9 @@ _TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5
 def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
     """Mean NDA ± spread of `stand_ins` against what they keep, on a logarithmic axis; a marker by their forwards.
 
-    Named are those that no other beats in both (joined by a line), and every method with its best decoder. What keeps
-    nothing stands at the left end. Points below all that are named are left out. The unit is a network's size if given,
-    else MiB.
+    Named are those that no other beats in both (joined by a line), and every method with its best decoder, if it has
+    several. What keeps nothing stands at the left end. Points below all that are named are left out. The unit is a
+    network's size if given, else MiB.
     """
     with style():
         rows = stand_ins.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True)
@@ -43,6 +42,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         at = sizes.where(sizes > 0, free)
         front = rows["nda_mean"] > rows["nda_mean"].cummax().shift(fill_value=-1.0)  # better than all that keep less
         named = {*rows.groupby("name")["nda_mean"].idxmax(), *rows.index[front]}
+        told = rows.groupby("name")["decoder"].transform("nunique") > 1  # the only decoder of a name need not be
         figure = Figure(figsize=(WIDTH, max(3.6, 1.1 + 0.2 * len(named))))
         axes = figure.subplots()
         counts = rows["forwards"].clip(upper=_MANY).astype(int)
@@ -55,7 +55,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
             axes.errorbar(at[i], nda, spread or None, capsize=2, marker=marker(kinds.index(counts[i])), **look)
             if i in named:
                 ends += [nda - spread, nda + spread]
-                read = "" if row["decoder"] == REPLICA else f", {row['decoder']}"
+                read = f", {row['decoder']}" if told[i] else ""
                 labels.append((nda, float(at[i]), f"{row['name']}{read}  {nda:.1f}", look["color"]))
         axes.step(at[front], 100 * rows["nda_mean"][front], where="post", color=INK, linewidth=0.8, zorder=0)
         lowest, highest = min(ends), max(ends)
@@ -65,7 +65,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
         log_scale(axes)
         ticks = {tick: f"{tick:g}" for tick in _TICKS if at.min() / 1.3 <= tick <= at.max() * 1.3}
-        if at.max() > 100 * at.min():  # more than have room
+        if at.max() > 30 * at.min():  # more than have room
             ticks = {tick: text for tick, text in ticks.items() if math.log10(tick).is_integer()}
         if (sizes <= 0).any():
             ticks = {free: "0"} | {tick: text for tick, text in ticks.items() if tick > 1.5 * free}

@@ -26,7 +26,7 @@ SUMMARY_CSV = "summary.csv"
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
 TRAINED = ("distillation",)  # methods that train the coded model; labels begin with the name
-_KEEPING = ("refit", "distillation", "readout_distillation")  # their policy is keep; the others' default is auto
+_KEEPING = ("refit", "distillation", "base")  # their policy is keep; the others' default is auto
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
 """The columns that identify a row of a summary."""
