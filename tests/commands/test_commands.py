@@ -125,7 +125,7 @@ def test_a_method_of_fishers_refuses_none_and_those_of_other_data_or_weights(
     command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", f"--output={tmp_path}"]
     command += ["--method=Coin", "--method.batchnorm=average"]
     for options, message in (
-        ([own, "--method.fisher_data=pooled"], "found fisher statistics of own data, expected pooled"),
+        ([own, "--method.fisher_data=pooled"], "found no Fisher (exact, pooled) of expert 'digits'"),
         ([swapped], "run coin fisher again"),
         ([], "fisher"),
     ):

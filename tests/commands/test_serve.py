@@ -77,7 +77,7 @@ def accuracies(system: System, *lost: str) -> list[float]:
 
 SERVED = [
     ("coin", "linear", "coded_hedged"), ("coin", "feature_ridge", "coded_hedged"), ("coin", "expert_head", "standin"),
-    ("coin", "feature_ridge-alone", "standin"), ("coin-8bit", "expert_head", "standin"),
+    ("coin", "feature_ridge-alone", "standin"), ("coin-8bit-delta", "expert_head", "standin"),
     ("refit+rank2", "expert_head", "standin"),
 ]  # fmt: skip
 
@@ -105,9 +105,9 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
 def test_the_decoder_is_the_most_accurate_that_the_policy_can_use(alone: Path, finished: Path) -> None:
     results = read_results(alone / "seed-0")
     means = results[~results.method.isin(["none", "oracle"])].groupby(["method", "decoder"]).decoded_accuracy.mean()
-    best = means.drop("linear", level="decoder").idxmax()
+    means = means.drop("linear", level="decoder")
     about = read_system(str(alone), None, None, PolicyKind("standin"), 0.9)[1]
-    assert about.platform == f"coin (standin, {best[0]}, {best[1]})"
+    assert about.platform in [f"coin (standin, {own[0]}, {own[1]})" for own in means.index[means == means.max()]]
     assert list(about.classes) == ["digits", "letters"]
     assert read_system(str(alone), None, None, PolicyKind("coded_proactive"), 0.9)[1].platform.endswith("linear)")
     for folder, policy, decoder, told in (
