@@ -1,7 +1,15 @@
 """Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert.
 
-The names below are the library without a Trainer and without files: estimate a Fisher, merge, encode, decode, score.
-They are imported when they are first used, so that the command line can set up the process before PyTorch starts.
+Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coin.errors` what is raised:
+
+    uniform, convex   codes: which weighted sums of the experts the coded models stand for
+    merge_networks    makes coded models by a method: Average, Coin, RegMean, Refit, Ties, Distillation, or your own
+    Coded             experts, code and coded models: fit_decoder, decode, accept, save, load, from_run
+    evaluate          measures how well lost experts are decoded
+    compress          the simple rival: what an expert adds to its start, in a few bits a weight
+    choose            the cheapest stand-in of an experiment that meets your wishes
+
+Names are imported when they are first used, so that the command line can set up the process before PyTorch starts.
 The examples in their docstrings start from three networks, a batch of inputs for each, and a code:
 
 >>> import coin, torch
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
     from coin.reporting.choice import *  # noqa: F403
     from coin.statistics import *  # noqa: F403
 
-_HOMES = {
+_HOMES = {  # the rooms and their names
     "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex fault_score make_decoder "
     "parity_residual parity_significance promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
@@ -37,11 +45,16 @@ _HOMES = {
     "reporting.choice": "choose",
     "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
 }
-"""The rooms and their names above."""
 __all__ = sorted(name for names in _HOMES.values() for name in names.split())
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "data", "errors"]
+
+
 def __getattr__(name: str) -> Any:
+    if name in ("data", "errors"):
+        return import_module(f"coin.{name}")
     for room, names in _HOMES.items():
         if name in names.split():
             return getattr(import_module(f"coin.{room}"), name)

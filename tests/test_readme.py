@@ -1,6 +1,7 @@
 """The Python of README and docs runs, and the links, files and commands of all pages exist."""
 
 import importlib
+import pydoc
 import re
 import shlex
 import sys
@@ -66,8 +67,13 @@ def test_the_python_of_a_page_runs(page, run_page) -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    for name in coin.__all__:
+    assert dir(coin) == sorted([*coin.__all__, "data", "errors"])
+    for name in dir(coin):
         assert getattr(coin, name) is not None
+    printed = pydoc.plain(pydoc.render_doc(coin))  # what `help` shows
+    assert sorted(re.findall(r"(?m)^    (?:class )?(\w+)\(", printed)) == coin.__all__
+    assert len(begun := re.findall(r"(?m)^    (\w+)(?=[ ,])", coin.__doc__ or "")) == 6
+    assert {*begun} < {*coin.__all__}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         coin.nothing  # noqa: B018
 

@@ -71,7 +71,8 @@ class ImageFolder(TaskData):
         if odd := sorted({*found} ^ {*classes}):
             verb = "has" if odd[0] in found else "lacks"
             raise DataError(f"{folder} {verb} the class {odd[0]!r}, unlike train; both need the same class folders")
-        images = {name: [path for path in sorted((folder / name).iterdir()) if _is_image(path)] for name in classes}
+        files = {name: sorted((folder / name).glob("[!.]*")) for name in classes}
+        images = {name: [path for path in own if path.suffix.lower() in EXTENSIONS] for name, own in files.items()}
         if empty := next((name for name in classes if not images[name]), None):
             raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
         return [(str(path), label) for label, name in enumerate(classes) for path in images[name]]
@@ -83,7 +84,3 @@ class ImageFolder(TaskData):
             return tuple(sorted(it.name for it in folder.iterdir() if it.is_dir() and not it.name.startswith(".")))
 
         return once(self._shared.facts, split, find)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")

@@ -170,17 +170,11 @@ class Distillation(Method):
         elif experts.train is None:
             module.teachers = [clone(network, shared=True).eval() for network in experts.networks]
             module.student = experts.empty_model().eval()
-        trainer_options = {
-            "max_steps": steps,
-            "max_epochs": -1,
-            "log_every_n_steps": max(1, steps // POINTS),
-            "num_sanity_val_steps": 0,
-            "val_check_interval": every or None,
-            "check_val_every_n_epoch": None if every else 1,
-            "limit_val_batches": 1.0 if every else 0,
-        }
+        options: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "log_every_n_steps": max(1, steps // POINTS)}
+        options |= {"val_check_interval": every or None, "check_val_every_n_epoch": None if every else 1}
+        options |= {"limit_val_batches": 1.0 if every else 0, "num_sanity_val_steps": 0}
         fit = fit_in_memory if experts.train is None else experts.train.fit
-        fit(module, experts, self.held_out if every else 0.0, trainer_options)
+        fit(module, experts, self.held_out if every else 0.0, options)
         experts.passes += module.passes
         return module
 
@@ -218,15 +212,8 @@ def fit_in_memory(module: DistillationModule, experts: Experts, held_out: float,
         for logger in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
             until_then.callback(logger.setLevel, logger.level)
         silence_lightning()
-        trainer = Trainer(
-            accelerator=device.type,
-            devices=1 if device.index is None else [device.index],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            **options,
-        )
-        trainer.fit(module, train, validation)
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        options |= dict.fromkeys((*quiet, "use_distributed_sampler"), False)
+        devices = 1 if device.index is None else [device.index]
+        Trainer(accelerator=device.type, devices=devices, **options).fit(module, train, validation)
     module.student.to(device).zero_grad()

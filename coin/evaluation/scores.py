@@ -29,10 +29,7 @@ def server_answers(
     experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = (),
     tasks: int | Tensor | None = None,
 ) -> Answers:  # fmt: skip
-    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`.
-
-    Bodies with adapters answer for the inputs' own experts: `tasks` [B], or one for all.
-    """
+    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
     servers = enumerate((*experts, *coded))
     with answering(coded, tasks):
         runs = [None if index in idle else run_network(network, inputs, features) for index, network in servers]

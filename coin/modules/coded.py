@@ -27,8 +27,25 @@ from coin.reporting.results import check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.statistics.guard import eval_mode
 
+Networks = Sequence[nn.Module]
 
-class Coded(LightningModule):
+
+class CodedModule(LightningModule):
+    """The networks of a coded system as a module, which answers as the coded models do."""
+
+    def __init__(self, experts: Networks, coded: Networks) -> None:
+        super().__init__()
+        self.experts, self.coded = nn.ModuleList(experts), nn.ModuleList(coded)
+
+    @torch.no_grad()
+    def forward(self, inputs: Batch) -> Tensor:
+        """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
+        idle, own = range(len(self.experts)), as_input(inputs, self.coded[0])
+        with eval_mode(self):
+            return server_answers(self.experts, self.coded, own, features=False, idle=idle).coded
+
+
+class Coded:
     """N experts, R coded models and their code.
 
     Networks run in eval mode and without gradients, on inputs moved to their device; their modes are restored.
@@ -43,6 +60,7 @@ class Coded(LightningModule):
             then be mappings of tensors.
 
     Attributes:
+        module: The networks as a LightningModule, for ``module.to(device)``, DDP or a Trainer's ``predict``.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
         method, batchnorm, results: Of a run (`from_run`), the merge method, the requested BatchNorm policy, and the
@@ -71,12 +89,11 @@ class Coded(LightningModule):
     def __init__(
         self,
         code: Code | Sequence[Sequence[float]],
-        experts: Sequence[nn.Module],
-        coded: Sequence[nn.Module],
+        experts: Networks,
+        coded: Networks,
         names: Sequence[str] | None = None,
         forward: Forward | None = None,
     ) -> None:
-        super().__init__()
         self.code = code if isinstance(code, Code) else Code(code)
         if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
             expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
@@ -84,8 +101,7 @@ class Coded(LightningModule):
         self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len({*self.names}) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
-        self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
-        self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
+        self.module = CodedModule([adapted(own, forward) for own in experts], [adapted(own, forward) for own in coded])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = self.batchnorm = ""
@@ -93,15 +109,19 @@ class Coded(LightningModule):
         self.class_names: list[list[str]] | None = None
         self.files: tuple[Path, ...] = ()
         self._checked_heads = False  # whether logits are known to be the heads' of the features
-        self.training = False
 
-    def train(self, mode: bool = True) -> "Coded":
-        """Do nothing: the networks are not trained, and always run in eval mode."""
-        return self
+    def __repr__(self) -> str:
+        return f"Coded(experts: {', '.join(self.names)}; coded models: {len(self.coded)}; decoders: {[*self.decoders]})"
 
-    def forward(self, inputs: Batch) -> Tensor:
-        """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
-        return self.answers(inputs, erased=range(len(self.experts))).coded
+    @property
+    def experts(self) -> nn.ModuleList:
+        """The experts, those of `module`."""
+        return self.module.experts
+
+    @property
+    def coded(self) -> nn.ModuleList:
+        """The coded models, those of `module`."""
+        return self.module.coded
 
     @torch.no_grad()
     def answers(
@@ -119,7 +139,7 @@ class Coded(LightningModule):
         adapters have to be told of which expert's task the inputs are: `tasks` [B], or one for all.
         """
         idle = {*self._indices(erased), *(len(self.experts) + row for row in silent)}
-        with eval_mode(self):
+        with eval_mode(self.module):
             return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, idle, tasks)
 
     @property
@@ -139,7 +159,7 @@ class Coded(LightningModule):
         erased: Sequence[int | str],
         kind: DecoderKind | str | DecoderConfig,
         tasks: Tensor | Sequence[int] | None = None,
-    ) -> "Coded":
+    ) -> Self:
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
         Args:
@@ -230,11 +250,7 @@ class Coded(LightningModule):
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        experts: Sequence[nn.Module],
-        coded: Sequence[nn.Module] | None = None,
-        forward: Forward | None = None,
+        cls, path: str | Path, experts: Networks, coded: Networks | None = None, forward: Forward | None = None
     ) -> Self:
         """Return the system that `save` wrote with these experts; its answers are identical to the last bit.
 
@@ -280,7 +296,7 @@ class Coded(LightningModule):
         file = SystemFile.load(path)
         file.decoders = [each for each in file.decoders if each.config.name == name]
         opened = [load_network(seed / "experts" / task / "expert.safetensors") for task in file.names]
-        system = cls._of_file(file, str(path), [each.network for each in opened])
+        system = cls._of_file(file, str(path), [each.network for each in opened], None, None)
         system.method, system.batchnorm = file.told["method"], file.told["batchnorm"]
         system.results, system.files = rows, (*(each.path for each in opened), *file.coded_files)
         system.class_names = [list(map(str, e.provenance.get("classes") or range(e.num_classes))) for e in opened]
@@ -288,19 +304,13 @@ class Coded(LightningModule):
 
     @classmethod
     def _of_file(
-        cls,
-        file: SystemFile,
-        path: str,
-        experts: Sequence[nn.Module],
-        coded: Sequence[nn.Module] | None = None,
-        forward: Forward | None = None,
+        cls, file: SystemFile, path: str, experts: Networks, coded: Networks | None, forward: Forward | None
     ) -> Self:
         for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=False)):
             if fingerprint(expert.state_dict()) != expected:
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
         if file.coded_files:
-            opened = [load_network(each) for each in file.coded_files]
-            coded = [with_adapters(each.network, each.adapters) for each in opened]
+            coded = [with_adapters(each.network, each.adapters) for each in map(load_network, file.coded_files)]
         networks = coded or [adapted_like(of_one_width(experts)[0], own, len(experts)) for own in file.coded if experts]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):

@@ -231,7 +231,7 @@ def test_batches_of_anything_else_are_told(batch, message):
         lambda: gram_sums(network, [batch], forward=call),
         lambda: recalibrate(network, [batch], forward=call),
         lambda: Experts([network] * 2, calibration=[[batch]] * 2, forward=call),
-        lambda: Coded(Code([[1.0]]), [network], [network], forward=call)(batch),
+        lambda: Coded(Code([[1.0]]), [network], [network], forward=call).answers(batch),
     ):
         with pytest.raises(DataError, match=message) as told:
             use()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, answer_score, make_decoder, promised_threshold
 from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
@@ -8,6 +9,8 @@ from coin.files.safetensors import save_state
 from coin.merging import Average, merge_networks
 from coin.modules import Coded
 
+NAMES = "accept accepted answers batchnorm class_names classes code coded count_classes decode decoders experts files "
+NAMES += "fit_decoder from_run heads is_adapted load method module names results save score"
 CODES = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]]
 
 
@@ -77,15 +80,18 @@ def test_linear_networks_decode_exactly_and_lost_experts_never_run(inputs, matri
             assert torch.equal(decoded.argmax(1), own.argmax(1))
 
 
-def test_forward_is_what_the_coded_models_answer(inputs):
+def test_its_names_are_its_own_and_its_module_answers_as_the_coded_models(inputs, make_trainer):
     coded = Coded(Code(CODES[2]), [linear(seed) for seed in range(3)], [linear(7), linear(8, outputs=2)])
-    found = coded(inputs)
+    assert [name for name in dir(coded) if not name.startswith("_")] == NAMES.split()
+    assert repr(coded) == "Coded(experts: 0, 1, 2; coded models: 2; decoders: [])"
+    found = coded.module(inputs)
+    assert torch.equal(torch.cat(make_trainer().predict(coded.module, DataLoader(inputs, 7)), dim=1), found)
     assert found.shape == (2, 30, 3)
     assert torch.equal(found[0], coded.coded[0](inputs))
     assert torch.equal(found[1, :, :2], coded.coded[1](inputs))
     assert torch.equal(found[1, :, 2], torch.zeros(30, dtype=torch.float64))
-    moved = pair_system().to("meta")
-    assert moved(inputs).device.type == moved.answers(inputs).experts.device.type == "meta"
+    coded.module.to("meta")
+    assert coded.module(inputs).device.type == coded.answers(inputs).experts.device.type == "meta"
 
 
 def test_answers_leave_lost_experts_out(inputs):
@@ -99,20 +105,19 @@ def test_answers_leave_lost_experts_out(inputs):
     assert coded.answers(inputs, erased=[1]).expert_features is None
 
 
-def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(inputs):
+def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(inputs, make_trainer):
     dropping, stand_in = nn.Sequential(nn.Dropout(), nn.Linear(5, 3).double()), linear(2).eval()
     dropping[1].bias.requires_grad_(False)
     coded = Coded(Code(CODES[0]), [linear(0), dropping], [stand_in], ["a", "b"])
-    for change in (coded.train, coded.eval):
-        change()
-        assert [dropping.training, dropping[0].training, stand_in.training] == [True, True, False]
-        assert [p.requires_grad for p in coded.parameters()] == [True] * 3 + [False] + [True] * 2
-        answers = coded.answers(inputs)
-        assert torch.equal(answers.experts[1], dropping[1](inputs))
-        assert not answers.experts.requires_grad
-        assert not coded(inputs).requires_grad
-        assert not coded.fit_decoder(inputs.split(7), [1], "ridge").decode(inputs).requires_grad
-        assert dropping[0].training
+    make_trainer().predict(coded.module, DataLoader(inputs, 7))
+    assert [dropping.training, dropping[0].training, stand_in.training] == [True, True, False]
+    assert [p.requires_grad for p in coded.module.parameters()] == [True] * 3 + [False] + [True] * 2
+    answers = coded.answers(inputs)
+    assert torch.equal(answers.experts[1], dropping[1](inputs))
+    assert not answers.experts.requires_grad
+    assert not coded.module(inputs).requires_grad
+    assert not coded.fit_decoder(inputs.split(7), [1], "ridge").decode(inputs).requires_grad
+    assert [dropping.training, dropping[0].training, stand_in.training] == [True, True, False]
     assert (coded.names, pair_system().names) == (("a", "b"), ("0", "1"))
 
 
@@ -180,7 +185,7 @@ def test_several_erasures_are_ready_at_once_and_say_their_score(inputs):
 
 def test_lost_experts_are_given_by_index_or_by_name(inputs):
     system = triple_system()
-    pairs = torch.utils.data.DataLoader(list(zip(inputs, torch.zeros(30), strict=True)), batch_size=7)
+    pairs = DataLoader(list(zip(inputs, torch.zeros(30), strict=True)), batch_size=7)
     wanted = system.fit_decoder(inputs.split(7), ["b"], "ridge").decode(inputs)
     assert torch.equal(system.fit_decoder(pairs, ["b"], "ridge").decode(inputs), wanted)  # a loader of pairs too
     assert list(system.decoders) == [(1,)]
