@@ -12,8 +12,6 @@ from coin.errors import ConfigurationError
 from coin.networks.adapters import Adapter
 from coin.networks.heads import head_name
 
-_WHOLE = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
-
 
 def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], folder: Path) -> None:
     """Write an adapter of a body, and the tensors of a head of its shape, as a DoRA adapter of peft.
@@ -22,12 +20,12 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
     m = scale · ‖W + left right‖ (Liu et al., *DoRA*, ICML 2024, arXiv 2402.09353). Biases are peft's ``bias: all``;
     normalisations and the head are kept whole. Raises ConfigurationError for other layers than Linear and Conv2d.
     """
-    changed, last = adapter.applied_to(body), head_name(body)
-    tensors, ranks, whole = {f"{last}.{name}": tensor for name, tensor in head.items()}, dict[str, int](), {last}
+    changed, ranks, whole = adapter.applied_to(body), dict[str, int](), {head_name(body)}
+    tensors = {f"{head_name(body)}.{name}": tensor for name, tensor in head.items()}
     for name, parts in adapter.changes.items():
         place, _, role = name.rpartition(".")
         layer, parameter = body.get_submodule(place), changed.get_parameter(name)
-        if isinstance(layer, _WHOLE):
+        if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
             whole.add(place)
             tensors |= {f"{place}.{own}": tensor for own, tensor in changed.get_submodule(place).state_dict().items()}
         elif not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
@@ -40,8 +38,7 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
             left, right = left.expand(len(parameter), -1), right.expand(left.shape[-1], parameter[0].numel())
             tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
             tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
-            sign = parts["scale"].sign().flatten()  # which a norm has not
-            norm = sign * parameter.flatten(1).norm(dim=1)
+            norm = parts["scale"].sign().flatten() * parameter.flatten(1).norm(dim=1)
             tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
             ranks[place] = left.shape[1]
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,7 @@ class UserMethod(Method):
     memory at once: it gets the experts' N tensors of one name, as ``initial`` the shared initialisation's, as ``name``
     the name and as ``layer`` the module that has it, with arbitrary weights. The head, of its task alone, is averaged.
 
-    Its cost is the wall time, and the samples that pass through the experts, the initialisation and copies of them:
-    1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
+    Its cost is the wall time, and the samples that pass forward through the experts, the initialisation and copies.
 
     Args:
         function: Its import path, also relative to the working folder, or the function itself. If its source file
@@ -144,15 +143,8 @@ class UserMethod(Method):
 def _counted(network: nn.Module, experts: Experts) -> nn.Module:
     """Return a network whose passes, and those of its copies, are counted as the experts' passes."""
 
-    def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        samples = size_of(next(iter((*arguments, *named.values()))))
-        experts.passes += samples
+    def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        experts.passes += size_of(next(iter((*arguments, *named.values()))))
 
-        def count_backward(_: Tensor) -> None:
-            experts.passes += 2 * samples
-
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(count_backward)  # type: ignore[no-untyped-call]
-
-    network.register_forward_hook(count, with_kwargs=True)
+    network.register_forward_pre_hook(count, with_kwargs=True)
     return network
