@@ -139,7 +139,7 @@ def rows_of(rows: pd.DataFrame, method: str, decoder: str) -> pd.DataFrame:
 def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = False) -> str:
     """What stands in: its memory with two and with eight experts, networks run for an answer, losses, NDA by suite.
 
-    In short without deviations, and with a last row for a spare, whose NDA is 100 by definition.
+    In short its memory with eight and no deviations, and a last row for a spare, whose NDA is 100 by definition.
     """
     rows = []
     every = {suite: stood_in(suite) for suite in SUITES}
@@ -147,16 +147,17 @@ def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = Fal
         own = {suite: rows_of(part, method, decoder) for suite, part in every.items()}
         if (first := next((part for part in own.values() if len(part)), None)) is None:
             continue
-        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in (first, own["experts"])]
+        sizes = (own["experts"],) if short else (first, own["experts"])
+        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in sizes]
         forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "one"
         losses = "all" if float(first.losses.iloc[0]) > 1 else "one"
         found = [ndas(every[suite], method, decoder) for suite in columns]
         shown = [f"{each.mean():.1f}" if short and len(each) else spread(each) for each in found]
         rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
     if short:
-        rows.append(["a spare server with all weights", "2 / 8", "one", "all", *["100"] * len(columns)])
-    head = ["what stands in", "memory, N = 2 / 8", "forwards", "lost", *(SUITES[suite] for suite in columns)]
-    return markdown(head, rows)
+        rows.append(["a spare server with all weights", "8", "one", "all", *["100"] * len(columns)])
+    memory = ["memory" if short else "memory, N = 2 / 8"]
+    return markdown(["what stands in", *memory, "forwards", "lost", *(SUITES[suite] for suite in columns)], rows)
 
 
 def claims(target: float = 97.5) -> str:
