@@ -22,8 +22,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: "pd.Series[float]") -> str:
-    """Return ``mean ± standard deviation`` with one digit, ``–`` where there are no values."""
-    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) else "–"
+    """Return ``mean ± standard deviation`` with one digit, of one value itself, ``–`` where there are none."""
+    return "–" if not len(values) else f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
 
 
 def percent(share: float) -> str:
