@@ -57,15 +57,20 @@ def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
     return rows[(rows.method == method) & rows.batchnorm.map(requested_policy).isin(DEFAULTS)]
 
 
+def rows_of(rows: pd.DataFrame, method: str, decoder: str) -> pd.DataFrame:
+    """A method's rows with a decoder."""
+    return of_method(rows[rows.decoder == decoder], method)
+
+
 def ndas(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
     """The mean NDA over tasks in %, one number for each run of a suite."""
-    own = of_method(rows[rows.decoder == decoder], method)
+    own = rows_of(rows, method, decoder)
     return 100 * own.groupby("experiment").nda.mean()
 
 
-def cost(rows: pd.DataFrame, method: str, column: str = "merge_passes") -> float:
-    """Return the mean of one of a method's cost columns."""
-    return float(of_method(rows, method)[column].mean())
+def cost(rows: pd.DataFrame, method: str) -> float:
+    """Return the mean passes that making a method's coded model took."""
+    return float(of_method(rows, method).merge_passes.mean())
 
 
 def network_mib(rows: pd.DataFrame) -> float:

@@ -25,12 +25,12 @@ from stored import (
     of_stand_ins,
     percent,
     rivals,
+    rows_of,
     simulated,
     spread,
     stood_in,
 )
 
-from coin.coding.decoder_config import REPLICA
 from coin.reporting.figures import legend_below, nda_against_memory
 from coin.reporting.results import COLUMNS, Row
 from coin.reporting.style import COLOURS, MARKERS, WIDTH, style
@@ -128,11 +128,6 @@ FLEET = {
     ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
 }
 """What is measured from two experts to many."""
-
-
-def rows_of(rows: pd.DataFrame, method: str, decoder: str) -> pd.DataFrame:
-    """The rows of a method with a decoder."""
-    return rows[(rows.method == method) & (rows.decoder == decoder)]
 
 
 def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = False) -> str:
@@ -323,7 +318,7 @@ def figure(suite: str = "imagenet-pair") -> Figure:
     """Memory against NDA of some of what may stand in on a suite."""
     kept, network = of_stand_ins(suite)
     names = [DRAWN.get(pair, "") for pair in zip(kept["name"], kept["decoder"], strict=True)]
-    kept = kept.assign(name=names, decoder=REPLICA)[[name != "" for name in names]]
+    kept = kept.assign(name=names)[[name != "" for name in names]]
     return nda_against_memory(kept, network)
 
 

@@ -6,14 +6,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
 from coin.merging.adapted import with_change
-from coin.merging.units import Unit
+from coin.merging.units import Unit, folded_unit
 from coin.networks.adapters import BITS, Adapter, AdapterOptions
-from coin.networks.batchnorm import folded
 from coin.networks.delta import Rounded, nearest, quantise
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
@@ -79,12 +77,10 @@ class AdapterFit:
             changed = output[own]
             if bool(shares[samples].any()):
                 moments = Moments(rows[0][:, mine], target[samples], shares[samples], unit.shift is not None)
-                own_change = Adapter(self._change(network, unit, call, rows[1], moments, expert))
-                changed = with_change(call, call.inputs[own], changed, own_change.changes)
-                names = {"weight": unit.weight, "bias": str(unit.shift)}
-                for key, tensor in own_change.named_buffers():
-                    role, part = key.split("/")
-                    self.adapters[expert].register_buffer(f"{names[role].replace('.', '/')}/{part}", tensor)
+                change = self._change(network, unit, call, rows[1], moments, expert)
+                changed = with_change(call, call.inputs[own], changed, Adapter(change).changes)  # as they are kept
+                for name, parts_of_it in zip((unit.weight, unit.shift), change.values(), strict=False):
+                    self.adapters[expert].add(str(name), parts_of_it)
             parts.append(changed)
         return torch.cat(parts)
 
@@ -124,13 +120,8 @@ class AdapterFit:
 
     def _own(self, network: nn.Module, unit: Unit, expert: int) -> Tensor:
         """Return an expert's own weight of a unit, the BatchNorm behind it folded in."""
-        parameters, buffers = self._experts[expert]
-        if unit.norm is None:
-            return parameters[unit.weight]
-        norm = network.get_submodule(unit.norm)
-        assert isinstance(norm, _BatchNorm)
-        state: State = ChainMap(cast(Any, parameters), cast(Any, buffers))  # never written to
-        return folded(state, unit.weight, unit.bias, unit.norm, norm.eps)[unit.weight]
+        state: State = ChainMap(*cast(Any, self._experts[expert]))  # never written to
+        return state[unit.weight] if unit.norm is None else folded_unit(network, unit, state)[unit.weight]
 
 
 class Moments:

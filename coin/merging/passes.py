@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
 from coin.core.progress import progress_bar
@@ -26,11 +25,11 @@ from coin.merging.units import (
     affine_units,
     fit_unit,
     floating_parameters,
+    folded_unit,
     input_rows,
     output_rows,
 )
 from coin.networks.adapters import AdapterOptions
-from coin.networks.batchnorm import folded
 from coin.networks.compressed import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.heads import head_name
@@ -281,8 +280,7 @@ class Body(NamedTuple):
         tensors = dict(chain(network.named_parameters(), network.named_buffers()))
         for unit in trace.units:
             if unit.norm is not None:
-                eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
-                maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
+                maps = [folded_unit(network, unit, state) for state in every]
                 with torch.no_grad():
                     for name, tensor in weighted_sum(maps, row).items():
                         tensors[name].copy_(tensor)

@@ -1,4 +1,4 @@
-"""A body and every expert's adapter as folders that peft loads."""
+"""One expert's adapter as a folder that peft loads onto the body."""
 
 import json
 from collections.abc import Mapping

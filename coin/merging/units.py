@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, as_input, size_of, take
 from coin.errors import StateError
+from coin.files.tensors import State
+from coin.networks.batchnorm import folded
 from coin.networks.compressed import Rounding
 from coin.statistics.guard import check_apart, differentiable, evaluating
 from coin.statistics.rules import Call
@@ -135,6 +137,13 @@ def _unit(call: Call, size: int) -> Unit:
         outputs = groups = size
     names, sizes = (call.names["weight"], call.names.get("bias")), (size // outputs, outputs // groups)
     return Unit(*names, None, shape, prod(shape) // outputs, *sizes, isinstance(call, ConvolutionCall))
+
+
+def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
+    """Return a unit's parameters and statistics from another network's state, its BatchNorm `folded` in."""
+    norm = network.get_submodule(str(unit.norm))
+    assert isinstance(norm, _BatchNorm)
+    return folded(state, unit.weight, unit.bias, str(unit.norm), norm.eps)
 
 
 def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:

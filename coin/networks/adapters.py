@@ -86,7 +86,7 @@ class Adapter(nn.Module):
             if isinstance(value, Rounded):
                 codes = F.pad(value.codes, (0, 0, 0, len(value.codes) % 2))
                 self.register_buffer(f"{key}_scale", value.scale)
-                self.register_buffer(key, codes[::2] * 2**BITS + codes[1::2])
+                self.register_buffer(key, (codes[::2] << BITS) + codes[1::2])
             else:
                 self.register_buffer(key, value.half())
 
@@ -99,7 +99,7 @@ class Adapter(nn.Module):
             name, _, part = key.rpartition("/")
             if part in _FACTORS:
                 scale = kept[f"{key}_scale"].cpu()
-                codes = torch.stack([tensor // 2**BITS, tensor % 2**BITS], 1).flatten(0, 1)[: len(scale)].cpu()
+                codes = torch.stack([tensor >> BITS, tensor & 2**BITS - 1], 1).flatten(0, 1)[: len(scale)].cpu()
                 tensor = Rounded(codes, scale, BITS).dense().movedim(0, _FACTORS[part]).to(tensor.device)
             if not part.endswith("_scale"):
                 found.setdefault(name.replace("/", "."), {})[part] = tensor.float()

@@ -23,8 +23,8 @@ class Rounded(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
-        taken: Tensor = levels(self.bits)[(self.scale < 0).long()[:, None], self.codes.long()]
-        return taken * self.scale.float().abs()[:, None]
+        kinds = (self.scale < 0).long()[:, None]
+        return torch.take(levels(self.bits), self.codes + 2**self.bits * kinds) * self.scale.float().abs()[:, None]
 
 
 @cache
