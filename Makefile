@@ -71,7 +71,7 @@ bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on
 	$(BIN)/python -W ignore tests/benchmarks/gpu.py
 
 fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a test
-	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/fuzz
+	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/files/test_fuzz.py
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py

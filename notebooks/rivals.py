@@ -13,11 +13,13 @@ features of a stand-in that knows whose answer it gives, whatever else is lost. 
 - ``tall``: the initialisation and the sum of all differences from it, of each expert a bit a weight: whether its own
   difference is at least `TALL` times what the others' sum to (Wang et al., *Localizing task information for improved
   model merging and compression*, ICML 2024, arXiv 2405.07813, TALL-masks).
+- ``feat_cal``, ``magic``, ``ace``: one network for all experts, as `coin.Refit` without adapters is, of
+  ``foreign_methods.py``: *FeatCal* (arXiv 2605.13030), *MAGIC* (2512.19320) and *ACE-Merging* (2603.02945).
 
-All have the experts' own BatchNorm statistics. Columns that end in ``_4bit`` are with the body, and the difference of
-``emr`` and ``tall``, in 4 bits a value, 8 in short rows as `Refit` has them, and with all that experts keep taken from
-the rounded body; those that end in ``_8bit`` likewise. ``memory_mib`` is the body, what all experts keep beside it (of
-what equals the body's, nothing) and their heads, to the byte; ``networks`` that over an expert's.
+All but these three have the experts' own BatchNorm statistics. Columns that end in ``_4bit`` are with the body, and the
+difference of ``emr`` and ``tall``, in 4 bits a value, 8 in short rows as `Refit` has them, and with all that experts
+keep taken from the rounded body; those that end in ``_8bit`` likewise. ``memory_mib`` is the body, what all experts
+keep beside it (of what equals the body's, nothing) and their heads, to the byte; ``networks`` that over an expert's.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from foreign_methods import ace, feat_cal, magic
 from silent_faults import tasks_of
 
 import coin
@@ -141,6 +144,9 @@ def by_masks(experts, base, bits, threshold):
 def stand_ins(experts, bodies, bits):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
+        if name not in ("average", "base"):  # one network for all
+            yield name, None, [filled(expert, body) for expert in experts], size
+            continue
         for rank, networks, kept in by_svd(experts, body):
             yield f"{name}+svd", rank, networks, size + kept
     base, size = bodies["base"]
@@ -155,7 +161,8 @@ def measure(folder):
     names = list(read_yaml(folder / "config.yaml")["tasks"])
     files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
     experts, size = [file.network for file in files], files[0].config.image_size
-    tests = {name: task.splits.test for name, task in tasks_of(folder, names, size).tasks.items()}
+    tasks = tasks_of(folder, names, size)
+    tests = {name: task.splits.test for name, task in tasks.tasks.items()}
     initial = f"initial-{max(file.num_classes for file in files)}.safetensors"
     base = load_network(folder.parent / "base" / initial).network
 
@@ -171,6 +178,10 @@ def measure(folder):
     whole_expert = nbytes(experts[0].state_dict().values())
     headless = filled(experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()})  # no bytes
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
+    given = {"calibration": list(tasks.calibrations().values()), "initial": base}
+    for function in (feat_cal, magic, ace):
+        merged = coin.merge_networks(coin.UserMethod(function), experts, coin.uniform(len(experts)), **given)[0]
+        whole[function.__name__] = filled(headless, body_of(merged))
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}

@@ -289,17 +289,9 @@ class Body(NamedTuple):
 
 
 def fit_body(
-    body: Body,
-    experts: Experts,
-    row: Sequence[float],
-    label: str,
-    *,
-    ridge: float | None,
-    own_share: float = 1.0,
-    rounding: Rounding | None = None,
-    adapters: AdapterOptions | None = None,
-    memory_mib: int = MEMORY_MIB,
-) -> nn.Module:
+    body: Body, experts: Experts, row: Sequence[float], label: str, *, ridge: float | None, own_share: float = 1.0,
+    rounding: Rounding | None = None, adapters: AdapterOptions | None = None, memory_mib: int = MEMORY_MIB,
+) -> nn.Module:  # fmt: skip
     """Return a copy of a body, refitted to the `objective`; its matrices rounded, if so.
 
     Without a ridge its units stay; with adapters, which are fitted in the same pass, it is an `Adapted`. Their experts'
@@ -344,15 +336,9 @@ def adapt(network: nn.Module, experts: Experts, row: Sequence[float], label: str
 
 
 def fit_adapters(
-    body: nn.Module,
-    experts: Sequence[nn.Module],
-    calibration: Sequence[Iterable[Any]],
-    *,
-    rank: int | None = None,
-    memory_mib: float | None = None,
-    ridge: float = 0.1,
-    forward: Forward | None = None,
-) -> Adapted:
+    body: nn.Module, experts: Sequence[nn.Module], calibration: Sequence[Iterable[Any]], *, rank: int | None = None,
+    memory_mib: float | None = None, ridge: float = 0.1, forward: Forward | None = None,
+) -> Adapted:  # fmt: skip
     """Return a body, left as it is, with adapters for experts of its architecture; see `AdapterFit`.
 
     Args:

@@ -23,7 +23,7 @@ from coin.tracking.settings import run_environment
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENT = {
     "name": "tiny",
     "network": {"name": "small_resnet", "image_size": 16, "options": {"width": 4}},

@@ -17,7 +17,7 @@ from coin.data.sampling import TrainingBatches
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEMPLATE = ROOT / "configs/cluster/run.sbatch"
 JOB = "4242"
 EPOCHS = 4
