@@ -64,7 +64,7 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
             "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (all_rows and is_best and row["name"] != NONE),
             "memory MiB": f"{row['memory_mib']:.3g}" if row["memory_mib"] < 1000 else f"{row['memory_mib']:,.0f}",
             "forwards": f"{row['forwards']:g}",
-            "losses": f"{row['losses']:g}",
+            "lost": f"{row['losses']:g}",
             "merge s": seconds(row["merge_seconds"]),
         }
         for row, is_best in rows
@@ -143,7 +143,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     if len(kept := stand_ins(summary)):
         table = stand_in_table(kept, all_rows=False)
         console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
-        console.print(Text(f"What no other beats in NDA, memory, forwards and losses{everything}."))
+        console.print(Text(f"What no other beats in NDA, memory, forwards and experts that may be lost{everything}."))
         console.print(Text(finding(kept)))
 
 
