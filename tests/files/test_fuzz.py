@@ -1,7 +1,7 @@
 """Configurations and checkpoints of random bytes and random damage: a `CoinError` or a result, never anything else.
 
-A plain run of the tests looks at a handful. ``COIN_FUZZ_SECONDS=300 pytest tests/files/test_fuzz.py`` (``make fuzz``) gives every
-test so many seconds.
+A plain run of the tests looks at a handful. ``COIN_FUZZ_SECONDS=300 pytest tests/files/test_fuzz.py`` (``make fuzz``)
+gives every test so many seconds.
 """
 
 import json
