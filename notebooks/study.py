@@ -74,7 +74,7 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
             panels[1, column].set_xlabel("inputs in a batch")
         for axes in panels[:, 0]:
             axes.set_ylabel("batches (%)")
-        figures.legend_below(figure, panels[0, 0], columns=4)
+        figures.legend_below(figure, columns=4)
     right = faults.groupby(["fault", "experts"], sort=False)[["expert_accuracy", "faulty_accuracy"]].mean()
     mean = by_seed.groupby(["fault", "experts", "method", "batch"], sort=False).mean()
     return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
@@ -109,6 +109,6 @@ def tail_figure(scenario: str) -> Figure:
                 axes.errorbar(line.memory / 2**20, 1e3 * line.p999, ends, label=kind, linewidth=1.3, **look)
             axes.set(title=title, ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
         panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
-        figures.legend_below(figure, panels[0], columns=3)
+        figures.legend_below(figure)
         figure.suptitle(f"{scenario}, 3 and 8 experts")
         return figure

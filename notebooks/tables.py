@@ -335,7 +335,7 @@ def fleet_figure() -> Figure:
             axes.set(xlabel="experts, N", ylabel=label, xscale="log", xticks=found.experts.unique())
             axes.set_xticks(found.experts.unique(), found.experts.unique())
             axes.minorticks_off()
-        legend_below(drawn, drawn.axes[0], columns=2)
+        legend_below(drawn, columns=2)
         return drawn
 
 

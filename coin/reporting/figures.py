@@ -76,7 +76,7 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         for i, count in enumerate(kinds):
             text = f"{count}{' or more' if count == _MANY else ''} network{'s' if count > 1 else ''} a lost answer"
             axes.plot([], [], color=SOFT, marker=marker(i), linestyle="none", label=text)
-        legend_below(figure, axes)
+        legend_below(figure)
         return figure
 
 
@@ -92,15 +92,16 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
         known = list(dict.fromkeys(points["value"].sort_values() if numeric else points["value"]))
         logarithmic = numeric and known[0] > 0 and known[-1] >= 8 * known[0]
         decoders = decoders_of(points)[:2]
+        names = list(dict.fromkeys(points["name"]))
         figure = Figure(figsize=(WIDTH, 0.8 + 2.5 * len(decoders)))
         panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]
         for axes, decoder in zip(panels, decoders, strict=True):
-            for i, (name, rows) in enumerate(points[points["decoder"] == decoder].groupby("name", sort=False)):
+            for name, rows in points[points["decoder"] == decoder].groupby("name", sort=False):
                 at = 100 * rows.groupby("value", sort=False)[["nda_mean", "nda_std"]].mean()
                 at = at.set_axis([value if numeric else known.index(value) for value in at.index]).sort_index()
                 axes.errorbar(
                     at.index, at["nda_mean"], at["nda_std"].fillna(0.0), color=method_colour(str(name)),
-                    marker=marker(i), markersize=5, capsize=2, linewidth=1.2, label=str(name),
+                    marker=marker(names.index(str(name))), markersize=5, capsize=2, linewidth=1.2, label=str(name),
                     linestyle="-" if joined and numeric else "none",
                 )  # fmt: skip
             axes.set(ylabel="NDA (%)", title=f"decoder {decoder}")
@@ -112,7 +113,7 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
                 axes.set_xticks(known if numeric else range(len(known)), short)
                 axes.minorticks_off()
         panels[-1].set_xlabel(f"{option} (log scale)" if logarithmic else option)
-        legend_below(figure, panels[0])
+        legend_below(figure)
         return figure
 
 
@@ -141,5 +142,5 @@ def tail_figure(rows: pd.DataFrame) -> Figure:
                 axes.errorbar(line["memory"] / 2**20, 1e3 * line["p999"], ends, label=kind, markersize=5, **look)
             axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
         panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
-        legend_below(figure, panels[0], columns=3)
+        legend_below(figure)
         return figure

@@ -62,13 +62,14 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: int = 3) -> None:
-    """Put the legend of `axes` under the figure, where it hides no point."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure: Figure, title: str | None = None, columns: int = 3) -> None:
+    """Put one legend of all axes under the figure, where it hides no point."""
+    own = [each for axes in figure.axes for each in zip(*axes.get_legend_handles_labels(), strict=True)]
+    labels = {label: handle for handle, label in own}  # a series of several axes once
     room = 12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0))
     columns = max(1, min(columns, len(labels), int(room)))
     figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=columns, title=title)
 
 
 def log_scale(axes: Axes) -> None:

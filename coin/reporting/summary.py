@@ -88,6 +88,8 @@ def seed_folders(folder: Path) -> list[Path]:
     found = [path.parent for path in folder.glob(f"seed-*/{RESULTS_CSV}")]
     if not found:
         told = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
+        if each := min(folder.glob(f"*/seed-*/{RESULTS_CSV}"), default=None):
+            raise FileError(f"{told}, a sweep or several experiments; name one of them, such as {each.parent.parent}")
         raise FileError(f"{told}, expected the folder of an experiment or of one seed; make it with `coin run`")
     if len(found) > 1:
         documents = {folder: read_configuration(folder) for folder in found}

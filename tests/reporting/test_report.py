@@ -88,7 +88,7 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     assert str(full) not in page.text
     (config,) = [link for link in page.found["href"] if link.startswith("data:text/yaml")]
     assert base64.b64decode(config.partition(",")[2]) == b"name: quickstart\n"
-    assert "wandb sync" in page.said
+    assert "find . -name 'offline-run-*' -exec wandb sync {} +" in page.said
     for words in ("mnist (MNIST5k)", "small_resnet, inputs of size 32", "[[0.5, 0.5]]", "torch ", "seeds 0, 1, 2"):
         assert words in page.said, words
     assert re.search(r"date 20\d\d-\d\d-\d\d \d\d:\d\d", page.said)

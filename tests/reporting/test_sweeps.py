@@ -11,7 +11,7 @@ import pytest
 
 from coin.errors import FileError
 from coin.files.atomic import write_text
-from coin.reporting import write_report
+from coin.reporting import choose, write_report
 from coin.reporting.results import write_frame, write_results
 from coin.reporting.sweeps import read_sweep_table, sweep_frame, sweep_table
 from tests.reporting.conftest import BASE, FEW, frame
@@ -70,6 +70,8 @@ def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
 def test_a_sweep_over_seeds_alone_is_one_experiment(write_sweep: Write):
     folder = write_sweep([{"seeds": f"[{seed}]"} for seed in (0, 1)], with_folders=True)
     page = write_report(folder).read_text(encoding="utf-8")
+    with pytest.raises(FileError, match=r"a sweep or several experiments; name one of them, such as .*/kinds-000$"):
+        choose(folder)
     assert "coin: sweep kinds" in page
     assert "When one of 2 experts is lost, coin keeps" in page
     assert "seeds 0, 1" in page
@@ -90,6 +92,7 @@ def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: W
     assert "NDA against lr, mean ± spread over seeds; mean over fisher_kind, calibration.samples_per_task." in text
     assert text.count(">empirical</td>") == 2 * 2 * 3  # two rates and two P; two methods and the survivors
     assert "coin sweep kinds.yaml" in text
+    assert "Shaded" not in text
     assert "8 experiments; the best is fisher_kind " in text
     frame = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
     chosen = frame[(frame["calibration.fisher_kind"] == "exact") & (frame["expert.lr"] == 0.1)]
