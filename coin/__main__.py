@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
@@ -27,6 +28,8 @@ def tune_process() -> None:
 def entry_point() -> NoReturn:
     """Run the command line of the process."""
     tune_process()  # which only counts before torch is imported
+    if sys.platform != "win32" and sys.argv[1:2] in (["report"], ["choose"], ["simulate"]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them quietly
     from coin.cli import main
 
     sys.exit(main())

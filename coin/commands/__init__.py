@@ -6,7 +6,7 @@ COMMANDS = {
     "fisher": "Compute the statistics of an existing checkpoint.",
     "merge": "Merge experts into coded models.",
     "compress": "Compress a network to its delta from the shared initialisation, in few bits.",
-    "export": "Write a network of Hugging Face's as a folder that transformers loads.",
+    "export": "Write one expert's plain network, or one of Hugging Face's as a folder that transformers loads.",
     "evaluate": "Measure how well lost experts are decoded.",
     "sweep": "Run an experiment over a grid of its options.",
     "report": "Write the report of a finished experiment.",

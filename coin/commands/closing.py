@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -31,7 +32,8 @@ def after_fit(trainer: Trainer, options: Namespace) -> str:
     file = exports[0] if exports else saved or trainer.default_root_dir
     if exports and fishers:
         return _line(reached, file, _merge(options.data, file, StatisticKind.fisher, fishers[0]))
-    return _line(reached, file, ["fisher", f"--ckpt_path={file}", *_data(trainer, options.data)])
+    own = [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
+    return _line(reached, file, ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}", *own])
 
 
 def after_fisher(trainer: Trainer, options: Namespace) -> str:
@@ -67,19 +69,21 @@ def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
 
 
 def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
-    """Return the merge of an expert with others, whose names and files are the user's to fill in."""
+    """Return the merge of an expert with others, whose names, files and classes are the user's to fill in."""
     task, pairs = str(data.class_path).rpartition(".")[2].lower(), {"experts": expert, str(statistic): file}
     given = [f"--{name}={_flow({task: str(path), 'TASK': 'FILE'})}" for name, path in pairs.items()]
-    return ["merge", f"--method={METHODS[statistic]}", *given, "--output=coded"]
+    other = {"class_path": "CLASS"}
+    own = other if task == "tasks" else {"class_path": data.class_path, "init_args": _changed(data)}
+    tasks = f"--tasks={_flow({task: own, 'TASK': {**other}})}"  # for BatchNorm's statistics
+    return ["merge", f"--method={METHODS[statistic]}", *given, tasks, "--output=coded"]
 
 
-def _data(trainer: Trainer, data: Namespace) -> list[str]:
-    """Return the words that give the same data again: its class, and the options that are not its defaults."""
+def _changed(data: Namespace) -> dict[str, Any]:
+    """Return the options of the data that are not the defaults of its class."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(type(trainer.datamodule), "data")  # type: ignore[attr-defined]
+    parser.add_class_arguments(locate(data.class_path), "data")  # type: ignore[arg-type]
     defaults = parser.get_defaults().data
-    given = {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
-    return [f"--data={data.class_path}", *(f"--data.{name}={_flow(value)}" for name, value in given.items())]
+    return {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
 
 
 def _flow(value: Any) -> str:

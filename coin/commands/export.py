@@ -18,21 +18,20 @@ def export(
     network: str, output: str | None = None, experts: dict[str, str] | None = None, expert: str | None = None,
     peft: bool = False,
 ) -> Path:  # fmt: skip
-    """Write a network, an expert or a coded model, as a folder that transformers loads.
+    """Write one expert of a body with adapters, or a network of Hugging Face's.
 
-    Of a body with adapters it is one expert's network, body and adapter in one with the expert's own head; where it is
-    none of Hugging Face's, as a safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads,
-    with the body beside it.
+    The expert's is body, adapter and its own head in one: of Hugging Face's a folder that transformers loads, else a
+    safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads, with the body beside it.
 
     Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
     ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1.
 
     Args:
         network: The network's safetensors file, which may be a compressed one.
-        output: The folder; by default beside the file, with its name.
+        output: The folder, or an expert's file; by default beside `network`, with its name.
         experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
             the run whose ``coded/`` the tower lies in. With an expert its own head is written.
-        expert: Of a body with adapters, the task whose expert is written.
+        expert: Of a body with adapters, the task whose expert is written, of whatever network.
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``.
     """
     path = Path(network)

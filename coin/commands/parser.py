@@ -38,6 +38,8 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
     try:
         found = parser.parse_args(checked_arguments(parser.prog.removeprefix("coin "), arguments))
     except ArgumentError as error:
+        if parser.prog == "coin run" and (stray := re.fullmatch(r"unrecognized arguments: (\w\S*)", str(error))):
+            raise ConfigurationError(f"{error}; did you mean -c {stray[1]}?") from error
         if (unknown := _UNKNOWN.fullmatch(str(error))) is None:
             raise
         name = unknown[1] or ".".join(filter(None, unknown.groups()))

@@ -15,7 +15,7 @@ from coin.modules import Coded
 from coin.reporting.figures import tail_figure
 from coin.reporting.results import write_frame
 from coin.reporting.style import as_png
-from coin.reporting.tables import percent, results_console, rich_table
+from coin.reporting.tables import percent, results_console, rich_table, too_wide
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
 from coin.serving.simulate import Conditions, QueryTarget, Simulation, measure, row_of, run_simulation
@@ -79,7 +79,11 @@ def table_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Simulate, and print the table."""
+    """Simulate, and print the table: of its columns as many as the terminal has room for."""
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
-    results_console().print(rich_table(table_of(simulate(**options)), "simulated; ms, MiB, %", ["want", "policy"]))
+    rows, spare = table_of(simulate(**options)), ["forwards", "p50", "p999 high", "p999 low"]
+    console = results_console()
+    while too_wide(table := rich_table(rows, "simulated; ms, MiB, %", ["want", "policy"]), console) and spare:
+        rows = rows.drop(columns=spare.pop())
+    console.print(table)
     print(f"table: {Path(options['output'] or options['folder']) / 'simulation.csv'}")

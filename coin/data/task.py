@@ -140,6 +140,8 @@ class TaskData(LightningDataModule, ABC):
 
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of their labels; a network is built with them before data are read."""
+        if not hasattr(self, "names"):
+            raise DataError(f"found no names in {type(self).__name__}, expected its classes'; set names = (…)")
         return self.names
 
     @abstractmethod
@@ -184,6 +186,8 @@ class TaskData(LightningDataModule, ABC):
     def _read(self) -> Source:
         """Read and split the images; refuse what would fail much later and less clearly."""
         source, task = self.load(), type(self).__name__
+        if not isinstance(source, Source):
+            raise DataError(f"{task}.load() returned a {type(source).__name__}, expected a coin.data.Source; mend it")
         if (own := len(self.class_names())) != self.num_classes:
             raise DataError(f"{task} has {own} classes, head.zero_shot.classes {self.num_classes}; name each once")
         if own < 2:

@@ -80,7 +80,9 @@ class StateFile(Mapping[str, Tensor]):
             file = safe_open(str(self.path), framework="pt")
             found = self.path.stat()
         except (SafetensorError, OSError) as error:
-            raise FileError(f"'{self.path}' is not a whole safetensors file ({error}); make it again") from error
+            step = self.path.resolve().parent  # of a run, where it is finished
+            again = f"delete its step's folder '{step}' and run" if (step / "done.json").is_file() else "make it"
+            raise FileError(f"'{self.path}' is not a whole safetensors file ({error}); {again} again") from error
         version = (found.st_ino, found.st_size, found.st_mtime_ns)
         if self._version not in (None, version):
             raise FileError(f"'{self.path}' has changed while it was read; run the command again, alone on its files")

@@ -31,9 +31,10 @@ class Expert(LightningModule):
     """A classifier fine-tuned on one task with cross-entropy.
 
     Args:
-        network: ``small_resnet``, ``small_vit``, ``minilm`` or a classification architecture of torchvision.
+        network: ``small_resnet``, ``small_vit``, ``minilm``; a classifier of torchvision; ``timm/NAME``;
+            ``hf/FOLDER_OR_ID`` of Hugging Face's; or the import path of an `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the images in pixels, or the number of tokens of a text.
-        weights: The name of pretrained weights, or None.
+        weights: The name of pretrained weights, or a file of the network's own tensors; None for random ones.
         options: Further arguments of the network's constructor.
         num_classes: The number of classes; by default the datamodule's, when training starts.
         initial: A base checkpoint to start from (the shared initialisation); by default `weights`.
@@ -178,7 +179,11 @@ class Expert(LightningModule):
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits, expected = self(images), (len(labels), self.hparams["num_classes"])
+        if (shape := getattr(logits, "shape", None)) != expected:
+            found = type(logits).__name__ if shape is None else f"a tensor {list(shape)}"
+            told = f"found {found} from the network '{self.config.name}', expected logits [samples, classes] ="
+            raise ConfigurationError(f"{told} {list(expected)}; mend its forward, or what it does with num_classes")
         smoothing = self.recipe.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         accuracy: Any = self.accuracy[f"{stage}_"]  # a ModuleDict refuses the key "train"

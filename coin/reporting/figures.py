@@ -91,8 +91,7 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
         numeric = pd.api.types.is_numeric_dtype(points["value"]) and points["value"].dtype != bool
         known = list(dict.fromkeys(points["value"].sort_values() if numeric else points["value"]))
         logarithmic = numeric and known[0] > 0 and known[-1] >= 8 * known[0]
-        decoders = decoders_of(points)[:2]
-        names = list(dict.fromkeys(points["name"]))
+        decoders, names = decoders_of(points)[:2], list(dict.fromkeys(points["name"]))
         figure = Figure(figsize=(WIDTH, 0.8 + 2.5 * len(decoders)))
         panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]
         for axes, decoder in zip(panels, decoders, strict=True):

@@ -64,8 +64,7 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
 
 def legend_below(figure: Figure, title: str | None = None, columns: int = 3) -> None:
     """Put one legend of all axes under the figure, where it hides no point."""
-    own = [each for axes in figure.axes for each in zip(*axes.get_legend_handles_labels(), strict=True)]
-    labels = {label: handle for handle, label in own}  # a series of several axes once
+    labels = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     room = 12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0))
     columns = max(1, min(columns, len(labels), int(room)))
     figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))

@@ -116,6 +116,11 @@ def results_console() -> Console:
     return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else 80)
 
 
+def too_wide(table: Table, console: Console) -> bool:
+    """Return whether a table, with no text broken, is wider than the console."""
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width
+
+
 def print_summary(summary: pd.DataFrame, console: Console | None = None, *, reported: bool = True) -> None:
     """Print one experiment's own accuracies, a table of NDA for every size of erasure, and what to keep.
 
@@ -131,8 +136,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     for erased, table in nda_tables(summary).items():
         references = sum(name.partition("[")[0] in REFERENCES for name in table["method"])
         layout: Any = {"title": f"{experiment}: NDA in %, {erased} lost", "ends": [len(table) - references]}
-        unlimited = console.options.update(max_width=10_000)
-        if console.measure(rich_table(table, **layout), options=unlimited).maximum > console.width:
+        if too_wide(rich_table(table, **layout), console):
             matter = ["method", "P", *decoders_of(summary[summary["erased"] == erased])[:2], "merge s"]
             left_out |= dict.fromkeys(name for name in table.columns if name not in matter)
             table = table[[name for name in table.columns if name in matter]]

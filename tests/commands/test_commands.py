@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from coin.cli import main
 from coin.files.safetensors import load_provenance, load_state
@@ -138,10 +140,14 @@ def test_a_method_of_fishers_refuses_none_and_those_of_other_data_or_weights(
     assert main([*command, own, "--method.fisher_data=own"]) == 0
 
 
-def test_fisher_command_is_the_callback(route: Path, tmp_path: Path) -> None:
+def test_fisher_command_is_the_callback(route: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expert = route / "digits" / "expert.safetensors"
     command = ["fisher", f"--ckpt_path={expert}", *DIGITS, "--samples_per_task=24", f"--output={tmp_path}", *QUIET]
     assert main(command) == 0
+    merge = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("next: coin ")[2])
+    (tasks,) = [yaml.safe_load(each.partition("=")[2]) for each in merge if each.startswith("--tasks=")]
+    given = {"image_size": 16, "max_train": 120, "max_test": 77}
+    assert tasks == {"digits": {"class_path": "coin.data.Digits", "init_args": given}, "TASK": {"class_path": "CLASS"}}
     own, provenance = load_state(tmp_path / "expert.fisher.safetensors")
     wanted, written = load_state(route / "digits" / "expert.fisher.safetensors")
     for name in wanted:

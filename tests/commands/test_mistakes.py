@@ -142,7 +142,7 @@ COMMANDS = {
     "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
     "a configuration": (["run", "-c", "quikstart"], "found no configuration 'quikstart', expected a file, or the name"),
     "a file": (["run", "-c", "a.yaml"], "cannot read 'a.yaml' (No such file or directory), expected"),
-    "a file without -c": (["run", "a.yaml"], "unrecognized arguments: a.yaml; see coin run --help"),
+    "a file without -c": (["run", "a.yaml"], "unrecognized arguments: a.yaml; did you mean -c a.yaml?"),
     "nothing": (["run"], "required: name, tasks, methods"),
     "an option of a function": (["compress", "a", "--bts=3"], "found option 'bts' (did you mean bits?)"),
     "a network's file": (["compress", "no.safetensors", "--bits=4"], "found no file 'no.safetensors', expected"),

@@ -44,7 +44,9 @@ def test_a_row_for_every_policy_and_kind_of_query(alone: Path, tmp_path: Path, c
     np.testing.assert_allclose(rows["effective_accuracy"], expected)
     printed = capsys.readouterr().out
     assert f"table: {tmp_path / 'simulation.csv'}" in printed
-    assert max(len(line) for line in printed.splitlines()[:-1]) <= 100
+    assert max(len(line) for line in printed.splitlines()[:-1]) <= 80
+    assert {line.split()[1] for line in printed.splitlines() if line.startswith((" one", " all"))} == set(PolicyKind)
+    assert "p999 high" not in printed  # for which there is no room
     assert (tmp_path / "plots" / "simulation.png").is_file()
 
 

@@ -220,5 +220,11 @@ def test_sources_are_checked(monkeypatch):
     monkeypatch.setattr(Numbered, "names", ("a",))
     with pytest.raises(DataError, match="Numbered has 1 class, expected at least two to tell apart"):
         Numbered().setup()
+    monkeypatch.setattr(Numbered, "load", lambda task: images)
+    with pytest.raises(DataError, match=r"Numbered.load\(\) returned a Tensor, expected a coin.data.Source"):
+        Numbered().setup()
+    monkeypatch.delattr(Numbered, "names")
+    with pytest.raises(DataError, match="found no names in Numbered, expected its classes'"):
+        _ = Numbered().num_classes
     with pytest.raises(DataError, match="8 images but 3 labels"):
         Samples.of(images, torch.arange(3))

@@ -79,6 +79,10 @@ NETWORKS: dict[str, tuple[Damage, str]] = {
     "empty": (lambda path: path.write_bytes(b"") and None, "not a whole safetensors file"),
     "cut in its header": (cut(0.001), "not a whole safetensors file"),
     "cut in its tensors": (cut(0.5), "not a whole safetensors file"),
+    "cut in a run": (
+        lambda path: (path.with_name("done.json").write_text("{}"), cut(0.5)(path))[1],
+        "; delete its step's folder '/.*' and run again",
+    ),
     "a text": (lambda path: path.write_text("weights") and None, "not a whole safetensors file"),
     "a checkpoint": (lambda path: torch.save({"a": torch.ones(2)}, path), "not a whole safetensors file"),
     "without metadata": (lambda path: save_file(load_file(path), path), "does not say what made it"),

@@ -103,6 +103,14 @@ def test_bad_options_are_refused_at_construction(options, message):
         Expert(**{**SMALL, "num_classes": 3, **options})
 
 
+@pytest.mark.parametrize(("made", "found"), [(lambda x: (x, x), "tuple"), (lambda x: x[:, :2], r"a tensor \[4, 2\]")])
+def test_a_network_that_returns_no_logits_is_refused_at_the_first_batch(made, found, synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3)
+    expert.network.register_forward_hook(lambda module, inputs, logits: made(logits))
+    with pytest.raises(ConfigurationError, match=f"found {found} from the network 'small_resnet', expected logits"):
+        make_trainer(max_epochs=1).fit(expert, datamodule=synthetic(batch_size=4, eval_batch_size=4))
+
+
 def test_the_task_and_the_network_must_have_equally_many_classes(synthetic, make_trainer):
     with pytest.raises(ConfigurationError, match="found num_classes=4 of the model and 3 of the data"):
         make_trainer(max_epochs=1).fit(Expert(**SMALL, num_classes=4), datamodule=synthetic(classes=3))

@@ -1,6 +1,8 @@
 """Which stand-in is chosen: the cheapest that meets all limits on the worst task, or what comes nearest."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +88,8 @@ def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.Captur
     said = json.loads(capsys.readouterr().out)
     assert said["rows"] == []
     assert said["sentence"] == choose(folder, accuracy=1, memory_mib=1)[1] == coin.choose(folder, 1, 1)[1]
+    to_no_reader = f"{sys.executable} -m coin choose {folder} --json | true"
+    assert subprocess.run(to_no_reader, shell=True, capture_output=True, check=True).stderr == b""
 
 
 def test_folders_without_known_memory_or_results_are_one_line(tmp_path: Path, make_experiment: Callable[..., Path]):
