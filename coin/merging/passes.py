@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
-from coin.files.tensors import State, weighted_sum
+from coin.files.tensors import State, check_layout, weighted_sum
 from coin.merging.adapted import Adapted
 from coin.merging.adapters import AdapterFit, rank_of
 from coin.merging.experts import Experts
@@ -358,4 +358,10 @@ def fit_adapters(
     """
     options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)
     every = Experts(experts, calibration=calibration, forward=forward)
+    head = f"{head_name(body)}."
+    known, own = (
+        {name: t for name, t in state.items() if not name.startswith(head)}
+        for state in (every.parameters[0], parameters_of(body))
+    )
+    check_layout(known, own, "the body")
     return adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options)

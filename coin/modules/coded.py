@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
+from coin.coding.decoder_config import distinct_decoders
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, Forward, adapted, as_input, size_of, take
 from coin.errors import ConfigurationError, DataError, StateError
@@ -21,7 +22,7 @@ from coin.files.tensors import check_layout, fingerprint
 from coin.merging.adapted import Adapted, adapted_like, answering, with_adapters
 from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors
-from coin.networks import linear_heads, load_network, run_network
+from coin.networks import Compressed, linear_heads, load_network, run_network
 from coin.networks.heads import of_one_width
 from coin.reporting.results import check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
@@ -54,13 +55,14 @@ class Coded:
     Args:
         code: The code, R×N, or its rows.
         experts: The N experts.
-        coded: The R coded models, one per row of the code.
+        coded: The R coded models, one per row of the code; compressed ones run unpacked and count as they are kept.
         names: The experts' tasks; ``0``, ``1``, … by default.
         forward: (network, inputs) → logits ``[B, C]``, for networks that are not called with one tensor; inputs may
             then be mappings of tensors.
 
     Attributes:
         module: The networks as a LightningModule, for ``module.to(device)``, DDP or a Trainer's ``predict``.
+        nbytes: The bytes of the coded models.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
         method, batchnorm, results: Of a run (`from_run`), the merge method, the requested BatchNorm policy, and the
@@ -87,13 +89,9 @@ class Coded:
     """
 
     def __init__(
-        self,
-        code: Code | Sequence[Sequence[float]],
-        experts: Networks,
-        coded: Networks,
-        names: Sequence[str] | None = None,
-        forward: Forward | None = None,
-    ) -> None:
+        self, code: Code | Sequence[Sequence[float]], experts: Networks, coded: Sequence[nn.Module | Compressed],
+        names: Sequence[str] | None = None, forward: Forward | None = None,
+    ) -> None:  # fmt: skip
         self.code = code if isinstance(code, Code) else Code(code)
         if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
             expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
@@ -101,7 +99,11 @@ class Coded:
         self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len({*self.names}) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
-        self.module = CodedModule([adapted(own, forward) for own in experts], [adapted(own, forward) for own in coded])
+        packed = [own for own in coded if isinstance(own, Compressed)]
+        networks = [with_adapters(own.network(), own.adapters) if own in packed else own for own in coded]
+        sizes = [own.nbytes if own in packed else sum(t.nbytes for t in own.state_dict().values()) for own in coded]
+        self.nbytes = sum(sizes) + max((own.base_nbytes for own in packed), default=0)
+        self.module = CodedModule(*([adapted(own, forward) for own in each] for each in (experts, networks)))
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = self.batchnorm = ""
@@ -125,14 +127,9 @@ class Coded:
 
     @torch.no_grad()
     def answers(
-        self,
-        inputs: Batch,
-        *,
-        features: bool = False,
-        erased: Sequence[int | str] = (),
-        silent: Sequence[int] = (),
+        self, inputs: Batch, *, features: bool = False, erased: Sequence[int | str] = (), silent: Sequence[int] = (),
         tasks: int | Tensor | None = None,
-    ) -> Answers:
+    ) -> Answers:  # fmt: skip
         """Run every server once on inputs ``[B, ...]``; return penultimate features beside logits on demand.
 
         Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN. Bodies with
@@ -169,6 +166,9 @@ class Coded:
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
+        if self.is_adapted and distinct_decoders([kind])[0].kind is not DecoderKind.expert_head:
+            found = f"found the decoder {kind}, which cannot read a body with adapters"
+            raise ConfigurationError(f"{found}, expected expert_head")
         decoder, batches = make_decoder(kind, self.code, self._indices(erased)), _batches(calibration)
         first = list(islice(batches, 1))
         for batch in first:
@@ -211,14 +211,9 @@ class Coded:
         return torch.stack([answer_score(logits[:, : widths.get(j)]) for j, logits in zip(lost, decoded, strict=True)])
 
     def accept(
-        self,
-        alpha: float,
-        confidence: float = 0.95,
-        *,
-        inputs: Iterable[Any],
-        erased: Sequence[int | str] | None = None,
-        tasks: Tensor | Sequence[int] | None = None,
-    ) -> list[Promise]:
+        self, alpha: float, confidence: float = 0.95, *, inputs: Iterable[Any],
+        erased: Sequence[int | str] | None = None, tasks: Tensor | Sequence[int] | None = None,
+    ) -> list[Promise]:  # fmt: skip
         """Return a promise for each lost expert: of its accepted answers at most α differ from the expert's own.
 
         If none can be given, none of its decoded answers are accepted.
@@ -243,22 +238,22 @@ class Coded:
         return torch.stack([decoder.accepted(expert, score) for expert, score in each])
 
     def save(self, path: str | Path) -> None:
-        """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file."""
+        """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
+
+        Compressed coded models are written unpacked; `Compressed.save` writes the few bytes that they are.
+        """
         experts = [fingerprint(expert.state_dict()) for expert in self.experts]
         coded = [all_tensors(network) for network in self.coded]
         SystemFile(self.code, self.names, self.classes, list(self.decoders.values()), experts, coded).save(Path(path))
 
     @classmethod
-    def load(
-        cls, path: str | Path, experts: Networks, coded: Networks | None = None, forward: Forward | None = None
-    ) -> Self:
+    def load(cls, path: str | Path, experts: Networks, forward: Forward | None = None) -> Self:
         """Return the system that `save` wrote with these experts; its answers are identical to the last bit.
 
-        `coded` are networks for the coded models' tensors, filled in place; copies of the first expert by default.
         Raises FileError where the file is missing, damaged or holds something else, StateError where the experts are
         others or tensors do not fit.
         """
-        return cls._of_file(SystemFile.load(Path(path)), str(path), experts, coded, forward)
+        return cls._of_file(SystemFile.load(Path(path)), str(path), experts, forward)
 
     @classmethod
     def from_run(
@@ -296,22 +291,21 @@ class Coded:
         file = SystemFile.load(path)
         file.decoders = [each for each in file.decoders if each.config.name == name]
         opened = [load_network(seed / "experts" / task / "expert.safetensors") for task in file.names]
-        system = cls._of_file(file, str(path), [each.network for each in opened], None, None)
+        system = cls._of_file(file, str(path), [each.network for each in opened], None)
         system.method, system.batchnorm = file.told["method"], file.told["batchnorm"]
         system.results, system.files = rows, (*(each.path for each in opened), *file.coded_files)
         system.class_names = [list(map(str, e.provenance.get("classes") or range(e.num_classes))) for e in opened]
         return system
 
     @classmethod
-    def _of_file(
-        cls, file: SystemFile, path: str, experts: Networks, coded: Networks | None, forward: Forward | None
-    ) -> Self:
-        for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=False)):
+    def _of_file(cls, file: SystemFile, path: str, experts: Networks, forward: Forward | None) -> Self:
+        if len(experts) != len(file.experts):
+            raise ConfigurationError(f"found {len(experts)} experts, expected the {len(file.experts)} of '{path}'")
+        for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=True)):
             if fingerprint(expert.state_dict()) != expected:
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
-        if file.coded_files:
-            coded = [with_adapters(each.network, each.adapters) for each in map(load_network, file.coded_files)]
-        networks = coded or [adapted_like(of_one_width(experts)[0], own, len(experts)) for own in file.coded if experts]
+        networks = [with_adapters(each.network, each.adapters) for each in map(load_network, file.coded_files)]
+        networks = networks or [adapted_like(of_one_width(experts)[0], own, len(experts)) for own in file.coded]
         system = cls(file.code, experts, networks, file.names, forward)
         for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
             check_layout(all_tensors(network), own, f"coded model {row} of {path}")
@@ -358,6 +352,10 @@ class Coded:
     ) -> Answers:
         """Return what a decoder needs and the lost experts' own answers, with the inputs' tasks if these are given."""
         told, parts = None if tasks is None else torch.as_tensor(tasks), list[Answers]()
+        if self.is_adapted and told is None:
+            raise ConfigurationError(
+                "found no tasks, expected of which expert's each input is, for bodies with adapters"
+            )
         for batch in batches:
             done = sum(each.num_samples for each in parts)
             own = None if told is None else told[done : done + size_of(as_input(batch, self.coded[0]))]

@@ -65,9 +65,8 @@ def evaluate(
     lost = tuple(check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)])
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
-    nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
-    places = tuple(range(len(system.coded)))
-    variant = Variant("coded", system.code, networks=places, memory=nbytes, lost=lost, adapted=system.is_adapted)
+    places, options = tuple(range(len(system.coded))), {"memory": system.nbytes, "adapted": system.is_adapted}
+    variant = Variant("coded", system.code, networks=places, lost=lost, **options)
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
     first = next(tests[min(tests)])
     tests[min(tests)] = chain([first], tests[min(tests)])
@@ -76,6 +75,8 @@ def evaluate(
         configs, heads = with_heads(configs, list(system.experts), inputs, needed=decoders is not None)
     features = any(config.reads_features for config in configs)
     evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
+    if not evaluation.fitted:
+        raise ConfigurationError("found no decoder that reads a body with adapters, expected expert_head")
     parts = []
     for task, batches in enumerate(calibration or ()):
         # Not all devices have float64.

@@ -49,9 +49,9 @@ class AdapterOptions:
     def of(cls, options: "AdapterOptions | Mapping[str, Any] | None") -> Self | None:
         """Return a section of options as an object."""
         try:
-            return cls(**options) if isinstance(options, Mapping) else cast("Self | None", options)
+            return cast("Self | None", options) if options is None or isinstance(options, cls) else cls(**options)
         except TypeError as error:
-            raise ConfigurationError(f"found {options!r:.100} for adapters, expected rank or memory_mib") from error
+            raise ConfigurationError(f"found {options!r:.100} for adapters, expected {{rank: 16}} or so") from error
 
     @property
     def name(self) -> str:

@@ -100,7 +100,7 @@ class Compressed:
         return self.base_bits and sum(tensor.nbytes for tensor in stored(self.base).values())
 
     def network(self) -> nn.Module:
-        """Return the decompressed network, a new one in eval mode."""
+        """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
         network = plain(clone(self.base)).eval()
         if self._outputs is not None:
             with torch.random.fork_rng(devices=[]):

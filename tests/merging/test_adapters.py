@@ -297,13 +297,37 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
         ({"rank": -1}, "found rank=-1"),
         ({"rank": 1, "ridge": 0}, "found ridge=0"),
         ({"memory_mib": 1e-5}, "which scales and biases take"),
-        ({"bits": 4}, "expected rank or memory_mib"),
+        ({"bits": 4}, "found .*bits.* for adapters, expected {rank: 16}"),
+        (16, "found 16 for adapters, expected {rank: 16}"),
     ],
 )
 def test_wrong_options_are_one_line(options, told):
     experts, inputs = make_experts(maps)
     with pytest.raises(ConfigurationError, match=told):
         merge_networks(Average(adapters=options), experts, uniform(3), calibration=inputs)
+
+
+def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
+    experts, inputs = make_experts(maps)
+    refit = Refit(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
+    (packed,) = merge_networks(refit, experts, uniform(3), calibration=inputs).compressed[0].values()
+    system = coin.Coded(uniform(3), experts, [packed])
+    system.fit_decoder(inputs[0], [0, 1, 2], "expert_head")
+    assert system.nbytes == packed.nbytes < sum(t.nbytes for t in experts[0].state_dict().values())
+    with answering([body := with_adapters(packed.network(), packed.adapters)], 2), torch.no_grad():
+        features = features_and_logits(body, inputs[2][0])[0]
+    head = coin.networks.linear_heads([experts[2]])[0]
+    torch.testing.assert_close(system.decode(inputs[2][0], [2])[0], F.linear(features, *head))
+    tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
+    heads = 4 * sum(tensor.numel() for tensor in head)
+    assert coin.evaluate(system, tests)["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
+    for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
+        with pytest.raises(ConfigurationError, match=f"the decoder {kind}, which cannot read a body with adapters"):
+            system.fit_decoder(inputs[0], erased, kind)
+    with pytest.raises(ConfigurationError, match="found no decoder that reads a body with adapters"):
+        coin.evaluate(system, tests, decoders=["linear"])
+    with pytest.raises(ConfigurationError, match="found no tasks, expected of which expert's each input is"):
+        system.accept(0.2, inputs=inputs[0], erased=[0])
 
 
 def test_what_has_no_adapters_is_refused_or_left(tmp_path):
@@ -314,6 +338,8 @@ def test_what_has_no_adapters_is_refused_or_left(tmp_path):
     with pytest.raises(ConfigurationError, match="found target=both with adapters"):
         Refit("both", adapters={"rank": 1})
     experts, inputs = make_experts(maps)
+    with pytest.raises(StateError, match=r"'the body' has .*another architecture"):
+        fit_adapters(nn.Linear(4, 3), experts, inputs)
     with pytest.raises(DataError, match="no calibration samples of task 1"):
         fit_adapters(experts[0], experts, [inputs[0], [inputs[1][0][:0]], inputs[2]])
     few = [[batch[:1]] for (batch,) in inputs]  # one sample a task

@@ -10,7 +10,7 @@ from coin.merging import Average, merge_networks
 from coin.modules import Coded
 
 NAMES = "accept accepted answers batchnorm class_names classes code coded count_classes decode decoders experts files "
-NAMES += "fit_decoder from_run heads is_adapted load method module names results save score"
+NAMES += "fit_decoder from_run heads is_adapted load method module names nbytes results save score"
 CODES = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]]
 
 
@@ -230,7 +230,7 @@ def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
         assert torch.equal(again.accepted(decoded, erased), system.accepted(decoded, erased))
     with pytest.raises(StateError, match=r"expert 1 is not the one that '.*' was saved with; give those experts"):
         Coded.load(path, [linear(0), linear(5, 2), linear(2)])
-    with pytest.raises(ConfigurationError, match="found 0 experts and 0 coded models, expected 3 and"):
+    with pytest.raises(ConfigurationError, match="found 0 experts, expected the 3 of"):
         Coded.load(path, [])
     save_state(path, {"x": torch.ones(2)}, {})
     with pytest.raises(FileError, match=r"holds no coded system, expected a file that Coded\.save wrote"):
