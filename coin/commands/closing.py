@@ -81,7 +81,7 @@ def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: 
 def _changed(data: Namespace) -> dict[str, Any]:
     """Return the options of the data that are not the defaults of its class."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(locate(data.class_path), "data")  # type: ignore[arg-type]
+    parser.add_class_arguments(locate(data.class_path), "data")
     defaults = parser.get_defaults().data
     return {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
 
