@@ -43,6 +43,7 @@ SUITES = {
     "imagenet-pair": "ImageNet pair",
     "small-pair": "small pair",
     "vit": "small ViT",
+    "text": "texts",
     "experts": "8 experts",
 }
 KEPT = {
@@ -59,11 +60,13 @@ KEPT = {
     ("refit-4bit", "expert_head"): "`Refit`, own head, 4 bits",
     ("refit+rank4", "expert_head"): "`Refit` with adapters of rank 4",
     ("refit+rank4-4bit", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
+    ("refit+rank4-5bit", "expert_head"): "`Refit` with adapters of rank 4, 5 bits",
     ("refit+rank16", "expert_head"): "`Refit` with adapters of rank 16",
     ("refit+rank16-4bit", "expert_head"): "**`Refit` with adapters, 4 bits**",
     ("average+rank16-4bit", "expert_head"): "the average with adapters, 4 bits",
     ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
-    ("distillation+rank16-4bit", "expert_head"): "`Distillation` with adapters, 4 bits",
+    ("distillation+rank16", "expert_head"): "distillation with adapters",
+    ("distillation+rank16-4bit", "expert_head"): "distillation with adapters, 4 bits",
     ("replica-2bit-int8base", "replica"): "copies of the experts, 2-bit deltas",
     ("replica-3bit-int8base", "replica"): "copies of the experts, 3-bit deltas",
 }
@@ -119,6 +122,9 @@ RIVALS = {
     "base+svd": "the base and SVD of W_i − W₀",
     "emr": "EMR-Merging",
     "tall": "TALL-masks",
+    "feat_cal": "FeatCal, one network for all",
+    "magic": "MAGIC, one network for all",
+    "ace": "ACE-Merging, one network for all",
 }
 FLEET = {
     ("refit+rank16-4bit", "expert_head"): "`Refit` with adapters, 4 bits",
