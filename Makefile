@@ -79,9 +79,9 @@ notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 # A sweep goes on where it was killed.
 study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs
 	$(PIP) '.[demo,text]'
-	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) || exit 1; done
-	for suite in imagenet-pair small-pair vit experts; do $(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-$$suite/*/seed-* --output $(RESULTS)/stand-ins-$$suite/rivals.csv || exit 1; done
-	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/fleet/fleet-00[0-2]*/seed-* --output $(RESULTS)/silent-faults/faults.csv
+	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) --launch.workers=2 || exit 1; done
+	for suite in imagenet-pair small-pair vit experts; do $(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-$$suite/*/seed-40[1-3] --output $(RESULTS)/stand-ins-$$suite/rivals.csv || exit 1; done
+	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-experts/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
