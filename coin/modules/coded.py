@@ -167,8 +167,7 @@ class Coded:
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         if self.is_adapted and distinct_decoders([kind])[0].kind is not DecoderKind.expert_head:
-            found = f"found the decoder {kind}, which cannot read a body with adapters"
-            raise ConfigurationError(f"{found}, expected expert_head")
+            raise ConfigurationError(f"the decoder {kind} cannot read a body with adapters, expected expert_head")
         decoder, batches = make_decoder(kind, self.code, self._indices(erased)), _batches(calibration)
         first = list(islice(batches, 1))
         for batch in first:

@@ -322,7 +322,7 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     heads = 4 * sum(tensor.numel() for tensor in head)
     assert coin.evaluate(system, tests)["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
-        with pytest.raises(ConfigurationError, match=f"the decoder {kind}, which cannot read a body with adapters"):
+        with pytest.raises(ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"):
             system.fit_decoder(inputs[0], erased, kind)
     with pytest.raises(ConfigurationError, match="found no decoder that reads a body with adapters"):
         coin.evaluate(system, tests, decoders=["linear"])
