@@ -99,11 +99,12 @@ class Coded:
         self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len({*self.names}) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
-        packed = [own for own in coded if isinstance(own, Compressed)]
-        networks = [with_adapters(own.network(), own.adapters) if own in packed else own for own in coded]
-        sizes = [own.nbytes if own in packed else sum(t.nbytes for t in own.state_dict().values()) for own in coded]
-        self.nbytes = sum(sizes) + max((own.base_nbytes for own in packed), default=0)
-        self.module = CodedModule(*([adapted(own, forward) for own in each] for each in (experts, networks)))
+        unpacked = [with_adapters(c.network(), c.adapters) if isinstance(c, Compressed) else c for c in coded]
+        each = [
+            c.nbytes if isinstance(c, Compressed) else sum(t.nbytes for t in c.state_dict().values()) for c in coded
+        ]
+        self.nbytes = sum(each) + max((c.base_nbytes for c in coded if isinstance(c, Compressed)), default=0)
+        self.module = CodedModule([adapted(n, forward) for n in experts], [adapted(n, forward) for n in unpacked])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = self.batchnorm = ""

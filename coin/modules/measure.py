@@ -65,8 +65,8 @@ def evaluate(
     lost = tuple(check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)])
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
-    places, options = tuple(range(len(system.coded))), {"memory": system.nbytes, "adapted": system.is_adapted}
-    variant = Variant("coded", system.code, networks=places, lost=lost, **options)
+    places, is_body = tuple(range(len(system.coded))), system.is_adapted
+    variant = Variant("coded", system.code, networks=places, memory=system.nbytes, lost=lost, adapted=is_body)
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
     first = next(tests[min(tests)])
     tests[min(tests)] = chain([first], tests[min(tests)])

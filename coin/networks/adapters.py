@@ -49,7 +49,7 @@ class AdapterOptions:
     def of(cls, options: "AdapterOptions | Mapping[str, Any] | None") -> Self | None:
         """Return a section of options as an object."""
         try:
-            return cast("Self | None", options) if options is None or isinstance(options, cls) else cls(**options)
+            return options if options is None or isinstance(options, cls) else cls(**cast(Any, options))
         except TypeError as error:
             raise ConfigurationError(f"found {options!r:.100} for adapters, expected {{rank: 16}} or so") from error
 
