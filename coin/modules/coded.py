@@ -100,10 +100,8 @@ class Coded:
         if len({*self.names}) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
         unpacked = [with_adapters(c.network(), c.adapters) if isinstance(c, Compressed) else c for c in coded]
-        each = [
-            c.nbytes if isinstance(c, Compressed) else sum(t.nbytes for t in c.state_dict().values()) for c in coded
-        ]
-        self.nbytes = sum(each) + max((c.base_nbytes for c in coded if isinstance(c, Compressed)), default=0)
+        own = [c.nbytes if isinstance(c, Compressed) else sum(t.nbytes for t in c.state_dict().values()) for c in coded]
+        self.nbytes = sum(own) + max((c.base_nbytes for c in coded if isinstance(c, Compressed)), default=0)
         self.module = CodedModule([adapted(n, forward) for n in experts], [adapted(n, forward) for n in unpacked])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
