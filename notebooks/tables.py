@@ -225,15 +225,21 @@ def fleets() -> pd.DataFrame:
             own = rows_of(part, *pair)
             worst, mean = 100 * own.nda.min(), 100 * own.nda.mean()
             found.append([count, name, mean, worst, pd.to_numeric(own.memory_mib).mean() / network])
+    every = rivals("fleet")
+    for _, own in every[(every.method == "average+svd") & (every["rank"] == "16.0")].groupby("experiment"):
+        numbers = 100 * own.nda_8bit.mean(), 100 * own.nda_8bit.min(), own.networks_8bit.mean()
+        found.append([len(own), f"{RIVALS['average+svd']} to rank 16, 8 bits", *numbers])
     return pd.DataFrame(found, columns=["experts", "name", "nda", "worst", "networks"])
 
 
 def fleet() -> str:
     """NDA, the worst task's and the memory, from two experts to many."""
     found, lines = fleets(), []
+    counts = sorted(found.experts.unique())
     for name, part in found.groupby("name", sort=False):
-        lines.append([name, *(f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}" for row in part.itertuples())])
-    return markdown(["what stands in", *(f"N = {count}" for count in found.experts.unique())], lines)
+        cells = {row.experts: f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}" for row in part.itertuples()}
+        lines.append([name, *(cells.get(count, "–") for count in counts)])
+    return markdown(["what stands in", *(f"N = {count}" for count in counts)], lines)
 
 
 def promises() -> str:
