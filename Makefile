@@ -81,6 +81,7 @@ study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables o
 	$(PIP) '.[demo,text]'
 	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) --launch.workers=2 || exit 1; done
 	for suite in imagenet-pair small-pair vit experts; do $(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-$$suite/*/seed-40[1-3] --output $(RESULTS)/stand-ins-$$suite/rivals.csv || exit 1; done
+	$(BIN)/python notebooks/rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
 	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-experts/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(BIN)/python notebooks/tables.py
 

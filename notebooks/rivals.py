@@ -141,7 +141,7 @@ def by_masks(experts, base, bits, threshold):
     return networks, size
 
 
-def stand_ins(experts, bodies, bits):
+def stand_ins(experts, bodies, bits, masks=True):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
         if name not in ("average", "base"):  # one network for all
@@ -150,14 +150,14 @@ def stand_ins(experts, bodies, bits):
         for rank, networks, kept in by_svd(experts, body):
             yield f"{name}+svd", rank, networks, size + kept
     base, size = bodies["base"]
-    for name, threshold in {"emr": None, "tall": TALL}.items():
+    for name, threshold in {"emr": None, "tall": TALL}.items() if masks else ():
         networks, kept = by_masks(experts, base, bits, threshold)
         yield name, None, networks, size + kept
 
 
 @torch.no_grad()
-def measure(folder):
-    """Yield a row for every method and task of a seed's folder."""
+def measure(folder, svd_alone=False):
+    """Yield a row for every method, or for the SVDs alone, and task of a seed's folder."""
     names = list(read_yaml(folder / "config.yaml")["tasks"])
     files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
     experts, size = [file.network for file in files], files[0].config.image_size
@@ -179,13 +179,13 @@ def measure(folder):
     headless = filled(experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()})  # no bytes
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
     given = {"calibration": list(tasks.calibrations().values()), "initial": base}
-    for function in (feat_cal, magic, ace):
+    for function in () if svd_alone else (feat_cal, magic, ace):
         merged = coin.merge_networks(coin.UserMethod(function), experts, coin.uniform(len(experts)), **given)[0]
         whole[function.__name__] = filled(headless, body_of(merged))
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}
-        for method, rank, networks, kept in stand_ins(experts, bodies, bits):
+        for method, rank, networks, kept in stand_ins(experts, bodies, bits, not svd_alone):
             for name, network in zip(names, networks, strict=True):
                 decoded = accuracy(network, name)
                 row = {"experiment": folder.parent.name, "seed": int(folder.name.removeprefix("seed-"))}
@@ -200,8 +200,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
     parser.add_argument("--output", type=Path, default=Path("rivals.csv"), help="the CSV to write")
+    parser.add_argument("--svd", action="store_true", help="the SVDs alone")
     given = parser.parse_args()
-    found = pd.DataFrame([row for folder in given.folders for row in measure(folder)])
+    found = pd.DataFrame([row for folder in given.folders for row in measure(folder, given.svd)])
     found.to_csv(given.output, index=False)
     shown = {name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]}
     print(found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string())
