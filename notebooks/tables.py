@@ -276,32 +276,29 @@ SERVED = {
     "uncoded": "nothing",
     "replica": "`replica`: all experts' weights",
     "replica_delta": "`replica_delta`: a base in 8 bits and 3-bit deltas",
-    "standin": "`standin`: the coded model alone",
+    "standin": "`standin`: the coded model alone, own head",
     "coded_hedged": "`coded_hedged`: with the survivors, `feature_ridge`",
 }
 """What stands on the one server more, and how the table calls it."""
 
 
 def serving() -> str:
-    """Memory, p99.9 and accuracy of what may stand in, as simulated for three and for eight experts."""
+    """Memory, p99.9 and accuracy of what may stand in for one of three experts, as simulated."""
     rows = []
-    for experts in (3, 8):
-        every = {scenario: simulated(scenario, experts) for scenario in ("rare-stragglers", "stragglers", "failures")}
-        sizes = every["failures"]
-        for redundancy, name in SERVED.items():
-            size, tails = sizes.loc[(redundancy, "one")], []
-            memory = f"{(size.memory - sizes.loc[('uncoded', 'one')].memory) / 2**20:.1f}"
-            for found in every.values():
-                for want in ("one", "all"):
-                    row = found.loc[(redundancy, want)]
-                    middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
-                    tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
-            right = size.standing_in_accuracy
-            if redundancy == "standin":
-                name += ", own head corrected" if size.variant.endswith("-own") else ", own head"
-            rows.append([str(experts), name, memory, *tails, "–" if math.isnan(right) else percent(right)])
+    every = {scenario: simulated(scenario, 3) for scenario in ("rare-stragglers", "stragglers", "failures")}
+    sizes = every["failures"]
+    for redundancy, name in SERVED.items():
+        size, tails = sizes.loc[(redundancy, "one")], []
+        memory = f"{(size.memory - sizes.loc[('uncoded', 'one')].memory) / 2**20:.1f}"
+        for found in every.values():
+            for want in ("one", "all"):
+                row = found.loc[(redundancy, want)]
+                middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
+                tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
+        right = size.standing_in_accuracy
+        rows.append([name, memory, *tails, "–" if math.isnan(right) else percent(right)])
     slow = [f"{what}, query for {whom}" for what in ("slow 1 %", "slow 5 %", "down 1 %") for whom in ("one", "all")]
-    return markdown(["N", "on one server more", "MiB", *slow, "right, %"], rows)
+    return markdown(["on one server more", "MiB", *slow, "right, %"], rows)
 
 
 def columns() -> str:
