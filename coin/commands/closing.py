@@ -72,8 +72,8 @@ def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: 
     """Return the merge of an expert with others, whose names, files and classes are the user's to fill in."""
     task, pairs = str(data.class_path).rpartition(".")[2].lower(), {"experts": expert, str(statistic): file}
     given = [f"--{name}={_flow({task: str(path), 'TASK': 'FILE'})}" for name, path in pairs.items()]
-    known = {} if task == "tasks" else {task: {"class_path": data.class_path, "init_args": _changed(data)}}
-    tasks = f"--tasks={_flow({task: {'class_path': 'CLASS'}, **known, 'TASK': {'class_path': 'CLASS'}})}"
+    own = {"class_path": "CLASS"} if task == "tasks" else {"class_path": data.class_path, "init_args": _changed(data)}
+    tasks = f"--tasks={_flow({task: own, 'TASK': {'class_path': 'CLASS'}})}"
     return ["merge", f"--method={METHODS[statistic]}", *given, tasks, "--output=coded"]
 
 

@@ -33,6 +33,7 @@ from coin.networks.adapters import AdapterOptions
 from coin.networks.compressed import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.heads import head_name
+from coin.networks.recipe import without_head
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
@@ -358,10 +359,7 @@ def fit_adapters(
     """
     options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)
     every = Experts(experts, calibration=calibration, forward=forward)
-    head = f"{head_name(body)}."
-    known, own = (
-        {name: t for name, t in state.items() if not name.startswith(head)}
-        for state in (every.parameters[0], parameters_of(body))
-    )
+    states = (every.parameters[0], parameters_of(body))
+    known, own = ({name: state[name] for name in without_head(body, [*state])} for state in states)
     check_layout(known, own, "the body")
     return adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options)

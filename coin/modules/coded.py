@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
-from coin.coding.decoder_config import distinct_decoders
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, Forward, adapted, as_input, size_of, take
 from coin.errors import ConfigurationError, DataError, StateError
@@ -165,7 +164,7 @@ class Coded:
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
-        if self.is_adapted and distinct_decoders([kind])[0].kind is not DecoderKind.expert_head:
+        if self.is_adapted and DecoderConfig.of(kind).kind is not DecoderKind.expert_head:
             raise ConfigurationError(f"the decoder {kind} cannot read a body with adapters, expected expert_head")
         decoder, batches = make_decoder(kind, self.code, self._indices(erased)), _batches(calibration)
         first = list(islice(batches, 1))
