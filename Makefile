@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
 RESULTS := notebooks/results
+SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
 SLOW := -m 'not slow'
 # Python compiles what it imports, and most of what torch and wandb bring it never does.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
@@ -76,11 +77,12 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
-# A sweep goes on where it was killed.
-study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs
+# A sweep goes on where it was killed; what suites share (experts, bases) is made once, for all have one store of steps.
+study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some hours
 	$(PIP) '.[demo,text]'
-	for suite in configs/study/*.yaml; do $(BIN)/coin sweep $$suite --output $(RESULTS) --launch.workers=2 || exit 1; done
-	for suite in imagenet-pair small-pair vit experts; do $(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-$$suite/*/seed-40[1-3] --output $(RESULTS)/stand-ins-$$suite/rivals.csv || exit 1; done
+	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES))
+	for suite in $(SUITES); do ln -sfn ../.steps $(RESULTS)/$$suite/.steps && $(BIN)/coin sweep $$suite --output $(RESULTS) --launch.workers=2 || exit 1; done
+	printf '%s\n' experts imagenet-pair small-pair vit | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'
 	$(BIN)/python notebooks/rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
 	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-experts/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(BIN)/python notebooks/tables.py
