@@ -52,8 +52,8 @@ class CodedModel:
 class Merged(list[nn.Module]):
     """Coded models, one per row of the code, and how they were made.
 
-    `chosen` and `compressed` are, for each, its `CodedModel.chosen` and its compressed variants by label, such as
-    ``refit-4bit``; `passes` and `seconds` the total cost, in forward-equivalents of one sample and in wall time.
+    `chosen` has the `CodedModel.chosen` of each; `compressed` the coded models of each compressed variant by its label,
+    such as ``refit-4bit``; `passes` and `seconds` the total cost, in forward-equivalents of one sample and wall time.
 
     >>> merged = coin.merge_networks(coin.Average(), experts, code)
     >>> len(merged), merged.chosen, merged.passes
@@ -64,7 +64,8 @@ class Merged(list[nn.Module]):
         self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: Sequence[dict[str, Compressed]]
     ) -> None:
         super().__init__(plain(each.network) for each in made)
-        self.chosen, self.compressed = [each.chosen for each in made], list(compressed)
+        self.chosen = [each.chosen for each in made]
+        self.compressed = {label: [each[label] for each in compressed] for label in compressed[0]}
         self.passes, self.seconds = passes, seconds
 
 

@@ -223,15 +223,14 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
     for method in (Refit, Average):
         how = {"adapters": {"rank": 2}, "compress": {"bits": 2, "base_bits": 0}}
         made = merge_networks(method(**how), experts, uniform(2), calibration=inputs)
-        ((label, packed),) = made.compressed[0].items()
-        assert label == f"{method.name}+rank2-2bit"
+        (packed,) = made.compressed[f"{method.name}+rank2-2bit"]
         rounded = with_adapters(packed.network(), packed.adapters)
         bare = with_adapters(packed.network(), made[0].adapters)  # those that were fitted to the whole body
         with answering([rounded, bare], 0):
             own, *each = (features_and_logits(net, inputs[0][0])[0] for net in (experts[0], rounded, bare))
         assert (each[0] - own).norm() < 0.8 * (each[1] - own).norm()
         body, adapters = parts_of(made[0])
-        path = tmp_path / f"{label}.safetensors"
+        path = tmp_path / "body.safetensors"
         save_network(path, body, config, 3, {"what": "a body"}, adapters)
         file = load_network(path)
         assert file.nbytes == sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters)
@@ -310,7 +309,7 @@ def test_wrong_options_are_one_line(options, told):
 def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     experts, inputs = make_experts(maps)
     refit = Refit(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
-    (packed,) = merge_networks(refit, experts, uniform(3), calibration=inputs).compressed[0].values()
+    (packed,) = merge_networks(refit, experts, uniform(3), calibration=inputs).compressed["refit+rank2-4bit"]
     system = coin.Coded(uniform(3), experts, [packed])
     system.fit_decoder(inputs[0], [0, 1, 2], "expert_head")
     assert system.nbytes == packed.nbytes < sum(t.nbytes for t in experts[0].state_dict().values())
