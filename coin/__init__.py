@@ -1,4 +1,4 @@
-"""Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert.
+"""Erasure-coded neural networks: one small body and an adapter for each expert keep answering when servers are lost.
 
 Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coin.errors` what is raised:
 

@@ -75,7 +75,7 @@ def _help() -> str:
     commands = "\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
     return f"""usage: coin COMMAND [options]
 
-Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert.
+Erasure-coded neural networks: one small body and an adapter for each expert keep answering when servers are lost.
 
 {commands}
 

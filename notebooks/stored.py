@@ -95,19 +95,10 @@ def rivals(suite: str) -> pd.DataFrame:
     return pd.read_csv(RESULTS / suite / "rivals.csv", keep_default_na=False, dtype={"rank": str})
 
 
-def simulation(scenario: str, experts: int) -> pd.DataFrame:
-    """Return the rows of a simulation, as `coin simulate` wrote them."""
-    rows = pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
-    return rows.fillna({"variant": ""})
-
-
-def simulated(scenario: str, experts: int) -> pd.DataFrame:
-    """Return the rows of a simulation, by redundancy and by what a query wants: one answer or all.
-
-    Of several coded models that answer alone it is the smallest.
-    """
-    rows = simulation(scenario, experts).sort_values("memory", kind="stable")
-    return rows.drop_duplicates(["redundancy", "want"]).set_index(["redundancy", "want"])
+def simulated(scenario: str) -> pd.DataFrame:
+    """The rows of a simulation with three experts, by redundancy and by what a query wants, one answer or all."""
+    rows = pd.read_csv(RESULTS / "serving" / scenario / "simulation.csv").fillna({"variant": ""})
+    return rows.set_index(["redundancy", "want"], drop=False)
 
 
 def milliseconds(seconds: float) -> str:

@@ -4,10 +4,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from stored import RESULTS, made, runs, simulation
+from stored import RESULTS, made, runs, simulated
 
 from coin.reporting import figures, summarise
-from coin.reporting.style import COLOURS, MARKERS, WIDTH
+from coin.reporting.style import COLOURS
 from coin.reporting.summary import expert_accuracies, over_tasks, variant_names
 from coin.reporting.tables import percent
 
@@ -80,35 +80,11 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
 
 
-def tails(scenario: str, experts: int) -> pd.DataFrame:
+def tails(scenario: str) -> pd.DataFrame:
     """Latency in ms, memory in MiB and shares in %, by what a query wants and what stands in."""
-    rows = simulation(scenario, experts).set_index(["want", "redundancy", "variant"])
+    rows = simulated(scenario).set_index(["want", "redundancy", "variant"])
     times = {"p50": "p50", "p99.9": "p999", "from": "p999_low", "to": "p999_high"}
-    sizes = {"MiB a server": "memory_server", "MiB in all": "memory"}
-    shares = {"failed %": "share_failed", "right %": "effective_accuracy"}
+    shares = {"stood in %": "share_stood_in", "failed %": "share_failed", "right %": "effective_accuracy"}
     found = pd.DataFrame({name: 1e3 * rows[column] for name, column in times.items()})
-    found = found.assign(**{name: rows[column] / 2**20 for name, column in sizes.items()}, forwards=rows.forwards)
-    found["stood in %"] = 100 * (rows.share_decoded + rows.share_replicated)
+    found = found.assign(**{"MiB in all": rows.memory / 2**20, "forwards": rows.forwards})
     return found.assign(**{name: 100 * rows[column] for name, column in shares.items()}).round(2)
-
-
-def tail_figure(scenario: str) -> Figure:
-    """The p99.9 against the memory of all servers, with three and with eight experts."""
-    rows = pd.concat([simulation(scenario, count) for count in (3, 8)])
-    rows = rows[rows.p999 != float("inf")]
-    wants = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
-    with figures.style():
-        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
-        panels = figure.subplots(len(wants), 1, sharex=True)
-        for axes, (want, title) in zip(panels, wants.items(), strict=True):
-            for index, (kind, line) in enumerate(rows[rows.want == want].groupby("redundancy", sort=False)):
-                line = line.sort_values(["experts", "extras", "memory"])
-                high = line.p999_high.where(line.p999_high != float("inf"), line.p999)
-                ends = [1e3 * (line.p999 - line.p999_low), 1e3 * (high - line.p999)]
-                look = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5, "capsize": 2}
-                axes.errorbar(line.memory / 2**20, 1e3 * line.p999, ends, label=kind, linewidth=1.3, **look)
-            axes.set(title=title, ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
-        panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
-        figures.legend_below(figure)
-        figure.suptitle(f"{scenario}, 3 and 8 experts")
-        return figure

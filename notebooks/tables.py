@@ -34,8 +34,8 @@ from stored import (
 from coin.reporting.figures import legend_below, nda_against_memory
 from coin.reporting.results import COLUMNS, Row
 from coin.reporting.style import COLOURS, MARKERS, WIDTH, style
-from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
-from coin.reporting.tables import finding, rich_table, stand_in_table
+from coin.reporting.summary import read_summary, shortlist, stand_ins as summary_stand_ins
+from coin.reporting.tables import rich_table, stand_in_table
 
 NOTEBOOKS = Path(__file__).parent
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
@@ -44,7 +44,7 @@ SUITES = {
     "small-pair": "small pair",
     "vit": "small ViT",
     "text": "texts",
-    "experts": "8 experts",
+    "experts": "eight experts",
 }
 KEPT = {
     ("none", "feature_ridge"): "the survivors alone",
@@ -266,8 +266,7 @@ def demo() -> str:
     """The end of what `make demo` prints."""
     kept = summary_stand_ins(read_summary(RESULTS / "demo"))
     console = Console(width=80, file=StringIO())
-    console.print(rich_table(stand_in_table(kept, all_rows=False), "quickstart: what to keep", ["method", "decoder"]))
-    console.print(finding(kept), markup=False, highlight=False)
+    console.print(rich_table(stand_in_table(kept[shortlist(kept)]), "quickstart: what to keep", ["method", "decoder"]))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "\n".join(["```", *filter(None, lines), "```"])
 
@@ -275,8 +274,7 @@ def demo() -> str:
 SERVED = {
     "uncoded": "nothing",
     "replica": "`replica`: all experts' weights",
-    "replica_delta": "`replica_delta`: a base in 8 bits and 3-bit deltas",
-    "standin": "`standin`: the coded model alone, own head",
+    "standin": "`standin`: the body with adapters alone, 4 bits",
     "coded_hedged": "`coded_hedged`: with the survivors, `feature_ridge`",
 }
 """What stands on the one server more, and how the table calls it."""
@@ -285,7 +283,7 @@ SERVED = {
 def serving() -> str:
     """Memory, p99.9 and accuracy of what may stand in for one of three experts, as simulated."""
     rows = []
-    every = {scenario: simulated(scenario, 3) for scenario in ("rare-stragglers", "stragglers", "failures")}
+    every = {scenario: simulated(scenario) for scenario in ("rare-stragglers", "stragglers", "failures")}
     sizes = every["failures"]
     for redundancy, name in SERVED.items():
         size, tails = sizes.loc[(redundancy, "one")], []

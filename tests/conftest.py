@@ -18,6 +18,7 @@ from wandb.util import get_core_path
 from coin.cli import main
 from coin.coding import Code
 from coin.data import Samples, Source, TaskData
+from coin.data.tasks import Tasks
 from coin.files.tensors import fingerprint
 from coin.networks import NetworkConfig, build_network, load_network, recalibrate, save_network
 from coin.trainer import Trainer
@@ -203,3 +204,14 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test in a folder of its own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tasks_of(synthetic: type[TaskData]) -> Callable[[Sequence[int]], Tasks]:
+    """Return a function that makes tasks of these class counts, with test sets of unequal sizes."""
+
+    def make(class_counts: Sequence[int]) -> Tasks:
+        members = {f"task{i}": synthetic(classes, test=23 + 6 * i, key=i) for i, classes in enumerate(class_counts)}
+        return Tasks(members, samples_per_task=20, batch_size=16)
+
+    return make

@@ -13,7 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, stand_ins, undominated, variant_names
+from coin.reporting.summary import (
+    REFERENCES,
+    decoders_of,
+    expert_accuracies,
+    shortlist,
+    stand_ins,
+    undominated,
+    variant_names,
+)
 
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
 FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
@@ -53,22 +61,20 @@ def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {str(erased): _nda_table(part) for erased, part in means.groupby("erased", sort=False)}
 
 
-def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame:
-    """Return `stand_ins` as text, the `undominated` ones with `BEST`, or these alone."""
-    best = undominated(kept)
-    rows = zip(kept.to_dict("records"), best, strict=True)
+def stand_in_table(kept: pd.DataFrame) -> pd.DataFrame:
+    """Return `stand_ins` as text, the `undominated` ones with `BEST`."""
+    rows = zip(kept.to_dict("records"), undominated(kept), strict=True)
     lines = [
         {
             "method": row["name"],
             "decoder": row["decoder"],
-            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (all_rows and is_best and row["name"] != NONE),
+            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (is_best and row["name"] != NONE),
             "memory MiB": f"{row['memory_mib']:.3g}" if row["memory_mib"] < 1000 else f"{row['memory_mib']:,.0f}",
             "forwards": f"{row['forwards']:g}",
             "lost": f"{row['losses']:g}",
             "merge s": seconds(row["merge_seconds"]),
         }
         for row, is_best in rows
-        if all_rows or is_best
     ]
     return pd.DataFrame(lines)
 
@@ -145,9 +151,10 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
     if len(kept := stand_ins(summary)):
-        table = stand_in_table(kept, all_rows=False)
+        table = stand_in_table(kept[shortlist(kept)])
         console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
-        console.print(Text(f"What no other beats in NDA, memory, forwards and experts that may be lost{everything}."))
+        told = f"Every method's best decoder; {BEST} no other beats it in NDA, memory, forwards and experts lost"
+        console.print(Text(f"{told}{everything}."))
         console.print(Text(finding(kept)))
 
 

@@ -1,6 +1,6 @@
 """What the tests of several modules share: a pair of experts to distil, and tasks to evaluate on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
@@ -21,16 +21,5 @@ def tasks(synthetic: type[TaskData]) -> Callable[..., Tasks]:
     def make(held_out: float = 0.0) -> Tasks:
         members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
         return Tasks(members, samples_per_task=20, batch_size=8, held_out=held_out)
-
-    return make
-
-
-@pytest.fixture
-def tasks_of(synthetic: type[TaskData]) -> Callable[[Sequence[int]], Tasks]:
-    """Return a function that makes tasks of these class counts, with test sets of unequal sizes."""
-
-    def make(class_counts: Sequence[int]) -> Tasks:
-        members = {f"task{i}": synthetic(classes, test=23 + 6 * i, key=i) for i, classes in enumerate(class_counts)}
-        return Tasks(members, samples_per_task=20, batch_size=16)
 
     return make

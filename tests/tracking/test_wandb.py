@@ -25,6 +25,7 @@ from coin.tracking.dashboard import workspace
 from coin.tracking.evaluation import log_evaluation
 from coin.tracking.runs import start_run
 from coin.tracking.settings import check_connection, run_environment
+from tests.reporting.conftest import measured
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +50,9 @@ def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
-def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Any, read_wandb: Any):
+def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
     folder = tmp_path / "runs" / "quickstart" / "seed-0"
-    rows, confusions = measure(0)
+    rows, confusions = measured(0)
     compressed = [replace(row, method="coin-4bit", nda=0.9) for row in rows if row.method == "coin"]
     replicas = [replace(row, method="replica", decoder="replica", nda=0.99) for row in rows if row.method == "none"]
     rows += [row for row in compressed if row.batchnorm.startswith("auto")] + replicas[-2:]
