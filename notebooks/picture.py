@@ -107,7 +107,7 @@ def code() -> str:
 KINDS = (
     ("survivors alone", SLATE, "regression", ("a regression", "N − 1 networks", "1")),
     ("coded with survivors", GREEN, "coded model", ("one network", "N networks", "1")),
-    ("a body with adapters", GREEN, "body, N adapters", ("⅕ of a network", "1 network", "all")),
+    ("a body with adapters", GREEN, "body, N adapters", ("⅕ network for N = 2", "1 network", "all")),
     ("compressed copies", SLATE, "N deltas", ("N small deltas", "1 network", "all")),
 )
 """Stand-ins: the name, the colour and the name of what is kept; its memory, forwards and losses."""
