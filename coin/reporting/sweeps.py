@@ -47,7 +47,7 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     options, parts = {}, []
     for values, part in frame.groupby(keys, sort=False) if keys else [((), frame)]:
         named = zip((short[key] for key in keys), map(str, values), strict=True)
-        own = {o: value if len(value) <= _LONGEST else f"#{swept[o].index(value)}" for o, value in named}
+        own = {option: _short_value(value, swept[option]) for option, value in named}
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
         parts.append(part[list(COLUMNS)].assign(experiment=label))
@@ -80,7 +80,10 @@ def sweep_frame(
 def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
     """Return `sweep_text` of a `sweep_frame`, whose first columns are the swept keys, as a table for the terminal."""
     keys = [key for key in swept if key != SEEDS]
-    points = frame[["experiment", *keys]].drop_duplicates("experiment")
+    points = frame[["experiment", *keys]].drop_duplicates("experiment").astype(str)
+    for key in keys:
+        every = list(dict.fromkeys(points[key]))
+        points[key] = [_short_value(value, every) for value in points[key]]
     text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
     text = text.rename(columns=_short_names(keys))
     firsts = text.iloc[:, 0].tolist() if keys else []
@@ -105,6 +108,10 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
         cells = {d: percent(x.mean(skipna=False), x.std(), digits=1) if len(x) else "–" for d, x in ndas.items()}
         lines.append(dict(zip(heads, map(str, head), strict=True)) | cells)
     return pd.DataFrame(lines, columns=[*heads, *decoders])
+
+
+def _short_value(value: str, every: Sequence[str]) -> str:
+    return value if len(value) <= _LONGEST else f"#{every.index(value)}"
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -65,6 +65,9 @@ def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
     assert sweep.swept["methods"] == tuple(methods)
     page = write_report(folder).read_text(encoding="utf-8")
     assert ", [{&#34;class_path&#34;: &#34;Coin&#34;, &#34;init_args&#34;: {&#34;damping&#34;: 0.2}}]" in page
+    text = pd.read_csv(folder / "sweep.csv", keep_default_na=False, na_values={"residual": ""})
+    table = sweep_table(text, list(points[0]), "a sweep")  # in the terminal
+    assert list(dict.fromkeys(map(str, table.columns[0].cells))) == ["#0", "#1"]
 
 
 def test_a_sweep_over_seeds_alone_is_one_experiment(write_sweep: Write):
