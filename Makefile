@@ -77,11 +77,11 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
-# A sweep goes on where it was killed; what suites share (experts, bases) is made once, for all have one store of steps.
+# Two suites at a time. A sweep goes on where it was killed; experts and bases that suites share are made once, in one store of steps.
 study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some hours
 	$(PIP) '.[demo,text]'
 	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES))
-	for suite in $(SUITES); do ln -sfn ../.steps $(RESULTS)/$$suite/.steps && $(BIN)/coin sweep $$suite --output $(RESULTS) --launch.workers=2 || exit 1; done
+	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
 	printf '%s\n' experts imagenet-pair small-pair vit | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'
 	$(BIN)/python notebooks/rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
 	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-experts/*/seed-* --output $(RESULTS)/silent-faults/faults.csv

@@ -299,7 +299,7 @@ def serving() -> str:
                 middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
                 tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
         right = size.standing_in_accuracy
-        rows.append([name, memory, *tails, "–" if math.isnan(right) else percent(right)])
+        rows.append([name, memory, *tails, "–" if redundancy == "uncoded" else percent(right)])
     slow = [f"{what}, query for {whom}" for what in ("slow 1 %", "slow 5 %", "down 1 %") for whom in ("one", "all")]
     return markdown(["on one server more", "MiB", *slow, "right, %"], rows)
 

@@ -43,8 +43,8 @@ def test_numbers_with_a_spread_stand_in_tables_alone(tables: ModuleType) -> None
         assert re.findall(r"\d ± \d", prose) == []
 
 
-def test_simulations_have_twenty_seeds_and_suites_at_least_two(tables: ModuleType) -> None:
-    assert set(tables.simulated("stragglers", 3).seeds) == {20}
+def test_simulations_have_three_seeds_and_suites_at_least_two(tables: ModuleType) -> None:
+    assert set(tables.simulated("stragglers").seeds) == {3}
     for suite in tables.SUITES:
         assert tables.measured(f"stand-ins-{suite}").experiment.nunique() >= 2
 
