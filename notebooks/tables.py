@@ -5,7 +5,6 @@
 NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a suite: seeds and draws of the base.
 """
 
-import math
 import re
 from io import StringIO
 from pathlib import Path

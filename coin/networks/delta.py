@@ -57,7 +57,7 @@ def _codes(matrix: Tensor, scale: Tensor, bits: int, even: bool) -> Tensor:
     if even and bits > 1:
         return over.mul_(2 ** (bits - 1)).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(2 ** (bits - 1))
     dense = levels(bits)[0]
-    return torch.bucketize(over, (dense[1:] + dense[:-1]) / 2, out_int32=True)
+    return torch.bucketize(over.contiguous(), (dense[1:] + dense[:-1]) / 2, out_int32=True)
 
 
 def quantise(matrix: Tensor, bits: int) -> Rounded:
