@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from coin.reporting.style import (
     COLOURS,
@@ -140,6 +141,9 @@ def tail_figure(rows: pd.DataFrame) -> Figure:
                 look = {"color": COLOURS[index], "marker": marker(index), "capsize": 2, "linewidth": 1.3}
                 axes.errorbar(line["memory"] / 2**20, 1e3 * line["p999"], ends, label=kind, markersize=5, **look)
             axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(LogFormatter())
+                axis.set_minor_formatter(LogFormatter())
         panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
         legend_below(figure)
         return figure
