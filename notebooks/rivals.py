@@ -141,7 +141,7 @@ def by_masks(experts, base, bits, threshold):
     return networks, size
 
 
-def stand_ins(experts, bodies, bits, masks=True):
+def stand_ins(experts, bodies, bits, svd_alone):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
         if name not in ("average", "base"):  # one network for all
@@ -150,13 +150,13 @@ def stand_ins(experts, bodies, bits, masks=True):
         for rank, networks, kept in by_svd(experts, body):
             yield f"{name}+svd", rank, networks, size + kept
     base, size = bodies["base"]
-    for name, threshold in {"emr": None, "tall": TALL}.items() if masks else ():
+    for name, threshold in () if svd_alone else (("emr", None), ("tall", TALL)):
         networks, kept = by_masks(experts, base, bits, threshold)
         yield name, None, networks, size + kept
 
 
 @torch.no_grad()
-def measure(folder, svd_alone=False):
+def measure(folder, svd_alone):
     """Yield a row for every method, or for the SVDs alone, and task of a seed's folder."""
     names = list(read_yaml(folder / "config.yaml")["tasks"])
     files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
@@ -185,7 +185,7 @@ def measure(folder, svd_alone=False):
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}
-        for method, rank, networks, kept in stand_ins(experts, bodies, bits, not svd_alone):
+        for method, rank, networks, kept in stand_ins(experts, bodies, bits, svd_alone):
             for name, network in zip(names, networks, strict=True):
                 decoded = accuracy(network, name)
                 row = {"experiment": folder.parent.name, "seed": int(folder.name.removeprefix("seed-"))}

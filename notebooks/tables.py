@@ -33,8 +33,8 @@ from stored import (
 from coin.reporting.figures import legend_below, nda_against_memory
 from coin.reporting.results import COLUMNS, Row
 from coin.reporting.style import COLOURS, MARKERS, WIDTH, style
-from coin.reporting.summary import read_summary, shortlist, stand_ins as summary_stand_ins
-from coin.reporting.tables import rich_table, stand_in_table
+from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
+from coin.reporting.tables import keep_table
 
 NOTEBOOKS = Path(__file__).parent
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
@@ -236,11 +236,9 @@ def fleets() -> pd.DataFrame:
 def fleet() -> str:
     """NDA, the worst task's and the memory, from two experts to many."""
     found, lines = fleets(), []
-    counts = sorted(found.experts.unique())
     for name, part in found.groupby("name", sort=False):
-        cells = {row.experts: f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}" for row in part.itertuples()}
-        lines.append([name, *(cells.get(count, "–") for count in counts)])
-    return markdown(["what stands in", *(f"N = {count}" for count in counts)], lines)
+        lines.append([name, *(f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}" for row in part.itertuples())])
+    return markdown(["what stands in", *(f"N = {count}" for count in found.experts.unique())], lines)
 
 
 def promises() -> str:
@@ -268,9 +266,8 @@ def wrong_experts() -> str:
 
 def demo() -> str:
     """The end of what `make demo` prints."""
-    kept = summary_stand_ins(read_summary(RESULTS / "demo"))
     console = Console(width=80, file=StringIO())
-    console.print(rich_table(stand_in_table(kept[shortlist(kept)]), "quickstart: what to keep", ["method", "decoder"]))
+    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "demo")), "quickstart"))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "\n".join(["```", *filter(None, lines), "```"])
 

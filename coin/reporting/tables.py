@@ -79,6 +79,11 @@ def stand_in_table(kept: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def keep_table(kept: pd.DataFrame, experiment: str) -> Table:
+    """Return the `shortlist` of `stand_ins` for the terminal."""
+    return rich_table(stand_in_table(kept[shortlist(kept)]), f"{experiment}: what to keep", ["method", "decoder"])
+
+
 def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
     """Return a line per method's variant of rows of ``promise.csv`` of one decoder: means over tasks and seeds, in %.
 
@@ -151,8 +156,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
     if len(kept := stand_ins(summary)):
-        table = stand_in_table(kept[shortlist(kept)])
-        console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
+        console.print(keep_table(kept, experiment))
         told = f"Every method's best decoder; {BEST} no other beats it in NDA, memory, forwards and experts lost"
         console.print(Text(f"{told}{everything}."))
         console.print(Text(finding(kept)))
