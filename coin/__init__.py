@@ -42,10 +42,10 @@ _HOMES = {  # the rooms and their names
     "parity_residual parity_significance promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation distill",
-    "merging": "Adapted Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
-    "Refit RegMean TaskArithmetic Ties UserMethod Wudi answering fit_adapters merge_networks",
+    "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
+    "Refit RegMean TaskArithmetic Ties UserMethod Wudi fit_adapters merge_networks",
     "modules": "Coded evaluate",
-    "networks": "Adapter BatchNormPolicy Compressed compress recalibrate",
+    "networks": "Adapted Adapter BatchNormPolicy Compressed answering compress recalibrate",
     "reporting.choice": "choose",
     "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
 }

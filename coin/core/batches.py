@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from coin.errors import DataError, StateError
 
@@ -22,22 +23,29 @@ Forward = Callable[[Any, Any], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def adapted(network: Network, forward: Forward | None) -> Network:
+def called_by(network: Network, forward: Forward | None) -> Network:
     """Return a copy that shares all tensors, and calls the user's function with an unchanged copy and the batch."""
     if forward is None:
         return network
 
     def call(self: nn.Module, batch: Any) -> Tensor:
-        return forward(plain(copy.copy(self)), map_tensors(torch.clone, batch))  # which it may change
+        return forward(plain(_shallow_copy(self)), map_tensors(torch.clone, batch))  # which it may change
 
-    shared = copy.copy(network)
+    shared = _shallow_copy(network)
     # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
     shared.__dict__["_call_impl"] = MethodType(call, shared)
     return shared
 
 
+def _shallow_copy(network: Network) -> Network:
+    """Return what `copy.copy` does, for networks with parametrizations too, which refuse that."""
+    copied = network.__new__(type(network))
+    copied.__dict__ = dict(network.__dict__)
+    return copied
+
+
 def plain(network: Network) -> Network:
-    """Undo, in place, the changes of `adapted`; return the network."""
+    """Undo, in place, the changes of `called_by`; return the network."""
     network.__dict__.pop("_call_impl", None)
     return network
 
@@ -48,6 +56,10 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     # What a forward pass has left in attributes has a graph, which cannot be copied.
     left = (tensor for module in network.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf)
     copied = copy.deepcopy(network, memo | {id(tensor): tensor.detach() for tensor in left})
+    for module in copied.modules():
+        if is_parametrized(module):  # its class has properties of its own, which the copy would share
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     clear_caches(copied)
     return copied
 
@@ -85,8 +97,8 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
 
 def checked_batch(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch, or the inputs of (inputs, labels): a tensor, or for an `adapted` network tensors by name."""
-    reads_any = "_call_impl" in network.__dict__
+    """Return a batch, or the inputs of (inputs, labels): a tensor, or where a function calls the network, a mapping."""
+    reads_any = "_call_impl" in network.__dict__ or getattr(network, "forward_by", None) is not None
     if isinstance(batch, tuple | list) and len(batch) in (1, 2) and not reads_any:
         batch = batch[0]
     if isinstance(batch, Mapping) and reads_any:

@@ -20,8 +20,7 @@ from coin.core.batches import Batch
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, HeadError
 from coin.evaluation.variants import NONE, Replica, Variant
-from coin.merging.adapted import answering
-from coin.networks import linear_heads, run_network
+from coin.networks import answering, linear_heads, run_network
 from coin.statistics.guard import disable_tf32
 
 

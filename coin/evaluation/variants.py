@@ -11,9 +11,8 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
-from coin.merging.adapted import with_adapters
 from coin.networks import BatchNormPolicy, load_network, pad_head
-from coin.networks.files import nbytes_together
+from coin.networks.files import nbytes_together, open_network
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
@@ -86,7 +85,7 @@ class Replica(NamedTuple):
 
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Return coded models, of these experts, and a variant for the rows of each code, which must all be there."""
-    files = [load_network(path) for path in paths]
+    files = [open_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
     for index, file in enumerate(files):
         made = file.provenance
@@ -112,7 +111,7 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
         kind, memory = (first.get("method") or {}).get("name"), nbytes_together(files[index] for index in networks)
         adapted = any(files[index].adapters for index in networks)
         variants.append(Variant(method, code, policy, tuple(networks), made, chosen, kind, memory, adapted=adapted))
-    return [with_adapters(file.network, file.adapters) for file in files], variants
+    return [file.module() for file in files], variants
 
 
 def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:

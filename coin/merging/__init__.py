@@ -1,6 +1,5 @@
 """Merge methods: experts and statistics of their calibration data in, coded models out."""
 
-from coin.merging.adapted import Adapted as Adapted, answering as answering
 from coin.merging.average import Average as Average, HeadFit as HeadFit
 from coin.merging.closed_form import MergeMethod as MergeMethod
 from coin.merging.coin import Coin as Coin

@@ -1,7 +1,8 @@
 """Adapters fitted in closed form, unit by unit, to the experts' outputs on the body's own inputs."""
 
+import math
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
-from coin.merging.adapted import with_change
 from coin.merging.units import Unit, folded_unit
-from coin.networks.adapters import BITS, Adapter, AdapterOptions
+from coin.networks.adapters import BITS, Adapter, AdapterOptions, Change
 from coin.networks.delta import Rounded, nearest, quantise
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
@@ -64,30 +64,38 @@ class AdapterFit:
 
     def fit(
         self, network: nn.Module, unit: Unit, call: Call, rows: tuple[Tensor, Tensor], target: Tensor, shares: Tensor,
-        output: Tensor,
+        function: Callable[[], Tensor],
     ) -> Tensor:  # fmt: skip
         """Fit the unit of every expert, and return the call's output [P·k, …] with all adapters.
 
-        `rows` are its inputs and entries, of `input_rows`; targets and shares those of `fit_unit`.
+        `rows` are its inputs and entries, of `input_rows`; targets and shares those of `fit_unit`; the function gives
+        the output without adapters.
         """
-        each, leading = rows[0].shape[1] // len(shares), len(output) // len(shares)
-        parts = []
+        inputs, entries = rows
+        row_count = inputs.shape[1] // len(shares)  # of one sample
+        call_rows = len(call.inputs) // len(shares)
+        weight = network.get_parameter(unit.weight)
+        outputs = []
         for expert, samples in enumerate(self._samples):
-            mine, own = (slice(samples.start * k, samples.stop * k) for k in (each, leading))
-            changed = output[own]
-            if bool(shares[samples].any()):
-                moments = Moments(rows[0][:, mine], target[samples], shares[samples], unit.shift is not None)
-                change = self._change(network, unit, call, rows[1], moments, expert)
-                changed = with_change(call, call.inputs[own], changed, Adapter(change).changes)  # as they are kept
-                for name, parts_of_it in zip((unit.weight, unit.shift), change.values(), strict=False):
-                    self.adapters[expert].add(str(name), parts_of_it)
-            parts.append(changed)
-        return torch.cat(parts)
+            own = slice(samples.start * call_rows, samples.stop * call_rows)
+            if not bool(shares[samples].any()):
+                outputs.append(function()[own])
+                continue
+            own_rows = slice(samples.start * row_count, samples.stop * row_count)
+            moments = Moments(inputs[:, own_rows], target[samples], shares[samples], unit.shift is not None)
+            change, shift = self._change(network, unit, call, entries, moments, expert)
+            output = call.output(call.inputs[own], change(weight))  # as it is stored
+            self.adapters[expert].changes[unit.weight] = change
+            if unit.shift is not None:
+                self.adapters[expert].changes[unit.shift] = shift
+                output = output + call.along(shift(torch.zeros_like(network.get_parameter(unit.shift))), output)
+            outputs.append(output)
+        return torch.cat(outputs)
 
     def _change(
         self, network: nn.Module, unit: Unit, call: Call, entries: Tensor, moments: "Moments", expert: int
-    ) -> dict[str, dict[str, Tensor | Rounded]]:
-        """Return the changes of a unit's weight and bias, by role."""
+    ) -> tuple[Change, Change]:
+        """Return the change of a unit's weight, and that of the parameter that carries its bias."""
         weight = network.get_parameter(unit.weight)
         turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
 
@@ -95,28 +103,38 @@ class AdapterFit:
             flat = (matrix.T if turned else matrix).reshape(len(moments.mean_a), -1, unit.unknowns)
             return flat[..., entries].mT.to(moments.cross)  # [G, K, O]
 
-        whole, factors = columns(weight), dict[str, Tensor | Rounded]()
+        fitted = columns(weight)
+        factors = dict[str, Rounded]()
         if self._rank and unit.is_matrix:
             damping = self._ridge * len(entries) / unit.unknowns
-            found, best = moments.low_rank(whole, columns(self._own(network, unit, expert)), damping, self._rank)
-            left = quantise(found.T.cpu().contiguous(), BITS)
-            kept = left.dense().to(best)  # [r, O]
-            right = quantise((torch.linalg.pinv(kept.T) @ best).cpu().contiguous(), BITS)
-            whole = whole + right.dense().to(best).T @ kept
-            codes = nearest(torch.zeros(len(right.codes), unit.unknowns), right.scale, BITS)
-            right = right._replace(codes=codes.index_copy(1, entries.cpu(), right.codes))
-            factors = dict(zip(("left", "right"), (right, left) if turned else (left, right), strict=True))
-        scale, shift = moments.scaled(whole)
-        sizes = [1, -1] if turned else [-1, *[1] * (weight.ndim - 1)] if isinstance(call, LinearCall) else weight.shape
-        change = {"weight": {"scale": scale.reshape(sizes), **factors}}
-        if unit.shift is not None:
-            change["bias"] = {"shift": shift - network.get_parameter(unit.shift).flatten()}
-        elif call.bias is not None:  # which is computed of other tensors
-            raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
-        vectors = [value.half() for parts in change.values() for value in parts.values() if isinstance(value, Tensor)]
-        if not all(bool(torch.isfinite(value).all()) for value in [whole, *vectors]):
+            vectors, best = moments.low_rank(fitted, columns(self._own(network, unit, expert)), damping, self._rank)
+            outer = quantise(vectors.T.contiguous(), BITS)  # V̂ᵀ [r, O]
+            kept = outer.dense().to(best)
+            inner = quantise((torch.linalg.pinv(kept.T) @ best).contiguous(), BITS)  # V̂⁺ B [r, K']
+            fitted = fitted + inner.dense().to(best).T @ kept
+            # Entries that meet no input have the code next to zero.
+            codes = nearest(inner.scale.new_zeros(len(inner.codes), unit.unknowns).float(), inner.scale, BITS)
+            inner = inner._replace(codes=codes.index_copy(1, entries, inner.codes))
+            factors = {"left": inner, "right": outer} if turned else {"left": outer, "right": inner}
+        scale, shift = moments.scaled(fitted)
+        if not isinstance(call, LinearCall):
+            scale = scale.reshape(weight.shape)
+        elif turned:
+            scale = scale.reshape(1, -1)
+        else:
+            scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        if unit.shift is None:
+            if call.bias is not None:  # which is computed of other tensors
+                raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
+            carries = Change({})
+        else:
+            before = network.get_parameter(unit.shift)
+            carries = Change.of(shift=shift.reshape(before.shape) - before)
+        change = Change.of(scale, left=factors.get("left"), right=factors.get("right"))
+        kept_vectors = [each for each in (change.scale, carries.shift) if each is not None]
+        if not all(bool(torch.isfinite(each).all()) for each in (fitted, *kept_vectors)):
             raise NumericalError(f"the adapter of '{unit.weight}' is not finite; check the experts")
-        return change
+        return change, carries
 
     def _own(self, network: nn.Module, unit: Unit, expert: int) -> Tensor:
         """Return an expert's own weight of a unit, the BatchNorm behind it folded in."""
@@ -183,6 +201,9 @@ class Moments:
 
 def _nbytes(unit: Unit, rank: int) -> int:
     """Return the bytes of one expert's adapter of a unit."""
-    low = min(rank, unit.outputs, unit.unknowns) if unit.is_matrix else 0
     vectors = 2 * unit.channels * (1 if unit.shift is None else 2)
-    return vectors + (low + 1) // 2 * (unit.outputs + unit.unknowns) + 4 * low
+    if not unit.is_matrix:
+        return vectors
+    directions = min(rank, unit.outputs, unit.unknowns)
+    each = math.ceil(BITS * unit.outputs / 8) + math.ceil(BITS * unit.unknowns / 8) + 4  # and two scales in bfloat16
+    return vectors + directions * each

@@ -12,7 +12,8 @@ from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
 from coin.networks.compressed import Rounding
-from coin.networks.heads import check_head, head_name
+from coin.networks.heads import head_name
+from coin.networks.running import check_head
 
 
 class Average(MergeMethod):

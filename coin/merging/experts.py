@@ -12,7 +12,8 @@ from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
-from coin.networks.heads import Run, check_padding, linear_heads, padded_state, run_network
+from coin.networks.heads import padded_state
+from coin.networks.running import Run, check_padding, linear_heads, run_network
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
 from coin.statistics.guard import evaluating

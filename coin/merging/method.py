@@ -16,10 +16,10 @@ from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
 from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.merging.adapted import Adapted, parts_of
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
-from coin.networks.adapters import AdapterOptions
+from coin.networks.adapted import with_adapters
+from coin.networks.adapters import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, compress
 from coin.networks.weights import fill_network
@@ -37,7 +37,7 @@ Adapters = AdapterOptions | dict[str, Any] | None
 class CodedModel:
     """A method's result for one row of a code: a network in eval mode, and the options that were chosen, plain values.
 
-    `body` is what a `Refit` began from; `Method.pack` begins there again.
+    `adapters` are what experts keep beside it. `body` is what a `Refit` began from; `Method.pack` begins there again.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
@@ -46,6 +46,7 @@ class CodedModel:
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
+    adapters: Sequence[Adapter] = ()
     body: Any = None
 
 
@@ -63,7 +64,7 @@ class Merged(list[nn.Module]):
     def __init__(
         self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: Sequence[dict[str, Compressed]]
     ) -> None:
-        super().__init__(plain(each.network) for each in made)
+        super().__init__(with_adapters(plain(each.network), each.adapters) for each in made)
         self.chosen = [each.chosen for each in made]
         self.compressed = {label: [each[label] for each in compressed] for label in compressed[0]}
         self.passes, self.seconds = passes, seconds
@@ -134,17 +135,18 @@ class Method(ABC):
     ) -> Compressed:
         """Return the coded model of one row, compressed as a delta from a base; adapters are fitted to what is left."""
         bits, base_bits = compression.bits, compression.base_bits
-        packed = compress(parts_of(made.network)[0], base, bits=bits, base_bits=base_bits)
+        packed = compress(made.network, base, bits=bits, base_bits=base_bits)
         if self.adapters is not None:
-            packed.adapters = parts_of(adapt(packed.network(), experts, row, self.label, self.adapters))[1]
+            _, packed.adapters = adapt(packed.network(), experts, row, self.label, self.adapters)
         return packed
 
     def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row, and its adapters unless the method has fitted them beside it."""
         made = self.make(experts, row)
-        if self.adapters is None or isinstance(made.network, Adapted):
+        if self.adapters is None or made.adapters:
             return made
-        return replace(made, network=adapt(made.network, experts, row, self.label, self.adapters))
+        network, adapters = adapt(made.network, experts, row, self.label, self.adapters)
+        return replace(made, network=network, adapters=adapters)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it needs."""

@@ -14,7 +14,6 @@ from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
 from coin.files.tensors import State, check_layout, weighted_sum
-from coin.merging.adapted import Adapted
 from coin.merging.adapters import AdapterFit, rank_of
 from coin.merging.experts import Experts
 from coin.merging.units import (
@@ -29,7 +28,8 @@ from coin.merging.units import (
     input_rows,
     output_rows,
 )
-from coin.networks.adapters import AdapterOptions
+from coin.networks.adapted import Adapted
+from coin.networks.adapters import Adapter, AdapterOptions
 from coin.networks.compressed import Rounding
 from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.heads import head_name
@@ -256,7 +256,7 @@ def fit_in_order(
             if ridge is not None:
                 fit_unit(network, unit, call, target, mine, ridge, found, rounds, tasks)
             if adapters is not None:
-                return adapters.fit(network, unit, call, found, target, mine, function())
+                return adapters.fit(network, unit, call, found, target, mine, function)
         return None
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
@@ -292,11 +292,11 @@ class Body(NamedTuple):
 def fit_body(
     body: Body, experts: Experts, row: Sequence[float], label: str, *, ridge: float | None, own_share: float = 1.0,
     rounding: Rounding | None = None, adapters: AdapterOptions | None = None, memory_mib: int = MEMORY_MIB,
-) -> nn.Module:  # fmt: skip
-    """Return a copy of a body, refitted to the `objective`; its matrices rounded, if so.
+) -> tuple[nn.Module, list[Adapter]]:  # fmt: skip
+    """Return a copy of a body, refitted to the `objective`, its matrices rounded, if so; and its adapters.
 
-    Without a ridge its units stay; with adapters, which are fitted in the same pass, it is an `Adapted`. Their experts'
-    own heads are read in place of the body's, which stays.
+    Without a ridge its units stay. With options of adapters these are fitted in the same pass, else there are none;
+    their experts' own heads are read in place of the body's, which stays.
     """
     network, trace, fit = clone(body.network), body.trace, None
     if rounding is not None:
@@ -324,16 +324,16 @@ def fit_body(
         targets.advance = bar.update
         fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
     experts.passes += rows.passes + targets.passes + samples
-    return network if fit is None else Adapted(network, fit.adapters)
+    return network, [] if fit is None else fit.adapters
 
 
 @torch.inference_mode(False)
-def adapt(network: nn.Module, experts: Experts, row: Sequence[float], label: str, options: AdapterOptions) -> Adapted:
-    """Return a network as a body with adapters for all experts that have a share in the row."""
+def adapt(
+    network: nn.Module, experts: Experts, row: Sequence[float], label: str, options: AdapterOptions
+) -> tuple[nn.Module, list[Adapter]]:
+    """Return a copy of a network, its BatchNorms folded, and adapters for all experts that have a share in the row."""
     body = Body.of(clone(network), experts, [tensors_of(network)], [1.0])
-    made = fit_body(body, experts, row, label, ridge=None, adapters=options)
-    assert isinstance(made, Adapted)
-    return made
+    return fit_body(body, experts, row, label, ridge=None, adapters=options)
 
 
 def fit_adapters(
@@ -362,4 +362,4 @@ def fit_adapters(
     states = (every.parameters[0], parameters_of(body))
     known, own = ({name: state[name] for name in without_head(body, [*state])} for state in states)
     check_layout(known, own, "the body")
-    return adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options)
+    return Adapted(*adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options))

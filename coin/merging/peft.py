@@ -22,7 +22,7 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
     """
     changed, ranks, whole = adapter.applied_to(body), dict[str, int](), {head_name(body)}
     tensors = {f"{head_name(body)}.{name}": tensor for name, tensor in head.items()}
-    for name, parts in adapter.changes.items():
+    for name, change in adapter.changes.items():
         place, _, role = name.rpartition(".")
         layer, parameter = body.get_submodule(place), changed.get_parameter(name)
         if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
@@ -34,11 +34,13 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
             tensors[f"{place}.base_layer.bias"] = parameter
         else:
             ones = [1] * (parameter.ndim - 2)
-            left, right = (parts.get(part, torch.zeros(1)) for part in ("left", "right"))
-            left, right = left.expand(len(parameter), -1), right.expand(left.shape[-1], parameter[0].numel())
+            left, right = change.factors(*parameter.flatten(1).shape)
+            if left.shape[1] == 0:  # peft has no rank of 0
+                left, right = torch.zeros(len(parameter), 1), torch.zeros(1, parameter[0].numel())
+            assert change.scale is not None
             tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
             tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
-            norm = parts["scale"].sign().flatten() * parameter.flatten(1).norm(dim=1)
+            norm = change.scale.float().sign().flatten() * parameter.flatten(1).norm(dim=1)
             tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
             ranks[place] = left.shape[1]
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,11 @@ from torch import nn
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import weighted_sum
-from coin.merging.adapted import parts_of
 from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import MEMORY_MIB, Body, fit_body
+from coin.networks.adapters import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
 
@@ -100,7 +100,7 @@ class Refit(Method):
         average = experts.empty_model().eval()
         fill(average, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
         body = Body.of(average, experts, list(experts.source.tensors), row)
-        network = self._refit(experts, row, body)
+        network, adapters = self._refit(experts, row, body)
         experts.check_coded(network, self.label)
         sizes = {name: parameter.numel() for name, parameter in average.named_parameters()}
         share = sum(sizes[name] for name in body.kept) / sum(sizes.values())
@@ -109,7 +109,7 @@ class Refit(Method):
             told = f"{told} {type(average).__name__}, such as '{body.kept[0]}', of no affine map that runs once"
             warnings.warn(f"{told}; compare it with other methods on this network", CoinWarning, stacklevel=2)
         chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
-        return CodedModel(network, chosen, body)
+        return CodedModel(network, chosen, adapters, body)
 
     @torch.inference_mode(False)
     def pack(
@@ -122,17 +122,18 @@ class Refit(Method):
         """
         bits, base_bits = compression.bits, compression.base_bits
         rounding = Rounding(reference_of(made.body.network, base, base_bits), bits)
-        network = self._refit(experts, row, made.body, rounding)
-        body, adapters = parts_of(network)
-        packed = compress(body, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
+        network, adapters = self._refit(experts, row, made.body, rounding)
+        packed = compress(network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
         packed.adapters = adapters
         return packed
 
-    def _refit(self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None) -> nn.Module:
-        """Return a body refitted (`fit_body`), and its head."""
+    def _refit(
+        self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None
+    ) -> tuple[nn.Module, list[Adapter]]:
+        """Return a body refitted, with its head, and its adapters (`fit_body`)."""
         own_share = OWN_SHARE / len(row) if self.target is Target.both else 1.0
         options: Any = {"ridge": self.ridge, "adapters": self.adapters, "memory_mib": self.memory_mib}
-        network = fit_body(body, experts, row, self.label, own_share=own_share, rounding=rounding, **options)
+        network, adapters = fit_body(body, experts, row, self.label, own_share=own_share, rounding=rounding, **options)
         if self.head and self.adapters is None:
             fit_head(network, experts, row, rounding)
-        return network
+        return network, adapters

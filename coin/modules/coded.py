@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
-from coin.core.batches import Batch, Forward, adapted, as_input, size_of, take
+from coin.core.batches import Batch, Forward, as_input, called_by, clone, size_of, take
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_layout, fingerprint
-from coin.merging.adapted import Adapted, adapted_like, answering, with_adapters
 from coin.merging.method import fill
-from coin.modules.coded_file import SystemFile, all_tensors
-from coin.networks import Compressed, linear_heads, load_network, run_network
+from coin.modules.coded_file import Body, SystemFile, all_tensors
+from coin.networks import Adapted, Compressed, answering, linear_heads, load_network, run_network
+from coin.networks.adapted import tensor_nbytes
+from coin.networks.files import open_network
 from coin.networks.heads import of_one_width
 from coin.reporting.results import check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
@@ -54,10 +55,12 @@ class Coded:
     Args:
         code: The code, R×N, or its rows.
         experts: The N experts.
-        coded: The R coded models, one per row of the code; compressed ones run unpacked and count as they are kept.
+        coded: The R coded models, one per row of the code; compressed ones stay packed while they run.
         names: The experts' tasks; ``0``, ``1``, … by default.
         forward: (network, inputs) → logits ``[B, C]``, for networks that are not called with one tensor; inputs may
             then be mappings of tensors.
+        keep_mib: The MiB of plain networks that each body with adapters may keep, to be as fast as the experts; see
+            `coin.Adapted`.
 
     Attributes:
         module: The networks as a LightningModule, for ``module.to(device)``, DDP or a Trainer's ``predict``.
@@ -89,7 +92,7 @@ class Coded:
 
     def __init__(
         self, code: Code | Sequence[Sequence[float]], experts: Networks, coded: Sequence[nn.Module | Compressed],
-        names: Sequence[str] | None = None, forward: Forward | None = None,
+        names: Sequence[str] | None = None, forward: Forward | None = None, keep_mib: float = 0.0,
     ) -> None:  # fmt: skip
         self.code = code if isinstance(code, Code) else Code(code)
         if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
@@ -98,10 +101,20 @@ class Coded:
         self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len({*self.names}) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
-        unpacked = [with_adapters(c.network(), c.adapters) if isinstance(c, Compressed) else c for c in coded]
-        own = [c.nbytes if isinstance(c, Compressed) else sum(t.nbytes for t in c.state_dict().values()) for c in coded]
-        self.nbytes = sum(own) + max((c.base_nbytes for c in coded if isinstance(c, Compressed)), default=0)
-        self.module = CodedModule([adapted(n, forward) for n in experts], [adapted(n, forward) for n in unpacked])
+        compressed = [each for each in coded if isinstance(each, Compressed)]
+        whole = [each for each in coded if isinstance(each, nn.Module)]
+        self.nbytes = sum(each.nbytes for each in compressed)
+        self.nbytes += sum(tensor.nbytes for each in whole for tensor in each.state_dict().values())
+        self.nbytes += max((each.base_nbytes for each in compressed), default=0)
+        networks = [
+            Adapted(each.packed(), each.adapters) if isinstance(each, Compressed) else each  # packed, as it is kept
+            for each in coded
+        ]
+        if keep_mib > 0:
+            for network in networks:
+                if isinstance(network, Adapted):
+                    network.keep(keep_mib)
+        self.module = CodedModule([_called_by(n, forward) for n in experts], [_called_by(n, forward) for n in networks])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = self.batchnorm = ""
@@ -140,7 +153,13 @@ class Coded:
     @property
     def is_adapted(self) -> bool:
         """Whether the coded models are bodies with adapters."""
-        return any(isinstance(network, Adapted) for network in self.coded)
+        return any(isinstance(network, Adapted) and network.num_experts > 0 for network in self.coded)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """The bytes of weights that are in memory while the coded models answer."""
+        each = (n.resident_nbytes if isinstance(n, Adapted) else tensor_nbytes(n) for n in self.coded)
+        return sum(each)
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
@@ -237,11 +256,12 @@ class Coded:
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
 
-        Compressed coded models are written unpacked; `Compressed.save` writes the few bytes that they are.
+        Compressed coded models are written as they are kept.
         """
         experts = [fingerprint(expert.state_dict()) for expert in self.experts]
-        coded = [all_tensors(network) for network in self.coded]
-        SystemFile(self.code, self.names, self.classes, list(self.decoders.values()), experts, coded).save(Path(path))
+        coded, bodies = [all_tensors(network) for network in self.coded], [Body.of(network) for network in self.coded]
+        decoders = list(self.decoders.values())
+        SystemFile(self.code, self.names, self.classes, decoders, experts, coded, bodies).save(Path(path))
 
     @classmethod
     def load(cls, path: str | Path, experts: Networks, forward: Forward | None = None) -> Self:
@@ -301,12 +321,14 @@ class Coded:
         for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=True)):
             if fingerprint(expert.state_dict()) != expected:
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
-        networks = [with_adapters(each.network, each.adapters) for each in map(load_network, file.coded_files)]
-        networks = networks or [adapted_like(of_one_width(experts)[0], own, len(experts)) for own in file.coded]
-        system = cls(file.code, experts, networks, file.names, forward)
-        for row, (network, own) in enumerate(zip(networks, file.coded, strict=False)):
+        networks: list[nn.Module | Compressed] = [open_network(each).kept for each in file.coded_files]
+        for row, own in enumerate(file.coded):
+            like, body = of_one_width(experts)[0], file.bodies[row]
+            network = clone(like).eval() if body is None else body.network(like, own)
             check_layout(all_tensors(network), own, f"coded model {row} of {path}")
             fill(network, own)
+            networks.append(network)
+        system = cls(file.code, experts, networks, file.names, forward)
         system.decoders, system.classes = {decoder.erased: decoder for decoder in file.decoders}, file.classes
         return system
 
@@ -367,6 +389,13 @@ class Coded:
                 each = [(expert, take(as_input(inputs, expert), slice(0, 2))) for expert in self.experts]
                 self.classes = [run_network(expert, sample, False).logits.shape[1] for expert, sample in each]
         return self.classes
+
+
+def _called_by(network: nn.Module, forward: Forward | None) -> nn.Module:
+    """Return a network that is called by a user's function, if there is one."""
+    if forward is not None and isinstance(network, Adapted):
+        return network.with_forward(forward)
+    return called_by(network, forward)
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:

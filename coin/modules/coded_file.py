@@ -1,6 +1,7 @@
 """A coded system as one safetensors file: its code, its coded models and its fitted decoders, without the experts."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,13 +10,53 @@ from typing import Any
 from torch import Tensor, nn
 
 from coin.coding import Code, Decoder, DecoderConfig, Promise, make_decoder
+from coin.core.batches import clone
 from coin.errors import FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
+from coin.merging.method import fill
+from coin.networks import Adapted, Adapter
+from coin.networks.adapters import Change
+from coin.networks.compressed import PackedMatrix, pack_parameter, packed_bits
 from coin.networks.experts import tensors_of
 
 _SYSTEM = "coded system"
+_PARAMETER = r"body\.(?:(?P<layer>.+)\.)?parametrizations\.(?P<parameter>[^.]+)\."  # one that is made when it is read
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a file tells of an `Adapted` beside its tensors: its experts, and the bits of its packed matrices."""
+
+    num_experts: int
+    bits: Mapping[str, int]  # by the names of modules
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Body | None":
+        """Return what is told of a network, if it is one."""
+        return cls(network.num_experts, packed_bits(network)) if isinstance(network, Adapted) else None
+
+    def network(self, like: nn.Module, state: State) -> Adapted:
+        """Return the body of an expert's architecture with these tensors."""
+        body = clone(like).eval()
+        for module, bits in self.bits.items():
+            name = re.sub(_PARAMETER + "0$", _dotted, module)
+            shape = like.get_parameter(name).shape
+            pack_parameter(body, name, PackedMatrix(state[f"{module}.codes"], state[f"{module}.scale"], bits, shape))
+        changes: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(self.num_experts)]
+        for key, tensor in state.items():
+            found = re.fullmatch(_PARAMETER + rf"\d\.(?P<expert>\d+)\.(?P<part>{'|'.join(Change.PARTS)})", key)
+            if found:
+                changes[int(found["expert"])].setdefault(_dotted(found), {})[found["part"]] = tensor
+        adapters = [Adapter({name: Change(parts) for name, parts in own.items()}) for own in changes]
+        network = Adapted(body, adapters)
+        fill(network, state)
+        return network
+
+
+def _dotted(found: re.Match[str]) -> str:
+    return ".".join(filter(None, (found["layer"], found["parameter"])))
 
 
 @dataclass
@@ -28,6 +69,7 @@ class SystemFile:
     decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
     experts: Sequence[str]  # the fingerprints of the experts' states
     coded: Sequence[State] = ()  # every coded model's parameters and buffers; none if they are in files of their own
+    bodies: Sequence[Body | None] = ()  # of these, what tells that one is an `Adapted`
     coded_files: Sequence[Path] = ()  # these, named by SHA-256 and their path in a seed's folder, ``../coded/NAME``
     told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
@@ -49,6 +91,7 @@ class SystemFile:
             "classes": self.classes,
             "decoders": decoders,
             "experts": list(self.experts),
+            "bodies": [body and asdict(body) for body in self.bodies],
             "coded_files": [{"path": f"../coded/{each.name}", "sha256": sha256_of(each)} for each in self.coded_files],
         }
         infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
@@ -73,7 +116,8 @@ class SystemFile:
                 raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
             decoders[-1].promises = {int(expert): Promise(**promise) for expert, promise in each["promises"].items()}
         coded = [] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
-        return cls(code, told["names"], told["classes"], decoders, told["experts"], coded, files, told)
+        bodies = [body and Body(**body) for body in told["bodies"]]
+        return cls(code, told["names"], told["classes"], decoders, told["experts"], coded, bodies, files, told)
 
 
 def all_tensors(network: nn.Module) -> dict[str, Tensor]:

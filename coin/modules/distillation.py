@@ -18,8 +18,8 @@ from coin.merging import Average, Experts, HeadFit
 from coin.merging.experts import check_row
 from coin.merging.method import starting_method
 from coin.networks import build_network, fill_network, load_network, pad_head
-from coin.networks.heads import full_precision
 from coin.networks.recipe import OneCycle
+from coin.networks.running import full_precision
 
 
 class Schedule(StrEnum):

@@ -157,4 +157,4 @@ class DecodingEvaluator(LightningModule):
                 decoders = [each.decoder for each in self.evaluation.fitted if each.variant == index]
                 told = {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]}
                 about = variant.code, self.tasks, self.class_counts
-                SystemFile(*about, decoders, self.fingerprints, (), paths, told).save(path)
+                SystemFile(*about, decoders, self.fingerprints, coded_files=paths, told=told).save(path)

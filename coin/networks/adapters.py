@@ -1,24 +1,23 @@
 """Adapters: what every expert keeps beside one body, so that the body answers in its place."""
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.core.batches import clone, plain
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.networks.delta import Rounded, quantise
-from coin.networks.heads import head_name
+from coin.networks.delta import Rounded, pack, quantise, read
+from coin.networks.heads import with_head
 
-Change = Mapping[str, Tensor]
-"""What becomes of a parameter θ, by part: (θ + ``left`` ``right``) ⊙ ``scale`` + ``shift``, each if it is there."""
 BITS = 4  # of the factors of a correction, a value
-_FACTORS = {"left": 1, "right": 0}  # and the dimension that is r
+ANSWERING: ContextVar[int] = ContextVar("ANSWERING")
+"""The expert as which bodies answer in this thread or task; set by `coin.networks.adapted.Adapted` for each pass."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,91 @@ class AdapterOptions:
         return f"rank{self.rank}" if self.memory_mib is None else f"{self.memory_mib:g}mib"
 
 
-class Adapter(nn.Module):
-    """What one expert keeps beside a body: changes of the body's parameters, as buffers.
+class Change(nn.Module):
+    """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
 
-    A map's weight [O, …] has a scale for each output, and a correction of rank r: left [O, r] and right [r, K]; its
-    bias, or that of the BatchNorm behind it, a shift. Scales and shifts are in float16, the factors of corrections in 4
-    bits a value (`quantise`), with a scale for each of the r, and two of the r in a byte.
+    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. Its scale and shift have a shape that
+    broadcasts over θ, in float16. The factors, left [O, r] and right [r, K], are in `BITS` bits a value with a scale for
+    each of the r (`coin.networks.delta.Rounded`).
+
+    Args:
+        parts: The tensors as they are stored, by `PARTS`.
+    """
+
+    PARTS = ("scale", "shift", "left", "left_scale", "right", "right_scale")
+
+    scale: Tensor | None
+    shift: Tensor | None
+    left: Tensor | None
+    left_scale: Tensor
+    right: Tensor
+    right_scale: Tensor
+
+    def __init__(self, parts: State) -> None:
+        super().__init__()
+        for part in self.PARTS:
+            self.register_buffer(part, parts.get(part))
+
+    @classmethod
+    def of(
+        cls, scale: Tensor | None = None, shift: Tensor | None = None, left: Tensor | Rounded | None = None,
+        right: Tensor | Rounded | None = None,
+    ) -> Self:  # fmt: skip
+        """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
+        parts: dict[str, Tensor] = {}
+        if scale is not None:
+            parts["scale"] = scale.detach().half()
+        if shift is not None:
+            parts["shift"] = shift.detach().half()
+        for name, factor in (("left", left), ("right", right)):
+            if isinstance(factor, Tensor):
+                rows = factor.T if name == "left" else factor
+                factor = quantise(rows.detach().contiguous(), BITS)
+            if factor is not None:
+                parts[name] = pack(factor.codes, BITS)
+                parts[f"{name}_scale"] = factor.scale
+        return cls(parts)
+
+    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
+        if self.left is None:
+            return torch.zeros(rows, 0), torch.zeros(0, columns)
+        return read(self.left, self.left_scale, BITS, rows).T, read(self.right, self.right_scale, BITS, columns)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the parameter θ as the expert has it."""
+        changed = value
+        if self.left is not None:
+            matrix = value.flatten(1)
+            left, right = self.factors(*matrix.shape)
+            changed = torch.addmm(matrix, left.to(value.dtype), right.to(value.dtype)).view(value.shape)
+        if self.scale is not None:
+            changed = changed * self.scale
+        if self.shift is not None:
+            changed = changed + self.shift
+        return changed.to(value.dtype)
+
+
+class Changes(nn.ModuleList):
+    """The changes of one parameter by all experts, as a parametrization of it: θ as the expert has it that answers."""
+
+    def of(self, expert: int) -> Change:
+        """Return the change by an expert."""
+        return cast(Change, self[expert])
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the parameter θ as the expert has it that answers."""
+        return self.of(ANSWERING.get()).forward(value)
+
+
+class Adapter:
+    """What one expert keeps beside a body: changes of the body's parameters, by their dotted names.
+
+    A map's weight [O, …] has a scale for each output, and a correction of rank r; its bias, or that of the BatchNorm
+    behind it, a shift.
+
+    Args:
+        changes: For each parameter its `Change`, or that one's parts as float tensors.
 
     >>> layer = torch.nn.Linear(4, 3)
     >>> adapter = coin.Adapter({"weight": {"scale": torch.full((3, 1), 2.0)}})
@@ -72,64 +150,30 @@ class Adapter(nn.Module):
     (True, 6)
     """
 
-    def __init__(self, changes: Mapping[str, Mapping[str, Tensor | Rounded]] | None = None) -> None:
-        super().__init__()
-        for name, parts in (changes or {}).items():
-            self.add(name, parts)
-
-    def add(self, name: str, parts: Mapping[str, Tensor | Rounded]) -> None:
-        """Add the change of a parameter, by its dotted name; factors may be rounded already, by r rows."""
-        for part, value in parts.items():
-            key = f"{name.replace('.', '/')}/{part}"
-            if part in _FACTORS and isinstance(value, Tensor):
-                value = quantise(value.detach().cpu().movedim(_FACTORS[part], 0).contiguous(), BITS)
-            if isinstance(value, Rounded):
-                codes = F.pad(value.codes, (0, 0, 0, len(value.codes) % 2))
-                self.register_buffer(f"{key}_scale", value.scale)
-                self.register_buffer(key, (codes[::2] << BITS) + codes[1::2])
-            else:
-                self.register_buffer(key, value.half())
+    def __init__(self, changes: Mapping[str, Change | Mapping[str, Tensor]] | None = None) -> None:
+        self.changes: dict[str, Change] = {}
+        for name, change in (changes or {}).items():
+            self.changes[name] = change if isinstance(change, Change) else Change.of(**change)
 
     @property
-    def changes(self) -> dict[str, dict[str, Tensor]]:
-        """The changes by parameter, in float32."""
-        found: dict[str, dict[str, Tensor]] = {}
-        kept = dict(self.named_buffers())
-        for key, tensor in kept.items():
-            name, _, part = key.rpartition("/")
-            if part in _FACTORS:
-                scale = kept[f"{key}_scale"].cpu()
-                codes = torch.stack([tensor >> BITS, tensor & 2**BITS - 1], 1).flatten(0, 1)[: len(scale)].cpu()
-                tensor = Rounded(codes, scale, BITS).dense().movedim(0, _FACTORS[part]).to(tensor.device)
-            if not part.endswith("_scale"):
-                found.setdefault(name.replace("/", "."), {})[part] = tensor.float()
-        return found
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors as they are stored, by the parameter's name and the part's."""
+        every = self.changes.items()
+        return {f"{name}.{part}": tensor for name, change in every for part, tensor in change.named_buffers()}
 
     @property
     def nbytes(self) -> int:
         """Its bytes in memory and in a file."""
-        return sum(tensor.nbytes for tensor in self.buffers())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @torch.no_grad()
     def applied_to(self, body: nn.Module, head: nn.Module | None = None) -> nn.Module:
         """Return the body as the expert's: a plain network, in eval mode, with that head's weights if one is given."""
         network = plain(clone(body)).eval()
-        for name, parts in self.changes.items():
+        for name, change in self.changes.items():
             parameter = network.get_parameter(name)
-            value = parameter.float()
-            if "left" in parts:
-                value = value + (parts["left"] @ parts["right"]).reshape(value.shape)
-            if "scale" in parts:
-                value = value * parts["scale"]
-            parameter.copy_(value + parts["shift"].reshape(value.shape) if "shift" in parts else value)
-        if head is not None:
-            own = network.get_submodule(head_name(network))
-            for place, parameter in head.named_parameters():
-                setattr(own, place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-            setattr(
-                own, "out_features" if isinstance(own, nn.Linear) else "out_channels", len(own.get_parameter("weight"))
-            )
-        return network
+            parameter.copy_(change(parameter))
+        return network if head is None else with_head(network, head)
 
 
 _ADAPTERS = "adapters."
@@ -138,17 +182,18 @@ _ADAPTERS = "adapters."
 def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """Return the tensors of adapters by name, as a file beside a body has them."""
     every = enumerate(adapters)
-    return {f"{_ADAPTERS}{i}.{name}": tensor for i, each in every for name, tensor in each.named_buffers()}
+    return {f"{_ADAPTERS}{i}.{name}": tensor for i, each in every for name, tensor in each.tensors.items()}
 
 
 def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     """Return the names of the other tensors in a state, and the adapters of so many experts."""
-    adapters = [Adapter() for _ in range(count)]
+    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]
     others = []
-    for name in state:
-        if count and name.startswith(_ADAPTERS):
-            place, _, key = name.removeprefix(_ADAPTERS).partition(".")
-            adapters[int(place)].register_buffer(key, state[name].clone())
+    for key in state:
+        if count and key.startswith(_ADAPTERS):
+            expert, _, place = key.removeprefix(_ADAPTERS).partition(".")
+            name, _, part = place.rpartition(".")
+            parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
         else:
-            others.append(name)
-    return others, adapters
+            others.append(key)
+    return others, [Adapter({name: Change(each) for name, each in own.items()}) for own in parts]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, Forward, adapted, as_input, clear_caches, joined, size_of
+from coin.core.batches import Batch, Forward, as_input, called_by, clear_caches, joined, size_of
 from coin.errors import StateError
 from coin.files.tensors import State
 
@@ -79,7 +79,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     >>> coin.recalibrate(layer, [torch.tensor([[1.0, 2.0], [3.0, 4.0]])]), layer.running_mean.tolist()
     (2, [2.0, 3.0])
     """
-    network = adapted(network, forward)
+    network = called_by(network, forward)
     sound = _without_singles(as_input(batch, network) for batch in batches)
     first = next(sound, None)
     if first is None:

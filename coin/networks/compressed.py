@@ -15,9 +15,10 @@ from coin.core.batches import clone, plain
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
+from coin.networks.adapted import parametrise, unpacked
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
-from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
+from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, read, round_columns, size
 from coin.networks.heads import head_name, replace_head
 from coin.networks.weights import check_plain, fill_network
 
@@ -101,19 +102,59 @@ class Compressed:
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
+        if not self.base_bits:
+            return unpacked(self.packed())
+        network = self._empty()
+        reference = _reference(network, self.base, self._folded)
+        every = zip(reference.items(), self._kinds, self._parts(reference), strict=True)
+        state = {name: decode(kind, data, tensor) for (name, tensor), kind, data in every}
+        fill_network(network, {name: state[first] for name, first in _ties(network).items()}, "the compressed network")
+        return network
+
+    def packed(self) -> nn.Module:
+        """Return the network as it is stored, a new one in eval mode: a matrix is unpacked when a layer reads it.
+
+        Where it is a delta from a base, that is `network`. Its bytes are held, and the largest matrix while it is read.
+        """
+        if self.base_bits:
+            return self.network()
+        network = clone(self.base, shared=True).eval()
+        own = stored(network)
+        matrices: dict[str, PackedMatrix] = {}
+        values: dict[str, Tensor] = {}
+        for (name, tensor), kind, data in zip(own.items(), self._kinds, self._parts(own), strict=True):
+            if 1 <= kind <= 8:
+                matrices[name] = PackedMatrix.of(data, kind, tensor.shape)
+            else:
+                values[name] = decode(kind, data, torch.zeros_like(tensor))
+        for name, first in _ties(network).items():
+            place, _, parameter = name.rpartition(".")
+            layer = network.get_submodule(place)
+            if first in matrices:
+                pack_parameter(network, name, matrices[first])
+            elif parameter in layer._parameters:
+                value = values[first]
+                setattr(layer, parameter, nn.Parameter(value, requires_grad=value.is_floating_point()))
+            else:  # a buffer
+                setattr(layer, parameter, values[first])
+        return network
+
+    def _empty(self) -> nn.Module:
+        """Return a network of its architecture and class count, with any weights."""
         network = plain(clone(self.base)).eval()
         if self._outputs is not None:
             with torch.random.fork_rng(devices=[]):
                 replace_head(network, self._outputs)
-        reference, kinds = _reference(network, self.base if self.base_bits else None, self._folded), self._kinds
-        sizes = [size(kind, tensor) for kind, tensor in zip(kinds, reference.values(), strict=False)]
-        if len(kinds) != len(reference) or sum(sizes) != len(self._data):
-            found = f"found {len(kinds)} compressed tensors of {len(self._data)} bytes for a {type(network).__name__}"
-            raise StateError(f"{found}, expected {len(reference)} of {sum(sizes)}; give a base of its architecture")
-        parts = zip(reference.items(), kinds, torch.split(self._data, sizes), strict=True)
-        state = {name: decode(kind, part, tensor) for (name, tensor), kind, part in parts}
-        fill_network(network, {name: state[first] for name, first in _ties(network).items()}, "the compressed network")
         return network
+
+    def _parts(self, like: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Return the bytes of every tensor; a StateError where they are not those of tensors like these."""
+        sizes = [size(kind, tensor) for kind, tensor in zip(self._kinds, like.values(), strict=False)]
+        if len(self._kinds) != len(like) or sum(sizes) != len(self._data):
+            found = f"found {len(self._kinds)} compressed tensors of {len(self._data)} bytes"
+            expected = f"{len(like)} of {sum(sizes)}; give a base of its architecture"
+            raise StateError(f"{found} for a {type(self.base).__name__}, expected {expected}")
+        return torch.split(self._data, sizes)
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
@@ -141,6 +182,52 @@ class Compressed:
         if base_bits and (found := fingerprint(made.base.state_dict())) != mark:
             raise FileError(f"'{path}' is a delta from the base {mark:.12}, found {found:.12}; give its own base")
         return made
+
+
+class PackedMatrix(nn.Module):
+    """A parametrization that makes a matrix of its codes when a layer reads it.
+
+    Args:
+        codes: The packed codes ``[rows, bytes]``, uint8 (`coin.networks.delta.pack`).
+        scale: The rows' scales ``[rows]``, bfloat16.
+        bits: The bits of a code.
+        shape: The parameter's shape.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int, shape: torch.Size) -> None:
+        super().__init__()
+        self.bits, self.shape = bits, shape
+        self.columns = matrix_shape(shape)[1]
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, data: Tensor, bits: int, shape: torch.Size) -> Self:
+        """Return that of the bytes which `coin.networks.delta.encode` made of a matrix."""
+        rows = matrix_shape(shape)[0]
+        scales = 2 * rows  # bytes at the end
+        return cls(data[:-scales].clone().view(rows, -1), data[-scales:].clone().view(torch.bfloat16), bits, shape)
+
+    def forward(self, empty: Tensor) -> Tensor:
+        """Return the matrix, in the type of the empty tensor that stands in its place."""
+        matrix = read(self.codes, self.scale, self.bits, self.columns)
+        return matrix.view(self.shape).to(empty.dtype)
+
+
+def pack_parameter(network: nn.Module, name: str, matrix: PackedMatrix) -> None:
+    """Have a network, in place, make a parameter whenever a layer reads it."""
+    parameter = network.get_parameter(name)
+    place, _, own = name.rpartition(".")
+    setattr(network.get_submodule(place), own, nn.Parameter(parameter.new_empty(0), requires_grad=False))
+    parametrise(network, name, matrix)
+
+
+def packed_bits(network: nn.Module) -> dict[str, int]:
+    """Return the bits of the matrices of a network that are packed, by their names."""
+    return {name: module.bits for name, module in network.named_modules() if isinstance(module, PackedMatrix)}
 
 
 Base = nn.Module | Compressed | None

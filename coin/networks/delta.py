@@ -85,16 +85,18 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     return Rounded(nearest(matrix, best, bits), best, bits)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return codes below 2^b, of any shape, as ⌈b · count / 8⌉ bytes."""
-    each = np.unpackbits(codes.flatten().numpy()[:, None], axis=1)[:, 8 - bits :]
-    return torch.from_numpy(np.packbits(each))
+def pack(codes, bits):
+    each = np.unpackbits(codes.numpy()[..., None], axis=2)[:, :, 8 - bits :].reshape(len(codes), -1)
+    return torch.from_numpy(np.packbits(each, axis=1))
 
 
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Return the `count` codes that `pack` made bytes of."""
-    each = np.unpackbits(packed.numpy(), count=bits * count).reshape(count, bits)
-    return torch.from_numpy(np.packbits(np.pad(each, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
+def unpack(packed, bits, columns):
+    each = np.unpackbits(packed.numpy(), axis=1)[:, : bits * columns].reshape(len(packed), columns, bits)
+    return torch.from_numpy(np.packbits(np.pad(each, ((0, 0), (0, 0), (8 - bits, 0))), axis=2)[..., 0])
+
+
+def read(packed, scale, bits, columns):
+    return Rounded(unpack(packed, bits, columns), scale, bits).dense()
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -116,7 +118,7 @@ def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | No
         return WHOLE, _bytes(tensor)
     delta, (rows, columns) = _wide(tensor) - _wide(base), matrix_shape(tensor.shape)
     if tensor.ndim > 1 and rounded is not None:
-        return rounded.bits, torch.cat([pack(rounded.codes, rounded.bits), _bytes(rounded.scale)])
+        return rounded.bits, torch.cat([pack(rounded.codes, rounded.bits).flatten(), _bytes(rounded.scale)])
     if tensor.ndim > 1 and bits is not None and columns * bits + 16 < columns * 16:
         return encode(tensor, base, None, quantise(delta.reshape(rows, columns), bits))
     half = delta.half()
@@ -128,7 +130,11 @@ def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | No
 def size(kind: int, base: Tensor) -> int:
     """Return how many bytes `encode` makes of a tensor like the base's."""
     whole = {EQUAL: 0, HALF: 2 * base.numel(), WHOLE: base.nbytes}
-    return whole[kind] if kind in whole else math.ceil(kind * base.numel() / 8) + 2 * matrix_shape(base.shape)[0]
+    return (
+        whole[kind]
+        if kind in whole
+        else matrix_shape(base.shape)[0] * (math.ceil(kind * matrix_shape(base.shape)[1] / 8) + 2)
+    )
 
 
 def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
         delta = _typed(data, torch.float16)
     else:
         packed, scale = data[: -2 * rows], _typed(data[-2 * rows :], torch.bfloat16)
-        delta = Rounded(unpack(packed, kind, rows * columns).reshape(rows, columns), scale, kind).dense()
+        delta = read(packed.reshape(rows, -1), scale, kind, columns)
     return added(base, delta)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Forward, adapted, clone
+from coin.core.batches import Forward, called_by, clone
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_layout, fingerprint
 from coin.networks.files import NetworkFile, load_network, open_network
@@ -38,7 +38,7 @@ class ExpertNetworks:
         found = {name: sorted({each.get(name, kind) for each in kinds}) for name, kind in kinds[0].items()}
         if odd := [f"'{name or 'network'}' of {' and '.join(each)}" for name, each in found.items() if len(each) > 1]:
             raise ConfigurationError(f"found experts with {odd[0]}, expected one class and type; convert them")
-        self.unpadded = [adapted(network, forward) for network in networks]
+        self.unpadded = [called_by(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
         self.skeleton, self.initial = self.networks[0], initial
         self.padding: tuple[str, int] | None = None

@@ -15,6 +15,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, check_layout
+from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
@@ -31,7 +32,7 @@ class NetworkFile:
     """A network's file: its tensors, of a whole network read on access, and its metadata (`provenance`)."""
 
     path: Path
-    state: State
+    content: State | Compressed
     config: NetworkConfig
     num_classes: int
     provenance: dict[str, Any]
@@ -43,18 +44,37 @@ class NetworkFile:
         own = self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values())
         return int(own) + sum(each.nbytes for each in self.adapters)
 
+    @property
+    def state(self) -> State:
+        """Its tensors, those of a compressed network unpacked."""
+        return self.network.state_dict() if isinstance(self.content, Compressed) else self.content
+
     @cached_property
     def network(self) -> nn.Module:
         """The network, in eval mode; raises StateError if its tensors do not fit the architecture."""
+        if isinstance(self.content, Compressed):
+            return self.content.network()
         network = build_network(self.config, self.num_classes)
-        fill_network(network, self.state, str(self.path))
+        fill_network(network, self.content, str(self.path))
         return network.eval()
+
+    @property
+    def kept(self) -> nn.Module | Compressed:
+        """The network as it is kept, for `coin.Coded`: compressed, or whole, as a body where there are adapters."""
+        return self.content if isinstance(self.content, Compressed) else with_adapters(self.network, self.adapters)
+
+    def module(self, keep_mib: float = 0.0) -> nn.Module:
+        """Return the network as it answers: packed where it is stored so, and as a body where there are adapters."""
+        if not isinstance(self.content, Compressed):
+            return with_adapters(self.network, self.adapters, keep_mib)
+        return Adapted(self.content.packed(), self.adapters, keep_mib)
 
     def select(self, names: Iterable[str]) -> State:
         """Return these tensors alone, in this order; of a whole network read on access, too."""
-        if isinstance(self.state, StateFile):
+        if isinstance(self.content, StateFile):
             return StateFile(self.path, names)
-        return {name: self.state[name] for name in names}
+        state = self.state
+        return {name: state[name] for name in names}
 
 
 def nbytes_together(files: Iterable[NetworkFile]) -> int:
@@ -142,9 +162,7 @@ def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
             raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")
         base = open_network(found).network
     made = Compressed.load(path, base)
-    network = made.network()
-    check_finite(network.state_dict(), f"the network in '{path}'", {name for name, _ in network.named_buffers()})
-    return NetworkFile(path, network.state_dict(), config, num_classes, provenance, made.adapters)
+    return NetworkFile(path, made, config, num_classes, provenance, made.adapters)
 
 
 def load_network(path: Path) -> NetworkFile:

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from coin.core.choices import check_number, is_list_of_names
 from coin.errors import ConfigurationError
-from coin.networks.heads import full_precision, head_name
+from coin.networks.heads import head_name
+from coin.networks.running import full_precision
 
 HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
 

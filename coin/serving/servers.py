@@ -12,9 +12,9 @@ from coin.coding import Answers, Decoder, DecoderKind, decode_linear
 from coin.coding.promise import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DecodingError, ServingError
-from coin.merging.adapted import answering, with_adapters
 from coin.modules import Coded
-from coin.networks import load_network, pad_head, run_network
+from coin.networks import answering, pad_head, run_network
+from coin.networks.files import open_network
 from coin.serving.policies import Policy, PolicyKind, StandIns
 
 
@@ -42,12 +42,12 @@ class NetworkServer:
 
     expert = 0
 
-    def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu") -> None:
-        file = load_network(path)
+    def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu", keep_mib: float = 0.0) -> None:
+        file = open_network(path)
         if file.config.reads != "images":
             raise ConfigurationError(f"found '{path}', which reads {file.config.reads}, expected a network for images")
         self.image_size = file.config.image_size
-        network = with_adapters(pad_head(file.network, outputs), file.adapters)
+        network = file.module(keep_mib) if file.num_classes == outputs else pad_head(file.network, outputs)
         self._network = network.requires_grad_(False).to(device)
         self._device, self._features = device, features
 

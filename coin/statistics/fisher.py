@@ -81,7 +81,7 @@ def fisher_sums(
     there are no samples, the output is not [B, C], labels do not fit or a batch holds no tensors; StateError where the
     outputs depend on a sample's neighbours in the batch.
     """
-    fisher = _Pass(cuts.adapted(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
+    fisher = _Pass(cuts.called_by(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
     for batch in batches:
         fisher.add(batch, progress or (lambda done: None))
     if fisher.count == 0:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coin.core.batches import Forward, adapted, as_input, size_of
+from coin.core.batches import Forward, as_input, called_by, size_of
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
@@ -37,7 +37,7 @@ def gram_sums(
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
     """
-    network, count = adapted(network, forward), 0
+    network, count = called_by(network, forward), 0
     parameters, values = trainable(network), dict[str, Tensor]()
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:

@@ -11,15 +11,15 @@ from torch import nn
 import coin
 from coin.coding import uniform
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.merging import Adapted, Average, Base, Refit, answering, fit_adapters, merge_networks
-from coin.merging.adapted import parts_of, with_adapters
+from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
+from coin.networks.adapted import Adapted, answering, with_adapters
 from coin.merging.adapters import Moments
 from coin.merging.peft import save_peft
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapters import AdapterOptions
 from coin.networks.delta import quantise
-from coin.networks.heads import features_and_logits
+from coin.networks.running import features_and_logits
 from coin.networks.small import SmallViT
 from coin.serving.ray_app import run_together
 from coin.serving.servers import NetworkServer
@@ -142,12 +142,12 @@ def test_corrections_are_kept_in_4_bits_and_the_body_is_changed_by_what_is_read_
     torch.manual_seed(4)
     layer, left, right = nn.Linear(30, 20), torch.randn(20, rank), torch.randn(rank, 30)
     adapter = coin.Adapter({"weight": {"left": left, "right": right, "scale": torch.full((20, 1), 0.5)}})
-    assert adapter.nbytes == 2 * 20 + (20 + 30) * ((rank + 1) // 2) + 4 * rank  # two values a byte, scales in bfloat16
-    parts = adapter.changes["weight"]
-    for factor, kept in ((left.T, parts["left"].T), (right, parts["right"])):
+    assert adapter.nbytes == 2 * 20 + (10 + 15) * rank + 4 * rank  # two values a byte, scales in bfloat16
+    factors = adapter.changes["weight"].factors(20, 30)
+    for factor, kept in ((left.T, factors[0].T), (right, factors[1])):
         assert torch.equal(kept, quantise(factor.contiguous(), 4).dense())
         assert (kept - factor).norm() < 0.15 * factor.norm()
-    expected = 0.5 * (layer.weight + parts["left"] @ parts["right"])
+    expected = 0.5 * (layer.weight + factors[0] @ factors[1])
     torch.testing.assert_close(adapter.applied_to(layer).weight, expected)
 
 
@@ -229,11 +229,11 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
         with answering([rounded, bare], 0):
             own, *each = (features_and_logits(net, inputs[0][0])[0] for net in (experts[0], rounded, bare))
         assert (each[0] - own).norm() < 0.8 * (each[1] - own).norm()
-        body, adapters = parts_of(made[0])
+        one = method(**how).coded_model(coin.Experts(experts, calibration=inputs), [0.5, 0.5])
         path = tmp_path / "body.safetensors"
-        save_network(path, body, config, 3, {"what": "a body"}, adapters)
+        save_network(path, one.network, config, 3, {"what": "a body"}, one.adapters)
         file = load_network(path)
-        assert file.nbytes == sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters)
+        assert file.nbytes == sum(t.nbytes for t in made[0].state_dict().values())
         again = with_adapters(file.network, file.adapters)
         packed.save(tmp_path / "packed.safetensors")
         unpacked = coin.Compressed.load(tmp_path / "packed.safetensors", experts[0])
@@ -273,9 +273,8 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     assert table["decoder"].tolist() == ["expert_head"] * 3
     assert table["nda"].min() > 0.9
     assert table["residual"].isna().all()
-    body, adapters = parts_of(made[0])
     heads = 4 * 3 * (4 * 6 + 4)
-    kept = sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters) + heads
+    kept = sum(t.nbytes for t in made[0].state_dict().values()) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
     system.save(tmp_path / "system.safetensors")
     again = coin.Coded.load(tmp_path / "system.safetensors", experts)
@@ -308,8 +307,8 @@ def test_wrong_options_are_one_line(options, told):
 
 def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     experts, inputs = make_experts(maps)
-    refit = Refit(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
-    (packed,) = merge_networks(refit, experts, uniform(3), calibration=inputs).compressed["refit+rank2-4bit"]
+    refit = Refit(adapters={"rank": 1}, compress={"bits": 4, "base_bits": 0})
+    (packed,) = merge_networks(refit, experts, uniform(3), calibration=inputs).compressed["refit+rank1-4bit"]
     system = coin.Coded(uniform(3), experts, [packed])
     system.fit_decoder(inputs[0], [0, 1, 2], "expert_head")
     assert system.nbytes == packed.nbytes < sum(t.nbytes for t in experts[0].state_dict().values())

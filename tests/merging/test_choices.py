@@ -17,7 +17,7 @@ from coin.merging.closed_form import held_out_error
 from coin.merging.method import starting_method
 from coin.networks import recalibrate
 from coin.networks.experts import FAR, spread
-from coin.networks.heads import features_and_logits
+from coin.networks.running import features_and_logits
 from coin.pipeline.options import config_dict
 from coin.statistics import FisherKind, fisher_diagonal
 from coin.statistics.statistic import DataChoice

@@ -20,7 +20,6 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
-from coin.merging.adapted import parts_of
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
 from coin.networks.experts import ExpertFiles
@@ -186,8 +185,7 @@ def make_coded_models(
             "chosen": made.chosen,
         }
         path, *smaller = paths[index :: code.num_coded]
-        body, adapters = parts_of(made.network)
-        save_network(path, body, files.config, files.width, provenance, adapters)
+        save_network(path, made.network, files.config, files.width, provenance, made.adapters)
         for small, how in zip(smaller, method.compress, strict=True):
             began, spent = time.perf_counter(), experts.passes - took
             base, beside = kept_base(small, files.initial, how)

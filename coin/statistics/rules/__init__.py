@@ -47,5 +47,13 @@ class Call(ABC):
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         """Return the cotangents of the input [V, N, …], as if the weight were the given one."""
 
+    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Return what the call makes of some rows of its inputs with another value of the parameter of its weight."""
+        raise NotImplementedError(f"{type(self).__name__} gives no output")  # no unit of it is fitted
+
+    def along(self, values: Tensor, output: Tensor) -> Tensor:
+        """Return values [O], one for each of the call's outputs, as they broadcast over its output [N, …]."""
+        return values.flatten()
+
     def finish(self, totals: Totals) -> None:  # noqa: B027 (most rules defer nothing)
         """Add what was deferred until all cotangents had been seen."""

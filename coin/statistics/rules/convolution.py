@@ -94,6 +94,18 @@ class ConvolutionCall(LinearCall):
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
 
     @override
+    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        geometry = self.geometry
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
+        options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        made: Tensor = convolve(inputs, weight, self.bias, *options)
+        return made
+
+    @override
+    def along(self, values: Tensor, output: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (output.ndim - 2))
+
+    @override
     def positions(self, g: Tensor, samples: int) -> Tensor:
         return g.movedim(2, -1).reshape(len(g), samples, -1, g.shape[2])  # a sample's rows are further positions
 

@@ -4,7 +4,7 @@ The functions return the call of one of torch's from its arguments; None stands 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,15 @@ class ElementwiseCall(Call):
         x = self.inputs
         x = x if self.statistics is None else (x - self.statistics[0]) * self.statistics[1]
         return x.to(sum_type(x))
+
+    @override
+    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        own = replace(self, inputs=inputs).normalised() * weight.view(self.shape)
+        return (own if self.bias is None else own + self.bias.view(self.shape)).to(inputs.dtype)
+
+    @override
+    def along(self, values: Tensor, output: Tensor) -> Tensor:
+        return values.reshape(self.shape)
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:

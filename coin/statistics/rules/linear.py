@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -59,6 +60,10 @@ class LinearCall(Call):
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         return g @ weight
+
+    @override
+    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(inputs, weight.T if self.transposed else weight, self.bias)
 
     def positions(self, g: Tensor, samples: int) -> Tensor:
         """Return cotangents [V, B·k, …] as [V, B, T, O]."""

@@ -1,0 +1,224 @@
+"""One body and N adapters as a network that answers as any of its experts."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map, tree_map_only
+
+from coin.core.batches import Forward, called_by, clone, tensors_in
+from coin.core.choices import check_number
+from coin.errors import ConfigurationError, StateError
+from coin.networks.adapters import ANSWERING, Adapter, Change, Changes
+from coin.networks.heads import head_name, with_head
+
+_ASKED: ContextVar[Mapping[nn.Module, int | Tensor | None]] = ContextVar(
+    "_ASKED"
+)  # of whom bodies are asked, by `answering`
+
+
+class Adapted(nn.Module):
+    """One body and N adapters; it answers as the experts that `answering` names.
+
+    The body's parameters that adapters change are made when a layer reads them (`torch.nn.utils.parametrize`): nothing
+    else is kept, and threads can ask for different experts at once. A batch of mixed experts runs once for each expert
+    in it. Logits are those of the body's head, on features that are the expert's.
+
+    Args:
+        body: The body, with which it shares all tensors; `coin.Compressed.packed` gives one whose weights stay packed.
+        adapters: Those of the N experts; none for a network that is the same for all.
+        keep_mib: The MiB of plain networks of single experts that are kept, each made when its expert is first asked
+            for: answers are then as fast as the expert's own. The least recently asked for goes. 0 keeps none.
+
+    Raises ConfigurationError where `keep_mib` is above 0 and one network does not fit.
+
+    >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
+    >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
+    >>> with coin.answering([adapted], torch.tensor([0, 2])):
+    ...     adapted(torch.randn(2, 4)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, body: nn.Module, adapters: Sequence[Adapter] = (), keep_mib: float = 0.0) -> None:
+        super().__init__()
+        self.body = clone(body, shared=True)
+        self.num_experts = len(adapters)
+        self.head_name = f"body.{head_name(body)}".rstrip(".")
+        self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
+        self._changes: dict[str, Changes] = {}  # those of the body's layers
+        self._kept: dict[int, nn.Module] = {}  # plain networks, the least recently asked for first
+        for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
+            changes = Changes([adapter.changes.get(name) or Change({}) for adapter in adapters])
+            parametrise(self.body, name, changes)
+            self._changes[name] = changes
+        self.keep(keep_mib)
+
+    def keep(self, mib: float) -> None:
+        """Set how many MiB of plain networks are kept; see `Adapted`."""
+        check_number("keep_mib", mib, low=0)
+        self._kept.clear()
+        self._most = 0  # networks
+        if mib > 0:
+            each = tensor_nbytes(self.network(0)) / 2**20
+            if mib < each:
+                raise ConfigurationError(f"found keep_mib={mib:g}, expected 0, or {each:.3g}, which one network takes")
+            self._most = int(mib / each)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """The bytes of weights that are in memory while it answers.
+
+        Those of its tensors, and of the networks that are kept, or else of the largest parameter that is made for a
+        layer.
+        """
+        token = ANSWERING.set(0)
+        try:
+            made = [getattr(module, name).nbytes for module, name in _parametrized(self.body)]
+        finally:
+            ANSWERING.reset(token)
+        if self._most:
+            kept = min(self._most, max(1, self.num_experts))
+            return tensor_nbytes(self) + kept * tensor_nbytes(self.network(0))
+        return tensor_nbytes(self) + max(made, default=0)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Forget the plain networks when the body is moved."""
+        self._kept.clear()
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The experts' adapters; they share the layers' tensors."""
+        return [
+            Adapter({name: own.of(i) for name, own in self._changes.items() if [*own.of(i).buffers()]})
+            for i in range(self.num_experts)
+        ]
+
+    def with_forward(self, forward: Forward | None) -> "Adapted":
+        """Return a copy that shares all tensors, and whose body is called by a user's function (`called_by`)."""
+        shared = clone(self, shared=True)
+        shared.forward_by = forward
+        return shared
+
+    @torch.no_grad()
+    def network(self, expert: int, head: nn.Module | None = None) -> nn.Module:
+        """Return a plain network that answers as an expert, in eval mode, with that head's weights if one is given."""
+        token = ANSWERING.set(expert)
+        try:
+            network = unpacked(self.body).eval()
+        finally:
+            ANSWERING.reset(token)
+        return network if head is None else with_head(network, head)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the body makes of inputs ``[B, …]`` as the experts that `answering` names."""
+        return self.run(lambda network, *own, **others: network(*own, **others), *inputs, **named)
+
+    def run(self, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        """Return what a function makes of a network and inputs ``[B, …]``, for mixed experts in the batch's order.
+
+        The function is called once for every expert, with a network that answers as that one and its samples.
+        """
+        experts = _ASKED.get({}).get(self)
+        if self.num_experts == 0:
+            return function(self._as_expert(0), *inputs, **named)
+        if experts is None:
+            raise StateError("found a body with adapters, expected to be told whose answer it gives; use answering")
+        if isinstance(experts, int):
+            return self._run_one(experts, function, inputs, named)
+        given = tensors_in((inputs, named))
+        each = experts.to(given[0].device).expand(len(given[0]))
+        asked = each.unique().tolist() or [0]  # of an empty batch any expert will do
+        if len(asked) == 1:
+            return self._run_one(asked[0], function, inputs, named)
+        rows = [(each == expert).nonzero().flatten() for expert in asked]
+        parts = []
+        for expert, samples in zip(asked, rows, strict=True):
+            take = partial(torch.index_select, dim=0, index=samples)
+            parts.append(self._run_one(expert, function, *tree_map_only(Tensor, take, (inputs, named))))
+        order = torch.cat(rows).argsort()
+        return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)
+
+    def _run_one(self, expert: int, function: Callable[..., Any], inputs: Any, named: Any) -> Any:
+        if not 0 <= expert < self.num_experts:
+            raise ConfigurationError(f"found expert {expert}, expected 0 to {self.num_experts - 1}")
+        token = ANSWERING.set(expert)
+        try:
+            return function(self._as_expert(expert), *inputs, **named)
+        finally:
+            ANSWERING.reset(token)
+
+    def _as_expert(self, expert: int) -> nn.Module:
+        """Return what answers as the expert: the body, or a plain network that is kept."""
+        if self._most == 0:
+            return called_by(self.body, self.forward_by)
+        network = self._kept.pop(expert, None) or self.network(expert)
+        self._kept[expert] = network
+        while len(self._kept) > self._most:
+            self._kept.pop(next(iter(self._kept)), None)
+        return called_by(network, self.forward_by)
+
+
+def tensor_nbytes(network: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers, tied ones once."""
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
+def parametrise(network: nn.Module, name: str, parametrization: nn.Module) -> None:
+    """Have a network, in place, make a parameter of what it keeps of it whenever a layer reads it."""
+    place, _, parameter = name.rpartition(".")
+    layer = network.get_submodule(place)
+    if not parametrize.is_parametrized(layer):
+        layer._order = [*layer._parameters]  # type: ignore[assignment]  # in which `unpacked` restores them
+    parametrize.register_parametrization(layer, parameter, parametrization, unsafe=True)
+
+
+def unpacked(network: nn.Module) -> nn.Module:
+    """Return a plain copy of a network: every parameter that is made when a layer reads it is made once."""
+    copied = clone(network)
+    made = dict[nn.Module, nn.Parameter]()  # by what makes it, which tied parameters share
+    parameters = list[tuple[nn.Module, str, nn.Parameter]]()
+    for module, name in _parametrized(copied):
+        maker = cast(Any, module.parametrizations)[name][0]
+        parameters.append((module, name, made.setdefault(maker, nn.Parameter(getattr(module, name).detach()))))
+    for module, name, parameter in parameters:
+        if parametrize.is_parametrized(module):
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+        module.register_parameter(name, parameter)
+        module._parameters = {own: module._parameters[own] for own in module._order if own in module._parameters}
+    return copied
+
+
+def _parametrized(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the parameters that are made when a layer reads them: their modules and names there."""
+    modules = [module for module in network.modules() if parametrize.is_parametrized(module)]
+    return [(module, name) for module in modules for name in cast(Any, module.parametrizations)]
+
+
+def with_adapters(network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0) -> nn.Module:
+    """Return a network, as a body if there are adapters."""
+    return Adapted(network, adapters, keep_mib) if adapters else network
+
+
+@contextmanager
+def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> Iterator[None]:
+    """Have networks with adapters answer as an expert, or sample by sample as experts ``[B]``; others are as always.
+
+    It holds in this thread, or task of an event loop, alone.
+
+    >>> with coin.answering(experts, 1):  # no adapters: nothing changes
+    ...     experts[0](torch.randn(2, 4)).shape
+    torch.Size([2, 3])
+    """
+    asked: _Asked = {network: experts for network in networks if isinstance(network, Adapted)}
+    token = _ASKED.set({**_ASKED.get({}), **asked})
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
