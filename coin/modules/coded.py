@@ -18,10 +18,11 @@ from coin.errors import ConfigurationError, DataError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
 from coin.files.tensors import check_layout, fingerprint
-from coin.merging.adapted import Adapted, adapted_like, answering, with_adapters
+from coin.merging.adapted import Adapted, adapted_like, answering, parts_of, with_adapters
 from coin.merging.method import fill
 from coin.modules.coded_file import SystemFile, all_tensors
 from coin.networks import Compressed, linear_heads, load_network, run_network
+from coin.networks.files import packed_nbytes
 from coin.networks.heads import of_one_width
 from coin.reporting.results import check_current, read_results, requested_policy
 from coin.reporting.summary import seed_folders
@@ -61,7 +62,8 @@ class Coded:
 
     Attributes:
         module: The networks as a LightningModule, for ``module.to(device)``, DDP or a Trainer's ``predict``.
-        nbytes: The bytes of the coded models.
+        nbytes: The bytes of the coded models as stored.
+        resident_nbytes: The bytes of weights that processes hold which answer with them; see `coin.networks.files`.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
         method, batchnorm, results: Of a run (`from_run`), the merge method, the requested BatchNorm policy, and the
@@ -101,6 +103,7 @@ class Coded:
         unpacked = [with_adapters(c.network(), c.adapters) if isinstance(c, Compressed) else c for c in coded]
         own = [c.nbytes if isinstance(c, Compressed) else sum(t.nbytes for t in c.state_dict().values()) for c in coded]
         self.nbytes = sum(own) + max((c.base_nbytes for c in coded if isinstance(c, Compressed)), default=0)
+        self.resident_nbytes = sum(map(_resident_nbytes, coded, unpacked))
         self.module = CodedModule([adapted(n, forward) for n in experts], [adapted(n, forward) for n in unpacked])
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
@@ -367,6 +370,13 @@ class Coded:
                 each = [(expert, take(as_input(inputs, expert), slice(0, 2))) for expert in self.experts]
                 self.classes = [run_network(expert, sample, False).logits.shape[1] for expert, sample in each]
         return self.classes
+
+
+def _resident_nbytes(kept: nn.Module | Compressed, network: nn.Module) -> int:
+    """Return the bytes of weights that a process holds which answers with a coded model, given it and unpacked."""
+    if isinstance(kept, Compressed) and kept.base_bits == 0:
+        return packed_nbytes(kept.nbytes, parts_of(network)[0])
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:

@@ -43,6 +43,23 @@ class NetworkFile:
         own = self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values())
         return int(own) + sum(each.nbytes for each in self.adapters)
 
+    @property
+    def whole_nbytes(self) -> int:
+        """The bytes of its tensors unpacked, tied ones once, and of its adapters."""
+        body = sum(tensor.nbytes for tensor in stored(self.network).values())
+        return body + sum(adapter.nbytes for adapter in self.adapters)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """The bytes of weights that a process holds while it answers with this network.
+
+        A network that is compressed without a base runs packed (`packed_nbytes`); any other runs whole.
+        """
+        compressed = self.provenance.get("compressed")
+        if compressed is not None and compressed["base_bits"] == 0:
+            return packed_nbytes(self.nbytes, self.network)
+        return self.whole_nbytes
+
     @cached_property
     def network(self) -> nn.Module:
         """The network, in eval mode; raises StateError if its tensors do not fit the architecture."""
@@ -61,6 +78,25 @@ def nbytes_together(files: Iterable[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
     every = [(file.nbytes, int(file.provenance.get("base_nbytes", 0))) for file in files]
     return sum(own for own, _ in every) + max((base for _, base in every), default=0)
+
+
+def packed_nbytes(nbytes: int, network: nn.Module) -> int:
+    """Return the bytes that a packed network takes while it answers.
+
+    They are the bytes as stored and those of the largest matrix: it is made in float32 while its layer is called.
+    """
+    entries = [parameter.numel() for parameter in network.parameters() if parameter.ndim > 1]
+    return nbytes + 4 * max(entries, default=0)
+
+
+def resident_together(files: Iterable[NetworkFile]) -> int:
+    """Return the total bytes of weights of processes that each answer with one of these networks."""
+    return sum(file.resident_nbytes for file in files)
+
+
+def resident_copies(files: Sequence[NetworkFile]) -> int:
+    """Return the bytes of a process that keeps compressed copies: all as stored, and one of them whole to answer."""
+    return nbytes_together(files) + max(file.whole_nbytes for file in files)
 
 
 def save_network(

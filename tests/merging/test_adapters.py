@@ -234,6 +234,7 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
         save_network(path, body, config, 3, {"what": "a body"}, adapters)
         file = load_network(path)
         assert file.nbytes == sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters)
+        assert file.resident_nbytes == file.nbytes
         again = with_adapters(file.network, file.adapters)
         packed.save(tmp_path / "packed.safetensors")
         unpacked = coin.Compressed.load(tmp_path / "packed.safetensors", experts[0])
@@ -277,6 +278,7 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     heads = 4 * 3 * (4 * 6 + 4)
     kept = sum(t.nbytes for t in body.state_dict().values()) + sum(a.nbytes for a in adapters) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
+    assert table["resident_mib"].equals(table["memory_mib"])  # a whole body
     system.save(tmp_path / "system.safetensors")
     again = coin.Coded.load(tmp_path / "system.safetensors", experts)
     assert torch.equal(again.decode(batch, ["c", "b"]), decoded)
@@ -319,7 +321,10 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     torch.testing.assert_close(system.decode(inputs[2][0], [2])[0], F.linear(features, *head))
     tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
     heads = 4 * sum(tensor.numel() for tensor in head)
-    assert coin.evaluate(system, tests)["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
+    table = coin.evaluate(system, tests)
+    assert table["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
+    largest = 4 * max(parameter.numel() for parameter in packed.network().parameters() if parameter.ndim > 1)
+    assert table["resident_mib"].tolist() == [(packed.nbytes + largest + 3 * heads) / 2**20] * 3
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
         with pytest.raises(ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"):
             system.fit_decoder(inputs[0], erased, kind)
