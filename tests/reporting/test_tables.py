@@ -101,11 +101,12 @@ def test_promises_over_tasks_and_seeds_by_hand():
 def stand_in_rows() -> list[Row]:
     """Four systems: two that others beat, in one quantity or in all; the oracle; one of results from before."""
     kept = {"memory_mib": 10.0, "resident_mib": 11.0, "forwards": 2.0, "losses": 1.0}
+    large = {"memory_mib": 1234.0, "resident_mib": 1234.0, "forwards": 3.0, "losses": 1.0}
     rows = [
         replace(BASE, nda=0.99, method="a", **kept),
         replace(BASE, nda=0.99, method="b", **{**kept, "memory_mib": 12.0}),
         replace(BASE, nda=0.97, method="b", decoder="expert_head", **{**kept, "forwards": 1.0, "losses": 2.0}),
-        replace(BASE, nda=0.95, method="c", decoder="expert_head", memory_mib=1234.0, resident_mib=1234.0, forwards=3.0, losses=1.0),
+        replace(BASE, nda=0.95, method="c", decoder="expert_head", **large),
         replace(BASE, nda=1.0, method="oracle"),
         replace(BASE, nda=0.9, method="old"),
     ]
@@ -118,8 +119,9 @@ def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     assert list(undominated(kept)) == [True, True, False, False]
     assert list(shortlist(kept)) == [True, True, True, True]  # b's best decoder is beaten, and shown
     table = stand_in_table(kept)
-    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "11", "2", "1", seconds(BASE.merge_seconds)]
-    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "1,234", "3", "1", seconds(BASE.merge_seconds)]
+    merging = seconds(BASE.merge_seconds)
+    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "11", "2", "1", merging]
+    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "1,234", "3", "1", merging]
     assert "*" not in "".join(stand_in_table(kept.assign(name="none"))["NDA"])  # what is no contender is not shaded
     below = printed(summarise(frame(*stand_in_rows()))).partition("what to keep")[2]
     assert below.count("*") == 3  # two rows' and the sentence's
