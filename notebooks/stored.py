@@ -80,9 +80,11 @@ def network_mib(rows: pd.DataFrame) -> float:
 
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
-    """The rows of a suite of stand-ins, with the memory in networks."""
+    """The rows of a suite of stand-ins, with both memories in networks; the resident one is NaN where not measured."""
     rows = measured(f"stand-ins-{suite}")
-    return rows.assign(networks=pd.to_numeric(rows.memory_mib) / network_mib(rows))
+    size = network_mib(rows)
+    resident = pd.to_numeric(rows.resident_mib) / size if "resident_mib" in rows else math.nan
+    return rows.assign(networks=pd.to_numeric(rows.memory_mib) / size, resident=resident)
 
 
 def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:

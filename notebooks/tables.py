@@ -140,25 +140,33 @@ FLEET = {
 def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = False) -> str:
     """What stands in: its memory with two and with eight experts, networks run for an answer, losses, NDA by suite.
 
-    In short its memory with eight and no deviations, and a last row for a spare, whose NDA is 100 by definition.
+    In short its memory with eight and no deviations, and a last row for a spare, whose NDA is 100 by definition. The
+    resident memory is left out unless all suites have it.
     """
     rows = []
     every = {suite: stood_in(suite) for suite in SUITES}
+    memories = {"networks": "memory", "resident": "resident"}
+    if any(part.resident.isna().all() for part in every.values()):
+        del memories["resident"]
     for method, decoder in kept:
         own = {suite: rows_of(part, method, decoder) for suite, part in every.items()}
         if (first := next((part for part in own.values() if len(part)), None)) is None:
             continue
         sizes = (own["experts"],) if short else (first, own["experts"])
-        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in sizes]
+        memory = []
+        for column in memories:
+            each = [f"{part[column].mean():.2f}" if len(part) else "–" for part in sizes]
+            memory.append(" / ".join(each))
         forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "one"
         losses = "all" if float(first.losses.iloc[0]) > 1 else "one"
         found = [ndas(every[suite], method, decoder) for suite in columns]
         shown = [f"{each.mean():.1f}" if short and len(each) else spread(each) for each in found]
-        rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
+        rows.append([KEPT[method, decoder], *memory, forwards, losses, *shown])
     if short:
-        rows.append(["a spare server with all weights", "8", "one", "all", *["100"] * len(columns)])
-    memory = ["memory" if short else "memory, N = 2 / 8"]
-    return markdown(["what stands in", *memory, "forwards", "lost", *(SUITES[suite] for suite in columns)], rows)
+        whole = ["8"] * len(memories)
+        rows.append(["a spare server with all weights", *whole, "one", "all", *["100"] * len(columns)])
+    heads = [name if short else f"{name}, N = 2 / 8" for name in memories.values()]
+    return markdown(["what stands in", *heads, "forwards", "lost", *(SUITES[suite] for suite in columns)], rows)
 
 
 def claims(target: float = 97.5) -> str:
@@ -267,7 +275,7 @@ def wrong_experts() -> str:
 def demo() -> str:
     """The end of what `make demo` prints."""
     console = Console(width=80, file=StringIO())
-    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "demo")), "quickstart"))
+    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "demo")), "quickstart", console))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "\n".join(["```", *filter(None, lines), "```"])
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from coin.commands.parser import parse_options
@@ -18,7 +17,7 @@ from coin.reporting.style import as_png
 from coin.reporting.tables import percent, results_console, rich_table, too_wide
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
-from coin.serving.simulate import Conditions, QueryTarget, Simulation, measure, row_of, run_simulation
+from coin.serving.simulate import Conditions, QueryTarget, ServiceTimes, Simulation, measure, row_of, run_simulation
 
 
 def simulate(
@@ -32,6 +31,8 @@ def simulate(
     output: str | None = None,
 ) -> pd.DataFrame:
     """Simulate the latency and accuracy of answers, for every policy and kind of query: for one expert, and for all.
+
+    First every network of every server is timed here: experts, coded models, and bodies for each expert's answer.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -51,20 +52,36 @@ def simulate(
         except ConfigurationError:
             if policies or Policy(kind).which not in ("coded", "everyone"):
                 raise
-    experts = System.of(next(iter(found.values())), Policy(PolicyKind.uncoded))
-    times, shares = [np.array([conditions.seconds])] * len(experts.files), [1.0]
-    if conditions.seconds is None:
-        times, shares = map(list, zip(*(measure(experts.network(name)) for name in experts.files), strict=True))
-    rows, share = [], float(np.mean(shares))
+    systems = {kind: System.of(coded, Policy(kind, quantile)) for kind, coded in found.items()}
+    times = measured(list(systems.values()))
+    rows = []
     for want, kind in progress_bar("simulating", items=[(want, kind) for want in QueryTarget for kind in found]):
-        stand_ins, policy = System.of(found[kind], Policy(kind)).stand_ins, Policy(kind, quantile)
-        each = [Simulation(stand_ins, policy, conditions, times, share, want, seed) for seed in range(seeds)]
+        system = systems[kind]
+        own = {name: times[network] for name, network in networks_of(system).items()}
+        each = [Simulation(system.stand_ins, system.policy, conditions, own, want, seed) for seed in range(seeds)]
         rows.append(row_of(found[kind], each[0], list(map(run_simulation, each))))
     place, table = Path(output or folder), pd.DataFrame(rows)
     write_frame(place / "simulation.csv", table)
     with atomic_path(place / "plots" / "simulation.png") as temporary:
         temporary.write_bytes(as_png(tail_figure(table)))
     return table
+
+
+def networks_of(system: System) -> dict[str, tuple[Path, int]]:
+    """Return by server its network: the file, and the expert that it answers for. A replica's are the experts' own."""
+    return {name: (path, system.expert_of(name)) for name, path in system.files.items()}
+
+
+def measured(systems: Sequence[System]) -> dict[tuple[Path, int], ServiceTimes]:
+    """Measure each network of these systems once, as serving runs it."""
+    servers: dict[tuple[Path, int], tuple[System, str]] = {}
+    for system in systems:
+        for name, network in networks_of(system).items():
+            servers.setdefault(network, (system, name))
+    times = {}
+    for network, (system, name) in progress_bar("measuring servers", items=list(servers.items())):
+        times[network] = measure(system.network(name))
+    return times
 
 
 def table_of(rows: pd.DataFrame) -> pd.DataFrame:

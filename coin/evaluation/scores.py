@@ -182,7 +182,8 @@ class Evaluation:
         for (variant, j, _), scores in self.replicas:  # one runs alone, and all experts may be lost
             told = {"decoder": REPLICA, "erased": tasks[j], "task": tasks[j], "residual": math.nan, "forwards": 1}
             told |= {"decoder_seconds": 0.0, "decoder_passes": 0.0, "losses": len(tasks)}
-            found.append(_outcome(variant, told | {"memory_mib": variant.memory / 2**20}, scores))
+            told |= {"memory_mib": variant.memory / 2**20, "resident_mib": variant.resident / 2**20}
+            found.append(_outcome(variant, told, scores))
         return found
 
     @property

@@ -12,7 +12,8 @@ from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network, pad_head
-from coin.networks.files import nbytes_together, open_network
+from coin.networks.adapted import resident_nbytes
+from coin.networks.files import nbytes_together, open_network, resident_copies
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
@@ -26,8 +27,8 @@ class Variant:
 
     `networks` are the places of its coded models among all, none for the references; `made` are the columns `MADE`,
     `chosen` is what was chosen for each, `kind` the method's own name, `memory` their bytes as stored, with the base of
-    compressed ones; `lost` are the erasures to measure, by default all that the code can decode; `adapted` says whether
-    they are bodies with adapters.
+    compressed ones; `resident` are the bytes of weights that processes hold which answer with them; `lost` are the
+    erasures to measure, by default all that the code can decode; `adapted` says whether they are bodies with adapters.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Variant:
     chosen: tuple[dict[str, Any], ...] = ()
     kind: str | None = None
     memory: float = 0
+    resident: float = 0
     lost: tuple[tuple[int, ...], ...] | None = None
     adapted: bool = False
 
@@ -53,12 +55,13 @@ class Variant:
         return alone or [DecoderConfig(DecoderKind.ridge)]
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
-        """Return ``memory_mib`` with the bytes kept to decode, ``forwards`` and ``losses``; NaN for the oracle."""
+        """Return the columns of costs, NaN for the oracle; both memories have the bytes `kept` to decode."""
         if self.method == ORACLE:
-            return dict.fromkeys(("memory_mib", "forwards", "losses"), math.nan)
+            return dict.fromkeys(("memory_mib", "resident_mib", "forwards", "losses"), math.nan)
         experts = self.code.num_experts
         return {
             "memory_mib": (self.memory + kept) / 2**20,
+            "resident_mib": (self.resident + kept) / 2**20,
             "forwards": config.forwards(experts, len(self.networks), num_lost),
             "losses": min(config.losses(experts, self.code.num_coded), experts - (self.method == NONE)),
         }
@@ -86,6 +89,7 @@ class Replica(NamedTuple):
 def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Return coded models, of these experts, and a variant for the rows of each code, which must all be there."""
     files = [open_network(path) for path in paths]
+    modules = [file.module() for file in files]
     groups: dict[tuple[str, str], list[int]] = {}
     for index, file in enumerate(files):
         made = file.provenance
@@ -108,10 +112,16 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
         policy = f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy
         seconds, passes = (sum(float(row[name]) for row in rows) for name in ("seconds", "passes"))
         made = dict(zip(MADE, (first["samples_per_task"], seconds, passes), strict=True))
-        kind, memory = (first.get("method") or {}).get("name"), nbytes_together(files[index] for index in networks)
-        adapted = any(files[index].adapters for index in networks)
-        variants.append(Variant(method, code, policy, tuple(networks), made, chosen, kind, memory, adapted=adapted))
-    return [file.module() for file in files], variants
+        kind = (first.get("method") or {}).get("name")
+        own = [files[index] for index in networks]
+        memory = nbytes_together(own)
+        resident = sum(resident_nbytes(modules[index]) for index in networks)
+        adapted = any(file.adapters for file in own)
+        variant = Variant(
+            method, code, policy, tuple(networks), made, chosen, kind, memory, resident=resident, adapted=adapted
+        )
+        variants.append(variant)
+    return modules, variants
 
 
 def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:
@@ -124,8 +134,10 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int
     found = []
     for label, own in groups.items():
         made = dict(zip(MADE, (None, sum(float(file.provenance["seconds"]) for file in own), 0.0), strict=True))
-        chosen, memory = (own[0].provenance["compression"],), nbytes_together(own)
-        variant = Variant(label, code, made=made, chosen=chosen, kind=REPLICA, memory=memory)
+        chosen = (own[0].provenance["compression"],)
+        memory = nbytes_together(own)
+        resident = resident_copies(own)
+        variant = Variant(label, code, made=made, chosen=chosen, kind=REPLICA, memory=memory, resident=resident)
         tasks = [fingerprints.index(file.provenance["of"]) for file in own]
         found += [Replica(variant, task, pad_head(file.network, width)) for task, file in zip(tasks, own, strict=True)]
     return found

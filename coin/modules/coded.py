@@ -21,7 +21,7 @@ from coin.files.tensors import check_layout, fingerprint
 from coin.merging.method import fill
 from coin.modules.coded_file import Body, SystemFile, all_tensors
 from coin.networks import Adapted, Compressed, answering, linear_heads, load_network, run_network
-from coin.networks.adapted import tensor_nbytes
+from coin.networks.adapted import resident_nbytes
 from coin.networks.files import open_network
 from coin.networks.heads import of_one_width
 from coin.reporting.results import check_current, read_results, requested_policy
@@ -64,7 +64,7 @@ class Coded:
 
     Attributes:
         module: The networks as a LightningModule, for ``module.to(device)``, DDP or a Trainer's ``predict``.
-        nbytes: The bytes of the coded models.
+        nbytes: The bytes of the coded models as stored.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
         method, batchnorm, results: Of a run (`from_run`), the merge method, the requested BatchNorm policy, and the
@@ -158,8 +158,7 @@ class Coded:
     @property
     def resident_nbytes(self) -> int:
         """The bytes of weights that are in memory while the coded models answer."""
-        each = (n.resident_nbytes if isinstance(n, Adapted) else tensor_nbytes(n) for n in self.coded)
-        return sum(each)
+        return sum(map(resident_nbytes, self.coded))
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""

@@ -19,7 +19,7 @@ from coin.modules.coded import Coded
 from coin.statistics.guard import eval_mode
 
 _COLUMNS = ["decoder", "erased", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"]
-_COLUMNS += ["decoder_passes", "memory_mib", "forwards", "losses"]
+_COLUMNS += ["decoder_passes", "memory_mib", "resident_mib", "forwards", "losses"]
 
 
 def evaluate(
@@ -45,8 +45,8 @@ def evaluate(
         One row a decoder, erasure and lost expert, with the columns ``decoder``, ``erased`` (names joined by ``+``),
         ``task``, ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement`` (`coin.DecodingAccuracy`),
         ``residual`` (`coin.Residual`), ``decoder_passes`` (forwards to fit the decoder), and the stand-in's costs:
-        ``memory_mib`` (coded models, and heads or regressions), ``forwards`` (for one lost answer) and ``losses`` (the
-        most at once).
+        ``memory_mib`` (coded models, and heads or regressions, as stored), ``resident_mib`` (the same as a process that
+        answers holds them), ``forwards`` (for one lost answer) and ``losses`` (the most at once).
 
     Raises ConfigurationError where numbers of tasks differ, or a decoder comes twice or finds no calibration data, and
     DecodingError where an erasure is beyond what a decoder can.
@@ -66,7 +66,10 @@ def evaluate(
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
     places, is_body = tuple(range(len(system.coded))), system.is_adapted
-    variant = Variant("coded", system.code, networks=places, memory=system.nbytes, lost=lost, adapted=is_body)
+    variant = Variant(
+        "coded", system.code, networks=places, memory=system.nbytes, resident=system.resident_nbytes, lost=lost,
+        adapted=is_body,
+    )  # fmt: skip
     tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
     first = next(tests[min(tests)])
     tests[min(tests)] = chain([first], tests[min(tests)])

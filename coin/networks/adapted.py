@@ -164,6 +164,11 @@ class Adapted(nn.Module):
         return called_by(network, self.forward_by)
 
 
+def resident_nbytes(network: nn.Module) -> int:
+    """Return the bytes of weights that are in memory while a network answers."""
+    return network.resident_nbytes if isinstance(network, Adapted) else tensor_nbytes(network)
+
+
 def tensor_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers, tied ones once."""
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

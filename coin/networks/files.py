@@ -15,7 +15,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, check_layout
-from coin.networks.adapted import Adapted, with_adapters
+from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
@@ -81,6 +81,11 @@ def nbytes_together(files: Iterable[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
     every = [(file.nbytes, int(file.provenance.get("base_nbytes", 0))) for file in files]
     return sum(own for own, _ in every) + max((base for _, base in every), default=0)
+
+
+def resident_copies(files: Sequence[NetworkFile]) -> int:
+    """Return the bytes of a process that keeps compressed copies: all as stored, and one of them whole to answer."""
+    return nbytes_together(files) + max(tensor_nbytes(file.network) for file in files)
 
 
 def save_network(

@@ -1,5 +1,6 @@
 """Which stand-in to keep, from an experiment's results and a user's limits."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import pandas as pd
 
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
+from coin.reporting.results import RESIDENT
 from coin.reporting.summary import read_run, stand_ins, summarise
 from coin.reporting.tables import counted, percent, read_by
 
@@ -15,6 +17,7 @@ def choose(
     folder: str | Path,
     accuracy: float = 0.98,
     memory_mib: float | None = None,
+    resident_mib: float | None = None,
     forwards: float | None = None,
     losses: int | Literal["all"] = 1,
 ) -> tuple[pd.DataFrame, str]:
@@ -27,7 +30,8 @@ def choose(
         folder: An experiment's folder, or a seed's.
         accuracy: The share of a lost expert's own accuracy to be kept on the worst task, in (0, 1]; no stand-in counts
             as more accurate than the expert.
-        memory_mib: The most memory beyond the experts' own servers, in MiB.
+        memory_mib: The most memory beyond the experts' own servers, as stored, in MiB.
+        resident_mib: The most weights that processes hold which answer with it, in MiB.
         forwards: The most networks run for one lost answer.
         losses: How many experts may be lost at once: a number, or ``all``.
 
@@ -39,17 +43,23 @@ def choose(
     least = frame["task"].nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     check_number("memory_mib", memory_mib or 0, low=0)
+    check_number("resident_mib", resident_mib or 0, low=0)
     check_number("forwards", forwards or 0, low=0)
     check_integer("losses", least, 1)
     kept = stand_ins(summarise(frame))
     if kept.empty:
         raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
+    if resident_mib is not None and kept[RESIDENT].isna().all():
+        told = f"found resident_mib={resident_mib:g} and results of '{folder}' from before it was measured"
+        raise FileError(f"{told}; run `coin run` again")
     order = {"memory_mib": True, "forwards": True, "nda_worst": False, "losses": False}
     kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
     kept = kept.sort_values(list(order), ascending=list(order.values()), kind="stable")
     wishes = {f"at least {100 * accuracy:g} % on the worst task": kept["nda_worst"] >= accuracy}
     if memory_mib is not None:
         wishes[f"at most {memory_mib:g} MiB"] = kept["memory_mib"] <= memory_mib
+    if resident_mib is not None:
+        wishes[f"at most {resident_mib:g} MiB resident"] = kept[RESIDENT] <= resident_mib
     if forwards is not None:
         wishes[f"at most {counted(forwards, 'network run')}"] = kept["forwards"] <= forwards
     wishes["all experts lost at once" if losses == "all" else f"{least} lost at once"] = kept["losses"] >= least
@@ -66,8 +76,9 @@ def choose(
 
 
 def _described(row: "pd.Series[Any]") -> str:
+    resident = "" if math.isnan(row[RESIDENT]) else f", {row[RESIDENT]:.3g} MiB resident"
     return (
         f"{read_by(row)} ({percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, "
-        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB; {counted(row['forwards'], 'network run')} an answer; up to "
-        f"{row['losses']:g} lost at once)"
+        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB{resident}; "
+        f"{counted(row['forwards'], 'network run')} an answer; up to {row['losses']:g} lost at once)"
     )

@@ -37,8 +37,9 @@ _PAIRED = (
     "what a t-test at 5 % tells from zero, not corrected for the number of comparisons."
 )
 _KEEP = (
-    "Kept beyond the experts' own servers. Forwards: networks run for one lost answer. Lost: how many experts may be "
-    "lost at once. Shaded: no other is as good in all four. none: the survivors alone."
+    "Kept beyond the experts' own servers: memory, as stored; resident, the weights that answering processes hold. "
+    "Forwards: networks run for one lost answer. Lost: how many experts may be lost at once. Shaded: no other is as "
+    "good in NDA and all of these. none: the survivors alone."
 )
 _CHOSEN = "Chosen on calibration data, or how a solve ended; several values: seeds or rows of the code differ."
 

@@ -51,8 +51,11 @@ class Row:
         merge_passes: Forward-equivalents spent on it (forward 1, backward 2 per sample and cotangent).
         decoder_seconds: Wall time of fitting the decoder, the networks' answers to the calibration samples included.
         decoder_passes: Forward-equivalents spent on it: every expert and coded model on every sample that is read.
-        memory_mib: What must be kept beyond the experts' own servers, in MiB: networks as they are kept, and heads or
-            regressions for every erasure of the code; NaN for the oracle (as the next two).
+        memory_mib: What must be stored beyond the experts' own servers, in MiB: networks as they are stored, and heads
+            or regressions for every erasure of the code; NaN for the oracle (as the next three).
+        resident_mib: The weights that processes hold which answer with it, in MiB, heads or regressions included. A
+            whole network takes what it takes stored; one in few bits runs packed, and its largest matrix is made beside
+            it; a delta from a base is a whole network once loaded. Of copies all are held as stored, and one whole.
         forwards: Networks run for one lost answer, the survivors that are asked among them.
         losses: The most experts that may be lost at once.
     """
@@ -76,11 +79,13 @@ class Row:
     decoder_seconds: float
     decoder_passes: float
     memory_mib: float = math.nan
+    resident_mib: float = math.nan
     forwards: float = math.nan
     losses: float = math.nan
 
 
 STAND_IN_COSTS = ("memory_mib", "forwards", "losses")
+RESIDENT = "resident_mib"  # files of before it was measured lack this column
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
@@ -190,6 +195,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
+    Only `RESIDENT` may be missing, with its mean and spread; it is NaN then.
     Raises FileError where the file is missing, damaged, or lacks a column or a row.
     """
     if not path.is_file():
@@ -199,6 +205,8 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         frame = pd.read_csv(path, dtype="str", keep_default_na=False)
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it again") from error
+    unknown = {name: "" for name in columns if name.startswith(RESIDENT) and name not in frame.columns}
+    frame = frame.assign(**unknown)
     if missing := [name for name in columns if name not in frame.columns]:
         raise FileError(f"'{path}' has no column '{missing[0]}' ({len(missing)} missing); run the experiment again")
     if frame.empty:

@@ -12,6 +12,7 @@ from coin.errors import CoinWarning, FileError
 from coin.reporting.results import (
     KEYS,
     NUMBERS,
+    RESIDENT,
     RESULTS_CSV,
     STAND_IN_COSTS,
     check_current,
@@ -124,23 +125,29 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     """Return what may be kept for a lost expert: a row per method's variant and decoder of one experiment's `summary`.
 
     The columns: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
-    ``forwards``, ``losses``, ``merge_seconds``, ``nda_worst`` (the mean over seeds on the ``worst_task``).
+    ``resident_mib`` (NaN where it was not measured), ``forwards``, ``losses``, ``merge_seconds``, ``nda_worst`` (the
+    mean over seeds on the ``worst_task``).
     """
     summary = summary.assign(name=variant_names(summary))
     keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
     alone = summary[summary["erased"] == summary["task"]].sort_values("nda_mean", kind="stable")
     worst = alone.drop_duplicates(keys).rename(columns={"task": "worst_task", "nda_mean": "nda_worst"})
     means = over_tasks(summary).merge(worst[[*keys, "worst_task", "nda_worst"]], on=keys, how="left")
-    costs = list(STAND_IN_COSTS)
-    means = means.rename(columns={f"{cost}_mean": cost for cost in (*costs, "merge_seconds")})
-    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds", "nda_worst", "worst_task"]]
-    kept = kept.dropna(subset=["nda_mean", *costs])
+    memory, *others = STAND_IN_COSTS
+    costs = [memory, RESIDENT, *others, "merge_seconds"]
+    means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
+    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task"]]
+    kept = kept.dropna(subset=["nda_mean", *STAND_IN_COSTS])
     return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
 
 
 def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `stand_ins` no other beats in NDA (to the digits printed), memory, forwards and losses."""
-    signs = {"nda_mean": 1, "memory_mib": -1, "forwards": -1, "losses": 1}
+    """Return which rows of `stand_ins` no other beats in NDA (to the digits printed), memories, forwards and losses.
+
+    Where the resident memory was not measured, it counts as large as the stored one.
+    """
+    signs = {"nda_mean": 1, "memory_mib": -1, RESIDENT: -1, "forwards": -1, "losses": 1}
+    kept = kept.assign(**{RESIDENT: kept[RESIDENT].fillna(kept["memory_mib"])})
     goods = (kept[list(signs)].round(4) * pd.Series(signs)).to_numpy()
     beaten = [bool(((goods >= own).all(1) & (goods > own).any(1)).any()) for own in goods]
     return ~pd.Series(beaten, index=kept.index, dtype=bool)

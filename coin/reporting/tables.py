@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coin.coding.decoder_config import REPLICA
+from coin.reporting.results import RESIDENT
 from coin.reporting.summary import (
     REFERENCES,
     decoders_of,
@@ -30,7 +31,7 @@ IN_SHORT = "In short: "  # how a finding begins
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
 NONE = REFERENCES[0]
-_WIDEST = 14  # characters of a heading in one line
+_WIDEST = 9  # characters of a heading in one line
 
 
 def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: int = 2, plus: str = "") -> str:
@@ -43,6 +44,13 @@ def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: i
 def seconds(value: float) -> str:
     """Return a duration in seconds with about three digits, ``–`` for NaN."""
     return "–" if math.isnan(value) else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def mebibytes(value: float) -> str:
+    """Return a number of MiB with about three digits, ``–`` for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def counted(number: float, what: str) -> str:
@@ -62,26 +70,32 @@ def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def stand_in_table(kept: pd.DataFrame) -> pd.DataFrame:
-    """Return `stand_ins` as text, the `undominated` ones with `BEST`."""
+    """Return `stand_ins` as text, the `undominated` ones with `BEST`; without resident memory if none was measured."""
     rows = zip(kept.to_dict("records"), undominated(kept), strict=True)
     lines = [
         {
             "method": row["name"],
             "decoder": row["decoder"],
             "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (is_best and row["name"] != NONE),
-            "memory MiB": f"{row['memory_mib']:.3g}" if row["memory_mib"] < 1000 else f"{row['memory_mib']:,.0f}",
+            "memory MiB": mebibytes(row["memory_mib"]),
+            "resident MiB": mebibytes(row[RESIDENT]),
             "forwards": f"{row['forwards']:g}",
             "lost": f"{row['losses']:g}",
             "merge s": seconds(row["merge_seconds"]),
         }
         for row, is_best in rows
     ]
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(lines)
+    return table.drop(columns="resident MiB") if kept[RESIDENT].isna().all() else table
 
 
-def keep_table(kept: pd.DataFrame, experiment: str) -> Table:
-    """Return the `shortlist` of `stand_ins` for the terminal."""
-    return rich_table(stand_in_table(kept[shortlist(kept)]), f"{experiment}: what to keep", ["method", "decoder"])
+def keep_table(kept: pd.DataFrame, experiment: str, console: Console) -> Table:
+    """Return the `shortlist` of `stand_ins` for the terminal, without the time of merging where there is no room."""
+    table = stand_in_table(kept[shortlist(kept)])
+    layout: Any = {"title": f"{experiment}: what to keep", "texts": ["method", "decoder"]}
+    if too_wide(rich_table(table, **layout), console):
+        table = table.drop(columns="merge s")
+    return rich_table(table, **layout)
 
 
 def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
@@ -156,8 +170,8 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
     if len(kept := stand_ins(summary)):
-        console.print(keep_table(kept, experiment))
-        told = f"Every method's best decoder; {BEST} no other beats it in NDA, memory, forwards and experts lost"
+        console.print(keep_table(kept, experiment, console))
+        told = f"Every method's best decoder; {BEST} no other beats it in NDA, memories, forwards and experts lost"
         console.print(Text(f"{told}{everything}."))
         console.print(Text(finding(kept)))
 

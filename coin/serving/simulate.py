@@ -5,8 +5,8 @@ import math
 import random
 import selectors
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -23,6 +23,8 @@ from coin.serving.front_end import Answer, FrontEnd, Limits, Server
 from coin.serving.policies import Lateness, Policy, StandIns
 from coin.serving.servers import NetworkServer
 
+BATCHES = (1, 2, 4, 8)  # the numbers of inputs that are timed, up to `Limits.batch`
+WARM_UP = 5  # passes before those that are timed
 QueryTarget = StrEnum("QueryTarget", ["one", "all"])  # one expert's answer, drawn at random, or all experts'
 
 
@@ -86,14 +88,12 @@ class Conditions:
     Args:
         load: The share of the experts' capacity (without batching) that own answers use, in (0, 1).
         queries: How many there are; the first quarter warms up and is not reported.
-        seconds: The mean service time for one input; by default every expert's is measured.
-        tail: The mean of an exponential time on top of every service, in multiples of its mean.
+        tail: The mean of an exponential time on top of every service, in multiples of the service's own mean.
         slow: Slow phases of machines; `down`, their failures, in which all their requests are lost.
     """
 
     load: float = 0.4
     queries: int = 20_000
-    seconds: float | None = None
     tail: float = 0.0
     slow: Phases = field(default_factory=Phases)
     down: Phases = field(default_factory=lambda: Phases(length=1000.0))
@@ -101,26 +101,52 @@ class Conditions:
     def __post_init__(self) -> None:
         check_number("load", self.load, low=0, high=1, strict=True)
         check_integer("queries", self.queries, 40)
-        check_number("seconds", 1.0 if self.seconds is None else self.seconds, low=0, strict=True)
         check_number("tail", self.tail, low=0)
+
+
+class ServiceTimes:
+    """How long a network takes for a batch, in seconds: measured at the sizes of `BATCHES`, in between interpolated.
+
+    Args:
+        seconds: For each of these sizes K measured times ``[4, K]``.
+    """
+
+    def __init__(self, seconds: NDArray[np.float64]) -> None:
+        self._seconds = np.sort(seconds, axis=1)
+        self._means = self._seconds.mean(axis=1)
+
+    def mean(self, inputs: int = 1) -> float:
+        """Return the mean time for so many inputs."""
+        return float(np.interp(inputs, BATCHES, self._means))
+
+    def at(self, quantile: float, inputs: int) -> float:
+        """Return the time for so many inputs at a quantile in [0, 1) of the measured ones."""
+        column = int(quantile * self._seconds.shape[1])
+        return float(np.interp(inputs, BATCHES, self._seconds[:, column]))
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """One simulation."""
+    """One simulation; `times` has every server's own."""
 
     stand_ins: StandIns
     policy: Policy
     conditions: Conditions
-    seconds: Sequence[NDArray[np.float64]]  # each expert's service times [K] or their mean [1]; others take the first's
-    marginal: float = 1.0  # the time of each further input of a batch, as a share of the first
+    times: Mapping[str, ServiceTimes]
     want: QueryTarget = QueryTarget.one
     seed: int = 0  # of everything random; queries and phases are the same for all policies
 
     @property
     def unit(self) -> float:
-        """The experts' mean service time without the tail, in seconds: loads and phases refer to it."""
-        return float(np.mean([each.mean() for each in self.seconds]))
+        """The experts' mean service time for one input, in seconds, without the tail: loads and phases refer to it."""
+        return float(np.mean([self.times[name].mean() for name in self.stand_ins.experts]))
+
+    @property
+    def standin_unit(self) -> float:
+        """The same of the servers beyond the experts; NaN where there are none."""
+        experts = self.stand_ins.experts
+        others = [self.times[name].mean() for name in self.stand_ins.servers if name not in experts]
+        return float(np.mean(others)) if others else math.nan
 
 
 class Outcome(NamedTuple):
@@ -132,19 +158,31 @@ class Outcome(NamedTuple):
 
 
 class Machine:
-    """A machine that runs one batch at a time, of the requests to one of its networks; the first of all."""
+    """A machine that runs one batch at a time; each network that a batch asks for runs once, one after the other."""
 
     def __init__(self, it: Simulation, place: int) -> None:
         self.it, self.forwards, self._busy = it, 0, False
-        self._times = self._service_times(it.seconds[place if place < len(it.seconds) else 0], place)
+        self._draws = self._service_draws(place)
         self._is_slow = it.conditions.slow.is_on(it.unit, random.Random(f"slow {it.seed} {place}"))
         self._is_down = it.conditions.down.is_on(it.unit, random.Random(f"down {it.seed} {place}"))
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 
-    def _service_times(self, samples: NDArray[np.float64], place: int) -> Iterator[float]:
-        draw, tail = np.random.default_rng([self.it.seed, 1, place]), self.it.conditions.tail * samples.mean()
+    def _service_draws(self, place: int) -> Iterator[tuple[float, float]]:
+        """Yield for every service the quantile of its measured times, and its tail in multiples of their mean."""
+        draw = np.random.default_rng([self.it.seed, 1, place])
         while True:
-            yield from (draw.choice(samples, 4096) + draw.exponential(tail, 4096)).tolist()
+            quantiles = draw.random(4096).tolist()
+            tails = draw.exponential(self.it.conditions.tail, 4096).tolist()
+            yield from zip(quantiles, tails, strict=True)
+
+    def _seconds(self, asked: Sequence[str]) -> float:
+        """Return how long the networks take that the requests of a batch ask for."""
+        quantile, tail = next(self._draws)
+        seconds = 0.0
+        for network, inputs in Counter(asked).items():
+            times = self.it.times[network]
+            seconds += times.at(quantile, inputs) + tail * times.mean(inputs)
+        return seconds
 
     async def ask(self, network: str, inputs: object) -> None:
         """Answer a request to one of its networks; raises OverloadedError, and LostError where it is down."""
@@ -157,14 +195,17 @@ class Machine:
         await reply
 
     def _begin(self) -> None:
-        loop, batch, chosen = asyncio.get_running_loop(), list[asyncio.Future[None]](), ""
-        while self._waiting and len(batch) < Limits.batch and (not batch or self._waiting[0][0] == chosen):
-            chosen, reply = self._waiting.popleft()
+        loop = asyncio.get_running_loop()
+        batch: list[asyncio.Future[None]] = []
+        asked: list[str] = []
+        while self._waiting and len(batch) < Limits.batch:
+            network, reply = self._waiting.popleft()
             if not reply.done():  # it was not withdrawn
                 batch.append(reply)
+                asked.append(network)
         self._busy = bool(batch)
         if batch:
-            seconds = next(self._times) * (1 + self.it.marginal * (len(batch) - 1))
+            seconds = self._seconds(asked)
             seconds *= self.it.conditions.slow.factor if self._is_slow(loop.time()) else 1.0
             self.forwards += len(batch)
             # That a machine is down is known after a mean service time.
@@ -185,7 +226,7 @@ def run_simulation(it: Simulation) -> Outcome:
 
 
 async def _run(it: Simulation) -> Outcome:
-    loop, count, total = asyncio.get_running_loop(), len(it.seconds), it.conditions.queries
+    loop, count, total = asyncio.get_running_loop(), len(it.stand_ins.experts), it.conditions.queries
     machines, servers = dict[str, Machine](), dict[str, Server]()
     for name in it.stand_ins.servers:
         process = name.partition("/")[0]
@@ -222,21 +263,27 @@ async def _run(it: Simulation) -> Outcome:
     return Outcome(kept, stood_in / answers, sum(each.forwards for each in machines.values()) / total)
 
 
-def measure(server: NetworkServer, batch: int = 8, repeats: int = 200) -> tuple[NDArray[np.float64], float]:
-    """Return a server's processor seconds for one input on one core ``[repeats]``, and the share a further one adds."""
-    several, threads = server.probe.repeat(batch, *[1] * (server.probe.ndim - 1)), torch.get_num_threads()
-
-    def times(inputs: torch.Tensor, count: int) -> NDArray[np.float64]:
-        marks = [time.process_time()]  # not a clock's: others may be at work on this machine
-        for _ in range(count + 20):
-            server(inputs)
-            marks.append(time.process_time())
-        return np.diff(marks)[20:]
-
+def measure(server: NetworkServer, repeats: int = 60) -> ServiceTimes:
+    """Return a server's processor seconds on one thread, warm, for batches of the sizes of `BATCHES`."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    one, more = times(server.probe, repeats), times(several, repeats // batch)
-    torch.set_num_threads(threads)
-    return one, max(0.0, float(np.median(more) / np.median(one) - 1) / (batch - 1))
+    try:
+        seconds = [_processor_seconds(server, inputs, repeats) for inputs in BATCHES]
+    finally:
+        torch.set_num_threads(threads)
+    return ServiceTimes(np.stack(seconds))
+
+
+def _processor_seconds(server: NetworkServer, inputs: int, repeats: int) -> NDArray[np.float64]:
+    """Return the processor seconds of passes over so many inputs ``[repeats]``."""
+    batch = server.probe.repeat(inputs, 1, 1, 1)
+    for _ in range(WARM_UP):
+        server(batch)
+    marks = [time.process_time()]  # not a clock's: others may be at work on this machine
+    for _ in range(repeats):
+        server(batch)
+        marks.append(time.process_time())
+    return np.diff(marks)
 
 
 def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
@@ -245,6 +292,8 @@ def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[st
     Latencies are in seconds, of all seeds together and the least and largest of one, as order statistics: failures are
     never interpolated. Memory is in bytes of weights on all servers. ``standing_in_accuracy`` is that of the answers
     that stood in, ``effective_accuracy`` that of all that were wanted; those that never came are wrong.
+    ``service_seconds`` is the experts' mean service time for one input, ``standin_seconds`` that of the servers that
+    stand in, empty where nobody does.
     """
     assert coded.results is not None
     rows = coded.results[~coded.results["erased"].str.contains("+", regex=False)]
@@ -265,4 +314,5 @@ def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[st
         "share_stood_in": stood_in, "share_failed": failed, "forwards": np.mean([each.forwards for each in outcomes]),
         "standing_in_accuracy": right, "effective_accuracy": (1 - stood_in - failed) * own + stood_in * right,
         "service_seconds": it.unit * (1 + it.conditions.tail),
+        "standin_seconds": it.standin_unit * (1 + it.conditions.tail),
     }  # fmt: skip

@@ -28,7 +28,8 @@ def log_evaluation(
     """Log one seed's evaluation into an open run.
 
     The summary has ``nda/METHOD/DECODER``, means over tasks, each lost alone, and for W&B's sweeps ``nda_mean_best``
-    (on the test sets: it ranks, it does not validate). The tables are ``results`` (all rows) and ``examples`` (test
+    (on the test sets: it ranks, it does not validate), with ``best_method``, ``best_decoder``, ``best_memory_mib`` and
+    ``best_resident_mib``. The tables are ``results`` (all rows) and ``examples`` (test
     images with the best decoder's answers); ``confusion/TASK`` is a chart of the best method's counts ``[C, C]``.
     """
     if run.disabled:
@@ -42,6 +43,8 @@ def log_evaluation(
     if len(coded):
         best = coded.iloc[-1]
         numbers |= {"nda_mean_best": float(best.nda_mean), "best_method": best["name"], "best_decoder": best.decoder}
+        memories = {"best_memory_mib": best.memory_mib_mean, "best_resident_mib": best.resident_mib_mean}
+        numbers |= {name: float(mib) for name, mib in memories.items() if pd.notna(mib)}
     method, decoder = numbers.get("best_method"), numbers.get("best_decoder")
     cells: Any = frame.astype(object).where(frame.notna(), None)  # W&B's charts stumble over NaN
     logged: dict[str, Any] = {"results": wandb.Table(columns=[*COLUMNS], data=cells.to_numpy().tolist())}

@@ -10,6 +10,8 @@ import pytest
 from coin.cli import main
 from coin.reporting import read_results
 from coin.serving.policies import PolicyKind
+from coin.serving.servers import System
+from coin.serving.simulate import BATCHES, ServiceTimes
 
 pytestmark = pytest.mark.slow
 
@@ -20,8 +22,28 @@ def simulated(folder: Path, output: Path, *options: str) -> pd.DataFrame:
     return pd.read_csv(output / "simulation.csv", keep_default_na=False)
 
 
-def test_a_row_for_every_policy_and_kind_of_query(alone: Path, tmp_path: Path, capsys: Any) -> None:
-    rows = simulated(alone, tmp_path, "--seconds=0.01", "-c", "stragglers")
+EXPERT, STAND_IN = 0.01, 0.03
+
+
+@pytest.fixture
+def given_times(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Experts take 10 ms and what is coded 30 ms, in place of what is measured; return the measured servers' names."""
+    names: list[str] = []
+
+    def take(name: str) -> ServiceTimes:
+        names.append(name)
+        seconds = EXPERT if name.startswith("expert") else STAND_IN
+        return ServiceTimes(np.array([[seconds * (1 + inputs) / 2] for inputs in BATCHES]))
+
+    monkeypatch.setattr(System, "network", lambda system, name: name)
+    monkeypatch.setattr("coin.commands.simulate.measure", take)
+    return names
+
+
+def test_a_row_for_every_policy_and_kind_of_query(
+    alone: Path, tmp_path: Path, capsys: Any, given_times: list[str]
+) -> None:
+    rows = simulated(alone, tmp_path, "-c", "stragglers")
     assert len(rows) == 2 * len(PolicyKind)
     assert set(rows["redundancy"]) == set(PolicyKind)
     assert (rows["p50"] <= rows["p99"]).all()
@@ -29,6 +51,14 @@ def test_a_row_for_every_policy_and_kind_of_query(alone: Path, tmp_path: Path, c
     assert (rows["p999"] <= rows["p999_high"]).all()
     assert set(rows["seeds"]) == {2}
     assert rows["service_seconds"].tolist() == pytest.approx([0.011] * len(rows))
+    standins = pd.to_numeric(rows["standin_seconds"])
+    assert standins[rows["redundancy"] == "uncoded"].isna().all()
+    is_replica = rows["redundancy"].str.startswith("replica")
+    assert standins[is_replica].tolist() == pytest.approx([0.011] * is_replica.sum())  # the experts' own networks
+    is_coded = rows["redundancy"].str.startswith(("standin", "coded"))
+    assert standins[is_coded].tolist() == pytest.approx([0.033] * is_coded.sum())
+    assert given_times[:2] == ["expert-digits", "expert-letters"]
+    assert all(name.startswith("coded-0") for name in given_times[2:])
     first = rows.groupby("redundancy")[["memory", "standing_in_accuracy", "variant", "share_stood_in"]].first()
     experts = first.loc["uncoded"].memory
     assert first.loc["replica"].memory == 2 * experts
@@ -54,7 +84,8 @@ def test_times_are_measured_and_what_is_named_is_meant(finished: Path, tmp_path:
     rows = simulated(finished, tmp_path, "--policies=[coded_hedged]", "--method=coin", "--decoder=ridge")
     assert rows["variant"].tolist() == ["coin ridge"] * 2
     assert (rows["service_seconds"] > 0).all()
-    rows = simulated(finished, tmp_path, "--seconds=0.01")  # no decoder of its reads no survivor
+    assert (rows["standin_seconds"] > 0).all()
+    rows = simulated(finished, tmp_path)  # no decoder of its reads no survivor
     assert set(rows["redundancy"]) == set(PolicyKind) - {"standin", "standin_lost"}
 
 

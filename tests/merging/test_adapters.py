@@ -12,11 +12,11 @@ import coin
 from coin.coding import uniform
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
-from coin.networks.adapted import Adapted, answering, with_adapters
 from coin.merging.adapters import Moments
 from coin.merging.peft import save_peft
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks.adapted import Adapted, answering, with_adapters
 from coin.networks.adapters import AdapterOptions
 from coin.networks.delta import quantise
 from coin.networks.running import features_and_logits
@@ -276,6 +276,7 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     heads = 4 * 3 * (4 * 6 + 4)
     kept = sum(t.nbytes for t in made[0].state_dict().values()) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
+    assert table["resident_mib"].equals(table["memory_mib"])  # a whole body
     system.save(tmp_path / "system.safetensors")
     again = coin.Coded.load(tmp_path / "system.safetensors", experts)
     assert torch.equal(again.decode(batch, ["c", "b"]), decoded)
@@ -318,7 +319,10 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     torch.testing.assert_close(system.decode(inputs[2][0], [2])[0], F.linear(features, *head))
     tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
     heads = 4 * sum(tensor.numel() for tensor in head)
-    assert coin.evaluate(system, tests)["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
+    table = coin.evaluate(system, tests)
+    assert table["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
+    largest = 4 * max(parameter.numel() for parameter in packed.network().parameters() if parameter.ndim > 1)
+    assert table["resident_mib"].tolist() == [(packed.nbytes + largest + 3 * heads) / 2**20] * 3
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
         with pytest.raises(ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"):
             system.fit_decoder(inputs[0], erased, kind)

@@ -10,7 +10,7 @@ from coin.merging import Average, merge_networks
 from coin.modules import Coded
 
 NAMES = "accept accepted answers batchnorm class_names classes code coded count_classes decode decoders experts files "
-NAMES += "fit_decoder from_run heads is_adapted load method module names nbytes results save score"
+NAMES += "fit_decoder from_run heads is_adapted load method module names nbytes resident_nbytes results save score"
 CODES = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]]
 
 

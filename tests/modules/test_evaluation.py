@@ -16,7 +16,7 @@ from coin.networks import load_network
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
 SHARED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "decoder_passes"]
-COSTS = ["memory_mib", "forwards", "losses"]
+COSTS = ["memory_mib", "resident_mib", "forwards", "losses"]
 COLUMNS = ["decoder", "erased", "task", *SHARED, *COSTS]
 
 
@@ -42,7 +42,9 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     options = {"calibration": calibration, "erasures": system.code.erasures()}
     found = coin.evaluate(system, loaders, decoders=decoders, **options)
     singles = found[~found.erased.str.contains("+", regex=False)].reset_index(drop=True)
-    assert singles.drop(columns="memory_mib").equals(alone.drop(columns="memory_mib"))
+    memories = ["memory_mib", "resident_mib"]
+    assert singles.drop(columns=memories).equals(alone.drop(columns=memories))
+    assert found.resident_mib.equals(found.memory_mib)  # whole networks
     more = (singles.memory_mib > alone.memory_mib).groupby(alone.decoder).all()
     assert set(more.index[more]) == {"ridge", "ridge-own", "feature_ridge"}  # regressions for more erasures
     checked = 0

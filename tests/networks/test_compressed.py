@@ -8,7 +8,15 @@ import coin
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError, FileError, StateError
 from coin.networks import Compression, NetworkConfig, build_network, sources
-from coin.networks.files import kept_base, load_network, nbytes_together, save_compressed, save_network
+from coin.networks.adapted import resident_nbytes
+from coin.networks.files import (
+    kept_base,
+    load_network,
+    nbytes_together,
+    resident_copies,
+    save_compressed,
+    save_network,
+)
 
 CONFIG = NetworkConfig("small_resnet", image_size=16, options={"width": 8})
 
@@ -222,6 +230,15 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
     if base_bits == 8:  # the bytes on disk are those that are told
         on_disk = sum(path.stat().st_size for path in (tmp_path / "replicas").iterdir())
         assert on_disk == pytest.approx(nbytes_together(files), rel=0.5)
+    whole = sum(tensor.nbytes for tensor in network.state_dict().values())
+    module = files[0].module()
+    largest = 4 * max(parameter.numel() for parameter in network.parameters() if parameter.ndim > 1)
+    if base_bits:  # a delta is a whole network once it is loaded
+        assert resident_nbytes(module) == whole
+    else:
+        assert resident_nbytes(module) == sum(tensor.nbytes for tensor in module.state_dict().values()) + largest
+        assert resident_nbytes(module) < 0.6 * whole
+    assert resident_copies(files) == nbytes_together(files) + whole
     # Without its base it says what is missing; beside it it is found by its name.
     if base_bits == 32:
         (tmp_path / "base.safetensors").rename(tmp_path / "replicas/base.safetensors")

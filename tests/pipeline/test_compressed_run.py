@@ -43,12 +43,22 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     on_disk = [path.stat().st_size for path in kept.glob("*.safetensors")]
     assert len(on_disk) == 3  # the base and two experts
     assert memory["replica-3bit-int8base"] == pytest.approx(sum(on_disk) / 2**20, rel=0.4)
+    # A process that answers for all experts holds the copies as stored and one of them whole.
+    expert = load_network(seed / "experts/digits/expert.safetensors").nbytes / 2**20
+    resident = replicas.groupby("method").resident_mib.first()
+    assert (resident - memory).tolist() == pytest.approx([expert] * 3)
     coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
     assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit"]
     nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
     assert nda["refit-8bit-int8base"] == pytest.approx(nda["refit"], abs=0.1)
     kept_mib = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
     assert kept_mib["refit-2bit"] < kept_mib["refit-8bit-int8base"] < kept_mib["refit"]
+    resident_mib = coded[coded.decoder == "linear"].groupby("method").resident_mib.first()
+    assert resident_mib["refit"] == kept_mib["refit"]
+    assert resident_mib["refit-8bit-int8base"] == pytest.approx(resident_mib["refit"], rel=1e-3)  # a delta is unpacked
+    assert kept_mib["refit-2bit"] < resident_mib["refit-2bit"] < resident_mib["refit"]
+    references = frame[frame.method.isin(["none", "oracle"])]
+    assert references.resident_mib.equals(references.memory_mib)
     kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
     assert (kinds["replica-3bit-delta"], kinds["refit-2bit"]) == ("replica", "refit")
     # The configuration that was left repeats the run, and finds all of it done.

@@ -63,6 +63,7 @@ def measured(
                     decoder_seconds=0.5 * (decoder != "linear"),
                     decoder_passes=(decoder != "linear") * 2.0 * samples * (2 + (method != "none")),
                     memory_mib=left * (11.0 * (method != "none") + 0.1 * len(decoder)),
+                    resident_mib=left * (12.0 * (method != "none") + 0.1 * len(decoder)),
                     forwards=left * (len(tasks) - 1.0 + (method != "none")),
                     losses=left,
                 )  # fmt: skip

@@ -1,12 +1,14 @@
 """Which stand-in is chosen: the cheapest that meets all limits on the worst task, or what comes nearest."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import coin
@@ -16,25 +18,25 @@ from coin.reporting.choice import choose
 from coin.reporting.results import write_results
 from tests.reporting.conftest import BASE
 
-# method, decoder, NDA on a and on b, memory, forwards, losses
+# method, decoder, NDA on a and on b, memory, resident memory, forwards, losses
 KEPT = (
-    ("none", "ridge", 0.80, 0.60, 0.1, 1, 1),
-    ("small", "expert_head", 1.10, 0.985, 5.0, 1, 2),
-    ("small", "ridge", 0.99, 0.99, 5.0, 2, 1),
-    ("uneven", "expert_head", 1.00, 0.97, 2.0, 1, 2),
-    ("large", "expert_head", 0.999, 0.999, 30.0, 1, 2),
-    ("replica", "replica", 1.05, 1.02, 20.0, 1, 2),
+    ("none", "ridge", 0.80, 0.60, 0.1, 0.1, 1, 1),
+    ("small", "expert_head", 1.10, 0.985, 5.0, 6.0, 1, 2),
+    ("small", "ridge", 0.99, 0.99, 5.0, 7.0, 2, 1),
+    ("uneven", "expert_head", 1.00, 0.97, 2.0, 12.0, 1, 2),
+    ("large", "expert_head", 0.999, 0.999, 30.0, 30.0, 1, 2),
+    ("replica", "replica", 1.05, 1.02, 20.0, 24.0, 1, 2),
 )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, costs = tmp_path_factory.mktemp("run"), ("memory_mib", "forwards", "losses")
+    folder, costs = tmp_path_factory.mktemp("run"), ("memory_mib", "resident_mib", "forwards", "losses")
     for seed in (0, 1):
         rows = [
             replace(BASE, seed=seed, method=name, decoder=decoder, erased=task, task=task, nda=nda, **kept)
-            for name, decoder, *ndas, memory, forwards, losses in KEPT
-            for kept in [dict(zip(costs, (memory, forwards, losses), strict=True))]
+            for name, decoder, *ndas, memory, resident, forwards, losses in KEPT
+            for kept in [dict(zip(costs, (memory, resident, forwards, losses), strict=True))]
             for task, nda in zip("ab", ndas, strict=True)
         ]
         write_results(folder / f"seed-{seed}", rows, {})
@@ -54,6 +56,8 @@ def test_the_cheapest_that_meets_all_limits_is_first(folder: Path):
         ({"accuracy": 0.99, "losses": "all"}, ("replica", "replica"), 2), ({"accuracy": 0.5}, ("none", "ridge"), 6),
         ({"accuracy": 0.99, "losses": 2, "memory_mib": 20}, ("replica", "replica"), 1),
         ({"accuracy": 1}, ("replica", "replica"), 1),
+        ({"accuracy": 0.97, "resident_mib": 10}, ("small", "expert_head"), 2),
+        ({"accuracy": 0.99, "losses": 2, "resident_mib": 24}, ("replica", "replica"), 1),
     ):  # fmt: skip
         rows, sentence = chosen(folder, **wishes)
         assert (rows[0], len(rows)) == (first, count)
@@ -62,7 +66,9 @@ def test_the_cheapest_that_meets_all_limits_is_first(folder: Path):
 
 
 def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
-    assert "replica (100.00 % of the lost expert's accuracy on the worst task, b;" in chosen(folder, accuracy=1)[1]
+    sentence = chosen(folder, accuracy=1)[1]
+    assert "replica (100.00 % of the lost expert's accuracy on the worst task, b; 20 MiB, 24 MiB resident;" in sentence
+    assert "at most 23 MiB resident" in chosen(folder, accuracy=1, resident_mib=23)[1]
     rows, sentence = chosen(folder, accuracy=0.99, memory_mib=10, forwards=1)
     assert rows == []
     assert "the smallest that is accurate enough is small with ridge" in sentence
@@ -73,16 +79,17 @@ def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
 
 
 def test_limits_that_cannot_be_are_refused(folder: Path):
-    for wishes in ({"accuracy": 0}, {"accuracy": 98}, {"memory_mib": -1}, {"losses": 0}):
-        with pytest.raises(ConfigurationError, match=r"found (accuracy|memory_mib|losses)=-?\d+, expected"):
+    for wishes in ({"accuracy": 0}, {"accuracy": 98}, {"memory_mib": -1}, {"resident_mib": -1}, {"losses": 0}):
+        (name,) = wishes
+        with pytest.raises(ConfigurationError, match=rf"found {name}=-?\d+, expected"):
             chosen(folder, **wishes)
 
 
 def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["choose", str(folder), "--accuracy=0.99", "--losses=all", "--memory_mib=25"]) == 0
+    assert main(["choose", str(folder), "--accuracy=0.99", "--losses=all", "--memory_mib=25", "--resident_mib=25"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line.split() for line in lines if "replica" in line)
-    assert row == ["replica", "replica", "100.00*", "20", "1", "2"]
+    assert row == ["replica", "replica", "100.00*", "20", "24", "1", "2"]
     assert lines[-1].startswith("Keep replica (100.00 %")
     assert main(["choose", str(folder), "--accuracy=1", "--memory_mib=1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -90,6 +97,17 @@ def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.Captur
     assert said["sentence"] == choose(folder, accuracy=1, memory_mib=1)[1] == coin.choose(folder, 1, 1)[1]
     to_no_reader = f"{sys.executable} -m coin choose {folder} --json | true"
     assert subprocess.run(to_no_reader, shell=True, capture_output=True, check=True).stderr == b""
+
+
+def test_a_limit_on_resident_memory_needs_results_that_have_it(tmp_path: Path, folder: Path):
+    old = pd.read_csv(folder / "seed-0/results.csv", keep_default_na=False).drop(columns="resident_mib")
+    shutil.copytree(folder / "seed-0", tmp_path / "seed-0")
+    old.to_csv(tmp_path / "seed-0/results.csv", index=False)
+    rows, sentence = choose(tmp_path, accuracy=1)
+    assert rows["name"].tolist() == ["replica"]
+    assert "20 MiB; 1 network run" in sentence
+    with pytest.raises(FileError, match=r"found resident_mib=9 and results of .* from before it was measured"):
+        choose(tmp_path, resident_mib=9)
 
 
 def test_folders_without_known_memory_or_results_are_one_line(tmp_path: Path, make_experiment: Callable[..., Path]):

@@ -33,7 +33,7 @@ ROW = Row(
 def test_columns_are_the_design_s():
     design = "experiment seed method batchnorm decoder code_row erased task samples_per_task expert_accuracy "
     design += "decoded_accuracy nda agreement residual merge_seconds merge_passes decoder_seconds decoder_passes "
-    assert tuple(f"{design}memory_mib forwards losses".split()) == COLUMNS
+    assert tuple(f"{design}memory_mib resident_mib forwards losses".split()) == COLUMNS
 
 
 def test_rows_read_back_exactly(tmp_path: Path):
@@ -43,6 +43,20 @@ def test_rows_read_back_exactly(tmp_path: Path):
     frame = read_results(tmp_path)
     pd.testing.assert_frame_equal(frame, pd.DataFrame(map(asdict, rows)), check_exact=True, check_dtype=False)
     assert frame["seed"].dtype.kind == "i"
+
+
+def test_results_from_before_resident_memory_are_read_with_nan(tmp_path: Path):
+    write_results(tmp_path, [replace(ROW, memory_mib=2.0, resident_mib=3.0)], {})
+    path = tmp_path / "results.csv"
+    old = pd.read_csv(path, keep_default_na=False).drop(columns="resident_mib")
+    old.to_csv(path, index=False)
+    frame = read_results(tmp_path)
+    assert tuple(frame.columns) == COLUMNS
+    assert frame["memory_mib"].tolist() == [2.0]
+    assert frame["resident_mib"].isna().all()
+    old.drop(columns="memory_mib").to_csv(path, index=False)
+    with pytest.raises(FileError, match="has no column 'memory_mib'"):
+        read_results(tmp_path)
 
 
 def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):

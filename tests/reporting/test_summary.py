@@ -124,8 +124,9 @@ def test_seeds_of_other_options_than_the_latest_are_left_out_with_a_warning(tmp_
 
 def test_what_may_be_kept_has_the_worst_task_over_seeds_too():
     ndas = {("a", 0): 0.9, ("a", 1): 0.7, ("b", 0): 0.85, ("b", 1): 0.95}
-    rows = [row(s, task, nda, memory_mib=2.0, forwards=1, losses=1) for (task, s), nda in ndas.items()]
+    costs = {"memory_mib": 2.0, "resident_mib": 5.0, "forwards": 1, "losses": 1}
+    rows = [row(s, task, nda, **costs) for (task, s), nda in ndas.items()]
     (kept,) = stand_ins(summarise(frame(*rows))).to_dict("records")
-    assert (kept["worst_task"], kept["memory_mib"]) == ("a", 2.0)
+    assert (kept["worst_task"], kept["memory_mib"], kept["resident_mib"]) == ("a", 2.0, 5.0)
     assert (kept["nda_worst"], kept["nda_mean"]) == (pytest.approx(0.8), pytest.approx(0.85))
     assert stand_ins(summarise(frame(*(row(s, task, nda) for (task, s), nda in ndas.items())))).empty

@@ -100,12 +100,13 @@ def test_promises_over_tasks_and_seeds_by_hand():
 
 def stand_in_rows() -> list[Row]:
     """Four systems: two that others beat, in one quantity or in all; the oracle; one of results from before."""
-    kept = {"memory_mib": 10.0, "forwards": 2.0, "losses": 1.0}
+    kept = {"memory_mib": 10.0, "resident_mib": 11.0, "forwards": 2.0, "losses": 1.0}
+    large = {"memory_mib": 1234.0, "resident_mib": 1234.0, "forwards": 3.0, "losses": 1.0}
     rows = [
         replace(BASE, nda=0.99, method="a", **kept),
         replace(BASE, nda=0.99, method="b", **{**kept, "memory_mib": 12.0}),
         replace(BASE, nda=0.97, method="b", decoder="expert_head", **{**kept, "forwards": 1.0, "losses": 2.0}),
-        replace(BASE, nda=0.95, method="c", decoder="expert_head", memory_mib=1234.0, forwards=3.0, losses=1.0),
+        replace(BASE, nda=0.95, method="c", decoder="expert_head", **large),
         replace(BASE, nda=1.0, method="oracle"),
         replace(BASE, nda=0.9, method="old"),
     ]
@@ -118,12 +119,45 @@ def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     assert list(undominated(kept)) == [True, True, False, False]
     assert list(shortlist(kept)) == [True, True, True, True]  # b's best decoder is beaten, and shown
     table = stand_in_table(kept)
-    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "2", "1", seconds(BASE.merge_seconds)]
-    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "3", "1", seconds(BASE.merge_seconds)]
+    merging = seconds(BASE.merge_seconds)
+    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "11", "2", "1", merging]
+    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "1,234", "3", "1", merging]
     assert "*" not in "".join(stand_in_table(kept.assign(name="none"))["NDA"])  # what is no contender is not shaded
     below = printed(summarise(frame(*stand_in_rows()))).partition("what to keep")[2]
     assert below.count("*") == 3  # two rows' and the sentence's
     assert "95.00" in below
+
+
+def test_resident_memory_counts_and_is_left_out_where_none_was_measured():
+    rows = stand_in_rows()
+    heavy = [replace(row, resident_mib=50.0) if row.method == "b" else row for row in rows]
+    kept = stand_ins(summarise(frame(*heavy, *(replace(row, method="d", resident_mib=60.0) for row in heavy[:2]))))
+    assert not dict(zip(kept["name"], undominated(kept), strict=True))["d"]  # b is equal but for resident memory
+    light = [replace(row, resident_mib=1.0) if row.method == "b" else row for row in rows]
+    kept = stand_ins(summarise(frame(*light)))
+    assert list(undominated(kept)) == [True, True, True, False]  # less resident memory than what is else as good
+    old = [replace(row, resident_mib=math.nan) for row in rows]
+    kept = stand_ins(summarise(frame(*old)))
+    assert list(undominated(kept)) == [True, True, False, False]
+    assert "resident MiB" not in stand_in_table(kept)
+    mixed = stand_ins(summarise(frame(*old[:2], *rows[2:])))
+    assert list(stand_in_table(mixed)["resident MiB"]) == ["–", "11", "11", "1,234"]
+
+
+def test_the_table_of_what_to_keep_fits_80_columns_with_both_memories():
+    names = ["none", "replica-3bit-int8base", "refit+rank16-4bit", "distillation"]
+    kept = stand_ins(summarise(frame(*stand_in_rows()))).assign(name=names, decoder="feature_ridge")
+    for spread in (math.nan, 0.01):
+        console = Console(width=80, file=StringIO())
+        console.print(tables.keep_table(kept.assign(nda_std=spread), "quickstart", console))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert max(len(line) for line in text.splitlines()) <= 80
+        assert "memory resident" in text
+        assert "merge s" not in text
+        assert "…" not in text
+    console = Console(width=120, file=StringIO())
+    console.print(tables.keep_table(kept, "quickstart", console))
+    assert "merge s" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_finding_is_the_smallest_of_the_nearly_best():
@@ -133,12 +167,13 @@ def test_the_finding_is_the_smallest_of_the_nearly_best():
         ("middle", "linear", 0.985, 0.0, 4, 3, 1), ("large", "linear", 0.99, 0.0, 9, 3, 1),
         ("beaten", "linear", 0.984, 0.0, 4, 3, 1),
     ]  # fmt: skip
-    kept = pd.DataFrame(rows, columns=columns)
+    kept = pd.DataFrame(rows, columns=columns).assign(resident_mib=math.nan)
     told = r"middle with linear .* 98\.5 % .* 4 MiB; .* 3 network runs, .* 1 expert .*; the survivors .* 40\.0 %"
     assert re.search(told, tables.finding(kept))
-    far = pd.DataFrame([("average", "linear", 2.857, 0.0, 2, 1, 2)], columns=columns)
+    far = pd.DataFrame([("average", "linear", 2.857, 0.0, 2, 1, 2)], columns=columns).assign(resident_mib=math.nan)
     assert not re.search(r"\d", tables.finding(far))  # weaker than what replaces them: no number of what is none
     copies = pd.DataFrame([("replica-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
+    copies = copies.assign(resident_mib=9.0)
     assert re.search(r" 2 MiB; .* 1 network run, .* 2 experts", tables.finding(copies))
     alone = r"In short: the survivors alone with ridge keep 40\.0 % .* 0\.1 MiB; .* 1 expert may be lost at once\."
     assert re.fullmatch(alone, tables.finding(kept.head(1)))

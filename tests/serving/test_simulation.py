@@ -2,30 +2,49 @@
 
 import asyncio
 import random
+import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from coin.coding.ready import convex
 from coin.errors import ConfigurationError
 from coin.serving.front_end import Limits
 from coin.serving.policies import POLICIES, Policy, PolicyKind, StandIns
-from coin.serving.simulate import Conditions, Phases, QueryTarget, Simulation, VirtualLoop, run_simulation
+from coin.serving.simulate import (
+    BATCHES,
+    Conditions,
+    Machine,
+    Phases,
+    QueryTarget,
+    ServiceTimes,
+    Simulation,
+    VirtualLoop,
+    measure,
+    run_simulation,
+)
 
 MS = 1e-3
 
 
 def make(
-    kind: str = "uncoded", experts: int = 3, quantile: float = 0.9, tail: float = 0.0, **options: Any
-) -> Simulation:
-    fields = {name: options.pop(name) for name in ("marginal", "want", "seed") if name in options}
+    kind: str = "uncoded", experts: int = 3, quantile: float = 0.9, tail: float = 0.0, standin: float = 10 * MS,
+    marginal: float = 1.0, **options: Any,
+) -> Simulation:  # fmt: skip
+    """Return a simulation of experts that take 10 ms; a further input of a batch takes the share `marginal` of one."""
+    fields = {name: options.pop(name) for name in ("want", "seed") if name in options}
     stand_ins = StandIns(POLICIES[kind][0], [f"expert-{place}" for place in range(experts)], convex(experts, 1))
     conditions = Conditions(**{"load": 0.5, "queries": 4000} | options, tail=tail)
-    return Simulation(
-        stand_ins, Policy(PolicyKind(kind), quantile), conditions, [np.array([10 * MS])] * experts, **fields
-    )
+    times = {name: constant(10 * MS if name in stand_ins.experts else standin, marginal) for name in stand_ins.servers}
+    return Simulation(stand_ins, Policy(PolicyKind(kind), quantile), conditions, times, **fields)
+
+
+def constant(seconds: float, marginal: float = 1.0) -> ServiceTimes:
+    return ServiceTimes(np.array([[seconds * (1 + marginal * (inputs - 1))] for inputs in BATCHES]))
 
 
 def test_time_jumps_to_the_next_timer_and_nothing_hangs() -> None:
@@ -50,14 +69,92 @@ def test_latencies_are_those_of_lindleys_recursion(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Limits, "batch", 1)
     it = make(experts=1, load=0.6, tail=0.5)
     draw = np.random.default_rng([0, 1, 0])
-    draw.choice(it.seconds[0], 4096)
-    services = 10 * MS + draw.exponential(5 * MS, 4096)
+    draw.random(4096)
+    services = 10 * MS + 10 * MS * draw.exponential(0.5, 4096)
     arrivals = np.random.default_rng([0, 0]).exponential(15 * MS / 0.6, 4000).cumsum()
     free, expected = 0.0, []
     for arrival, service in zip(arrivals, services, strict=False):
         free = max(free, arrival) + service
         expected.append(free - arrival)
     np.testing.assert_allclose(run_simulation(it).latencies, expected[1000:], rtol=1e-7)
+
+
+def test_times_of_batches_are_interpolated_between_those_measured() -> None:
+    assert BATCHES[-1] == Limits.batch
+    times = ServiceTimes(np.array([[3.0, 1.0], [4.0, 2.0], [6.0, 8.0], [9.0, 9.0]]))
+    assert [times.mean(inputs) for inputs in (1, 2, 3, 4, 6, 8)] == [2.0, 3.0, 5.0, 7.0, 8.0, 9.0]
+    assert [times.at(quantile, 3) for quantile in (0.0, 0.49, 0.5, 0.99)] == [4.0, 4.0, 6.0, 6.0]
+
+
+def test_a_machine_takes_the_time_of_the_network_that_runs_and_of_several_one_after_the_other() -> None:
+    it = make("replica", experts=2)
+    first, second = (f"replica-0/expert-{place}" for place in range(2))
+    measured = {first: [10.0, 12.0, 16.0, 30.0], second: [100.0, 110.0, 120.0, 130.0]}
+    own = {name: ServiceTimes(MS * np.array(times)[:, None]) for name, times in measured.items()}
+    it = replace(it, times={**it.times, **own})
+
+    async def ended(*asked: str) -> list[float]:
+        """Return when the requests end that come while the machine runs one for the first network."""
+        loop = asyncio.get_running_loop()
+        machine = Machine(it, 2)
+
+        async def ask(name: str) -> float:
+            await machine.ask(name, None)
+            return loop.time()
+
+        began = loop.time()
+        ends = await asyncio.gather(ask(first), *map(ask, asked))
+        return [round((end - began) / MS, 6) for end in ends]
+
+    for asked, batch in (
+        ([first], 10), ([second], 100), ([first] * 3, 14), ([second] * 3, 115), ([first, second] * 2, 12 + 110),
+        ([first] * 6 + [second] * 2, 23 + 110),
+    ):  # fmt: skip
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            assert runner.run(ended(*asked)) == [10] + [10 + batch] * len(asked)
+
+
+def test_a_stand_in_takes_its_own_time_not_the_expert_s() -> None:
+    """Next to no load: an answer that stood in comes later by as much as the stand-in takes longer, no other does."""
+    options: dict[str, Any] = {"load": 3e-5, "queries": 400, "slow": Phases(0.3, 50.0, 20.0)}
+    for kind in ("standin", "replica"):
+        same, slower = (run_simulation(make(kind, standin=standin, **options)) for standin in (10 * MS, 50 * MS))
+        later = (slower.latencies - same.latencies).round(6)
+        assert (later > 0).mean() == same.stood_in
+        assert 0.05 < same.stood_in < 0.5
+        assert np.median(later[later > 0]) == later.max() == 40 * MS  # less where the expert answers in between
+    assert make("standin", standin=50 * MS).standin_unit == pytest.approx(50 * MS)
+    assert make("standin", standin=50 * MS).unit == pytest.approx(10 * MS)  # the load is the experts'
+    assert np.isnan(make("uncoded").standin_unit)
+
+
+def test_a_server_is_measured_warm_at_every_size_on_one_thread() -> None:
+    passes: list[int] = []
+    threads = set[int]()
+
+    class Server:
+        probe = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+
+        def __call__(self, stored: torch.Tensor) -> None:
+            passes.append(len(stored))
+            threads.add(torch.get_num_threads())
+            cold = 5 * MS if passes.count(len(stored)) == 1 else 0.0
+            until = time.process_time() + cold + 0.5 * MS * (3 + len(stored))
+            while time.process_time() < until:
+                pass
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        times = measure(Server(), repeats=10)  # type: ignore[arg-type]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {1}
+    assert list(dict.fromkeys(passes)) == list(BATCHES)
+    fastest = [times.at(0.0, inputs) / MS for inputs in BATCHES]
+    assert fastest == pytest.approx([2.0, 2.5, 3.5, 5.5], rel=0.1)
+    assert times.at(0.99, 1) < 6 * MS  # the first pass is not counted
 
 
 def test_decoding_at_once_is_an_order_statistic() -> None:
@@ -125,7 +222,7 @@ def test_phases_take_their_share_of_the_time(share: float) -> None:
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (Conditions, {"load": 1.0, "queries": 9, "seconds": 0}),
+        (Conditions, {"load": 1.0, "queries": 9, "tail": -1}),
         (Phases, {"share": 1.0, "length": 0, "factor": 0.5}),
         (Limits, {"deadline": 0, "pixels": 0, "batch": 0}),
         (partial(Policy, PolicyKind.coded_hedged), {"quantile": 1.0}),

@@ -82,6 +82,9 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
     assert summary["nda_mean_best"] == pytest.approx(coded.max(), rel=1e-12)
     method, decoder = coded.idxmax()
     assert (summary["best_method"], summary["best_decoder"]) == (method, decoder)
+    own = frame[(variant_names(frame) == method) & (frame["decoder"] == decoder)]
+    assert summary["best_memory_mib"] == pytest.approx(own["memory_mib"].mean(), rel=1e-12)
+    assert summary["best_resident_mib"] == pytest.approx(own["resident_mib"].mean(), rel=1e-12)
 
     def table(name: str) -> dict[str, Any]:
         (file,) = (run_folder / "files" / "media" / "table").glob(f"{name}_*.table.json")
