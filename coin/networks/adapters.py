@@ -62,8 +62,8 @@ class Change(nn.Module):
     """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
 
     θ is a matrix [O, K], a kernel that is flattened to one, or a vector. Its scale and shift have a shape that
-    broadcasts over θ, in float16. The factors, left [O, r] and right [r, K], are in `BITS` bits a value with a scale for
-    each of the r (`coin.networks.delta.Rounded`).
+    broadcasts over θ, in float16. The factors, left [O, r] and right [r, K], are in `BITS` bits a value with a scale
+    for each of the r (`coin.networks.delta.Rounded`).
 
     Args:
         parts: The tensors as they are stored, by `PARTS`.
@@ -110,17 +110,17 @@ class Change(nn.Module):
         return read(self.left, self.left_scale, BITS, rows).T, read(self.right, self.right_scale, BITS, columns)
 
     def forward(self, value: Tensor) -> Tensor:
-        """Return the parameter θ as the expert has it."""
-        changed = value
+        """Return the parameter θ as the expert has it; what is no `Parameter` is changed in place."""
+        changed = value.clone() if isinstance(value, nn.Parameter) else value
         if self.left is not None:
-            matrix = value.flatten(1)
+            matrix = changed.flatten(1)
             left, right = self.factors(*matrix.shape)
-            changed = torch.addmm(matrix, left.to(value.dtype), right.to(value.dtype)).view(value.shape)
+            matrix.addmm_(left.to(value.dtype), right.to(value.dtype))
         if self.scale is not None:
-            changed = changed * self.scale
+            changed.mul_(self.scale.to(value.dtype))
         if self.shift is not None:
-            changed = changed + self.shift
-        return changed.to(value.dtype)
+            changed.add_(self.shift.to(value.dtype))
+        return changed
 
 
 class Changes(nn.ModuleList):

@@ -125,7 +125,7 @@ def _best_scale(matrix: Tensor, bits: int) -> Tensor:
 
 
 def _even_sums(matrix: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ⟨row, L_c⟩ and ⟨L_c, L_c⟩ ``[rows]``, with c the codes of the even levels that a scale ``[rows]`` gives."""
+    """Return ⟨row, L_c⟩ and ⟨L_c, L_c⟩ ``[rows]``, c the codes of the even levels that a scale ``[rows]`` gives."""
     ratio = matrix / scale.clamp(min=_SMALLEST)[:, None]
     taken = _even_places(ratio, bits) / 2 ** (bits - 1)
     return (matrix * taken).sum(1, dtype=torch.float64), taken.square_().sum(1, dtype=torch.float64)

@@ -28,23 +28,29 @@ def base_of(networks):
     return base
 
 
-@pytest.mark.parametrize("bits", [1, 3])
-def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, monkeypatch):
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, turned, monkeypatch):
     monkeypatch.setattr("coin.networks.delta._BLOCK", 4)
     torch.manual_seed(bits)
     rows = torch.randn(2, 40, 9, dtype=torch.float64) @ torch.randn(2, 9, 9, dtype=torch.float64)
     metric, wanted = rows.mT @ rows / 40, torch.randn(2, 3, 9, dtype=torch.float64)
-    scale = quantise(wanted.reshape(6, 9), bits).scale
-    codes = round_columns(wanted, scale[:, None].expand(6, 9).reshape(2, 3, 9), bits, metric)
-    found = Rounded(codes.reshape(6, 9), scale, bits).dense().double().reshape(2, 3, 9)
+    matrix = wanted.mT if turned else wanted  # of a row a scale
+    scale = quantise(matrix.flatten(0, 1), bits).scale
+    if bits > 1:
+        scale = scale.abs() * torch.tensor([1, -1, -1])[torch.arange(len(scale)) % 3]  # levels of both kinds
+    scales = scale.view(2, -1, 1).expand(matrix.shape)
+    scales = scales.mT if turned else scales
+    codes = round_columns(wanted, scales, bits, metric)
     order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True).tolist()
     for g in range(2):
         weight = wanted[g].clone()
         for place, k in enumerate(order):
-            error, later = weight[:, k] - found[g, :, k], order[place + 1 :]
-            levels = Rounded(torch.arange(2**bits).byte().expand(3, -1), scale[3 * g : 3 * g + 3], bits).dense()
-            nearest = (weight[:, k, None] - levels).abs().amin(1)
-            torch.testing.assert_close(error.abs(), nearest, rtol=1e-5, atol=1e-6)
+            every = torch.arange(2**bits).byte().expand(3, -1)
+            candidates = Rounded(every, scales[g, :, k], bits).dense().double()  # [O, 2^b]
+            nearest = (weight[:, k, None] - candidates).abs().argmin(1, keepdim=True)
+            assert torch.equal(codes[g, :, k].long(), nearest[:, 0])
+            error, later = weight[:, k] - candidates.gather(1, nearest)[:, 0], order[place + 1 :]
             if later:  # the minimiser over them, this column and those before being settled
                 weight[:, later] += error[:, None] * torch.linalg.solve(metric[g][later][:, later], metric[g][later, k])
 
