@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from coin.errors import DataError, StateError
 
@@ -29,19 +28,12 @@ def called_by(network: Network, forward: Forward | None) -> Network:
         return network
 
     def call(self: nn.Module, batch: Any) -> Tensor:
-        return forward(plain(_shallow_copy(self)), map_tensors(torch.clone, batch))  # which it may change
+        return forward(plain(copy.copy(self)), map_tensors(torch.clone, batch))  # which it may change
 
-    shared = _shallow_copy(network)
+    shared = copy.copy(network)
     # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
     shared.__dict__["_call_impl"] = MethodType(call, shared)
     return shared
-
-
-def _shallow_copy(network: Network) -> Network:
-    """Return what `copy.copy` does, for networks with parametrizations too, which refuse that."""
-    copied = network.__new__(type(network))
-    copied.__dict__ = dict(network.__dict__)
-    return copied
 
 
 def plain(network: Network) -> Network:
@@ -56,10 +48,6 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     # What a forward pass has left in attributes has a graph, which cannot be copied.
     left = (tensor for module in network.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf)
     copied = copy.deepcopy(network, memo | {id(tensor): tensor.detach() for tensor in left})
-    for module in copied.modules():
-        if is_parametrized(module):  # its class has properties of its own, which the copy would share
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     clear_caches(copied)
     return copied
 

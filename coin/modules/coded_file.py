@@ -17,12 +17,11 @@ from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
 from coin.merging.method import fill
 from coin.networks import Adapted, Adapter
-from coin.networks.adapters import Change
-from coin.networks.compressed import PackedMatrix, pack_parameter, packed_bits
 from coin.networks.experts import tensors_of
+from coin.networks.kept import Change, Kept, keep, kept_parameters
 
 _SYSTEM = "coded system"
-_PARAMETER = r"body\.(?:(?P<layer>.+)\.)?parametrizations\.(?P<parameter>[^.]+)\."  # one that is made when it is read
+_KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,26 @@ class Body:
     """What a file tells of an `Adapted` beside its tensors: its experts, and the bits of its packed matrices."""
 
     num_experts: int
-    bits: Mapping[str, int]  # by the names of modules
+    bits: Mapping[str, int]  # by the parameters' names
 
     @classmethod
     def of(cls, network: nn.Module) -> "Body | None":
         """Return what is told of a network, if it is one."""
-        return cls(network.num_experts, packed_bits(network)) if isinstance(network, Adapted) else None
+        if not isinstance(network, Adapted):
+            return None
+        bits = {name: kept.bits for name, _, kept in kept_parameters(network.body) if kept.bits}
+        return cls(network.num_experts, bits)
 
     def network(self, like: nn.Module, state: State) -> Adapted:
         """Return the body of an expert's architecture with these tensors."""
         body = clone(like).eval()
-        for module, bits in self.bits.items():
-            name = re.sub(_PARAMETER + "0$", _dotted, module)
-            shape = like.get_parameter(name).shape
-            pack_parameter(body, name, PackedMatrix(state[f"{module}.codes"], state[f"{module}.scale"], bits, shape))
         changes: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(self.num_experts)]
         for key, tensor in state.items():
-            found = re.fullmatch(_PARAMETER + rf"\d\.(?P<expert>\d+)\.(?P<part>{'|'.join(Change.PARTS)})", key)
-            if found:
+            if found := re.fullmatch(rf"{_KEPT}\.codes", key):
+                name = _dotted(found)
+                scale = state[f"{key.removesuffix('codes')}scale"]
+                keep(body, name, Kept(body.get_parameter(name), tensor, scale, self.bits[name]))
+            elif found := re.fullmatch(rf"{_KEPT}\.experts\.(?P<expert>\d+)\.(?P<part>\w+)", key):
                 changes[int(found["expert"])].setdefault(_dotted(found), {})[found["part"]] = tensor
         adapters = [Adapter({name: Change(parts) for name, parts in own.items()}) for own in changes]
         network = Adapted(body, adapters)

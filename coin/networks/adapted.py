@@ -4,30 +4,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map, tree_map_only
 
 from coin.core.batches import Forward, called_by, clone, tensors_in
 from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
-from coin.networks.adapters import ANSWERING, Adapter, Change, Changes
+from coin.networks.adapters import Adapter
 from coin.networks.heads import head_name, with_head
+from coin.networks.kept import ANSWERING, Change, Kept, keep, kept_parameters, unpacked
 
-_ASKED: ContextVar[Mapping[nn.Module, int | Tensor | None]] = ContextVar(
-    "_ASKED"
-)  # of whom bodies are asked, by `answering`
+_Asked = Mapping[nn.Module, int | Tensor | None]
+_ASKED: ContextVar[_Asked] = ContextVar("_ASKED")  # as which experts bodies answer, by `answering`
 
 
 class Adapted(nn.Module):
     """One body and N adapters; it answers as the experts that `answering` names.
 
-    The body's parameters that adapters change are made when a layer reads them (`torch.nn.utils.parametrize`): nothing
-    else is kept, and threads can ask for different experts at once. A batch of mixed experts runs once for each expert
-    in it. Logits are those of the body's head, on features that are the expert's.
+    The body's parameters that adapters change are made when a layer reads them: nothing else is kept, and threads can
+    ask for different experts at once. A batch of mixed experts runs once for each expert in it. Logits are those of the body's head, on features that are the expert's.
 
     Args:
         body: The body, with which it shares all tensors; `coin.Compressed.packed` gives one whose weights stay packed.
@@ -50,12 +48,13 @@ class Adapted(nn.Module):
         self.num_experts = len(adapters)
         self.head_name = f"body.{head_name(body)}".rstrip(".")
         self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
-        self._changes: dict[str, Changes] = {}  # those of the body's layers
         self._kept: dict[int, nn.Module] = {}  # plain networks, the least recently asked for first
+        kept = {name: own for name, _, own in kept_parameters(self.body)}
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
-            changes = Changes([adapter.changes.get(name) or Change({}) for adapter in adapters])
-            parametrise(self.body, name, changes)
-            self._changes[name] = changes
+            if name not in kept:
+                kept[name] = Kept(self.body.get_parameter(name))
+                keep(self.body, name, kept[name])
+            kept[name].experts.extend(adapter.changes.get(name) or Change({}) for adapter in adapters)
         self.keep(keep_mib)
 
     def keep(self, mib: float) -> None:
@@ -78,7 +77,7 @@ class Adapted(nn.Module):
         """
         token = ANSWERING.set(0)
         try:
-            made = [getattr(module, name).nbytes for module, name in _parametrized(self.body)]
+            made = [kept.forward().nbytes for _, _, kept in kept_parameters(self.body)]
         finally:
             ANSWERING.reset(token)
         if self._most:
@@ -94,10 +93,12 @@ class Adapted(nn.Module):
     @property
     def adapters(self) -> list[Adapter]:
         """The experts' adapters; they share the layers' tensors."""
-        return [
-            Adapter({name: own.of(i) for name, own in self._changes.items() if [*own.of(i).buffers()]})
-            for i in range(self.num_experts)
-        ]
+        found: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
+        for name, _, kept in kept_parameters(self.body):
+            for expert, own in enumerate(found if len(kept.experts) else ()):
+                if [*kept.change(expert).buffers()]:
+                    own[name] = kept.change(expert)
+        return [Adapter(changes) for changes in found]
 
     def with_forward(self, forward: Forward | None) -> "Adapted":
         """Return a copy that shares all tensors, and whose body is called by a user's function (`called_by`)."""
@@ -105,15 +106,27 @@ class Adapted(nn.Module):
         shared.forward_by = forward
         return shared
 
+    def only(self, expert: int) -> nn.Module:
+        """Return the body as it answers as one expert, without `answering`: it stays packed and shares all tensors.
+
+        So it can be exported (`torch.export`) and compiled (`torch.compile`) as one graph.
+        """
+        body = clone(self.body, shared=True)
+        for _, _, kept in kept_parameters(body):
+            kept.only = self._checked(expert)
+        return body
+
     @torch.no_grad()
     def network(self, expert: int, head: nn.Module | None = None) -> nn.Module:
         """Return a plain network that answers as an expert, in eval mode, with that head's weights if one is given."""
-        token = ANSWERING.set(expert)
-        try:
-            network = unpacked(self.body).eval()
-        finally:
-            ANSWERING.reset(token)
+        network = unpacked(self.only(expert)).eval()
         return network if head is None else with_head(network, head)
+
+    def _checked(self, expert: int) -> int:
+        """Return an expert's index; a ConfigurationError unless there is such a one."""
+        if not 0 <= expert < max(1, self.num_experts):
+            raise ConfigurationError(f"found expert {expert}, expected 0 to {self.num_experts - 1}")
+        return expert
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return what the body makes of inputs ``[B, …]`` as the experts that `answering` names."""
@@ -133,7 +146,7 @@ class Adapted(nn.Module):
             return self._run_one(experts, function, inputs, named)
         given = tensors_in((inputs, named))
         each = experts.to(given[0].device).expand(len(given[0]))
-        asked = each.unique().tolist() or [0]  # of an empty batch any expert will do
+        asked = torch.unique(each).tolist() or [0]  # of an empty batch any expert will do
         if len(asked) == 1:
             return self._run_one(asked[0], function, inputs, named)
         rows = [(each == expert).nonzero().flatten() for expert in asked]
@@ -145,9 +158,7 @@ class Adapted(nn.Module):
         return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)
 
     def _run_one(self, expert: int, function: Callable[..., Any], inputs: Any, named: Any) -> Any:
-        if not 0 <= expert < self.num_experts:
-            raise ConfigurationError(f"found expert {expert}, expected 0 to {self.num_experts - 1}")
-        token = ANSWERING.set(expert)
+        token = ANSWERING.set(self._checked(expert))
         try:
             return function(self._as_expert(expert), *inputs, **named)
         finally:
@@ -172,38 +183,6 @@ def resident_nbytes(network: nn.Module) -> int:
 def tensor_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers, tied ones once."""
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-
-
-def parametrise(network: nn.Module, name: str, parametrization: nn.Module) -> None:
-    """Have a network, in place, make a parameter of what it keeps of it whenever a layer reads it."""
-    place, _, parameter = name.rpartition(".")
-    layer = network.get_submodule(place)
-    if not parametrize.is_parametrized(layer):
-        layer._order = [*layer._parameters]  # type: ignore[assignment]  # in which `unpacked` restores them
-    parametrize.register_parametrization(layer, parameter, parametrization, unsafe=True)
-
-
-def unpacked(network: nn.Module) -> nn.Module:
-    """Return a plain copy of a network: every parameter that is made when a layer reads it is made once."""
-    copied = clone(network)
-    made = dict[nn.Module, nn.Parameter]()  # by what makes it, which tied parameters share
-    parameters = list[tuple[nn.Module, str, nn.Parameter]]()
-    for module, name in _parametrized(copied):
-        maker = cast(Any, module.parametrizations)[name][0]
-        parameters.append((module, name, made.setdefault(maker, nn.Parameter(getattr(module, name).detach()))))
-    for module, name, parameter in parameters:
-        if parametrize.is_parametrized(module):
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-        module.register_parameter(name, parameter)
-        module._parameters = {own: module._parameters[own] for own in module._order if own in module._parameters}
-    return copied
-
-
-def _parametrized(network: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parameters that are made when a layer reads them: their modules and names there."""
-    modules = [module for module in network.modules() if parametrize.is_parametrized(module)]
-    return [(module, name) for module in modules for name in cast(Any, module.parametrizations)]
 
 
 def with_adapters(network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0) -> nn.Module:

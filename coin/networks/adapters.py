@@ -1,7 +1,6 @@
 """Adapters: what every expert keeps beside one body, so that the body answers in its place."""
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -12,12 +11,8 @@ from coin.core.batches import clone, plain
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.networks.delta import Rounded, pack, quantise, read
 from coin.networks.heads import with_head
-
-BITS = 4  # of the factors of a correction, a value
-ANSWERING: ContextVar[int] = ContextVar("ANSWERING")
-"""The expert as which bodies answer in this thread or task; set by `coin.networks.adapted.Adapted` for each pass."""
+from coin.networks.kept import Change
 
 
 @dataclass(frozen=True)
@@ -56,83 +51,6 @@ class AdapterOptions:
     def name(self) -> str:
         """Their name in results and files: ``rank4``, ``1.5mib``."""
         return f"rank{self.rank}" if self.memory_mib is None else f"{self.memory_mib:g}mib"
-
-
-class Change(nn.Module):
-    """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
-
-    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. Its scale and shift have a shape that
-    broadcasts over θ, in float16. The factors, left [O, r] and right [r, K], are in `BITS` bits a value with a scale
-    for each of the r (`coin.networks.delta.Rounded`).
-
-    Args:
-        parts: The tensors as they are stored, by `PARTS`.
-    """
-
-    PARTS = ("scale", "shift", "left", "left_scale", "right", "right_scale")
-
-    scale: Tensor | None
-    shift: Tensor | None
-    left: Tensor | None
-    left_scale: Tensor
-    right: Tensor
-    right_scale: Tensor
-
-    def __init__(self, parts: State) -> None:
-        super().__init__()
-        for part in self.PARTS:
-            self.register_buffer(part, parts.get(part))
-
-    @classmethod
-    def of(
-        cls, scale: Tensor | None = None, shift: Tensor | None = None, left: Tensor | Rounded | None = None,
-        right: Tensor | Rounded | None = None,
-    ) -> Self:  # fmt: skip
-        """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
-        parts: dict[str, Tensor] = {}
-        if scale is not None:
-            parts["scale"] = scale.detach().half()
-        if shift is not None:
-            parts["shift"] = shift.detach().half()
-        for name, factor in (("left", left), ("right", right)):
-            if isinstance(factor, Tensor):
-                rows = factor.T if name == "left" else factor
-                factor = quantise(rows.detach().contiguous(), BITS)
-            if factor is not None:
-                parts[name] = pack(factor.codes, BITS)
-                parts[f"{name}_scale"] = factor.scale
-        return cls(parts)
-
-    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
-        if self.left is None:
-            return torch.zeros(rows, 0), torch.zeros(0, columns)
-        return read(self.left, self.left_scale, BITS, rows).T, read(self.right, self.right_scale, BITS, columns)
-
-    def forward(self, value: Tensor) -> Tensor:
-        """Return the parameter θ as the expert has it; what is no `Parameter` is changed in place."""
-        changed = value.clone() if isinstance(value, nn.Parameter) else value
-        if self.left is not None:
-            matrix = changed.flatten(1)
-            left, right = self.factors(*matrix.shape)
-            matrix.addmm_(left.to(value.dtype), right.to(value.dtype))
-        if self.scale is not None:
-            changed.mul_(self.scale.to(value.dtype))
-        if self.shift is not None:
-            changed.add_(self.shift.to(value.dtype))
-        return changed
-
-
-class Changes(nn.ModuleList):
-    """The changes of one parameter by all experts, as a parametrization of it: θ as the expert has it that answers."""
-
-    def of(self, expert: int) -> Change:
-        """Return the change by an expert."""
-        return cast(Change, self[expert])
-
-    def forward(self, value: Tensor) -> Tensor:
-        """Return the parameter θ as the expert has it that answers."""
-        return self.of(ANSWERING.get()).forward(value)
 
 
 class Adapter:

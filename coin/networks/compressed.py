@@ -15,11 +15,11 @@ from coin.core.batches import clone, plain
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
-from coin.networks.adapted import parametrise, unpacked
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
-from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, read, round_columns, size
+from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
 from coin.networks.heads import head_name, replace_head
+from coin.networks.kept import Kept, keep, unpacked
 from coin.networks.weights import check_plain, fill_network
 
 SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
@@ -120,18 +120,18 @@ class Compressed:
             return self.network()
         network = clone(self.base, shared=True).eval()
         own = stored(network)
-        matrices: dict[str, PackedMatrix] = {}
+        matrices: dict[str, Kept] = {}
         values: dict[str, Tensor] = {}
         for (name, tensor), kind, data in zip(own.items(), self._kinds, self._parts(own), strict=True):
             if 1 <= kind <= 8:
-                matrices[name] = PackedMatrix.of(data, kind, tensor.shape)
+                matrices[name] = Kept.packed(network.get_parameter(name), data, kind)
             else:
                 values[name] = decode(kind, data, torch.zeros_like(tensor))
         for name, first in _ties(network).items():
             place, _, parameter = name.rpartition(".")
             layer = network.get_submodule(place)
             if first in matrices:
-                pack_parameter(network, name, matrices[first])
+                keep(network, name, matrices[first])
             elif parameter in layer._parameters:
                 value = values[first]
                 setattr(layer, parameter, nn.Parameter(value, requires_grad=value.is_floating_point()))
@@ -182,52 +182,6 @@ class Compressed:
         if base_bits and (found := fingerprint(made.base.state_dict())) != mark:
             raise FileError(f"'{path}' is a delta from the base {mark:.12}, found {found:.12}; give its own base")
         return made
-
-
-class PackedMatrix(nn.Module):
-    """A parametrization that makes a matrix of its codes when a layer reads it.
-
-    Args:
-        codes: The packed codes ``[rows, bytes]``, uint8 (`coin.networks.delta.pack`).
-        scale: The rows' scales ``[rows]``, bfloat16.
-        bits: The bits of a code.
-        shape: The parameter's shape.
-    """
-
-    codes: Tensor
-    scale: Tensor
-
-    def __init__(self, codes: Tensor, scale: Tensor, bits: int, shape: torch.Size) -> None:
-        super().__init__()
-        self.bits, self.shape = bits, shape
-        self.columns = matrix_shape(shape)[1]
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-
-    @classmethod
-    def of(cls, data: Tensor, bits: int, shape: torch.Size) -> Self:
-        """Return that of the bytes which `coin.networks.delta.encode` made of a matrix."""
-        rows = matrix_shape(shape)[0]
-        scales = 2 * rows  # bytes at the end
-        return cls(data[:-scales].clone().view(rows, -1), data[-scales:].clone().view(torch.bfloat16), bits, shape)
-
-    def forward(self, empty: Tensor) -> Tensor:
-        """Return the matrix, in the type of the empty tensor that stands in its place."""
-        matrix = read(self.codes, self.scale, self.bits, self.columns)
-        return matrix.view(self.shape).to(empty.dtype)
-
-
-def pack_parameter(network: nn.Module, name: str, matrix: PackedMatrix) -> None:
-    """Have a network, in place, make a parameter whenever a layer reads it."""
-    parameter = network.get_parameter(name)
-    place, _, own = name.rpartition(".")
-    setattr(network.get_submodule(place), own, nn.Parameter(parameter.new_empty(0), requires_grad=False))
-    parametrise(network, name, matrix)
-
-
-def packed_bits(network: nn.Module) -> dict[str, int]:
-    """Return the bits of the matrices of a network that are packed, by their names."""
-    return {name: module.bits for name, module in network.named_modules() if isinstance(module, PackedMatrix)}
 
 
 Base = nn.Module | Compressed | None

@@ -27,8 +27,7 @@ class Rounded(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
-        table = levels(self.bits).to(self.codes.device).flatten()
-        return _looked_up(self.codes, self.scale, table)
+        return _looked_up(self.codes, self.scale, _signed_levels(self.bits).flatten().to(self.codes.device))
 
 
 @cache
@@ -45,6 +44,11 @@ def levels(bits: int) -> Tensor:
     dense = -u.sign() * torch.log1p(-1.6 * u.abs())
     dense /= dense[-1].clone()
     return torch.stack([dense, place / 2 ** (bits - 1) if bits > 1 else dense]).float()
+
+
+def _signed_levels(bits: int) -> Tensor:
+    """Return `levels`, the even ones with their signs turned, as the scales are that say so."""
+    return levels(bits) * torch.tensor([[1.0], [-1.0]])
 
 
 @cache
@@ -198,32 +202,34 @@ def _regrouped(values: Tensor, before: int, after: int) -> Tensor:
 def read(packed: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
     """Return the matrix ``[rows, columns]`` in float32, as `Rounded.dense` does, from the bytes of its codes."""
     entries = unpack(packed, bits, columns) if 8 % bits else packed
-    return _looked_up(entries, scale, _table(bits, packed.device))[:, :columns]
+    found = _looked_up(entries, scale, _table(bits, packed.device))
+    return found if found.shape[1] == columns else found[:, :columns]
 
 
 @cache
 def _table(bits: int, device: torch.device) -> Tensor:
-    """Return the levels of every byte, or of every code where codes share bytes, of the one kind and of the other.
+    """Return the signed levels of every byte, or of every code where codes share bytes, of both kinds.
 
     They are float32 seen as one number of a wider type, which is read several times faster than a short row.
     """
     if 8 % bits:
-        return levels(bits).flatten().to(device)
+        return _signed_levels(bits).flatten().to(device)
     count = 8 // bits  # codes in a byte
     codes = unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits, count)
-    table = levels(bits)[:, codes.int()].view(2 * 256, count)
+    table = _signed_levels(bits)[:, codes.int()].view(2 * 256, count)
     wide = {1: torch.float32, 2: torch.float64}.get(count, torch.complex128)
     return table.view(wide).squeeze(1).to(device)
 
 
 def _looked_up(entries: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """Return the float32 numbers of a table's entries, times their rows' scales; a second half is for scales below 0.
+    """Return the float32 numbers of a table's entries, times their rows' scales; the second half is for scales below 0.
 
-    The index is int32: with int64 `index_select` takes eight times as long.
+    Every operation counts: small matrices are read at every call of a layer. The index is int32: with int64
+    `index_select` takes eight times as long.
     """
-    index = entries.int().add_((scale < 0)[:, None], alpha=len(table) // 2)
+    index = entries.int().add_(scale.signbit().unsqueeze(1), alpha=table.shape[0] // 2)
     found = table.index_select(0, index.flatten()).view(torch.float32)
-    return found.view(len(entries), -1).mul_(scale.abs()[:, None])
+    return found.view(entries.shape[0], -1).mul_(scale.unsqueeze(1))
 
 
 def _row_bytes(bits: int, columns: int) -> int:

@@ -51,6 +51,11 @@ def check_plain(network: nn.Module, *, meta: bool = False) -> None:
         if type(module).__setstate__ is nn.Module.__setstate__ and any(map(_is_closure, chain(*held))):
             raise StateError(f"layer '{name}' holds a function of a module, which copies would share; make it a method")
         hooks = module._forward_pre_hooks.values()
+        if hasattr(type(module), "plain_class"):
+            told = f"a weight of layer '{name}' is made when it is read, expected a parameter"
+            raise StateError(
+                f"{told}; give the plain network that Compressed.network() or Adapted.network(expert) makes"
+            )
         if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):
             told = f"a weight of layer '{name}' is computed at every pass, expected a parameter; call torch.nn.utils."
             others = "weight_norm remove_weight_norm(layer, 'weight'), for pruning prune.remove(layer, 'weight')"

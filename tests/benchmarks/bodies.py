@@ -23,6 +23,7 @@ from coin.networks import NetworkConfig, build_network, head_name
 
 NETWORKS = ("timm/tf_efficientnet_lite0", "resnet50", "timm/vit_tiny_patch16_224")
 EXPERTS, RANK = 8, 16
+BATCHES = (1, 8, 32)
 LIMITS = {("packed", 64, 1): 2.0, ("packed", 64, 8): 1.3, ("packed", 224, 1): 1.2, ("packed", 224, 8): 1.2}
 DENSE, MIXED, MEMORY = 1.05, 1.5, 0.1  # the most of these ratios, and the share by which memory may be another
 
@@ -78,7 +79,7 @@ def timed(name: str, size: int, seconds: float) -> list[dict[str, object]]:
     mib = sum(tensor.nbytes for tensor in network.state_dict().values()) / 2**20
     dense = coin.Adapted(compressed.packed(), adapters, keep_mib=1.1 * mib)
     rows = []
-    for batch in (1, 8, 32):
+    for batch in BATCHES:
         images = torch.randn(batch, 3, size, size)
         mixed, few = torch.arange(batch) % EXPERTS, images[: max(1, batch // EXPERTS)]
         with coin.answering([packed, dense], 0):

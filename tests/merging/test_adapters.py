@@ -276,7 +276,8 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     heads = 4 * 3 * (4 * 6 + 4)
     kept = sum(t.nbytes for t in made[0].state_dict().values()) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
-    assert table["resident_mib"].equals(table["memory_mib"])  # a whole body
+    largest = 4 * max(parameter.numel() for parameter in experts[0].parameters())  # is made while its layer runs
+    assert table["resident_mib"].tolist() == [(kept + largest) / 2**20] * 3
     system.save(tmp_path / "system.safetensors")
     again = coin.Coded.load(tmp_path / "system.safetensors", experts)
     assert torch.equal(again.decode(batch, ["c", "b"]), decoded)
@@ -322,7 +323,9 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     table = coin.evaluate(system, tests)
     assert table["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
     largest = 4 * max(parameter.numel() for parameter in packed.network().parameters() if parameter.ndim > 1)
-    assert table["resident_mib"].tolist() == [(packed.nbytes + largest + 3 * heads) / 2**20] * 3
+    held = sum(tensor.nbytes for tensor in system.coded[0].state_dict().values())  # vectors are held in float32
+    assert packed.nbytes <= held < 1.1 * packed.nbytes
+    assert table["resident_mib"].tolist() == [(held + largest + 3 * heads) / 2**20] * 3
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
         with pytest.raises(ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"):
             system.fit_decoder(inputs[0], erased, kind)

@@ -1,0 +1,184 @@
+"""Parameters that a layer makes when it reads them, of what is kept in their place: packed codes, experts' changes."""
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from coin.core.batches import clone
+from coin.files.tensors import State
+from coin.networks.delta import Rounded, matrix_shape, pack, quantise, read
+
+BITS = 4  # of the factors of a correction, a value
+ANSWERING: ContextVar[int] = ContextVar("ANSWERING")
+"""The expert as which bodies answer in this thread or task; set by `coin.Adapted` for each pass."""
+
+
+class Change(nn.Module):
+    """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
+
+    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. Its scale and shift have a shape that
+    broadcasts over θ, in float16. The factors, left [O, r] and right [r, K], are in `BITS` bits a value with a scale
+    for each of the r (`coin.networks.delta.Rounded`).
+
+    Args:
+        parts: The tensors as they are stored, by `PARTS`.
+    """
+
+    PARTS = ("scale", "shift", "left", "left_scale", "right", "right_scale")
+
+    def __init__(self, parts: State) -> None:
+        super().__init__()
+        for part in self.PARTS:
+            self.register_buffer(part, parts.get(part))
+
+    @classmethod
+    def of(
+        cls, scale: Tensor | None = None, shift: Tensor | None = None, left: Tensor | Rounded | None = None,
+        right: Tensor | Rounded | None = None,
+    ) -> "Change":  # fmt: skip
+        """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
+        parts: dict[str, Tensor] = {}
+        if scale is not None:
+            parts["scale"] = scale.detach().half()
+        if shift is not None:
+            parts["shift"] = shift.detach().half()
+        for name, factor in (("left", left), ("right", right)):
+            if isinstance(factor, Tensor):
+                rows = factor.T if name == "left" else factor
+                factor = quantise(rows.detach().contiguous(), BITS)
+            if factor is not None:
+                parts[name] = pack(factor.codes, BITS)
+                parts[f"{name}_scale"] = factor.scale
+        return cls(parts)
+
+    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
+        parts = cast(dict[str, Tensor], self._buffers)  # attributes of modules take longer
+        if parts["left"] is None:
+            return torch.zeros(rows, 0), torch.zeros(0, columns)
+        left = read(parts["left"], parts["left_scale"], BITS, rows).T
+        return left, read(parts["right"], parts["right_scale"], BITS, columns)
+
+    def forward(self, value: Tensor, in_place: bool = False) -> Tensor:
+        """Return the parameter θ as the expert has it; θ itself is changed if it is done in place."""
+        parts = self._buffers
+        changed = value if in_place else value.clone()
+        if parts["left"] is not None:
+            matrix = changed.flatten(1)
+            left, right = self.factors(*matrix.shape)
+            if matrix.dtype != torch.float32:
+                left, right = left.to(matrix.dtype), right.to(matrix.dtype)
+            matrix.addmm_(left, right)
+        if parts["scale"] is not None:
+            changed.mul_(parts["scale"])
+        if parts["shift"] is not None:
+            changed.add_(parts["shift"])
+        return changed
+
+
+class Kept(nn.Module):
+    """What is kept in place of a parameter: all of it, or the codes of a matrix; and the experts' changes.
+
+    Args:
+        original: The parameter, or for a packed one any of its type.
+        codes: The packed codes ``[rows, bytes]``, uint8 (`coin.networks.delta.pack`).
+        scale: The rows' scales ``[rows]``, bfloat16.
+        bits: The bits of a code.
+    """
+
+    def __init__(
+        self, original: nn.Parameter, codes: Tensor | None = None, scale: Tensor | None = None, bits: int = 0
+    ) -> None:
+        super().__init__()
+        self.bits, self.shape = bits, original.shape
+        self.columns = matrix_shape(original.shape)[1]
+        # An empty parameter says of which type a packed one is, and on which device.
+        self.original = original if codes is None else nn.Parameter(original.detach().new_empty(0), requires_grad=False)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.experts = nn.ModuleList()
+        self.only: int | None = None  # the expert that alone answers, of `coin.Adapted.only`
+
+    @classmethod
+    def packed(cls, original: nn.Parameter, data: Tensor, bits: int) -> "Kept":
+        """Return that of the bytes which `coin.networks.delta.encode` made of a matrix."""
+        rows = matrix_shape(original.shape)[0]
+        scales = 2 * rows  # bytes at the end
+        codes = data[:-scales].clone().view(rows, -1)
+        return cls(original, codes, data[-scales:].clone().view(torch.bfloat16), bits)
+
+    def change(self, expert: int) -> Change:
+        """Return the change by an expert."""
+        return cast(Change, self.experts[expert])
+
+    def forward(self) -> Tensor:
+        """Return the parameter, as the expert has it that answers."""
+        codes, scale = self._buffers["codes"], self._buffers["scale"]  # attributes of modules take longer
+        original = cast(Tensor, self._parameters["original"])
+        changes = cast(nn.ModuleList, self._modules["experts"])._modules
+        value = original
+        if codes is not None and scale is not None:
+            value = read(codes, scale, self.bits, self.columns).view(self.shape)
+            if original.dtype != torch.float32:
+                value = value.to(original.dtype)
+        if not changes:
+            return value
+        expert = ANSWERING.get() if self.only is None else self.only
+        change = cast(Change, changes[str(expert)])
+        return change.forward(value, in_place=codes is not None)
+
+
+def keep(network: nn.Module, name: str, kept: Kept) -> None:
+    """Have a network, in place, make a parameter of what is kept whenever a layer reads it.
+
+    The layer becomes one of a subclass that has a property of the parameter's name.
+    """
+    place, _, parameter = name.rpartition(".")
+    layer = network.get_submodule(place)
+    if "kept" not in layer._modules:
+        layer.kept = nn.ModuleDict()
+    cast(nn.ModuleDict, layer.kept)[parameter] = kept
+    layer._parameters[parameter] = None  # in its place among the others
+    layer.__class__ = _reading(_plain_class(layer), tuple(cast(nn.ModuleDict, layer.kept)))
+
+
+def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]:
+    """Yield the parameters that are made when they are read: their dotted names, the layers and what is kept."""
+    for place, layer in network.named_modules(remove_duplicate=False):
+        if hasattr(type(layer), "plain_class"):
+            for parameter, kept in cast(nn.ModuleDict, layer.kept).items():
+                yield f"{place}.{parameter}".lstrip("."), layer, cast(Kept, kept)
+
+
+def unpacked(network: nn.Module) -> nn.Module:
+    """Return a plain copy of a network: every parameter that is made when a layer reads it is made once."""
+    copied = clone(network)
+    made = dict[Kept, nn.Parameter]()  # tied parameters are one
+    for name, layer, kept in [*kept_parameters(copied)]:
+        if kept not in made:
+            made[kept] = nn.Parameter(kept.forward().detach())
+        layer._parameters[name.rpartition(".")[2]] = made[kept]
+    for layer in copied.modules():
+        layer.__class__ = _plain_class(layer)
+        layer._modules.pop("kept", None)
+    return copied
+
+
+@cache
+def _reading(kind: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+    """Return a subclass of a kind of layer that makes these parameters when they are read."""
+    made = {parameter: property(lambda layer, own=parameter: _read(layer, own)) for parameter in parameters}
+    return type(kind.__name__, (kind,), {**made, "plain_class": kind})
+
+
+def _read(layer: nn.Module, parameter: str) -> Tensor:
+    kept = cast(nn.Module, layer._modules["kept"])._modules[parameter]
+    return cast(Kept, kept).forward()
+
+
+def _plain_class(layer: nn.Module) -> type[nn.Module]:
+    return getattr(type(layer), "plain_class", type(layer))
