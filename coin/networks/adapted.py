@@ -17,15 +17,16 @@ from coin.networks.adapters import Adapter
 from coin.networks.heads import head_name, with_head
 from coin.networks.kept import ANSWERING, Change, Kept, keep, kept_parameters, unpacked
 
-_Asked = Mapping[nn.Module, int | Tensor | None]
-_ASKED: ContextVar[_Asked] = ContextVar("_ASKED")  # as which experts bodies answer, by `answering`
+_Asked = Mapping[object, int | Tensor | None]
+_ASKED: ContextVar[_Asked] = ContextVar("_ASKED")  # by the bodies' keys, as which experts they answer
 
 
 class Adapted(nn.Module):
     """One body and N adapters; it answers as the experts that `answering` names.
 
     The body's parameters that adapters change are made when a layer reads them: nothing else is kept, and threads can
-    ask for different experts at once. A batch of mixed experts runs once for each expert in it. Logits are those of the body's head, on features that are the expert's.
+    ask for different experts at once. A batch of mixed experts runs once for each expert in it. Logits are those of the
+    body's head, on features that are the expert's.
 
     Args:
         body: The body, with which it shares all tensors; `coin.Compressed.packed` gives one whose weights stay packed.
@@ -46,6 +47,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.body = clone(body, shared=True)
         self.num_experts = len(adapters)
+        self.key = object()  # by which `answering` knows it and what `torch.export` makes of it
         self.head_name = f"body.{head_name(body)}".rstrip(".")
         self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
         self._kept: dict[int, nn.Module] = {}  # plain networks, the least recently asked for first
@@ -75,11 +77,7 @@ class Adapted(nn.Module):
         Those of its tensors, and of the networks that are kept, or else of the largest parameter that is made for a
         layer.
         """
-        token = ANSWERING.set(0)
-        try:
-            made = [kept.forward().nbytes for _, _, kept in kept_parameters(self.body)]
-        finally:
-            ANSWERING.reset(token)
+        made = [kept.forward().nbytes for _, _, kept in kept_parameters(self.body)]
         if self._most:
             kept = min(self._most, max(1, self.num_experts))
             return tensor_nbytes(self) + kept * tensor_nbytes(self.network(0))
@@ -137,23 +135,23 @@ class Adapted(nn.Module):
 
         The function is called once for every expert, with a network that answers as that one and its samples.
         """
-        experts = _ASKED.get({}).get(self)
+        experts = _ASKED.get({}).get(self.key)
         if self.num_experts == 0:
             return function(self._as_expert(0), *inputs, **named)
         if experts is None:
             raise StateError("found a body with adapters, expected to be told whose answer it gives; use answering")
         if isinstance(experts, int):
             return self._run_one(experts, function, inputs, named)
-        given = tensors_in((inputs, named))
-        each = experts.to(given[0].device).expand(len(given[0]))
+        first = tensors_in((inputs, named))[0]
+        each = experts.to(first.device).expand(len(first))
         asked = torch.unique(each).tolist() or [0]  # of an empty batch any expert will do
         if len(asked) == 1:
             return self._run_one(asked[0], function, inputs, named)
         rows = [(each == expert).nonzero().flatten() for expert in asked]
         parts = []
         for expert, samples in zip(asked, rows, strict=True):
-            take = partial(torch.index_select, dim=0, index=samples)
-            parts.append(self._run_one(expert, function, *tree_map_only(Tensor, take, (inputs, named))))
+            own, others = tree_map_only(Tensor, partial(torch.index_select, dim=0, index=samples), (inputs, named))
+            parts.append(self._run_one(expert, function, own, others))
         order = torch.cat(rows).argsort()
         return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)
 
@@ -168,8 +166,10 @@ class Adapted(nn.Module):
         """Return what answers as the expert: the body, or a plain network that is kept."""
         if self._most == 0:
             return called_by(self.body, self.forward_by)
-        network = self._kept.pop(expert, None) or self.network(expert)
-        self._kept[expert] = network
+        network = self._kept.pop(expert, None)
+        if network is None:
+            network = self.network(expert)
+        self._kept[expert] = network  # the last in order
         while len(self._kept) > self._most:
             self._kept.pop(next(iter(self._kept)), None)
         return called_by(network, self.forward_by)
@@ -200,7 +200,7 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
     ...     experts[0](torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
-    asked: _Asked = {network: experts for network in networks if isinstance(network, Adapted)}
+    asked: _Asked = {network.key: experts for network in networks if isinstance(network, Adapted)}
     token = _ASKED.set({**_ASKED.get({}), **asked})
     try:
         yield

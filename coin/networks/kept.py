@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import cache
-from typing import cast
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from coin.files.tensors import State
 from coin.networks.delta import Rounded, matrix_shape, pack, quantise, read
 
 BITS = 4  # of the factors of a correction, a value
-ANSWERING: ContextVar[int] = ContextVar("ANSWERING")
-"""The expert as which bodies answer in this thread or task; set by `coin.Adapted` for each pass."""
+ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
+"""The expert as which bodies answer in this thread or task, set by `coin.Adapted` for each pass; None for as nobody."""
 
 
 class Change(nn.Module):
@@ -29,6 +29,9 @@ class Change(nn.Module):
     """
 
     PARTS = ("scale", "shift", "left", "left_scale", "right", "right_scale")
+
+    scale: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, parts: State) -> None:
         super().__init__()
@@ -125,11 +128,10 @@ class Kept(nn.Module):
             value = read(codes, scale, self.bits, self.columns).view(self.shape)
             if original.dtype != torch.float32:
                 value = value.to(original.dtype)
-        if not changes:
-            return value
         expert = ANSWERING.get() if self.only is None else self.only
-        change = cast(Change, changes[str(expert)])
-        return change.forward(value, in_place=codes is not None)
+        if expert is None or not changes:
+            return value
+        return cast(Change, changes[str(expert)]).forward(value, in_place=codes is not None)
 
 
 def keep(network: nn.Module, name: str, kept: Kept) -> None:
@@ -143,7 +145,7 @@ def keep(network: nn.Module, name: str, kept: Kept) -> None:
         layer.kept = nn.ModuleDict()
     cast(nn.ModuleDict, layer.kept)[parameter] = kept
     layer._parameters[parameter] = None  # in its place among the others
-    layer.__class__ = _reading(_plain_class(layer), tuple(cast(nn.ModuleDict, layer.kept)))
+    layer.__class__ = _reading(cast(Any, _plain_class(layer)), tuple(cast(nn.ModuleDict, layer.kept)))
 
 
 def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]:
@@ -157,7 +159,7 @@ def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]
 def unpacked(network: nn.Module) -> nn.Module:
     """Return a plain copy of a network: every parameter that is made when a layer reads it is made once."""
     copied = clone(network)
-    made = dict[Kept, nn.Parameter]()  # tied parameters are one
+    made = dict[nn.Module, nn.Parameter]()  # tied parameters are one
     for name, layer, kept in [*kept_parameters(copied)]:
         if kept not in made:
             made[kept] = nn.Parameter(kept.forward().detach())
@@ -169,13 +171,14 @@ def unpacked(network: nn.Module) -> nn.Module:
 
 
 @cache
-def _reading(kind: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+def _reading(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of a kind of layer that makes these parameters when they are read."""
-    made = {parameter: property(lambda layer, own=parameter: _read(layer, own)) for parameter in parameters}
+    made = {parameter: property(partial(_read, parameter=parameter)) for parameter in parameters}
     return type(kind.__name__, (kind,), {**made, "plain_class": kind})
 
 
 def _read(layer: nn.Module, parameter: str) -> Tensor:
+    """Return a parameter of a layer."""
     kept = cast(nn.Module, layer._modules["kept"])._modules[parameter]
     return cast(Kept, kept).forward()
 

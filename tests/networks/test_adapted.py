@@ -1,0 +1,189 @@
+import threading
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.errors import ConfigurationError, StateError
+from coin.networks.adapted import resident_nbytes, tensor_nbytes
+from coin.networks.running import features_and_logits
+
+
+class Network(nn.Module):
+    """A convolution with a BatchNorm, attention with its own parameter, a tied weight and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.attention, self.place = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.randn(1, 16, 8))
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.kernel(x)).flatten(2).mT + self.place
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.second(torch.relu(self.first(x))).mean(1))
+
+
+CHANGED = ("kernel.weight", "attention.in_proj_weight", "attention.out_proj.weight")
+
+
+def adapter(network, seed):
+    torch.manual_seed(seed)
+    changes = {"norm.bias": {"shift": torch.randn(8)}, "attention.in_proj_bias": {"shift": torch.randn(24)}}
+    for name in CHANGED:
+        weight = network.get_parameter(name)
+        rows, columns = weight.flatten(1).shape
+        scale = 1 + 0.1 * torch.randn(rows, *[1] * (weight.ndim - 1))
+        changes[name] = {"scale": scale, "left": 0.3 * torch.randn(rows, 3), "right": 0.3 * torch.randn(3, columns)}
+    return coin.Adapter(changes)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A network, three adapters, the whole and the packed body with them, and inputs."""
+    torch.manual_seed(0)
+    network = Network().eval()
+    adapters = [adapter(network, seed) for seed in (1, 2)] + [coin.Adapter()]
+    packed = coin.compress(network, None, bits=4, base_bits=0).packed()
+    return network, adapters, coin.Adapted(network, adapters), coin.Adapted(packed, adapters), torch.randn(7, 3, 4, 4)
+
+
+@torch.no_grad()
+def test_what_a_layer_makes_when_it_is_called_is_what_one_network_for_each_expert_has(made):
+    network, _, whole, packed, x = made
+    plain = coin.compress(network, None, bits=4, base_bits=0).network()
+    for expert, own in enumerate(adapters):
+        for body, base in ((whole, network), (packed, plain)):
+            with coin.answering([body], expert):
+                found = body(x)
+            torch.testing.assert_close(found, own.applied_to(base)(x), rtol=1e-5, atol=1e-6)
+            for one in (body.network(expert), body.only(expert)):
+                torch.testing.assert_close(found, one(x), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(whole.network(0)(x), whole.network(1)(x))
+    assert [*whole.network(0).state_dict()] == [*network.state_dict()]  # in their order
+    assert packed.network(1).second.weight is not packed.network(1).first.bias
+    one = packed.network(1)
+    assert one.second.weight is one.first.weight
+    assert [*plain.state_dict()] == [*network.state_dict()]
+
+
+@torch.no_grad()
+def test_a_mixed_batch_runs_once_for_each_expert_in_it_and_keeps_its_order(made):
+    _, _, whole, packed, x = made
+    experts = torch.tensor([2, 0, 1, 1, 0, 2, 0])
+    for body in (whole, packed):
+        runs = []
+        hook = body.body.head.register_forward_hook(lambda *call, runs=runs: runs.append(len(call[2])))
+        with coin.answering([body], experts):
+            logits, both = body(x), features_and_logits(body, x)
+        hook.remove()
+        assert runs == [3, 2, 2] * 2
+        for place, expert in enumerate(experts.tolist()):
+            expected = body.network(expert)(x[place : place + 1])
+            torch.testing.assert_close(logits[place : place + 1], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(both[1][place : place + 1], expected, rtol=1e-4, atol=1e-5)
+        with coin.answering([body], experts[:0]):
+            assert body(x[:0]).shape == (0, 5)
+        for wrong in (3, -1, torch.tensor([0, 0, 0, 3, 0, 0, 0])):
+            message = r"found expert (3|-1), expected 0 to 2"
+            with coin.answering([body], wrong), pytest.raises(ConfigurationError, match=message):
+                body(x)
+        with pytest.raises(StateError, match="use answering"):
+            body(x)
+
+
+@torch.no_grad()
+def test_threads_do_not_see_one_another_s_experts(made):
+    _, _, _, packed, x = made
+    expected, wrong, barrier = [packed.network(expert)(x) for expert in range(3)], [], threading.Barrier(3)
+
+    def ask(expert):
+        with torch.no_grad():
+            for _ in range(30):
+                barrier.wait()
+                with coin.answering([packed], expert):
+                    if not torch.allclose(packed(x), expected[expert], rtol=1e-4, atol=1e-5):
+                        wrong.append(expert)
+
+    threads = [threading.Thread(target=ask, args=(expert,)) for expert in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_a_body_is_an_ordinary_module(made):
+    network, _, whole, packed, x = made
+    for body in (whole, packed):
+        other = coin.Adapted(
+            deepcopy(network) if body is whole else coin.compress(Network(), None, bits=4, base_bits=0).packed(),
+            [adapter(network, 8), adapter(network, 9), coin.Adapter()],
+        ).eval()
+        if body is packed:
+            assert not torch.equal(other.only(0)(x), packed.only(0)(x))
+        other.load_state_dict(body.state_dict())
+        assert torch.equal(other.only(0)(x), body.only(0)(x))
+        wide = deepcopy(body).double()
+        assert wide.only(1)(x.double()).dtype == torch.float64
+        torch.testing.assert_close(wide.only(1)(x.double()).float(), body.only(1)(x), rtol=1e-3, atol=1e-3)
+        moved = deepcopy(body).to("meta")
+        assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"meta"}
+        with coin.answering([moved], 1):
+            assert moved(x.to("meta")).shape == (7, 5)
+    with coin.answering([packed], 1):
+        expected = packed(x)
+        exported = torch.export.export(packed, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    torch.testing.assert_close(torch.export.export(packed.only(1), (x,), strict=True).module()(x), expected)
+    compiled = torch.compile(packed.only(1), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    with pytest.raises(StateError, match="made when it is read, expected a parameter"):
+        coin.compress(packed.only(1), None, bits=4, base_bits=0)
+
+
+@torch.no_grad()
+def test_as_many_plain_networks_are_kept_as_fit_and_the_least_recently_asked_for_goes(made):
+    network, adapters, _, packed, x = made
+    each = tensor_nbytes(packed.network(0))
+    body = coin.compress(network, None, bits=4, base_bits=0).packed()
+    dense = coin.Adapted(body, adapters, keep_mib=2.5 * each / 2**20)
+    made_for = []
+    make = dense.network
+    dense.network = lambda expert: made_for.append(expert) or make(expert)
+    for expert in (0, 1, 0, 2, 0, 1, 2):
+        with coin.answering([dense], expert):
+            torch.testing.assert_close(dense(x), packed.network(expert)(x), rtol=1e-5, atol=1e-6)
+    assert made_for == [0, 1, 2, 1, 2]
+    largest = 4 * max(parameter.numel() for parameter in network.parameters())
+    del dense.network
+    assert resident_nbytes(dense) == tensor_nbytes(dense) + 2 * each
+    assert resident_nbytes(packed) == tensor_nbytes(packed) + largest
+    assert resident_nbytes(network) == tensor_nbytes(network)
+    dense.double()
+    with coin.answering([dense], 0):
+        assert dense(x.double()).dtype == torch.float64
+    with pytest.raises(ConfigurationError, match=r"found keep_mib=0\.001, expected 0, or 0\.\d+, which one network"):
+        coin.Adapted(network, adapters, keep_mib=0.001)
+
+
+@torch.no_grad()
+def test_a_users_call_is_the_body_s_too(made):
+    network, adapters, _, packed, x = made
+
+    def forward(own, batch):
+        return own(batch["x"].flip(1))  # the channels the other way round
+
+    experts = [packed.network(expert) for expert in range(3)]
+    for keep_mib in (0.0, 1.0):
+        body = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed(), adapters)
+        system = coin.Coded(coin.uniform(3), experts, [body], forward=forward, keep_mib=keep_mib)
+        system.fit_decoder([{"x": x}], [0, 1, 2], "expert_head")
+        for expert in range(3):
+            answer = system.decode({"x": x}, [expert])[0]
+            torch.testing.assert_close(answer, experts[expert](x.flip(1)), rtol=1e-4, atol=1e-4)
