@@ -54,7 +54,7 @@ def made():
 
 @torch.no_grad()
 def test_what_a_layer_makes_when_it_is_called_is_what_one_network_for_each_expert_has(made):
-    network, _, whole, packed, x = made
+    network, adapters, whole, packed, x = made
     plain = coin.compress(network, None, bits=4, base_bits=0).network()
     for expert, own in enumerate(adapters):
         for body, base in ((whole, network), (packed, plain)):
