@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, FileError
-from coin.networks import load_network
+from coin.networks import Compression, load_network
+from coin.pipeline.steps.merge import compress_file
 from coin.reporting import read_results
 from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.policies import PolicyKind
@@ -166,6 +169,37 @@ def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> N
     torch.testing.assert_close(own.reply.logits, replica.reply.logits)
 
 
+@pytest.fixture(scope="module")
+def copied(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment with 4-bit copies of its experts."""
+    folder = tmp_path_factory.mktemp("copied") / "tiny"
+    shutil.copytree(finished, folder)
+    for task in ("digits", "letters"):
+        expert = folder / f"seed-0/experts/{task}/expert.safetensors"
+        compress_file(expert, folder / f"seed-0/replicas/{task}.4bit.safetensors", None, Compression(4, 0))
+    return folder
+
+
+def test_compressed_copies_answer_as_their_networks_and_only_few_are_kept_unpacked(copied: Path) -> None:
+    images = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    names = ["replica-0/expert-digits", "replica-0/expert-letters"]
+    system = read(copied, decoder=None, method="replica-4bit")
+    assert system.policy.kind == "replica"
+    size = system.network(names[0]).nbytes / 2**20
+    for keep_mib, kept, reads in ((0.0, 1, 4), (1.9 * size, 1, 4), (2.1 * size, 2, 2)):
+        servers = replace(system, keep_mib=keep_mib).networks(names)
+        for name in (*names, *names):
+            logits = servers[name](images).logits
+            file = load_network(copied / f"seed-0/replicas/{name.rpartition('-')[2]}.4bit.safetensors")
+            with torch.no_grad():
+                expected = file.network(to_input(images, 16))
+            torch.testing.assert_close(logits[:, : file.num_classes], expected)
+        about = servers[names[0]].unpacked.cache_info()
+        assert (about.currsize, about.misses) == (kept, reads)
+    answer = asyncio.run(ask_one(front_end(system, "expert-letters"), images, 1))
+    assert answer.answered_by == ("replica-0/expert-letters",)
+
+
 def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
@@ -183,6 +217,10 @@ MISTAKES = {
     "port": (["FOLDER", "--ray.port=0"], "port=0"),
     "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
     "gpus": (["FOLDER", "--ray.gpus=-1"], "gpus=-1"),
+    "no copies": (["FOLDER", "--method=replica-3bit"], "found no compressed copies 'replica-3bit'"),
+    "copies and a policy": (["FOLDER", "--method=replica-3bit", "--policy=standin"], "expected policy replica"),
+    "nothing packed": (["FOLDER", "--method=coin", "--keep_mib=5"], "leave keep_mib out"),
+    "keep_mib": (["FOLDER", "--keep_mib=-1"], "keep_mib=-1"),
     "no Ray": (["FOLDER"], "pip install '.[serve]'"),
 }
 
