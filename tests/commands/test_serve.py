@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -251,11 +252,17 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
-def test_on_ray_clients_get_answers_while_experts_are_killed_and_a_4xx_for_what_is_wrong(alone: Path) -> None:
+def test_on_ray_clients_get_answers_while_experts_are_killed_and_a_4xx_for_what_is_wrong(
+    alone: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     root = Path(__file__).parents[2]
-    command = [sys.executable, str(root / "tests/benchmarks/standins.py"), str(alone), "--queries=200", "--clients=20"]
+    benchmark = [str(root / "tests/benchmarks/failover.py"), str(alone), f"--output={tmp_path}", "--repeats=1"]
+    phases = ["--setups", "standin-packed", "--events", "1", "--loads", "--warmup=2", "--before=3", "--after=4"]
+    command = [sys.executable, *benchmark, *phases, "--images=24", "--clients=20"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "all as it should be" in found.stdout
+    accuracy = pd.read_csv(tmp_path / "accuracy.csv")
+    assert (accuracy["lost"].tolist(), accuracy["failed"].tolist()) == ([0, 1, 2], [0, 0, 0])
