@@ -27,6 +27,7 @@ from torch import Tensor
 
 from coin.files.yaml import read_yaml
 from coin.reporting.summary import seed_folders
+from coin.serving.protocol import images_of, to_squares
 from coin.serving.servers import Reply, System
 
 MOST_QUERIES = 5000  # of one phase
@@ -199,7 +200,8 @@ class Known:
         self._files: list[list[str]] = []
         self._replies: list[dict[str, Reply]] = []
         for task, place in self.places.items():
-            images, labels = test_images(tasks[task], count)
+            stored, labels = test_images(tasks[task], count)
+            images = to_squares(images_of(stored.tolist(), stored.shape), self.image_size)  # as the front end has them
             answering = [system.stand_ins.experts[place], *system.stand_ins.of[place]]
             self.labels.append(labels)
             self._files.append([as_png(image) for image in images])
@@ -249,10 +251,9 @@ def test_images(section: dict[str, Any], count: int) -> tuple[Tensor, Tensor]:
 
 
 def as_png(image: Tensor) -> str:
-    """Return an image, uint8 ``[1 or 3, H, W]``, as a PNG file in base64."""
+    """Return an image, uint8 ``[3, H, W]``, as a PNG file in base64."""
     buffer = io.BytesIO()
-    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -349,8 +350,8 @@ class Client:
 
         running = []
         for place, labels in enumerate(self.known.labels):
-            parts = torch.arange(len(labels)).split(size)
-            running += [in_turn(place, part.tolist()) for part in parts]
+            starts = range(0, len(labels), size)
+            running += [in_turn(place, range(start, min(start + size, len(labels)))) for start in starts]
         return list(await asyncio.gather(*running))
 
 
