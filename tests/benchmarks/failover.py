@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,8 +379,8 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     folder = fleet(options.fleet, options.output) if options.fleet else options.folder
     setups = [setup_named(name, folder) for name in options.setups]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        options.empty_mib = pool.apply(empty_server_mib, (setups[0].system(),))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        options.empty_mib = pool.submit(empty_server_mib, setups[0].system()).result()
     print(f"a server without a network: {options.empty_mib:.0f} MiB", flush=True)
     tables: dict[str, list[dict[str, Any]]] = {"events": [], "loads": [], "accuracy": []}
     queries: list[dict[str, Any]] = []
