@@ -31,6 +31,7 @@ import asyncio
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -375,6 +376,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     """Measure every set-up, write the tables and print them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then
     options = parsed()
     options.output.mkdir(parents=True, exist_ok=True)
     folder = fleet(options.fleet, options.output) if options.fleet else options.folder
