@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import parse_options
+from coin.core.choices import check_number
+from coin.errors import ConfigurationError
 from coin.files.yaml import as_text
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.ray_app import RayOptions, check_port, ray_application, start
-from coin.serving.servers import System, read_coded
+from coin.serving.servers import System, read_coded, read_copies
 
 
 def serve(
@@ -20,21 +23,25 @@ def serve(
     decoder: str | None = None,
     policy: PolicyKind | None = None,
     quantile: float = 0.9,
+    keep_mib: float = 0.0,
     ray: RayOptions = RayOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve an experiment until the process is told to stop.
 
     Args:
         folder: An experiment's folder, whose first seed is taken, or a seed's.
-        method: The merge method whose coded models serve; by default that of the most accurate decoded answers.
+        method: The merge method whose coded models serve; by default that of the most accurate decoded answers. Or the
+            name of compressed copies, such as ``replica-3bit-int8base``, which a replica holds then.
         decoder: The decoder, as the results call it; by default the most accurate that the policy can use.
         policy: Which servers a query asks; by default ``standin`` if the decoder needs no survivor, else
             ``coded_hedged``. With ``replica`` all experts have second servers, with ``uncoded`` none.
         quantile: The quantile of own answers' time after which they count as late.
+        keep_mib: How many MiB of unpacked networks the server of a body with adapters, or of compressed copies, keeps:
+            those of the experts that were asked for last. With 0 a body stays packed, and one copy is unpacked.
         ray: Where and how to serve.
     """
     check_port(ray)
-    system, about = read_system(folder, method, decoder, policy, quantile)
+    system, about = read_system(folder, method, decoder, policy, quantile, keep_mib)
     stop = start(system, about, ray)
     stopped = threading.Event()
     before = [signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -48,16 +55,34 @@ def serve(
 
 
 def read_system(
-    folder: str, method: str | None, decoder: str | None, policy: PolicyKind | None, quantile: float
+    folder: str,
+    method: str | None,
+    decoder: str | None,
+    policy: PolicyKind | None,
+    quantile: float,
+    keep_mib: float = 0.0,
 ) -> tuple[System, Description]:
     """Return the system that `serve` serves, and its description, from the same arguments."""
-    coded = read_coded(Path(folder), method, decoder, policy)
+    check_number("keep_mib", keep_mib, low=0)
+    of_copies = method is not None and method.startswith(f"{REPLICA}-")
+    if of_copies and (decoder is not None or Policy(policy or PolicyKind.replica).which != "replica"):
+        told = f"found method '{method}' with policy {policy} and decoder {decoder}"
+        raise ConfigurationError(f"{told}, expected policy replica or replica_proactive and no decoder; leave them out")
+    coded = read_coded(Path(folder), None if of_copies else method, decoder, policy)
+    copies = read_copies(Path(folder), str(method), coded) if of_copies else []
     own = next(iter(coded.decoders.values())).config
     default = PolicyKind.coded_hedged if own.reads_survivors else PolicyKind.standin
-    system = System.of(coded, Policy(policy or default, quantile))
-    promises = [promise for each in coded.decoders.values() for promise in each.promises.values()]
+    if of_copies:
+        default = PolicyKind.replica
+    system = System.of(coded, Policy(policy or default, quantile), copies, keep_mib)
+    is_packed = bool(copies) or (coded.is_adapted and system.policy.which == "coded")
+    if keep_mib > 0 and not is_packed:
+        told = f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{method or coded.method}'"
+        raise ConfigurationError(f"{told}, expected a body with adapters or compressed copies; leave keep_mib out")
+    # A promise is about the coded model's answers: those of compressed copies are covered by none.
+    promises = [] if copies else [each for own in coded.decoders.values() for each in own.promises.values()]
     promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None
-    platform = f"coin ({system.policy.kind}, {coded.method}, {own.name})"
+    platform = f"coin ({system.policy.kind}, {method if copies else f'{coded.method}, {own.name}'})"
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
     size = system.network(system.stand_ins.experts[0]).image_size
     return system, Description(classes, size, platform, promise)

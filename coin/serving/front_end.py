@@ -62,12 +62,17 @@ class Answer:
 
 @dataclass(eq=False)
 class ServerState:
-    """A server, doubted if its last request failed: nobody waits for it alone then; one request at a time tries it."""
+    """A server, doubted if its last request failed: nobody waits for it alone then; one request at a time tries it.
+
+    Silence is the time since which it has answered nothing though it was asked: a process that was killed or hangs
+    refuses no request, it leaves them unanswered until their time is up.
+    """
 
     name: str
     call: Server
     doubted: bool = False
     answered_at: float = -math.inf
+    silent_since: float = math.inf
     pending: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
@@ -156,7 +161,9 @@ class FrontEnd:
         name, stand_ins = self.stand_ins.experts[expert], self.stand_ins.of[expert]
         copies = stand_ins if self.stand_ins.which == "replica" else ()
         own = self.servers[name]
-        if not (own.doubted and own.pending and stand_ins):
+        silence = asyncio.get_running_loop().time() - own.silent_since
+        is_silent = query.patience is not None and 0 < query.patience < silence
+        if not ((own.doubted or is_silent) and own.pending and stand_ins):
             self._request(query, name)
         if self.policy.moment == "at once":
             self._request(query, *stand_ins)
@@ -203,6 +210,7 @@ class FrontEnd:
         """Return a server's reply, or a ServingError, and note whether it is well."""
         loop = asyncio.get_running_loop()
         began = loop.time()
+        server.silent_since = min(server.silent_since, began)
         try:
             async with asyncio.timeout(self.limits.timeout):
                 reply = await server.call(inputs)
@@ -213,5 +221,9 @@ class FrontEnd:
             server.doubted = True
             logger.info("%s lost a request (%s: %s)", server.name, type(error).__name__, first_line(error))
             return LostError(f"lost {server.name}")
+        finally:
+            if len(server.pending) <= 1:  # this request was the only one
+                server.silent_since = math.inf
         server.doubted, server.answered_at = False, loop.time()
+        server.silent_since = loop.time() if len(server.pending) > 1 else math.inf
         return reply

@@ -18,7 +18,7 @@ from coin.errors import OverloadedError, ServingError
 from coin.files.packaged import extra_module
 from coin.serving.front_end import FrontEnd, Limits, Server
 from coin.serving.protocol import Description
-from coin.serving.servers import NetworkServer, Reply, System, check_reply
+from coin.serving.servers import CopyServer, NetworkServer, Reply, System, check_reply
 
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
 
@@ -85,7 +85,9 @@ class FrontEndProcess:
 
 
 def run_together(
-    networks: Mapping[str, NetworkServer], requests: Sequence[tuple[str, Tensor]], experts: Mapping[str, int]
+    networks: Mapping[str, NetworkServer | CopyServer],
+    requests: Sequence[tuple[str, Tensor]],
+    experts: Mapping[str, int],
 ) -> list[Reply]:
     """Return the replies to requests, in one pass for each network and shape of its inputs, for mixed experts."""
     kinds = [(networks[name], stored.shape[1:]) for name, stored in requests]

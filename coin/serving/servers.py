@@ -1,7 +1,8 @@
 """What is served of a run: its networks as servers, and the decoder of their replies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor
 
 from coin.coding import Answers, Decoder, DecoderKind, decode_linear
+from coin.coding.decoder_config import REPLICA
 from coin.coding.promise import answer_score
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError, DecodingError, ServingError
+from coin.errors import ConfigurationError, DecodingError, FileError, ServingError
+from coin.files.safetensors import load_provenance
+from coin.files.tensors import fingerprint
 from coin.modules import Coded
 from coin.networks import answering, pad_head, run_network
 from coin.networks.files import open_network
+from coin.reporting.summary import seed_folders
 from coin.serving.policies import Policy, PolicyKind, StandIns
 
 
@@ -37,7 +42,8 @@ def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
 class NetworkServer:
     """An expert or a coded model that answers batches of stored inputs; logits are padded by zeros to `outputs`.
 
-    A body with adapters answers for `expert`, or for given experts, one or sample by sample [B].
+    A body with adapters answers for `expert`, or for given experts, one or sample by sample [B]. It keeps up to
+    `keep_mib` MiB of the experts' unpacked networks.
     """
 
     expert = 0
@@ -50,6 +56,11 @@ class NetworkServer:
         network = file.module(keep_mib) if file.num_classes == outputs else pad_head(file.network, outputs)
         self._network = network.requires_grad_(False).to(device)
         self._device, self._features = device, features
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self._network.state_dict().values())
 
     @property
     def probe(self) -> Tensor:
@@ -65,6 +76,36 @@ class NetworkServer:
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
 
+class CopyServer:
+    """An expert's compressed copy, which `unpacked` reads when it is asked and may drop when others are."""
+
+    def __init__(self, path: Path, unpacked: Callable[[Path], NetworkServer]) -> None:
+        self.path, self.unpacked = path, unpacked
+
+    @property
+    def probe(self) -> Tensor:
+        """One black image."""
+        return self.unpacked(self.path).probe
+
+    def __call__(self, stored: Tensor, experts: int | Tensor | None = None) -> Reply:
+        """Return the copy's reply, as `NetworkServer` does."""
+        return self.unpacked(self.path)(stored, experts)
+
+
+def copy_servers(
+    paths: Sequence[Path], unpack: Callable[[Path], NetworkServer], keep_mib: float
+) -> dict[Path, CopyServer]:
+    """Return servers of compressed copies that share `keep_mib` MiB of unpacked networks, or one network if it is more.
+
+    The least recently used one goes.
+    """
+    if not paths:
+        return {}
+    most = int(keep_mib * 2**20 / unpack(paths[0]).nbytes)  # all have one architecture and one number of outputs
+    unpacked = lru_cache(maxsize=max(1, most))(unpack)
+    return {path: CopyServer(path, unpacked) for path in paths}
+
+
 @dataclass(frozen=True)
 class System:
     """A run's coded system and the policy that it is served by."""
@@ -75,29 +116,46 @@ class System:
     decoders: Mapping[tuple[int, ...], Decoder]  # by the lost experts; of all, where one reads no survivor
     classes: tuple[int, ...]  # how many every expert has
     features: bool  # whether replies have features
+    copies: frozenset[Path] = frozenset()  # those of the files that are experts' compressed copies
+    keep_mib: float = 0.0  # MiB of unpacked networks that a server which stands in may keep
 
     @classmethod
-    def of(cls, coded: Coded, policy: Policy) -> Self:
-        """Return how a run's coded system is served by a policy that its decoder is for."""
+    def of(cls, coded: Coded, policy: Policy, copies: Sequence[Path] = (), keep_mib: float = 0.0) -> Self:
+        """Return how a run's coded system is served by a policy that its decoder is for.
+
+        Replicas hold the experts' files, or their `copies`.
+        """
         config = next(iter(coded.decoders.values())).config
         names, classes = [f"expert-{task}" for task in coded.names], tuple(coded.classes or ())
         every_row = config.kind is not DecoderKind.expert_head
         stand_ins = StandIns(policy.which, names, coded.code, every_row, coded.is_adapted)
         own = dict(zip((*names, *stand_ins.coded), (path.absolute() for path in coded.files), strict=True))
-        files = {name: own.get(name.partition("/")[0]) or own[name.rpartition("/")[2]] for name in stand_ins.servers}
-        return cls(files, stand_ins, policy, dict(coded.decoders), classes, config.reads_features)
+        held = [path.absolute() for path in copies] or [own[name] for name in names]
+        replicas = dict(zip(names, held, strict=True))
+        files = {}
+        for name in stand_ins.servers:
+            process, _, expert = name.partition("/")
+            files[name] = replicas[expert] if process.startswith(REPLICA) else own[process]
+        copied = frozenset(held if copies else ())
+        return cls(files, stand_ins, policy, dict(coded.decoders), classes, config.reads_features, copied, keep_mib)
 
     def network(self, name: str) -> NetworkServer:
         """Return the network of a server, a new one that answers for the server's expert."""
-        network = self.networks([name])[name]
+        network = self._read(self.files[name])
         network.expert = self.expert_of(name)
         return network
 
-    def networks(self, names: Sequence[str], device: str = "cpu") -> dict[str, NetworkServer]:
+    def networks(self, names: Sequence[str], device: str = "cpu") -> dict[str, NetworkServer | CopyServer]:
         """Return the networks of some servers; those of one file are one."""
-        options = max(self.classes), self.features, device
-        made = {path: NetworkServer(path, *options) for path in dict.fromkeys(self.files[name] for name in names)}
+        paths = dict.fromkeys(self.files[name] for name in names)
+        copied = [path for path in paths if path in self.copies]
+        read = partial(self._read, device=device)
+        made: dict[Path, NetworkServer | CopyServer] = {path: read(path) for path in paths if path not in self.copies}
+        made |= copy_servers(copied, read, self.keep_mib)
         return {name: made[self.files[name]] for name in names}
+
+    def _read(self, path: Path, device: str = "cpu") -> NetworkServer:
+        return NetworkServer(path, max(self.classes), self.features, device, self.keep_mib)
 
     def expert_of(self, name: str) -> int:
         """Return for which expert a body with adapters answers as a server; 0 for a network that has no choice."""
@@ -134,3 +192,22 @@ def read_coded(folder: Path, method: str | None, decoder: str | None, policy: Po
     """Return `Coded.from_run` with the most accurate decoder that the policy can use; else a ConfigurationError."""
     survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
     return Coded.from_run(folder, method, decoder, survivors)
+
+
+def read_copies(folder: Path, method: str, coded: Coded) -> list[Path]:
+    """Return the files of the experts' compressed copies of a run, by their method's name, ``replica-3bit-int8base``.
+
+    Raises ConfigurationError where the run has none of that name, FileError for those of other experts.
+    """
+    copies = seed_folders(folder)[0] / "replicas"
+    how = method.removeprefix(f"{REPLICA}-")
+    paths = [copies / f"{task}.{how}.safetensors" for task in coded.names]
+    if not all(path.is_file() for path in paths):
+        suffixes = sorted({path.name.removeprefix(f"{coded.names[0]}.") for path in copies.glob(f"{coded.names[0]}.*")})
+        known = ", ".join(f"{REPLICA}-{suffix.removesuffix('.safetensors')}" for suffix in suffixes)
+        told = f"found no compressed copies '{method}' in '{copies}', expected {known or 'some'}"
+        raise ConfigurationError(f"{told}; name them, or add them to the experiment's replicas and run it again")
+    for path, expert in zip(paths, coded.experts, strict=True):
+        if load_provenance(path).get("of") != fingerprint(expert.state_dict()):
+            raise FileError(f"'{path}' is not a compressed copy of the run's expert; run the experiment again")
+    return paths

@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -20,7 +23,8 @@ from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, FileError
-from coin.networks import load_network
+from coin.networks import Compression, load_network
+from coin.pipeline.steps.merge import compress_file
 from coin.reporting import read_results
 from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.policies import PolicyKind
@@ -166,6 +170,37 @@ def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> N
     torch.testing.assert_close(own.reply.logits, replica.reply.logits)
 
 
+@pytest.fixture(scope="module")
+def copied(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment with 4-bit copies of its experts."""
+    folder = tmp_path_factory.mktemp("copied") / "tiny"
+    shutil.copytree(finished, folder)
+    for task in ("digits", "letters"):
+        expert = folder / f"seed-0/experts/{task}/expert.safetensors"
+        compress_file(expert, folder / f"seed-0/replicas/{task}.4bit.safetensors", None, Compression(4, 0))
+    return folder
+
+
+def test_compressed_copies_answer_as_their_networks_and_only_few_are_kept_unpacked(copied: Path) -> None:
+    images = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    names = ["replica-0/expert-digits", "replica-0/expert-letters"]
+    system = read(copied, decoder=None, method="replica-4bit")
+    assert system.policy.kind == "replica"
+    size = system.network(names[0]).nbytes / 2**20
+    for keep_mib, kept, reads in ((0.0, 1, 4), (1.9 * size, 1, 4), (2.1 * size, 2, 2)):
+        servers = replace(system, keep_mib=keep_mib).networks(names)
+        for name in (*names, *names):
+            logits = servers[name](images).logits
+            file = load_network(copied / f"seed-0/replicas/{name.rpartition('-')[2]}.4bit.safetensors")
+            with torch.no_grad():
+                expected = file.network(to_input(images, 16))
+            torch.testing.assert_close(logits[:, : file.num_classes], expected)
+        about = servers[names[0]].unpacked.cache_info()
+        assert (about.currsize, about.misses) == (kept, reads)
+    answer = asyncio.run(ask_one(front_end(system, "expert-letters"), images, 1))
+    assert answer.answered_by == ("replica-0/expert-letters",)
+
+
 def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
@@ -183,6 +218,10 @@ MISTAKES = {
     "port": (["FOLDER", "--ray.port=0"], "port=0"),
     "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
     "gpus": (["FOLDER", "--ray.gpus=-1"], "gpus=-1"),
+    "no copies": (["FOLDER", "--method=replica-3bit"], "found no compressed copies 'replica-3bit'"),
+    "copies and a policy": (["FOLDER", "--method=replica-3bit", "--policy=standin"], "expected policy replica"),
+    "nothing packed": (["FOLDER", "--method=coin", "--keep_mib=5"], "leave keep_mib out"),
+    "keep_mib": (["FOLDER", "--keep_mib=-1"], "keep_mib=-1"),
     "no Ray": (["FOLDER"], "pip install '.[serve]'"),
 }
 
@@ -213,11 +252,17 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
-def test_on_ray_clients_get_answers_while_experts_are_killed_and_a_4xx_for_what_is_wrong(alone: Path) -> None:
+def test_on_ray_clients_get_answers_while_experts_are_killed_and_a_4xx_for_what_is_wrong(
+    alone: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     root = Path(__file__).parents[2]
-    command = [sys.executable, str(root / "tests/benchmarks/standins.py"), str(alone), "--queries=200", "--clients=20"]
+    benchmark = [str(root / "tests/benchmarks/failover.py"), str(alone), f"--output={tmp_path}", "--repeats=1"]
+    phases = ["--setups", "standin-packed", "--events", "1", "--loads", "--warmup=2", "--before=3", "--after=4"]
+    command = [sys.executable, *benchmark, *phases, "--images=24", "--clients=20"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "all as it should be" in found.stdout
+    accuracy = pd.read_csv(tmp_path / "accuracy.csv")
+    assert (accuracy["lost"].tolist(), accuracy["failed"].tolist()) == ([0, 1, 2], [0, 0, 0])

@@ -11,7 +11,7 @@ import torch
 from coin.coding import Answers, decode_linear, make_decoder
 from coin.errors import DeadlineError, DecodingError, LostError, OverloadedError, ServingError
 from coin.serving.front_end import Limits
-from coin.serving.policies import Policy, PolicyKind, StandIns
+from coin.serving.policies import Lateness, Policy, PolicyKind, StandIns
 from coin.serving.servers import Reply, System
 from tests.serving.conftest import LinearSystem, ask_all, ask_one, run_virtually, timed, virtually
 
@@ -109,6 +109,18 @@ async def test_who_is_asked_for_a_late_expert_and_when(policy: str) -> None:
     assert answer.decoded == ("coded" in by)
     assert seconds == pytest.approx(wanted)
     assert it.asked == asked
+
+
+@virtually
+async def test_a_silent_server_is_not_waited_for_until_it_answers() -> None:
+    it = World([after(1.0), after(0.1), after(0.1), after(0.1)], "standin")
+    it.front.lateness[(0,), 1] = Lateness(0.95, 0.5, experience=4000)  # in a young system it rises with the first query
+    times = [(await timed(ask_one(it.front, X, 0)))[1] for _ in range(4)]
+    assert times == pytest.approx([0.5 + 0.1, 0.1, 0.1, 0.1])
+    assert it.asked["e0"] == 1
+    await asyncio.sleep(0.2)  # until 1.1 seconds have passed
+    it.behaviours["e0"] = after(0.3)
+    assert (await ask_one(it.front, X, 0)).answered_by == ("e0",)
 
 
 def test_without_waiting_the_first_answer_counts_and_an_own_one_that_is_first_is_kept() -> None:
