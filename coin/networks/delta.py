@@ -27,7 +27,8 @@ class Rounded(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
-        return _looked_up(self.codes, self.scale, _signed_levels(self.bits).flatten().to(self.codes.device))
+        table = _signed_levels(self.bits).flatten().to(self.codes.device)
+        return _looked_up(self.codes, self.scale.unsqueeze(1), table)
 
 
 @cache
@@ -200,9 +201,12 @@ def _regrouped(values: Tensor, before: int, after: int) -> Tensor:
 
 
 def read(packed: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the matrix ``[rows, columns]`` in float32, as `Rounded.dense` does, from the bytes of its codes."""
+    """Return the matrix ``[rows, columns]`` in float32, as `Rounded.dense` does, from the bytes of its codes.
+
+    Scales are ``[rows]`` or, which is quicker for small matrices, ``[rows, 1]``.
+    """
     entries = unpack(packed, bits, columns) if 8 % bits else packed
-    found = _looked_up(entries, scale, _table(bits, packed.device))
+    found = _looked_up(entries, scale if scale.ndim == 2 else scale.unsqueeze(1), _table(bits, packed.device))
     return found if found.shape[1] == columns else found[:, :columns]
 
 
@@ -227,9 +231,9 @@ def _looked_up(entries: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     Every operation counts: small matrices are read at every call of a layer. The index is int32: with int64
     `index_select` takes eight times as long.
     """
-    index = entries.int().add_(scale.signbit().unsqueeze(1), alpha=table.shape[0] // 2)
+    index = entries.int().add_(scale.signbit(), alpha=table.shape[0] // 2)
     found = table.index_select(0, index.flatten()).view(torch.float32)
-    return found.view(entries.shape[0], -1).mul_(scale.unsqueeze(1))
+    return found.view(entries.shape[0], -1).mul_(scale)
 
 
 def _row_bytes(bits: int, columns: int) -> int:

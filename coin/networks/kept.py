@@ -36,7 +36,9 @@ class Change(nn.Module):
     def __init__(self, parts: State) -> None:
         super().__init__()
         for part in self.PARTS:
-            self.register_buffer(part, parts.get(part))
+            tensor = parts.get(part)
+            is_of_rows = tensor is not None and part in ("left_scale", "right_scale")
+            self.register_buffer(part, cast(Tensor, tensor).view(-1, 1) if is_of_rows else tensor)
 
     @classmethod
     def of(
@@ -69,6 +71,8 @@ class Change(nn.Module):
     def forward(self, value: Tensor, in_place: bool = False) -> Tensor:
         """Return the parameter θ as the expert has it; θ itself is changed if it is done in place."""
         parts = self._buffers
+        if parts["scale"] is None and parts["left"] is None and parts["shift"] is not None:
+            return torch.add(value, parts["shift"]).to(value.dtype)
         changed = value if in_place else value.clone()
         if parts["left"] is not None:
             matrix = changed.flatten(1)
@@ -102,7 +106,7 @@ class Kept(nn.Module):
         # An empty parameter says of which type a packed one is, and on which device.
         self.original = original if codes is None else nn.Parameter(original.detach().new_empty(0), requires_grad=False)
         self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", None if scale is None else scale.view(-1, 1))
         self.experts = nn.ModuleList()
         self.only: int | None = None  # the expert that alone answers, of `coin.Adapted.only`
 

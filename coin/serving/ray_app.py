@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coin.core.choices import check_number
+from coin.core.memory import keep_freed_memory
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import OverloadedError, ServingError
 from coin.files.packaged import extra_module
@@ -56,6 +57,7 @@ class ModelProcess:
 
         torch.set_num_threads(1)
         networks = system.networks(names, device)
+        keep_freed_memory()  # now that what loading took is given back
         for network in {*networks.values()}:  # the first query need not wait for what a first pass takes
             network(network.probe)
         experts = {name: system.expert_of(name) for name in names}
