@@ -79,6 +79,8 @@ def read_system(
     if keep_mib > 0 and not is_packed:
         told = f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{method or coded.method}'"
         raise ConfigurationError(f"{told}, expected a body with adapters or compressed copies; leave keep_mib out")
+    if keep_mib > 0 and not copies:
+        system.network(system.stand_ins.of[0][0])  # refuses fewer MiB than one network takes
     # A promise is about the coded model's answers: those of compressed copies are covered by none.
     promises = [] if copies else [each for own in coded.decoders.values() for each in own.promises.values()]
     promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None

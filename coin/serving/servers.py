@@ -155,7 +155,8 @@ class System:
         return {name: made[self.files[name]] for name in names}
 
     def _read(self, path: Path, device: str = "cpu") -> NetworkServer:
-        return NetworkServer(path, max(self.classes), self.features, device, self.keep_mib)
+        keep_mib = 0.0 if path in self.copies else self.keep_mib  # copies share theirs
+        return NetworkServer(path, max(self.classes), self.features, device, keep_mib)
 
     def expert_of(self, name: str) -> int:
         """Return for which expert a body with adapters answers as a server; 0 for a network that has no choice."""

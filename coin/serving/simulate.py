@@ -52,24 +52,35 @@ class Phases:
     """Exponentially distributed phases in which a machine is slow, or down.
 
     Args:
-        share: The share of the time; 0 for never.
+        share: The share of the time; 0 for never, 1 for always.
         length: The mean length, in mean service times; `factor`, the slowdown of a service that begins in a slow phase.
+        machines: How many machines have such phases, the experts' first; 0 for all.
     """
 
     share: float = 0.0
     length: float = 100.0
     factor: float = 5.0
+    machines: int = 0
 
     def __post_init__(self) -> None:
-        check_number("share", self.share, low=0, high=1)
+        if self.share != 1:
+            check_number("share", self.share, low=0, high=1)
         check_number("length", self.length, low=0, strict=True)
         check_number("factor", self.factor, low=1)
+        check_integer("machines", self.machines, 0)
 
-    def is_on(self, unit: float, draw: random.Random) -> Callable[[float], bool]:
-        """Return a function that says whether a phase is on; call it with ascending times."""
-        lengths = {True: self.length * unit, False: self.length * unit * (1 - self.share) / (self.share or 1)}
-        on = draw.random() < self.share
-        ends = draw.expovariate(1 / lengths[on]) if self.share else math.inf
+    def share_of(self, machine: int) -> float:
+        """Return the share of the time for which the phases of a machine, numbered from 0, are on."""
+        return self.share if self.machines == 0 or machine < self.machines else 0.0
+
+    def is_on(self, machine: int, unit: float, draw: random.Random) -> Callable[[float], bool]:
+        """Return a function that says whether a machine's phase is on; call it with ascending times."""
+        share = self.share_of(machine)
+        if share in (0.0, 1.0):
+            return lambda now: share == 1.0
+        lengths = {True: self.length * unit, False: self.length * unit * (1 - share) / share}
+        on = draw.random() < share
+        ends = draw.expovariate(1 / lengths[on])
 
         def look(now: float) -> bool:
             nonlocal on, ends
@@ -102,6 +113,7 @@ class Conditions:
         check_number("load", self.load, low=0, high=1, strict=True)
         check_integer("queries", self.queries, 40)
         check_number("tail", self.tail, low=0)
+        check_number("down.share", self.down.share, low=0, high=1)
 
 
 class ServiceTimes:
@@ -142,6 +154,16 @@ class Simulation:
         return float(np.mean([self.times[name].mean() for name in self.stand_ins.experts]))
 
     @property
+    def capacity(self) -> float:
+        """How many answers a second the experts can give, one at a time."""
+        slow, down = self.conditions.slow, self.conditions.down
+        speeds = []
+        for machine in range(len(self.stand_ins.experts)):
+            share = slow.share_of(machine)
+            speeds.append((1 - share + share / slow.factor) * (1 - down.share_of(machine)))
+        return sum(speeds) / (1 + self.conditions.tail) / self.unit
+
+    @property
     def standin_unit(self) -> float:
         """The same of the servers beyond the experts; NaN where there are none."""
         experts = self.stand_ins.experts
@@ -163,8 +185,8 @@ class Machine:
     def __init__(self, it: Simulation, place: int) -> None:
         self.it, self.forwards, self._busy = it, 0, False
         self._draws = self._service_draws(place)
-        self._is_slow = it.conditions.slow.is_on(it.unit, random.Random(f"slow {it.seed} {place}"))
-        self._is_down = it.conditions.down.is_on(it.unit, random.Random(f"down {it.seed} {place}"))
+        self._is_slow = it.conditions.slow.is_on(place, it.unit, random.Random(f"slow {it.seed} {place}"))
+        self._is_down = it.conditions.down.is_on(place, it.unit, random.Random(f"down {it.seed} {place}"))
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 
     def _service_draws(self, place: int) -> Iterator[tuple[float, float]]:
@@ -236,9 +258,7 @@ async def _run(it: Simulation) -> Outcome:
     front = FrontEnd(servers, it.stand_ins, it.policy, lambda expert, replies: None, limits)
     for wants in (*((place,) for place in range(count)), tuple(range(count))):  # as in a system that has run for long
         front.lateness[wants, 1] = Lateness(it.policy.quantile, 3 * it.unit, limits.deadline, experience=4000)
-    slow, down = it.conditions.slow, it.conditions.down
-    speed = (1 - slow.share + slow.share / slow.factor) * (1 - down.share) / (1 + it.conditions.tail) / it.unit
-    rate = it.conditions.load * speed * (1 if it.want is QueryTarget.all else count)
+    rate = it.conditions.load * it.capacity * (1 / count if it.want is QueryTarget.all else 1)
     gaps = np.random.default_rng([it.seed, 0]).exponential(1 / rate, total).tolist()
     wanted = np.random.default_rng([it.seed, 2]).integers(count, size=total).tolist()
     latencies, found = np.full(total, np.inf), list[Answer]()

@@ -10,12 +10,14 @@ the capacity without a server more:
   once, as on a machine that they share; ``machine``: an expert and the server that stands in, which share one;
   ``stopped``: an expert is stopped (SIGSTOP). They stay down for the rest of the phase. With each event comes one query
   for every task that has lost its expert. The objective is twice the median time of the answers before the event.
+- *slow*: the first expert runs for a fifth of the time (SIGSTOP and SIGCONT in turns), at the load of the events, and
+  the same is simulated (`coin.serving.simulate`) with the times of the networks measured here.
 - *loads*: several loads, with all experts and without the first. The objective is twice the median of the first load.
 - *accuracy*: every test image is asked for once while 0, 1, … all experts are down; no answer is a wrong answer.
 
 The memory of a server is what its process shares with no other, less that of a process of its kind without a network.
 
-It writes ``events.csv``, ``loads.csv`` and ``accuracy.csv``: medians over the repeats, with the least and the largest;
+It writes ``events.csv``, ``loads.csv``, ``accuracy.csv`` and ``slow.csv``: medians over the repeats, the least and the largest;
 and ``queries.csv``: every query of the events.
 
 The first set-up that has a server more is also sent wrong queries and a crowd of clients. The exit status is 1 where
@@ -38,20 +40,34 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
-from served import Answered, Client, Known, Outage, Served, crowd, descendants, free_port, private_mib, wrong_queries
+from served import (
+    Answered,
+    Client,
+    Known,
+    Outage,
+    Served,
+    Slowdown,
+    crowd,
+    descendants,
+    free_port,
+    private_mib,
+    wrong_queries,
+)
 
 from coin.commands.serve import read_system
+from coin.commands.simulate import measured, networks_of
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.reporting import read_results
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import System
+from coin.serving.simulate import Conditions, Phases, Simulation, run_simulation
 
 SETUPS = ("uncoded", "replica", "copies", "standin-packed", "standin-dense", "coded_hedged")
 EVENTS = ("1", "2", "all", "machine", "stopped")
@@ -132,6 +148,7 @@ class Benchmark:
         self.queries: list[dict[str, Any]] = []  # every query of the events
         self.loads: list[dict[str, Any]] = []
         self.accuracy: list[dict[str, Any]] = []
+        self.slow: list[dict[str, Any]] = []
         self.problems: list[str] = []
 
     async def run(self, capacity: float) -> None:
@@ -143,6 +160,8 @@ class Benchmark:
             for repeat in range(options.repeats):
                 for event in options.events:
                     await self.measure_event(client, event, options.load * capacity, repeat)
+                if options.slow and self.setup.name != "copies":  # whose servers the simulation does not have
+                    await self.measure_slow(client, options.load * capacity, repeat)
                 for number_lost in (0, 1) if options.loads else ():
                     await self.measure_loads(client, capacity, number_lost, repeat)
                 if options.images:
@@ -201,6 +220,33 @@ class Benchmark:
                 self.loads.append(row | load_row(answers, objective, self.options.after))
         if down:
             self.served.recover(self.processes, self.known)
+
+    async def measure_slow(self, client: Client, rate: float, repeat: int) -> None:
+        """Slow the first expert down, and add a row of what is measured and of what is simulated."""
+        await client.load(rate, self.options.before, seed=repeat)
+        with Slowdown(self.served, self.experts[0]) as slowdown:
+            await client.load(rate, 2.0, seed=repeat)  # the front end learns what is late now
+            answers = await client.load(rate, self.options.slow, seed=repeat)
+        self.check(answers, slowdown.began, "one slow expert")
+        row = {"setup": self.setup.name, "rate": rate, "failed": sum(answer.status != 200 for answer in answers)}
+        for kind, times in (
+            ("measured", [answer.seconds for answer in answers if answer.status == 200]),
+            ("simulated", self.simulated(rate, repeat)),
+        ):
+            for name, quantile in (("p50", 0.5), ("p99", 0.99)):
+                row[f"{kind}_{name}_ms"] = 1e3 * float(np.quantile(times, quantile, method="higher"))
+        self.slow.append(row)
+        print(f"{self.setup.name}, repeat {repeat}, one slow expert: {row}", flush=True)
+
+    def simulated(self, rate: float, seed: int) -> list[float]:
+        """Return the seconds to an answer where the first of the experts is five times as slow, simulated."""
+        system = self.known.system
+        times = {name: self.options.times[network] for name, network in networks_of(system).items()}
+        conditions = Conditions(queries=4000, slow=Phases(share=1.0, factor=5.0, machines=1))
+        it = Simulation(system.stand_ins, system.policy, conditions, times, seed=seed)
+        at_rate = replace(it, conditions=replace(conditions, load=rate / it.capacity))
+        found = run_simulation(at_rate).latencies
+        return [float(seconds) for seconds in found if math.isfinite(seconds)]
 
     async def measure_accuracy(self, client: Client, repeat: int) -> None:
         """Ask for every image while no expert, one, … all experts are down, and add a row for each."""
@@ -312,6 +358,7 @@ def shown(table: pd.DataFrame) -> str:
 def write_tables(tables: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """Write and print the tables of what has been measured so far."""
     keys = {"events": ["setup", "event"], "loads": ["setup", "lost", "load"], "accuracy": ["setup", "lost"]}
+    keys["slow"] = ["setup"]
     for name, rows in tables.items():
         if rows:
             table = summary(rows, keys[name])
@@ -366,6 +413,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=20.0, help="seconds of queries after the start of a set-up")
     parser.add_argument("--before", type=float, default=6.0, help="seconds of an event's phase before it")
     parser.add_argument("--after", type=float, default=8.0, help="seconds after it, and of each load")
+    parser.add_argument("--slow", type=float, default=20.0, help="seconds with a slow expert; 0 leaves that out")
     parser.add_argument("--images", type=int, default=96, help="test images of each task; 0 leaves accuracy out")
     parser.add_argument("--clients", type=int, default=400, help="the crowd; 0 leaves it and wrong queries out")
     parser.add_argument("--repeats", type=int, default=3)
@@ -383,8 +431,10 @@ def main() -> int:
     setups = [setup_named(name, folder) for name in options.setups]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         options.empty_mib = pool.submit(empty_server_mib, setups[0].system()).result()
+    if options.slow:
+        options.times = measured([setup.system() for setup in setups if setup.name != "copies"])
     print(f"a server without a network: {options.empty_mib:.0f} MiB", flush=True)
-    tables: dict[str, list[dict[str, Any]]] = {"events": [], "loads": [], "accuracy": []}
+    tables: dict[str, list[dict[str, Any]]] = {"events": [], "loads": [], "accuracy": [], "slow": []}
     queries: list[dict[str, Any]] = []
     problems: list[str] = []
     for setup in setups:
@@ -405,6 +455,7 @@ def main() -> int:
         tables["events"] += benchmark.events
         tables["loads"] += benchmark.loads
         tables["accuracy"] += benchmark.accuracy
+        tables["slow"] += benchmark.slow
         write_tables(tables, options.output)
         queries += benchmark.queries
         pd.DataFrame(queries).to_csv(options.output / "queries.csv", index=False)

@@ -187,6 +187,32 @@ class Outage:
                 continue
 
 
+class Slowdown:
+    """Lets a server's process run for a share of the time alone, by SIGSTOP and SIGCONT: a context."""
+
+    def __init__(self, served: Served, server: str, share: float = 0.2, period: float = 0.01) -> None:
+        self._process = next(process for process, name in served.processes().items() if name == server)
+        self._share, self._period = share, period  # in seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._alternate)
+
+    def __enter__(self) -> "Slowdown":
+        self.began = time.monotonic()
+        self._thread.start()
+        return self
+
+    def _alternate(self) -> None:
+        while not self._ended.is_set():
+            os.kill(self._process, signal.SIGSTOP)
+            time.sleep((1 - self._share) * self._period)
+            os.kill(self._process, signal.SIGCONT)
+            time.sleep(self._share * self._period)
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
 class Known:
     """Test images of every task with their labels, and the replies of all servers that may answer for the task."""
 

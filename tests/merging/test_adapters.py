@@ -324,7 +324,7 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     assert table["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
     largest = 4 * max(parameter.numel() for parameter in packed.network().parameters() if parameter.ndim > 1)
     held = sum(tensor.nbytes for tensor in system.coded[0].state_dict().values())  # vectors are held in float32
-    assert packed.nbytes <= held < 1.1 * packed.nbytes
+    assert packed.nbytes <= held < 1.2 * packed.nbytes
     assert table["resident_mib"].tolist() == [(held + largest + 3 * heads) / 2**20] * 3
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
         with pytest.raises(ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"):

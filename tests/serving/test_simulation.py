@@ -122,7 +122,7 @@ def test_a_stand_in_takes_its_own_time_not_the_expert_s() -> None:
         later = (slower.latencies - same.latencies).round(6)
         assert (later > 0).mean() == same.stood_in
         assert 0.05 < same.stood_in < 0.5
-        assert np.median(later[later > 0]) == later.max() == 40 * MS  # less where the expert answers in between
+        assert np.median(later[later > 0]) == 40 * MS  # some others meet an expert that has answered, or not, meanwhile
     assert make("standin", standin=50 * MS).standin_unit == pytest.approx(50 * MS)
     assert make("standin", standin=50 * MS).unit == pytest.approx(10 * MS)  # the load is the experts'
     assert np.isnan(make("uncoded").standin_unit)
@@ -215,15 +215,17 @@ def test_batches_carry_a_load_that_one_at_a_time_could_not(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.4])
 def test_phases_take_their_share_of_the_time(share: float) -> None:
-    is_on = Phases(share, 10.0).is_on(0.1, random.Random(0))
+    is_on = Phases(share, 10.0).is_on(0, 0.1, random.Random(0))
     assert np.mean([is_on(now) for now in np.arange(0, 20_000, 0.1)]) == pytest.approx(share, abs=0.02)
+    of_two = [Phases(1.0, machines=1).is_on(machine, 0.1, random.Random(0))(5.0) for machine in (0, 1)]
+    assert of_two == [True, False]
 
 
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (Conditions, {"load": 1.0, "queries": 9, "tail": -1}),
-        (Phases, {"share": 1.0, "length": 0, "factor": 0.5}),
+        (Phases, {"share": 1.5, "length": 0, "factor": 0.5, "machines": -1}),
         (Limits, {"deadline": 0, "pixels": 0, "batch": 0}),
         (partial(Policy, PolicyKind.coded_hedged), {"quantile": 1.0}),
     ],
