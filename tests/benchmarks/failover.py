@@ -17,8 +17,8 @@ the capacity without a server more:
 
 The memory of a server is what its process shares with no other, less that of a process of its kind without a network.
 
-It writes ``events.csv``, ``loads.csv``, ``accuracy.csv`` and ``slow.csv``: medians over the repeats, the least and the largest;
-and ``queries.csv``: every query of the events.
+It writes ``events.csv``, ``loads.csv``, ``accuracy.csv`` and ``slow.csv``: medians over the repeats, the least and the
+largest; and ``queries.csv``: every query of the events.
 
 The first set-up that has a server more is also sent wrong queries and a crowd of clients. The exit status is 1 where
 
