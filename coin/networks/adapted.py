@@ -74,14 +74,13 @@ class Adapted(nn.Module):
     def resident_nbytes(self) -> int:
         """The bytes of weights that are in memory while it answers.
 
-        Those of its tensors, and of the networks that are kept, or else of the largest parameter that is made for a
-        layer.
+        Those of its tensors, and of the networks that are kept, or else of what making the largest parameter takes.
         """
-        made = [kept.forward().nbytes for _, _, kept in kept_parameters(self.body)]
+        working = [kept.working_nbytes for _, _, kept in kept_parameters(self.body)]
         if self._most:
             kept = min(self._most, max(1, self.num_experts))
             return tensor_nbytes(self) + kept * tensor_nbytes(self.network(0))
-        return tensor_nbytes(self) + max(made, default=0)
+        return tensor_nbytes(self) + max(working, default=0)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         """Forget the plain networks when the body is moved."""

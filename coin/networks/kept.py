@@ -97,6 +97,8 @@ class Kept(nn.Module):
         bits: The bits of a code.
     """
 
+    codes: Tensor | None
+
     def __init__(
         self, original: nn.Parameter, codes: Tensor | None = None, scale: Tensor | None = None, bits: int = 0
     ) -> None:
@@ -121,6 +123,12 @@ class Kept(nn.Module):
     def change(self, expert: int) -> Change:
         """Return the change by an expert."""
         return cast(Change, self.experts[expert])
+
+    @property
+    def working_nbytes(self) -> int:
+        """The bytes that making the parameter takes: the parameter and, of a packed one, an int32 for each byte."""
+        made = self.shape.numel() * self.original.element_size()
+        return made if self.codes is None else made + 4 * self.codes.numel()
 
     def forward(self) -> Tensor:
         """Return the parameter, as the expert has it that answers."""
