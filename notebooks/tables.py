@@ -5,6 +5,7 @@
 NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a suite: seeds and draws of the base.
 """
 
+import math
 import re
 from io import StringIO
 from pathlib import Path
@@ -19,13 +20,11 @@ from stored import (
     cost,
     markdown,
     measured,
-    milliseconds,
     ndas,
     of_stand_ins,
     percent,
     rivals,
     rows_of,
-    simulated,
     spread,
     stood_in,
 )
@@ -140,14 +139,12 @@ FLEET = {
 def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = False) -> str:
     """What stands in: its memory with two and with eight experts, networks run for an answer, losses, NDA by suite.
 
-    In short its memory with eight and no deviations, and a last row for a spare, whose NDA is 100 by definition. The
-    resident memory is left out unless all suites have it.
+    In short its memory and resident memory with eight and no deviations, and a last row for a spare, whose NDA is 100
+    by definition.
     """
     rows = []
     every = {suite: stood_in(suite) for suite in SUITES}
-    memories = {"networks": "memory", "resident": "resident"}
-    if any(part.resident.isna().all() for part in every.values()):
-        del memories["resident"]
+    memories = {"networks": "memory"} | ({"resident": "resident"} if short else {})
     for method, decoder in kept:
         own = {suite: rows_of(part, method, decoder) for suite, part in every.items()}
         if (first := next((part for part in own.values() if len(part)), None)) is None:
@@ -283,29 +280,61 @@ def demo() -> str:
 SERVED = {
     "uncoded": "nothing",
     "replica": "`replica`: all experts' weights",
-    "standin": "`standin`: the body with adapters alone, 4 bits",
-    "coded_hedged": "`coded_hedged`: with the survivors, `feature_ridge`",
+    "copies": "`replica` of copies in 3-bit deltas",
+    "standin-packed": "`standin`: the body with adapters, 4 bits, packed",
+    "standin-dense": "`standin`: the same with `--keep_mib` for all three",
+    "coded_hedged": "`coded_hedged`: with the survivors",
 }
-"""What stands on the one server more, and how the table calls it."""
+"""What stands on the one server more, and how the tables of failover call it."""
 
 
-def serving() -> str:
-    """Memory, p99.9 and accuracy of what may stand in for one of three experts, as simulated."""
+def timed(row: pd.Series, name: str) -> str:
+    """Return a median time in ms, in brackets the least and the largest; ``∞`` where nothing came."""
+    found = [f"{row[each]:.0f}" if math.isfinite(row[each]) else "∞" for each in (name, f"{name}_low", f"{name}_high")]
+    return found[0] if len({*found}) == 1 else f"{found[0]} [{found[1]}, {found[2]}]"
+
+
+def failover() -> str:
+    """What a client of three experts sees when servers are killed or stopped, by what stands on one server more."""
+    events = pd.read_csv(RESULTS / "failover" / "events.csv").set_index(["setup", "event"])
+    killed = {"1": "one killed", "2": "two killed", "all": "all killed", "stopped": "one stopped"}
     rows = []
-    every = {scenario: simulated(scenario) for scenario in ("rare-stragglers", "stragglers", "failures")}
-    sizes = every["failures"]
-    for redundancy, name in SERVED.items():
-        size, tails = sizes.loc[(redundancy, "one")], []
-        memory = f"{(size.memory - sizes.loc[('uncoded', 'one')].memory) / 2**20:.1f}"
-        for found in every.values():
-            for want in ("one", "all"):
-                row = found.loc[(redundancy, want)]
-                middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
-                tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
-        right = size.standing_in_accuracy
-        rows.append([name, memory, *tails, "–" if redundancy == "uncoded" else percent(right)])
-    slow = [f"{what}, query for {whom}" for what in ("slow 1 %", "slow 5 %", "down 1 %") for whom in ("one", "all")]
-    return markdown(["on one server more", "MiB", *slow, "right, %"], rows)
+    for setup, name in SERVED.items():
+        own = events.loc[setup]
+        memory = own.loc["1", "stand_in_mib"]
+        first = [timed(own.loc[event], "first_right_ms") for event in killed]
+        failed = [percent(own.loc[event, "failed"] / own.loc[event, "asked"]) for event in ("1", "all", "machine")]
+        late = percent(own.loc["1", "beyond"])
+        rows.append([name, "–" if math.isnan(memory) else f"{memory:.0f}", *first, *failed, late])
+    first = [f"first right answer, ms: {what}" for what in killed.values()]
+    failed = [f"failed, %: {what}" for what in ("one killed", "all killed", "an expert and the stand-in killed")]
+    return markdown(["on one server more", "MiB", *first, *failed, "failed or late, %: one killed"], rows)
+
+
+def failover_accuracy() -> str:
+    """How accurate all answers are as experts are lost, and how many come in time at a high load without one."""
+    accuracy = pd.read_csv(RESULTS / "failover" / "accuracy.csv").set_index(["setup", "lost"])
+    loads = pd.read_csv(RESULTS / "failover" / "loads.csv").set_index(["setup", "lost", "load"])
+    few, many = loads.index.levels[2].min(), loads.index.levels[2].max()
+    rows = []
+    for setup in accuracy.index.unique("setup"):
+        right = [percent(accuracy.loc[(setup, lost), "accuracy"]) for lost in range(4)]
+        rates = [f"{loads.loc[(setup, 1, load), 'goodput']:.0f}" for load in (few, many)]
+        rows.append([SERVED[setup], *right, *rates])
+    asked = [f"{loads.rate[loads.index.get_level_values('load') == load].iloc[0]:.0f}" for load in (few, many)]
+    right = [f"right, %: {lost} of 3 lost" for lost in range(4)]
+    return markdown(["on one server more", *right, *(f"in time of {rate} a second, 1 lost" for rate in asked)], rows)
+
+
+def one_slow() -> str:
+    """What is measured and what is simulated where one of three experts is five times as slow."""
+    slow = pd.read_csv(RESULTS / "failover" / "slow.csv").set_index("setup")
+    rows = []
+    for setup, row in slow.iterrows():
+        times = [f"{row[f'{kind}_{name}_ms']:.0f}" for name in ("p50", "p99") for kind in ("measured", "simulated")]
+        rows.append([SERVED[str(setup)], *times])
+    heads = [f"{name}, ms: {kind}" for name in ("p50", "p99") for kind in ("measured", "simulated")]
+    return markdown(["on one server more", *heads], rows)
 
 
 def columns() -> str:
@@ -325,7 +354,9 @@ TABLES = {
     "fleet": fleet,
     "promises": promises,
     "wrong experts": wrong_experts,
-    "serving": serving,
+    "failover": failover,
+    "failover accuracy": failover_accuracy,
+    "one slow": one_slow,
     "columns": columns,
 }
 

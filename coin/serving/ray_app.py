@@ -57,7 +57,7 @@ class ModelProcess:
 
         torch.set_num_threads(1)
         networks = system.networks(names, device)
-        keep_freed_memory()  # now that what loading took is given back
+        keep_freed_memory()  # but for what loading took
         for network in {*networks.values()}:  # the first query need not wait for what a first pass takes
             network(network.probe)
         experts = {name: system.expert_of(name) for name in names}
