@@ -15,7 +15,7 @@ from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapters import Adapter
 from coin.networks.heads import head_name, with_head
-from coin.networks.kept import ANSWERING, Change, Kept, keep, kept_parameters, unpacked
+from coin.networks.kept import ANSWERING, Change, Kept, held_elsewhere, keep, kept_parameters, unpacked
 
 _Asked = Mapping[object, int | Tensor | None]
 _ASKED: ContextVar[_Asked] = ContextVar("_ASKED")  # by the bodies' keys, as which experts they answer
@@ -52,7 +52,10 @@ class Adapted(nn.Module):
         self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
         self._kept: dict[int, nn.Module] = {}  # plain networks, the least recently asked for first
         kept = {name: own for name, _, own in kept_parameters(self.body)}
+        held = held_elsewhere(self.body)
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
+            if name in held:
+                raise StateError(f"'{name}' is held in another attribute of a module too, expected its layer's alone")
             if name not in kept:
                 kept[name] = Kept(self.body.get_parameter(name))
                 keep(self.body, name, kept[name])

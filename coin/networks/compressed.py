@@ -19,7 +19,7 @@ from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
 from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
 from coin.networks.heads import head_name, replace_head
-from coin.networks.kept import Kept, keep, unpacked
+from coin.networks.kept import Kept, held_elsewhere, keep, unpacked
 from coin.networks.weights import check_plain, fill_network
 
 SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
@@ -102,10 +102,10 @@ class Compressed:
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        if not self.base_bits:
+        if not self.base_bits and not held_elsewhere(self.base):
             return unpacked(self.packed())
         network = self._empty()
-        reference = _reference(network, self.base, self._folded)
+        reference = _reference(network, self.base if self.base_bits else None, self._folded)
         every = zip(reference.items(), self._kinds, self._parts(reference), strict=True)
         state = {name: decode(kind, data, tensor) for (name, tensor), kind, data in every}
         fill_network(network, {name: state[first] for name, first in _ties(network).items()}, "the compressed network")
@@ -114,9 +114,9 @@ class Compressed:
     def packed(self) -> nn.Module:
         """Return the network as it is stored, a new one in eval mode: a matrix is unpacked when a layer reads it.
 
-        Where it is a delta from a base, that is `network`. Its bytes are held, and the largest matrix while it is read.
+        Where it is a delta from a base, or modules hold parameters in other attributes too, that is `network`.
         """
-        if self.base_bits:
+        if self.base_bits or held_elsewhere(self.base):
             return self.network()
         network = clone(self.base, shared=True).eval()
         own = stored(network)

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import clone
+from coin.core.batches import clone, tensors_in
+from coin.errors import StateError
 from coin.files.tensors import State
 from coin.networks.delta import Rounded, matrix_shape, pack, quantise, read
 
@@ -149,11 +150,14 @@ class Kept(nn.Module):
 def keep(network: nn.Module, name: str, kept: Kept) -> None:
     """Have a network, in place, make a parameter of what is kept whenever a layer reads it.
 
-    The layer becomes one of a subclass that has a property of the parameter's name.
+    The layer becomes one of a subclass that has a property of the parameter's name. Raises StateError where a layer has
+    an attribute ``kept``.
     """
     place, _, parameter = name.rpartition(".")
     layer = network.get_submodule(place)
-    if "kept" not in layer._modules:
+    if not is_making(layer):
+        if hasattr(layer, "kept"):
+            raise StateError(f"found an attribute 'kept' of layer '{place}', which coin uses; rename it")
         layer.kept = nn.ModuleDict()
     cast(nn.ModuleDict, layer.kept)[parameter] = kept
     layer._parameters[parameter] = None  # in its place among the others
@@ -163,7 +167,7 @@ def keep(network: nn.Module, name: str, kept: Kept) -> None:
 def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]:
     """Yield the parameters that are made when they are read: their dotted names, the layers and what is kept."""
     for place, layer in network.named_modules(remove_duplicate=False):
-        if hasattr(type(layer), "plain_class"):
+        if is_making(layer):
             for parameter, kept in cast(nn.ModuleDict, layer.kept).items():
                 yield f"{place}.{parameter}".lstrip("."), layer, cast(Kept, kept)
 
@@ -176,10 +180,22 @@ def unpacked(network: nn.Module) -> nn.Module:
         if kept not in made:
             made[kept] = nn.Parameter(kept.forward().detach())
         layer._parameters[name.rpartition(".")[2]] = made[kept]
-    for layer in copied.modules():
+    for layer in filter(is_making, copied.modules()):
         layer.__class__ = _plain_class(layer)
-        layer._modules.pop("kept", None)
+        del layer.kept
     return copied
+
+
+def is_making(layer: nn.Module) -> bool:
+    """Say whether a layer makes parameters when it reads them."""
+    return hasattr(type(layer), "plain_class")
+
+
+def held_elsewhere(network: nn.Module) -> set[str]:
+    """Return the parameters that modules hold in other attributes too, as LSTMs do: these would miss what is made."""
+    attributes = (vars(module).items() for module in network.modules())
+    held = {id(t) for own in attributes for name, value in own if name != "_parameters" for t in tensors_in(value)}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in held}
 
 
 @cache

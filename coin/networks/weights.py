@@ -20,6 +20,7 @@ from coin.core.batches import check_tensors, clear_caches, clone
 from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.files.tensors import State, check_layout
 from coin.networks.heads import head_name, initialise_head
+from coin.networks.kept import is_making
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
@@ -51,7 +52,7 @@ def check_plain(network: nn.Module, *, meta: bool = False) -> None:
         if type(module).__setstate__ is nn.Module.__setstate__ and any(map(_is_closure, chain(*held))):
             raise StateError(f"layer '{name}' holds a function of a module, which copies would share; make it a method")
         hooks = module._forward_pre_hooks.values()
-        if hasattr(type(module), "plain_class"):
+        if is_making(module):
             told = f"a weight of layer '{name}' is made when it is read, expected a parameter"
             raise StateError(
                 f"{told}; give the plain network that Compressed.network() or Adapted.network(expert) makes"

@@ -187,3 +187,27 @@ def test_a_users_call_is_the_body_s_too(made):
         for expert in range(3):
             answer = system.decode({"x": x}, [expert])[0]
             torch.testing.assert_close(answer, experts[expert](x.flip(1)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_modules_hold_in_other_attributes_too_is_not_made_in_silence():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.map = nn.LSTM(6, 40, batch_first=True), nn.Linear(40, 40)
+            self.held, self.head = [self.map.weight], nn.Linear(40, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1] @ self.held[0].T)
+
+    torch.manual_seed(0)
+    network, x = Recurrent().eval(), torch.randn(5, 4, 6)
+    compressed = coin.compress(network, None, bits=8, base_bits=0)
+    for read in (compressed.network(), compressed.packed(), coin.Adapted(compressed.packed())):
+        torch.testing.assert_close(read(x), network(x), rtol=0.1, atol=0.02)
+        assert not torch.equal(read(x), network(x))
+    with pytest.raises(StateError, match=r"'map.weight' is held in another attribute of a module too"):
+        coin.Adapted(network, [coin.Adapter({"map.weight": {"scale": torch.ones(40, 1)}})])
+    network.map.kept = 3
+    with pytest.raises(StateError, match="found an attribute 'kept' of layer 'map'"):
+        coin.Adapted(network, [coin.Adapter({"map.bias": {"shift": torch.ones(40)}})])
