@@ -297,7 +297,7 @@ def timed(row: pd.Series, name: str) -> str:
 def failover() -> str:
     """What a client of three experts sees when servers are killed or stopped, by what stands on one server more."""
     events = pd.read_csv(RESULTS / "failover" / "events.csv").set_index(["setup", "event"])
-    killed = {"1": "one killed", "2": "two killed", "all": "all killed", "stopped": "one stopped"}
+    killed = {"1": "one killed", "2": "two", "all": "all", "stopped": "one stopped"}
     rows = []
     for setup, name in SERVED.items():
         own = events.loc[setup]
@@ -306,8 +306,8 @@ def failover() -> str:
         failed = [percent(own.loc[event, "failed"] / own.loc[event, "asked"]) for event in ("1", "all", "machine")]
         late = percent(own.loc["1", "beyond"])
         rows.append([name, "–" if math.isnan(memory) else f"{memory:.0f}", *first, *failed, late])
-    first = [f"first right answer, ms: {what}" for what in killed.values()]
-    failed = [f"failed, %: {what}" for what in ("one killed", "all killed", "an expert and the stand-in killed")]
+    first = [f"first answer, ms: {what}" for what in killed.values()]
+    failed = [f"failed, %: {what}" for what in ("one killed", "all", "one and the stand-in")]
     return markdown(["on one server more", "MiB", *first, *failed, "failed or late, %: one killed"], rows)
 
 
@@ -318,12 +318,13 @@ def failover_accuracy() -> str:
     few, many = loads.index.levels[2].min(), loads.index.levels[2].max()
     rows = []
     for setup in accuracy.index.unique("setup"):
-        right = [percent(accuracy.loc[(setup, lost), "accuracy"]) for lost in range(4)]
-        rates = [f"{loads.loc[(setup, 1, load), 'goodput']:.0f}" for load in (few, many)]
-        rows.append([SERVED[setup], *right, *rates])
+        accuracies = [percent(accuracy.loc[(setup, lost), "accuracy"]) for lost in range(4)]
+        goodput = [f"{loads.loc[(setup, 1, load), 'goodput']:.0f}" for load in (few, many)]
+        rows.append([SERVED[setup], *accuracies, *goodput])
     asked = [f"{loads.rate[loads.index.get_level_values('load') == load].iloc[0]:.0f}" for load in (few, many)]
-    right = [f"right, %: {lost} of 3 lost" for lost in range(4)]
-    return markdown(["on one server more", *right, *(f"in time of {rate} a second, 1 lost" for rate in asked)], rows)
+    right = [f"right, %: {lost} lost" for lost in range(4)]
+    rates = [f"in time of {rate} a second, 1 lost" for rate in asked]
+    return markdown(["on one server more", *right, *rates], rows)
 
 
 def one_slow() -> str:
