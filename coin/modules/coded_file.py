@@ -18,7 +18,7 @@ from coin.files.tensors import State
 from coin.merging.method import fill
 from coin.networks import Adapted, Adapter
 from coin.networks.experts import tensors_of
-from coin.networks.kept import Change, Kept, keep, kept_parameters
+from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 
 _SYSTEM = "coded system"
 _KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
@@ -42,12 +42,13 @@ class Body:
     def network(self, like: nn.Module, state: State) -> Adapted:
         """Return the body of an expert's architecture with these tensors."""
         body = clone(like).eval()
+        tied = tied_names(body)
         changes: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(self.num_experts)]
         for key, tensor in state.items():
             if found := re.fullmatch(rf"{_KEPT}\.codes", key):
                 name = _dotted(found)
                 scale = state[f"{key.removesuffix('codes')}scale"]
-                keep(body, name, Kept(body.get_parameter(name), tensor, scale, self.bits[name]))
+                keep(body, tied[name], Kept(body.get_parameter(name), tensor, scale, self.bits[name]))
             elif found := re.fullmatch(rf"{_KEPT}\.experts\.(?P<expert>\d+)\.(?P<part>\w+)", key):
                 changes[int(found["expert"])].setdefault(_dotted(found), {})[found["part"]] = tensor
         adapters = [Adapter({name: Change(parts) for name, parts in own.items()}) for own in changes]

@@ -15,7 +15,7 @@ from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapters import Adapter
 from coin.networks.heads import head_name, with_head
-from coin.networks.kept import ANSWERING, Change, Kept, held_elsewhere, keep, kept_parameters, unpacked
+from coin.networks.kept import ANSWERING, Change, Kept, keep, kept_parameters, not_makeable, tied_names, unpacked
 
 _Asked = Mapping[object, int | Tensor | None]
 _ASKED: ContextVar[_Asked] = ContextVar("_ASKED")  # by the bodies' keys, as which experts they answer
@@ -52,13 +52,16 @@ class Adapted(nn.Module):
         self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
         self._kept: dict[int, nn.Module] = {}  # plain networks, the least recently asked for first
         kept = {name: own for name, _, own in kept_parameters(self.body)}
-        held = held_elsewhere(self.body)
+        refused, tied = not_makeable(self.body), tied_names(self.body)
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
-            if name in held:
-                raise StateError(f"'{name}' is held in another attribute of a module too, expected its layer's alone")
+            if name in refused:
+                raise StateError(f"'{name}' cannot be changed: a container owns it, or another attribute holds it too")
             if name not in kept:
-                kept[name] = Kept(self.body.get_parameter(name))
-                keep(self.body, name, kept[name])
+                own = Kept(self.body.get_parameter(name))
+                keep(self.body, tied[name], own)
+                kept |= dict.fromkeys(tied[name], own)
+            if len(kept[name].experts):
+                raise StateError(f"'{name}' is tied to another that adapters change, expected one of them")
             kept[name].experts.extend(adapter.changes.get(name) or Change({}) for adapter in adapters)
         self.keep(keep_mib)
 
@@ -90,11 +93,19 @@ class Adapted(nn.Module):
         self._kept.clear()
         return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Forget the plain networks when the body gets other tensors."""
+        self._kept.clear()
+        return super().load_state_dict(*args, **options)
+
     @property
     def adapters(self) -> list[Adapter]:
         """The experts' adapters; they share the layers' tensors."""
         found: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
+        first = dict[nn.Module, str]()  # of tied names
         for name, _, kept in kept_parameters(self.body):
+            if first.setdefault(kept, name) != name:
+                continue
             for expert, own in enumerate(found if len(kept.experts) else ()):
                 if [*kept.change(expert).buffers()]:
                     own[name] = kept.change(expert)
@@ -116,6 +127,7 @@ class Adapted(nn.Module):
             kept.only = self._checked(expert)
         return body
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def network(self, expert: int, head: nn.Module | None = None) -> nn.Module:
         """Return a plain network that answers as an expert, in eval mode, with that head's weights if one is given."""

@@ -19,7 +19,7 @@ from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
 from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
 from coin.networks.heads import head_name, replace_head
-from coin.networks.kept import Kept, held_elsewhere, keep, unpacked
+from coin.networks.kept import Kept, keep, not_makeable, tied_names, unpacked
 from coin.networks.weights import check_plain, fill_network
 
 SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
@@ -102,7 +102,7 @@ class Compressed:
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        if not self.base_bits and not held_elsewhere(self.base):
+        if not self.base_bits and not not_makeable(self.base):
             return unpacked(self.packed())
         network = self._empty()
         reference = _reference(network, self.base if self.base_bits else None, self._folded)
@@ -114,9 +114,9 @@ class Compressed:
     def packed(self) -> nn.Module:
         """Return the network as it is stored, a new one in eval mode: a matrix is unpacked when a layer reads it.
 
-        Where it is a delta from a base, or modules hold parameters in other attributes too, that is `network`.
+        Where it is a delta from a base, or has parameters that are `not_makeable`, that is `network`.
         """
-        if self.base_bits or held_elsewhere(self.base):
+        if self.base_bits or not_makeable(self.base):
             return self.network()
         network = clone(self.base, shared=True).eval()
         own = stored(network)
@@ -127,11 +127,13 @@ class Compressed:
                 matrices[name] = Kept.packed(network.get_parameter(name), data, kind)
             else:
                 values[name] = decode(kind, data, torch.zeros_like(tensor))
+        names = tied_names(network)
         for name, first in _ties(network).items():
             place, _, parameter = name.rpartition(".")
             layer = network.get_submodule(place)
             if first in matrices:
-                keep(network, name, matrices[first])
+                if name == first:
+                    keep(network, names[name], matrices[first])
             elif parameter in layer._parameters:
                 value = values[first]
                 setattr(layer, parameter, nn.Parameter(value, requires_grad=value.is_floating_point()))

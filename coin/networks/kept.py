@@ -1,6 +1,6 @@
 """Parameters that a layer makes when it reads them, of what is kept in their place: packed codes, experts' changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, cast
@@ -147,21 +147,31 @@ class Kept(nn.Module):
         return cast(Change, changes[str(expert)]).forward(value, in_place=codes is not None)
 
 
-def keep(network: nn.Module, name: str, kept: Kept) -> None:
-    """Have a network, in place, make a parameter of what is kept whenever a layer reads it.
+def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
+    """Have a network, in place, make a parameter of what is kept whenever a layer reads it, by all its tied names.
 
     The layer becomes one of a subclass that has a property of the parameter's name. Raises StateError where a layer has
     an attribute ``kept``.
     """
-    place, _, parameter = name.rpartition(".")
-    layer = network.get_submodule(place)
-    if not is_making(layer):
-        if hasattr(layer, "kept"):
-            raise StateError(f"found an attribute 'kept' of layer '{place}', which coin uses; rename it")
-        layer.kept = nn.ModuleDict()
-    cast(nn.ModuleDict, layer.kept)[parameter] = kept
-    layer._parameters[parameter] = None  # in its place among the others
-    layer.__class__ = _reading(cast(Any, _plain_class(layer)), tuple(cast(nn.ModuleDict, layer.kept)))
+    for name in names:
+        place, _, parameter = name.rpartition(".")
+        layer = network.get_submodule(place)
+        if not is_making(layer):
+            if hasattr(layer, "kept"):
+                raise StateError(f"found an attribute 'kept' of layer '{place}', which coin uses; rename it")
+            layer.kept = nn.ModuleDict()
+        cast(nn.ModuleDict, layer.kept)[parameter] = kept
+        layer._parameters[parameter] = None  # in its place among the others
+        layer.__class__ = _reading(cast(Any, _plain_class(layer)), tuple(cast(nn.ModuleDict, layer.kept)))
+
+
+def tied_names(network: nn.Module) -> dict[str, list[str]]:
+    """Return for every name of a parameter all the names that it has."""
+    every = list(network.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in every:
+        names.setdefault(id(parameter), []).append(name)
+    return {name: names[id(parameter)] for name, parameter in every}
 
 
 def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]:
@@ -191,18 +201,39 @@ def is_making(layer: nn.Module) -> bool:
     return hasattr(type(layer), "plain_class")
 
 
-def held_elsewhere(network: nn.Module) -> set[str]:
-    """Return the parameters that modules hold in other attributes too, as LSTMs do: these would miss what is made."""
+def not_makeable(network: nn.Module) -> set[str]:
+    """Return the parameters that cannot be made when they are read.
+
+    Modules hold them in other attributes too, as LSTMs do, which would miss what is made; or a container owns them,
+    which would run what is kept as one of its layers; or a module could not have a child of that name.
+    """
     attributes = (vars(module).items() for module in network.modules())
     held = {id(t) for own in attributes for name, value in own if name != "_parameters" for t in tensors_in(value)}
-    return {name for name, parameter in network.named_parameters() if id(parameter) in held}
+    found = set()
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        place, _, own_name = name.rpartition(".")
+        is_in_container = isinstance(network.get_submodule(place), nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if id(parameter) in held or is_in_container or hasattr(nn.ModuleDict, own_name):
+            found.add(name)
+    return found
 
 
 @cache
 def _reading(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of a kind of layer that makes these parameters when they are read."""
     made = {parameter: property(partial(_read, parameter=parameter)) for parameter in parameters}
-    return type(kind.__name__, (kind,), {**made, "plain_class": kind})
+    return type(kind.__name__, (kind,), {**made, "plain_class": kind, "__reduce_ex__": _reduced})
+
+
+def _reduced(layer: Any, protocol: int) -> tuple[Any, ...]:
+    """Return how a layer is copied and pickled, whose class is in no module."""
+    kind = type(layer)
+    return _new_layer, (kind.plain_class, tuple(layer.kept)), layer.__getstate__()
+
+
+def _new_layer(kind: Any, parameters: tuple[str, ...]) -> nn.Module:
+    made = _reading(kind, parameters)
+    return made.__new__(made)
 
 
 def _read(layer: nn.Module, parameter: str) -> Tensor:

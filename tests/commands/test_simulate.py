@@ -96,7 +96,7 @@ MISTAKES = {
     "load": (["FOLDER", "--load=1"], "load=1"),
     "queries": (["FOLDER", "--queries=3"], "queries=3"),
     "seeds": (["FOLDER", "--seeds=0"], "seeds=0"),
-    "slow": (["FOLDER", "--slow.share=1"], "share=1"),
+    "slow": (["FOLDER", "--slow.share=1.5"], "share=1"),
     "option": (["FOLDER", "--slow.shares=0.1"], "slow.shares"),
 }
 

@@ -1,3 +1,4 @@
+import pickle
 import threading
 from copy import deepcopy
 
@@ -149,7 +150,7 @@ def test_a_body_is_an_ordinary_module(made):
 
 @torch.no_grad()
 def test_as_many_plain_networks_are_kept_as_fit_and_the_least_recently_asked_for_goes(made):
-    network, adapters, _, packed, x = made
+    _, adapters, _, packed, x = made
     each = tensor_nbytes(packed.network(0))
     body = coin.compress(network, None, bits=4, base_bits=0).packed()
     dense = coin.Adapted(body, adapters, keep_mib=2.5 * each / 2**20)
@@ -174,7 +175,7 @@ def test_as_many_plain_networks_are_kept_as_fit_and_the_least_recently_asked_for
 
 @torch.no_grad()
 def test_a_users_call_is_the_body_s_too(made):
-    network, adapters, _, packed, x = made
+    _, adapters, _, packed, x = made
 
     def forward(own, batch):
         return own(batch["x"].flip(1))  # the channels the other way round
@@ -206,8 +207,72 @@ def test_what_modules_hold_in_other_attributes_too_is_not_made_in_silence():
     for read in (compressed.network(), compressed.packed(), coin.Adapted(compressed.packed())):
         torch.testing.assert_close(read(x), network(x), rtol=0.1, atol=0.02)
         assert not torch.equal(read(x), network(x))
-    with pytest.raises(StateError, match=r"'map.weight' is held in another attribute of a module too"):
+    with pytest.raises(StateError, match=r"'map.weight' cannot be changed: a container owns it, or another attribute"):
         coin.Adapted(network, [coin.Adapter({"map.weight": {"scale": torch.ones(40, 1)}})])
     network.map.kept = 3
     with pytest.raises(StateError, match="found an attribute 'kept' of layer 'map'"):
         coin.Adapted(network, [coin.Adapter({"map.bias": {"shift": torch.ones(40)}})])
+
+
+class Container(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5))
+        self.prompt = nn.Parameter(torch.randn(4, 40))
+
+    def forward(self, x):
+        return super().forward(x + self.prompt.mean(0))
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.keys, self.head = nn.Parameter(torch.randn(40, 40)), nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.head(x @ self.keys)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(torch.relu(self.first(x))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Container, Named, Tied])
+def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
+    torch.manual_seed(0)
+    network, x = kind().eval(), torch.randn(5, 40)
+    compressed = coin.compress(network, None, bits=4, base_bits=0)
+    expected = compressed.network()(x)
+    torch.testing.assert_close(compressed.packed()(x), expected)
+    system = coin.Coded(coin.uniform(2), [network, deepcopy(network)], [compressed])
+    system.fit_decoder([x], [0], "linear").save(tmp_path / "system")
+    again = coin.Coded.load(tmp_path / "system", system.experts)
+    assert torch.equal(again.coded[0](x), system.coded[0](x))
+    again = pickle.loads(pickle.dumps(system.module))
+    assert torch.equal(again.coded[0](x), system.coded[0](x))
+    if kind is Tied:
+        change = coin.Adapter({"first.weight": {"scale": 2 * torch.ones(40, 1)}})
+        for body, base in ((network, network), (compressed.packed(), compressed.network())):
+            adapted = coin.Adapted(body, [change])
+            torch.testing.assert_close(adapted.only(0)(x), change.applied_to(base)(x))
+            assert adapted.adapters[0].nbytes == change.nbytes
+        both = coin.Adapter({name: {"scale": torch.ones(40, 1)} for name in ("first.weight", "second.weight")})
+        with pytest.raises(StateError, match=r"'second\.weight' is tied to another that adapters change"):
+            coin.Adapted(network, [both])
+
+
+def test_plain_networks_are_forgotten_with_other_tensors_and_of_no_use_to_inference_mode_alone(made):
+    _, adapters, _, packed, x = made
+    dense = coin.Adapted(coin.compress(Network(), None, bits=4, base_bits=0).packed(), adapters, keep_mib=1.0)
+    with torch.inference_mode(), coin.answering([dense], 0):
+        dense(x)
+    with coin.answering([dense, packed], 0):
+        assert dense(x).requires_grad
+        dense.load_state_dict(packed.state_dict())
+        torch.testing.assert_close(dense(x), packed(x), rtol=1e-5, atol=1e-6)
