@@ -150,7 +150,7 @@ def test_a_body_is_an_ordinary_module(made):
 
 @torch.no_grad()
 def test_as_many_plain_networks_are_kept_as_fit_and_the_least_recently_asked_for_goes(made):
-    _, adapters, _, packed, x = made
+    network, adapters, _, packed, x = made
     each = tensor_nbytes(packed.network(0))
     body = coin.compress(network, None, bits=4, base_bits=0).packed()
     dense = coin.Adapted(body, adapters, keep_mib=2.5 * each / 2**20)
@@ -175,7 +175,7 @@ def test_as_many_plain_networks_are_kept_as_fit_and_the_least_recently_asked_for
 
 @torch.no_grad()
 def test_a_users_call_is_the_body_s_too(made):
-    _, adapters, _, packed, x = made
+    network, adapters, _, packed, x = made
 
     def forward(own, batch):
         return own(batch["x"].flip(1))  # the channels the other way round
