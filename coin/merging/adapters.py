@@ -76,11 +76,13 @@ class AdapterFit:
         row_count = inputs.shape[1] // len(shares)  # of one sample
         call_rows = len(call.inputs) // len(shares)
         weight = network.get_parameter(unit.weight)
+        plain: Tensor | None = None  # the output without adapters, for experts that have none
         outputs = []
         for expert, samples in enumerate(self._samples):
             own = slice(samples.start * call_rows, samples.stop * call_rows)
             if not bool(shares[samples].any()):
-                outputs.append(function()[own])
+                plain = function() if plain is None else plain
+                outputs.append(plain[own])
                 continue
             own_rows = slice(samples.start * row_count, samples.stop * row_count)
             moments = Moments(inputs[:, own_rows], target[samples], shares[samples], unit.shift is not None)

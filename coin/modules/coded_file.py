@@ -15,7 +15,6 @@ from coin.errors import FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
-from coin.merging.method import fill
 from coin.networks import Adapted, Adapter
 from coin.networks.experts import tensors_of
 from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
@@ -40,7 +39,7 @@ class Body:
         return cls(network.num_experts, bits)
 
     def network(self, like: nn.Module, state: State) -> Adapted:
-        """Return the body of an expert's architecture with these tensors."""
+        """Return a body of an expert's architecture that has tensors like these, not yet their values."""
         body = clone(like).eval()
         tied = tied_names(body)
         changes: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(self.num_experts)]
@@ -52,9 +51,7 @@ class Body:
             elif found := re.fullmatch(rf"{_KEPT}\.experts\.(?P<expert>\d+)\.(?P<part>\w+)", key):
                 changes[int(found["expert"])].setdefault(_dotted(found), {})[found["part"]] = tensor
         adapters = [Adapter({name: Change(parts) for name, parts in own.items()}) for own in changes]
-        network = Adapted(body, adapters)
-        fill(network, state)
-        return network
+        return Adapted(body, adapters)
 
 
 def _dotted(found: re.Match[str]) -> str:

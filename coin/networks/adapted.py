@@ -82,10 +82,10 @@ class Adapted(nn.Module):
 
         Those of its tensors, and of the networks that are kept, or else of what making the largest parameter takes.
         """
-        working = [kept.working_nbytes for _, _, kept in kept_parameters(self.body)]
         if self._most:
-            kept = min(self._most, max(1, self.num_experts))
-            return tensor_nbytes(self) + kept * tensor_nbytes(self.network(0))
+            networks = min(self._most, max(1, self.num_experts))
+            return tensor_nbytes(self) + networks * tensor_nbytes(self.network(0))
+        working = [kept.working_nbytes for _, _, kept in kept_parameters(self.body)]
         return tensor_nbytes(self) + max(working, default=0)
 
     def _apply(self, *args: Any, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -102,7 +103,7 @@ class Compressed:
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        if not self.base_bits and not not_makeable(self.base):
+        if self._is_packable:
             return unpacked(self.packed())
         network = self._empty()
         reference = _reference(network, self.base if self.base_bits else None, self._folded)
@@ -116,7 +117,7 @@ class Compressed:
 
         Where it is a delta from a base, or has parameters that are `not_makeable`, that is `network`.
         """
-        if self.base_bits or not_makeable(self.base):
+        if not self._is_packable:
             return self.network()
         network = clone(self.base, shared=True).eval()
         own = stored(network)
@@ -140,6 +141,11 @@ class Compressed:
             else:  # a buffer
                 setattr(layer, parameter, values[first])
         return network
+
+    @cached_property
+    def _is_packable(self) -> bool:
+        """Whether its matrices can be unpacked when a layer reads them."""
+        return self.base_bits == 0 and not not_makeable(self.base)
 
     def _empty(self) -> nn.Module:
         """Return a network of its architecture and class count, with any weights."""

@@ -72,7 +72,7 @@ class Change(nn.Module):
     def forward(self, value: Tensor, in_place: bool = False) -> Tensor:
         """Return the parameter θ as the expert has it; θ itself is changed if it is done in place."""
         parts = self._buffers
-        if parts["scale"] is None and parts["left"] is None and parts["shift"] is not None:
+        if parts["scale"] is None and parts["left"] is None and parts["shift"] is not None:  # a bias: no copy
             return torch.add(value, parts["shift"]).to(value.dtype)
         changed = value if in_place else value.clone()
         if parts["left"] is not None:

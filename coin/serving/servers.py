@@ -18,6 +18,7 @@ from coin.files.safetensors import load_provenance
 from coin.files.tensors import fingerprint
 from coin.modules import Coded
 from coin.networks import answering, pad_head, run_network
+from coin.networks.adapted import tensor_nbytes
 from coin.networks.files import open_network
 from coin.reporting.summary import seed_folders
 from coin.serving.policies import Policy, PolicyKind, StandIns
@@ -60,7 +61,7 @@ class NetworkServer:
     @property
     def nbytes(self) -> int:
         """The bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self._network.state_dict().values())
+        return tensor_nbytes(self._network)
 
     @property
     def probe(self) -> Tensor:
@@ -101,8 +102,10 @@ def copy_servers(
     """
     if not paths:
         return {}
-    most = int(keep_mib * 2**20 / unpack(paths[0]).nbytes)  # all have one architecture and one number of outputs
-    unpacked = lru_cache(maxsize=max(1, most))(unpack)
+    most = 1
+    if keep_mib > 0:
+        most = max(1, int(keep_mib * 2**20 / unpack(paths[0]).nbytes))  # all have one architecture and as many outputs
+    unpacked = lru_cache(maxsize=most)(unpack)
     return {path: CopyServer(path, unpacked) for path in paths}
 
 
