@@ -9,7 +9,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import load_provenance
 from coin.merging import Experts, Method
 from coin.networks.experts import ExpertFiles
-from coin.pipeline.steps.merge import Training, make_coded_models, read_code
+from coin.pipeline.steps.merge import Training, make_coded_models, merging_device, read_code
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -43,13 +43,16 @@ def merge(
         samples_per_task: P, the calibration samples of each task.
         batch_size: Calibration samples per batch.
         seed: The seed of the calibration samples and their order.
-        trainer: Options of the Trainer, for distillation.
+        trainer: Options of the Trainer, for distillation; its ``accelerator`` and ``devices`` say where merges run, by
+            default on the CPU, where the experts' files are.
     """
     named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
     given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
     found = {name: _described(name, files) for name, files in given.items()}
     statistics = {which: given[name] for name, (which, _) in found.items()}
-    opened = ExpertFiles({task: Path(path) for task, path in experts.items()}, Path(initial) if initial else None)
+    device = merging_device(Path(output), trainer or {"accelerator": "cpu"})
+    paths = {task: Path(path) for task, path in experts.items()}
+    opened = ExpertFiles(paths, Path(initial) if initial else None, device)
     calibration, train = None, None
     samples = next((samples for _, samples in found.values()), None)
     if tasks is not None:

@@ -1,7 +1,7 @@
 """Named tensors, ``Mapping[str, Tensor]``: checks, arithmetic and fingerprints."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,33 @@ from torch import Tensor
 from coin.errors import StateError
 
 State = Mapping[str, Tensor]
+
+_CPU = torch.device("cpu")
+
+
+class OnDevice(Mapping[str, Tensor]):
+    """A state on a device: each tensor is moved there when it is first asked for, and stays."""
+
+    def __init__(self, state: State, device: torch.device) -> None:
+        self._state, self._device = state, device
+        self._moved: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._moved:
+            self._moved[name] = self._state[name].to(self._device)
+        return self._moved[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def on_device(state: State, device: torch.device) -> State:
+    """Return a state on a device: itself if it is in memory there already; a file's state is on the CPU."""
+    is_there = all(tensor.device == device for tensor in state.values()) if isinstance(state, dict) else device == _CPU
+    return state if is_there else OnDevice(state, device)
 
 
 def check_layout(own: State, state: State, source: str) -> None:

@@ -129,7 +129,7 @@ class AdapterFit:
         if unit.shift is None:
             if call.bias is not None:  # which is computed of other tensors
                 raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
-            carries = Change({})
+            carries = Change()
         else:
             before = network.get_parameter(unit.shift)
             carries = Change.of(shift=shift.reshape(before.shape) - before)

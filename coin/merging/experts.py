@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.files.tensors import State, check_finite, check_layout
+from coin.files.tensors import State, check_finite, check_layout, on_device
 from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
 from coin.networks.heads import padded_state
 from coin.networks.running import Run, check_padding, linear_heads, run_network
@@ -228,7 +228,7 @@ class Experts:
             if padding is not None and which.kind is not None:
                 mean = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
                 states = [padded_state(state, *padding, mean=mean) for state in states]
-            self._statistics[which] = states
+            self._statistics[which] = [on_device(state, self.source.device) for state in states]
         return self._statistics[which]
 
     def _states(self, which: Statistic) -> Sequence[State]:

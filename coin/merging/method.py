@@ -22,6 +22,7 @@ from coin.networks.adapted import with_adapters
 from coin.networks.adapters import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, compress
+from coin.networks.experts import one_device, to_compute
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
@@ -143,6 +144,7 @@ class Method(ABC):
     def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row, and its adapters unless the method has fitted them beside it."""
         made = self.make(experts, row)
+        made.network.to(experts.source.device)  # one that was trained is where its Trainer left it
         if self.adapters is None or made.adapters:
             return made
         network, adapters = adapt(made.network, experts, row, self.label, self.adapters)
@@ -179,7 +181,8 @@ def merge_networks(
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
     `decoders` are those for which the method makes its choices; see `Experts` for the other arguments. The networks are
-    of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
+    of the experts' class and called in its way, not by `forward`. They are made, and left, on the experts' device;
+    where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.make`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
@@ -188,6 +191,8 @@ def merge_networks(
     code = code if isinstance(code, Code) else Code(code)
     if not isinstance(method, Method):
         raise ConfigurationError(f"found method {method!r}, expected an object of a method's class; give coin.Refit()")
+    home = one_device(networks)
+    networks, initial = to_compute([*networks], home), initial and to_compute([initial], home)[0]
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
@@ -198,7 +203,10 @@ def merge_networks(
         for row in code.matrix.tolist():
             made.append(one := method.coded_model(experts, row))
             packed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
-    return Merged(made, experts.passes, time.perf_counter() - began, packed)
+    merged = Merged(made, experts.passes, time.perf_counter() - began, packed)
+    for network in merged:
+        network.to(home)
+    return merged
 
 
 def starting_method(start: str) -> Method:

@@ -31,7 +31,7 @@ from coin.merging.units import (
 from coin.networks.adapted import Adapted
 from coin.networks.adapters import Adapter, AdapterOptions
 from coin.networks.compressed import Rounding
-from coin.networks.experts import parameters_of, tensors_of
+from coin.networks.experts import one_device, parameters_of, tensors_of, to_compute
 from coin.networks.heads import head_name
 from coin.networks.recipe import without_head
 from coin.statistics.guard import differentiable, evaluating
@@ -332,7 +332,8 @@ def adapt(
     network: nn.Module, experts: Experts, row: Sequence[float], label: str, options: AdapterOptions
 ) -> tuple[nn.Module, list[Adapter]]:
     """Return a copy of a network, its BatchNorms folded, and adapters for all experts that have a share in the row."""
-    body = Body.of(clone(network), experts, [tensors_of(network)], [1.0])
+    copied = clone(network).to(experts.source.device)
+    body = Body.of(copied, experts, [tensors_of(copied)], [1.0])
     return fit_body(body, experts, row, label, ridge=None, adapters=options)
 
 
@@ -358,8 +359,9 @@ def fit_adapters(
     True
     """
     options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)
-    every = Experts(experts, calibration=calibration, forward=forward)
+    home = one_device(experts)
+    every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
     states = (every.parameters[0], parameters_of(body))
     known, own = ({name: state[name] for name in without_head(body, [*state])} for state in states)
     check_layout(known, own, "the body")
-    return Adapted(*adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options))
+    return Adapted(*adapt(body, every, [1 / every.count] * every.count, "fit_adapters", options)).to(home)

@@ -37,10 +37,11 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
             left, right = change.factors(*parameter.flatten(1).shape)
             if left.shape[1] == 0:  # peft has no rank of 0
                 left, right = torch.zeros(len(parameter), 1), torch.zeros(1, parameter[0].numel())
-            assert change.scale is not None
             tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
             tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
-            norm = change.scale.float().sign().flatten() * parameter.flatten(1).norm(dim=1)
+            norm = parameter.flatten(1).norm(dim=1)
+            if change.scale is not None:
+                norm = change.scale.float().sign().flatten() * norm
             tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
             ranks[place] = left.shape[1]
     folder.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,7 @@ def _threshold(expert: State, initial: State, keep: float) -> float:
     """Return the magnitude of the smallest entry of a task vector that the trim keeps."""
     sizes = torch.cat([(_parts(expert[key]) - _parts(start)).abs_().flatten() for key, start in initial.items()])
     place = len(sizes) - max(1, round(keep * len(sizes)))
+    sizes = sizes.cpu()
     sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
     return float(sizes[place])
 

@@ -21,7 +21,7 @@ from coin.files.tensors import check_layout, fingerprint
 from coin.merging.method import fill
 from coin.modules.coded_file import Body, SystemFile, all_tensors
 from coin.networks import Adapted, Compressed, answering, linear_heads, load_network, run_network
-from coin.networks.adapted import resident_nbytes
+from coin.networks.adapted import resident_nbytes, stored_nbytes
 from coin.networks.files import open_network
 from coin.networks.heads import of_one_width
 from coin.reporting.results import check_current, read_results, requested_policy
@@ -104,7 +104,7 @@ class Coded:
         compressed = [each for each in coded if isinstance(each, Compressed)]
         whole = [each for each in coded if isinstance(each, nn.Module)]
         self.nbytes = sum(each.nbytes for each in compressed)
-        self.nbytes += sum(tensor.nbytes for each in whole for tensor in each.state_dict().values())
+        self.nbytes += sum(map(stored_nbytes, whole))
         self.nbytes += max((each.base_nbytes for each in compressed), default=0)
         networks = [
             Adapted(each.packed(), each.adapters) if isinstance(each, Compressed) else each  # packed, as it is kept

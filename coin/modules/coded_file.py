@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coin.coding import Code, Decoder, DecoderConfig, Promise, make_decoder
 from coin.core.batches import clone
+from coin.core.devices import device_of
 from coin.errors import FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
@@ -21,6 +22,7 @@ from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 
 _SYSTEM = "coded system"
 _KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
+_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # of that, what belongs to no expert
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,23 @@ class Body:
         """Return a body of an expert's architecture that has tensors like these, not yet their values."""
         body = clone(like).eval()
         tied = tied_names(body)
-        changes: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(self.num_experts)]
+        parts: dict[str, dict[str, Tensor]] = {}  # by the parameter's name
         for key, tensor in state.items():
-            if found := re.fullmatch(rf"{_KEPT}\.codes", key):
-                name = _dotted(found)
-                scale = state[f"{key.removesuffix('codes')}scale"]
-                keep(body, tied[name], Kept(body.get_parameter(name), tensor, scale, self.bits[name]))
-            elif found := re.fullmatch(rf"{_KEPT}\.experts\.(?P<expert>\d+)\.(?P<part>\w+)", key):
-                changes[int(found["expert"])].setdefault(_dotted(found), {})[found["part"]] = tensor
-        adapters = [Adapter({name: Change(parts) for name, parts in own.items()}) for own in changes]
-        return Adapted(body, adapters)
-
-
-def _dotted(found: re.Match[str]) -> str:
-    return ".".join(filter(None, (found["layer"], found["parameter"])))
+            if found := re.fullmatch(rf"{_KEPT}\.(?P<part>\w+)", key):
+                name = ".".join(filter(None, (found["layer"], found["parameter"])))
+                parts.setdefault(name, {})[found["part"]] = tensor
+        for name, held in parts.items():
+            if "codes" in held:
+                kept = Kept(body.get_parameter(name), held["codes"], held["codes_scale"], self.bits[name])
+                keep(body, tied[name], kept)
+        adapters = []
+        for expert in range(self.num_experts):
+            own = {
+                name: Change.held({part: tensor[expert] for part, tensor in held.items() if part not in _OF_BODY})
+                for name, held in parts.items()
+            }
+            adapters.append(Adapter(own))
+        return Adapted(body, adapters).to(device_of(like))
 
 
 @dataclass

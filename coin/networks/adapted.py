@@ -60,9 +60,9 @@ class Adapted(nn.Module):
                 own = Kept(self.body.get_parameter(name))
                 keep(self.body, tied[name], own)
                 kept |= dict.fromkeys(tied[name], own)
-            if len(kept[name].experts):
+            if kept[name].num_experts:
                 raise StateError(f"'{name}' is tied to another that adapters change, expected one of them")
-            kept[name].experts.extend(adapter.changes.get(name) or Change({}) for adapter in adapters)
+            kept[name].set_experts([adapter.changes.get(name, Change()) for adapter in adapters])
         self.keep(keep_mib)
 
     def keep(self, mib: float) -> None:
@@ -106,9 +106,10 @@ class Adapted(nn.Module):
         for name, _, kept in kept_parameters(self.body):
             if first.setdefault(kept, name) != name:
                 continue
-            for expert, own in enumerate(found if len(kept.experts) else ()):
-                if [*kept.change(expert).buffers()]:
-                    own[name] = kept.change(expert)
+            for expert in range(kept.num_experts):
+                change = kept.change(expert)
+                if change.tensors:
+                    found[expert][name] = change
         return [Adapter(changes) for changes in found]
 
     def with_forward(self, forward: Forward | None) -> "Adapted":
@@ -192,6 +193,15 @@ class Adapted(nn.Module):
 def resident_nbytes(network: nn.Module) -> int:
     """Return the bytes of weights that are in memory while a network answers."""
     return network.resident_nbytes if isinstance(network, Adapted) else tensor_nbytes(network)
+
+
+def stored_nbytes(network: nn.Module) -> int:
+    """Return the bytes of a network's state in a file."""
+    state: dict[str, Tensor] = network.state_dict()
+    every = network.named_modules(remove_duplicate=False)
+    kept = {f"{name}.": own for name, own in every if isinstance(own, Kept)}
+    plain = [tensor for name, tensor in state.items() if not name.startswith(tuple(kept))]
+    return sum(tensor.nbytes for tensor in plain) + sum(own.stored_nbytes for own in {*kept.values()})
 
 
 def tensor_nbytes(network: nn.Module) -> int:

@@ -77,7 +77,7 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors as they are stored, by the parameter's name and the part's."""
         every = self.changes.items()
-        return {f"{name}.{part}": tensor for name, change in every for part, tensor in change.named_buffers()}
+        return {f"{name}.{part}": tensor for name, change in every for part, tensor in change.tensors.items()}
 
     @property
     def nbytes(self) -> int:
@@ -114,4 +114,4 @@ def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
             parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
         else:
             others.append(key)
-    return others, [Adapter({name: Change(each) for name, each in own.items()}) for own in parts]
+    return others, [Adapter({name: Change(**each) for name, each in own.items()}) for own in parts]

@@ -18,7 +18,17 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapters import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
-from coin.networks.delta import Rounded, added, decode, encode, matrix_shape, quantise, round_columns, size
+from coin.networks.delta import (
+    Rounded,
+    added,
+    decode,
+    encode,
+    is_smaller_rounded,
+    matrix_shape,
+    quantise,
+    round_columns,
+    size,
+)
 from coin.networks.heads import head_name, replace_head
 from coin.networks.kept import Kept, keep, not_makeable, tied_names, unpacked
 from coin.networks.weights import check_plain, fill_network
@@ -332,8 +342,8 @@ class Rounding:
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
-        shape, floats = self._tensors[name].shape, self._tensors[name].is_floating_point()
-        return len(shape) > 1 and floats and matrix_shape(shape)[1] * (16 - self.bits(name)) > 16
+        tensor = self._tensors[name]
+        return tensor.is_floating_point() and is_smaller_rounded(tensor.shape, self.bits(name))
 
     def weight(self, name: str) -> Tensor:
         """Return a rounded weight as it is read back."""

@@ -28,7 +28,8 @@ class Rounded(NamedTuple):
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
         table = _signed_levels(self.bits).flatten().to(self.codes.device)
-        return _looked_up(self.codes, self.scale.unsqueeze(1), table)
+        first = (self.scale < 0).int() * 2**self.bits
+        return _entries_of(table, self.codes, first.unsqueeze(1), self.scale.float().unsqueeze(1))
 
 
 @cache
@@ -203,10 +204,28 @@ def _regrouped(values: Tensor, before: int, after: int) -> Tensor:
 def read(packed: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
     """Return the matrix ``[rows, columns]`` in float32, as `Rounded.dense` does, from the bytes of its codes.
 
-    Scales are ``[rows]`` or, which is quicker for small matrices, ``[rows, 1]``.
+    Scales are ``[rows]``.
+    """
+    return looked_up(packed, *by_row(scale, bits), bits, columns)
+
+
+def by_row(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return what `looked_up` wants to know of rows with scales ``[rows]``, both ``[rows, 1]``.
+
+    That is the first entry of the table of levels that a row takes, int32, and its scale in float32.
+    """
+    of_even_levels = 2**bits if 8 % bits else 2**8  # as many entries are before it
+    first = scale.signbit().int() * of_even_levels
+    return first.unsqueeze(1), scale.float().unsqueeze(1)
+
+
+def looked_up(packed: Tensor, first: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
+    """Return the matrix ``[rows, columns]`` in float32 from the bytes of its codes and what `by_row` gives.
+
+    Every operation counts: small matrices are read at every call of a layer.
     """
     entries = unpack(packed, bits, columns) if 8 % bits else packed
-    found = _looked_up(entries, scale if scale.ndim == 2 else scale.unsqueeze(1), _table(bits, packed.device))
+    found = _entries_of(_table(bits, packed.device), entries, first, scale)
     return found if found.shape[1] == columns else found[:, :columns]
 
 
@@ -225,13 +244,12 @@ def _table(bits: int, device: torch.device) -> Tensor:
     return table.view(wide).squeeze(1).to(device)
 
 
-def _looked_up(entries: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """Return the float32 numbers of a table's entries, times their rows' scales; the second half is for scales below 0.
+def _entries_of(table: Tensor, entries: Tensor, first: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 numbers of a table's entries, counted from the first of each row, times the rows' scales.
 
-    Every operation counts: small matrices are read at every call of a layer. The index is int32: with int64
-    `index_select` takes eight times as long.
+    The index is int32: with int64 `index_select` takes eight times as long.
     """
-    index = entries.int().add_(scale.signbit(), alpha=table.shape[0] // 2)
+    index = entries.int().add_(first)
     found = table.index_select(0, index.flatten()).view(torch.float32)
     return found.view(entries.shape[0], -1).mul_(scale)
 
@@ -244,6 +262,12 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """Return the rows, which have a scale each, and the columns of a tensor: one row a unit of its first dimension."""
     sizes = [size for size in shape if size != 1] or [1]  # a table of positions [1, N, D] has N rows
     return (sizes[0], math.prod(sizes[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def is_smaller_rounded(shape: torch.Size, bits: int) -> bool:
+    """Say whether a matrix of a shape takes fewer bytes in so many bits a value than in float16."""
+    columns = matrix_shape(shape)[1]
+    return len(shape) > 1 and _row_bytes(bits, columns) + 2 < 2 * columns
 
 
 def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None) -> tuple[int, Tensor]:
@@ -260,7 +284,7 @@ def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | No
     delta = _wide(tensor) - _wide(base)
     if tensor.ndim > 1:
         rows, columns = matrix_shape(tensor.shape)
-        if rounded is None and bits is not None and _row_bytes(bits, columns) + 2 < 2 * columns:
+        if rounded is None and bits is not None and is_smaller_rounded(tensor.shape, bits):
             rounded = quantise(delta.reshape(rows, columns), bits)
         if rounded is not None:
             packed = pack(rounded.codes, rounded.bits)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Forward, called_by, clone
+from coin.core.devices import has_float64
 from coin.errors import ConfigurationError
-from coin.files.tensors import State, check_layout, fingerprint
+from coin.files.tensors import State, check_layout, fingerprint, on_device
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network, empty_network
@@ -38,6 +39,7 @@ class ExpertNetworks:
         found = {name: sorted({each.get(name, kind) for each in kinds}) for name, kind in kinds[0].items()}
         if odd := [f"'{name or 'network'}' of {' and '.join(each)}" for name, each in found.items() if len(each) > 1]:
             raise ConfigurationError(f"found experts with {odd[0]}, expected one class and type; convert them")
+        self.device = one_device(networks)
         self.unpadded = [called_by(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
         self.skeleton, self.initial = self.networks[0], initial
@@ -62,11 +64,27 @@ class ExpertNetworks:
         """Return the shared initialisation's parameters and buffers, none without one."""
         if self.initial is None:
             return None
-        return tensors_of(pad_head(self.initial, self.padding[1]) if self.padding else self.initial)
+        parameters, buffers = tensors_of(pad_head(self.initial, self.padding[1]) if self.padding else self.initial)
+        return on_device(parameters, self.device), on_device(buffers, self.device)
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return clone(self.skeleton)
+
+
+def one_device(networks: Sequence[nn.Module]) -> torch.device:
+    """Return the device of networks, the CPU for none; a ConfigurationError where they are on several."""
+    tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+    found = list(dict.fromkeys(tensor.device for tensor in tensors))
+    if len(found) > 1:
+        told = f"found experts on {' and '.join(map(str, found))}"
+        raise ConfigurationError(f"{told}, expected one device; move them with network.to('{found[0]}')")
+    return found[0] if found else torch.device("cpu")
+
+
+def to_compute(networks: list[nn.Module], device: torch.device) -> list[nn.Module]:
+    """Return networks of a device where merges are computed: copies on the CPU, if the device has no float64."""
+    return networks if has_float64(device) else [clone(network).cpu() for network in networks]
 
 
 def _kinds(network: nn.Module) -> dict[str, str]:
@@ -87,10 +105,16 @@ def tensors_of(network: nn.Module) -> tuple[State, State]:
 
 
 class ExpertFiles:
-    """Experts in files, by task, read on demand, one tensor at a time; `networks` keeps all of them in memory."""
+    """Experts in files, by task, read on demand, one tensor at a time; `networks` keeps all of them in memory.
 
-    def __init__(self, paths: Mapping[str, Path], initial: Path | None = None) -> None:
+    Networks and tensors are on `device`, to which a tensor goes when it is first read.
+    """
+
+    def __init__(
+        self, paths: Mapping[str, Path], initial: Path | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.paths, self.initial = dict(paths), initial
+        self.device = torch.device(device)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -135,7 +159,7 @@ class ExpertFiles:
             yield from self.networks
         else:
             for path in self.paths.values():
-                network = load_network(path).network
+                network = load_network(path).network.to(self.device)
                 yield pad_head(network, self.width) if padded else network
 
     @property
@@ -143,7 +167,7 @@ class ExpertFiles:
         """The head's name and its number of outputs."""
         return head_name(self.skeleton), self.width
 
-    @property
+    @cached_property
     def tensors(self) -> list[tuple[State, State]]:
         """Every expert's parameters and buffers, read on access."""
         return [self._parts(file) for file in self.opened.values()]
@@ -154,19 +178,24 @@ class ExpertFiles:
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
         parameters = file.select([name for name, _ in skeleton.named_parameters()])
         buffers = file.select([name for name in skeleton.state_dict() if name not in every])
-        return padded_state(parameters, *self.padding), buffers
+        padded = padded_state(parameters, *self.padding)
+        return on_device(padded, self.device), on_device(buffers, self.device)
 
-    def initial_tensors(self) -> tuple[State, State] | None:
-        """Return the shared initialisation's parameters and buffers, none without one."""
+    @cached_property
+    def _initial_tensors(self) -> tuple[State, State] | None:
         if self.initial is None:
             return None
         file = open_network(self.initial)
         _check(file, self.skeleton, self.width)
         return self._parts(file)
 
+    def initial_tensors(self) -> tuple[State, State] | None:
+        """Return the shared initialisation's parameters and buffers, none without one."""
+        return self._initial_tensors
+
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
-        return build_network(self.config, self.width)
+        return build_network(self.config, self.width).to(self.device)
 
 
 def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:

@@ -1,7 +1,8 @@
 """Parameters that a layer makes when it reads them, of what is kept in their place: packed codes, experts' changes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import Any, cast
 
@@ -11,35 +12,34 @@ from torch import Tensor, nn
 from coin.core.batches import clone, tensors_in
 from coin.errors import StateError
 from coin.files.tensors import State
-from coin.networks.delta import Rounded, matrix_shape, pack, quantise, read
+from coin.networks.delta import Rounded, by_row, looked_up, matrix_shape, pack, quantise, read
 
 BITS = 4  # of the factors of a correction, a value
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
 """The expert as which bodies answer in this thread or task, set by `coin.Adapted` for each pass; None for as nobody."""
 
 
-class Change(nn.Module):
+@dataclass(frozen=True, eq=False)
+class Change:
     """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
 
-    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. Its scale and shift have a shape that
-    broadcasts over θ, in float16. The factors, left [O, r] and right [r, K], are in `BITS` bits a value with a scale
-    for each of the r (`coin.networks.delta.Rounded`).
+    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are as they are stored.
 
     Args:
-        parts: The tensors as they are stored, by `PARTS`.
+        scale: In float16, of a shape that broadcasts over θ.
+        shift: Likewise.
+        left: The packed codes of leftᵀ [r, O], `BITS` a value (`coin.networks.delta.pack`).
+        left_scale: A scale for each of the r, bfloat16.
+        right: Those of right [r, K].
+        right_scale: Likewise.
     """
 
-    PARTS = ("scale", "shift", "left", "left_scale", "right", "right_scale")
-
-    scale: Tensor | None
-    shift: Tensor | None
-
-    def __init__(self, parts: State) -> None:
-        super().__init__()
-        for part in self.PARTS:
-            tensor = parts.get(part)
-            is_of_rows = tensor is not None and part in ("left_scale", "right_scale")
-            self.register_buffer(part, cast(Tensor, tensor).view(-1, 1) if is_of_rows else tensor)
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    left: Tensor | None = None
+    left_scale: Tensor | None = None
+    right: Tensor | None = None
+    right_scale: Tensor | None = None
 
     @classmethod
     def of(
@@ -59,33 +59,80 @@ class Change(nn.Module):
             if factor is not None:
                 parts[name] = pack(factor.codes, BITS)
                 parts[f"{name}_scale"] = factor.scale
-        return cls(parts)
+        return cls(**parts)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts that are there, by name."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
 
     def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
-        parts = cast(dict[str, Tensor], self._buffers)  # attributes of modules take longer
-        if parts["left"] is None:
+        if self.left is None or self.left_scale is None or self.right is None or self.right_scale is None:
             return torch.zeros(rows, 0), torch.zeros(0, columns)
-        left = read(parts["left"], parts["left_scale"], BITS, rows).T
-        return left, read(parts["right"], parts["right_scale"], BITS, columns)
+        left = read(self.left, self.left_scale, BITS, rows).T
+        return left, read(self.right, self.right_scale, BITS, columns)
 
-    def forward(self, value: Tensor, in_place: bool = False) -> Tensor:
-        """Return the parameter θ as the expert has it; θ itself is changed if it is done in place."""
-        parts = self._buffers
-        if parts["scale"] is None and parts["left"] is None and parts["shift"] is not None:  # a bias: no copy
-            return torch.add(value, parts["shift"]).to(value.dtype)
-        changed = value if in_place else value.clone()
-        if parts["left"] is not None:
-            matrix = changed.flatten(1)
-            left, right = self.factors(*matrix.shape)
-            if matrix.dtype != torch.float32:
-                left, right = left.to(matrix.dtype), right.to(matrix.dtype)
-            matrix.addmm_(left, right)
-        if parts["scale"] is not None:
-            changed.mul_(parts["scale"])
-        if parts["shift"] is not None:
-            changed.add_(parts["shift"])
-        return changed
+    def as_read(self) -> dict[str, Tensor]:
+        """Return what a layer holds of it: the scales of factors as `coin.networks.delta.looked_up` wants them."""
+        held = dict(self.tensors)
+        for factor in ("left", "right"):
+            if factor in held:
+                first, scale = by_row(held[f"{factor}_scale"], BITS)
+                held |= {f"{factor}_first": first, f"{factor}_scale": scale}
+        return held
+
+    @classmethod
+    def held(cls, parts: State) -> "Change":
+        """Return the change of which these are the parts as they are read."""
+        stored = {field.name: parts[field.name] for field in fields(cls) if field.name in parts}
+        for name in ("left_scale", "right_scale"):
+            if name in stored:
+                stored[name] = stored[name].flatten().bfloat16()
+        return cls(**stored)
+
+    def without_idle_parts(self) -> "Change":
+        """Return the same change without parts that change nothing: scales of one, shifts and directions of zero."""
+        parts = dict(self.tensors)
+        if "scale" in parts and bool((parts["scale"] == 1).all()):
+            del parts["scale"]
+        if "shift" in parts and not bool(parts["shift"].any()):
+            del parts["shift"]
+        if "left" in parts:
+            used = (parts["left_scale"] * parts["right_scale"]).nonzero()
+            rank = int(used[-1]) + 1 if len(used) else 0
+            for name in ("left", "left_scale", "right", "right_scale"):
+                parts[name] = parts[name][:rank]
+                if rank == 0:
+                    del parts[name]
+        return type(self)(**parts)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Return the parameter θ as the expert has it."""
+        return _changed(value, self.as_read(), in_place=False)
+
+
+def _changed(value: Tensor, held: Mapping[str, Tensor], in_place: bool) -> Tensor:
+    """Return a parameter changed by the parts of `Change.as_read`; the parameter itself if it is done in place."""
+    scale, shift, left = held.get("scale"), held.get("shift"), held.get("left")
+    if scale is None and left is None and shift is not None:  # a bias: no copy
+        added = torch.add(value, shift)
+        return added if added.dtype == value.dtype else added.to(value.dtype)
+    changed = value if in_place else value.clone()
+    if left is not None:
+        matrix = changed.flatten(1)
+        rows, columns = matrix.shape
+        first = looked_up(left, held["left_first"], held["left_scale"], BITS, rows)
+        second = looked_up(held["right"], held["right_first"], held["right_scale"], BITS, columns)
+        if matrix.dtype != torch.float32:
+            first, second = first.to(matrix.dtype), second.to(matrix.dtype)
+        matrix.addmm_(first.T, second)
+    if scale is not None:
+        changed.mul_(scale)
+    if shift is not None:
+        changed.add_(shift)
+    return changed
 
 
 class Kept(nn.Module):
@@ -94,7 +141,7 @@ class Kept(nn.Module):
     Args:
         original: The parameter, or for a packed one any of its type.
         codes: The packed codes ``[rows, bytes]``, uint8 (`coin.networks.delta.pack`).
-        scale: The rows' scales ``[rows]``, bfloat16.
+        scale: The rows' scales ``[rows]`` or ``[rows, 1]``.
         bits: The bits of a code.
     """
 
@@ -109,8 +156,12 @@ class Kept(nn.Module):
         # An empty parameter says of which type a packed one is, and on which device.
         self.original = original if codes is None else nn.Parameter(original.detach().new_empty(0), requires_grad=False)
         self.register_buffer("codes", codes)
-        self.register_buffer("scale", None if scale is None else scale.view(-1, 1))
-        self.experts = nn.ModuleList()
+        if scale is not None:
+            first, scale = by_row(scale.flatten(), bits)
+            self.register_buffer("codes_first", first)
+            self.register_buffer("codes_scale", scale)
+        self.num_experts = 0
+        self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
         self.only: int | None = None  # the expert that alone answers, of `coin.Adapted.only`
 
     @classmethod
@@ -121,9 +172,43 @@ class Kept(nn.Module):
         codes = data[:-scales].clone().view(rows, -1)
         return cls(original, codes, data[-scales:].clone().view(torch.bfloat16), bits)
 
+    def set_experts(self, changes: Sequence[Change]) -> None:
+        """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
+
+        A tensor for each would take more memory than its values. Who lacks a part gets one that changes nothing: a
+        scale of one, a shift of zero; of a smaller rank, directions whose scales are zero.
+        """
+        self.num_experts = len(changes)
+        every = [change.as_read() for change in changes]
+        self._parts = tuple(dict.fromkeys(part for held in every for part in held))
+        for part in self._parts:
+            found = [held.get(part) for held in every]
+            own = [tensor for tensor in found if tensor is not None]
+            if part in ("scale", "shift"):
+                shape = torch.broadcast_shapes(*(tensor.shape for tensor in own))  # type: ignore[no-untyped-call]
+            else:
+                shape = max(tensor.shape for tensor in own)  # of the largest rank
+            stacked = own[0].new_full((len(found), *shape), float(part == "scale"))
+            for tensor, place in zip(found, stacked, strict=True):
+                if tensor is None:
+                    continue
+                if part in ("scale", "shift"):
+                    place.copy_(tensor)
+                else:
+                    place[: len(tensor)] = tensor
+            self.register_buffer(part, stacked)
+
     def change(self, expert: int) -> Change:
-        """Return the change by an expert."""
-        return cast(Change, self.experts[expert])
+        """Return the change by an expert, without parts that change nothing."""
+        held = {part: self.get_buffer(part)[expert] for part in self._parts}
+        return Change.held(held).without_idle_parts()
+
+    @property
+    def stored_nbytes(self) -> int:
+        """The bytes that it takes in a file, where the scale of a row of codes has two."""
+        body = self.original.nbytes if self.codes is None else self.codes.nbytes + 2 * len(self.codes)
+        changes = [self.change(expert) for expert in range(self.num_experts)]
+        return body + sum(tensor.nbytes for change in changes for tensor in change.tensors.values())
 
     @property
     def working_nbytes(self) -> int:
@@ -133,18 +218,21 @@ class Kept(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the parameter, as the expert has it that answers."""
-        codes, scale = self._buffers["codes"], self._buffers["scale"]  # attributes of modules take longer
-        original = cast(Tensor, self._parameters["original"])
-        changes = cast(nn.ModuleList, self._modules["experts"])._modules
-        value = original
-        if codes is not None and scale is not None:
-            value = read(codes, scale, self.bits, self.columns).view(self.shape)
+        # It is called for every layer: attributes of modules, and `cast`, would take longer.
+        held: Any = self._buffers
+        original: Any = self._parameters["original"]
+        value: Tensor = original
+        codes = held["codes"]
+        if codes is not None:
+            made = looked_up(codes, held["codes_first"], held["codes_scale"], self.bits, self.columns)
+            value = made.view(self.shape)
             if original.dtype != torch.float32:
                 value = value.to(original.dtype)
         expert = ANSWERING.get() if self.only is None else self.only
-        if expert is None or not changes:
+        if expert is None or not self._parts:
             return value
-        return cast(Change, changes[str(expert)]).forward(value, in_place=codes is not None)
+        own = {part: held[part].select(0, expert) for part in self._parts}
+        return _changed(value, own, in_place=codes is not None)
 
 
 def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
@@ -238,8 +326,9 @@ def _new_layer(kind: Any, parameters: tuple[str, ...]) -> nn.Module:
 
 def _read(layer: nn.Module, parameter: str) -> Tensor:
     """Return a parameter of a layer."""
-    kept = cast(nn.Module, layer._modules["kept"])._modules[parameter]
-    return cast(Kept, kept).forward()
+    kept: Any = layer._modules["kept"]
+    made: Tensor = kept._modules[parameter].forward()
+    return made
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.core.batches import Batch, map_tensors, take
+from coin.core.devices import double
 from coin.errors import DataError, HeadError, NumericalError
 from coin.networks.adapted import Adapted
 from coin.networks.heads import ADVICE, head_name
@@ -101,8 +102,8 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     head = network.get_submodule(name)
     found = ""
     if isinstance(head, nn.Linear | nn.Conv2d):
-        weight, inputs = head.weight.flatten(1).double(), features.double()
-        bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.double()
+        weight, inputs = double(head.weight.flatten(1)), double(features)
+        bias = weight.new_zeros(len(weight)) if head.bias is None else double(head.bias)
         if inputs.shape[1:] != weight.shape[1:] or logits.shape != (len(inputs), len(weight)):
             found = f" (found logits {list(logits.shape)} and inputs {list(inputs.shape)} for {list(weight.shape)})"
         else:
@@ -111,7 +112,7 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
             types = {features.dtype, logits.dtype, head.weight.dtype}
             if torch.float32 in types and torch.get_float32_matmul_precision() == "medium":
                 types.add(torch.bfloat16)
-            difference = (logits.double() - read).abs()
+            difference = (double(logits) - read).abs()
             if bool((difference <= max(_TOLERANCES[each] for each in types) * size).all()):
                 return
             found = f" (found a difference of {float(difference.max()):.3g})"

@@ -116,6 +116,7 @@ class _Plan:
                 initial=self.widest if method.reads_initial else None,
                 seed=seed,
                 trainer=of.trainer if method.is_trained else None,
+                hardware=of.trainer,
                 doing="training" if method.is_trained else "merging",
                 log=self._log(seed, "method", name, method.label),
             )

@@ -61,6 +61,5 @@ def statistic_sums(
     """
     if options is None:
         return gram_sums(network, batches, progress=progress)
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device).manual_seed(seed * 100_003 + rank)
+    generator = torch.Generator().manual_seed(seed * 100_003 + rank)  # of the CPU, so that every device has its numbers
     return fisher_sums(network, batches, options, labels=labels, generator=generator, progress=progress)

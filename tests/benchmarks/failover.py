@@ -1,7 +1,7 @@
 """Kill and stop real servers under a steady load, and measure what each kind of one server more is worth.
 
     python tests/benchmarks/failover.py runs/quickstart-3 --output failover --repeats 3
-    python tests/benchmarks/failover.py --fleet 27 --setups standin-packed --events 1 3 all --output failover-27
+    python tests/benchmarks/failover.py --fleet 27 --setups standin-packed --events 1 3 all --loads --slow 0 --images 0
 
 For every set-up `coin serve` is started, and a client asks for single test images by a Poisson process, at a share of
 the capacity without a server more:
@@ -369,7 +369,8 @@ def fleet(count: int, output: Path) -> Path:
     """Make a run of so many small tasks, five characters each, with EfficientNet-Lite0 at 64 pixels."""
     tasks = {}
     for place in range(count):
-        classes = "".join(LETTERS[(2 * place + step) % len(LETTERS)] for step in range(5))
+        first = 2 * place + 2 * place // len(LETTERS)  # no two tasks have the same five
+        classes = "".join(LETTERS[(first + step) % len(LETTERS)] for step in range(5))
         tasks[f"task{place}"] = {
             "class_path": "Glyphs",
             "init_args": {"classes": classes, "train_per_class": 200, "test_per_class": 20},
@@ -443,7 +444,14 @@ def main() -> int:
                 options.capacity = asyncio.run(measured_capacity(served, known, options.before))
                 print(f"capacity with {setup.name}: {options.capacity:.1f} answers a second", flush=True)
             benchmark = Benchmark(setup, served, known, options)
-            asyncio.run(benchmark.run(options.capacity))
+            try:
+                asyncio.run(benchmark.run(options.capacity))
+            finally:  # what was measured stays, if servers do not come back
+                tables["events"] += benchmark.events
+                tables["loads"] += benchmark.loads
+                tables["accuracy"] += benchmark.accuracy
+                tables["slow"] += benchmark.slow
+                write_tables(tables, options.output)
             problems += benchmark.problems
             if options.clients and benchmark.stand_ins:
                 if not wrong_queries(served, next(iter(known.places)), known.image_size):
@@ -451,11 +459,6 @@ def main() -> int:
                 if not asyncio.run(crowd(served, known, options.clients)):
                     problems.append("a status in the crowd is none of 200, 429, 503 and 504")
                 options.clients = 0
-        tables["events"] += benchmark.events
-        tables["loads"] += benchmark.loads
-        tables["accuracy"] += benchmark.accuracy
-        tables["slow"] += benchmark.slow
-        write_tables(tables, options.output)
         queries += benchmark.queries
         pd.DataFrame(queries).to_csv(options.output / "queries.csv", index=False)
     print("\n".join(problems[:20]))

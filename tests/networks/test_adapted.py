@@ -8,7 +8,7 @@ from torch import nn
 
 import coin
 from coin.errors import ConfigurationError, StateError
-from coin.networks.adapted import resident_nbytes, tensor_nbytes
+from coin.networks.adapted import resident_nbytes, stored_nbytes, tensor_nbytes
 from coin.networks.running import features_and_logits
 
 
@@ -276,3 +276,24 @@ def test_plain_networks_are_forgotten_with_other_tensors_and_of_no_use_to_infere
         assert dense(x).requires_grad
         dense.load_state_dict(packed.state_dict())
         torch.testing.assert_close(dense(x), packed(x), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_of_other_ranks_and_without_parts_answer_as_their_own_and_lose_nothing():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    wide = {"scale": 1 + torch.rand(5, 1), "left": torch.randn(5, 3), "right": torch.randn(3, 6)}
+    narrow = {"left": torch.randn(5, 1), "right": torch.randn(1, 6)}
+    adapters = [
+        coin.Adapter({"0.weight": wide, "0.bias": {"shift": torch.randn(5)}}),
+        coin.Adapter({"0.weight": narrow}),
+        coin.Adapter(),
+    ]
+    adapted, inputs = coin.Adapted(network, adapters), torch.randn(4, 6)
+    for place, adapter in enumerate(adapters):
+        with coin.answering([adapted], place), torch.no_grad():
+            torch.testing.assert_close(adapted(inputs), adapter.applied_to(network)(inputs))
+        again = adapted.adapters[place].tensors
+        assert again.keys() == adapter.tensors.keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in adapter.tensors.items())
+    assert len([*adapted.buffers()]) == 8  # seven parts of the weight's and the bias's, of all experts together
+    assert stored_nbytes(adapted) == sum(t.nbytes for t in network.parameters()) + sum(a.nbytes for a in adapters)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 import coin.distillation  # noqa: F401 (its methods, which files name by their classes)
 from coin.coding import Code, convex
 from coin.coding.decoder_config import REPLICA
+from coin.core.devices import has_float64
 from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks
@@ -91,6 +93,7 @@ class Merge(Step):
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] | None = keyed_by(lambda trainer: trainer and result_options(trainer, training=True))
+    hardware: dict[str, Any] = unkeyed()  # the ``trainer`` section, which says on which device it runs
     log: RunLog = unkeyed()
     doing: str = unkeyed(default="merging")
 
@@ -107,7 +110,8 @@ class Merge(Step):
     def run(self) -> None:
         """Make the coded models."""
         initial = None if self.initial is None else self.initial.output
-        files = ExpertFiles({task: step.output for task, step in self.experts.items()}, initial)
+        device = merging_device(self.folder, self.hardware)
+        files = ExpertFiles({task: step.output for task, step in self.experts.items()}, initial, device)
         read = {which: {task: each.output for task, each in own.items()} for which, own in self.statistics.items()}
         data = datamodule(self.tasks, self.calibration)
         data.setup()
@@ -118,6 +122,12 @@ class Merge(Step):
                 train = Training(data, self.folder, self.seed, self.trainer, loggers)
             experts = Experts(files, statistics=read, calibration=samples, train=train)
             make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
+
+
+def merging_device(folder: Path, trainer: Mapping[str, Any]) -> torch.device:
+    """Return the device of a ``trainer`` section, on which merges run too; the CPU where that has no float64."""
+    device = make_trainer(folder, trainer).strategy.root_device
+    return device if has_float64(device) else torch.device("cpu")
 
 
 @dataclass

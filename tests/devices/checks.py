@@ -1,0 +1,181 @@
+"""What runs on a pretend accelerator, equal to the CPU: run by test_devices.py in a process of its own."""
+
+from copy import deepcopy
+
+import pretend
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.core import devices
+from coin.networks.kept import Change
+from coin.statistics import FisherOptions
+from coin.statistics.statistic import statistic_sums
+
+DEVICE = pretend.register()
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same operations on the same processor: only the order of sums may differ
+METHODS = {
+    "average": coin.Average(),
+    "average, recalibrated": coin.Average(batchnorm="recalibrate"),
+    "head_fit": coin.merging.HeadFit(),
+    "base": coin.Base(),
+    "coin": coin.Coin(),
+    "regmean": coin.RegMean(),
+    "task_arithmetic": coin.TaskArithmetic(),
+    "ties": coin.Ties(),
+    "wudi": coin.Wudi(),
+    "refit": coin.Refit(),
+    "refit, both": coin.Refit("both"),
+    "refit, adapters": coin.Refit(adapters={"rank": 2}),
+    "base, adapters": coin.Base(adapters={"rank": 2}),
+    "user": coin.merging.UserMethod(lambda experts, calibration, initial: deepcopy(experts[0])),
+    "distillation": coin.Distillation(lr=0.01, steps=2),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["float64", "without float64"])
+def seen(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
+    with pretend.running(float64=request.param) as found:
+        yield found
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    made = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 4),
+    )  # fmt: skip
+    made[1].running_mean.normal_(std=0.1)
+    made[1].running_var.uniform_(0.5, 1.5)
+    return made.eval()
+
+
+def fleet():
+    """Return three experts near a start, that start, and a batch for each expert."""
+    start = network()
+    experts = [deepcopy(start) for _ in range(3)]
+    torch.manual_seed(1)
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return experts, start, [[torch.randn(20, 3, 8, 8)] for _ in experts]
+
+
+def moved(value):
+    return deepcopy(value).to(DEVICE)
+
+
+def answers(net, inputs, expert=1):
+    with torch.no_grad(), coin.answering([net], expert):
+        return net(inputs.to(next(net.parameters()).device)).cpu()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_merge_where_the_experts_are(name, seen):
+    experts, start, inputs = fleet()
+    code = coin.uniform(3)
+    options = {"calibration": inputs, "initial": start}
+    torch.manual_seed(0)
+    own = coin.merge_networks(METHODS[name], experts, code, **options)
+    torch.manual_seed(0)
+    here = coin.merge_networks(METHODS[name], [moved(each) for each in experts], code, **options)
+    assert {tensor.device for tensor in (*here[0].parameters(), *here[0].buffers())} == {DEVICE}
+    torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
+    assert seen.total("launches")
+
+
+@pytest.mark.parametrize("method", ["coin", "regmean"])
+def test_statistics_of_the_cpu_serve_experts_on_the_device(method, seen):
+    experts, _, inputs = fleet()
+    fishers = [coin.fisher_diagonal(expert, batch) for expert, batch in zip(experts, inputs, strict=True)]
+    grams = [coin.gram_sums(expert, batch).mean() for expert, batch in zip(experts, inputs, strict=True)]
+    options = {"fishers": fishers, "grams": grams, "calibration": inputs}
+    own = coin.merge_networks(METHODS[method], experts, coin.uniform(3), **options)
+    here = coin.merge_networks(METHODS[method], [moved(each) for each in experts], coin.uniform(3), **options)
+    torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["exact", "categorical", "monte_carlo", "gram"])
+def test_statistics(kind, seen):
+    experts, _, inputs = fleet()
+    if kind == "gram":
+        own, here = (coin.gram_sums(net, inputs[0]).mean() for net in (experts[0], moved(experts[0])))
+    else:
+        options = FisherOptions(kind, 2 if kind == "monte_carlo" else None)
+        own, here = (statistic_sums(net, inputs[0], options).mean() for net in (experts[0], moved(experts[0])))
+    for name, tensor in own.items():
+        assert here[name].device == DEVICE
+        torch.testing.assert_close(here[name].cpu(), tensor, **CLOSE)
+
+
+@pytest.mark.parametrize("decoder", ["linear", "ridge", "feature_ridge", "expert_head"])
+def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
+    experts, start, inputs = fleet()
+    code = coin.uniform(3)
+    method = METHODS["refit, adapters" if decoder == "expert_head" else "refit, both"]
+    coded = coin.merge_networks(method, experts, code, calibration=inputs, initial=start)
+    pooled = [torch.cat([batch for (batch,) in inputs])]
+    found = []
+    for place in ("cpu", DEVICE):
+        system = coin.Coded(code, [deepcopy(each).to(place) for each in experts], [deepcopy(coded[0]).to(place)])
+        if decoder != "linear":
+            system.fit_decoder(pooled, [1], decoder)
+        tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
+        table = coin.evaluate(system, tests, decoders=[decoder], calibration=list(inputs))
+        system.save(tmp_path / "system.safetensors")
+        again = coin.Coded.load(tmp_path / "system.safetensors", [deepcopy(each).to(place) for each in experts])
+        for each in (system, again):
+            batch = inputs[1][0].to(place)
+            found.append(each.decode(batch, [1]).cpu() if decoder != "linear" else torch.zeros(1))
+        found.append(torch.tensor(table["nda"].to_numpy(dtype=float)))
+    for own, here in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(here, own, **CLOSE)
+
+
+def test_bodies_move_and_answer_packed(seen):
+    experts, start, inputs = fleet()
+    adapted = coin.fit_adapters(start, experts, inputs, rank=2)
+    packed = coin.Adapted(coin.compress(start, None, bits=4, base_bits=0).packed(), adapted.adapters)
+    for body in (adapted, packed):
+        here = moved(body)
+        experts_of = torch.tensor([0, 2, 1, 2])
+        torch.testing.assert_close(answers(here, inputs[0][0]), answers(body, inputs[0][0]), **CLOSE)
+        batch = inputs[0][0][:4]
+        torch.testing.assert_close(answers(here, batch, experts_of), answers(body, batch, experts_of), **CLOSE)
+        torch.testing.assert_close(answers(here.network(1), batch), answers(body.network(1), batch), **CLOSE)
+        assert {tensor.device for tensor in here.network(1).parameters()} == {DEVICE}
+    fitted = coin.fit_adapters(moved(start), [moved(each) for each in experts], inputs, rank=2)
+    torch.testing.assert_close(answers(fitted, inputs[0][0]), answers(adapted, inputs[0][0]), **CLOSE)
+    assert isinstance(next(iter(fitted.adapters[0].changes.values())), Change)
+
+
+def test_rounding_is_the_same_bytes(seen):
+    experts, start, inputs = fleet()
+    own = coin.compress(experts[0], start, bits=3)
+    here = coin.compress(moved(experts[0]), moved(start), bits=3)
+    assert torch.equal(own._data, here._data)
+    refit = coin.Refit(compress={"bits": 4, "base_bits": 0}, adapters={"rank": 2})
+    merged = [
+        coin.merge_networks(refit, networks, coin.uniform(3), calibration=inputs).compressed["refit+rank2-4bit"][0]
+        for networks in (experts, [moved(each) for each in experts])
+    ]
+    for each in merged:
+        assert each._data.device.type == "cpu"
+    torch.testing.assert_close(*(answers(each.network(), inputs[0][0]) for each in merged), **CLOSE)
+
+
+def test_batchnorms_are_recalibrated(seen):
+    own, here = network(), moved(network())
+    batches = fleet()[2][0]
+    assert coin.recalibrate(own, batches) == coin.recalibrate(here, batches)
+    torch.testing.assert_close(here[1].running_var.cpu(), own[1].running_var, **CLOSE)
+
+
+def test_one_device_is_expected(seen):
+    experts, _, inputs = fleet()
+    with pytest.raises(coin.errors.ConfigurationError, match="found experts on pretend:0 and cpu, expected one device"):
+        coin.merge_networks(coin.Average(), [moved(experts[0]), *experts[1:]], coin.uniform(3), calibration=inputs)

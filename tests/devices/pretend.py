@@ -1,0 +1,421 @@
+"""A pretend accelerator: tensors that say ``pretend:0``, are computed on the CPU, and refuse what CUDA refuses.
+
+    device = pretend.register()                # once in a process
+    with pretend.running() as seen:            # or running(float64=False): as on Apple's MPS
+        network.to(device); ...
+    seen.table()                               # launches and synchronisations by line of coin
+
+It is torch's own place for further backends (PrivateUse1), with a backend in Python, so that autograd's engine, which
+runs a backward pass of a device in a thread of its own, works as it does on a GPU. A `PretendTensor` holds a CPU
+tensor. `_run` checks each ATen operation, below autograd, before it is done on the tensors inside:
+
+- Tensors of both devices together raise torch's error; a CPU tensor without dimensions may take part in pointwise
+  operations and be the value of a fill; indices may be CPU tensors.
+- A CPU tensor takes no indices of the device, and is never written to with a tensor of the device but by `copy_`.
+- Generators must be of the output's device; ``numpy()`` raises; with ``float64=False`` there is no float64.
+
+It counts, by the innermost line of coin: launches (operations that are no views), syncs (the host waits for a value:
+``item``, ``nonzero``, boolean masks, ``equal``, copies to the CPU, decompositions that read their info), uploads
+(copies to the device), and operations on CPU tensors. It knows nothing of memory, streams, TF32 or processes.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+
+NAME = "pretend"
+UNDER = f"{os.sep}coin{os.sep}"  # lines of files below are blamed
+CPU = torch.device("cpu")
+ANOTHER = "Expected all tensors to be on the same device, but found at least two devices, pretend:0 and cpu!"
+aten = torch.ops.aten
+
+# What makes no kernel run, beside views.
+_FREE = {
+    aten.detach.default, aten.alias.default, aten._unsafe_view.default, aten._reshape_alias.default,
+    aten.lift_fresh.default, aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten.empty_strided.default, aten.sym_size.int, aten._fused_sdp_choice.default,
+    aten._has_compatible_shallow_copy_type.default, aten.is_set_to.default,
+}  # fmt: skip
+_COPIES = {
+    aten.copy_.default, aten._to_copy.default, aten.copy.default, aten._copy_from.default,
+    aten._foreach_copy_.default, aten._has_compatible_shallow_copy_type.default, aten.is_set_to.default,
+}  # fmt: skip
+_INDEXING = {
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor, aten._unsafe_index_put.default,
+}  # fmt: skip
+_FILLS = {  # whose last argument may be a CPU tensor without dimensions
+    aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor,
+    aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor,
+}  # fmt: skip
+_WAITS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+    aten.is_nonzero.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor, aten.bincount.default, aten._linalg_check_errors.default,
+    aten._linalg_eigh.default, aten._linalg_svd.default, aten._linalg_solve_ex.result,
+}  # fmt: skip
+
+
+class Seen:
+    """What was counted: by kind, place and operation."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+
+    def add(self, kind: str, operation: object) -> None:
+        self.counts[kind, _blamed(), str(operation)] += 1
+
+    def total(self, kind: str, place: str = "") -> int:
+        """Return how often it was seen at places whose names contain a text."""
+        return sum(n for (own, where, _), n in self.counts.items() if own == kind and place in where)
+
+    def table(self, most: int = 20) -> None:
+        """Print the places of the most syncs, launches, uploads and operations on the CPU."""
+        for kind in ("syncs", "launches", "uploads", "on_cpu"):
+            places: Counter[str] = Counter()
+            for (own, place, _), number in self.counts.items():
+                places[place] += number if own == kind else 0
+            print(f"{kind}: {self.total(kind)}")
+            for place, number in places.most_common(most):
+                if number:
+                    print(f"{number:9} {place}")
+
+
+_library = torch.library.Library("aten", "IMPL")
+_seen = Seen()
+_has_float64 = True
+_is_running = False
+
+
+class PretendTensor(Tensor):
+    """A CPU tensor that passes for one of the device."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            layout=inner.layout, device=torch.device(NAME, 0),
+        )  # fmt: skip
+
+    def __init__(self, inner):
+        assert type(inner) is Tensor
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _run(function, args, kwargs or {})
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, *, force=False):
+        if force:
+            return self.detach().cpu().numpy()
+        raise TypeError("can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+
+    def __array__(self, dtype=None, **options):
+        return self.numpy()
+
+    def __deepcopy__(self, memo):
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol")
+        with torch.no_grad():
+            made = PretendTensor(self.inner.detach().clone())
+        if isinstance(self, nn.Parameter):
+            made._is_param = True
+        made.requires_grad_(self.requires_grad)
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol):
+        return self.inner.detach().__reduce_ex__(protocol)
+
+    def __format__(self, spec):
+        return self.item().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
+
+    def __repr__(self, **options):
+        return f"PretendTensor({self.inner!r})"
+
+
+def _run(function, args, kwargs):
+    """Check an operation, count it, and run it on the tensors inside."""
+    flat, spec = tree_flatten((args, kwargs))
+    tensors = [each for each in flat if isinstance(each, Tensor)]
+    ours = [each for each in tensors if isinstance(each, PretendTensor)]
+    others = [each for each in tensors if not isinstance(each, PretendTensor)]
+    asked = kwargs.get("device")
+    if not ours and not _is_ours(asked):
+        _check_generators(flat, CPU)
+        if others and not function.is_view and function not in _FREE:
+            _seen.add("on_cpu", function)
+        return function(*args, **kwargs)
+
+    is_factory = asked is not None and len(tensors) <= 1
+    if function not in _COPIES and not is_factory:
+        _check_devices(function, args, ours, others)
+    target = _target(function, args, asked)
+    _check_generators(flat, torch.device(NAME))
+    if target == NAME and not _has_float64:
+        _check_types(function, flat, kwargs)
+    if function is aten._fused_sdp_choice.default:
+        return 0  # the plain kernels
+    _count(function, args, target)
+
+    wrapper_of = {id(each.inner): each for each in ours}
+    values = []
+    for each in flat:
+        if isinstance(each, PretendTensor):
+            each = each.inner
+        elif isinstance(each, torch.device) and _is_ours(each):
+            each = CPU
+        values.append(each)
+    inner_args, inner_kwargs = tree_unflatten(values, spec)
+    if "pin_memory" in inner_kwargs:
+        inner_kwargs["pin_memory"] = False
+    found = function(*inner_args, **inner_kwargs)
+    if function in (aten.is_set_to.default, aten.equal.default):
+        return found
+
+    def wrapped(tensor):
+        if id(tensor) in wrapper_of and not (target == "cpu" and function is aten._to_copy.default):
+            return wrapper_of[id(tensor)]  # changed in place
+        if target != NAME:
+            return tensor.clone() if id(tensor) in wrapper_of else tensor  # what goes to the CPU shares no memory
+        with torch.inference_mode(False):  # an inference tensor could not be detached
+            return PretendTensor(tensor)
+
+    return tree_map_only(Tensor, wrapped, found)
+
+
+def _is_ours(device):
+    return device is not None and torch.device(device).type == NAME
+
+
+def _target(function, args, asked):
+    """Return the type of the device of what comes out."""
+    if asked is not None:
+        return torch.device(asked).type
+    if function in (aten._to_copy.default, aten.copy_.default):
+        return args[0].device.type
+    return NAME
+
+
+def _check_devices(function, args, ours, others):
+    """Raise what torch raises where devices do not fit."""
+    if not others:
+        return
+    if function in _INDEXING:
+        is_inside = isinstance(args[0], PretendTensor)
+        if not is_inside and any(isinstance(index, PretendTensor) for index in args[1]):
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+        if len(args) > 2 and isinstance(args[2], PretendTensor) != is_inside and args[2].numel() != 1:
+            raise RuntimeError(f"{ANOTHER} ({function}: its values)")
+        return
+    are_scalars = all(each.ndim == 0 for each in others)
+    if function in _FILLS and are_scalars and isinstance(args[0], PretendTensor):
+        return
+    is_pointwise = torch.Tag.pointwise in function.tags or function is aten.where.self
+    if is_pointwise and are_scalars:
+        aliases = [each.alias_info for each in function._schema.arguments]
+        written = [each for each in aliases if each is not None and each.is_write]
+        if not written or isinstance(args[0], PretendTensor):
+            return
+    raise RuntimeError(f"{ANOTHER} ({function})")
+
+
+def _check_generators(flat, device):
+    for each in flat:
+        if isinstance(each, torch.Generator) and each.device.type != device.type:
+            raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{each.device.type}'")
+
+
+def _check_types(function, flat, kwargs):
+    """Raise what MPS raises for float64."""
+    wide = (torch.float64, torch.complex128)
+    is_wide = any(each in wide for each in flat if isinstance(each, torch.dtype))
+    if function is aten._to_copy.default and kwargs.get("dtype") is None:
+        is_wide = any(each.dtype in wide for each in flat if isinstance(each, Tensor))
+    if is_wide:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+
+def _count(function, args, target):
+    if not _is_running or function.is_view or function in _FREE:
+        return
+    if function in (aten._to_copy.default, aten.copy_.default):
+        source = args[0] if function is aten._to_copy.default else args[1]
+        into = target if function is aten._to_copy.default else args[0].device.type
+        if source.device.type != NAME:
+            _seen.add("uploads", function)
+        else:
+            _seen.add("launches" if into == NAME else "syncs", function)
+        return
+    if function in _INDEXING:
+        for index in args[1]:
+            if isinstance(index, PretendTensor) and index.dtype == torch.bool:
+                _seen.add("syncs", "boolean mask")
+            elif isinstance(index, Tensor) and not isinstance(index, PretendTensor):
+                _seen.add("uploads", "index")
+    if function in _WAITS:
+        _seen.add("syncs", function)
+    _seen.add("launches", function)
+
+
+def _blamed():
+    """Return the innermost line of coin's code."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if (at := name.rfind(UNDER)) >= 0:
+            return f"{name[at + 1 :]}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"  # autograd's thread, Lightning
+
+
+class _Mode(TorchDispatchMode):
+    """Catches what makes tensors of the device, and counts what is done on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled():  # where composite operations arrive whole
+            with self:
+                found = function.decompose(*args, **kwargs or {})
+            if found is not NotImplemented:
+                return found
+        return _run(function, args, kwargs or {})
+
+
+class _Backend:
+    """What torch asks ``torch.pretend``."""
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return True
+
+    def device_count(self):
+        return 1
+
+    def current_device(self):
+        return 0
+
+    def set_device(self, device):
+        pass
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16, torch.float16]
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def manual_seed_all(self, seed):
+        pass
+
+
+class PretendAccelerator(pl.accelerators.Accelerator):
+    """The device for Lightning: ``trainer.accelerator: pretend``."""
+
+    def setup_device(self, device):
+        pass
+
+    def teardown(self):
+        pass
+
+    def get_device_stats(self, device):
+        return {}
+
+    @staticmethod
+    def parse_devices(devices):
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices):
+        return [torch.device(NAME, 0)]
+
+    @staticmethod
+    def auto_device_count():
+        return 1
+
+    @staticmethod
+    def is_available():
+        return True
+
+    @staticmethod
+    def name():
+        return NAME
+
+
+def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return PretendTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+
+
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+    return PretendTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _copy_from(source, into, non_blocking=False):
+    inner, place = (each.inner if isinstance(each, PretendTensor) else each for each in (source, into))
+    place.copy_(inner)
+    return into
+
+
+def register() -> torch.device:
+    """Register the device with torch and Lightning, once in a process, and return it."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} takes no backend that is written in Python, torch 2.9 does")
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    # Autograd's thread, where `_Mode` is not, makes tensors too.
+    _library.impl("empty.memory_format", _empty, "PrivateUse1")
+    _library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    _library.impl("_copy_from", _copy_from, "PrivateUse1")
+    pl.accelerators.AcceleratorRegistry.register(NAME, PretendAccelerator, override=True)
+    return torch.device(NAME, 0)
+
+
+_apply = nn.Module._apply
+
+
+def _moved(module, function, recurse=True):
+    """As ``Module._apply``, with parameters that stay the same objects, as they do when they go to a GPU."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return _apply(module, function, recurse)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+@contextmanager
+def running(*, float64: bool = True) -> Iterator[Seen]:
+    """Run a block in which the device is there; return what is counted."""
+    global _seen, _has_float64, _is_running
+    _seen, _has_float64, _is_running = Seen(), float64, True
+    apply, nn.Module._apply = nn.Module._apply, _moved
+    lifts = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` is made on the CPU first
+    try:
+        with _Mode():
+            yield _seen
+    finally:
+        _is_running, _has_float64 = False, True
+        torch._C._set_only_lift_cpu_tensors(lifts)
+        nn.Module._apply = apply
+
+
+__all__ = ["NAME", "PretendTensor", "Seen", "register", "running", "tree_map"]
