@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from coin.coding.ridge import block_kernel
+from coin.core.devices import double, has_float64
 from coin.errors import DecodingError
 
 
@@ -108,7 +109,7 @@ class Answers:
         features = [*(self.expert_features or ()), *(self.coded_features or ())]
         if sum(each.shape[1] for each in features) <= self.num_samples:
             return self
-        return replace(self, kernels=[block_kernel(each.double()) for each in features])
+        return replace(self, kernels=[block_kernel(double(each)) for each in features])
 
     def with_coded(self, rows: Sequence[int]) -> Self:
         """Return the answers of the experts and of some of the coded models, in the order of their indices."""
@@ -128,6 +129,10 @@ class Answers:
     def cpu(self) -> Self:
         """Return the answers in the CPU's memory."""
         return self._each(Tensor.cpu)
+
+    def with_float64(self) -> Self:
+        """Return the answers where there is float64: on their device, or on the CPU."""
+        return self if has_float64(self.experts.device) else self.cpu()
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return the answers with every tensor changed, without kernels."""

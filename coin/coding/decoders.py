@@ -12,6 +12,7 @@ from coin.coding.code import Code, decode_linear
 from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig, DecoderKind
 from coin.coding.ridge_decoder import RidgeDecoder
+from coin.core.devices import double
 from coin.errors import ConfigurationError, DecodingError
 
 Head = tuple[Tensor, Tensor]
@@ -37,7 +38,7 @@ class LinearDecoder(Decoder):
             found = f"found answers of {answers.num_coded} coded models, the code has {self.code.num_coded}"
             raise DecodingError(f"{found}; give all of them, or a code of those rows")
         survivors = answers.experts[list(self.survivors)]
-        return decode_linear(self.code.matrix.to(answers.coded.device), answers.coded, survivors, self.erased)
+        return decode_linear(self.code.matrix, answers.coded, survivors, self.erased)
 
 
 class ExpertHeadDecoder(Decoder):
@@ -80,7 +81,7 @@ class ExpertHeadDecoder(Decoder):
             raise DecodingError(f"{told} {width}; keep the places of silent models, or use another decoder")
         # A coded model that is silent has none: what is read from it is no number.
         every = [pad(each, (0, width - each.shape[1]), value=torch.nan) for each in answers.coded_features]
-        features = torch.stack([every[row] for row in rows]).double()
+        features = double(torch.stack([every[row] for row in rows]))
         logits = features @ self.weight.to(features).mT + self.bias.to(features)[:, None]
         return pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[2]))).to(answers.experts)
 

@@ -9,6 +9,7 @@ from scipy.special import bdtr
 from torch import Tensor
 
 from coin.core.choices import check_number
+from coin.core.devices import double
 from coin.errors import DataError
 
 _STEPS = 40  # numbers of accepted samples that are tried, from the least that can be enough to all
@@ -80,7 +81,7 @@ def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
     needed, samples = samples_needed(alpha, confidence), len(scores)
-    ranked, order = scores.double().cpu().sort(stable=True)
+    ranked, order = scores.cpu().double().sort(stable=True)
     wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
     steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int)) if len(ranked) >= needed else ()
@@ -105,5 +106,6 @@ def answer_score(logits: Tensor) -> Tensor:
     """
     if logits.shape[-1] < 2:
         raise DataError(f"found logits {list(logits.shape)}, expected at least two classes to score; give a logit each")
-    score: Tensor = 1 - torch.softmax(logits.double(), -1).amax(-1)
+    logits = double(logits)
+    score: Tensor = 1 - torch.softmax(logits, -1).amax(-1)
     return score.where(torch.isfinite(logits).all(-1), 1.0)

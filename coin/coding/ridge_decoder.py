@@ -10,6 +10,7 @@ from coin.coding.answers import Answers
 from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig, FittedOn
 from coin.coding.ridge import RidgeFit, fit_blocks
+from coin.core.devices import double
 from coin.errors import DecodingError
 
 
@@ -40,6 +41,7 @@ class RidgeDecoder(Decoder):
 
     def fit(self, calibration: Answers) -> Self:
         """Fit the regressions; see the class."""
+        calibration = calibration.with_float64()
         super().fit(calibration)
         blocks = self._blocks(calibration)
         if self.config.fitted_on is FittedOn.all:
@@ -79,7 +81,7 @@ class RidgeDecoder(Decoder):
             if answers.expert_features is None or answers.coded_features is None:
                 raise self._without_features()
             features = [*answers.coded_features, *(answers.expert_features[expert] for expert in self.survivors)]
-        return [torch.cat(logits, 1).double(), *(each.double() for each in features)]
+        return [double(torch.cat(logits, 1)), *map(double, features)]
 
     def _kernels(self, answers: Answers) -> list[Tensor | None]:
         """Return the blocks' kernels as far as the answers know them."""

@@ -1,4 +1,8 @@
-"""Devices, and which of them have float64."""
+"""Devices: which of them have float64, and in which precision they multiply float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,3 +24,42 @@ def device_of(network: nn.Module) -> torch.device:
 def double(tensor: Tensor) -> Tensor:
     """Return a tensor in float64: on its device, or on the CPU where the device has none."""
     return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+
+
+@contextmanager
+def disable_tf32() -> Iterator[None]:
+    """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
+    if not hasattr(torch.backends.cudnn, "conv"):  # before torch 2.9
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        try:
+            torch.backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = convolutions
+        return
+    # Torch refuses to read the older settings where the newer ones were set otherwise: only these are used.
+    places: Any = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    )
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def multiplies_in_bfloat16() -> bool:
+    """Say whether products of float32 matrices may be computed in bfloat16."""
+    if not hasattr(torch.backends.cudnn, "conv"):  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "medium"
+    places: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    return any(place.fp32_precision == "bf16" for place in places)

@@ -17,11 +17,11 @@ from coin.coding.decoder_config import REPLICA
 from coin.coding.decoders import Head
 from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.core.batches import Batch
+from coin.core.devices import disable_tf32
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, HeadError
 from coin.evaluation.variants import NONE, Replica, Variant
 from coin.networks import answering, linear_heads, run_network
-from coin.statistics.guard import disable_tf32
 
 
 def server_answers(

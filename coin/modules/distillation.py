@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from coin.core.batches import Batch, as_input, clear_caches
+from coin.core.devices import device_of
 from coin.core.lightning import plot_against_epochs
 from coin.data import Augmentation
 from coin.data.tasks import tasks_of
@@ -18,6 +19,7 @@ from coin.merging import Average, Experts, HeadFit
 from coin.merging.experts import check_row
 from coin.merging.method import starting_method
 from coin.networks import build_network, fill_network, load_network, pad_head
+from coin.networks.experts import to_compute
 from coin.networks.recipe import OneCycle
 from coin.networks.running import full_precision
 
@@ -109,7 +111,7 @@ class DistillationModule(LightningModule):
         if self.begun is None:
             samples = self.samples
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
-            experts = Experts(list(self.teachers), calibration=tasks)
+            experts = Experts(to_compute(list(self.teachers), device_of(self.student)), calibration=tasks)
             start, row = self.hparams["start"], self.hparams["code_row"]
             if start == AUTO:
                 try:

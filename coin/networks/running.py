@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.core.batches import Batch, map_tensors, take
-from coin.core.devices import double
+from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError, NumericalError
 from coin.networks.adapted import Adapted
 from coin.networks.heads import ADVICE, head_name
@@ -110,7 +110,7 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
             read = F.linear(inputs, weight, bias)
             size = read.abs() + F.linear(inputs.square(), weight.square(), bias.square()).sqrt()
             types = {features.dtype, logits.dtype, head.weight.dtype}
-            if torch.float32 in types and torch.get_float32_matmul_precision() == "medium":
+            if torch.float32 in types and multiplies_in_bfloat16():
                 types.add(torch.bfloat16)
             difference = (double(logits) - read).abs()
             if bool((difference <= max(_TOLERANCES[each] for each in types) * size).all()):

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from coin.core.batches import Batch, check_tensors, clear_caches, size_of, take
+from coin.core.devices import disable_tf32
 from coin.errors import ConfigurationError, StateError
 
 
@@ -50,19 +51,6 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def disable_tf32() -> Iterator[None]:
-    """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class Trainer(pl.Trainer):
         matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
             ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
         **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` is of networks in training and evaluation;
-            statistics and decoding always use full precision, without TF32 (torch's default for convolutions on GPUs).
+            statistics, merges and decoding always use full precision, without TF32. Where networks are trained,
+            distilled or evaluated it is as torch has it, by default with TF32 in a GPU's convolutions, as in use.
     """
 
     callbacks: list[Callback]

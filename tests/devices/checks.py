@@ -1,19 +1,24 @@
 """What runs on a pretend accelerator, equal to the CPU: run by test_devices.py in a process of its own."""
 
 from copy import deepcopy
+from pathlib import Path
 
+import pandas as pd
 import pretend
 import pytest
 import torch
 from torch import nn
 
 import coin
+from coin.cli import main
 from coin.core import devices
 from coin.networks.kept import Change
+from coin.reporting import read_results
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import statistic_sums
 
 DEVICE = pretend.register()
+SMALLEST = Path(__file__).parents[2] / "configs" / "experiment" / "smallest.yaml"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same operations on the same processor: only the order of sums may differ
 METHODS = {
     "average": coin.Average(),
@@ -179,3 +184,35 @@ def test_one_device_is_expected(seen):
     experts, _, inputs = fleet()
     with pytest.raises(coin.errors.ConfigurationError, match="found experts on pretend:0 and cpu, expected one device"):
         coin.merge_networks(coin.Average(), [moved(experts[0]), *experts[1:]], coin.uniform(3), calibration=inputs)
+
+
+EVERY_METHOD = """
+base: {task: {class_path: Glyphs, init_args: {classes: K-T, train_samples: 64, validation_share: 0.1}}, epochs: 1}
+tasks:
+  digits: {class_path: Digits, init_args: {max_train: 80, max_test: 60}}
+  letters: {class_path: Glyphs, init_args: {classes: A-J, train_per_class: 8, test_per_class: 6}}
+calibration: {samples_per_task: 16}
+methods:
+  - {class_path: HeadFit}
+  - {class_path: Coin}
+  - {class_path: Ties}
+  - {class_path: Refit, init_args: {adapters: {rank: 2}, compress: {bits: 4, base_bits: 0}}}
+  - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
+decoders: [ridge, expert_head]
+"""
+
+
+@pytest.mark.parametrize("float64", [True, False])
+def test_a_run_is_the_same(float64, tmp_path, monkeypatch):
+    (tmp_path / "methods.yaml").write_text(EVERY_METHOD)
+    command = ["run", "-c", str(SMALLEST), "-c", str(tmp_path / "methods.yaml")]
+    assert main([*command, f"--output={tmp_path / 'cpu'}", "--trainer.accelerator=cpu"]) == 0
+    if not float64:
+        monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
+    with pretend.running(float64=float64) as seen:
+        assert main([*command, f"--output={tmp_path / 'device'}", f"--trainer.accelerator={pretend.NAME}"]) == 0
+    own, here = (read_results(tmp_path / place / "smallest" / "seed-0") for place in ("cpu", "device"))
+    numbers = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "memory_mib", "resident_mib"]
+    pd.testing.assert_frame_equal(own[["method", "decoder"]], here[["method", "decoder"]])
+    pd.testing.assert_frame_equal(own[numbers], here[numbers], rtol=1e-6)
+    assert bool(seen.total("launches", "coin/merging")) == float64  # else merges run on the CPU

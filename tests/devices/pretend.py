@@ -28,6 +28,8 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -375,6 +377,15 @@ def _copy_from(source, into, non_blocking=False):
     return into
 
 
+_choose = _AcceleratorConnector._choose_strategy
+
+
+def _choose_strategy(connector):
+    """As Lightning does, which knows of no other accelerators than its own that they are one device."""
+    is_ours = connector._accelerator_flag == NAME
+    return SingleDeviceStrategy(torch.device(NAME, 0)) if is_ours else _choose(connector)
+
+
 def register() -> torch.device:
     """Register the device with torch and Lightning, once in a process, and return it."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -385,6 +396,7 @@ def register() -> torch.device:
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
     pl.accelerators.AcceleratorRegistry.register(NAME, PretendAccelerator, override=True)
+    _AcceleratorConnector._choose_strategy = _choose_strategy
     return torch.device(NAME, 0)
 
 

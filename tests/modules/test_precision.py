@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import coin
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.coding import DecoderKind
+from coin.core.devices import multiplies_in_bfloat16
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError
 from coin.evaluation.scores import Scores
@@ -61,10 +63,27 @@ def test_decoding_is_in_full_precision_whatever_products_are(
 ):
     experts = write_experts([3, 2])
     coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), Scores.update
-    monkeypatch.setattr(Scores, "update", lambda *a: seen.add(torch.get_float32_matmul_precision()) or update(*a))
+    monkeypatch.setattr(Scores, "update", lambda *a: seen.add(multiplies_in_bfloat16()) or update(*a))
     evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
     assert torch.get_float32_matmul_precision() == "medium"
-    assert seen == {"highest"}
+    assert multiplies_in_bfloat16()
+    assert seen == {False}
+
+
+def test_torch_s_newer_settings_of_precision_are_taken_and_left():
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("this torch has the older settings alone")
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    try:
+        products.fp32_precision, convolutions.fp32_precision = "tf32", "ieee"  # torch then refuses the older ones
+        network = nn.Linear(3, 2)
+        assert coin.fisher_diagonal(network, [torch.ones(2, 3)])["bias"].tolist() == [1, 1]
+        inputs = [[torch.randn(5, 3)]] * 2
+        assert len(coin.merge_networks(coin.HeadFit(), [network, network], coin.uniform(2), calibration=inputs))
+        assert (products.fp32_precision, convolutions.fp32_precision) == ("tf32", "ieee")
+    finally:
+        products.fp32_precision, convolutions.fp32_precision = before
 
 
 def test_distillation_in_bf16_has_losses_in_full(make_trainer, experts, tasks):

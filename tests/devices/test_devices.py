@@ -1,0 +1,14 @@
+"""Everything on a pretend accelerator, in a process of its own: torch cannot forget a device that it knows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_what_runs_on_an_accelerator_is_what_runs_on_the_cpu(tmp_path):
+    options = ["-q", "--tb=short", "-p", "no:randomly", "-p", "no:cacheprovider", "--import-mode=prepend", "-rs"]
+    command = [sys.executable, "-m", "pytest", str(HERE / "checks.py"), *options, f"--basetemp={tmp_path / 'pytest'}"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
