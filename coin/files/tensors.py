@@ -52,9 +52,21 @@ def check_layout(own: State, state: State, source: str) -> None:
 
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
-    """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
-    wrong = ((key, tensor.isnan() if key in infinite else ~tensor.isfinite()) for key, tensor in state.items())
-    return next((key for key, places in wrong if bool(places.any())), None)
+    """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without.
+
+    A device is waited for once, not for every tensor.
+    """
+    sound = dict[torch.device, list[Tensor]]()
+    names = dict[torch.device, list[str]]()
+    for name, tensor in state.items():
+        places = ~tensor.isnan() if name in infinite else tensor.isfinite()
+        sound.setdefault(tensor.device, []).append(places.all())
+        names.setdefault(tensor.device, []).append(name)
+    wrong = set[str]()
+    for device, flags in sound.items():
+        told = torch.stack(flags).tolist()
+        wrong |= {name for name, is_sound in zip(names[device], told, strict=True) if not is_sound}
+    return next((name for name in state if name in wrong), None)
 
 
 def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> None:

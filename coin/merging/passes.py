@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
+from coin.core.devices import device_of
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
 from coin.files.tensors import State, check_layout, weighted_sum
@@ -39,7 +40,8 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type
 
-MEMORY_MIB = 8192  # the bound on the activations of a fit
+MEMORY_MIB = 8192  # the bound on the activations of a fit on the CPU
+SHARE = 0.5  # of what is free of a GPU's memory, the bound there
 FEWEST_MIB = 64  # of experts' outputs at once: with fewer, experts run too often
 ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
 CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
@@ -289,16 +291,26 @@ class Body(NamedTuple):
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 
 
+def default_memory_mib(device: torch.device) -> int:
+    """Return the bound on the activations of a fit on a device, in MiB."""
+    if device.type != "cuda":
+        return MEMORY_MIB
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(SHARE * free) >> 20)
+
+
 def fit_body(
     body: Body, experts: Experts, row: Sequence[float], label: str, *, ridge: float | None, own_share: float = 1.0,
-    rounding: Rounding | None = None, adapters: AdapterOptions | None = None, memory_mib: int = MEMORY_MIB,
+    rounding: Rounding | None = None, adapters: AdapterOptions | None = None, memory_mib: int | None = None,
 ) -> tuple[nn.Module, list[Adapter]]:  # fmt: skip
     """Return a copy of a body, refitted to the `objective`, its matrices rounded, if so; and its adapters.
 
     Without a ridge its units stay. With options of adapters these are fitted in the same pass, else there are none;
-    their experts' own heads are read in place of the body's, which stays.
+    their experts' own heads are read in place of the body's, which stays. Where memory runs out, the error's note says
+    what `memory_mib` to set.
     """
     network, trace, fit = clone(body.network), body.trace, None
+    memory_mib = memory_mib or default_memory_mib(device_of(network))
     if rounding is not None:
         for name in filter(rounding.takes, body.kept):
             network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
@@ -322,7 +334,11 @@ def fit_body(
     targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
     with progress_bar(f"{label}, layers", targets.total) as bar:
         targets.advance = bar.update
-        fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
+        try:
+            fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={memory_mib // 2}")
+            raise
     experts.passes += rows.passes + targets.passes + samples
     return network, [] if fit is None else fit.adapters
 

@@ -14,7 +14,7 @@ from coin.files.tensors import weighted_sum
 from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
-from coin.merging.passes import MEMORY_MIB, Body, fit_body
+from coin.merging.passes import Body, fit_body
 from coin.networks.adapters import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
@@ -63,7 +63,7 @@ class Refit(Method):
         target: ``own`` or ``both``; with adapters ``own``.
         ridge: λ, relative and dimensionless, above 0.
         head: Whether the head is fitted at last; with adapters it is not, for the experts' own are read.
-        memory_mib: Bound on the coded network's activations, in MiB.
+        memory_mib: Bound on the coded network's activations, in MiB; by default 8192, and half of what is free on a GPU.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
 
@@ -80,14 +80,14 @@ class Refit(Method):
         ridge: float = 0.1,
         *,
         head: bool = True,
-        memory_mib: int = MEMORY_MIB,
+        memory_mib: int | None = None,
         label: str | None = None,
         compress: Compress = None,
         adapters: Adapters = None,
     ) -> None:
         self.target = parse_enum(Target, "target", target)
         check_number("ridge", ridge, low=0, strict=True)
-        check_integer("memory_mib", memory_mib, 1)
+        check_integer("memory_mib", 1 if memory_mib is None else memory_mib, 1)
         self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
         super().__init__(label, compress, adapters=adapters)
         if self.adapters is not None and self.target is not Target.own:

@@ -187,6 +187,7 @@ def test_one_device_is_expected(seen):
 
 
 EVERY_METHOD = """
+network: {name: small_vit, image_size: 32, options: {patch_size: 8, depth: 1, heads: 2, width: 16}}
 base: {task: {class_path: Glyphs, init_args: {classes: K-T, train_samples: 64, validation_share: 0.1}}, epochs: 1}
 tasks:
   digits: {class_path: Digits, init_args: {max_train: 80, max_test: 60}}
@@ -212,7 +213,9 @@ def test_a_run_is_the_same(float64, tmp_path, monkeypatch):
     with pretend.running(float64=float64) as seen:
         assert main([*command, f"--output={tmp_path / 'device'}", f"--trainer.accelerator={pretend.NAME}"]) == 0
     own, here = (read_results(tmp_path / place / "smallest" / "seed-0") for place in ("cpu", "device"))
-    numbers = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "memory_mib", "resident_mib"]
+    numbers = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "memory_mib", "resident_mib"]
     pd.testing.assert_frame_equal(own[["method", "decoder"]], here[["method", "decoder"]])
     pd.testing.assert_frame_equal(own[numbers], here[numbers], rtol=1e-6)
+    # Attention has another kernel on the device, and Adam's first steps make much of last bits.
+    pd.testing.assert_series_equal(own["residual"], here["residual"], rtol=0.1, atol=1e-5)
     assert bool(seen.total("launches", "coin/merging")) == float64  # else merges run on the CPU
