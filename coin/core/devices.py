@@ -29,24 +29,24 @@ def double(tensor: Tensor) -> Tensor:
 @contextmanager
 def disable_tf32() -> Iterator[None]:
     """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
-    if not hasattr(torch.backends.cudnn, "conv"):  # before torch 2.9
+    try:
         convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-        try:
-            torch.backends.cudnn.allow_tf32 = False
-            torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # set by torch's newer settings, beside which it does not read the older ones
+        with _newer_settings_without_tf32():
             yield
-        finally:
-            torch.set_float32_matmul_precision(products)
-            torch.backends.cudnn.allow_tf32 = convolutions
         return
-    # Torch refuses to read the older settings where the newer ones were set otherwise: only these are used.
-    places: Any = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    )
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _newer_settings_without_tf32() -> Iterator[None]:
+    places = (*_products(), torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
@@ -57,9 +57,13 @@ def disable_tf32() -> Iterator[None]:
             place.fp32_precision = precision
 
 
+def _products() -> tuple[Any, ...]:
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
 def multiplies_in_bfloat16() -> bool:
     """Say whether products of float32 matrices may be computed in bfloat16."""
-    if not hasattr(torch.backends.cudnn, "conv"):  # before torch 2.9
+    try:
         return torch.get_float32_matmul_precision() == "medium"
-    places: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    return any(place.fp32_precision == "bf16" for place in places)
+    except RuntimeError:  # as in `disable_tf32`
+        return any(place.fp32_precision == "bf16" for place in _products())

@@ -55,13 +55,19 @@ class AdapterFit:
         ridge: μ, relative to the mean diagonal entry of cov(a).
         experts: The experts' parameters and buffers.
         tasks: Of which expert's task every sample is [P], in ascending order.
+        row: β [N]; experts without a share have no adapters.
     """
 
-    def __init__(self, rank: int, ridge: float, experts: Sequence[tuple[State, State]], tasks: Tensor) -> None:
+    def __init__(
+        self, rank: int, ridge: float, experts: Sequence[tuple[State, State]], tasks: Tensor, row: Sequence[float]
+    ) -> None:
         self._rank, self._ridge, self._experts, self.tasks = rank, ridge, experts, tasks
+        self._sound: list[Tensor] = []  # whether what was fitted is finite: a GPU is waited for once, in `check`
+        self._fitted: list[str] = []
         self.adapters = [Adapter() for _ in experts]
         ends = [0, *torch.bincount(tasks, minlength=len(experts)).cumsum(0).tolist()]
         self._samples = list(map(slice, ends, ends[1:]))
+        self._has_share = [beta > 0 and start < end for beta, start, end in zip(row, ends[:-1], ends[1:], strict=True)]
 
     def fit(
         self, network: nn.Module, unit: Unit, call: Call, rows: tuple[Tensor, Tensor], target: Tensor, shares: Tensor,
@@ -80,7 +86,7 @@ class AdapterFit:
         outputs = []
         for expert, samples in enumerate(self._samples):
             own = slice(samples.start * call_rows, samples.stop * call_rows)
-            if not bool(shares[samples].any()):
+            if not self._has_share[expert]:
                 plain = function() if plain is None else plain
                 outputs.append(plain[own])
                 continue
@@ -135,9 +141,16 @@ class AdapterFit:
             carries = Change.of(shift=shift.reshape(before.shape) - before)
         change = Change.of(scale, left=factors.get("left"), right=factors.get("right"))
         kept_vectors = [each for each in (change.scale, carries.shift) if each is not None]
-        if not all(bool(torch.isfinite(each).all()) for each in (fitted, *kept_vectors)):
-            raise NumericalError(f"the adapter of '{unit.weight}' is not finite; check the experts")
+        self._sound.append(torch.stack([torch.isfinite(each).all() for each in (fitted, *kept_vectors)]).all())
+        self._fitted.append(unit.weight)
         return change, carries
+
+    def check(self) -> None:
+        """Raise NumericalError where an adapter is not finite."""
+        sound = torch.stack(self._sound).tolist() if self._sound else []
+        for weight, is_sound in zip(self._fitted, sound, strict=True):
+            if not is_sound:
+                raise NumericalError(f"the adapter of '{weight}' is not finite; check the experts")
 
     def _own(self, network: nn.Module, unit: Unit, expert: int) -> Tensor:
         """Return an expert's own weight of a unit, the BatchNorm behind it folded in."""

@@ -86,8 +86,10 @@ def coin_parameters(
     """
     known = in_all(fishers)
     entries = sum(fishers[0][key].numel() for key in known)
-    pairs = zip(fishers, weights, strict=True)
-    mass = sum(weight * float(fisher[key].sum(dtype=torch.float64)) for fisher, weight in pairs for key in known)
+    mass = 0.0
+    for fisher, weight in zip(fishers, weights, strict=True) if known else ():
+        sums = torch.stack([fisher[key].sum(dtype=torch.float64) for key in known])  # a GPU is waited for once
+        mass += sum(weight * each for each in sums.tolist())
     absolute = damping * mass / max(entries, 1)
 
     merged: dict[str, Tensor] = {}

@@ -326,7 +326,11 @@ def fit_body(
         head = f"{head_name(network)}.weight".lstrip(".")
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         fit = AdapterFit(
-            rank_of(adapters, trace.units, experts.count), adapters.ridge, experts.source.tensors, experts.tasks[chosen]
+            rank_of(adapters, trace.units, experts.count),
+            adapters.ridge,
+            experts.source.tensors,
+            experts.tasks[chosen],
+            row,
         )
     inputs, task = experts.pooled.inputs(chosen), experts.tasks[chosen]
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
@@ -337,10 +341,14 @@ def fit_body(
         try:
             fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
         except torch.OutOfMemoryError as error:
-            error.add_note(f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={memory_mib // 2}")
+            told = f"method '{label}' was fitted with memory_mib={memory_mib}"
+            error.add_note(f"{told}; set memory_mib={max(1, memory_mib // 2)}")
             raise
     experts.passes += rows.passes + targets.passes + samples
-    return network, [] if fit is None else fit.adapters
+    if fit is None:
+        return network, []
+    fit.check()
+    return network, fit.adapters
 
 
 @torch.inference_mode(False)

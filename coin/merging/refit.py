@@ -63,7 +63,7 @@ class Refit(Method):
         target: ``own`` or ``both``; with adapters ``own``.
         ridge: λ, relative and dimensionless, above 0.
         head: Whether the head is fitted at last; with adapters it is not, for the experts' own are read.
-        memory_mib: Bound on the coded network's activations, in MiB; by default 8192, and half of what is free on a GPU.
+        memory_mib: Bound on the coded network's activations, in MiB; by default 8192, on a GPU half of what is free.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
 

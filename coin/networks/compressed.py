@@ -351,8 +351,9 @@ class Rounding:
 
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
-        base = self._tensors[name].double()
-        self.rounded[name] = quantise((weight.double().cpu() - base).reshape(matrix_shape(base.shape)), self.bits(name))
+        base = self._tensors[name].to(weight.device).double()
+        rounded = quantise((weight.double() - base).reshape(matrix_shape(base.shape)), self.bits(name))
+        self.rounded[name] = rounded.cpu()
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
@@ -360,7 +361,8 @@ class Rounding:
 
         The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K].
         """
-        base = self._tensors[name].double()
+        base = self._tensors[name].to(weight.device).double()
+        bits = self.bits(name)
 
         def grouped(x: Tensor) -> Tensor:
             return (x.T if turned else x).reshape(step.shape)
@@ -369,11 +371,12 @@ class Rounding:
             x = x.flatten(0, 1)
             return (x.T if turned else x).reshape(matrix_shape(base.shape))
 
-        now = grouped(weight.double().cpu() - base)
-        wanted = now + step.cpu()
-        self.rounded[name] = plain = quantise(flat(wanted), bits := self.bits(name))
+        now = grouped(weight.double() - base)
+        wanted = now + step
+        rounded = quantise(flat(wanted), bits)
         if metric is not None:
-            scales = grouped(plain.scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
-            codes = round_columns(wanted, scales, bits, metric.cpu())
-            self.rounded[name] = Rounded(flat(codes), plain.scale, bits)
-        return (grouped(self.rounded[name].dense().reshape(base.shape)) - now).to(step)
+            scales = grouped(rounded.scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
+            codes = round_columns(wanted, scales, bits, metric)
+            rounded = Rounded(flat(codes), rounded.scale, bits)
+        self.rounded[name] = rounded.cpu()
+        return (grouped(rounded.dense().reshape(base.shape)) - now).to(step)

@@ -25,6 +25,10 @@ class Rounded(NamedTuple):
     scale: Tensor  # [rows], bfloat16
     bits: int
 
+    def cpu(self) -> "Rounded":
+        """Return it in the CPU's memory."""
+        return Rounded(self.codes.cpu(), self.scale.cpu(), self.bits)
+
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
         table = _signed_levels(self.bits).flatten().to(self.codes.device)

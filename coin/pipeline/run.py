@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from coin.core.processes import on_rank_zero, process_count, rank_zero_info
+from coin.core.processes import each_on_its_own, on_rank_zero, process_count, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
@@ -99,9 +99,11 @@ def run_steps(
         run, workers = _Run(steps, on_done, keep_going), 1 if launch is None else launch.workers
         while run.waiting:
             moved = run.collect()
-            for planned in run.ready():
+            ready = run.ready()
+            for planned in ready:
                 if submit is None or not planned.step.remote:
-                    run.here(planned)
+                    beside = [each for each in ready if each.step.alone] if planned.step.alone else []
+                    run.here([planned] if len(beside) < 2 else beside[: process_count()])
                     moved = True
                     break
                 moved |= len(run.running) < workers and run.elsewhere(planned, submit)
@@ -156,18 +158,20 @@ class _Run:
         self._say(planned, f"{planned.step.doing}, elsewhere")
         return True
 
-    def here(self, planned: Planned) -> None:
-        """Run a step in this process, or all processes."""
+    def here(self, every: Sequence[Planned]) -> None:
+        """Run a step in this process, or all processes; or several, each in one of the processes."""
         try:
-            execute(planned.step, partial(self._say, planned))
+            execute_beside([each.step for each in every], [partial(self._say, each) for each in every])
         except Exception as error:
             if not self._keep_going:
                 raise
             if not isinstance(error, CoinError):
                 traceback.print_exc()
-            self._fail(planned, first_line(error))
+            for planned in every:
+                self._fail(planned, first_line(error))
         else:
-            self._finish(planned)
+            for planned in every:
+                self._finish(planned)
 
     def _finish(self, planned: Planned, what: str = "") -> None:
         self.done.add(planned.step.key)
@@ -203,20 +207,32 @@ def outlook(steps: Sequence[Planned]) -> list[tuple[Planned, str, float | None]]
 
 def execute(step: Step, say: Callable[[str], None] = lambda _: None) -> None:
     """Run one step unless it is done; another process that is at work on it is waited for."""
+    execute_beside([step], [say])
+
+
+def execute_beside(steps: Sequence[Step], says: Sequence[Callable[[str], None]]) -> None:
+    """Run one step, or several that need one process each, unless they are done; `says` report their progress."""
     with ExitStack() as locks:
-        if not on_rank_zero(partial(_claim, step, locks)):
-            say("up to date")
-            return
-        say(step.doing)
+        waiting = []
+        for step, say in zip(steps, says, strict=True):
+            if on_rank_zero(partial(_claim, step, locks)):
+                waiting.append((step, say))
+                say(step.doing)
+            else:
+                say("up to date")
         started = time.monotonic()
-        if step.collective:
-            step.run()
-        else:
-            on_rank_zero(step.run)
+        if len(waiting) > 1:
+            each_on_its_own([step.run for step, _ in waiting])
+        for step, _ in waiting if len(waiting) == 1 else ():
+            if step.collective:
+                step.run()
+            else:
+                on_rank_zero(step.run)
         seconds = time.monotonic() - started
-        on_rank_zero(partial(step.finish, seconds))
-        if seconds >= LONG:
-            say(f"done in {seconds:.0f} s")
+        for step, say in waiting:
+            on_rank_zero(partial(step.finish, seconds))
+            if seconds >= LONG:
+                say(f"done in {seconds:.0f} s")
 
 
 def _claim(step: Step, locks: ExitStack) -> bool:

@@ -44,12 +44,14 @@ class Step(ABC):
     """One step: its fields are its options, the steps that it needs, and files that a user named (`Path`).
 
     `name` is unique in an experiment's seed. A class has a `version`, raised when the numbers that it makes change. A
-    `collective` step is run by all processes together; a `remote` one may run in a process or job of its own.
+    `collective` step is run by all processes together, one that is `alone` by any one of them while others run others;
+    a `remote` one may run in a process or job of its own.
     """
 
     version: ClassVar[int] = 1
     file: ClassVar[str] = "out"
     collective: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     remote: ClassVar[bool] = True
 
     name: str

@@ -103,10 +103,13 @@ def products(a: Tensor) -> Tensor:
 def solve_ridge(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
     """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
     where = "a layer's inputs on calibration data are"
-    if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
+    finite = torch.isfinite(gram).all() & torch.isfinite(right).all()
+    root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
+    is_finite, has_failed = torch.stack([finite, failed.any()]).tolist()  # a GPU is waited for once
+    if not is_finite:
         raise NumericalError(f"{where} so large that squares overflow; check the experts")
-    for each in (gram, gram.double()):  # in which a ridge is not lost beside the largest eigenvalue
-        root, failed = torch.linalg.cholesky_ex(damped(each, ridges))
-        if not bool(failed.any()):
-            return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)
-    raise NumericalError(f"{where} too nearly dependent for this ridge; give a larger ridge")
+    if has_failed:  # in float64 the ridge is not lost beside the largest eigenvalue
+        root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
+        if bool(failed.any()):
+            raise NumericalError(f"{where} too nearly dependent for this ridge; give a larger ridge")
+    return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coin.errors import ConfigurationError, DataError
 from coin.statistics import fisher_diagonal
 from coin.statistics.fisher import FisherOptions, _Pass
-from coin.statistics.rules import convolution, elementwise, linear
+from coin.statistics.rules import linear
 
 
 def assert_exact(network: nn.Module, inputs: Tensor, zero: bool = False) -> None:
@@ -136,8 +136,7 @@ def test_tokens_of_a_sample_in_several_rows(rows: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gradients_larger_than_a_block(block: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks of one number, of some outputs, of one gradient and of several."""
-    for rule in (linear, convolution, elementwise):
-        monkeypatch.setattr(rule, "BLOCK", block)
+    monkeypatch.setattr(linear, "BLOCK", block)
     monkeypatch.setattr(linear, "CACHED", block)
     layers = nn.Conv2d(4, 6, 3, groups=groups), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6, padding=1)
     assert_exact(Pooled(*layers, nn.Conv2d(6, 6, 1), width=6), torch.randn(3, 4, 12, 11))

@@ -103,6 +103,11 @@ class Merge(Step):
         return self.method.is_trained
 
     @property
+    def alone(self) -> bool:  # type: ignore[override]
+        """Whether any one process runs it."""
+        return not self.method.is_trained
+
+    @property
     def outputs(self) -> list[Path]:
         """The files of the coded models, followed by those of the compressed variants."""
         return coded_paths(self.method, self.code.num_coded, self.folder)
@@ -230,6 +235,8 @@ def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CompressExperts(Step):
     """Writes a compressed copy of every expert."""
+
+    alone: ClassVar[bool] = True
 
     compression: Compression
     experts: dict[str, ExpertStep]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
+from coin.statistics.rules.linear import LinearCall, add_gram, block_of, position_pairs
 
 _FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
 
@@ -150,6 +150,6 @@ class DepthwiseCall(ConvolutionCall):
         for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), g.shape[1] // rows.shape[1])):
             patches = self.geometry.patches(maps.transpose(0, 1)).permute(order)  # [C, *kernel, k, *output]
             shifted = patches.reshape(channels, weight[0].numel(), -1)
-            for block in torch.split(rows[:, n], max(1, BLOCK // rows[0, n].numel())):
+            for block in torch.split(rows[:, n], max(1, block_of(g.device) // rows[0, n].numel())):
                 cotangents = block.reshape(-1, channels).t().contiguous().view(channels, len(block), -1)
                 by_channel.add_(torch.bmm(cotangents, shifted.mT).square_().sum(1))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
-from coin.statistics.rules.linear import BLOCK
+from coin.statistics.rules.linear import block_of
 from coin.statistics.sums import sum_type
 
 
@@ -54,7 +54,7 @@ class ElementwiseCall(Call):
         shape = (1,) * (len(inner) - len(self.shape)) + self.shape
         over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
         factor = None if self.added or "weight" not in totals else self.normalised()
-        for block in torch.split(g, max(1, BLOCK // g[0].numel())):
+        for block in torch.split(g, max(1, block_of(g.device) // g[0].numel())):
             for role, total in totals.items():
                 local = block if role == "bias" or factor is None else block * factor
                 sums = local.reshape(len(block), samples, -1, *inner).sum(over)

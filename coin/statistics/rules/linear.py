@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
 
-BLOCK = 1 << 20  # floats that a rule makes at a time, as a direct rule's per-sample gradients
+BLOCK = 1 << 20  # floats that a rule makes at a time on a CPU, as a direct rule's per-sample gradients
+_LARGE_BLOCK = 1 << 26  # on other devices, where many small products cost more: 256 MiB
 CACHED = 1 << 18  # floats of a gradient that stay in a core's cache until they are squared, as measured on CPUs
 
 
@@ -141,14 +142,19 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total.clamp_min_(0)
 
 
+def block_of(device: torch.device) -> int:
+    """Return how many floats a rule makes at a time on a device."""
+    return BLOCK if device.type == "cpu" else _LARGE_BLOCK
+
+
 def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs [G, T, K] in a.
 
     Gradients are formed in pieces that stay in a core's cache until they are squared: that costs a third as much.
     """
     groups, outputs, k = total.shape
-    small = 2 * total.numel() <= CACHED or total.device.type != "cpu"  # elsewhere many small products cost more
-    step = max(1, BLOCK // total.numel()) if small else 1
+    small = 2 * total.numel() <= CACHED or total.device.type != "cpu"
+    step = max(1, block_of(total.device) // total.numel()) if small else 1
     height = outputs if small else max(1, CACHED // (groups * k))
     rows = g.view(*g.shape[:3], groups, outputs)
     buffer = total.new_empty(min(step, len(g)) * groups * min(height, outputs) * k)
