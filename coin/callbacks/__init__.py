@@ -12,6 +12,7 @@ from torch import nn
 
 from coin.core.batches import clone
 from coin.core.choices import parse_enum
+from coin.core.devices import device_of
 from coin.core.progress import progress_bar
 from coin.data import Calibration
 from coin.errors import ConfigurationError, NumericalError
@@ -123,7 +124,7 @@ def estimate_statistic(
     """
     rank, world = trainer.global_rank, trainer.world_size
     started = time.perf_counter()
-    share = calibration.subset(shard(calibration.num_samples, rank, world))
+    share = calibration.subset(shard(calibration.num_samples, rank, world)).on(device_of(network))
     labels = share.labels if options is not None and options.kind is FisherKind.empirical else None
     name = StatisticKind.gram if options is None else StatisticKind.fisher
     with progress_bar(str(name), share.num_samples) as bar:

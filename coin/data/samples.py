@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from coin.core.batches import Batch, joined, samples_of, shapes_in, size_of, take, tensors_in
+from coin.core.batches import Batch, joined, map_tensors, samples_of, shapes_in, size_of, take, tensors_in
 from coin.core.choices import check_number
 from coin.data.image_io import LazyImages, read_files
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
 from coin.data.transform import Augmentation, View, augmented, to_input, transform_images
 from coin.errors import ConfigurationError, DataError
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,14 @@ class Samples:
         """The samples at these positions of the selection, in this order."""
         return replace(self, index=self.index[torch.as_tensor(positions, dtype=torch.int64)])
 
-    def inputs(self, positions: Tensor, image_size: int, view: View | None = None) -> Tensor:
-        """The inputs at these positions, int64 [B], as a view shows them: float32 [B, 3, S, S], or int64 [B, S]."""
-        return to_input(self.images(positions, view), image_size)
+    def inputs(
+        self, positions: Tensor, image_size: int, view: View | None = None, device: torch.device = _CPU
+    ) -> Tensor:
+        """The inputs at these positions, int64 [B], as a view shows them: float32 [B, 3, S, S], or int64 [B, S].
+
+        They are scaled, resized and normalised on the device.
+        """
+        return to_input(self.images(positions, view).to(device), image_size)
 
     def held(self) -> Self:
         """The same samples, with their images in memory."""
@@ -116,9 +123,12 @@ class MemorySamples:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def inputs(self, positions: Tensor, image_size: int, view: View | None = None) -> Batch:
-        """The samples at these positions, int64 [B], in one batch and as they are."""
-        return joined([self.samples[position] for position in positions.tolist()])
+    def inputs(
+        self, positions: Tensor, image_size: int, view: View | None = None, device: torch.device = _CPU
+    ) -> Batch:
+        """The samples at these positions, int64 [B], in one batch and as they are, on the device."""
+        batch = joined([self.samples[position] for position in positions.tolist()])
+        return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ class Calibration:
     position: Tensor  # its position in that part, int64 [P]
     image_size: int  # S, the side of the inputs in pixels, or the number of tokens; 0 of samples in memory
     batch_size: int = 64  # when iterating
+    device: torch.device = _CPU  # on which images become inputs
 
     @classmethod
     def of(cls, samples: Samples | MemorySamples, image_size: int, batch_size: int = 64) -> Self:
@@ -169,10 +180,16 @@ class Calibration:
         part = self.part if chosen is None else self.part[chosen]
         position = self.position if chosen is None else self.position[chosen]
         rows = {number: (part == number).nonzero().flatten() for number in sorted({*part.tolist()}) or [0]}
-        found = [self.parts[number].inputs(position[own], self.image_size, view) for number, own in rows.items()]
+        found = [
+            self.parts[number].inputs(position[own], self.image_size, view, self.device) for number, own in rows.items()
+        ]
         if len({tensors_in(each)[0].is_floating_point() for each in found}) > 1:
             raise DataError("found images and texts among the calibration samples, expected tasks of one kind")
         return found[0] if len(found) == 1 else take(joined(found), torch.cat(list(rows.values())).argsort())
+
+    def on(self, device: torch.device) -> Self:
+        """The same samples, which become inputs on a device."""
+        return replace(self, device=device)
 
     def subset(self, chosen: Tensor | Sequence[int]) -> Self:
         """The samples at these places, in this order; ``range(rank, P, world_size)`` gives a process its share."""
@@ -209,7 +226,7 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     order = torch.argsort(torch.cat(progress), stable=True)
     position = torch.cat([each.position for each in calibrations])
     batch_size = max(each.batch_size for each in calibrations)
-    return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], batch_size)
+    return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], batch_size, calibrations[0].device)
 
 
 @dataclass

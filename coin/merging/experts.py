@@ -1,13 +1,13 @@
 """The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, as_input, checked_batch, size_of, take
+from coin.core.batches import Batch, Forward, as_input, checked_batch, map_tensors, size_of, take
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, check_layout, on_device
@@ -89,11 +89,14 @@ class Experts:
             if given is not None and len(given) != self.count:
                 found = f"found {what} of {len(given)} experts, expected {self.count}"
                 raise ConfigurationError(f"{found}; give those of every expert")
-        if calibration is not None and not all(isinstance(each, Calibration) for each in calibration):
+        if calibration is not None and all(isinstance(each, Calibration) for each in calibration):
+            self._calibration = [each.on(source.device) for each in cast(Sequence[Calibration], calibration)]
+        elif calibration is not None:
             if any(isinstance(batches, Tensor) for batches in calibration):
                 raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
-            checked = [[checked_batch(batch, self.networks[0]) for batch in batches] for batches in calibration]
-            self._calibration = [Calibration.of_batches(batches) for batches in checked]
+            move = partial(map_tensors, lambda tensor: tensor.to(source.device))
+            checked = [[move(checked_batch(batch, self.networks[0])) for batch in batches] for batches in calibration]
+            self._calibration = [Calibration.of_batches(batches).on(source.device) for batches in checked]
             if not any(each.num_samples for each in self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             first = self.pooled.inputs(torch.tensor([0]))

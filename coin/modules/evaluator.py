@@ -118,9 +118,9 @@ class DecodingEvaluator(LightningModule):
     def _answers(self, calibration: Calibration) -> Answers:
         parts: list[Answers] = []
         with self.trainer.precision_plugin.forward_context():  # as in the test
-            for batch in calibration:
+            for batch in calibration.on(self.device):
                 done = sum(each.num_samples for each in parts)
-                parts.append(self(batch.to(self.device), calibration.part[done : done + len(batch)]).cpu())
+                parts.append(self(batch, calibration.part[done : done + len(batch)]).cpu())
                 self.progress.update(parts[-1].num_samples)
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 

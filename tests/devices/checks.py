@@ -180,6 +180,22 @@ def test_batchnorms_are_recalibrated(seen):
     torch.testing.assert_close(here[1].running_var.cpu(), own[1].running_var, **CLOSE)
 
 
+def test_batches_may_lie_elsewhere(seen):
+    experts, start, inputs = fleet()
+    halves = [[batch[:7], batch[7:]] for (batch,) in inputs]
+    mixed = [[first, second.to(DEVICE)] for first, second in halves]
+    for method in ("head_fit", "refit, adapters"):
+        networks = [moved(each) for each in experts]
+        own, here = (
+            coin.merge_networks(METHODS[method], networks, coin.uniform(3), calibration=batches)
+            for batches in (halves, mixed)
+        )
+        torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
+    own = coin.fit_adapters(start, experts, halves, rank=1)
+    here = coin.fit_adapters(moved(start), experts, mixed, rank=1)
+    torch.testing.assert_close(answers(here, inputs[0][0]), answers(own, inputs[0][0]), **CLOSE)
+
+
 def test_one_device_is_expected(seen):
     experts, _, inputs = fleet()
     with pytest.raises(coin.errors.ConfigurationError, match="found experts on pretend:0 and cpu, expected one device"):
