@@ -234,4 +234,4 @@ def test_a_run_is_the_same(float64, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(own[numbers], here[numbers], rtol=1e-6)
     # Attention has another kernel on the device, and Adam's first steps make much of last bits.
     pd.testing.assert_series_equal(own["residual"], here["residual"], rtol=0.1, atol=1e-5)
-    assert bool(seen.total("launches", "coin/merging")) == float64  # else merges run on the CPU
+    assert bool(seen.total("launches", "coin/merging/units.py")) == float64  # else merges run on the CPU
