@@ -231,5 +231,7 @@ def fill(network: nn.Module, state: State) -> None:
     fill_network(network, own | {name: tensor for name, tensor in state.items() if name in own}, "the coded model")
     with torch.no_grad():
         for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
-            if name in state and name not in own and not torch.equal(buffer, state[name]):
-                buffer.copy_(state[name])
+            if name in state and name not in own:
+                value = state[name].to(buffer.device)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

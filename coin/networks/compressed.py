@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import clone, plain
+from coin.core.devices import device_of
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
@@ -256,7 +257,12 @@ class Reference(NamedTuple):
 
 
 def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
-    """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are."""
+    """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are; on the CPU.
+
+    There bytes are kept and read back, wherever the network is.
+    """
+    network = _on_cpu(network)
+    base = _on_cpu(base) if isinstance(base, nn.Module) else base
     if base is None or not base_bits:
         return Reference(network, None, {}, _reference(network, None, {}))
     if not isinstance(base, Compressed):
@@ -266,6 +272,11 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     base = kept.network() if kept else cast(nn.Module, base)
     norms = _folds(network, _reference(network, base, {}))
     return Reference(base, kept, norms, _reference(network, base, norms))
+
+
+def _on_cpu(network: nn.Module) -> nn.Module:
+    """Return a network on the CPU, itself if it is there."""
+    return network if device_of(network).type == "cpu" else clone(network).cpu()
 
 
 def int8(base: nn.Module) -> Compressed:
