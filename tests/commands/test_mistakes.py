@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from coin.cli import main
 from coin.errors import ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
+from coin.modules import Expert
 
 EXPERIMENT = """
 name: small
@@ -314,6 +316,38 @@ def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatc
     monkeypatch.setattr("coin.commands.run.main", interrupted)
     assert main(["run", "-c", "quickstart"]) == 130
     assert capsys.readouterr().err == "coin: interrupted; the same command goes on where it was\n"
+
+
+TERMINATED = "coin: interrupted by SIGTERM; the same command goes on where it was\n"
+
+
+def test_sigterm_during_a_training_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Expert.training_step
+
+    def terminated(self: Expert, batch: Any, batch_idx: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(Expert, "training_step", terminated)
+    Path("small.yaml").write_text(EXPERIMENT)
+    assert main(["run", "-c", "small.yaml"]) == 143
+    assert capsys.readouterr().err.endswith(TERMINATED)
+
+
+def test_sigterm_while_steps_run_elsewhere_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(143))
+    assert main(["run", "-c", "quickstart"]) == 143
+    assert capsys.readouterr().err == TERMINATED
+
+
+def test_a_command_that_ends_itself_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        main(["run", "-c", "quickstart"])
 
 
 WARN = """
