@@ -277,6 +277,8 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     cut_off(last)
     assert main(command) == 0
     assert (folder / "expert.safetensors").read_bytes() == wanted
+    assert (folder / "checkpoints/last.ckpt.torn").is_file()
+    assert "moved it to" in capsys.readouterr().err
     # Given by hand, it is a mistake, as is one of another network.
     fit = ["fit", "--data=Digits", "--data.image_size=16", "--model.network=small_resnet", "--model.image_size=16"]
     with pytest.raises(RuntimeError, match="loading state_dict"):  # Lightning's own, with its traceback
@@ -284,6 +286,32 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     cut_off(last)
     line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys, written=True)
     assert f"cannot read '{last}' as a checkpoint" in line
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run", "-c", str(config), "--only=digits", "--expert.epochs=2"]
+    plain = Expert.on_train_epoch_start
+
+    def killed(self: Expert) -> None:
+        plain(self)
+        if self.current_epoch == 1:
+            raise KeyError("killed")
+
+    monkeypatch.setattr(Expert, "on_train_epoch_start", killed)
+    with pytest.raises(KeyError, match="killed"):
+        main(command)
+    (last,) = tmp_path.glob("o/.steps/expert-digits-*/checkpoints/last.ckpt")
+    before = last.read_bytes()
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 13 bytes: Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", out_of_memory)
+        assert "checkpoints/last.ckpt', from which the training goes on (unable to mmap" in refused(command, capsys, written=True)
+    assert last.read_bytes() == before
 
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
