@@ -310,7 +310,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", out_of_memory)
-        assert "checkpoints/last.ckpt', from which the training goes on (unable to mmap" in refused(command, capsys, written=True)
+        line = refused(command, capsys, written=True)
+    assert "checkpoints/last.ckpt', from which the training goes on (unable to mmap" in line
     assert last.read_bytes() == before
 
 
