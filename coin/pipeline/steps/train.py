@@ -17,11 +17,13 @@ from coin.data.tasks import task_with
 from coin.data.transform import TransformSpec, build_transforms
 from coin.errors import FileError, first_line
 from coin.files.atomic import hashes, sha256_of
+from coin.files.user_code import source_of_path
 from coin.modules import Expert
 from coin.networks import NetworkConfig, save_network
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
+from coin.networks.sources import ImportPath
 from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.pipeline.options import result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
@@ -56,9 +58,15 @@ class TrainingConfig(Recipe):
         build_transforms(self.transform)
 
 
-def network_key(network: NetworkConfig) -> NetworkConfig:
-    """Return a network's options without the path of its weights, whose contents are in keys by themselves."""
-    return network if network.weights_file is None else replace(network, weights=None)
+def network_key(network: NetworkConfig) -> dict[str, Any]:
+    """Return a network's options, with the source of a class of the user's.
+
+    The path of its weights is left out: their contents are in keys by themselves.
+    """
+    named = network if network.weights_file is None else replace(network, weights=None)
+    options = {option.name: getattr(named, option.name) for option in fields(named)}
+    source = source_of_path(network.name) if isinstance(network.source, ImportPath) else None
+    return options if source is None else {**options, "source": source}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
