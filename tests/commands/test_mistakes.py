@@ -1,10 +1,12 @@
 """Mistakes on the command line and in its files: status 2, one line, nothing written. Defects keep their traceback."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.errors import ConfigurationError, DataError, FileError
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
 from coin.modules import Expert
+from coin.networks import NetworkConfig, build_network, head_name, save_network
 
 EXPERIMENT = """
 name: small
@@ -313,6 +316,36 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(
         line = refused(command, capsys, written=True)
     assert "checkpoints/last.ckpt', from which the training goes on (unable to mmap" in line
     assert last.read_bytes() == before
+
+
+def test_experts_that_are_brought_are_compared_with_one_another_and_with_the_base(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_config: NetworkConfig
+) -> None:
+    """Before anything is trained, merged or measured."""
+    base = build_network(small_config, 10, seed=5)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("base", "digits", "letters")}
+    for place, (name, path) in enumerate(files.items()):
+        network = build_network(small_config, 3 if name == "letters" else 10, seed=6)
+        with torch.no_grad():
+            for own, parameter in network.named_parameters():
+                if own in dict(base.named_parameters()) and not own.startswith(head_name(network)):
+                    moved = 0.01 * place * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
+                    parameter.copy_(base.get_parameter(own) + moved)
+        save_network(path, network, small_config, 3 if name == "letters" else 10, {})
+    twice = {"digits": str(files["digits"]), "letters": str(files["digits"])}
+    line = refused(["run", "-c", str(config), f"--expert.checkpoints={json.dumps(twice)}"], capsys)
+    assert line.startswith("found one expert for the tasks 'digits' and 'letters'")
+    own = f"--expert.checkpoints={json.dumps({name: str(files[name]) for name in ('digits', 'letters')})}"
+    command = ["run", "-c", str(config), own, "--only=digits"]
+    with pytest.warns(CoinWarning, match=r"the expert 'digits' \d+% of its weights from the base, as unrelated"):
+        assert main(command) == 0  # without a base it would be random weights
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "found the expert", CoinWarning)
+        assert main([*command, "--output=other", f"--base.checkpoint={files['base']}"]) == 0
+    said = capsys.readouterr().err
+    assert "expert digits: its weights are" in said
+    assert "from the first expert" in said
 
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
