@@ -22,12 +22,15 @@ from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
 
 _LESS = ("Does not validate against any", "- Expected a path")
 """How messages of jsonargparse begin that say less than their causes."""
+_INTERRUPTED, _TERMINATED = 130, 143
+"""What shells give for SIGINT and SIGTERM: 128 and the signal's number."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command, from the command line's words behind ``coin``, by default the process's own.
 
-    Returns the exit status: 0; 2 for a user's mistake and 130 for an interruption, in one line on standard error.
+    Returns the exit status: 0; 2 for a user's mistake, 130 for an interruption and 143 for SIGTERM (a scheduler's, at
+    a job's limit of time); each in one line on standard error.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     name = next(iter(arguments), "")
@@ -36,11 +39,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         _run(name, arguments[1:])
     except (KeyboardInterrupt, SystemExit) as stop:
-        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+        if (status := _interruption(stop)) is None:
             raise
+        by = " by SIGTERM" if status == _TERMINATED else ""
         resumed = "; the same command goes on where it was" if name in ("run", "sweep") else ""
-        print(f"coin: interrupted{resumed}", file=sys.stderr)
-        return 130
+        print(f"coin: interrupted{by}{resumed}", file=sys.stderr)
+        return status
     except Exception as error:
         if (line := _mistake(error)) is None:
             raise
@@ -50,6 +54,20 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = usual
     return 0
+
+
+def _interruption(stop: BaseException) -> int | None:
+    """Return the exit status for what was interrupted; None for a command that ended itself, such as ``--help``."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return _INTERRUPTED
+    assert isinstance(stop, SystemExit)
+    if stop.code == _TERMINATED:  # of the handler while steps run elsewhere
+        return _TERMINATED
+    if stop.code is None:
+        from lightning.pytorch.utilities.exceptions import SIGTERMException  # not at the top: importing it takes long
+
+        return _TERMINATED if isinstance(stop, SIGTERMException) else None
+    return None
 
 
 def _run(name: str, options: list[str]) -> None:

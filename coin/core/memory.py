@@ -18,3 +18,10 @@ def keep_freed_memory() -> None:
             libc.malloc_trim(0)
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory has run out, on a device or, as a plain RuntimeError, on the CPU."""
+    import torch  # not at the top: every command imports this file, and torch takes a second
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

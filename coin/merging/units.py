@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, as_input, size_of, take
+from coin.core.memory import is_out_of_memory
 from coin.errors import StateError
 from coin.files.tensors import State
 from coin.networks.batchnorm import folded
@@ -101,7 +102,9 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
         general = three.shared(output)
         try:
             general |= three.misplaced(output, unseen=True, batched=False)
-        except RuntimeError:  # a function that has no backward pass
+        except RuntimeError as error:  # a function that has no backward pass
+            if is_out_of_memory(error):
+                raise
             general |= parameters.keys()
     leading = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]

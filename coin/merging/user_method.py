@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 
 from coin.core.batches import as_input, clone, size_of
 from coin.errors import ConfigurationError
-from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
 from coin.files.tensors import State, weighted_sum
+from coin.files.user_code import source_of
 from coin.merging.average import average_parameters
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
@@ -70,17 +69,18 @@ class UserMethod(Method):
             self._asks = offered & signature.parameters.keys()
             inputs = (None,) if self._by_tensor else (None, None)
             signature.bind(*inputs, **dict.fromkeys(self._asks), **self.options)
-            file = Path(inspect.getfile(inspect.unwrap(self._function)))
+            plain = inspect.unwrap(self._function)
+            inspect.getfile(plain)
         except (TypeError, ValueError) as error:
             expected = "a Python function of experts and calibration, or of tensors, that takes the options"
             told = f"found function '{function}', expected {expected} {self.options} ({error})"
             raise ConfigurationError(f"{told}; change it, or its options") from error
         self.reads_initial = "initial" in self._asks
         super().__init__(function.rpartition(".")[2].strip("<>") if label is None else label, compress)
-        self._content = sha256_of(file) if file.is_file() else ""  # of now: it may be edited while experts train
+        self._content = source_of(plain) or ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
-        """Return a hash of the function's source file at import time."""
+        """Return a hash of the function's source file, and of modules beside it that this imports, at its import."""
         return self._content
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:

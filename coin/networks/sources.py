@@ -11,6 +11,7 @@ from torch import nn
 from torchvision import models
 
 from coin.core.choices import did_you_mean
+from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import imported
 from coin.networks.heads import replace_head
@@ -67,6 +68,8 @@ class NetworkSource(ABC):
         except NotImplementedError:  # of the meta device, on which not every network can be built
             raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             told = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
             raise ConfigurationError(f"{told}: {first_line(error)}; change network.image_size or these") from error
         return network

@@ -1,34 +1,53 @@
 """An experiment: its options, checked as a whole; `coin.pipeline.run` runs it."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from torch import nn
 
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import did_you_mean
-from coin.core.processes import is_rank_zero
+from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import ConfigurationError
-from coin.files.atomic import is_folder_name
+from coin.errors import CoinWarning, ConfigurationError
+from coin.files.atomic import is_folder_name, sha256_of
 from coin.files.downloads import fetch_from_hub
 from coin.merging import Method
 from coin.modules import Expert
-from coin.networks import Compression, NetworkConfig
+from coin.networks import Compression, NetworkConfig, head_name
 from coin.networks.batchnorm import batchnorms
-from coin.networks.files import check_heads, import_checkpoint
+from coin.networks.experts import spread
+from coin.networks.files import check_heads, import_checkpoint, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.steps.evaluation import UNRELATED
 from coin.pipeline.steps.merge import coded_name, read_code
 from coin.statistics import FisherKind
 
 _SEEDS = range(2**32)
 """What NumPy takes for a seed."""
+
+
+def tell_distances(name: str, expert: nn.Module, base: nn.Module, first: nn.Module) -> None:
+    """Say how far an expert's body is from the base and from the first expert, and warn where the base is another."""
+    head = (f"{head_name(expert)}.",)
+    from_base, from_first = (
+        spread([dict(other.named_parameters()), dict(expert.named_parameters())], [0.5, 0.5], head)
+        for other in (base, first)
+    )
+    beside = "" if expert is first else f", {from_first:.1%} from the first expert"
+    rank_zero_info(f"expert {name}: its weights are {from_base:.1%} from the base{beside}")
+    if from_base > UNRELATED:
+        told = f"found the expert '{name}' {from_base:.0%} of its weights from the base, as unrelated networks are"
+        expected = "expected the base that it was fine-tuned from; give it as base.checkpoint or network.weights"
+        warnings.warn(f"{told}, {expected}", CoinWarning, stacklevel=2)
 
 
 class Experiment:
@@ -150,9 +169,24 @@ class Experiment:
             task.calibration(samples, name=name)
             if self.calibration.promise_samples:
                 task.promise(self.calibration.promise_samples, name=name)
+        self._check_checkpoints()
+
+    def _check_checkpoints(self) -> None:
+        """Refuse experts' files that do not fit, and say how far they are from the base and from the first of them."""
+        base: nn.Module | None = None
+        first: nn.Module | None = None
+        for name, task in self.tasks.items():
             given = self.expert.checkpoints.get(name)
-            if given is not None and not given.startswith(PREFIX):  # those of Hugging Face's are read at their import
-                import_checkpoint(self.network, task.num_classes, Path(given))
+            if given is None or given.startswith(PREFIX):  # those of Hugging Face's are read at their import
+                continue
+            expert = import_checkpoint(self.network, task.num_classes, Path(given))
+            trained = self.base is not None and self.base.task is not None  # the base, and not there yet
+            if trained or not is_rank_zero():
+                continue
+            if base is None or first is None:
+                own = None if self.base is None or self.base.checkpoint is None else Path(self.base.checkpoint)
+                base, first = initial_network(self.network, task.num_classes, own), expert
+            tell_distances(name, expert, base, first)
 
     def fetch(self) -> None:
         """Download what is missing of experts, CLIP and data; other weights are downloaded where they are read."""
@@ -164,6 +198,16 @@ class Experiment:
         Tasks(self.tasks).prepare_data()
         self.check_files()
 
+    def _check_one_expert_each(self) -> None:
+        """Raise ConfigurationError if two tasks have one file, or one place of Hugging Face's."""
+        files: dict[str, str] = {}
+        for name, place in self.expert.checkpoints.items():
+            contents = sha256_of(Path(place)) if Path(place).is_file() else place
+            if contents in files:
+                told = f"found one expert for the tasks '{files[contents]}' and '{name}', '{place}'"
+                raise ConfigurationError(f"{told}, expected one of its own for each; check expert.checkpoints")
+            files[contents] = name
+
     def check_files(self) -> None:
         """Raise CoinError, before any training, if a user's own data lack something."""
         for _, task in self._data:
@@ -174,6 +218,7 @@ class Experiment:
 
         A pattern of ``trainable`` that matches nothing does not fit, nor two policies for a network without BatchNorm.
         """
+        self._check_one_expert_each()
         built = empty_network(replace(self.network, weights=None), 2)
         labels = [method.label for method in self.methods]
         twice = [label for label in labels if labels.count(label) > 1]

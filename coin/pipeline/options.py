@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coin.data import TaskData
 from coin.errors import ConfigurationError
+from coin.files.user_code import source_of, source_of_path
 from coin.merging import Method
 
 _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
@@ -40,6 +41,8 @@ def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, A
 def config_dict(value: Any) -> Any:
     """Return a value as plain JSON values: a task or method as its class, its options, and a hash of its files.
 
+    What is not coin's has the hash of its source (`coin.files.user_code`), as has a ``class_path``.
+
     Raises ConfigurationError if an object does not store an option under its name, or is of an unsupported type.
     """
     if isinstance(value, Enum):
@@ -51,7 +54,9 @@ def config_dict(value: Any) -> Any:
     if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
         value = value.as_dict()
     if isinstance(value, Mapping):
-        return {str(name): config_dict(entry) for name, entry in value.items()}
+        options = {str(name): config_dict(entry) for name, entry in value.items()}
+        path = options.get("class_path")
+        return options | ({} if not isinstance(path, str) else _source(source_of_path(path)))
     if isinstance(value, list | tuple):
         return [config_dict(entry) for entry in value]
     if is_dataclass(value) and not isinstance(value, type):
@@ -60,8 +65,14 @@ def config_dict(value: Any) -> Any:
         kind, contents = type(value), getattr(value, "content_key", None)
         name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
         options = {option: config_dict(given) for option, given in _given(value).items()}
-        return {"class": name, **options, **({"contents": contents()} if contents else {})}
+        own = {"contents": contents()} if contents else {}
+        return {"class": name, **options, **own, **_source(source_of(kind))}
     raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
+
+
+def _source(digest: str | None) -> dict[str, str]:
+    """Return the entry of the source of a user's class; none for coin's."""
+    return {} if digest is None else {"source": digest}
 
 
 def _given(value: TaskData | Method) -> dict[str, Any]:

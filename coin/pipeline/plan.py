@@ -17,7 +17,7 @@ from coin.files.downloads import hub_weights
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
-from coin.pipeline.steps.evaluation import Evaluate
+from coin.pipeline.steps.evaluation import Evaluate, shown_files
 from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge, coded_name
 from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
 from coin.statistics.statistic import DataChoice, Statistic
@@ -30,20 +30,27 @@ S = TypeVar("S", bound=Step)
 class Planned:
     """A step, what it makes in words, an experiment that has it, and where a person sees its files.
 
-    `links` are places with the file or folder that they link to, `copies` the folders that an evaluation is copied to.
+    `links` are places with the file or folder that they link to, `copies` the folders that an evaluation is copied to,
+    each with the places of all links that its experiment has there now.
     """
 
     step: Step
     what: str
     experiment: Experiment
     links: Mapping[Path, Path] = field(default_factory=dict)
-    copies: tuple[Path, ...] = ()
+    copies: Mapping[Path, frozenset[Path]] = field(default_factory=dict)
 
     def publish(self) -> bool:
-        """Show the finished step's files at its places, and return whether anything has changed there."""
+        """Show the finished step's files at its places, and return whether anything has changed there.
+
+        What an evaluation has not is removed from its folders: results, and links to what it has not measured.
+        """
         changed = [_link(place, target) for place, target in self.links.items() if target.exists()]
-        for path in self.step.files if isinstance(self.step, Evaluate) else ():
-            changed += [_copy(path, folder / path.relative_to(self.step.folder)) for folder in self.copies]
+        for folder, links in self.copies.items():
+            shown = {folder / path.relative_to(self.step.folder): path for path in shown_files(self.step.folder)}
+            changed += [_copy(path, place) for place, path in shown.items()]
+            changed += [_remove(place) for place in shown_files(folder) if place not in shown]
+            changed += [_remove(place) for place in _links_in(folder) if place not in links]
         return any(changed)
 
 
@@ -52,7 +59,7 @@ def union(plans: Iterable[Iterable[Planned]]) -> list[Planned]:
     found: dict[str, Planned] = {}
     for planned in (each for plan in plans for each in plan):
         if (known := found.get(planned.step.key)) is not None:
-            planned = replace(known, links={**known.links, **planned.links}, copies=known.copies + planned.copies)
+            planned = replace(known, links={**known.links, **planned.links}, copies={**known.copies, **planned.copies})
         found[planned.step.key] = planned
     return list(found.values())
 
@@ -141,12 +148,14 @@ class _Plan:
             yaml=of.as_yaml([seed]),
             log=self._log(seed, "evaluate", "evaluate"),
         )
-        self._add(evaluation, f"{said}evaluation", {}, (of.folder / folder,))
+        links_now = frozenset(place for each in self.steps for place in each.links)
+        shown = {of.folder / folder: links_now}
+        self.steps.append(Planned(evaluation, f"{said}evaluation", of, copies=shown))
 
-    def _add(self, step: S, what: str, links: Mapping[str, str], copies: tuple[Path, ...] = ()) -> S:
+    def _add(self, step: S, what: str, links: Mapping[str, str]) -> S:
         """Add a step; `links` are places in the experiment's folder, with what in the step's they link to."""
         shown = {self.of.folder / place: step.folder / target for place, target in links.items()}
-        self.steps.append(Planned(step, what, self.of, shown, copies))
+        self.steps.append(Planned(step, what, self.of, shown))
         return step
 
     def _log(self, seed: int | None, kind: str, name: str, *tags: str) -> RunLog:
@@ -237,6 +246,18 @@ def _link(place: Path, target: Path) -> bool:
     except OSError as error:
         told = f"cannot link '{place}' to '{wanted}' ({error.strerror or error})"
         raise FileError(f"{told}; choose an output on a file system that has symbolic links") from error
+    return True
+
+
+def _links_in(folder: Path) -> list[Path]:
+    """Return the links to steps' files in the rooms of a seed's folder."""
+    rooms = ("coded", "experts", "logs", "replicas", "statistics")
+    return [path for room in rooms for path in (folder / room).glob("*") if path.is_symlink()]
+
+
+def _remove(place: Path) -> bool:
+    """Remove a file or link."""
+    place.unlink()
     return True
 
 

@@ -23,7 +23,7 @@ from coin.pipeline.step import Step
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
 from coin.reporting.report_parts import REPORT_HTML
-from coin.reporting.summary import write_summary
+from coin.reporting.summary import write_seeds, write_summary
 from coin.tracking.settings import check_connection
 from coin.trainer import make_trainer
 
@@ -274,7 +274,8 @@ def report_seed(planned: Planned, changed: bool) -> None:
 
 
 def summarise_experiment(experiment: Experiment) -> pd.DataFrame:
-    """Write the summary over seeds, and draw the reports that are missing or show another."""
+    """Write the summary over the experiment's seeds, and draw the reports that are missing or show another."""
+    write_seeds(experiment.folder, experiment.seeds)
     path = experiment.folder / "summary.csv"
     before = path.read_bytes() if path.is_file() else b""
     summary = write_summary(experiment.folder)

@@ -3,12 +3,14 @@
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from coin.coding.decoder_config import REPLICA
-from coin.errors import CoinWarning, FileError
+from coin.errors import CoinWarning, FileError, first_line
+from coin.files.atomic import write_text
 from coin.reporting.results import (
     KEYS,
     NUMBERS,
@@ -24,6 +26,7 @@ from coin.reporting.results import (
 )
 
 SUMMARY_CSV = "summary.csv"
+SEEDS_JSON = "seeds.json"
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
 TRAINED = ("distillation",)  # methods that train the coded model; labels begin with the name
@@ -81,7 +84,8 @@ def read_summary(experiment_folder: Path) -> pd.DataFrame:
 def seed_folders(folder: Path) -> list[Path]:
     """Return an experiment's folders ``seed-*`` that hold results, by increasing seed, or the one seed's that is given.
 
-    Seeds with other options than the latest one would spoil a mean: they are left out, with a warning that names them.
+    They are the seeds of its last whole run (`write_seeds`), or all where none has ended. Seeds with other options than
+    the latest one would spoil a mean: they are left out, with a warning that names them.
     Raises FileError where there are no results.
     """
     if (folder / RESULTS_CSV).is_file():
@@ -92,6 +96,8 @@ def seed_folders(folder: Path) -> list[Path]:
         if each := min(folder.glob(f"*/seed-*/{RESULTS_CSV}"), default=None):
             raise FileError(f"{told}, a sweep or several experiments; name one of them, such as {each.parent.parent}")
         raise FileError(f"{told}, expected the folder of an experiment or of one seed; make it with `coin run`")
+    last_run = _last_seeds(folder)
+    found = [each for each in found if each.name in last_run] or found
     if len(found) > 1:
         documents = {folder: read_configuration(folder) for folder in found}
         # All but what seeds of one experiment differ in.
@@ -103,6 +109,25 @@ def seed_folders(folder: Path) -> list[Path]:
             warnings.warn(told, CoinWarning, stacklevel=2)
         found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
+
+
+def write_seeds(folder: Path, seeds: Sequence[int]) -> None:
+    """Record the seeds of an experiment's run that has ended: the folder may hold others, of other options."""
+    text = json.dumps({"seeds": list(seeds)})
+    path = folder / SEEDS_JSON
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def _last_seeds(folder: Path) -> list[str]:
+    """Return the names of the seeds' folders that `write_seeds` has recorded, none without a record."""
+    try:
+        return [f"seed-{seed}" for seed in json.loads((folder / SEEDS_JSON).read_text(encoding="utf-8"))["seeds"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = f"cannot read '{folder / SEEDS_JSON}' ({first_line(error)})"
+        raise FileError(f"{told}, expected the seeds of the last run; run it again") from error
 
 
 def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:

@@ -1,7 +1,6 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from coin.core import batches as cuts
 from coin.core.batches import Batch, Forward, size_of, take
 from coin.core.choices import check_integer, parse_enum
+from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import check_finite
 from coin.statistics.cotangents import FisherKind, make_cotangents
@@ -194,8 +194,11 @@ def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: B
     """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape."""
     two = cuts.joined([sample, sample])
     if any(tensor.ndim == 4 for tensor in cuts.tensors_in(two)):
-        with suppress(RuntimeError):  # a view of its activations, or a backward pass, may hold in the usual order alone
+        try:
             return _layout_of(network, parameters, cuts.channels_last(two), last=True)
+        except RuntimeError as error:  # a view, or a backward pass, may hold in the usual order alone
+            if is_out_of_memory(error):
+                raise
     return _layout_of(network, parameters, two, last=False)
 
 
@@ -209,8 +212,8 @@ def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch,
         for call in tape.calls:
             if untrusted.isdisjoint(call.names.values()):
                 rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
-    except RuntimeError:
-        if last:
+    except RuntimeError as error:
+        if last or is_out_of_memory(error):
             raise
         rows, tape.sorts = {}, False
     sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(map(torch.numel, cuts.tensors_in(two))) // 2]

@@ -1,9 +1,12 @@
 """Mistakes on the command line and in its files: status 2, one line, nothing written. Defects keep their traceback."""
 
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.errors import ConfigurationError, DataError, FileError
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
+from coin.modules import Expert
+from coin.networks import NetworkConfig, build_network, head_name, save_network
 
 EXPERIMENT = """
 name: small
@@ -275,6 +280,8 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     cut_off(last)
     assert main(command) == 0
     assert (folder / "expert.safetensors").read_bytes() == wanted
+    assert (folder / "checkpoints/last.ckpt.torn").is_file()
+    assert "moved it to" in capsys.readouterr().err
     # Given by hand, it is a mistake, as is one of another network.
     fit = ["fit", "--data=Digits", "--data.image_size=16", "--model.network=small_resnet", "--model.image_size=16"]
     with pytest.raises(RuntimeError, match="loading state_dict"):  # Lightning's own, with its traceback
@@ -282,6 +289,63 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     cut_off(last)
     line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys, written=True)
     assert f"cannot read '{last}' as a checkpoint" in line
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run", "-c", str(config), "--only=digits", "--expert.epochs=2"]
+    plain = Expert.on_train_epoch_start
+
+    def killed(self: Expert) -> None:
+        plain(self)
+        if self.current_epoch == 1:
+            raise KeyError("killed")
+
+    monkeypatch.setattr(Expert, "on_train_epoch_start", killed)
+    with pytest.raises(KeyError, match="killed"):
+        main(command)
+    (last,) = tmp_path.glob("o/.steps/expert-digits-*/checkpoints/last.ckpt")
+    before = last.read_bytes()
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 13 bytes: Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", out_of_memory)
+        line = refused(command, capsys, written=True)
+    assert "checkpoints/last.ckpt', from which the training goes on (unable to mmap" in line
+    assert last.read_bytes() == before
+
+
+def test_experts_that_are_brought_are_compared_with_one_another_and_with_the_base(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_config: NetworkConfig
+) -> None:
+    """Before anything is trained, merged or measured."""
+    base = build_network(small_config, 10, seed=5)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("base", "digits", "letters")}
+    for place, (name, path) in enumerate(files.items()):
+        network = build_network(small_config, 3 if name == "letters" else 10, seed=6)
+        with torch.no_grad():
+            for own, parameter in network.named_parameters():
+                if own in dict(base.named_parameters()) and not own.startswith(head_name(network)):
+                    moved = 0.01 * place * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place))
+                    parameter.copy_(base.get_parameter(own) + moved)
+        save_network(path, network, small_config, 3 if name == "letters" else 10, {})
+    twice = {"digits": str(files["digits"]), "letters": str(files["digits"])}
+    line = refused(["run", "-c", str(config), f"--expert.checkpoints={json.dumps(twice)}"], capsys)
+    assert line.startswith("found one expert for the tasks 'digits' and 'letters'")
+    own = f"--expert.checkpoints={json.dumps({name: str(files[name]) for name in ('digits', 'letters')})}"
+    command = ["run", "-c", str(config), own, "--only=digits"]
+    with pytest.warns(CoinWarning, match=r"the expert 'digits' \d+% of its weights from the base, as unrelated"):
+        assert main(command) == 0  # without a base it would be random weights
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "found the expert", CoinWarning)
+        assert main([*command, "--output=other", f"--base.checkpoint={files['base']}"]) == 0
+    said = capsys.readouterr().err
+    assert "expert digits: its weights are" in said
+    assert "from the first expert" in said
 
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
@@ -314,6 +378,38 @@ def test_an_interruption_is_one_line(by_lightning: bool, capsys: Any, monkeypatc
     monkeypatch.setattr("coin.commands.run.main", interrupted)
     assert main(["run", "-c", "quickstart"]) == 130
     assert capsys.readouterr().err == "coin: interrupted; the same command goes on where it was\n"
+
+
+TERMINATED = "coin: interrupted by SIGTERM; the same command goes on where it was\n"
+
+
+def test_sigterm_during_a_training_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Expert.training_step
+
+    def terminated(self: Expert, batch: Any, batch_idx: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(Expert, "training_step", terminated)
+    Path("small.yaml").write_text(EXPERIMENT)
+    assert main(["run", "-c", "small.yaml"]) == 143
+    assert capsys.readouterr().err.endswith(TERMINATED)
+
+
+def test_sigterm_while_steps_run_elsewhere_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(143))
+    assert main(["run", "-c", "quickstart"]) == 143
+    assert capsys.readouterr().err == TERMINATED
+
+
+def test_a_command_that_ends_itself_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        main(["run", "-c", "quickstart"])
 
 
 WARN = """

@@ -194,3 +194,19 @@ def test_a_strip_is_cut_before_it_is_resized(size, monkeypatch):
     strip[:, 1990:2010] = 255
     assert (to_square(Image.fromarray(strip), 32) == 255).all()
     assert [max(wanted) for wanted in sizes] == [8 * 32]
+
+
+def test_a_copy_has_the_same_contents_and_changed_pixels_others(root, tmp_path_factory, monkeypatch):
+    copy = tmp_path_factory.mktemp("copy") / "images"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)  # with times of its own
+    before = ImageFolder(str(root)).content_key()
+    assert ImageFolder(str(copy)).content_key() == before
+    first = copy / "train/ant/000.png"
+    content = bytearray(first.read_bytes())
+    content[-20] ^= 1  # of the same size
+    first.write_bytes(content)
+    assert ImageFolder(str(copy)).content_key() != before
+    monkeypatch.setattr(image_folder, "KEYED_BYTES", 28 * 16)  # 28 images, of each its beginning alone
+    assert ImageFolder(str(copy)).content_key() == ImageFolder(str(root)).content_key()
+    first.rename(first.with_name("new.png"))
+    assert ImageFolder(str(copy)).content_key() != ImageFolder(str(root)).content_key()

@@ -86,6 +86,48 @@ def test_seeds_and_points_share_what_has_one_key(planned: Callable[..., list[Pla
     assert {place.parts[-4] for place in expert.links} == {"p1", "p2"}
 
 
+OWN = """
+from torch import nn
+from parts.sizes import WIDTH
+import coin
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, num_classes))
+class Shapes(coin.data.Digits):
+    pass
+class Middle(coin.Average):
+    pass
+"""
+
+
+def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
+    planned: Callable[..., list[Planned]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "code"
+    (folder / "parts").mkdir(parents=True)
+    files = {"own_classes.py": OWN, "parts/sizes.py": "WIDTH = 4", "parts/__init__.py": "", "aside.py": ""}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    network = "--network={name: own_classes.Net, image_size: 16}"
+    task = "--tasks.digits={class_path: own_classes.Shapes}"
+    method = "--methods=[{class_path: own_classes.Middle}, {class_path: Coin}]"
+
+    def changed_by(option: str, file: str) -> set[str]:
+        before = keys(planned(option))
+        (folder / file).write_text(files[file] + "\n# edited\n")
+        after = keys(planned(option))
+        (folder / file).write_text(files[file])
+        return {name for name, key in after.items() if before[name] != key}
+
+    for file in ("own_classes.py", "parts/sizes.py", "parts/__init__.py"):
+        assert changed_by(network, file) == BASE | EXPERTS | AFTER_EXPERTS
+        assert {"expert-digits", "evaluate"} < changed_by(task, file) < EXPERTS | AFTER_EXPERTS
+        assert changed_by(method, file) == {"coded-average", "evaluate"}
+    for option in (network, task, method):
+        assert changed_by(option, "aside.py") == set()
+
+
 def test_experts_that_are_brought_are_known_by_their_contents(
     planned: Callable[..., list[Planned]], tmp_path: Path
 ) -> None:

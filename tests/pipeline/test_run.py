@@ -22,6 +22,7 @@ from coin.modules import Coded
 from coin.reporting import read_results, read_summary
 from coin.reporting.extras import read_examples
 from coin.reporting.results import COLUMNS, requested_policy
+from coin.reporting.summary import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -255,6 +256,28 @@ def test_a_changed_option_makes_anew_what_depends_on_it_beside_what_was_there(co
     assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0  # and back, computing nothing
     assert set(read_results(copied / "seed-0").samples_per_task) == {24}
     assert written(copied.parent / ".steps") == after
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_what_was_just_run_is_summarised_and_what_it_has_not_is_shown_no_more(copied: Path, config: Path) -> None:
+    seed, command = copied / "seed-0", ["run", "-c", str(config), f"--output={copied.parent}"]
+    own = ["--methods=[{class_path: Average}]", "--seeds=[0]"]
+    assert main([*command, *own, "--calibration.promise_samples=8", "--replicas=[{bits: 3}]"]) == 0
+    assert (seed / "promise.csv").is_file()
+    assert (seed / "replicas").is_dir()
+    assert main([*command, *own, "--seeds=[1]"]) == 0
+    assert read_run(copied)[0] == [copied / "seed-1"]
+    assert main([*command, *own]) == 0
+    assert not (seed / "promise.csv").exists()
+    assert not list((seed / "replicas").iterdir())
+    for room in ("coded", "systems"):
+        assert [path.name for path in (seed / room).iterdir()] == ["average.safetensors"]
+    assert not list((seed / "logs").iterdir())
+    # Back to what is done: nothing is measured again, so its results are older than the other seed's.
+    assert main(command) == 0
+    assert {path.name for path in (seed / "coded").iterdir()} > {"coin.safetensors", "average.safetensors"}
+    assert set(read_summary(copied)["method"]) > {"coin", "average"}
+    assert read_run(copied)[0] == [seed]
 
 
 @pytest.mark.usefixtures("no_reports")

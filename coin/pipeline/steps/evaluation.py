@@ -87,8 +87,8 @@ class Evaluate(Step):
         for task in self.tasks.values():
             task.release()
 
-    @property
-    def files(self) -> list[Path]:
-        """The files that it has written."""
-        names = ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*")
-        return [path for name in names for path in sorted(self.folder.glob(name)) if path.name != DONE]
+
+def shown_files(folder: Path) -> list[Path]:
+    """Return the files of an evaluation's folder, or of the seed's that it is copied to."""
+    names = ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*")
+    return [path for name in names for path in sorted(folder.glob(name)) if path.name != DONE]

@@ -4,23 +4,26 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import is_zipfile
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, Weights
 from coin.core.choices import check_integer, parse_enum
-from coin.core.processes import on_rank_zero
+from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.data.transform import TransformSpec, build_transforms
-from coin.errors import FileError
-from coin.files.atomic import hashes
+from coin.errors import FileError, first_line
+from coin.files.atomic import hashes, sha256_of
+from coin.files.user_code import source_of_path
 from coin.modules import Expert
 from coin.networks import NetworkConfig, save_network
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX
 from coin.networks.recipe import Recipe
+from coin.networks.sources import ImportPath
 from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.pipeline.options import result_options
 from coin.pipeline.step import Step, keyed_by, unkeyed
@@ -55,9 +58,15 @@ class TrainingConfig(Recipe):
         build_transforms(self.transform)
 
 
-def network_key(network: NetworkConfig) -> NetworkConfig:
-    """Return a network's options without the path of its weights, whose contents are in keys by themselves."""
-    return network if network.weights_file is None else replace(network, weights=None)
+def network_key(network: NetworkConfig) -> dict[str, Any]:
+    """Return a network's options, with the source of a class of the user's.
+
+    The path of its weights is left out: their contents are in keys by themselves.
+    """
+    named = network if network.weights_file is None else replace(network, weights=None)
+    options = {option.name: getattr(named, option.name) for option in fields(named)}
+    source = source_of_path(network.name) if isinstance(network.source, ImportPath) else None
+    return options if source is None else {**options, "source": source}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -183,11 +192,30 @@ ExpertStep = TrainNetwork | ImportExpert
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:
-    """Return the checkpoint that an interrupted training goes on from, if any."""
+    """Return the checkpoint that an interrupted training goes on from, if any; a torn one is set aside.
+
+    Raises FileError where it is whole and cannot be read: epochs of training are not thrown away for that.
+    """
     last = checkpoints / "last.ckpt"
+    if not last.exists():
+        return None
+    if _is_torn(last):
+        aside = last.with_name("last.ckpt.torn")
+        last.replace(aside)
+        rank_zero_info(f"found a torn checkpoint; moved it to '{aside}', and the training begins anew")
+        return None
     try:
         read_checkpoint(last, TO_GO_ON)
-    except FileError:  # Lightning copies it across file systems, and may be killed at that
-        last.unlink(missing_ok=True)
-        return None
+    except FileError as error:
+        told = f"cannot read '{last}', from which the training goes on ({first_line(error.__cause__ or error)[:160]})"
+        raise FileError(f"{told}; run it again, or remove the file to train anew") from error
     return str(last)
+
+
+def _is_torn(path: Path) -> bool:
+    """Return whether a checkpoint ends too early: Lightning copies it across file systems, and may be killed at that.
+
+    Raises FileError where the disk does not give the file.
+    """
+    sha256_of(path)  # reads it to its end; is_zipfile would call a failing read no archive
+    return not is_zipfile(path)
