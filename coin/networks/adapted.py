@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from coin.core.batches import Forward, called_by, clone, tensors_in
+from coin.core.batches import Forward, called_by, clone, plain, tensors_in
 from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapters import Adapter
@@ -45,7 +45,7 @@ class Adapted(nn.Module):
 
     def __init__(self, body: nn.Module, adapters: Sequence[Adapter] = (), keep_mib: float = 0.0) -> None:
         super().__init__()
-        self.body = clone(body, shared=True)
+        self.body = plain(clone(body, shared=True))
         self.num_experts = len(adapters)
         self.key = object()  # by which `answering` knows it and what `torch.export` makes of it
         self.head_name = f"body.{head_name(body)}".rstrip(".")
