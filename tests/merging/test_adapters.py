@@ -437,3 +437,35 @@ def same_tensors(network, other):
     """Say whether two networks have the same tensors."""
     state = other.state_dict()
     return all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_inputs_that_are_constant_within_a_task_fit_nothing_but_shifts(size):
+    """The round-off of centring is no signal: a correction is then the difference to the expert's own map."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 5))
+    experts = [deepcopy(base).eval() for _ in range(3)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    inputs = [[size * torch.randn(12).expand(200, 12)] for _ in experts]
+    body, anywhere = average_of(experts), torch.randn(500, 12)
+    adapted = fit_adapters(body, experts, inputs, rank=16)
+    for place, expert in enumerate(experts):
+        one = adapted.network(place, head=expert[3])
+        bare = nn.Sequential(*body[:3], expert[3])
+        expected = expert(anywhere)
+        difference, without = (float((each(anywhere) - expected).norm()) for each in (one, bare))
+        assert difference < 0.3 * without * size
+        scales = [change.scale for change in adapted.adapters[place].changes.values() if change.scale is not None]
+        assert not scales  # those of one are left out
+
+
+@pytest.mark.parametrize("tasks", [None, torch.arange(2).repeat_interleave(150)])
+def test_constant_inputs_have_no_map_whatever_their_means(tasks):
+    torch.manual_seed(0)
+    constant = 30 * torch.randn(1, 1, 6).expand(1, 300, 6).clone()
+    if tasks is not None:
+        constant[:, 150:] *= -1  # the mean over all is zero, and each task's is not
+    step, _ = fit_affine(constant, torch.randn(1, 300, 2), torch.ones(300), 0.1, tasks=tasks)
+    assert not step.any()
