@@ -16,7 +16,7 @@ from coin.networks.delta import Rounded, nearest, quantise
 from coin.networks.kept import BITS, Change
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.solvers import products, solve_ridge
+from coin.statistics.solvers import is_round_off, products, solve_ridge
 
 _SHRUNK = 0.01  # of the mean variance of a unit's outputs: the ridge that draws their scales to 1
 _MORE, _ITERATIONS = 8, 4  # directions beside the r wanted, and iterations, of the search for singular vectors
@@ -175,6 +175,10 @@ class Moments:
         self.mean_a, self.mean_z = (weights @ each * float(intercept) for each in (inputs, z))  # [G, K], [G, O]
         root = weights.sqrt()[:, None]
         self._a, self._z = ((each - mean[:, None]) * root for each, mean in ((inputs, self.mean_a), (z, self.mean_z)))
+        scale = self._a.square().sum((1, 2)) / unknowns
+        if intercept:  # the round-off of constant inputs is no signal
+            constant = is_round_off(scale, self._a, self.mean_a[:, None], weights[None])
+            self._a.masked_fill_(constant[:, None, None], 0)
         self.cross = self._a.mT @ self._z
         self._gram = products(self._a) if count >= unknowns else None  # with fewer rows products go by these
 

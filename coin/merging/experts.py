@@ -53,6 +53,7 @@ class Experts:
     Attributes:
         source: The experts, in memory or in files; `count` is their number N.
         is_calibrated: Whether there are calibration samples.
+        forward: How networks are called, of `forward` above.
         passes: Forward-equivalents spent so far, the cost of the merge; `seconds` went into statistics made elsewhere.
 
     Raises ConfigurationError for fewer than two experts or unlike ones, or arguments for other numbers; DataError if
@@ -78,6 +79,7 @@ class Experts:
         source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
         self.source: ExpertNetworks | ExpertFiles = source
         self.count, self.train, self.is_calibrated = len(networks), train, calibration is not None
+        self.forward = forward
         self._calibration: Sequence[Calibration] | None = cast(Any, calibration)
         self.passes = self.seconds = 0.0
         self.statistic_paths = statistics or {}

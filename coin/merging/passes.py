@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, as_input, clone, samples_of, take
+from coin.core.batches import Batch, Forward, as_input, called_by, clone, plain, samples_of, take
 from coin.core.devices import device_of
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
@@ -355,10 +355,15 @@ def fit_body(
 def adapt(
     network: nn.Module, experts: Experts, row: Sequence[float], label: str, options: AdapterOptions
 ) -> tuple[nn.Module, list[Adapter]]:
-    """Return a copy of a network, its BatchNorms folded, and adapters for all experts that have a share in the row."""
-    copied = clone(network).to(experts.source.device)
-    body = Body.of(copied, experts, [tensors_of(copied)], [1.0])
-    return fit_body(body, experts, row, label, ridge=None, adapters=options)
+    """Return a copy of a network, its BatchNorms folded, and adapters for all experts that have a share in the row.
+
+    It is in eval mode and called in its own way; while it is fitted, as the experts are.
+    """
+    copied = plain(clone(network)).to(experts.source.device).eval()
+    called = called_by(copied, experts.forward)  # as the experts are
+    body = Body.of(called, experts, [tensors_of(copied)], [1.0])
+    fitted, adapters = fit_body(body, experts, row, label, ridge=None, adapters=options)
+    return plain(fitted), adapters
 
 
 def fit_adapters(
@@ -374,7 +379,8 @@ def fit_adapters(
         rank: r of the corrections, 4 unless `memory_mib` is given.
         memory_mib: In place of a rank; see `AdapterOptions`.
         ridge: μ, relative.
-        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor.
+        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor. The result is
+            called in the networks' own way; `coin.Coded` takes the same function.
 
     >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
     >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from coin.core.batches import Forward, called_by, clone, tensors_in
+from coin.core.batches import Forward, called_by, clone, plain, tensors_in
 from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapters import Adapter
@@ -45,7 +45,7 @@ class Adapted(nn.Module):
 
     def __init__(self, body: nn.Module, adapters: Sequence[Adapter] = (), keep_mib: float = 0.0) -> None:
         super().__init__()
-        self.body = clone(body, shared=True)
+        self.body = plain(clone(body, shared=True))
         self.num_experts = len(adapters)
         self.key = object()  # by which `answering` knows it and what `torch.export` makes of it
         self.head_name = f"body.{head_name(body)}".rstrip(".")
@@ -158,6 +158,8 @@ class Adapted(nn.Module):
         if isinstance(experts, int):
             return self._run_one(experts, function, inputs, named)
         first = tensors_in((inputs, named))[0]
+        if experts.ndim and len(experts) != len(first):
+            raise ConfigurationError(f"found {len(experts)} experts for {len(first)} samples, expected one for each")
         each = experts.to(first.device).expand(len(first))
         asked = torch.unique(each).tolist() or [0]  # of an empty batch any expert will do
         if len(asked) == 1:
@@ -218,12 +220,19 @@ def with_adapters(network: nn.Module, adapters: Sequence[Adapter], keep_mib: flo
 def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> Iterator[None]:
     """Have networks with adapters answer as an expert, or sample by sample as experts ``[B]``; others are as always.
 
-    It holds in this thread, or task of an event loop, alone.
+    It holds in this thread, or task of an event loop, alone. Raises ConfigurationError where the experts are neither an
+    index nor a tensor of integers.
 
     >>> with coin.answering(experts, 1):  # no adapters: nothing changes
     ...     experts[0](torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
+    is_index = isinstance(experts, int) and not isinstance(experts, bool)
+    if isinstance(experts, Tensor):
+        is_index = experts.ndim < 2 and experts.dtype in (torch.int64, torch.int32)
+    if experts is not None and not is_index:
+        found = f"a tensor {list(experts.shape)} of {experts.dtype}" if isinstance(experts, Tensor) else repr(experts)
+        raise ConfigurationError(f"found {found:.100} for the experts, expected an index, or indices [B] in a tensor")
     asked: _Asked = {network.key: experts for network in networks if isinstance(network, Adapted)}
     token = _ASKED.set({**_ASKED.get({}), **asked})
     try:

@@ -130,7 +130,7 @@ class Compressed:
         """
         if not self._is_packable:
             return self.network()
-        network = clone(self.base, shared=True).eval()
+        network = plain(clone(self.base, shared=True)).eval()
         own = stored(network)
         matrices: dict[str, Kept] = {}
         values: dict[str, Tensor] = {}

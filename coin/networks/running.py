@@ -1,5 +1,6 @@
 """What networks answer: their logits beside the head's input, and whether the logits are the head's of it."""
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,9 +37,11 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
         return both
     head = network.get_submodule(head_name(network))
     captured: list[tuple[Tensor, Tensor]] = []
+    thread = threading.get_ident()  # others may run the same network
 
     def keep(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-        captured.append((next(iter((*arguments, *named.values()))), output))
+        if threading.get_ident() == thread:
+            captured.append((next(iter((*arguments, *named.values()))), output))
 
     with head.register_forward_hook(keep, with_kwargs=True):
         logits = network(inputs)

@@ -1,8 +1,10 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, check_tensors, clear_caches, size_of, take
 from coin.core.devices import disable_tf32
 from coin.errors import ConfigurationError, StateError
+
+_LOCK = threading.Lock()
+_EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+"""The modules in blocks of `eval_mode`: in how many, and the mode in which the first found them."""
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,26 +61,37 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode."""
+    """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode.
+
+    Threads may be in blocks of the same network: its modules stay in eval mode until the last has left.
+    """
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
-    modes = {module: module.training for module in network.modules()}
-    has_caches = any(type(module).train is not nn.Module.train for module in modes)
+    modules = list(network.modules())
+    has_caches = any(type(module).train is not nn.Module.train for module in modules)
 
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
         if has_caches:
             clear_caches(network)
         return tree_map_only(Tensor, torch.clone, (arguments, options))  # which the network may change in place
 
-    try:
-        for module in modes:
+    with _LOCK:
+        for module in modules:
+            blocks, mode = _EVALUATED.get(module, (0, module.training))
+            _EVALUATED[module] = blocks + 1, mode
             module.training = False
         clear_caches(network)
+    try:
         with network.register_forward_pre_hook(prepare, with_kwargs=True):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-        clear_caches(network)
+        with _LOCK:
+            for module in modules:
+                blocks, mode = _EVALUATED.pop(module)
+                if blocks > 1:
+                    _EVALUATED[module] = blocks - 1, mode
+                else:
+                    module.training = mode
+            clear_caches(network)
 
 
 def _copy_of_one(module: nn.Module, inputs: object, output: Tensor) -> None:

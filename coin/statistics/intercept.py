@@ -184,7 +184,11 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT
     for each in masks:
         scores = scores.masked_fill(each, -math.inf) if each.dtype == torch.bool else scores + each
-    weights = scores.softmax(-1)
+    if masks and not a["need_weights"]:  # torch's fused attention gives a row that is wholly masked zeros, else NaN
+        masked = scores.isneginf().all(-1, keepdim=True)
+        weights = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)  # in gradients NaN would stay
+    else:
+        weights = scores.softmax(-1)
     output = F.linear((weights @ v).transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
     shown = weights.mean(1) if a["average_attn_weights"] else weights
     return output.transpose(0, 1), shown if a["need_weights"] else None

@@ -9,6 +9,7 @@ from coin.errors import NumericalError
 
 # Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes.
 _HALVES = 512
+_MISSED = 1.1  # times the square of the mean that is left in centred rows: what is less is round-off
 
 
 def damped(gram: Tensor, ridges: Tensor) -> Tensor:
@@ -57,16 +58,16 @@ def fit_affine(
     Returns ΔW [G, O, K] and Δb [G, O], in float64. Raises NumericalError where a row is not finite, or too large to be
     squared, or the ridge is too small.
     """
-    (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
+    _, count, unknowns = inputs.shape
     weights = (shares / shares.sum()).to(inputs)
-    (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept, tasks) for each in (inputs, residuals))
+    a, mean_a, subtracted = _centred(inputs, weights, intercept, tasks)
+    r, mean_r, _ = _centred(residuals, weights, intercept, tasks)
     if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
     is_dual = count < unknowns
     gram = products(a.mT) if is_dual else products(a)
     scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
-    # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
-    dead = scale <= count * precision**2 * mean_a.square().mean(1)
+    dead = is_round_off(scale, a, subtracted, by_task(weights, tasks)) if intercept else scale == 0
     ridges = (ridge * scale).masked_fill(dead, 1)
     solved = solve_ridge(gram, r if is_dual else a.mT @ r, ridges, dead).mT
     step = (solved @ a if is_dual else solved).double()
@@ -75,18 +76,47 @@ def fit_affine(
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
-def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return rows [G, n, K] less their task's mean, times the roots of their weights; the mean [G, K] in float64."""
+def by_task(weights: Tensor, tasks: Tensor | None) -> Tensor:
+    """Return weights of rows [n] as a row for each task [T, n], zero for others' rows; a single row without tasks."""
+    if tasks is None:
+        return weights[None]
+    return nn.functional.one_hot(tasks).to(weights).T * weights
+
+
+def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor) -> Tensor:
+    """Return for which groups centred rows are nothing but round-off [G]: a map of these would be fitted to noise.
+
+    Args:
+        scale: The mean square of the rows' entries [G].
+        centred: The rows less their task's mean, times the roots of their weights [G, n, K].
+        means: What was subtracted [G, T, K].
+        weights: Those of `by_task` [T, n].
+    """
+    share = weights.sum(1)[:, None].clamp(min=torch.finfo(weights.dtype).tiny)  # [T, 1]
+    # A mean of n numbers is off by up to n times the precision. What it is off by is the mean that is left.
+    left = weights.sqrt() @ centred
+    missed = (left.square() / share).sum(1).mean(1)
+    size = (means.double().square() * share).sum(1).mean(1)
+    precision = torch.finfo(centred.dtype).eps
+    return scale <= centred.shape[1] * precision**2 * size + _MISSED * missed
+
+
+def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows [G, n, K] less their task's mean, times the roots of their weights; their mean; what was subtracted.
+
+    The mean is [G, K] in float64, what was subtracted [G, T, K], a mean for each task.
+    """
     root = weights.sqrt()[:, None]
     if intercept:
         mean = weights @ rows
         if tasks is None:
-            return (rows - mean[:, None]).mul_(root), mean.double()
-        own = nn.functional.one_hot(tasks).to(rows).T * weights  # [tasks, n]
+            return (rows - mean[:, None]).mul_(root), mean.double(), mean[:, None]
+        own = by_task(weights, tasks)
         means = own @ rows / own.sum(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        return (rows - means[:, tasks]).mul_(root), mean.double()
+        return (rows - means[:, tasks]).mul_(root), mean.double(), means
     zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
-    return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)  # for the caller to refuse
+    unfinite = ~torch.isfinite(rows).all(1)  # for the caller to refuse
+    return rows * root, zero.masked_fill(unfinite, torch.nan), zero[:, None]
 
 
 def products(a: Tensor) -> Tensor:

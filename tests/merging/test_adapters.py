@@ -389,3 +389,83 @@ def test_shared_weights_and_embeddings_stay_and_attention_is_seen():
     assert not any(name.startswith(("twice", "table", "head")) for name in changed)
     with answering([adapted], 1), torch.no_grad():  # where torch's fused attention would hide its projections
         torch.testing.assert_close(adapted(inputs[1][0]), adapted.network(1)(inputs[1][0]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_users_call_is_that_of_the_fit_too(tmp_path):
+    """Networks that get raw inputs through `forward` have the bodies of those that get them normalised beforehand."""
+    experts, inputs = make_experts(maps, apart=1.0)
+    raw = [[30 + 20 * batch] for (batch,) in inputs]
+    named = [[{"raw": batch}] for (batch,) in raw]
+
+    def normalised(network, batch):
+        return network((batch["raw"] - 30) / 20)
+
+    direct = [[(batch - 30) / 20] for (batch,) in raw]
+    body = average_of(experts).train()  # as one that was just made
+    expected = fit_adapters(body, experts, direct, rank=2)
+    found = fit_adapters(body, experts, named, rank=2, forward=normalised)
+    assert same_tensors(found, expected)
+    assert body.training
+    assert not found.body.training
+    start = deepcopy(experts[0])
+    for method in (Average, Base, Refit):
+        options = method(adapters={"rank": 2}, compress=[{"bits": 4}, {"bits": 4, "base_bits": 0}])
+        one = merge_networks(options, experts, uniform(3), calibration=direct, initial=start)
+        two = merge_networks(options, experts, uniform(3), calibration=named, initial=start, forward=normalised)
+        variants = zip([[*one], *one.compressed.values()], [[*two], *two.compressed.values()], strict=True)
+        for expected, found in variants:
+            system = coin.Coded(uniform(3), experts, found, forward=normalised)
+            system.fit_decoder(named[0], [0, 1, 2], "expert_head")
+            other = coin.Coded(uniform(3), experts, expected)
+            other.fit_decoder(direct[0], [0, 1, 2], "expert_head")
+            decoded = system.decode(named[1][0], [1])
+            assert torch.equal(decoded, other.decode(direct[1][0], [1]))
+            system.save(tmp_path / "system.safetensors")
+            again = coin.Coded.load(tmp_path / "system.safetensors", experts, forward=normalised)
+            assert torch.equal(again.decode(named[1][0], [1]), decoded)
+
+
+def average_of(experts):
+    """Return a network of the experts' average parameters."""
+    network = deepcopy(experts[0])
+    for name, parameter in network.named_parameters():
+        parameter.data.copy_(sum(expert.get_parameter(name).data for expert in experts) / len(experts))
+    return network
+
+
+def same_tensors(network, other):
+    """Say whether two networks have the same tensors."""
+    state = other.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_inputs_that_are_constant_within_a_task_fit_nothing_but_shifts(size):
+    """The round-off of centring is no signal: a correction is then the difference to the expert's own map."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 5))
+    experts = [deepcopy(base).eval() for _ in range(3)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    inputs = [[size * torch.randn(12).expand(200, 12)] for _ in experts]
+    body, anywhere = average_of(experts), torch.randn(500, 12)
+    adapted = fit_adapters(body, experts, inputs, rank=16)
+    for place, expert in enumerate(experts):
+        one = adapted.network(place, head=expert[3])
+        bare = nn.Sequential(*body[:3], expert[3])
+        expected = expert(anywhere)
+        difference, without = (float((each(anywhere) - expected).norm()) for each in (one, bare))
+        assert difference < 0.3 * without * size
+        scales = [change.scale for change in adapted.adapters[place].changes.values() if change.scale is not None]
+        assert not scales  # those of one are left out
+
+
+@pytest.mark.parametrize("tasks", [None, torch.arange(2).repeat_interleave(150)])
+def test_constant_inputs_have_no_map_whatever_their_means(tasks):
+    torch.manual_seed(0)
+    constant = 30 * torch.randn(1, 1, 6).expand(1, 300, 6).clone()
+    if tasks is not None:
+        constant[:, 150:] *= -1  # the mean over all is zero, and each task's is not
+    step, _ = fit_affine(constant, torch.randn(1, 300, 2), torch.ones(300), 0.1, tasks=tasks)
+    assert not step.any()

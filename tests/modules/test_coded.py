@@ -1,9 +1,22 @@
+import sys
+import threading
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, answer_score, make_decoder, promised_threshold
+from coin.coding import (
+    Answers,
+    Code,
+    DecoderConfig,
+    DecoderKind,
+    answer_score,
+    make_decoder,
+    promised_threshold,
+    uniform,
+)
 from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
 from coin.merging import Average, merge_networks
@@ -263,3 +276,41 @@ def test_networks_of_ones_own_with_all_they_hold_are_kept(tmp_path):
     again = Coded.load(tmp_path / "own.safetensors", experts, forward=call)
     assert torch.equal(again.decode(batch), system.decode(batch))
     assert torch.equal(again.coded[0].scale, (experts[0].scale + experts[1].scale) / 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_threads_decode_at_once(training):
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
+    experts = [deepcopy(start).eval() for _ in range(3)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    inputs = [[torch.randn(50, 6)] for _ in experts]
+    bodies = merge_networks(Average(adapters={"rank": 2}), experts, uniform(3), calibration=inputs)
+    system = Coded(uniform(3), experts, bodies).fit_decoder(inputs[0], [0, 1, 2], "expert_head")
+    system.module.train(training)
+    batch = torch.randn(4, 6)
+    expected = [system.decode(batch, [expert]) for expert in range(3)]
+    wrong: list[str] = []
+
+    def ask(expert):
+        for _ in range(60):
+            try:
+                if not torch.allclose(system.decode(batch, [expert]), expected[expert], atol=1e-6):
+                    wrong.append(f"expert {expert}")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=ask, args=(expert,)) for expert in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert {module.training for module in system.module.modules()} == {training}

@@ -297,3 +297,20 @@ def test_experts_of_other_ranks_and_without_parts_answer_as_their_own_and_lose_n
         assert all(torch.equal(again[name], tensor) for name, tensor in adapter.tensors.items())
     assert len([*adapted.buffers()]) == 8  # seven parts of the weight's and the bias's, of all experts together
     assert stored_nbytes(adapted) == sum(t.nbytes for t in network.parameters()) + sum(a.nbytes for a in adapters)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (1.0, r"found 1\.0 for the experts, expected an index"),
+        (True, "found True for the experts, expected an index"),
+        ([0, 1], r"found \[0, 1\] for the experts, expected an index"),
+        (torch.zeros(7), r"found a tensor \[7\] of torch\.float32"),
+        (torch.zeros(7, 1, dtype=torch.long), r"found a tensor \[7, 1\] of torch\.int64"),
+        (torch.zeros(3, dtype=torch.long), "found 3 experts for 7 samples, expected one for each"),
+    ],
+)
+def test_what_names_no_experts_is_refused_in_a_line(made, experts, message):
+    _, _, body, _, x = made
+    with pytest.raises(ConfigurationError, match=message), coin.answering([body], experts):
+        body(x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, StateError
 from coin.statistics import fisher_diagonal, fisher_sums, gram_sums
+from coin.statistics.intercept import Interceptor
 
 
 def assert_exact(network: nn.Module, inputs: Tensor, zero: tuple[str, ...] = (), absolute: float = 1e-14) -> None:
@@ -334,6 +335,37 @@ def test_causal_attention(padded: bool, weights: bool) -> None:
         x[:, 1:, 0].clamp_(max=0.9)  # each sees only itself, which padding must not take away
     assert_exact(network, x, absolute=1e-18)
     assert_attention_is_covered(network, x.double())
+
+
+class LeftPadded(nn.Module):
+    """Causal self-attention with the padding on the left, whose rows see nothing."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.head = nn.Linear(4, CLASSES)
+        self.register_buffer("mask", CAUSAL)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 5, 4]
+        padding = x[..., 0] > 9
+        if not self.attention.batch_first:
+            x = x.transpose(0, 1)
+        y, _ = self.attention(x, x, x, attn_mask=self.mask, key_padding_mask=padding, need_weights=False)
+        return self.head(y[:, -1] if self.attention.batch_first else y[-1])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_rows_that_are_wholly_masked_are_zeros_as_torch_has_them(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    network, x = LeftPadded(batch_first).double().eval(), torch.randn(4, 5, 4).double()
+    x[0, :2, 0] = 10
+    x[3] = 10
+    expected = network(x)
+    assert expected.isfinite().all()
+    with Interceptor(dict(network.named_parameters()), lambda call, names, function: function()):
+        torch.testing.assert_close(network(x), expected)
+    assert_exact(network, x, absolute=1e-18)
 
 
 def assert_attention_is_covered(network: Masked, x: Tensor) -> None:
