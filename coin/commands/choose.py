@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.reporting.choice import choose
 from coin.reporting.results import as_json
-from coin.reporting.tables import BEST, percent, results_console, rich_table, stand_in_table
+from coin.reporting.tables import BEST, results_console, rich_table, stand_in_table
+from coin.reporting.text import percent
 
 
 def main(arguments: Sequence[str]) -> None:

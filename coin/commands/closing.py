@@ -12,8 +12,9 @@ from lightning.pytorch import Trainer
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.files.safetensors import load_provenance
+from coin.reporting.choice import recommended
 from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import summarise
+from coin.reporting.summary import stand_ins, summarise
 from coin.reporting.tables import print_summary
 from coin.statistics.statistic import StatisticKind
 
@@ -56,12 +57,14 @@ def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Seque
 def after_evaluate(trainer: Trainer, _: Namespace) -> str:
     """Print the table of ``coin evaluate``, and return its line."""
     folder = Path(trainer.default_root_dir)
-    rows = read_results(folder)
-    print_summary(summarise(rows), reported=False)
-    measured = rows[~rows.method.isin(["none", "oracle"])].groupby(["method", "decoder"]).nda.mean()
-    winner: Any = measured.idxmax() if len(measured) else ()
-    best = f"NDA {100 * measured.max():.1f} with {' and '.join(winner)}" if winner else "measured"
-    return _line(best, folder / RESULTS_CSV, ["choose", str(folder)])
+    summary = summarise(read_results(folder))
+    print_summary(summary, reported=False)
+    kept = stand_ins(summary)
+    reached = "measured"
+    if len(kept):
+        row = recommended(kept)
+        reached = f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
+    return _line(reached, folder / RESULTS_CSV, ["choose", str(folder)])
 
 
 def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:

@@ -1,16 +1,23 @@
 """``coin run``: a whole experiment."""
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, outlook, run_experiment, run_only
+from coin.reporting.choice import has_weak_experts, recommended
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
+from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary
 
 
@@ -33,7 +40,23 @@ def main(arguments: Sequence[str]) -> None:
         print_summary(summary)
         print(f"report: {page}")
         print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
-        print(f"      coin serve {experiment.folder} answers queries")
+        if serve := serve_command(experiment.folder, stand_ins(summary)):
+            print(f"      {serve} answers queries")
+
+
+def serve_command(folder: Path, kept: pd.DataFrame) -> str:
+    """Return the command that serves what is recommended of `stand_ins`; nothing where it needs no server, or none is.
+
+    Results without known memory recommend nothing.
+    """
+    if kept.empty:
+        return ""
+    row = recommended(kept)
+    if has_weak_experts(row) or row["name"] == REFERENCES[0]:
+        return ""
+    words = ["coin", "serve", str(folder), f"--method={row['name'].partition('[')[0]}"]
+    words += [] if row["decoder"] == REPLICA else [f"--decoder={row['decoder']}"]
+    return shlex.join(words)
 
 
 def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:

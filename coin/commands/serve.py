@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import parse_options
 from coin.core.choices import check_number
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.files.yaml import as_text
+from coin.reporting.choice import recommended
+from coin.reporting.summary import REFERENCES, read_run, stand_ins, summarise
+from coin.reporting.text import read_by
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.ray_app import RayOptions, check_port, ray_application, start
@@ -30,9 +34,9 @@ def serve(
 
     Args:
         folder: An experiment's folder, whose first seed is taken, or a seed's.
-        method: The merge method whose coded models serve; by default that of the most accurate decoded answers. Or the
-            name of compressed copies, such as ``replica-3bit-int8base``, which a replica holds then.
-        decoder: The decoder, as the results call it; by default the most accurate that the policy can use.
+        method: The merge method whose coded models serve, or the name of compressed copies, such as
+            ``replica-3bit-int8base``, which a replica holds then; by default what `coin choose` recommends.
+        decoder: The decoder, as the results call it; by default the recommended one of those that the policy can use.
         policy: Which servers a query asks; by default ``standin`` if the decoder needs no survivor, else
             ``coded_hedged``. With ``replica`` all experts have second servers, with ``uncoded`` none.
         quantile: The quantile of own answers' time after which they count as late.
@@ -64,6 +68,8 @@ def read_system(
 ) -> tuple[System, Description]:
     """Return the system that `serve` serves, and its description, from the same arguments."""
     check_number("keep_mib", keep_mib, low=0)
+    if method is None and decoder is None and policy is None:
+        method, decoder = served_by_default(Path(folder))
     of_copies = method is not None and method.startswith(f"{REPLICA}-")
     if of_copies and (decoder is not None or Policy(policy or PolicyKind.replica).which != "replica"):
         told = f"found method '{method}' with policy {policy} and decoder {decoder}"
@@ -88,6 +94,24 @@ def read_system(
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
     size = system.network(system.stand_ins.experts[0]).image_size
     return system, Description(classes, size, platform, promise)
+
+
+def served_by_default(folder: Path) -> tuple[str | None, str | None]:
+    """Return the method and the decoder of what is recommended of a run; no decoder where it is compressed copies.
+
+    The survivors alone need no server more: then the next best is served, and a warning says so. Both are None there,
+    and for results from before memory was measured.
+    """
+    kept = stand_ins(summarise(read_run(folder)[1]))
+    if kept.empty:
+        return None, None
+    row = recommended(kept)
+    if row["name"] == REFERENCES[0]:
+        told = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
+        warnings.warn(told, CoinWarning, stacklevel=2)
+        return None, None
+    decoder = None if row["decoder"] == REPLICA else str(row["decoder"])
+    return str(row["name"]).partition("[")[0], decoder
 
 
 def application(args: dict[str, Any]) -> Any:

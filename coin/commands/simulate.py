@@ -14,7 +14,8 @@ from coin.modules import Coded
 from coin.reporting.figures import tail_figure
 from coin.reporting.results import write_frame
 from coin.reporting.style import as_png
-from coin.reporting.tables import percent, results_console, rich_table, too_wide
+from coin.reporting.tables import results_console, rich_table, too_wide
+from coin.reporting.text import percent
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
 from coin.serving.simulate import Conditions, QueryTarget, ServiceTimes, Simulation, measure, row_of, run_simulation
@@ -37,8 +38,8 @@ def simulate(
     Args:
         folder: An experiment's folder, or a seed's.
         conditions: The load, the machines and the front end to simulate.
-        method: The merge method of the coded models; by default that of the most accurate answers.
-        decoder: Their decoder; by default the most accurate one that reads survivors, and one that reads none.
+        method: The merge method of the coded models; by default the recommended one.
+        decoder: Their decoder; by default the recommended one that reads survivors, and one that reads none.
         policies: The policies; by default all whose accuracy is in the results.
         quantile: The quantile of own answers' time after which they count as late.
         seeds: How often, with other random numbers.

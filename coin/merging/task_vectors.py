@@ -28,6 +28,7 @@ class Base(MergeMethod):
 
     name = "base"
     reads_initial = True
+    batchnorm = BatchNormPolicy.keep
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any) -> None:
         super().__init__(batchnorm=batchnorm, **options)

@@ -24,8 +24,9 @@ from coin.networks import Adapted, Compressed, answering, linear_heads, load_net
 from coin.networks.adapted import resident_nbytes, stored_nbytes
 from coin.networks.files import open_network
 from coin.networks.heads import of_one_width
-from coin.reporting.results import check_current, read_results, requested_policy
-from coin.reporting.summary import seed_folders
+from coin.reporting.choice import recommended
+from coin.reporting.results import read_results, requested_policy
+from coin.reporting.summary import read_run, stand_ins, summarise, variant_names
 from coin.statistics.guard import eval_mode
 
 Networks = Sequence[nn.Module]
@@ -279,15 +280,14 @@ class Coded:
 
         Args:
             folder: An experiment's folder, whose first seed is taken, or a seed's.
-            method: The method's name in the results, or that of its file in ``systems``, which tells BatchNorm policies
-                apart.
-            decoder: The decoder's name in the results; by default the pair with the most accurate decoded answers.
+            method: The method's name in the results, or that of its variant, as tables and files have it.
+            decoder: The decoder's name in the results; by default the pair that `recommended` says of those that fit.
             survivors: Whether the decoder reads survivors; None takes either.
 
         Raises what `load` does, and ConfigurationError where there are no such results.
         """
-        seed = seed_folders(Path(folder))[0]
-        check_current(seed)
+        seeds, every_row = read_run(Path(folder))
+        seed = seeds[0]
         frame = read_results(seed)
         systems: list[tuple[Path, str, pd.DataFrame]] = []
         for path in sorted((seed / "systems").glob("*.safetensors")):
@@ -295,7 +295,10 @@ class Coded:
             own = frame[(frame["method"] == made["method"]) & (policies == made["batchnorm"])]
             systems += [(path, str(name), rows) for name, rows in own.groupby("decoder", sort=False)]
         asked = [each for each in systems if decoder in (None, each[1])]
-        asked = [each for each in asked if method in (None, each[2]["method"].iloc[0], each[0].stem)]
+        if method is not None:
+            asked = [
+                each for each in asked if method in (each[2]["method"].iloc[0], _variant_of(each[2]), each[0].stem)
+            ]
         asked = [each for each in asked if survivors in (None, DecoderConfig.named(each[1]).reads_survivors)]
         if not asked:
             known = ", ".join(f"{path.stem} with {name}" for path, name, _ in systems) or "none"
@@ -303,7 +306,7 @@ class Coded:
             kind = "one" if survivors is None else f"a decoder that {kinds[survivors]}"
             told = f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected {kind}"
             raise ConfigurationError(f"{told} that '{seed}' has results and systems of: {known}")
-        path, name, rows = max(asked, key=lambda each: float(each[2]["decoded_accuracy"].mean()))
+        path, name, rows = _recommended_of(asked, stand_ins(summarise(every_row)))
         file = SystemFile.load(path)
         file.decoders = [each for each in file.decoders if each.config.name == name]
         opened = [load_network(seed / "experts" / task / "expert.safetensors") for task in file.names]
@@ -388,6 +391,27 @@ class Coded:
                 each = [(expert, take(as_input(inputs, expert), slice(0, 2))) for expert in self.experts]
                 self.classes = [run_network(expert, sample, False).logits.shape[1] for expert, sample in each]
         return self.classes
+
+
+def _variant_of(rows: pd.DataFrame) -> str:
+    """Return the name of the variant that all rows are of, without a set of coded models."""
+    return str(variant_names(rows).iloc[0]).partition("[")[0]
+
+
+def _recommended_of(
+    systems: Sequence[tuple[Path, str, pd.DataFrame]], kept: pd.DataFrame
+) -> tuple[Path, str, pd.DataFrame]:
+    """Return the system, of a file, a decoder and its rows, that is recommended of these among `stand_ins`.
+
+    Results from before memory was measured have no stand-ins: of these it is the most accurate.
+    """
+    pairs = [(_variant_of(rows), name) for _, name, rows in systems]
+    variants = kept["name"].str.partition("[")[0]
+    own = [pair in pairs for pair in zip(variants, kept["decoder"], strict=True)]
+    if not any(own):
+        return max(systems, key=lambda each: float(each[2]["decoded_accuracy"].mean()))
+    row = recommended(kept[own])
+    return systems[pairs.index((row["name"].partition("[")[0], row["decoder"]))]
 
 
 def _called_by(network: nn.Module, forward: Forward | None) -> nn.Module:

@@ -28,7 +28,7 @@ from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.steps.evaluation import UNRELATED
-from coin.pipeline.steps.merge import coded_name, read_code
+from coin.pipeline.steps.merge import read_code, variant_files
 from coin.statistics import FisherKind
 
 _SEEDS = range(2**32)
@@ -133,8 +133,7 @@ class Experiment:
 
     def _check_names(self) -> None:
         """Raise ConfigurationError if two coded models or replicas have one name, or differ in nothing."""
-        ends = [(method, end) for method in self.methods for end in ("", *(f"-{how.name}" for how in method.compress))]
-        names = [f"{coded_name(method)}{end}" for method, end in ends]
+        names = [name for method in self.methods for name in variant_files(method)]
         names += [f"{REPLICA}-{how.name}" for how in self.replicas]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigurationError(f"found method {twice[0]} twice; leave one out, or give one of them a label")

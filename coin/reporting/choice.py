@@ -10,12 +10,44 @@ from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
 from coin.reporting.results import RESIDENT
 from coin.reporting.summary import read_run, stand_ins, summarise
-from coin.reporting.tables import counted, percent, read_by
+from coin.reporting.text import counted, percent, read_by
+
+ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stand-in keeps on the worst task
+WEAK_EXPERTS = "what stands in is right more often than the lost experts; look at their own accuracy first."
+_FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
+
+
+def recommended(kept: pd.DataFrame) -> "pd.Series[Any]":
+    """Return the row of `stand_ins` that is recommended where no other is asked for; `kept` has at least one.
+
+    It is the cheapest that keeps `ACCURACY` on the worst task; where none does, the most accurate one there. All that
+    names one stand-in reads it: the headline, the finding, `choose` without limits, and what `coin serve` serves.
+    """
+    ordered = _cheapest_first(kept)
+    accurate = ordered[ordered["nda_worst"] >= ACCURACY]
+    return accurate.iloc[0] if len(accurate) else _most_accurate(ordered)
+
+
+def has_weak_experts(row: "pd.Series[Any]") -> bool:
+    """Return whether a row of `stand_ins` is so far above the lost experts that nothing can be recommended."""
+    return bool(row["nda_mean"] > _FAR_ABOVE)
+
+
+def _cheapest_first(kept: pd.DataFrame) -> pd.DataFrame:
+    """Return stand-ins by memory, then by forwards; none counts as more accurate than the expert."""
+    ascending = {"memory_mib": True, "forwards": True, "nda_worst": False, "losses": False}
+    kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
+    return kept.sort_values(list(ascending), ascending=list(ascending.values()), kind="stable")
+
+
+def _most_accurate(ordered: pd.DataFrame) -> "pd.Series[Any]":
+    """Return the row that is most accurate on the worst task, the first of several."""
+    return ordered.sort_values("nda_worst", ascending=False, kind="stable").iloc[0]
 
 
 def choose(
     folder: str | Path,
-    accuracy: float = 0.98,
+    accuracy: float = ACCURACY,
     memory_mib: float | None = None,
     resident_mib: float | None = None,
     forwards: float | None = None,
@@ -24,7 +56,8 @@ def choose(
     """Return the stand-ins of an experiment that meet these wishes, the cheapest first, and the reason in a sentence.
 
     The cheapest keeps the least memory and, of those, runs the fewest networks. Where nothing meets the wishes the
-    frame is empty, and the sentence says what comes nearest. Raises FileError where the folder holds no results.
+    frame is empty, and the sentence says what comes nearest; so it is where the experts themselves are too weak. Raises
+    FileError where the folder holds no results.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -52,9 +85,9 @@ def choose(
     if resident_mib is not None and kept[RESIDENT].isna().all():
         told = f"found resident_mib={resident_mib:g} and results of '{folder}' from before it was measured"
         raise FileError(f"{told}; run `coin run` again")
-    order = {"memory_mib": True, "forwards": True, "nda_worst": False, "losses": False}
-    kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
-    kept = kept.sort_values(list(order), ascending=list(order.values()), kind="stable")
+    if has_weak_experts(recommended(kept)):
+        return kept[:0], f"Nothing can be recommended: {WEAK_EXPERTS}"
+    kept = _cheapest_first(kept)
     wishes = {f"at least {100 * accuracy:g} % on the worst task": kept["nda_worst"] >= accuracy}
     if memory_mib is not None:
         wishes[f"at most {memory_mib:g} MiB"] = kept["memory_mib"] <= memory_mib
@@ -69,9 +102,9 @@ def choose(
     if len(rows):
         reason = f"the least memory of the {len(rows)} that meet" if len(rows) > 1 else "the only one that meets"
         return rows.reset_index(drop=True), f"Keep {_described(rows.iloc[0])}. It is {reason} {asked}."
-    accurate, within = kept[met.iloc[:, 0]], kept[met.iloc[:, 1:].all(axis=1)].sort_values("nda_worst", kind="stable")
+    accurate, within = kept[met.iloc[:, 0]], kept[met.iloc[:, 1:].all(axis=1)]
     nearest = [f"the smallest that is accurate enough is {_described(accurate.iloc[0])}"] if len(accurate) else []
-    nearest += [f"the most accurate within the limits is {_described(within.iloc[-1])}"] if len(within) else []
+    nearest += [f"the most accurate within the limits is {_described(_most_accurate(within))}"] if len(within) else []
     return rows, f"Nothing meets {asked}; {'; '.join(nearest) or 'nothing comes near'}."
 
 

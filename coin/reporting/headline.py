@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -10,7 +10,8 @@ from scipy.stats import ttest_rel
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting.summary import REFERENCES, TRAINED, seed_means, variant_names
-from coin.reporting.tables import BEST, percent
+from coin.reporting.tables import BEST
+from coin.reporting.text import percent
 
 CODED, FLOOR = "", "without a coded model"
 BASELINE, COPIES = "for {}, the best trained method", "for {}, compressed experts"
@@ -29,8 +30,8 @@ class Entry:
 
     @property
     def text(self) -> str:
-        """The mean NDA ± spread over seeds, in %."""
-        return percent(self.nda.mean(), self.nda.std(ddof=1), digits=1) + " %"
+        """What is kept: the mean NDA, of which no more than all is kept, ± spread over seeds, in %."""
+        return percent(min(self.nda.mean(), 1.0), self.nda.std(ddof=1), digits=1) + " %"
 
 
 def entries(frame: pd.DataFrame, kinds: Mapping[str, str]) -> list[Entry]:
@@ -39,19 +40,31 @@ def entries(frame: pd.DataFrame, kinds: Mapping[str, str]) -> list[Entry]:
     Counted are the smallest erasures, at the P that most variants have; the oracle and what is not defined are left
     out. `kinds` are the methods' own names by label; a label that is not among them says by its beginning what it is.
     """
+    best: dict[str, Entry] = {}
+    for entry in _every_entry(frame, kinds):
+        if entry.name not in best or entry.nda.mean() > best[entry.name].nda.mean():
+            best[entry.name] = entry
+    return sorted(best.values(), key=lambda entry: -entry.nda.mean())
+
+
+def entry_of(frame: pd.DataFrame, kinds: Mapping[str, str], name: str, decoder: str) -> Entry | None:
+    """Return a variant with this decoder, counted as `entries` does; None where it is not among them."""
+    pairs = ((each.name, each.decoder, each) for each in _every_entry(frame, kinds))
+    return next((entry for *pair, entry in pairs if pair == [name, decoder]), None)
+
+
+def _every_entry(frame: pd.DataFrame, kinds: Mapping[str, str]) -> Iterator[Entry]:
+    """Yield every variant with every decoder."""
     means = seed_means(frame).assign(name=variant_names)
     means = means[means["erased"] == min(means["erased"], key=lambda size: int(size.partition(" ")[0]))]
     variants = means.groupby("samples_per_task")["name"].nunique()
     means = means[means["samples_per_task"] == variants[variants == variants.max()].index.max()]
-    best: dict[str, Entry] = {}
     for (name, method, decoder), rows in means.groupby(["name", "method", "decoder"], sort=False):
-        kind, nda = kinds.get(str(method), str(method)), rows.set_index("seed")["nda"]
+        kind = kinds.get(str(method), str(method))
+        nda = rows.set_index("seed")["nda"]
         role = BASELINE if kind.startswith(TRAINED) else FLOOR if kind == REFERENCES[0] else CODED
-        entry = Entry(str(name), str(decoder), COPIES if decoder == REPLICA else role, nda)
-        above = name not in best or nda.mean() > best[str(name)].nda.mean()
-        if kind != REFERENCES[1] and above and not nda.isna().any():
-            best[str(name)] = entry
-    return sorted(best.values(), key=lambda entry: -entry.nda.mean())
+        if kind != REFERENCES[1] and not nda.isna().any():
+            yield Entry(str(name), str(decoder), COPIES if decoder == REPLICA else role, nda)
 
 
 def best_coded(found: list[Entry]) -> Entry | None:
@@ -59,22 +72,28 @@ def best_coded(found: list[Entry]) -> Entry | None:
     return next((each for role in (CODED, BASELINE) for each in found if each.role == role), None)
 
 
-def headline(found: list[Entry], num_experts: int) -> str:
-    """Return in one sentence what the best coded model keeps, beside training, compressed experts and no coded model.
+def headline(found: list[Entry], num_experts: int, recommended: Entry | None = None) -> str:
+    """Return in one sentence what the recommended stand-in keeps, beside training, compressed experts and no coded one.
 
-    With two seeds or more it says which of these are clearly apart (paired t-test, `LEVEL`).
+    Without a recommendation it is the best coded model. With two seeds or more the sentence says which of these are
+    clearly apart (paired t-test, `LEVEL`).
     """
     text = f"When one of {num_experts} experts is lost, "
-    if (best := best_coded(found)) is None:
+    best = recommended or best_coded(found)
+    if best is None:
         kept = [f"{'the survivors alone' if each.role == FLOOR else each.name} keep {each.text}" for each in found]
         return f"{text}{' and '.join(kept) or 'nothing keeps'} of its accuracy; there is no coded model."
-    text += f"{best.name} keeps {best.text} of its accuracy with the {best.decoder} decoder"
+    keeps = "the survivors alone keep" if best.role == FLOOR else f"{best.name} keeps"
+    decoder = "" if best.role == COPIES else f" with the {best.decoder} decoder"
+    text += f"{keeps} {best.text} of its accuracy{decoder}"
     said, before = [], ""
     for role in (BASELINE, COPIES, FLOOR):
-        if other := next((each for each in found if each.role == role and each is not best), None):
+        if other := next((each for each in found if each.role == role and each.name != best.name), None):
             mean, _, p = difference(best, other)
             side = "above" if mean > 0 else "below"
-            now = "against" if math.isnan(p) else side if p < LEVEL else "not clearly apart from"
+            keep_all = best.nda.mean() >= 1 and other.nda.mean() >= 1  # shown as one number: none keeps more than all
+            untested = math.isnan(p) or keep_all
+            now = "against" if untested else side if p < LEVEL else "not clearly apart from"
             said.append(f"{'' if now == before else f'{now} '}{other.text} {role.format(other.name)}")
             before = now
     return ", ".join([text, *said[:-1], *(f"and {last}" if len(said) > 1 else last for last in said[-1:])]) + "."

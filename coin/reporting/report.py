@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting import figures, report_parts as parts
-from coin.reporting.choice import choose
-from coin.reporting.headline import best_coded, cautions, differences, entries, headline
+from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, recommended
+from coin.reporting.headline import best_coded, cautions, differences, entries, entry_of, headline
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
 from coin.reporting.style import as_png
-from coin.reporting.summary import REFERENCES, decoders_of, over_tasks, shortlist, stand_ins, summarise
+from coin.reporting.summary import REFERENCES, over_tasks, shortlist, stand_ins, summarise
 from coin.reporting.sweeps import Sweep, sweep_text
 from coin.reporting.tables import nda_tables, stand_in_table
 
@@ -25,8 +25,9 @@ _NDA = (
     "standard deviation over seeds. none: the survivors alone. The best is the best on the test sets."
 )
 _BESIDE = (
-    "Shaded: the largest mean of its decoder. oracle: Σβf itself. A pass is the forward pass of one sample, or its "
-    "equivalent: merge made the coded model, decoder fitted the dearest decoder; the linear one costs nothing."
+    "NDA: with the best decoder. Shaded: the largest mean of its column. oracle: Σβf itself. A pass is the forward "
+    "pass of one sample, or its equivalent: merge made the coded model, decoder fitted the dearest decoder; the linear "
+    "one costs nothing."
 )
 _MEMORY = (
     "NDA against what is kept beyond the experts' servers. Up and left is better; the line joins those that no smaller "
@@ -94,6 +95,13 @@ class _Page:
         source, frame, kept = self.source, self.source.frame, stand_ins(self.summary)
         kinds = {str(made.get("label")): str(made["method"]) for made in source.made if "method" in made}
         found = entries(frame, kinds)
+        told = headline(found, frame["task"].nunique())
+        if len(kept):
+            row = recommended(kept)
+            entry = entry_of(frame, kinds, row["name"], row["decoder"])
+            told = headline(found, frame["task"].nunique(), entry)
+            if has_weak_experts(row):
+                told = f"Nothing can be recommended: {WEAK_EXPERTS}"
         opening: dict[str, Any] = {}
         if (kept["memory_mib"] > 0).any():
             size = float(source.first["configuration"].get("network_mib") or "nan")
@@ -101,24 +109,24 @@ class _Page:
         keep, examples, tasks, chosen = [], [], [], []
         if len(kept):
             shown = shortlist(kept)
-            told = "" if source.sweep else f"{choose(source.folder)[1]} For other limits: coin choose."
+            lead = "" if source.sweep else f"{choose(source.folder)[1]} For other limits: coin choose."
             more = None if shown.all() else (f"All {len(kept)} methods and decoders", stand_in_table(kept))
             phone = ["method", "decoder", "NDA", "memory MiB"]
             first = [("", stand_in_table(kept[shown]))]
-            keep = [{"lead": told, "tables": first, "more": more, "text": _KEEP, "phone": phone}]
+            keep = [{"lead": lead, "tables": first, "more": more, "text": _KEEP, "phone": phone}]
         if best := best_coded(found):
             if images := list(parts.example_images(source, best)):
                 examples = [{"text": f"Decoded with {best.decoder}.", "examples": images}]
             tasks = [{"tables": list(parts.by_task(self.summary, source, best.decoder))}]
         tables = [(f"{erased} lost", table) for erased, table in nda_tables(self.summary).items()]
-        phone = ["method", "P", *decoders_of(over_tasks(self.summary))[:2]]
+        phone = ["method", "P", "NDA", "decoder"]
         methods: list[dict[str, Any]] = [{"tables": tables, "text": f"{_NDA} {_BESIDE}", "phone": phone}]
         if len(paired := differences(found)):
             methods.append({"tables": [("Differences over seeds", paired)], "text": _PAIRED})
         if len(made := parts.choices(source)):
             chosen = [{"title": "What was chosen", "tables": [("", made)], "text": _CHOSEN, "prose": True}]
         return {
-            "headline": headline(found, frame["task"].nunique()),
+            "headline": told,
             "cautions": cautions(frame),
             "opening": opening,
             "sections": {

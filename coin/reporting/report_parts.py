@@ -19,7 +19,8 @@ from coin.reporting.headline import Entry
 from coin.reporting.results import RESULTS_CSV, check_current, read_configuration, requested_policy
 from coin.reporting.summary import REFERENCES, SUMMARY_CSV, expert_accuracies, read_run, variant_names
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, read_sweep_table
-from coin.reporting.tables import percent, promise_table
+from coin.reporting.tables import promise_table
+from coin.reporting.text import percent
 
 Titled = tuple[str, pd.DataFrame]  # what stands above a table of text, and the table
 REPORT_HTML = "report.html"

@@ -196,8 +196,9 @@ def decoders_of(means: pd.DataFrame) -> list[str]:
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return one name per row of results or of a summary that tells a method's variants apart.
 
-    It is the label, the BatchNorm policy that was asked for if that is not the default (``coin (recalibrate)``), and,
-    where a method was read out through several sets of coded models, the set (``coin[0+1]``).
+    It is that of the coded models' files and steps: the label, and the BatchNorm policy that was asked for if that is
+    not the default (``coin-recalibrate``). Where a method was read out through several sets of coded models, the set
+    follows (``coin[0+1]``).
     """
     # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
     same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
@@ -205,7 +206,7 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     several = frame["method"].isin(frame.loc[own, "method"])
     asked = frame["batchnorm"].map(requested_policy)
     default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
-    return frame["method"] + (" (" + asked + ")").mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
+    return frame["method"] + ("-" + asked).mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
 
 
 def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,8 @@ from coin.files.atomic import is_folder_name
 from coin.files.yaml import as_text
 from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_frame, read_results
 from coin.reporting.summary import seed_means, variant_names
-from coin.reporting.tables import percent, rich_table
+from coin.reporting.tables import rich_table
+from coin.reporting.text import percent
 
 SWEEP_CSV = "sweep.csv"
 SWEEP_YAML = "sweep.yaml"  # the sweep's own file, kept beside its table

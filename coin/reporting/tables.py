@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.coding.decoder_config import REPLICA
+from coin.reporting.choice import WEAK_EXPERTS, has_weak_experts, recommended
 from coin.reporting.results import RESIDENT
 from coin.reporting.summary import (
     REFERENCES,
@@ -23,10 +23,9 @@ from coin.reporting.summary import (
     undominated,
     variant_names,
 )
+from coin.reporting.text import counted, mebibytes, percent, read_by, seconds
 
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
-FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
-NEAR = 0.01  # how far below the best NDA a stand-in may be to be called as good in a sentence
 IN_SHORT = "In short: "  # how a finding begins
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
@@ -34,36 +33,13 @@ NONE = REFERENCES[0]
 _WIDEST = 9  # characters of a heading in one line
 
 
-def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: int = 2, plus: str = "") -> str:
-    """Return ``98.02 ± 0.31`` in percent, without the spread where there is none, ``–`` where there is no number."""
-    if math.isnan(mean):
-        return "–"
-    return f"{100 * mean:{plus}.{digits}f}" + ("" if math.isnan(spread) else f"{sign}{100 * spread:.{digits}f}")
-
-
-def seconds(value: float) -> str:
-    """Return a duration in seconds with about three digits, ``–`` for NaN."""
-    return "–" if math.isnan(value) else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def mebibytes(value: float) -> str:
-    """Return a number of MiB with about three digits, ``–`` for NaN."""
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def counted(number: float, what: str) -> str:
-    """Return ``1 expert``, ``2 experts``."""
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
-
-
 def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return a table of mean NDA ± spread in % for every size of erasure (``1 of 2``) of one experiment's summary.
 
     A line per method's variant (and P where there are several), the references last. The columns: ``method``, ``P``,
-    the decoders in the order of `decoders_of`, then `COSTS`: what made the coded model (``merge``) and what fitted the
-    dearest decoder beside it. The largest mean of a decoder and P, to the two decimals printed, carries `BEST`.
+    ``NDA`` with its best ``decoder``, all decoders in the order of `decoders_of`, then `COSTS`: what made the coded
+    model (``merge``) and what fitted the dearest decoder beside it. The largest mean of a column and P, to the two
+    decimals printed, carries `BEST`.
     """
     means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
     return {str(erased): _nda_table(part) for erased, part in means.groupby("erased", sort=False)}
@@ -117,22 +93,31 @@ def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
 def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     contenders = means[~means["method"].isin(REFERENCES)]
     best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
+    best_of_all = contenders.groupby("samples_per_task")["nda_mean"].max().round(4).to_dict()
     rank = {name: place for place, name in enumerate(dict.fromkeys([*contenders["name"], *means["name"]]))}
     decoders = decoders_of(means)
     lines = []
     for (name, samples), part in means.groupby(["name", "samples_per_task"], sort=False):
         first = part.iloc[0]
-        line = {"method": str(name), "P": str(samples)} | dict.fromkeys(decoders, "–")
+        line = {"method": str(name), "P": str(samples), "NDA": "–", "decoder": "–"} | dict.fromkeys(decoders, "–")
         for row in part.to_dict("records"):
             top = best.get((row["decoder"], samples), math.nan)
             is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
             line[row["decoder"]] = percent(row["nda_mean"], row["nda_std"]) + BEST * is_best
+        known = part.dropna(subset="nda_mean")
+        if len(known):
+            own = known.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
+            top = best_of_all.get(samples, math.nan)
+            is_best = own["method"] not in REFERENCES and bool(round(own["nda_mean"], 4) == top)
+            line["NDA"] = percent(own["nda_mean"], own["nda_std"]) + BEST * is_best
+            line["decoder"] = str(own["decoder"])
         line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
         for step in ("merge", "decoder"):
             line[f"{step} s"] = seconds(part[f"{step}_seconds_mean"].max())
             line[f"{step} passes"] = f"{part[f'{step}_passes_mean'].max():,.0f}"
         lines.append((rank[name], samples, line))
-    columns = ["method", *(["P"] if means["samples_per_task"].nunique() > 1 else []), *decoders, *COSTS]
+    several = ["P"] if means["samples_per_task"].nunique() > 1 else []
+    columns = ["method", *several, "NDA", "decoder", *decoders, *COSTS]
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
 
 
@@ -149,8 +134,8 @@ def too_wide(table: Table, console: Console) -> bool:
 def print_summary(summary: pd.DataFrame, console: Console | None = None, *, reported: bool = True) -> None:
     """Print one experiment's own accuracies, a table of NDA for every size of erasure, and what to keep.
 
-    Where a table is wider than the terminal, it has the linear decoder, the winning one and the time of merging. A
-    report and ``summary.csv`` are named where these are written (`reported`).
+    Where a table is wider than the terminal, it has every method's best decoder and the time of merging. A report and
+    ``summary.csv`` are named where these are written (`reported`).
     """
     console = console or results_console()
     rows: Any = expert_accuracies(summary).itertuples(index=False)
@@ -161,14 +146,15 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
     for erased, table in nda_tables(summary).items():
         references = sum(name.partition("[")[0] in REFERENCES for name in table["method"])
         layout: Any = {"title": f"{experiment}: NDA in %, {erased} lost", "ends": [len(table) - references]}
+        layout["texts"] = ["method", "decoder"]
         if too_wide(rich_table(table, **layout), console):
-            matter = ["method", "P", *decoders_of(summary[summary["erased"] == erased])[:2], "merge s"]
+            matter = ["method", "P", "NDA", "decoder", "merge s"]
             left_out |= dict.fromkeys(name for name in table.columns if name not in matter)
             table = table[[name for name in table.columns if name in matter]]
         console.print(rich_table(table, **layout))
     where, everything = ("summary.csv", "; all of them in the report") if reported else ("results.csv", "")
     rest = f" Not shown: {', '.join(left_out)}; see {where}." if left_out else ""
-    console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
+    console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its column.{rest}"))
     if len(kept := stand_ins(summary)):
         console.print(keep_table(kept, experiment, console))
         told = f"Every method's best decoder; {BEST} no other beats it in NDA, memories, forwards and experts lost"
@@ -177,25 +163,19 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
 
 
 def finding(kept: pd.DataFrame) -> str:
-    """Return `stand_ins` in a sentence: the smallest that is within `NEAR` of the best, beside the survivors alone."""
-    near = kept[(kept["nda_mean"] >= kept["nda_mean"].max() - NEAR) & undominated(kept)]
-    row = near.loc[near["memory_mib"].idxmin()]
+    """Return the recommended row of `stand_ins` in a sentence, beside the survivors alone."""
+    row = recommended(kept)
+    if has_weak_experts(row):
+        return f"{IN_SHORT}{WEAK_EXPERTS}"
     alone = kept[kept["name"] == NONE]["nda_mean"].max()
-    if row["nda_mean"] > FAR_ABOVE:
-        return f"{IN_SHORT}what stands in is right more often than the lost experts; look at their own accuracy first."
-    is_none, share = row["name"] == NONE, percent(row["nda_mean"], digits=1)
-    rest = "" if is_none or math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
+    is_none = row["name"] == NONE
+    share = percent(min(row["nda_mean"], 1.0), digits=1)
+    rest = "" if is_none or math.isnan(alone) else f"; the survivors alone keep {percent(min(alone, 1.0), digits=1)} %"
     return (
         f"{IN_SHORT}{read_by(row)} {'keep' if is_none else 'keeps'} {share} % of a lost expert's accuracy in "
         f"{row['memory_mib']:.3g} MiB; an answer takes {counted(row['forwards'], 'network run')}, and up to "
         f"{counted(row['losses'], 'expert')} may be lost at once{rest}."
     )
-
-
-def read_by(row: "pd.Series[Any]") -> str:
-    """Return what a row of `stand_ins` is in words, with its decoder if it has one."""
-    name = "the survivors alone" if row["name"] == NONE else str(row["name"])
-    return f"{name} with {row['decoder']}" if row["decoder"] != REPLICA else name
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:

@@ -193,7 +193,7 @@ class System:
 
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
-    """Return `Coded.from_run` with the most accurate decoder that the policy can use; else a ConfigurationError."""
+    """Return `Coded.from_run` with the recommended decoder that the policy can use; else a ConfigurationError."""
     survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
     return Coded.from_run(folder, method, decoder, survivors)
 

@@ -23,9 +23,12 @@ from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, FileError
+from coin.modules import Coded
 from coin.networks import Compression, load_network
 from coin.pipeline.steps.merge import compress_file
 from coin.reporting import read_results
+from coin.reporting.choice import recommended
+from coin.reporting.summary import read_run, stand_ins, summarise
 from coin.serving.front_end import FrontEnd, Limits
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import Reply, System
@@ -106,12 +109,19 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
         assert accuracies(system, "expert-digits", "expert-letters") == pytest.approx(decoded)
 
 
-def test_the_decoder_is_the_most_accurate_that_the_policy_can_use(alone: Path, finished: Path) -> None:
-    results = read_results(alone / "seed-0")
-    means = results[~results.method.isin(["none", "oracle"])].groupby(["method", "decoder"]).decoded_accuracy.mean()
-    means = means.drop("linear", level="decoder")
+def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can_use(
+    alone: Path, finished: Path
+) -> None:
+    kept = stand_ins(summarise(read_run(alone)[1]))
+    kept = kept[~kept["name"].str.startswith(("none", "replica"))]
+    own = kept[kept["decoder"].isin(["expert_head", "feature_ridge-alone"])]
+    row = recommended(own)
     about = read_system(str(alone), None, None, PolicyKind("standin"), 0.9)[1]
-    assert about.platform in [f"coin (standin, {own[0]}, {own[1]})" for own in means.index[means == means.max()]]
+    assert about.platform == f"coin (standin, {row['name']}, {row['decoder']})"
+    row = recommended(kept)
+    system = Coded.from_run(alone)
+    assert (system.method, next(iter(system.decoders.values())).config.name) == (row["name"], row["decoder"])
+    assert read_system(str(alone), None, None, None, 0.9)[1].platform.endswith(f"{row['name']}, {row['decoder']})")
     assert list(about.classes) == ["digits", "letters"]
     assert read_system(str(alone), None, None, PolicyKind("coded_proactive"), 0.9)[1].platform.endswith("linear)")
     for folder, policy, decoder, told in (

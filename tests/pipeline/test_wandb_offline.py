@@ -94,7 +94,7 @@ def test_the_summary_has_the_numbers_of_the_file(runs: list[tuple[Path, Records]
     overview = summary_of(named(runs, "evaluate"))
     frame = read_results(finished / "seed-0")
     names = variant_names(frame)
-    assert {"average", "coin", "coin (recalibrate)", "coin (keep)", "distillation", "none", "oracle"} == set(names)
+    assert {"average", "coin", "coin-recalibrate", "coin-keep", "distillation", "none", "oracle"} == set(names)
     for (name, decoder), rows in frame.assign(name=names).groupby(["name", "decoder"]):
         assert overview[f"nda/{name}/{decoder}"] == pytest.approx(rows.nda.mean(), rel=1e-12)
 

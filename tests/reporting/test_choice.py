@@ -13,9 +13,13 @@ import pytest
 
 import coin
 from coin.cli import main
+from coin.commands.run import serve_command
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.choice import choose
+from coin.reporting import write_report
+from coin.reporting.choice import choose, recommended
 from coin.reporting.results import write_results
+from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.tables import print_summary
 from tests.reporting.conftest import BASE
 
 # method, decoder, NDA on a and on b, memory, resident memory, forwards, losses
@@ -76,6 +80,40 @@ def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
     sentence = chosen(folder, accuracy=1, losses=3)[1]
     assert "accurate enough is replica" in sentence
     assert "within the limits" not in sentence
+
+
+def test_all_that_names_a_stand_in_names_the_recommended_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    summary = summarise(read_run(folder)[1])
+    kept = stand_ins(summary)
+    row = recommended(kept)
+    assert (row["name"], row["decoder"]) == ("small", "expert_head")
+    assert choose(folder)[1].startswith("Keep small with expert_head (98.50 %")
+    print_summary(summary)
+    assert "In short: small with expert_head keeps 100.0 %" in " ".join(capsys.readouterr().out.split())
+    assert serve_command(folder, kept) == f"coin serve {folder} --method=small --decoder=expert_head"
+    page = " ".join(write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8").split())
+    # On average it is right more often than the expert: no more than all is kept.
+    assert "small keeps 100.0 ± 0.0 % of its accuracy with the expert_head decoder" in page
+    assert "Keep small with expert_head (98.50 %" in page
+    # Where none is accurate enough, the most accurate on the worst task.
+    weak = kept[kept["nda_worst"] < 0.98]
+    assert recommended(weak)["name"] == "uneven"
+    copies = kept[kept["name"] == "replica"].assign(name="replica-3bit")
+    assert serve_command(folder, copies) == f"coin serve {folder} --method=replica-3bit"
+    assert serve_command(folder, kept[kept["name"] == "none"]) == ""
+
+
+def test_nothing_is_recommended_where_the_experts_are_too_weak(tmp_path: Path):
+    costs = {"memory_mib": 1.0, "resident_mib": 1.0, "forwards": 1.0, "losses": 1.0}
+    rows = [replace(BASE, erased=task, task=task, nda=3.0, **costs) for task in "ab"]
+    write_results(tmp_path / "seed-0", rows, {})
+    found, sentence = choose(tmp_path)
+    assert found.empty
+    assert sentence.startswith("Nothing can be recommended: what stands in is right more often than the lost experts")
+    assert sentence in write_report(tmp_path).read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert serve_command(tmp_path, stand_ins(summarise(read_run(tmp_path)[1]))) == ""
 
 
 def test_limits_that_cannot_be_are_refused(folder: Path):

@@ -69,7 +69,7 @@ def test_a_method_has_one_colour_in_every_figure(measure: Measure):
     summary = summary_of(measure)
     texts = [text for text in nda_against_memory(stand_ins(summary)).axes[0].texts if isinstance(text, Annotation)]
     beside = {text.get_text().partition(",")[0]: str(text.get_color()) for text in texts}
-    assert beside["coin"] == beside["coin (recalibrate)"] == method_colour("coin-categorical")
+    assert beside["coin"] == beside["coin-recalibrate"] == method_colour("coin-categorical")
     assert len({beside[name] for name in ("average", "coin", "distillation", "none")}) == 4
     assert method_colour("readout_distillation") != method_colour("distillation")
     means = over_tasks(pd.concat([summary, summary.assign(samples_per_task=50)], ignore_index=True))

@@ -88,8 +88,8 @@ def test_order_of_appearance_is_kept_with_the_mean_after_the_tasks():
 
 def test_a_name_depends_on_the_method_s_own_options_alone():
     for method, batchnorm, name in (
-        ("none", "", "none"), ("coin", "auto:average", "coin"), ("coin", "recalibrate", "coin (recalibrate)"),
-        ("distillation-own", "keep", "distillation-own"), ("regmean", "keep", "regmean (keep)"),
+        ("none", "", "none"), ("coin", "auto:average", "coin"), ("coin", "recalibrate", "coin-recalibrate"),
+        ("distillation-own", "keep", "distillation-own"), ("regmean", "keep", "regmean-keep"),
     ):  # fmt: skip
         own = row(0, "a", 0.9, method=method, batchnorm=batchnorm)
         assert list(variant_names(frame(own))) == [name]

@@ -221,13 +221,24 @@ def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
 
 def coded_name(method: Method) -> str:
     """Return the name of a method's coded models: the label, and the BatchNorm policy if it is not the default."""
+    return _variant_name(method, method.label)
+
+
+def _variant_name(method: Method, label: str) -> str:
+    """Return the name that results have too (`variant_names`)."""
     plain = method.batchnorm is type(method).batchnorm
-    return method.label if plain else f"{method.label}-{method.batchnorm}"
+    return label if plain else f"{label}-{method.batchnorm}"
+
+
+def variant_files(method: Method) -> list[str]:
+    """Return the names of a method's coded models and of every compression of them."""
+    labels = [method.label, *(f"{method.label}-{each.name}" for each in method.compress)]
+    return [_variant_name(method, label) for label in labels]
 
 
 def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:
     """Return the files of a method's coded models, one a row of the code, followed by those of every compression."""
-    names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress)]
+    names = variant_files(method)
     rows = [""] if num_coded == 1 else [f".row-{row}" for row in range(num_coded)]
     return [folder / f"{name}{row}.safetensors" for name in names for row in rows]
 
