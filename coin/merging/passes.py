@@ -47,6 +47,8 @@ ROWS = 8  # of a regression for each of its unknowns: more where they are cheap,
 CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
 READ = 16  # multiplications that take as long as reading a number where it lies alone
 LEAST = 256  # rows of a regression, where there are as many
+MOST_KEPT = 0.1  # with a larger share of parameters that are in no unit a warning is given
+NO_ADAPTERS = "has no adapters"
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
 
 
@@ -299,6 +301,17 @@ def default_memory_mib(device: torch.device) -> int:
     return max(1, int(SHARE * free) >> 20)
 
 
+def warn_of_kept(body: Body, label: str, what: str) -> None:
+    """Warn where more than a tenth of a body's parameters are in no unit; `what` says what a method does of these."""
+    sizes = {name: parameter.numel() for name, parameter in body.network.named_parameters()}
+    share = sum(sizes[name] for name in body.kept) / sum(sizes.values())
+    if share > MOST_KEPT:
+        kind = type(body.network).__name__
+        told = f"method '{label}' {what} of {share:.0%} of the parameters of {kind}, such as '{body.kept[0]}'"
+        told = f"{told}, of no affine map that runs once; compare it with other methods on this network"
+        warnings.warn(told, CoinWarning, stacklevel=3)
+
+
 def fit_body(
     body: Body, experts: Experts, row: Sequence[float], label: str, *, ridge: float | None, own_share: float = 1.0,
     rounding: Rounding | None = None, adapters: AdapterOptions | None = None, memory_mib: int | None = None,
@@ -362,6 +375,7 @@ def adapt(
     copied = plain(clone(network)).to(experts.source.device).eval()
     called = called_by(copied, experts.forward)  # as the experts are
     body = Body.of(called, experts, [tensors_of(copied)], [1.0])
+    warn_of_kept(body, label, NO_ADAPTERS)
     fitted, adapters = fit_body(body, experts, row, label, ridge=None, adapters=options)
     return plain(fitted), adapters
 

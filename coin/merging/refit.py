@@ -1,6 +1,5 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
-import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
@@ -9,17 +8,16 @@ import torch
 from torch import nn
 
 from coin.core.choices import check_integer, check_number, parse_enum
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import ConfigurationError
 from coin.files.tensors import weighted_sum
 from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
-from coin.merging.passes import Body, fit_body
+from coin.merging.passes import NO_ADAPTERS, Body, fit_body, warn_of_kept
 from coin.networks.adapters import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
 
-MOST_AVERAGED = 0.1  # with a larger share of parameters that cannot be refitted a warning is given
 OWN_SHARE = 0.6  # N times the share of the experts' own targets in both: N answers are decoded from one for all
 
 
@@ -102,12 +100,7 @@ class Refit(Method):
         body = Body.of(average, experts, list(experts.source.tensors), row)
         network, adapters = self._refit(experts, row, body)
         experts.check_coded(network, self.label)
-        sizes = {name: parameter.numel() for name, parameter in average.named_parameters()}
-        share = sum(sizes[name] for name in body.kept) / sum(sizes.values())
-        if share > MOST_AVERAGED:
-            told = f"method '{self.label}' kept the average of {share:.0%} of the parameters of"
-            told = f"{told} {type(average).__name__}, such as '{body.kept[0]}', of no affine map that runs once"
-            warnings.warn(f"{told}; compare it with other methods on this network", CoinWarning, stacklevel=2)
+        warn_of_kept(body, self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
         chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, adapters, body)
 

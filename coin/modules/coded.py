@@ -256,7 +256,8 @@ class Coded:
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
 
-        Compressed coded models are written as they are kept.
+        Compressed coded models are written as they run: packed, or where they are deltas from a base whole, since the
+        base is in no file of the system; `nbytes` after `load` is then that of whole networks.
         """
         experts = [fingerprint(expert.state_dict()) for expert in self.experts]
         coded, bodies = [all_tensors(network) for network in self.coded], [Body.of(network) for network in self.coded]

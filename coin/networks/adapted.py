@@ -199,11 +199,11 @@ def resident_nbytes(network: nn.Module) -> int:
 
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file."""
-    state: dict[str, Tensor] = network.state_dict()
+    state: dict[str, Tensor] = network.state_dict(keep_vars=True)
     every = network.named_modules(remove_duplicate=False)
     kept = {f"{name}.": own for name, own in every if isinstance(own, Kept)}
-    plain = [tensor for name, tensor in state.items() if not name.startswith(tuple(kept))]
-    return sum(tensor.nbytes for tensor in plain) + sum(own.stored_nbytes for own in {*kept.values()})
+    plain = {id(tensor): tensor for name, tensor in state.items() if not name.startswith(tuple(kept))}  # tied ones once
+    return sum(tensor.nbytes for tensor in plain.values()) + sum(own.stored_nbytes for own in {*kept.values()})
 
 
 def tensor_nbytes(network: nn.Module) -> int:

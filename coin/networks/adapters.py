@@ -21,7 +21,8 @@ class AdapterOptions:
 
     Args:
         rank: r of the correction of every matrix; 0 for scales and biases alone.
-        memory_mib: In place of a rank, the MiB of all adapters together; the largest rank is taken that fits.
+        memory_mib: In place of a rank, the MiB of the adapters of all experts beside one body (there is a body for each
+            row of the code); the largest rank is taken that fits.
         ridge: μ, relative to the mean diagonal entry of the inputs' covariance, above 0.
     """
 

@@ -27,7 +27,17 @@ _DECIDING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucket
 _DECIDING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
 _DECIDING |= {"trunc", "numpy", "eq", "ne", "lt", "le", "gt", "ge", "repeat_interleave", "masked_select"}
 _DECIDING |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+# Comparisons and rounding: their results may also be factors that leave every row where it is.
+_COMPARING = {"eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "sign"}
+_COMPARING |= {"sgn", "heaviside", "round", "floor", "ceil", "trunc"}
+# Functions whose results' entries are of the arguments' entries in the same place, or attention under a mask.
+_IN_PLACE = {"where", "masked_fill", "mul", "multiply", "add", "sub", "subtract", "div", "divide", "true_divide", "pow"}
+_IN_PLACE |= {"maximum", "minimum", "clamp", "clamp_min", "clamp_max", "lerp", "addcmul", "addcdiv", "rsub"}
+_IN_PLACE |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
+_IN_PLACE |= {f"__{kind}{name}__" for kind in ("", "r", "i") for name in ("mul", "add", "sub", "truediv", "div", "pow")}
+_LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}  # of which the first argument alone gives values
 _FOLLOWED = "_coin_followed"  # an attribute of tensors that are made of parameters
+_DECISION = "_coin_decision"  # and of these, of what a comparison of them makes, before it meets others
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -51,18 +61,35 @@ class Interceptor(TorchFunctionMode):
         if not self._follow:
             return self._call(func, args, options)
         given = tensors_in((args, options))
-        followed = any(hasattr(each, _FOLLOWED) for each in given)
         name = getattr(func, "__name__", "")
-        if name in _DECIDING or name.removesuffix("_") in _DECIDING or (name == "__getitem__" and _picks(*args)):
+        name = name if name.endswith("__") else name.removesuffix("_")
+        followed = [each for each in given if hasattr(each, _FOLLOWED)]
+        if name in _LIKE:
+            followed = [each for each in followed if each is args[0]]
+        decisions = [each for each in followed if hasattr(each, _DECISION)]
+        compares, in_place = name in _COMPARING, name in _IN_PLACE
+        if name == "__setitem__":  # a number, in the places of a mask
+            in_place = not tensors_in(args[2:])
+        if name in _DECIDING or (name == "__getitem__" and _picks(*args)):
             self.sorts = True
-            self._decided = self._decided or followed  # by parameters, which differ between networks
+        # By parameters, which differ between networks: at once, or where a comparison's result meets other activations.
+        if name == "__getitem__":
+            places = any(hasattr(each, _FOLLOWED) for each in tensors_in(_index(args[1])))
+        elif decisions and len(followed) > 1:
+            places = not in_place and not compares
+        else:
+            places = bool(followed) and name in _DECIDING and not compares
+        self._decided = self._decided or places
         result = self._call(func, args, options)
-        made = tensors_in(result)
+        made = [each for each in tensors_in(result) if not isinstance(each, nn.Parameter)]
         self.reads.update(each.grad_fn for each in given if made)
-        if followed or any(isinstance(each, nn.Parameter) for each in given):
-            for each in made:
-                if not isinstance(each, nn.Parameter):
-                    setattr(each, _FOLLOWED, True)
+        is_decision = bool(followed) and (compares or len(decisions) == len(followed))
+        for each in made:
+            if followed or any(isinstance(one, nn.Parameter) for one in given):
+                setattr(each, _FOLLOWED, True)
+            is_discrete = not (each.is_floating_point() or each.is_complex())
+            if is_decision or (followed and is_discrete):
+                setattr(each, _DECISION, True)
         return result
 
     def _call(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -87,8 +114,13 @@ class Interceptor(TorchFunctionMode):
 
 def _picks(source: Tensor, at: Any) -> bool:
     """Say whether an index is made of values, other than into a table of parameters."""
-    parts = [(i.start, i.stop) if isinstance(i, slice) else i for i in (at if type(at) is tuple else [at])]
-    return bool(tensors_in(parts)) and not isinstance(source, nn.Parameter)
+    return bool(tensors_in(_index(at))) and not isinstance(source, nn.Parameter)
+
+
+def _index(at: Any) -> list[Any]:
+    """Return the parts of an index, of slices their ends."""
+    parts = at if type(at) is tuple else [at]
+    return [(part.start, part.stop) if isinstance(part, slice) else part for part in parts]
 
 
 def leaves(output: Tensor) -> set[int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 import coin
 from coin.coding import uniform
-from coin.errors import ConfigurationError, DataError, StateError
+from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
 from coin.merging.adapters import Moments
 from coin.merging.peft import save_peft
@@ -382,7 +382,11 @@ def test_shared_weights_and_embeddings_stay_and_attention_is_seen():
     experts = [Tied().eval() for _ in range(2)]
     inputs = [[torch.randint(9, (40, 5))] for _ in experts]
     units = {unit.weight for unit in affine_units(experts[0], inputs[0][0]).units}
-    adapted = fit_adapters(experts[0], experts, inputs, rank=2)
+    with pytest.warns(CoinWarning, match=r"'fit_adapters' has no adapters of \d\d% of the parameters of Tied"):
+        adapted = fit_adapters(experts[0], experts, inputs, rank=2)
+    for method in (Average, Refit):
+        with pytest.warns(CoinWarning, match=rf"'{method.name}\+rank2' has no adapters of \d\d% of the parameters"):
+            merge_networks(method(adapters={"rank": 2}), experts, [[0.5, 0.5]], calibration=inputs)
     changed = set(adapted.adapters[0].changes)
     assert {"map.weight", "map.bias", "attention.in_proj_weight", "attention.out_proj.bias"} <= changed
     assert changed <= units | {name.replace("weight", "bias") for name in units}

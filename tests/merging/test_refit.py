@@ -740,6 +740,50 @@ def test_rows_that_are_not_of_the_sample_that_they_are_taken_for_are_left_alone(
     assert residuals[0] < residuals[1]
 
 
+class Chosen(nn.Module):
+    """Maps with a decision between them that activations make."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.first, self.second, self.head, self.choose = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), choose
+
+    def forward(self, x):  # [B, 4, 4]
+        return self.head(torch.tanh(self.second(self.choose(self.first(x)))).mean(1))
+
+
+def set_to_zero(x):
+    y = x.clone()
+    y[x < 0] = 0
+    return y
+
+
+IN_PLACE = {
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "mask": lambda x: x * (x > 0).to(x),
+    "masked fill": lambda x: x.masked_fill(x.lt(0), 0),
+    "set": set_to_zero,
+    "rounded": lambda x: x + (x.round() - x).detach(),
+    "masked attention": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=(x @ x.mT) > -9),
+    "table": lambda x: x + (x.mean(1, keepdim=True) * torch.ones(4, 1))[:, torch.tensor([0, 1, 1, 3])],
+}
+PLACED = {
+    "index": lambda x: x[(x > -9).all(2)].view(x.shape),
+    "gathered": lambda x: x.gather(1, (0 * x).long()),
+    "product": lambda x: torch.eye(4).expand(len(x), 4, 4).ge(x.mean((1, 2), keepdim=True)).type_as(x) @ x,
+    "sorted": lambda x: x.sort(1).values,
+    "looked up": lambda x: x[:, (0 * x[0, :, 0]).long()],
+}
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, *PLACED])
+def test_only_what_places_rows_by_activations_keeps_maps_from_being_fitted(name):
+    torch.manual_seed(0)
+    network = Chosen({**IN_PLACE, **PLACED}[name]).eval()
+    units = {unit.weight for unit in affine_units(network, torch.randn(3, 4, 4)).units}
+    expected = {"first.weight", "head.weight"} | ({"second.weight"} if name in IN_PLACE else set())
+    assert units == expected
+
+
 class Unbatched(torch.autograd.Function):
     """The identity, whose backward pass goes through NumPy and so takes no batch."""
 

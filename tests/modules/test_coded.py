@@ -314,3 +314,31 @@ def test_threads_decode_at_once(training):
         sys.setswitchinterval(interval)
     assert not wrong
     assert {module.training for module in system.module.modules()} == {training}
+
+
+class OnlyChild(nn.Module):
+    """A network whose only child has the name that bodies with adapters use."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("adapters", [None, {"rank": 2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("code", [[[0.5, 0.5]], [[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]]])
+def test_what_is_saved_is_loaded_whatever_its_names_classes_and_types(adapters, dtype, code, tmp_path):
+    torch.manual_seed(0)
+    experts = [OnlyChild().to(dtype).eval() for _ in range(2)]
+    inputs = [[torch.randn(50, 6, dtype=dtype)] for _ in experts]
+    coded = merge_networks(Average(adapters=adapters), experts, code, calibration=inputs)
+    system = Coded(code, experts, coded).fit_decoder(inputs[0], [0], "expert_head" if adapters else "linear")
+    decoded = system.decode(inputs[1][0], [0])
+    assert decoded.dtype == dtype
+    system.save(tmp_path / "system.safetensors")
+    again = Coded.load(tmp_path / "system.safetensors", experts)
+    assert torch.equal(again.decode(inputs[1][0], [0]), decoded)
+    assert again.nbytes == system.nbytes

@@ -314,3 +314,9 @@ def test_what_names_no_experts_is_refused_in_a_line(made, experts, message):
     _, _, body, _, x = made
     with pytest.raises(ConfigurationError, match=message), coin.answering([body], experts):
         body(x)
+
+
+def test_tied_tensors_are_stored_once():
+    network = Network()
+    once = sum(parameter.nbytes for parameter in network.parameters()) + sum(b.nbytes for b in network.buffers())
+    assert stored_nbytes(network) == once

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from coin.cli import main
+from coin.modules import Coded
 from coin.networks import load_network
 from coin.reporting import read_results
 
@@ -18,6 +19,7 @@ REPLICAS = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}]
 METHODS = [
     {"class_path": "Average", "init_args": {"compress": {"bits": 8}}},
     {"class_path": "Refit", "init_args": {"compress": [{"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}]}},
+    {"class_path": "Average", "init_args": {"adapters": {"rank": 2}, "compress": {"bits": 4, "base_bits": 0}}},
 ]
 
 
@@ -57,6 +59,15 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     assert resident_mib["refit"] == kept_mib["refit"]
     assert resident_mib["refit-8bit-int8base"] == pytest.approx(resident_mib["refit"], rel=1e-3)  # a delta is unpacked
     assert kept_mib["refit-2bit"] < resident_mib["refit-2bit"] < resident_mib["refit"]
+    for method, mib in frame[frame.decoder == "linear"].groupby("method").memory_mib.first().items():
+        if method not in ("none", "oracle"):
+            assert Coded.from_run(seed, method, "linear").nbytes / 2**20 == pytest.approx(mib)
+    bodies = frame[frame.method.str.contains("rank2")].groupby("method").memory_mib.first()
+    assert list(bodies.index) == ["average+rank2", "average+rank2-4bit"]
+    for method, mib in bodies.items():
+        system = Coded.from_run(seed, method, "expert_head")
+        (heads,) = {decoder.nbytes for decoder in system.decoders.values()}
+        assert (system.nbytes + heads) / 2**20 == pytest.approx(mib)
     references = frame[frame.method.isin(["none", "oracle"])]
     assert references.resident_mib.equals(references.memory_mib)
     kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
