@@ -73,6 +73,7 @@ def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, 
             "seconds": seconds,
             "elsewhere": bool(why) and launch.side_by_side and planned.step.remote,
             "why": why,
+            "made_by": planned.step.other_versions,
         }
         for planned, why, seconds in outlook(steps)
     ]
@@ -86,7 +87,8 @@ def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, 
     for row in rows:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
         place = " elsewhere" if row["elsewhere"] else ""
-        print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{place}".rstrip())
+        made = f"by {row['made_by']}, not the versions of now" if row["made_by"] else ""
+        print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{made}{place}".rstrip())
     if launch.side_by_side:
         print(f"elsewhere: {launch.executor}, {launch.workers} at a time")
 

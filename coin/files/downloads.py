@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from coin.errors import FileError, first_line
+from coin.files.atomic import sha256_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face's, the better one first
 
@@ -17,6 +18,12 @@ def hub_weights(place: str) -> list[Path]:
         folder = next((Path(path).parent for path in cached if isinstance(path, str)), folder)
     whole = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     return [whole] if whole else sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def folder_contents(place: str, *, weights: bool) -> dict[str, str]:
+    """Return the SHA-256 of a local folder's configuration and, with `weights`, of these, by name; {} for an ID."""
+    files = [*Path(place).glob("*.json"), *(hub_weights(place) if weights else [])] if Path(place).is_dir() else []
+    return {path.name: sha256_of(path) for path in sorted(files)}
 
 
 def fetch_from_hub(place: str) -> None:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,24 @@ import numpy as np
 from jsonargparse import Namespace
 from torch import Tensor
 
-from coin.data import TaskData
+from coin.data import Glyphs, TaskData
+from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.files.user_code import source_of, source_of_path
 from coin.merging import Method
+from coin.trainer import make_trainer
 
 _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Options of how many processes a step runs on, and their defaults."""
 
 _WITHOUT_EFFECT = (
-    *("accelerator", "barebones", "detect_anomaly", "enable_autolog_hparams", "enable_model_summary", "plugins"),
+    *("accelerator", "barebones", "detect_anomaly", "enable_autolog_hparams", "enable_model_summary"),
     *("enable_progress_bar", "inference_mode", "log_every_n_steps", "num_sanity_val_steps", "profiler"),
 )
 """Options of the Trainer that change no result."""
+_USUAL_PRECISION = (32, "32", "32-true")
+_AS_MANY_AS_THERE_ARE = ("auto", -1, "-1")
+"""Values of ``devices`` for which Lightning counts them."""
 
 
 def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
@@ -33,9 +39,33 @@ def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, A
     numbers on one process and on many.
     """
     kept = {name: value for name, value in trainer.items() if name not in _WITHOUT_EFFECT and value is not None}
+    if kept.get("precision") in _USUAL_PRECISION:
+        del kept["precision"]
     if training:
+        if kept.get("devices") in _AS_MANY_AS_THERE_ARE:
+            kept["devices"] = _device_count(trainer.get("accelerator", "auto"))
         return {name: value for name, value in kept.items() if value != _ON_PROCESSES.get(name)}
     return {name: value for name, value in kept.items() if name not in _ON_PROCESSES}
+
+
+@cache
+def _device_count(accelerator: str) -> int:
+    return make_trainer(Path(), {"accelerator": accelerator, "devices": "auto"}).num_devices
+
+
+def training_task(task: TaskData) -> TaskData:
+    """Return a task for the keys of what reads no test samples and has batches of its own.
+
+    Options that change nothing there are at their defaults, so that a key is that of a task without them.
+    """
+    without = {"max_test": None, "num_workers": 0, "eval_batch_size": 256, "batch_size": 64}
+    tests = {"test_per_class": 100} if isinstance(task, Glyphs) else {}
+    return task_with(task, **without, **tests)
+
+
+def training_tasks(tasks: Mapping[str, TaskData]) -> dict[str, TaskData]:
+    """Return `training_task` of every task."""
+    return {name: training_task(task) for name, task in tasks.items()}
 
 
 def config_dict(value: Any) -> Any:

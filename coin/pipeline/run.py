@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +15,7 @@ import pandas as pd
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.core.processes import each_on_its_own, on_rank_zero, process_count, rank_zero_info
-from coin.errors import CoinError, ConfigurationError, first_line
+from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan
@@ -54,9 +55,20 @@ def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Plann
         raise ConfigurationError(f"{told}; leave out one")
     on_rank_zero(experiment.fetch)
     steps = plan(experiment)
+    on_rank_zero(partial(warn_of_versions, steps))
     if on_rank_zero(lambda: not all(each.step.is_done for each in steps)):
         experiment.check_parts()
     return steps
+
+
+def warn_of_versions(steps: Sequence[Planned]) -> None:
+    """Warn of steps that another version of coin or torch has made: their numbers would stand beside those of this."""
+    made = {each.step.name: each.step.other_versions for each in steps if each.step.other_versions}
+    if made:
+        name, first = next(iter(made.items()))
+        told = f"{len(made)} finished steps were made by other versions, the first of them {name} by {first}"
+        advice = f"remove their folders in '{steps[0].step.store}' to make them anew"
+        warnings.warn(f"{told}; they are used as they are: {advice}", CoinWarning, stacklevel=2)
 
 
 def join_processes(folder: Path, options: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from coin.pipeline.options import config_dict
 STORE = ".steps"
 """The folder of all steps, in that of all experiments."""
 DONE = "done.json"
+_COMPARED = ("coded-coin", "torch")
 
 
 def keyed_by(digest: Callable[[Any], Any], **options: Any) -> Any:
@@ -102,6 +103,15 @@ class Step(ABC):
     def is_done(self) -> bool:
         """Whether its folder is finished."""
         return (self.folder / DONE).is_file()
+
+    @property
+    def other_versions(self) -> str:
+        """The versions of coin and torch that have made a finished step, where they are not those of now; or ''."""
+        try:
+            made = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
+            return ", ".join(f"{name} {made[name]}" for name in _COMPARED if made[name] != versions()[name])
+        except (OSError, ValueError, KeyError, TypeError):  # not finished, or a record of no use
+            return ""
 
     def finish(self, seconds: float) -> None:
         """Mark its folder as finished, with what it was made from and the seconds that it took."""

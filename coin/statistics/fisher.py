@@ -42,7 +42,7 @@ class FisherOptions:
     Args:
         kind: Which diagonal.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind; none takes 1.
-        memory_mib: Bound on the working memory in MiB, beside the network and the sums; numbers do not depend on it.
+        memory_mib: Bound on the working memory in MiB, beside the network and the sums; it changes last bits alone.
         samples_per_task: P, the number of unlabelled samples of each task, where they are drawn.
     """
 

@@ -8,8 +8,10 @@ import pytest
 
 from coin.commands.run import read_experiment
 from coin.errors import FileError
+from coin.files.downloads import folder_contents
 from coin.pipeline.plan import Planned, plan, union
 from coin.pipeline.step import Step
+from coin.pipeline.steps.train import place_key
 
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
@@ -49,7 +51,17 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
     [
         ("--trainer={enable_progress_bar: false, log_every_n_steps: 1}", set()),
         ("--wandb.tags=[mine]", set()),
-        ("--calibration.memory_mib=99", set()),
+        (
+            "--calibration.memory_mib=99",
+            FISHERS | {"coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "evaluate"},
+        ),
+        ("--trainer={precision: 32, devices: auto, accelerator: cpu}", set()),
+        ("--trainer={plugins: [{class_path: a.B}]}", BASE | EXPERTS | AFTER_EXPERTS),
+        ("--tasks.letters.init_args.num_workers=1", set()),
+        ("--tasks.letters.init_args.batch_size=16", set()),
+        ("--tasks.letters.init_args.eval_batch_size=16", {"evaluate"}),
+        ("--tasks.letters.init_args.test_per_class=5", {"evaluate"}),
+        ("--tasks.digits.init_args.max_test=50", {"evaluate"}),
         ("--base.lr=0.3", BASE | EXPERTS | AFTER_EXPERTS),
         ("--expert.lr=0.3", EXPERTS | AFTER_EXPERTS),
         (
@@ -74,6 +86,18 @@ def test_an_option_changes_the_keys_of_what_it_changes(
 ) -> None:
     before, after = keys(planned()), keys(planned(option))
     assert {name for name, key in after.items() if before.get(name) != key} == changed
+
+
+def test_an_edited_folder_of_hugging_face_s_changes_its_key(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "a", "1": "b"}}')
+    (tmp_path / "model.safetensors").write_text("weights")
+    before, weighed = place_key(f"hf/{tmp_path}"), folder_contents(str(tmp_path), weights=True)
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "b", "1": "a"}}')
+    assert place_key(f"hf/{tmp_path}") != before
+    assert folder_contents(str(tmp_path), weights=True).keys() == {"config.json", "model.safetensors"}
+    assert folder_contents(str(tmp_path), weights=True) != weighed
+    assert place_key("hf/some/id") == "hf/some/id"
+    assert place_key("weights.pth") is None
 
 
 def test_seeds_and_points_share_what_has_one_key(planned: Callable[..., list[Planned]]) -> None:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from coin.core.versions import versions
 from coin.data import Digits, ImageFolder
-from coin.errors import ConfigurationError, FileError
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.merging import Average
 from coin.pipeline.options import config_dict
-from coin.pipeline.run import execute
+from coin.pipeline.plan import Planned
+from coin.pipeline.run import execute, warn_of_versions
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
 
 
@@ -108,6 +110,18 @@ def test_why_a_step_has_to_run_and_what_its_like_took(tmp_path: Path) -> None:
     )
     (made.folder / DONE).write_text("{")  # a damaged record is of no use, and no harm
     assert write(tmp_path, option={"lr": 9, "epochs": 2}).before() == ("changed: option.epochs", 5.0)
+
+
+def test_a_step_of_another_version_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write(tmp_path)
+    assert made.other_versions == ""
+    execute(made)
+    assert made.other_versions == ""
+    current = versions()
+    monkeypatch.setattr("coin.pipeline.step.versions", lambda: {**current, "torch": "9.0", "numpy": "9.0"})
+    assert made.other_versions == f"torch {current['torch']}"
+    with pytest.warns(CoinWarning, match=rf"1 finished steps .*, the first of them a by torch {current['torch'][:3]}"):
+        warn_of_versions([Planned(made, "it", None)])  # type: ignore[arg-type]
 
 
 def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from coin.coding import Code, DecoderConfig
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
+from coin.data.tasks import task_with
 from coin.errors import CoinWarning
 from coin.files.atomic import write_text
 from coin.merging import Experts
@@ -43,6 +44,11 @@ def _key(calibration: CalibrationConfig) -> dict[str, Any]:
     return samples_key(calibration) | (promise if calibration.promise_samples else {})
 
 
+def measured_tasks(tasks: dict[str, TaskData]) -> dict[str, TaskData]:
+    """Return tasks for the key of an evaluation: workers change nothing, and it reads no training batches."""
+    return {name: task_with(task, num_workers=0, batch_size=64) for name, task in tasks.items()}
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate(Step):
     """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders."""
@@ -55,7 +61,7 @@ class Evaluate(Step):
     replicas: list[CompressExperts]
     code: Code = keyed_by(lambda code: code.matrix.tolist())
     decoders: list[DecoderConfig] | None
-    tasks: dict[str, TaskData]
+    tasks: dict[str, TaskData] = keyed_by(measured_tasks)
     calibration: CalibrationConfig = keyed_by(_key)
     trainer: dict[str, Any] = keyed_by(lambda trainer: result_options(trainer, training=False))
     configuration: dict[str, Any] = unkeyed()  # what ``results.json`` says of the experiment

@@ -27,9 +27,10 @@ from coin.networks.batchnorm import batchnorms
 from coin.networks.experts import ExpertFiles
 from coin.networks.files import int8_path, kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
-from coin.pipeline.options import config_dict, result_options
+from coin.pipeline.options import config_dict, result_options, training_tasks
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import estimate_over_tasks, make_trainer
@@ -56,7 +57,7 @@ class EstimateStatistic(Step):
     which: Statistic
     task_name: str
     expert: ExpertStep
-    tasks: dict[str, TaskData]
+    tasks: dict[str, TaskData] = keyed_by(training_tasks)
     calibration: CalibrationConfig = unkeyed()
     trainer: dict[str, Any] = unkeyed()
     pass_options: dict[str, Any] = field(init=False)
@@ -64,7 +65,9 @@ class EstimateStatistic(Step):
 
     def __post_init__(self) -> None:
         options = self.calibration.options_of(self.which)
-        own = {} if options is None else {"mc_samples": options.mc_samples}
+        own: dict[str, Any] = {} if options is None else {"mc_samples": options.mc_samples}
+        if options is not None and options.memory_mib != DEFAULT_MEMORY_MIB:
+            own["memory_mib"] = options.memory_mib  # the order of a sum: its last bits
         object.__setattr__(self, "pass_options", samples_key(self.calibration) | own)
 
     def run(self) -> None:
@@ -89,7 +92,7 @@ class Merge(Step):
     experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
     initial: WriteInitial | None  # given, as the trainer, to methods that read it only
-    tasks: dict[str, TaskData]
+    tasks: dict[str, TaskData] = keyed_by(training_tasks)
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] | None = keyed_by(lambda trainer: trainer and result_options(trainer, training=True))

@@ -17,15 +17,16 @@ from coin.data.tasks import task_with
 from coin.data.transform import TransformSpec, build_transforms
 from coin.errors import FileError, first_line
 from coin.files.atomic import hashes, sha256_of
+from coin.files.downloads import folder_contents
 from coin.files.user_code import source_of_path
 from coin.modules import Expert
 from coin.networks import NetworkConfig, save_network
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
-from coin.networks.hub import PREFIX
+from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.recipe import Recipe
 from coin.networks.sources import ImportPath
 from coin.networks.weights import TO_GO_ON, read_checkpoint
-from coin.pipeline.options import result_options
+from coin.pipeline.options import result_options, training_task
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
@@ -66,7 +67,19 @@ def network_key(network: NetworkConfig) -> dict[str, Any]:
     named = network if network.weights_file is None else replace(network, weights=None)
     options = {option.name: getattr(named, option.name) for option in fields(named)}
     source = source_of_path(network.name) if isinstance(network.source, ImportPath) else None
-    return options if source is None else {**options, "source": source}
+    options |= {} if source is None else {"source": source}
+    if isinstance(network.source, HuggingFace):
+        contents = folder_contents(network.source.place, weights=network.weights is not None)
+        options |= {"contents": contents} if contents else {}
+    return options
+
+
+def place_key(place: str) -> Any:
+    """Return a place of Hugging Face's, a folder with the contents of its configuration; None for a file."""
+    if not place.startswith(PREFIX):
+        return None
+    contents = folder_contents(local_place(place), weights=False)  # which are among the step's files
+    return {"place": place, "contents": contents} if contents else place
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,7 +123,7 @@ class TrainNetwork(Step):
 
     network: NetworkConfig = keyed_by(network_key)
     config: TrainingConfig
-    task: TaskData
+    task: TaskData = keyed_by(training_task)
     seed: int
     trainer: dict[str, Any] = keyed_by(partial(result_options, training=True))
     task_name: str | None = None
@@ -169,7 +182,7 @@ class ImportExpert(Step):
     network: NetworkConfig = keyed_by(network_key)
     task_name: str
     classes: list[str]
-    place: str = keyed_by(lambda place: place if place.startswith(PREFIX) else None)
+    place: str = keyed_by(place_key)
     files: list[Path]
     head: dict[str, Any] | None
     initial: WriteInitial
