@@ -209,7 +209,7 @@ class FrontEnd:
         return LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
 
     def is_full(self, name: str, room: float = ROOM) -> bool:
-        """Return whether a request would wait for more than this share of `timeout`, by the pace of the last replies."""
+        """Return whether a request would wait for more than this share of `timeout`, by the last replies' pace."""
         return self.servers[name].expected_wait() > room * self.limits.timeout
 
     def _request_stand_ins(self, query: _Query, expert: int, room: float = ROOM) -> None:
