@@ -10,7 +10,9 @@ from typing import Any
 
 from coin.core.choices import check_number
 from coin.errors import DeadlineError, LostError, OverloadedError, ServingError, first_line
-from coin.serving.policies import Lateness, Policy, StandIns
+from coin.serving.policies import Lateness, Pace, Policy, StandIns
+
+ROOM = 0.7  # the share of `timeout` that a request may be expected to wait: the rest is for waits longer than expected
 
 logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own
 
@@ -25,7 +27,8 @@ class Limits:
 
     Args:
         deadline: Seconds after which a query fails, including the time to read it.
-        timeout: Seconds after which a request to a server is lost.
+        timeout: Seconds after which a request to a server is lost. One is refused at once where the wait to expect is
+            more than 0.7 of this: what is above is for waits longer than expected.
         reading: Seconds that a query's body may take to arrive.
         initial_lateness: Seconds after which an own answer is late, before any was measured.
         queries: The largest number of running queries, including those being read.
@@ -65,7 +68,8 @@ class ServerState:
     """A server, doubted if its last request failed: nobody waits for it alone then; one request at a time tries it.
 
     Silence is the time since which it has answered nothing though it was asked: a process that was killed or hangs
-    refuses no request, it leaves them unanswered until their time is up.
+    refuses no request, it leaves them unanswered until their time is up. `pending` are the requests that queries wait
+    for; `running`, these and the late ones, whose replies still show that the server is alive.
     """
 
     name: str
@@ -73,14 +77,20 @@ class ServerState:
     doubted: bool = False
     answered_at: float = -math.inf
     silent_since: float = math.inf
-    pending: set[asyncio.Task[Any]] = field(default_factory=set)
+    pending: set[asyncio.Future[Any]] = field(default_factory=set)
+    running: dict[asyncio.Task[Any], float] = field(default_factory=dict)  # by when they began, the oldest first
+    pace: Pace = field(default_factory=Pace)
+
+    def expected_wait(self) -> float:
+        """Return after how many seconds one more request would be answered; 0 if nothing is known of the server."""
+        return (len(self.running) + 1) * self.pace.seconds if self.running else 0.0
 
 
 @dataclass(eq=False)
 class _Query:
     inputs: Sized
     patience: float | None  # seconds until an own answer is late
-    requests: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # by server, which is asked once at most
+    requests: dict[str, asyncio.Future[Any]] = field(default_factory=dict)  # by server, which is asked once at most
     in_time: int = 0  # how many own answers were
     late: bool = False
 
@@ -166,7 +176,7 @@ class FrontEnd:
         if not ((own.doubted or is_silent) and own.pending and stand_ins):
             self._request(query, name)
         if self.policy.moment == "at once":
-            self._request(query, *stand_ins)
+            self._request_stand_ins(query, expert, room=ROOM / 2)  # what experts are asked for themselves comes first
         if name in query.requests and not own.doubted:
             await asyncio.wait({query.requests[name]}, timeout=query.patience)
             query.late |= not query.requests[name].done()
@@ -175,7 +185,7 @@ class FrontEnd:
             replies = query.replies()
             if by := next((each for each in (name, *copies) if each in replies), None):
                 return Answer(expert, replies[by], False, (by,))
-            self._request(query, *stand_ins)
+            self._request_stand_ins(query, expert)
             if self.stand_ins.suffice(expert, replies):
                 used = tuple(each for each in stand_ins if each in replies)
                 return Answer(expert, self._decode(expert, replies), True, used)
@@ -185,18 +195,50 @@ class FrontEnd:
             elif name not in query.requests:
                 self._request(query, name)  # doubted or not: nobody else is left
             else:
-                lost = query.replies(lost=True)
-                told = LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
-                raise next((error for error in lost.values() if isinstance(error, OverloadedError)), told)
+                raise self._failure(query, stand_ins)
+
+    def _failure(self, query: _Query, stand_ins: Sequence[str]) -> ServingError:
+        """Return why the servers cannot answer: OverloadedError if one of them is only full, else LostError."""
+        lost = query.replies(lost=True)
+        for error in lost.values():
+            if isinstance(error, OverloadedError):
+                return error
+        for name in stand_ins:
+            if name not in query.requests and not self.servers[name].doubted:
+                return _full(name)
+        return LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
+
+    def is_full(self, name: str, room: float = ROOM) -> bool:
+        """Return whether a request would wait for more than this share of `timeout`, by the last replies' pace."""
+        return self.servers[name].expected_wait() > room * self.limits.timeout
+
+    def _request_stand_ins(self, query: _Query, expert: int, room: float = ROOM) -> None:
+        """Ask the servers that stand in for an expert, unless too many of them are full to make up for it."""
+        stand_ins = self.stand_ins.of[expert]
+        free = {name for name in stand_ins if name in query.requests or not self.is_full(name, room)}
+        if self.stand_ins.suffice(expert, free):
+            self._request(query, *stand_ins)
 
     def _request(self, query: _Query, *names: str) -> None:
-        """Ask servers that this query has not asked yet."""
+        """Ask servers that this query has not asked yet; those that are full are refused for it at once."""
+        loop = asyncio.get_running_loop()
         for name in names:
-            if name not in query.requests:
-                server = self.servers[name]
-                query.requests[name] = task = asyncio.get_running_loop().create_task(self._call(server, query.inputs))
-                server.pending.add(task)
-                task.add_done_callback(server.pending.discard)
+            if name in query.requests:
+                continue
+            server = self.servers[name]
+            if self.is_full(name):
+                query.requests[name] = refused = loop.create_future()
+                refused.set_result(LostError(f"lost {name}") if server.doubted else _full(name))
+                continue
+            if not server.running:
+                server.pace.begin(loop.time())
+            wait = server.expected_wait()
+            request = loop.create_task(self._reply(server, query.inputs))
+            server.running[request] = loop.time()
+            request.add_done_callback(server.running.pop)
+            query.requests[name] = task = loop.create_task(self._wait(server, request, wait))
+            server.pending.add(task)
+            task.add_done_callback(server.pending.discard)
 
     def _close(self, query: _Query) -> None:
         """Withdraw the requests that nobody waits for, but for a server's only one: it tells whether it is well."""
@@ -206,24 +248,58 @@ class FrontEnd:
                 pending.discard(task)
                 task.cancel()
 
-    async def _call(self, server: ServerState, inputs: Sized) -> Any:
-        """Return a server's reply, or a ServingError, and note whether it is well."""
+    async def _wait(self, server: ServerState, request: asyncio.Task[Any], expected: float) -> Any:
+        """Return the result of a request, or a ServingError after `timeout`, when the request runs on by itself.
+
+        A server that has answered others meanwhile, or that had much to do, is not lost.
+        """
         loop = asyncio.get_running_loop()
         began = loop.time()
         server.silent_since = min(server.silent_since, began)
         try:
-            async with asyncio.timeout(self.limits.timeout):
-                reply = await server.call(inputs)
-        except Exception as error:  # whatever it is, others may answer
-            is_busy = isinstance(error, TimeoutError) and server.answered_at > began
-            if is_busy or isinstance(error, OverloadedError):
-                return OverloadedError(f"{server.name} cannot take more; ask again later")
-            server.doubted = True
-            logger.info("%s lost a request (%s: %s)", server.name, type(error).__name__, first_line(error))
-            return LostError(f"lost {server.name}")
+            await asyncio.wait({request}, timeout=self.limits.timeout)
+        except asyncio.CancelledError:
+            request.cancel()
+            raise
         finally:
             if len(server.pending) <= 1:  # this request was the only one
                 server.silent_since = math.inf
+        if request.done():
+            return request.result()
+        late = len(server.running) - len(server.pending)
+        if late >= self.limits.batch:  # the oldest run, the others would wait for nobody
+            request.cancel()
+        if server.answered_at > began or expected > self.limits.timeout / 2:
+            return _full(server.name)
+        return self._doubt(server, TimeoutError())
+
+    async def _reply(self, server: ServerState, inputs: Sized) -> Any:
+        """Return a server's reply, or a ServingError, and note whether it is well, even if nobody waits any more."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(self.limits.deadline):
+                reply = await server.call(inputs)
+        except OverloadedError:
+            return _full(server.name)
+        except Exception as error:  # whatever it is, others may answer
+            if isinstance(error, TimeoutError) and server.answered_at > began:
+                return _full(server.name)
+            return self._doubt(server, error)
         server.doubted, server.answered_at = False, loop.time()
         server.silent_since = loop.time() if len(server.pending) > 1 else math.inf
+        server.pace.observe(loop.time(), self.limits.timeout)
+        for other, start in list(server.running.items()):
+            if start >= began - self.limits.timeout:
+                break
+            other.cancel()  # a process that was stopped or killed has forgotten it
         return reply
+
+    def _doubt(self, server: ServerState, error: Exception) -> LostError:
+        server.doubted = True
+        logger.info("%s lost a request (%s: %s)", server.name, type(error).__name__, first_line(error))
+        return LostError(f"lost {server.name}")
+
+
+def _full(name: str) -> OverloadedError:
+    return OverloadedError(f"{name} cannot take more; ask again later")

@@ -81,6 +81,33 @@ class Lateness:
         self._seconds = min(self._seconds * math.exp(gain * change), self.longest)
 
 
+class Pace:
+    """How many seconds a server takes for each reply while it has work, over the last seconds of work.
+
+    Replies that come together, as of one batch, share its time; time without work does not count.
+    """
+
+    def __init__(self) -> None:
+        self._work, self._replies, self._since = 0.0, 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for each reply; 0 before the first."""
+        return self._work / self._replies if self._replies > 0 else 0.0
+
+    def begin(self, now: float) -> None:
+        """Note that a server that had no work gets some."""
+        self._since = now
+
+    def observe(self, now: float, memory: float) -> None:
+        """Count a reply; what is `memory` seconds of work ago weighs 1/e, and nothing takes more than twice as long."""
+        work = min(now - self._since, 2 * memory)
+        weight = math.exp(-work / memory)
+        self._work = weight * self._work + work
+        self._replies = weight * self._replies + 1.0
+        self._since = now
+
+
 class StandIns:
     """The servers that stand in for N experts, by name: ``coded-ROW``, ``coded-ROW/EXPERT`` or ``replica-ROW/EXPERT``.
 

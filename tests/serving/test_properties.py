@@ -48,6 +48,7 @@ class Schedule:
         self.it = LinearSystem(draw.choice(CODES), Policy(kind, quantile), seed)
         names, count = self.it.stand_ins.servers, self.it.code.num_experts
         self.trouble, self.bad = draw.choice((0.0, 0.1, 0.4)), bad
+        self.full = set[str]()  # the servers that ever refused what would wait too long
         self.dies = {name: draw.uniform(0, 10) for name in names if draw.random() < 0.15}
         wants = [[expert] for expert in range(count)] + [list(range(count))]
         self.queries = [
@@ -58,8 +59,18 @@ class Schedule:
             )
             for k in range(draw.randint(1, 8))
         ]
-        limits = Limits(deadline=DEADLINE, timeout=TIMEOUT, initial_lateness=draw.choice((0.05, 1.0)))
-        self.front = self.it.front_end(self.ask_server, limits)
+        lateness = draw.choice((0.05, 1.0))
+        self.limits = Limits(deadline=DEADLINE, timeout=TIMEOUT, initial_lateness=lateness)
+        if bad is not None:  # with 8 queries of a second nobody is full, whatever is known of the servers' pace
+            self.limits = Limits(deadline=4 * DEADLINE, timeout=4 * TIMEOUT, initial_lateness=lateness)
+        self.front = self.it.front_end(self.ask_server, self.limits)
+        is_full = self.front.is_full
+
+        def noted(name: str, *room: float) -> bool:
+            self.full.update([name] if is_full(name) else [])
+            return is_full(name, *room)
+
+        self.front.is_full = noted  # type: ignore[method-assign]
 
     async def ask_server(self, name: str, inputs: torch.Tensor) -> Reply:
         now, query = asyncio.get_running_loop().time(), self.queries[int(inputs[0, 0])]
@@ -104,13 +115,15 @@ class Schedule:
     def check(self) -> None:
         for query in self.queries:
             assert (query.answers is None) == (query.error is not None)
-            assert query.ended <= query.began + DEADLINE + 1e-6
+            assert query.ended <= query.began + self.limits.deadline + 1e-6
             if query.answers is not None:
                 self.check_answers(query, query.answers)
             elif isinstance(query.error, asyncio.CancelledError):
                 assert query.cancel_at is not None
             elif isinstance(query.error, LostError | OverloadedError):  # the latter of one that answers others
                 left = set(self.it.stand_ins.servers) - query.failed
+                if isinstance(query.error, OverloadedError):
+                    left -= self.full
                 assert not all(self.can_answer(expert, left) for expert in query.experts)
             else:
                 assert isinstance(query.error, DeadlineError)
