@@ -198,6 +198,14 @@ COMMANDS = {
     "no checkpoint of Lightning's": (["validate", "--data=Digits", "--ckpt_path=expert.safetensors"], ".ckpt"),
     "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
     "no experts": (["evaluate", "--model=DecodingEvaluator"], "the following arguments are required: experts"),
+    "a checkpoint to merge": (
+        ["merge", "--experts={a: a.pth}", "--method=Average", "--output=x"],
+        "found 'a.pth', a check",
+    ),
+    "a checkpoint to compress": (
+        ["compress", "a.pth", "--bits=4"],
+        "import it by coin run with expert: {checkpoints: {TASK",
+    ),
     "no file": (["merge", "--experts={a: no.safetensors}", "--method=Average", "--output=x"], "no.safetensors"),
 }
 
@@ -205,6 +213,7 @@ COMMANDS = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_mistake_of_any_command_is_one_line(case: str, config: Path, capsys: Any) -> None:
     arguments, message = COMMANDS[case]
+    torch.save(torch.nn.Linear(2, 2).state_dict(), "a.pth")
     line = refused(arguments, capsys, written=case == "image sizes")
     assert message in line
     assert len(line) < 500
