@@ -26,6 +26,17 @@ _INTERRUPTED, _TERMINATED = 130, 143
 """What shells give for SIGINT and SIGTERM: 128 and the signal's number."""
 
 
+_FORMS = {
+    "adapters": "adapters: {rank: 16}",
+    "compress": "compress: {bits: 4, base_bits: 0}",
+    "replicas": "replicas: [{bits: 3, base_bits: 8}]",
+    "code": "code: [[0.5, 0.5]], a row of weights for each coded model, or code: 1, how many there are",
+    "epochs": "a whole number",
+    "network": "network: {name: resnet18}",
+}
+"""The right form of options that are often given in another one."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command, from the command line's words behind ``coin``, by default the process's own.
 
@@ -125,7 +136,10 @@ def _mistake(error: BaseException | None) -> str | None:
         rooms = [vars(import_module(room)) for room in ("coin.data", "coin.modules")]
         known = [*coin.__all__, *(each for room in rooms for each in room if each[0].isupper())]
         told[-1] = f"found class '{name}'{did_you_mean(name, known)}, expected one of coin's or a dotted import path"
-    return " ".join(told)[:400]
+    line = " ".join(told)[:400]
+    options = re.findall(r'Parser key "(?:[\w.]+\.)?(\w+)"', line)
+    form = _FORMS.get(options[-1]) if options else None
+    return f"{line}, expected {form}" if form else line
 
 
 def _raised_by_parser(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
 _WHOLE = {"methods": "[]", "tasks": "{}"}  # options whose entries are objects, and what they are without any
+_ALIASES = {"learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs"}  # other libraries' names of options
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.+-]+).*|(?:Group '(.+)' does not accept o|O)ption '([^']+)'.*")
 
 
@@ -44,7 +45,10 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
             raise
         name = unknown[1] or ".".join(filter(None, unknown.groups()))
         known = [each.dest for each in parser._actions if not each.dest.endswith(("help", "config"))]
-        told = f"found option '{name}'{did_you_mean(name, known)}"
+        section, _, last = name.rpartition(".")
+        meant = f"{section}.{_ALIASES[last]}" if last in _ALIASES else ""
+        hint = f" (did you mean {meant}?)" if meant in known else did_you_mean(name, known)
+        told = f"found option '{name}'{hint}"
         raise ConfigurationError(f"{told}, expected one that {parser.prog} --help lists; check it") from error
     if empty := [name for name in parser.groups or () if found.get(name, "") is None]:
         raise ConfigurationError(f"found no options in {empty[0]}, expected 'option: value' lines; or leave it out")

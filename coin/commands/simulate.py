@@ -86,11 +86,11 @@ def measured(systems: Sequence[System]) -> dict[tuple[Path, int], ServiceTimes]:
 
 
 def table_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what is printed of the rows: latencies in ms, memory in MiB, shares and accuracy in %."""
+    """Return what is printed of the rows: latencies in ms, MiB beyond the experts', shares and accuracy in %."""
     table = rows[["want", "redundancy"]].rename(columns={"redundancy": "policy"})
     for name in ("p50", "p99", "p999", "p999_low", "p999_high"):
         table[name.replace("_", " ")] = [f"{1e3 * value:.3g}".replace("inf", "∞") for value in rows[name]]
-    table["MiB"] = [f"{value / 2**20:.3g}" for value in rows["memory"]]
+    table["MiB"] = [f"{value / 2**20:.3g}" for value in rows["extra_memory"]]
     for name, column in (("stood in", "share_stood_in"), ("failed", "share_failed"), ("right", "effective_accuracy")):
         table[name] = rows[column].map(percent)
     return table.assign(forwards=rows["forwards"].map("{:.2f}".format))

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
@@ -12,11 +13,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
-from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
+from coin.callbacks import ExpertExport, FisherEstimator, Weights  # noqa: F401
 from coin.commands import ON_TRAINER, closing
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
+from coin.modules import Expert
 from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.tracking.settings import logger_mode, run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
@@ -61,14 +63,32 @@ class TrainerCLI(LightningCLI):
         self.save_config_callback = self.save_config_callback if self.subcommand == "fit" else None
         checkpoint = options.get("ckpt_path") if self.subcommand == "fisher" else None
         beside = None if checkpoint is None else str(Path(checkpoint).parent)
-        folder = options["output"] or options["trainer"]["default_root_dir"] or beside
+        folder = self._folder_given(options) or beside
         options["trainer"]["default_root_dir"] = folder
+        if self.subcommand == "fit" and folder is not None:
+            _add_export(options)
         loggers = options["trainer"]["logger"]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if folder is not None and "save_dir" in getattr(logger, "init_args", ()):
                 logger.init_args.save_dir = folder
         for part in ("model", "data"):
             _hand_on_seed(options.get(part), int(options["seed_everything"]))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments, and keep the command line's words."""
+        self._words = list(args)
+        super().parse_arguments(parser, args)
+
+    def _folder_given(self, options: Namespace) -> str | None:
+        """Return the folder given as ``--output`` or as the Trainer's, which decides, as users of Lightning expect.
+
+        Only ``--output`` on the command line goes before a Trainer's folder that stands in a file.
+        """
+        output, root = options["output"], options["trainer"]["default_root_dir"]
+        given = {word.partition("=")[0] for word in self._words}
+        output_decides = "--output" in given and "--trainer.default_root_dir" not in given
+        found: str | None = output or root if output_decides else root or output
+        return found
 
     def after_instantiate_classes(self) -> None:
         """Keep W&B's files in the run's folder, until the command ends."""
@@ -90,6 +110,20 @@ class TrainerCLI(LightningCLI):
 
 
 _ENVIRONMENT = ExitStack()
+
+
+def _add_export(options: Namespace) -> None:
+    """Add the callback that writes ``expert.safetensors`` where an expert is trained and the configuration has none."""
+    model = locate(str(options["model"]["class_path"]))
+    if not (isinstance(model, type) and issubclass(model, Expert)):
+        return
+    found = options["trainer"]["callbacks"] or []
+    callbacks = list(found) if isinstance(found, list) else [found]
+    name = f"{ExpertExport.__module__}.{ExpertExport.__name__}"
+    if not any(str(each["class_path"]).endswith(".ExpertExport") for each in callbacks):
+        init_args = {"path": None, "weights": Weights.last, "task": None}
+        own = Namespace({"class_path": name, "init_args": Namespace(init_args)})  # type: ignore[no-untyped-call]
+        options["trainer"]["callbacks"] = [*callbacks, own]
 
 
 def _hand_on_seed(options: Any, seed: int) -> None:

@@ -80,6 +80,10 @@ class StateFile(Mapping[str, Tensor]):
             file = safe_open(str(self.path), framework="pt")
             found = self.path.stat()
         except (SafetensorError, OSError) as error:
+            if self.path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+                told = f"found '{self.path}', a checkpoint, expected a file of coin's (.safetensors)"
+                advice = "import it by coin run with expert: {checkpoints: {TASK: FILE}}"
+                raise FileError(f"{told}; {advice}, which writes experts/TASK/expert.safetensors") from error
             step = self.path.resolve().parent  # of a run, where it is finished
             again = f"delete its step's folder '{step}' and run" if (step / "done.json").is_file() else "make it"
             raise FileError(f"'{self.path}' is not a whole safetensors file ({error}); {again} again") from error

@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,9 @@ class NetworkSource(ABC):
 
     def check_name(self, known: list[str], expected: str, advice: str) -> None:
         """Refuse a name that is not known; `advice` says where the known ones are listed."""
+        if (Path(self.name) / "config.json").is_file():
+            told = f"found network.name '{self.name}', a folder of Hugging Face's, expected hf/ before it"
+            raise ConfigurationError(f"{told}; write hf/{self.name}")
         if self.name not in known:
             found = f"network.name '{self.name}'{did_you_mean(self.name, known)}"
             raise ConfigurationError(f"found {found}, expected {expected}; {advice}")

@@ -111,9 +111,14 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """Read a network's tensors from ``coin``'s files, flat safetensors, or Lightning or plain PyTorch checkpoints.
 
     Given the `names` of the network's tensors, a prefix of them all is dropped: Lightning's ``network.``, ``module.``.
+    Tensors may lie under ``state_dict`` or ``model``.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if beginning.lstrip().startswith(b"<"):
+        raise FileError(f"'{path}' is a web page (HTML), expected a network's weights; download the file itself")
     try:
         if path.suffix == ".safetensors":
             return without_prefix(load_file(path), names)
@@ -121,8 +126,13 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise FileError(f"cannot read '{path}' ({first_line(error)}), expected a checkpoint; save it again") from error
     except UnpicklingError as error:
-        raise FileError(f"cannot read '{path}' without unpickling; save its state_dict as safetensors") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not beginning.startswith((b"PK", b"\x80")):  # neither of PyTorch's formats
+            raise FileError(f"'{path}' is no checkpoint, expected a network's weights; save them again") from error
+        told = f"'{path}' holds pickled objects, such as a whole network, expected tensors by name"
+        raise FileError(f"{told}; load it where its classes are, and save its state_dict()") from error
+    state = content
+    if isinstance(content, dict):
+        state = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
     return without_prefix(state, names)

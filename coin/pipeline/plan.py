@@ -219,7 +219,10 @@ class _Plan:
             return TrainNetwork(**called, config=config, seed=seed, trainer=of.trainer)
         files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
         if not place.startswith(PREFIX) and not files[0].is_file():
-            raise ConfigurationError(f"found no file '{place}', expected an expert's weights; check expert.checkpoints")
+            told = f"found no file '{place}', expected an expert's weights"
+            if (Path(place) / "config.json").is_file():
+                raise ConfigurationError(f"{told}; for that folder of Hugging Face's write hf/{place}")
+            raise ConfigurationError(f"{told}; check expert.checkpoints")
         called["doing"] = f"importing '{place}'"
         return ImportExpert(**called, classes=list(task.classes), place=place, files=files, head=task.head)
 

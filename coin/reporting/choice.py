@@ -105,7 +105,10 @@ def choose(
     accurate, within = kept[met.iloc[:, 0]], kept[met.iloc[:, 1:].all(axis=1)]
     nearest = [f"the smallest that is accurate enough is {_described(accurate.iloc[0])}"] if len(accurate) else []
     nearest += [f"the most accurate within the limits is {_described(_most_accurate(within))}"] if len(within) else []
-    return rows, f"Nothing meets {asked}; {'; '.join(nearest) or 'nothing comes near'}."
+    if not nearest:
+        nearest = [f"the most accurate is {_described(_most_accurate(kept))}"]
+        nearest += [f"the smallest is {_described(kept.iloc[0])}"]
+    return rows, f"Nothing meets {asked}; {'; '.join(nearest)}."
 
 
 def _described(row: "pd.Series[Any]") -> str:

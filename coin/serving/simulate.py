@@ -310,10 +310,10 @@ def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[st
     """Return the summary of one simulation over its seeds: a row of ``simulation.csv``.
 
     Latencies are in seconds, of all seeds together and the least and largest of one, as order statistics: failures are
-    never interpolated. Memory is in bytes of weights on all servers. ``standing_in_accuracy`` is that of the answers
-    that stood in, ``effective_accuracy`` that of all that were wanted; those that never came are wrong.
-    ``service_seconds`` is the experts' mean service time for one input, ``standin_seconds`` that of the servers that
-    stand in, empty where nobody does.
+    never interpolated. Memory is in bytes of weights on all servers; ``extra_memory`` is without the experts' own.
+    ``standing_in_accuracy`` is that of the answers that stood in, ``effective_accuracy`` that of all that were wanted;
+    those that never came are wrong. ``service_seconds`` is the experts' mean service time for one input,
+    ``standin_seconds`` that of the servers that stand in, empty where nobody does.
     """
     assert coded.results is not None
     rows = coded.results[~coded.results["erased"].str.contains("+", regex=False)]
@@ -330,7 +330,7 @@ def row_of(coded: Coded, it: Simulation, outcomes: Sequence[Outcome]) -> dict[st
     stood_in, failed = np.mean([(each.stood_in, np.isinf(each.latencies).mean()) for each in outcomes], 0)
     return {
         "want": str(it.want), "redundancy": str(it.policy.kind), "variant": variant, "experts": len(coded.names),
-        "seeds": len(series), "memory": experts + extra, "load": it.conditions.load, **latencies,
+        "seeds": len(series), "memory": experts + extra, "extra_memory": extra, "load": it.conditions.load, **latencies,
         "share_stood_in": stood_in, "share_failed": failed, "forwards": np.mean([each.forwards for each in outcomes]),
         "standing_in_accuracy": right, "effective_accuracy": (1 - stood_in - failed) * own + stood_in * right,
         "service_seconds": it.unit * (1 + it.conditions.tail),

@@ -76,3 +76,22 @@ def test_the_seed_of_a_command_is_that_of_its_model_and_its_data(tmp_path: Path)
     assert alike(first, weights("--model.seed=1", "--data.seed=1"))
     assert not alike(first, weights("--seed_everything=2"))
     assert not alike(first, weights("--seed_everything=1", "--data.seed=2"))
+
+
+FIT = ["fit", "--data=Digits", "--data.max_train=40", "--data.image_size=16", "--model.network=small_resnet"]
+FIT += ["--model.image_size=16", "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.accelerator=cpu"]
+
+
+def test_fit_writes_an_expert_to_the_folder_that_is_given(tmp_path: Path) -> None:
+    """Whatever the configuration: a Trainer's folder decides, but one in a file not over ``--output``."""
+    own, trainers = tmp_path / "own.yaml", tmp_path / "trainers.yaml"
+    own.write_text(f"output: {tmp_path / 'file'}\n")
+    trainers.write_text(f"trainer: {{default_root_dir: {tmp_path / 'file'}}}\n")
+    for name, options in (
+        ("a", [f"--output={tmp_path / 'a'}"]),
+        ("b", ["-c", str(own), f"--trainer.default_root_dir={tmp_path / 'b'}"]),
+        ("c", ["-c", str(trainers), f"--output={tmp_path / 'c'}"]),
+    ):
+        assert main([*FIT, *options]) == 0
+        assert (tmp_path / name / "expert.safetensors").is_file()
+    assert not (tmp_path / "file").exists()

@@ -90,6 +90,13 @@ def test_a_mistake_in_a_file_is_one_line(case: str, config: Path, capsys: pytest
 NO_BATCHNORM = "--network={name: squeezenet1_1, image_size: 64, options: {}}"
 FOLDER = "{class_path: ImageFolder, init_args: {root: nowhere}}"
 POLICIES = "[{class_path: Coin}, {class_path: Coin, init_args: {batchnorm: keep}}]"
+
+
+def method_with(option: str) -> str:
+    """Return the value of ``--methods`` with one method that has an option."""
+    return f"[{{class_path: Average, init_args: {{{option}}}}}]"
+
+
 LARGER = "[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"
 RUN = {
     "no such option": (["--codes=[[1.0]]"], "found option 'codes' (did you mean code?)"),
@@ -128,6 +135,28 @@ RUN = {
     "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),
     "missing checkpoint": (["--expert.checkpoints={digits: nowhere.ckpt}"], "nowhere.ckpt"),
     "another architecture": (["--expert.checkpoints={digits: other.pt}"], "it is of another architecture: give one of"),
+    "a rate's other name": (["--expert.learning_rate=1"], "'expert.learning_rate' (did you mean expert.lr?), expected"),
+    "a rank alone": ([f"--methods={method_with('adapters: 4')}"], ", expected adapters: {rank: 16}"),
+    "bits alone": ([f"--methods={method_with('compress: 4')}"], ", expected compress: {bits: 4, base_bits: 0}"),
+    "bits in a list": ([f"--methods={method_with('compress: [4]')}"], ", expected compress: {bits: 4, base_bits: 0}"),
+    "one replica": (["--replicas={bits: 3}"], ", expected replicas: [{bits: 3, base_bits: 8}]"),
+    "a flat code": (["--code=[0.5, 0.5]"], ", expected code: [[0.5, 0.5]], a row of weights for each coded model"),
+    "half an epoch": (["--expert.epochs=1.5"], "Got value: 1.5, expected a whole number"),
+    "a network's name alone": (["--network=resnet18"], ", expected network: {name: resnet18}"),
+    "a folder of Hugging Face's": (
+        ["--network={name: hf_folder, options: {}}"],
+        "expected hf/ before it; write hf/hf_",
+    ),
+    "such a folder's weights": (["--expert.checkpoints={digits: hf_folder}"], "Hugging Face's write hf/hf_folder"),
+    "a pickled network": (
+        ["--expert.checkpoints={digits: whole.pt}"],
+        "'whole.pt' holds pickled objects, such as a who",
+    ),
+    "a web page": (["--expert.checkpoints={digits: page.pt}"], "'page.pt' is a web page (HTML), expected a network's"),
+    "no checkpoint": (
+        ["--expert.checkpoints={digits: text.pt}"],
+        "'text.pt' is no checkpoint, expected a network's we",
+    ),
     "folder that cannot be made": (["--output=/proc/nope"], "/proc/nope"),
 }
 """Options of ``coin run -c small.yaml``."""
@@ -137,6 +166,11 @@ RUN = {
 @pytest.mark.parametrize("case", RUN)
 def test_a_mistake_of_an_experiment_is_one_line(case: str, config: Path, capsys: Any) -> None:
     torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "other.pt")
+    torch.save(torch.nn.Conv2d(3, 4, 3), "whole.pt")
+    Path("page.pt").write_text("<!DOCTYPE html>")
+    Path("text.pt").write_text("no checkpoint")
+    Path("hf_folder").mkdir()
+    Path("hf_folder/config.json").write_text("{}")
     options, message = RUN[case]
     assert message in refused(["run", "-c", "small.yaml", *options], capsys)
     assert not list(Path().rglob("*.ckpt")), "trained"
@@ -169,6 +203,14 @@ COMMANDS = {
     "no checkpoint of Lightning's": (["validate", "--data=Digits", "--ckpt_path=expert.safetensors"], ".ckpt"),
     "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
     "no experts": (["evaluate", "--model=DecodingEvaluator"], "the following arguments are required: experts"),
+    "a checkpoint to merge": (
+        ["merge", "--experts={a: a.pth}", "--method=Average", "--output=x"],
+        "found 'a.pth', a check",
+    ),
+    "a checkpoint to compress": (
+        ["compress", "a.pth", "--bits=4"],
+        "import it by coin run with expert: {checkpoints: {TASK",
+    ),
     "no file": (["merge", "--experts={a: no.safetensors}", "--method=Average", "--output=x"], "no.safetensors"),
 }
 
@@ -176,6 +218,7 @@ COMMANDS = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_mistake_of_any_command_is_one_line(case: str, config: Path, capsys: Any) -> None:
     arguments, message = COMMANDS[case]
+    torch.save(torch.nn.Linear(2, 2).state_dict(), "a.pth")
     line = refused(arguments, capsys, written=case == "image sizes")
     assert message in line
     assert len(line) < 500

@@ -62,6 +62,7 @@ def test_a_row_for_every_policy_and_kind_of_query(
     first = rows.groupby("redundancy")[["memory", "standing_in_accuracy", "variant", "share_stood_in"]].first()
     experts = first.loc["uncoded"].memory
     assert first.loc["replica"].memory == 2 * experts
+    assert rows["extra_memory"].tolist() == pytest.approx((rows["memory"] - experts).tolist())
     assert experts < first.loc["standin"].memory < first.loc["replica"].memory
     method, _, decoder = first.loc["coded_hedged"].variant.rpartition(" ")
     assert decoder == "linear"
@@ -73,6 +74,8 @@ def test_a_row_for_every_policy_and_kind_of_query(
     expected = (1 - shares - failed) * results.expert_accuracy.mean() + shares * rows["standing_in_accuracy"]
     np.testing.assert_allclose(rows["effective_accuracy"], expected)
     printed = capsys.readouterr().out
+    line = next(line.split() for line in printed.splitlines() if "uncoded" in line)
+    assert line[line.index("uncoded") :].count("0") == 1  # MiB: none beyond the experts'
     assert f"table: {tmp_path / 'simulation.csv'}" in printed
     assert max(len(line) for line in printed.splitlines()[:-1]) <= 80
     assert {line.split()[1] for line in printed.splitlines() if line.startswith((" one", " all"))} == set(PolicyKind)

@@ -62,6 +62,14 @@ def test_what_stands_before_all_names_is_dropped(small_config, tmp_path, prefix,
         import_checkpoint(small_config, 3, tmp_path / "part.safetensors")
 
 
+def test_weights_lie_under_state_dict_or_under_model(small_config, tmp_path):
+    network = build_network(small_config, 3)
+    for key in ("state_dict", "model"):
+        path = tmp_path / f"{key}.pth"
+        torch.save({key: network.state_dict(), "epoch": 3}, path)
+        assert same(import_checkpoint(small_config, 3, path).state_dict(), network.state_dict())
+
+
 def test_adapters_beside_the_weights_are_refused_with_the_line_that_merges_them(small_config, tmp_path):
     state = build_network(small_config, 3).state_dict() | {"fc.lora_A.default.weight": torch.ones(2, 2)}
     save_file(state, tmp_path / "adapted.safetensors")

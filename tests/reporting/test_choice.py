@@ -82,6 +82,16 @@ def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
     assert "within the limits" not in sentence
 
 
+def test_limits_that_nothing_meets_alone_or_together_name_the_nearest(tmp_path: Path):
+    costs = {"resident_mib": 1.0, "forwards": 1.0, "losses": 1.0}
+    pairs = (("small", 0.8, 1.0), ("large", 0.9, 2.0))
+    rows = [replace(BASE, method=name, erased="a", task="a", nda=nda, memory_mib=m, **costs) for name, nda, m in pairs]
+    write_results(tmp_path / "seed-0", rows, {})
+    sentence = chosen(tmp_path, memory_mib=0.5)[1]
+    assert "; the most accurate is large with linear (90.00 %" in sentence
+    assert "; the smallest is small with linear (80.00 %" in sentence
+
+
 def test_all_that_names_a_stand_in_names_the_recommended_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
