@@ -220,6 +220,8 @@ class ExpertOutputs:
             made.append(weight)
             output = function()
             if unit := ends.get(weight):
+                if len(output) % len(part):
+                    check_rows(unit, len(output), len(part))
                 shape = (len(output) // len(part), *output.shape[1:])
                 if shape != unit.shape:
                     found = f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]}"
@@ -239,6 +241,14 @@ class ExpertOutputs:
             raise StateError(f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}")
 
 
+def check_rows(unit: Unit, rows: int, samples: int) -> None:
+    """Raise StateError where a call of a unit is not on all samples at once, as of a network that runs in chunks."""
+    expected = samples * unit.shape[0]
+    if rows != expected:
+        found = f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}"
+        raise StateError(f"{found}; give a network that runs a batch at once, not in chunks")
+
+
 def fit_in_order(
     network: nn.Module, trace: Trace, rows: Rows, targets: ExpertOutputs, ridge: float | None,
     rounding: Rounding | None = None, adapters: AdapterFit | None = None,
@@ -252,6 +262,7 @@ def fit_in_order(
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
         if unit := waiting.get(names.get("weight", "")):
             target, at = targets.pop(unit.weight), rows.places[unit.weight]
+            check_rows(unit, len(call.inputs), len(target))
             mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
             if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
                 mine = mine * rows.weights[unit.weight].to(mine)
