@@ -18,7 +18,6 @@ from coin.files.tensors import State, check_layout, weighted_sum
 from coin.merging.adapters import AdapterFit, rank_of
 from coin.merging.experts import Experts
 from coin.merging.units import (
-    PROBES,
     SAME_CALLS,
     Trace,
     Unit,
@@ -49,6 +48,7 @@ READ = 16  # multiplications that take as long as reading a number where it lies
 LEAST = 256  # rows of a regression, where there are as many
 MOST_KEPT = 0.1  # with a larger share of parameters that are in no unit a warning is given
 NO_ADAPTERS = "has no adapters"
+UNLIKE = 8  # samples from all over the calibration data, on which rows that inputs place are seen to be out of order
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
 
 
@@ -220,6 +220,8 @@ class ExpertOutputs:
             made.append(weight)
             output = function()
             if unit := ends.get(weight):
+                if len(output) % len(part):
+                    check_rows(unit, len(output), len(part))
                 shape = (len(output) // len(part), *output.shape[1:])
                 if shape != unit.shape:
                     found = f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]}"
@@ -239,6 +241,14 @@ class ExpertOutputs:
             raise StateError(f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}")
 
 
+def check_rows(unit: Unit, rows: int, samples: int) -> None:
+    """Raise StateError where a call of a unit is not on all samples at once, as of a network that runs in chunks."""
+    expected = samples * unit.shape[0]
+    if rows != expected:
+        found = f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}"
+        raise StateError(f"{found}; give a network that runs a batch at once, not in chunks")
+
+
 def fit_in_order(
     network: nn.Module, trace: Trace, rows: Rows, targets: ExpertOutputs, ridge: float | None,
     rounding: Rounding | None = None, adapters: AdapterFit | None = None,
@@ -252,6 +262,7 @@ def fit_in_order(
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
         if unit := waiting.get(names.get("weight", "")):
             target, at = targets.pop(unit.weight), rows.places[unit.weight]
+            check_rows(unit, len(call.inputs), len(target))
             mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
             if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
                 mine = mine * rows.weights[unit.weight].to(mine)
@@ -279,13 +290,16 @@ class Body(NamedTuple):
         cls, network: nn.Module, experts: Experts, states: Sequence[tuple[State, State]], row: Sequence[float]
     ) -> Self:
         """Return a network, changed in place, as the β-average of other networks' folded maps."""
-        trace = affine_units(network, experts.pooled.inputs(torch.arange(min(3, experts.pooled.num_samples))))
-        experts.passes += PROBES
-        every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+        every = experts.pooled.num_samples
+        unlike = torch.linspace(every - 1, 0, min(UNLIKE, every)).long()
+        inputs = experts.pooled.inputs
+        trace = affine_units(network, inputs(torch.arange(min(3, every))), inputs(unlike))
+        experts.passes += trace.probes
+        known: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
         tensors = dict(chain(network.named_parameters(), network.named_buffers()))
         for unit in trace.units:
             if unit.norm is not None:
-                maps = [folded_unit(network, unit, state) for state in every]
+                maps = [folded_unit(network, unit, state) for state in known]
                 with torch.no_grad():
                     for name, tensor in weighted_sum(maps, row).items():
                         tensors[name].copy_(tensor)

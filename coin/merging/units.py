@@ -1,6 +1,6 @@
 """The affine units of a network, its maps with the BatchNorms behind them: found by tracing, fitted by regression."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -74,6 +74,7 @@ class Trace(NamedTuple):
     units: list[Unit]
     calls: list[str]  # the weights of all calls
     floats: int  # of one sample in memory at once, at most
+    probes: int  # forward-equivalents of the search
 
 
 def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -81,13 +82,15 @@ def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.is_floating_point()}
 
 
-def affine_units(network: nn.Module, inputs: Batch) -> Trace:
+def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None) -> Trace:
     """Find the affine units of a network in eval mode, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass, and
     whose output has the samples, or several rows of each, in order along its leading dimension, as gradients say, and
     not as activations have sorted them. A BatchNorm that alone and next reads a linear map's outputs is part of its
     unit. Raises StateError where the calls depend on the number of samples.
+
+    Where values may decide where rows go, these may lie in order by chance: then it is run on `others` too, if given.
     """
     parameters = floating_parameters(network)
     two, three = (Tape(parameters) for _ in range(2))
@@ -99,13 +102,13 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
             found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
             raise StateError(f"{found}; {SAME_CALLS}")
         check_apart(network, few, output)
-        general = three.shared(output)
-        try:
-            general |= three.misplaced(output, unseen=True, batched=False)
-        except RuntimeError as error:  # a function that has no backward pass
-            if is_out_of_memory(error):
-                raise
-            general |= parameters.keys()
+        general = _not_by_sample(three, output, parameters)
+        probes = PROBES
+        if three.sorts and others is not None:
+            more = Tape(parameters)
+            output = more.run(network, as_input(others, network))
+            general |= _not_by_sample(more, output, parameters)
+            probes += size_of(others) * (1 + 2 * more.repetitions)
     leading = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]
     units: list[Unit] = []
@@ -126,7 +129,17 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
                     unit = replace(unit, norm=norm)
             units.append(unit)
     largest = max((max(call.inputs.numel(), call.made.numel()) for call in calls), default=1)
-    return Trace(units, three.weights, max(1, _ALIVE * largest // 3))
+    return Trace(units, three.weights, max(1, _ALIVE * largest // 3), probes)
+
+
+def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Return the parameters that are not used by one call alone whose rows lie sample by sample."""
+    try:
+        return tape.shared(output) | tape.misplaced(output, unseen=True, batched=False)
+    except RuntimeError as error:  # a function that has no backward pass
+        if is_out_of_memory(error):
+            raise
+        return {*parameters}
 
 
 def _unit(call: Call, size: int) -> Unit:

@@ -473,3 +473,52 @@ def test_constant_inputs_have_no_map_whatever_their_means(tasks):
         constant[:, 150:] *= -1  # the mean over all is zero, and each task's is not
     step, _ = fit_affine(constant, torch.randn(1, 300, 2), torch.ones(300), 0.1, tasks=tasks)
     assert not step.any()
+
+
+class Chunks(nn.Module):
+    """A network that runs a batch in chunks."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.map, self.head = size, nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return torch.cat([self.head(torch.tanh(self.map(chunk))) for chunk in x.split(self.size)])
+
+
+@pytest.mark.parametrize("method", [Average(adapters={"rank": 2}), Refit()], ids=lambda method: method.label)
+@pytest.mark.parametrize("size", [16, 100])  # less than the experts' batches, and than what is fitted at once
+def test_networks_that_run_in_chunks_are_refused_in_a_line_or_answer_right(method, size):
+    torch.manual_seed(0)
+    experts = [Chunks(size).eval() for _ in range(2)]
+    few, many = ([[torch.randn(count, 5)] for _ in experts] for count in (8, 60))
+    with pytest.raises(StateError, match=r"'(map|head)\.weight' is called on \d+ rows for \d+ samples.*not in chunks"):
+        merge_networks(method, experts, uniform(2), calibration=many)
+    made = merge_networks(method, experts, uniform(2), calibration=few)
+    if method.adapters is not None:
+        x, each = torch.randn(150, 5), torch.arange(150) % 2
+        with torch.no_grad(), answering(made, each):
+            found = made[0](x)
+        for expert in range(2):
+            torch.testing.assert_close(found[each == expert], made[0].network(expert)(x[each == expert]))
+
+
+def test_a_layer_may_have_a_slash_in_its_name(tmp_path):
+    torch.manual_seed(0)
+    experts = [nn.Sequential() for _ in range(2)]
+    for expert in experts:
+        expert.add_module("stage/one", nn.Linear(5, 6))
+        expert.add_module("head", nn.Linear(6, 4))
+    inputs = [[torch.randn(60, 5)] for _ in experts]
+    method = Average(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
+    made = merge_networks(method, experts, uniform(2), calibration=inputs)
+    packed = made.compressed["average+rank2-4bit"][0]
+    packed.save(tmp_path / "body.safetensors")
+    again = coin.Compressed.load(tmp_path / "body.safetensors", experts[0])
+    for adapters in (made[0].adapters, packed.adapters, again.adapters):
+        assert [set(each.changes) for each in adapters] == [{"stage/one.weight", "stage/one.bias"}] * 2
+    for bodies in (made, [packed]):
+        system = coin.Coded(uniform(2), experts, bodies).fit_decoder(inputs[0], [0, 1], "expert_head")
+        system.save(tmp_path / "system.safetensors")
+        loaded = coin.Coded.load(tmp_path / "system.safetensors", experts)
+        assert torch.equal(loaded.decode(inputs[1][0], [1]), system.decode(inputs[1][0], [1]))

@@ -928,3 +928,50 @@ def test_the_bound_on_activations_is_a_share_of_what_is_free_on_a_gpu(monkeypatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 8 << 30))
     assert coin.merging.passes.default_memory_mib(torch.device("cuda", 0)) == 3 << 10
     assert coin.merging.passes.default_memory_mib(torch.device("cpu")) == 8192
+
+
+class Ordered(nn.Module):
+    """Runs its samples in the order of their lengths, as with packed sequences, and puts them back."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort(stable=True)  # by a length, which is of the inputs alone
+        rows = torch.tanh(self.first(x[order]))
+        return self.head(torch.tanh(self.second(rows[order.argsort()])))
+
+
+class Unpadded(nn.Module):
+    """Takes padding out before its first layer, and puts zeros in its place afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):  # [B, 4, 5]
+        used = x[..., 0] > 0
+        rows = torch.tanh(self.first(x[used]))
+        padded = rows.new_zeros(*x.shape[:2], 6).masked_scatter(used[..., None], rows)
+        return self.head(torch.tanh(self.second(padded)).mean(1))
+
+
+@pytest.mark.parametrize("kind", [Ordered, Unpadded])
+def test_rows_that_inputs_place_are_not_fitted_though_the_first_samples_lie_in_order(kind):
+    torch.manual_seed(0)
+    networks = [kind().eval() for _ in range(2)]
+    inputs = []
+    for _ in networks:
+        x = torch.randn(30, 5) if kind is Ordered else torch.randn(30, 4, 5)
+        if kind is Ordered:
+            x[:, 0] = torch.randint(1, 9, (30,))
+            x[:4, 0] = 1  # as long as one another
+        else:
+            x[..., 0] = (torch.arange(4) < torch.randint(1, 5, (30, 1))).float()
+            x[:4, :, 0] = 1  # without padding
+        inputs.append([x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoinWarning)
+        made = Refit("own").make(Experts(networks, calibration=inputs), (0.5, 0.5))
+    assert made.chosen["averaged"] == ["first.bias", "first.weight"]
