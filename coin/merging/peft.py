@@ -30,6 +30,10 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
             tensors |= {f"{place}.{own}": tensor for own, tensor in changed.get_submodule(place).state_dict().items()}
         elif not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
             raise ConfigurationError(f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt")
+        elif isinstance(layer, nn.Conv2d) and not _as_in_peft(layer):
+            found = f"padding_mode {layer.padding_mode!r} and dilation {layer.dilation}"
+            told = f"found '{name}' of a Conv2d with {found}, which peft's LoRA leaves out of its own convolutions"
+            raise ConfigurationError(f"{told}; leave out --peft, which writes the expert as one network")
         elif role == "bias":
             tensors[f"{place}.base_layer.bias"] = parameter
         else:
@@ -48,5 +52,12 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
     kept = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / "adapter_model.safetensors")
     options = {"peft_type": "LORA", "use_dora": True, "bias": "all", "rank_pattern": ranks, "alpha_pattern": ranks}
-    options |= {"target_modules": [*ranks], "modules_to_save": sorted(whole), "inference_mode": True}
+    # peft takes every module whose name ends with one of these, so `classifier` would take `pre_classifier` too.
+    saved = sorted(f"base_model.model.{place}" for place in whole)
+    options |= {"target_modules": [*ranks], "modules_to_save": saved, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
+
+
+def _as_in_peft(layer: nn.Conv2d) -> bool:
+    """Return whether peft's convolutions for a layer, which take its kernel, stride and padding alone, are alike."""
+    return layer.padding_mode == "zeros" and (layer.dilation == (1, 1) or layer.kernel_size == (1, 1))

@@ -15,7 +15,7 @@ from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import extra_module
 from coin.networks import clip
-from coin.networks.heads import replace_head
+from coin.networks.heads import head_name, replace_head
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
@@ -95,7 +95,13 @@ class HuggingFace(NetworkSource):
 
     def save(self, network: nn.Module, folder: Path) -> None:
         """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""
-        inner: Any = network.vision if isinstance(network, clip.ClipTower) else network
+        inner: Any = network
+        if isinstance(network, clip.ClipTower):
+            inner = network.vision
+        else:
+            outputs = len(network.get_submodule(head_name(network)).get_parameter("weight"))
+            if inner.config.num_labels != outputs:  # an expert's own head is smaller than the body's
+                inner.config.num_labels = outputs
         inner.save_pretrained(folder)
         if self.reads == "images" and (processor := self._processor()):
             (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")

@@ -103,12 +103,22 @@ class Command:
             raise CommandFailedError(self.failure())
 
     def failure(self) -> str:
-        """Return why it has failed: its exit status and the last line that it printed, if it came to its end."""
+        """Return why it has failed: its exit status and the last line that it printed, if it came to its end.
+
+        It names a job of SLURM's, and the log if there is one: a job may be cancelled or killed before it writes.
+        """
+        see = f" (see {self.log})" if self.log.is_file() else ""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
         *said, last = [line for line in text.splitlines() if line.strip()] or [""]
         if not last.startswith(_STATUS):
-            return "it ended without a result"
-        return f"{last.removeprefix('# ')}: {said[-1]}"
+            job = f"job {kept.read_text(encoding='utf-8')}" if (kept := self.job).is_file() else "it"
+            return f"{job} ended without a result, cancelled or killed{see}"
+        return f"{last.removeprefix('# ')}: {said[-1]}{see}"
+
+    @property
+    def job(self) -> Path:
+        """The file with the number of its job of SLURM's."""
+        return self.log.with_suffix(".job")
 
     def checkpoint(self) -> Any:
         """Return what submitit requeues when the cluster preempts the job: the same, which goes on where it was."""
@@ -220,7 +230,7 @@ class _Slurm:
 
     def submit(self, command: Command) -> Callable[[], bool]:
         """Submit a command, unless its job is still alive."""
-        kept = command.log.with_suffix(".job")
+        kept = command.job
         if kept.is_file() and (job_id := kept.read_text(encoding="utf-8")) in self._queued():
             return partial(self._has_ended, self._submitit.SlurmJob(self._folder, job_id))
         with self._refusals("submit"):

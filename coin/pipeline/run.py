@@ -151,8 +151,7 @@ class _Run:
             if planned.step.is_done:
                 self._finish(planned, "done")
             else:
-                command = _command(planned)
-                self._fail(planned, f"{command.failure()} (see {command.log})")
+                self._fail(planned, _command(planned).failure())
         return bool(ended)
 
     def elsewhere(self, planned: Planned, submit: Submit) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from coin.callbacks import ExpertExport
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
@@ -311,15 +313,22 @@ def cut_off(path: Path) -> None:
 
 
 def test_a_truncated_checkpoint_of_a_training_is_no_end(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def killed(*_: object) -> None:
+        raise KeyError("killed")
+
     command = ["run", "-c", str(config), "--only=digits"]
     assert main(command) == 0
-    folder = tmp_path / "o/small/seed-0/experts/digits"
+    folder = (tmp_path / "o/small/seed-0/experts/digits").resolve()
     wanted = (folder / "expert.safetensors").read_bytes()
-    for name in ("expert.safetensors", "done.json"):
-        (folder / name).unlink()
-    last = folder / "checkpoints/last.ckpt"
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertExport, "on_train_end", killed)
+        with pytest.raises(KeyError, match="killed"):
+            main(command)
+    last, whole = folder / "checkpoints/last.ckpt", tmp_path / "whole.ckpt"
+    shutil.copyfile(last, whole)
     cut_off(last)
     assert main(command) == 0
     assert (folder / "expert.safetensors").read_bytes() == wanted
@@ -328,10 +337,22 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     # Given by hand, it is a mistake, as is one of another network.
     fit = ["fit", "--data=Digits", "--data.image_size=16", "--model.network=small_resnet", "--model.image_size=16"]
     with pytest.raises(RuntimeError, match="loading state_dict"):  # Lightning's own, with its traceback
-        main([*fit, f"--ckpt_path={last}", "--trainer.logger=false"])
-    cut_off(last)
-    line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys, written=True)
-    assert f"cannot read '{last}' as a checkpoint" in line
+        main([*fit, f"--ckpt_path={whole}", "--trainer.logger=false"])
+    cut_off(whole)
+    line = refused([*fit, f"--ckpt_path={whole}", "--trainer.logger=false"], capsys, written=True)
+    assert f"cannot read '{whole}' as a checkpoint" in line
+
+
+def test_a_full_disk_under_a_checkpoint_is_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    line = refused(["run", "-c", str(config), "--only=digits"], capsys, written=True)
+    assert line.startswith("cannot write a checkpoint in 'o/.steps/expert-digits")
+    assert "No space left on device; free some space" in line
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_kept(

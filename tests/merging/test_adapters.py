@@ -1,5 +1,6 @@
 """Adapters against regressions written out, and bodies with adapters from the fit to a file and to serving."""
 
+import json
 from copy import deepcopy
 
 import numpy as np
@@ -336,6 +337,46 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
         coin.evaluate(system, tests, decoders=["linear"])
     with pytest.raises(ConfigurationError, match="found no tasks, expected of which expert's each input is"):
         system.accept(0.2, inputs=inputs[0], erased=[0])
+
+
+@pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}])
+def test_convolutions_that_peft_makes_otherwise_are_refused(options, tmp_path):
+    def network():
+        convolution = nn.Conv2d(3, 4, 3, padding=1, **options)
+        return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    draw = torch.Generator().manual_seed(0)
+    inputs = [[torch.randn(40, 3, 8, 8, generator=draw)] for _ in range(2)]
+    body = network()
+    experts = [deepcopy(body) for _ in inputs]
+    for expert in experts:
+        with torch.no_grad():
+            expert[0].weight.add_(0.1 * torch.randn(4, 3, 3, 3, generator=draw))
+    adapted = fit_adapters(body, experts, inputs, rank=1)
+    with pytest.raises(ConfigurationError, match=r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --pe"):
+        save_peft(adapted.adapters[0], body, {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_saves_the_head_whole_and_nothing_whose_name_ends_alike(tmp_path):
+    """Peft looks for the ends of names, in a model within a model."""
+    layers = {"pre_classifier": nn.Linear(6, 5), "relu": nn.ReLU(), "classifier": nn.Linear(5, 3)}
+    body = nn.Sequential()
+    for name, layer in layers.items():
+        body.add_module(name, layer)
+    draw = torch.Generator().manual_seed(0)
+    inputs = [[torch.randn(40, 6, generator=draw)] for _ in range(2)]
+    experts = [deepcopy(body) for _ in inputs]
+    for expert in experts:
+        with torch.no_grad():
+            expert.pre_classifier.weight.add_(0.1 * torch.randn(5, 6, generator=draw))
+    adapter = fit_adapters(body, experts, inputs, rank=1).adapters[0]
+    save_peft(adapter, body, experts[0].classifier.state_dict(), tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "pre_classifier" in options["target_modules"]
+    inner = [f"base_model.model.{name}" for name, _ in body.named_modules() if name]
+    taken = [name for name in inner if any(name.endswith(end) for end in options["modules_to_save"])]
+    assert taken == ["base_model.model.classifier"]
 
 
 def test_what_has_no_adapters_is_refused_or_left(tmp_path):

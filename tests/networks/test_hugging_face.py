@@ -12,6 +12,7 @@ from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.networks import NetworkConfig, build_network, check_head, features_and_logits, head_name
 from coin.networks.files import import_pretrained, load_network, save_network
+from coin.networks.heads import replace_head
 from coin.networks.hub import _configuration
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -155,3 +156,15 @@ def test_an_expert_from_a_folder_brings_its_head(kind, folder, tmp_path):
     save_network(path, build_network(config, 4), config, 4, {})
     with pytest.raises(StateError, match=r"of shape \[5, 16\], expected \[4, 16\]; it has another architecture or"):
         import_pretrained(config, name, path, None, "task")
+
+
+def test_a_folder_says_how_many_classes_its_head_has(folder, tmp_path):
+    config = NetworkConfig(folder("bert"), 8)
+    network = build_network(config, 5, seed=1).eval()
+    replace_head(network, 3)  # an expert's own, in a body of more classes
+    config.source.save(network, tmp_path / "expert")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "expert").eval()
+    x = inputs_of("bert")
+    with torch.no_grad():
+        theirs = loaded(input_ids=x, attention_mask=(x != 0).long()).logits
+    torch.testing.assert_close(theirs, answers(network, x))

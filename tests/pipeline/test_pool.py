@@ -223,9 +223,10 @@ def test_ray_itself_runs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_command_that_did_not_come_to_its_end_has_no_last_word(tmp_path: Path) -> None:
     command = Command([], tmp_path / "a.log")
-    assert command.failure() == "it ended without a result"
+    assert command.failure() == "it ended without a result, cancelled or killed"
     command.log.write_text("answers queries\n")
-    assert command.failure() == "it ended without a result"
+    command.job.write_text("17")
+    assert command.failure() == f"job 17 ended without a result, cancelled or killed (see {command.log})"
     with pytest.raises(CommandFailedError, match="exit status 2: coin: error: found command 'nonsense'"):
         Command(["nonsense"], command.log)()
 

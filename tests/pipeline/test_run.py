@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,12 +338,24 @@ def test_killed_run_finishes_with_the_same_results(
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_a_training_killed_before_its_export_is_exported(finished: Path, copied: Path, config: Path) -> None:
-    expert = copied / "seed-0/experts/digits/expert.safetensors"
-    expert.unlink()
-    expert.with_name("done.json").unlink()
-    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
-    state, _ = load_state(expert)
+def test_a_training_killed_before_its_export_is_exported(
+    finished: Path, copied: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyError("killed")
+
+    folder = (copied / "seed-0/experts/digits").resolve()
+    assert not list(folder.rglob("*.ckpt"))  # of what is finished
+    shutil.rmtree(folder)
+    command = ["run", "-c", str(config), f"--output={copied.parent}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("coin.callbacks.ExpertExport.on_train_end", killed)
+        with pytest.raises(KeyError, match="killed"):
+            main(command)
+    assert (folder / "checkpoints/last.ckpt").is_file()
+    monkeypatch.setattr("coin.modules.Expert.training_step", killed)  # nothing is trained again
+    assert main(command) == 0
+    state, _ = load_state(folder / "expert.safetensors")
     wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
     assert all(state[name].equal(wanted[name]) for name in wanted)
 

@@ -1,5 +1,6 @@
 """The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
 
+import errno
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -164,12 +165,25 @@ class TrainNetwork(Step):
         with self.log.open(self.folder) as loggers:
             trainer = make_trainer(checkpoints, self.trainer, logger=loggers, log_every_n_steps=10, **fixed)
             seed_everything(self.seed, workers=True, verbose=False)
-            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+            try:
+                trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                told = f"cannot write a checkpoint in '{checkpoints}': {error.strerror}"
+                goes_on = "free some space and run it again, which goes on at the last whole epoch"
+                raise FileError(f"{told}; {goes_on}") from error
             if not on_rank_zero(self.output.is_file):
                 # The checkpoint was of a finished training: Lightning restores it and trains nothing.
                 export.on_train_end(trainer, module)
         if self.initial is None:
             self.task.release()  # the base's task is not read again
+
+    def finish(self, seconds: float) -> None:
+        """Mark it as finished, and remove the checkpoints that an interrupted training would have gone on from."""
+        super().finish(seconds)
+        for path in (self.folder / "checkpoints").glob("*.ckpt"):
+            path.unlink()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
