@@ -161,7 +161,8 @@ class FrontEnd:
                 each = (self._answer(query, expert) for expert in experts)
                 found = await asyncio.gather(*each, return_exceptions=True) if len(experts) > 1 else [await next(each)]
         except TimeoutError:
-            waits = ", ".join(name for name, task in query.requests.items() if not task.done())
+            own = (self.stand_ins.experts[expert] for expert in experts)  # if the time was up before they were asked
+            waits = ", ".join([name for name, task in query.requests.items() if not task.done()] or own)
             raise DeadlineError(f"no answer in {self.limits.deadline:g} s from {waits}; ask again later") from None
         finally:
             # Whether a server is late by its own measure is unknown where others' is shorter.

@@ -11,6 +11,7 @@ say whether any of it was ``decoded`` and which servers it was ``answered_by``; 
 
 import base64
 import io
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -119,10 +120,12 @@ class InferRequest(BaseModel):
 def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[InferRequest, int, Decode]:
     """Return a request for a model, its images' number of pixels, and what decodes these; both raise DataError."""
     try:
-        request = InferRequest.model_validate_json(body)
+        request = InferRequest.model_validate(json.loads(body, object_pairs_hook=_distinct))
     except ValidationError as error:
         where, why = ".".join(map(str, (first := error.errors()[0])["loc"])) or "the body", first["msg"]
         raise DataError(f"found an inference request that is wrong at {where} ({why})") from error
+    except (ValueError, RecursionError) as error:  # no JSON
+        raise DataError(f"found an inference request that is wrong at the body ({first_line(error)})") from error
     given, known = request.inputs[0], [each["name"] for own in about.outputs(model).values() for each in own]
     if unknown := [output.get("name") for output in request.outputs if output.get("name") not in known]:
         raise DataError(f"found output '{unknown[0]}', expected some of {', '.join(known)}")
@@ -140,12 +143,25 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[
     return request, sum(sizes), partial(to_squares, images, about.image_size)
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; ValueError if two of its keys are the same, of which a reader would take either."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"found key '{twice[:40]}' twice, expected it once")
+    return found
+
+
 def open_file(text: Any) -> Image.Image:
     """Open a PNG or JPEG image in base64 without decoding it; raises `DataError` if it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG"))
+    except Image.DecompressionBombError as error:  # PIL's own limit, which is far above ours
+        told = f"found an image of more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, expected fewer"
+        raise RefusedError(f"{told}; shrink it", 413) from error
     except (TypeError, *DAMAGE) as error:
         raise DataError("found no image, expected a PNG or JPEG file in base64") from error
     if image.mode.startswith(("I", "F")):

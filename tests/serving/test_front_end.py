@@ -188,6 +188,13 @@ async def test_deadline() -> None:
     assert asyncio.get_running_loop().time() == pytest.approx(2.0)
 
 
+@virtually
+async def test_a_deadline_that_has_passed_before_anybody_was_asked_names_whose_answer_is_missing() -> None:
+    it = World([after(0.1)] * 4, deadline=2.0)
+    with pytest.raises(DeadlineError, match="no answer in 2 s from e0, e2;"):
+        await it.front.ask(X, [0, 2], asyncio.get_running_loop().time() - 0.1)
+
+
 @pytest.mark.parametrize("policy", ["standin", "coded_hedged"])
 @virtually
 async def test_nobody_waits_for_a_server_that_hangs_and_it_is_tried_one_request_at_a_time(policy: str) -> None:
