@@ -100,12 +100,14 @@ def test_an_enormous_image_is_too_large_and_not_no_image() -> None:
         assert getattr(found.value, "status", 400) == 413
 
 
+VALID = json.dumps(body("UINT8", [1, 1, 2, 2], [1] * 4)).encode()
 WRONG = {
     "no JSON": (b"{", "wrong at the body"),
     "no text": (b"\xff\xfe\xfd", "wrong at the body"),
     "deep": (b"[" * 100_000, "wrong at the body"),
-    "twice": (b'{"inputs": [], "id": "1", "inputs": []}', "wrong at the body .*found key 'inputs' twice"),
-    "twice inside": (b'{"inputs": [{"name": "images", "name": "images"}]}', "found key 'name' twice"),
+    "half a letter": (b'{"id": "\\ud800", "inputs": []}', "wrong at the body"),
+    "twice": (b'{"id": "1", ' + VALID[1:-1] + b', "id": "2"}', "found key 'id' twice, expected it once"),
+    "twice inside": (VALID.replace(b'"shape"', b'"name": "images", "shape"'), "found key 'name' twice"),
     "no inputs": (b"{}", "wrong at inputs"),
     "input": (body("UINT8", [1, 1, 2, 2], [1] * 4, "words"), "an input 'words', expected 'images'"),
     "datatype": (body("FP32", [1, 1, 2, 2], [1] * 4), "wrong at inputs.0.datatype"),
