@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import statistics
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from coin.core.choices import check_number
 from coin.errors import DeadlineError, LostError, OverloadedError, ServingError, first_line
 from coin.serving.policies import Lateness, Pace, Policy, StandIns
 
+SLOW = 2.0  # an own answer is late at this multiple of when the other experts' are, however slow its server always is
+EXPERIENCE = 20  # the queries after which an expert's lateness tells about others
 ROOM = 0.7  # the share of `timeout` that a request may be expected to wait: the rest is for waits longer than expected
 
 logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own
@@ -149,22 +152,39 @@ class FrontEnd:
         DeadlineError where no answer came in time.
         """
         fresh = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
-        lateness = self.lateness.setdefault((tuple(experts), len(inputs).bit_length()), fresh)
-        query = _Query(inputs, None if self.policy.moment == "lost" else lateness.seconds)
+        size = len(inputs).bit_length()
+        lateness = self.lateness.setdefault((tuple(experts), size), fresh)
+        patience = min(lateness.seconds, SLOW * self._others_lateness(tuple(experts), size))
+        query = _Query(inputs, None if self.policy.moment == "lost" else patience)
         try:
             async with asyncio.timeout_at(deadline):
                 each = (self._answer(query, expert) for expert in experts)
                 found = await asyncio.gather(*each, return_exceptions=True) if len(experts) > 1 else [await next(each)]
         except TimeoutError:
-            waits = ", ".join(name for name, task in query.requests.items() if not task.done())
+            own = (self.stand_ins.experts[expert] for expert in experts)  # if the time was up before they were asked
+            waits = ", ".join([name for name, task in query.requests.items() if not task.done()] or own)
             raise DeadlineError(f"no answer in {self.limits.deadline:g} s from {waits}; ask again later") from None
         finally:
-            if query.late or query.in_time == len(experts):
+            # Whether a server is late by its own measure is unknown where others' is shorter.
+            is_known = patience == lateness.seconds or not query.late
+            if is_known and (query.late or query.in_time == len(experts)):
                 lateness.observe(query.late)
             self._close(query)
         if failed := [each for each in found if isinstance(each, BaseException)]:
             raise failed[0]
         return [each for each in found if isinstance(each, Answer)]
+
+    def _others_lateness(self, experts: tuple[int, ...], size: int) -> float:
+        """Return the median of when the other experts' answers to queries of this size are late, in seconds.
+
+        Infinity for queries for several experts, and where none of the others is known from `EXPERIENCE` queries.
+        """
+        if len(experts) > 1:
+            return math.inf
+        own = experts[0]
+        others = (self.lateness.get(((place,), size)) for place in range(len(self.stand_ins.experts)) if place != own)
+        known = [each.seconds for each in others if each is not None and each.experience >= EXPERIENCE]
+        return statistics.median_low(known) if known else math.inf
 
     async def _answer(self, query: _Query, expert: int) -> Answer:
         """Return the expert's own answer if it comes in time, else the first that can be had."""

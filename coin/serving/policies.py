@@ -66,7 +66,8 @@ class Lateness:
     """
 
     def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
-        self.quantile, self.longest, self._seconds, self._count = quantile, longest, min(initial, longest), experience
+        self.quantile, self.longest, self._seconds = quantile, longest, min(initial, longest)
+        self.experience = experience
 
     @property
     def seconds(self) -> float:
@@ -75,8 +76,8 @@ class Lateness:
 
     def observe(self, late: bool) -> None:
         """Update the estimate with whether a query's own answer was late."""
-        self._count += 1
-        gain = max(0.005, 20.0 / (20.0 + self._count))
+        self.experience += 1
+        gain = max(0.005, 20.0 / (20.0 + self.experience))
         change = self.quantile if late else self.quantile - 1.0
         self._seconds = min(self._seconds * math.exp(gain * change), self.longest)
 

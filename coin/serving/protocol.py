@@ -11,6 +11,7 @@ say whether any of it was ``decoded`` and which servers it was ``answered_by``; 
 
 import base64
 import io
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,7 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[
     """Return a request for a model, its images' number of pixels, and what decodes these; both raise DataError."""
     try:
         request = InferRequest.model_validate_json(body)
+        json.loads(body, object_pairs_hook=_distinct)  # pydantic takes the last of keys that come twice
     except ValidationError as error:
         where, why = ".".join(map(str, (first := error.errors()[0])["loc"])) or "the body", first["msg"]
         raise DataError(f"found an inference request that is wrong at {where} ({why})") from error
@@ -140,12 +142,25 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[
     return request, sum(sizes), partial(to_squares, images, about.image_size)
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; DataError if two of its keys are the same."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DataError(f"found key '{key[:40]}' twice, expected it once")
+        found[key] = value
+    return found
+
+
 def open_file(text: Any) -> Image.Image:
     """Open a PNG or JPEG image in base64 without decoding it; raises `DataError` if it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
             image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG"))
+    except Image.DecompressionBombError as error:  # PIL's own limit, which is far above ours
+        told = f"found an image of more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, expected fewer"
+        raise RefusedError(f"{told}; shrink it", 413) from error
     except (TypeError, *DAMAGE) as error:
         raise DataError("found no image, expected a PNG or JPEG file in base64") from error
     if image.mode.startswith(("I", "F")):

@@ -188,6 +188,13 @@ async def test_deadline() -> None:
     assert asyncio.get_running_loop().time() == pytest.approx(2.0)
 
 
+@virtually
+async def test_a_deadline_that_has_passed_before_anybody_was_asked_names_whose_answer_is_missing() -> None:
+    it = World([after(0.1)] * 4, deadline=2.0)
+    with pytest.raises(DeadlineError, match="no answer in 2 s from e0, e2;"):
+        await it.front.ask(X, [0, 2], asyncio.get_running_loop().time() - 0.1)
+
+
 @pytest.mark.parametrize("policy", ["standin", "coded_hedged"])
 @virtually
 async def test_nobody_waits_for_a_server_that_hangs_and_it_is_tried_one_request_at_a_time(policy: str) -> None:
@@ -217,7 +224,7 @@ async def test_each_expert_and_size_of_a_query_has_a_lateness_of_its_own() -> No
         await asyncio.sleep(0.01 * len(inputs))
         return reply
 
-    it = World([by_the_image, after(0.4), after(0.01), after(0.01)], quantile=0.9)
+    it = World([by_the_image, after(0.4), after(0.25), after(0.01)], quantile=0.9)
     decoded: Counter[str] = Counter()
     for number in range(300):
         for _ in range(5):
@@ -225,6 +232,32 @@ async def test_each_expert_and_size_of_a_query_has_a_lateness_of_its_own() -> No
         slow, eight = await ask_one(it.front, X, 1), await ask_one(it.front, X.repeat(8, 1), 0)
         decoded.update(slow=slow.decoded and number >= 200, eight=eight.decoded and number >= 200)
     assert max(decoded.values()) < 40  # about a tenth of a hundred is late by definition
+
+
+@pytest.mark.parametrize("policy", ["standin", "coded_hedged", "replica"])
+@virtually
+async def test_a_server_that_is_always_slow_is_relieved_until_it_is_as_quick_as_the_others(policy: str) -> None:
+    """Its own answers' quantile says that they are in time; others' says that they are late."""
+    it = World([after(0.5), after(0.1), after(0.1), after(0.1)], policy, quantile=0.9)
+
+    async def slowly(count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            await ask_one(it.front, X, 1)
+            await ask_one(it.front, X, 2)
+            times.append((await timed(ask_one(it.front, X, 0)))[1])
+            await asyncio.sleep(0.6)  # it has answered: no silence tells on it
+        return times
+
+    await slowly(100)
+    assert max(await slowly(50)) < 0.4
+    it.behaviours["e0"] = after(0.1)
+    await slowly(20)
+    before = it.asked["coded-0"], it.asked["replica-0/e0"]
+    assert max(await slowly(50)) <= 0.2 + 1e-9
+    answered = [(await ask_one(it.front, X, 0)).answered_by for _ in range(20)]
+    assert answered.count(("e0",)) >= 16  # a tenth is late by definition
+    assert before != (0, 0)
 
 
 @pytest.mark.parametrize(("policy", "other"), [("uncoded", full), ("coded_hedged", raises), ("standin", full)])

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,27 @@ def test_what_is_no_image_or_too_large_is_refused(files: list[bytes], message: s
     assert getattr(found.value, "status", 400) == status
 
 
+def enormous(width: int, height: int) -> bytes:
+    """Return the head of a PNG of this size, which is all that is read of it."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return PNG[:8] + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + PNG[33:]
+
+
+def test_an_enormous_image_is_too_large_and_not_no_image() -> None:
+    for side in (10_000, 20_000):
+        with pytest.raises(DataError, match=r"pixels, expected .*; shrink it") as found:
+            read_files(enormous(side, side))
+        assert getattr(found.value, "status", 400) == 413
+
+
+VALID = json.dumps(body("UINT8", [1, 1, 2, 2], [1] * 4)).encode()
 WRONG = {
     "no JSON": (b"{", "wrong at the body"),
+    "no text": (b"\xff\xfe\xfd", "wrong at the body"),
+    "deep": (b"[" * 100_000, "wrong at the body"),
+    "half a letter": (b'{"id": "\\ud800", "inputs": []}', "wrong at the body"),
+    "twice": (b'{"id": "1", ' + VALID[1:-1] + b', "id": "2"}', "found key 'id' twice, expected it once"),
+    "twice inside": (VALID.replace(b'"shape"', b'"name": "images", "shape"'), "found key 'name' twice"),
     "no inputs": (b"{}", "wrong at inputs"),
     "input": (body("UINT8", [1, 1, 2, 2], [1] * 4, "words"), "an input 'words', expected 'images'"),
     "datatype": (body("FP32", [1, 1, 2, 2], [1] * 4), "wrong at inputs.0.datatype"),
