@@ -14,8 +14,8 @@ from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
 from coin.pipeline.pool import Launch
 from coin.pipeline.sweep import read_sweep, run_sweep, sweep_points
-from coin.reporting.sweeps import SWEEP_CSV, sweep_table
-from coin.reporting.tables import results_console
+from coin.reporting.sweeps import SWEEP_CSV
+from coin.reporting.tables import results_console, sweep_table
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -98,6 +99,37 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
         expected = "a tensor [B, …], or tensors by name," if reads_any else "input tensors [B, …]"
         raise DataError(f"found a batch of type {type(batch).__name__}, expected {expected}; {advice}")
     return batch  # type: ignore[no-any-return]
+
+
+@contextmanager
+def explained_inputs(network: nn.Module, batch: Callable[[], Any]) -> Iterator[None]:
+    """Turn a network's RuntimeError into a DataError where images [B, C, H, W] are not as its convolutions want them.
+
+    `batch` returns the inputs; it is called after an error only.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        wrong = "" if isinstance(error, torch.OutOfMemoryError) else _wrong_images(network, batch())
+        if not wrong:
+            raise
+        raise DataError(wrong) from error
+
+
+def _wrong_images(network: nn.Module, images: Any) -> str:
+    """Say what is wrong with images for a network whose first layer with weights is a convolution; "" if nothing is."""
+    first = next((each for each in network.modules() if next(each.parameters(recurse=False), None) is not None), None)
+    if not isinstance(first, nn.Conv2d) or not isinstance(images, Tensor):
+        return ""
+    channels = first.in_channels
+    found = f"found inputs {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+    if not images.is_floating_point():
+        return f"{found}, expected float images [B, {channels}, H, W]; normalise them as in training"
+    if images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
+        return f"{found}, expected channels first, [B, {channels}, H, W]; give inputs.permute(0, 3, 1, 2)"
+    if images.ndim != 4:
+        return f"{found}, expected batches [B, {channels}, H, W]; give inputs[None] for one image"
+    return ""
 
 
 def _is_batch(value: Any) -> bool:

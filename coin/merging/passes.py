@@ -191,9 +191,9 @@ class ExpertOutputs:
                 left = budget
             self._groups[-1].append(unit)
             left -= size
-        self._fit = samples / max(1, len(trace.units))
+        self._samples, self._units, self._popped = samples, len(trace.units), 0
         self.passes, self.total = 0, len(self._groups) * int(rows.mixtures.count_nonzero()) + samples
-        self.advance: Callable[[float], None] = lambda _: None
+        self.advance: Callable[[int], None] = lambda _: None
 
     def pop(self, weight: str) -> Tensor:
         """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
@@ -207,7 +207,10 @@ class ExpertOutputs:
                     self._add(network, ends, part, mixture)
                     self.passes += len(part)
                     self.advance(len(part))
-        self.advance(self._fit)
+        # The coded network's own pass, a share of its samples for each unit: whole ones, which sum to all.
+        before = self._popped * self._samples // self._units
+        self._popped += 1
+        self.advance(self._popped * self._samples // self._units - before)
         return self._made.pop(weight)
 
     def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
@@ -363,7 +366,8 @@ def fit_body(
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
     rows = chosen_rows(network, trace, inputs, task, *objective(row, task, own_share), budget)
     targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
-    with progress_bar(f"{label}, layers", targets.total) as bar:
+    doing = "layers" if rounding is None else "layers again, rounded"
+    with progress_bar(f"{label}, {doing}", targets.total) as bar:
         targets.advance = bar.update
         try:
             fit_in_order(network, trace, rows, targets, ridge, rounding, fit)

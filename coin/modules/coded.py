@@ -375,9 +375,8 @@ class Coded:
         """Return what a decoder needs and the lost experts' own answers, with the inputs' tasks if these are given."""
         told, parts = None if tasks is None else torch.as_tensor(tasks), list[Answers]()
         if self.is_adapted and told is None:
-            raise ConfigurationError(
-                "found no tasks, expected of which expert's each input is, for bodies with adapters"
-            )
+            expected = "expected of which expert's task each input is, for bodies with adapters"
+            raise ConfigurationError(f"found no tasks, {expected}; give tasks=[0, 0, …, 1, …], a number for each input")
         for batch in batches:
             done = sum(each.num_samples for each in parts)
             own = None if told is None else told[done : done + size_of(as_input(batch, self.coded[0]))]

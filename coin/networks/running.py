@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.core.batches import Batch, map_tensors, take
+from coin.core.batches import Batch, explained_inputs, map_tensors, take
 from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError, NumericalError
 from coin.networks.adapted import Adapted
@@ -71,7 +71,8 @@ class Run(NamedTuple):
 def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
     """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
     inputs = map_tensors(torch.clone, inputs)
-    found, logits = features_and_logits(network, inputs) if features else (None, network(inputs))
+    with explained_inputs(network, lambda: inputs):
+        found, logits = features_and_logits(network, inputs) if features else (None, network(inputs))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"found {shape} of {type(network).__name__}, expected logits [B, C]; give forward=…")

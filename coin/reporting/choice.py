@@ -10,6 +10,7 @@ from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
 from coin.reporting.results import RESIDENT
 from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.sweeps import read_sweep_table
 from coin.reporting.text import counted, percent, read_by
 
 ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stand-in keeps on the worst task
@@ -26,6 +27,13 @@ def recommended(kept: pd.DataFrame) -> "pd.Series[Any]":
     ordered = _cheapest_first(kept)
     accurate = ordered[ordered["nda_worst"] >= ACCURACY]
     return accurate.iloc[0] if len(accurate) else _most_accurate(ordered)
+
+
+def named_by_experiment(kept: pd.DataFrame) -> pd.DataFrame:
+    """Return `stand_ins` of several experiments, as a sweep's, whose names say of which; those of one as they are."""
+    if kept["experiment"].nunique() < 2:
+        return kept
+    return kept.assign(name=kept["experiment"] + ": " + kept["name"])
 
 
 def has_weak_experts(row: "pd.Series[Any]") -> bool:
@@ -60,7 +68,7 @@ def choose(
     FileError where the folder holds no results.
 
     Args:
-        folder: An experiment's folder, or a seed's.
+        folder: An experiment's folder, a seed's or a sweep's.
         accuracy: The share of a lost expert's own accuracy to be kept on the worst task, in (0, 1]; no stand-in counts
             as more accurate than the expert.
         memory_mib: The most memory beyond the experts' own servers, as stored, in MiB.
@@ -72,14 +80,15 @@ def choose(
     Traceback (most recent call last):
     coin.errors.FileError: found neither 'results.csv' nor 'seed-*/results.csv' in 'runs/nowhere', expected ...
     """
-    frame = read_run(Path(folder))[1]
+    sweep = read_sweep_table(Path(folder))
+    frame = read_run(Path(folder))[1] if sweep is None else sweep.frame
     least = frame["task"].nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     check_number("memory_mib", memory_mib or 0, low=0)
     check_number("resident_mib", resident_mib or 0, low=0)
     check_number("forwards", forwards or 0, low=0)
     check_integer("losses", least, 1)
-    kept = stand_ins(summarise(frame))
+    kept = named_by_experiment(stand_ins(summarise(frame)))
     if kept.empty:
         raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
     if resident_mib is not None and kept[RESIDENT].isna().all():

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting import figures, report_parts as parts
-from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, recommended
+from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, named_by_experiment, recommended
 from coin.reporting.headline import best_coded, cautions, differences, entries, entry_of, headline
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
 from coin.reporting.style import as_png
 from coin.reporting.summary import REFERENCES, over_tasks, shortlist, stand_ins, summarise
-from coin.reporting.sweeps import Sweep, sweep_text
+from coin.reporting.sweeps import Sweep, legend, sweep_text
 from coin.reporting.tables import nda_tables, stand_in_table
 
 PLOTS = "plots"
@@ -109,7 +109,7 @@ class _Page:
         keep, examples, tasks, chosen = [], [], [], []
         if len(kept):
             shown = shortlist(kept)
-            lead = "" if source.sweep else f"{choose(source.folder)[1]} For other limits: coin choose."
+            lead = f"{choose(source.folder)[1]} For other limits: coin choose."
             more = None if shown.all() else (f"All {len(kept)} methods and decoders", stand_in_table(kept))
             phone = ["method", "decoder", "NDA", "memory MiB"]
             first = [("", stand_in_table(kept[shown]))]
@@ -148,8 +148,20 @@ class _Page:
             nda = f"{100 * best['nda_mean']:.1f} % NDA"
             told += f"; the best is {best['experiment']}: {nda} with {best['method']} and {best['decoder']}"
         table = sweep_text(self.source.frame, pd.DataFrame.from_dict(dict(sweep.options), orient="index"))
-        methods = [{"tables": [("", table)], "text": _NDA}, {"figures": list(self._options(sweep, means))}]
-        sections = {"Methods and decoders": methods, "Experts": []}
+        methods: list[dict[str, Any]] = [{"tables": [("", table)], "text": _NDA}]
+        methods.append({"figures": list(self._options(sweep, means))})
+        if len(long_values := legend(sweep)):
+            methods.append({"title": "What numbers stand for", "tables": [("", long_values)], "prose": True})
+        keep = []
+        kept = named_by_experiment(stand_ins(self.summary))
+        if len(kept):
+            shown = shortlist(kept)
+            lead = f"{choose(self.source.folder)[1]} For other limits: coin choose."
+            more = None if shown.all() else (f"All {len(kept)} stand-ins", stand_in_table(kept))
+            phone = ["method", "decoder", "NDA", "memory MiB"]
+            first = [("", stand_in_table(kept[shown]))]
+            keep = [{"lead": lead, "tables": first, "more": more, "text": _KEEP, "phone": phone}]
+        sections = {"What to keep": keep, "Methods and decoders": methods, "Experts": []}
         return {"headline": f"{told}.", "cautions": [], "opening": {}, "sections": sections}
 
     def _options(self, sweep: Sweep, means: pd.DataFrame) -> Iterator[dict[str, Any]]:

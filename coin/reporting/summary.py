@@ -81,6 +81,18 @@ def read_summary(experiment_folder: Path) -> pd.DataFrame:
     return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, integers, numbers)[list(SUMMARY_COLUMNS)]
 
 
+def is_replaced(earlier: pd.DataFrame, summary: pd.DataFrame) -> bool:
+    """Return whether a summary lacks rows of an earlier one, or has other numbers there.
+
+    Rows over more seeds than before replace nothing.
+    """
+    both = earlier.merge(summary, on=list(GROUP), how="left", suffixes=("_earlier", ""), indicator=True)
+    lost = both["_merge"] == "left_only"
+    same_seeds = both["seeds_earlier"] == both["seeds"]
+    other_nda = (both["nda_mean_earlier"] - both["nda_mean"]).abs() > 1e-12
+    return bool((lost | (same_seeds & other_nda)).any())
+
+
 def seed_folders(folder: Path) -> list[Path]:
     """Return an experiment's folders ``seed-*`` that hold results, by increasing seed, or the one seed's that is given.
 
@@ -147,11 +159,11 @@ def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return what may be kept for a lost expert: a row per method's variant and decoder of one experiment's `summary`.
+    """Return what may be kept for a lost expert: a row per method's variant and decoder of a `summary`.
 
     The columns: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
     ``resident_mib`` (NaN where it was not measured), ``forwards``, ``losses``, ``merge_seconds``, ``nda_worst`` (the
-    mean over seeds on the ``worst_task``).
+    mean over seeds on the ``worst_task``), ``experiment``.
     """
     summary = summary.assign(name=variant_names(summary))
     keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
@@ -161,7 +173,7 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     memory, *others = STAND_IN_COSTS
     costs = [memory, RESIDENT, *others, "merge_seconds"]
     means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
-    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task"]]
+    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task", "experiment"]]
     kept = kept.dropna(subset=["nda_mean", *STAND_IN_COSTS])
     return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
 

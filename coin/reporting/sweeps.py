@@ -1,4 +1,4 @@
-"""The table of a sweep, ``sweep.csv``: made from its points' results, shown in the terminal, and read back."""
+"""The table of a sweep, ``sweep.csv``: made from its points' results, and read back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.table import Table
 
 from coin.errors import FileError
 from coin.files.atomic import is_folder_name
 from coin.files.yaml import as_text
 from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_frame, read_results
 from coin.reporting.summary import seed_means, variant_names
-from coin.reporting.tables import rich_table
 from coin.reporting.text import percent
 
 SWEEP_CSV = "sweep.csv"
@@ -42,13 +40,13 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     keys = [name for name in frame.columns if name not in (*COLUMNS, SEEDS)]
     if wrong := [name for name in frame["experiment"] if not is_folder_name(name)]:
         raise FileError(f"'{path}' has the experiment {wrong[0]!r}, expected a folder's name; make it again")
-    name, short = folder.resolve().name, _short_names(keys)
+    name, short = folder.resolve().name, short_names(keys)
     points = tuple(dict.fromkeys(frame["experiment"]))
     swept = {short[key]: tuple(dict.fromkeys(frame[key])) for key in keys}
     options, parts = {}, []
     for values, part in frame.groupby(keys, sort=False) if keys else [((), frame)]:
         named = zip((short[key] for key in keys), map(str, values), strict=True)
-        own = {option: _short_value(value, swept[option]) for option, value in named}
+        own = {option: short_value(value, swept[option]) for option, value in named}
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
         parts.append(part[list(COLUMNS)].assign(experiment=label))
@@ -78,20 +76,6 @@ def sweep_frame(
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
-def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
-    """Return `sweep_text` of a `sweep_frame`, whose first columns are the swept keys, as a table for the terminal."""
-    keys = [key for key in swept if key != SEEDS]
-    points = frame[["experiment", *keys]].drop_duplicates("experiment").astype(str)
-    for key in keys:
-        every = list(dict.fromkeys(points[key]))
-        points[key] = [_short_value(value, every) for value in points[key]]
-    text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
-    text = text.rename(columns=_short_names(keys))
-    firsts = text.iloc[:, 0].tolist() if keys else []
-    ends = [place for place in range(1, len(firsts)) if firsts[place] != firsts[place - 1]]
-    return rich_table(text, title, [*text.columns[: len(keys) + 1], "method"], ends)
-
-
 def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Return mean NDA ± spread in % of rows of results as text, a line per point and method, a column per decoder.
 
@@ -111,11 +95,22 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*heads, *decoders])
 
 
-def _short_value(value: str, every: Sequence[str]) -> str:
+def legend(sweep: Sweep) -> pd.DataFrame:
+    """Return a line for every value that is too long for a table: the option, what stands for it, and the value."""
+    lines = [
+        {"option": option, "shown as": short_value(value, every), "value": value}
+        for option, every in sweep.swept.items()
+        for value in every
+    ]
+    return pd.DataFrame([line for line in lines if line["shown as"] != line["value"]])
+
+
+def short_value(value: str, every: Sequence[str]) -> str:
+    """Return a value as tables show it: a long one by its place among `every` value."""
     return value if len(value) <= _LONGEST else f"#{every.index(value)}"
 
 
-def _short_names(keys: Sequence[str]) -> dict[str, str]:
+def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Return the last part of each swept key, the whole key where another ends alike or a column is called so."""
     last = [key.rsplit(".")[-1] for key in keys]
     pairs = zip(keys, last, strict=True)

@@ -23,6 +23,7 @@ from coin.reporting.summary import (
     undominated,
     variant_names,
 )
+from coin.reporting.sweeps import SEEDS, short_names, short_value, sweep_text
 from coin.reporting.text import counted, mebibytes, percent, read_by, seconds
 
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
@@ -195,3 +196,17 @@ def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method"
         )
         out.add_row(*cells, end_section=place in ends)
     return out
+
+
+def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
+    """Return `sweep_text` of a `sweep_frame`, whose first columns are the swept keys, as a table for the terminal."""
+    keys = [key for key in swept if key != SEEDS]
+    points = frame[["experiment", *keys]].drop_duplicates("experiment").astype(str)
+    for key in keys:
+        every = list(dict.fromkeys(points[key]))
+        points[key] = [short_value(value, every) for value in points[key]]
+    text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
+    text = text.rename(columns=short_names(keys))
+    firsts = text.iloc[:, 0].tolist() if keys else []
+    ends = [place for place in range(1, len(firsts)) if firsts[place] != firsts[place - 1]]
+    return rich_table(text, title, [*text.columns[: len(keys) + 1], "method"], ends)

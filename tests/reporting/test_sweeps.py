@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from coin.errors import FileError
 from coin.files.atomic import write_text
 from coin.reporting import choose, write_report
 from coin.reporting.results import write_frame, write_results
-from coin.reporting.sweeps import read_sweep_table, sweep_frame, sweep_table
+from coin.reporting.sweeps import legend, read_sweep_table, sweep_frame
+from coin.reporting.tables import sweep_table
 from tests.reporting.conftest import BASE, FEW, frame
 
 Write = Callable[..., Path]
@@ -65,6 +67,8 @@ def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
     assert sweep.swept["methods"] == tuple(methods)
     page = write_report(folder).read_text(encoding="utf-8")
     assert ", [{&#34;class_path&#34;: &#34;Coin&#34;, &#34;init_args&#34;: {&#34;damping&#34;: 0.2}}]" in page
+    assert legend(sweep).to_numpy().tolist() == [["methods", f"#{i}", value] for i, value in enumerate(methods)]
+    assert "What numbers stand for" in page
     text = pd.read_csv(folder / "sweep.csv", keep_default_na=False, na_values={"residual": ""})
     table = sweep_table(text, list(points[0]), "a sweep")  # in the terminal
     assert list(dict.fromkeys(map(str, table.columns[0].cells))) == ["#0", "#1"]
@@ -73,8 +77,11 @@ def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
 def test_a_sweep_over_seeds_alone_is_one_experiment(write_sweep: Write):
     folder = write_sweep([{"seeds": f"[{seed}]"} for seed in (0, 1)], with_folders=True)
     page = write_report(folder).read_text(encoding="utf-8")
+    assert choose(folder)[1] in unescape(page)
+    (folder / "sweep.csv").rename(folder / "other.csv")
     with pytest.raises(FileError, match=r"a sweep or several experiments; name one of them, such as .*/kinds-000$"):
         choose(folder)
+    (folder / "other.csv").rename(folder / "sweep.csv")
     assert "coin: sweep kinds" in page
     assert "When one of 2 experts is lost, coin keeps" in page
     assert "seeds 0, 1" in page
@@ -95,7 +102,12 @@ def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: W
     assert "NDA against lr, mean ± spread over seeds; mean over fisher_kind, calibration.samples_per_task." in text
     assert text.count(">empirical</td>") == 2 * 2 * 3  # two rates and two P; two methods and the survivors
     assert "coin sweep kinds.yaml" in text
-    assert "Shaded" not in text
+    assert choose(folder)[1] in unescape(text)
+    rows, sentence = choose(folder, accuracy=0.5)
+    assert sentence.startswith(f"Keep {rows['name'].iloc[0]} with ")
+    assert rows["name"].str.fullmatch(r"fisher_kind \w+, lr [\d.]+, calibration\.samples_per_task \d+: \w+").all()
+    assert "<th" in text[text.index("<h2>What to keep</h2>") :]
+    assert ">memory MiB</th>" in text
     assert "8 experiments; the best is fisher_kind " in text
     frame = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
     chosen = frame[(frame["calibration.fisher_kind"] == "exact") & (frame["expert.lr"] == 0.1)]
