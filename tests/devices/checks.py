@@ -230,7 +230,7 @@ decoders: [ridge, expert_head]
 """
 
 
-@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("float64", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_is_the_same(float64, tmp_path, monkeypatch):
     (tmp_path / "methods.yaml").write_text(EVERY_METHOD)
     command = ["run", "-c", str(SMALLEST), "-c", str(tmp_path / "methods.yaml")]

@@ -124,6 +124,8 @@ class Schedule:
                 left = set(self.it.stand_ins.servers) - query.failed
                 if isinstance(query.error, OverloadedError):
                     left -= self.full
+                else:  # one that has failed others, and is full of requests, is not asked, and is lost
+                    left -= {name for name in self.full if any(name in each.failed for each in self.queries)}
                 assert not all(self.can_answer(expert, left) for expert in query.experts)
             else:
                 assert isinstance(query.error, DeadlineError)
