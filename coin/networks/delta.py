@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coin.core.devices import has_float64
+
 EQUAL, HALF, WHOLE = 0, 16, 32
 """How a tensor is kept, beside 1 … 8 bits a value: not at all, its delta in float16, itself."""
 
@@ -246,6 +248,8 @@ def _table(bits: int, device: torch.device) -> Tensor:
     count = 8 // bits  # codes in a byte
     codes = unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits, count)
     table = _signed_levels(bits)[:, codes.int()].view(2 * 256, count)
+    if count > 1 and not has_float64(device):
+        return table.view(torch.int64).to(device)  # rows of them
     wide = {1: torch.float32, 2: torch.float64}.get(count, torch.complex128)
     return table.view(wide).squeeze(1).to(device)
 

@@ -12,6 +12,7 @@ from torch import nn
 import coin
 from coin.cli import main
 from coin.core import devices
+from coin.networks import delta
 from coin.networks.kept import Change
 from coin.reporting import read_results
 from coin.statistics import FisherOptions
@@ -43,6 +44,7 @@ METHODS = {
 def seen(request, monkeypatch):
     if not request.param:
         monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
+    delta._table.cache_clear()  # whose tables are of the device as it was
     with pretend.running(float64=request.param) as found:
         yield found
 
@@ -155,8 +157,11 @@ def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
 def test_bodies_move_and_answer_packed(seen):
     experts, start, inputs = fleet()
     adapted = coin.fit_adapters(start, experts, inputs, rank=2)
-    packed = coin.Adapted(coin.compress(start, None, bits=4, base_bits=0).packed(), adapted.adapters)
-    for body in (adapted, packed):
+    packed = [
+        coin.Adapted(coin.compress(start, None, bits=bits, base_bits=0).packed(), adapted.adapters)
+        for bits in (1, 2, 3, 4, 8)
+    ]
+    for body in (adapted, *packed):
         here = moved(body)
         experts_of = torch.tensor([0, 2, 1, 2])
         torch.testing.assert_close(answers(here, inputs[0][0]), answers(body, inputs[0][0]), **CLOSE)
@@ -237,6 +242,7 @@ def test_a_run_is_the_same(float64, tmp_path, monkeypatch):
     assert main([*command, f"--output={tmp_path / 'cpu'}", "--trainer.accelerator=cpu"]) == 0
     if not float64:
         monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
+    delta._table.cache_clear()
     with pretend.running(float64=float64) as seen:
         assert main([*command, f"--output={tmp_path / 'device'}", f"--trainer.accelerator={pretend.NAME}"]) == 0
     own, here = (read_results(tmp_path / place / "smallest" / "seed-0") for place in ("cpu", "device"))
