@@ -274,7 +274,10 @@ async def overload(kind: str, load: float, seconds: float, marginal: float, tail
 
 
 @pytest.mark.parametrize("kind", list(PolicyKind))
-@pytest.mark.parametrize(("marginal", "tail"), [(1.0, 0.0), (0.1, 0.0), (1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("marginal", "tail"),
+    [(1.0, 0.0), pytest.param(0.1, 0.0, marks=pytest.mark.slow), pytest.param(1.0, 0.5, marks=pytest.mark.slow)],
+)
 def test_overload_is_refused_at_once_costs_no_answers_and_nobody_is_called_lost(
     kind: str, marginal: float, tail: float
 ) -> None:
