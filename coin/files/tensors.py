@@ -56,17 +56,15 @@ def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
 
     A device is waited for once, not for every tensor.
     """
-    sound = dict[torch.device, list[Tensor]]()
-    names = dict[torch.device, list[str]]()
+    sound: dict[str, Tensor] = {}
     for name, tensor in state.items():
         places = ~tensor.isnan() if name in infinite else tensor.isfinite()
-        sound.setdefault(tensor.device, []).append(places.all())
-        names.setdefault(tensor.device, []).append(name)
-    wrong = set[str]()
-    for device, flags in sound.items():
-        told = torch.stack(flags).tolist()
-        wrong |= {name for name, is_sound in zip(names[device], told, strict=True) if not is_sound}
-    return next((name for name in state if name in wrong), None)
+        sound[name] = places.all()
+    if not sound:
+        return None
+    device = next(iter(sound.values())).device
+    told = torch.stack([each.to(device) for each in sound.values()]).tolist()
+    return next((name for name, is_sound in zip(sound, told, strict=True) if not is_sound), None)
 
 
 def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> None:

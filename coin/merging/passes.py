@@ -92,7 +92,7 @@ def chosen_rows(
     order = torch.nn.functional.one_hot(task, experts).cumsum(0)[torch.arange(len(task)), task] - 1
     probed = (order < math.ceil(PROBED / experts)).nonzero().flatten()
     weights = position_weights(network, trace, take(inputs, probed))
-    places = chosen_places(trace.units, order, weights, next(network.parameters()).device, budget)
+    places = chosen_places(trace.units, order, weights, device_of(network), budget)
     return Rows(inputs, mixtures, shares, places, weights, 3 * len(probed) if weights else 0)
 
 

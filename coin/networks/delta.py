@@ -34,8 +34,7 @@ class Rounded(NamedTuple):
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
         table = _signed_levels(self.bits).flatten().to(self.codes.device)
-        first = (self.scale < 0).int() * 2**self.bits
-        return _entries_of(table, self.codes, first.unsqueeze(1), self.scale.float().unsqueeze(1))
+        return _entries_of(table, self.codes, *_by_row(self.scale, 2**self.bits))
 
 
 @cache
@@ -222,8 +221,12 @@ def by_row(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     That is the first entry of the table of levels that a row takes, int32, and its scale in float32.
     """
-    of_even_levels = 2**bits if 8 % bits else 2**8  # as many entries are before it
-    first = scale.signbit().int() * of_even_levels
+    return _by_row(scale, 2**bits if 8 % bits else 2**8)
+
+
+def _by_row(scale: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return `by_row` for a table in which so many entries of the dense levels are before those of the even ones."""
+    first = scale.signbit().int() * count
     return first.unsqueeze(1), scale.float().unsqueeze(1)
 
 

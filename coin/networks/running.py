@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.core.batches import Batch, explained_inputs, map_tensors, take
-from coin.core.devices import double, multiplies_in_bfloat16
+from coin.core.devices import device_of, double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError, NumericalError
 from coin.networks.adapted import Adapted
 from coin.networks.heads import ADVICE, head_name
@@ -141,7 +141,7 @@ def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> 
             features, logits = features_and_logits(network, take(inputs, slice(0, _FEW)))
         else:
             shape = head.weight.flatten(1).shape if isinstance(head, nn.Linear | nn.Conv2d) else (0, 0)
-            features, logits = (torch.zeros(0, size, device=next(network.parameters()).device) for size in shape[::-1])
+            features, logits = (torch.zeros(0, size, device=device_of(network)) for size in shape[::-1])
         check_head(network, features, logits)
         assert isinstance(head, nn.Linear | nn.Conv2d)
         weight = head.weight.detach().flatten(1)

@@ -234,7 +234,8 @@ def execute_beside(steps: Sequence[Step], says: Sequence[Callable[[str], None]])
         started = time.monotonic()
         if len(waiting) > 1:
             each_on_its_own([step.run for step, _ in waiting])
-        for step, _ in waiting if len(waiting) == 1 else ():
+        elif waiting:
+            ((step, _),) = waiting
             if step.collective:
                 step.run()
             else:

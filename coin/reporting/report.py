@@ -106,14 +106,8 @@ class _Page:
         if (kept["memory_mib"] > 0).any():
             size = float(source.first["configuration"].get("network_mib") or "nan")
             opening = self._draw("nda_against_memory", figures.nda_against_memory(kept, size), _MEMORY)
-        keep, examples, tasks, chosen = [], [], [], []
-        if len(kept):
-            shown = shortlist(kept)
-            lead = f"{choose(source.folder)[1]} For other limits: coin choose."
-            more = None if shown.all() else (f"All {len(kept)} methods and decoders", stand_in_table(kept))
-            phone = ["method", "decoder", "NDA", "memory MiB"]
-            first = [("", stand_in_table(kept[shown]))]
-            keep = [{"lead": lead, "tables": first, "more": more, "text": _KEEP, "phone": phone}]
+        keep = _what_to_keep(kept, source.folder, "methods and decoders")
+        examples, tasks, chosen = [], [], []
         if best := best_coded(found):
             if images := list(parts.example_images(source, best)):
                 examples = [{"text": f"Decoded with {best.decoder}.", "examples": images}]
@@ -152,15 +146,7 @@ class _Page:
         methods.append({"figures": list(self._options(sweep, means))})
         if len(long_values := legend(sweep)):
             methods.append({"title": "What numbers stand for", "tables": [("", long_values)], "prose": True})
-        keep = []
-        kept = named_by_experiment(stand_ins(self.summary))
-        if len(kept):
-            shown = shortlist(kept)
-            lead = f"{choose(self.source.folder)[1]} For other limits: coin choose."
-            more = None if shown.all() else (f"All {len(kept)} stand-ins", stand_in_table(kept))
-            phone = ["method", "decoder", "NDA", "memory MiB"]
-            first = [("", stand_in_table(kept[shown]))]
-            keep = [{"lead": lead, "tables": first, "more": more, "text": _KEEP, "phone": phone}]
+        keep = _what_to_keep(named_by_experiment(stand_ins(self.summary)), self.source.folder, "stand-ins")
         sections = {"What to keep": keep, "Methods and decoders": methods, "Experts": []}
         return {"headline": f"{told}.", "cautions": [], "opening": {}, "sections": sections}
 
@@ -183,3 +169,15 @@ class _Page:
         with atomic_path(self.path.parent / PLOTS / f"{slug}.png") as temporary:
             temporary.write_bytes(png)
         return {"image": parts.data_url("image/png", png), "caption": caption}
+
+
+def _what_to_keep(kept: pd.DataFrame, folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the section of what `choose` says of stand-ins, and their table; `kind` is what all of them are called."""
+    if kept.empty:
+        return []
+    shown = shortlist(kept)
+    lead = f"{choose(folder)[1]} For other limits: coin choose."
+    more = None if shown.all() else (f"All {len(kept)} {kind}", stand_in_table(kept))
+    phone = ["method", "decoder", "NDA", "memory MiB"]
+    first = [("", stand_in_table(kept[shown]))]
+    return [{"lead": lead, "tables": first, "more": more, "text": _KEEP, "phone": phone}]

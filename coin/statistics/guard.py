@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from coin.core.batches import Batch, check_tensors, clear_caches, size_of, take
-from coin.core.devices import disable_tf32
+from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
 
 _LOCK = threading.Lock()
@@ -112,7 +112,7 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     norms = [module for module in network.modules() if gradients and isinstance(module, _BatchNorm)]
     fast = torch.backends.mha.get_fastpath_enabled()
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with (

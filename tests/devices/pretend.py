@@ -33,7 +33,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 NAME = "pretend"
 UNDER = f"{os.sep}coin{os.sep}"  # lines of files below are blamed
@@ -428,6 +428,3 @@ def running(*, float64: bool = True) -> Iterator[Seen]:
         _is_running, _has_float64 = False, True
         torch._C._set_only_lift_cpu_tensors(lifts)
         nn.Module._apply = apply
-
-
-__all__ = ["NAME", "PretendTensor", "Seen", "register", "running", "tree_map"]
