@@ -8,7 +8,7 @@ from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import load_provenance
 from coin.merging import Experts, Method
-from coin.networks.experts import ExpertFiles
+from coin.merging.expert_sources import ExpertFiles
 from coin.pipeline.steps.merge import Training, make_coded_models, merging_device, read_code
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind

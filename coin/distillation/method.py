@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from coin.coding import Code
-from coin.core.batches import Forward, as_input, clear_caches, clone, joined, take
+from coin.core.batches import joined, take
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import rank_zero_info
@@ -28,7 +28,8 @@ from coin.merging import CodedModel, Experts, Method, merge_networks
 from coin.merging.method import Adapters, Compress, starting_method
 from coin.modules.distillation import AUTO, DistillationModule, Schedule
 from coin.networks import BatchNormPolicy
-from coin.statistics.guard import differentiable, trainable
+from coin.networks.calling import Forward, as_input, clear_caches, clone
+from coin.networks.guard import differentiable, trainable
 
 
 class Distillation(Method):

@@ -7,16 +7,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, as_input, checked_batch, map_tensors, size_of, take
+from coin.core.batches import Batch, map_tensors, size_of, take
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, check_layout, on_device
-from coin.networks.experts import ExpertFiles, ExpertNetworks, parameters_of
+from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
+from coin.networks.calling import Forward, as_input, checked_batch
+from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
 from coin.networks.running import Run, check_padding, linear_heads, run_network
+from coin.networks.weights import parameters_of
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
-from coin.statistics.guard import evaluating
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
 
 

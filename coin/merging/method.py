@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
-from coin.core.batches import Forward, explained_inputs, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
+from coin.merging.expert_sources import one_device
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
 from coin.networks.adapted import with_adapters
-from coin.networks.adapters import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.calling import Forward, explained_inputs, plain
 from coin.networks.compressed import Base, Compressed, Compression, compress
-from coin.networks.experts import one_device, to_compute
-from coin.networks.weights import fill_network
+from coin.networks.weights import fill_network, to_compute
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, as_input, called_by, clone, plain, samples_of, take
+from coin.core.batches import Batch, samples_of, take
 from coin.core.devices import device_of
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
 from coin.files.tensors import State, check_layout, weighted_sum
-from coin.merging.adapters import AdapterFit, rank_of
+from coin.merging.adapter_fit import AdapterFit, rank_of
+from coin.merging.expert_sources import one_device
 from coin.merging.experts import Experts
 from coin.merging.units import (
     SAME_CALLS,
@@ -29,12 +30,12 @@ from coin.merging.units import (
     output_rows,
 )
 from coin.networks.adapted import Adapted
-from coin.networks.adapters import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.calling import Forward, as_input, called_by, clone, plain
 from coin.networks.compressed import Rounding
-from coin.networks.experts import one_device, parameters_of, tensors_of, to_compute
-from coin.networks.heads import head_name
-from coin.networks.recipe import without_head
-from coin.statistics.guard import differentiable, evaluating
+from coin.networks.guard import differentiable, evaluating
+from coin.networks.heads import head_name, without_head
+from coin.networks.weights import parameters_of, tensors_of, to_compute
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type

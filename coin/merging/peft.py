@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
-from coin.networks.adapters import Adapter
+from coin.networks.adapter import Adapter
 from coin.networks.heads import head_name
 
 

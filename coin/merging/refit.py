@@ -14,7 +14,7 @@ from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import NO_ADAPTERS, Body, fit_body, warn_of_kept
-from coin.networks.adapters import Adapter
+from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
 

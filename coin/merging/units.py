@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, as_input, size_of, take
+from coin.core.batches import Batch, size_of, take
 from coin.core.memory import is_out_of_memory
 from coin.errors import StateError
 from coin.files.tensors import State
 from coin.networks.batchnorm import folded
+from coin.networks.calling import as_input
 from coin.networks.compressed import Rounding
-from coin.statistics.guard import check_apart, differentiable, evaluating
+from coin.networks.guard import check_apart, differentiable, evaluating
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import as_input, clone, size_of
+from coin.core.batches import size_of
 from coin.errors import ConfigurationError
 from coin.files.packaged import imported
 from coin.files.tensors import State, weighted_sum
@@ -15,6 +15,7 @@ from coin.files.user_code import source_of
 from coin.merging.average import average_parameters
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
+from coin.networks.calling import as_input, clone
 from coin.networks.heads import head_name
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoders import ExpertHeadDecoder, Head
-from coin.core.batches import Batch, Forward, as_input, called_by, clone, size_of, take
+from coin.core.batches import Batch, size_of, take
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.safetensors import load_provenance
@@ -22,12 +22,13 @@ from coin.merging.method import fill
 from coin.modules.coded_file import Body, SystemFile, all_tensors
 from coin.networks import Adapted, Compressed, answering, linear_heads, load_network, run_network
 from coin.networks.adapted import resident_nbytes, stored_nbytes
+from coin.networks.calling import Forward, as_input, called_by, clone
 from coin.networks.files import open_network
+from coin.networks.guard import eval_mode
 from coin.networks.heads import of_one_width
 from coin.reporting.choice import recommended
 from coin.reporting.results import read_results, requested_policy
 from coin.reporting.summary import read_run, stand_ins, summarise, variant_names
-from coin.statistics.guard import eval_mode
 
 Networks = Sequence[nn.Module]
 

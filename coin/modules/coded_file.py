@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from coin.coding import Code, Decoder, DecoderConfig, Promise, make_decoder
-from coin.core.batches import clone
 from coin.core.devices import device_of
 from coin.errors import FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
 from coin.networks import Adapted, Adapter
-from coin.networks.experts import tensors_of
+from coin.networks.calling import clone
 from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
+from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
 _KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from coin.core.batches import Batch, as_input, clear_caches
+from coin.core.batches import Batch
 from coin.core.devices import device_of
 from coin.core.lightning import plot_against_epochs
 from coin.data import Augmentation
@@ -18,10 +18,11 @@ from coin.errors import HeadError
 from coin.merging import Average, Experts, HeadFit
 from coin.merging.experts import check_row
 from coin.merging.method import starting_method
+from coin.modules.recipe import OneCycle
 from coin.networks import build_network, fill_network, load_network, pad_head
-from coin.networks.experts import to_compute
-from coin.networks.recipe import OneCycle
+from coin.networks.calling import as_input, clear_caches
 from coin.networks.running import full_precision
+from coin.networks.weights import to_compute
 
 
 class Schedule(StrEnum):

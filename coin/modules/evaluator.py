@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
-from coin.core.batches import as_input
 from coin.data import Calibration
 from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
@@ -21,6 +20,7 @@ from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded, read_rep
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import SystemFile
 from coin.networks import load_network, pad_head
+from coin.networks.calling import as_input
 
 
 class DecodingEvaluator(LightningModule):

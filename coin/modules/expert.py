@@ -14,17 +14,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from coin.core.lightning import plot_against_epochs
 from coin.errors import ConfigurationError
+from coin.modules.recipe import OneCycle, Recipe, SchedulerCallable, parameter_groups, squared_distance, trainable_names
 from coin.networks import NetworkConfig
 from coin.networks.files import fill_head, initial_network
-from coin.networks.recipe import (
-    OneCycle,
-    Recipe,
-    SchedulerCallable,
-    parameter_groups,
-    squared_distance,
-    trainable_names,
-    without_head,
-)
+from coin.networks.heads import without_head
 
 
 class Expert(LightningModule):
@@ -43,7 +36,7 @@ class Expert(LightningModule):
         optimizer: A class of `torch.optim`: its name, ``class_path`` and ``init_args``, or a `functools.partial` of it;
             by default SGD with momentum 0.9.
         lr_scheduler: A class of `torch.optim.lr_scheduler` likewise; None is a constant rate.
-        **recipe: The other training options; see `coin.networks.recipe.Recipe`.
+        **recipe: The other training options; see `coin.modules.recipe.Recipe`.
     """
 
     def __init__(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, distinct_decoders
 from coin.coding.code import check_erasure
-from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
 from coin.evaluation.scores import Evaluation, with_heads
 from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded
-from coin.statistics.guard import eval_mode
+from coin.networks.calling import as_input
+from coin.networks.guard import eval_mode
 
 _COLUMNS = ["decoder", "erased", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"]
 _COLUMNS += ["decoder_passes", "memory_mib", "resident_mib", "forwards", "losses"]

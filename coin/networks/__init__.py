@@ -1,7 +1,7 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
 from coin.networks.adapted import Adapted as Adapted, answering as answering
-from coin.networks.adapters import Adapter as Adapter
+from coin.networks.adapter import Adapter as Adapter
 from coin.networks.batchnorm import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
 from coin.networks.compressed import Compressed as Compressed, Compression as Compression, compress as compress
 from coin.networks.files import load_network as load_network, save_network as save_network

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from coin.core.batches import Forward, called_by, clone, plain, tensors_in
+from coin.core.batches import tensors_in
 from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
-from coin.networks.adapters import Adapter
+from coin.networks.adapter import Adapter
+from coin.networks.calling import Forward, called_by, clone, plain
 from coin.networks.heads import head_name, with_head
 from coin.networks.kept import ANSWERING, Change, Kept, keep, kept_parameters, not_makeable, tied_names, unpacked
 

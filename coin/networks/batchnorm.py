@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, Forward, as_input, called_by, clear_caches, joined, size_of
+from coin.core.batches import Batch, joined, size_of
 from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
+from coin.networks.calling import Forward, as_input, called_by, clear_caches
 
 
 class BatchNormPolicy(StrEnum):

@@ -12,13 +12,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import clone, plain
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
-from coin.networks.adapters import Adapter, adapters_state, split_adapters
+from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded
+from coin.networks.calling import clone, plain
 from coin.networks.delta import (
     Rounded,
     added,

@@ -16,7 +16,7 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
-from coin.networks.adapters import Adapter, adapters_state, split_adapters
+from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
 from coin.networks.heads import head_name

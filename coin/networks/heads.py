@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Network, clone
 from coin.errors import HeadError, StateError
 from coin.files.tensors import State
+from coin.networks.calling import Network, clone
 
 ADVICE = "name the layer that gives the logits in an attribute 'head_name', or give experts of one architecture"
 
@@ -32,6 +32,12 @@ def head_name(network: nn.Module) -> str:
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
             return min(reversed(names), key=lambda name: sum(f"{name}.".startswith(base) for base in bases))
     raise HeadError(f"found no Linear or Conv2d layer in {type(network).__name__}; name it by an attribute 'head_name'")
+
+
+def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the names without those of the head's parameters."""
+    head = f"{head_name(network)}."
+    return [name for name in names if not name.startswith(head)]
 
 
 def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import clone, tensors_in
+from coin.core.batches import tensors_in
 from coin.errors import StateError
 from coin.files.tensors import State
+from coin.networks.calling import clone
 from coin.networks.delta import Rounded, by_row, looked_up, matrix_shape, pack, quantise, read
 
 BITS = 4  # of the factors of a correction, a value

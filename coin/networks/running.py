@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.core.batches import Batch, explained_inputs, map_tensors, take
+from coin.core.batches import Batch, map_tensors, take
 from coin.core.devices import device_of, double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError, NumericalError
 from coin.networks.adapted import Adapted
+from coin.networks.calling import explained_inputs
 from coin.networks.heads import ADVICE, head_name
 
 

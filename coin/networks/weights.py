@@ -16,9 +16,10 @@ from torch.nn.utils.prune import BasePruningMethod as Pruning
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from coin.core.batches import check_tensors, clear_caches, clone
+from coin.core.devices import has_float64
 from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.files.tensors import State, check_layout
+from coin.networks.calling import check_tensors, clear_caches, clone
 from coin.networks.heads import head_name, initialise_head
 from coin.networks.kept import is_making
 
@@ -136,3 +137,18 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
     return without_prefix(state, names)
+
+
+def to_compute(networks: list[nn.Module], device: torch.device) -> list[nn.Module]:
+    """Return networks of a device where merges are computed: copies on the CPU, if the device has no float64."""
+    return networks if has_float64(device) else [clone(network).cpu() for network in networks]
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's parameters by name, detached."""
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def tensors_of(network: nn.Module) -> tuple[State, State]:
+    """Return a network's parameters, detached, and its buffers."""
+    return parameters_of(network), dict(network.named_buffers())

@@ -19,10 +19,10 @@ from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import is_folder_name, sha256_of
 from coin.files.downloads import fetch_from_hub
 from coin.merging import Method
+from coin.merging.expert_sources import spread
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig, head_name
 from coin.networks.batchnorm import batchnorms
-from coin.networks.experts import spread
 from coin.networks.files import check_heads, import_checkpoint, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network

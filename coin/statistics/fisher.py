@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core import batches as cuts
-from coin.core.batches import Batch, Forward, size_of, take
+from coin.core.batches import Batch, channels_last, joined, samples_of, shapes_in, size_of, take, tensors_in
 from coin.core.choices import check_integer, parse_enum
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import check_finite
+from coin.networks.calling import Forward, as_input, called_by
+from coin.networks.guard import check_apart, differentiable, evaluating, trainable
 from coin.statistics.cotangents import FisherKind, make_cotangents
-from coin.statistics.guard import check_apart, differentiable, evaluating, trainable
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -81,7 +81,7 @@ def fisher_sums(
     there are no samples, the output is not [B, C], labels do not fit or a batch holds no tensors; StateError where the
     outputs depend on a sample's neighbours in the batch.
     """
-    fisher = _Pass(cuts.called_by(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
+    fisher = _Pass(called_by(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
     for batch in batches:
         fisher.add(batch, progress or (lambda done: None))
     if fisher.count == 0:
@@ -121,7 +121,7 @@ class _Pass:
     def add(self, batch: Any, progress: Callable[[int], None]) -> None:
         """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
-            inputs = cuts.as_input(batch, self.network)
+            inputs = as_input(batch, self.network)
             start = 0
             while start < size_of(inputs):
                 done = self._add_cut(inputs, start)
@@ -131,7 +131,7 @@ class _Pass:
 
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
-        key = (*cuts.shapes_in(inputs), size_of(inputs) > 1)
+        key = (*shapes_in(inputs), size_of(inputs) > 1)
         if new := key not in self._layouts:
             self._layouts[key] = _find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
         layout, options = self._layouts[key], self.options
@@ -140,7 +140,7 @@ class _Pass:
         samples, chunk = _choose_cut(layout, number, options.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
         tape = Tape(self._parameters, layout.rows)
-        output = tape.run(self.network, cuts.channels_last(piece) if layout.channels_last else piece)
+        output = tape.run(self.network, channels_last(piece) if layout.channels_last else piece)
         if new and size_of(piece) > 1:
             check_apart(self.network, piece, output)
         labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
@@ -170,7 +170,7 @@ class _Pass:
         """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [V, b, C]."""
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
         wanted = list(chosen.values())
-        for n, sample in enumerate(cuts.samples_of(samples)):
+        for n, sample in enumerate(samples_of(samples)):
             logits = self.network(sample)
             self.passes += 1
             for cotangent in rows[:, n : n + 1] if logits.requires_grad else ():
@@ -192,10 +192,10 @@ def _accumulator(parameter: Tensor) -> Tensor:
 
 def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> _Layout:
     """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape."""
-    two = cuts.joined([sample, sample])
-    if any(tensor.ndim == 4 for tensor in cuts.tensors_in(two)):
+    two = joined([sample, sample])
+    if any(tensor.ndim == 4 for tensor in tensors_in(two)):
         try:
-            return _layout_of(network, parameters, cuts.channels_last(two), last=True)
+            return _layout_of(network, parameters, channels_last(two), last=True)
         except RuntimeError as error:  # a view, or a backward pass, may hold in the usual order alone
             if is_out_of_memory(error):
                 raise
@@ -216,7 +216,7 @@ def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch,
         if last or is_out_of_memory(error):
             raise
         rows, tape.sorts = {}, False
-    sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(map(torch.numel, cuts.tensors_in(two))) // 2]
+    sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(map(torch.numel, tensors_in(two))) // 2]
     return _Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output.shape[1], last)
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coin.core.batches import Forward, as_input, called_by, size_of
-from coin.statistics.guard import evaluating, trainable
+from coin.core.batches import size_of
+from coin.networks.calling import Forward, as_input, called_by
+from coin.networks.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall

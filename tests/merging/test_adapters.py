@@ -13,12 +13,12 @@ import coin
 from coin.coding import uniform
 from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
-from coin.merging.adapters import Moments
+from coin.merging.adapter_fit import Moments
 from coin.merging.peft import save_peft
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapted import Adapted, answering, stored_nbytes, tensor_nbytes, with_adapters
-from coin.networks.adapters import AdapterOptions
+from coin.networks.adapter import AdapterOptions
 from coin.networks.delta import quantise
 from coin.networks.kept import kept_parameters
 from coin.networks.running import features_and_logits

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 import coin
 from coin.coding import Answers, DecoderConfig
-from coin.core.batches import clone
 from coin.errors import CoinWarning, ConfigurationError, DataError, HeadError, NumericalError
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean
 from coin.merging.closed_form import held_out_error
+from coin.merging.expert_sources import FAR, spread
 from coin.merging.method import starting_method
 from coin.networks import recalibrate
-from coin.networks.experts import FAR, spread
+from coin.networks.calling import clone
 from coin.networks.running import features_and_logits
 from coin.pipeline.options import config_dict
 from coin.statistics import FisherKind, fisher_diagonal

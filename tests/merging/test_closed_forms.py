@@ -9,12 +9,12 @@ from torch import nn
 from torch.func import functional_call
 
 import coin
-from coin.core.batches import clone
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, Wudi
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import ties
+from coin.networks.calling import clone
 from coin.statistics import fisher_diagonal, gram_sums
 from coin.statistics.gram import linear_maps
 

@@ -11,9 +11,9 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import coin
-from coin.core.batches import clone
 from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.networks import NetworkConfig, load_network, save_network, sources
+from coin.networks.calling import clone
 
 CLASSES = 3
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from coin.errors import CoinError, ConfigurationError
 from coin.merging import Average, Experts, UserMethod
+from coin.merging.expert_sources import ExpertFiles
 from coin.networks import NetworkConfig, build_network, save_network
-from coin.networks.experts import ExpertFiles
 from coin.pipeline.options import config_dict
 
 EXAMPLES = ("iso_c", "tsv_m")

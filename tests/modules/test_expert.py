@@ -11,8 +11,8 @@ from torch.optim import AdamW, RMSprop
 from coin.data import to_input
 from coin.errors import ConfigurationError
 from coin.modules import Expert
+from coin.modules.recipe import OneCycle
 from coin.networks import load_network
-from coin.networks.recipe import OneCycle
 
 JITTER = {"class_path": "torchvision.transforms.v2.ColorJitter", "init_args": {"brightness": 0.5}}
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from coin.callbacks import FisherEstimator
 from coin.errors import ConfigurationError
 from coin.modules import Expert
+from coin.modules.recipe import squared_distance, trainable_names
 from coin.networks import NetworkConfig, build_network
-from coin.networks.recipe import squared_distance, trainable_names
 from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3}

@@ -11,9 +11,10 @@ from builders import FAMILIES, make_case
 from torch import Tensor
 
 import coin
-from coin.core.batches import plain, take
+from coin.core.batches import take
 from coin.errors import CoinError
 from coin.merging.method import Method
+from coin.networks.calling import plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import coin
-from coin.core.batches import clone
 from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks.calling import clone
 
 SIZES = {"inception_v3": 75, "maxvit_t": 224}  # the least that they take, where that is more than 64 pixels
 FAMILIES = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import coin.networks.experts
+import coin.merging.expert_sources
 from coin.coding import Code
 from coin.commands.merge import merge
 from coin.files.safetensors import StateFile, load_state, save_state
@@ -106,7 +106,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         return network
 
     monkeypatch.setattr(StateFile, "__getitem__", read)
-    monkeypatch.setattr(coin.networks.experts, "build_network", build)
+    monkeypatch.setattr(coin.merging.expert_sources, "build_network", build)
     (path,) = merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)
     assert tensors.ever > len(COUNTS) * 20, "nothing was counted"
     assert tensors.most <= 4

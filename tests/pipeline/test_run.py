@@ -349,7 +349,7 @@ def test_a_training_killed_before_its_export_is_exported(
     shutil.rmtree(folder)
     command = ["run", "-c", str(config), f"--output={copied.parent}"]
     with monkeypatch.context() as patch:
-        patch.setattr("coin.callbacks.ExpertExport.on_train_end", killed)
+        patch.setattr("coin.callbacks.export.ExpertExport.on_train_end", killed)
         with pytest.raises(KeyError, match="killed"):
             main(command)
     assert (folder / "checkpoints/last.ckpt").is_file()

@@ -124,7 +124,7 @@ def test_a_training_that_fails_is_told_to_have_failed_and_its_run_goes_on(
         raise NumericalError("it diverged; give a smaller learning rate")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coin.callbacks.ExpertExport.on_train_end", fail)
+        patch.setattr("coin.callbacks.export.ExpertExport.on_train_end", fail)
         assert main(["run", "-c", str(config), f"--output={tmp_path}", "--only=base"]) == 2
     (folder,) = (tmp_path / "tiny/base/wandb").glob("offline-run-*")
     assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1

@@ -12,9 +12,9 @@ from coin.data.tasks import task_with
 from coin.errors import CoinWarning
 from coin.files.atomic import write_text
 from coin.merging import Experts
+from coin.merging.expert_sources import FAR, ExpertFiles, spread
 from coin.modules import DecodingEvaluator
 from coin.networks import head_name
-from coin.networks.experts import FAR, ExpertFiles, spread
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed

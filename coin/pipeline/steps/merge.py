@@ -22,9 +22,9 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import hashes
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
+from coin.merging.expert_sources import ExpertFiles
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
-from coin.networks.experts import ExpertFiles
 from coin.networks.files import int8_path, kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options, training_tasks

@@ -21,10 +21,10 @@ from coin.files.atomic import hashes, sha256_of
 from coin.files.downloads import folder_contents
 from coin.files.user_code import source_of_path
 from coin.modules import Expert
+from coin.modules.recipe import Recipe
 from coin.networks import NetworkConfig, save_network
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
-from coin.networks.recipe import Recipe
 from coin.networks.sources import ImportPath
 from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.pipeline.options import result_options, training_task
@@ -37,7 +37,7 @@ from coin.trainer import make_trainer
 class TrainingConfig(Recipe):
     """How a network is trained; tuned values are in the YAML files.
 
-    The options of `coin.networks.recipe.Recipe` are those of ``coin fit`` as well.
+    The options of `coin.modules.recipe.Recipe` are those of ``coin fit`` as well.
 
     Args:
         epochs: Passes over the training split.

@@ -6,16 +6,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coin.core.batches import Forward, called_by, clone
-from coin.core.devices import has_float64
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_layout, fingerprint, on_device
+from coin.networks.calling import Forward, called_by, clone
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network, empty_network
-from coin.networks.weights import check_plain
+from coin.networks.weights import check_plain, tensors_of
 
 # The spread above which experts are far apart: 0.005 to 0.008 near ImageNet weights, 0.016 to 0.25 tuned freely.
 FAR = 0.0125
@@ -82,26 +81,11 @@ def one_device(networks: Sequence[nn.Module]) -> torch.device:
     return found[0] if found else torch.device("cpu")
 
 
-def to_compute(networks: list[nn.Module], device: torch.device) -> list[nn.Module]:
-    """Return networks of a device where merges are computed: copies on the CPU, if the device has no float64."""
-    return networks if has_float64(device) else [clone(network).cpu() for network in networks]
-
-
 def _kinds(network: nn.Module) -> dict[str, str]:
     """Return by name the classes of a network's modules, what drops out as an identity, and its parameters' types."""
     classes = {name: type(module).__qualname__ for name, module in network.named_modules()}
     kinds = {name: "Identity" if "Drop" in kind else kind for name, kind in classes.items()}
     return kinds | {name: str(parameter.dtype) for name, parameter in network.named_parameters()}
-
-
-def parameters_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters by name, detached."""
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
-
-
-def tensors_of(network: nn.Module) -> tuple[State, State]:
-    """Return a network's parameters, detached, and its buffers."""
-    return parameters_of(network), dict(network.named_buffers())
 
 
 class ExpertFiles:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
 from coin.merging.units import Unit, folded_unit
-from coin.networks.adapters import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.delta import Rounded, nearest, quantise
 from coin.networks.kept import BITS, Change
 from coin.statistics.rules import Call

@@ -7,10 +7,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import clone, plain
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
+from coin.networks.calling import clone, plain
 from coin.networks.heads import with_head
 from coin.networks.kept import Change
 

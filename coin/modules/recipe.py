@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from coin.core.choices import check_number, is_list_of_names
 from coin.errors import ConfigurationError
-from coin.networks.heads import head_name
+from coin.networks.heads import head_name, without_head
 from coin.networks.running import full_precision
 
 HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
@@ -88,7 +88,7 @@ class Recipe:
     lr: float | None = None
     momentum: float | None = None
     weight_decay: float | None = None
-    lr_scheduler: ClassSpec = "coin.networks.recipe.OneCycle"
+    lr_scheduler: ClassSpec = "coin.modules.recipe.OneCycle"
     head_lr: float | None = None
     label_smoothing: float = 0.0
     l2_sp: float = 0.0
@@ -195,12 +195,6 @@ def parameter_groups(network: nn.Module, head_lr: float | None) -> list[dict[str
         raise ConfigurationError(f"found head_lr={head_lr} and a head that is not trained; {advice}")
     groups: list[dict[str, Any]] = [{"params": [trained[name] for name in body]}] if body else []
     return [*groups, {"params": own, "lr": head_lr}]
-
-
-def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names without those of the head's parameters."""
-    head = f"{head_name(network)}."
-    return [name for name in names if not name.startswith(head)]
 
 
 def squared_distance(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:

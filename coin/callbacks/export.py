@@ -1,0 +1,101 @@
+"""Callbacks that write a file when training ends: the trained network itself."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from coin.core.choices import parse_enum
+from coin.errors import ConfigurationError, NumericalError
+from coin.files.atomic import hashes
+from coin.files.tensors import not_finite
+from coin.networks import NetworkConfig, fill_network, save_network, without_frozen
+from coin.networks.calling import clone
+
+_DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}  # from which a module builds its network
+
+
+class Weights(StrEnum):
+    """``last``: the weights at the end of training; ``best``: those of ModelCheckpoint's best checkpoint."""
+
+    last = "last"
+    best = "best"
+
+
+class FileOfTrained(Callback):
+    """Writes a file of the trained network when training ends, by default to the trainer's ``default_root_dir``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, path: str | None, weights: Weights) -> None:
+        self.path, self.weights = path, parse_enum(Weights, "weights", weights)
+
+    def file(self, trainer: Trainer) -> Path:
+        """Return the file that it writes."""
+        return Path(self.path or Path(trainer.default_root_dir, self.name))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, before training, that the file can be written after it."""
+        if not isinstance(getattr(pl_module, "network", None), nn.Module) or not pl_module.hparams.keys() >= _DESCRIBED:
+            found, own = type(pl_module).__name__, type(self).__name__
+            raise ConfigurationError(f"found a {found}, expected an Expert; leave out {own}, or set model to Expert")
+        if self.weights == Weights.best and self._monitored(trainer) is None:
+            raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or take the last")
+
+    def trained_network(self, trainer: Trainer, module: Any) -> nn.Module:
+        """Return the network with the chosen weights, none frozen: what one expert did not train another may have."""
+        monitored = self._monitored(trainer)
+        if self.weights == Weights.last or monitored is None:
+            return without_frozen(module.network)
+        state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
+        best, own = clone(module.network), "network."
+        saved = {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
+        fill_network(best, saved, monitored.best_model_path)
+        return without_frozen(best)
+
+    @staticmethod
+    def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
+        found = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
+        return next(found, None)
+
+
+class ExpertExport(FileOfTrained):
+    """Writes ``expert.safetensors``: the network with its architecture, classes, options and metrics.
+
+    Args:
+        path: The file; by default ``expert.safetensors`` in the trainer's ``default_root_dir``.
+        weights: ``last`` or ``best``.
+        task: The task's name, for the file; by default the class of the data.
+    """
+
+    name = "expert.safetensors"
+
+    def __init__(self, path: str | None = None, weights: Weights = Weights.last, task: str | None = None) -> None:
+        super().__init__(path, weights)
+        self.task = task
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file on rank zero; raises NumericalError, without a file, if training diverged."""
+        network = self.trained_network(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        path = self.file(trainer)
+        if not_finite(network.state_dict()) is not None:
+            raise NumericalError(f"training diverged: the weights for '{path}' are not finite; give a smaller rate")
+        options = dict(pl_module.hparams)
+        data = getattr(trainer, "datamodule", None)
+        config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})
+        provenance = {
+            "made_by": "coin fit",
+            "task": self.task or (None if data is None else type(data).__name__),
+            "sha256": hashes(Path(each) for each in (options.get("initial"), config.weights_file) if each),
+            "classes": None if data is None else list(data.classes),
+            "options": {name: value for name, value in options.items() if not name.startswith("_")},
+            "epochs": trainer.current_epoch,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
+        save_network(path, network, config, int(options["num_classes"]), provenance)

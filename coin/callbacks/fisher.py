@@ -1,0 +1,91 @@
+"""The Fisher of a trained network, written when training ends."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from coin.callbacks.export import FileOfTrained, Weights
+from coin.core.devices import device_of
+from coin.core.progress import progress_bar
+from coin.data import Calibration
+from coin.errors import ConfigurationError
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, reduce_sums, shard
+from coin.statistics.files import save_statistic
+from coin.statistics.statistic import StatisticKind, statistic_sums
+
+
+def estimate_statistic(
+    trainer: Trainer,
+    network: nn.Module,
+    calibration: Calibration,
+    options: FisherOptions | None,
+    path: Path,
+    *,
+    seed: int,
+    **provenance: Any,
+) -> dict[str, float]:
+    """Compute a network's Fisher, or without options its Gram matrices, and write it on the first process.
+
+    Returns its cost in ``seconds`` and ``passes``. The seed is of random cotangents; `provenance` goes into the file.
+    """
+    rank, world = trainer.global_rank, trainer.world_size
+    started = time.perf_counter()
+    share = calibration.subset(shard(calibration.num_samples, rank, world)).on(device_of(network))
+    labels = share.labels if options is not None and options.kind is FisherKind.empirical else None
+    name = StatisticKind.gram if options is None else StatisticKind.fisher
+    with progress_bar(str(name), share.num_samples) as bar:
+        own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=bar.update)
+    sums = reduce_sums(own)
+    seconds = time.perf_counter() - started
+    if trainer.is_global_zero:
+        kind: dict[str, Any] = {} if options is None else {"kind": options.kind, "cotangents": options.mc_samples}
+        save_statistic(path, sums, network, **kind, seconds=seconds, seed=seed, **provenance)
+    return {"seconds": seconds, "passes": sums.passes}
+
+
+class FisherEstimator(FileOfTrained):
+    """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
+
+    ``coin fisher --ckpt_path`` computes the same for any checkpoint.
+
+    Args:
+        samples_per_task: P, the number of unlabelled training samples.
+        kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
+        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
+        memory_mib: Bound on the pass's working memory in MiB.
+        path: The file; by default ``expert.fisher.safetensors`` in the trainer's ``default_root_dir``.
+        weights: ``last`` or ``best``.
+    """
+
+    name = "expert.fisher.safetensors"
+
+    def __init__(
+        self,
+        samples_per_task: int = 200,
+        kind: FisherKind = FisherKind.exact,
+        mc_samples: int | None = None,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
+        path: str | None = None,
+        weights: Weights = Weights.last,
+    ) -> None:
+        super().__init__(path, weights)
+        self.options = FisherOptions(kind, mc_samples, memory_mib, samples_per_task)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, before training, that the Fisher can be estimated after it."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None:
+            raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
+        shard(self.options.samples_per_task, 0, trainer.world_size)
+        super().on_fit_start(trainer, pl_module)
+        data.calibration(self.options.samples_per_task)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate on every process's share of the samples, add up, and write on rank zero."""
+        data: Any = getattr(trainer, "datamodule", None)
+        network, samples = self.trained_network(trainer, pl_module), self.options.samples_per_task
+        about = {"samples_per_task": samples, "seed": data.seed, "data": "own"}
+        estimate_statistic(trainer, network, data.calibration(samples), self.options, self.file(trainer), **about)
