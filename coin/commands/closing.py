@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.files.safetensors import load_provenance
-from coin.reporting.choice import recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.results import RESULTS_CSV, read_results
 from coin.reporting.summary import stand_ins, summarise
 from coin.reporting.tables import print_summary
@@ -63,7 +63,7 @@ def after_evaluate(trainer: Trainer, _: Namespace) -> str:
     reached = "measured"
     if len(kept):
         row = recommended(kept)
-        reached = f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
+        reached = weakness(row) or f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
     return _line(reached, folder / RESULTS_CSV, ["choose", str(folder)])
 
 

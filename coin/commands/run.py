@@ -14,7 +14,7 @@ from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, outlook, run_experiment, run_only
-from coin.reporting.choice import has_weak_experts, recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
@@ -52,7 +52,7 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     if kept.empty:
         return ""
     row = recommended(kept)
-    if has_weak_experts(row) or row["name"] == REFERENCES[0]:
+    if weakness(row) or row["name"] == REFERENCES[0]:
         return ""
     words = ["coin", "serve", str(folder), f"--method={row['name'].partition('[')[0]}"]
     words += [] if row["decoder"] == REPLICA else [f"--decoder={row['decoder']}"]

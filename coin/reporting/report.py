@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting import figures, report_parts as parts
-from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, named_by_experiment, recommended
+from coin.reporting.choice import choose, named_by_experiment, recommended, weakness
 from coin.reporting.headline import best_coded, cautions, differences, entries, entry_of, headline
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
 from coin.reporting.style import as_png
@@ -100,8 +100,8 @@ class _Page:
             row = recommended(kept)
             entry = entry_of(frame, kinds, row["name"], row["decoder"])
             told = headline(found, frame["task"].nunique(), entry)
-            if has_weak_experts(row):
-                told = f"Nothing can be recommended: {WEAK_EXPERTS}"
+            if found_weak := weakness(row):
+                told = f"Nothing can be recommended: {found_weak}."
         opening: dict[str, Any] = {}
         if (kept["memory_mib"] > 0).any():
             size = float(source.first["configuration"].get("network_mib") or "nan")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.choice import WEAK_EXPERTS, has_weak_experts, recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.results import RESIDENT
 from coin.reporting.summary import (
     REFERENCES,
@@ -166,8 +166,8 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
 def finding(kept: pd.DataFrame) -> str:
     """Return the recommended row of `stand_ins` in a sentence, beside the survivors alone."""
     row = recommended(kept)
-    if has_weak_experts(row):
-        return f"{IN_SHORT}{WEAK_EXPERTS}"
+    if found := weakness(row):
+        return f"{IN_SHORT}{found}."
     alone = kept[kept["name"] == NONE]["nda_mean"].max()
     is_none = row["name"] == NONE
     share = percent(min(row["nda_mean"], 1.0), digits=1)

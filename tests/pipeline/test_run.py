@@ -58,6 +58,7 @@ def test_numbers_are_consistent(finished: Path) -> None:
     # One expert, one accuracy, whatever decodes it.
     assert (frame.groupby("task").expert_accuracy.nunique() == 1).all()
     # 77 digits and 54 letters were tested, each once.
+    assert frame.groupby("task").chance.unique().map(list).to_dict() == {"digits": [1 / 10], "letters": [1 / 6]}
     for task, count in (("digits", 77), ("letters", 54)):
         shares = frame[frame.task == task].decoded_accuracy * count
         assert (abs(shares - shares.round()) < 1e-9).all()

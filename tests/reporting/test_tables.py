@@ -170,7 +170,7 @@ def test_the_finding_is_what_is_recommended_and_no_stand_in_keeps_more_than_all(
         ("none", "ridge", 0.4, 0.3, 0.1, 2, 1), ("small", "expert_head", 0.985, 0.975, 2, 1, 2),
         ("middle", "linear", 0.985, 0.982, 4, 3, 1), ("large", "linear", 1.03, 0.99, 9, 3, 1),
     ]  # fmt: skip
-    kept = pd.DataFrame(rows, columns=columns).assign(nda_std=0.0, resident_mib=math.nan)
+    kept = pd.DataFrame(rows, columns=columns).assign(nda_std=0.0, resident_mib=math.nan, weak_task="")
     told = r"middle with linear .* 98\.5 % .* 4 MiB; .* 3 network runs, .* 1 expert .*; the survivors .* 40\.0 %"
     assert re.search(told, tables.finding(kept))
     assert re.search(r"large with linear keeps 100\.0 % .* 9 MiB", tables.finding(kept[kept["name"] != "middle"]))
