@@ -185,7 +185,7 @@ class _Plan:
             store=self.store,
             network=of.network,
             config=base,
-            task=task_with(base.task, image_size=of.network.image_size),
+            task=base.task,
             seed=base.seed,
             trainer=of.trainer,
             weights=self.weights,
