@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
-from coin.core.batches import Forward, explained_inputs, plain
+from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.merging.experts import Experts
@@ -201,8 +201,7 @@ def merge_networks(
     made, packed, label = [], [], method.label
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
-            with explained_inputs(networks[0], experts.first_batch):
-                made.append(one := method.coded_model(experts, row))
+            made.append(one := method.coded_model(experts, row))
             packed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
     merged = Merged(made, experts.passes, time.perf_counter() - began, packed)
     for network in merged:

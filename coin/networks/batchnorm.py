@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, Forward, as_input, called_by, clear_caches, joined, size_of
+from coin.core.batches import Batch, Forward, as_input, called_by, clear_caches, explained_inputs, joined, size_of
 from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
@@ -102,7 +102,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
 
     samples = 0
     try:
-        with ExitStack() as hooks, disable_tf32():
+        with ExitStack() as hooks, disable_tf32(), explained_inputs(network, lambda: batch):
             for layer in layers:
                 layer.training = True
                 hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))

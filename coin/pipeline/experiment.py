@@ -78,7 +78,7 @@ def warn_of_chance(name: str, expert: nn.Module, task: TaskData, classes: Sequen
     train = task.splits.train
     drawn = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:_CHANCE_SAMPLES])
     right = 0
-    for places in torch.arange(len(drawn)).split(64):
+    for places in torch.split(torch.arange(len(drawn)), 64):
         logits = expert.eval()(drawn.inputs(places, task.image_size))
         right += int((logits.argmax(1) == drawn.targets[places]).sum())
     accuracy, chance = right / len(drawn), 1 / task.num_classes
