@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting import figures, report_parts as parts
-from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, named_by_experiment, recommended
+from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, named_by_experiment, recommended, shortlist
 from coin.reporting.headline import best_coded, cautions, differences, entries, entry_of, headline
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
 from coin.reporting.style import as_png
-from coin.reporting.summary import REFERENCES, over_tasks, shortlist, stand_ins, summarise
+from coin.reporting.summary import REFERENCES, over_tasks, stand_ins, summarise
 from coin.reporting.sweeps import Sweep, legend, sweep_text
 from coin.reporting.tables import finding, nda_tables, stand_in_table
 

@@ -189,11 +189,6 @@ def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     return ~pd.Series(beaten, index=kept.index, dtype=bool)
 
 
-def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `stand_ins` to look at first: the `undominated` ones, and every name's best decoder."""
-    return undominated(kept) | kept.index.isin(kept.groupby("name")["nda_mean"].idxmax())
-
-
 def decoders_of(means: pd.DataFrame) -> list[str]:
     """Return the decoders of means over tasks: ``linear``, the best method's, then the others as they come."""
     contenders = means[~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)]

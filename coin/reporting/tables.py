@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.choice import WEAK_EXPERTS, has_weak_experts, recommended
+from coin.reporting.choice import WEAK_EXPERTS, has_weak_experts, recommended, shortlist
 from coin.reporting.results import RESIDENT
 from coin.reporting.summary import (
     REFERENCES,
     decoders_of,
     expert_accuracies,
-    shortlist,
     stand_ins,
     undominated,
     variant_names,

@@ -12,10 +12,11 @@ from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from coin.reporting import headline, nda_tables, summarise, tables
+from coin.reporting.choice import shortlist
 from coin.reporting.extras import PROMISE_COLUMNS
 from coin.reporting.headline import Entry, cautions, difference, differences, entries
 from coin.reporting.results import Row
-from coin.reporting.summary import shortlist, stand_ins, undominated
+from coin.reporting.summary import stand_ins, undominated
 from coin.reporting.tables import percent, rich_table, seconds, stand_in_table
 from tests.reporting.conftest import BASE, frame
 
