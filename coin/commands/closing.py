@@ -47,7 +47,8 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    tasks = next((each.partition("=")[2] for each in arguments if each.startswith("--tasks=")), None)
+    parts = [part for each in arguments for part in each.split("=", 1)]  # --tasks=VALUE, or VALUE behind it
+    tasks = parts[parts.index("--tasks") + 1] if "--tasks" in parts else None
     named = tasks or _flow(dict.fromkeys(experts, "CLASS"))
     words = ["evaluate", "-c", "default", f"--model.experts={_flow(experts)}"]
     words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={named}"]

@@ -76,7 +76,8 @@ class Method(ABC):
 
     Attributes:
         name: The name in result tables.
-        label: The name of this variant in results and files; by default `name`.
+        label: The name of this variant in results and files; by default `name`, with adapters and with a BatchNorm
+            policy that is not the class's own (``coin-recalibrate``).
         batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
         reads_initial: Whether it needs the shared initialisation.
         compress: The compressed variants of its coded models, beside the whole ones.
@@ -115,6 +116,8 @@ class Method(ABC):
         self.label = getattr(self, "label", self.name) if label is None else label
         if label is None and self.adapters is not None:
             self.label = f"{self.label}+{self.adapters.name}"
+        if label is None and self.batchnorm != type(self).batchnorm:
+            self.label = f"{self.label}-{self.batchnorm}"
         if self.label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label):
             expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
             raise ConfigurationError(f"found label {self.label!r}, expected a plain file name: {expected}")

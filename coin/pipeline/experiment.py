@@ -25,7 +25,6 @@ from coin.files.safetensors import load_provenance
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig, head_name
-from coin.networks.batchnorm import batchnorms
 from coin.networks.experts import spread
 from coin.networks.files import check_heads, import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
@@ -280,15 +279,10 @@ class Experiment:
     def check(self) -> None:
         """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.
 
-        A pattern of ``trainable`` that matches nothing does not fit, nor two policies for a network without BatchNorm.
+        A pattern of ``trainable`` that matches nothing does not fit.
         """
         self._check_one_expert_each()
-        built = empty_network(replace(self.network, weights=None), 2)
-        labels = [method.label for method in self.methods]
-        twice = [label for label in labels if labels.count(label) > 1]
-        if twice and not batchnorms(built):
-            told = f"found method {twice[0]} more than once for {self.network.name}, which has no BatchNorm"
-            raise ConfigurationError(f"{told} for their policies to differ in; leave one, or give them labels")
+        empty_network(replace(self.network, weights=None), 2)  # which checks its name and options
         trained = [self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints]
         checked: list[Any] = [(None, None)]
         for each in (*trained, *([self.base] if self.base is not None else [])):

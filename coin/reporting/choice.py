@@ -9,7 +9,7 @@ import pandas as pd
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
 from coin.reporting.results import RESIDENT
-from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.summary import read_run, stand_ins, summarise, undominated
 from coin.reporting.sweeps import read_sweep_table
 from coin.reporting.text import counted, percent, read_by
 
@@ -27,6 +27,16 @@ def recommended(kept: pd.DataFrame) -> "pd.Series[Any]":
     ordered = _cheapest_first(kept)
     accurate = ordered[ordered["nda_worst"] >= ACCURACY]
     return accurate.iloc[0] if len(accurate) else _most_accurate(ordered)
+
+
+def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows of `stand_ins` to look at first.
+
+    They are the `undominated` ones, every name's best decoder and the `recommended` one, which may be neither: it is
+    chosen by the worst task.
+    """
+    shown = [*kept.groupby("name")["nda_mean"].idxmax(), recommended(kept).name]
+    return undominated(kept) | kept.index.isin(shown)
 
 
 def named_by_experiment(kept: pd.DataFrame) -> pd.DataFrame:

@@ -33,7 +33,6 @@ REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
 TRAINED = ("distillation",)  # methods that train the coded model; labels begin with the name
 WEAK = 0.2  # how much of the way from chance to being always right an expert has to be
-_KEEPING = ("refit", "distillation", "base")  # their policy is keep; the others' default is auto
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
 """The columns that identify a row of a summary."""
@@ -209,11 +208,6 @@ def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     return ~pd.Series(beaten, index=kept.index, dtype=bool)
 
 
-def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `stand_ins` to look at first: the `undominated` ones, and every name's best decoder."""
-    return undominated(kept) | kept.index.isin(kept.groupby("name")["nda_mean"].idxmax())
-
-
 def decoders_of(means: pd.DataFrame) -> list[str]:
     """Return the decoders of means over tasks: ``linear``, the best method's, then the others as they come."""
     contenders = means[~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)]
@@ -227,17 +221,18 @@ def decoders_of(means: pd.DataFrame) -> list[str]:
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return one name per row of results or of a summary that tells a method's variants apart.
 
-    It is that of the coded models' files and steps: the label, and the BatchNorm policy that was asked for if that is
-    not the default (``coin-recalibrate``). Where a method was read out through several sets of coded models, the set
-    follows (``coin[0+1]``).
+    It is the label, which the coded models' files and steps have too. Where coded models made by hand share one and
+    differ in their BatchNorm policies, the policy that was asked for follows. Where a method was read out through
+    several sets of coded models, the set follows (``coin[0+1]``).
     """
     # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
     same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
     own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
     several = frame["method"].isin(frame.loc[own, "method"])
     asked = frame["batchnorm"].map(requested_policy)
-    default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
-    return frame["method"] + ("-" + asked).mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
+    shared = asked.groupby([frame["experiment"], frame["method"]]).transform("nunique") > 1
+    policy = ("-" + asked).where(shared & ~asked.isin(["", "auto"]), "")
+    return frame["method"] + policy + ("[" + frame["code_row"] + "]").where(several, "")
 
 
 def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:

@@ -89,9 +89,10 @@ def test_a_mistake_in_a_file_is_one_line(case: str, config: Path, capsys: pytest
     assert message in refused(["run", "-c", "small.yaml"], capsys)
 
 
-NO_BATCHNORM = "--network={name: squeezenet1_1, image_size: 64, options: {}}"
 FOLDER = "{class_path: ImageFolder, init_args: {root: nowhere}}"
-POLICIES = "[{class_path: Coin}, {class_path: Coin, init_args: {batchnorm: keep}}]"
+POLICIES = (
+    "[{class_path: Coin, init_args: {label: mine}}, {class_path: Coin, init_args: {label: mine, batchnorm: keep}}]"
+)
 
 
 def method_with(option: str) -> str:
@@ -131,7 +132,7 @@ RUN = {
     "a base's images": ([f"--tasks.digits={FOLDER}", "--base={task: {class_path: Digits}}"], "nowhere/train does not"),
     "too few samples": (["--calibration.samples_per_task=4000"], "4000 calibration samples asked of the task 'digits'"),
     "a method's own": ([f"--methods={LARGER}"], "4000 calibration samples asked of the task 'digits' (Digits)"),
-    "policies without BatchNorm": ([NO_BATCHNORM, f"--methods={POLICIES}"], "no BatchNorm"),
+    "one label for two policies": ([f"--methods={POLICIES}"], "found method mine twice; leave one out, or give one"),
     "an option of another network": (["--network={name: timm/resnet18}"], "with options {'width': 4}: ResNet.__init__"),
     "an option of no network": (["--network.options={wide: 1}"], "with options {'wide': 1}: SmallResNet.__init__"),
     "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),

@@ -17,7 +17,7 @@ from coin.commands.run import serve_command
 from coin.commands.serve import served_by_default
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.reporting import write_report
-from coin.reporting.choice import choose, recommended
+from coin.reporting.choice import choose, recommended, shortlist
 from coin.reporting.results import write_results
 from coin.reporting.summary import read_run, stand_ins, summarise
 from coin.reporting.tables import print_summary
@@ -114,6 +114,15 @@ def test_all_that_names_a_stand_in_names_the_recommended_one(
     copies = kept[kept["name"] == "replica"].assign(name="replica-3bit")
     assert serve_command(folder, copies) == f"coin serve {folder} --method=replica-3bit"
     assert serve_command(folder, kept[kept["name"] == "none"]) == ""
+
+
+def test_what_is_recommended_stands_in_the_table_though_others_are_better_on_average():
+    keys = ["name", "decoder", "nda_mean", "nda_worst"]
+    rows = [("none", "ridge", 0.85, 0.5), ("none", "linear", 0.80, 0.5), ("coin", "linear", 0.84, 0.68)]
+    rows += [("coin", "ridge", 0.86, 0.6)]
+    kept = pd.DataFrame(rows, columns=keys).assign(memory_mib=[0.1, 0.2, 5, 4], resident_mib=1.0, forwards=1, losses=1)
+    assert recommended(kept)["decoder"] == "linear"
+    assert list(shortlist(kept)) == [True, False, True, True]
 
 
 def test_nothing_is_recommended_where_the_experts_are_too_weak(tmp_path: Path):
