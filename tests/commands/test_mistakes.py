@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from coin.callbacks import ExpertExport
-from coin.cli import main
+from coin.cli import main, take_signals
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
@@ -460,6 +460,32 @@ def test_sigterm_during_a_training_is_no_success(
     Path("small.yaml").write_text(EXPERIMENT)
     assert main(["run", "-c", "small.yaml"]) == 143
     assert capsys.readouterr().err.endswith(TERMINATED)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_signal_between_trainings_is_one_line_whatever_c_code_makes_of_it(
+    number: signal.Signals, swallowed: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying a tensor of a file may raise "could not determine the shape" in place of what a handler has raised."""
+
+    def merge(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            if not swallowed:
+                raise
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    monkeypatch.setattr("coin.commands.run.main", merge)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        take_signals()
+        assert main(["run", "-c", "quickstart"]) == 128 + number
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert capsys.readouterr().err in (TERMINATED, TERMINATED.replace(" by SIGTERM", ""))
 
 
 def test_sigterm_while_steps_run_elsewhere_is_no_success(
