@@ -95,7 +95,7 @@ def _interruption(stop: BaseException) -> int | None:
         return _INTERRUPTED
     if not isinstance(stop, SystemExit):
         return None
-    if stop.code == _TERMINATED:  # of the handler while steps run elsewhere
+    if stop.code in (_TERMINATED, int(signal.SIGTERM)):  # of the handler while steps run elsewhere, and of Ray's own
         return _TERMINATED
     if stop.code is None:
         from lightning.pytorch.utilities.exceptions import SIGTERMException  # not at the top: importing it takes long

@@ -488,10 +488,11 @@ def test_a_signal_between_trainings_is_one_line_whatever_c_code_makes_of_it(
     assert capsys.readouterr().err in (TERMINATED, TERMINATED.replace(" by SIGTERM", ""))
 
 
-def test_sigterm_while_steps_run_elsewhere_is_no_success(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", [143, 15])
+def test_sigterm_while_steps_run_elsewhere_or_ray_starts_is_no_success(
+    status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(143))
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(status))
     assert main(["run", "-c", "quickstart"]) == 143
     assert capsys.readouterr().err == TERMINATED
 
