@@ -3,9 +3,11 @@
 A command's module is imported on use, so that ``coin --help`` starts quickly.
 """
 
+import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from argparse import ArgumentError
@@ -75,6 +77,15 @@ def take_signals() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
     signal.signal(signal.SIGTERM, _end)
+    sys.unraisablehook = partial(_send_again, sys.unraisablehook)
+
+
+def _send_again(usual: Callable[[Any], object], unraisable: Any) -> None:
+    """Send a signal again that came where Python ignores what is raised: in a ``__del__``."""
+    if _received and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+        threading.Timer(0.05, os.kill, (os.getpid(), _received[-1] - 128)).start()
+    else:
+        usual(unraisable)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
