@@ -16,7 +16,7 @@ import pandas as pd
 
 from coin.core.versions import machine, versions
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.atomic import atomic_path, write_text
+from coin.files.atomic import atomic_path, how_to_redo, write_text
 
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"
@@ -254,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it again") from error
+        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}") from error
     return document if isinstance(document, dict) else {}
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 from coin.callbacks import ExpertExport
-from coin.cli import main
+from coin.cli import main, take_signals
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
@@ -463,10 +464,49 @@ def test_sigterm_during_a_training_is_no_success(
     assert capsys.readouterr().err.endswith(TERMINATED)
 
 
-def test_sigterm_while_steps_run_elsewhere_is_no_success(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("comes", ["between trainings", "in C code", "in __del__"])
+def test_a_signal_is_one_line_whatever_becomes_of_the_exception(
+    number: signal.Signals, comes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(143))
+    """Torch, copying a tensor of a file, may raise "could not determine the shape" in place of what is raised."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    def merge(*_: object) -> None:
+        if comes == "in __del__":
+            Dropped()
+            time.sleep(5)
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            if comes == "between trainings":
+                raise
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    monkeypatch.setattr("coin.commands.run.main", merge)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back with the handlers
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    try:
+        take_signals()
+        assert main(["run", "-c", "quickstart"]) == 128 + number
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert time.monotonic() - started < 4
+    assert capsys.readouterr().err == TERMINATED.replace(
+        " by SIGTERM", "" if number == signal.SIGINT else " by SIGTERM"
+    )
+
+
+@pytest.mark.parametrize("status", [143, 15])
+def test_sigterm_while_steps_run_elsewhere_or_ray_starts_is_no_success(
+    status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(status))
     assert main(["run", "-c", "quickstart"]) == 143
     assert capsys.readouterr().err == TERMINATED
 
