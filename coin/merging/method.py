@@ -21,7 +21,7 @@ from coin.merging.passes import adapt
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.calling import Forward, explained_inputs, plain
+from coin.networks.calling import Forward, plain
 from coin.networks.compressed import Base, Compressed, Compression, compress
 from coin.networks.weights import fill_network, to_compute
 from coin.statistics import FisherKind
@@ -76,7 +76,8 @@ class Method(ABC):
 
     Attributes:
         name: The name in result tables.
-        label: The name of this variant in results and files; by default `name`.
+        label: The name of this variant in results and files; by default `name`, with adapters and with a BatchNorm
+            policy that is not the class's own (``coin-recalibrate``).
         batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
         reads_initial: Whether it needs the shared initialisation.
         compress: The compressed variants of its coded models, beside the whole ones.
@@ -115,6 +116,8 @@ class Method(ABC):
         self.label = getattr(self, "label", self.name) if label is None else label
         if label is None and self.adapters is not None:
             self.label = f"{self.label}+{self.adapters.name}"
+        if label is None and self.batchnorm != type(self).batchnorm:
+            self.label = f"{self.label}-{self.batchnorm}"
         if self.label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label):
             expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
             raise ConfigurationError(f"found label {self.label!r}, expected a plain file name: {expected}")
@@ -201,8 +204,7 @@ def merge_networks(
     made, packed, label = [], [], method.label
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
-            with explained_inputs(networks[0], experts.first_batch):
-                made.append(one := method.coded_model(experts, row))
+            made.append(one := method.coded_model(experts, row))
             packed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
     merged = Merged(made, experts.passes, time.perf_counter() - began, packed)
     for network in merged:
