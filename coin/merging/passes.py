@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, samples_of, take
+from coin.core.batches import Batch, take
 from coin.core.devices import device_of
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, DataError, StateError
@@ -33,7 +33,7 @@ from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.calling import Forward, as_input, called_by, clone, plain
 from coin.networks.compressed import Rounding
-from coin.networks.guard import differentiable, evaluating
+from coin.networks.guard import evaluating
 from coin.networks.heads import head_name, without_head
 from coin.networks.weights import parameters_of, tensors_of, to_compute
 from coin.statistics.intercept import Interceptor
@@ -43,25 +43,20 @@ from coin.statistics.sums import sum_type
 MEMORY_MIB = 8192  # the bound on the activations of a fit on the CPU
 SHARE = 0.5  # of what is free of a GPU's memory, the bound there
 FEWEST_MIB = 64  # of experts' outputs at once: with fewer, experts run too often
-ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
-CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
-READ = 16  # multiplications that take as long as reading a number where it lies alone
+ROWS = 8  # of a regression for each of its unknowns
 LEAST = 256  # rows of a regression, where there are as many
 MOST_KEPT = 0.1  # with a larger share of parameters that are in no unit a warning is given
 NO_ADAPTERS = "has no adapters"
 UNLIKE = 8  # samples from all over the calibration data, on which rows that inputs place are seen to be out of order
-PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
 
 
 class Rows(NamedTuple):
-    """What units are fitted to on P samples; `places` and `weights` are by the names of the units' weights."""
+    """What units are fitted to on P samples; `places` are by the names of the units' weights."""
 
     inputs: Batch
     mixtures: Tensor  # every sample's mixture of the experts' outputs [N, P]
     shares: Tensor  # what the samples weigh [P]
     places: Mapping[str, Tensor | None]  # of `chosen_places`
-    weights: Mapping[str, Tensor]  # of `position_weights`
-    passes: int  # that finding the weights took
 
 
 def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Tensor, Tensor]:
@@ -85,89 +80,24 @@ def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Ten
     return mixtures / shares.where(shares > 0, 1), shares
 
 
-def chosen_rows(
-    network: nn.Module, trace: Trace, inputs: Batch, task: Tensor, mixtures: Tensor, shares: Tensor, budget: float
-) -> Rows:
-    """Choose the rows of all units of a network on P samples, which are of these tasks [P]; see `Rows`."""
-    experts = len(mixtures)
-    order = torch.nn.functional.one_hot(task, experts).cumsum(0)[torch.arange(len(task)), task] - 1
-    probed = (order < math.ceil(PROBED / experts)).nonzero().flatten()
-    weights = position_weights(network, trace, take(inputs, probed))
-    places = chosen_places(trace.units, order, weights, device_of(network), budget)
-    return Rows(inputs, mixtures, shares, places, weights, 3 * len(probed) if weights else 0)
+def chosen_places(units: Sequence[Unit], order: Tensor, device: torch.device) -> dict[str, Tensor | None]:
+    """Return by units' weights the positions of every sample at which their rows are taken [P, q]; None for all.
 
-
-def chosen_places(
-    units: Sequence[Unit], order: Tensor, weights: Mapping[str, Tensor], device: torch.device, budget: float = math.inf
-) -> dict[str, Tensor | None]:
-    """Return by units' weights at which positions of every sample the rows are [P, q]; none for all positions.
-
-    They are drawn as often as they weigh, one from each of q stretches of the same weight, and by the sample's place
-    `order` [P] in its task, so that the order of the tasks does not matter. Where the rows' outputs would take more
-    bytes than the budget there are only `ROWS` for each unknown.
+    Each unit has `ROWS` rows for each of its unknowns, `LEAST` at least. They are drawn alike from all positions, one
+    from each of q stretches, and by the sample's place `order` [P] in its task, so that the order of the tasks does not
+    matter.
     """
+    generator = torch.Generator().manual_seed(0)
     places: dict[str, Tensor | None] = {}
-    generator, samples = torch.Generator().manual_seed(0), len(order)
-
-    def rows_of(unit: Unit, few: bool) -> int:
-        cheap, dear = (_affordable(unit, share * samples) for share in (CHEAP, DEAR))
-        rows = max(LEAST, min(ROWS * unit.unknowns if few else max(ROWS * unit.unknowns, cheap), dear))
-        return math.ceil(rows / samples)
-
-    few = sum(samples * unit.target_bytes(rows_of(unit, few=False)) for unit in units) > budget
     for unit in units:
-        each = rows_of(unit, few)
+        rows = max(LEAST, ROWS * unit.unknowns)
+        count = math.ceil(rows / len(order))  # q
         places[unit.weight] = None
-        if each < unit.positions:
-            drawn = torch.rand(int(order.max()) + 1, each, generator=generator)[order]
-            drawn = (drawn + torch.arange(each)) / each
-            weight = weights.get(unit.weight, torch.ones(unit.positions)).cpu().cumsum(0)
-            found = torch.searchsorted((weight / weight[-1]).to(drawn), drawn)
-            places[unit.weight] = found.clamp(max=unit.positions - 1).to(device)
+        if count < unit.positions:
+            offsets = torch.rand(int(order.max()) + 1, count, generator=generator)[order]
+            drawn = (offsets + torch.arange(count)) * unit.positions / count
+            places[unit.weight] = drawn.long().clamp(max=unit.positions - 1).to(device)
     return places
-
-
-def _affordable(unit: Unit, samples: float) -> float:
-    """Return how many rows' regression takes as long as the unit's calls on so many samples."""
-    # With K unknowns for each of O outputs n rows take n K (min(n, K) + 2 O + READ) multiplications, a position K O.
-    k, o, calls = unit.unknowns, unit.outputs, samples * unit.positions * unit.outputs
-    each = 2 * o + READ
-    return calls / (k + each) if calls > k * (k + each) else math.sqrt(each * each / 4 + calls) - each / 2
-
-
-def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:
-    """Return, by the weights of units that are no convolutions, what the positions weigh [L], with mean 1.
-
-    One half is the same for all; the other goes with the mean square over samples of the gradient of ½‖f‖² by the
-    unit's outputs there, f less its mean over the classes: a transformer's last layers matter at the class token alone.
-    A unit that the outputs do not reach has none.
-    """
-    ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
-    parameters = floating_parameters(network)
-    outputs: dict[str, tuple[Call, Tensor]] = {}
-    sums: dict[str, Tensor] = {}
-    if not ends:
-        return {}
-
-    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-        if (unit := ends.get(names.get("weight", ""))) is None:
-            return None
-        output = function()
-        outputs[unit.weight] = call, output
-        return output.clone()  # which may be changed in place
-
-    with evaluating(network), differentiable(parameters.values()), Interceptor(parameters, visit):
-        for sample in samples_of(inputs):  # the graphs of many at once take much memory
-            outputs.clear()
-            logits = network(as_input(sample, network))
-            cotangent = (logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits).detach()
-            found = [each for each in outputs.items() if each[1][1].requires_grad]
-            gradients = torch.autograd.grad(logits, [output for _, (_, output) in found], cotangent, allow_unused=True)
-            for (weight, (call, _)), gradient in zip(found, gradients, strict=True):
-                if gradient is not None:
-                    squares = output_rows(call, gradient, 1, None).double().square().sum(1)
-                    sums[weight] = squares + sums.get(weight, 0)
-    return {weight: 0.5 + 0.5 * each / each.mean() for weight, each in sums.items() if bool(each.any())}
 
 
 class ExpertOutputs:
@@ -268,8 +198,6 @@ def fit_in_order(
             target, at = targets.pop(unit.weight), rows.places[unit.weight]
             check_rows(unit, len(call.inputs), len(target))
             mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
-            if at is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
-                mine = mine * rows.weights[unit.weight].to(mine)
             rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
             found, tasks = input_rows(call, len(mine), at), None if adapters is None else adapters.tasks
             if ridge is not None:
@@ -365,7 +293,10 @@ def fit_body(
         )
     inputs, task = experts.pooled.inputs(chosen), experts.tasks[chosen]
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
-    rows = chosen_rows(network, trace, inputs, task, *objective(row, task, own_share), budget)
+    mixtures, shares = objective(row, task, own_share)
+    order = torch.nn.functional.one_hot(task, experts.count).cumsum(0)[torch.arange(len(task)), task] - 1
+    places = chosen_places(trace.units, order, device_of(network))
+    rows = Rows(inputs, mixtures, shares, places)
     targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
     doing = "layers" if rounding is None else "layers again, rounded"
     with progress_bar(f"{label}, {doing}", targets.total) as bar:
@@ -376,7 +307,7 @@ def fit_body(
             told = f"method '{label}' was fitted with memory_mib={memory_mib}"
             error.add_note(f"{told}; set memory_mib={max(1, memory_mib // 2)}")
             raise
-    experts.passes += rows.passes + targets.passes + samples
+    experts.passes += targets.passes + samples
     if fit is None:
         return network, []
     fit.check()
