@@ -122,8 +122,7 @@ class UserMethod(Method):
         for states, start in zip((experts.parameters, experts.buffers), starts, strict=True):
             for name, first in states[0].items():
                 owner = name.rpartition(".")[0]
-                is_count = not (first.is_floating_point() or first.is_complex())
-                if name not in learnt or is_count or f"{owner}.".startswith(head):
+                if name not in learnt or not first.is_floating_point() or f"{owner}.".startswith(head):
                     continue
                 tensors = [state[name].clone() for state in states]
                 initial = start[name].clone() if name in start else None
