@@ -255,4 +255,6 @@ def fill(network: nn.Module, state: State) -> None:
     with torch.no_grad():
         for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
             if name in state and name not in own:
-                buffer.copy_(state[name])
+                value = state[name].to(buffer.device)
+                if not torch.equal(buffer, value):  # an expanded buffer cannot be written to
+                    buffer.copy_(value)
