@@ -395,7 +395,7 @@ def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
 def test_of_drawn_rows_the_order_of_the_experts_does_not_matter(kind, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("coin.merging.expert_outputs.LEAST", 40)
-    monkeypatch.setattr("coin.merging.passes.DEAR", 0)
+    monkeypatch.setattr("coin.merging.expert_outputs.ROWS", 0)
     networks, tasks = kind_of(kind)
     one, two = (
         Refit("both", RIDGE).make(
