@@ -62,8 +62,8 @@ class UserMethod(Method):
             name = getattr(function, "__name__", type(function).__name__)
             self.function = f"{function.__module__}.{name}"
         else:
-            self._function = imported("function", function, "a Python function")
-            self.function = function
+            self._function = imported("function", str(function), "a Python function")
+            self.function = str(function)
         self.options = options or {}
         try:
             signature = inspect.signature(self._function)
