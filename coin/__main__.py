@@ -25,8 +25,9 @@ def entry_point() -> NoReturn:
     tune_process()  # which only counts before torch is imported
     if sys.platform != "win32" and sys.argv[1:2] in (["report"], ["choose"], ["simulate"]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them quietly
-    from coin.cli import main
+    from coin.cli import main, take_signals
 
+    take_signals()
     sys.exit(main())
 
 

@@ -3,8 +3,11 @@
 A command's module is imported on use, so that ``coin --help`` starts quickly.
 """
 
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from argparse import ArgumentError
@@ -13,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import coin
@@ -24,6 +28,8 @@ _LESS = ("Does not validate against any", "- Expected a path")
 """How messages of jsonargparse begin that say less than their causes."""
 _INTERRUPTED, _TERMINATED = 130, 143
 """What shells give for SIGINT and SIGTERM: 128 and the signal's number."""
+_received: list[int] = []
+"""The exit statuses for the signals that have come: C code may turn what a handler raises into an error of its own."""
 
 
 _FORMS = {
@@ -43,21 +49,20 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns the exit status: 0; 2 for a user's mistake, 130 for an interruption and 143 for SIGTERM (a scheduler's, at
     a job's limit of time); each in one line on standard error.
     """
+    _received.clear()
     arguments = list(sys.argv[1:] if args is None else args)
     name = next(iter(arguments), "")
     usual = warnings.formatwarning
     warnings.formatwarning = partial(_format_warning, usual)
     try:
         _run(name, arguments[1:])
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if (status := _interruption(stop)) is None:
-            raise
-        by = " by SIGTERM" if status == _TERMINATED else ""
-        resumed = "; the same command goes on where it was" if name in ("run", "sweep") else ""
-        print(f"coin: interrupted{by}{resumed}", file=sys.stderr)
-        return status
-    except Exception as error:
-        if (line := _mistake(error)) is None:
+    except BaseException as error:
+        if (status := _interruption(error)) is not None:
+            by = " by SIGTERM" if status == _TERMINATED else ""
+            resumed = "; the same command goes on where it was" if name in ("run", "sweep") else ""
+            print(f"coin: interrupted{by}{resumed}", file=sys.stderr)
+            return status
+        if isinstance(error, SystemExit) or (line := _mistake(error)) is None:
             raise
         see = f"; see coin {name if name in COMMANDS else 'COMMAND'} --help"
         print(f"coin: error: {line}{'' if ';' in line else see}", file=sys.stderr)
@@ -67,12 +72,41 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def take_signals() -> None:
+    """Have SIGINT and SIGTERM end the command, and noted; SIGINT stays ignored where it is, in a shell's background."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
+    sys.unraisablehook = partial(_send_again, sys.unraisablehook)
+
+
+def _send_again(usual: Callable[[Any], object], unraisable: Any) -> None:
+    """Send a signal again that came where Python ignores what is raised: in a ``__del__``."""
+    if _received and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+        threading.Timer(0.05, os.kill, (os.getpid(), _received[-1] - 128)).start()
+    else:
+        usual(unraisable)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Note a signal, and end the command by an exception; a training's SIGTERM is Lightning's, which ends a batch."""
+    _received.append(128 + number)
+    if signal.getsignal(number) is not _end:  # Lightning's handler calls this one
+        return
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 def _interruption(stop: BaseException) -> int | None:
-    """Return the exit status for what was interrupted; None for a command that ended itself, such as ``--help``."""
+    """Return the exit status for what was interrupted; None for what ended itself: by ``--help``, or by an error."""
+    if _received:
+        return _received[0]
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return _INTERRUPTED
-    assert isinstance(stop, SystemExit)
-    if stop.code == _TERMINATED:  # of the handler while steps run elsewhere
+    if not isinstance(stop, SystemExit):
+        return None
+    if stop.code in (_TERMINATED, int(signal.SIGTERM)):  # of the handler while steps run elsewhere, and of Ray's own
         return _TERMINATED
     if stop.code is None:
         from lightning.pytorch.utilities.exceptions import SIGTERMException  # not at the top: importing it takes long

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.files.safetensors import load_provenance
-from coin.reporting.choice import recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.results import RESULTS_CSV, read_results
 from coin.reporting.summary import stand_ins, summarise
 from coin.reporting.tables import print_summary
@@ -47,7 +47,8 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    tasks = next((each.partition("=")[2] for each in arguments if each.startswith("--tasks=")), None)
+    parts = [part for each in arguments for part in each.split("=", 1)]  # --tasks=VALUE, or VALUE behind it
+    tasks = parts[parts.index("--tasks") + 1] if "--tasks" in parts else None
     named = tasks or _flow(dict.fromkeys(experts, "CLASS"))
     words = ["evaluate", "-c", "default", f"--model.experts={_flow(experts)}"]
     words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={named}"]
@@ -63,7 +64,7 @@ def after_evaluate(trainer: Trainer, _: Namespace) -> str:
     reached = "measured"
     if len(kept):
         row = recommended(kept)
-        reached = f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
+        reached = weakness(row) or f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
     return _line(reached, folder / RESULTS_CSV, ["choose", str(folder)])
 
 

@@ -59,6 +59,8 @@ def merge(
         if list(tasks) != list(experts):
             raise ConfigurationError(f"found tasks {list(tasks)} for experts {list(experts)}, expected the same order")
         sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
+        for task in sized.values():
+            opened.config.check_content(task.content, task.vocabulary)
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
         data.setup()

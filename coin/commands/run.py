@@ -11,19 +11,25 @@ from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import plan, union
+from coin.pipeline.plan import Planned, plan, union
 from coin.pipeline.pool import Launch, check_launch
+from coin.pipeline.prune import remove, size_mib, unreferenced
 from coin.pipeline.run import check_options, outlook, run_experiment, run_only
-from coin.reporting.choice import has_weak_experts, recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary
 
+PRUNE = "Remove the finished steps that no experiment beside the store refers to, and run nothing."
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
     experiment, options = read_experiment(arguments)
+    if options["prune"]:
+        prune(plan(experiment))
+        return
     if options["dry_run"]:
         print_outlook(experiment.name, [experiment], options["launch"], as_document=options["json"])
         return
@@ -52,11 +58,21 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     if kept.empty:
         return ""
     row = recommended(kept)
-    if has_weak_experts(row) or row["name"] == REFERENCES[0]:
+    if weakness(row) or row["name"] == REFERENCES[0]:
         return ""
     words = ["coin", "serve", str(folder), f"--method={row['name'].partition('[')[0]}"]
     words += [] if row["decoder"] == REPLICA else [f"--decoder={row['decoder']}"]
     return shlex.join(words)
+
+
+def prune(steps: Sequence[Planned]) -> None:
+    """Remove the finished steps that nothing refers to, and print them."""
+    folders, store = unreferenced(steps), steps[0].step.store
+    size = size_mib(folders)
+    remove(folders, store)
+    for folder in folders:
+        print(f"removed {folder.name}")
+    print(f"{len(folders)} steps, {size:.1f} MiB, removed from '{store}'")
 
 
 def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
@@ -78,8 +94,10 @@ def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, 
         for planned, why, seconds in outlook(steps)
     ]
     waiting = [row for row in rows if row["why"]]
+    unused = unreferenced(steps)
     if as_document:
-        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows}))
+        left = {"folders": unused, "mib": size_mib(unused)}
+        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows, "unreferenced": left}))
         return
     took = sum(row["seconds"] or 0 for row in waiting)
     print(f"{name}: {len(waiting)} of {len(rows)} steps to do{f', which took {took:.0f} s last time' if took else ''}")
@@ -91,6 +109,11 @@ def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, 
         print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{made}{place}".rstrip())
     if launch.side_by_side:
         print(f"elsewhere: {launch.executor}, {launch.workers} at a time")
+    if unused:
+        told = f"nothing refers to {len(unused)} finished steps in '{steps[0].step.store}', {size_mib(unused):.1f} MiB"
+        print(f"{told}; --prune in place of --dry-run removes them:")
+        for folder in unused:
+            print(f"       {folder.name}")
 
 
 def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
@@ -102,10 +125,11 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     parser.add_argument("--only", type=str | None, default=None, help=only)
     dry_run = "Print the plan: every step, whether it is done or to do and why, what it took last time."
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    parser.add_argument("--prune", action="store_true", help=PRUNE)
     add_json_argument(parser)
     given: dict[str, Any] = {}
     options = parsed(parser, arguments, given)
-    beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
+    beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run", "prune")}
     own = {name: value for name, value in given.items() if name in options}
     for task in own["tasks"].values():
         task.setdefault("init_args", {})["image_size"] = options["network"].image_size

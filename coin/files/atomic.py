@@ -50,6 +50,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def how_to_redo(path: Path) -> str:
+    """Return what to do about a damaged file; a finished step, whose folder has a ``done.json``, is not run again."""
+    step = path.resolve().parent
+    return f"delete its step's folder '{step}' and run again" if (step / "done.json").is_file() else "make it again"
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, read once unless it has changed; a FileError where it cannot be read."""
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coin.core.versions import versions
 from coin.errors import FileError
-from coin.files.atomic import atomic_path
+from coin.files.atomic import atomic_path, how_to_redo
 from coin.files.tensors import State, check_finite
 
 _METADATA_KEY = "coin"
@@ -84,9 +84,8 @@ class StateFile(Mapping[str, Tensor]):
                 told = f"found '{self.path}', a checkpoint, expected a file of coin's (.safetensors)"
                 advice = "import it by coin run with expert: {checkpoints: {TASK: FILE}}"
                 raise FileError(f"{told}; {advice}, which writes experts/TASK/expert.safetensors") from error
-            step = self.path.resolve().parent  # of a run, where it is finished
-            again = f"delete its step's folder '{step}' and run" if (step / "done.json").is_file() else "make it"
-            raise FileError(f"'{self.path}' is not a whole safetensors file ({error}); {again} again") from error
+            told = f"'{self.path}' is not a whole safetensors file ({error})"
+            raise FileError(f"{told}; {how_to_redo(self.path)}") from error
         version = (found.st_ino, found.st_size, found.st_mtime_ns)
         if self._version not in (None, version):
             raise FileError(f"'{self.path}' has changed while it was read; run the command again, alone on its files")

@@ -54,8 +54,8 @@ class MergeMethod(Method):
     """
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, **options: Any) -> None:
-        super().__init__(**options)
         self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)
+        super().__init__(**options)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
 
     @abstractmethod

@@ -120,13 +120,6 @@ class Experts:
             with evaluating(network, gradients=False), evaluating(padded, gradients=False):
                 check_padding(padded, network, as_input(first, network))
 
-    def first_batch(self) -> Any:
-        """Return the first calibration inputs of the first task that has any; None without calibration."""
-        for task in self._calibration or ():
-            if task.num_samples:
-                return next(iter(task))
-        return None
-
     def check(self, row: Sequence[float]) -> None:
         """Raise as `check_row`, and a StateError where experts' parameters differ in layout or are not finite."""
         check_row(row, self.count)

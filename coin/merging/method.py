@@ -21,7 +21,7 @@ from coin.merging.passes import adapt
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.calling import Forward, explained_inputs, plain
+from coin.networks.calling import Forward, plain
 from coin.networks.compressed import Base, Compressed, Compression, compress
 from coin.networks.weights import fill_network, to_compute
 from coin.statistics import FisherKind
@@ -76,7 +76,8 @@ class Method(ABC):
 
     Attributes:
         name: The name in result tables.
-        label: The name of this variant in results and files; by default `name`.
+        label: The name of this variant in results and files; by default `name`, with adapters and with a BatchNorm
+            policy that is not the class's own (``coin-recalibrate``).
         batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
         reads_initial: Whether it needs the shared initialisation.
         compress: The compressed variants of its coded models, beside the whole ones.
@@ -118,6 +119,8 @@ class Method(ABC):
             self.label = getattr(self, "label", self.name)
             if self.adapters is not None:
                 self.label = f"{self.label}+{self.adapters.name}"
+            if self.batchnorm != type(self).batchnorm:
+                self.label = f"{self.label}-{self.batchnorm}"
         is_file_name = re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label)
         if not is_file_name or self.label in ("none", "oracle"):
             raise ConfigurationError(
@@ -216,8 +219,7 @@ def merge_networks(
     packed = []
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
-            with explained_inputs(networks[0], experts.first_batch):
-                coded = method.coded_model(experts, row)
+            coded = method.coded_model(experts, row)
             made.append(coded)
             variants = {}
             for each in method.compress:

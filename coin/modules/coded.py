@@ -343,7 +343,7 @@ class Coded:
         known: dict[int | str, int] = {each: i for i, name in enumerate(self.names) for each in (i, name)}
         if unknown := [each for each in erased if each not in known]:
             expected = f"0 to {len(self.experts) - 1}, or one of {', '.join(self.names)}"
-            raise ConfigurationError(f"found lost expert {unknown[0]!r}, expected {expected}")
+            raise ConfigurationError(f"found lost expert {unknown[0]!r:.60}, expected {expected}")
         return tuple(known[each] for each in erased)
 
     def _decoder_of(self, erased: Sequence[int | str] | None) -> tuple[Decoder, tuple[int, ...]]:

@@ -96,7 +96,7 @@ class DecodingEvaluator(LightningModule):
             told = f"found data of tasks {found}, expected those of the experts, {own}"
             raise ConfigurationError(f"{told}; name the same in the same order")
         for task in data.tasks.values():
-            self.config.check_content(task.content)
+            self.config.check_content(task.content, task.vocabulary)
         calibration, new = data.calibration(), data.promise()
         tests = sum(-(-len(task.splits.test) // self.trainer.world_size) for task in data.tasks.values())
         self.progress.total = tests + sum(each.num_samples for each in (calibration, new) if each)

@@ -81,7 +81,8 @@ class Expert(LightningModule):
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        self.config.check_content(getattr(datamodule, "content", self.config.reads))
+        content = getattr(datamodule, "content", self.config.reads)
+        self.config.check_content(content, getattr(datamodule, "vocabulary", None))
         for name, own in (("image_size", self.config.image_size), ("num_classes", self.hparams["num_classes"])):
             if (given := getattr(datamodule, name, own)) != own:
                 raise ConfigurationError(f"found {name}={own} of the model and {given} of the data; set them equal")

@@ -52,7 +52,7 @@ def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
     """Raise StateError for TorchScript, or where a tensor is sparse, lazy or, unless `meta`, on the meta device."""
     every = (*network.named_parameters(), *network.named_buffers())
     odd = [n for n, t in every if nn.parameter.is_lazy(t) or t.layout != torch.strided or (t.is_meta and not meta)]
-    if odd or isinstance(network, torch.jit.ScriptModule):
+    if odd or any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         found = f"'{odd[0]}', which is sparse, lazy or on the meta device," if odd else "TorchScript"
         raise StateError(f"found {found} in {type(network).__name__}, expected a module of dense tensors; convert it")
 

@@ -280,7 +280,7 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 def is_smaller_rounded(shape: torch.Size, bits: int) -> bool:
     """Say whether a matrix of a shape takes fewer bytes in so many bits a value than in float16."""
     columns = matrix_shape(shape)[1]
-    return len(shape) > 1 and _row_bytes(bits, columns) + 2 < 2 * columns
+    return len(shape) > 1 and 0 not in shape and _row_bytes(bits, columns) + 2 < 2 * columns
 
 
 def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None) -> tuple[int, Tensor]:

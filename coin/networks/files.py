@@ -241,14 +241,13 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
 
 
 def import_pretrained(
-    config: NetworkConfig, place: str, initial: Path, zero_shot: ZeroShot | None, task: str
+    config: NetworkConfig, place: str, network: nn.Module, zero_shot: ZeroShot | None, task: str
 ) -> nn.Module:
-    """Return a task's expert with the weights of ``hf/PLACE``; a projection that a CLIP lacks is that of `initial`."""
+    """Return a network as a task's expert, with the weights of ``hf/PLACE`` but for a projection that this lacks."""
     source = config.source
     if not isinstance(source, HuggingFace):
         told = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"
         raise ConfigurationError(f"{told}; give a file of weights, or change network.name")
-    network = load_network(initial).network
     source.load(network, local_place(place))
     fill_head(network, config, zero_shot, task)
     return network

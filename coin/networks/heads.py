@@ -19,18 +19,20 @@ def head_name(network: nn.Module) -> str:
 
     The head is the last `nn.Linear` in the order of registration, or, if there is none (SqueezeNet), the last
     `nn.Conv2d`. Layers inside a Hugging Face base model, at any depth, count as earlier than all others. A network with
-    another head names it in an attribute ``head_name: str``.
+    another head names it in an attribute ``head_name: str``. Of a layer with several names it is the first, as of its
+    parameters in `named_parameters`.
     """
     layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     own = getattr(network, "head_name", None)
     if isinstance(own, str):
         if own not in layers:
             raise StateError(f"found head_name '{own}', expected a layer of {type(network).__name__}; name one")
-        return own
+        return _names_of(network, layers[own])[0]
     bases = _base_models(layers)
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
-            return min(reversed(names), key=lambda name: sum(f"{name}.".startswith(base) for base in bases))
+            last = min(reversed(names), key=lambda name: sum(f"{name}.".startswith(base) for base in bases))
+            return _names_of(network, layers[last])[0]
     raise HeadError(f"found no Linear or Conv2d layer in {type(network).__name__}; name it by an attribute 'head_name'")
 
 
@@ -38,6 +40,11 @@ def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the names without those of the head's parameters."""
     head = f"{head_name(network)}."
     return [name for name in names if not name.startswith(head)]
+
+
+def _names_of(network: nn.Module, layer: nn.Module) -> list[str]:
+    """Return all dotted names of a network's layer."""
+    return [name for name, each in network.named_modules(remove_duplicate=False) if each is layer]
 
 
 def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -64,8 +71,9 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
     else:
         raise StateError(f"the head '{name}' is a {type(old).__name__}, expected a Linear or a Conv2d layer")
     initialise_head(new)
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, new)
+    for each in _names_of(network, old):
+        parent, _, child = each.rpartition(".")
+        setattr(network.get_submodule(parent), child, new)
     _tell_classes(network, num_classes)
 
 

@@ -64,6 +64,25 @@ class HuggingFace(NetworkSource):
             raise ConfigurationError(f"found network.options with '{odd[0]}', expected entries of the configuration")
         return type(found).from_dict({**found.to_dict(), **options})
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """Its own ``tokenizer.json``; None without one."""
+        hub = extra_module("transformers", "text").utils
+        with suppress(OSError):
+            found = hub.cached_file(self.place, "tokenizer.json")
+            return None if found is None else Path(found)
+        return None
+
+    def check_vocabulary(self, count: int) -> None:
+        """Refuse another number of tokens than its own tokenizer has, or more than it has embeddings."""
+        own, most = self.tokenizer, getattr(self.configuration, "vocab_size", None)
+        expected = None if own is None else extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
+        tokens = most if expected is None else expected.get_vocab_size()
+        if count != tokens and (expected is not None or count > (most or count)):
+            advice = f"tokenizer={own or 'its tokenizer.json'}"
+            told = f"found a task whose tokenizer has {count} tokens for the network '{self.name}'"
+            raise ConfigurationError(f"{told}, expected {tokens}; set the task's {advice}")
+
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
         reads, auto = self._kind()
@@ -92,6 +111,12 @@ class HuggingFace(NetworkSource):
         auto = self._kind()[1]
         found = self.download(lambda: auto.from_pretrained(place), CACHE)
         fill_network(network, found.state_dict(), f"hf/{place}")
+
+    def classes(self, place: str) -> list[str]:
+        """Return the classes of another folder's or ID's head in the order of its outputs; [] where it names none."""
+        names = getattr(_configuration(place, f"{PREFIX}{place}"), "id2label", None) or {}
+        found = [str(names[index]) for index in sorted(names)]
+        return [] if self.zero_shot or found == [f"LABEL_{index}" for index in range(len(found))] else found
 
     def save(self, network: nn.Module, folder: Path) -> None:
         """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""

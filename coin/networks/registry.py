@@ -53,11 +53,16 @@ class NetworkConfig:
         """What the network reads: ``images`` or ``texts``."""
         return self.source.reads
 
-    def check_content(self, content: str) -> None:
-        """Refuse data that the network does not read, ``images`` or ``texts``, with a ConfigurationError."""
+    def check_content(self, content: str, vocabulary: int | None = None) -> None:
+        """Refuse data that the network does not read, ``images`` or ``texts``, with a ConfigurationError.
+
+        Of texts, `vocabulary` is the number of their tokenizer's tokens, which has to be the network's.
+        """
         if content != self.reads:
             found = f"a task of {content} for the network '{self.name}'"
             raise ConfigurationError(f"found {found}, expected {self.reads}; change the task or network.name")
+        if vocabulary is not None:
+            self.source.check_vocabulary(vocabulary)
 
     @property
     def weights_file(self) -> Path | None:

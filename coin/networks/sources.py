@@ -41,6 +41,9 @@ class NetworkSource(ABC):
         """What the network reads: ``images`` or ``texts``."""
         return "images"
 
+    def check_vocabulary(self, count: int) -> None:  # noqa: B027 (most have none)
+        """Refuse texts of so many different tokens, with a ConfigurationError, where the network has others."""
+
     @property
     def zero_shot(self) -> bool:
         """Whether the head is computed from the tasks' class names, and not trained."""

@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from coin.core.devices import has_float64
 from coin.errors import ConfigurationError, FileError, StateError, first_line
+from coin.files.atomic import how_to_redo
 from coin.files.tensors import State, check_layout
 from coin.networks.calling import check_tensors, clear_caches, clone
 from coin.networks.heads import head_name, initialise_head
@@ -125,7 +126,8 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
             return without_prefix(load_file(path), names)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise FileError(f"cannot read '{path}' ({first_line(error)}), expected a checkpoint; save it again") from error
+        told = f"cannot read '{path}' ({first_line(error)}), expected a checkpoint"
+        raise FileError(f"{told}; {how_to_redo(path)}") from error
     except UnpicklingError as error:
         if not beginning.startswith((b"PK", b"\x80")):  # neither of PyTorch's formats
             raise FileError(f"'{path}' is no checkpoint, expected a network's weights; save them again") from error

@@ -1,11 +1,13 @@
 """An experiment: its options, checked as a whole; `coin.pipeline.run` runs it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml  # type: ignore[import-untyped]
 from torch import nn
 
@@ -15,22 +17,25 @@ from coin.core.choices import did_you_mean
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import CoinWarning, ConfigurationError
+from coin.data.text import TextTask
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import is_folder_name, sha256_of
 from coin.files.downloads import fetch_from_hub
+from coin.files.safetensors import load_provenance
 from coin.merging import Method
 from coin.merging.expert_sources import spread
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig, head_name
-from coin.networks.batchnorm import batchnorms
-from coin.networks.files import check_heads, import_checkpoint, initial_network
+from coin.networks.files import check_heads, import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.steps.evaluation import UNRELATED
 from coin.pipeline.steps.merge import read_code, variant_files
+from coin.reporting.summary import is_weak
 from coin.statistics import FisherKind
 
+_CHANCE_SAMPLES = 100  # that tell whether an expert guesses
 _SEEDS = range(2**32)
 """What NumPy takes for a seed."""
 
@@ -48,6 +53,49 @@ def tell_distances(name: str, expert: nn.Module, base: nn.Module, first: nn.Modu
         told = f"found the expert '{name}' {from_base:.0%} of its weights from the base, as unrelated networks are"
         expected = "expected the base that it was fine-tuned from; give it as base.checkpoint or network.weights"
         warnings.warn(f"{told}, {expected}", CoinWarning, stacklevel=2)
+
+
+def _for_network(task: TaskData, network: NetworkConfig) -> TaskData:
+    """Return a task with the network's input size and, of texts, the tokenizer of Hugging Face's network."""
+    task, source = task_with(task, image_size=network.image_size), network.source
+    if not isinstance(task, TextTask) or task.tokenizer is not None:
+        return task
+    if not isinstance(source, HuggingFace) or source.reads != task.content:
+        return task
+    if (own := source.tokenizer) is None:
+        told = f"found no tokenizer.json of '{network.name}', expected it for {type(task).__name__}"
+        raise ConfigurationError(f"{told}; set the task's tokenizer to that of the network")
+    return task_with(task, tokenizer=str(own))
+
+
+@torch.no_grad()
+def warn_of_chance(name: str, expert: nn.Module, task: TaskData, classes: Sequence[str]) -> None:
+    """Warn where an expert that was brought is hardly more often right than chance on training samples.
+
+    `classes` are those of its checkpoint in the order of its logits, none where it does not say them.
+    """
+    train = task.splits.train
+    drawn = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:_CHANCE_SAMPLES])
+    right = 0
+    for places in torch.split(torch.arange(len(drawn)), 64):
+        logits = expert.eval()(drawn.inputs(places, task.image_size))
+        right += int((logits.argmax(1) == drawn.targets[places]).sum())
+    accuracy, chance = right / len(drawn), 1 / task.num_classes
+    if not is_weak(accuracy, chance):
+        return
+    told = (
+        f"found the expert '{name}' right on {accuracy:.1%} of {len(drawn)} training samples (chance is {chance:.1%})"
+    )
+    order = f"the task's classes are {_in_order(task.classes)}"
+    if classes:
+        order = f"its own classes are {_in_order(classes)}, {order}"
+    expected = f"expected more; {order}: check their order, and that it was trained on such inputs"
+    warnings.warn(f"{told}, {expected}", CoinWarning, stacklevel=2)
+
+
+def _in_order(classes: Sequence[str]) -> str:
+    """Return classes as text, of many the first ones."""
+    return ", ".join([*classes[:8], *(["…"] if len(classes) > 8 else [])])
 
 
 class Experiment:
@@ -109,8 +157,8 @@ class Experiment:
         self.name = name
         self.folder = Path(output) / name
         self.network = network
-        self.tasks = {task: task_with(data, image_size=network.image_size) for task, data in tasks.items()}
-        self.base = base
+        self.tasks = {task: _for_network(data, network) for task, data in tasks.items()}
+        self.base = base if base is None or base.task is None else replace(base, task=_for_network(base.task, network))
         self._data = [*self.tasks.items(), *([("base", base.task)] if base is not None and base.task else [])]
         self.expert = expert
         self.calibration = calibration
@@ -141,7 +189,7 @@ class Experiment:
     def _check_content(self) -> None:
         """Raise ConfigurationError if the network does not read the tasks, or a task takes no augmentation given."""
         for name, data in self._data:
-            self.network.check_content(data.content)
+            self.network.check_content(data.content, data.vocabulary)
             check_heads(self.network, data.head is not None, name)
         for name, data in self.tasks.items():
             own = self.expert.of(name)
@@ -171,21 +219,37 @@ class Experiment:
         self._check_checkpoints()
 
     def _check_checkpoints(self) -> None:
-        """Refuse experts' files that do not fit, and say how far they are from the base and from the first of them."""
+        """Refuse experts that do not fit; say how far they are from the base and the first of them, and who guesses."""
+        of_base = None if self.base is None or self.base.checkpoint is None else Path(self.base.checkpoint)
+        base_is_trained = self.base is not None and self.base.task is not None
+        if base_is_trained and self.expert.checkpoints:
+            rank_zero_info("the base is trained in this run: how far experts that are brought are from it is not known")
         base: nn.Module | None = None
         first: nn.Module | None = None
         for name, task in self.tasks.items():
-            given = self.expert.checkpoints.get(name)
-            if given is None or given.startswith(PREFIX):  # those of Hugging Face's are read at their import
+            if (given := self.expert.checkpoints.get(name)) is None:
                 continue
-            expert = import_checkpoint(self.network, task.num_classes, Path(given))
-            trained = self.base is not None and self.base.task is not None  # the base, and not there yet
-            if trained or not is_rank_zero():
+            expert, classes = self._brought(name, given, of_base)
+            if not is_rank_zero():
+                continue
+            warn_of_chance(name, expert, task, classes)
+            if base_is_trained:  # and not there yet
                 continue
             if base is None or first is None:
-                own = None if self.base is None or self.base.checkpoint is None else Path(self.base.checkpoint)
-                base, first = initial_network(self.network, task.num_classes, own), expert
+                base, first = initial_network(self.network, task.num_classes, of_base), expert
             tell_distances(name, expert, base, first)
+
+    def _brought(self, name: str, given: str, of_base: Path | None) -> tuple[nn.Module, list[str]]:
+        """Return an expert from a file or a place of Hugging Face's, and its checkpoint's classes if it names them."""
+        task, source = self.tasks[name], self.network.source
+        if not given.startswith(PREFIX):
+            expert = import_checkpoint(self.network, task.num_classes, Path(given))
+            with suppress(FileError):  # no file of coin's
+                return expert, list(map(str, load_provenance(Path(given)).get("classes") or ()))
+            return expert, []
+        expert = initial_network(self.network, task.num_classes, of_base)
+        import_pretrained(self.network, given, expert, task.zero_shot, name)
+        return expert, source.classes(local_place(given)) if isinstance(source, HuggingFace) else []
 
     def fetch(self) -> None:
         """Download what is missing of experts, CLIP and data; other weights are downloaded where they are read."""
@@ -215,15 +279,10 @@ class Experiment:
     def check(self) -> None:
         """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.
 
-        A pattern of ``trainable`` that matches nothing does not fit, nor two policies for a network without BatchNorm.
+        A pattern of ``trainable`` that matches nothing does not fit.
         """
         self._check_one_expert_each()
-        built = empty_network(replace(self.network, weights=None), 2)
-        labels = [method.label for method in self.methods]
-        twice = [label for label in labels if labels.count(label) > 1]
-        if twice and not batchnorms(built):
-            told = f"found method {twice[0]} more than once for {self.network.name}, which has no BatchNorm"
-            raise ConfigurationError(f"{told} for their policies to differ in; leave one, or give them labels")
+        empty_network(replace(self.network, weights=None), 2)  # which checks its name and options
         trained = [self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints]
         checked: list[Any] = [(None, None)]
         for each in (*trained, *([self.base] if self.base is not None else [])):

@@ -18,7 +18,7 @@ from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
 from coin.pipeline.steps.evaluation import Evaluate, shown_files
-from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge, coded_name
+from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge
 from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.runs import RunLog
@@ -114,7 +114,7 @@ class _Plan:
         shared["calibration"] = of.calibration
         merges = []
         for method in of.methods:
-            name = coded_name(method)
+            name = method.label
             merge = Merge(
                 **shared,
                 name=f"coded-{name}",
@@ -125,7 +125,7 @@ class _Plan:
                 trainer=of.trainer if method.is_trained else None,
                 hardware=of.trainer,
                 doing="training" if method.is_trained else "merging",
-                log=self._log(seed, "method", name, method.label),
+                log=self._log(seed, "method", name, name),
             )
             links = {f"{folder}/coded/{path.name}": path.name for path in merge.outputs}
             links |= {f"{folder}/logs/{name}": "logs"} if method.is_trained else {}
@@ -185,7 +185,7 @@ class _Plan:
             store=self.store,
             network=of.network,
             config=base,
-            task=task_with(base.task, image_size=of.network.image_size),
+            task=base.task,
             seed=base.seed,
             trainer=of.trainer,
             weights=self.weights,

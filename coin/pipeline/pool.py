@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from coin.core.processes import cores
+from coin.core.processes import cores, rank_zero_info
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
@@ -29,6 +29,7 @@ from coin.files.packaged import extra_module
 _STATUS = "# exit status "
 _STOP_SECONDS = 10.0
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
+_NO_NODE = ("DOWN", "DRAINED", "NotAvail")  # in a reason of SLURM's: what no end of another job changes
 _GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
 
 
@@ -215,6 +216,7 @@ class _Slurm:
             told = "found no srun on this machine, expected a SLURM cluster's login node"
             raise ConfigurationError(f"{told}; launch.slurm.cluster=debug tries the jobs here")
         self._asked, self._queue = -math.inf, set[str]()
+        self._own, self._told = set[str](), set[str]()  # the jobs that are waited for, and the reasons that were told
         self._gone: dict[str, float] = {}  # since when a job without a result is no more in the queue
         logging.getLogger("submitit").setLevel(logging.ERROR)  # of accounting, which is not everywhere
         with self._refusals("use"):
@@ -232,11 +234,13 @@ class _Slurm:
         """Submit a command, unless its job is still alive."""
         kept = command.job
         if kept.is_file() and (job_id := kept.read_text(encoding="utf-8")) in self._queued():
+            self._own.add(job_id)
             return partial(self._has_ended, self._submitit.SlurmJob(self._folder, job_id))
         with self._refusals("submit"):
             job = self._executor.submit(command)
         write_text(kept, str(job.job_id))
         self._queue.add(str(job.job_id))
+        self._own.add(str(job.job_id))
         return partial(self._has_ended, job)
 
     def _has_ended(self, job: Any) -> bool:
@@ -248,13 +252,22 @@ class _Slurm:
         return time.monotonic() - self._gone.setdefault(job.job_id, time.monotonic()) > _GONE_SECONDS
 
     def _queued(self) -> set[str]:
-        """Return the numbers of this user's jobs, asked for now and then."""
+        """Return the numbers of this user's jobs, asked for now and then; say where no node takes one of them."""
         if self._cluster == "slurm" and time.monotonic() - self._asked > _QUEUE_SECONDS:
-            asked = subprocess.run(["squeue", "--me", "-h", "-o", "%A"], capture_output=True, text=True, check=False)
+            asked = subprocess.run(["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False)
             if asked.returncode == 0:  # otherwise the controller is busy: what it said last stands
-                self._queue = set(asked.stdout.split())
+                reasons = dict(line.partition(" ")[::2] for line in asked.stdout.splitlines())
+                self._queue = set(reasons)
+                self._tell({job: reason for job, reason in reasons.items() if job in self._own})
             self._asked = time.monotonic()
         return self._queue
+
+    def _tell(self, reasons: Mapping[str, str]) -> None:
+        """Say, once for each reason, that no node takes a job that is waited for, such as a drained one."""
+        for job, reason in reasons.items():
+            if reason not in self._told and any(each in reason for each in _NO_NODE):
+                self._told.add(reason)
+                rank_zero_info(f"job {job} waits for a node: {reason}; sinfo -R says why")
 
 
 @contextlib.contextmanager

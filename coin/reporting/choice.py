@@ -9,12 +9,12 @@ import pandas as pd
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
 from coin.reporting.results import RESIDENT
-from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.summary import read_run, stand_ins, summarise, undominated
 from coin.reporting.sweeps import read_sweep_table
 from coin.reporting.text import counted, percent, read_by
 
 ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stand-in keeps on the worst task
-WEAK_EXPERTS = "what stands in is right more often than the lost experts; look at their own accuracy first."
+WEAK_EXPERTS = "what stands in is right more often than the lost experts; look at their own accuracy first"
 _FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
 
 
@@ -29,6 +29,16 @@ def recommended(kept: pd.DataFrame) -> "pd.Series[Any]":
     return accurate.iloc[0] if len(accurate) else _most_accurate(ordered)
 
 
+def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows of `stand_ins` to look at first.
+
+    They are the `undominated` ones, every name's best decoder and the `recommended` one, which may be neither: it is
+    chosen by the worst task.
+    """
+    shown = [*kept.groupby("name")["nda_mean"].idxmax(), recommended(kept).name]
+    return undominated(kept) | kept.index.isin(shown)
+
+
 def named_by_experiment(kept: pd.DataFrame) -> pd.DataFrame:
     """Return `stand_ins` of several experiments, as a sweep's, whose names say of which; those of one as they are."""
     if kept["experiment"].nunique() < 2:
@@ -36,9 +46,15 @@ def named_by_experiment(kept: pd.DataFrame) -> pd.DataFrame:
     return kept.assign(name=kept["experiment"] + ": " + kept["name"])
 
 
-def has_weak_experts(row: "pd.Series[Any]") -> bool:
-    """Return whether a row of `stand_ins` is so far above the lost experts that nothing can be recommended."""
-    return bool(row["nda_mean"] > _FAR_ABOVE)
+def weakness(row: "pd.Series[Any]") -> str:
+    """Return what is wrong with the experts of a row of `stand_ins`, so that nothing can be recommended; "" if nothing.
+
+    One is hardly more often right than chance, or all are so weak that the row is far above them.
+    """
+    if row["weak_task"]:
+        task = row["weak_task"]
+        return f"the expert of '{task}' is hardly more often right than chance; look at its accuracy first"
+    return WEAK_EXPERTS if row["nda_mean"] > _FAR_ABOVE else ""
 
 
 def _cheapest_first(kept: pd.DataFrame) -> pd.DataFrame:
@@ -94,9 +110,10 @@ def choose(
     if resident_mib is not None and kept[RESIDENT].isna().all():
         told = f"found resident_mib={resident_mib:g} and results of '{folder}' from before it was measured"
         raise FileError(f"{told}; run `coin run` again")
-    if has_weak_experts(recommended(kept)):
-        return kept[:0], f"Nothing can be recommended: {WEAK_EXPERTS}"
-    kept = _cheapest_first(kept)
+    sound = kept[kept["weak_task"] == ""]  # of a sweep, some experiments may be
+    kept = _cheapest_first(kept if sound.empty else sound)
+    if found := weakness(recommended(kept)):
+        return kept[:0], f"Nothing can be recommended: {found}."
     wishes = {f"at least {100 * accuracy:g} % on the worst task": kept["nda_worst"] >= accuracy}
     if memory_mib is not None:
         wishes[f"at most {memory_mib:g} MiB"] = kept["memory_mib"] <= memory_mib

@@ -88,7 +88,7 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
     variant and value, the point is the mean of their means; the points of a variant are `joined` where that is alike.
     """
     with style():
-        points = means.assign(name=variant_names(means), value=values)[~means["method"].isin(REFERENCES)]
+        points = means.assign(name=variant_names(means), value=values)[means["method"] != REFERENCES[1]]
         numeric = pd.api.types.is_numeric_dtype(points["value"]) and points["value"].dtype != bool
         known = list(dict.fromkeys(points["value"].sort_values() if numeric else points["value"]))
         logarithmic = numeric and known[0] > 0 and known[-1] >= 8 * known[0]

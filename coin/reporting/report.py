@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting import figures, report_parts as parts
-from coin.reporting.choice import WEAK_EXPERTS, choose, has_weak_experts, named_by_experiment, recommended
+from coin.reporting.choice import choose, named_by_experiment, recommended, shortlist, weakness
 from coin.reporting.headline import best_coded, cautions, differences, entries, entry_of, headline
 from coin.reporting.report_parts import REPORT_HTML, Source, facts_of, read_source
 from coin.reporting.style import as_png
-from coin.reporting.summary import REFERENCES, over_tasks, shortlist, stand_ins, summarise
+from coin.reporting.summary import REFERENCES, over_tasks, stand_ins, summarise
 from coin.reporting.sweeps import Sweep, legend, sweep_text
-from coin.reporting.tables import nda_tables, stand_in_table
+from coin.reporting.tables import finding, nda_tables, stand_in_table
 
 PLOTS = "plots"
 _NDA = (
@@ -100,8 +100,8 @@ class _Page:
             row = recommended(kept)
             entry = entry_of(frame, kinds, row["name"], row["decoder"])
             told = headline(found, frame["task"].nunique(), entry)
-            if has_weak_experts(row):
-                told = f"Nothing can be recommended: {WEAK_EXPERTS}"
+            if found_weak := weakness(row):
+                told = f"Nothing can be recommended: {found_weak}."
         opening: dict[str, Any] = {}
         if (kept["memory_mib"] > 0).any():
             size = float(source.first["configuration"].get("network_mib") or "nan")
@@ -133,22 +133,19 @@ class _Page:
         }
 
     def _of_sweep(self, sweep: Sweep) -> dict[str, Any]:
-        """Return a sweep's best experiment, its table, and a figure for each option."""
+        """Return what is recommended of a sweep, its table, and a figure for each option."""
         means = over_tasks(self.summary)
-        means = means[~means["method"].isin(REFERENCES) & means["nda_mean"].notna()]
-        told = f"{len(sweep.options)} experiments"
-        if len(means):
-            best = means.sort_values("nda_mean").iloc[-1]
-            nda = f"{100 * best['nda_mean']:.1f} % NDA"
-            told += f"; the best is {best['experiment']}: {nda} with {best['method']} and {best['decoder']}"
+        means = means[(means["method"] != REFERENCES[1]) & means["nda_mean"].notna()]
+        kept = named_by_experiment(stand_ins(self.summary))
+        told = f"{len(sweep.options)} experiments. {finding(kept) if len(kept) else ''}".strip()
         table = sweep_text(self.source.frame, pd.DataFrame.from_dict(dict(sweep.options), orient="index"))
         methods: list[dict[str, Any]] = [{"tables": [("", table)], "text": _NDA}]
         methods.append({"figures": list(self._options(sweep, means))})
         if len(long_values := legend(sweep)):
             methods.append({"title": "What numbers stand for", "tables": [("", long_values)], "prose": True})
-        keep = _what_to_keep(named_by_experiment(stand_ins(self.summary)), self.source.folder, "stand-ins")
+        keep = _what_to_keep(kept, self.source.folder, "stand-ins")
         sections = {"What to keep": keep, "Methods and decoders": methods, "Experts": []}
-        return {"headline": f"{told}.", "cautions": [], "opening": {}, "sections": sections}
+        return {"headline": told, "cautions": [], "opening": {}, "sections": sections}
 
     def _options(self, sweep: Sweep, means: pd.DataFrame) -> Iterator[dict[str, Any]]:
         """Draw NDA against every option of a sweep that varies."""

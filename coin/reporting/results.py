@@ -16,7 +16,7 @@ import pandas as pd
 
 from coin.core.versions import machine, versions
 from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.atomic import atomic_path, write_text
+from coin.files.atomic import atomic_path, how_to_redo, write_text
 
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"
@@ -58,6 +58,7 @@ class Row:
             it; a delta from a base is a whole network once loaded. Of copies all are held as stored, and one whole.
         forwards: Networks run for one lost answer, the survivors that are asked among them.
         losses: The most experts that may be lost at once.
+        chance: The accuracy of guessing, 1 / the task's number of classes.
     """
 
     experiment: str
@@ -82,10 +83,11 @@ class Row:
     resident_mib: float = math.nan
     forwards: float = math.nan
     losses: float = math.nan
+    chance: float = math.nan
 
 
 STAND_IN_COSTS = ("memory_mib", "forwards", "losses")
-RESIDENT = "resident_mib"  # files of before it was measured lack this column
+RESIDENT, CHANCE = "resident_mib", "chance"  # older files lack these columns
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
@@ -195,7 +197,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
-    Only `RESIDENT` may be missing, with its mean and spread; it is NaN then.
+    Only `RESIDENT` and `CHANCE` may be missing, with their mean and spread; they are NaN then.
     Raises FileError where the file is missing, damaged, or lacks a column or a row.
     """
     if not path.is_file():
@@ -205,8 +207,8 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         frame = pd.read_csv(path, dtype="str", keep_default_na=False)
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it again") from error
-    unknown = {name: "" for name in columns if name.startswith(RESIDENT) and name not in frame.columns}
-    frame = frame.assign(**unknown)
+    may_be_missing = (name for name in columns if name.startswith((RESIDENT, CHANCE)))
+    frame = frame.assign(**{name: "" for name in may_be_missing if name not in frame.columns})
     if missing := [name for name in columns if name not in frame.columns]:
         raise FileError(f"'{path}' has no column '{missing[0]}' ({len(missing)} missing); run the experiment again")
     if frame.empty:
@@ -252,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it again") from error
+        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}") from error
     return document if isinstance(document, dict) else {}
 
 

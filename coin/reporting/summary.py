@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,6 +13,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.errors import CoinWarning, FileError, first_line
 from coin.files.atomic import write_text
 from coin.reporting.results import (
+    CHANCE,
     KEYS,
     NUMBERS,
     RESIDENT,
@@ -30,7 +32,7 @@ SEEDS_JSON = "seeds.json"
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
 TRAINED = ("distillation",)  # methods that train the coded model; labels begin with the name
-_KEEPING = ("refit", "distillation", "base")  # their policy is keep; the others' default is auto
+WEAK = 0.2  # how much of the way from chance to being always right an expert has to be
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
 """The columns that identify a row of a summary."""
@@ -163,7 +165,8 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
 
     The columns: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
     ``resident_mib`` (NaN where it was not measured), ``forwards``, ``losses``, ``merge_seconds``, ``nda_worst`` (the
-    mean over seeds on the ``worst_task``), ``experiment``.
+    mean over seeds on the ``worst_task``), ``experiment``, ``weak_task`` (the first task whose expert is hardly more
+    often right than chance, "" where all are).
     """
     summary = summary.assign(name=variant_names(summary))
     keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
@@ -173,9 +176,24 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     memory, *others = STAND_IN_COSTS
     costs = [memory, RESIDENT, *others, "merge_seconds"]
     means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
-    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task", "experiment"]]
+    weak = _weak_tasks(summary)
+    means["weak_task"] = [weak.get(name, "") for name in means["experiment"]]
+    columns = ["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task", "experiment", "weak_task"]
+    kept = means[columns]
     kept = kept.dropna(subset=["nda_mean", *STAND_IN_COSTS])
     return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
+
+
+def is_weak(accuracy: Any, chance: Any) -> Any:
+    """Return whether experts are hardly more often right than chance, of a number or a column; False of NaN."""
+    return accuracy < chance + WEAK * (1 - chance)
+
+
+def _weak_tasks(summary: pd.DataFrame) -> dict[str, str]:
+    """Return the first task of each experiment whose expert `is_weak`."""
+    tasks = summary[summary["task"] != "mean"]
+    weak = tasks[is_weak(tasks["expert_accuracy_mean"], tasks[f"{CHANCE}_mean"])]
+    return dict(weak.drop_duplicates("experiment").set_index("experiment")["task"])
 
 
 def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
@@ -188,11 +206,6 @@ def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     goods = (kept[list(signs)].round(4) * pd.Series(signs)).to_numpy()
     beaten = [bool(((goods >= own).all(1) & (goods > own).any(1)).any()) for own in goods]
     return ~pd.Series(beaten, index=kept.index, dtype=bool)
-
-
-def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `stand_ins` to look at first: the `undominated` ones, and every name's best decoder."""
-    return undominated(kept) | kept.index.isin(kept.groupby("name")["nda_mean"].idxmax())
 
 
 def decoders_of(means: pd.DataFrame) -> list[str]:
@@ -208,17 +221,18 @@ def decoders_of(means: pd.DataFrame) -> list[str]:
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return one name per row of results or of a summary that tells a method's variants apart.
 
-    It is that of the coded models' files and steps: the label, and the BatchNorm policy that was asked for if that is
-    not the default (``coin-recalibrate``). Where a method was read out through several sets of coded models, the set
-    follows (``coin[0+1]``).
+    It is the label, which the coded models' files and steps have too. Where coded models made by hand share one and
+    differ in their BatchNorm policies, the policy that was asked for follows. Where a method was read out through
+    several sets of coded models, the set follows (``coin[0+1]``).
     """
     # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
     same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
     own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
     several = frame["method"].isin(frame.loc[own, "method"])
     asked = frame["batchnorm"].map(requested_policy)
-    default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
-    return frame["method"] + ("-" + asked).mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
+    shared = asked.groupby([frame["experiment"], frame["method"]]).transform("nunique") > 1
+    policy = ("-" + asked).where(shared & ~asked.isin(["", "auto"]), "")
+    return frame["method"] + policy + ("[" + frame["code_row"] + "]").where(several, "")
 
 
 def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:

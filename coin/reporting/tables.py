@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.choice import WEAK_EXPERTS, has_weak_experts, recommended
+from coin.reporting.choice import recommended, shortlist, weakness
 from coin.reporting.results import RESIDENT
 from coin.reporting.summary import (
     REFERENCES,
     decoders_of,
     expert_accuracies,
-    shortlist,
     stand_ins,
     undominated,
     variant_names,
@@ -30,7 +29,7 @@ COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
 IN_SHORT = "In short: "  # how a finding begins
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
-NONE = REFERENCES[0]
+NONE, ORACLE = REFERENCES
 _WIDEST = 9  # characters of a heading in one line
 
 
@@ -39,8 +38,8 @@ def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     A line per method's variant (and P where there are several), the references last. The columns: ``method``, ``P``,
     ``NDA`` with its best ``decoder``, all decoders in the order of `decoders_of`, then `COSTS`: what made the coded
-    model (``merge``) and what fitted the dearest decoder beside it. The largest mean of a column and P, to the two
-    decimals printed, carries `BEST`.
+    model (``merge``) and what fitted the dearest decoder beside it. The largest mean of a column and P but for the
+    oracle's, to the two decimals printed, carries `BEST`.
     """
     means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
     return {str(erased): _nda_table(part) for erased, part in means.groupby("erased", sort=False)}
@@ -53,7 +52,7 @@ def stand_in_table(kept: pd.DataFrame) -> pd.DataFrame:
         {
             "method": row["name"],
             "decoder": row["decoder"],
-            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (is_best and row["name"] != NONE),
+            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * is_best,
             "memory MiB": mebibytes(row["memory_mib"]),
             "resident MiB": mebibytes(row[RESIDENT]),
             "forwards": f"{row['forwards']:g}",
@@ -93,8 +92,9 @@ def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
 
 def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     contenders = means[~means["method"].isin(REFERENCES)]
-    best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
-    best_of_all = contenders.groupby("samples_per_task")["nda_mean"].max().round(4).to_dict()
+    served = means[means["method"] != ORACLE]
+    best = served.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
+    best_of_all = served.groupby("samples_per_task")["nda_mean"].max().round(4).to_dict()
     rank = {name: place for place, name in enumerate(dict.fromkeys([*contenders["name"], *means["name"]]))}
     decoders = decoders_of(means)
     lines = []
@@ -103,13 +103,13 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
         line = {"method": str(name), "P": str(samples), "NDA": "–", "decoder": "–"} | dict.fromkeys(decoders, "–")
         for row in part.to_dict("records"):
             top = best.get((row["decoder"], samples), math.nan)
-            is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
+            is_best = row["method"] != ORACLE and round(row["nda_mean"], 4) == top
             line[row["decoder"]] = percent(row["nda_mean"], row["nda_std"]) + BEST * is_best
         known = part.dropna(subset="nda_mean")
         if len(known):
             own = known.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
             top = best_of_all.get(samples, math.nan)
-            is_best = own["method"] not in REFERENCES and bool(round(own["nda_mean"], 4) == top)
+            is_best = own["method"] != ORACLE and bool(round(own["nda_mean"], 4) == top)
             line["NDA"] = percent(own["nda_mean"], own["nda_std"]) + BEST * is_best
             line["decoder"] = str(own["decoder"])
         line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
@@ -166,8 +166,8 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None, *, repo
 def finding(kept: pd.DataFrame) -> str:
     """Return the recommended row of `stand_ins` in a sentence, beside the survivors alone."""
     row = recommended(kept)
-    if has_weak_experts(row):
-        return f"{IN_SHORT}{WEAK_EXPERTS}"
+    if found := weakness(row):
+        return f"{IN_SHORT}{found}."
     alone = kept[kept["name"] == NONE]["nda_mean"].max()
     is_none = row["name"] == NONE
     share = percent(min(row["nda_mean"], 1.0), digits=1)

@@ -177,11 +177,9 @@ class FrontEnd:
     def _others_lateness(self, experts: tuple[int, ...], size: int) -> float:
         """Return the median of when the other experts' answers to queries of this size are late, in seconds.
 
-        Infinity for queries for several experts, and where none of the others is known from `EXPERIENCE` queries.
+        For queries for several experts it is that of all. Infinity where none is known from `EXPERIENCE` queries.
         """
-        if len(experts) > 1:
-            return math.inf
-        own = experts[0]
+        own = experts[0] if len(experts) == 1 else None
         others = (self.lateness.get(((place,), size)) for place in range(len(self.stand_ins.experts)) if place != own)
         known = [each.seconds for each in others if each is not None and each.experience >= EXPERIENCE]
         return statistics.median_low(known) if known else math.inf

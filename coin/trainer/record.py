@@ -14,10 +14,8 @@ from coin.errors import CoinWarning
 from coin.modules import DecodingEvaluator
 from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
 from coin.reporting.results import COLUMNS, Row, confusion_key, requested_policy, write_results
+from coin.reporting.summary import is_weak
 from coin.tracking.settings import logging_only
-
-WEAK = 0.2
-"""How much of the way from chance to being always right an expert has to be."""
 
 
 def record_evaluation(
@@ -34,7 +32,8 @@ def record_evaluation(
     """
     same: dict[str, Any] = {"experiment": name, "seed": tasks.seed, "samples_per_task": tasks.samples_per_task}
     told = [{key: each.columns[key] for key in COLUMNS if each.columns.get(key) is not None} for each in model.outcomes]
-    rows = [Row(**(same | each)) for each in told]
+    counts = {name: task.num_classes for name, task in tasks.tasks.items()}
+    rows = [Row(**(same | each), chance=1 / counts[each["task"]]) for each in told]
     pairs = list(zip(rows, model.outcomes, strict=True))
     confusions = {confusion_key(row): outcome.confusion.numpy() for row, outcome in pairs}
     replicas = {replica.variant.method: replica.variant for replica in model.replicas}
@@ -49,7 +48,6 @@ def record_evaluation(
     url = next((run.url for run in runs if isinstance(run.url, str)), None)
     classes = {name: task.classes for name, task in tasks.tasks.items()}
     images = all(task.content == "images" for task in tasks.tasks.values())
-    counts = {name: len(own) for name, own in classes.items()}
     warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, counts, images=images)
     write_results(folder, rows, {**made, **(configuration or {})}, confusions, methods, classes, url)
     examples = examples_of(model, tasks)
@@ -72,7 +70,7 @@ def record_evaluation(
 def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int], *, images: bool) -> None:
     """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
     chance = {name: 1 / classes[name] for name in accuracies}
-    if weak := [name for name, found in accuracies.items() if found < chance[name] + WEAK * (1 - chance[name])]:
+    if weak := [name for name, found in accuracies.items() if is_weak(found, chance[name])]:
         each = ", ".join(f"'{name}' {accuracies[name]:.1%} (chance is {chance[name]:.1%})" for name in weak)
         inputs = "images normalised as ImageNet's" if images else "texts as the tokenizer cuts them"
         warnings.warn(

@@ -116,7 +116,7 @@ class Trainer(pl.Trainer):
         own = isinstance(datamodule, TaskData)
         tasks = Tasks({"task": datamodule} if isinstance(datamodule, TaskData) else datamodule.tasks, samples_per_task)
         for task in tasks.tasks.values():
-            config.check_content(task.content)
+            config.check_content(task.content, task.vocabulary)
         tasks.resize(config.image_size)
         path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
         estimate_over_tasks(self, network, tasks, options, path, data="own" if own else "pooled")

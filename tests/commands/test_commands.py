@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from coin.cli import main
+from coin.commands.closing import after_merge
 from coin.files.safetensors import load_provenance, load_state
 from coin.reporting import read_results, read_summary
 
@@ -87,6 +88,12 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     pd.testing.assert_frame_equal(own[columns], wanted[columns])
     # The Fisher of the callback and of the run differ by rounding: other batches.
     pd.testing.assert_series_equal(own.residual, wanted.residual, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [["--tasks={a: {class_path: Digits}}"], ["--tasks", "{a: {class_path: Digits}}"]])
+def test_the_line_of_a_merge_has_the_tasks_as_they_were_given(given: list[str]) -> None:
+    line = after_merge([Path("coded/coin.safetensors")], {"a": "A.safetensors"}, ["--method=Coin", *given])
+    assert shlex.split(line)[-1] == "--data.tasks={a: {class_path: Digits}}"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import yaml
 
 from coin.callbacks import ExpertExport
-from coin.cli import main
+from coin.cli import main, take_signals
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
@@ -89,9 +90,10 @@ def test_a_mistake_in_a_file_is_one_line(case: str, config: Path, capsys: pytest
     assert message in refused(["run", "-c", "small.yaml"], capsys)
 
 
-NO_BATCHNORM = "--network={name: squeezenet1_1, image_size: 64, options: {}}"
 FOLDER = "{class_path: ImageFolder, init_args: {root: nowhere}}"
-POLICIES = "[{class_path: Coin}, {class_path: Coin, init_args: {batchnorm: keep}}]"
+POLICIES = (
+    "[{class_path: Coin, init_args: {label: mine}}, {class_path: Coin, init_args: {label: mine, batchnorm: keep}}]"
+)
 
 
 def method_with(option: str) -> str:
@@ -131,7 +133,7 @@ RUN = {
     "a base's images": ([f"--tasks.digits={FOLDER}", "--base={task: {class_path: Digits}}"], "nowhere/train does not"),
     "too few samples": (["--calibration.samples_per_task=4000"], "4000 calibration samples asked of the task 'digits'"),
     "a method's own": ([f"--methods={LARGER}"], "4000 calibration samples asked of the task 'digits' (Digits)"),
-    "policies without BatchNorm": ([NO_BATCHNORM, f"--methods={POLICIES}"], "no BatchNorm"),
+    "one label for two policies": ([f"--methods={POLICIES}"], "found method mine twice; leave one out, or give one"),
     "an option of another network": (["--network={name: timm/resnet18}"], "with options {'width': 4}: ResNet.__init__"),
     "an option of no network": (["--network.options={wide: 1}"], "with options {'wide': 1}: SmallResNet.__init__"),
     "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),
@@ -405,7 +407,7 @@ def test_experts_that_are_brought_are_compared_with_one_another_and_with_the_bas
         assert main(command) == 0  # without a base it would be random weights
     capsys.readouterr()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "found the expert", CoinWarning)
+        warnings.filterwarnings("error", "found the expert .* from the base", CoinWarning)
         assert main([*command, "--output=other", f"--base.checkpoint={files['base']}"]) == 0
     said = capsys.readouterr().err
     assert "expert digits: its weights are" in said
@@ -462,10 +464,49 @@ def test_sigterm_during_a_training_is_no_success(
     assert capsys.readouterr().err.endswith(TERMINATED)
 
 
-def test_sigterm_while_steps_run_elsewhere_is_no_success(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("comes", ["between trainings", "in C code", "in __del__"])
+def test_a_signal_is_one_line_whatever_becomes_of_the_exception(
+    number: signal.Signals, comes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(143))
+    """Torch, copying a tensor of a file, may raise "could not determine the shape" in place of what is raised."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    def merge(*_: object) -> None:
+        if comes == "in __del__":
+            Dropped()
+            time.sleep(5)
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            if comes == "between trainings":
+                raise
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    monkeypatch.setattr("coin.commands.run.main", merge)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back with the handlers
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    try:
+        take_signals()
+        assert main(["run", "-c", "quickstart"]) == 128 + number
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert time.monotonic() - started < 4
+    assert capsys.readouterr().err == TERMINATED.replace(
+        " by SIGTERM", "" if number == signal.SIGINT else " by SIGTERM"
+    )
+
+
+@pytest.mark.parametrize("status", [143, 15])
+def test_sigterm_while_steps_run_elsewhere_or_ray_starts_is_no_success(
+    status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.commands.run.main", lambda *_: sys.exit(status))
     assert main(["run", "-c", "quickstart"]) == 143
     assert capsys.readouterr().err == TERMINATED
 

@@ -19,7 +19,7 @@ from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
 from coin.networks import load_network, read_weights
 from coin.reporting import read_confusions, read_results
-from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_configuration
+from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, check_current, read_configuration
 from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
 from coin.statistics import Sums
 from coin.statistics.files import open_statistic, save_statistic
@@ -262,3 +262,16 @@ def test_counts_are_never_unpickled(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"not a whole \.npz file"):
         read_confusions(tmp_path)
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_what_is_torn_in_a_finished_step_says_which_folder_to_delete(tmp_path: Path) -> None:
+    step = tmp_path / "experts/digits"
+    step.mkdir(parents=True)
+    (step / "done.json").write_text("")
+    (step / "initial.safetensors").write_bytes(b"12")
+    (tmp_path / RESULTS_JSON).write_text('{"configuration": {"experts": {"digits": "key"}}}')
+    told = f"; delete its step's folder '{step}' and run again"
+    for read in (lambda: read_weights(step / "initial.safetensors"), lambda: check_current(tmp_path)):
+        with pytest.raises(FileError) as caught:
+            read()
+        assert str(caught.value).endswith(told)

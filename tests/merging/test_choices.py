@@ -154,7 +154,9 @@ def test_the_first_of_the_best_is_chosen_one_alone_untried_and_none_that_is_not_
     assert errors[0] == float("inf")
     assert errors[1] == errors[3] <= errors[2] < 1
     assert "held_out_error" not in made(networks[1])
-    with pytest.raises(NumericalError, match="the outputs of method 'mine' on held-out calibration samples are not"):
+    with pytest.raises(
+        NumericalError, match="the outputs of method 'mine-average' on held-out calibration samples are not"
+    ):
         made(broken, broken)
 
 

@@ -406,3 +406,14 @@ def test_a_label_that_cannot_name_results_and_files_is_refused(label):
     with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
         Average(label=label)
     assert Average(label="-v1.2_b+c").label == "-v1.2_b+c"
+
+
+def test_a_policy_that_is_not_the_class_s_own_is_in_the_label_unless_one_is_given():
+    for kind, policy, label in (
+        (Average, "auto", "average"), (Average, "keep", "average-keep"), (coin.Base, "keep", "base"),
+        (coin.Base, "average", "base-average"), (coin.Refit, None, "refit"),
+    ):  # fmt: skip
+        own = {} if policy is None else {"batchnorm": policy}
+        assert kind(**own).label == label
+        assert kind(**own, label="mine").label == "mine"
+    assert Average(batchnorm="keep", adapters={"rank": 4}).label == "average+rank4-keep"

@@ -312,7 +312,7 @@ def test_a_network_that_mixes_samples_is_refused():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_networks_of_other_than_dense_tensors_are_refused():
     odd = nn.ParameterList([torch.eye(3).to_sparse()]), nn.LazyLinear(3), torch.jit.script(nn.Linear(4, 3))
-    for network in (*odd, nn.Linear(4, 3, device="meta")):
+    for network in (*odd, nn.Sequential(odd[2]), nn.Linear(4, 3, device="meta")):
         merge, fisher = partial(coin.Experts, [network] * 2), partial(coin.fisher_diagonal, network, [])
         for refused in (merge, fisher, partial(coin.compress, network, network, bits=3)):
             with pytest.raises(StateError, match="expected a module of dense tensors; convert it"):

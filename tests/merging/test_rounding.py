@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coin.errors import ConfigurationError
-from coin.merging import Average, Method, Refit
+from coin.merging import Average, Method, Refit, merge_networks
 from coin.networks import compressed
 from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
@@ -144,3 +144,14 @@ def test_what_is_no_section_of_a_compression_is_refused():
     for wrong in (3, "3bit", [3], {"bits": 3, "rounding": "nearest"}):
         with pytest.raises(ConfigurationError, match="expected bits and base_bits"):
             Average(compress=wrong)
+
+
+def test_a_matrix_without_entries_is_left_and_the_others_are_rounded():
+    networks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in range(2)]
+    for network in networks:
+        network[0].prompts = torch.nn.Parameter(torch.zeros(0, 8))
+    options = {"calibration": [[torch.randn(30, 8)]] * 2}
+    merged = merge_networks(Refit(compress={"bits": 4, "base_bits": 0}), networks, [[0.5, 0.5]], **options)
+    packed = merged.compressed["refit-4bit"][0].packed()
+    assert packed[0].prompts.shape == (0, 8)
+    assert bool(torch.isfinite(packed(torch.randn(5, 8))).all())

@@ -19,8 +19,10 @@ from coin.coding import (
 )
 from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
-from coin.merging import Average, Coin, Refit, merge_networks
-from coin.modules import Coded
+from coin.merging import Average, Coin, Refit, fit_adapters, merge_networks
+from coin.modules import Coded, evaluate
+from coin.networks import recalibrate
+from coin.statistics import fisher_diagonal, gram_sums
 
 NAMES = "accept accepted answers batchnorm class_names classes code coded count_classes decode decoders experts files "
 NAMES += "fit_decoder from_run heads is_adapted load method module names nbytes resident_nbytes results save score"
@@ -367,3 +369,13 @@ def test_images_that_a_convolution_refuses_are_one_line(case: str) -> None:
     system.fit_decoder(good, erased=[0], kind="ridge")
     with pytest.raises(DataError, match=told):
         system.decode(images, [0])
+    every_pass = {
+        "fit_adapters": lambda: fit_adapters(deepcopy(experts[0]), experts, [[images], [images]]),
+        "fisher_diagonal": lambda: fisher_diagonal(experts[0], [images]),
+        "gram_sums": lambda: gram_sums(experts[0], [images]),
+        "recalibrate": lambda: recalibrate(experts[0], [images]),
+        "evaluate": lambda: evaluate(system, [[(images, torch.zeros(len(images)).long())]] * 2, decoders=["linear"]),
+    }
+    for run in every_pass.values():
+        with pytest.raises(DataError, match=told):
+            run()

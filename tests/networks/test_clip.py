@@ -19,7 +19,7 @@ from coin.modules import Expert
 from coin.modules.coded import Coded
 from coin.networks import NetworkConfig, build_network, check_head, features_and_logits
 from coin.networks.clip import zero_shot_head
-from coin.networks.files import fill_head, import_pretrained, save_network
+from coin.networks.files import fill_head, import_pretrained
 from coin.networks.hub import _configuration
 
 DIGITS = ["zero", "one", "two", "three"]
@@ -103,14 +103,8 @@ def test_experts_are_imported_from_folders_with_their_projection_or_the_bases(
         for parameter in other.parameters():
             parameter *= 1.1
     other.save_pretrained(tmp_path / "tuned")
-    save_network(tmp_path / "initial.safetensors", build_network(config, 4), config, 4, {})
-    expert = import_pretrained(
-        config,
-        f"hf/{tmp_path / 'tuned'}",
-        tmp_path / "initial.safetensors",
-        (small_clip.PROMPTS[:1], DIGITS),
-        "numbers",
-    )
+    zero_shot = small_clip.PROMPTS[:1], DIGITS
+    expert = import_pretrained(config, f"hf/{tmp_path / 'tuned'}", build_network(config, 4), zero_shot, "numbers")
     whole = transformers.CLIPModel.from_pretrained(place)
     theirs = [name for name, _ in whole.named_parameters() if name.startswith("vision_model.")]
     theirs += ["visual_projection.weight"] if with_projection else []
@@ -141,13 +135,12 @@ def test_towers_are_read_under_the_names_of_any_version_of_transformers(config, 
 
 
 def test_a_folder_of_another_kind_is_one_line(config, tmp_path):
-    save_network(tmp_path / "initial.safetensors", build_network(config, 4), config, 4, {})
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     vit = transformers.ViTForImageClassification(transformers.ViTConfig(**size, image_size=32, patch_size=8))
     vit.save_pretrained(tmp_path / "vit")
     for folder in ("vit", "nothing"):
         with pytest.raises(CoinError) as caught:
-            import_pretrained(config, f"hf/{tmp_path / folder}", tmp_path / "initial.safetensors", None, "numbers")
+            import_pretrained(config, f"hf/{tmp_path / folder}", build_network(config, 4), None, "numbers")
         assert "\n" not in str(caught.value)
         assert ";" in str(caught.value)
 

@@ -1,10 +1,12 @@
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import coin
 from coin.errors import StateError
 from coin.networks import check_head, features_and_logits, head_name
 from coin.networks.heads import padded_rows, replace_head
@@ -49,6 +51,36 @@ def test_a_head_is_outside_of_every_base_model_at_any_depth():
     assert head_name(nn.ModuleDict({"a": nn.ModuleDict({"model": whole}), "norm": nn.LayerNorm(3)})) == "a.model.score"
     assert head_name(nn.ModuleDict({"fc": nn.Linear(2, 3), "body": BaseModel()})) == "fc"
     assert head_name(BaseModel()) == "layer"
+
+
+class Alias(nn.Module):
+    """Its layers have two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.classifier = self.layers[2]
+        self.network = self.layers
+
+    def forward(self, x):
+        return self.classifier(self.layers[:2](x))
+
+
+def test_a_layer_with_several_names_is_called_as_its_parameters_are(tmp_path):
+    """The head had adapters, and a loaded system refused them."""
+    network, inputs = Alias(), torch.randn(30, 4)
+    assert head_name(network) == "layers.2"
+    experts = [deepcopy(network) for _ in range(2)]
+    for expert in experts:
+        nn.init.normal_(expert.classifier.weight)
+    adapted = coin.fit_adapters(network, experts, [[inputs], [inputs]], rank=1)
+    assert not any(name.startswith("layers.2.") for name in adapted.adapters[0].changes)
+    system = coin.Coded([[0.5, 0.5]], experts, [adapted]).fit_decoder([inputs], [0], "expert_head")
+    system.save(tmp_path / "system")
+    again = coin.Coded.load(tmp_path / "system", experts)
+    assert torch.equal(again.decode(inputs), system.decode(inputs))
+    replace_head(network, 7)
+    assert network(inputs).shape == (30, 7)
 
 
 def test_the_head_is_the_last_linear_or_named_or_the_last_convolution():

@@ -183,7 +183,7 @@ def user(function: str, **options: Any) -> dict[str, Any]:
 
 
 OWN_METHODS = [
-    {"class_path": "Average", "init_args": {"batchnorm": "average"}},
+    {"class_path": "Average", "init_args": {"batchnorm": "average", "label": "average"}},
     user("mine.merge"),
     user("mine.merge", options={"share": 0.9}, label="tilted"),
     user("notebooks.foreign_methods.dare"),

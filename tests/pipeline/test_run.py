@@ -40,7 +40,8 @@ def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
     frame = pd.read_csv(finished / "seed-0" / "results.csv", keep_default_na=False)
     assert tuple(frame.columns) == COLUMNS
     found = set(zip(frame.method, frame.batchnorm.map(requested_policy), frame.decoder, frame.task, strict=True))
-    methods = [("average", "auto"), ("distillation", "keep"), *product(["coin"], ["auto", "recalibrate", "keep"])]
+    methods = [("average", "auto"), ("distillation", "keep"), ("coin", "auto")]
+    methods += [(f"coin-{policy}", policy) for policy in ("recalibrate", "keep")]
     wanted = set(product(methods, ("linear", "ridge", "feature_ridge"))) | {(("oracle", ""), "linear")}
     wanted |= set(product([("none", "")], ("ridge", "feature_ridge")))
     assert found == {(*method, decoder, task) for (method, decoder), task in product(wanted, ("digits", "letters"))}
@@ -58,6 +59,7 @@ def test_numbers_are_consistent(finished: Path) -> None:
     # One expert, one accuracy, whatever decodes it.
     assert (frame.groupby("task").expert_accuracy.nunique() == 1).all()
     # 77 digits and 54 letters were tested, each once.
+    assert frame.groupby("task").chance.unique().map(list).to_dict() == {"digits": [1 / 10], "letters": [1 / 6]}
     for task, count in (("digits", 77), ("letters", 54)):
         shares = frame[frame.task == task].decoded_accuracy * count
         assert (abs(shares - shares.round()) < 1e-9).all()
@@ -79,8 +81,8 @@ def test_costs_count_statistics_and_choices(finished: Path) -> None:
     assert frame["average", "auto", "linear", "digits"] == choice("average")
     fisher = 24 * (1 + 2 * 10) + 24 * (1 + 2 * 6)
     assert frame["coin", "auto", "linear", "digits"] == fisher + choice("coin")
-    assert frame["coin", "recalibrate", "linear", "digits"] == fisher + 48
-    assert frame["coin", "keep", "linear", "digits"] == fisher
+    assert frame["coin-recalibrate", "recalibrate", "linear", "digits"] == fisher + 48
+    assert frame["coin-keep", "keep", "linear", "digits"] == fisher
     # A calibrated decoder needs two experts and one coded model on 48 samples; the survivors alone have no coded model.
     assert fitted["coin", "auto", "linear", "digits"] == 0
     assert fitted["coin", "auto", "feature_ridge", "digits"] == fitted["coin", "auto", "ridge", "digits"] == 3 * 48
@@ -113,7 +115,9 @@ def test_examples_are_a_draw_with_every_method_s_answers(finished: Path) -> None
     examples = read_examples(finished / "seed-0")
     assert examples is not None
     assert {task: len(indices) for task, indices in examples.by_task().items()} == {"digits": 24, "letters": 24}
-    assert {"distillation|keep|feature_ridge", "coin|recalibrate|linear", "oracle||linear"} <= set(examples.decoded)
+    assert {"distillation|keep|feature_ridge", "coin-recalibrate|recalibrate|linear", "oracle||linear"} <= set(
+        examples.decoded
+    )
     assert examples.decoded["oracle||linear"].tolist() == examples.expert.tolist()
     for task, indices in examples.by_task().items():
         names = {examples.names[examples.label[i]] for i in indices}

@@ -66,6 +66,7 @@ def measured(
                     resident_mib=left * (12.0 * (method != "none") + 0.1 * len(decoder)),
                     forwards=left * (len(tasks) - 1.0 + (method != "none")),
                     losses=left,
+                    chance=1 / classes,
                 )  # fmt: skip
                 rows.append(row)
                 counts = draw.integers(0, 4, (classes, classes)) + np.diag(draw.integers(60, 100, classes))

@@ -14,9 +14,10 @@ import pytest
 import coin
 from coin.cli import main
 from coin.commands.run import serve_command
-from coin.errors import ConfigurationError, FileError
+from coin.commands.serve import served_by_default
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.reporting import write_report
-from coin.reporting.choice import choose, recommended
+from coin.reporting.choice import choose, recommended, shortlist
 from coin.reporting.results import write_results
 from coin.reporting.summary import read_run, stand_ins, summarise
 from coin.reporting.tables import print_summary
@@ -115,6 +116,15 @@ def test_all_that_names_a_stand_in_names_the_recommended_one(
     assert serve_command(folder, kept[kept["name"] == "none"]) == ""
 
 
+def test_what_is_recommended_stands_in_the_table_though_others_are_better_on_average():
+    keys = ["name", "decoder", "nda_mean", "nda_worst"]
+    rows = [("none", "ridge", 0.85, 0.5), ("none", "linear", 0.80, 0.5), ("coin", "linear", 0.84, 0.68)]
+    rows += [("coin", "ridge", 0.86, 0.6)]
+    kept = pd.DataFrame(rows, columns=keys).assign(memory_mib=[0.1, 0.2, 5, 4], resident_mib=1.0, forwards=1, losses=1)
+    assert recommended(kept)["decoder"] == "linear"
+    assert list(shortlist(kept)) == [True, False, True, True]
+
+
 def test_nothing_is_recommended_where_the_experts_are_too_weak(tmp_path: Path):
     costs = {"memory_mib": 1.0, "resident_mib": 1.0, "forwards": 1.0, "losses": 1.0}
     rows = [replace(BASE, erased=task, task=task, nda=3.0, **costs) for task in "ab"]
@@ -124,6 +134,27 @@ def test_nothing_is_recommended_where_the_experts_are_too_weak(tmp_path: Path):
     assert sentence.startswith("Nothing can be recommended: what stands in is right more often than the lost experts")
     assert sentence in write_report(tmp_path).read_text(encoding="utf-8").replace("\u00a0", " ")
     assert serve_command(tmp_path, stand_ins(summarise(read_run(tmp_path)[1]))) == ""
+
+
+def test_nothing_is_recommended_where_an_expert_is_at_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # Answers that are as often right as those of an expert that guesses among ten classes: NDA is 1.
+    own = {"memory_mib": 1.0, "resident_mib": 1.0, "forwards": 1.0, "losses": 1.0, "nda": 1.0}
+    good = replace(BASE, erased="a", task="a", expert_accuracy=0.95, chance=0.5, **own)
+    weak = replace(BASE, erased="b", task="b", expert_accuracy=0.12, chance=0.1, **own)
+    write_results(tmp_path / "seed-0", [good, weak], {})
+    found, sentence = choose(tmp_path)
+    assert found.empty
+    assert sentence.startswith("Nothing can be recommended: the expert of 'b' is hardly more often right than chance")
+    page = " ".join(write_report(tmp_path).read_text(encoding="utf-8").replace("&#39;", "'").split())
+    assert page.count(sentence) == 2
+    summary = summarise(read_run(tmp_path)[1])
+    assert serve_command(tmp_path, stand_ins(summary)) == ""
+    print_summary(summary)
+    assert "In short: the expert of 'b' is hardly" in " ".join(capsys.readouterr().out.split())
+    with pytest.warns(CoinWarning, match=r"nothing can be recommended: the expert of 'b'"):
+        served_by_default(tmp_path)
+    write_results(tmp_path / "seed-0", [good, replace(weak, expert_accuracy=0.9)], {})
+    assert choose(tmp_path)[1].startswith("Keep coin with linear")
 
 
 def test_limits_that_cannot_be_are_refused(folder: Path):

@@ -33,7 +33,7 @@ ROW = Row(
 def test_columns_are_the_design_s():
     design = "experiment seed method batchnorm decoder code_row erased task samples_per_task expert_accuracy "
     design += "decoded_accuracy nda agreement residual merge_seconds merge_passes decoder_seconds decoder_passes "
-    assert tuple(f"{design}memory_mib resident_mib forwards losses".split()) == COLUMNS
+    assert tuple(f"{design}memory_mib resident_mib forwards losses chance".split()) == COLUMNS
 
 
 def test_rows_read_back_exactly(tmp_path: Path):

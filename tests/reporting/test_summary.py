@@ -86,14 +86,13 @@ def test_order_of_appearance_is_kept_with_the_mean_after_the_tasks():
     assert list(summary["method"] + summary["task"]) == [n + t for n in ("z", "a", "none") for t in ("b", "a", "mean")]
 
 
-def test_a_name_depends_on_the_method_s_own_options_alone():
-    for method, batchnorm, name in (
-        ("none", "", "none"), ("coin", "auto:average", "coin"), ("coin", "recalibrate", "coin-recalibrate"),
-        ("distillation-own", "keep", "distillation-own"), ("regmean", "keep", "regmean-keep"),
-    ):  # fmt: skip
+def test_a_variant_is_called_by_its_label_and_by_its_policy_where_a_label_has_two():
+    for method, batchnorm in (("none", ""), ("coin", "auto:average"), ("coin-keep", "keep"), ("mine", "keep")):
         own = row(0, "a", 0.9, method=method, batchnorm=batchnorm)
-        assert list(variant_names(frame(own))) == [name]
-        assert variant_names(frame(row(0, "b", 0.9, method="other"), own)).iloc[1] == name
+        assert list(variant_names(frame(own))) == [method]
+    policies = ("auto:average", "auto:same", "keep", "recalibrate")
+    shared = frame(*(row(0, "a", 0.9, method="mine", batchnorm=each) for each in policies))
+    assert list(variant_names(shared)) == ["mine", "mine", "mine-keep", "mine-recalibrate"]
 
 
 def test_names_give_the_code_rows_only_where_one_loss_is_read_out_by_several():

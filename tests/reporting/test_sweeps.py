@@ -13,7 +13,10 @@ import pytest
 from coin.errors import FileError
 from coin.files.atomic import write_text
 from coin.reporting import choose, write_report
+from coin.reporting.choice import named_by_experiment, recommended
+from coin.reporting.report import report_summary
 from coin.reporting.results import write_frame, write_results
+from coin.reporting.summary import stand_ins
 from coin.reporting.sweeps import legend, read_sweep_table, sweep_frame
 from coin.reporting.tables import sweep_table
 from tests.reporting.conftest import BASE, FEW, frame
@@ -108,7 +111,8 @@ def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: W
     assert rows["name"].str.fullmatch(r"fisher_kind \w+, lr [\d.]+, calibration\.samples_per_task \d+: \w+").all()
     assert "<th" in text[text.index("<h2>What to keep</h2>") :]
     assert ">memory MiB</th>" in text
-    assert "8 experiments; the best is fisher_kind " in text
+    row = recommended(named_by_experiment(stand_ins(report_summary(folder))))
+    assert f"8 experiments. In short: {row['name']} with {row['decoder']} keeps" in text
     frame = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
     chosen = frame[(frame["calibration.fisher_kind"] == "exact") & (frame["expert.lr"] == 0.1)]
     chosen = chosen[(chosen.method == "coin") & (chosen.decoder == "ridge") & (chosen.samples_per_task == 400)]

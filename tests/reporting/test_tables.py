@@ -12,10 +12,11 @@ from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from coin.reporting import headline, nda_tables, summarise, tables
+from coin.reporting.choice import shortlist
 from coin.reporting.extras import PROMISE_COLUMNS
 from coin.reporting.headline import Entry, cautions, difference, differences, entries
 from coin.reporting.results import Row
-from coin.reporting.summary import shortlist, stand_ins, undominated
+from coin.reporting.summary import stand_ins, undominated
 from coin.reporting.tables import percent, rich_table, seconds, stand_in_table
 from tests.reporting.conftest import BASE, frame
 
@@ -39,7 +40,7 @@ def test_a_table_has_a_line_a_variant_the_references_last_and_the_best_starred(m
     assert list(table["method"]) == ["average", "coin", "coin-recalibrate", "distillation", "none", "oracle"]
     means = summary[summary["task"] == "mean"]
     for decoder in ("linear", "ridge", "feature_ridge"):
-        part = means[(means["decoder"] == decoder) & ~means["method"].isin(["none", "oracle"])]
+        part = means[(means["decoder"] == decoder) & (means["method"] != "oracle")]
         top = part.loc[part["nda_mean"].idxmax()]
         (starred,) = [cell for cell in table[decoder] if cell.endswith("*")]
         assert starred == f"{100 * top['nda_mean']:.2f} ± {100 * top['nda_std']:.2f}*"
@@ -53,6 +54,16 @@ def test_means_that_print_alike_are_starred_alike_and_samples_have_a_column():
     (table,) = nda_tables(summarise(frame(*rows))).values()
     assert list(table["P"]) == ["50", "200"] * 2
     assert list(table["linear"]) == ["50.00*", "90.00*"] * 2
+
+
+def test_the_survivors_alone_are_starred_where_they_are_best_and_the_oracle_is_not():
+    rows = [replace(BASE, decoder="ridge", nda=0.9), replace(BASE, method="oracle", decoder="ridge", nda=1.0)]
+    rows += [replace(BASE, method="none", decoder="ridge", nda=0.95, **NONE)]
+    (table,) = nda_tables(summarise(frame(*rows))).values()
+    assert dict(zip(table["method"], table["ridge"], strict=True)) == {
+        "coin": "90.00", "none": "95.00*", "oracle": "100.00",
+    }  # fmt: skip
+    assert list(table["NDA"]) == list(table["ridge"])
 
 
 def test_the_table_fits_80_columns_with_the_winning_decoder_in_it(measure):
@@ -126,7 +137,8 @@ def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     merging = seconds(BASE.merge_seconds)
     assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "11", "2", "1", merging]
     assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "1,234", "3", "1", merging]
-    assert "*" not in "".join(stand_in_table(kept.assign(name="none"))["NDA"])  # what is no contender is not shaded
+    alone = stand_in_table(kept.assign(name="none"))  # the survivors alone are starred by the same rule
+    assert list(alone["NDA"]) == list(table["NDA"])
     below = printed(summarise(frame(*stand_in_rows()))).partition("what to keep")[2]
     assert below.count("*") == 3  # two rows' and the sentence's
     assert "95.00" in below
@@ -170,7 +182,7 @@ def test_the_finding_is_what_is_recommended_and_no_stand_in_keeps_more_than_all(
         ("none", "ridge", 0.4, 0.3, 0.1, 2, 1), ("small", "expert_head", 0.985, 0.975, 2, 1, 2),
         ("middle", "linear", 0.985, 0.982, 4, 3, 1), ("large", "linear", 1.03, 0.99, 9, 3, 1),
     ]  # fmt: skip
-    kept = pd.DataFrame(rows, columns=columns).assign(nda_std=0.0, resident_mib=math.nan)
+    kept = pd.DataFrame(rows, columns=columns).assign(nda_std=0.0, resident_mib=math.nan, weak_task="")
     told = r"middle with linear .* 98\.5 % .* 4 MiB; .* 3 network runs, .* 1 expert .*; the survivors .* 40\.0 %"
     assert re.search(told, tables.finding(kept))
     assert re.search(r"large with linear keeps 100\.0 % .* 9 MiB", tables.finding(kept[kept["name"] != "middle"]))
@@ -210,7 +222,7 @@ def test_entries_are_variants_with_their_best_decoder_and_their_role_whatever_th
     )  # fmt: skip
     assert [(each.name, each.decoder, each.role) for each in told] == [
         ("replica-3bit", "replica", headline.COPIES), ("coin", "ridge", headline.CODED),
-        ("kd-keep", "linear", headline.BASELINE), ("distillation-200", "linear", headline.BASELINE),
+        ("kd", "linear", headline.BASELINE), ("distillation-200", "linear", headline.BASELINE),
         ("none", "ridge", headline.FLOOR),
     ]  # fmt: skip
 

@@ -260,6 +260,27 @@ async def test_a_server_that_is_always_slow_is_relieved_until_it_is_as_quick_as_
     assert before != (0, 0)
 
 
+@pytest.mark.parametrize("policy", ["coded_hedged", "replica"])
+@virtually
+async def test_a_server_that_is_always_slow_is_relieved_in_queries_for_several_experts_too(policy: str) -> None:
+    """How long the others take is known from queries for one expert each."""
+    it = World([after(0.5), after(0.1), after(0.1), after(0.1)], policy, quantile=0.9)
+
+    async def slowly(count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            await ask_one(it.front, X, 1)
+            await ask_one(it.front, X, 2)
+            began = asyncio.get_running_loop().time()
+            await ask_all(it.front, X, [0, 1])
+            times.append(asyncio.get_running_loop().time() - began)
+            await asyncio.sleep(0.6)
+        return times
+
+    await slowly(100)
+    assert max(await slowly(50)) < 0.4
+
+
 @pytest.mark.parametrize(("policy", "other"), [("uncoded", full), ("coded_hedged", raises), ("standin", full)])
 @virtually
 async def test_a_full_queue_is_overload_and_no_loss(policy: str, other: Behaviour) -> None:

@@ -222,21 +222,9 @@ def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
     return code
 
 
-def coded_name(method: Method) -> str:
-    """Return the name of a method's coded models: the label, and the BatchNorm policy if it is not the default."""
-    return _variant_name(method, method.label)
-
-
-def _variant_name(method: Method, label: str) -> str:
-    """Return the name that results have too (`variant_names`)."""
-    plain = method.batchnorm is type(method).batchnorm
-    return label if plain else f"{label}-{method.batchnorm}"
-
-
 def variant_files(method: Method) -> list[str]:
-    """Return the names of a method's coded models and of every compression of them."""
-    labels = [method.label, *(f"{method.label}-{each.name}" for each in method.compress)]
-    return [_variant_name(method, label) for label in labels]
+    """Return the names of a method's coded models and of every compression of them, which results have too."""
+    return [method.label, *(f"{method.label}-{each.name}" for each in method.compress)]
 
 
 def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:

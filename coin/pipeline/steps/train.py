@@ -22,7 +22,7 @@ from coin.files.downloads import folder_contents
 from coin.files.user_code import source_of_path
 from coin.modules import Expert
 from coin.modules.recipe import Recipe
-from coin.networks import NetworkConfig, save_network
+from coin.networks import NetworkConfig, load_network, save_network
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.sources import ImportPath
@@ -205,8 +205,8 @@ class ImportExpert(Step):
     def run(self) -> None:
         """Write the file."""
         if self.place.startswith(PREFIX):
-            more = self.initial.output, self.task.zero_shot, self.task_name
-            network = import_pretrained(self.network, self.place, *more)
+            network = load_network(self.initial.output).network
+            import_pretrained(self.network, self.place, network, self.task.zero_shot, self.task_name)
         else:
             network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
         made: dict[str, Any] = {"made_by": "coin run", "source": self.place, "task": self.task_name}

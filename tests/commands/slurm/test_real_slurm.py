@@ -1,5 +1,6 @@
 """``coin`` on a real SLURM."""
 
+import platform
 import signal
 import subprocess
 import sys
@@ -88,3 +89,26 @@ def test_a_job_that_the_cluster_ends_is_told_of(config: Path, login: dict[str, s
     _, told = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "steps failed, the first of them base: " in told.strip().splitlines()[-1]
+
+
+def test_a_drained_node_is_told_of_while_it_is_waited_for(config: Path, login: dict[str, str], tmp_path: Path) -> None:
+    def node(state: str) -> None:
+        update = ["scontrol", "update", f"nodename={platform.node()}", f"state={state}", "reason=broken"]
+        subprocess.run(update, env=login, check=True)
+
+    node("drain")
+    log = (tmp_path / "driver.log").open("w+")
+    process = subprocess.Popen(command("run", "-c", str(config)), env=login, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while "waits for a node: " not in (told := Path(log.name).read_text()):
+            assert process.poll() is None, told
+            assert time.monotonic() < deadline, told
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.wait(60)
+        subprocess.run(["scancel", "--me"], env=login, check=True)
+        node("resume")
+    assert process.returncode == 143
+    assert Path(log.name).read_text().count("waits for a node: ") == 1
