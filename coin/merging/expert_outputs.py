@@ -60,8 +60,9 @@ def chosen_places(units: Sequence[Unit], task: Tensor, device: torch.device) -> 
     from each of q stretches, by the sample's place within its task: the order of the tasks does not matter.
     """
     order = torch.zeros_like(task)  # each sample's place within its task
-    for own in task.unique():
-        order[task == own] = torch.arange(int((task == own).sum()))
+    for own in set(task.tolist()):
+        mine = task == own
+        order[mine] = torch.arange(int(mine.sum()))
     generator = torch.Generator().manual_seed(0)
     places: dict[str, Tensor | None] = {}
     for unit in units:

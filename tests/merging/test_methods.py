@@ -201,7 +201,7 @@ def test_compressed_coded_models_stand_beside_the_whole_ones(method):
     code = [WEIGHTS, (0.4, 0.3, 0.3)]
     merged = merge_networks(packed, networks, code, calibration=calibration, initial=initial)
     assert same(merged[0].state_dict(), whole[0].state_dict())
-    names = [f"{method.name}-{end}" for end in ("8bit-delta", "8bit-int8base", "2bit")]
+    names = [f"{packed.label}-{end}" for end in ("8bit-delta", "8bit-int8base", "2bit")]
     assert list(merged.compressed) == names
     x = torch.cat(calibration[0])
     with torch.no_grad():
