@@ -240,7 +240,7 @@ def starting_method(start: str) -> Method:
     for kind in reversed(_subclasses(Method)):  # a base class last, for a name that its own have too
         if not (kind.is_trained or kind.reads_initial or isabstract(kind)):
             kinds[kind.name] = kind
-    if start not in kinds:
+    if start not in list(kinds):  # it may be a section, which has no hash
         raise ConfigurationError(f"found start={start!r}, expected one of {', '.join(sorted(kinds))}")
     return kinds[start]()
 
