@@ -3,6 +3,7 @@
 import math
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
-from coin.merging.units import Unit, folded_unit
+from coin.merging.units import Unit, UnitRows, folded_unit
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.delta import Rounded, nearest, quantise
 from coin.networks.kept import BITS, Change
@@ -61,94 +62,64 @@ class AdapterFit:
     def __init__(
         self, rank: int, ridge: float, experts: Sequence[tuple[State, State]], tasks: Tensor, row: Sequence[float]
     ) -> None:
-        self._rank, self._ridge, self._experts, self.tasks = rank, ridge, experts, tasks
+        self._rank, self._ridge = rank, ridge
+        self._experts, self.tasks = experts, tasks
         self._sound: list[Tensor] = []  # whether what was fitted is finite: a GPU is waited for once, in `check`
         self._fitted: list[str] = []
         self.adapters = [Adapter() for _ in experts]
-        ends = [0, *torch.bincount(tasks, minlength=len(experts)).cumsum(0).tolist()]
-        self._samples = list(map(slice, ends, ends[1:]))
-        self._has_share = [beta > 0 and start < end for beta, start, end in zip(row, ends[:-1], ends[1:], strict=True)]
+        ends = torch.bincount(tasks, minlength=len(experts)).cumsum(0).tolist()
+        self._samples = [slice(start, end) for start, end in pairwise([0, *ends])]  # of every task
+        self._has_share = [beta > 0 and own.start < own.stop for beta, own in zip(row, self._samples, strict=True)]
 
     def fit(
-        self, network: nn.Module, unit: Unit, call: Call, rows: tuple[Tensor, Tensor], target: Tensor, shares: Tensor,
+        self,
+        network: nn.Module,
+        unit: Unit,
+        call: Call,
+        rows: UnitRows,
         function: Callable[[], Tensor],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Fit the unit of every expert, and return the call's output [P·k, …] with all adapters.
 
-        `rows` are its inputs and entries, of `input_rows`; targets and shares those of `fit_unit`; the function gives
-        the output without adapters.
+        Args:
+            network: The body.
+            unit: One of its units.
+            call: The unit's call on all samples.
+            rows: Inputs and wanted outputs of the unit.
+            function: Returns the output without adapters.
         """
-        inputs, entries = rows
-        row_count = inputs.shape[1] // len(shares)  # of one sample
-        call_rows = len(call.inputs) // len(shares)
+        samples = len(rows.targets)
+        rows_each = rows.inputs.shape[1] // samples  # of one sample's regression
+        inputs_each = len(call.inputs) // samples  # k
         weight = network.get_parameter(unit.weight)
-        plain: Tensor | None = None  # the output without adapters, for experts that have none
+        plain: Tensor | None = None  # the output without adapters
         outputs = []
-        for expert, samples in enumerate(self._samples):
-            own = slice(samples.start * call_rows, samples.stop * call_rows)
+        for expert, own in enumerate(self._samples):
+            own_inputs = slice(own.start * inputs_each, own.stop * inputs_each)
             if not self._has_share[expert]:
                 plain = function() if plain is None else plain
-                outputs.append(plain[own])
+                outputs.append(plain[own_inputs])
                 continue
-            own_rows = slice(samples.start * row_count, samples.stop * row_count)
-            moments = Moments(inputs[:, own_rows], target[samples], shares[samples], unit.shift is not None)
-            change, shift = self._change(network, unit, call, entries, moments, expert)
-            output = call.output(call.inputs[own], change(weight))  # as it is stored
+            own_rows = slice(own.start * rows_each, own.stop * rows_each)
+            moments = Moments(rows.inputs[:, own_rows], rows.targets[own], rows.weights[own], unit.shift is not None)
+            fitted = _UnitFit(network, unit, call, rows.entries, moments)
+            change, shift = fitted.changes(self._own(network, unit, expert), self._rank, self._ridge)
+            self._sound.append(fitted.is_finite)
+            self._fitted.append(unit.weight)
+            output = call.output(call.inputs[own_inputs], change(weight))  # with factors as they are stored
             self.adapters[expert].changes[unit.weight] = change
             if unit.shift is not None:
                 self.adapters[expert].changes[unit.shift] = shift
-                output = output + call.along(shift(torch.zeros_like(network.get_parameter(unit.shift))), output)
+                zeros = torch.zeros_like(network.get_parameter(unit.shift))
+                output = output + call.along(shift(zeros), output)
             outputs.append(output)
         return torch.cat(outputs)
 
-    def _change(
-        self, network: nn.Module, unit: Unit, call: Call, entries: Tensor, moments: "Moments", expert: int
-    ) -> tuple[Change, Change]:
-        """Return the change of a unit's weight, and that of the parameter that carries its bias."""
-        weight = network.get_parameter(unit.weight)
-        turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
-
-        def columns(matrix: Tensor) -> Tensor:
-            flat = (matrix.T if turned else matrix).reshape(len(moments.mean_a), -1, unit.unknowns)
-            return flat[..., entries].mT.to(moments.cross)  # [G, K, O]
-
-        fitted = columns(weight)
-        factors = dict[str, Rounded]()
-        if self._rank and unit.is_matrix:
-            damping = self._ridge * len(entries) / unit.unknowns
-            vectors, best = moments.low_rank(fitted, columns(self._own(network, unit, expert)), damping, self._rank)
-            outer = quantise(vectors.T.contiguous(), BITS)  # V̂ᵀ [r, O]
-            kept = outer.dense().to(best)
-            inner = quantise((torch.linalg.pinv(kept.T) @ best).contiguous(), BITS)  # V̂⁺ B [r, K']
-            fitted = fitted + inner.dense().to(best).T @ kept
-            # Entries that meet no input have the code next to zero.
-            codes = nearest(inner.scale.new_zeros(len(inner.codes), unit.unknowns).float(), inner.scale, BITS)
-            inner = inner._replace(codes=codes.index_copy(1, entries, inner.codes))
-            factors = {"left": inner, "right": outer} if turned else {"left": outer, "right": inner}
-        scale, shift = moments.scaled(fitted)
-        if not isinstance(call, LinearCall):
-            scale = scale.reshape(weight.shape)
-        elif turned:
-            scale = scale.reshape(1, -1)
-        else:
-            scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
-        if unit.shift is None:
-            if call.bias is not None:  # which is computed of other tensors
-                raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
-            carries = Change()
-        else:
-            before = network.get_parameter(unit.shift)
-            carries = Change.of(shift=shift.reshape(before.shape) - before)
-        change = Change.of(scale, left=factors.get("left"), right=factors.get("right"))
-        kept_vectors = [each for each in (change.scale, carries.shift) if each is not None]
-        self._sound.append(torch.stack([torch.isfinite(each).all() for each in (fitted, *kept_vectors)]).all())
-        self._fitted.append(unit.weight)
-        return change, carries
-
     def check(self) -> None:
         """Raise NumericalError where an adapter is not finite."""
-        sound = torch.stack(self._sound).tolist() if self._sound else []
-        for weight, is_sound in zip(self._fitted, sound, strict=True):
+        if not self._sound:
+            return
+        for weight, is_sound in zip(self._fitted, torch.stack(self._sound).tolist(), strict=True):
             if not is_sound:
                 raise NumericalError(f"the adapter of '{weight}' is not finite; check the experts")
 
@@ -158,37 +129,113 @@ class AdapterFit:
         return state[unit.weight] if unit.norm is None else folded_unit(network, unit, state)[unit.weight]
 
 
+class _UnitFit:
+    """The fit of one expert's adapter of one unit."""
+
+    def __init__(self, network: nn.Module, unit: Unit, call: Call, entries: Tensor, moments: "Moments") -> None:
+        self._network, self._unit, self._call = network, unit, call
+        self._entries, self._moments = entries, moments
+        self._weight = network.get_parameter(unit.weight)
+        self._is_turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
+        self.is_finite = torch.tensor(True)
+
+    def changes(self, own: Tensor, rank: int, ridge: float) -> tuple[Change, Change]:
+        """Return the change of a unit's weight, and that of the parameter that carries its bias.
+
+        Args:
+            own: The expert's own weight.
+            rank: r.
+            ridge: μ, relative.
+        """
+        fitted = self._columns(self._weight)  # the adapted map, transposed [G, K', O]
+        outer = inner = None
+        if rank and self._unit.is_matrix:
+            outer, inner = self._factors(fitted, self._columns(own), rank, ridge)
+            fitted = fitted + inner.dense().to(fitted).T @ outer.dense().to(fitted)
+            inner = self._with_all_entries(inner)
+        scale, shift = self._moments.scaled(fitted)  # [G·O] both
+        scale = scale.reshape(self._shape_of_scale())
+        left, right = (inner, outer) if self._is_turned else (outer, inner)
+        change = Change.of(scale, left=left, right=right)
+        carries = self._change_of_bias(shift)
+        kept = [each for each in (fitted, change.scale, carries.shift) if each is not None]
+        self.is_finite = torch.stack([torch.isfinite(each).all() for each in kept]).all()
+        return change, carries
+
+    def _columns(self, weight: Tensor) -> Tensor:
+        """Return a weight's map, transposed, for the inputs that are not always zero [G, K', O]."""
+        groups = len(self._moments.mean_a)
+        flat = (weight.T if self._is_turned else weight).reshape(groups, -1, self._unit.unknowns)
+        return flat[..., self._entries].mT.to(self._moments.cross)
+
+    def _factors(self, body: Tensor, own: Tensor, rank: int, ridge: float) -> tuple[Rounded, Rounded]:
+        """Return V̂ᵀ [r, O] and V̂⁺ B [r, K'] in few bits, of maps that are transposed [1, K', O]."""
+        damping = ridge * len(self._entries) / self._unit.unknowns
+        vectors, best = self._moments.low_rank(body, own, damping, rank)  # V [O, r], B [O, K']
+        outer = quantise(vectors.T.contiguous(), BITS)
+        inverse = torch.linalg.pinv(outer.dense().to(best).T)  # of what V became [r, O]
+        return outer, quantise((inverse @ best).contiguous(), BITS)
+
+    def _with_all_entries(self, inner: Rounded) -> Rounded:
+        """Return a factor [r, K'] with all entries [r, K]: those that meet no input get the code next to zero."""
+        zeros = inner.scale.new_zeros(len(inner.codes), self._unit.unknowns).float()
+        codes = nearest(zeros, inner.scale, BITS)
+        return inner._replace(codes=codes.index_copy(1, self._entries, inner.codes))
+
+    def _shape_of_scale(self) -> Sequence[int]:
+        """Return the shape in which one scale for each output is multiplied with the weight."""
+        if not isinstance(self._call, LinearCall):
+            return self._weight.shape
+        if self._is_turned:
+            return (1, -1)
+        return (-1, *[1] * (self._weight.ndim - 1))
+
+    def _change_of_bias(self, shift: Tensor) -> Change:
+        """Return the change of the parameter that carries the bias, which becomes a shift [G·O]; none without one."""
+        if self._unit.shift is not None:
+            before = self._network.get_parameter(self._unit.shift)
+            return Change.of(shift=shift.reshape(before.shape) - before)
+        if self._call.bias is not None:  # which is computed of other tensors
+            raise ConfigurationError(f"the bias of '{self._unit.weight}' is no parameter, expected one for adapters")
+        return Change()
+
+
 class Moments:
     """The first two moments of a unit's inputs a [G, n, K] and wanted outputs z [P, q, G·O], of one expert's samples.
 
     Args:
         inputs: a.
         wanted: z, as many rows as a.
-        shares: What the rows weigh [P, q].
+        weights: Of the rows [P, q].
         intercept: Whether means are subtracted.
     """
 
-    def __init__(self, inputs: Tensor, wanted: Tensor, shares: Tensor, intercept: bool) -> None:
+    def __init__(self, inputs: Tensor, wanted: Tensor, weights: Tensor, intercept: bool) -> None:
         groups, count, unknowns = inputs.shape
-        weights = (shares / shares.sum()).flatten().to(inputs)
-        z = wanted.to(inputs).reshape(count, groups, -1).transpose(0, 1)
-        self.mean_a, self.mean_z = (weights @ each * float(intercept) for each in (inputs, z))  # [G, K], [G, O]
+        weights = (weights / weights.sum()).flatten().to(inputs)  # [n]
+        z = wanted.to(inputs).reshape(count, groups, -1).transpose(0, 1)  # [G, n, O]
+        self.mean_a = weights @ inputs * float(intercept)  # [G, K]
+        self.mean_z = weights @ z * float(intercept)  # [G, O]
         root = weights.sqrt()[:, None]
-        self._a, self._z = ((each - mean[:, None]) * root for each, mean in ((inputs, self.mean_a), (z, self.mean_z)))
-        scale = self._a.square().sum((1, 2)) / unknowns
+        self._a = (inputs - self.mean_a[:, None]) * root
+        self._z = (z - self.mean_z[:, None]) * root
         if intercept:  # the round-off of constant inputs is no signal
+            scale = self._a.square().sum((1, 2)) / unknowns
             constant = is_round_off(scale, self._a, self.mean_a[:, None], weights[None])
             self._a.masked_fill_(constant[:, None, None], 0)
-        self.cross = self._a.mT @ self._z
+        self.cross = self._a.mT @ self._z  # [G, K, O]
         self._gram = products(self._a) if count >= unknowns else None  # with fewer rows products go by these
 
     def _times(self, x: Tensor) -> Tensor:
         """Return cov(a) x for x [G, K, m]."""
-        return self._a.mT @ (self._a @ x) if self._gram is None else self._gram @ x
+        if self._gram is None:
+            return self._a.mT @ (self._a @ x)
+        return self._gram @ x
 
     def low_rank(self, body: Tensor, own: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
         """Return V [O, r] and B [O, K] of what a body's map lacks of an expert's, Wᵀ of both [1, K, O]."""
-        a, unknowns = self._a, len(body[0])
+        a = self._a
+        unknowns, outputs = body.shape[1:]
         mean = a.square().sum((1, 2)) / unknowns
         dead = mean == 0  # inputs that do not change: then the difference itself is cut
         damping = (ridge * mean).masked_fill(dead, 1)
@@ -196,10 +243,10 @@ class Moments:
             step = a.mT @ solve_ridge(products(a.mT), self._z - a @ own, damping, dead)
         else:
             step = solve_ridge(self._gram, self.cross - self._gram @ own, damping, dead)
-        best = own + step - body  # Bᵀ
-        rank = min(rank, *best.shape[1:])
+        best = own + step - body  # Bᵀ [1, K, O]
+        most = min(unknowns, outputs)
         generator = torch.Generator().manual_seed(0)
-        found = torch.randn(1, best.shape[2], min(rank + _MORE, *best.shape[1:]), generator=generator).to(best)
+        found = torch.randn(1, outputs, min(min(rank, most) + _MORE, most), generator=generator).to(best)
 
         def squared(x: Tensor) -> Tensor:  # B M Bᵀ x
             inner = best @ x
@@ -208,22 +255,26 @@ class Moments:
         for _ in range(_ITERATIONS):
             found = torch.linalg.qr(squared(found)).Q
         _, vectors = torch.linalg.eigh(found.mT @ squared(found))
-        return (found @ vectors[..., -rank:])[0], best[0].T
+        return (found @ vectors[..., -min(rank, most) :])[0], best[0].T
 
     def scaled(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the intercept [G·O] with which a map Wᵀ [G, K, O] gives the outputs wanted."""
-        variance, covariance = (columns * self._times(columns)).sum(1), (columns * self.cross).sum(1)
+        variance = (columns * self._times(columns)).sum(1)  # [G, O]
+        covariance = (columns * self.cross).sum(1)
         ridge = _SHRUNK * variance.mean()
         scale = ((covariance + ridge) / (variance + ridge)).where(variance + ridge > 0, 1.0)
         means = (self.mean_a[:, None] @ columns)[:, 0]
-        return scale.flatten(), (self.mean_z - scale * means).flatten()
+        shift = self.mean_z - scale * means
+        return scale.flatten(), shift.flatten()
 
 
 def _nbytes(unit: Unit, rank: int) -> int:
     """Return the bytes of one expert's adapter of a unit."""
-    vectors = 2 * unit.channels * (1 if unit.shift is None else 2)
+    num_vectors = 1 if unit.shift is None else 2
+    vectors = 2 * unit.channels * num_vectors
     if not unit.is_matrix:
         return vectors
     directions = min(rank, unit.outputs, unit.unknowns)
-    each = math.ceil(BITS * unit.outputs / 8) + math.ceil(BITS * unit.unknowns / 8) + 4  # and two scales in bfloat16
+    scales = 4  # two in bfloat16
+    each = math.ceil(BITS * unit.outputs / 8) + math.ceil(BITS * unit.unknowns / 8) + scales
     return vectors + directions * each

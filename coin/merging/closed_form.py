@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
 from coin.core.choices import parse_enum
@@ -73,21 +73,35 @@ class MergeMethod(Method):
             found = f"found no calibration inputs, by which method '{self.label}' chooses"
             raise ConfigurationError(f"{found}; give them, or set its options")
         options = list(product(candidates, self._policies(experts)))
-        judges = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
-        errors, names = list[float](), list[str]()
-        for (chosen, parameters, trial), policy in options if len(options) > 1 else ():
-            coded = self._build(experts, row, parameters if trial is None else trial, policy, held_out=True)
-            errors.append(held_out_error(experts, coded, row, judges))
-            data = [str(value) for name, value in chosen.items() if name.endswith("_data")]
-            names.append("/".join(filter(None, [*data, policy])))
-        if errors and not any(map(math.isfinite, errors)):
-            raise NumericalError(f"the outputs of method '{self.label}' on held-out calibration samples are not finite")
-        best, policy = options[errors.index(min(errors)) if errors else 0]
+        (best, policy), errors = options[0], dict[str, float]()
+        if len(options) > 1:
+            errors = self._held_out_errors(experts, row, options)
+            best, policy = options[list(errors.values()).index(min(errors.values()))]
         network = self._build(experts, row, best.parameters, policy, held_out=False)
         experts.check_coded(network, self.label)
-        taken = best.options | ({"batchnorm": policy} if policy else {})
-        tried = {"held_out_error": dict(zip(names, errors, strict=True))} if errors else {}
-        return CodedModel(network, taken | tried)
+        chosen = dict(best.options)
+        if policy:
+            chosen["batchnorm"] = policy
+        if errors:
+            chosen["held_out_error"] = errors
+        return CodedModel(network, chosen)
+
+    def _held_out_errors(
+        self, experts: Experts, row: Sequence[float], options: Sequence[tuple[Candidate, str]]
+    ) -> dict[str, float]:
+        """Return the `held_out_error` of candidates and BatchNorm policies, by the data and policy that they name."""
+        judges = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
+        errors = {}
+        for candidate, policy in options:
+            parameters = candidate.parameters if candidate.trial is None else candidate.trial
+            coded = self._build(experts, row, parameters, policy, held_out=True)
+            parts = [str(value) for name, value in candidate.options.items() if name.endswith("_data")]
+            if policy:
+                parts.append(policy)
+            errors["/".join(parts)] = held_out_error(experts, coded, row, judges)
+        if not any(map(math.isfinite, errors.values())):
+            raise NumericalError(f"the outputs of method '{self.label}' on held-out calibration samples are not finite")
+        return errors
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one without BatchNorm."""
@@ -131,43 +145,63 @@ def held_out_error(
     not prefer outputs that have shrunk. Decoders are fitted on the other samples; with fewer than two of a task only
     linear judges, and expert_head only where heads give the logits, unless it is alone. Infinite if it is no number.
     """
-    fitted = experts.tasks[: experts.split[0].num_samples]
-    if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:
-        decoders = [LINEAR]
-    others = [each for each in decoders if each.kind is not DecoderKind.expert_head]
-    try:
-        heads = experts.heads if len(others) < len(decoders) else None
-    except HeadError:
-        if not others:
-            raise
-        heads, decoders = None, others
+    held_out_tasks = experts.tasks[experts.split[0].num_samples :]
+    fitted_tasks = experts.tasks[: experts.split[0].num_samples]
+    decoders, heads = _usable(experts, decoders, fitted_tasks)
     features = any(each.reads_features for each in decoders)
-
-    def answers(part: int) -> Answers:
-        tasks = experts.tasks[len(fitted) :] if part else fitted
-        runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
-        return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)
-
-    judged, calibration = answers(1), None
-    assert judged.tasks is not None
-    own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
-    every = torch.arange(judged.num_samples)  # of few samples, where all are of tasks without a share
-    own = {task: samples for task, samples in own.items() if len(samples)} or dict.fromkeys(own, every)
+    held_out = _answers(experts, coded, 1, held_out_tasks, features)
+    fitted: Answers | None = None  # for decoders that need a fit
     errors = []
-    for task, samples in own.items():
+    for task, samples in _samples_of_tasks(row, held_out_tasks).items():
+        own = held_out.select(samples)
+        truth = held_out.experts[task, samples]
         for config in decoders:
-            mine, truth = judged.select(samples), judged.experts[task, samples]
             if config.kind is DecoderKind.linear:
-                rest = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)
-                decoded = (mine.coded[0] - sum(rest, torch.zeros(()))) / row[task]
+                rest = sum((weight * own.experts[i] for i, weight in enumerate(row) if i != task), torch.zeros(()))
+                decoded = (own.coded[0] - rest) / row[task]
             else:
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
-                    calibration = calibration or answers(0).with_kernels()
-                    decoder.fit(calibration)
-                decoded = decoder.decode(mine)[0]
-            if truth.shape[1] > 1:
-                decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
-            errors.append(1 - torch.cosine_similarity(decoded, truth).mean())
+                    if fitted is None:
+                        fitted = _answers(experts, coded, 0, fitted_tasks, features).with_kernels()
+                    decoder.fit(fitted)
+                decoded = decoder.decode(own)[0]
+            errors.append(1 - torch.cosine_similarity(_centred(decoded), _centred(truth)).mean())
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
+
+
+def _usable(
+    experts: Experts, decoders: Sequence[DecoderConfig], fitted_tasks: Tensor
+) -> tuple[Sequence[DecoderConfig], Any]:
+    """Return the decoders that can judge, and the experts' heads if one reads them."""
+    if int(torch.bincount(fitted_tasks, minlength=experts.count).min()) < 2:
+        decoders = [LINEAR]
+    others = [each for each in decoders if each.kind is not DecoderKind.expert_head]
+    if len(others) == len(decoders):
+        return decoders, None
+    try:
+        return decoders, experts.heads
+    except HeadError:
+        if not others:
+            raise
+        return others, None
+
+
+def _answers(experts: Experts, coded: nn.Module, part: int, tasks: Tensor, features: bool) -> Answers:
+    """Return all networks' answers to the samples of a part of `Experts.split`."""
+    runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
+    return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)
+
+
+def _samples_of_tasks(row: Sequence[float], tasks: Tensor) -> dict[int, Tensor]:
+    """Return by task with a share in the row its samples; where no such task has any, all samples for each."""
+    shared = [task for task, share in enumerate(row) if share > 0]
+    own = {task: (tasks == task).nonzero().flatten() for task in shared}
+    found = {task: samples for task, samples in own.items() if len(samples)}
+    return found or dict.fromkeys(shared, torch.arange(len(tasks)))
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Return logits [P, C] less their mean over the classes; a single output as it is."""
+    return logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits

@@ -32,12 +32,11 @@ class ExpertNetworks:
     ) -> None:
         if len(networks) < 2:
             raise ConfigurationError(f"found {len(networks)} experts, expected at least two; give those of two tasks")
-        for network in (*networks, *([initial] if initial is not None else [])):
+        for network in networks:
             check_plain(network)
-        kinds = [_kinds(network) for network in networks]
-        found = {name: sorted({each.get(name, kind) for each in kinds}) for name, kind in kinds[0].items()}
-        if odd := [f"'{name or 'network'}' of {' and '.join(each)}" for name, each in found.items() if len(each) > 1]:
-            raise ConfigurationError(f"found experts with {odd[0]}, expected one class and type; convert them")
+        if initial is not None:
+            check_plain(initial)
+        _check_alike(networks)
         self.device = one_device(networks)
         self.unpadded = [called_by(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
@@ -79,6 +78,16 @@ def one_device(networks: Sequence[nn.Module]) -> torch.device:
         told = f"found experts on {' and '.join(map(str, found))}"
         raise ConfigurationError(f"{told}, expected one device; move them with network.to('{found[0]}')")
     return found[0] if found else torch.device("cpu")
+
+
+def _check_alike(networks: Sequence[nn.Module]) -> None:
+    """Raise ConfigurationError where networks have modules of different classes, or parameters of different types."""
+    kinds = [_kinds(network) for network in networks]
+    for name, kind in kinds[0].items():
+        found = sorted({each.get(name, kind) for each in kinds})
+        if len(found) > 1:
+            told = f"found experts with '{name or 'network'}' of {' and '.join(found)}"
+            raise ConfigurationError(f"{told}, expected one class and type; convert them")
 
 
 def _kinds(network: nn.Module) -> dict[str, str]:
@@ -195,11 +204,13 @@ def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, .
 
     0 for networks without a matrix. Names that begin with one of those in `without` are left out.
     """
-    found = [0.0]
+    found = []
     for name, first in experts[0].items():
-        if first.ndim > 1 and first.is_floating_point() and not name.startswith(without):
-            every = [expert[name].detach().double() for expert in experts]  # which may be read from files
-            mean = sum((beta * each for beta, each in zip(row, every, strict=True)), torch.zeros_like(every[0]))
-            apart = sum(beta * float((each - mean).square().sum()) for beta, each in zip(row, every, strict=True))
-            found.append((apart / max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)) ** 0.5)
-    return statistics.median(found[1:] or found)
+        if first.ndim < 2 or not first.is_floating_point() or name.startswith(without):
+            continue
+        every = [expert[name].detach().double() for expert in experts]  # which may be read from files
+        mean = sum((beta * each for beta, each in zip(row, every, strict=True)), torch.zeros_like(every[0]))
+        squares = sum(beta * float((each - mean).square().sum()) for beta, each in zip(row, every, strict=True))
+        size = max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)
+        found.append((squares / size) ** 0.5)
+    return statistics.median(found) if found else 0.0

@@ -1,7 +1,7 @@
 """The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,8 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, stat
 
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
-    if len(weights) != count or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= 1e-6:
+    is_row = len(weights) == count and all(weight >= 0 for weight in weights) and abs(sum(weights) - 1) <= 1e-6
+    if not is_row:
         found = f"found {len(weights)} weights for {count} experts, {list(weights)}"
         raise ConfigurationError(f"{found}, expected one each, non-negative numbers that sum to 1; give a code's row")
 
@@ -78,35 +79,46 @@ class Experts:
         statistics: StatisticPaths | None = None,
         train: Any = None,
     ) -> None:
+        for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
+            if given is not None and len(given) != len(networks):
+                found = f"found {what} of {len(given)} experts, expected {len(networks)}"
+                raise ConfigurationError(f"{found}; give those of every expert")
         source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
         self.source: ExpertNetworks | ExpertFiles = source
-        self.count, self.train, self.is_calibrated = len(networks), train, calibration is not None
+        self.count = len(networks)
+        self.train = train
         self.forward = forward
-        self._calibration: Sequence[Calibration] | None = cast(Any, calibration)
-        self.passes = self.seconds = 0.0
+        self.passes = 0.0
+        self.seconds = 0.0
         self.statistic_paths = statistics or {}
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         self._statistics: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[tuple[int, bool], list[Run]] = {}
-        named = {"fisher statistics": fishers, "gram statistics": grams, "calibration inputs": calibration}
-        for what, given in named.items():
-            if given is not None and len(given) != self.count:
-                found = f"found {what} of {len(given)} experts, expected {self.count}"
-                raise ConfigurationError(f"{found}; give those of every expert")
+        self.is_calibrated = calibration is not None
+        self._calibration: Sequence[Calibration] | None = None
         if calibration is not None and all(isinstance(each, Calibration) for each in calibration):
             self._calibration = [each.on(source.device) for each in cast(Sequence[Calibration], calibration)]
         elif calibration is not None:
-            if any(isinstance(batches, Tensor) for batches in calibration):
-                raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
-            move = partial(map_tensors, lambda tensor: tensor.to(source.device))
-            checked = [[move(checked_batch(batch, self.networks[0])) for batch in batches] for batches in calibration]
-            self._calibration = [Calibration.of_batches(batches).on(source.device) for batches in checked]
-            if not any(each.num_samples for each in self._calibration):
-                raise DataError("found no calibration batches, expected at least one; give those of every task")
-            first = self.pooled.inputs(torch.tensor([0]))
-            for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
-                with evaluating(network, gradients=False), evaluating(padded, gradients=False):
-                    check_padding(padded, network, as_input(first, network))
+            self._calibration = [self._of_batches(batches) for batches in calibration]
+            self._check_calibration()
+
+    def _of_batches(self, batches: Iterable[Any]) -> Calibration:
+        """Return a task's batches, checked and on the experts' device."""
+        if isinstance(batches, Tensor):
+            raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
+        device = self.source.device
+        checked = [checked_batch(batch, self.networks[0]) for batch in batches]
+        moved = [map_tensors(lambda tensor: tensor.to(device), batch) for batch in checked]
+        return Calibration.of_batches(moved).on(device)
+
+    def _check_calibration(self) -> None:
+        """Raise DataError without samples, HeadError where a padded head gives other logits on the first one."""
+        if not any(each.num_samples for each in self.samples(DataChoice.own)):
+            raise DataError("found no calibration batches, expected at least one; give those of every task")
+        first = self.pooled.inputs(torch.tensor([0]))
+        for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
+            with evaluating(network, gradients=False), evaluating(padded, gradients=False):
+                check_padding(padded, network, as_input(first, network))
 
     def check(self, row: Sequence[float]) -> None:
         """Raise as `check_row`, and a StateError where experts' parameters differ in layout or are not finite."""
@@ -146,9 +158,12 @@ class Experts:
 
         Raises StateError where its parameters are not like the experts', or not finite.
         """
-        if (initial := self.source.initial_tensors()) is None:
-            found = "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression"
-            raise ConfigurationError(f"{found} needs; give one, choose another, or compress with base_bits: 0")
+        initial = self.source.initial_tensors()
+        if initial is None:
+            raise ConfigurationError(
+                "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression "
+                "needs; give one, choose another, or compress with base_bits: 0"
+            )
         check_layout(self.parameters[0], initial[0], "the shared initialisation")
         check_finite(initial[0], "the shared initialisation")
         return initial
@@ -158,17 +173,19 @@ class Experts:
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
         if self._calibration is None:
-            found = "found no calibration inputs, which the merge needs"
-            raise ConfigurationError(f"{found}; give them as calibration, or name the tasks")
+            raise ConfigurationError(
+                "found no calibration inputs, which the merge needs; give them as calibration, or name the tasks"
+            )
         return self._calibration
 
     def fitted(self, data: DataChoice) -> Sequence[Calibration]:
         """Return the same as `samples`, without the held-out samples."""
-        fitted = self.split[0]
+        fitted, _ = self.split
         if data is DataChoice.pooled:
             return [fitted] * self.count
         tasks = self.tasks[: fitted.num_samples]
-        return [fitted.subset((tasks == task).nonzero().flatten()) for task in range(self.count)]
+        own = [(tasks == task).nonzero().flatten() for task in range(self.count)]
+        return [fitted.subset(places) for places in own]
 
     @cached_property
     def pooled(self) -> Calibration:
@@ -178,8 +195,9 @@ class Experts:
     @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        parts = [len(each.parts) for each in self.samples(DataChoice.own)]
-        return torch.arange(self.count).repeat_interleave(torch.tensor(parts))[self.pooled.part]
+        parts = torch.tensor([len(each.parts) for each in self.samples(DataChoice.own)])
+        task_of_part = torch.arange(self.count).repeat_interleave(parts)
+        return task_of_part[self.pooled.part]
 
     @cached_property
     def split(self) -> tuple[Calibration, Calibration]:
@@ -195,12 +213,13 @@ class Experts:
 
     def runs(self, part: int, features: bool = False) -> list[Run]:
         """Return all experts' answers to a part of `split`; they run once."""
-        found = self._outputs.get((part, True), self._outputs.get((part, features)))
-        if found is None:
-            found = [self.run(each, self.split[part], features) for each in self.source.each_network()]
-            for index, run in enumerate(found):
-                check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
-            self._outputs[part, features] = found
+        for known in ((part, True), (part, features)):  # a run with features has the logits too
+            if known in self._outputs:
+                return self._outputs[known]
+        found = [self.run(each, self.split[part], features) for each in self.source.each_network()]
+        for index, run in enumerate(found):
+            check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
+        self._outputs[part, features] = found
         return found
 
     @cached_property
@@ -219,10 +238,12 @@ class Experts:
 
         Statistics in memory are of the option's data, for ``auto`` own; those that are computed are of both.
         """
-        stored = [which.data for which in self.statistic_paths if which.name is name]
         if self._given[name] is not None:
             stored = [DataChoice.own]
-        return [each for each in data.alternatives if each in stored] or data.alternatives
+        else:
+            stored = [which.data for which in self.statistic_paths if which.name is name]
+        allowed = [each for each in data.alternatives if each in stored]
+        return allowed or data.alternatives
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
@@ -230,13 +251,16 @@ class Experts:
         A Fisher's head is padded like the expert's: with the other rows' mean where outputs weigh alike, since each
         logit is its own row times the features; with zeros where they weigh by probabilities, which padded ones lack.
         """
-        if which not in self._statistics:
-            states, padding = self._states(which), self.source.padding
-            if padding is not None and which.kind is not None:
-                mean = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
-                states = [padded_state(state, *padding, mean=mean) for state in states]
-            self._statistics[which] = [on_device(state, self.source.device) for state in states]
-        return self._statistics[which]
+        if which in self._statistics:
+            return self._statistics[which]
+        states = self._states(which)
+        padding = self.source.padding
+        if padding is not None and which.kind is not None:
+            mean = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
+            states = [padded_state(state, *padding, mean=mean) for state in states]
+        found = [on_device(state, self.source.device) for state in states]
+        self._statistics[which] = found
+        return found
 
     def _states(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert, of its own class count."""
@@ -245,7 +269,8 @@ class Experts:
             self.seconds += sum(file.provenance.get("seconds", 0.0) for file in files)
             self.passes += sum(file.provenance.get("passes", 0.0) for file in files)
             return files
-        if (states := self._given[which.name]) is None:
+        states = self._given[which.name]
+        if states is None:
             states = self.computed(which.kind, self.samples(which.data))
         for index, (state, network) in enumerate(zip(states, self.source.unpadded, strict=True)):
             found = check_statistic(state, network, f"the {which.name} of expert {index}")

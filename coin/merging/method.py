@@ -113,16 +113,22 @@ class Method(ABC):
         """Set the options that every method has; raises ConfigurationError where results cannot have the label."""
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.adapters = AdapterOptions.of(adapters)
-        self.label = getattr(self, "label", self.name) if label is None else label
-        if label is None and self.adapters is not None:
-            self.label = f"{self.label}+{self.adapters.name}"
-        if label is None and self.batchnorm != type(self).batchnorm:
-            self.label = f"{self.label}-{self.batchnorm}"
-        if self.label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label):
-            expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
-            raise ConfigurationError(f"found label {self.label!r}, expected a plain file name: {expected}")
-        sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
-        self.compress = [Compression.of(each) for each in sections]
+        if label is not None:
+            self.label = label
+        else:
+            self.label = getattr(self, "label", self.name)
+            if self.adapters is not None:
+                self.label = f"{self.label}+{self.adapters.name}"
+            if self.batchnorm != type(self).batchnorm:
+                self.label = f"{self.label}-{self.batchnorm}"
+        is_file_name = re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", self.label)
+        if not is_file_name or self.label in ("none", "oracle"):
+            raise ConfigurationError(
+                f"found label {self.label!r}, expected a plain file name: letters, digits, '_', '-', '+', and '.' not "
+                "first; and not none or oracle, other results' names"
+            )
+        sections = compress if isinstance(compress, list | tuple) else [compress]
+        self.compress = [Compression.of(each) for each in sections if each is not None]
         self.reads_initial = self.reads_initial or any(each.base_bits for each in self.compress)
 
     @abstractmethod
@@ -161,11 +167,17 @@ class Method(ABC):
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
-        defaults: dict[str, Any] = dict.fromkeys(("fisher_data", "gram_data"), fisher_data)
         judges = [each.name for each in decoders] if self.adapters is None else [str(DecoderKind.expert_head)]
-        defaults |= {"fisher_kind": fisher_kind, "decoders": judges or None}
+        defaults: dict[str, Any] = {
+            "fisher_data": fisher_data,
+            "gram_data": fisher_data,
+            "fisher_kind": fisher_kind,
+            "decoders": judges or None,
+        }
         method = copy(self)
-        vars(method).update({name: value for name, value in defaults.items() if getattr(self, name, value) is None})
+        for name, value in defaults.items():
+            if getattr(self, name, value) is None:
+                setattr(method, name, value)
         return method
 
 
@@ -195,17 +207,24 @@ def merge_networks(
     if not isinstance(method, Method):
         raise ConfigurationError(f"found method {method!r}, expected an object of a method's class; give coin.Refit()")
     home = one_device(networks)
-    networks, initial = to_compute([*networks], home), initial and to_compute([initial], home)[0]
+    networks = to_compute([*networks], home)
+    if initial is not None:
+        initial = to_compute([initial], home)[0]
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
-    made, packed, label = [], [], method.label
+    made = []
+    packed = []
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
-            made.append(one := method.coded_model(experts, row))
-            packed.append({f"{label}-{c.name}": method.pack(experts, row, one, initial, c) for c in method.compress})
+            coded = method.coded_model(experts, row)
+            made.append(coded)
+            variants = {}
+            for each in method.compress:
+                variants[f"{method.label}-{each.name}"] = method.pack(experts, row, coded, initial, each)
+            packed.append(variants)
     merged = Merged(made, experts.passes, time.perf_counter() - began, packed)
     for network in merged:
         network.to(home)
@@ -217,9 +236,11 @@ def starting_method(start: str) -> Method:
 
     It does not need the shared initialisation.
     """
-    known = [each for each in reversed(_subclasses(Method)) if not each.is_trained and not isabstract(each)]
-    kinds = {each.name: each for each in known if not each.reads_initial}  # a base before its own
-    if start not in list(kinds):
+    kinds: dict[str, type[Method]] = {}
+    for kind in reversed(_subclasses(Method)):  # a base class last, for a name that its own have too
+        if not (kind.is_trained or kind.reads_initial or isabstract(kind)):
+            kinds[kind.name] = kind
+    if start not in list(kinds):  # it may be a section, which has no hash
         raise ConfigurationError(f"found start={start!r}, expected one of {', '.join(sorted(kinds))}")
     return kinds[start]()
 
@@ -231,10 +252,11 @@ def _subclasses(kind: Any) -> list[type[Method]]:
 def fill(network: nn.Module, state: State) -> None:
     """Copy parameters and buffers into a network; tied ones may have two names."""
     own = network.state_dict()  # tensors that share the network's memory
-    fill_network(network, own | {name: tensor for name, tensor in state.items() if name in own}, "the coded model")
+    given = {name: tensor for name, tensor in state.items() if name in own}
+    fill_network(network, own | given, "the coded model")
     with torch.no_grad():
         for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
             if name in state and name not in own:
                 value = state[name].to(buffer.device)
-                if not torch.equal(buffer, value):
+                if not torch.equal(buffer, value):  # an expanded buffer cannot be written to
                     buffer.copy_(value)

@@ -20,44 +20,62 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
     m = scale · ‖W + left right‖ (Liu et al., *DoRA*, ICML 2024, arXiv 2402.09353). Biases are peft's ``bias: all``;
     normalisations and the head are kept whole. Raises ConfigurationError for other layers than Linear and Conv2d.
     """
-    changed, ranks, whole = adapter.applied_to(body), dict[str, int](), {head_name(body)}
-    tensors = {f"{head_name(body)}.{name}": tensor for name, tensor in head.items()}
+    head_place = head_name(body)
+    changed = adapter.applied_to(body)
+    tensors = {f"{head_place}.{name}": tensor for name, tensor in head.items()}
+    whole = {head_place}  # the modules that are kept whole
+    ranks: dict[str, int] = {}
     for name, change in adapter.changes.items():
         place, _, role = name.rpartition(".")
-        layer, parameter = body.get_submodule(place), changed.get_parameter(name)
+        layer = body.get_submodule(place)
+        parameter = changed.get_parameter(name)
         if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
             whole.add(place)
-            tensors |= {f"{place}.{own}": tensor for own, tensor in changed.get_submodule(place).state_dict().items()}
-        elif not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
-            raise ConfigurationError(f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt")
-        elif isinstance(layer, nn.Conv2d) and not _as_in_peft(layer):
-            found = f"padding_mode {layer.padding_mode!r} and dilation {layer.dilation}"
-            told = f"found '{name}' of a Conv2d with {found}, which peft's LoRA leaves out of its own convolutions"
-            raise ConfigurationError(f"{told}; leave out --peft, which writes the expert as one network")
-        elif role == "bias":
+            state = changed.get_submodule(place).state_dict()
+            tensors.update({f"{place}.{own}": tensor for own, tensor in state.items()})
+            continue
+        _check_adapted(name, layer)
+        if role == "bias":
             tensors[f"{place}.base_layer.bias"] = parameter
-        else:
-            ones = [1] * (parameter.ndim - 2)
-            left, right = change.factors(*parameter.flatten(1).shape)
-            if left.shape[1] == 0:  # peft has no rank of 0
-                left, right = torch.zeros(len(parameter), 1), torch.zeros(1, parameter[0].numel())
-            tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
-            tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
-            norm = parameter.flatten(1).norm(dim=1)
-            if change.scale is not None:
-                norm = change.scale.float().sign().flatten() * norm
-            tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
-            ranks[place] = left.shape[1]
+            continue
+        left, right = change.factors(*parameter.flatten(1).shape)  # [O, r], [r, K]
+        if left.shape[1] == 0:  # peft has no rank of 0
+            left, right = torch.zeros(len(parameter), 1), torch.zeros(1, parameter[0].numel())
+        ranks[place] = left.shape[1]
+        ones = [1] * (parameter.ndim - 2)  # of a convolution's kernel
+        norm = parameter.flatten(1).norm(dim=1)
+        if change.scale is not None:
+            norm = change.scale.float().sign().flatten() * norm
+        tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
+        tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
+        tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
     folder.mkdir(parents=True, exist_ok=True)
     kept = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / "adapter_model.safetensors")
-    options = {"peft_type": "LORA", "use_dora": True, "bias": "all", "rank_pattern": ranks, "alpha_pattern": ranks}
-    # peft takes every module whose name ends with one of these, so `classifier` would take `pre_classifier` too.
-    saved = sorted(f"base_model.model.{place}" for place in whole)
-    options |= {"target_modules": [*ranks], "modules_to_save": saved, "inference_mode": True}
+    options = {
+        "peft_type": "LORA",
+        "use_dora": True,
+        "bias": "all",
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": list(ranks),
+        # Full names: peft takes every module whose name ends with one of these, `pre_classifier` by `classifier`.
+        "modules_to_save": sorted(f"base_model.model.{place}" for place in whole),
+        "inference_mode": True,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
 
-def _as_in_peft(layer: nn.Conv2d) -> bool:
-    """Return whether peft's convolutions for a layer, which take its kernel, stride and padding alone, are alike."""
-    return layer.padding_mode == "zeros" and (layer.dilation == (1, 1) or layer.kernel_size == (1, 1))
+def _check_adapted(name: str, layer: nn.Module) -> None:
+    """Raise ConfigurationError for a layer that peft's LoRA does not adapt as `coin` does."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
+        raise ConfigurationError(f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt")
+    if isinstance(layer, nn.Linear):
+        return
+    # Peft's own convolutions take the layer's kernel, stride and padding alone.
+    has_plain_dilation = layer.dilation == (1, 1) or layer.kernel_size == (1, 1)
+    if layer.padding_mode != "zeros" or not has_plain_dilation:
+        raise ConfigurationError(
+            f"found '{name}' of a Conv2d with padding_mode {layer.padding_mode!r} and dilation {layer.dilation}, which "
+            "peft's LoRA leaves out of its own convolutions; leave out --peft, which writes the expert as one network"
+        )

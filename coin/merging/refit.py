@@ -13,7 +13,7 @@ from coin.files.tensors import weighted_sum
 from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
-from coin.merging.passes import NO_ADAPTERS, Body, fit_body, warn_of_kept
+from coin.merging.passes import NO_ADAPTERS, Body, fit_body
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
@@ -100,7 +100,7 @@ class Refit(Method):
         body = Body.of(average, experts, list(experts.source.tensors), row)
         network, adapters = self._refit(experts, row, body)
         experts.check_coded(network, self.label)
-        warn_of_kept(body, self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
+        body.warn_of_kept(self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
         chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, adapters, body)
 

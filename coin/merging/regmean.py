@@ -71,16 +71,18 @@ class RegMean(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows."""
-        data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
+        choices = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
         # Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
-        judged = len(data) > 1 and experts.is_calibrated
-        judged = judged and all(each.num_samples for each in experts.fitted(DataChoice.own))
+        is_choice = len(choices) > 1 and experts.is_calibrated
+        is_judged = is_choice and all(each.num_samples for each in experts.fitted(DataChoice.own))
         options: Any = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers}
         solved = partial(regmean_parameters, experts.parameters, weights=row, **options)
-        for each in data:
-            grams = experts.statistic(Statistic(StatisticKind.gram, each))
-            trial = solved(grams=experts.computed(None, experts.fitted(each))) if judged else None
-            yield Candidate({"gram_data": str(each)}, solved(grams=grams), trial)
+        for data in choices:
+            grams = experts.statistic(Statistic(StatisticKind.gram, data))
+            trial = None
+            if is_judged:
+                trial = solved(grams=experts.computed(None, experts.fitted(data)))
+            yield Candidate({"gram_data": str(data)}, solved(grams=grams), trial)
 
 
 def regmean_parameters(
@@ -101,31 +103,38 @@ def regmean_parameters(
     The Gram matrices ``[G, K, K]``, named as by `coin.statistics.gram_sums`, have off-diagonal entries multiplied by α.
     Raises StateError where one fits no weight, and NumericalError where a damped one is singular.
     """
-    like, merged = experts[0], dict[str, Tensor]()
+    merged = average_parameters(experts, weights)
     for name in progress_bar(RegMean.name, items=in_all(grams)):
-        if layers != RegMeanLayers.linear or like[name.removesuffix(TRANSPOSED)].ndim == 2:
+        is_linear = experts[0][name.removesuffix(TRANSPOSED)].ndim == 2
+        if is_linear or layers != RegMeanLayers.linear:
             merged |= regmean_map(experts, (gram[name] for gram in grams), weights, name, alpha, damping)
-    return average_parameters(experts, weights) | merged
+    return merged
 
 
 def regmean_map(
     experts: Sequence[State], grams: Iterable[Tensor], weights: Sequence[float], name: str, alpha: float, damping: float
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
-    like, key, grams = experts[0], name.removesuffix(TRANSPOSED), iter(grams)
-    first, turned = next(grams), name != key  # then the map is x ↦ x W: its weight lies the other way round
+    key = name.removesuffix(TRANSPOSED)
+    turned = name != key  # then the map is x ↦ x W: its weight lies the other way round
+    like = experts[0]
+    remaining = iter(grams)
+    first = next(remaining)
     bias = _bias_of(first, key, like, turned)
-    means = {own: weighted_mean(experts, weights, own, torch.float64) for own in (key, bias) if own is not None}
-    average = _joint_map(means, key, bias, len(first), turned)
-    pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
-    for expert, gram, weight in zip(experts, chain([first], grams), weights, strict=True):
+    solved_for = [key] if bias is None else [key, bias]
+    means = {own: weighted_mean(experts, weights, own, torch.float64) for own in solved_for}
+    average = _joint_map(means, key, bias, len(first), turned)  # [G, C_out/G, K]
+    pull = torch.zeros_like(average)
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for expert, gram, weight in zip(experts, chain([first], remaining), weights, strict=True):
         if gram.shape != first.shape:
             raise StateError(f"the Gram matrices of '{key}' are not of one shape; give those of experts alike")
-        gram = gram.double()
-        gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-        pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ gram
-        total.add_(gram, alpha=weight)
-    rows, merged = (average + solve_damped(total, pull, damping, key)).flatten(0, 1), {}
+        diagonal = torch.diag_embed(gram.double().diagonal(dim1=1, dim2=2))
+        shrunk = alpha * gram.double() + (1 - alpha) * diagonal
+        pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ shrunk
+        total.add_(shrunk, alpha=weight)
+    rows = (average + solve_damped(total, pull, damping, key)).flatten(0, 1)  # [C_out, K]
+    merged = {}
     if bias is not None:
         merged[bias] = rows[:, -1].reshape(means[bias].shape).to(like[bias].dtype)
         rows = rows[:, :-1]
@@ -135,13 +144,18 @@ def regmean_map(
 
 def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:
     """Return the bias that a Gram matrix ``[G, K, K]`` solves for too, if any; StateError unless it fits."""
-    weight, (groups, rows, _) = state[key], gram.shape
-    width, outputs = (len(weight), weight.shape[1]) if turned else (weight[0].numel(), len(weight))
-    bias = key.removesuffix("weight") + "bias" if rows == width + 1 else None
-    if outputs % groups or rows not in (width, width + 1) or (bias is not None and bias not in state):
-        found = f"the Gram matrix of '{key}' has {groups} groups of {rows} rows for {outputs} outputs, expected {width}"
-        raise StateError(f"{found}, or {width + 1} with a bias; compute the Gram matrices of these experts")
-    return bias
+    weight = state[key].T if turned else state[key]
+    outputs, width = len(weight), weight[0].numel()
+    groups, rows, _ = gram.shape
+    bias = key.removesuffix("weight") + "bias"
+    if outputs % groups == 0 and rows == width:
+        return None
+    if outputs % groups == 0 and rows == width + 1 and bias in state:
+        return bias
+    raise StateError(
+        f"the Gram matrix of '{key}' has {groups} groups of {rows} rows for {outputs} outputs, expected {width}, or "
+        f"{width + 1} with a bias; compute the Gram matrices of these experts"
+    )
 
 
 def _joint_map(state: State, key: str, bias: str | None, groups: int, turned: bool) -> Tensor:

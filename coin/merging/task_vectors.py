@@ -74,12 +74,14 @@ class Wudi(MergeMethod):
         initial, every = experts.initial()[0], experts.parameters
         network = experts.empty_model()
         left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
-        keys = {name: name.removesuffix(TRANSPOSED) for name in linear_maps(network)}
-        unchanged = {key for key in keys.values() if any(torch.equal(each[key], initial[key]) for each in every)}
-        changed = {name: key for name, key in keys.items() if key not in unchanged | {left_out}}
         merged = average_parameters(every, row)
-        for name, key in progress_bar(self.label, items=changed.items()):
-            grams = (_delta_gram(expert[key].double() - initial[key].double(), name != key) for expert in every)
+        for name in progress_bar(self.label, items=list(linear_maps(network))):
+            key = name.removesuffix(TRANSPOSED)
+            has_unchanged = any(torch.equal(expert[key], initial[key]) for expert in every)
+            if has_unchanged or key == left_out:
+                continue
+            is_turned = name != key
+            grams = (_delta_gram(expert[key].double() - initial[key].double(), is_turned) for expert in every)
             merged |= regmean_map(every, grams, row, name, alpha=1.0, damping=self.damping)
         yield Candidate({}, merged)
 
@@ -116,11 +118,12 @@ class TaskArithmetic(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
-        initial, every, merged = experts.initial()[0], experts.parameters, {}
+        initial, every = experts.initial()[0], experts.parameters
+        merged = {}
         for key, start in initial.items():
-            double = start.to(torch.promote_types(start.dtype, torch.float64))
-            step = weighted_mean(every, row, key, torch.float64) - double
-            merged[key] = (double + self.scale * len(row) * step).to(every[0][key].dtype)
+            theta_0 = start.double()
+            step = weighted_mean(every, row, key, torch.float64) - theta_0
+            merged[key] = (theta_0 + self.scale * len(row) * step).to(every[0][key].dtype)
         yield Candidate({}, merged)
 
 
@@ -159,33 +162,28 @@ class Ties(MergeMethod):
 def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
-    """Return `Ties`' merge, in the experts' types; of complex tensors the parts are entries of their own."""
+    """Return `Ties`' merge, in the experts' types."""
     thresholds = [_threshold(expert, initial, keep) for expert in experts]
     merged = {}
     for key, tensor in initial.items():
-        start, dtype = _parts(tensor), experts[0][key].dtype
-        steps = torch.stack([_parts(expert[key]) - start for expert in experts])
-        limits = steps.new_tensor(thresholds).reshape(-1, *[1] * start.ndim)
-        shares = steps.new_tensor(weights).reshape(limits.shape)
+        theta_0 = tensor.double()
+        steps = torch.stack([expert[key].double() - theta_0 for expert in experts])  # τ [N, …]
+        by_expert = (-1, *[1] * theta_0.ndim)
+        limits = steps.new_tensor(thresholds).reshape(by_expert)
+        shares = steps.new_tensor(weights).reshape(by_expert)
         steps = torch.where(steps.abs() >= limits, steps, torch.zeros_like(steps))
         elected = (shares * steps).sum(0).sign()
         agreeing = shares * ((steps.sign() == elected) & (elected != 0))
         share = agreeing.sum(0)
         step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
-        whole = start + scale * step
-        merged[key] = (torch.view_as_complex(whole) if dtype.is_complex else whole).to(dtype)
+        merged[key] = (theta_0 + scale * step).to(experts[0][key].dtype)
     return merged
 
 
 def _threshold(expert: State, initial: State, keep: float) -> float:
     """Return the magnitude of the smallest entry of a task vector that the trim keeps."""
-    sizes = torch.cat([(_parts(expert[key]) - _parts(start)).abs_().flatten() for key, start in initial.items()])
+    sizes = torch.cat([(expert[key].double() - start.double()).abs_().flatten() for key, start in initial.items()])
     place = len(sizes) - max(1, round(keep * len(sizes)))
     sizes = sizes.cpu()
     sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
     return float(sizes[place])
-
-
-def _parts(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, a complex one as its parts along an axis more."""
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()

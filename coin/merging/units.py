@@ -86,51 +86,51 @@ def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None) -> Trace:
     """Find the affine units of a network in eval mode, by running it on two and on three samples.
 
-    A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass, and
-    whose output has the samples, or several rows of each, in order along its leading dimension, as gradients say, and
-    not as activations have sorted them. A BatchNorm that alone and next reads a linear map's outputs is part of its
+    A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass. Its
+    output has the samples, or several rows of each, in order along its leading dimension; gradients show that they are
+    in order, and not sorted by activations. A BatchNorm that alone and next reads a linear map's outputs is part of its
     unit. Raises StateError where the calls depend on the number of samples.
 
-    Where values may decide where rows go, these may lie in order by chance: then it is run on `others` too, if given.
+    Where values may decide where rows go, these may lie in order by chance: then the network runs on `others` too, if
+    they are given.
     """
     parameters = floating_parameters(network)
-    two, three = (Tape(parameters) for _ in range(2))
+    probes = PROBES
     with evaluating(network), differentiable(parameters.values()):
-        for tape, count in ((two, 2), (three, 3)):
-            few = as_input(take(inputs, torch.arange(count) % size_of(inputs)), network)
-            output = tape.run(network, few)
+        two, three = Tape(parameters), Tape(parameters)
+        two.run(network, _samples(inputs, 2, network))
+        few = _samples(inputs, 3, network)
+        output = three.run(network, few)
         if two.weights != three.weights:
             found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
             raise StateError(f"{found}; {SAME_CALLS}")
         check_apart(network, few, output)
         general = _not_by_sample(three, output, parameters)
-        probes = PROBES
         if three.sorts and others is not None:
             more = Tape(parameters)
             output = more.run(network, as_input(others, network))
             general |= _not_by_sample(more, output, parameters)
             probes += size_of(others) * (1 + 2 * more.repetitions)
-    leading = {call.names.get("weight"): call.made for call in two.calls}
+    shapes_of_two = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]
     units: list[Unit] = []
-    for call, following in zip(calls, [*calls[1:], None][: len(calls)], strict=True):
+    for place, call in enumerate(calls):
         weight = call.names["weight"]
-        made = leading.get(weight, call.made)
-        affine = isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and not call.added)
-        per_row = isinstance(call, ConvolutionCall)  # whether a BatchNorm over the output has a channel for every row
-        per_row |= isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
-        leads = made[1:] == call.made[1:] and 3 * made[0] == 2 * call.made[0]
-        placed = general.isdisjoint(call.names.values()) and (not call.decided or made[:-1] == (2,))
-        if affine and leads and placed and not (units and units[-1].end == weight):
-            unit = _unit(call, parameters[weight].numel())
-            if following is not None and per_row and call.readers == 1:
-                norm, _, _ = following.names["weight"].rpartition(".")
-                own = following.source == call.node and general.isdisjoint(following.names.values())
-                if own and "bias" in following.names and isinstance(network.get_submodule(norm), _BatchNorm):
-                    unit = replace(unit, norm=norm)
-            units.append(unit)
-    largest = max((max(call.inputs.numel(), call.made.numel()) for call in calls), default=1)
+        is_norm_of_last = bool(units) and units[-1].end == weight
+        if is_norm_of_last or not _is_unit(call, shapes_of_two.get(weight, call.made), general):
+            continue
+        unit = _unit(call, parameters[weight].numel())
+        following = calls[place + 1] if place + 1 < len(calls) else None
+        if following is not None and _is_norm_of(following, call, network, general):
+            unit = replace(unit, norm=following.names["weight"].rpartition(".")[0])
+        units.append(unit)
+    largest = max((max(call.inputs.numel(), call.made.numel()) for call in calls), default=1)  # of three samples
     return Trace(units, three.weights, max(1, _ALIVE * largest // 3), probes)
+
+
+def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
+    """Return so many of the inputs, again from the first where there are fewer."""
+    return as_input(take(inputs, torch.arange(count) % size_of(inputs)), network)
 
 
 def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
@@ -143,17 +143,54 @@ def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor])
         return {*parameters}
 
 
+def _is_unit(call: Call, shape_of_two: tuple[int, ...], general: set[str]) -> bool:
+    """Whether a call on three samples is affine in its weight, its rows in order, and its parameters its own.
+
+    Args:
+        call: The call.
+        shape_of_two: Its output's shape on two samples.
+        general: The parameters of `_not_by_sample`.
+    """
+    is_scale = isinstance(call, ElementwiseCall) and not call.added
+    is_affine = is_scale or isinstance(call, LinearCall)
+    samples_lead = shape_of_two[1:] == call.made[1:] and 3 * shape_of_two[0] == 2 * call.made[0]
+    # Rows that activations have placed before the call: a single row for each sample cannot be out of order.
+    in_order = not call.decided or shape_of_two[:-1] == (2,)
+    return is_affine and samples_lead and in_order and general.isdisjoint(call.names.values())
+
+
+def _is_norm_of(norm: Call, call: Call, network: nn.Module, general: set[str]) -> bool:
+    """Whether a call is that of a BatchNorm which alone reads another call's output, a channel for each of its rows."""
+    if isinstance(call, ConvolutionCall):
+        is_per_row = True
+    else:
+        is_per_row = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
+    reads_it_alone = call.readers == 1 and norm.source == call.node
+    if not (is_per_row and reads_it_alone and "bias" in norm.names and general.isdisjoint(norm.names.values())):
+        return False
+    module = norm.names["weight"].rpartition(".")[0]
+    return isinstance(network.get_submodule(module), _BatchNorm)
+
+
 def _unit(call: Call, size: int) -> Unit:
-    """Return a ruled call on three samples as a unit without a BatchNorm, given its weight's number of entries."""
+    """Return a call on three samples as a unit without a BatchNorm, given its weight's number of entries."""
     shape = (call.made[0] // 3, *call.made[1:])
     if isinstance(call, ConvolutionCall):
         outputs, groups = shape[1], call.geometry.groups
     elif isinstance(call, LinearCall):
         outputs, groups = shape[-1], 1
     else:
-        outputs = groups = size
-    names, sizes = (call.names["weight"], call.names.get("bias")), (size // outputs, outputs // groups)
-    return Unit(*names, None, shape, prod(shape) // outputs, *sizes, isinstance(call, ConvolutionCall))
+        outputs, groups = size, size
+    return Unit(
+        weight=call.names["weight"],
+        bias=call.names.get("bias"),
+        norm=None,
+        shape=shape,
+        positions=prod(shape) // outputs,
+        unknowns=size // outputs,
+        outputs=outputs // groups,
+        is_convolution=isinstance(call, ConvolutionCall),
+    )
 
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
@@ -176,6 +213,15 @@ def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None)
     return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
+class UnitRows(NamedTuple):
+    """The rows of a unit's regression: q positions of each of P samples."""
+
+    inputs: Tensor  # what the weight multiplies [G, P·q, K']
+    entries: Tensor  # by which entries of its rows [K']: the others meet zeros alone
+    targets: Tensor  # the wanted outputs [P, q, G·O]
+    weights: Tensor  # the rows' weights [P, q]
+
+
 def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what a call's weight multiplies at the same positions [G, P·q, K'], and by which entries of a row [K']."""
     if isinstance(call, ConvolutionCall):
@@ -189,32 +235,37 @@ def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor,
 
 def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
-    size, channels, groups = tuple(inputs.shape[2:]), inputs.shape[1], geometry.groups
-    each, outputs = len(inputs) // samples, prod(geometry.output_size(size))
+    size = tuple(inputs.shape[2:])
+    channels, groups = inputs.shape[1], geometry.groups
+    images_each = len(inputs) // samples  # k
+    outputs = prod(geometry.output_size(size))  # positions of one image
     if places is None:
-        places = torch.arange(each * outputs, device=inputs.device)[None]
-    met, inside = geometry.met(places % outputs, size)
-    entries = torch.arange(channels // groups * met.shape[2], device=inputs.device).view(-1, met.shape[2])
-    alive = inside.flatten(0, 1).any(0)
-    alive[0] |= ~alive.any()  # one of zeros, where no tap meets an image
-    met, entries = (places // outputs)[..., None] * prod(size) + met[..., alive], entries[:, alive].T.flatten()
-    met = met.expand(samples, -1, -1)  # [P, q, taps]
-    inside = inside[..., alive].expand_as(met).flatten(0, 1)
-    images = inputs.reshape(samples, each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · places]
-    found = images.gather(2, met.flatten(1).expand(channels, -1, -1)).view(channels, *inside.shape)
+        places = torch.arange(images_each * outputs, device=inputs.device)[None]  # [1, q]
+    pixels, inside = geometry.met(places % outputs, size)  # [P or 1, q, taps]: pixels of an image, and whether of it
+    taps = inside.shape[2]
+    alive = inside.flatten(0, 1).any(0)  # [taps]
+    if not bool(alive.any()):
+        alive[0] = True  # where no tap meets an image: one of zeros
+    columns = torch.arange(channels // groups * taps, device=inputs.device).view(-1, taps)
+    entries = columns[:, alive].T.flatten()
+    image = (places // outputs)[..., None]
+    pixels = (image * prod(size) + pixels[..., alive]).expand(samples, -1, -1)  # of a sample's images [P, q, taps]
+    inside = inside[..., alive].expand_as(pixels).flatten(0, 1)  # [P·q, taps]
+    images = inputs.reshape(samples, images_each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · pixels]
+    values = images.gather(2, pixels.flatten(1).expand(channels, -1, -1)).view(channels, *inside.shape)
     if not bool(inside.all()):
-        found *= inside
-    found = found.view(groups, -1, *inside.shape).movedim(1, 3)
-    return found.to(sum_type(found)).flatten(2), entries
+        values *= inside
+    values = values.view(groups, -1, *inside.shape).movedim(1, 3)  # [G, P·q, taps, C/G]
+    return values.to(sum_type(values)).flatten(2), entries
 
 
 def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
     """Return x [P·k, *positions, …], with so many dimensions of positions, at places [P, q] of these: [P·q, …]."""
     if places is None:
         return x.reshape(-1, *x.shape[1 + dims :])
-    each = len(x) // samples
-    row, *position = torch.unravel_index(places, (each, *x.shape[1 : 1 + dims]))
-    first = each * torch.arange(samples, device=places.device)[:, None]
+    rows_each = len(x) // samples
+    row, *position = torch.unravel_index(places, (rows_each, *x.shape[1 : 1 + dims]))
+    first = rows_each * torch.arange(samples, device=places.device)[:, None]
     return x[(first + row, *position)].flatten(0, 1)
 
 
@@ -222,49 +273,58 @@ def fit_unit(
     network: nn.Module,
     unit: Unit,
     call: Call,
-    target: Tensor,
-    shares: Tensor,
+    rows: UnitRows,
     ridge: float,
-    rows: tuple[Tensor, Tensor],
     rounding: Rounding | None = None,
     tasks: Tensor | None = None,
 ) -> None:
-    """Refit a unit in place to targets [P, q, ·], at the call of its map in a forward pass of P samples.
+    """Refit a unit in place to its rows' targets, at the call of its map in a forward pass.
 
-    Shares are the weights [P, q] of the rows, which are of `input_rows`; the ridge is relative. With a rounding, which
-    takes the weight, the matrix is rounded, and the bias fitted to what that leaves.
+    The ridge is relative. With a rounding, which takes the weight, the matrix is rounded, and the bias fitted to what
+    that leaves. With the samples' tasks [P] each task has an intercept of its own.
     """
     weight = network.get_parameter(unit.weight)
-    turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
+    is_turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
+    inputs, entries = rows.inputs, rows.entries
+    flat = (weight.T if is_turned else weight).reshape(len(inputs), -1, unit.unknowns)  # [G, O, K]
+    outputs = inputs @ flat[..., entries].to(inputs).mT  # [G, P·q, O]
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
-    inputs, entries = rows
-    flat = (weight.T if turned else weight).reshape(len(inputs), -1, unit.unknowns)
+    bias = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
+    if bias is not None:
+        outputs += bias.to(inputs).reshape(len(inputs), 1, -1)
+    residual = rows.targets.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
 
     def rounded(step: Tensor, metric: Callable[[], Tensor]) -> Tensor:
         assert rounding is not None
-        whole = None
-        if unit.unknowns <= WIDEST:
-            known = metric()
-            whole = known.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(unit.unknowns).to(known)
-            whole[:, entries[:, None], entries] = known
-        return rounding.step(unit.weight, weight, _placed(step, entries, flat), whole, turned)[..., entries]
+        whole = _whole_metric(metric(), entries, unit.unknowns) if unit.unknowns <= WIDEST else None
+        step = rounding.step(unit.weight, weight, _placed(step, entries, flat), whole, is_turned)
+        return step[..., entries]
 
-    outputs = inputs @ flat[..., entries].to(inputs).mT
-    added = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
-    if added is not None:
-        outputs += added.to(inputs).reshape(len(inputs), 1, -1)
-    residual = target.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
-    ridge, change = ridge * len(entries) / unit.unknowns, None if rounding is None else rounded
-    own = None if tasks is None else tasks[:, None].expand(shares.shape).flatten().to(shares.device)
-    found = fit_affine(inputs, residual, shares.flatten(), ridge, intercept=shift is not None, change=change, tasks=own)
-    step, constant = found
+    row_tasks = None if tasks is None else tasks[:, None].expand(rows.weights.shape).flatten().to(inputs.device)
+    step, constant = fit_affine(
+        inputs,
+        residual,
+        rows.weights.flatten(),
+        ridge * len(entries) / unit.unknowns,
+        intercept=shift is not None,
+        change=None if rounding is None else rounded,
+        tasks=row_tasks,
+    )
     if rounding is not None:
         weight.copy_(rounding.weight(unit.weight))
     else:
         step = _placed(step, entries, flat).flatten(0, 1)
-        weight.add_((step.T if turned else step).reshape(weight.shape))
+        weight.add_((step.T if is_turned else step).reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
+
+
+def _whole_metric(metric: Tensor, entries: Tensor, unknowns: int) -> Tensor:
+    """Return a metric of some entries [G, K', K'] as one of all [G, K, K]; the others weigh as these do on average."""
+    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    whole = mean * torch.eye(unknowns).to(metric)
+    whole[:, entries[:, None], entries] = metric
+    return whole
 
 
 def _placed(step: Tensor, entries: Tensor, flat: Tensor) -> Tensor:

@@ -59,26 +59,29 @@ class UserMethod(Method):
     ) -> None:
         if callable(function):
             self._function: Any = function
-            function = f"{function.__module__}.{getattr(function, '__name__', type(function).__name__)}"
+            name = getattr(function, "__name__", type(function).__name__)
+            self.function = f"{function.__module__}.{name}"
         else:
             self._function = imported("function", str(function), "a Python function")
-        self.function, self.options = function, options or {}
+            self.function = str(function)
+        self.options = options or {}
         try:
             signature = inspect.signature(self._function)
             self._by_tensor = next(iter(signature.parameters), "") == "tensors"
             offered = {"row", "initial", "name", "layer"} if self._by_tensor else {"row", "initial"}
-            self._asks = offered & signature.parameters.keys()
+            self._requested = offered & signature.parameters.keys()
             inputs = (None,) if self._by_tensor else (None, None)
-            signature.bind(*inputs, **dict.fromkeys(self._asks), **self.options)
-            plain = inspect.unwrap(self._function)
-            inspect.getfile(plain)
+            signature.bind(*inputs, **dict.fromkeys(self._requested), **self.options)
+            written = inspect.unwrap(self._function)
+            inspect.getfile(written)
         except (TypeError, ValueError) as error:
-            expected = "a Python function of experts and calibration, or of tensors, that takes the options"
-            told = f"found function '{function}', expected {expected} {self.options} ({error})"
-            raise ConfigurationError(f"{told}; change it, or its options") from error
-        self.reads_initial = "initial" in self._asks
-        super().__init__(function.rpartition(".")[2].strip("<>") if label is None else label, compress)
-        self._content = source_of(plain) or ""  # of now: it may be edited while experts train
+            raise ConfigurationError(
+                f"found function '{self.function}', expected a Python function of experts and calibration, or of "
+                f"tensors, that takes the options {self.options} ({error}); change it, or its options"
+            ) from error
+        self.reads_initial = "initial" in self._requested
+        super().__init__(self.function.rpartition(".")[2].strip("<>") if label is None else label, compress)
+        self._content = source_of(written) or ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
         """Return a hash of the function's source file, and of modules beside it that this imports, at its import."""
@@ -116,14 +119,14 @@ class UserMethod(Method):
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
         """Call the function on the experts' tensors of each name, and return what it returns."""
         skeleton = experts.source.skeleton
-        head, learnt = f"{head_name(skeleton)}.", skeleton.state_dict()  # without masks, which are made
+        head = f"{head_name(skeleton)}."
+        learnt = skeleton.state_dict()  # without masks, which are made
         merged = {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)}
         starts = experts.initial() if self.reads_initial else ({}, {})
         for states, start in zip((experts.parameters, experts.buffers), starts, strict=True):
             for name, first in states[0].items():
                 owner = name.rpartition(".")[0]
-                is_count = not (first.is_floating_point() or first.is_complex())
-                if name not in learnt or is_count or f"{owner}.".startswith(head):
+                if name not in learnt or not first.is_floating_point() or f"{owner}.".startswith(head):
                     continue
                 tensors = [state[name].clone() for state in states]
                 initial = start[name].clone() if name in start else None
@@ -131,14 +134,17 @@ class UserMethod(Method):
                 made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
                 if not isinstance(made, Tensor) or made.shape != first.shape:
                     found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-                    told = f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape"
-                    raise ConfigurationError(f"{told} {list(first.shape)}; return the merged tensor")
+                    raise ConfigurationError(
+                        f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape "
+                        f"{list(first.shape)}; return the merged tensor"
+                    )
                 merged[name] = made.detach().to(first.dtype)
         return merged
 
     def _call(self, *inputs: Any, **offered: Any) -> Any:
         """Call the function with what it asks for and its options."""
-        return self._function(*inputs, **{name: offered[name] for name in self._asks}, **self.options)
+        requested = {name: offered[name] for name in self._requested}
+        return self._function(*inputs, **requested, **self.options)
 
 
 def _counted(network: nn.Module, experts: Experts) -> nn.Module:

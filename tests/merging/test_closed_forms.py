@@ -338,9 +338,9 @@ def test_what_a_method_needs_is_named(methods, message):
 def test_parts_are_of_every_expert():
     networks = [nn.Linear(2, 2) for _ in WEIGHTS]
     fishers = [dict(network.named_parameters()) for network in networks[:2]]
-    with pytest.raises(ConfigurationError, match="fisher statistics of 2 experts, expected 3"):
+    with pytest.raises(ConfigurationError, match="fishers of 2 experts, expected 3"):
         Experts(networks, fishers=fishers)
-    with pytest.raises(ConfigurationError, match="calibration inputs of 1 experts, expected 3"):
+    with pytest.raises(ConfigurationError, match="calibration of 1 experts, expected 3"):
         Experts(networks, calibration=[[torch.zeros(3, 2)]])
     with pytest.raises(ConfigurationError, match="found 1 experts, expected at least two"):
         Experts(networks[:1])

@@ -1,0 +1,198 @@
+"""The outputs of the experts to which a body's units are fitted, made group by group of units."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coin.core.batches import Batch, take
+from coin.errors import DataError, StateError
+from coin.merging.units import SAME_CALLS, Trace, Unit, floating_parameters, output_rows
+from coin.networks.calling import as_input
+from coin.networks.guard import evaluating
+from coin.statistics.intercept import Interceptor
+from coin.statistics.rules import Call
+from coin.statistics.sums import sum_type
+
+ROWS = 8  # of a regression for each of its unknowns
+LEAST = 256  # rows of a regression, where there are as many
+
+
+class Rows(NamedTuple):
+    """What units are fitted to on P samples."""
+
+    inputs: Batch
+    mixtures: Tensor  # every sample's mixture of the N experts' outputs [N, P]
+    shares: Tensor  # the samples' weights [P]
+    places: Mapping[str, Tensor | None]  # by a unit's weight its positions in every sample [P, q], or None for all
+
+
+def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Tensor, Tensor]:
+    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P].
+
+    The objective is `own_share` times the sum over tasks, each with its own expert, and for the rest the β-average on
+    all samples. A sum of squares with several targets is, up to a constant, one with the targets' weighted mean.
+    Raises DataError where a task that has a share in the row has no samples.
+    """
+    beta = torch.tensor(row, dtype=torch.float64)
+    counts = torch.bincount(task, minlength=len(row))
+    if own_share == 1:
+        missing = ((beta > 0) & (counts == 0)).nonzero().flatten().tolist()
+        if missing:
+            raise DataError(
+                f"found no calibration samples of task {missing[0]}, which has a share in the code row {list(row)}, "
+                "expected at least one; give some, raise memory_mib, or use target=both"
+            )
+    own = own_share * (beta / counts)[task]  # a task's samples weigh β_i together
+    mixed = torch.full_like(own, (1 - own_share) / len(task))  # all samples weigh alike
+    shares = own + mixed
+    mixtures = torch.outer(beta, mixed)
+    mixtures[task, torch.arange(len(task))] += own
+    return mixtures / shares.where(shares > 0, 1), shares
+
+
+def chosen_places(units: Sequence[Unit], task: Tensor, device: torch.device) -> dict[str, Tensor | None]:
+    """Return by units' weights the positions in every sample that are rows of the regression [P, q]; None for all.
+
+    A unit has `ROWS` rows for each of its unknowns, and `LEAST` at least. They are drawn alike from all positions, one
+    from each of q stretches, by the sample's place within its task: the order of the tasks does not matter.
+    """
+    order = torch.zeros_like(task)  # each sample's place within its task
+    for own in set(task.tolist()):
+        mine = task == own
+        order[mine] = torch.arange(int(mine.sum()))
+    generator = torch.Generator().manual_seed(0)
+    places: dict[str, Tensor | None] = {}
+    for unit in units:
+        count = math.ceil(max(LEAST, ROWS * unit.unknowns) / len(task))  # q
+        if count >= unit.positions:
+            places[unit.weight] = None
+            continue
+        offsets = torch.rand(int(order.max()) + 1, count, generator=generator)[order]
+        drawn = (torch.arange(count) + offsets) * unit.positions / count
+        places[unit.weight] = drawn.long().clamp(max=unit.positions - 1).to(device)
+    return places
+
+
+def grouped(units: Iterable[Unit], rows: Rows, budget: float) -> list[list[Unit]]:
+    """Return units in groups whose targets take at most `budget` bytes together; a group has one unit at least."""
+    samples = rows.mixtures.shape[1]
+    groups: list[list[Unit]] = []
+    left = -1.0
+    for unit in units:
+        places = rows.places[unit.weight]
+        size = samples * unit.target_bytes(unit.positions if places is None else places.shape[1])
+        if left < size:
+            groups.append([])
+            left = budget
+        groups[-1].append(unit)
+        left -= size
+    return groups
+
+
+class ExpertOutputs:
+    """The mixtures of the experts' outputs to which the units of a trace are fitted, made in the units' order.
+
+    For each group of units (`grouped`) every expert runs on the samples of whose mixtures it is part, `batch_size` at
+    once.
+
+    Attributes:
+        passes: The samples that have passed through experts.
+        total: All steps of the progress: these passes, and one of the coded network on every sample.
+        advance: Called with the steps done.
+    """
+
+    def __init__(
+        self,
+        experts: Callable[[], Iterable[nn.Module]],
+        trace: Trace,
+        rows: Rows,
+        batch_size: int,
+        budget: float,
+    ) -> None:
+        self._experts = experts
+        self._trace = trace
+        self._rows = rows
+        self._batch_size = batch_size
+        self._groups = grouped(trace.units, rows, budget)
+        self._made: dict[str, Tensor] = {}
+        self._popped = 0
+        self._samples = rows.mixtures.shape[1]
+        self.passes = 0
+        self.total = len(self._groups) * int(rows.mixtures.count_nonzero()) + self._samples
+        self.advance: Callable[[int], None] = lambda _: None
+
+    def pop(self, weight: str) -> Tensor:
+        """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
+
+        Raises StateError where an expert makes other calls than the traced network, or gives outputs of another shape.
+        """
+        while weight not in self._made:
+            self._make(self._groups.pop(0))
+        # Of the coded network's own pass every unit gets whole samples, which sum to all.
+        units = len(self._trace.units)
+        before = self._popped * self._samples // units
+        self._popped += 1
+        self.advance(self._popped * self._samples // units - before)
+        return self._made.pop(weight)
+
+    def _make(self, group: Sequence[Unit]) -> None:
+        """Run all experts for the targets of a group of units."""
+        ends = {unit.end: unit for unit in group}
+        for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
+            samples = mixture.nonzero().flatten()
+            for part in samples.split(self._batch_size):
+                if len(part):
+                    self._add(network, ends, part, mixture)
+                    self.passes += len(part)
+                    self.advance(len(part))
+
+    def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
+        """Run an expert on the samples `part` [p], and add its share of the units' targets by its mixture [P]."""
+        known = set(self._trace.calls)
+        made: list[str] = []
+
+        def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+            weight = names.get("weight", "")
+            if weight not in known:
+                return None
+            made.append(weight)
+            output = function()
+            if weight in ends:
+                self._add_rows(ends[weight], call, output, part, mixture)
+            return output
+
+        with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+            network(as_input(take(self._rows.inputs, part), network))
+        if made != self._trace.calls:
+            raise StateError(f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}")
+
+    def _add_rows(self, unit: Unit, call: Call, output: Tensor, part: Tensor, mixture: Tensor) -> None:
+        """Add an expert's share of one unit's targets, given the output of its last call on the samples `part`."""
+        if len(output) % len(part):
+            check_rows(unit, len(output), len(part))
+        shape = (len(output) // len(part), *output.shape[1:])
+        if shape != unit.shape:
+            found = f"'{unit.end}' gives {[*shape]} a sample in an expert and {[*unit.shape]} in the coded network"
+            raise StateError(f"{found}; {SAME_CALLS}")
+        places = self._rows.places[unit.weight]
+        if places is not None:
+            places = places[part.to(places.device)]
+        rows = output_rows(call, output, len(part), places)  # [p·q, O]
+        rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+        if unit.weight not in self._made:
+            self._made[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
+        share = mixture[part].to(rows)[:, None, None]
+        self._made[unit.weight].index_add_(0, part.to(rows.device), rows * share)
+
+
+def check_rows(unit: Unit, rows: int, samples: int) -> None:
+    """Raise StateError where a call of a unit is not on all samples at once, as of a network that runs in chunks."""
+    expected = samples * unit.shape[0]
+    if rows != expected:
+        raise StateError(
+            f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}; give a network that "
+            "runs a batch at once, not in chunks"
+        )
