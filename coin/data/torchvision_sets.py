@@ -10,12 +10,11 @@ from torchvision import datasets
 
 from coin.data.image_folder import IN_MEMORY
 from coin.data.samples import Samples, Source, hold_out, read_splits
-from coin.data.task import TaskData, once
-from coin.errors import DataError
+from coin.data.task import TaskData, unusable_files
 
-_BY_SPLIT = {"split": "train"}, {"split": "test"}
-_VALIDATED = {"split": "train"}, {"split": "val"}, {"split": "test"}
-_LETTERS = {"split": "letters", "train": True}, {"split": "letters", "train": False}
+_BY_SPLIT = ({"split": "train"}, {"split": "test"})
+_VALIDATED = ({"split": "train"}, {"split": "val"}, {"split": "test"})
+_LETTERS = ({"split": "letters", "train": True}, {"split": "letters", "train": False})
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _CIFAR100 = (
@@ -50,12 +49,13 @@ class TorchvisionTask(TaskData):
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root, self.download = Path(root), download
+        self.root = Path(root)
+        self.download = download
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
         if self.download and self.downloadable:
-            once(self._shared.facts, "downloaded", lambda: self._open(download=True))
+            self.once("downloaded", lambda: self._open(download=True))
 
     def check_files(self) -> None:
         """Refuse files that cannot be read and are not to be downloaded."""
@@ -64,26 +64,26 @@ class TorchvisionTask(TaskData):
 
     def load(self) -> Source:
         """Read the downloaded files."""
-        return Source(*(Samples.of(*self.tensors(split)) for split in self._open(download=False)))
+        train, test = (Samples.of(*self.tensors(split)) for split in self._open(download=False))
+        return Source(train, test)
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
         images = torch.as_tensor(dataset.data)
-        images = images.unsqueeze(1) if images.ndim == 3 else images
-        images = images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
+        if images.ndim == 3:  # grey
+            images = images.unsqueeze(1)
+        if images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2)
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         return images.contiguous(), torch.as_tensor(labels)
 
     def _open(self, download: bool) -> list[Any]:
-        name, place = type(self).__name__, (self.root / self.folder).absolute()
+        name = type(self).__name__
         kind = getattr(datasets, name.removesuffix("Letters"))
         try:
             return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
-            found = f"{name}: {'the download failed and ' * download}there are no usable files in {place}"
-            told = f"{found} ({str(error)[:200] or type(error).__name__})"
-            advice = "copy torchvision's files there and set download: false, or set download: true and use a Trainer"
-            raise DataError(f"{told}; {advice}") from error
+            raise unusable_files(name, self.root / self.folder, download, error) from error
 
 
 class MNIST(TorchvisionTask, folder="MNIST/raw", names=string.digits):
@@ -128,14 +128,18 @@ class ImageFiles(TorchvisionTask):
     def files(self, dataset: Any) -> list[tuple[str, int]]:
         """The paths and labels of an opened data set."""
         if hasattr(dataset, "_image_files"):
-            return list(zip(map(str, dataset._image_files), dataset._labels, strict=True))
-        return [(str(path), label) for path, label in getattr(dataset, "_samples", None) or dataset.samples]
+            return [(str(path), label) for path, label in zip(dataset._image_files, dataset._labels, strict=True)]
+        samples = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
+        return [(str(path), label) for path, label in samples]
 
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
         splits = [sorted(self.files(split)) for split in self._open(download=False)]
-        parts = read_splits(splits, self.image_size, IN_MEMORY)
-        return hold_out(parts[0], self.split_seed) if len(parts) == 1 else Source(parts[0], parts[-1], *parts[1:-1])
+        train, *others = read_splits(splits, self.image_size, IN_MEMORY)
+        if not others:
+            return hold_out(train, self.split_seed)
+        *validation, test = others
+        return Source(train, test, *validation)
 
 
 class GTSRB(ImageFiles, folder="gtsrb", names=range(43), arguments=_BY_SPLIT):

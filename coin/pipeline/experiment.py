@@ -145,7 +145,7 @@ class Experiment:
             check_heads(self.network, data.head is not None, name)
         for name, data in self.tasks.items():
             own = self.expert.of(name)
-            data.check_augmentation(own.augmentation, own.transform)
+            data.check_augmentation(own.augmentation)
             for method in self.methods:
                 data.check_augmentation(Augmentation(method.augmentation))
 

@@ -14,7 +14,6 @@ from coin.modules import Expert
 from coin.modules.recipe import OneCycle
 from coin.networks import load_network
 
-JITTER = {"class_path": "torchvision.transforms.v2.ColorJitter", "init_args": {"brightness": 0.5}}
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 SQUEEZENET = {"network": "squeezenet1_1", "image_size": 32, "options": {"dropout": 0.5}}
 
@@ -212,7 +211,7 @@ def trained(tmp_path, synthetic, make_trainer):
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic, trained, network):
     def task():
         size = network["image_size"]
-        return synthetic(train=20, image_size=size, augmentation="crop", seed=4, transform=JITTER)
+        return synthetic(train=20, image_size=size, augmentation="crop", seed=4)
 
     undisturbed = trained("undisturbed", task=task(), **network)
     with pytest.raises(KeyError, match="killed"):

@@ -48,25 +48,6 @@ def test_a_task_may_train_its_head_alone(make_expert: Any) -> None:
     assert not any("running" in name for name in found)
 
 
-FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
-NESTED = {"class_path": "torchvision.transforms.v2.RandomApply", "init_args": {"transforms": [FLIP], "p": 1.0}}
-
-
-def test_a_transform_of_a_task_or_of_an_expert_makes_another_expert(make_expert: Any) -> None:
-    """And the training step is done again, since its key has changed."""
-    plain, _ = make_expert("digits")
-    digits = {"class_path": "Digits", "init_args": {"max_train": 120, "max_test": 77, "transform": FLIP}}
-    tasks = {"digits": digits, "b": {"class_path": "Digits"}}
-    experts = [
-        make_expert("digits", transform=FLIP)[0],
-        make_expert("digits", overrides={"digits": {"transform": [NESTED]}})[0],
-        make_expert("digits", tasks=tasks)[0],
-    ]
-    assert all(changed(expert, plain) for expert in experts)
-    assert not any(changed(expert, experts[0]) for expert in experts)  # all three ways name one transform
-    assert not changed(make_expert("digits", transform=[], tasks=tasks)[0], plain)
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -98,7 +79,6 @@ def test_what_does_not_fit_the_network_is_told_before_the_base_is_trained(
         ("optimizer", "AdamW"),
         ("lr_scheduler", {"class_path": "StepLR", "init_args": {"step_size": 3}}),
         ("trainable", ["head", "fc.*"]),
-        ("transform", [NESTED]),
     ],
 )
 def test_overrides_on_the_command_line_are_plain_values_of_their_types(name: str, value: Any, config: Path) -> None:
