@@ -61,13 +61,22 @@ class Clinc(TextTask):
     def load(self) -> Source:
         """Read and tokenise the texts."""
         data = self._json("data_full.json")
-        return Source(self._split(data["train"]), self._split(data["test"]), self._split(data["val"]))
+        return Source(
+            train=self._split(data["train"]),
+            test=self._split(data["test"]),
+            validation=self._split(data["val"]),
+        )
 
     def _split(self, rows: list[tuple[str, str]]) -> Samples:
         """Return the samples of the domain, of rows of a text and its intent."""
         labels = {intent: label for label, intent in enumerate(self.class_names())}
-        own = [(text, labels[intent]) for text, intent in rows if intent in labels]
-        return self.samples([text for text, _ in own], [label for _, label in own])
+        texts = []
+        targets = []
+        for text, intent in rows:
+            if intent in labels:
+                texts.append(text)
+                targets.append(labels[intent])
+        return self.samples(texts, targets)
 
     def _json(self, name: str) -> Any:
         return json.loads(self._file(name).read_text(encoding="utf-8"))

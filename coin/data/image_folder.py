@@ -69,11 +69,15 @@ class ImageFolder(TaskData):
         return self.once("content", self._hash_files)
 
     def _hash_files(self) -> str:
-        paths = [Path(path) for split in sorted(self.files()) for path, _ in self.files()[split]]
+        paths: list[Path] = []
+        for images in self.files().values():
+            paths += [Path(path) for path, _ in images]
         most = KEYED_BYTES // len(paths)
         digest = sha256()
         for path in paths:
-            digest.update(f"{path.relative_to(self.root).as_posix()}:{path.stat().st_size};".encode())
+            name = path.relative_to(self.root).as_posix()
+            size = path.stat().st_size
+            digest.update(f"{name}:{size};".encode())
             with path.open("rb") as file:
                 digest.update(file.read(most))
         return digest.hexdigest()
@@ -84,7 +88,8 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         place = folder.absolute()
         raise DataError(f"{place} does not exist; expected images as {place}/CLASS/image.png; set root")
-    names = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    folders = [each for each in folder.iterdir() if each.is_dir()]
+    names = sorted(each.name for each in folders if not each.name.startswith("."))
     if len(names) < 2:
         raise DataError(f"{folder} holds {len(names)} class folder(s); expected at least 2")
     return tuple(names)
@@ -98,7 +103,8 @@ def _images_in(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
         raise DataError(f"{folder} has not the class folders of train, such as {odd!r}; both need the same")
     images = []
     for label, name in enumerate(classes):
-        paths = [path for path in sorted((folder / name).glob("[!.]*")) if path.suffix.lower() in EXTENSIONS]
+        files = sorted((folder / name).glob("[!.]*"))
+        paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
         if not paths:
             raise DataError(f"{folder / name} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
         images += [(str(path), label) for path in paths]

@@ -62,7 +62,8 @@ def read_file(path: str, side: int, native: bool = False) -> NDArray[np.uint8]:
     """Read one image file as `to_square` does; a `DataError` if ``native`` and it is not ``side`` × ``side``."""
     with open_image(path) as image:
         if native and image.size != (side, side):
-            raise DataError(f"{path} is {image.width} × {image.height} pixels; expected {side} × {side}")
+            width, height = image.size
+            raise DataError(f"{path} is {width} × {height} pixels; expected {side} × {side}")
         return to_square(image, side)
 
 
@@ -92,12 +93,14 @@ class LazyImages:
 
     def __getitem__(self, positions: Tensor, /) -> Tensor:
         """The images at these positions (int64 [B]), uint8 [B, 3, side, side]."""
-        images = [read_file(path, self.side) for path in self._paths[positions.numpy()].tolist()]
+        paths = self._paths[positions.numpy()].tolist()
+        images = [read_file(path, self.side) for path in paths]
         return torch.from_numpy(np.stack(images))
 
     def decoded(self, positions: Tensor) -> Tensor:
         """The same as indexing, in parallel: for a selection that is to stay in memory."""
-        return read_in_parallel(self._paths[positions.numpy()].tolist(), self.side)
+        paths = self._paths[positions.numpy()].tolist()
+        return read_in_parallel(paths, self.side)
 
 
 def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
@@ -107,9 +110,12 @@ def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) ->
     """
     with open_image(paths[0]) as first:
         width, height = first.size
-    if width == height <= image_size and 3 * width**2 * len(paths) <= most:
+    bytes_as_they_are = 3 * width**2 * len(paths)
+    bytes_resized = 3 * image_size**2 * len(paths)
+    is_small_square = width == height and width <= image_size
+    if is_small_square and bytes_as_they_are <= most:
         with suppress(DataError):  # one of another size; a damaged one is refused below
             return read_in_parallel(paths, width, native=True)
-    if 3 * image_size**2 * len(paths) <= most:
+    if bytes_resized <= most:
         return read_in_parallel(paths, image_size)
     return LazyImages(paths, image_size)

@@ -96,7 +96,8 @@ def read_splits(splits: Sequence[Sequence[tuple[str, int]]], image_size: int, mo
 
 def hold_out(samples: Samples, seed: int) -> Source:
     """Split a source that comes in one piece: a stratified fifth of it is left for testing."""
-    test, train = samples.stratified(round(0.2 * len(samples)), seeded(seed, Stream.TEST_SPLIT))
+    fifth = round(0.2 * len(samples))
+    test, train = samples.stratified(fifth, seeded(seed, Stream.TEST_SPLIT))
     return Source(train, test)
 
 
@@ -116,7 +117,8 @@ def split_source(source: Source, share: float, seed: int, max_train: int | None,
         if max_train is not None and max_train < len(train):
             count = max(1, round(count * max_train / len(train)))  # validation shrinks in proportion
         validation = source.train.subset(order[:count].sort().values)
-    return Source(source.train.subset(train[:max_train].sort().values), test, validation)
+    limited = train[:max_train].sort().values
+    return Source(source.train.subset(limited), test, validation)
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,11 @@ class Calibration:
     @classmethod
     def of_batches(cls, batches: Sequence[Batch]) -> Self:
         """All samples of batches ``[B, …]`` in memory, in their order, in batches as large as the largest."""
-        samples = [sample for batch in batches for sample in samples_of(batch)]
-        batch_size = max([1, *map(size_of, batches)])
+        samples: list[Batch] = []
+        batch_size = 1
+        for batch in batches:
+            samples += samples_of(batch)
+            batch_size = max(batch_size, size_of(batch))
         return cls.of(MemorySamples(samples), image_size=0, batch_size=batch_size)
 
     @property
@@ -191,8 +196,9 @@ class Calibration:
         batches = []
         for number in part.unique().tolist() or [0]:
             own = (part == number).nonzero().flatten()
+            samples = self.parts[number]
             places.append(own)
-            batches.append(self.parts[number].inputs(position[own], self.image_size, view, self.device))
+            batches.append(samples.inputs(position[own], self.image_size, view, self.device))
         if len(batches) == 1:
             return batches[0]
         return take(joined(batches), torch.cat(places).argsort())
@@ -211,8 +217,9 @@ class Calibration:
         count = self.num_samples
         if count < 2:
             raise DataError(f"found {count} calibration samples, expected at least 2: one to be held out")
-        held_out = min(max(1, round(share * count)), count - 1)
-        return self.subset(range(count - held_out)), self.subset(range(count - held_out, count))
+        held_out = max(1, round(share * count))
+        border = count - min(held_out, count - 1)
+        return self.subset(range(border)), self.subset(range(border, count))
 
     @property
     def labels(self) -> Tensor:
@@ -234,13 +241,20 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     part = []
     progress = []  # of each sample through its task's, in (0, 1)
     for each in calibrations:
+        count = each.num_samples
         part.append(each.part + len(parts))
         parts += each.parts
-        progress.append((torch.arange(each.num_samples, dtype=torch.float64) + 0.5) / each.num_samples)
+        progress.append((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     order = torch.argsort(torch.cat(progress), stable=True)
     position = torch.cat([each.position for each in calibrations])
-    batch_size = max(each.batch_size for each in calibrations)
-    return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], batch_size, calibrations[0].device)
+    return Calibration(
+        parts=parts,
+        part=torch.cat(part)[order],
+        position=position[order],
+        image_size=sizes[0],
+        batch_size=max(each.batch_size for each in calibrations),
+        device=calibrations[0].device,
+    )
 
 
 @dataclass
@@ -256,6 +270,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
+        positions = draw.positions
         if isinstance(self.samples, Calibration):
-            return draw.positions, self.samples.inputs(draw.positions, view)
-        return self.samples.images(draw.positions, view), self.samples.targets[draw.positions]
+            return positions, self.samples.inputs(positions, view)
+        return self.samples.images(positions, view), self.samples.targets[positions]

@@ -57,8 +57,9 @@ def read_head(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     prompts = found.pop("prompts", None)
     classes = found.pop("classes", None)
     are_prompts = is_list_of_names(prompts) and all("{}" in prompt for prompt in prompts)
-    are_classes = classes is None or (is_list_of_names(classes) and len(set(classes)) == len(classes))
-    if found or not are_prompts or not are_classes:
+    are_classes = classes is None or is_list_of_names(classes)
+    has_repeats = classes is not None and are_classes and len(set(classes)) < len(classes)
+    if has_repeats or found or not are_prompts or not are_classes:
         expected = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, of distinct names, or a file"
         raise ConfigurationError(f"found head {section or given!r:.200}, expected {expected}")
     return {"zero_shot": {"prompts": prompts, "classes": classes}}
@@ -164,7 +165,8 @@ class TaskData(LightningDataModule, ABC):
         if self.head is None:
             return None
         section = self.head["zero_shot"]
-        return section["prompts"], section["classes"] or [name.replace("_", " ") for name in self.class_names()]
+        own = [name.replace("_", " ") for name in self.class_names()]
+        return section["prompts"], section["classes"] or own
 
     @property
     def num_classes(self) -> int:
@@ -213,8 +215,9 @@ class TaskData(LightningDataModule, ABC):
             if not len(part):
                 raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
             least, most = map(int, part.targets.aminmax())
-            if least < 0 or most >= count:
-                raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {count - 1}")
+            last = count - 1
+            if least < 0 or most > last:
+                raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {last}")
             check_stored(part.images(torch.tensor([0])))
         return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
 
@@ -265,17 +268,18 @@ class TaskData(LightningDataModule, ABC):
         return self._drawn(validation, Stream.PROMISE, samples, batch_size, name)
 
     def _drawn(self, part: Samples, stream: Stream, samples: int, batch_size: int, name: str | None) -> Calibration:
-        if samples > len(part):
-            own = type(self).__name__
-            task = f"the task '{name}' ({own})" if name else own
-            split, option = "training", "samples_per_task"
-            if stream is Stream.PROMISE:
-                split, option = "validation", "promise_samples"
+        most = len(part)
+        if samples > most:
+            kind = type(self).__name__
+            task = f"the task '{name}' ({kind})" if name else kind
+            use = stream.name.lower()
+            split = "validation" if stream is Stream.PROMISE else "training"
+            option = "promise_samples" if stream is Stream.PROMISE else "samples_per_task"
             raise DataError(
-                f"{samples} {stream.name.lower()} samples asked of {task}, whose {split} split has {len(part)}; "
-                f"set {option} to {len(part)} or less, or change validation_share"
+                f"{samples} {use} samples asked of {task}, whose {split} split has {most}; "
+                f"set {option} to {most} or less, or change validation_share"
             )
-        order = torch.randperm(len(part), generator=seeded(self.seed, stream))
+        order = torch.randperm(most, generator=seeded(self.seed, stream))
         chosen = part.subset(order[:samples])
         held = self.once((*self._key, self.seed, samples, stream), chosen.held)
         return Calibration.of(held, self.image_size, batch_size)

@@ -48,7 +48,9 @@ class Tasks(LightningDataModule):
         sizes = {name: task.image_size for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
-        self.tasks = {name: task if seed is None else task_with(task, seed=seed) for name, task in tasks.items()}
+        self.tasks = dict(tasks)
+        if seed is not None:
+            self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out
@@ -78,9 +80,10 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        return {
-            name: task.calibration(self.samples_per_task, self.batch_size, name) for name, task in self.tasks.items()
-        }
+        found = {}
+        for name, task in self.tasks.items():
+            found[name] = task.calibration(self.samples_per_task, self.batch_size, name)
+        return found
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
@@ -90,11 +93,18 @@ class Tasks(LightningDataModule):
         """Return all tasks' promise samples, interleaved; none where there are to be none."""
         if not self.promise_samples:
             return None
-        return pooled([task.promise(self.promise_samples, self.batch_size, name) for name, task in self.tasks.items()])
+        found = []
+        for name, task in self.tasks.items():
+            found.append(task.promise(self.promise_samples, self.batch_size, name))
+        return pooled(found)
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
-        return self.calibration() if self.held_out == 0 else self.calibration().split(self.held_out)[0]
+        everything = self.calibration()
+        if self.held_out == 0:
+            return everything
+        fitted, _ = everything.split(self.held_out)
+        return fitted
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The calibration samples to train on, shuffled from (seed, epoch): positions ``[B]`` and inputs ``[B, …]``."""
@@ -104,7 +114,10 @@ class Tasks(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list with a share of 0."""
-        return [] if self.held_out == 0 else self._loader(self.calibration().split(self.held_out)[1])
+        if self.held_out == 0:
+            return []
+        _, held_out = self.calibration().split(self.held_out)
+        return self._loader(held_out)
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""

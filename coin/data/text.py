@@ -42,7 +42,8 @@ class TextTask(TaskData):
         padding = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
         tokenizer.enable_padding(pad_id=padding, length=self.max_tokens)
         tokenizer.enable_truncation(self.max_tokens)
-        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        encodings = tokenizer.encode_batch(list(texts))
+        rows = [each.ids for each in encodings]
         tokens = torch.tensor(rows, dtype=torch.int64).view(-1, self.max_tokens)
         return Samples.of(tokens, torch.tensor(labels))
 
@@ -68,7 +69,12 @@ class TextFile(TextTask):
 
     def class_names(self) -> tuple[str, ...]:
         """The distinct labels of the training file, sorted."""
-        return self.once("labels", lambda: tuple(sorted(set(self._table(self.train)[self.label_column]))))
+
+        def find() -> tuple[str, ...]:
+            labels = self._table(self.train)[self.label_column]
+            return tuple(sorted(set(labels)))
+
+        return self.once("labels", find)
 
     def check_files(self) -> None:
         """Refuse files that are missing, without their columns, or with a class that the training file lacks."""
@@ -93,7 +99,8 @@ class TextFile(TextTask):
 
     def _checked(self, path: Path) -> pd.DataFrame:
         table = self._table(path)
-        unknown = sorted(set(table[self.label_column]) - set(self.class_names()))
+        labels = set(table[self.label_column])
+        unknown = sorted(labels.difference(self.class_names()))
         if unknown:
             raise DataError(f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same")
         return table

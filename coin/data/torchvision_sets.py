@@ -37,15 +37,9 @@ class TorchvisionTask(TaskData):
     """
 
     folder: ClassVar[str]  # where torchvision keeps the files, under root
-    # torchvision's arguments beside root and download: of the training, any validation, the test split.
+    # Torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
     downloadable: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        """Set these, and the classes' `names`, to what the ``class`` statement of a set gives."""
-        super().__init_subclass__()
-        for name, value in given.items():
-            setattr(cls, name, tuple(map(str, value)) if name == "names" else value)
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -64,8 +58,10 @@ class TorchvisionTask(TaskData):
 
     def load(self) -> Source:
         """Read the downloaded files."""
-        train, test = (Samples.of(*self.tensors(split)) for split in self._open(download=False))
-        return Source(train, test)
+        train, test = self._open(download=False)
+        train_images, train_labels = self.tensors(train)
+        test_images, test_labels = self.tensors(test)
+        return Source(Samples.of(train_images, train_labels), Samples.of(test_images, test_labels))
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
@@ -86,40 +82,68 @@ class TorchvisionTask(TaskData):
             raise unusable_files(name, self.root / self.folder, download, error) from error
 
 
-class MNIST(TorchvisionTask, folder="MNIST/raw", names=string.digits):
+class MNIST(TorchvisionTask):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
+    folder = "MNIST/raw"
+    names = tuple(string.digits)
 
-class FashionMNIST(TorchvisionTask, folder="FashionMNIST/raw", names=datasets.FashionMNIST.classes):
+
+class FashionMNIST(TorchvisionTask):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
+    folder = "FashionMNIST/raw"
+    names = tuple(datasets.FashionMNIST.classes)
 
-class KMNIST(TorchvisionTask, folder="KMNIST/raw", names=datasets.KMNIST.classes):
+
+class KMNIST(TorchvisionTask):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
+    folder = "KMNIST/raw"
+    names = tuple(datasets.KMNIST.classes)
 
-class EMNISTLetters(TorchvisionTask, folder="EMNIST/raw", names=string.ascii_lowercase, arguments=_LETTERS):
+
+class EMNISTLetters(TorchvisionTask):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
+
+    folder = "EMNIST/raw"
+    names = tuple(string.ascii_lowercase)
+    arguments = _LETTERS
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The letters upright (EMNIST stores them transposed) and labelled from 0 (EMNIST counts from 1)."""
-        return dataset.data.transpose(1, 2).unsqueeze(1).contiguous(), dataset.targets - 1
+        images = dataset.data.transpose(1, 2).unsqueeze(1)
+        return images.contiguous(), dataset.targets - 1
 
 
-class CIFAR10(TorchvisionTask, folder="cifar-10-batches-py", names=_CIFAR10):
+class CIFAR10(TorchvisionTask):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
+    folder = "cifar-10-batches-py"
+    names = _CIFAR10
 
-class CIFAR100(TorchvisionTask, folder="cifar-100-python", names=_CIFAR100.split()):
+
+class CIFAR100(TorchvisionTask):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
+    folder = "cifar-100-python"
+    names = tuple(_CIFAR100.split())
 
-class SVHN(TorchvisionTask, folder="", names=string.digits, arguments=_BY_SPLIT):
+
+class SVHN(TorchvisionTask):
     """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
+    folder = ""
+    names = tuple(string.digits)
+    arguments = _BY_SPLIT
 
-class STL10(TorchvisionTask, folder="stl10_binary", names=_STL10, arguments=_BY_SPLIT):
+
+class STL10(TorchvisionTask):
     """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
+
+    folder = "stl10_binary"
+    names = _STL10
+    arguments = _BY_SPLIT
 
 
 class ImageFiles(TorchvisionTask):
@@ -142,25 +166,47 @@ class ImageFiles(TorchvisionTask):
         return Source(train, test, *validation)
 
 
-class GTSRB(ImageFiles, folder="gtsrb", names=range(43), arguments=_BY_SPLIT):
+class GTSRB(ImageFiles):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images."""
 
+    folder = "gtsrb"
+    names = tuple(map(str, range(43)))
+    arguments = _BY_SPLIT
 
-class DTD(ImageFiles, folder="dtd", names=range(47), arguments=_VALIDATED):
+
+class DTD(ImageFiles):
     """Photographs of textures in 47 classes, the first partition: 1,880 images each to train, validate and test on."""
 
+    folder = "dtd"
+    names = tuple(map(str, range(47)))
+    arguments = _VALIDATED
 
-class EuroSAT(ImageFiles, folder="eurosat", names=range(10), arguments=({},)):
+
+class EuroSAT(ImageFiles):
     """Satellite images of 10 kinds of land, 64×64 RGB; 27,000 images, of which a stratified fifth is for testing."""
 
+    folder = "eurosat"
+    names = tuple(map(str, range(10)))
+    arguments = ({},)
 
-class StanfordCars(ImageFiles, folder="stanford_cars", downloadable=False, names=range(196), arguments=_BY_SPLIT):
+
+class StanfordCars(ImageFiles):
     """Photographs of 196 models of cars; 8,144 and 8,041 images. Its address is gone: put its files there by hand."""
 
+    folder = "stanford_cars"
+    downloadable = False
+    names = tuple(map(str, range(196)))
+    arguments = _BY_SPLIT
 
-class SUN397(ImageFiles, folder="SUN397", downloadable=False, names=range(397), arguments=({},)):
+
+class SUN397(ImageFiles):
     """Photographs of 397 kinds of places; 108,754 images, 37 GB, of which a stratified fifth is for testing.
 
     Its address is gone (https://github.com/pytorch/vision/issues/9348): put its files there by hand. The benchmark's
     own test images are a partition that torchvision does not know: take `ImageFolder` for these.
     """
+
+    folder = "SUN397"
+    downloadable = False
+    names = tuple(map(str, range(397)))
+    arguments = ({},)

@@ -57,8 +57,10 @@ def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Te
         images = F.pad(images, (horizontal, horizontal, vertical, vertical))
     if view.augmentation is Augmentation.crop_flip:
         columns = torch.where(flip == 1, columns.flip(1), columns)
-    sample = torch.arange(len(images))[:, None, None]
-    pixels = images[sample, :, rows[:, :, None], columns[:, None, :]]  # [B, H, W, C]
+    sample = torch.arange(len(images))[:, None, None]  # [B, 1, 1]
+    row = rows[:, :, None]  # [B, H, 1]
+    column = columns[:, None, :]  # [B, 1, W]
+    pixels = images[sample, :, row, column]  # [B, H, W, C]
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
@@ -91,8 +93,8 @@ def to_input(stored: Tensor, image_size: int) -> Tensor:
 def to_image(inputs: Tensor, side: int | None = None) -> Tensor:
     """Turn inputs, float [B, 3, S, S], back into images, uint8 [B, 3, side, side], of side S by default."""
     images = inputs.float() * _STD.to(inputs.device) + _MEAN.to(inputs.device)
-    resized = _resized(images, side or inputs.shape[-1])
-    return (resized * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = 255 * _resized(images, side or inputs.shape[-1])
+    return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
@@ -103,8 +105,9 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 def check_stored(stored: Tensor) -> str:
     """Return what samples are: ``images``, uint8 [B, 1 or 3, H, W], or ``texts``, int64 [B, L]; else a `DataError`."""
-    if stored.dtype == torch.int64 and stored.ndim == 2:
+    if stored.ndim == 2 and stored.dtype == torch.int64:
         return "texts"
-    if stored.dtype == torch.uint8 and stored.ndim == 4 and stored.shape[1] in (1, 3):
+    has_channels = stored.ndim == 4 and stored.shape[1] in (1, 3)
+    if has_channels and stored.dtype == torch.uint8:
         return "images"
     raise DataError(f"images are {stored.dtype} {list(stored.shape)}; expected torch.uint8 [B, 1 or 3, H, W]")

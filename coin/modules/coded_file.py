@@ -21,20 +21,21 @@ from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
-_KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
-_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # of that, what belongs to no expert
+_KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept\.(?P<parameter>[^.]+)\.(?P<part>\w+)")
+"""The names of what a body keeps in place of a parameter."""
+_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # of these parts, what belongs to no expert
 
 
 @dataclass(frozen=True)
 class Body:
-    """What a file tells of an `Adapted` beside its tensors: its experts, and the bits of its packed matrices."""
+    """What a file says of an `Adapted` beside its tensors: its experts, and the bits of its packed matrices."""
 
     num_experts: int
     bits: Mapping[str, int]  # by the parameters' names
 
     @classmethod
     def of(cls, network: nn.Module) -> "Body | None":
-        """Return what is told of a network, if it is one."""
+        """Return what is said of a network, if it is one."""
         if not isinstance(network, Adapted):
             return None
         bits = {name: kept.bits for name, _, kept in kept_parameters(network.body) if kept.bits}
@@ -44,23 +45,26 @@ class Body:
         """Return a body of an expert's architecture that has tensors like these, not yet their values."""
         body = clone(like).eval()
         tied = tied_names(body)
-        parts: dict[str, dict[str, Tensor]] = {}  # by the parameter's name
-        for key, tensor in state.items():
-            if found := re.fullmatch(rf"{_KEPT}\.(?P<part>\w+)", key):
-                name = ".".join(filter(None, (found["layer"], found["parameter"])))
-                parts.setdefault(name, {})[found["part"]] = tensor
-        for name, held in parts.items():
-            if "codes" in held:
-                kept = Kept(body.get_parameter(name), held["codes"], held["codes_scale"], self.bits[name])
+        changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
+        for name, parts in _kept_parts(state).items():
+            if "codes" in parts:
+                kept = Kept(body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name])
                 keep(body, tied[name], kept)
-        adapters = []
-        for expert in range(self.num_experts):
-            own = {
-                name: Change.held({part: tensor[expert] for part, tensor in held.items() if part not in _OF_BODY})
-                for name, held in parts.items()
-            }
-            adapters.append(Adapter(own))
-        return Adapted(body, adapters).to(device_of(like))
+            for expert, own in enumerate(changes):
+                of_expert = {part: tensor[expert] for part, tensor in parts.items() if part not in _OF_BODY}
+                own[name] = Change.held(of_expert)
+        return Adapted(body, [Adapter(own) for own in changes]).to(device_of(like))
+
+
+def _kept_parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that a body keeps in place of parameters, by these parameters' names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = _KEPT.fullmatch(key)
+        if match is not None:
+            name = (match["layer"] or "") + match["parameter"]
+            found.setdefault(name, {})[match["part"]] = tensor
+    return found
 
 
 @dataclass
@@ -95,7 +99,7 @@ class SystemFile:
             "classes": self.classes,
             "decoders": decoders,
             "experts": list(self.experts),
-            "bodies": [body and asdict(body) for body in self.bodies],
+            "bodies": [None if body is None else asdict(body) for body in self.bodies],
             "coded_files": [{"path": f"../coded/{each.name}", "sha256": sha256_of(each)} for each in self.coded_files],
         }
         infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
@@ -107,21 +111,33 @@ class SystemFile:
         state, told = load_state(path)
         if told.get("what") != _SYSTEM:
             raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
-        code, files, decoders = Code(told["code"]), [], []
+        code = Code(told["code"])
+        files = []
         for each in told["coded_files"]:
-            files.append(Path(os.path.normpath(path.parent / each["path"])))  # not through links
-            if not files[-1].is_file() or sha256_of(files[-1]) != each["sha256"]:
-                raise FileError(f"'{files[-1]}' is not the coded model that '{path}' names; run the evaluation again")
+            file = Path(os.path.normpath(path.parent / each["path"]))  # not through links
+            if not file.is_file() or sha256_of(file) != each["sha256"]:
+                raise FileError(f"'{file}' is not the coded model that '{path}' names; run the evaluation again")
+            files.append(file)
+        decoders = []
         for place, each in enumerate(told["decoders"]):
-            decoders.append(make_decoder(DecoderConfig.named(each["name"]), code, each["erased"]))
+            decoder = make_decoder(DecoderConfig.named(each["name"]), code, each["erased"])
             try:
-                decoders[-1].load_state_dict(_below(f"decoder.{place}.", state))
+                decoder.load_state_dict(_below(f"decoder.{place}.", state))
             except RuntimeError as error:
                 raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
-            decoders[-1].promises = {int(expert): Promise(**promise) for expert, promise in each["promises"].items()}
-        coded = [] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
-        bodies = [body and Body(**body) for body in told["bodies"]]
-        return cls(code, told["names"], told["classes"], decoders, told["experts"], coded, bodies, files, told)
+            decoder.promises = {int(expert): Promise(**promise) for expert, promise in each["promises"].items()}
+            decoders.append(decoder)
+        return cls(
+            code=code,
+            names=told["names"],
+            classes=told["classes"],
+            decoders=decoders,
+            experts=told["experts"],
+            coded=[] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)],
+            bodies=[None if body is None else Body(**body) for body in told["bodies"]],
+            coded_files=files,
+            told=told,
+        )
 
 
 def all_tensors(network: nn.Module) -> dict[str, Tensor]:

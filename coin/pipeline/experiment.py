@@ -225,10 +225,10 @@ class Experiment:
             told = f"found method {twice[0]} more than once for {self.network.name}, which has no BatchNorm"
             raise ConfigurationError(f"{told} for their policies to differ in; leave one, or give them labels")
         trained = [self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints]
-        checked: list[Any] = [(None, None)]
+        checked: list[list[str] | None] = [None]
         for each in (*trained, *([self.base] if self.base is not None else [])):
-            if (given := (each.trainable, each.head_lr)) not in checked:
-                checked.append(given)
-                options: Any = {"trainable": each.trainable, "head_lr": each.head_lr, "num_classes": 2}
+            if each.trainable not in checked:
+                checked.append(each.trainable)
+                options: Any = {"trainable": each.trainable, "num_classes": 2}
                 Expert(self.network.name, self.network.image_size, options=self.network.options, **options)
         self.check_files()
