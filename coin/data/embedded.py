@@ -161,7 +161,7 @@ def character_masks(characters: Sequence[str]) -> Tensor:
 
 def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Render one image of each label, int64 [P], from `character_masks`: uint8 [P, 3, SIDE, SIDE]."""
-    chunks = [_render_chunk(masks, chunk, generator) for chunk in labels.split(_CHUNK)]
+    chunks = [_render_chunk(masks, chunk, generator) for chunk in torch.split(labels, _CHUNK)]
     return torch.cat(chunks)
 
 

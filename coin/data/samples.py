@@ -91,7 +91,7 @@ def read_splits(splits: Sequence[Sequence[tuple[str, int]]], image_size: int, mo
         labels += [label for _, label in split]
     everything = Samples.of(read_files(paths, image_size, most), torch.tensor(labels))
     sizes = [len(split) for split in splits]
-    return [everything.subset(part) for part in torch.arange(len(paths)).split(sizes)]
+    return [everything.subset(part) for part in torch.split(torch.arange(len(paths)), sizes)]
 
 
 def hold_out(samples: Samples, seed: int) -> Source:
@@ -179,8 +179,9 @@ class Calibration:
     def __iter__(self) -> Iterator[Any]:
         """Yield inputs, float32 [B, 3, S, S], int64 [B, L] of texts, or batches in memory, each of one shape."""
         for _, places in groupby(range(self.num_samples), self._shape):
-            for chosen in torch.tensor(list(places)).split(self.batch_size):
-                yield self.inputs(chosen)
+            chosen = torch.tensor(list(places))
+            for batch in torch.split(chosen, self.batch_size):
+                yield self.inputs(batch)
 
     def _shape(self, place: int) -> tuple[object, ...]:
         samples = self.parts[int(self.part[place])]
@@ -194,7 +195,7 @@ class Calibration:
         position = self.position if chosen is None else self.position[chosen]
         places = []
         batches = []
-        for number in part.unique().tolist() or [0]:
+        for number in torch.unique(part).tolist() or [0]:
             own = (part == number).nonzero().flatten()
             samples = self.parts[number]
             places.append(own)

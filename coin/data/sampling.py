@@ -58,7 +58,7 @@ def evaluation_batches(samples: int, batch_size: int, rank: int = 0, world_size:
     positions = torch.arange(rank, max(rank, samples), world_size)
     if not len(positions):
         return []
-    return [Draw(batch, None) for batch in positions.split(batch_size)]
+    return [Draw(batch, None) for batch in torch.split(positions, batch_size)]
 
 
 class TrainingBatches(Sampler[Draw]):
@@ -94,7 +94,7 @@ class TrainingBatches(Sampler[Draw]):
         epoch = self.epoch
         order = torch.randperm(self.samples, generator=seeded(self.seed, Stream.ORDER, epoch))
         mine = order[self.rank :: self.world_size][: self._share]
-        for positions in mine.split(self.batch_size):
+        for positions in torch.split(mine, self.batch_size):
             yield Draw(positions, epoch)
 
 

@@ -141,7 +141,8 @@ class Distillation(Method):
         trials: list[DistillationModule] = []
 
         def loss(lr: float, steps: int) -> float:
-            rank_zero_info(f"{self.label}: trial {len(trials) + 1}, at most {TRIALS}: lr={lr:.3g}, {steps} steps")
+            number = len(trials) + 1
+            rank_zero_info(f"{self.label}: trial {number}, at most {TRIALS}: lr={lr:.3g}, {steps} steps")
             last = trials[-1] if trials else None
             trial = self._run(experts, row, lr, steps, last, is_trial=True)
             trials.append(trial)
@@ -205,7 +206,10 @@ class Distillation(Method):
 def fit_in_memory(module: DistillationModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
     """Run a Trainer with these options, silently, on the samples but a held-out share, on which it validates."""
     whole = as_input(joined(list(experts.pooled)), experts.networks[0])  # a DataError where samples differ in shape
-    batches = [take(whole, (experts.tasks == task).nonzero().flatten()) for task in range(experts.count)]
+    batches = []
+    for task in range(experts.count):
+        own = (experts.tasks == task).nonzero().flatten()
+        batches.append(take(whole, own))
     size = module.hparams["batch_size"]
     seed = module.hparams["seed"] or 0
     samples = pooled([Calibration.of_batches([batch]) for batch in batches])

@@ -24,7 +24,9 @@ class SearchResult:
     def config_dict(self) -> dict[str, Any]:
         """The entry in a coded model's metadata."""
         lr, steps = self.best
-        losses = {f"{rate:.3g} × {count}": loss for (rate, count), loss in self.losses.items()}
+        losses = {}
+        for (rate, count), loss in self.losses.items():
+            losses[f"{rate:.3g} × {count}"] = loss
         return {"at_edge": self.at_edge, "lr": lr, "steps": steps, "held_out_loss": losses}
 
 
@@ -46,7 +48,12 @@ def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], ste
 
     def neighbours(place: tuple[int, int]) -> list[tuple[int, int]]:
         index, power = place
-        around = [(index - 1, power), (index + 1, power), (index, power - 1), (index, power + 1)]
+        around = [
+            (index - 1, power),
+            (index + 1, power),
+            (index, power - 1),
+            (index, power + 1),
+        ]
         return [each for each in around if pair(each) != pair(place)]
 
     best = (len(rates) // 2, 0)
@@ -55,7 +62,8 @@ def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], ste
         missing = [each for each in neighbours(best) if each not in tried]
         if not missing or len(tried) == TRIALS:
             break
-        tried[missing[0]] = loss(*pair(missing[0]))
+        rate, count = pair(missing[0])
+        tried[missing[0]] = loss(rate, count)
         best = min(tried, key=lambda each: tried[each])
     losses = {pair(place): value for place, value in tried.items()}
     return SearchResult(losses, at_edge=bool(missing))

@@ -18,7 +18,7 @@ from coin.evaluation.scores import server_answers
 from coin.files.tensors import check_layout, fingerprint
 from coin.merging.method import fill
 from coin.modules.coded_file import Body, SystemFile, all_tensors
-from coin.networks import Adapted, Compressed, answering, linear_heads, load_network, run_network
+from coin.networks import Adapted, Compressed, linear_heads, load_network, run_network
 from coin.networks.adapted import resident_nbytes, stored_nbytes
 from coin.networks.calling import Forward, as_input, called_by, clone
 from coin.networks.files import open_network
@@ -88,7 +88,8 @@ class Coded(LightningModule):
     ) -> None:
         super().__init__()
         self.code = code if isinstance(code, Code) else Code(code)
-        if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
+        own = (len(experts), len(coded))
+        if own != (self.code.num_experts, self.code.num_coded):
             expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
             raise ConfigurationError(f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}")
         self.names = tuple(map(str, range(len(experts)) if names is None else names))
@@ -115,10 +116,10 @@ class Coded(LightningModule):
         self.results: pd.DataFrame | None = None
         self.class_names: list[list[str]] | None = None
         self.files: tuple[Path, ...] = ()
-        self._checked_heads = False  # whether logits are known to be the heads' of the features
 
     def __repr__(self) -> str:
-        return f"Coded(experts: {', '.join(self.names)}; coded models: {len(self.coded)}; decoders: {[*self.decoders]})"
+        names = ", ".join(self.names)
+        return f"Coded(experts: {names}; coded models: {len(self.coded)}; decoders: {list(self.decoders)})"
 
     @property
     def is_adapted(self) -> bool:
@@ -150,17 +151,17 @@ class Coded(LightningModule):
         Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN. Bodies with
         adapters have to be told of which expert's task the inputs are: `tasks` [B], or one for all.
         """
-        idle = [*self._indices(erased), *(len(self.experts) + row for row in silent)]
+        idle = list(self._indices(erased))
+        idle += [len(self.experts) + row for row in silent]
         with eval_mode(self):
-            return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, idle, tasks)
+            own = as_input(inputs, self.coded[0])
+            return server_answers(self.experts, self.coded, own, features, idle, tasks)
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
         own = None if inputs is None else as_input(inputs, self.coded[0])
         with eval_mode(self.experts):
-            heads = linear_heads(list(self.experts), own)
-        self._checked_heads |= inputs is not None
-        return heads
+            return linear_heads(list(self.experts), own)
 
     @torch.no_grad()
     def count_classes(self, inputs: Any) -> list[int]:
@@ -213,14 +214,16 @@ class Coded(LightningModule):
         logits of classes that an expert has not are −∞.
         """
         decoder, lost = self._decoder_of(erased)
-        if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
-            self._check_heads(decoder, inputs)
         places = [decoder.erased.index(expert) for expert in lost]
         if self.is_adapted:  # the answer for each lost expert takes a pass of its own
-            passes = [decoder.decode(self._answers_for(decoder, inputs, tasks=expert)) for expert in lost]
-            decoded = torch.stack([each[place] for each, place in zip(passes, places, strict=True)])
+            each = []
+            for expert, place in zip(lost, places, strict=True):
+                answers = self._answers_for(decoder, inputs, tasks=expert)
+                each.append(decoder.decode(answers)[place])
+            decoded = torch.stack(each)
         else:
-            decoded = decoder.decode(self._answers_for(decoder, inputs))[places]
+            answers = self._answers_for(decoder, inputs)
+            decoded = decoder.decode(answers)[places]
         classes = self.count_classes(inputs)
         widths = [classes[expert] for expert in lost]
         for logits, width in zip(decoded, widths, strict=True):
@@ -231,7 +234,10 @@ class Coded(LightningModule):
         """Return the score ``[|erased|, B]`` of decoded logits: `coin.answer_score` over the expert's own classes."""
         _, lost = self._decoder_of(erased)
         classes = self.classes or [decoded.shape[2]] * len(self.experts)
-        scores = [answer_score(logits[:, : classes[expert]]) for expert, logits in zip(lost, decoded, strict=True)]
+        scores = []
+        for expert, logits in zip(lost, decoded, strict=True):
+            own = logits[:, : classes[expert]]
+            scores.append(answer_score(own))
         return torch.stack(scores)
 
     def accept(
@@ -263,8 +269,10 @@ class Coded(LightningModule):
     def accepted(self, decoded: Tensor, erased: Erased | None = None) -> Tensor:
         """Return which decoded logits are accepted, bool ``[|erased|, B]``; DecodingError before `accept`."""
         decoder, lost = self._decoder_of(erased)
-        scores = self.score(decoded, erased)
-        return torch.stack([decoder.accepted(expert, score) for expert, score in zip(lost, scores, strict=True)])
+        accepted = []
+        for expert, score in zip(lost, self.score(decoded, erased), strict=True):
+            accepted.append(decoder.accepted(expert, score))
+        return torch.stack(accepted)
 
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
@@ -294,7 +302,11 @@ class Coded(LightningModule):
 
     @classmethod
     def from_run(
-        cls, folder: str | Path, method: str | None = None, decoder: str | None = None, survivors: bool | None = None
+        cls,
+        folder: str | Path,
+        method: str | None = None,
+        decoder: str | None = None,
+        survivors: bool | None = None,
     ) -> Self:
         """Return a coded system that an experiment has evaluated, with its decoders and promises.
 
@@ -327,8 +339,9 @@ class Coded(LightningModule):
     @classmethod
     def _of_file(cls, file: SystemFile, path: str, experts: Networks, forward: Forward | None = None) -> Self:
         """Return the system that a file holds, with these experts and the coded models of the file or beside it."""
-        if len(experts) != len(file.experts):
-            raise ConfigurationError(f"found {len(experts)} experts, expected the {len(file.experts)} of '{path}'")
+        count = len(file.experts)
+        if len(experts) != count:
+            raise ConfigurationError(f"found {len(experts)} experts, expected the {count} of '{path}'")
         for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=True)):
             if fingerprint(expert.state_dict()) != expected:
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
@@ -365,16 +378,10 @@ class Coded(LightningModule):
             is_one_of_many = not decoder.config.reads_survivors and set(lost) <= set(key)
             if lost and (is_one_of_many or sorted(key) == sorted(lost)):
                 return decoder, lost
-        which = "" if erased is None else f" of the loss of {list(erased)}"
-        ready = f", only of {', '.join(str(list(key)) for key in self.decoders)}" if self.decoders else ""
-        raise ConfigurationError(f"found no decoder{which}{ready}; call fit_decoder with the lost experts first")
-
-    def _check_heads(self, decoder: ExpertHeadDecoder, inputs: Batch) -> None:
-        """Raise HeadError unless the logits of the coded models that are read are their heads' of the features."""
-        read = [self.coded[row] for row in decoder.rows(len(self.coded))]
-        with eval_mode(self.coded), answering(self.coded, decoder.erased[0]):
-            linear_heads(read, as_input(inputs, read[0]))
-        self._checked_heads = True
+        found = "found no decoder" if erased is None else f"found no decoder of the loss of {list(erased)}"
+        if self.decoders:
+            found += f", only of {', '.join(str(list(key)) for key in self.decoders)}"
+        raise ConfigurationError(f"{found}; call fit_decoder with the lost experts first")
 
     def _answers_for(
         self, decoder: Decoder, inputs: Batch, own: Sequence[int] = (), tasks: int | Tensor | None = None
@@ -382,11 +389,13 @@ class Coded(LightningModule):
         """Return the answers that a decoder needs, and these experts' own."""
         needed = {*decoder.survivors, *own}
         rows = decoder.rows(len(self.coded))
+        erased = [expert for expert in range(len(self.experts)) if expert not in needed]
+        silent = [row for row in range(len(self.coded)) if row not in rows]
         return self.answers(
             inputs,
             features=decoder.config.reads_features,
-            erased=[expert for expert in range(len(self.experts)) if expert not in needed],
-            silent=[row for row in range(len(self.coded)) if row not in rows],
+            erased=erased,
+            silent=silent,
             tasks=tasks,
         )
 

@@ -85,12 +85,21 @@ class SystemFile:
         """Write the file."""
         state: dict[str, Tensor] = {}
         for row, own in enumerate(self.coded):
-            state |= {f"coded.{row}.{name}": tensor for name, tensor in own.items()}
-        decoders = []
+            for name, tensor in own.items():
+                state[f"coded.{row}.{name}"] = tensor
+        decoders: list[dict[str, Any]] = []
         for place, decoder in enumerate(self.decoders):
-            state |= {f"decoder.{place}.{name}": tensor for name, tensor in decoder.state_dict().items()}
+            for name, tensor in decoder.state_dict().items():
+                state[f"decoder.{place}.{name}"] = tensor
             promises = {str(expert): asdict(promise) for expert, promise in decoder.promises.items()}
-            decoders.append({"name": decoder.config.name, "erased": list(decoder.erased), "promises": promises})
+            decoders.append(
+                {
+                    "name": decoder.config.name,
+                    "erased": list(decoder.erased),
+                    "promises": promises,
+                }
+            )
+        coded_files = [{"path": f"../coded/{file.name}", "sha256": sha256_of(file)} for file in self.coded_files]
         provenance = {
             **self.told,
             "what": _SYSTEM,
@@ -100,9 +109,10 @@ class SystemFile:
             "decoders": decoders,
             "experts": list(self.experts),
             "bodies": [None if body is None else asdict(body) for body in self.bodies],
-            "coded_files": [{"path": f"../coded/{each.name}", "sha256": sha256_of(each)} for each in self.coded_files],
+            "coded_files": coded_files,
         }
-        infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
+        floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        infinite = [name for name, tensor in floating.items() if tensor.isinf().any()]
         save_state(path, state, provenance, infinite)
 
     @classmethod
@@ -125,7 +135,8 @@ class SystemFile:
                 decoder.load_state_dict(_below(f"decoder.{place}.", state))
             except RuntimeError as error:
                 raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
-            decoder.promises = {int(expert): Promise(**promise) for expert, promise in each["promises"].items()}
+            for expert, promise in each["promises"].items():
+                decoder.promises[int(expert)] = Promise(**promise)
             decoders.append(decoder)
         return cls(
             code=code,

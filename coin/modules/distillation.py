@@ -72,7 +72,8 @@ class DistillationModule(LightningModule):
         check_row(self.hparams["code_row"], len(paths))
         files = [load_network(Path(path)) for path in paths]
         width = max(file.num_classes for file in files)
-        self.teachers = nn.ModuleList([pad_head(file.network, width).requires_grad_(False) for file in files])
+        teachers = [pad_head(file.network, width) for file in files]
+        self.teachers = nn.ModuleList(teachers).requires_grad_(False)
         student = build_network(files[0].config, width).eval()
         self.student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -99,22 +100,27 @@ class DistillationModule(LightningModule):
             fill_network(self.student, self.begun, "the start of the distillation")
         if self.hparams["augmentation"] == Augmentation.none and self.outputs is None:
             with torch.no_grad():
-                batches = [self.expert_outputs(as_input(batch, self.student)) for batch in self.samples]
-            self.outputs = torch.cat(batches, dim=1)
+                inputs = [as_input(batch, self.student) for batch in self.samples]
+                outputs = [self.expert_outputs(batch) for batch in inputs]
+            self.outputs = torch.cat(outputs, dim=1)
             self.passes += self.samples.num_samples * len(self.teachers)
 
     def _start(self) -> dict[str, Tensor]:
         """Make the merge that training starts from; return its tensors, the same on all processes."""
-        samples = self.samples
-        tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
-        experts = Experts(to_compute(list(self.teachers), device_of(self.student)), calibration=tasks)
+        tasks = []
+        for task in range(len(self.samples.parts)):
+            own = (self.samples.part == task).nonzero().flatten()
+            tasks.append(self.samples.subset(own))
+        teachers = to_compute(list(self.teachers), device_of(self.student))
+        experts = Experts(teachers, calibration=tasks)
         name, made = self._merge(experts)
         self.passes += experts.passes
         self.chosen = made.chosen | {"start": name}
         self.chosen.pop("held_out_error", None)
         state: dict[str, Tensor] = made.network.state_dict()
         if self.trainer.world_size > 1:
-            state = self.trainer.strategy.broadcast({key: tensor.cpu() for key, tensor in state.items()})
+            on_cpu = {key: tensor.cpu() for key, tensor in state.items()}
+            state = self.trainer.strategy.broadcast(on_cpu)
         return state
 
     def _merge(self, experts: Experts) -> tuple[str, CodedModel]:
@@ -173,5 +179,13 @@ class DistillationModule(LightningModule):
         target = torch.tensordot(row, outputs, dims=1)  # [B, C]
         difference = full_precision(self.student(inputs)) - full_precision(target)
         loss: Tensor = 0.5 * difference.square().sum(1).mean()
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=count)
+        self.log(
+            f"{stage}/loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            prog_bar=True,
+            batch_size=count,
+        )
         return loss, outputs

@@ -100,7 +100,8 @@ class Expert(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed dropout by (seed, epoch), so that a run resumed at an epoch equals an uninterrupted one."""
-        torch.manual_seed(int(self.hparams["seed"] or 0) * 100_003 + self.current_epoch * 1_009 + self.global_rank)
+        seed = int(self.hparams["seed"] or 0)
+        torch.manual_seed(seed * 100_003 + self.current_epoch * 1_009 + self.global_rank)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]``."""
@@ -125,17 +126,18 @@ class Expert(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule, which steps with it."""
-        optimizer = self.recipe.make_optimizer([each for each in self.network.parameters() if each.requires_grad])
-        scheduler = self.recipe.make_scheduler(optimizer, self.trainer.estimated_stepping_batches)
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = self.recipe.make_optimizer(trained)
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = self.recipe.make_scheduler(optimizer, steps)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _build(self, num_classes: int) -> None:
         initial = self.hparams["initial"]
-        network = initial_network(
-            self.config, num_classes, None if initial is None else Path(initial), seed=self.hparams["initial_seed"]
-        )
+        checkpoint = None if initial is None else Path(initial)
+        network = initial_network(self.config, num_classes, checkpoint, seed=self.hparams["initial_seed"])
         trained = trainable_names(network, self.recipe.trainable)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)

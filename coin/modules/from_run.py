@@ -36,7 +36,8 @@ def chosen_system(folder: Path, method: str | None, decoder: str | None, survivo
         if has_method and has_decoder and survivors in (None, reads_survivors):
             fitting.append(each)
     if not fitting:
-        known = ", ".join(f"{each.path.stem} with {each.decoder}" for each in systems) or "none"
+        pairs = [f"{each.path.stem} with {each.decoder}" for each in systems]
+        known = ", ".join(pairs) or "none"
         kinds = {None: "one", True: "a decoder that reads the survivors, such as ridge,"}
         kind = kinds.get(survivors, "a decoder that reads none, such as expert_head,")
         raise ConfigurationError(
@@ -53,7 +54,9 @@ def evaluated_systems(seed: Path) -> list[Evaluated]:
     systems = []
     for path in sorted((seed / "systems").glob("*.safetensors")):
         made = load_provenance(path)
-        own = frame[(frame["method"] == made["method"]) & (policies == made["batchnorm"])]
+        has_method = frame["method"] == made["method"]
+        has_policy = policies == made["batchnorm"]
+        own = frame[has_method & has_policy]
         for decoder, rows in own.groupby("decoder", sort=False):
             systems.append(Evaluated(path, made["method"], str(decoder), rows))
     return systems

@@ -62,10 +62,14 @@ def evaluate(
     for what, given in (("loaders", loaders), ("calibration data", calibration)):
         if given is not None and len(given) != count:
             raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
-    lost = tuple(check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)])
+    each_alone = [[task] for task in range(count)]
+    lost = tuple(check_erasure(erased, count) for erased in erasures or each_alone)
     if len({frozenset(erased) for erased in lost}) < len(lost):
-        raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
-    tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
+        given = [list(erased) for erased in lost]
+        raise ConfigurationError(f"found erasures {given}, expected each loss once")
+    tests = {}
+    for task in sorted(set(chain(*lost))):
+        tests[task] = _pairs(loaders[task], system.names[task])
     start = min(tests)
     first = next(tests[start])
     tests[start] = chain([first], tests[start])
@@ -98,8 +102,10 @@ def evaluate(
         evaluation.fit(Answers.concatenate(parts))
     for task, pairs in tests.items():
         for inputs, labels in pairs:
-            evaluation.update(task, system.answers(inputs, features=features, tasks=task).cpu(), labels.cpu())
-    table = pd.DataFrame([outcome.columns for outcome in evaluation.outcomes(system.names)], columns=_COLUMNS)
+            answers = system.answers(inputs, features=features, tasks=task)
+            evaluation.update(task, answers.cpu(), labels.cpu())
+    rows = [outcome.columns for outcome in evaluation.outcomes(system.names)]
+    table = pd.DataFrame(rows, columns=_COLUMNS)
     order = [config.name for config in configs]
     return table.sort_values("decoder", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
 
@@ -108,7 +114,8 @@ def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
     """Yield a task's test batches; a DataError where one is no pair (inputs, labels), or there are none."""
     is_empty = True
     for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not is_pair or not isinstance(batch[1], Tensor):
             raise DataError(f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels)")
         is_empty = False
         yield batch[0], batch[1]

@@ -98,8 +98,13 @@ class Recipe:
         if self.lr_scheduler is None:
             return None
         path, given = _class_and_options("lr_scheduler", self.lr_scheduler, "torch.optim.lr_scheduler")
-        known = {"max_lr": [group["lr"] for group in optimizer.param_groups], "total_steps": steps, "T_max": steps}
-        taken = inspect.signature(imported("lr_scheduler", path, "a class")).parameters
+        known = {
+            "max_lr": [group["lr"] for group in optimizer.param_groups],
+            "total_steps": steps,
+            "T_max": steps,
+        }
+        kind = imported("lr_scheduler", path, "a class")
+        taken = inspect.signature(kind).parameters
         options = {name: value for name, value in known.items() if name in taken} | given
         if float("inf") in options.values():
             raise ConfigurationError(
@@ -115,16 +120,19 @@ def _made(name: str, path: str, argument: Any, options: Mapping[str, Any]) -> An
     try:
         return kind(argument, **options)
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"found {name} {path} with options {dict(options)}: {error}; change these") from error
+        told = f"found {name} {path} with options {dict(options)}"
+        raise ConfigurationError(f"{told}: {error}; change these") from error
 
 
 def _class_and_options(name: str, given: Any, home: str) -> tuple[str, dict[str, Any]]:
     """Return a class's import path, by default in `home`, and its options."""
-    spec = {"class_path": given} if isinstance(given, str) else given
+    spec: Any = {"class_path": given} if isinstance(given, str) else given
     if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
         raise ConfigurationError(f"found {name}={given!r}, expected the name of a class of {home}, or its class_path")
     path = spec["class_path"]
-    return path if "." in path else f"{home}.{path}", dict(spec.get("init_args", {}))
+    if "." not in path:
+        path = f"{home}.{path}"
+    return path, dict(spec.get("init_args", {}))
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
