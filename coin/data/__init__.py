@@ -14,12 +14,10 @@ from coin.data.torchvision_sets import (
     KMNIST as KMNIST,
     MNIST as MNIST,
     STL10 as STL10,
-    SUN397 as SUN397,
     SVHN as SVHN,
     EMNISTLetters as EMNISTLetters,
     EuroSAT as EuroSAT,
     FashionMNIST as FashionMNIST,
-    StanfordCars as StanfordCars,
     TorchvisionTask as TorchvisionTask,
 )
 from coin.data.transform import Augmentation as Augmentation, to_image as to_image, to_input as to_input

@@ -35,7 +35,14 @@ class Clinc(TextTask):
         download: Download what is missing. False is for machines without network: errors name the place of the files.
     """
 
-    def __init__(self, domain: str = "banking", *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        domain: str = "banking",
+        *,
+        root: str = "data",
+        download: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.domain = domain
         self.root = Path(root)

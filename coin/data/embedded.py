@@ -141,13 +141,15 @@ def usable_fonts() -> tuple[Path, ...]:
     """The files of `_FONTS`."""
     from matplotlib import get_data_path  # for its fonts alone
 
-    return tuple(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in _FONTS.split())
+    folder = Path(get_data_path(), "fonts", "ttf")
+    return tuple(folder / f"{name}.ttf" for name in _FONTS.split())
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
     """Every character in every usable font, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
-    masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
-    for row, path in enumerate(usable_fonts()):
+    fonts = usable_fonts()
+    masks = np.zeros((len(fonts), len(characters), CANVAS, CANVAS), dtype=np.uint8)
+    for row, path in enumerate(fonts):
         font = ImageFont.truetype(str(path), FONT_SIZE)
         for column, character in enumerate(characters):
             left, top, right, bottom = font.getbbox(character)
@@ -169,27 +171,32 @@ def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> 
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+        share = torch.rand(count, *shape, generator=generator)
+        return share * (high - low) + low
 
     fonts = torch.randint(len(masks), (count,), generator=generator)
-    angle = uniform(-math.radians(ROTATION), math.radians(ROTATION))
+    most = math.radians(ROTATION)
+    angle = uniform(-most, most)
     scale = uniform(*SCALE)
-    shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE
+    shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE  # [count, 2], of coordinates in [-1, 1]
     # Output coordinates → mask coordinates, both in [-1, 1]: undo the shift, the rotation and the scale.
     zoom = SIDE / CANVAS / scale
     cosine = zoom * torch.cos(angle)
     sine = zoom * torch.sin(angle)
     linear = torch.stack([cosine, -sine, sine, cosine], 1).view(count, 2, 2)
-    affine = torch.cat([linear, -linear @ shift.unsqueeze(2)], 2)
+    offset = -linear @ shift.unsqueeze(2)  # [count, 2, 1]
+    affine = torch.cat([linear, offset], 2)
     grid = F.affine_grid(affine, [count, 1, SIDE, SIDE], align_corners=False)
-    ink = F.grid_sample(masks[fonts, labels].unsqueeze(1), grid, align_corners=False)
+    drawn = masks[fonts, labels].unsqueeze(1)
+    ink = F.grid_sample(drawn, grid, align_corners=False)  # [count, 1, SIDE, SIDE]
 
     paper_colour, ink_colour = _colours(count, generator)  # each [count, 3]
     paper = paper_colour[:, :, None, None]
     images = torch.lerp(paper, ink_colour[:, :, None, None], ink)  # [count, 3, SIDE, SIDE]
     sigma = uniform(0, NOISE, 1, 1, 1)
     images += sigma * torch.randn(images.shape, generator=generator)
-    return images.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    images = images.clamp_(0, 1).mul_(255).round_()
+    return images.to(torch.uint8)
 
 
 def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -198,9 +205,11 @@ def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     inks = torch.rand(count, 8, 3, generator=generator)  # candidates
     weights = torch.tensor([0.299, 0.587, 0.114])  # of red, green and blue in luminance
     paper_luminance = paper @ weights
-    contrast = (inks @ weights - paper_luminance[:, None]).abs()
+    contrast = (inks @ weights - paper_luminance[:, None]).abs()  # [count, 8]
     enough = contrast >= CONTRAST
-    first = inks[torch.arange(count), enough.int().argmax(1)]
+    first = enough.int().argmax(1)  # of the candidates that stand out
+    ink = inks[torch.arange(count), first]
     # Black or white for the few papers on which no candidate stands out.
-    extreme = (paper_luminance < 0.5).float()[:, None].expand(-1, 3)
-    return paper, torch.where(enough.any(1)[:, None], first, extreme)
+    is_dark = paper_luminance < 0.5
+    extreme = is_dark.float()[:, None].expand(-1, 3)
+    return paper, torch.where(enough.any(1)[:, None], ink, extreme)

@@ -50,14 +50,16 @@ class ImageFolder(TaskData):
         splits = ["train", "test"]
         if (self.root / "val").is_dir():
             splits.append("val")
-        return {split: _images_in(self.root / split, self.class_names()) for split in splits}
+        classes = self.class_names()
+        return {split: _images_in(self.root / split, classes) for split in splits}
 
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
         most: float = IN_MEMORY
         if self.in_memory is not None:
             most = math.inf if self.in_memory else 0
-        train, test, *validation = read_splits(list(self.files().values()), self.image_size, most)
+        splits = list(self.files().values())
+        train, test, *validation = read_splits(splits, self.image_size, most)
         return Source(train, test, *validation)
 
     def content_key(self) -> str:
@@ -99,8 +101,8 @@ def _images_in(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """Return the paths and labels of a split's images; a DataError for other class folders, or one without images."""
     found = _class_folders(folder)
     if found != classes:
-        odd = sorted(set(found) ^ set(classes))[0]
-        raise DataError(f"{folder} has not the class folders of train, such as {odd!r}; both need the same")
+        odd = sorted(set(found) ^ set(classes))
+        raise DataError(f"{folder} has not the class folders of train, such as {odd[0]!r}; both need the same")
     images = []
     for label, name in enumerate(classes):
         files = sorted((folder / name).glob("[!.]*"))

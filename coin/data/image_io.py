@@ -29,13 +29,15 @@ def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     image.draft("RGB", (2 * side, 2 * side))
     # The ends of a strip are cut off: resized as a whole, one of a single row of pixels would be enormous.
     longest = _LONGEST * min(image.size)
-    rgb = _centre(image, min(image.width, longest), min(image.height, longest)).convert("RGB")
+    middle = _centre(image, min(image.width, longest), min(image.height, longest))
+    rgb = middle.convert("RGB")
     scale = side / min(rgb.size)
     width = max(side, round(rgb.width * scale))
     height = max(side, round(rgb.height * scale))
     if (width, height) != rgb.size:
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(_centre(rgb, side, side)).transpose(2, 0, 1)
+    square = np.asarray(_centre(rgb, side, side))
+    return square.transpose(2, 0, 1)
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -72,11 +74,13 @@ def read_in_parallel(paths: Sequence[str], side: int, native: bool = False) -> T
     images = np.empty((len(paths), 3, side, side), dtype=np.uint8)
 
     def fill(start: int) -> None:
-        for place, path in enumerate(paths[start : start + _CHUNK], start):
+        chunk = paths[start : start + _CHUNK]
+        for place, path in enumerate(chunk, start):
             images[place] = read_file(path, side, native)
 
+    starts = range(0, len(paths), _CHUNK)
     with ThreadPoolExecutor(min(32, cores())) as pool:
-        list(pool.map(fill, range(0, len(paths), _CHUNK)))  # raises the first error
+        list(pool.map(fill, starts))  # raises the first error
     return torch.from_numpy(images)
 
 

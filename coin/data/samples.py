@@ -50,10 +50,15 @@ class Samples:
 
     def subset(self, positions: Tensor | Sequence[int]) -> Self:
         """The samples at these positions of the selection, in this order."""
-        return replace(self, index=self.index[torch.as_tensor(positions, dtype=torch.int64)])
+        chosen = torch.as_tensor(positions, dtype=torch.int64)
+        return replace(self, index=self.index[chosen])
 
     def inputs(
-        self, positions: Tensor, image_size: int, view: View | None = None, device: torch.device = _CPU
+        self,
+        positions: Tensor,
+        image_size: int,
+        view: View | None = None,
+        device: torch.device = _CPU,
     ) -> Tensor:
         """The inputs at these positions, int64 [B], made on the device: float32 [B, 3, S, S], or int64 [B, L]."""
         images = self.images(positions, view)
@@ -89,9 +94,11 @@ def read_splits(splits: Sequence[Sequence[tuple[str, int]]], image_size: int, mo
     for split in splits:
         paths += [path for path, _ in split]
         labels += [label for _, label in split]
-    everything = Samples.of(read_files(paths, image_size, most), torch.tensor(labels))
+    store = read_files(paths, image_size, most)
+    everything = Samples.of(store, torch.tensor(labels))
     sizes = [len(split) for split in splits]
-    return [everything.subset(part) for part in torch.split(torch.arange(len(paths)), sizes)]
+    parts = torch.split(torch.arange(len(paths)), sizes)
+    return [everything.subset(part) for part in parts]
 
 
 def hold_out(samples: Samples, seed: int) -> Source:
@@ -101,12 +108,19 @@ def hold_out(samples: Samples, seed: int) -> Source:
     return Source(train, test)
 
 
-def split_source(source: Source, share: float, seed: int, max_train: int | None, max_test: int | None) -> Source:
+def split_source(
+    source: Source,
+    share: float,
+    seed: int,
+    max_train: int | None,
+    max_test: int | None,
+) -> Source:
     """Set validation samples aside where the source brings none, and limit the splits to stratified subsets."""
     test = source.test
     if max_test is not None:
         test, _ = test.stratified(max_test, seeded(seed, Stream.TEST_SPLIT))
-    order = stratified_order(source.train.targets, seeded(seed, Stream.TRAIN_SPLIT))
+    generator = seeded(seed, Stream.TRAIN_SPLIT)
+    order = stratified_order(source.train.targets, generator)
     validation = source.validation
     train = order
     if validation is None and share > 0:
@@ -131,11 +145,15 @@ class MemorySamples:
         return len(self.samples)
 
     def inputs(
-        self, positions: Tensor, image_size: int, view: View | None = None, device: torch.device = _CPU
+        self,
+        positions: Tensor,
+        image_size: int,
+        view: View | None = None,
+        device: torch.device = _CPU,
     ) -> Batch:
         """The samples at these positions, int64 [B], in one batch and as they are, on the device."""
-        batch = joined([self.samples[position] for position in positions.tolist()])
-        return map_tensors(lambda tensor: tensor.to(device), batch)
+        chosen = [self.samples[position] for position in positions.tolist()]
+        return map_tensors(lambda tensor: tensor.to(device), joined(chosen))
 
 
 @dataclass(frozen=True)
@@ -187,7 +205,8 @@ class Calibration:
         samples = self.parts[int(self.part[place])]
         if isinstance(samples, Samples):
             return ()
-        return shapes_in(samples.samples[int(self.position[place])])
+        position = int(self.position[place])
+        return shapes_in(samples.samples[position])
 
     def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Any:
         """The inputs at these places, int64 [B] (all P by default), changed as a view says, in one batch."""
@@ -202,7 +221,8 @@ class Calibration:
             batches.append(samples.inputs(position[own], self.image_size, view, self.device))
         if len(batches) == 1:
             return batches[0]
-        return take(joined(batches), torch.cat(places).argsort())
+        order = torch.cat(places).argsort()
+        return take(joined(batches), order)
 
     def on(self, device: torch.device) -> Self:
         """The same samples, which become inputs on a device."""

@@ -53,7 +53,12 @@ class Draw(NamedTuple):
     epoch: int | None
 
 
-def evaluation_batches(samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Draw]:
+def evaluation_batches(
+    samples: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Draw]:
     """The positions ``range(rank, samples, world_size)`` in batches: every sample on exactly one process."""
     positions = torch.arange(rank, max(rank, samples), world_size)
     if not len(positions):
@@ -69,7 +74,13 @@ class TrainingBatches(Sampler[Draw]):
     """
 
     def __init__(
-        self, samples: int, batch_size: int, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         share = samples // world_size
         if share < 2:
@@ -99,7 +110,13 @@ class TrainingBatches(Sampler[Draw]):
 
 
 def batch_loader(
-    dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
+    dataset: Any,
+    batch_size: int,
+    seed: int,
+    trainer: Trainer | None,
+    *,
+    shuffle: bool = False,
+    **options: Any,
 ) -> DataLoader[Any]:
     """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all."""
     rank = 0
@@ -114,4 +131,10 @@ def batch_loader(
     sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)
     if shuffle:
         sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)
-    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=seeded(seed, Stream.WORKERS), **options)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        generator=seeded(seed, Stream.WORKERS),
+        **options,
+    )

@@ -20,6 +20,8 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.yaml import read_yaml
 
 T = TypeVar("T")
+Loader = DataLoader[tuple[Tensor, Tensor]]
+"""Of stored samples and labels."""
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, by default
 
@@ -65,7 +67,12 @@ def read_head(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {"zero_shot": {"prompts": prompts, "classes": classes}}
 
 
-def unusable_files(task: str, folder: Path, download: bool, error: Exception) -> DataError:
+def unusable_files(
+    task: str,
+    folder: Path,
+    download: bool,
+    error: Exception,
+) -> DataError:
     """Return the error for files that are missing or damaged, or could not be downloaded."""
     failed = "the download failed and " if download else ""
     reason = str(error)[:200] or type(error).__name__
@@ -221,21 +228,21 @@ class TaskData(LightningDataModule, ABC):
             check_stored(part.images(torch.tensor([0])))
         return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> Loader:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
         self.check_augmentation(self.augmentation)
         return self._loader(self.splits.train, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
         validation = self.splits.validation
         return [] if validation is None else self._loader(validation, self.eval_batch_size)
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def test_dataloader(self) -> Loader:
         """The test split."""
         return self._loader(self.splits.test, self.eval_batch_size, persistent_workers=False)
 
-    def predict_dataloader(self) -> DataLoader[Tensor]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The test images without their labels."""
         without_labels = itemgetter(0)
         return self._loader(self.splits.test, self.eval_batch_size, persistent_workers=False, collate_fn=without_labels)
@@ -267,7 +274,14 @@ class TaskData(LightningDataModule, ABC):
             validation = self.splits.train.subset([])
         return self._drawn(validation, Stream.PROMISE, samples, batch_size, name)
 
-    def _drawn(self, part: Samples, stream: Stream, samples: int, batch_size: int, name: str | None) -> Calibration:
+    def _drawn(
+        self,
+        part: Samples,
+        stream: Stream,
+        samples: int,
+        batch_size: int,
+        name: str | None,
+    ) -> Calibration:
         most = len(part)
         if samples > most:
             kind = type(self).__name__

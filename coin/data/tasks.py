@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number
 from coin.data.samples import BatchDataset, Calibration, pooled
 from coin.data.sampling import batch_loader
-from coin.data.task import TaskData
+from coin.data.task import Loader, TaskData
 from coin.data.transform import Augmentation
 from coin.errors import ConfigurationError, DataError
 
@@ -106,20 +105,20 @@ class Tasks(LightningDataModule):
         fitted, _ = everything.split(self.held_out)
         return fitted
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> Loader:
         """The calibration samples to train on, shuffled from (seed, epoch): positions ``[B]`` and inputs ``[B, …]``."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
         return self._loader(self.training_calibration(), shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """The held-out calibration samples; an empty list with a share of 0."""
         if self.held_out == 0:
             return []
         _, held_out = self.calibration().split(self.held_out)
         return self._loader(held_out)
 
-    def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
+    def test_dataloader(self) -> list[Loader]:
         """One loader of stored images and labels a task."""
         return [task.test_dataloader() for task in self.tasks.values()]
 

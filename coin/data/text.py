@@ -59,7 +59,13 @@ class TextFile(TextTask):
     """
 
     def __init__(
-        self, train: str, test: str, *, text_column: str = "text", label_column: str = "label", **kwargs: Any
+        self,
+        train: str,
+        test: str,
+        *,
+        text_column: str = "text",
+        label_column: str = "label",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.train = Path(train)

@@ -39,7 +39,6 @@ class TorchvisionTask(TaskData):
     folder: ClassVar[str]  # where torchvision keeps the files, under root
     # Torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
-    downloadable: ClassVar[bool] = True
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -48,12 +47,12 @@ class TorchvisionTask(TaskData):
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
-        if self.download and self.downloadable:
+        if self.download:
             self.once("downloaded", lambda: self._open(download=True))
 
     def check_files(self) -> None:
         """Refuse files that cannot be read and are not to be downloaded."""
-        if not (self.download and self.downloadable):
+        if not self.download:
             self._open(download=False)
 
     def load(self) -> Source:
@@ -187,26 +186,4 @@ class EuroSAT(ImageFiles):
 
     folder = "eurosat"
     names = tuple(map(str, range(10)))
-    arguments = ({},)
-
-
-class StanfordCars(ImageFiles):
-    """Photographs of 196 models of cars; 8,144 and 8,041 images. Its address is gone: put its files there by hand."""
-
-    folder = "stanford_cars"
-    downloadable = False
-    names = tuple(map(str, range(196)))
-    arguments = _BY_SPLIT
-
-
-class SUN397(ImageFiles):
-    """Photographs of 397 kinds of places; 108,754 images, 37 GB, of which a stratified fifth is for testing.
-
-    Its address is gone (https://github.com/pytorch/vision/issues/9348): put its files there by hand. The benchmark's
-    own test images are a partition that torchvision does not know: take `ImageFolder` for these.
-    """
-
-    folder = "SUN397"
-    downloadable = False
-    names = tuple(map(str, range(397)))
     arguments = ({},)

@@ -39,7 +39,12 @@ class View(NamedTuple):
     epoch: int
 
 
-def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Tensor:
+def augmented(
+    images: Tensor,
+    view: View,
+    positions: Tensor,
+    samples: int,
+) -> Tensor:
     """Return images, uint8 [B, C, H, W], as a view shows them, given their `positions`, int64 [B], among `samples`."""
     if view.augmentation is Augmentation.none:
         return images
@@ -65,7 +70,13 @@ def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Te
 
 
 @lru_cache(maxsize=2)  # it is needed for every batch
-def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: int) -> Tensor:
+def draw_augmentation(
+    samples: int,
+    height: int,
+    width: int,
+    seed: int,
+    epoch: int,
+) -> Tensor:
     """Every sample's crop by (seed, epoch, sample), int64 [samples, 3]: top, left (in the padded image) and flip."""
     generator = seeded(seed, Stream.AUGMENTATION, epoch)
     top = torch.randint(2 * _padding(height) + 1, (samples,), generator=generator)
@@ -100,7 +111,12 @@ def to_image(inputs: Tensor, side: int | None = None) -> Tensor:
 def _resized(images: Tensor, side: int) -> Tensor:
     if images.shape[-2:] == (side, side):
         return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    return F.interpolate(
+        images,
+        size=(side, side),
+        mode="bilinear",
+        antialias=True,
+    )
 
 
 def check_stored(stored: Tensor) -> str:

@@ -177,7 +177,12 @@ class Distillation(Method):
         """
         in_memory = experts.train is None
         own = {"augmentation": "none"} if in_memory else experts.train.run_options(experts, self)
-        module = self.module(row, **own, lr=lr, steps=steps)
+        module = self.module(
+            row,
+            **own,
+            lr=lr,
+            steps=steps,
+        )
         if last is not None:
             module.teachers = last.teachers
             module.student = clone(last.student)
@@ -203,7 +208,12 @@ class Distillation(Method):
         return module
 
 
-def fit_in_memory(module: DistillationModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
+def fit_in_memory(
+    module: DistillationModule,
+    experts: Experts,
+    held_out: float,
+    options: dict[str, Any],
+) -> None:
     """Run a Trainer with these options, silently, on the samples but a held-out share, on which it validates."""
     whole = as_input(joined(list(experts.pooled)), experts.networks[0])  # a DataError where samples differ in shape
     batches = []

@@ -92,7 +92,8 @@ class Coded(LightningModule):
         if own != (self.code.num_experts, self.code.num_coded):
             expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
             raise ConfigurationError(f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}")
-        self.names = tuple(map(str, range(len(experts)) if names is None else names))
+        given = range(len(experts)) if names is None else names
+        self.names = tuple(map(str, given))
         if len(set(self.names)) != len(experts):
             raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
         self.nbytes = 0
@@ -124,7 +125,8 @@ class Coded(LightningModule):
     @property
     def is_adapted(self) -> bool:
         """Whether the coded models are bodies with adapters."""
-        return any(isinstance(network, Adapted) and network.num_experts > 0 for network in self.coded)
+        bodies = [network for network in self.coded if isinstance(network, Adapted)]
+        return any(body.num_experts > 0 for body in bodies)
 
     @property
     def resident_nbytes(self) -> int:
@@ -171,7 +173,8 @@ class Coded(LightningModule):
             with eval_mode(self.experts):
                 for expert in self.experts:
                     few = take(as_input(inputs, expert), slice(0, 2))
-                    classes.append(run_network(expert, few, features=False).logits.shape[1])
+                    logits = run_network(expert, few, features=False).logits
+                    classes.append(logits.shape[1])
             self.classes = classes
         return self.classes
 
@@ -337,17 +340,24 @@ class Coded(LightningModule):
         return system
 
     @classmethod
-    def _of_file(cls, file: SystemFile, path: str, experts: Networks, forward: Forward | None = None) -> Self:
+    def _of_file(
+        cls,
+        file: SystemFile,
+        path: str,
+        experts: Networks,
+        forward: Forward | None = None,
+    ) -> Self:
         """Return the system that a file holds, with these experts and the coded models of the file or beside it."""
         count = len(file.experts)
         if len(experts) != count:
             raise ConfigurationError(f"found {len(experts)} experts, expected the {count} of '{path}'")
-        for place, (expert, expected) in enumerate(zip(experts, file.experts, strict=True)):
-            if fingerprint(expert.state_dict()) != expected:
+        for place, expert in enumerate(experts):
+            if fingerprint(expert.state_dict()) != file.experts[place]:
                 raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
         networks: list[nn.Module | Compressed] = [open_network(each).kept for each in file.coded_files]
-        for row, (state, body) in enumerate(zip(file.coded, file.bodies, strict=True)):
+        for row, state in enumerate(file.coded):
             like = of_one_width(experts)[0]
+            body = file.bodies[row]
             network = clone(like).eval() if body is None else body.network(like, state)
             check_layout(all_tensors(network), state, f"coded model {row} of {path}")
             fill(network, state)
@@ -376,7 +386,8 @@ class Coded(LightningModule):
             return self.decoders[lost], lost
         for key, decoder in self.decoders.items():
             is_one_of_many = not decoder.config.reads_survivors and set(lost) <= set(key)
-            if lost and (is_one_of_many or sorted(key) == sorted(lost)):
+            is_same = sorted(key) == sorted(lost)
+            if lost and (is_one_of_many or is_same):
                 return decoder, lost
         found = "found no decoder" if erased is None else f"found no decoder of the loss of {list(erased)}"
         if self.decoders:
@@ -384,7 +395,11 @@ class Coded(LightningModule):
         raise ConfigurationError(f"{found}; call fit_decoder with the lost experts first")
 
     def _answers_for(
-        self, decoder: Decoder, inputs: Batch, own: Sequence[int] = (), tasks: int | Tensor | None = None
+        self,
+        decoder: Decoder,
+        inputs: Batch,
+        own: Sequence[int] = (),
+        tasks: int | Tensor | None = None,
     ) -> Answers:
         """Return the answers that a decoder needs, and these experts' own."""
         needed = {*decoder.survivors, *own}

@@ -17,6 +17,9 @@ from coin.modules.recipe import Recipe, trainable_names
 from coin.networks import NetworkConfig
 from coin.networks.files import fill_head, initial_network
 
+Labelled = tuple[Tensor, Tensor]
+"""Images ``[B, 3, H, W]`` and their classes ``[B]``."""
+
 
 class Expert(LightningModule):
     """A classifier fine-tuned on one task with cross-entropy.
@@ -108,15 +111,15 @@ class Expert(LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Labelled, batch_idx: int) -> Tensor:
         """Return the batch's cross-entropy, which is logged."""
         return self._step(batch, "train")
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Labelled, batch_idx: int) -> None:
         """Log loss and accuracy on the validation split."""
         self._step(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Labelled, batch_idx: int) -> None:
         """Log loss and accuracy on the test set."""
         self._step(batch, "test")
 
@@ -148,7 +151,7 @@ class Expert(LightningModule):
         stages = ("train_", "val_", "test_")
         self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+    def _step(self, batch: Labelled, stage: str) -> Tensor:
         images, labels = batch
         logits = self(images)
         expected = (len(labels), self.hparams["num_classes"])
@@ -162,7 +165,19 @@ class Expert(LightningModule):
         accuracy: Any = self.accuracy[f"{stage}_"]
         accuracy.update(logits, labels)
         self.log(
-            f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=len(labels), sync_dist=stage != "train"
+            f"{stage}/loss",
+            loss,
+            on_epoch=True,
+            on_step=False,
+            batch_size=len(labels),
+            sync_dist=stage != "train",
         )
-        self.log(f"{stage}/accuracy", accuracy, on_epoch=True, on_step=False, batch_size=len(labels), prog_bar=True)
+        self.log(
+            f"{stage}/accuracy",
+            accuracy,
+            on_epoch=True,
+            on_step=False,
+            batch_size=len(labels),
+            prog_bar=True,
+        )
         return loss

@@ -24,7 +24,12 @@ class Evaluated:
     rows: pd.DataFrame  # of ``results.csv``, with this method and decoder
 
 
-def chosen_system(folder: Path, method: str | None, decoder: str | None, survivors: bool | None) -> Evaluated:
+def chosen_system(
+    folder: Path,
+    method: str | None,
+    decoder: str | None,
+    survivors: bool | None,
+) -> Evaluated:
     """Return what is recommended of an experiment's systems with this method and decoder; see `Coded.from_run`."""
     seeds, every_row = read_run(folder)
     systems = evaluated_systems(seeds[0])

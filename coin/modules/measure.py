@@ -107,7 +107,12 @@ def evaluate(
     rows = [outcome.columns for outcome in evaluation.outcomes(system.names)]
     table = pd.DataFrame(rows, columns=_COLUMNS)
     order = [config.name for config in configs]
-    return table.sort_values("decoder", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
+    return table.sort_values(
+        "decoder",
+        key=lambda names: names.map(order.index),
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:

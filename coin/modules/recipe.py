@@ -114,7 +114,12 @@ class Recipe:
         return _made("lr_scheduler", path, optimizer, options)  # type: ignore[no-any-return]
 
 
-def _made(name: str, path: str, argument: Any, options: Mapping[str, Any]) -> Any:
+def _made(
+    name: str,
+    path: str,
+    argument: Any,
+    options: Mapping[str, Any],
+) -> Any:
     """Return an object of the class at an import path; a ConfigurationError where the options do not fit."""
     kind = imported(name, path, "a class")
     try:
