@@ -89,7 +89,7 @@ class Clinc(TextTask):
         return json.loads(self._file(name).read_text(encoding="utf-8"))
 
     def _file(self, name: str) -> Path:
-        """Return the path of a file, downloaded if it has to be; a DataError where it is not upstream's."""
+        """Return the path of a file, downloaded if it is missing; a DataError if its contents are not upstream's."""
         folder = self.root / "clinc150"
         path = folder / name
         try:

@@ -19,7 +19,7 @@ KEYED_BYTES = 256 * 2**20  # of a folder's files together that are read for an e
 class ImageFolder(TaskData):
     """Images in ``ROOT/train/CLASS/*`` and ``ROOT/test/CLASS/*``; optionally ``ROOT/val/CLASS/*`` for validation.
 
-    The classes are the folders' names, sorted. Files with other than image extensions and hidden ones are passed over.
+    The classes are the folders' names, sorted. Hidden files, and files without an image's extension, are ignored.
     Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images are
     squares of one size up to ``image_size``, they are stored as they are.
 
@@ -65,8 +65,8 @@ class ImageFolder(TaskData):
     def content_key(self) -> str:
         """A hash of the image files' names, sizes and contents, the same for a copy of the folder.
 
-        Of contents 256 MiB are read, of every file as much from its beginning: all of a smaller data set. Pixels that
-        change behind that, in a file of the same size, are not noticed.
+        At most 256 MiB are read in all, the same number of bytes from the beginning of each file. A change after these
+        bytes that leaves a file's size as it was is not noticed.
         """
         return self.once("content", self._hash_files)
 
@@ -86,7 +86,7 @@ class ImageFolder(TaskData):
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of a split's visible folders, sorted; a DataError for less than two."""
+    """Return the names of a split's visible folders, sorted; a DataError for fewer than two."""
     if not folder.is_dir():
         place = folder.absolute()
         raise DataError(f"{place} does not exist; expected images as {place}/CLASS/image.png; set root")
@@ -102,7 +102,7 @@ def _images_in(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     found = _class_folders(folder)
     if found != classes:
         odd = sorted(set(found) ^ set(classes))
-        raise DataError(f"{folder} has not the class folders of train, such as {odd[0]!r}; both need the same")
+        raise DataError(f"{folder} and train do not both have the class folder {odd[0]!r}; both need the same")
     images = []
     for label, name in enumerate(classes):
         files = sorted((folder / name).glob("[!.]*"))

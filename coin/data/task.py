@@ -46,9 +46,9 @@ class Shared(dict[Hashable, Any]):
 
 
 def read_head(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return ``{zero_shot: {prompts: [...], classes: [...]}}``, of which a file may hold the inner part.
+    """Return ``{zero_shot: {prompts: [...], classes: [...]}}``; the inner part may be the name of a file with it.
 
-    ``{}`` in a prompt stands for the class; without classes it is the task's own names, with spaces for underscores.
+    ``{}`` in a prompt is replaced by the class. Without classes these are the task's own, with spaces for underscores.
     """
     if given is None:
         return None
@@ -83,7 +83,7 @@ def unusable_files(
 
 
 class TaskData(LightningDataModule, ABC):
-    """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
+    """One task: images with their classes, or texts, of which tokens, int64 [B, L], take the place of images.
 
     The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B]; `on_after_batch_transfer` turns the
     images into inputs on the device. Samples are sharded over processes by index: set the Trainer's
@@ -184,14 +184,14 @@ class TaskData(LightningDataModule, ABC):
         """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return what `find` returns, which it is called for only once for all copies of this task."""
+        """Return what `find` returns; it is called once for this task and all its copies."""
         if key not in self._shared:
             self._shared[key] = find()
         found: T = self._shared[key]
         return found
 
     def release(self) -> None:
-        """Free what was read; it is read again where it is needed."""
+        """Free what was read; it is read again when it is needed."""
         self._shared.clear()
 
     def setup(self, stage: str | None = None) -> None:

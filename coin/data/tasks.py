@@ -67,7 +67,7 @@ class Tasks(LightningDataModule):
         return max(task.num_classes for task in self.tasks.values())
 
     def prepare_data(self) -> None:
-        """Download what is to be downloaded."""
+        """Download what is missing."""
         for task in self.tasks.values():
             task.prepare_data()
 

@@ -40,7 +40,7 @@ class Coded(LightningModule):
 
     Networks run in eval mode and without gradients, on inputs moved to their device; their modes are restored. As a
     LightningModule it answers as the coded models do, in a Trainer's ``predict`` too, and ``to(device)`` moves it.
-    Where `erased` is None it is that of the last `fit_decoder`.
+    By default `erased` are the experts of the last `fit_decoder`.
 
     Args:
         code: The code, R×N, or its rows.
@@ -214,7 +214,7 @@ class Coded(LightningModule):
         """Return the logits ``[|erased|, B, C]`` of lost experts; only servers that the decoder needs run.
 
         C is the largest of their class counts, for which all experts run once where there was no calibration. The
-        logits of classes that an expert has not are −∞.
+        logits of classes that an expert does not have are −∞.
         """
         decoder, lost = self._decoder_of(erased)
         places = [decoder.erased.index(expert) for expert in lost]
@@ -316,7 +316,7 @@ class Coded(LightningModule):
         Args:
             folder: An experiment's folder, whose first seed is taken, or a seed's.
             method: The method's name in the results, or that of its variant, as tables and files have it.
-            decoder: The decoder's name in the results; by default the pair that `recommended` says of those that fit.
+            decoder: The decoder's name in the results. Of all pairs that fit, the `recommended` one is taken.
             survivors: Whether the decoder reads survivors; None takes either.
 
         Raises what `load` does, and ConfigurationError where there are no such results.

@@ -22,20 +22,20 @@ from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
 _KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept\.(?P<parameter>[^.]+)\.(?P<part>\w+)")
-"""The names of what a body keeps in place of a parameter."""
-_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # of these parts, what belongs to no expert
+"""The names of the tensors that a body keeps in place of a parameter."""
+_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # those parts that belong to no expert
 
 
 @dataclass(frozen=True)
 class Body:
-    """What a file says of an `Adapted` beside its tensors: its experts, and the bits of its packed matrices."""
+    """The description of an `Adapted` beside its tensors: its number of experts, and the bits of packed matrices."""
 
     num_experts: int
     bits: Mapping[str, int]  # by the parameters' names
 
     @classmethod
     def of(cls, network: nn.Module) -> "Body | None":
-        """Return what is said of a network, if it is one."""
+        """Return the description of a network; None if it is not an `Adapted`."""
         if not isinstance(network, Adapted):
             return None
         bits = {name: kept.bits for name, _, kept in kept_parameters(network.body) if kept.bits}
@@ -77,8 +77,8 @@ class SystemFile:
     decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
     experts: Sequence[str]  # the fingerprints of the experts' states
     coded: Sequence[State] = ()  # every coded model's parameters and buffers; none if they are in files of their own
-    bodies: Sequence[Body | None] = ()  # of these, what tells that one is an `Adapted`
-    coded_files: Sequence[Path] = ()  # these, named by SHA-256 and their path in a seed's folder, ``../coded/NAME``
+    bodies: Sequence[Body | None] = ()  # of each coded model, its description if it is an `Adapted`
+    coded_files: Sequence[Path] = ()  # the coded models' own files, kept as SHA-256 and path ``../coded/NAME``
     told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
     def save(self, path: Path) -> None:

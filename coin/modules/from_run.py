@@ -30,7 +30,7 @@ def chosen_system(
     decoder: str | None,
     survivors: bool | None,
 ) -> Evaluated:
-    """Return what is recommended of an experiment's systems with this method and decoder; see `Coded.from_run`."""
+    """Return the recommended one of an experiment's systems with this method and decoder; see `Coded.from_run`."""
     seeds, every_row = read_run(folder)
     systems = evaluated_systems(seeds[0])
     fitting = []

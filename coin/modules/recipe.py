@@ -17,7 +17,7 @@ from coin.errors import ConfigurationError
 from coin.files.packaged import imported
 from coin.networks.heads import head_name, without_head
 
-HEAD = "head"  # the pattern that stands for a network's head, whatever it is called
+HEAD = "head"  # the pattern that means a network's head, whatever its name
 
 # The name of a class, or {class_path: …, init_args: {…}}. Of plain values, which a step's key holds; jsonargparse would
 # make objects of `dict[str, Any]`.
@@ -55,11 +55,11 @@ class Recipe:
     Args:
         optimizer: A class of `torch.optim`, such as ``AdamW``, or any other's ``class_path`` and ``init_args``; by
             default SGD with momentum 0.9.
-        lr: The optimiser's learning rate, in the place of that in its ``init_args``.
-        weight_decay: The optimiser's weight decay, likewise.
-        lr_scheduler: A class of `torch.optim.lr_scheduler`, given as the optimiser's, which steps with it; its
-            ``total_steps``, ``T_max`` and ``max_lr`` are by default the run's and the optimiser's own. None is a
-            constant rate.
+        lr: The optimiser's learning rate; it overrides that in ``init_args``.
+        weight_decay: The optimiser's weight decay; it overrides that in ``init_args``.
+        lr_scheduler: A class of `torch.optim.lr_scheduler`, given like the optimiser, that steps with it. Its
+            ``total_steps``, ``T_max`` and ``max_lr`` are by default the run's length and the optimiser's rate. None is
+            a constant rate.
         freeze_batchnorm: Whether BatchNorm layers stay in eval mode: their running statistics are fixed, their weights
             and biases train.
         trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``, or ``head``,

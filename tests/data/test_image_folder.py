@@ -157,7 +157,7 @@ def test_grey_palette_and_jpeg_images_become_rgb_and_deep_pixels_are_refused(roo
         (lambda root: shutil.rmtree(root / "train/cat"), r"train holds 1 class folder\(s\); expected at least 2"),
         (lambda root: [(root / split / "bee").mkdir() for split in ("train", "test")], "train.bee holds no images"),
         (lambda root: (root / "test/bee").mkdir() or write(root / "train/bee", 1), r"test.bee .* files ending in"),
-        (lambda root: write(root / "test/bee", 1), "test has not the class folders of train, such as 'bee'; both need"),
+        (lambda root: write(root / "test/bee", 1), "test and train do not both have the class folder 'bee'; both need"),
         (lambda root: shutil.rmtree(root / "test/cat"), r"test holds 1 class folder\(s\); expected at least 2"),
         (lambda root: write(root / "val/ant", 1), r"val holds 1 class folder\(s\)"),
     ],
