@@ -295,5 +295,9 @@ class TaskData(LightningDataModule, ABC):
             )
         order = torch.randperm(most, generator=seeded(self.seed, stream))
         chosen = part.subset(order[:samples])
-        held = self.once((*self._key, self.seed, samples, stream), chosen.held)
+        key = (*self._key, self.seed, samples)
+        latest_key, held = self._shared.get(stream, (None, None))
+        if latest_key != key:
+            held = chosen.held()
+            self._shared[stream] = (key, held)  # the latest alone, for decoded images may be large
         return Calibration.of(held, self.image_size, batch_size)

@@ -74,7 +74,8 @@ class NetworkSource(ABC):
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            told = f"cannot build {self.name} with image_size {self.image_size} and options {self.options}"
+            inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
+            told = f"cannot build {self.name} for {inputs} with options {self.options}"
             raise ConfigurationError(f"{told}: {first_line(error)}; change network.image_size or these") from error
         return network
 
