@@ -108,8 +108,8 @@ class Coded(LightningModule):
                 self.nbytes += stored_nbytes(each)
                 networks.append(each)
         self.nbytes += base_nbytes
-        self.experts = nn.ModuleList([_called_by(network, forward) for network in experts])
-        self.coded = nn.ModuleList([_called_by(network, forward) for network in networks])
+        self.experts = nn.ModuleList(_called_by(network, forward) for network in experts)
+        self.coded = nn.ModuleList(_called_by(network, forward) for network in networks)
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = ""
@@ -326,9 +326,10 @@ class Coded(LightningModule):
         chosen = chosen_system(Path(folder), method, decoder, survivors)
         file = SystemFile.load(chosen.path)
         file.decoders = [each for each in file.decoders if each.config.name == chosen.decoder]
-        seed = chosen.path.parent.parent
-        experts = [load_network(seed / "experts" / task / "expert.safetensors") for task in file.names]
-        system = cls._of_file(file, str(chosen.path), [expert.network for expert in experts])
+        folder_of_experts = chosen.path.parent.parent / "experts"
+        experts = [load_network(folder_of_experts / task / "expert.safetensors") for task in file.names]
+        networks = [expert.network for expert in experts]
+        system = cls._of_file(file, str(chosen.path), networks)
         system.method = file.told["method"]
         system.batchnorm = file.told["batchnorm"]
         system.results = chosen.rows
@@ -370,11 +371,12 @@ class Coded(LightningModule):
     def _indices(self, erased: Erased) -> tuple[int, ...]:
         """Return experts that are given by index or by name."""
         places: dict[Any, int] = {name: place for place, name in enumerate(self.names)}
+        last = len(self.names) - 1
         indices = []
         for each in erased:
             index = places.get(each, each)
-            if index not in range(len(self.names)):
-                expected = f"0 to {len(self.names) - 1}, or one of {', '.join(self.names)}"
+            if index not in range(last + 1):
+                expected = f"0 to {last}, or one of {', '.join(self.names)}"
                 raise ConfigurationError(f"found lost expert {each!r}, expected {expected}")
             indices.append(int(index))
         return tuple(indices)
@@ -391,7 +393,8 @@ class Coded(LightningModule):
                 return decoder, lost
         found = "found no decoder" if erased is None else f"found no decoder of the loss of {list(erased)}"
         if self.decoders:
-            found += f", only of {', '.join(str(list(key)) for key in self.decoders)}"
+            known = [str(list(key)) for key in self.decoders]
+            found += f", only of {', '.join(known)}"
         raise ConfigurationError(f"{found}; call fit_decoder with the lost experts first")
 
     def _answers_for(

@@ -50,10 +50,11 @@ class Body:
             if "codes" in parts:
                 kept = Kept(body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name])
                 keep(body, tied[name], kept)
+            of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}  # each [N, …]
             for expert, own in enumerate(changes):
-                of_expert = {part: tensor[expert] for part, tensor in parts.items() if part not in _OF_BODY}
-                own[name] = Change.held(of_expert)
-        return Adapted(body, [Adapter(own) for own in changes]).to(device_of(like))
+                own[name] = Change.held({part: tensor[expert] for part, tensor in of_experts.items()})
+        adapters = [Adapter(own) for own in changes]
+        return Adapted(body, adapters).to(device_of(like))
 
 
 def _kept_parts(state: State) -> dict[str, dict[str, Tensor]]:
@@ -125,27 +126,34 @@ class SystemFile:
         files = []
         for each in told["coded_files"]:
             file = Path(os.path.normpath(path.parent / each["path"]))  # not through links
-            if not file.is_file() or sha256_of(file) != each["sha256"]:
+            is_there = file.is_file() and sha256_of(file) == each["sha256"]
+            if not is_there:
                 raise FileError(f"'{file}' is not the coded model that '{path}' names; run the evaluation again")
             files.append(file)
         decoders = []
         for place, each in enumerate(told["decoders"]):
-            decoder = make_decoder(DecoderConfig.named(each["name"]), code, each["erased"])
+            config = DecoderConfig.named(each["name"])
+            decoder = make_decoder(config, code, each["erased"])
+            own = _below(f"decoder.{place}.", state)
             try:
-                decoder.load_state_dict(_below(f"decoder.{place}.", state))
+                decoder.load_state_dict(own)
             except RuntimeError as error:
                 raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
             for expert, promise in each["promises"].items():
                 decoder.promises[int(expert)] = Promise(**promise)
             decoders.append(decoder)
+        coded = []
+        if not files:
+            coded = [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
+        bodies = [None if body is None else Body(**body) for body in told["bodies"]]
         return cls(
             code=code,
             names=told["names"],
             classes=told["classes"],
             decoders=decoders,
             experts=told["experts"],
-            coded=[] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)],
-            bodies=[None if body is None else Body(**body) for body in told["bodies"]],
+            coded=coded,
+            bodies=bodies,
             coded_files=files,
             told=told,
         )

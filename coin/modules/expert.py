@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassAccuracy
 
 from coin.core.lightning import plot_against_epochs
+from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.modules.recipe import Recipe, trainable_names
 from coin.networks import NetworkConfig
@@ -84,7 +85,7 @@ class Expert(LightningModule):
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
+        if isinstance(data, TaskData):
             self.config.check_content(data.content)
             for name in ("image_size", "num_classes"):
                 own, given = self.hparams[name], getattr(data, name)

@@ -60,8 +60,9 @@ def evaluate(
     """
     count = len(system.experts)
     for what, given in (("loaders", loaders), ("calibration data", calibration)):
-        if given is not None and len(given) != count:
-            raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
+        tasks = count if given is None else len(given)
+        if tasks != count:
+            raise ConfigurationError(f"found {what} of {tasks} tasks, expected {count}; give every expert's")
     each_alone = [[task] for task in range(count)]
     lost = tuple(check_erasure(erased, count) for erased in erasures or each_alone)
     if len({frozenset(erased) for erased in lost}) < len(lost):
@@ -76,7 +77,8 @@ def evaluate(
     configs = distinct_decoders(decoders)
     with eval_mode(system.experts):
         inputs = as_input(first[0], system.coded[0])
-        configs, heads = with_heads(configs, list(system.experts), inputs, needed=decoders is not None)
+        is_asked = decoders is not None
+        configs, heads = with_heads(configs, list(system.experts), inputs, needed=is_asked)
     features = any(config.reads_features for config in configs)
     variant = Variant(
         "coded",
@@ -94,7 +96,8 @@ def evaluate(
     for task, batches in enumerate(calibration or ()):
         for batch in batches:
             answers = system.answers(batch, features=features, tasks=task).cpu()  # not all devices have float64
-            parts.append(replace(answers, tasks=torch.full((answers.num_samples,), task)))
+            task_of_each = torch.full((answers.num_samples,), task)
+            parts.append(replace(answers, tasks=task_of_each))
     to_fit = [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]
     if to_fit and not parts:
         raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
