@@ -41,7 +41,7 @@ _HOMES = {  # the rooms and their names
     "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex fault_score make_decoder "
     "parity_residual parity_significance promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
-    "distillation": "Distillation distill",
+    "distillation": "Distillation",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
     "Refit RegMean TaskArithmetic Ties UserMethod Wudi fit_adapters merge_networks",
     "modules": "Coded evaluate",

@@ -41,7 +41,6 @@ SUITES = {
     "imagenet-pair": "ImageNet pair",
     "small-pair": "small pair",
     "vit": "small ViT",
-    "text": "texts",
     "experts": "eight experts",
 }
 KEPT = {

@@ -50,8 +50,7 @@ methods:
   - {class_path: Coin}
   - {class_path: Coin, init_args: {batchnorm: recalibrate}}
   - {class_path: Coin, init_args: {batchnorm: keep}}
-  - {class_path: Distillation, init_args: {steps: 10, batch_size: 16, learning_rates: [3.0e-4, 1.0e-3],
-       start: average, augmentation: none, schedule: constant}}
+  - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 10, batch_size: 16, start: average, augmentation: none}}
 decoders: [linear, ridge, feature_ridge]
 seeds: [0]
 """

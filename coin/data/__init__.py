@@ -1,10 +1,11 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
+from coin.data.clinc import Clinc as Clinc
 from coin.data.embedded import Digits as Digits, Glyphs as Glyphs, MNIST5k as MNIST5k
 from coin.data.image_folder import ImageFolder as ImageFolder
 from coin.data.samples import Calibration as Calibration, Samples as Samples, Source as Source, pooled as pooled
 from coin.data.task import TaskData as TaskData
-from coin.data.text import TextFile as TextFile, TextTask as TextTask, Tweets as Tweets
+from coin.data.text import TextFile as TextFile, TextTask as TextTask
 from coin.data.torchvision_sets import (
     CIFAR10 as CIFAR10,
     CIFAR100 as CIFAR100,
@@ -13,12 +14,10 @@ from coin.data.torchvision_sets import (
     KMNIST as KMNIST,
     MNIST as MNIST,
     STL10 as STL10,
-    SUN397 as SUN397,
     SVHN as SVHN,
     EMNISTLetters as EMNISTLetters,
     EuroSAT as EuroSAT,
     FashionMNIST as FashionMNIST,
-    StanfordCars as StanfordCars,
     TorchvisionTask as TorchvisionTask,
 )
 from coin.data.transform import Augmentation as Augmentation, to_image as to_image, to_input as to_input

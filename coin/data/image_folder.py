@@ -8,7 +8,7 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from coin.data.samples import Source, read_splits
-from coin.data.task import TaskData, once
+from coin.data.task import TaskData
 from coin.errors import DataError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -19,7 +19,7 @@ KEYED_BYTES = 256 * 2**20  # of a folder's files together that are read for an e
 class ImageFolder(TaskData):
     """Images in ``ROOT/train/CLASS/*`` and ``ROOT/test/CLASS/*``; optionally ``ROOT/val/CLASS/*`` for validation.
 
-    The classes are the folders' names, sorted. Files with other than image extensions and hidden ones are passed over.
+    The classes are the folders' names, sorted. Hidden files, and files without an image's extension, are ignored.
     Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images are
     squares of one size up to ``image_size``, they are stored as they are.
 
@@ -31,66 +31,83 @@ class ImageFolder(TaskData):
 
     def __init__(self, root: str, *, in_memory: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root, self.in_memory = Path(root), in_memory
+        self.root = Path(root)
+        self.in_memory = in_memory
 
     def class_names(self) -> tuple[str, ...]:
         """The names of the folders in ``ROOT/train``, sorted."""
-        if len(classes := self._folders("train")) < 2:
-            raise DataError(f"{self.root / 'train'} holds {len(classes)} class folder(s); expected at least 2")
-        return classes
+        return self.once("classes", lambda: _class_folders(self.root / "train"))
 
     def check_files(self) -> None:
         """Refuse splits that are missing, that lack a class, or a class without images; no image is read."""
-        _ = self._files
+        self.files()
+
+    def files(self) -> dict[str, list[tuple[str, int]]]:
+        """The paths and labels of each split's images, sorted; validation is the last, if there is one."""
+        return self.once("files", self._list_files)
+
+    def _list_files(self) -> dict[str, list[tuple[str, int]]]:
+        splits = ["train", "test"]
+        if (self.root / "val").is_dir():
+            splits.append("val")
+        classes = self.class_names()
+        return {split: _images_in(self.root / split, classes) for split in splits}
 
     def load(self) -> Source:
         """Find and, where they are held in memory, decode the images of all splits."""
-        most = {None: IN_MEMORY, True: math.inf, False: 0}[self.in_memory]
-        train, test, *validation = read_splits(list(self._files.values()), self.image_size, most)
+        most: float = IN_MEMORY
+        if self.in_memory is not None:
+            most = math.inf if self.in_memory else 0
+        splits = list(self.files().values())
+        train, test, *validation = read_splits(splits, self.image_size, most)
         return Source(train, test, *validation)
 
     def content_key(self) -> str:
         """A hash of the image files' names, sizes and contents, the same for a copy of the folder.
 
-        Of contents 256 MiB are read, of every file as much from its beginning: all of a smaller data set. Pixels that
-        change behind that, in a file of the same size, are not noticed.
+        At most 256 MiB are read in all, the same number of bytes from the beginning of each file. A change after these
+        bytes that leaves a file's size as it was is not noticed.
         """
+        return self.once("content", self._hash_files)
 
-        def find() -> str:
-            splits = [self._files.get(split, []) for split in ("train", "val", "test")]
-            paths = [Path(path) for split in splits for path, _ in split]
-            most = KEYED_BYTES // max(1, len(paths))
-            digest = sha256()
-            for path in paths:
-                size = path.stat().st_size
-                digest.update(f"{path.relative_to(self.root).as_posix()}:{size};".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(most))
-            return digest.hexdigest()
+    def _hash_files(self) -> str:
+        paths: list[Path] = []
+        for images in self.files().values():
+            paths += [Path(path) for path, _ in images]
+        most = KEYED_BYTES // len(paths)
+        digest = sha256()
+        for path in paths:
+            name = path.relative_to(self.root).as_posix()
+            size = path.stat().st_size
+            digest.update(f"{name}:{size};".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(most))
+        return digest.hexdigest()
 
-        return once(self._shared.facts, "content", find)
 
-    @property
-    def _files(self) -> dict[str, list[tuple[str, int]]]:
-        """The paths and labels of each split's images, sorted; validation is the last, if there is one."""
-        splits = ["train", "test", *(["val"] if (self.root / "val").is_dir() else [])]
-        return once(self._shared.facts, "files", lambda: {split: self._listed(split) for split in splits})
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    """Return the names of a split's visible folders, sorted; a DataError for fewer than two."""
+    if not folder.is_dir():
+        place = folder.absolute()
+        raise DataError(f"{place} does not exist; expected images as {place}/CLASS/image.png; set root")
+    folders = [each for each in folder.iterdir() if each.is_dir()]
+    names = sorted(each.name for each in folders if not each.name.startswith("."))
+    if len(names) < 2:
+        raise DataError(f"{folder} holds {len(names)} class folder(s); expected at least 2")
+    return tuple(names)
 
-    def _listed(self, split: str) -> list[tuple[str, int]]:
-        folder, classes, found = self.root / split, self.class_names(), self._folders(split)
-        if odd := sorted({*found} ^ {*classes}):
-            verb = "has" if odd[0] in found else "lacks"
-            raise DataError(f"{folder} {verb} the class {odd[0]!r}, unlike train; both need the same class folders")
-        files = {name: sorted((folder / name).glob("[!.]*")) for name in classes}
-        images = {name: [path for path in own if path.suffix.lower() in EXTENSIONS] for name, own in files.items()}
-        if empty := next((name for name in classes if not images[name]), None):
-            raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
-        return [(str(path), label) for label, name in enumerate(classes) for path in images[name]]
 
-    def _folders(self, split: str) -> tuple[str, ...]:
-        def find() -> tuple[str, ...]:
-            if not (folder := (self.root / split).absolute()).is_dir():
-                raise DataError(f"{folder} does not exist; expected images as {folder}/CLASS/image.png; set root")
-            return tuple(sorted(it.name for it in folder.iterdir() if it.is_dir() and not it.name.startswith(".")))
-
-        return once(self._shared.facts, split, find)
+def _images_in(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Return the paths and labels of a split's images; a DataError for other class folders, or one without images."""
+    found = _class_folders(folder)
+    if found != classes:
+        odd = sorted(set(found) ^ set(classes))
+        raise DataError(f"{folder} and train do not both have the class folder {odd[0]!r}; both need the same")
+    images = []
+    for label, name in enumerate(classes):
+        files = sorted((folder / name).glob("[!.]*"))
+        paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        if not paths:
+            raise DataError(f"{folder / name} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
+        images += [(str(path), label) for path in paths]
+    return images

@@ -1,7 +1,6 @@
 """Image files to uint8 tensors."""
 
 import math
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from coin.errors import DataError
 DAMAGE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 _LONGEST = 8  # the longest side that is resized as a whole, in short sides: far from what the centre square needs
+_CHUNK = 64  # files that a thread reads at a time
 
 
 def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
@@ -28,17 +28,21 @@ def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     # JPEG decoders can halve an image while decoding; twice the final size leaves the rest to the antialiased resize.
     image.draft("RGB", (2 * side, 2 * side))
     # The ends of a strip are cut off: resized as a whole, one of a single row of pixels would be enormous.
-    short = min(image.size)
-    rgb = _centre(image, min(image.width, _LONGEST * short), min(image.height, _LONGEST * short)).convert("RGB")
+    longest = _LONGEST * min(image.size)
+    middle = _centre(image, min(image.width, longest), min(image.height, longest))
+    rgb = middle.convert("RGB")
     scale = side / min(rgb.size)
-    width, height = (max(side, round(length * scale)) for length in rgb.size)
+    width = max(side, round(rgb.width * scale))
+    height = max(side, round(rgb.height * scale))
     if (width, height) != rgb.size:
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(_centre(rgb, side, side)).transpose(2, 0, 1)
+    square = np.asarray(_centre(rgb, side, side))
+    return square.transpose(2, 0, 1)
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
@@ -60,24 +64,24 @@ def read_file(path: str, side: int, native: bool = False) -> NDArray[np.uint8]:
     """Read one image file as `to_square` does; a `DataError` if ``native`` and it is not ``side`` × ``side``."""
     with open_image(path) as image:
         if native and image.size != (side, side):
-            raise DataError(f"{path} is {image.width} × {image.height} pixels; expected {side} × {side}")
+            width, height = image.size
+            raise DataError(f"{path} is {width} × {height} pixels; expected {side} × {side}")
         return to_square(image, side)
 
 
 def read_in_parallel(paths: Sequence[str], side: int, native: bool = False) -> Tensor:
     """Read files as `read_file` does, by threads (PIL decodes outside Python's lock): uint8 [P, 3, side, side]."""
-    out = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    view = out.numpy()
-    threads = min(32, cores())
-    step = max(1, min(64, len(paths) // threads))  # a job of many, for handing it to a thread costs as well
+    images = np.empty((len(paths), 3, side, side), dtype=np.uint8)
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + step, len(paths))):
-            view[i] = read_file(paths[i], side, native)
+        chunk = paths[start : start + _CHUNK]
+        for place, path in enumerate(chunk, start):
+            images[place] = read_file(path, side, native)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, range(0, len(paths), step)))  # which raises the first error and gives up the jobs after it
-    return out
+    starts = range(0, len(paths), _CHUNK)
+    with ThreadPoolExecutor(min(32, cores())) as pool:
+        list(pool.map(fill, starts))  # raises the first error
+    return torch.from_numpy(images)
 
 
 class LazyImages:
@@ -85,7 +89,7 @@ class LazyImages:
 
     def __init__(self, paths: Sequence[str], side: int) -> None:
         # One array instead of a million objects, whose reference counts would copy their pages into every worker.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = np.array(paths)
         self.side = side
 
     def __len__(self) -> int:
@@ -93,14 +97,14 @@ class LazyImages:
 
     def __getitem__(self, positions: Tensor, /) -> Tensor:
         """The images at these positions (int64 [B]), uint8 [B, 3, side, side]."""
-        return torch.from_numpy(np.stack([read_file(path, self.side) for path in self._at(positions)]))
+        paths = self._paths[positions.numpy()].tolist()
+        images = [read_file(path, self.side) for path in paths]
+        return torch.from_numpy(np.stack(images))
 
     def decoded(self, positions: Tensor) -> Tensor:
         """The same as indexing, in parallel: for a selection that is to stay in memory."""
-        return read_in_parallel(self._at(positions), self.side)
-
-    def _at(self, positions: Tensor) -> list[str]:
-        return [os.fsdecode(path) for path in self._paths[positions.numpy()]]
+        paths = self._paths[positions.numpy()].tolist()
+        return read_in_parallel(paths, self.side)
 
 
 def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
@@ -110,9 +114,12 @@ def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) ->
     """
     with open_image(paths[0]) as first:
         width, height = first.size
-    if width == height <= image_size and 3 * width**2 * len(paths) <= most:
+    bytes_as_they_are = 3 * width**2 * len(paths)
+    bytes_resized = 3 * image_size**2 * len(paths)
+    is_small_square = width == height and width <= image_size
+    if is_small_square and bytes_as_they_are <= most:
         with suppress(DataError):  # one of another size; a damaged one is refused below
             return read_in_parallel(paths, width, native=True)
-    if 3 * image_size**2 * len(paths) <= most:
+    if bytes_resized <= most:
         return read_in_parallel(paths, image_size)
     return LazyImages(paths, image_size)

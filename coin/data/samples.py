@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, islice
+from itertools import groupby
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
-from coin.core.batches import Batch, joined, map_tensors, samples_of, shapes_in, size_of, take, tensors_in
-from coin.core.choices import check_number
+from coin.core.batches import Batch, joined, map_tensors, samples_of, shapes_in, size_of, take
 from coin.data.image_io import LazyImages, read_files
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
-from coin.data.transform import Augmentation, View, augmented, to_input, transform_images
+from coin.data.transform import Augmentation, View, augmented, to_input
 from coin.errors import ConfigurationError, DataError
 
 _CPU = torch.device("cpu")
@@ -24,7 +22,7 @@ _CPU = torch.device("cpu")
 class Samples:
     """A selection of labelled samples, which copies indices, never images."""
 
-    store: Tensor | LazyImages  # all images that were selected from, uint8 [N, C, H, W], or tokens
+    store: Tensor | LazyImages  # all images that were selected from, uint8 [N, C, H, W], or tokens, int64 [N, L]
     labels: Tensor  # class indices of the whole store, int64 [N]
     index: Tensor  # positions in the store that are selected, int64 [P]
 
@@ -52,25 +50,32 @@ class Samples:
 
     def subset(self, positions: Tensor | Sequence[int]) -> Self:
         """The samples at these positions of the selection, in this order."""
-        return replace(self, index=self.index[torch.as_tensor(positions, dtype=torch.int64)])
+        chosen = torch.as_tensor(positions, dtype=torch.int64)
+        return replace(self, index=self.index[chosen])
 
     def inputs(
-        self, positions: Tensor, image_size: int, view: View | None = None, device: torch.device = _CPU
+        self,
+        positions: Tensor,
+        image_size: int,
+        view: View | None = None,
+        device: torch.device = _CPU,
     ) -> Tensor:
-        """The inputs at these positions, int64 [B], as a view shows them: float32 [B, 3, S, S], or int64 [B, S].
-
-        They are scaled, resized and normalised on the device.
-        """
-        return to_input(self.images(positions, view).to(device), image_size)
+        """The inputs at these positions, int64 [B], made on the device: float32 [B, 3, S, S], or int64 [B, L]."""
+        images = self.images(positions, view)
+        return to_input(images.to(device), image_size)
 
     def held(self) -> Self:
         """The same samples, with their images in memory."""
-        return self if isinstance(self.store, Tensor) else self.of(self.store.decoded(self.index), self.targets)
+        if isinstance(self.store, Tensor):
+            return self
+        return self.of(self.store.decoded(self.index), self.targets)
 
     def stratified(self, count: int, generator: torch.Generator) -> tuple[Self, Self]:
         """`count` samples in which the classes are in proportion, and the rest, both in their order."""
         order = stratified_order(self.targets, generator)
-        return self.subset(order[:count].sort().values), self.subset(order[count:].sort().values)
+        chosen = order[:count].sort().values
+        rest = order[count:].sort().values
+        return self.subset(chosen), self.subset(rest)
 
 
 @dataclass(frozen=True)
@@ -84,34 +89,50 @@ class Source:
 
 def read_splits(splits: Sequence[Sequence[tuple[str, int]]], image_size: int, most: float) -> list[Samples]:
     """Read every split's images, of these paths and labels, as `read_files` reads all of them together."""
-    paths, labels = zip(*chain(*splits), strict=True)
-    everything = Samples.of(read_files(paths, image_size, most), torch.tensor(labels))
-    return [everything.subset(part) for part in torch.split(torch.arange(len(paths)), [*map(len, splits)])]
+    paths: list[str] = []
+    labels: list[int] = []
+    for split in splits:
+        paths += [path for path, _ in split]
+        labels += [label for _, label in split]
+    store = read_files(paths, image_size, most)
+    everything = Samples.of(store, torch.tensor(labels))
+    sizes = [len(split) for split in splits]
+    parts = torch.split(torch.arange(len(paths)), sizes)
+    return [everything.subset(part) for part in parts]
 
 
 def hold_out(samples: Samples, seed: int) -> Source:
     """Split a source that comes in one piece: a stratified fifth of it is left for testing."""
-    test, train = samples.stratified(round(0.2 * len(samples)), seeded(seed, Stream.TEST_SPLIT))
+    fifth = round(0.2 * len(samples))
+    test, train = samples.stratified(fifth, seeded(seed, Stream.TEST_SPLIT))
     return Source(train, test)
 
 
-def split_source(source: Source, share: float, seed: int, max_train: int | None, max_test: int | None) -> Source:
+def split_source(
+    source: Source,
+    share: float,
+    seed: int,
+    max_train: int | None,
+    max_test: int | None,
+) -> Source:
     """Set validation samples aside where the source brings none, and limit the splits to stratified subsets."""
     test = source.test
     if max_test is not None:
         test, _ = test.stratified(max_test, seeded(seed, Stream.TEST_SPLIT))
-    order = stratified_order(source.train.targets, seeded(seed, Stream.TRAIN_SPLIT))
-    held_out = 0
-    if source.validation is None and share > 0:
-        held_out = max(1, round(share * len(order)))
-        if held_out >= len(order):
+    generator = seeded(seed, Stream.TRAIN_SPLIT)
+    order = stratified_order(source.train.targets, generator)
+    validation = source.validation
+    train = order
+    if validation is None and share > 0:
+        count = max(1, round(share * len(order)))
+        if count >= len(order):
             raise ConfigurationError(f"validation_share {share} of {len(order)} samples leaves none; lower it")
-    validation, train = order[:held_out], order[held_out:]
-    if max_train is not None and max_train < len(train):
-        validation = validation[: max(1, round(held_out * max_train / len(train)))]
-        train = train[:max_train]
-    apart = source.train.subset(validation.sort().values) if held_out else source.validation
-    return Source(source.train.subset(train.sort().values), test, apart)
+        train = order[count:]
+        if max_train is not None and max_train < len(train):
+            count = max(1, round(count * max_train / len(train)))  # validation shrinks in proportion
+        validation = source.train.subset(order[:count].sort().values)
+    limited = train[:max_train].sort().values
+    return Source(source.train.subset(limited), test, validation)
 
 
 @dataclass(frozen=True)
@@ -124,11 +145,15 @@ class MemorySamples:
         return len(self.samples)
 
     def inputs(
-        self, positions: Tensor, image_size: int, view: View | None = None, device: torch.device = _CPU
+        self,
+        positions: Tensor,
+        image_size: int,
+        view: View | None = None,
+        device: torch.device = _CPU,
     ) -> Batch:
         """The samples at these positions, int64 [B], in one batch and as they are, on the device."""
-        batch = joined([self.samples[position] for position in positions.tolist()])
-        return map_tensors(lambda tensor: tensor.to(device), batch)
+        chosen = [self.samples[position] for position in positions.tolist()]
+        return map_tensors(lambda tensor: tensor.to(device), joined(chosen))
 
 
 @dataclass(frozen=True)
@@ -141,21 +166,25 @@ class Calibration:
     parts: tuple[Samples | MemorySamples, ...]  # the selections that the samples come from, after `pooled` one per task
     part: Tensor  # which part each sample comes from, int64 [P]
     position: Tensor  # its position in that part, int64 [P]
-    image_size: int  # S, the side of the inputs in pixels, or the number of tokens; 0 of samples in memory
+    image_size: int  # S, the side of the inputs in pixels
     batch_size: int = 64  # when iterating
     device: torch.device = _CPU  # on which images become inputs
 
     @classmethod
     def of(cls, samples: Samples | MemorySamples, image_size: int, batch_size: int = 64) -> Self:
         """All of a selection, in its order."""
-        count = len(samples)
-        return cls((samples,), torch.zeros(count, dtype=torch.int64), torch.arange(count), image_size, batch_size)
+        position = torch.arange(len(samples))
+        return cls((samples,), torch.zeros_like(position), position, image_size, batch_size)
 
     @classmethod
     def of_batches(cls, batches: Sequence[Batch]) -> Self:
         """All samples of batches ``[B, …]`` in memory, in their order, in batches as large as the largest."""
-        samples = MemorySamples([sample for batch in batches for sample in samples_of(batch)])
-        return cls.of(samples, 0, max([1, *map(size_of, batches)]))
+        samples: list[Batch] = []
+        batch_size = 1
+        for batch in batches:
+            samples += samples_of(batch)
+            batch_size = max(batch_size, size_of(batch))
+        return cls.of(MemorySamples(samples), image_size=0, batch_size=batch_size)
 
     @property
     def num_samples(self) -> int:
@@ -166,26 +195,34 @@ class Calibration:
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield inputs, float32 [B, 3, S, S], int64 [B, S] of texts, or batches in memory, each of one shape."""
+        """Yield inputs, float32 [B, 3, S, S], int64 [B, L] of texts, or batches in memory, each of one shape."""
         for _, places in groupby(range(self.num_samples), self._shape):
-            while chosen := list(islice(places, self.batch_size)):
-                yield self.inputs(torch.tensor(chosen))
+            chosen = torch.tensor(list(places))
+            for batch in torch.split(chosen, self.batch_size):
+                yield self.inputs(batch)
 
     def _shape(self, place: int) -> tuple[object, ...]:
         samples = self.parts[int(self.part[place])]
-        return () if isinstance(samples, Samples) else shapes_in(samples.samples[int(self.position[place])])
+        if isinstance(samples, Samples):
+            return ()
+        position = int(self.position[place])
+        return shapes_in(samples.samples[position])
 
     def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Any:
         """The inputs at these places, int64 [B] (all P by default), changed as a view says, in one batch."""
         part = self.part if chosen is None else self.part[chosen]
         position = self.position if chosen is None else self.position[chosen]
-        rows = {number: (part == number).nonzero().flatten() for number in sorted({*part.tolist()}) or [0]}
-        found = [
-            self.parts[number].inputs(position[own], self.image_size, view, self.device) for number, own in rows.items()
-        ]
-        if len({tensors_in(each)[0].is_floating_point() for each in found}) > 1:
-            raise DataError("found images and texts among the calibration samples, expected tasks of one kind")
-        return found[0] if len(found) == 1 else take(joined(found), torch.cat(list(rows.values())).argsort())
+        places = []
+        batches = []
+        for number in torch.unique(part).tolist() or [0]:
+            own = (part == number).nonzero().flatten()
+            samples = self.parts[number]
+            places.append(own)
+            batches.append(samples.inputs(position[own], self.image_size, view, self.device))
+        if len(batches) == 1:
+            return batches[0]
+        order = torch.cat(places).argsort()
+        return take(joined(batches), order)
 
     def on(self, device: torch.device) -> Self:
         """The same samples, which become inputs on a device."""
@@ -198,35 +235,47 @@ class Calibration:
 
     def split(self, share: float) -> tuple[Self, Self]:
         """Part of the samples to fit on, and the last ``share`` of them to tune on; pooled data stay in proportion."""
-        check_number("the held-out share", share, low=0.0, high=1.0, strict=True)
-        if self.num_samples < 2:
-            raise DataError(f"found {self.num_samples} calibration samples, expected at least 2: one to be held out")
-        held_out = min(max(1, round(share * self.num_samples)), self.num_samples - 1)
-        border = self.num_samples - held_out
-        return self.subset(range(border)), self.subset(range(border, self.num_samples))
+        count = self.num_samples
+        if count < 2:
+            raise DataError(f"found {count} calibration samples, expected at least 2: one to be held out")
+        held_out = max(1, round(share * count))
+        border = count - min(held_out, count - 1)
+        return self.subset(range(border)), self.subset(range(border, count))
 
     @property
     def labels(self) -> Tensor:
         """Class indices within each sample's own task, int64 [P]. Only for the `empirical` Fisher ablation."""
-        targets = [samples.targets for samples in self.parts if isinstance(samples, Samples)]
-        return torch.stack([targets[part][position] for part, position in zip(self.part, self.position, strict=True)])
+        labels = torch.empty_like(self.position)
+        for number, samples in enumerate(self.parts):
+            assert isinstance(samples, Samples)
+            own = self.part == number
+            labels[own] = samples.targets[self.position[own]]
+        return labels
 
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     """Several tasks' calibration data as one, evenly interleaved: every batch mixes the tasks, as BatchNorm needs."""
-    sizes = sorted({calibration.image_size for calibration in calibrations})
+    sizes = sorted({each.image_size for each in calibrations})
     if len(sizes) != 1:
         raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")
     parts: tuple[Samples | MemorySamples, ...] = ()
     part = []
+    progress = []  # of each sample through its task's, in (0, 1)
     for each in calibrations:
+        count = each.num_samples
         part.append(each.part + len(parts))
         parts += each.parts
-    progress = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (each.num_samples for each in calibrations)]
+        progress.append((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     order = torch.argsort(torch.cat(progress), stable=True)
     position = torch.cat([each.position for each in calibrations])
-    batch_size = max(each.batch_size for each in calibrations)
-    return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], batch_size, calibrations[0].device)
+    return Calibration(
+        parts=parts,
+        part=torch.cat(part)[order],
+        position=position[order],
+        image_size=sizes[0],
+        batch_size=max(each.batch_size for each in calibrations),
+        device=calibrations[0].device,
+    )
 
 
 @dataclass
@@ -236,18 +285,13 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
     samples: Samples | Calibration
     augmentation: Augmentation = Augmentation.none
     seed: int = 0
-    transforms: Sequence[v2.Transform] = ()
 
     def __len__(self) -> int:
         return self.samples.num_samples if isinstance(self.samples, Calibration) else len(self.samples)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        if not isinstance(draw, Draw):
-            raise ConfigurationError("the loader's sampler was replaced, as by overfit_batches; use max_train instead")
         view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
+        positions = draw.positions
         if isinstance(self.samples, Calibration):
-            return draw.positions, self.samples.inputs(draw.positions, view)
-        images = self.samples.images(draw.positions, view)
-        if view is not None:
-            images = transform_images(images, self.transforms, view, draw.positions)
-        return images, self.samples.targets[draw.positions]
+            return positions, self.samples.inputs(positions, view)
+        return self.samples.images(positions, view), self.samples.targets[positions]

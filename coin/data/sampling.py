@@ -24,7 +24,6 @@ class Stream(IntEnum):
     RENDER_TRAIN = 5
     RENDER_TEST = 6
     WORKERS = 7
-    TRANSFORM = 8
     PROMISE = 9
 
 
@@ -38,11 +37,11 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion, or nearly."""
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = torch.argsort(labels[shuffled], stable=True)
-    counts = torch.bincount(labels)
-    first = torch.cumsum(counts, 0) - counts
     sorted_labels = labels[shuffled][by_class]
-    rank = torch.arange(len(labels)) - first[sorted_labels]
-    progress = torch.empty(len(labels), dtype=torch.float64)
+    counts = torch.bincount(labels)
+    first = torch.cumsum(counts, 0) - counts  # where each class begins in `sorted_labels`
+    rank = torch.arange(len(labels)) - first[sorted_labels]  # within the class
+    progress = torch.empty(len(labels), dtype=torch.float64)  # through the class, in (0, 1)
     progress[by_class] = (rank.double() + 0.5) / counts[sorted_labels]
     return shuffled[torch.argsort(progress, stable=True)]
 
@@ -54,10 +53,17 @@ class Draw(NamedTuple):
     epoch: int | None
 
 
-def evaluation_batches(samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Draw]:
+def evaluation_batches(
+    samples: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Draw]:
     """The positions ``range(rank, samples, world_size)`` in batches: every sample on exactly one process."""
-    positions = range(rank, samples, world_size)
-    return [Draw(torch.tensor(positions[i : i + batch_size]), None) for i in range(0, len(positions), batch_size)]
+    positions = torch.arange(rank, max(rank, samples), world_size)
+    if not len(positions):
+        return []
+    return [Draw(batch, None) for batch in torch.split(positions, batch_size)]
 
 
 class TrainingBatches(Sampler[Draw]):
@@ -68,15 +74,23 @@ class TrainingBatches(Sampler[Draw]):
     """
 
     def __init__(
-        self, samples: int, batch_size: int, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if batch_size < 2:
-            raise ConfigurationError(f"batch_size is {batch_size}; training needs at least 2 (BatchNorm)")
-        if samples // world_size < 2:
-            raise DataError(f"{samples} training samples over {world_size} process(es); each needs at least 2 of them")
-        self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, epoch
-        self.rank, self.world_size = rank, world_size
         share = samples // world_size
+        if share < 2:
+            raise DataError(f"{samples} training samples over {world_size} process(es); each needs at least 2 of them")
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.rank = rank
+        self.world_size = world_size
         self._share = share - 1 if share % batch_size == 1 else share
 
     def set_epoch(self, epoch: int) -> None:
@@ -91,21 +105,36 @@ class TrainingBatches(Sampler[Draw]):
         epoch = self.epoch
         order = torch.randperm(self.samples, generator=seeded(self.seed, Stream.ORDER, epoch))
         mine = order[self.rank :: self.world_size][: self._share]
-        for start in range(0, self._share, self.batch_size):
-            yield Draw(mine[start : start + self.batch_size], epoch)
+        for positions in torch.split(mine, self.batch_size):
+            yield Draw(positions, epoch)
 
 
 def batch_loader(
-    dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
+    dataset: Any,
+    batch_size: int,
+    seed: int,
+    trainer: Trainer | None,
+    *,
+    shuffle: bool = False,
+    **options: Any,
 ) -> DataLoader[Any]:
     """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all."""
-    rank, world_size, epoch = 0, 1, 0
+    rank = 0
+    world_size = 1
+    epoch = 0
     if trainer is not None:
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigurationError("the Trainer shards the data again; set trainer.use_distributed_sampler=false")
-        # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
-        rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
+        rank = trainer.global_rank
+        world_size = trainer.world_size
+        epoch = trainer.current_epoch  # a resumed Trainer makes the iterator before it calls set_epoch
     sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)
     if shuffle:
         sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)
-    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=seeded(seed, Stream.WORKERS), **options)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        generator=seeded(seed, Stream.WORKERS),
+        **options,
+    )

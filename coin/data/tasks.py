@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number
 from coin.data.samples import BatchDataset, Calibration, pooled
 from coin.data.sampling import batch_loader
-from coin.data.task import TaskData
+from coin.data.task import Loader, TaskData
 from coin.data.transform import Augmentation
 from coin.errors import ConfigurationError, DataError
 
@@ -48,9 +47,13 @@ class Tasks(LightningDataModule):
         sizes = {name: task.image_size for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
-        self.tasks = {name: task if seed is None else task_with(task, seed=seed) for name, task in tasks.items()}
-        self.samples_per_task, self.batch_size = samples_per_task, batch_size
-        self.held_out, self.promise_samples = held_out, promise_samples
+        self.tasks = dict(tasks)
+        if seed is not None:
+            self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
+        self.samples_per_task = samples_per_task
+        self.batch_size = batch_size
+        self.held_out = held_out
+        self.promise_samples = promise_samples
         self.augmentation = Augmentation.none  # of calibration samples to train on; the training module sets it
         self.seed = next(iter(self.tasks.values())).seed
 
@@ -64,7 +67,7 @@ class Tasks(LightningDataModule):
         return max(task.num_classes for task in self.tasks.values())
 
     def prepare_data(self) -> None:
-        """Download what is to be downloaded."""
+        """Download what is missing."""
         for task in self.tasks.values():
             task.prepare_data()
 
@@ -76,8 +79,10 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        each = self.tasks.items()
-        return {name: task.calibration(self.samples_per_task, self.batch_size, name) for name, task in each}
+        found = {}
+        for name, task in self.tasks.items():
+            found[name] = task.calibration(self.samples_per_task, self.batch_size, name)
+        return found
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
@@ -87,24 +92,33 @@ class Tasks(LightningDataModule):
         """Return all tasks' promise samples, interleaved; none where there are to be none."""
         if not self.promise_samples:
             return None
-        each = self.tasks.items()
-        return pooled([task.promise(self.promise_samples, self.batch_size, name) for name, task in each])
+        found = []
+        for name, task in self.tasks.items():
+            found.append(task.promise(self.promise_samples, self.batch_size, name))
+        return pooled(found)
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
-        return self.calibration() if self.held_out == 0 else self.calibration().split(self.held_out)[0]
+        everything = self.calibration()
+        if self.held_out == 0:
+            return everything
+        fitted, _ = everything.split(self.held_out)
+        return fitted
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> Loader:
         """The calibration samples to train on, shuffled from (seed, epoch): positions ``[B]`` and inputs ``[B, …]``."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
         return self._loader(self.training_calibration(), shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """The held-out calibration samples; an empty list with a share of 0."""
-        return [] if self.held_out == 0 else self._loader(self.calibration().split(self.held_out)[1])
+        if self.held_out == 0:
+            return []
+        _, held_out = self.calibration().split(self.held_out)
+        return self._loader(held_out)
 
-    def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
+    def test_dataloader(self) -> list[Loader]:
         """One loader of stored images and labels a task."""
         return [task.test_dataloader() for task in self.tasks.values()]
 
@@ -115,7 +129,8 @@ class Tasks(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
         if self.trainer is not None and self.trainer.testing:
-            return list(self.tasks.values())[dataloader_idx].on_after_batch_transfer(batch, dataloader_idx)
+            task = list(self.tasks.values())[dataloader_idx]
+            return task.on_after_batch_transfer(batch, dataloader_idx)
         return batch
 
 

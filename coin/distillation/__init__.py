@@ -1,3 +1,3 @@
-"""Merge methods that train a coded model: distillation of the experts, their search and their training."""
+"""Merge methods that train a coded model: distillation of the experts, its search and its training in memory."""
 
-from coin.distillation.method import Distillation as Distillation, distill as distill
+from coin.distillation.method import Distillation as Distillation

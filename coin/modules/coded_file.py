@@ -21,20 +21,21 @@ from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
-_KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
-_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # of that, what belongs to no expert
+_KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept\.(?P<parameter>[^.]+)\.(?P<part>\w+)")
+"""The names of the tensors that a body keeps in place of a parameter."""
+_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # those parts that belong to no expert
 
 
 @dataclass(frozen=True)
 class Body:
-    """What a file tells of an `Adapted` beside its tensors: its experts, and the bits of its packed matrices."""
+    """The description of an `Adapted` beside its tensors: its number of experts, and the bits of packed matrices."""
 
     num_experts: int
     bits: Mapping[str, int]  # by the parameters' names
 
     @classmethod
     def of(cls, network: nn.Module) -> "Body | None":
-        """Return what is told of a network, if it is one."""
+        """Return the description of a network; None if it is not an `Adapted`."""
         if not isinstance(network, Adapted):
             return None
         bits = {name: kept.bits for name, _, kept in kept_parameters(network.body) if kept.bits}
@@ -44,23 +45,27 @@ class Body:
         """Return a body of an expert's architecture that has tensors like these, not yet their values."""
         body = clone(like).eval()
         tied = tied_names(body)
-        parts: dict[str, dict[str, Tensor]] = {}  # by the parameter's name
-        for key, tensor in state.items():
-            if found := re.fullmatch(rf"{_KEPT}\.(?P<part>\w+)", key):
-                name = ".".join(filter(None, (found["layer"], found["parameter"])))
-                parts.setdefault(name, {})[found["part"]] = tensor
-        for name, held in parts.items():
-            if "codes" in held:
-                kept = Kept(body.get_parameter(name), held["codes"], held["codes_scale"], self.bits[name])
+        changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
+        for name, parts in _kept_parts(state).items():
+            if "codes" in parts:
+                kept = Kept(body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name])
                 keep(body, tied[name], kept)
-        adapters = []
-        for expert in range(self.num_experts):
-            own = {
-                name: Change.held({part: tensor[expert] for part, tensor in held.items() if part not in _OF_BODY})
-                for name, held in parts.items()
-            }
-            adapters.append(Adapter(own))
+            of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}  # each [N, …]
+            for expert, own in enumerate(changes):
+                own[name] = Change.held({part: tensor[expert] for part, tensor in of_experts.items()})
+        adapters = [Adapter(own) for own in changes]
         return Adapted(body, adapters).to(device_of(like))
+
+
+def _kept_parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that a body keeps in place of parameters, by these parameters' names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = _KEPT.fullmatch(key)
+        if match is not None:
+            name = (match["layer"] or "") + match["parameter"]
+            found.setdefault(name, {})[match["part"]] = tensor
+    return found
 
 
 @dataclass
@@ -73,20 +78,29 @@ class SystemFile:
     decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
     experts: Sequence[str]  # the fingerprints of the experts' states
     coded: Sequence[State] = ()  # every coded model's parameters and buffers; none if they are in files of their own
-    bodies: Sequence[Body | None] = ()  # of these, what tells that one is an `Adapted`
-    coded_files: Sequence[Path] = ()  # these, named by SHA-256 and their path in a seed's folder, ``../coded/NAME``
+    bodies: Sequence[Body | None] = ()  # of each coded model, its description if it is an `Adapted`
+    coded_files: Sequence[Path] = ()  # the coded models' own files, kept as SHA-256 and path ``../coded/NAME``
     told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
     def save(self, path: Path) -> None:
         """Write the file."""
         state: dict[str, Tensor] = {}
         for row, own in enumerate(self.coded):
-            state |= {f"coded.{row}.{name}": tensor for name, tensor in own.items()}
-        decoders = []
+            for name, tensor in own.items():
+                state[f"coded.{row}.{name}"] = tensor
+        decoders: list[dict[str, Any]] = []
         for place, decoder in enumerate(self.decoders):
-            state |= {f"decoder.{place}.{name}": tensor for name, tensor in decoder.state_dict().items()}
+            for name, tensor in decoder.state_dict().items():
+                state[f"decoder.{place}.{name}"] = tensor
             promises = {str(expert): asdict(promise) for expert, promise in decoder.promises.items()}
-            decoders.append({"name": decoder.config.name, "erased": list(decoder.erased), "promises": promises})
+            decoders.append(
+                {
+                    "name": decoder.config.name,
+                    "erased": list(decoder.erased),
+                    "promises": promises,
+                }
+            )
+        coded_files = [{"path": f"../coded/{file.name}", "sha256": sha256_of(file)} for file in self.coded_files]
         provenance = {
             **self.told,
             "what": _SYSTEM,
@@ -95,10 +109,11 @@ class SystemFile:
             "classes": self.classes,
             "decoders": decoders,
             "experts": list(self.experts),
-            "bodies": [body and asdict(body) for body in self.bodies],
-            "coded_files": [{"path": f"../coded/{each.name}", "sha256": sha256_of(each)} for each in self.coded_files],
+            "bodies": [None if body is None else asdict(body) for body in self.bodies],
+            "coded_files": coded_files,
         }
-        infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
+        floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        infinite = [name for name, tensor in floating.items() if tensor.isinf().any()]
         save_state(path, state, provenance, infinite)
 
     @classmethod
@@ -107,21 +122,41 @@ class SystemFile:
         state, told = load_state(path)
         if told.get("what") != _SYSTEM:
             raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
-        code, files, decoders = Code(told["code"]), [], []
+        code = Code(told["code"])
+        files = []
         for each in told["coded_files"]:
-            files.append(Path(os.path.normpath(path.parent / each["path"])))  # not through links
-            if not files[-1].is_file() or sha256_of(files[-1]) != each["sha256"]:
-                raise FileError(f"'{files[-1]}' is not the coded model that '{path}' names; run the evaluation again")
+            file = Path(os.path.normpath(path.parent / each["path"]))  # not through links
+            is_there = file.is_file() and sha256_of(file) == each["sha256"]
+            if not is_there:
+                raise FileError(f"'{file}' is not the coded model that '{path}' names; run the evaluation again")
+            files.append(file)
+        decoders = []
         for place, each in enumerate(told["decoders"]):
-            decoders.append(make_decoder(DecoderConfig.named(each["name"]), code, each["erased"]))
+            config = DecoderConfig.named(each["name"])
+            decoder = make_decoder(config, code, each["erased"])
+            own = _below(f"decoder.{place}.", state)
             try:
-                decoders[-1].load_state_dict(_below(f"decoder.{place}.", state))
+                decoder.load_state_dict(own)
             except RuntimeError as error:
                 raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
-            decoders[-1].promises = {int(expert): Promise(**promise) for expert, promise in each["promises"].items()}
-        coded = [] if files else [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
-        bodies = [body and Body(**body) for body in told["bodies"]]
-        return cls(code, told["names"], told["classes"], decoders, told["experts"], coded, bodies, files, told)
+            for expert, promise in each["promises"].items():
+                decoder.promises[int(expert)] = Promise(**promise)
+            decoders.append(decoder)
+        coded = []
+        if not files:
+            coded = [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
+        bodies = [None if body is None else Body(**body) for body in told["bodies"]]
+        return cls(
+            code=code,
+            names=told["names"],
+            classes=told["classes"],
+            decoders=decoders,
+            experts=told["experts"],
+            coded=coded,
+            bodies=bodies,
+            coded_files=files,
+            told=told,
+        )
 
 
 def all_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -58,51 +58,74 @@ def evaluate(
     >>> table[["erased", "task", "nda", "forwards", "losses"]].values.tolist()
     [['a+b', 'a', 1.0, 3, 2], ['a+b', 'b', 1.0, 3, 2]]
     """
-    configs, count = distinct_decoders(decoders), len(system.experts)
+    count = len(system.experts)
     for what, given in (("loaders", loaders), ("calibration data", calibration)):
-        if given is not None and len(given) != count:
-            raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
-    lost = tuple(check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)])
+        tasks = count if given is None else len(given)
+        if tasks != count:
+            raise ConfigurationError(f"found {what} of {tasks} tasks, expected {count}; give every expert's")
+    each_alone = [[task] for task in range(count)]
+    lost = tuple(check_erasure(erased, count) for erased in erasures or each_alone)
     if len({frozenset(erased) for erased in lost}) < len(lost):
-        raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
-    places, is_body = tuple(range(len(system.coded))), system.is_adapted
-    variant = Variant(
-        "coded", system.code, networks=places, memory=system.nbytes, resident=system.resident_nbytes, lost=lost,
-        adapted=is_body,
-    )  # fmt: skip
-    tests = {task: _pairs(loaders[task], system.names[task]) for task in sorted(set(chain(*lost)))}
-    first = next(tests[min(tests)])
-    tests[min(tests)] = chain([first], tests[min(tests)])
+        given = [list(erased) for erased in lost]
+        raise ConfigurationError(f"found erasures {given}, expected each loss once")
+    tests = {}
+    for task in sorted(set(chain(*lost))):
+        tests[task] = _pairs(loaders[task], system.names[task])
+    start = min(tests)
+    first = next(tests[start])
+    tests[start] = chain([first], tests[start])
+    configs = distinct_decoders(decoders)
     with eval_mode(system.experts):
         inputs = as_input(first[0], system.coded[0])
-        configs, heads = with_heads(configs, list(system.experts), inputs, needed=decoders is not None)
+        is_asked = decoders is not None
+        configs, heads = with_heads(configs, list(system.experts), inputs, needed=is_asked)
     features = any(config.reads_features for config in configs)
+    variant = Variant(
+        "coded",
+        system.code,
+        networks=tuple(range(len(system.coded))),
+        memory=system.nbytes,
+        resident=system.resident_nbytes,
+        lost=lost,
+        adapted=system.is_adapted,
+    )
     evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
     if not evaluation.fitted:
         raise ConfigurationError("found no decoder that reads a body with adapters, expected expert_head")
     parts = []
     for task, batches in enumerate(calibration or ()):
-        # Not all devices have float64.
-        found = [system.answers(batch, features=features, tasks=task).cpu() for batch in batches]
-        parts += [replace(each, tasks=torch.full((each.num_samples,), task)) for each in found]
+        for batch in batches:
+            answers = system.answers(batch, features=features, tasks=task).cpu()  # not all devices have float64
+            task_of_each = torch.full((answers.num_samples,), task)
+            parts.append(replace(answers, tasks=task_of_each))
+    to_fit = [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]
+    if to_fit and not parts:
+        raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
     if parts:
         evaluation.fit(Answers.concatenate(parts))
-    elif to_fit := [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]:
-        raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
     for task, pairs in tests.items():
         for inputs, labels in pairs:
-            evaluation.update(task, system.answers(inputs, features=features, tasks=task).cpu(), labels.cpu())
-    outcomes, names = evaluation.outcomes(system.names), [config.name for config in configs]
-    outcomes.sort(key=lambda outcome: names.index(outcome.columns["decoder"]))
-    return pd.DataFrame([outcome.columns for outcome in outcomes], columns=_COLUMNS)
+            answers = system.answers(inputs, features=features, tasks=task)
+            evaluation.update(task, answers.cpu(), labels.cpu())
+    rows = [outcome.columns for outcome in evaluation.outcomes(system.names)]
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    order = [config.name for config in configs]
+    return table.sort_values(
+        "decoder",
+        key=lambda names: names.map(order.index),
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
     """Yield a task's test batches; a DataError where one is no pair (inputs, labels), or there are none."""
-    batch = None
+    is_empty = True
     for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not is_pair or not isinstance(batch[1], Tensor):
             raise DataError(f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels)")
+        is_empty = False
         yield batch[0], batch[1]
-    if batch is None:
+    if is_empty:
         raise DataError(f"found no test batches of task '{task}', expected at least one")

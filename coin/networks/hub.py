@@ -17,6 +17,7 @@ from coin.files.packaged import extra_module
 from coin.networks import clip
 from coin.networks.heads import head_name, replace_head
 from coin.networks.sources import NetworkSource
+from coin.networks.text_encoder import check_tokens
 from coin.networks.weights import fill_network
 
 PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
@@ -166,11 +167,8 @@ class HuggingFace(NetworkSource):
         return _ByName("pixel_values", None, Renormalised(mean, std), {option: True} if interpolates else {})
 
     def _reading_texts(self, found: Any) -> "_ByName":
-        longest = getattr(found, "max_position_embeddings", None)
-        if longest is not None and self.image_size > longest:
-            told = f"found network.image_size {self.image_size} tokens for {self.name}"
-            raise ConfigurationError(f"{told}, expected at most {longest}")
-        return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0)
+        padding = getattr(found, "pad_token_id", None) or 0
+        return _ByName("input_ids", padding, longest=getattr(found, "max_position_embeddings", None))
 
 
 def local_place(place: str) -> str:
@@ -212,12 +210,15 @@ class _ByName:
     padding: int | None = None
     normalise: Renormalised | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    longest: int | None = None  # text, in tokens
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> tuple[Any, Any]:
         if not inputs:
             return inputs, given
         batch, *_ = inputs if self.normalise is None else self.normalise(network, inputs)
         options = dict(self.options)
+        if self.longest is not None:
+            check_tokens(batch, self.longest)
         if self.padding is not None:
             mask = batch != self.padding
             mask[:, 0] = True  # so that an empty text attends to something

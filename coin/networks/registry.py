@@ -26,7 +26,7 @@ class NetworkConfig:
             (``resnet50``, ``vit_b_16``, …); ``timm/NAME``; ``hf/FOLDER_OR_ID``, a classifier of images or sequences of
             Hugging Face's transformers, or a CLIP with the option ``head: zero_shot``; or the import path of an
             `nn.Module` that takes ``num_classes``.
-        image_size: Height and width of the input images, in pixels; for texts, their number of tokens.
+        image_size: Height and width of the input images, in pixels.
         weights: The name of pretrained weights: torchvision's, such as ``IMAGENET1K_V2``; a tag of timm's, or
             ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0``, which a package ships;
             ``ALL_MINILM_L6_V2`` for ``minilm``; ``pretrained`` for Hugging Face's. Or a file of the network's own

@@ -77,7 +77,8 @@ class NetworkSource(ABC):
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            told = f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}"
+            inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
+            told = f"cannot build {self.name} for {inputs} with options {self.options}"
             raise ConfigurationError(f"{told}: {first_line(error)}; change network.image_size or these") from error
         return network
 
@@ -99,7 +100,6 @@ class Own(NetworkSource):
     """The small networks for tests and quick runs, and an encoder of texts."""
 
     kinds: ClassVar[dict[str, type[nn.Module]]] = {"small_resnet": SmallResNet, "small_vit": SmallViT, "minilm": MiniLM}
-    sizes: ClassVar[dict[str, str]] = {"small_vit": "image_size", "minilm": "length"}  # what they call image_size
     channels_last = True
 
     def check(self) -> None:
@@ -114,8 +114,8 @@ class Own(NetworkSource):
     def build(self, num_classes: int) -> nn.Module:
         """Build the network for inputs of its size."""
         options = dict(self.options)
-        if self.name in self.sizes:
-            options.setdefault(self.sizes[self.name], self.image_size)
+        if self.name == "small_vit":
+            options.setdefault("image_size", self.image_size)
         network = self.construct(self.kinds[self.name], num_classes=num_classes, **options)
         if self.weights is not None:
             assert isinstance(network, MiniLM)

@@ -3,6 +3,7 @@
 from safetensors.torch import load_file
 from torch import Tensor, arange, nn
 
+from coin.errors import DataError
 from coin.files.packaged import extra_module, packaged_file
 from coin.networks.weights import fill_network
 
@@ -19,7 +20,7 @@ class MiniLM(nn.Module):
     Source: Devlin et al., *BERT* (NAACL 2019); Wang et al., *MiniLM* (NeurIPS 2020).
 
     Args:
-        length: L, the tokens of a text, padding included.
+        length: The most tokens of a text, padding included: `max_tokens` of the tasks.
         vocabulary: The number of tokens there are.
         dropout: In training, in [0, 1).
         num_classes, depth, heads, width, mlp_width: As `coin.networks.small.SmallViT`.
@@ -54,6 +55,7 @@ class MiniLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended."""
+        check_tokens(tokens, self.bert.config.max_position_embeddings)
         attended = (tokens != 0).long()
         attended[:, 0] = 1  # so that an empty text attends to something
         # Positions that every text has of its own are what the Fisher pass has a rule for.
@@ -61,6 +63,12 @@ class MiniLM(nn.Module):
         x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
         weights = attended.to(x.dtype)[..., None]
         return self.head((x * weights).sum(1) / weights.sum(1))  # type: ignore[no-any-return]
+
+
+def check_tokens(tokens: Tensor, longest: int) -> None:
+    """Raise DataError where texts, int64 ``[B, L]``, are longer than a network reads."""
+    if tokens.shape[1] > longest:
+        raise DataError(f"found texts of {tokens.shape[1]} tokens, expected at most {longest}; set max_tokens of tasks")
 
 
 def load_pretrained(network: MiniLM, weights: str) -> None:

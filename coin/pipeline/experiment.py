@@ -193,7 +193,7 @@ class Experiment:
             check_heads(self.network, data.head is not None, name)
         for name, data in self.tasks.items():
             own = self.expert.of(name)
-            data.check_augmentation(own.augmentation, own.transform)
+            data.check_augmentation(own.augmentation)
             for method in self.methods:
                 data.check_augmentation(Augmentation(method.augmentation))
 
@@ -284,10 +284,10 @@ class Experiment:
         self._check_one_expert_each()
         empty_network(replace(self.network, weights=None), 2)  # which checks its name and options
         trained = [self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints]
-        checked: list[Any] = [(None, None)]
+        checked: list[list[str] | None] = [None]
         for each in (*trained, *([self.base] if self.base is not None else [])):
-            if (given := (each.trainable, each.head_lr)) not in checked:
-                checked.append(given)
-                options: Any = {"trainable": each.trainable, "head_lr": each.head_lr, "num_classes": 2}
+            if each.trainable not in checked:
+                checked.append(each.trainable)
+                options: Any = {"trainable": each.trainable, "num_classes": 2}
                 Expert(self.network.name, self.network.image_size, options=self.network.options, **options)
         self.check_files()

@@ -1,7 +1,9 @@
+import string
 import sys
 
 import pytest
 import torch
+from matplotlib.ft2font import FT2Font
 
 from coin.data import Digits, Glyphs, MNIST5k
 from coin.data.embedded import CANVAS, CONTRAST, character_masks, parse_characters, render, usable_fonts
@@ -43,8 +45,8 @@ def test_images_are_those_that_their_packages_return():
 
 
 def test_fonts_draw_every_character_inside_the_canvas():
-    assert len(usable_fonts()) >= 12
-    assert not [path for path in usable_fonts() if path.name.startswith(("cmsy", "cmex", "LastResort", "STIXSiz"))]
+    characters = {*map(ord, string.ascii_letters + string.digits)}
+    assert all(characters <= FT2Font(str(path)).get_charmap().keys() for path in usable_fonts())
     masks = character_masks("AWgijlQ0")
     assert masks.shape == (len(usable_fonts()), 8, CANVAS, CANVAS)
     assert masks.amax((2, 3)).min() > 0.5
@@ -85,7 +87,7 @@ def test_ink_stands_out_from_paper():
 
 @pytest.mark.parametrize(
     ("classes", "expected"),
-    [("A-D", "ABCD"), ("X-Za-cA", "XYZabcA"), ("0-2AEX", "012AEX"), (["b", "A"], "bA"), ("AB", "AB")],
+    [("A-D", "ABCD"), ("X-Za-cA", "XYZabcA"), ("0-2AEX", "012AEX"), ("AB", "AB")],
 )
 def test_characters_are_read(classes, expected):
     assert parse_characters(classes) == tuple(expected)
@@ -101,7 +103,6 @@ def test_characters_are_read(classes, expected):
         ({"classes": "A B"}, "hold ' '"),
         ({"classes": "A水"}, "hold '水'"),
         ({"classes": "A-CB"}, "hold 'B'; expected A-Z, a-z and 0-9, each once"),
-        ({"classes": ["A", "BC"]}, "hold 'BC'"),
         ({"classes": "Z-a"}, "hold '\\['"),
         ({"train_per_class": 1}, "train_per_class=1"),
         ({"test_per_class": 0}, "test_per_class=0"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from coin.data.sampling import Stream, TrainingBatches, evaluation_batches, seeded, stratified_order
-from coin.errors import ConfigurationError, DataError
+from coin.errors import DataError
 
 
 def positions(batches):
@@ -50,8 +50,6 @@ def test_training_ranks_are_disjoint_and_equally_long(samples):
 
 
 def test_training_refuses_batches_that_cannot_be_trained_on():
-    with pytest.raises(ConfigurationError, match="batch_size is 1; training needs at least 2"):
-        TrainingBatches(10, 1, seed=0)
     with pytest.raises(DataError, match="3 training samples over 2 process"):
         TrainingBatches(3, 2, seed=0, world_size=2)
 

@@ -10,7 +10,7 @@ import torchvision.datasets
 from PIL import Image
 
 from coin import data
-from coin.data import CIFAR10, DTD, GTSRB, MNIST, SUN397, EuroSAT, StanfordCars
+from coin.data import CIFAR10, DTD, GTSRB, MNIST, EuroSAT
 from coin.data.tasks import task_with
 from coin.errors import DataError
 
@@ -25,7 +25,7 @@ def no_network(monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("no\nroute to host")
 
-    for module in ("mnist", "cifar", "svhn", "stl10", "gtsrb", "dtd", "eurosat", "sun397"):
+    for module in ("mnist", "cifar", "svhn", "stl10", "gtsrb", "dtd", "eurosat"):
         for name in ("download_and_extract_archive", "download_url"):
             monkeypatch.setattr(f"torchvision.datasets.{module}.{name}", fail, raising=False)
 
@@ -163,34 +163,12 @@ def write_eurosat(root):
         picture(root / f"eurosat/2750/land{label}/{number}.jpg", label, (24, 24))
 
 
-def write_cars(root):
-    io, base = pytest.importorskip("scipy.io"), root / "stanford_cars"
-    rows = np.array([(label + 1, f"{label:05}.jpg") for label in range(196)], dtype=[("class", int), ("fname", object)])
-    (base / "devkit").mkdir(parents=True)
-    for split, file in {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}.items():
-        io.savemat(base / file, {"annotations": rows})
-        for label in range(196):
-            picture(base / f"cars_{split}/{label:05}.jpg", label)
-    names = np.array([f"car {label}" for label in range(196)], object)
-    io.savemat(base / "devkit/cars_meta.mat", {"class_names": names})
-
-
-def write_sun397(root):
-    names = [f"/p/place{label:03}/{'in' if label % 2 else 'out'}door" for label in range(397)]
-    for label, name in enumerate(names):
-        for number in range(2):
-            picture(root / f"SUN397{name}/sun_{number}.jpg", label)
-    (root / "SUN397/ClassName.txt").write_text("\n".join(names))
-
-
 @pytest.mark.parametrize(
     ("task_class", "write", "sizes"),
     [
         (GTSRB, write_gtsrb, (43, None, 43)),
         (DTD, write_dtd, (47, 47, 47)),
         (EuroSAT, write_eurosat, (80, None, 20)),
-        (StanfordCars, write_cars, (196, None, 196)),
-        (SUN397, write_sun397, (635, None, 159)),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from coin.distillation.search import TRIALS, search_curves, search_grid
+from coin.distillation.search import TRIALS, search_grid
 
 GIVEN = [[3e-4, 1e-3, 3e-3], [1e-3], [1e-3, 1e-2]]
 
@@ -70,13 +70,3 @@ def test_where_runs_diverge_it_turns_back():
     assert math.inf in choice.losses.values()
     choice = search_grid(lambda *_: math.inf, rates, 100)
     assert (choice.best, len(choice.losses), choice.at_edge) == ((1e-3, 100), 5, False)
-
-
-def test_with_a_constant_rate_the_points_of_the_given_runs_are_compared():
-    def losses(rate, every):
-        return [rate * abs(steps - 60) + 1 if rate < 1 else math.nan for steps in range(every, 101, every)]
-
-    choice = search_curves(losses, [1e-3, 1e-2, 1.0], 100)
-    assert (choice.best, choice.at_edge) == ((1e-3, 60), True)
-    assert len(choice.losses) == 20
-    assert search_curves(lambda *_: [math.inf], [1e-3], 5).losses == {}

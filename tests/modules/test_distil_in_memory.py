@@ -17,6 +17,10 @@ CODE = coin.Code([[0.4, 0.6]])
 FAST = {"lr": 1e-2, "steps": 40, "batch_size": 8}
 
 
+def distill(experts, code, inputs, forward=None, **options):
+    return coin.merge_networks(coin.Distillation(**options), experts, code, calibration=inputs, forward=forward)
+
+
 class Plain(nn.Module):
     def __init__(self, classes):
         super().__init__()
@@ -64,7 +68,7 @@ def test_it_comes_nearer_than_its_start_and_leaves_the_experts_as_found(capfd, c
     torch.manual_seed(17)
     state, level = torch.get_rng_state(), logging.getLogger("lightning.pytorch").level
     options = {"lr": 1e-2, "steps": 200, "start": "average", "batch_size": 32}
-    (coded,) = coin.distill(experts, CODE, calibration(), **options)
+    (coded,) = distill(experts, CODE, calibration(), **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert logging.getLogger("lightning.pytorch").level == level
     (start,) = coin.merge_networks(coin.Average(), experts, CODE, calibration=calibration())
@@ -97,9 +101,9 @@ def test_a_seed_gives_the_same_network_whatever_was_drawn_before_and_in_any_cont
 
 def test_batches_by_name_and_other_class_counts_train_as_well():
     named = [[{"x": batch} for batch in batches] for batches in calibration()]
-    (expected,) = coin.distill(make(counts=(3, 2)), CODE, calibration(), **FAST)
+    (expected,) = distill(make(counts=(3, 2)), CODE, calibration(), **FAST)
     options = {**FAST, "forward": lambda network, batch: network(**batch).logits}
-    (found,) = coin.distill(make(Named, (3, 2)), CODE, named, **options)
+    (found,) = distill(make(Named, (3, 2)), CODE, named, **options)
     assert type(found) is Named
     assert vars(found).keys() == vars(Named(3)).keys()
     assert equal(found, expected)
@@ -111,34 +115,25 @@ def test_frozen_parameters_stay_unless_all_are(whole):
     experts[1].body[0].load_state_dict(experts[0].body[0].state_dict())
     for expert in experts:
         (expert if whole else expert.body[0]).requires_grad_(False)
-    (coded,) = coin.distill(experts, CODE, calibration(), **FAST)
+    (coded,) = distill(experts, CODE, calibration(), **FAST)
     assert torch.equal(coded.body[0].weight, experts[0].body[0].weight) != whole
     assert not coded.body[0].weight.requires_grad
     assert coded.head.weight.requires_grad != whole
     assert not any(p.requires_grad for expert in experts for p in expert.body[0].parameters())
 
 
-def test_with_a_constant_rate_points_of_one_run_are_compared():
-    experts, rates = Experts(make(), calibration=calibration()), [1e-3, 1e-2]
-    method = coin.Distillation(learning_rates=rates, steps=4, batch_size=16, schedule="constant", start="average")
-    made = method.make(experts, [0.4, 0.6])
-    assert made.chosen["lr"] in rates
-    assert len(made.chosen["held_out_loss"]) == 8
-    assert experts.passes > 3 * 4 * 16 * 3
-
-
 def test_experts_answer_once_to_the_samples_of_all_trials_and_once_more_to_all(monkeypatch):
     asked, starts = [], []
-    answer, begin = DistillationModule.expert_outputs, DistillationModule._begin
+    answer, start = DistillationModule.expert_outputs, DistillationModule._start
     monkeypatch.setattr(DistillationModule, "expert_outputs", lambda self, x: asked.append(len(x)) or answer(self, x))
-    monkeypatch.setattr(DistillationModule, "_begin", lambda self: starts.append(self.begun is None) or begin(self))
+    monkeypatch.setattr(DistillationModule, "_start", lambda self: starts.append(len(asked)) or start(self))
     experts = Experts(make(), calibration=calibration())
     method = coin.Distillation(learning_rates=[1e-3, 1e-2], steps=4, batch_size=64)
     made = method.make(experts, [0.4, 0.6])
     trials = len(made.chosen["held_out_loss"])
     assert trials > 2
     assert asked == [48, 12, 60]  # those that are fitted, those held out, and all for the final run
-    assert starts == [True, *[False] * (trials - 1), True]
+    assert starts == [0, 2]  # of all trials, and of the final run
     fixed = coin.Distillation(lr=made.chosen["lr"], steps=made.chosen["steps"], batch_size=64)
     assert equal(made.network, fixed.make(Experts(make(), calibration=calibration()), [0.4, 0.6]).network)
 
@@ -147,7 +142,7 @@ def test_the_code_row_is_as_exact_as_the_experts():
     """0.4 + 0.6 is not 1 in float32, by which identical experts in float64 were trained away from themselves."""
     expert = make()[0].double().eval()
     inputs = [[batch.double() for batch in batches] for batches in calibration()]
-    (coded,) = coin.distill([expert, deepcopy(expert)], CODE, inputs, lr=1e-2, steps=2, start="average")
+    (coded,) = distill([expert, deepcopy(expert)], CODE, inputs, lr=1e-2, steps=2, start="average")
     torch.testing.assert_close(coded(inputs[0][0]), expert(inputs[0][0]), rtol=0, atol=1e-4)
 
 
@@ -155,9 +150,9 @@ def test_what_memory_does_not_allow_is_told():
     experts = make()
     for options in ({"augmentation": "shift"}, {"samples_per_task": 4}):
         with pytest.raises(ConfigurationError, match="for batches in memory, taken as they are"):
-            coin.distill(experts, CODE, calibration(), **FAST, **options)
-    coin.distill(experts, CODE, calibration(), lr=1e-2, steps=1, augmentation="none")
+            distill(experts, CODE, calibration(), **FAST, **options)
+    distill(experts, CODE, calibration(), lr=1e-2, steps=1, augmentation="none")
     with pytest.raises(ConfigurationError, match="found no calibration inputs, which the merge needs"):
         coin.merge_networks(coin.Distillation(lr=1e-3), experts, CODE)
     with pytest.raises(NumericalError, match="distillation diverged with lr=1e"):
-        coin.distill(experts, CODE, calibration(), lr=1e30, steps=5)
+        distill(experts, CODE, calibration(), lr=1e30, steps=5)

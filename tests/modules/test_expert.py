@@ -1,4 +1,3 @@
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,15 +5,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
-from torch.optim import AdamW, RMSprop
 
 from coin.data import to_input
 from coin.errors import ConfigurationError
 from coin.modules import Expert
-from coin.modules.recipe import OneCycle
 from coin.networks import load_network
 
-JITTER = {"class_path": "torchvision.transforms.v2.ColorJitter", "init_args": {"brightness": 0.5}}
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 SQUEEZENET = {"network": "squeezenet1_1", "image_size": 32, "options": {"dropout": 0.5}}
 
@@ -57,7 +53,7 @@ def test_an_expert_overfits_a_tiny_task_and_its_checkpoint_loads_with_weights_on
 
 
 def test_logged_numbers_and_predictions_are_those_of_the_whole_test_set(synthetic, make_trainer):
-    expert, task = Expert(**SMALL, num_classes=3, label_smoothing=0.3), synthetic(test=23)
+    expert, task = Expert(**SMALL, num_classes=3), synthetic(test=23)
     (logged,) = make_trainer().test(expert, datamodule=task, verbose=False)
     logits, labels = logits_of(expert, task.splits.test)
     assert logged["test/accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()), abs=1e-7)
@@ -66,32 +62,18 @@ def test_logged_numbers_and_predictions_are_those_of_the_whole_test_set(syntheti
     torch.testing.assert_close(found, logits.softmax(1))
 
 
-def test_training_smooths_labels_and_validation_does_not(synthetic):
-    expert, task = Expert(**SMALL, num_classes=3, label_smoothing=0.3).eval(), synthetic()
-    images, labels = task.on_after_batch_transfer(next(iter(task.train_dataloader())), 0)
-    expert.log = lambda *args, **kwargs: None
-    wanted = F.cross_entropy(expert(images), labels, label_smoothing=0.3)
-    assert torch.equal(expert.training_step((images, labels), 0), wanted)
-    assert torch.equal(expert._step((images, labels), "val"), F.cross_entropy(expert(images), labels))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lr": 0.0}, "found lr=0.0, expected a number above 0"),
         ({"lr": float("nan")}, "found lr=nan"),
         ({"weight_decay": -1.0}, "found optimizer torch.optim.SGD .*: Invalid weight_decay value: -1.0"),
-        ({"label_smoothing": 1.0}, "found label_smoothing=1.0"),
-        ({"optimizer": "Adm"}, "found optimizer torch.optim.Adm .*: module 'torch.optim' has no attribute 'Adm'"),
-        ({"optimizer": torch.nn.Linear}, "found optimizer torch.nn.modules.linear.Linear .*to be a subclass of"),
-        ({"optimizer": lambda _: None}, "found optimizer=<function .*, expected the name of a class of torch.optim"),
-        ({"optimizer": "AdamW", "momentum": 0.9}, "found optimizer torch.optim.AdamW .*: Option 'momentum' is not"),
-        ({"lr_scheduler": "StepLR"}, "torch.optim.lr_scheduler.StepLR, .*arguments are required: step_size"),
-        ({"lr_scheduler": {"class_path": "CosineAnnealingLR", "init_args": {"T_max": 3}}}, "'T_max' is not accepted"),
+        ({"optimizer": "Adm"}, "found optimizer 'torch.optim.Adm', .*module 'torch.optim' has no attribute 'Adm'"),
+        ({"optimizer": torch.nn.Linear}, "found optimizer=<class .*, expected the name of a class of torch.optim"),
+        ({"optimizer": {"class_path": "AdamW", "init_args": {"momentum": 0.9}}}, "unexpected keyword .*'momentum'"),
+        ({"lr_scheduler": "StepLR"}, "torch.optim.lr_scheduler.StepLR .*missing 1 required .*: 'step_size'"),
         ({"network": "small_resnett"}, r"\(did you mean small_resnet\?\)"),
         ({"num_classes": 0}, "found 0 classes"),
-        ({"l2_sp": -1.0}, "^found l2_sp=-1.0"),
-        ({"head_lr": 0.0}, "^found head_lr=0.0"),
         ({"freeze_batchnorm": 1}, "^found freeze_batchnorm=1, expected true or false"),
         ({"trainable": "head"}, "^found trainable='head', expected a list"),
         ({"trainable": []}, r"^found trainable=\[\]"),
@@ -123,37 +105,29 @@ def test_the_task_and_the_network_must_have_equally_many_classes(synthetic, make
     [
         (None, lambda lr: lr == [0.1] * 8),
         ("CosineAnnealingLR", lambda lr: lr[0] == 0.1 and sorted(lr, reverse=True) == lr and lr[-1] < 0.005),
-        (OneCycle, lambda lr: lr[0] < max(lr) and lr[-1] < 1e-4 and 0.09 < max(lr) <= 0.1),
+        ({"class_path": "CosineAnnealingLR", "init_args": {"T_max": 1000}}, lambda lr: lr[-1] > 0.09),
+        ("coin.modules.recipe.OneCycle", lambda lr: lr[0] < max(lr) and lr[-1] < 1e-4 and 0.09 < max(lr) <= 0.1),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["SGD", partial(AdamW, betas=(0.5, 0.9))])
-def test_the_schedule_spans_all_steps_and_scales_the_heads_own_rate(
-    synthetic, make_trainer, schedule, rates, optimizer
-):
+@pytest.mark.parametrize("optimizer", ["SGD", {"class_path": "AdamW", "init_args": {"betas": (0.5, 0.9)}}])
+def test_the_schedule_spans_all_steps(synthetic, make_trainer, schedule, rates, optimizer):
     recorder = Rates()
     trainer = make_trainer(max_epochs=2, callbacks=[recorder])
-    expert = Expert(**SMALL, lr=0.1, head_lr=0.5, lr_scheduler=schedule, optimizer=optimizer)
-    trainer.fit(expert, datamodule=synthetic(train=40))
-    own, heads = zip(*recorder.seen, strict=True)
-    assert rates([*own])
-    assert heads[:-1] == pytest.approx([5 * rate for rate in own[:-1]])
-    body, head = trainer.optimizers[0].param_groups
-    names = {id(each): name for name, each in expert.network.named_parameters()}
-    assert {names[id(each)] for each in head["params"]} == {"fc.weight", "fc.bias"}
-    assert {names[id(each)] for each in body["params"]} == set(names.values()) - {"fc.weight", "fc.bias"}
+    trainer.fit(Expert(**SMALL, lr=0.1, lr_scheduler=schedule, optimizer=optimizer), datamodule=synthetic(train=40))
+    assert rates([rate for (rate,) in recorder.seen])
 
 
-SGD = {"lr": 0.02, "weight_decay": 0.03, "momentum": 0.4}
+SGD = {"lr": 0.02, "weight_decay": 0.03}
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "found"),
     [
-        (SGD, "SGD", SGD),
+        (SGD, "SGD", {**SGD, "momentum": 0.9}),
         ({}, "SGD", {"lr": 0.01, "weight_decay": 5e-4, "momentum": 0.9}),
         ({"optimizer": "AdamW", "lr": 0.02}, "AdamW", {"lr": 0.02, "weight_decay": 0.01}),
-        ({"optimizer": {"class_path": "Adam", "init_args": {"lr": "1e-4"}}}, "Adam", {"lr": 1e-4, "weight_decay": 0}),
-        ({"optimizer": RMSprop, "momentum": 0.3}, "RMSprop", {"lr": 0.01, "momentum": 0.3}),
+        ({"optimizer": {"class_path": "Adam", "init_args": {"lr": 1e-4}}}, "Adam", {"lr": 1e-4, "weight_decay": 0}),
+        ({"optimizer": "torch.optim.RMSprop"}, "RMSprop", {"lr": 0.01, "momentum": 0}),
     ],
 )
 def test_the_optimiser_gets_its_options(synthetic, make_trainer, options, kind, found):
@@ -162,14 +136,6 @@ def test_the_optimiser_gets_its_options(synthetic, make_trainer, options, kind, 
     (group,) = trainer.optimizers[0].param_groups
     assert type(trainer.optimizers[0]).__name__ == kind
     assert {name: group[name] for name in found} == found
-
-
-def test_the_rate_falls_on_a_plateau_of_a_metric(synthetic, make_trainer):
-    trainer = make_trainer(max_epochs=3)
-    options = {"monitor": "val/loss", "patience": 0, "threshold": 100.0, "factor": 0.5}
-    plateau = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": options}
-    trainer.fit(Expert(**SMALL, lr=0.4, lr_scheduler=plateau), datamodule=synthetic())
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("schedule", ["OneCycleLR", "CosineAnnealingLR", None])
@@ -212,7 +178,7 @@ def trained(tmp_path, synthetic, make_trainer):
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic, trained, network):
     def task():
         size = network["image_size"]
-        return synthetic(train=20, image_size=size, augmentation="crop", seed=4, transform=JITTER)
+        return synthetic(train=20, image_size=size, augmentation="crop", seed=4)
 
     undisturbed = trained("undisturbed", task=task(), **network)
     with pytest.raises(KeyError, match="killed"):
@@ -222,28 +188,3 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic,
     # Dropout follows the seed, so the comparison above has something to find.
     other = trained("other", task=task(), seed=1, **network)
     assert any(not torch.equal(undisturbed[name], other[name]) for name in other) == ("dropout" in network["options"])
-
-
-def test_a_resumed_training_is_drawn_to_the_start_it_began_with(tmp_path, trained, write_experts):
-    first, second = (Path(path).read_bytes() for path in write_experts([3, 3]).values())
-    base = tmp_path / "base.safetensors"
-    start = {"initial": str(base), "l2_sp": 0.5, "freeze_batchnorm": True}
-    options = {**start, "num_classes": 3, "epochs": 2, "head_lr": 0.02, "lr_scheduler": "CosineAnnealingLR"}
-    base.write_bytes(first)
-    undisturbed = trained("undisturbed", **options)
-    with pytest.raises(KeyError, match="killed"):
-        trained("resumed", Stop(), **options)
-    base.write_bytes(second)  # by now it is another's
-    resumed = trained("resumed", ckpt_path=tmp_path / "resumed/last.ckpt", **options)
-    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
-
-
-@pytest.mark.parametrize("schedule", [OneCycle, "CosineAnnealingLR", None])
-def test_a_schedule_that_has_run_is_not_lengthened(tmp_path, trained, schedule):
-    trained("run", epochs=1, lr_scheduler=schedule)
-    more = {"epochs": 2, "ckpt_path": tmp_path / "run/last.ckpt", "lr_scheduler": schedule}
-    if schedule is None:
-        trained("run", **more)
-        return
-    with pytest.raises(ConfigurationError, match=r"schedule of 2 steps, expected 4, .* give the trainer.max_epochs"):
-        trained("run", **more)

@@ -183,7 +183,8 @@ def test_a_users_call_is_the_body_s_too(made):
     experts = [packed.network(expert) for expert in range(3)]
     for keep_mib in (0.0, 1.0):
         body = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed(), adapters)
-        system = coin.Coded(coin.uniform(3), experts, [body], forward=forward, keep_mib=keep_mib)
+        system = coin.Coded(coin.uniform(3), experts, [body], forward=forward)
+        system.coded[0].keep(keep_mib)
         system.fit_decoder([{"x": x}], [0, 1, 2], "expert_head")
         for expert in range(3):
             answer = system.decode({"x": x}, [expert])[0]
@@ -254,7 +255,7 @@ def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
     system.fit_decoder([x], [0], "linear").save(tmp_path / "system")
     again = coin.Coded.load(tmp_path / "system", system.experts)
     assert torch.equal(again.coded[0](x), system.coded[0](x))
-    again = pickle.loads(pickle.dumps(system.module))
+    again = pickle.loads(pickle.dumps(system))
     assert torch.equal(again.coded[0](x), system.coded[0](x))
     if kind is Tied:
         change = coin.Adapter({"first.weight": {"scale": 2 * torch.ones(40, 1)}})

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
-from coin.errors import ConfigurationError, FileError, StateError
+from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.networks import NetworkConfig, build_network, check_head, features_and_logits, head_name
 from coin.networks.files import import_pretrained, load_network, save_network
 from coin.networks.heads import replace_head
@@ -111,6 +111,12 @@ def test_images_are_normalised_as_the_folder_says(folder):
     torch.testing.assert_close(own, answers(network, (x - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
 
 
+def test_texts_that_are_too_long_are_refused(folder):
+    network = build_network(NetworkConfig(folder("bert"), 32), 3)
+    with pytest.raises(DataError, match="found texts of 13 tokens, expected at most 12; set max_tokens of tasks"):
+        network(torch.ones(2, 13, dtype=torch.int64))
+
+
 def test_images_of_another_size_have_their_positions_interpolated(folder):
     name = folder("vit")
     network = build_network(NetworkConfig(name, 16, "pretrained", {"num_hidden_layers": 1}), 3).eval()
@@ -126,7 +132,6 @@ def test_images_of_another_size_have_their_positions_interpolated(folder):
         ({"name": f"hf/{Path(__file__).parent}"}, r"expected hf/FOLDER with a config.json of a classifier"),
         ({"weights": "IMAGENET1K_V1"}, "found network.weights 'IMAGENET1K_V1', expected pretrained, a file"),
         ({"options": {"depth": 3}}, "found network.options with 'depth', expected entries of the configuration"),
-        ({"image_size": 20}, "found network.image_size 20 tokens for hf/.*, expected at most 12"),
     ],
 )
 def test_what_is_wrong_is_one_line(options, message, folder):

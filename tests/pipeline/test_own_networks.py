@@ -130,12 +130,12 @@ def texts() -> dict[str, Any]:
         every = product(("the", "a", ""), subjects, judged)
         rows = [f"{article} {subject} was {word},{label}" for article, subject, (word, label) in every]
         Path(f"{name}.csv").write_text("text,label\n" + "\n".join(rows * 2) + "\n")
-        table = {"train": f"{name}.csv", "test": f"{name}.csv", "tokenizer": "words.json"}
+        table = {"train": f"{name}.csv", "test": f"{name}.csv", "max_tokens": 6, "tokenizer": "words.json"}
         tasks[name] = {"class_path": "TextFile", "init_args": table}
-    options = {"vocabulary": 13, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
+    options = {"length": 6, "vocabulary": 13, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
     methods = [{"class_path": name} for name in ("Average", "RegMean", "HeadFit")]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
-    network = {"name": "minilm", "image_size": 6, "options": options}
+    network = {"name": "minilm", "options": options}
     expert = {"epochs": 3, "lr": 0.01, "optimizer": "AdamW", "batch_size": 16}
     return {"network": network, "base": None, "tasks": tasks, "expert": expert, "methods": methods}
 

@@ -90,8 +90,6 @@ class Evaluate(Step):
             trainer = make_trainer(self.folder, self.trainer, logger=loggers)
             data = datamodule(self.tasks, self.calibration)
             trainer.evaluate(model, data, self.experiment, made)
-        for task in self.tasks.values():
-            task.release()
 
 
 def shown_files(folder: Path) -> list[Path]:

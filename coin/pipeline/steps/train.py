@@ -15,7 +15,6 @@ from coin.core.choices import check_integer, parse_enum
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
-from coin.data.transform import TransformSpec, build_transforms
 from coin.errors import FileError, first_line
 from coin.files.atomic import hashes, sha256_of
 from coin.files.downloads import folder_contents
@@ -43,21 +42,17 @@ class TrainingConfig(Recipe):
         epochs: Passes over the training split.
         batch_size: Samples per step and process.
         augmentation: The augmentation of training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
-        transform: Transforms applied after the augmentation, classes of ``torchvision.transforms.v2`` by class path;
-            None uses the task's own option, an empty list applies none. See `coin.data.TaskData`.
     """
 
     epochs: int = 3
     batch_size: int = 64
     augmentation: Augmentation = Augmentation.none
-    transform: TransformSpec = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "augmentation", parse_enum(Augmentation, "augmentation", self.augmentation))
         check_integer("epochs", self.epochs, 1)
         check_integer("batch_size", self.batch_size, 2)
-        build_transforms(self.transform)
 
 
 def network_key(network: NetworkConfig) -> dict[str, Any]:
@@ -143,7 +138,6 @@ class TrainNetwork(Step):
             seed=self.seed,
             batch_size=config.batch_size,
             augmentation=config.augmentation,
-            transform=self.task.transform if config.transform is None else config.transform,
         )
         module = Expert(
             network=self.network.name,
