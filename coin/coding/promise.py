@@ -75,22 +75,27 @@ def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence
         confidence: In (0, 1) too.
     """
     if scores.ndim != 1 or scores.shape != differs.shape:
-        raise DataError(
-            f"found scores {list(scores.shape)} and differences {list(differs.shape)}, expected [P] each: one an answer"
-        )
+        shapes = f"scores {list(scores.shape)} and differences {list(differs.shape)}"
+        raise DataError(f"found {shapes}, expected [P] each: one an answer")
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
-    needed, samples = samples_needed(alpha, confidence), len(scores)
+    needed = samples_needed(alpha, confidence)
     ranked, order = scores.cpu().double().sort(stable=True)
-    wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
+    wrong = differs.cpu()[order].cumsum(0)  # how many differ up to each rank
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
-    steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int)) if len(ranked) >= needed else ()
-    for at in (float(ranked[step - 1]) for step in steps):
-        number = int(torch.searchsorted(ranked, at, right=True))  # with those of the same score
-        if not bdtr(float(wrong[number - 1]), number, alpha) <= 1 - confidence:
+    steps = np.linspace(needed, len(ranked), _STEPS, dtype=int) if len(ranked) >= needed else []
+    threshold = None
+    accepted = 0
+    for step in np.unique(steps):
+        score = float(ranked[step - 1])
+        number = int(torch.searchsorted(ranked, score, right=True))  # with those of the same score
+        probability = bdtr(float(wrong[number - 1]), number, alpha)  # of so few errors, if a share α differed
+        if not probability <= 1 - confidence:
             break
-        threshold, accepted = at, number
-    return Promise(threshold, alpha, confidence, accepted / max(samples, 1), samples, needed)
+        threshold = score
+        accepted = number
+    coverage = accepted / max(len(scores), 1)
+    return Promise(threshold, alpha, confidence, coverage, len(scores), needed)
 
 
 def answer_score(logits: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from torch import Tensor
 from coin.coding.answers import Answers
 from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig, FittedOn
-from coin.coding.ridge import RidgeFit, fit_blocks
+from coin.coding.ridge import fit_blocks
 from coin.core.devices import double
-from coin.errors import DecodingError
+from coin.errors import DecodingError, NumericalError
+
+_FITTED = ("coefficients", "input_mean", "target_mean")
 
 
 class RidgeDecoder(Decoder):
@@ -26,8 +28,8 @@ class RidgeDecoder(Decoder):
     each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With
     ``fitted_on: own`` each lost expert has a regression of its own, on the calibration inputs of its task.
 
-    The buffers are those of `RidgeFit`, stacked: of one regression for all lost experts ``[1, D, |erased|·C]``, or with
-    ``fitted_on: own`` of one for each ``[|erased|, D, C]``.
+    The buffers are tensors of `RidgeFit`, stacked: of one regression for all lost experts ``[1, D, |erased|·C]``, or
+    with ``fitted_on: own`` of one for each ``[|erased|, D, C]``.
     """
 
     coefficients: Tensor
@@ -36,7 +38,7 @@ class RidgeDecoder(Decoder):
 
     def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
         super().__init__(num_experts, erased, config)
-        for name in RidgeFit.kept:
+        for name in _FITTED:
             self.register_buffer(name, None)
 
     def fit(self, calibration: Answers) -> Self:
@@ -44,48 +46,56 @@ class RidgeDecoder(Decoder):
         calibration = calibration.with_float64()
         super().fit(calibration)
         blocks = self._blocks(calibration)
+        fits = []
         if self.config.fitted_on is FittedOn.all:
-            fits = [fit_blocks(blocks, calibration.experts[list(self.erased)], self._kernels(calibration))]
+            targets = calibration.experts[list(self.erased)]  # [|erased|, P, C]
+            fits.append(fit_blocks(blocks, targets))
             self.samples_read = dict.fromkeys(self.erased, calibration.num_samples)
         else:
-            own = self._own_samples(calibration)
-            fits = [
-                fit_blocks([block[samples] for block in blocks], calibration.experts[[expert]][:, samples])
-                for expert, samples in own.items()
-            ]
-            self.samples_read = {expert: len(samples) for expert, samples in own.items()}
-        for name in RidgeFit.kept:
+            for expert in self.erased:
+                samples = self._own_samples(calibration, expert)
+                targets = calibration.experts[[expert]][:, samples]  # [1, P, C]
+                fits.append(fit_blocks([block[samples] for block in blocks], targets))
+                self.samples_read[expert] = len(samples)
+        for name in _FITTED:
             setattr(self, name, torch.stack([getattr(fit, name) for fit in fits]))
         return self
 
-    def decode(self, answers: Answers) -> Tensor:
-        """Return the lost experts' logits; see the class."""
-        self._check(answers)
-        inputs = torch.cat(self._blocks(answers), 1)
-        if (found := inputs.shape[1]) != (fitted := self.input_mean.shape[1]):
+    def _decode(self, answers: Answers) -> Tensor:
+        inputs = torch.cat(self._blocks(answers), 1)  # [B, D]
+        found = inputs.shape[1]
+        fitted = self.input_mean.shape[1]
+        if found != fitted:
             told = f"found answers of {found} numbers, the decoder was fitted on {fitted}"
             raise DecodingError(f"{told}; fit it on answers of the same servers")
-        coefficients, mean, target = (getattr(self, name).to(inputs.device) for name in RidgeFit.kept)
+        coefficients, mean, target = (getattr(self, name).to(inputs.device) for name in _FITTED)
         decoded = (inputs - mean[:, None]) @ coefficients + target[:, None]  # [1 or |erased|, B, ·]
-        each: Tensor = decoded.unflatten(2, (len(self.erased) // len(decoded), -1)).transpose(1, 2)
-        return each.flatten(0, 1).to(answers.experts)
+        experts_each = len(self.erased) // len(decoded)  # that one regression is for
+        logits: Tensor = decoded.unflatten(2, (experts_each, -1)).transpose(1, 2).flatten(0, 1)
+        return logits.to(answers.experts)
 
     def _blocks(self, answers: Answers) -> list[Tensor]:
         """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""
         logits = [*answers.coded, *answers.experts[list(self.survivors)]]
         if not logits:
-            whose = "every expert is lost" if self.config.reads_survivors else "no survivor is read"
-            raise DecodingError(f"{whose} and no coded model answers: nothing to decode from; lose fewer or add models")
-        features: list[Tensor] = []
+            raise DecodingError(
+                "no survivor is read and no coded model answers; lose fewer experts or add coded models"
+            )
+        blocks = [torch.cat(logits, 1)]
         if self.config.reads_features:
-            if answers.expert_features is None or answers.coded_features is None:
-                raise self._without_features()
-            features = [*answers.coded_features, *(answers.expert_features[expert] for expert in self.survivors)]
-        return [double(torch.cat(logits, 1)), *map(double, features)]
+            assert answers.coded_features is not None
+            assert answers.expert_features is not None
+            blocks += answers.coded_features
+            blocks += [answers.expert_features[expert] for expert in self.survivors]
+        return [double(block) for block in blocks]
 
-    def _kernels(self, answers: Answers) -> list[Tensor | None]:
-        """Return the blocks' kernels as far as the answers know them."""
-        if answers.kernels is None or not self.config.reads_features:
-            return []
-        count = answers.num_experts
-        return [None, *answers.kernels[count:], *(answers.kernels[expert] for expert in self.survivors)]
+    def _own_samples(self, calibration: Answers, expert: int) -> Tensor:
+        """Return the positions of the inputs of a lost expert's own task, int64."""
+        if calibration.tasks is None:
+            raise DecodingError(f"{self.config.name} decoder found answers that do not tell their tasks; give it tasks")
+        samples = (calibration.tasks == expert).nonzero().flatten()
+        if len(samples) < 2:
+            told = f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2"
+            advice = f"for the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
+            raise NumericalError(f"{told} {advice}")
+        return samples

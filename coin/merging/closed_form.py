@@ -163,7 +163,7 @@ def held_out_error(
             else:
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
-                    calibration = calibration or answers(0).with_kernels()
+                    calibration = calibration or answers(0)
                     decoder.fit(calibration)
                 decoded = decoder.decode(mine)[0]
             if truth.shape[1] > 1:

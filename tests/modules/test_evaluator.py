@@ -79,7 +79,7 @@ def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_
         residual = float((answers.coded - ideal).double().norm() / ideal.double().norm())
         seen, fitted = answers, calibration
         if method == "none":
-            seen, fitted = answers.without_coded(), calibration.without_coded()
+            seen, fitted = answers.with_coded([]), calibration.with_coded([])
         elif method == "oracle":
             seen = Answers(answers.experts, ideal)
         decoder = make_decoder(configs[name], code, lost).fit(fitted)
