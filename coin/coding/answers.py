@@ -42,8 +42,10 @@ class Answers:
     tasks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        own, coded = list(self.experts.shape), list(self.coded.shape)
-        if len(own) != 3 or len(coded) != 3 or own[1:] != coded[1:]:
+        own = list(self.experts.shape)
+        coded = list(self.coded.shape)
+        are_alike = len(own) == len(coded) == 3 and own[1:] == coded[1:]
+        if not are_alike:
             raise DecodingError(f"found experts' logits {own} and coded logits {coded}, expected [N, B, C], [R, B, C]")
         if (self.expert_features is None) != (self.coded_features is None):
             raise DecodingError("found features of the experts or of the coded models only, expected both or neither")
@@ -52,7 +54,10 @@ class Answers:
 
     @classmethod
     def of_servers(
-        cls, outputs: Sequence[tuple[Tensor, Tensor] | None], num_experts: int, tasks: Tensor | None = None
+        cls,
+        outputs: Sequence[tuple[Tensor, Tensor] | None],
+        num_experts: int,
+        tasks: Tensor | None = None,
     ) -> Self:
         """Return the answers of servers, experts first, then coded models: features ``[B, F]`` and logits ``[B, ·]``.
 
@@ -62,18 +67,24 @@ class Answers:
         arrived = [output for output in outputs if output is not None]
         width = max(logits.shape[1] for _, logits in arrived)
         some_features, some_logits = arrived[0]
-        silent = some_features[:, :0], some_logits.new_full((len(some_logits), width), torch.nan)
+        no_features = some_features[:, :0]
+        no_logits = some_logits.new_full((len(some_logits), width), torch.nan)
         features = []
         padded = []
         for output in outputs:
-            own_features, own_logits = silent if output is None else output
+            own_features, own_logits = (no_features, no_logits) if output is None else output
+            missing_classes = width - own_logits.shape[1]
             features.append(own_features)
-            padded.append(pad(own_logits, (0, width - own_logits.shape[1])))
+            padded.append(pad(own_logits, (0, missing_classes)))
         logits = torch.stack(padded)  # [N + R, B, C]
         answers = cls(logits[:num_experts], logits[num_experts:], tasks=tasks)
         if all(each.shape[1] == 0 for each in features):
             return answers
-        return replace(answers, expert_features=features[:num_experts], coded_features=features[num_experts:])
+        return replace(
+            answers,
+            expert_features=features[:num_experts],
+            coded_features=features[num_experts:],
+        )
 
     @property
     def num_experts(self) -> int:
@@ -92,12 +103,19 @@ class Answers:
 
     def with_coded(self, rows: Sequence[int]) -> Self:
         """Return the answers of the experts and of some coded models, by index; ``method: none`` has those of none."""
-        features = None if self.coded_features is None else [self.coded_features[row] for row in rows]
-        return replace(self, coded=self.coded[list(rows)], coded_features=features)
+        coded = self.coded[list(rows)]
+        if self.coded_features is None:
+            return replace(self, coded=coded)
+        return replace(self, coded=coded, coded_features=[self.coded_features[row] for row in rows])
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
-        return self._each(lambda each: each[samples] if each.ndim == 1 else each[..., samples, :])
+
+        def selected(tensor: Tensor) -> Tensor:
+            has_width = tensor.ndim > 1  # all but tasks [B]
+            return tensor[..., samples, :] if has_width else tensor[samples]
+
+        return self._each(selected)
 
     def cpu(self) -> Self:
         """Return the answers in the CPU's memory."""

@@ -115,7 +115,12 @@ def check_decodable(matrix: Tensor, erased: Sequence[int]) -> None:
         )
 
 
-def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequence[int]) -> Tensor:
+def decode_linear(
+    matrix: Tensor,
+    coded: Tensor,
+    survivors: Tensor,
+    erased: Sequence[int],
+) -> Tensor:
     """Solve the code's equations for the lost outputs, in the least-squares sense.
 
     f̂_E = B_E⁺ (f_c − B_S f_S) with B_E, B_S the columns of the lost and the surviving experts. One row and one lost
@@ -134,15 +139,18 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
     present = [expert for expert in range(matrix.shape[1]) if expert not in erased]
     inverse = torch.linalg.pinv(weights[:, list(erased)])  # [|erased|, R]
     # One matrix for both parts, made in float64 and rounded once.
-    both = torch.cat([inverse, -(inverse @ weights[:, present])], 1).to(coded)
-    return torch.tensordot(both, torch.cat([coded, survivors.to(coded)]), dims=1)  # type: ignore[no-any-return]
+    of_survivors = -(inverse @ weights[:, present])  # [|erased|, N − |erased|]
+    both = torch.cat([inverse, of_survivors], 1).to(coded)
+    outputs = torch.cat([coded, survivors.to(coded)])
+    return torch.tensordot(both, outputs, dims=1)  # type: ignore[no-any-return]
 
 
 def _amplification(matrix: Tensor, erased: Sequence[int]) -> float:
     """Return 1/σ_min of the columns `erased` of a matrix ``[R, N]``, infinity where they are dependent."""
     if len(erased) > matrix.shape[0]:
         return math.inf
-    smallest = float(torch.linalg.svdvals(matrix[:, list(erased)])[-1])
+    singular_values = torch.linalg.svdvals(matrix[:, list(erased)])
+    smallest = float(singular_values[-1])
     return 1.0 / smallest if smallest > 0 else math.inf
 
 
@@ -157,8 +165,9 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
     totals = weights.sum(dim=1, keepdim=True)  # [R, 1]
     for index, row in enumerate(weights):
         total = float(totals[index])
-        is_convex = bool((row >= 0).all()) and abs(total - 1) <= 1e-6
-        if not is_convex:
+        is_positive = bool((row >= 0).all())
+        sums_to_one = abs(total - 1) <= 1e-6
+        if not (is_positive and sums_to_one):
             found = f"row {index} of the code is {row.tolist()}, which sums to {total:.8g}"
             raise ConfigurationError(f"{found}, expected weights of at least 0 that sum to 1; divide it by its sum")
     rounding = 4 * torch.finfo(torch.float64).eps

@@ -57,7 +57,8 @@ class Decoder(nn.Module, ABC):
         Raises DecodingError where the decoder was not fitted or has no heads, or the answers do not fit it.
         """
         self._check(answers)
-        if any(buffer is None for buffer in self._buffers.values()):
+        is_ready = all(buffer is not None for buffer in self._buffers.values())
+        if not is_ready:
             advice = "call fit with calibration answers" if self.needs_fit else "make it with the lost experts' heads"
             raise DecodingError(f"the {self.config.name} decoder has nothing to decode with yet; {advice}")
         return self._decode(answers)
@@ -84,7 +85,11 @@ class Decoder(nn.Module, ABC):
         return num_networks * num_samples
 
     def accept(
-        self, answers: Answers, alpha: float, confidence: float = 0.95, num_classes: Sequence[int] | None = None
+        self,
+        answers: Answers,
+        alpha: float,
+        confidence: float = 0.95,
+        num_classes: Sequence[int] | None = None,
     ) -> dict[int, Promise]:
         """Set and return up to which score each lost expert's decoded answers are accepted: `promised_threshold`.
 

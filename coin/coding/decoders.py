@@ -52,7 +52,8 @@ class ExpertHeadDecoder(Decoder):
 
     def __init__(self, code: Code, erased: Sequence[int], heads: Heads | None = None) -> None:
         super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.expert_head))
-        self.row_of = {expert: int(code.matrix[:, expert].argmax()) for expert in self.erased}
+        largest = code.matrix.argmax(0).tolist()
+        self.row_of = {expert: largest[expert] for expert in self.erased}
         """Which coded model each lost expert is read from, the first of equals."""
         weight = bias = None
         if heads:
@@ -68,13 +69,18 @@ class ExpertHeadDecoder(Decoder):
 
     def _decode(self, answers: Answers) -> Tensor:
         assert answers.coded_features is not None
+        width = self.weight.shape[2]  # F
         features = []
         for row in self.row_of.values():
             own = double(answers.coded_features[row])  # [B, F], or [B, 0] where the coded model is silent
             is_silent = own.shape[1] == 0
-            features.append(own.new_full((len(own), self.weight.shape[2]), torch.nan) if is_silent else own)
+            if is_silent:
+                own = own.new_full((len(own), width), torch.nan)
+            features.append(own)
         every = torch.stack(features)  # [|erased|, B, F]
-        logits = every @ self.weight.to(every).mT + self.bias.to(every)[:, None]  # [|erased|, B, ·]
+        weight = self.weight.to(every)
+        bias = self.bias.to(every)
+        logits = every @ weight.mT + bias[:, None]  # [|erased|, B, ·]
         missing_classes = max(0, answers.coded.shape[2] - logits.shape[2])
         return pad(logits, (0, missing_classes)).to(answers.experts)
 

@@ -31,18 +31,26 @@ class DecodingAccuracy(Metric):
         self.num_classes = num_classes
         self.add_state("counts", torch.zeros(6, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> None:
+    def update(
+        self,
+        decoded: Tensor,
+        expert: Tensor,
+        labels: Tensor,
+        accepted: Tensor | None = None,
+    ) -> None:
         """Add a batch: logits f̂_j and f_j ``[B, C]`` with C ≥ C_j, labels and which answers are accepted ``[B]``.
 
         Raises DataError for other shapes or labels. NaN counts as wrong: a decoded row that is not finite is never
         right and never agrees.
         """
-        if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
-            shapes = [list(each.shape) for each in (decoded, expert, labels)]
+        shapes = [list(each.shape) for each in (decoded, expert, labels)]
+        if decoded.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
             raise DataError(f"found decoded and expert's logits and labels {shapes}, expected [B, C], [B, C] and [B]")
         width = self.num_classes or decoded.shape[1]
-        if bool(((labels < 0) | (labels >= width)).any()):
-            raise DataError(f"found labels {int(labels.min())} to {int(labels.max())}, expected 0 to {width - 1}")
+        is_class = (labels >= 0) & (labels < width)
+        if not bool(is_class.all()):
+            found = labels[~is_class].unique().tolist()
+            raise DataError(f"found labels {found}, expected 0 to {width - 1}")
         is_finite = torch.isfinite(decoded[:, :width]).all(1)
         expert_class = expert[:, :width].argmax(1)
         decoded_class = decoded[:, :width].argmax(1).where(is_finite, -1)
@@ -94,8 +102,10 @@ class Residual(Metric):
 
     def update(self, coded: Tensor, target: Tensor) -> None:
         """Add a batch: the coded model's logits and Σ_i β_i f_i, both ``[B, C]``, else a DataError."""
-        if coded.shape != target.shape:
-            raise DataError(f"found coded logits {[*coded.shape]} for targets {[*target.shape]}, expected the same")
+        found = list(coded.shape)
+        expected = list(target.shape)
+        if found != expected:
+            raise DataError(f"found coded logits {found} for targets {expected}, expected the same")
         wanted = target.to(torch.float64)
         error = coded.to(torch.float64) - wanted
         squares = torch.stack([error.square().sum(), wanted.square().sum()])

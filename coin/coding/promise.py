@@ -52,7 +52,12 @@ def samples_needed(alpha: float, confidence: float) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-alpha))
 
 
-def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
+def promised_threshold(
+    scores: Tensor,
+    differs: Tensor,
+    alpha: float,
+    confidence: float = 0.95,
+) -> Promise:
     """Return the promise with the largest threshold for which P(differs | accepted) ≤ α at this confidence.
 
     The samples must be new, and like the queries: neither the networks nor the decoder may have learnt from them. With
@@ -83,10 +88,10 @@ def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence
     ranked, order = scores.cpu().double().sort(stable=True)
     wrong = differs.cpu()[order].cumsum(0)  # how many differ up to each rank
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
-    steps = np.linspace(needed, len(ranked), _STEPS, dtype=int) if len(ranked) >= needed else []
     threshold = None
     accepted = 0
-    for step in np.unique(steps):
+    steps = np.linspace(needed, len(ranked), _STEPS, dtype=int)
+    for step in np.unique(steps) if len(ranked) >= needed else []:
         score = float(ranked[step - 1])
         number = int(torch.searchsorted(ranked, score, right=True))  # with those of the same score
         probability = bdtr(float(wrong[number - 1]), number, alpha)  # of so few errors, if a share α differed

@@ -57,7 +57,8 @@ def _gaussian_bumps(num_experts: int, num_coded: int) -> Code:
     centres = torch.linspace(0, 1, num_coded, dtype=torch.float64)
     codes = []
     for width in WIDTHS:
-        bumps = torch.exp(-(((nodes - centres[:, None]) / width) ** 2) / 2)  # [R, N]
+        distances = (nodes - centres[:, None]) / width  # [R, N]
+        bumps = torch.exp(-(distances**2) / 2)
         try:
             codes.append(Code(bumps / bumps.sum(1, keepdim=True)))
         except DecodingError as error:

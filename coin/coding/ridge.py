@@ -31,7 +31,12 @@ class RidgeFit:
 
 
 def fit_ridge(
-    inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor | None = None, *, intercept: bool = True
+    inputs: Tensor,
+    targets: Tensor,
+    groups: int = 1,
+    kernel: Tensor | None = None,
+    *,
+    intercept: bool = True,
 ) -> RidgeFit:
     """Fit ridge regressions with an unpenalised intercept and the ridge that predicts left-out samples best.
 
@@ -80,7 +85,8 @@ def fit_ridge(
 
     projected = u.T @ y  # [K, T]
     outside = y - u @ projected  # what no combination of the inputs explains [P, T]
-    leverage_left = (1 - intercept / samples - u.square().sum(1)).clamp_min(0.0)  # [P]
+    share_of_mean = 1 / samples if intercept else 0.0
+    leverage_left = (1 - share_of_mean - u.square().sum(1)).clamp_min(0.0)  # [P]
 
     def left_out_errors(ridge: Tensor) -> Tensor:
         """Return every sample's error where it is left out of the fit ``[P, G, T/G]``."""
@@ -91,7 +97,10 @@ def fit_ridge(
 
     mean_square = s.square().mean() if s.numel() else x.new_ones(())
     grid = mean_square * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
-    errors = [left_out_errors(ridge).square().sum(2).mean(0) for ridge in grid]
+    errors = []
+    for ridge in grid:
+        squares_of_group = left_out_errors(ridge).square().sum(2)  # [P, G]
+        errors.append(squares_of_group.mean(0))
     leave_one_out = torch.stack(errors, dim=1)  # [G, K]
     ridges = grid[leave_one_out.argmin(1)]
     ridge_of_target = ridges.repeat_interleave(y.shape[1] // groups)
@@ -111,14 +120,19 @@ def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
     blocks side by side as they are, undivided. Where columns outnumber samples it is fitted by the sum of the blocks'
     kernels. Raises as `fit_ridge`.
     """
-    columns = [_scale(block).expand(block.shape[1]) for block in blocks]
-    scales = torch.cat(columns)  # [D]
+    scales = torch.cat([_scale(block).expand(block.shape[1]) for block in blocks])  # [D]
     num_groups, samples, _ = targets.shape
-    kernel = torch.stack([_kernel(block) for block in blocks]).sum(0) if len(scales) > samples else None
+    kernel = None
+    if len(scales) > samples:
+        kernel = torch.stack([_kernel(block) for block in blocks]).sum(0)
     inputs = torch.cat(list(blocks), 1) / scales
     side_by_side = targets.transpose(0, 1).flatten(1)
     fit = fit_ridge(inputs, side_by_side, num_groups, kernel)
-    return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
+    return replace(
+        fit,
+        coefficients=fit.coefficients / scales[:, None],
+        input_mean=fit.input_mean * scales,
+    )
 
 
 def _kernel(block: Tensor) -> Tensor:

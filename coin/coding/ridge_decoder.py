@@ -69,10 +69,11 @@ class RidgeDecoder(Decoder):
             told = f"found answers of {found} numbers, the decoder was fitted on {fitted}"
             raise DecodingError(f"{told}; fit it on answers of the same servers")
         coefficients, mean, target = (getattr(self, name).to(inputs.device) for name in _FITTED)
-        decoded = (inputs - mean[:, None]) @ coefficients + target[:, None]  # [1 or |erased|, B, ·]
+        centred = inputs - mean[:, None]  # [1 or |erased|, B, D]
+        decoded = centred @ coefficients + target[:, None]
         experts_each = len(self.erased) // len(decoded)  # that one regression is for
-        logits: Tensor = decoded.unflatten(2, (experts_each, -1)).transpose(1, 2).flatten(0, 1)
-        return logits.to(answers.experts)
+        of_expert: Tensor = decoded.unflatten(2, (experts_each, -1)).transpose(1, 2)
+        return of_expert.flatten(0, 1).to(answers.experts)
 
     def _blocks(self, answers: Answers) -> list[Tensor]:
         """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""

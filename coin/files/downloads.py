@@ -44,5 +44,6 @@ def fetch_from_hub(place: str) -> None:
             if not hub_weights(place):
                 snapshot_download(place, allow_patterns=names)
     except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = first_line(error)[:150]
         advice = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
-        raise FileError(f"cannot download hf/{place} ({first_line(error)[:150]}); {advice}") from error
+        raise FileError(f"cannot download hf/{place} ({reason}); {advice}") from error

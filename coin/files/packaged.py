@@ -32,5 +32,6 @@ def imported(option: str, path: str, expected: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        told = f"found {option} '{path}', expected the import path of {expected} ({first_line(error)})"
-        raise ConfigurationError(f"{told}; check the spelling, or run where its module is") from error
+        reason = first_line(error)
+        found = f"found {option} '{path}', expected the import path of {expected} ({reason})"
+        raise ConfigurationError(f"{found}; check the spelling, or run where its module is") from error

@@ -19,15 +19,22 @@ _METADATA_KEY = "coin"
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
+def save_state(
+    path: Path,
+    state: State,
+    provenance: Mapping[str, Any],
+    infinite: Collection[str] = (),
+) -> None:
     """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``.
 
     Raises StateError where a tensor is not finite, but for infinities in those named in `infinite`.
     """
     check_finite(state, f"the state for '{path}'", infinite)
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
-    # Copies: safetensors takes no two tensors of one storage, as tied parameters are, nor a part of one.
-    tensors = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    tensors = {}
+    for name, tensor in state.items():
+        # A copy: safetensors takes no two tensors of one storage, as tied parameters are, nor a part of one.
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)

@@ -23,10 +23,12 @@ def check_layout(own: State, state: State, source: str) -> None:
     advice = "it is of another architecture: give one of the same network.name and network.options"
     missing = sorted(own.keys() - state.keys())
     if missing:
-        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
+        first, count = missing[0], len(missing)
+        raise StateError(f"'{source}' has no tensor '{first}' ({count} missing); {advice}")
     extra = sorted(state.keys() - own.keys())
     if extra:
-        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
+        first, count = extra[0], len(extra)
+        raise StateError(f"'{source}' has a tensor '{first}' too many ({count} in all); {advice}")
     for name, tensor in own.items():
         found = list(state[name].shape)
         expected = list(tensor.shape)
@@ -94,6 +96,8 @@ def fingerprint(state: State) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        shape = list(tensor.shape)
+        digest.update(f"{name}:{tensor.dtype}:{shape};".encode())
+        values = tensor.reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().data)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
 from coin.networks.calling import Forward, as_input, checked_batch
 from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
-from coin.networks.running import Run, check_padding, linear_heads, run_network
+from coin.networks.running import Run, linear_heads, run_network
 from coin.networks.weights import parameters_of
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
@@ -105,8 +105,9 @@ class Experts:
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             first = self.pooled.inputs(torch.tensor([0]))
             for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
-                with evaluating(network, gradients=False), evaluating(padded, gradients=False):
-                    check_padding(padded, network, as_input(first, network))
+                if padded is not network:  # then the logits have to be the head's
+                    with evaluating(network, gradients=False):
+                        linear_heads([network], as_input(first, network))
 
     def first_batch(self) -> Any:
         """Return the first calibration inputs of the first task that has any; None without calibration."""

@@ -46,7 +46,7 @@ def test_padding_is_not_read():
     scores = metric.compute()
     assert (float(scores["expert_accuracy"]), float(scores["decoded_accuracy"])) == (1.0, 0.0)
     for label in (-1, 2):
-        with pytest.raises(DataError, match=rf"found labels {label} to {label}, expected 0 to 1"):
+        with pytest.raises(DataError, match=rf"found labels \[{label}\], expected 0 to 1"):
             metric.update(expert[:1], expert[:1], torch.tensor([label]))
 
 

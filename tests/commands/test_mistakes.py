@@ -89,7 +89,7 @@ def test_a_mistake_in_a_file_is_one_line(case: str, config: Path, capsys: pytest
     assert message in refused(["run", "-c", "small.yaml"], capsys)
 
 
-NO_BATCHNORM = "--network={name: squeezenet1_1, image_size: 64, options: {}}"
+NO_BATCHNORM = "--network={name: small_vit, image_size: 32, options: {}}"
 FOLDER = "{class_path: ImageFolder, init_args: {root: nowhere}}"
 POLICIES = "[{class_path: Coin}, {class_path: Coin, init_args: {batchnorm: keep}}]"
 

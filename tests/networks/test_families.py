@@ -39,8 +39,11 @@ TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "tie
 DECODERS: list[Any] = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "fitted_on": "own"}]
 HEAD = ("head_fit", "refit_own", "refit_both")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
+POSITIONS = ("hugging_face/gpt2", "hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
+READ_FEATURES = (*HEAD, "feature_ridge", "feature_ridge-own")
 REFUSED: dict[str, dict[str, str]] = {
-    "timm/resnetv2": dict.fromkeys(HEAD, "a fully connected"),
+    "timm/resnetv2": dict.fromkeys(READ_FEATURES, "found no Linear layer"),  # a convolution
+    **{family: dict.fromkeys(READ_FEATURES, "expected one row a sample") for family in POSITIONS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
 }
 """What is refused for whom: family → method or decoder → a part of the line."""
