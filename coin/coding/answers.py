@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from coin.core.devices import has_float64
 from coin.errors import DecodingError
 
 
@@ -120,10 +119,6 @@ class Answers:
     def cpu(self) -> Self:
         """Return the answers in the CPU's memory."""
         return self._each(Tensor.cpu)
-
-    def with_float64(self) -> Self:
-        """Return the answers where there is float64: on their device, or on the CPU."""
-        return self if has_float64(self.experts.device) else self.cpu()
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return the answers with every tensor changed."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coin.coding.answers import Answers
 from coin.coding.code import check_erasure
-from coin.coding.decoder_config import DecoderConfig, FittedOn
+from coin.coding.decoder_config import DecoderConfig
 from coin.coding.promise import Promise, answer_score, promised_threshold
 from coin.errors import DecodingError
 
@@ -36,8 +36,8 @@ class Decoder(nn.Module, ABC):
         """The experts whose answers `decode` reads."""
         if config.reads_survivors:
             self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
-        self.samples_read: dict[int, int] = {}
-        """How many of the calibration inputs `fit` has looked at for each lost expert."""
+        self.samples_read = 0
+        """How many of the calibration inputs `fit` has looked at."""
         self.promises: dict[int, Promise] = {}
         """By lost expert, up to which score its decoded answers are accepted."""
 
@@ -45,7 +45,7 @@ class Decoder(nn.Module, ABC):
         """Fit the decoder, if it has anything to fit; the targets are the lost experts' own logits.
 
         Raises DecodingError where the answers come from another number of experts, nothing arrives to decode from, or
-        the features or tasks that the options ask for are missing; NumericalError where there are fewer than two
+        features are missing; NumericalError where there are fewer than two
         samples; StateError where a value is not finite.
         """
         self._check(calibration)
@@ -79,10 +79,8 @@ class Decoder(nn.Module, ABC):
     def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
         """Return how many forward passes the answers took that `fit` has looked at, for some of the lost experts."""
         lost = self.erased if erased is None else tuple(erased)
-        read = [self.samples_read.get(expert, 0) for expert in lost]
-        num_samples = sum(read) if self.config.fitted_on is FittedOn.own else max(read)
         num_networks = len({*lost, *self.survivors}) + num_coded
-        return num_networks * num_samples
+        return num_networks * self.samples_read
 
     def accept(
         self,

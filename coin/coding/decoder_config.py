@@ -32,22 +32,14 @@ class DecoderKind(StrEnum):
     """The lost expert's own head on a coded model's features. Needs no survivors and no calibration."""
 
 
-class FittedOn(StrEnum):
-    """Whose calibration samples a lost expert's regression is fitted on: those of ``all`` tasks or its ``own``."""
-
-    all = "all"
-    own = "own"
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder with its options.
 
     Args:
         kind: The decoder.
-        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
-        survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
-            feature_ridge. Without them any number of experts may be lost.
+        survivors: Whether the surviving experts' answers are read beside the coded models'; false for ridge and
+            feature_ridge alone. Without them any number of experts may be lost.
 
     Raises ConfigurationError where an option does not exist, has no such value, or does not apply to the kind.
 
@@ -56,17 +48,13 @@ class DecoderConfig:
     """
 
     kind: DecoderKind
-    fitted_on: FittedOn = FittedOn.all
     survivors: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_enum(DecoderKind, "decoder", self.kind))
-        object.__setattr__(self, "fitted_on", parse_enum(FittedOn, "fitted_on", self.fitted_on))
         is_regression = self.kind in (DecoderKind.ridge, DecoderKind.feature_ridge)
-        has_defaults = self.fitted_on is FittedOn.all and self.survivors
-        if not is_regression and not has_defaults:
-            found = f"fitted_on={self.fitted_on} and survivors={self.survivors} for {self.kind}"
-            raise ConfigurationError(f"found {found}, options of ridge and feature_ridge alone; leave them out")
+        if not self.survivors and not is_regression:
+            raise ConfigurationError(f"found survivors=False for {self.kind}, expected ridge or feature_ridge")
 
     @classmethod
     def of(cls, decoder: "AnyDecoder") -> "DecoderConfig":
@@ -78,25 +66,20 @@ class DecoderConfig:
         try:
             return cls(**decoder)
         except TypeError as error:
-            expected = "a kind, fitted_on and survivors"
-            raise ConfigurationError(f"found the decoder {decoder}, expected {expected} ({error})") from error
+            raise ConfigurationError(f"found the decoder {decoder}, expected kind and survivors ({error})") from error
 
     @classmethod
     def named(cls, name: str) -> "DecoderConfig":
         """Return the configuration that has this `name`."""
-        kind, *suffixes = name.split("-")
-        fitted_on = "own" if "own" in suffixes else "all"
-        config = cls.of({"kind": kind, "fitted_on": fitted_on, "survivors": "alone" not in suffixes})
-        if config.name != name:
-            raise ConfigurationError(f"found decoder '{name}', expected '{config.name}' for these options")
-        return config
+        kind, dash, suffix = name.partition("-")
+        if suffix not in ("", "alone"):
+            raise ConfigurationError(f"found decoder '{name}', expected a kind, or one and -alone")
+        return cls.of({"kind": kind, "survivors": not dash})
 
     @property
     def name(self) -> str:
-        """What results call the decoder: its kind, and the options that differ from the defaults."""
-        own = "-own" if self.fitted_on is FittedOn.own else ""
-        alone = "" if self.survivors else "-alone"
-        return f"{self.kind}{own}{alone}"
+        """What results call the decoder: its kind, and ``-alone`` without survivors."""
+        return self.kind if self.survivors else f"{self.kind}-alone"
 
     @property
     def reads_features(self) -> bool:

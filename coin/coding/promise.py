@@ -90,8 +90,8 @@ def promised_threshold(
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
     threshold = None
     accepted = 0
-    steps = np.linspace(needed, len(ranked), _STEPS, dtype=int)
-    for step in np.unique(steps) if len(ranked) >= needed else []:
+    steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int))
+    for step in steps if len(ranked) >= needed else ():
         score = float(ranked[step - 1])
         number = int(torch.searchsorted(ranked, score, right=True))  # with those of the same score
         probability = bdtr(float(wrong[number - 1]), number, alpha)  # of so few errors, if a share α differed

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from coin.coding.answers import Answers
 from coin.coding.decoder import Decoder
-from coin.coding.decoder_config import DecoderConfig, FittedOn
+from coin.coding.decoder_config import DecoderConfig
 from coin.coding.ridge import fit_blocks
 from coin.core.devices import double
-from coin.errors import DecodingError, NumericalError
-
-_FITTED = ("coefficients", "input_mean", "target_mean")
+from coin.errors import DecodingError
 
 
 class RidgeDecoder(Decoder):
@@ -25,11 +23,9 @@ class RidgeDecoder(Decoder):
     budget: something must arrive, that is all. With ``survivors: false`` the coded models alone are read.
 
     As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and the features of
-    each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With
-    ``fitted_on: own`` each lost expert has a regression of its own, on the calibration inputs of its task.
+    each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size.
 
-    The buffers are tensors of `RidgeFit`, stacked: of one regression for all lost experts ``[1, D, |erased|·C]``, or
-    with ``fitted_on: own`` of one for each ``[|erased|, D, C]``.
+    The buffers are those of `RidgeFit`, with targets ``[|erased|·C]``.
     """
 
     coefficients: Tensor
@@ -38,50 +34,37 @@ class RidgeDecoder(Decoder):
 
     def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
         super().__init__(num_experts, erased, config)
-        for name in _FITTED:
+        for name in ("coefficients", "input_mean", "target_mean"):
             self.register_buffer(name, None)
 
     def fit(self, calibration: Answers) -> Self:
-        """Fit the regressions; see the class."""
-        calibration = calibration.with_float64()
+        """Fit the regression; see the class."""
         super().fit(calibration)
-        blocks = self._blocks(calibration)
-        fits = []
-        if self.config.fitted_on is FittedOn.all:
-            targets = calibration.experts[list(self.erased)]  # [|erased|, P, C]
-            fits.append(fit_blocks(blocks, targets))
-            self.samples_read = dict.fromkeys(self.erased, calibration.num_samples)
-        else:
-            for expert in self.erased:
-                samples = self._own_samples(calibration, expert)
-                targets = calibration.experts[[expert]][:, samples]  # [1, P, C]
-                fits.append(fit_blocks([block[samples] for block in blocks], targets))
-                self.samples_read[expert] = len(samples)
-        for name in _FITTED:
-            setattr(self, name, torch.stack([getattr(fit, name) for fit in fits]))
+        targets = double(calibration.experts[list(self.erased)])  # [|erased|, P, C]
+        fit = fit_blocks(self._blocks(calibration), targets)
+        self.coefficients = fit.coefficients
+        self.input_mean = fit.input_mean
+        self.target_mean = fit.target_mean
+        self.samples_read = calibration.num_samples
         return self
 
     def _decode(self, answers: Answers) -> Tensor:
         inputs = torch.cat(self._blocks(answers), 1)  # [B, D]
         found = inputs.shape[1]
-        fitted = self.input_mean.shape[1]
+        fitted = len(self.input_mean)
         if found != fitted:
             told = f"found answers of {found} numbers, the decoder was fitted on {fitted}"
             raise DecodingError(f"{told}; fit it on answers of the same servers")
-        coefficients, mean, target = (getattr(self, name).to(inputs.device) for name in _FITTED)
-        centred = inputs - mean[:, None]  # [1 or |erased|, B, D]
-        decoded = centred @ coefficients + target[:, None]
-        experts_each = len(self.erased) // len(decoded)  # that one regression is for
-        of_expert: Tensor = decoded.unflatten(2, (experts_each, -1)).transpose(1, 2)
-        return of_expert.flatten(0, 1).to(answers.experts)
+        centred = inputs - self.input_mean.to(inputs.device)
+        decoded = centred @ self.coefficients.to(inputs.device) + self.target_mean.to(inputs.device)
+        logits = decoded.unflatten(1, (len(self.erased), -1)).transpose(0, 1)  # [|erased|, B, C]
+        return logits.to(answers.experts)
 
     def _blocks(self, answers: Answers) -> list[Tensor]:
         """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""
         logits = [*answers.coded, *answers.experts[list(self.survivors)]]
         if not logits:
-            raise DecodingError(
-                "no survivor is read and no coded model answers; lose fewer experts or add coded models"
-            )
+            raise DecodingError("no survivor is read and no coded model answers; lose fewer or add models")
         blocks = [torch.cat(logits, 1)]
         if self.config.reads_features:
             assert answers.coded_features is not None
@@ -89,14 +72,3 @@ class RidgeDecoder(Decoder):
             blocks += answers.coded_features
             blocks += [answers.expert_features[expert] for expert in self.survivors]
         return [double(block) for block in blocks]
-
-    def _own_samples(self, calibration: Answers, expert: int) -> Tensor:
-        """Return the positions of the inputs of a lost expert's own task, int64."""
-        if calibration.tasks is None:
-            raise DecodingError(f"{self.config.name} decoder found answers that do not tell their tasks; give it tasks")
-        samples = (calibration.tasks == expert).nonzero().flatten()
-        if len(samples) < 2:
-            told = f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2"
-            advice = f"for the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
-            raise NumericalError(f"{told} {advice}")
-        return samples

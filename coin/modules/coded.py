@@ -173,7 +173,6 @@ class Coded:
         calibration: Iterable[Any],
         erased: Sequence[int | str],
         kind: DecoderKind | str | DecoderConfig,
-        tasks: Tensor | Sequence[int] | None = None,
     ) -> Self:
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
@@ -182,7 +181,6 @@ class Coded:
                 expert_head need none, but expert_head's first batch checks heads and features.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
-            tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         if self.is_adapted and DecoderConfig.of(kind).kind is not DecoderKind.expert_head:
             raise ConfigurationError(f"the decoder {kind} cannot read a body with adapters, expected expert_head")
@@ -193,7 +191,7 @@ class Coded:
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, decoder.erased, self.heads(*first))
         if decoder.needs_fit:
-            decoder.fit(self._answers_with_own(decoder, chain(first, batches), tasks))
+            decoder.fit(self._answers_with_own(decoder, chain(first, batches), None))
         self.decoders.pop(decoder.erased, None)
         self.decoders[decoder.erased] = decoder
         return self

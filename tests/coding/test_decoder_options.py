@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
-from coin.coding.decoder_config import FittedOn
-from coin.errors import ConfigurationError, DecodingError, NumericalError, StateError
+from coin.errors import ConfigurationError, DecodingError, StateError
 
 CODE = Code([[0.2, 0.3, 0.5]])
 TWO_ROWS = Code([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
@@ -36,9 +35,8 @@ def decoded(config, calibration, test, erased=(1,), code=CODE):
 
 NAMES = [
     ({"kind": "linear"}, "linear"),
-    ({"kind": "ridge", "fitted_on": "own"}, "ridge-own"),
     ({"kind": "feature_ridge"}, "feature_ridge"),
-    ({"kind": "feature_ridge", "fitted_on": "own", "survivors": False}, "feature_ridge-own-alone"),
+    ({"kind": "feature_ridge", "survivors": False}, "feature_ridge-alone"),
     ({"kind": "ridge", "survivors": False}, "ridge-alone"),
     ({"kind": "expert_head"}, "expert_head"),
 ]
@@ -56,11 +54,9 @@ def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
 
 REFUSED = [
     ({"kind": "cubic"}, "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
-    ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own and survivors=True for linear, options of ridge"),
-    ({"kind": "expert_head", "survivors": False}, "survivors=False for expert_head, options of ridge and feature_rid"),
-    ({"kind": "ridge", "fitted_on": "others"}, "found fitted_on='others', expected one of all, own"),
-    ({"kind": "feature_ridge", "depth": 3}, "expected a kind, fitted_on and survivors .*'depth'"),
-    ({"fitted_on": "own"}, "expected a kind, fitted_on and survivors .*'kind'"),
+    ({"kind": "expert_head", "survivors": False}, "found survivors=False for expert_head, expected ridge or feature"),
+    ({"kind": "feature_ridge", "depth": 3}, "expected kind and survivors .*'depth'"),
+    ({"survivors": True}, "expected kind and survivors .*'kind'"),
 ]
 
 
@@ -69,16 +65,15 @@ def test_options_that_do_not_apply_and_names_of_nothing_are_refused_in_one_line(
         with pytest.raises(ConfigurationError, match=message) as found:
             DecoderConfig.of(options)
         assert "\n" not in str(found.value)
-    for name in ("", "magic", "ridge-magic", "feature_ridge-alone-own", "linear-16"):
+    for name in ("", "magic", "ridge-magic", "feature_ridge-alone-alone", "linear-16"):
         with pytest.raises(ConfigurationError, match="found"):
             DecoderConfig.named(name)
 
 
 def test_a_list_of_decoders_has_no_repeats_and_is_not_empty():
-    wanted = ["ridge", {"kind": "ridge", "fitted_on": "own"}, DecoderConfig("linear")]
+    wanted = ["ridge", {"kind": "ridge", "survivors": False}, DecoderConfig("linear")]
     configs = distinct_decoders(wanted)
-    assert [config.name for config in configs] == ["ridge", "ridge-own", "linear"]
-    assert (configs[1].kind, configs[1].fitted_on) == (DecoderKind.ridge, FittedOn.own)
+    assert [config.name for config in configs] == ["ridge", "ridge-alone", "linear"]
     with pytest.raises(ConfigurationError, match="expected at least one and each once"):
         distinct_decoders(["ridge", DecoderConfig(DecoderKind.ridge)])
     with pytest.raises(ConfigurationError, match="expected at least one"):
@@ -97,33 +92,6 @@ def test_answers_of_other_servers_are_refused(kind):
         message = f"found answers of {found} numbers, the decoder was fitted on {inputs}; fit it on answers of"
         with pytest.raises(DecodingError, match=message):
             decoded(kind, calibration, other)
-
-
-@pytest.mark.parametrize("kind", ["ridge", "feature_ridge"])
-@pytest.mark.parametrize("erased", [(1,), (2, 0)])
-def test_own_fits_each_lost_expert_on_its_own_samples(kind, erased):
-    calibration, test = noisy_answers(150, 1, TWO_ROWS), noisy_answers(9, 2, TWO_ROWS)
-    decoder = make_decoder(DecoderConfig(kind, fitted_on="own"), TWO_ROWS, erased).fit(calibration)
-    found = decoder.decode(test)
-    for place, expert in enumerate(erased):
-        own = calibration.select(calibration.tasks == expert)
-        expected = decoded(kind, own, test, erased, TWO_ROWS)[place]
-        torch.testing.assert_close(found[place], expected, rtol=1e-9, atol=1e-9)
-    assert (found - decoded(kind, calibration, test, erased, TWO_ROWS)).abs().max() > 1e-3
-    assert decoder.samples_read == {expert: int((calibration.tasks == expert).sum()) for expert in erased}
-    networks = len({*erased, *decoder.survivors}) + 2
-    assert decoder.passes(2) == networks * sum(decoder.samples_read.values())
-
-
-def test_own_needs_to_know_the_tasks_and_two_samples():
-    answers = noisy_answers(30, 1)
-    own = DecoderConfig("ridge", fitted_on="own")
-    with pytest.raises(DecodingError, match="ridge-own decoder found answers that do not tell their tasks"):
-        make_decoder(own, CODE, [0]).fit(dataclasses.replace(answers, tasks=None))
-    tasks = torch.zeros(30, dtype=torch.int64)
-    tasks[4] = 2
-    with pytest.raises(NumericalError, match="found 1 calibration samples of expert 2's own task, expected at least 2"):
-        make_decoder(own, CODE, [0, 2]).fit(dataclasses.replace(answers, tasks=tasks))
 
 
 def test_without_survivors_an_expert_that_is_not_lost_may_fail():

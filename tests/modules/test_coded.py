@@ -159,15 +159,13 @@ def test_what_does_not_fit_is_refused(inputs):
             use()
 
 
-@pytest.mark.parametrize("name", ["ridge-own", "feature_ridge", "feature_ridge-own"])
+@pytest.mark.parametrize("name", ["ridge-alone", "feature_ridge", "feature_ridge-alone"])
 def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(name, inputs):
-    config, tasks, coded = DecoderConfig.named(name), torch.arange(30) % 2, pair_system()
-    with pytest.raises(DecodingError, match="do not tell their tasks; give it tasks"):
-        coded.fit_decoder([inputs], [0], {"kind": "ridge", "fitted_on": "own"})
-    coded.fit_decoder(inputs.split(7), [1], config, tasks)
+    config, coded = DecoderConfig.named(name), pair_system()
+    coded.fit_decoder(inputs.split(7), [1], config)
     assert [decoder.config for decoder in coded.decoders.values()][-1] == config
     logits = [network(inputs).detach() for network in (*coded.experts, *coded.coded)]
-    everything = Answers(torch.stack(logits[:2]), torch.stack(logits[2:]), [inputs] * 2, [inputs], tasks)
+    everything = Answers(torch.stack(logits[:2]), torch.stack(logits[2:]), [inputs] * 2, [inputs])
     expected = make_decoder(config, coded.code, [1]).fit(everything).decode(everything)
     coded.experts[1] = Lost(coded.experts[1])
     torch.testing.assert_close(coded.decode(inputs), expected, rtol=1e-8, atol=1e-8)
