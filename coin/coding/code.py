@@ -63,9 +63,10 @@ class Code:
 
     def erasures(self) -> list[tuple[int, ...]]:
         """Return every erasure the code promises to decode, smallest first, experts in ascending order."""
+        experts = range(self.num_experts)
         found: list[tuple[int, ...]] = []
         for size in range(1, self.max_erasures + 1):
-            found += combinations(range(self.num_experts), size)
+            found += combinations(experts, size)
         return found
 
     def _largest_erasures(self) -> list[tuple[int, ...]]:
@@ -96,8 +97,10 @@ class Code:
 def check_erasure(erased: Sequence[int], num_experts: int) -> tuple[int, ...]:
     """Return `erased` as a tuple; a DecodingError unless it names different, existing experts, at least one."""
     found = tuple(erased)
-    repeats = len(set(found)) < len(found)
-    if not found or repeats or not set(found) <= set(range(num_experts)):
+    distinct = set(found)
+    repeats = len(distinct) < len(found)
+    exist = distinct <= set(range(num_experts))
+    if not found or repeats or not exist:
         expected = f"different experts, at least one, with indices from 0 to {num_experts - 1}"
         raise DecodingError(f"found the erasure {list(found)}, expected {expected}")
     return found
@@ -133,10 +136,11 @@ def decode_linear(
         survivors: Outputs of the experts not in `erased`, in ascending order ``[N − |erased|, B, C]``.
         erased: Indices of the lost experts, in the order of what is returned: ``[|erased|, B, C]`` in `coded`'s type.
     """
-    erased = check_erasure(erased, matrix.shape[1])
+    num_experts = matrix.shape[1]
+    erased = check_erasure(erased, num_experts)
     weights = matrix.to(torch.float64)
     check_decodable(weights, erased)
-    present = [expert for expert in range(matrix.shape[1]) if expert not in erased]
+    present = [expert for expert in range(num_experts) if expert not in erased]
     inverse = torch.linalg.pinv(weights[:, list(erased)])  # [|erased|, R]
     # One matrix for both parts, made in float64 and rounded once.
     of_survivors = -(inverse @ weights[:, present])  # [|erased|, N − |erased|]
@@ -171,4 +175,5 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
             found = f"row {index} of the code is {row.tolist()}, which sums to {total:.8g}"
             raise ConfigurationError(f"{found}, expected weights of at least 0 that sum to 1; divide it by its sum")
     rounding = 4 * torch.finfo(torch.float64).eps
-    return weights / totals.where((totals - 1).abs() > rounding, 1.0)
+    is_off = (totals - 1).abs() > rounding
+    return weights / totals.where(is_off, 1.0)

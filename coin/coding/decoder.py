@@ -27,7 +27,12 @@ class Decoder(nn.Module, ABC):
     needs_fit = True
     """Whether `fit` must come before `decode`."""
 
-    def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        erased: Sequence[int],
+        config: DecoderConfig,
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_experts = num_experts
@@ -104,8 +109,10 @@ class Decoder(nn.Module, ABC):
             decoded = self.decode(own)[place][:, :width]
             wanted = own.experts[expert][:, :width]
             is_finite = torch.isfinite(decoded).all(1)
-            differs = (decoded.argmax(1) != wanted.argmax(1)) | ~is_finite
-            self.promises[expert] = promised_threshold(answer_score(decoded), differs, alpha, confidence)
+            agrees = decoded.argmax(1) == wanted.argmax(1)
+            scores = answer_score(decoded)
+            promise = promised_threshold(scores, ~(agrees & is_finite), alpha, confidence)
+            self.promises[expert] = promise
         return self.promises
 
     def accepted(self, expert: int, score: Tensor) -> Tensor:
@@ -113,13 +120,16 @@ class Decoder(nn.Module, ABC):
         if expert not in self.promises:
             raise DecodingError(f"the {self.config.name} decoder has promised nothing; call accept with new inputs")
         threshold = self.promises[expert].threshold
-        return score <= (-math.inf if threshold is None else threshold)
+        if threshold is None:
+            threshold = -math.inf
+        return score <= threshold
 
     def _check(self, answers: Answers) -> None:
         """Raise DecodingError unless the answers are of as many experts, and have features if they are read."""
         if answers.num_experts != self.num_experts:
-            found = f"found answers of {answers.num_experts} experts"
-            raise DecodingError(f"{found}, the decoder is for {self.num_experts}; keep the lost ones' places")
+            found = answers.num_experts
+            expected = f"{self.num_experts}; keep the lost ones' places"
+            raise DecodingError(f"found answers of {found} experts, the decoder is for {expected}")
         if self.config.reads_features and answers.coded_features is None:
             raise DecodingError(f"the {self.config.name} decoder found answers without features, expected both")
 

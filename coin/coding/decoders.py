@@ -50,18 +50,22 @@ class ExpertHeadDecoder(Decoder):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, code: Code, erased: Sequence[int], heads: Heads | None = None) -> None:
+    def __init__(
+        self,
+        code: Code,
+        erased: Sequence[int],
+        heads: Heads | None = None,
+    ) -> None:
         super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.expert_head))
         largest = code.matrix.argmax(0).tolist()
         self.row_of = {expert: largest[expert] for expert in self.erased}
         """Which coded model each lost expert is read from, the first of equals."""
-        weight = bias = None
+        self.register_buffer("weight", None)
+        self.register_buffer("bias", None)
         if heads:
             own = [heads[expert] for expert in self.erased]
-            weight = pad_sequence([each for each, _ in own], batch_first=True)
-            bias = pad_sequence([each for _, each in own], batch_first=True)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+            self.weight = pad_sequence([weight for weight, _ in own], batch_first=True)
+            self.bias = pad_sequence([bias for _, bias in own], batch_first=True)
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models that the lost experts are read from."""

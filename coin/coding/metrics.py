@@ -51,9 +51,10 @@ class DecodingAccuracy(Metric):
         if not bool(is_class.all()):
             found = labels[~is_class].unique().tolist()
             raise DataError(f"found labels {found}, expected 0 to {width - 1}")
-        is_finite = torch.isfinite(decoded[:, :width]).all(1)
+        decoded = decoded[:, :width]
+        is_finite = torch.isfinite(decoded).all(1)
         expert_class = expert[:, :width].argmax(1)
-        decoded_class = decoded[:, :width].argmax(1).where(is_finite, -1)
+        decoded_class = decoded.argmax(1).where(is_finite, -1)
         agrees = decoded_class == expert_class
         if accepted is None:
             accepted = torch.zeros_like(agrees)
@@ -108,7 +109,9 @@ class Residual(Metric):
             raise DataError(f"found coded logits {found} for targets {expected}, expected the same")
         wanted = target.to(torch.float64)
         error = coded.to(torch.float64) - wanted
-        squares = torch.stack([error.square().sum(), wanted.square().sum()])
+        squared_error = error.square().sum()
+        squared_norm = wanted.square().sum()
+        squares = torch.stack([squared_error, squared_norm])
         self.squares += squares.to(self.squares.device)
 
     def compute(self) -> Tensor:

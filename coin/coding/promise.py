@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,9 +80,10 @@ def promised_threshold(
         alpha: In (0, 1), else a ConfigurationError.
         confidence: In (0, 1) too.
     """
-    if scores.ndim != 1 or scores.shape != differs.shape:
-        shapes = f"scores {list(scores.shape)} and differences {list(differs.shape)}"
-        raise DataError(f"found {shapes}, expected [P] each: one an answer")
+    found = list(scores.shape)
+    other = list(differs.shape)
+    if len(found) != 1 or found != other:
+        raise DataError(f"found scores {found} and differences {other}, expected [P] each: one an answer")
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
     needed = samples_needed(alpha, confidence)
@@ -90,7 +92,7 @@ def promised_threshold(
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
     threshold = None
     accepted = 0
-    steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int))
+    steps: Any = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int))
     for step in steps if len(ranked) >= needed else ():
         score = float(ranked[step - 1])
         number = int(torch.searchsorted(ranked, score, right=True))  # with those of the same score
@@ -114,8 +116,11 @@ def answer_score(logits: Tensor) -> Tensor:
     >>> [round(score, 3) for score in coin.answer_score(torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]])).tolist()]
     [0.091, 0.424]
     """
-    if logits.shape[-1] < 2:
-        raise DataError(f"found logits {list(logits.shape)}, expected at least two classes to score; give a logit each")
+    shape = list(logits.shape)
+    if shape[-1] < 2:
+        raise DataError(f"found logits {shape}, expected at least two classes to score; give a logit each")
     logits = double(logits)
-    score: Tensor = 1 - torch.softmax(logits, -1).amax(-1)
-    return score.where(torch.isfinite(logits).all(-1), 1.0)
+    largest = torch.softmax(logits, -1).amax(-1)
+    is_finite = torch.isfinite(logits).all(-1)
+    score: Tensor = (1 - largest).where(is_finite, 1.0)
+    return score

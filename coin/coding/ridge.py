@@ -59,7 +59,7 @@ def fit_ridge(
 
     Raises NumericalError where there are fewer than two samples, StateError where a value is not finite.
     """
-    samples = inputs.shape[0]
+    samples = len(inputs)
     if samples < 2:
         raise NumericalError(f"found {samples} calibration samples, expected at least 2 to choose a ridge")
     x = inputs.to(torch.float64)
@@ -70,8 +70,8 @@ def fit_ridge(
     centred = x - input_mean
     y = y - target_mean
     # The round-off of centring is not signal: without this cut a constant input gets huge coefficients.
-    size = x.abs().amax() if x.numel() else x.new_zeros(())
-    least = _EPS * max(x.shape) * size * samples**0.5
+    largest = x.abs().amax() if x.numel() else x.new_zeros(())
+    least = _EPS * max(x.shape) * largest * samples**0.5
     if kernel is None:
         u, s, vt = thin_svd(centred)
     else:
@@ -91,9 +91,10 @@ def fit_ridge(
     def left_out_errors(ridge: Tensor) -> Tensor:
         """Return every sample's error where it is left out of the fit ``[P, G, T/G]``."""
         shrunk = ridge / (s.square() + ridge)
-        residual = outside + u @ (shrunk[:, None] * projected)
-        slack = leverage_left + u.square() @ shrunk
-        return (residual / slack[:, None]).reshape(samples, groups, -1)
+        residual = outside + u @ (shrunk[:, None] * projected)  # [P, T]
+        slack = leverage_left + u.square() @ shrunk  # 1 − H_ii [P]
+        errors = residual / slack[:, None]
+        return errors.reshape(samples, groups, -1)
 
     mean_square = s.square().mean() if s.numel() else x.new_ones(())
     grid = mean_square * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
@@ -106,9 +107,11 @@ def fit_ridge(
     ridge_of_target = ridges.repeat_interleave(y.shape[1] // groups)
     damped = s.square()[:, None] + ridge_of_target[None, :]  # [K, T]
     if kernel is None:
-        coefficients = vt[kept].T @ (s[:, None] / damped * projected)
+        shrunk_targets = s[:, None] / damped * projected
+        coefficients = vt[kept].T @ shrunk_targets
     else:
-        coefficients = centred.T @ (u @ (projected / damped))
+        weights = u @ (projected / damped)  # of the samples [P, T]
+        coefficients = centred.T @ weights
     return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out)
 
 
@@ -143,7 +146,8 @@ def _kernel(block: Tensor) -> Tensor:
 
 def _scale(block: Tensor) -> Tensor:
     """Return a block's root mean square deviation, 1 where it is constant."""
-    deviation = (block - block.mean(0)).square().mean().sqrt()
+    centred = block - block.mean(0)
+    deviation = centred.square().mean().sqrt()
     size = block.square().mean().sqrt()
     # The mean of equal numbers is rounded: what is left of them is no deviation.
     noise = _EPS * len(block) * size

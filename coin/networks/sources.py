@@ -22,7 +22,7 @@ from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
 @dataclass(frozen=True)
 class NetworkSource(ABC):
-    """A network of one family; the fields are `NetworkConfig`'s, but for weights from a file, which are none here."""
+    """A network of one family; the fields are `NetworkConfig`'s."""
 
     name: str
     image_size: int
@@ -63,7 +63,7 @@ class NetworkSource(ABC):
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
         if self.weights not in (None, *known):
-            expected = ", ".join([*known, "a file of its own weights or null"])
+            expected = " or ".join([", ".join(known), "null"] if known else ["null"])
             raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected} for {self.name}")
 
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
@@ -86,7 +86,7 @@ class NetworkSource(ABC):
         except OSError as error:
             reason = first_line(error)
             found = f"cannot download the weights {self.weights} of {self.name} ({reason})"
-            advice = "or set network.weights=null or to a file, or give trained weights as base.checkpoint"
+            advice = "or set network.weights=null and give trained weights as base.checkpoint"
             raise FileError(f"{found}; {elsewhere}, {advice}") from error
 
 

@@ -117,7 +117,7 @@ RUN = {
     "a method twice": (["--methods=[{class_path: Coin}, {class_path: Coin}]"], "label"),
     "unknown network": (["--network.name=resnet51"], "found network.name 'resnet51' (did you mean resnet50?), expecte"),
     "unknown weights": (["--network={name: resnet18, weights: V9, options: {}}"], "IMAGENET1K_V1"),
-    "missing weights": (["--network.weights=nowhere.pt"], "found no file 'nowhere.pt', expected network.weights"),
+    "missing weights": (["--network.weights=nowhere.pt"], "found network.weights 'nowhere.pt', expected"),
     "unknown decoder": (["--decoders=[linear, lineer]"], "found decoder='lineer' (did you mean linear?), expected one"),
     "a decoder twice": (["--decoders=[ridge, {kind: ridge}]"], "ridge twice"),
     "an unknown option of a decoder": (["--decoders=[{kind: ridge, depth: 3}]"], "'depth'"),

@@ -55,7 +55,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
             for column in (*SHARED, *COSTS):
                 assert row[column] == pytest.approx(outcome.columns[column], rel=1e-4)
             checked += 1
-    assert checked == len(found) == 6 * (3 + 3 * 2)
+    assert checked == len(found) == 5 * (3 + 3 * 2)
     assert all(network.training for group in networks for network in group)
     forwards = found.set_index(["decoder", "erased"]).forwards
     assert [forwards[name, "task0"] for name in ("linear", "feature_ridge-alone", "expert_head")] == [4, 2, 1]

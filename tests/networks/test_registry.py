@@ -52,11 +52,11 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
     ("arguments", "classes", "message"),
     [
         (("resnet5O",), 3, r"found network.name 'resnet5O' \(did you mean resnet50\?\)"),
-        (("resnet50", 32, "IMAGENET1K_V3"), 3, "expected IMAGENET1K_V1, IMAGENET1K_V2, a file .* or null for resnet50"),
+        (("resnet50", 32, "IMAGENET1K_V3"), 3, "expected IMAGENET1K_V1, IMAGENET1K_V2 or null for resnet50"),
         (
             ("small_resnet", 32, "IMAGENET1K_V1"),
             3,
-            "network.weights 'IMAGENET1K_V1', expected a file of its own weights or null for small",
+            "network.weights 'IMAGENET1K_V1', expected null for small",
         ),
         (("resnet18", 0), 3, r"network\.image_size 0, expected at least 1 pixel"),
         (("resnet18", 32, None, {"bogus": 1}), 3, "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
@@ -194,7 +194,7 @@ def test_a_class_of_the_users_own_is_found():
         (("ownnetworks.Small", 16, None, {"depth": 2}), r"unexpected keyword argument 'depth'\); let its __init__"),
         (
             ("ownnetworks.Small", 16, "IMAGENET1K_V1"),
-            "found network.weights 'IMAGENET1K_V1', expected a file of its own weights or null",
+            "found network.weights 'IMAGENET1K_V1', expected null",
         ),
         (
             ("ownnetworks.Normed", 16),
