@@ -49,7 +49,7 @@ class DecodingAccuracy(Metric):
         width = self.num_classes or decoded.shape[1]
         is_class = (labels >= 0) & (labels < width)
         if not bool(is_class.all()):
-            found = labels[~is_class].unique().tolist()
+            found = sorted(set(labels[~is_class].tolist()))
             raise DataError(f"found labels {found}, expected 0 to {width - 1}")
         decoded = decoded[:, :width]
         is_finite = torch.isfinite(decoded).all(1)

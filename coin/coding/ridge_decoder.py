@@ -57,8 +57,9 @@ class RidgeDecoder(Decoder):
             raise DecodingError(f"{told}; fit it on answers of the same servers")
         centred = inputs - self.input_mean.to(inputs.device)
         decoded = centred @ self.coefficients.to(inputs.device) + self.target_mean.to(inputs.device)
-        logits = decoded.unflatten(1, (len(self.erased), -1)).transpose(0, 1)  # [|erased|, B, C]
-        return logits.to(answers.experts)
+        classes = decoded.shape[1] // len(self.erased)
+        logits = decoded.reshape(len(decoded), len(self.erased), classes)
+        return logits.transpose(0, 1).to(answers.experts)
 
     def _blocks(self, answers: Answers) -> list[Tensor]:
         """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""

@@ -42,8 +42,8 @@ def check_layout(own: State, state: State, source: str) -> None:
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
     """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
     for name, tensor in state.items():
-        is_sound = ~tensor.isnan() if name in infinite else tensor.isfinite()
-        if not bool(is_sound.all()):
+        is_number = ~tensor.isnan() if name in infinite else tensor.isfinite()
+        if not bool(is_number.all()):
             return name
     return None
 

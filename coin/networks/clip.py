@@ -37,12 +37,14 @@ class ClipTower(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return the logits ``[B, C]`` of images ``[B, 3, S, S]`` in CLIP's normalisation."""
         vision = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self.head(F.normalize(vision.image_embeds, dim=-1))  # type: ignore[no-any-return]
+        features = F.normalize(vision.image_embeds, dim=-1)  # [B, F]
+        return self.head(features)  # type: ignore[no-any-return]
 
 
 def vision_config(found: Any, name: str) -> Any:
     """Return the configuration of a CLIP's vision tower; a ConfigurationError for what is no CLIP."""
-    if getattr(found, "model_type", None) not in ("clip", "clip_vision_model"):
+    kind = getattr(found, "model_type", None)
+    if kind not in ("clip", "clip_vision_model"):
         raise ConfigurationError(
             f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}, expected a "
             "CLIP; name one, such as hf/openai/clip-vit-base-patch32, or none"
@@ -83,8 +85,15 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
     rows = []
     for name in classes:
         texts = [prompt.replace("{}", name) for prompt in prompts]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
         vectors = model.text_projection(model.text_model(**tokens).pooler_output)  # [prompts, F]
         mean = F.normalize(vectors, dim=-1).mean(0)
         rows.append(F.normalize(mean, dim=-1))
-    return torch.stack(rows) * model.logit_scale.exp()  # type: ignore[no-any-return]
+    scale = model.logit_scale.exp()
+    return torch.stack(rows) * scale  # type: ignore[no-any-return]

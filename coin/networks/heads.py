@@ -121,16 +121,17 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
     first, *others = [_shapes(network) for network in networks]
     if any(other.keys() != first.keys() for other in others):  # refused where they are merged
         return list(networks)
-    differing = {}
+    differing: dict[str, list[int]] = {}
     for other in others:
         differing |= {name: shape for name, shape in other.items() if shape != first[name]}
     if not differing:
         return list(networks)
     head = head_name(networks[0])
-    of_head = {f"{head}.weight".lstrip("."), f"{head}.bias".lstrip(".")}
-    for name in sorted(differing.keys() - of_head):
-        found = f"tensor '{name}' is {differing[name]} in one expert but {first[name]} in another"
-        raise HeadError(f"{found}, and their head is '{head}'; {ADVICE}")
+    prefix = f"{head}.".lstrip(".")  # "" where a network is itself its head
+    for name, shape in differing.items():
+        if not name.startswith(prefix):
+            found = f"tensor '{name}' is {shape} in one expert but {first[name]} in another"
+            raise HeadError(f"{found}, and their head is '{head}'; {ADVICE}")
     width = max(linear_head(network).out_features for network in networks)
     return [pad_head(network, width) for network in networks]
 

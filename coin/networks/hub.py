@@ -176,8 +176,11 @@ class Renormalised:
     """A hook that gives a network its own normalisation of images in [0, 1], where ours is ImageNet's usual one."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
-        self.shift = [(ours - own) / each for ours, own, each in zip(IMAGENET_MEAN, mean, std, strict=True)]
+        self.scale = []
+        self.shift = []
+        for channel in range(3):
+            self.scale.append(IMAGENET_STD[channel] / std[channel])
+            self.shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the inputs in the network's normalisation."""
@@ -196,7 +199,12 @@ class _ByName:
     normalise: Renormalised | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+    def __call__(
+        self,
+        network: nn.Module,
+        inputs: tuple[Tensor, ...],
+        given: dict[str, Any],
+    ) -> tuple[Any, Any]:
         if not inputs:
             return inputs, given
         if self.normalise is not None:

@@ -31,6 +31,7 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     thread = threading.get_ident()  # others may run the same network
 
     def keep(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        """Keep what the head reads in this thread."""
         if threading.get_ident() == thread:
             captured.extend((*arguments, *named.values()))
 
@@ -63,8 +64,9 @@ def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
         else:
             logits = network(inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
+        kind = type(network).__name__
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"found {shape} of {type(network).__name__}, expected logits [B, C]; give forward=…")
+        raise DataError(f"found {shape} of {kind}, expected logits [B, C]; give forward=…")
     if found is None:
         found = logits[:, :0]
     return Run(full_precision(found), full_precision(logits))
@@ -110,7 +112,8 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     error = torch.full_like(read, torch.inf)
     if logits.shape == read.shape:
         error = (double(logits) - read).abs()
-    if not bool((error <= tolerance * size).all()):
+    is_close = error <= tolerance * size
+    if not bool(is_close.all()):
         largest = float(error.max())
         found = f"the logits of {kind} are not its head '{head_name(network)}' of its input"
         advice = "name the layer that gives the logits in an attribute 'head_name', or leave out what reads it"

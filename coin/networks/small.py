@@ -24,7 +24,9 @@ class SmallResNet(nn.Module):
         first = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
         self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         widths = [width, width, 2 * width, 4 * width, 8 * width]
-        stages = [nn.Sequential(_block(channels, out), _block(out, out)) for channels, out in pairwise(widths)]
+        stages = []
+        for channels, out in pairwise(widths):
+            stages.append(nn.Sequential(_block(channels, out), _block(out, out)))
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)

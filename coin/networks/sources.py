@@ -54,16 +54,15 @@ class NetworkSource(ABC):
         """Refuse a name that is not known; `advice` says where the known ones are listed."""
         found = f"found network.name '{self.name}'"
         if (Path(self.name) / "config.json").is_file():
-            raise ConfigurationError(
-                f"{found}, a folder of Hugging Face's, expected hf/ before it; write hf/{self.name}"
-            )
+            expected = f"hf/ before it; write hf/{self.name}"
+            raise ConfigurationError(f"{found}, a folder of Hugging Face's, expected {expected}")
         if self.name not in known:
             raise ConfigurationError(f"{found}{did_you_mean(self.name, known)}, expected {expected}; {advice}")
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
         if self.weights not in (None, *known):
-            expected = " or ".join([", ".join(known), "null"] if known else ["null"])
+            expected = ", ".join([*known, "null"])
             raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected} for {self.name}")
 
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:

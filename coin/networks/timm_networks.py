@@ -51,7 +51,8 @@ class Timm(NetworkSource):
         if self.weights is None or self.weights in PACKAGED:
             network = self.construct(timm.create_model, self.architecture, **options)
         else:
-            tagged = self.architecture if self.weights == "default" else f"{self.architecture}.{self.weights}"
+            tag = "" if self.weights == "default" else f".{self.weights}"
+            tagged = f"{self.architecture}{tag}"
             network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), CACHE)
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")

@@ -105,7 +105,8 @@ def with_own_head(
             continue
         classes, *width = own[name].shape
         has_other_classes = len(state[name]) != classes
-        if has_other_classes and list(state[name].shape[1:]) == width:
+        has_same_width = list(state[name].shape[1:]) == width
+        if has_other_classes and has_same_width:
             found[name] = own[name] if wider is None else wider[name][:classes].clone()
     return found
 
@@ -128,7 +129,7 @@ TO_GO_ON = ("state_dict", "loops", "optimizer_states")  # what a training needs 
 def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
     """Return these parts of a Lightning checkpoint; a FileError where it has not all of them."""
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: content[name] for name in expected}
     except Exception as error:  # pickle's and zip's errors share no base class
         found = f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]})"

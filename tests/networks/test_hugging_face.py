@@ -124,7 +124,7 @@ def test_images_of_another_size_have_their_positions_interpolated(folder):
     [
         ({"name": "hf/nothing/there"}, "cannot read network.name .*, or hf/ID"),
         ({"name": f"hf/{Path(__file__).parent}"}, r"expected hf/FOLDER with a config.json of a classifier"),
-        ({"weights": "IMAGENET1K_V1"}, "found network.weights 'IMAGENET1K_V1', expected pretrained or null"),
+        ({"weights": "IMAGENET1K_V1"}, "found network.weights 'IMAGENET1K_V1', expected pretrained, null"),
         ({"options": {"depth": 3}}, "found network.options with 'depth', expected entries of the configuration"),
         ({"image_size": 20}, "found network.image_size 20 tokens for hf/.*, expected at most 12"),
     ],

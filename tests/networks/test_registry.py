@@ -52,7 +52,7 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
     ("arguments", "classes", "message"),
     [
         (("resnet5O",), 3, r"found network.name 'resnet5O' \(did you mean resnet50\?\)"),
-        (("resnet50", 32, "IMAGENET1K_V3"), 3, "expected IMAGENET1K_V1, IMAGENET1K_V2 or null for resnet50"),
+        (("resnet50", 32, "IMAGENET1K_V3"), 3, "expected IMAGENET1K_V1, IMAGENET1K_V2, null for resnet50"),
         (
             ("small_resnet", 32, "IMAGENET1K_V1"),
             3,
