@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError is of a date that is none, or no text
         problem = " ".join(str(error).replace('"<unicode string>", ', "").split())
-        raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; mend that line") from error
+        raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; fix that line") from error
     except OSError as error:
         raise FileError(f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path") from error
 

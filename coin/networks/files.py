@@ -14,14 +14,14 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite, check_layout
+from coin.files.tensors import State, check_finite
 from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
 from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace, local_place
-from coin.networks.registry import NetworkConfig, build_network, empty_network
+from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 ZeroShot = tuple[Sequence[str], Sequence[str]]  # a task's prompts and class names, for a zero-shot head
@@ -152,11 +152,7 @@ def int8_path(path: Path, base: Path) -> Path:
 
 
 def open_network(path: Path) -> NetworkFile:
-    """Open a network's file, whole or compressed.
-
-    Raises FileError where it, or its base, is missing, damaged or no network's; StateError for tensors that are not
-    those of the architecture that the file names.
-    """
+    """Open a network's file, whole or compressed; a FileError where it, or its base, is missing or no network's."""
     state = StateFile(path)
     provenance = state.provenance
     config, num_classes = _described(path, provenance)
@@ -164,9 +160,7 @@ def open_network(path: Path) -> NetworkFile:
         made = Compressed.load(path, _base_of(path, provenance, config, num_classes))
         return NetworkFile(path, made, config, num_classes, provenance, made.adapters)
     names, adapters = split_adapters(state, int(provenance.get("adapters", 0)))
-    own = StateFile(path, names)
-    check_layout(empty_network(config, num_classes).state_dict(), own, str(path))
-    return NetworkFile(path, own, config, num_classes, provenance, adapters)
+    return NetworkFile(path, StateFile(path, names), config, num_classes, provenance, adapters)
 
 
 def _base_of(path: Path, provenance: Mapping[str, Any], config: NetworkConfig, num_classes: int) -> nn.Module:
@@ -182,7 +176,7 @@ def _base_of(path: Path, provenance: Mapping[str, Any], config: NetworkConfig, n
 
 
 def load_network(path: Path) -> NetworkFile:
-    """Open a network as `open_network` does and read it."""
+    """Open a network as `open_network` does and read it; a StateError where tensors do not fit the architecture."""
     file = open_network(path)
     file.network  # noqa: B018 (read now, so that what is wrong with it shows)
     return file

@@ -84,8 +84,6 @@ def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False
             continue
         tensor = state[key]
         missing = num_outputs - len(tensor)
-        if missing < 0:
-            raise HeadError(f"'{key}' has {len(tensor)} outputs, expected at most {num_outputs}")
         if missing > 0:
             row = tensor.mean(0) if mean else torch.zeros_like(tensor[0])
             rows = row.expand(missing, *row.shape)
@@ -128,7 +126,7 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
         return list(networks)
     head = head_name(networks[0])
     prefix = f"{head}.".lstrip(".")  # "" where a network is itself its head
-    for name, shape in differing.items():
+    for name, shape in sorted(differing.items()):
         if not name.startswith(prefix):
             found = f"tensor '{name}' is {shape} in one expert but {first[name]} in another"
             raise HeadError(f"{found}, and their head is '{head}'; {ADVICE}")

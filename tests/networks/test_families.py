@@ -42,7 +42,7 @@ TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face
 POSITIONS = ("hugging_face/gpt2", "hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
 READ_FEATURES = (*HEAD, "feature_ridge", "feature_ridge-alone")
 REFUSED: dict[str, dict[str, str]] = {
-    "timm/resnetv2": dict.fromkeys(READ_FEATURES, "found no Linear layer"),  # a convolution
+    "timm/resnetv2": dict.fromkeys((*READ_FEATURES, "wudi"), "found no Linear layer"),  # its head is a convolution
     **{family: dict.fromkeys(READ_FEATURES, "expected one row a sample") for family in POSITIONS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
 }
