@@ -53,8 +53,8 @@ class RidgeDecoder(Decoder):
         found = inputs.shape[1]
         fitted = len(self.input_mean)
         if found != fitted:
-            told = f"found answers of {found} numbers, the decoder was fitted on {fitted}"
-            raise DecodingError(f"{told}; fit it on answers of the same servers")
+            expected = f"{fitted}, as fitted; fit it on answers of the same servers"
+            raise DecodingError(f"found answers of {found} numbers, expected {expected}")
         centred = inputs - self.input_mean.to(inputs.device)
         decoded = centred @ self.coefficients.to(inputs.device) + self.target_mean.to(inputs.device)
         classes = decoded.shape[1] // len(self.erased)

@@ -23,12 +23,12 @@ def check_layout(own: State, state: State, source: str) -> None:
     advice = "it is of another architecture: give one of the same network.name and network.options"
     missing = sorted(own.keys() - state.keys())
     if missing:
-        first, count = missing[0], len(missing)
-        raise StateError(f"'{source}' has no tensor '{first}' ({count} missing); {advice}")
+        count = len(missing)
+        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({count} missing); {advice}")
     extra = sorted(state.keys() - own.keys())
     if extra:
-        first, count = extra[0], len(extra)
-        raise StateError(f"'{source}' has a tensor '{first}' too many ({count} in all); {advice}")
+        count = len(extra)
+        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({count} in all); {advice}")
     for name, tensor in own.items():
         found = list(state[name].shape)
         expected = list(tensor.shape)

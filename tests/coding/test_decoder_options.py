@@ -89,7 +89,7 @@ def test_answers_of_other_servers_are_refused(kind):
         narrow = [feature[:, :4] for feature in test.coded_features]
         others[inputs - 1] = dataclasses.replace(test, coded_features=narrow)
     for found, other in others.items():
-        message = f"found answers of {found} numbers, the decoder was fitted on {inputs}; fit it on answers of"
+        message = f"found answers of {found} numbers, expected {inputs}, as fitted; fit it on answers of"
         with pytest.raises(DecodingError, match=message):
             decoded(kind, calibration, other)
 

@@ -121,7 +121,7 @@ def test_misuse_is_one_clear_error():
         "without features": lambda: make_decoder("feature_ridge", code, [0]).fit(answers),
         "no coded model answers; lose fewer": lambda: make_decoder("ridge", code, [0, 1]).fit(answers.with_coded([])),
         "3 experts, the decoder is for 2; keep the lost ones' places": lambda: ridge.fit(three),
-        "fitted on": lambda: ridge.decode(answers.with_coded([])),
+        "as fitted": lambda: ridge.decode(answers.with_coded([])),
     }.items():
         with pytest.raises(DecodingError, match=message):
             misuse()

@@ -119,7 +119,7 @@ RUN = {
     "unknown weights": (["--network={name: resnet18, weights: V9, options: {}}"], "IMAGENET1K_V1"),
     "missing weights": (["--network.weights=nowhere.pt"], "found network.weights 'nowhere.pt', expected"),
     "unknown decoder": (["--decoders=[linear, lineer]"], "found decoder='lineer' (did you mean linear?), expected one"),
-    "a decoder twice": (["--decoders=[ridge, {kind: ridge}]"], "ridge twice"),
+    "a decoder twice": (["--decoders=[ridge, {kind: ridge}]"], "expected at least one and each once"),
     "an unknown option of a decoder": (["--decoders=[{kind: ridge, depth: 3}]"], "'depth'"),
     "an expert of no task": (["--expert.overrides={diggits: {epochs: 1}}"], "'diggits' (did you mean digits?)"),
     "override of a wrong kind": (["--expert.overrides={digits: {schedule: up}}"], "schedule"),
