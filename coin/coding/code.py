@@ -71,11 +71,13 @@ class Code:
 
     def _largest_erasures(self) -> list[tuple[int, ...]]:
         """Return the hardest erasures: one of fewer experts has fewer columns, whose smallest σ is no lower."""
-        return list(combinations(range(self.num_experts), self.max_erasures))
+        experts = range(self.num_experts)
+        return list(combinations(experts, self.max_erasures))
 
     def encode(self, outputs: Tensor) -> Tensor:
         """Return what ideal coded models would answer to outputs ``[N, ...]``: ``[R, ...]``, Σ_i matrix[r, i] · f_i."""
-        return torch.tensordot(self.matrix.to(outputs), outputs, dims=1)  # type: ignore[no-any-return]
+        weights = self.matrix.to(outputs)
+        return torch.tensordot(weights, outputs, dims=1)  # type: ignore[no-any-return]
 
     def amplification(self, erased: Sequence[int]) -> float:
         """Return by how much the linear decoder may enlarge an error of the coded outputs; infinity where it cannot.
@@ -84,11 +86,13 @@ class Code:
         outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E); for one row and one
         lost expert j it is 1/β_j. Dimensionless. Raises as `check_erasure`.
         """
-        return _amplification(self.matrix, check_erasure(erased, self.num_experts))
+        lost = check_erasure(erased, self.num_experts)
+        return _amplification(self.matrix, lost)
 
     def worst_amplification(self) -> float:
         """Return the largest noise amplification over all erasures that the code promises to decode."""
-        return max(_amplification(self.matrix, erased) for erased in self._largest_erasures())
+        every = [_amplification(self.matrix, erased) for erased in self._largest_erasures()]
+        return max(every)
 
     def __repr__(self) -> str:
         return f"Code({self.matrix.tolist()})"

@@ -66,7 +66,8 @@ class DecodingAccuracy(Metric):
             accepted & ~agrees,
             torch.ones_like(agrees),
         ]
-        self.counts += torch.stack(counted).sum(1).to(self.counts.device)
+        counts = torch.stack(counted).sum(1)
+        self.counts += counts.to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the numbers; see the class."""

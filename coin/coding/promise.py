@@ -96,13 +96,22 @@ def promised_threshold(
     for step in steps if len(ranked) >= needed else ():
         score = float(ranked[step - 1])
         number = int(torch.searchsorted(ranked, score, right=True))  # with those of the same score
-        probability = bdtr(float(wrong[number - 1]), number, alpha)  # of so few errors, if a share α differed
+        errors = float(wrong[number - 1])
+        probability = bdtr(errors, number, alpha)  # of so few errors, if a share α differed
         if not probability <= 1 - confidence:
             break
         threshold = score
         accepted = number
-    coverage = accepted / max(len(scores), 1)
-    return Promise(threshold, alpha, confidence, coverage, len(scores), needed)
+    samples = len(scores)
+    coverage = accepted / max(samples, 1)
+    return Promise(
+        threshold,
+        alpha,
+        confidence,
+        coverage,
+        samples,
+        needed,
+    )
 
 
 def answer_score(logits: Tensor) -> Tensor:

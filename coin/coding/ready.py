@@ -42,12 +42,16 @@ def convex(num_experts: int, num_coded: int) -> Code:
     if not 1 <= num_coded <= num_experts:
         raise ConfigurationError(f"found {num_coded} coded models for {num_experts} experts, expected 1 to as many")
     if num_coded == 1:
-        return Code([[1 / num_experts] * num_experts])
+        row = [1 / num_experts] * num_experts
+        return Code([row])
     if num_coded == num_experts:
-        return Code(torch.eye(num_experts, dtype=torch.float64))
-    thousandths = read_yaml(TABULATED).get(f"{num_coded} of {num_experts}")
+        identity = torch.eye(num_experts, dtype=torch.float64)
+        return Code(identity)
+    tabulated = read_yaml(TABULATED)
+    thousandths = tabulated.get(f"{num_coded} of {num_experts}")
     if thousandths is not None:
-        return Code(torch.tensor(thousandths, dtype=torch.float64) / 1000)
+        weights = torch.tensor(thousandths, dtype=torch.float64) / 1000
+        return Code(weights)
     return _gaussian_bumps(num_experts, num_coded)
 
 
@@ -59,8 +63,9 @@ def _gaussian_bumps(num_experts: int, num_coded: int) -> Code:
     for width in WIDTHS:
         distances = (nodes - centres[:, None]) / width  # [R, N]
         bumps = torch.exp(-(distances**2) / 2)
+        rows = bumps / bumps.sum(1, keepdim=True)
         try:
-            codes.append(Code(bumps / bumps.sum(1, keepdim=True)))
+            codes.append(Code(rows))
         except DecodingError as error:
             refusal = error
     if not codes:

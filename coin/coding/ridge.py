@@ -97,7 +97,8 @@ def fit_ridge(
         return errors.reshape(samples, groups, -1)
 
     mean_square = s.square().mean() if s.numel() else x.new_ones(())
-    grid = mean_square * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
+    relative = 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
+    grid = mean_square * relative
     errors = []
     for ridge in grid:
         squares_of_group = left_out_errors(ridge).square().sum(2)  # [P, G]
@@ -112,7 +113,13 @@ def fit_ridge(
     else:
         weights = u @ (projected / damped)  # of the samples [P, T]
         coefficients = centred.T @ weights
-    return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out)
+    return RidgeFit(
+        coefficients,
+        input_mean,
+        target_mean,
+        ridges,
+        leave_one_out,
+    )
 
 
 def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
@@ -128,8 +135,8 @@ def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
     kernel = None
     if len(scales) > samples:
         kernel = torch.stack([_kernel(block) for block in blocks]).sum(0)
-    inputs = torch.cat(list(blocks), 1) / scales
-    side_by_side = targets.transpose(0, 1).flatten(1)
+    inputs = torch.cat(list(blocks), 1) / scales  # [P, D]
+    side_by_side = targets.transpose(0, 1).flatten(1)  # [P, K·C]
     fit = fit_ridge(inputs, side_by_side, num_groups, kernel)
     return replace(
         fit,

@@ -62,7 +62,8 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
     new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
     initialise_head(new)
     parent, _, child = head_name(network).rpartition(".")
-    setattr(network.get_submodule(parent), child, new)
+    holder = network.get_submodule(parent)
+    setattr(holder, child, new)
 
 
 def initialise_head(head: nn.Module) -> None:
@@ -75,7 +76,13 @@ def initialise_head(head: nn.Module) -> None:
                 parameter.normal_(std=0.01)
 
 
-def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False) -> dict[str, Tensor]:
+def padded_rows(
+    state: State,
+    head: str,
+    num_outputs: int,
+    *,
+    mean: bool = False,
+) -> dict[str, Tensor]:
     """Return the tensors of a state's head, by its name, with zero or mean rows added; none where it has as many."""
     padded = {}
     for part in ("weight", "bias"):
@@ -94,7 +101,9 @@ def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False
 def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = False) -> State:
     """Return a network's tensors, or a statistic, with the head as of `padded_rows`; no other tensor is read."""
     rows = padded_rows(state, head, num_outputs, mean=mean)
-    return ChainMap(rows, cast(Any, state)) if rows else state  # never written to, so that any mapping will do
+    if not rows:
+        return state
+    return ChainMap(rows, cast(Any, state))  # never written to, so that any mapping will do
 
 
 def pad_head(network: Network, num_outputs: int) -> Network:
@@ -109,7 +118,8 @@ def pad_head(network: Network, num_outputs: int) -> Network:
     padded = clone(network, shared=True)
     head = linear_head(padded)
     for key, tensor in rows.items():
-        setattr(head, key, nn.Parameter(tensor, requires_grad=own[key].requires_grad))
+        parameter = nn.Parameter(tensor, requires_grad=own[key].requires_grad)
+        setattr(head, key, parameter)
     head.out_features = num_outputs
     return padded
 
@@ -143,6 +153,7 @@ def with_head(network: Network, head: nn.Module) -> Network:
     """Give a network, in place, copies of another head's parameters, which may have other classes; return it."""
     own = linear_head(network)
     for name, parameter in head.named_parameters():
-        setattr(own, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+        values = parameter.detach().clone()
+        setattr(own, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
     own.out_features = len(own.weight)
     return network

@@ -136,7 +136,8 @@ def linear_heads(
     for network in networks:
         head = linear_head(network)
         if inputs is not None:
-            features, logits = features_and_logits(network, take(inputs, slice(0, _FEW)))
+            few = take(inputs, slice(0, _FEW))
+            features, logits = features_and_logits(network, few)
             check_head(network, features, logits)
         weight = head.weight.detach()
         bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()

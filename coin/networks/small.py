@@ -21,8 +21,11 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
-        first = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
-        self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         stages = []
         for channels, out in pairwise(widths):

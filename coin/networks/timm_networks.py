@@ -46,7 +46,8 @@ class Timm(NetworkSource):
         timm = extra_module("timm", "timm")
         options = {**self.options, "num_classes": num_classes}
         usual = timm.get_pretrained_cfg(self.architecture)
-        if usual is not None and usual.fixed_input_size:
+        has_one_size = usual is not None and usual.fixed_input_size
+        if has_one_size:
             options.setdefault("img_size", self.image_size)
         if self.weights is None or self.weights in PACKAGED:
             network = self.construct(timm.create_model, self.architecture, **options)
@@ -70,9 +71,11 @@ class Timm(NetworkSource):
 
 def _fill_in_order(network: nn.Module, weights: str, head: str) -> None:
     """Copy weights that a package ships, but for the head's: their tensors are timm's in the same order."""
-    path = packaged_file(*PACKAGED[weights][1:], extra="timm")
-    theirs = torch.load(path, map_location="cpu", weights_only=True).values()
+    _, package, file = PACKAGED[weights]
+    path = packaged_file(package, file, extra="timm")
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
     state = {}
-    for (name, own), other in zip(network.state_dict().items(), theirs, strict=True):
-        state[name] = own if name.startswith(f"{head}.") else other
+    for (name, own), other in zip(network.state_dict().items(), theirs.values(), strict=True):
+        is_of_head = name.startswith(f"{head}.")
+        state[name] = own if is_of_head else other
     fill_network(network, state, f"the weights {weights}")
