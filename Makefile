@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
-FUZZ ?= 60
 RESULTS := notebooks/results
 SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
 SLOW := -m 'not slow'
@@ -11,7 +10,7 @@ SLOW := -m 'not slow'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu fuzz notebooks study docs clean
+.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu notebooks study docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,9 +69,6 @@ bench-check: $(VENV)/.demo  ## fail if the exact Fisher has become slow, as a ra
 
 bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on the GPU, or in small without one
 	$(BIN)/python -W ignore tests/benchmarks/gpu.py
-
-fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a test
-	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/files/test_fuzz.py
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from coin.statistics import *  # noqa: F403
 
 _HOMES = {  # the rooms and their names
-    "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex fault_score make_decoder "
-    "parity_residual parity_significance promised_threshold uniform",
+    "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex make_decoder "
+    "promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "

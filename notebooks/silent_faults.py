@@ -2,8 +2,8 @@
 
     python notebooks/silent_faults.py runs/stand-ins-experts/*/seed-* --output faults.csv
 
-All servers answer batches of test inputs of all tasks, without labels. `coin.coding.fault_score` says of every expert
-how much its answers are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert
+All servers answer batches of test inputs of all tasks, without labels. `odds` says of every expert how much its answers
+are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert
 is odder than in 99 % of the batches of validation inputs that working servers answer, which neither experts, coded
 models nor decoders were fitted on; the oddest is the suspect. ``false_alarm`` is how many batches of test inputs raise
 one though all servers work. Beside the coded model stands ``none``: the same with the experts alone.
@@ -65,7 +65,10 @@ def pooled(tasks, split, samples=None):
 
 
 def odds(decoders, answers, calibration, size, batches=1000):
-    """Return every expert's `fault_score` in so many random batches of one size [batches, N]."""
+    """Return how much every expert's answers disagree with those decoded from the others [batches, N].
+
+    Expert j's is the root mean square of f̂_j − f_j over a random batch, relative to the same on calibration inputs.
+    """
     wrong, usual = (
         torch.stack(
             [(each.decode(seen)[0] - seen.experts[j]).double().square().sum(1) for j, each in enumerate(decoders)]
@@ -106,13 +109,13 @@ def measure(folder, method, sizes, samples):
     fit_on = answered(data.calibration(), experts, coded)
     decoders = {
         name: [make_decoder("feature_ridge", system.code, [index]).fit(seen) for index in range(len(experts))]
-        for name, seen in {method: fit_on, "none": fit_on.without_coded()}.items()
+        for name, seen in {method: fit_on, "none": fit_on.with_coded([])}.items()
     }
 
     unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
 
     def found(answers, name, size):
-        seen = [each.without_coded() if name == "none" else each for each in (answers, unread)]
+        seen = [each.with_coded([]) if name == "none" else each for each in (answers, unread)]
         return odds(decoders[name], *seen, size)
 
     def accuracy(answers, index):

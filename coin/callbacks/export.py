@@ -92,7 +92,7 @@ class ExpertExport(FileOfTrained):
         provenance = {
             "made_by": "coin fit",
             "task": self.task or (None if data is None else type(data).__name__),
-            "sha256": hashes(Path(each) for each in (options.get("initial"), config.weights_file) if each),
+            "sha256": hashes([Path(options["initial"])] if options.get("initial") else []),
             "classes": None if data is None else list(data.classes),
             "options": {name: value for name, value in options.items() if not name.startswith("_")},
             "epochs": trainer.current_epoch,

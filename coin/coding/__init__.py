@@ -9,11 +9,6 @@ from coin.coding.decoder_config import (
     distinct_decoders as distinct_decoders,
 )
 from coin.coding.decoders import LinearDecoder as LinearDecoder, make_decoder as make_decoder
-from coin.coding.parity import (
-    fault_score as fault_score,
-    parity_residual as parity_residual,
-    parity_significance as parity_significance,
-)
 from coin.coding.promise import (
     Promise as Promise,
     answer_score as answer_score,

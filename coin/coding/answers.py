@@ -1,7 +1,7 @@
 """What the servers answer for one batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
-from coin.coding.ridge import block_kernel
-from coin.core.devices import double, has_float64
 from coin.errors import DecodingError
 
 
@@ -28,9 +26,8 @@ class Answers:
             A lost expert may have none, ``[B, 0]``.
         coded_features: One ``[B, F]`` per coded model, or None; widths may differ between networks.
         tasks: The index of each input's task, int64 ``[B]``; None if unknown.
-        kernels: See `with_kernels`.
 
-    Raises DecodingError where the shapes do not fit together, or a task is none of the experts'.
+    Raises DecodingError where the shapes do not fit together.
 
     >>> answers = coin.Answers(experts=torch.randn(2, 5, 3), coded=torch.randn(1, 5, 3))
     >>> answers.num_experts, answers.num_coded, answers.num_samples
@@ -42,32 +39,24 @@ class Answers:
     expert_features: Sequence[Tensor] | None = None
     coded_features: Sequence[Tensor] | None = None
     tasks: Tensor | None = None
-    kernels: Sequence[Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.experts.ndim != 3 or self.coded.ndim != 3 or self.experts.shape[1:] != self.coded.shape[1:]:
-            told = f"found experts' logits {list(self.experts.shape)} and coded logits {list(self.coded.shape)}"
-            raise DecodingError(f"{told}, expected [N, B, C] and [R, B, C]")
+        own = list(self.experts.shape)
+        coded = list(self.coded.shape)
+        are_alike = len(own) == len(coded) == 3 and own[1:] == coded[1:]
+        if not are_alike:
+            raise DecodingError(f"found experts' logits {own} and coded logits {coded}, expected [N, B, C], [R, B, C]")
         if (self.expert_features is None) != (self.coded_features is None):
             raise DecodingError("found features of the experts or of the coded models only, expected both or neither")
-        groups = (("experts", self.experts, self.expert_features), ("coded models", self.coded, self.coded_features))
-        for whose, logits, features in groups:
-            if features is not None and len(features) != len(logits):
-                raise DecodingError(f"found features of {len(features)} {whose}, expected {len(logits)}")
-            for feature in features or ():
-                if feature.ndim != 2 or feature.shape[0] != logits.shape[1]:
-                    found = f"found features {list(feature.shape)} of the {whose}"
-                    raise DecodingError(f"{found}, expected [{logits.shape[1]}, F]")
-        if self.tasks is not None:
-            if (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
-                found = f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}"
-                raise DecodingError(f"{found}, expected int64 [{self.num_samples}]")
-            if outside := sorted(set(self.tasks.tolist()) - set(range(self.num_experts))):
-                raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
+        if self.tasks is not None and self.tasks.shape != (self.num_samples,):
+            raise DecodingError(f"found tasks {list(self.tasks.shape)}, expected [{self.num_samples}]")
 
     @classmethod
     def of_servers(
-        cls, outputs: Sequence[tuple[Tensor, Tensor] | None], num_experts: int, tasks: Tensor | None = None
+        cls,
+        outputs: Sequence[tuple[Tensor, Tensor] | None],
+        num_experts: int,
+        tasks: Tensor | None = None,
     ) -> Self:
         """Return the answers of servers, experts first, then coded models: features ``[B, F]`` and logits ``[B, ·]``.
 
@@ -76,14 +65,25 @@ class Answers:
         """
         arrived = [output for output in outputs if output is not None]
         width = max(logits.shape[1] for _, logits in arrived)
-        features, like = arrived[0]
-        silent = features[:, :0], torch.full_like(like[:, :1], torch.nan).expand(-1, width)
-        every = [silent if output is None else output for output in outputs]
-        logits = torch.stack([pad(each, (0, width - each.shape[1])) for _, each in every])
-        experts, coded, sent = logits[:num_experts], logits[num_experts:], [each for each, _ in every]
-        if not any(each.shape[1] for each, _ in arrived):
-            return cls(experts, coded, tasks=tasks)
-        return cls(experts, coded, sent[:num_experts], sent[num_experts:], tasks)
+        some_features, some_logits = arrived[0]
+        no_features = some_features[:, :0]
+        no_logits = some_logits.new_full((len(some_logits), width), torch.nan)
+        features = []
+        padded = []
+        for output in outputs:
+            own_features, own_logits = (no_features, no_logits) if output is None else output
+            missing_classes = width - own_logits.shape[1]
+            features.append(own_features)
+            padded.append(pad(own_logits, (0, missing_classes)))
+        logits = torch.stack(padded)  # [N + R, B, C]
+        answers = cls(logits[:num_experts], logits[num_experts:], tasks=tasks)
+        if all(each.shape[1] == 0 for each in features):
+            return answers
+        return replace(
+            answers,
+            expert_features=features[:num_experts],
+            coded_features=features[num_experts:],
+        )
 
     @property
     def num_experts(self) -> int:
@@ -100,51 +100,33 @@ class Answers:
         """B, the number of inputs."""
         return self.experts.shape[1]
 
-    def with_kernels(self) -> Self:
-        """Return the same answers with the kernel ``[B, B]`` of every network's features (`block_kernel`).
-
-        Decoders of several systems and erasures that are fitted on them then share what is the same. Only regressions
-        with more features than samples read a kernel: where there are fewer altogether, it has none.
-        """
-        features = [*(self.expert_features or ()), *(self.coded_features or ())]
-        if sum(each.shape[1] for each in features) <= self.num_samples:
-            return self
-        return replace(self, kernels=[block_kernel(double(each)) for each in features])
-
     def with_coded(self, rows: Sequence[int]) -> Self:
-        """Return the answers of the experts and of some of the coded models, in the order of their indices."""
-        features = None if self.coded_features is None else [self.coded_features[row] for row in rows]
-        servers = [*range(self.num_experts), *(self.num_experts + row for row in rows)]
-        kernels = None if self.kernels is None else [self.kernels[server] for server in servers]
-        return replace(self, coded=self.coded[list(rows)], coded_features=features, kernels=kernels)
-
-    def without_coded(self) -> Self:
-        """Return the experts' answers alone: what the row ``method: none`` decodes from."""
-        return self.with_coded([])
+        """Return the answers of the experts and of some coded models, by index; ``method: none`` has those of none."""
+        coded = self.coded[list(rows)]
+        if self.coded_features is None:
+            return replace(self, coded=coded)
+        return replace(self, coded=coded, coded_features=[self.coded_features[row] for row in rows])
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
-        return self._each(lambda each: each[samples] if each.ndim == 1 else each[..., samples, :])
+
+        def selected(tensor: Tensor) -> Tensor:
+            has_width = tensor.ndim > 1  # all but tasks [B]
+            return tensor[..., samples, :] if has_width else tensor[samples]
+
+        return self._each(selected)
 
     def cpu(self) -> Self:
         """Return the answers in the CPU's memory."""
         return self._each(Tensor.cpu)
 
-    def with_float64(self) -> Self:
-        """Return the answers where there is float64: on their device, or on the CPU."""
-        return self if has_float64(self.experts.device) else self.cpu()
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return the answers with every tensor changed, without kernels."""
-        return replace(self, **tree_map_only(Tensor, change, {**vars(self), "kernels": None}))
+        """Return the answers with every tensor changed."""
+        return replace(self, **tree_map_only(Tensor, change, vars(self)))
 
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
-        """Return the answers for several batches as one, in their order; a DecodingError unless they fit together."""
-        kinds = [tree_map_only(Tensor, lambda each: each.shape, vars(batch.select(slice(0)))) for batch in batches]
-        if not kinds or any(kind != kinds[0] for kind in kinds):
-            told = f"found {len(batches)} batches of answers that do not fit together"
-            raise DecodingError(f"{told}, expected the same networks, classes and features, all with tasks or none")
+        """Return the answers of the same servers for several batches as one, in their order."""
         tasks = [batch.tasks for batch in batches if batch.tasks is not None]
         return cls(
             torch.cat([batch.experts for batch in batches], dim=1),
@@ -156,5 +138,8 @@ class Answers:
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:
+    """Return every network's features of all batches ``[B, F]``; None where servers answer with logits only."""
     present = [batch for batch in batches if batch is not None]
-    return [torch.cat(parts) for parts in zip(*present, strict=True)] if present else None
+    if not present:
+        return None
+    return [torch.cat(parts) for parts in zip(*present, strict=True)]

@@ -37,21 +37,14 @@ class Code:
 
     def __init__(self, matrix: Sequence[Sequence[float]] | Tensor) -> None:
         self.matrix: Tensor = _validated(matrix)
-        if (found := math.comb(self.num_experts, self.max_erasures)) > MAX_ERASURES:
+        count = math.comb(self.num_experts, self.max_erasures)
+        if count > MAX_ERASURES:
             raise ConfigurationError(
-                f"found {found} erasures of {self.max_erasures} of {self.num_experts} experts, expected at most "
+                f"found {count} erasures of {self.max_erasures} of {self.num_experts} experts, expected at most "
                 f"{MAX_ERASURES}, each of which is checked; use fewer rows"
             )
-        # Leaving experts out of an erasure leaves columns out of B_E, which cannot lower its smallest singular
-        # value: the largest erasures are the hardest, so they are the only ones to try.
-        for erased in combinations(range(self.num_experts), self.max_erasures):
-            experts, amplification = ", ".join(map(str, erased)), self.amplification(erased)
-            if not amplification <= MAX_AMPLIFICATION:
-                raise DecodingError(
-                    f"the code cannot decode the loss of experts {experts}: its columns for them have a noise "
-                    f"amplification of {amplification:.3g}, expected at most {MAX_AMPLIFICATION:.0e}; give every "
-                    f"expert a weight and every {self.max_erasures} experts linearly independent columns"
-                )
+        for erased in self._largest_erasures():
+            check_decodable(self.matrix, erased)
 
     @property
     def num_coded(self) -> int:
@@ -70,15 +63,21 @@ class Code:
 
     def erasures(self) -> list[tuple[int, ...]]:
         """Return every erasure the code promises to decode, smallest first, experts in ascending order."""
-        sizes = range(1, self.max_erasures + 1)
-        return [erased for size in sizes for erased in combinations(range(self.num_experts), size)]
+        experts = range(self.num_experts)
+        found: list[tuple[int, ...]] = []
+        for size in range(1, self.max_erasures + 1):
+            found += combinations(experts, size)
+        return found
+
+    def _largest_erasures(self) -> list[tuple[int, ...]]:
+        """Return the hardest erasures: one of fewer experts has fewer columns, whose smallest σ is no lower."""
+        experts = range(self.num_experts)
+        return list(combinations(experts, self.max_erasures))
 
     def encode(self, outputs: Tensor) -> Tensor:
         """Return what ideal coded models would answer to outputs ``[N, ...]``: ``[R, ...]``, Σ_i matrix[r, i] · f_i."""
-        if outputs.shape[0] != self.num_experts:
-            told = f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}"
-            raise ConfigurationError(f"{told}; give them all, or another code")
-        return torch.tensordot(self.matrix.to(outputs), outputs, dims=1)  # type: ignore[no-any-return]
+        weights = self.matrix.to(outputs)
+        return torch.tensordot(weights, outputs, dims=1)  # type: ignore[no-any-return]
 
     def amplification(self, erased: Sequence[int]) -> float:
         """Return by how much the linear decoder may enlarge an error of the coded outputs; infinity where it cannot.
@@ -87,17 +86,13 @@ class Code:
         outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E); for one row and one
         lost expert j it is 1/β_j. Dimensionless. Raises as `check_erasure`.
         """
-        return _amplification(self.matrix, check_erasure(erased, self.num_experts))
+        lost = check_erasure(erased, self.num_experts)
+        return _amplification(self.matrix, lost)
 
     def worst_amplification(self) -> float:
         """Return the largest noise amplification over all erasures that the code promises to decode."""
-        return max(self.amplification(erased) for erased in combinations(range(self.num_experts), self.max_erasures))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Code) and torch.equal(self.matrix, other.matrix)
-
-    def __hash__(self) -> int:
-        return hash(tuple(map(tuple, self.matrix.tolist())))
+        every = [_amplification(self.matrix, erased) for erased in self._largest_erasures()]
+        return max(every)
 
     def __repr__(self) -> str:
         return f"Code({self.matrix.tolist()})"
@@ -106,16 +101,33 @@ class Code:
 def check_erasure(erased: Sequence[int], num_experts: int) -> tuple[int, ...]:
     """Return `erased` as a tuple; a DecodingError unless it names different, existing experts, at least one."""
     found = tuple(erased)
-    if not found:
-        raise DecodingError("found an empty erasure, expected at least one lost expert")
-    if len(set(found)) != len(found):
-        raise DecodingError(f"the erasure {list(found)} names an expert twice, expected each once")
-    if outside := [expert for expert in found if not 0 <= expert < num_experts]:
-        raise DecodingError(f"found expert {outside[0]} in the erasure, expected indices from 0 to {num_experts - 1}")
+    distinct = set(found)
+    repeats = len(distinct) < len(found)
+    exist = distinct <= set(range(num_experts))
+    if not found or repeats or not exist:
+        expected = f"different experts, at least one, with indices from 0 to {num_experts - 1}"
+        raise DecodingError(f"found the erasure {list(found)}, expected {expected}")
     return found
 
 
-def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequence[int]) -> Tensor:
+def check_decodable(matrix: Tensor, erased: Sequence[int]) -> None:
+    """Raise DecodingError where rows of a code ``[R, N]`` amplify noise too much to decode the loss of experts."""
+    amplification = _amplification(matrix, erased)
+    if not amplification <= MAX_AMPLIFICATION:
+        lost = ", ".join(map(str, erased))
+        raise DecodingError(
+            f"the code cannot decode the loss of experts {lost} with {len(matrix)} coded models: it would amplify "
+            f"noise {amplification:.3g}-fold, expected at most {MAX_AMPLIFICATION:.0e}; give it more rows, a weight "
+            "for every expert and linearly independent columns, or use a calibrated decoder"
+        )
+
+
+def decode_linear(
+    matrix: Tensor,
+    coded: Tensor,
+    survivors: Tensor,
+    erased: Sequence[int],
+) -> Tensor:
     """Solve the code's equations for the lost outputs, in the least-squares sense.
 
     f̂_E = B_E⁺ (f_c − B_S f_S) with B_E, B_S the columns of the lost and the surviving experts. One row and one lost
@@ -128,40 +140,44 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
         survivors: Outputs of the experts not in `erased`, in ascending order ``[N − |erased|, B, C]``.
         erased: Indices of the lost experts, in the order of what is returned: ``[|erased|, B, C]`` in `coded`'s type.
     """
-    erased = check_erasure(erased, matrix.shape[1])
-    present = [expert for expert in range(matrix.shape[1]) if expert not in erased]
-    if len(erased) > matrix.shape[0]:
-        told = f"{len(erased)} experts are lost but {matrix.shape[0]} coded models answered, expected at least as many"
-        raise DecodingError(f"{told}; add rows to the code or use a calibrated decoder")
+    num_experts = matrix.shape[1]
+    erased = check_erasure(erased, num_experts)
     weights = matrix.to(torch.float64)
-    amplification = _amplification(weights, erased)
-    if not amplification <= MAX_AMPLIFICATION:
-        told = f"the code's columns for the lost experts {list(erased)} are linearly dependent, noise is amplified"
-        raise DecodingError(f"{told} {amplification:.3g}-fold, expected at most {MAX_AMPLIFICATION:.0e}; use another")
-    inverse = torch.linalg.pinv(weights[:, list(erased)])
+    check_decodable(weights, erased)
+    present = [expert for expert in range(num_experts) if expert not in erased]
+    inverse = torch.linalg.pinv(weights[:, list(erased)])  # [|erased|, R]
     # One matrix for both parts, made in float64 and rounded once.
-    both = torch.cat([inverse, -(inverse @ weights[:, present])], 1).to(coded)
-    return torch.tensordot(both, torch.cat([coded, survivors.to(coded)]), dims=1)  # type: ignore[no-any-return]
+    of_survivors = -(inverse @ weights[:, present])  # [|erased|, N − |erased|]
+    both = torch.cat([inverse, of_survivors], 1).to(coded)
+    outputs = torch.cat([coded, survivors.to(coded)])
+    return torch.tensordot(both, outputs, dims=1)  # type: ignore[no-any-return]
 
 
 def _amplification(matrix: Tensor, erased: Sequence[int]) -> float:
     """Return 1/σ_min of the columns `erased` of a matrix ``[R, N]``, infinity where they are dependent."""
     if len(erased) > matrix.shape[0]:
-        return float("inf")
-    smallest = float(torch.linalg.svdvals(matrix[:, list(erased)])[-1])
-    return 1.0 / smallest if smallest > 0 else float("inf")
+        return math.inf
+    singular_values = torch.linalg.svdvals(matrix[:, list(erased)])
+    smallest = float(singular_values[-1])
+    return 1.0 / smallest if smallest > 0 else math.inf
 
 
 def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
+    """Return coding weights in float64 with rows that sum to 1; a ConfigurationError where they are none."""
     try:
         weights = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"the code is not a matrix of numbers ({error}); give R rows of N weights") from error
     if weights.ndim != 2 or 0 in weights.shape:
         raise ConfigurationError(f"the code has shape {list(weights.shape)}, expected R rows of N weights")
-    totals = weights.sum(dim=1, keepdim=True)
-    for index, (row, total) in enumerate(zip(weights, totals, strict=True)):
-        if not (bool((row >= 0).all()) and abs(float(total) - 1) <= 1e-6):
-            told = f"row {index} of the code is {row.tolist()}, which sums to {float(total):.8g}"
-            raise ConfigurationError(f"{told}, expected weights of at least 0 that sum to 1; divide it by its sum")
-    return weights / totals.where((totals - 1).abs() > 4 * torch.finfo(torch.float64).eps, 1.0)
+    totals = weights.sum(dim=1, keepdim=True)  # [R, 1]
+    for index, row in enumerate(weights):
+        total = float(totals[index])
+        is_positive = bool((row >= 0).all())
+        sums_to_one = abs(total - 1) <= 1e-6
+        if not (is_positive and sums_to_one):
+            found = f"row {index} of the code is {row.tolist()}, which sums to {total:.8g}"
+            raise ConfigurationError(f"{found}, expected weights of at least 0 that sum to 1; divide it by its sum")
+    rounding = 4 * torch.finfo(torch.float64).eps
+    is_off = (totals - 1).abs() > rounding
+    return weights / totals.where(is_off, 1.0)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from coin.coding.answers import Answers
 from coin.coding.code import check_erasure
-from coin.coding.decoder_config import DecoderConfig, FittedOn
+from coin.coding.decoder_config import DecoderConfig
 from coin.coding.promise import Promise, answer_score, promised_threshold
-from coin.errors import DecodingError, NumericalError
+from coin.errors import DecodingError
 
 
 class Decoder(nn.Module, ABC):
@@ -27,16 +27,22 @@ class Decoder(nn.Module, ABC):
     needs_fit = True
     """Whether `fit` must come before `decode`."""
 
-    def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        erased: Sequence[int],
+        config: DecoderConfig,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.erased = check_erasure(erased, num_experts)
-        left = tuple(expert for expert in range(num_experts) if expert not in self.erased)
-        self.survivors = left if config.reads_survivors else ()
-        """The experts whose answers `decode` reads."""
         self.num_experts = num_experts
-        self.samples_read: dict[int, int] = {}
-        """How many of the calibration inputs `fit` has looked at for each lost expert."""
+        self.erased = check_erasure(erased, num_experts)
+        self.survivors: tuple[int, ...] = ()
+        """The experts whose answers `decode` reads."""
+        if config.reads_survivors:
+            self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
+        self.samples_read = 0
+        """How many of the calibration inputs `fit` has looked at."""
         self.promises: dict[int, Promise] = {}
         """By lost expert, up to which score its decoded answers are accepted."""
 
@@ -44,18 +50,27 @@ class Decoder(nn.Module, ABC):
         """Fit the decoder, if it has anything to fit; the targets are the lost experts' own logits.
 
         Raises DecodingError where the answers come from another number of experts, nothing arrives to decode from, or
-        the features or tasks that the options ask for are missing; NumericalError where there are fewer than two
-        samples, or a value is not finite.
+        features are missing; NumericalError where there are fewer than two
+        samples; StateError where a value is not finite.
         """
-        self._check(calibration, fitting=True)
+        self._check(calibration)
         return self
 
-    @abstractmethod
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits ``[len(erased), B, C]``, whose own entries are not read, in their type.
 
-        Raises DecodingError where the decoder was not fitted, or the answers do not fit it.
+        Raises DecodingError where the decoder was not fitted or has no heads, or the answers do not fit it.
         """
+        self._check(answers)
+        is_ready = all(buffer is not None for buffer in self._buffers.values())
+        if not is_ready:
+            advice = "call fit with calibration answers" if self.needs_fit else "make it with the lost experts' heads"
+            raise DecodingError(f"the {self.config.name} decoder has nothing to decode with yet; {advice}")
+        return self._decode(answers)
+
+    @abstractmethod
+    def _decode(self, answers: Answers) -> Tensor:
+        """Return what `decode` does, of answers that have been checked."""
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models whose answers `decode` reads."""
@@ -69,12 +84,15 @@ class Decoder(nn.Module, ABC):
     def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
         """Return how many forward passes the answers took that `fit` has looked at, for some of the lost experts."""
         lost = self.erased if erased is None else tuple(erased)
-        read = [self.samples_read.get(expert, 0) for expert in lost]
-        samples = sum(read) if self.config.fitted_on is FittedOn.own else max(read)
-        return (len({*lost, *self.survivors}) + num_coded) * samples
+        num_networks = len({*lost, *self.survivors}) + num_coded
+        return num_networks * self.samples_read
 
     def accept(
-        self, answers: Answers, alpha: float, confidence: float = 0.95, num_classes: Sequence[int] | None = None
+        self,
+        answers: Answers,
+        alpha: float,
+        confidence: float = 0.95,
+        num_classes: Sequence[int] | None = None,
     ) -> dict[int, Promise]:
         """Set and return up to which score each lost expert's decoded answers are accepted: `promised_threshold`.
 
@@ -88,9 +106,13 @@ class Decoder(nn.Module, ABC):
         for place, expert in enumerate(self.erased):
             own = answers if answers.tasks is None else answers.select(answers.tasks == expert)
             width = num_classes[expert] if num_classes else None
-            decoded, wanted = self.decode(own)[place][:, :width], own.experts[expert][:, :width]
-            differs = (decoded.argmax(1) != wanted.argmax(1)) | ~torch.isfinite(decoded).all(1)
-            self.promises[expert] = promised_threshold(answer_score(decoded), differs, alpha, confidence)
+            decoded = self.decode(own)[place][:, :width]
+            wanted = own.experts[expert][:, :width]
+            is_finite = torch.isfinite(decoded).all(1)
+            agrees = decoded.argmax(1) == wanted.argmax(1)
+            scores = answer_score(decoded)
+            promise = promised_threshold(scores, ~(agrees & is_finite), alpha, confidence)
+            self.promises[expert] = promise
         return self.promises
 
     def accepted(self, expert: int, score: Tensor) -> Tensor:
@@ -98,33 +120,22 @@ class Decoder(nn.Module, ABC):
         if expert not in self.promises:
             raise DecodingError(f"the {self.config.name} decoder has promised nothing; call accept with new inputs")
         threshold = self.promises[expert].threshold
-        return score <= (-math.inf if threshold is None else threshold)
+        if threshold is None:
+            threshold = -math.inf
+        return score <= threshold
 
-    def _check(self, answers: Answers, *, fitting: bool = False) -> None:
-        """Raise DecodingError unless the answers are of the decoder's experts and, but for `fitting`, it is fitted."""
-        if self.needs_fit and not fitting and next(self.buffers(), None) is None:
-            raise DecodingError(f"the {self.config.name} decoder is not fitted; call fit with calibration answers")
+    def _check(self, answers: Answers) -> None:
+        """Raise DecodingError unless the answers are of as many experts, and have features if they are read."""
         if answers.num_experts != self.num_experts:
-            told = f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}"
-            raise DecodingError(f"{told}; keep the lost ones' places")
-
-    def _own_samples(self, calibration: Answers) -> dict[int, Tensor]:
-        """Return the positions of the inputs of every lost expert's own task."""
-        if calibration.tasks is None:
-            raise DecodingError(f"{self.config.name} decoder found answers that do not tell their tasks; give it tasks")
-        own = {expert: (calibration.tasks == expert).nonzero().flatten() for expert in self.erased}
-        for expert, samples in own.items():
-            if len(samples) < 2:
-                told = f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2"
-                advice = f"for the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
-                raise NumericalError(f"{told} {advice}")
-        return own
-
-    def _without_features(self) -> DecodingError:
-        return DecodingError(f"the {self.config.name} decoder found answers without features, expected both")
+            found = answers.num_experts
+            expected = f"{self.num_experts}; keep the lost ones' places"
+            raise DecodingError(f"found answers of {found} experts, the decoder is for {expected}")
+        if self.config.reads_features and answers.coded_features is None:
+            raise DecodingError(f"the {self.config.name} decoder found answers without features, expected both")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self._buffers:  # a buffer's shape is that of the fit
-            if (found := state_dict.get(prefix + name)) is not None:
-                self._buffers[name] = torch.empty_like(found)
+        for name in self._buffers:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:  # a buffer's shape is that of the fit
+                self._buffers[name] = torch.empty_like(saved)
         super()._load_from_state_dict(state_dict, prefix, *rest)

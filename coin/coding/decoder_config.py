@@ -1,7 +1,7 @@
 """Which decoder, and its options."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -32,22 +32,14 @@ class DecoderKind(StrEnum):
     """The lost expert's own head on a coded model's features. Needs no survivors and no calibration."""
 
 
-class FittedOn(StrEnum):
-    """Whose calibration samples a lost expert's regression is fitted on: those of ``all`` tasks or its ``own``."""
-
-    all = "all"
-    own = "own"
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder with its options.
 
     Args:
         kind: The decoder.
-        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
-        survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
-            feature_ridge. Without them any number of experts may be lost.
+        survivors: Whether the surviving experts' answers are read beside the coded models'; false for ridge and
+            feature_ridge alone. Without them any number of experts may be lost.
 
     Raises ConfigurationError where an option does not exist, has no such value, or does not apply to the kind.
 
@@ -56,45 +48,38 @@ class DecoderConfig:
     """
 
     kind: DecoderKind
-    fitted_on: FittedOn = FittedOn.all
     survivors: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", parse_enum(DecoderKind, "decoder", self.kind))
-        object.__setattr__(self, "fitted_on", parse_enum(FittedOn, "fitted_on", self.fitted_on))
-        if not isinstance(self.survivors, bool):
-            raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
-        own = self.fitted_on is FittedOn.own
-        if (own or not self.survivors) and self.kind not in (DecoderKind.ridge, DecoderKind.feature_ridge):
-            found = f"fitted_on={self.fitted_on}" if own else f"survivors={self.survivors}"
-            raise ConfigurationError(f"found {found} for {self.kind}, expected ridge or feature_ridge")
+        is_regression = self.kind in (DecoderKind.ridge, DecoderKind.feature_ridge)
+        if not self.survivors and not is_regression:
+            raise ConfigurationError(f"found survivors=False for {self.kind}, expected ridge or feature_ridge")
 
     @classmethod
-    def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
+    def of(cls, decoder: "AnyDecoder") -> "DecoderConfig":
         """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file."""
         if isinstance(decoder, DecoderConfig):
             return decoder
-        options = decoder if isinstance(decoder, dict) else {"kind": decoder}
-        known = [option.name for option in fields(cls)]
-        if unknown := [name for name in options if name not in known]:
-            raise ConfigurationError(f"found option '{unknown[0]}' of a decoder, expected {', '.join(known)}")
-        return cls(**{"kind": None, **options})
+        if not isinstance(decoder, dict):
+            return cls(decoder)  # type: ignore[arg-type]  # parsed there
+        try:
+            return cls(**decoder)
+        except TypeError as error:
+            raise ConfigurationError(f"found the decoder {decoder}, expected kind and survivors ({error})") from error
 
     @classmethod
     def named(cls, name: str) -> "DecoderConfig":
         """Return the configuration that has this `name`."""
-        kind, *suffixes = name.split("-")
-        own = "own" if "own" in suffixes else "all"
-        config = cls.of({"kind": kind, "fitted_on": own, "survivors": "alone" not in suffixes})
-        if config.name != name:
-            raise ConfigurationError(f"found decoder '{name}', expected '{config.name}' for these options")
-        return config
+        kind, dash, suffix = name.partition("-")
+        if suffix not in ("", "alone"):
+            raise ConfigurationError(f"found decoder '{name}', expected a kind, or one and -alone")
+        return cls.of({"kind": kind, "survivors": not dash})
 
     @property
     def name(self) -> str:
-        """What results call the decoder: its kind, and the options that differ from the defaults."""
-        own = "-own" if self.fitted_on is FittedOn.own else ""
-        return f"{self.kind}{own}{'' if self.survivors else '-alone'}"
+        """What results call the decoder: its kind, and ``-alone`` without survivors."""
+        return self.kind if self.survivors else f"{self.kind}-alone"
 
     @property
     def reads_features(self) -> bool:
@@ -110,23 +95,24 @@ class DecoderConfig:
         """Return how many networks run for one lost answer, the survivors that are asked among them."""
         if self.kind is DecoderKind.expert_head:
             return 1
-        return num_coded + (num_experts - num_lost) * self.reads_survivors
+        num_survivors = num_experts - num_lost if self.reads_survivors else 0
+        return num_coded + num_survivors
 
     def losses(self, num_experts: int, num_coded: int) -> int:
         """Return how many experts may be lost at once: with survivors what the code promises, without them all."""
         return min(num_experts, num_coded) if self.reads_survivors else num_experts
 
 
-def distinct_decoders(
-    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] | None,
-) -> list[DecoderConfig]:
+AnyDecoder = DecoderConfig | DecoderKind | str | dict[str, Any]
+"""A decoder with its options, or as a user names it: by its kind, or as a section of a YAML file."""
+
+
+def distinct_decoders(decoders: Sequence[AnyDecoder] | None) -> list[DecoderConfig]:
     """Return the decoders' configurations, of all kinds for none; raises where the list is empty or has one twice."""
     if decoders is None:
         return [DecoderConfig(kind) for kind in DecoderKind]
-    if not decoders:
-        raise ConfigurationError(f"found no decoders, expected at least one of {', '.join(DecoderKind)}")
     configs = [DecoderConfig.of(decoder) for decoder in decoders]
     names = [config.name for config in configs]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ConfigurationError(f"found decoder {repeated[0]} twice, expected different ones; leave one out")
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(f"found decoders {names}, expected at least one and each once")
     return configs

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import DataError
 
 
 class DecodingAccuracy(Metric):
@@ -15,7 +15,7 @@ class DecodingAccuracy(Metric):
     predict the same class, and of a promise ``coverage``, the share of accepted answers, and ``found``, the share of
     these that differ. The state is six integer counts, summed over processes.
 
-    Only the first C_j outputs are read, the task's `num_classes`; None reads all. A ConfigurationError below 1.
+    Only the first C_j outputs are read, the task's `num_classes`; None reads all.
 
     >>> metric = coin.DecodingAccuracy()
     >>> metric.update(torch.eye(4)[[0, 1, 2, 2]], torch.eye(4), torch.arange(4))  # decoded, the expert's, labels
@@ -28,31 +28,46 @@ class DecodingAccuracy(Metric):
 
     def __init__(self, num_classes: int | None = None) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ConfigurationError(f"found num_classes={num_classes}, expected at least 1")
         self.num_classes = num_classes
         self.add_state("counts", torch.zeros(6, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> None:
+    def update(
+        self,
+        decoded: Tensor,
+        expert: Tensor,
+        labels: Tensor,
+        accepted: Tensor | None = None,
+    ) -> None:
         """Add a batch: logits f̂_j and f_j ``[B, C]`` with C ≥ C_j, labels and which answers are accepted ``[B]``.
 
-        Raises DataError for other shapes. A decoded row that is not finite is never right and never agrees: an answer
-        of NaN is no answer.
+        Raises DataError for other shapes or labels. NaN counts as wrong: a decoded row that is not finite is never
+        right and never agrees.
         """
-        if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
-            shapes = [list(each.shape) for each in (decoded, expert, labels)]
+        shapes = [list(each.shape) for each in (decoded, expert, labels)]
+        if decoded.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
             raise DataError(f"found decoded and expert's logits and labels {shapes}, expected [B, C], [B, C] and [B]")
-        if decoded.shape[1] < (width := self.num_classes or decoded.shape[1]):
-            raise DataError(f"found {decoded.shape[1]} outputs, expected at least {width}")
-        if bool(((labels < 0) | (labels >= width)).any()):
-            raise DataError(f"found labels {int(labels.min())} to {int(labels.max())}, expected 0 to {width - 1}")
-        decoded, expert = decoded[:, :width], expert[:, :width]
-        answered = torch.isfinite(decoded).all(1)
-        agrees = (decoded.argmax(1) == expert.argmax(1)) & answered
-        right = (decoded.argmax(1) == labels) & answered
-        accepted = torch.zeros_like(answered) if accepted is None else accepted
-        judged = (expert.argmax(1) == labels, right, agrees, accepted, accepted & ~agrees, torch.ones_like(answered))
-        self.counts += torch.stack(judged).sum(1).to(self.counts.device)
+        width = self.num_classes or decoded.shape[1]
+        is_class = (labels >= 0) & (labels < width)
+        if not bool(is_class.all()):
+            found = sorted(set(labels[~is_class].tolist()))
+            raise DataError(f"found labels {found}, expected 0 to {width - 1}")
+        decoded = decoded[:, :width]
+        is_finite = torch.isfinite(decoded).all(1)
+        expert_class = expert[:, :width].argmax(1)
+        decoded_class = decoded.argmax(1).where(is_finite, -1)
+        agrees = decoded_class == expert_class
+        if accepted is None:
+            accepted = torch.zeros_like(agrees)
+        counted = [
+            expert_class == labels,
+            decoded_class == labels,
+            agrees,
+            accepted,
+            accepted & ~agrees,
+            torch.ones_like(agrees),
+        ]
+        counts = torch.stack(counted).sum(1)
+        self.counts += counts.to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the numbers; see the class."""
@@ -89,13 +104,18 @@ class Residual(Metric):
 
     def update(self, coded: Tensor, target: Tensor) -> None:
         """Add a batch: the coded model's logits and Σ_i β_i f_i, both ``[B, C]``, else a DataError."""
-        if coded.shape != target.shape:
-            raise DataError(f"found coded logits {[*coded.shape]} for targets {[*target.shape]}, expected the same")
+        found = list(coded.shape)
+        expected = list(target.shape)
+        if found != expected:
+            raise DataError(f"found coded logits {found} for targets {expected}, expected the same")
         wanted = target.to(torch.float64)
-        norms = torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])
-        self.squares += norms.to(self.squares.device)
+        error = coded.to(torch.float64) - wanted
+        squared_error = error.square().sum()
+        squared_norm = wanted.square().sum()
+        squares = torch.stack([squared_error, squared_norm])
+        self.squares += squares.to(self.squares.device)
 
     def compute(self) -> Tensor:
         """Return the residual, a float64 scalar, dimensionless."""
         error, wanted = self.squares
-        return torch.where(wanted > 0, (error / wanted).sqrt(), torch.full_like(error, torch.nan))
+        return torch.where(wanted > 0, (error / wanted).sqrt(), torch.nan)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,12 @@ def samples_needed(alpha: float, confidence: float) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-alpha))
 
 
-def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
+def promised_threshold(
+    scores: Tensor,
+    differs: Tensor,
+    alpha: float,
+    confidence: float = 0.95,
+) -> Promise:
     """Return the promise with the largest threshold for which P(differs | accepted) ≤ α at this confidence.
 
     The samples must be new, and like the queries: neither the networks nor the decoder may have learnt from them. With
@@ -74,23 +80,38 @@ def promised_threshold(scores: Tensor, differs: Tensor, alpha: float, confidence
         alpha: In (0, 1), else a ConfigurationError.
         confidence: In (0, 1) too.
     """
-    if scores.ndim != 1 or scores.shape != differs.shape:
-        raise DataError(
-            f"found scores {list(scores.shape)} and differences {list(differs.shape)}, expected [P] each: one an answer"
-        )
+    found = list(scores.shape)
+    other = list(differs.shape)
+    if len(found) != 1 or found != other:
+        raise DataError(f"found scores {found} and differences {other}, expected [P] each: one an answer")
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
-    needed, samples = samples_needed(alpha, confidence), len(scores)
+    needed = samples_needed(alpha, confidence)
     ranked, order = scores.cpu().double().sort(stable=True)
-    wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
+    wrong = differs.cpu()[order].cumsum(0)  # how many differ up to each rank
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end
-    steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int)) if len(ranked) >= needed else ()
-    for at in (float(ranked[step - 1]) for step in steps):
-        number = int(torch.searchsorted(ranked, at, right=True))  # with those of the same score
-        if not bdtr(float(wrong[number - 1]), number, alpha) <= 1 - confidence:
+    threshold = None
+    accepted = 0
+    steps: Any = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int))
+    for step in steps if len(ranked) >= needed else ():
+        score = float(ranked[step - 1])
+        number = int(torch.searchsorted(ranked, score, right=True))  # with those of the same score
+        errors = float(wrong[number - 1])
+        probability = bdtr(errors, number, alpha)  # of so few errors, if a share α differed
+        if not probability <= 1 - confidence:
             break
-        threshold, accepted = at, number
-    return Promise(threshold, alpha, confidence, accepted / max(samples, 1), samples, needed)
+        threshold = score
+        accepted = number
+    samples = len(scores)
+    coverage = accepted / max(samples, 1)
+    return Promise(
+        threshold,
+        alpha,
+        confidence,
+        coverage,
+        samples,
+        needed,
+    )
 
 
 def answer_score(logits: Tensor) -> Tensor:
@@ -104,8 +125,11 @@ def answer_score(logits: Tensor) -> Tensor:
     >>> [round(score, 3) for score in coin.answer_score(torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]])).tolist()]
     [0.091, 0.424]
     """
-    if logits.shape[-1] < 2:
-        raise DataError(f"found logits {list(logits.shape)}, expected at least two classes to score; give a logit each")
+    shape = list(logits.shape)
+    if shape[-1] < 2:
+        raise DataError(f"found logits {shape}, expected at least two classes to score; give a logit each")
     logits = double(logits)
-    score: Tensor = 1 - torch.softmax(logits, -1).amax(-1)
-    return score.where(torch.isfinite(logits).all(-1), 1.0)
+    largest = torch.softmax(logits, -1).amax(-1)
+    is_finite = torch.isfinite(logits).all(-1)
+    score: Tensor = (1 - largest).where(is_finite, 1.0)
+    return score

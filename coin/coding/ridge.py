@@ -2,37 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from coin.errors import NumericalError
+from coin.files.tensors import check_finite
 
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 """The grid: ridges are 10^k times the mean squared singular value of the centred inputs, k = −10, −9.5, … 2."""
+
+_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
 class RidgeFit:
     """An affine map x ↦ (x − input_mean) · coefficients + target_mean in float64, and how it was chosen."""
 
-    kept: ClassVar = ("coefficients", "input_mean", "target_mean")  # to predict
     coefficients: Tensor  # [D, T]
     input_mean: Tensor  # [D]
     target_mean: Tensor  # [T]
     ridges: Tensor  # the absolute ridge chosen for each group of targets [G]
     leave_one_out: Tensor  # mean squared leave-one-out error by group and grid point [G, K], summed over the targets
-    left_out: Tensor  # the error made for every sample by the same ridges fitted to all others [P, T]
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``, on their device."""
-        mean, target_mean = self.input_mean.to(inputs.device), self.target_mean.to(inputs.device)
-        return (inputs - mean) @ self.coefficients.to(inputs.device) + target_mean
+        """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``."""
+        return (inputs - self.input_mean) @ self.coefficients + self.target_mean
 
 
 def fit_ridge(
-    inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor | None = None, *, intercept: bool = True
+    inputs: Tensor,
+    targets: Tensor,
+    groups: int = 1,
+    kernel: Tensor | None = None,
+    *,
+    intercept: bool = True,
 ) -> RidgeFit:
     """Fit ridge regressions with an unpenalised intercept and the ridge that predicts left-out samples best.
 
@@ -41,7 +45,7 @@ def fit_ridge(
     leaves exactly the error (y_i − ŷ_i)/(1 − H_ii). So one decomposition serves the whole grid. U and V have at most
     min(P, D) columns: where inputs outnumber samples this is the dual form. With the kernel XXᵀ = U S² Uᵀ given, its
     eigenvectors take the place of the singular ones and the coefficients are Xᵀ U diag(1/(s² + λ)) UᵀY: for ridges of
-    this grid as good to about ten digits, and faster, above all where parts of the kernel are known already.
+    this grid as good to about ten digits, and faster.
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*
     (Technometrics 1979), eq. 1.4 for the leave-one-out (PRESS) identity.
@@ -53,79 +57,108 @@ def fit_ridge(
         kernel: The products of the centred inputs ``[P, P]``, float64.
         intercept: Without one nothing is centred, and H is U diag(s²/(s² + λ)) Uᵀ.
 
-    Raises NumericalError where there are fewer than two samples, or a value is not finite.
+    Raises NumericalError where there are fewer than two samples, StateError where a value is not finite.
     """
-    samples = inputs.shape[0]
+    samples = len(inputs)
     if samples < 2:
         raise NumericalError(f"found {samples} calibration samples, expected at least 2 to choose a ridge")
-    x, y = inputs.to(torch.float64), targets.to(torch.float64)
-    for what, values in (("inputs", x), ("targets", y)):
-        if not bool(torch.isfinite(values).all()):
-            told = f"the calibration {what} of the decoder hold a NaN or an infinity"
-            raise NumericalError(f"{told}, expected finite logits; check the experts")
-    input_mean, target_mean = (each.mean(0) if intercept else torch.zeros_like(each[0]) for each in (x, y))
-    eps = torch.finfo(torch.float64).eps
+    x = inputs.to(torch.float64)
+    y = targets.to(torch.float64)
+    check_finite({"inputs": x, "targets": y}, "a decoder's calibration")
+    input_mean = x.mean(0) if intercept else torch.zeros_like(x[0])
+    target_mean = y.mean(0) if intercept else torch.zeros_like(y[0])
+    centred = x - input_mean
+    y = y - target_mean
     # The round-off of centring is not signal: without this cut a constant input gets huge coefficients.
-    size = x.abs().amax() if x.numel() else x.new_zeros(())
-    least = eps * max(x.shape) * size * samples**0.5
+    largest = x.abs().amax() if x.numel() else x.new_zeros(())
+    least = _EPS * max(x.shape) * largest * samples**0.5
     if kernel is None:
-        u, s, vt = thin_svd(x - input_mean)
+        u, s, vt = thin_svd(centred)
     else:
         squares, u = torch.linalg.eigh(kernel)
-        s, least = squares.clamp_min(0).sqrt(), torch.maximum(least, (eps * samples * squares[-1].clamp_min(0)).sqrt())
+        squares = squares.clamp_min(0)
+        s = squares.sqrt()
+        least = torch.maximum(least, (_EPS * samples * squares[-1]).sqrt())
     kept = s > least
-    u, s = u[:, kept], s[kept]
+    u = u[:, kept]  # [P, K]
+    s = s[kept]  # [K]
 
-    y = y - target_mean
-    projected = u.T @ y
-    outside = y - u @ projected
-    leverage_left = (1 - intercept / samples - u.square().sum(1)).clamp_min(0.0)
-    scale = s.square().mean() if s.numel() else x.new_ones(())
-    grid = scale * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
+    projected = u.T @ y  # [K, T]
+    outside = y - u @ projected  # what no combination of the inputs explains [P, T]
+    share_of_mean = 1 / samples if intercept else 0.0
+    leverage_left = (1 - share_of_mean - u.square().sum(1)).clamp_min(0.0)  # [P]
 
     def left_out_errors(ridge: Tensor) -> Tensor:
+        """Return every sample's error where it is left out of the fit ``[P, G, T/G]``."""
         shrunk = ridge / (s.square() + ridge)
-        residual = outside + u @ (shrunk[:, None] * projected)
-        slack = leverage_left + u.square() @ shrunk
-        return (residual / slack[:, None]).reshape(samples, groups, -1)
+        residual = outside + u @ (shrunk[:, None] * projected)  # [P, T]
+        slack = leverage_left + u.square() @ shrunk  # 1 − H_ii [P]
+        errors = residual / slack[:, None]
+        return errors.reshape(samples, groups, -1)
 
-    leave_one_out = torch.stack([left_out_errors(ridge).square().sum(2).mean(0) for ridge in grid], dim=1)
+    mean_square = s.square().mean() if s.numel() else x.new_ones(())
+    relative = 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
+    grid = mean_square * relative
+    errors = []
+    for ridge in grid:
+        squares_of_group = left_out_errors(ridge).square().sum(2)  # [P, G]
+        errors.append(squares_of_group.mean(0))
+    leave_one_out = torch.stack(errors, dim=1)  # [G, K]
     ridges = grid[leave_one_out.argmin(1)]
-    left_out = torch.cat([left_out_errors(ridge)[:, group] for group, ridge in enumerate(ridges)], 1)
-
-    per_target = ridges.repeat_interleave(y.shape[1] // groups)
-    damped = s.square()[:, None] + per_target[None, :]
+    ridge_of_target = ridges.repeat_interleave(y.shape[1] // groups)
+    damped = s.square()[:, None] + ridge_of_target[None, :]  # [K, T]
     if kernel is None:
-        coefficients = vt[kept].T @ (s[:, None] / damped * projected)
+        shrunk_targets = s[:, None] / damped * projected
+        coefficients = vt[kept].T @ shrunk_targets
     else:
-        coefficients = (x - input_mean).T @ (u @ (projected / damped))
-    return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out, left_out)
+        weights = u @ (projected / damped)  # of the samples [P, T]
+        coefficients = centred.T @ weights
+    return RidgeFit(
+        coefficients,
+        input_mean,
+        target_mean,
+        ridges,
+        leave_one_out,
+    )
 
 
-def fit_blocks(blocks: Sequence[Tensor], targets: Tensor, kernels: Sequence[Tensor | None] = ()) -> RidgeFit:
+def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
     """Fit a ridge regression to blocks of different units, each divided by its root mean square deviation.
 
     Within a block a small column is one that carries little, and stays small. Of blocks ``[P, ·]`` and targets
     ``[K, P, C]``, K groups with a ridge each, it is the fit of targets ``[P, K·C]``, group by group, as a map of the
     blocks side by side as they are, undivided. Where columns outnumber samples it is fitted by the sum of the blocks'
-    `kernels` (`block_kernel`), computed where they are not known. Raises as `fit_ridge`.
+    kernels. Raises as `fit_ridge`.
     """
-    scales = _scales(blocks)
-    samples = targets.shape[1]
+    scales = torch.cat([_scale(block).expand(block.shape[1]) for block in blocks])  # [D]
+    num_groups, samples, _ = targets.shape
     kernel = None
     if len(scales) > samples:
-        known = kernels or [None] * len(blocks)
-        pairs = zip(blocks, known, strict=True)
-        kernel = torch.stack([block_kernel(block) if own is None else own for block, own in pairs]).sum(0)
-    side_by_side = targets.transpose(0, 1).flatten(1)
-    fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, len(targets), kernel)
-    return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
+        kernel = torch.stack([_kernel(block) for block in blocks]).sum(0)
+    inputs = torch.cat(list(blocks), 1) / scales  # [P, D]
+    side_by_side = targets.transpose(0, 1).flatten(1)  # [P, K·C]
+    fit = fit_ridge(inputs, side_by_side, num_groups, kernel)
+    return replace(
+        fit,
+        coefficients=fit.coefficients / scales[:, None],
+        input_mean=fit.input_mean * scales,
+    )
 
 
-def block_kernel(block: Tensor) -> Tensor:
+def _kernel(block: Tensor) -> Tensor:
     """Return the products ``[P, P]`` of a block's rows ``[P, ·]``, centred and divided by their deviation."""
-    centred = (block - block.mean(0)) / _scales([block])
+    centred = (block - block.mean(0)) / _scale(block)
     return centred @ centred.T
+
+
+def _scale(block: Tensor) -> Tensor:
+    """Return a block's root mean square deviation, 1 where it is constant."""
+    centred = block - block.mean(0)
+    deviation = centred.square().mean().sqrt()
+    size = block.square().mean().sqrt()
+    # The mean of equal numbers is rounded: what is left of them is no deviation.
+    noise = _EPS * len(block) * size
+    return deviation.where(deviation > noise, 1.0)
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,14 +172,3 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, r = torch.linalg.qr(matrix.mT)
     u, s, vt = torch.linalg.svd(r.mT, full_matrices=False)
     return u, s, vt @ q.mT
-
-
-def _scales(blocks: Sequence[Tensor]) -> Tensor:
-    """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
-    scales = []
-    for block in blocks:
-        deviation, size = ((block - mean).square().mean().sqrt() for mean in (block.mean(0), 0))
-        # The mean of equal numbers is rounded: what is left of them is no deviation.
-        noise = torch.finfo(block.dtype).eps * len(block) * size
-        scales.append(deviation.where(deviation > noise, 1.0).expand(block.shape[1]))
-    return torch.cat(scales)

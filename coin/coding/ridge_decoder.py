@@ -8,8 +8,8 @@ from torch import Tensor
 
 from coin.coding.answers import Answers
 from coin.coding.decoder import Decoder
-from coin.coding.decoder_config import DecoderConfig, FittedOn
-from coin.coding.ridge import RidgeFit, fit_blocks
+from coin.coding.decoder_config import DecoderConfig
+from coin.coding.ridge import fit_blocks
 from coin.core.devices import double
 from coin.errors import DecodingError
 
@@ -23,11 +23,9 @@ class RidgeDecoder(Decoder):
     budget: something must arrive, that is all. With ``survivors: false`` the coded models alone are read.
 
     As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and the features of
-    each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With
-    ``fitted_on: own`` each lost expert has a regression of its own, on the calibration inputs of its task.
+    each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size.
 
-    The buffers are those of `RidgeFit`, stacked: of one regression for all lost experts ``[1, D, |erased|·C]``, or with
-    ``fitted_on: own`` of one for each ``[|erased|, D, C]``.
+    The buffers are those of `RidgeFit`, with targets ``[|erased|·C]``.
     """
 
     coefficients: Tensor
@@ -36,56 +34,42 @@ class RidgeDecoder(Decoder):
 
     def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
         super().__init__(num_experts, erased, config)
-        for name in RidgeFit.kept:
+        for name in ("coefficients", "input_mean", "target_mean"):
             self.register_buffer(name, None)
 
     def fit(self, calibration: Answers) -> Self:
-        """Fit the regressions; see the class."""
-        calibration = calibration.with_float64()
+        """Fit the regression; see the class."""
         super().fit(calibration)
-        blocks = self._blocks(calibration)
-        if self.config.fitted_on is FittedOn.all:
-            fits = [fit_blocks(blocks, calibration.experts[list(self.erased)], self._kernels(calibration))]
-            self.samples_read = dict.fromkeys(self.erased, calibration.num_samples)
-        else:
-            own = self._own_samples(calibration)
-            fits = [
-                fit_blocks([block[samples] for block in blocks], calibration.experts[[expert]][:, samples])
-                for expert, samples in own.items()
-            ]
-            self.samples_read = {expert: len(samples) for expert, samples in own.items()}
-        for name in RidgeFit.kept:
-            setattr(self, name, torch.stack([getattr(fit, name) for fit in fits]))
+        targets = double(calibration.experts[list(self.erased)])  # [|erased|, P, C]
+        fit = fit_blocks(self._blocks(calibration), targets)
+        self.coefficients = fit.coefficients
+        self.input_mean = fit.input_mean
+        self.target_mean = fit.target_mean
+        self.samples_read = calibration.num_samples
         return self
 
-    def decode(self, answers: Answers) -> Tensor:
-        """Return the lost experts' logits; see the class."""
-        self._check(answers)
-        inputs = torch.cat(self._blocks(answers), 1)
-        if (found := inputs.shape[1]) != (fitted := self.input_mean.shape[1]):
-            told = f"found answers of {found} numbers, the decoder was fitted on {fitted}"
-            raise DecodingError(f"{told}; fit it on answers of the same servers")
-        coefficients, mean, target = (getattr(self, name).to(inputs.device) for name in RidgeFit.kept)
-        decoded = (inputs - mean[:, None]) @ coefficients + target[:, None]  # [1 or |erased|, B, ·]
-        each: Tensor = decoded.unflatten(2, (len(self.erased) // len(decoded), -1)).transpose(1, 2)
-        return each.flatten(0, 1).to(answers.experts)
+    def _decode(self, answers: Answers) -> Tensor:
+        inputs = torch.cat(self._blocks(answers), 1)  # [B, D]
+        found = inputs.shape[1]
+        fitted = len(self.input_mean)
+        if found != fitted:
+            expected = f"{fitted}, as fitted; fit it on answers of the same servers"
+            raise DecodingError(f"found answers of {found} numbers, expected {expected}")
+        centred = inputs - self.input_mean.to(inputs.device)
+        decoded = centred @ self.coefficients.to(inputs.device) + self.target_mean.to(inputs.device)
+        classes = decoded.shape[1] // len(self.erased)
+        logits = decoded.reshape(len(decoded), len(self.erased), classes)
+        return logits.transpose(0, 1).to(answers.experts)
 
     def _blocks(self, answers: Answers) -> list[Tensor]:
         """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""
         logits = [*answers.coded, *answers.experts[list(self.survivors)]]
         if not logits:
-            whose = "every expert is lost" if self.config.reads_survivors else "no survivor is read"
-            raise DecodingError(f"{whose} and no coded model answers: nothing to decode from; lose fewer or add models")
-        features: list[Tensor] = []
+            raise DecodingError("no survivor is read and no coded model answers; lose fewer or add models")
+        blocks = [torch.cat(logits, 1)]
         if self.config.reads_features:
-            if answers.expert_features is None or answers.coded_features is None:
-                raise self._without_features()
-            features = [*answers.coded_features, *(answers.expert_features[expert] for expert in self.survivors)]
-        return [double(torch.cat(logits, 1)), *map(double, features)]
-
-    def _kernels(self, answers: Answers) -> list[Tensor | None]:
-        """Return the blocks' kernels as far as the answers know them."""
-        if answers.kernels is None or not self.config.reads_features:
-            return []
-        count = answers.num_experts
-        return [None, *answers.kernels[count:], *(answers.kernels[expert] for expert in self.survivors)]
+            assert answers.coded_features is not None
+            assert answers.expert_features is not None
+            blocks += answers.coded_features
+            blocks += [answers.expert_features[expert] for expert in self.survivors]
+        return [double(block) for block in blocks]

@@ -126,8 +126,6 @@ class Evaluation:
     def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
         """Fit every decoder on all servers' answers to calibration inputs; a network took so long for each of these."""
         self.network_seconds = network_seconds
-        if any(config.kind is DecoderKind.feature_ridge for config in self.configs):
-            answers = answers.with_kernels()
         for each in progress_bar("fitting decoders", items=self.fitted):
             seen, started = self.variants[each.variant].seen(answers), time.perf_counter()
             each.decoder.fit(seen)

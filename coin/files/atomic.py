@@ -1,12 +1,11 @@
 """Atomic writes: a file is complete or absent, even if its writer is killed."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from secrets import token_hex
 
 from coin.errors import FileError
 
@@ -16,26 +15,21 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and what is made of a name 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path, renamed onto `path` when the block ends well; a FileError where it cannot be written."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
         yield temporary
-        # mkstemp makes the file private to its owner; results are meant to be read by others.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except FileError:  # says what it is about
         raise
     except OSError as error:
-        told = f"cannot write '{path}': {error.strerror or error}"
-        raise FileError(f"{told}; free the space or choose a folder you can write to") from error
+        reason = error.strerror or error
+        raise FileError(
+            f"cannot write '{path}': {reason}; free the space or choose a folder you can write to"
+        ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or never made
+            temporary.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -78,5 +72,6 @@ def hashes(paths: Iterable[Path]) -> dict[str, str]:
 
 def is_folder_name(name: str) -> bool:
     """Return whether a name is a plain, visible folder name: no separators, no ``..``."""
-    plain = bool(name) and name.isprintable() and not name.startswith(".") and "/" not in name and "\\" not in name
-    return plain and len(name.encode()) <= _LONGEST_NAME
+    is_short = len(name.encode()) <= _LONGEST_NAME
+    is_plain = name.isprintable() and not set(name) & set("/\\")
+    return bool(name) and is_short and is_plain and not name.startswith(".")

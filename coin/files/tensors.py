@@ -1,7 +1,7 @@
 """Named tensors, ``Mapping[str, Tensor]``: checks, arithmetic and fingerprints."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,67 +10,49 @@ from coin.errors import StateError
 
 State = Mapping[str, Tensor]
 
-_CPU = torch.device("cpu")
-
-
-class OnDevice(Mapping[str, Tensor]):
-    """A state on a device: each tensor is moved there when it is first asked for, and stays."""
-
-    def __init__(self, state: State, device: torch.device) -> None:
-        self._state, self._device = state, device
-        self._moved: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._moved:
-            self._moved[name] = self._state[name].to(self._device)
-        return self._moved[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
 
 def on_device(state: State, device: torch.device) -> State:
-    """Return a state on a device: itself if it is in memory there already; a file's state is on the CPU."""
-    is_there = all(tensor.device == device for tensor in state.values()) if isinstance(state, dict) else device == _CPU
-    return state if is_there else OnDevice(state, device)
+    """Return a state on a device; for the CPU one of a file is still read on access."""
+    if isinstance(state, dict) or device.type != "cpu":
+        return {name: tensor.to(device) for name, tensor in state.items()}
+    return state
 
 
 def check_layout(own: State, state: State, source: str) -> None:
     """Raise a StateError unless a state, from `source`, has the names and shapes of another, a network's `own`."""
     advice = "it is of another architecture: give one of the same network.name and network.options"
-    if missing := sorted(own.keys() - state.keys()):
-        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
-    if extra := sorted(state.keys() - own.keys()):
-        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
+    missing = sorted(own.keys() - state.keys())
+    if missing:
+        count = len(missing)
+        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({count} missing); {advice}")
+    extra = sorted(state.keys() - own.keys())
+    if extra:
+        count = len(extra)
+        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({count} in all); {advice}")
     for name, tensor in own.items():
-        if (found := state[name].shape) != tensor.shape:
-            told = f"'{source}' has tensor '{name}' of shape {list(found)}, expected {list(tensor.shape)}"
-            raise StateError(f"{told}; it has another architecture or another number of classes: give one of the same")
+        found = list(state[name].shape)
+        expected = list(tensor.shape)
+        if found != expected:
+            raise StateError(
+                f"'{source}' has tensor '{name}' of shape {found}, expected {expected}; it has another architecture or "
+                "another number of classes: give one of the same"
+            )
 
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
-    """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without.
-
-    A device is waited for once, not for every tensor.
-    """
-    sound: dict[str, Tensor] = {}
+    """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
     for name, tensor in state.items():
-        places = ~tensor.isnan() if name in infinite else tensor.isfinite()
-        sound[name] = places.all()
-    if not sound:
-        return None
-    device = next(iter(sound.values())).device
-    told = torch.stack([each.to(device) for each in sound.values()]).tolist()
-    return next((name for name, is_sound in zip(sound, told, strict=True) if not is_sound), None)
+        is_number = ~tensor.isnan() if name in infinite else tensor.isfinite()
+        if not bool(is_number.all()):
+            return name
+    return None
 
 
 def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> None:
     """Raise a StateError, about `what`, that names the tensor `not_finite` finds."""
-    if (key := not_finite(state, infinite)) is not None:
-        raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity; check what made it")
+    name = not_finite(state, infinite)
+    if name is not None:
+        raise StateError(f"{what} is not finite: tensor '{name}' holds a NaN or an infinity; check what made it")
 
 
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -85,22 +67,26 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
 
 
 def weighted_mean(
-    states: Sequence[State], weights: Sequence[float], key: str, dtype: torch.dtype | None = None
+    states: Sequence[State],
+    weights: Sequence[float],
+    key: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return one tensor of `weighted_sum`, summed in its own type or in `dtype`, if that is wider."""
     first = states[0][key]
-    first = first if dtype is None else first.to(torch.promote_types(first.dtype, dtype))
-    summed = first.is_floating_point() or first.is_complex()
-    total = torch.zeros_like(first) if summed else first.clone()
+    if dtype is not None:
+        first = first.to(torch.promote_types(first.dtype, dtype))
+    is_count = not (first.is_floating_point() or first.is_complex())
+    total = first.clone() if is_count else torch.zeros_like(first)
     agree = torch.ones_like(first, dtype=torch.bool)
     for state, weight in zip(states, weights, strict=True):
         tensor = state[key].to(first.dtype)  # one at a time: states may lie in files
         agree &= tensor == first
-        if not summed:
+        if is_count:
             total = torch.maximum(total, tensor)
         elif weight != 0:  # zero times an infinity is NaN
             total.add_(tensor, alpha=weight)
-    if not summed and not key.endswith("num_batches_tracked") and not bool(agree.all()):
+    if is_count and not key.endswith("num_batches_tracked") and not bool(agree.all()):
         raise StateError(f"'{key}', {first.dtype}, differs between experts and has no average; give experts of one")
     return torch.where(agree, first, total)
 
@@ -110,6 +96,8 @@ def fingerprint(state: State) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        shape = list(tensor.shape)
+        digest.update(f"{name}:{tensor.dtype}:{shape};".encode())
+        values = tensor.reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().data)
     return digest.hexdigest()

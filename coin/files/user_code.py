@@ -2,8 +2,8 @@
 
 import ast
 import sys
-from functools import cache
 from hashlib import sha256
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,23 @@ def source_of(named: Any) -> str | None:
     """
     name = named.__module__
     file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None or name.partition(".")[0] in _VERSIONED:
+    if file is None or _is_versioned(name):
         return None
     path = Path(file).resolve()
     if name == "__main__":
         name = path.stem
-    package_depth = name.count(".") + (path.name == "__init__.py")
-    root = path.parents[package_depth]
+    depth = name.count(".") + (path.name == "__init__.py")
+    root = path.parents[depth]
     if root.name in _INSTALLED:
         return sha256_of(path)
-    files = _with_imports(name, root)
-    told = "".join(f"{module}:{sha256_of(each)};" for module, each in sorted(files.items()))
-    return sha256(told.encode()).hexdigest()
+    digest = sha256()
+    for module, source in sorted(_with_imports(name, root).items()):
+        digest.update(f"{module}:{sha256_of(source)};".encode())
+    return digest.hexdigest()
+
+
+def _is_versioned(module: str) -> bool:
+    return module.partition(".")[0] in _VERSIONED
 
 
 def _with_imports(name: str, root: Path) -> dict[str, Path]:
@@ -55,31 +60,32 @@ def _with_imports(name: str, root: Path) -> dict[str, Path]:
     while waiting:
         module = waiting.pop()
         path = _file_of(module, root)
-        if path is None or module in found or module.partition(".")[0] in _VERSIONED:
+        if path is None or module in found or _is_versioned(module):
             continue
         found[module] = path
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        waiting += _imports(path, package, sha256_of(path))
-        waiting.append(module.rpartition(".")[0])  # its package is run before it
+        parent = module.rpartition(".")[0]
+        waiting.append(parent)  # its package is run before it
+        waiting += _imports(path, module if path.name == "__init__.py" else parent)
     return found
 
 
 def _file_of(module: str, root: Path) -> Path | None:
     """Return a module's file below a folder, if it is there."""
     place = root.joinpath(*module.split("."))
-    candidates = (place / "__init__.py", place.with_name(f"{place.name}.py")) if module else ()
-    return next((path for path in candidates if path.is_file()), None)
+    for path in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+        if module and path.is_file():
+            return path
+    return None
 
 
-@cache
-def _imports(path: Path, package: str, _sha256: str) -> tuple[str, ...]:
+def _imports(path: Path, package: str) -> list[str]:
     """Return the names of what a file imports; what is imported from a package may be a module of it."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            home = ".".join([*above, *([node.module] if node.module else [])])
-            names += [home, *(f"{home}.{alias.name}" for alias in node.names)]
-    return tuple(names)
+            home = resolve_name("." * node.level + (node.module or ""), package)
+            names.append(home)
+            names += [f"{home}.{alias.name}" for alias in node.names]
+    return names

@@ -15,9 +15,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         known: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in known:
-                raise yaml.MarkedYAMLError(problem=f"found key '{key.value}' twice", problem_mark=key.start_mark)
-            known.add(str(key.value))
+            name = str(key.value)
+            if name in known:
+                raise yaml.MarkedYAMLError(problem=f"found key '{name}' twice", problem_mark=key.start_mark)
+            known.add(name)
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
 
@@ -26,8 +27,8 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError is of a date that is none, or no text
-        problem = " ".join(str(error).replace('"<unicode string>", ', "").split())
-        raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; mend that line") from error
+        problem = str(error).replace('"<unicode string>", ', "")
+        raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; fix that line") from error
     except OSError as error:
         raise FileError(f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path") from error
 

@@ -163,7 +163,7 @@ def held_out_error(
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
                     if fitted is None:
-                        fitted = _answers(experts, coded, 0, fitted_tasks, features).with_kernels()
+                        fitted = _answers(experts, coded, 0, fitted_tasks, features)
                     decoder.fit(fitted)
                 decoded = decoder.decode(own)[0]
             errors.append(1 - torch.cosine_similarity(_centred(decoded), _centred(truth)).mean())

@@ -183,7 +183,6 @@ class Coded(LightningModule):
         calibration: Iterable[Any],
         erased: Erased,
         kind: DecoderKind | str | DecoderConfig,
-        tasks: TaskOfEach = None,
     ) -> Self:
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
@@ -192,7 +191,6 @@ class Coded(LightningModule):
                 expert_head need none, but expert_head's first batch checks heads and features.
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
-            tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         decoder = make_decoder(kind, self.code, self._indices(erased))
         if self.is_adapted and not isinstance(decoder, ExpertHeadDecoder):
@@ -205,7 +203,7 @@ class Coded(LightningModule):
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, decoder.erased, self.heads(first))
         if decoder.needs_fit:
-            decoder.fit(self._answers_with_own(decoder, batches, tasks))
+            decoder.fit(self._answers_with_own(decoder, batches, None))
         self.decoders.pop(decoder.erased, None)  # so that it becomes the last one
         self.decoders[decoder.erased] = decoder
         return self

@@ -43,24 +43,36 @@ def batchnorms(network: nn.Module) -> list[_BatchNorm]:
     return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
 
 
-def folded(state: State, weight: str, bias: str | None, norm: str, eps: float) -> dict[str, Tensor]:
+def folded(
+    state: State,
+    weight: str,
+    bias: str | None,
+    norm: str,
+    eps: float,
+) -> dict[str, Tensor]:
     """Return the tensors of a linear map and the BatchNorm `norm` after it, folded into the map, in float64.
 
     With the map's weight W and bias b, and the BatchNorm's γ, β, μ and σ² = variance + eps, the weight becomes γ/σ·W,
     the map's bias 0, and the BatchNorm an identity whose bias is β + γ/σ·(b − μ).
     """
-    parts = ("weight", "bias", "running_mean", "running_var")
-    gain, shift, mean, variance = (state[f"{norm}.{part}"].double() for part in parts)
-    scale, kernel = gain / (variance + eps).sqrt(), state[weight].double()
-    before = state[bias].double() if bias is not None else torch.zeros_like(mean)
-    return {
-        weight: scale.view(-1, *[1] * (kernel.ndim - 1)) * kernel,
-        **({bias: torch.zeros_like(before)} if bias is not None else {}),
+    gain = state[f"{norm}.weight"].double()
+    shift = state[f"{norm}.bias"].double()
+    mean = state[f"{norm}.running_mean"].double()
+    variance = state[f"{norm}.running_var"].double()
+    kernel = state[weight].double()
+    scale = gain / (variance + eps).sqrt()
+    scale_of_row = scale.view(-1, *[1] * (kernel.ndim - 1))
+    before = torch.zeros_like(mean) if bias is None else state[bias].double()
+    made = {
+        weight: scale_of_row * kernel,
         f"{norm}.weight": torch.ones_like(gain),
         f"{norm}.bias": shift + scale * (before - mean),
         f"{norm}.running_mean": torch.zeros_like(mean),
         f"{norm}.running_var": torch.full_like(variance, 1 - eps),
     }
+    if bias is not None:
+        made[bias] = torch.zeros_like(before)
+    return made
 
 
 @torch.no_grad()
@@ -82,32 +94,34 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     (2, [2.0, 3.0])
     """
     network = called_by(network, forward)
-    sound = _without_singles(as_input(batch, network) for batch in batches)
-    first = next(sound, None)
+    joined_batches = _without_singles(as_input(batch, network) for batch in batches)
+    first = next(joined_batches, None)
     if first is None:
         raise StateError("found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two")
     layers = batchnorms(network)
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
-    network.eval()
-    clear_caches(network)
-    seen: Counter[_BatchNorm] = Counter()
+    rows_seen: Counter[nn.Module] = Counter()
 
     def weigh(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Give a layer the momentum of a cumulative average over rows; one that never runs keeps its statistics."""
         assert isinstance(layer, _BatchNorm)
-        if layer not in seen:  # one that never runs keeps its statistics
+        if layer not in rows_seen:
             layer.reset_running_stats()
-        rows = len(next(iter((*arguments, *named.values()))))
-        seen[layer] += rows
-        layer.momentum = rows / seen[layer]  # the cumulative average over rows
+        inputs = [*arguments, *named.values()]
+        rows = len(inputs[0])
+        rows_seen[layer] += rows
+        layer.momentum = rows / rows_seen[layer]
 
     samples = 0
+    network.eval()
+    clear_caches(network)
     try:
         with ExitStack() as hooks, disable_tf32(), explained_inputs(network, lambda: batch):
             for layer in layers:
                 layer.training = True
                 hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
-            for batch in chain([first], sound):
+            for batch in chain([first], joined_batches):
                 samples += size_of(batch)
                 network(batch)
     finally:
@@ -123,8 +137,11 @@ def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield the batches, those of one sample joined to the next, the last to the one before it."""
     held: list[Batch] = []
     for batch in batches:
-        held.append(joined([held.pop(), batch]) if held and size_of(held[-1]) < 2 else batch)
-        if len(held) > 1 and size_of(held[-1]) > 1:
+        if held and size_of(held[-1]) == 1:
+            held[-1] = joined([held[-1], batch])
+        else:
+            held.append(batch)
+        if len(held) == 2 and size_of(held[1]) > 1:
             yield held.pop(0)
-    if sum(map(size_of, held)) > 1:
+    if held and size_of(joined(held)) > 1:
         yield joined(held)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import extra_module
 
 ZERO_SHOT = "zero_shot"  # the value of network.options.head for a vision tower with a zero-shot head
@@ -37,14 +37,18 @@ class ClipTower(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return the logits ``[B, C]`` of images ``[B, 3, S, S]`` in CLIP's normalisation."""
         vision = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self.head(F.normalize(vision.image_embeds, dim=-1))  # type: ignore[no-any-return]
+        features = F.normalize(vision.image_embeds, dim=-1)  # [B, F]
+        return self.head(features)  # type: ignore[no-any-return]
 
 
 def vision_config(found: Any, name: str) -> Any:
     """Return the configuration of a CLIP's vision tower; a ConfigurationError for what is no CLIP."""
-    if getattr(found, "model_type", None) not in ("clip", "clip_vision_model"):
-        told = f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}"
-        raise ConfigurationError(f"{told}, expected a CLIP; name one, such as hf/openai/clip-vit-base-patch32, or none")
+    kind = getattr(found, "model_type", None)
+    if kind not in ("clip", "clip_vision_model"):
+        raise ConfigurationError(
+            f"found network.options.head '{ZERO_SHOT}' and network.name '{name}', a {type(found).__name__}, expected a "
+            "CLIP; name one, such as hf/openai/clip-vit-base-patch32, or none"
+        )
     own = getattr(found, "vision_config", found)
     own.projection_dim = found.projection_dim
     return own
@@ -54,10 +58,12 @@ def load_tower(tower: ClipTower, place: str) -> None:
     """Fill a tower from a folder or ID; a missing projection stays as it is, a ValueError for another tensor."""
     own: Any = tower.vision
     found, info = type(own).from_pretrained(place, config=own.config, output_loading_info=True)
-    state, missing = found.state_dict(), set(info["missing_keys"])
-    if other := sorted(missing - {"visual_projection.weight"}):
-        raise ValueError(f"'{place}' has no tensor '{other[0]}' ({len(other)} missing): it is no CLIP vision tower")
-    own.load_state_dict({**own.state_dict(), **{name: state[name] for name in state.keys() - missing}})
+    state = found.state_dict()
+    for name in info["missing_keys"]:
+        if name != "visual_projection.weight":
+            raise ValueError(f"'{place}' has no tensor '{name}': it is no CLIP vision tower")
+        state[name] = own.state_dict()[name]
+    own.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -73,13 +79,21 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
         model = transformers.CLIPModel.from_pretrained(place).float().eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError) as error:
-        told = f"cannot read CLIP's text tower and tokenizer of '{place}' ({' '.join(str(error).split())[:150]})"
-        raise FileError(f"{told}; give a folder or ID of a whole CLIPModel with its tokenizer") from error
+        found = f"cannot read CLIP's text tower and tokenizer of '{place}' ({first_line(error)[:150]})"
+        raise FileError(f"{found}; give a folder or ID of a whole CLIPModel with its tokenizer") from error
     longest = model.config.text_config.max_position_embeddings
     rows = []
     for name in classes:
         texts = [prompt.replace("{}", name) for prompt in prompts]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        vectors = model.text_projection(model.text_model(**tokens).pooler_output)
-        rows.append(F.normalize(F.normalize(vectors, dim=-1).mean(0), dim=-1))
-    return torch.stack(rows) * model.logit_scale.exp()  # type: ignore[no-any-return]
+        tokens = tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        vectors = model.text_projection(model.text_model(**tokens).pooler_output)  # [prompts, F]
+        mean = F.normalize(vectors, dim=-1).mean(0)
+        rows.append(F.normalize(mean, dim=-1))
+    scale = model.logit_scale.exp()
+    return torch.stack(rows) * scale  # type: ignore[no-any-return]

@@ -14,14 +14,14 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite, check_layout
+from coin.files.tensors import State, check_finite
 from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
-from coin.networks.heads import head_name
+from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace, local_place
-from coin.networks.registry import NetworkConfig, build_network, empty_network
+from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 ZeroShot = tuple[Sequence[str], Sequence[str]]  # a task's prompts and class names, for a zero-shot head
@@ -41,8 +41,10 @@ class NetworkFile:
     @property
     def nbytes(self) -> int:
         """The bytes of its tensors, tied ones once; for a compressed network those of the delta only."""
-        own = self.provenance.get("nbytes") or sum(t.nbytes for t in stored(self.network).values())
-        return int(own) + sum(each.nbytes for each in self.adapters)
+        own = self.provenance.get("nbytes")
+        if own is None:
+            own = sum(tensor.nbytes for tensor in stored(self.network).values())
+        return int(own) + sum(adapter.nbytes for adapter in self.adapters)
 
     @property
     def state(self) -> State:
@@ -77,10 +79,10 @@ class NetworkFile:
         return {name: state[name] for name in names}
 
 
-def nbytes_together(files: Iterable[NetworkFile]) -> int:
+def nbytes_together(files: Sequence[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
-    every = [(file.nbytes, int(file.provenance.get("base_nbytes", 0))) for file in files]
-    return sum(own for own, _ in every) + max((base for _, base in every), default=0)
+    bases = [int(file.provenance.get("base_nbytes", 0)) for file in files]
+    return sum(file.nbytes for file in files) + max(bases, default=0)
 
 
 def resident_copies(files: Sequence[NetworkFile]) -> int:
@@ -89,14 +91,19 @@ def resident_copies(files: Sequence[NetworkFile]) -> int:
 
 
 def save_network(
-    path: Path, network: nn.Module, config: NetworkConfig, num_classes: int, provenance: Mapping[str, Any],
+    path: Path,
+    network: nn.Module,
+    config: NetworkConfig,
+    num_classes: int,
+    provenance: Mapping[str, Any],
     adapters: Sequence[Adapter] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write a network, its architecture and provenance; a StateError for values not finite, but infinite buffers."""
-    infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]  # causal masks
+    # Causal masks are −∞.
+    infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
-    described |= {"infinite": infinite} if infinite else {}
-    described |= {"adapters": len(adapters)} if adapters else {}
+    if adapters:
+        described["adapters"] = len(adapters)
     save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)
 
 
@@ -112,8 +119,8 @@ def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[
     kept_at = int8_path(path, base)  # which has the base's hash in its name
     if not kept_at.is_file():
         kept = int8(file.network)
-        told = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
-        kept.save(kept_at, {"made_by": "coin compress", **told})
+        described = {"network": asdict(file.config), "num_classes": file.num_classes}
+        kept.save(kept_at, {"made_by": "coin compress", **described, "nbytes": kept.nbytes})
     return kept_at, Compressed.load(kept_at, file.network)
 
 
@@ -127,70 +134,72 @@ def save_compressed(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a compressed network that names its base's file (`kept_base`); `open_network` reads it back."""
-    described = {"network": asdict(config), "num_classes": num_classes, "compression": asdict(compression)}
-    described |= {"nbytes": made.nbytes - sum(each.nbytes for each in made.adapters), "base_nbytes": made.base_nbytes}
-    made.save(path, {**provenance, **described, "base_file": base and os.path.relpath(base, path.parent)})
+    described = {
+        "network": asdict(config),
+        "num_classes": num_classes,
+        "compression": asdict(compression),
+        "nbytes": made.nbytes - sum(adapter.nbytes for adapter in made.adapters),
+        "base_nbytes": made.base_nbytes,
+        "base_file": None if base is None else os.path.relpath(base, path.parent),
+    }
+    made.save(path, {**provenance, **described})
 
 
 def int8_path(path: Path, base: Path) -> Path:
     """Return the path of the 8-bit base of a compressed network's file: in the same folder, one per base."""
-    return path.with_name(f"{base.stem}-{sha256_of(base)[:8]}-int8.safetensors")
+    contents = sha256_of(base)[:8]
+    return path.with_name(f"{base.stem}-{contents}-int8.safetensors")
 
 
 def open_network(path: Path) -> NetworkFile:
-    """Open a network's file, whole or compressed, and check its values and metadata.
-
-    Raises FileError where it, or its base, is missing, damaged or no network's; StateError for tensors that are not
-    finite, or not those of the architecture that the file names.
-    """
+    """Open a network's file, whole or compressed; a FileError where it, or its base, is missing or no network's."""
     state = StateFile(path)
-    if "compressed" in state.provenance:
-        return _open_compressed(path, state.provenance)
-    infinite = state.provenance.get("infinite", [])
-    check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
-    names, adapters = split_adapters(state, int(state.provenance.get("adapters", 0)))
-    state = StateFile(path, names)
-    config, num_classes = _described(path, state.provenance)
-    check_layout(empty_network(config, num_classes).state_dict(), state, str(path))
-    return NetworkFile(path, state, config, num_classes, state.provenance, adapters)
-
-
-def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
+    provenance = state.provenance
     config, num_classes = _described(path, provenance)
-    if (named := provenance.get("base_file")) is None:
-        base = build_network(config, num_classes)
-    else:
-        # A run's folder links to the steps' files, beside which the base is.
-        places = [path.parent / named, path.resolve().parent / named, path.parent / Path(named).name]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")
-        base = open_network(found).network
-    made = Compressed.load(path, base)
-    return NetworkFile(path, made, config, num_classes, provenance, made.adapters)
+    if "compressed" in provenance:
+        made = Compressed.load(path, _base_of(path, provenance, config, num_classes))
+        return NetworkFile(path, made, config, num_classes, provenance, made.adapters)
+    names, adapters = split_adapters(state, int(provenance.get("adapters", 0)))
+    return NetworkFile(path, StateFile(path, names), config, num_classes, provenance, adapters)
+
+
+def _base_of(path: Path, provenance: Mapping[str, Any], config: NetworkConfig, num_classes: int) -> nn.Module:
+    """Return the base that a compressed network's file names, or a new network where it has none."""
+    named = provenance.get("base_file")
+    if named is None:
+        return build_network(config, num_classes)
+    # A run's folder links to the steps' files, beside which the base is; or both were copied to one folder.
+    for place in (path.resolve().parent / named, path.parent / Path(named).name):
+        if place.is_file():
+            return open_network(place).network
+    raise FileError(f"found no file '{path.parent / named}', the base that '{path}' is a delta from; put it there")
 
 
 def load_network(path: Path) -> NetworkFile:
-    """Open a network as `open_network` does and read it."""
+    """Open a network as `open_network` does and read it; a StateError where tensors do not fit the architecture."""
     file = open_network(path)
     file.network  # noqa: B018 (read now, so that what is wrong with it shows)
     return file
 
 
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
-    network, num_classes = provenance.get("network"), provenance.get("num_classes")
-    if network is None:
-        raise FileError(f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model")
+    """Return the architecture and the number of classes that a file's metadata describe."""
     try:
         # Pretrained weights are about to be overwritten: never download them to read a file.
-        return NetworkConfig(**{**network, "weights": None}), operator.index(num_classes)  # type: ignore[arg-type]
-    except (TypeError, AttributeError) as error:
-        told = f"'{path}' has metadata that describe no network ({network!r:.120}, {num_classes!r:.20} classes)"
-        raise FileError(f"{told}, expected name, image_size and options; make the file again") from error
+        config = NetworkConfig(**{**provenance["network"], "weights": None})
+        return config, operator.index(provenance["num_classes"])
+    except (KeyError, TypeError, AttributeError) as error:
+        expected = "name, image_size, options and num_classes; give an expert or a coded model"
+        raise FileError(f"'{path}' holds no network ({error!r:.80}), expected metadata with {expected}") from error
 
 
 def initial_network(
-    config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0, wider: Path | None = None
+    config: NetworkConfig,
+    num_classes: int,
+    checkpoint: Path | None,
+    *,
+    seed: int = 0,
+    wider: Path | None = None,
 ) -> nn.Module:
     """Build the shared initialisation of all experts of one class count, from a base checkpoint or from the seed.
 
@@ -203,7 +212,12 @@ def initial_network(
 
 
 def import_checkpoint(
-    config: NetworkConfig, num_classes: int, path: Path, *, seed: int | None = None, wider: Path | None = None
+    config: NetworkConfig,
+    num_classes: int,
+    path: Path,
+    *,
+    seed: int | None = None,
+    wider: Path | None = None,
 ) -> nn.Module:
     """Build a network that was trained elsewhere, from a state dict as safetensors or a checkpoint.
 
@@ -215,9 +229,11 @@ def import_checkpoint(
     state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
         raise FileError(f"'{path}' holds LoRA adapters apart; save what peft's merge_and_unload() returns")
-    check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
+    buffers = {name for name, _ in network.named_buffers()}
+    check_finite(state, f"the network in '{path}'", buffers)
     if seed is not None:
-        state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider, names))
+        wide_state = None if wider is None else read_weights(wider, names)
+        state = with_own_head(network, state, seed=seed, wider=wide_state)
     fill_network(network, state, str(path))
     return network
 
@@ -226,9 +242,11 @@ def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
     """Refuse a task with a zero-shot head for a network that trains its own, and the reverse; a ConfigurationError."""
     if zero_shot != config.source.zero_shot:
         head, kind = ("with", "trained") if zero_shot else ("without", "computed from class names")
-        told = f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}"
-        own = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}"
-        raise ConfigurationError(f"{told}; set network.options.head=zero_shot and every task's head: {own}, or neither")
+        raise ConfigurationError(
+            f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}; set "
+            "network.options.head=zero_shot and every task's head: "
+            "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, or neither"
+        )
 
 
 @torch.no_grad()
@@ -237,17 +255,21 @@ def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | N
     check_heads(config, zero_shot is not None, task)
     if zero_shot is not None:
         head = zero_shot_head(local_place(config.name), *zero_shot)
-        network.get_submodule(head_name(network)).get_parameter("weight").copy_(head)
+        linear_head(network).weight.copy_(head)
 
 
 def import_pretrained(
-    config: NetworkConfig, place: str, network: nn.Module, zero_shot: ZeroShot | None, task: str
+    config: NetworkConfig,
+    place: str,
+    network: nn.Module,
+    zero_shot: ZeroShot | None,
+    task: str,
 ) -> nn.Module:
     """Return a network as a task's expert, with the weights of ``hf/PLACE`` but for a projection that this lacks."""
     source = config.source
     if not isinstance(source, HuggingFace):
-        told = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"
-        raise ConfigurationError(f"{told}; give a file of weights, or change network.name")
+        found = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"
+        raise ConfigurationError(f"{found}; give a file of weights, or change network.name")
     source.load(network, local_place(place))
     fill_head(network, config, zero_shot, task)
     return network

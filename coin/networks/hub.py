@@ -15,7 +15,7 @@ from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import extra_module
 from coin.networks import clip
-from coin.networks.heads import head_name, replace_head
+from coin.networks.heads import linear_head, replace_head
 from coin.networks.sources import NetworkSource
 from coin.networks.text_encoder import check_tokens
 from coin.networks.weights import fill_network
@@ -40,7 +40,8 @@ class HuggingFace(NetworkSource):
     @property
     def zero_shot(self) -> bool:
         """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
-        if (head := self.options.get("head")) not in (None, clip.ZERO_SHOT):
+        head = self.options.get("head")
+        if head not in (None, clip.ZERO_SHOT):
             raise ConfigurationError(f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing")
         return head is not None
 
@@ -61,8 +62,9 @@ class HuggingFace(NetworkSource):
         if self.zero_shot:
             found = clip.vision_config(found, self.name)
         options = {name: value for name, value in self.options.items() if name != "head"}
-        if odd := sorted(name for name in options if not hasattr(found, name)):
-            raise ConfigurationError(f"found network.options with '{odd[0]}', expected entries of the configuration")
+        for name in options:
+            if not hasattr(found, name):
+                raise ConfigurationError(f"found network.options with '{name}', expected entries of the configuration")
         return type(found).from_dict({**found.to_dict(), **options})
 
     @property
@@ -125,26 +127,26 @@ class HuggingFace(NetworkSource):
         if isinstance(network, clip.ClipTower):
             inner = network.vision
         else:
-            outputs = len(network.get_submodule(head_name(network)).get_parameter("weight"))
-            if inner.config.num_labels != outputs:  # an expert's own head is smaller than the body's
-                inner.config.num_labels = outputs
+            inner.config.num_labels = linear_head(network).out_features  # an expert's own is smaller than the body's
         inner.save_pretrained(folder)
-        if self.reads == "images" and (processor := self._processor()):
+        processor = self._processor() if self.reads == "images" else {}
+        if processor:
             (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
 
     def _kind(self) -> tuple[str, Any]:
+        """Return what it reads and the class of transformers that builds it, None for a CLIP."""
         found = _configuration(self.place, self.name)
         if self.zero_shot:
             clip.vision_config(found, self.name)
             return "images", None
         import transformers
 
-        for reads, auto in (
-            ("images", transformers.AutoModelForImageClassification),
-            ("texts", transformers.AutoModelForSequenceClassification),
-        ):
-            if type(found) in auto._model_mapping:
-                return reads, auto
+        images = transformers.AutoModelForImageClassification
+        texts = transformers.AutoModelForSequenceClassification
+        if type(found) in images._model_mapping:
+            return "images", images
+        if type(found) in texts._model_mapping:
+            return "texts", texts
         own = type(found).__name__
         raise ConfigurationError(f"found network.name '{self.name}', a {own}, expected a classifier of images or texts")
 
@@ -157,48 +159,57 @@ class HuggingFace(NetworkSource):
         return {}
 
     def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
+        """Return the hook for images, which are resized where positions were learned for images of another size."""
         processor = self._processor()
-        usual = (clip.MEAN, clip.STD) if self.zero_shot else (IMAGENET_MEAN, IMAGENET_STD)
-        mean, std = (processor.get(f"image_{part}") or own for part, own in zip(("mean", "std"), usual, strict=True))
-        # Where positions were learned for images of one size; convolutions take any.
-        resized = getattr(found, "image_size", None) not in (None, self.image_size)
+        mean = processor.get("image_mean") or (clip.MEAN if self.zero_shot else IMAGENET_MEAN)
+        std = processor.get("image_std") or (clip.STD if self.zero_shot else IMAGENET_STD)
         option = "interpolate_pos_encoding"
-        interpolates = resized and option in inspect.signature(network.forward).parameters
-        return _ByName("pixel_values", None, Renormalised(mean, std), {option: True} if interpolates else {})
+        is_resized = getattr(found, "image_size", self.image_size) != self.image_size
+        can_interpolate = option in inspect.signature(network.forward).parameters
+        options = {option: True} if is_resized and can_interpolate else {}
+        return _ByName("pixel_values", normalise=Renormalised(mean, std), options=options)
 
     def _reading_texts(self, found: Any) -> "_ByName":
-        padding = getattr(found, "pad_token_id", None) or 0
-        return _ByName("input_ids", padding, longest=getattr(found, "max_position_embeddings", None))
+        """Return the hook for texts, which refuses those that are too long."""
+        longest = getattr(found, "max_position_embeddings", None)
+        return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0, longest=longest)
 
 
 def local_place(place: str) -> str:
     """Return what ``hf/PLACE`` names: a folder's absolute path, or an ID."""
     plain = place.removeprefix(PREFIX)
-    return str(Path(plain).absolute()) if Path(plain).is_dir() else plain
+    folder = Path(plain)
+    return str(folder.absolute()) if folder.is_dir() else plain
 
 
 @cache
 def _configuration(place: str, name: str) -> Any:
     transformers = extra_module("transformers", "text")
-    transformers.utils.logging.set_verbosity_error()  # it would tell what a part of a model leaves unread
+    transformers.utils.logging.set_verbosity_error()  # it would report what a part of a model leaves unread
     try:
         return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
-        told = f"cannot read network.name '{name}' ({first_line(error)[:150]})"
-        raise FileError(f"{told}, expected hf/FOLDER with a config.json of a classifier, or hf/ID; check it") from error
+        found = f"cannot read network.name '{name}' ({first_line(error)[:150]})"
+        raise FileError(
+            f"{found}, expected hf/FOLDER with a config.json of a classifier, or hf/ID; check it"
+        ) from error
 
 
 class Renormalised:
     """A hook that gives a network its own normalisation of images in [0, 1], where ours is ImageNet's usual one."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
-        self.shift = [(ours - own) / each for ours, own, each in zip(IMAGENET_MEAN, mean, std, strict=True)]
+        self.scale = []
+        self.shift = []
+        for channel in range(3):
+            self.scale.append(IMAGENET_STD[channel] / std[channel])
+            self.shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the inputs in the network's normalisation."""
         images, *others = inputs
-        scale, shift = (images.new_tensor(each).view(3, 1, 1) for each in (self.scale, self.shift))
+        scale = images.new_tensor(self.scale).view(3, 1, 1)
+        shift = images.new_tensor(self.shift).view(3, 1, 1)
         return (images * scale + shift, *others)
 
 
@@ -212,10 +223,17 @@ class _ByName:
     options: dict[str, Any] = field(default_factory=dict)
     longest: int | None = None  # text, in tokens
 
-    def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+    def __call__(
+        self,
+        network: nn.Module,
+        inputs: tuple[Tensor, ...],
+        given: dict[str, Any],
+    ) -> tuple[Any, Any]:
         if not inputs:
             return inputs, given
-        batch, *_ = inputs if self.normalise is None else self.normalise(network, inputs)
+        if self.normalise is not None:
+            inputs = self.normalise(network, inputs)
+        batch = inputs[0]
         options = dict(self.options)
         if self.longest is not None:
             check_tokens(batch, self.longest)

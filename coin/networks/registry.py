@@ -1,8 +1,6 @@
 """Networks by name, from wherever they come."""
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.timm_networks import Timm
-from coin.networks.weights import check_plain, fill_network, read_weights, with_own_head
+from coin.networks.weights import check_plain
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,7 @@ class NetworkConfig:
         image_size: Height and width of the input images, in pixels.
         weights: The name of pretrained weights: torchvision's, such as ``IMAGENET1K_V2``; a tag of timm's, or
             ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0``, which a package ships;
-            ``ALL_MINILM_L6_V2`` for ``minilm``; ``pretrained`` for Hugging Face's. Or a file of the network's own
-            tensors, whose head is taken where it has as many classes. Null for random ones.
+            ``ALL_MINILM_L6_V2`` for ``minilm``; ``pretrained`` for Hugging Face's. Null for random ones.
         options: Further arguments of the network's constructor.
     """
 
@@ -41,12 +38,11 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         self.source.check()
-        if self.weights_file is not None and not self.weights_file.is_file():
-            raise ConfigurationError(f"found no file '{self.weights_file}', expected network.weights; check the path")
         if self.image_size < 1:
             raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
-        if own := sorted({"num_classes", "weights"} & self.options.keys()):
-            raise ConfigurationError(f"found network.options with '{own[0]}', which coin sets; leave it out")
+        for name in ("num_classes", "weights"):
+            if name in self.options:
+                raise ConfigurationError(f"found network.options with '{name}', which coin sets; leave it out")
 
     @property
     def reads(self) -> str:
@@ -59,16 +55,10 @@ class NetworkConfig:
         Of texts, `vocabulary` is the number of their tokenizer's tokens, which has to be the network's.
         """
         if content != self.reads:
-            found = f"a task of {content} for the network '{self.name}'"
-            raise ConfigurationError(f"found {found}, expected {self.reads}; change the task or network.name")
+            found = f"found a task of {content} for the network '{self.name}'"
+            raise ConfigurationError(f"{found}, expected {self.reads}; change the task or network.name")
         if vocabulary is not None:
             self.source.check_vocabulary(vocabulary)
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The file that `weights` are; none where they have a name, such as ``IMAGENET1K_V2``."""
-        endings, given = (".safetensors", ".pt", ".pth", ".ckpt", ".bin"), self.weights or ""
-        return Path(given) if given.endswith(endings) or os.sep in given else None
 
     @property
     def source(self) -> NetworkSource:
@@ -82,7 +72,7 @@ class NetworkConfig:
             kind = Own
         elif "." in self.name.strip(".") and "/" not in self.name:
             kind = ImportPath
-        return kind(self.name, self.image_size, None if self.weights_file else self.weights, self.options)
+        return kind(self.name, self.image_size, self.weights, self.options)
 
 
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:
@@ -100,9 +90,6 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         network.register_forward_pre_hook(_with_channels_last)
     check_plain(network, meta=True)
     head_name(network)  # refuses a network without one
-    if (file := config.weights_file) is not None:
-        state = read_weights(file, network.state_dict().keys())
-        fill_network(network, with_own_head(network, state, seed=seed), str(file))
     return network
 
 

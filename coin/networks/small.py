@@ -21,13 +21,16 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"found width={width}, expected at least 1 channel")
-        first = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
-        self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
         widths = [width, width, 2 * width, 4 * width, 8 * width]
-        pairs = ((_block(channels, out), _block(out, out)) for channels, out in pairwise(widths))
-        self.stages = nn.Sequential(*(nn.Sequential(*pair) for pair in pairs))
+        stages = []
+        for channels, out in pairwise(widths):
+            stages.append(nn.Sequential(_block(channels, out), _block(out, out)))
+        self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
@@ -36,13 +39,15 @@ class SmallResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, num_classes]`` of images ``[B, 3, H, W]``."""
-        return self.fc(self.pool(self.stages(self.stem(images))).flatten(1))  # type: ignore[no-any-return]
+        pooled = self.pool(self.stages(self.stem(images)))
+        return self.fc(pooled.flatten(1))  # type: ignore[no-any-return]
 
 
 def _block(channels: int, out: int) -> BasicBlock:
     if channels == out:
         return BasicBlock(channels, out)
-    return BasicBlock(channels, out, 2, nn.Sequential(conv1x1(channels, out, 2), nn.BatchNorm2d(out)))
+    downsample = nn.Sequential(conv1x1(channels, out, 2), nn.BatchNorm2d(out))
+    return BasicBlock(channels, out, 2, downsample)
 
 
 class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyped

@@ -22,7 +22,7 @@ from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
 @dataclass(frozen=True)
 class NetworkSource(ABC):
-    """A network of one family; the fields are `NetworkConfig`'s, but for weights from a file, which are none here."""
+    """A network of one family; the fields are `NetworkConfig`'s."""
 
     name: str
     image_size: int
@@ -55,51 +55,51 @@ class NetworkSource(ABC):
 
     def check_name(self, known: list[str], expected: str, advice: str) -> None:
         """Refuse a name that is not known; `advice` says where the known ones are listed."""
+        found = f"found network.name '{self.name}'"
         if (Path(self.name) / "config.json").is_file():
-            told = f"found network.name '{self.name}', a folder of Hugging Face's, expected hf/ before it"
-            raise ConfigurationError(f"{told}; write hf/{self.name}")
+            expected = f"hf/ before it; write hf/{self.name}"
+            raise ConfigurationError(f"{found}, a folder of Hugging Face's, expected {expected}")
         if self.name not in known:
-            found = f"network.name '{self.name}'{did_you_mean(self.name, known)}"
-            raise ConfigurationError(f"found {found}, expected {expected}; {advice}")
+            raise ConfigurationError(f"{found}{did_you_mean(self.name, known)}, expected {expected}; {advice}")
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
         if self.weights not in (None, *known):
-            expected = f"{', '.join(known)}, a file of its own weights or null" if known else "a file or null"
+            expected = ", ".join([*known, "null"])
             raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected} for {self.name}")
 
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
         """Call a constructor; what does not fit becomes one line."""
         try:
             network: nn.Module = builder(*arguments, **options)
-        except NotImplementedError:  # of the meta device, on which not every network can be built
-            raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
-            if is_out_of_memory(error):
+            # Not every network can be built on the meta device.
+            if is_out_of_memory(error) or isinstance(error, NotImplementedError):
                 raise
             inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
-            told = f"cannot build {self.name} for {inputs} with options {self.options}"
-            raise ConfigurationError(f"{told}: {first_line(error)}; change network.image_size or these") from error
+            found = f"cannot build {self.name} for {inputs} with options {self.options}"
+            raise ConfigurationError(f"{found}: {first_line(error)}; change network.image_size or these") from error
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
         """Call a constructor that may download weights; `elsewhere` says where to put them by hand."""
-
-        def downloaded() -> Any:
-            try:
-                return builder()
-            except OSError as error:
-                told = f"cannot download the weights {self.weights} of {self.name} ({first_line(error)})"
-                advice = "or set network.weights=null or to a file, or give trained weights as base.checkpoint"
-                raise FileError(f"{told}; {elsewhere}, {advice}") from error
-
-        return self.construct(downloaded)
+        try:
+            return self.construct(builder)
+        except OSError as error:
+            reason = first_line(error)
+            found = f"cannot download the weights {self.weights} of {self.name} ({reason})"
+            advice = "or set network.weights=null and give trained weights as base.checkpoint"
+            raise FileError(f"{found}; {elsewhere}, {advice}") from error
 
 
 class Own(NetworkSource):
     """The small networks for tests and quick runs, and an encoder of texts."""
 
-    kinds: ClassVar[dict[str, type[nn.Module]]] = {"small_resnet": SmallResNet, "small_vit": SmallViT, "minilm": MiniLM}
+    kinds: ClassVar[dict[str, type[nn.Module]]] = {
+        "small_resnet": SmallResNet,
+        "small_vit": SmallViT,
+        "minilm": MiniLM,
+    }
     channels_last = True
 
     def check(self) -> None:
@@ -126,15 +126,13 @@ class Own(NetworkSource):
 class Torchvision(NetworkSource):
     """The classification architectures of torchvision."""
 
-    # They have auxiliary logits in training, unless built without; and with pretrained weights they rescale their
-    # input, which a file read back must do too, so they always do.
-    auxiliary: ClassVar[set[str]] = {"googlenet", "inception_v3"}
     channels_last = True
 
     def check(self) -> None:
-        """Refuse a name or weights that torchvision has not."""
+        """Refuse a name or weights that torchvision has not, and networks with auxiliary heads."""
+        auxiliary = {"googlenet", "inception_v3"}  # timm has inception_v3 without
         self.check_name(
-            [*Own.kinds, *models.list_models(module=models)],
+            [*Own.kinds, *sorted(set(models.list_models(module=models)) - auxiliary)],
             f"{', '.join(Own.kinds)}, a torchvision classifier, timm/NAME, hf/FOLDER_OR_ID or a class's import path",
             "torchvision.models.list_models() lists the others",
         )
@@ -143,11 +141,6 @@ class Torchvision(NetworkSource):
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
         options = dict(self.options)
-        if self.name in self.auxiliary:
-            options.setdefault("transform_input", True)
-            if self.weights is None:
-                options.setdefault("aux_logits", False)
-                options.setdefault("init_weights", True)
         if self.name.startswith("vit_"):
             options.setdefault("image_size", self.image_size)
         elif self.name.startswith("maxvit_"):
@@ -158,10 +151,6 @@ class Torchvision(NetworkSource):
             lambda: models.get_model(self.name, weights=self.weights, **options),
             f"copy them to {torch.hub.get_dir()}/checkpoints",
         )
-        if self.name in self.auxiliary:  # drop the heads that pretrained weights cannot be loaded without
-            network.aux_logits = False  # type: ignore[assignment]
-            for name in {"aux1", "aux2", "AuxLogits"} & network._modules.keys():
-                setattr(network, name, None)
         replace_head(network, num_classes)
         return network
 
@@ -188,8 +177,8 @@ class ImportPath(NetworkSource):
         try:
             inspect.signature(kind).bind(num_classes=num_classes, **self.options)
         except TypeError as error:
-            told = f"cannot build {self.name} with num_classes and network.options {self.options} ({error})"
-            raise ConfigurationError(f"{told}; let its __init__ take these") from error
+            found = f"cannot build {self.name} with num_classes and network.options {self.options} ({error})"
+            raise ConfigurationError(f"{found}; let its __init__ take these") from error
         return kind(num_classes=num_classes, **self.options)
 
     def _kind(self) -> type[nn.Module]:

@@ -62,7 +62,8 @@ class MiniLM(nn.Module):
         positions = arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
         weights = attended.to(x.dtype)[..., None]
-        return self.head((x * weights).sum(1) / weights.sum(1))  # type: ignore[no-any-return]
+        mean = (x * weights).sum(1) / weights.sum(1)
+        return self.head(mean)  # type: ignore[no-any-return]
 
 
 def check_tokens(tokens: Tensor, longest: int) -> None:
@@ -73,7 +74,9 @@ def check_tokens(tokens: Tensor, longest: int) -> None:
 
 def load_pretrained(network: MiniLM, weights: str) -> None:
     """Copy pretrained weights into everything but the head; a StateError unless they are of its size."""
-    found, own = load_file(packaged_file(*PRETRAINED[weights])), network.bert.state_dict()
+    found = load_file(packaged_file(*PRETRAINED[weights]))
+    own = network.bert.state_dict()
     positions = "embeddings.position_embeddings.weight"
     found[positions] = found[positions][: len(own[positions])]
-    fill_network(network.bert, {name: found[name] for name in own.keys() & found.keys()}, f"the weights {weights}")
+    shared = {name: found[name] for name in own.keys() & found.keys()}
+    fill_network(network.bert, shared, f"the weights {weights}")

@@ -28,24 +28,32 @@ class Timm(NetworkSource):
     def check(self) -> None:
         """Check that timm has this name and these weights."""
         timm = extra_module("timm", "timm")
-        name, known = self.name.removeprefix("timm/"), [f"timm/{each}" for each in timm.list_models()]
+        known = [f"timm/{each}" for each in timm.list_models()]
         self.check_name(known, "a classifier of timm, its tag as weights", "timm.list_models() lists them")
-        tags = [each.partition(".")[2] for each in timm.list_models(f"{name}.*", pretrained=True)]
-        own = [weights for weights, (architecture, *_) in PACKAGED.items() if architecture == name]
-        self.check_weights([*(["default"] if tags else []), *tags, *own])
+        tagged = timm.list_models(f"{self.architecture}.*", pretrained=True)
+        tags = [each.partition(".")[2] for each in tagged]
+        default = ["default"] if tags else []
+        packaged = [weights for weights, (name, *_) in PACKAGED.items() if name == self.architecture]
+        self.check_weights([*default, *tags, *packaged])
+
+    @property
+    def architecture(self) -> str:
+        """Timm's own name."""
+        return self.name.removeprefix("timm/")
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
         timm = extra_module("timm", "timm")
-        name, weights = self.name.removeprefix("timm/"), self.weights
-        usual = timm.get_pretrained_cfg(name)
         options = {**self.options, "num_classes": num_classes}
-        if usual is not None and usual.fixed_input_size:
+        usual = timm.get_pretrained_cfg(self.architecture)
+        has_one_size = usual is not None and usual.fixed_input_size
+        if has_one_size:
             options.setdefault("img_size", self.image_size)
-        if weights is None or weights in PACKAGED:
-            network = self.construct(timm.create_model, name, **options)
+        if self.weights is None or self.weights in PACKAGED:
+            network = self.construct(timm.create_model, self.architecture, **options)
         else:
-            tagged = name if weights == "default" else f"{name}.{weights}"
+            tag = "" if self.weights == "default" else f".{self.weights}"
+            tagged = f"{self.architecture}{tag}"
             network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), CACHE)
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
@@ -53,13 +61,21 @@ class Timm(NetworkSource):
             raise ConfigurationError(f"found {self.name}, whose head is {head}, expected one classifier; take another")
         if head_name(network) != head:
             network.head_name = head  # type: ignore[assignment]
-        if weights in PACKAGED:  # whose tensors, but for the head's, are timm's in the same order
-            path = packaged_file(*PACKAGED[weights][1:], extra="timm")
-            theirs = torch.load(path, map_location="cpu", weights_only=True).values()
-            pairs = zip(network.state_dict().items(), theirs, strict=True)
-            state = {each: own if each.startswith(f"{head}.") else other for (each, own), other in pairs}
-            fill_network(network, state, f"the weights {weights}")
-        if weights is not None:
+        if self.weights in PACKAGED:
+            _fill_in_order(network, self.weights, head)
+        if self.weights is not None:
             replace_head(network, num_classes)
         network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
         return network
+
+
+def _fill_in_order(network: nn.Module, weights: str, head: str) -> None:
+    """Copy weights that a package ships, but for the head's: their tensors are timm's in the same order."""
+    _, package, file = PACKAGED[weights]
+    path = packaged_file(package, file, extra="timm")
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    state = {}
+    for (name, own), other in zip(network.state_dict().items(), theirs.values(), strict=True):
+        is_of_head = name.startswith(f"{head}.")
+        state[name] = own if is_of_head else other
+    fill_network(network, state, f"the weights {weights}")

@@ -1,7 +1,6 @@
 """State dicts from elsewhere, checked name by name, and from files of the kinds that people have."""
 
 from collections.abc import Collection, Mapping
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FunctionType
@@ -43,53 +42,82 @@ def without_frozen(network: nn.Module) -> nn.Module:
 
 def check_plain(network: nn.Module, *, meta: bool = False) -> None:
     """Raise ConfigurationError for what is no module, StateError for a state not of dense parameters and buffers."""
+    kind = type(network).__name__
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
-        told = f"found {type(network).__name__}, expected a torch.nn.Module"
-        raise ConfigurationError(f"{told}; load a state dict into one, or compile it afterwards")
+        expected = "a torch.nn.Module; load a state dict into one, or compile it afterwards"
+        raise ConfigurationError(f"found {kind}, expected {expected}")
     check_tensors(network, meta=meta)
-    if other := [name for name, tensor in network.state_dict().items() if not isinstance(tensor, Tensor)]:
-        raise StateError(f"'{other[0]}' of {type(network).__name__} is no tensor; drop get_extra_state, quantise later")
+    odd = _odd_part(network)
+    if odd:
+        raise StateError(
+            f"{odd} in {kind}, expected a module whose state is its real parameters and buffers; drop get_extra_state "
+            "and such functions, take the plain network of a compressed or adapted one, and call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), for the old weight_norm "
+            "remove_weight_norm(layer, 'weight'), for pruning prune.remove(layer, 'weight')"
+        )
+
+
+def _odd_part(network: nn.Module) -> str | None:
+    """Name what a network's state does not hold, what has no average, or what copies would share; None without."""
+    for name, tensor in network.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            return f"'{name}' is no tensor"
+    for name, parameter in network.named_parameters():
+        if parameter.is_complex():
+            return f"parameter '{name}' is complex"
     for name, module in network.named_modules():
-        held = [value.values() if isinstance(value, dict) else [value] for value in vars(module).values()]
-        if type(module).__setstate__ is nn.Module.__setstate__ and any(map(_is_closure, chain(*held))):
-            raise StateError(f"layer '{name}' holds a function of a module, which copies would share; make it a method")
         hooks = module._forward_pre_hooks.values()
-        if is_making(module):
-            told = f"a weight of layer '{name}' is made when it is read, expected a parameter"
-            raise StateError(
-                f"{told}; give the plain network that Compressed.network() or Adapted.network(expert) makes"
-            )
-        if is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks):
-            told = f"a weight of layer '{name}' is computed at every pass, expected a parameter; call torch.nn.utils."
-            others = "weight_norm remove_weight_norm(layer, 'weight'), for pruning prune.remove(layer, 'weight')"
-            raise StateError(f"{told}parametrize.remove_parametrizations(layer, 'weight'), for the old {others}")
+        is_wrapped = any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks)
+        if is_making(module) or is_parametrized(module) or is_wrapped:
+            return f"a weight of layer '{name}' is computed at every pass"
+        makes_functions_anew = type(module).__setstate__ is not nn.Module.__setstate__  # in copies, as metrics do
+        if not makes_functions_anew and _holds_closure(module):
+            return f"layer '{name}' holds a function of a module, which copies would share,"
+    return None
 
 
-def _is_closure(value: object) -> bool:
-    """Say whether a value is a function that holds a module or a method of one; metrics make theirs anew in a copy."""
-    cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
-    return any(isinstance(getattr(cell.cell_contents, "__self__", cell.cell_contents), nn.Module) for cell in cells)
+def _holds_closure(module: nn.Module) -> bool:
+    """Return whether an attribute or a hook is a function that refers to a module, or to a method of one."""
+    for value in vars(module).values():
+        for held in value.values() if isinstance(value, dict) else [value]:
+            cells = held.__closure__ or () if isinstance(held, FunctionType) else ()
+            contents = [cell.cell_contents for cell in cells]
+            if any(isinstance(getattr(each, "__self__", each), nn.Module) for each in contents):
+                return True
+    return False
 
 
 def with_own_head(
-    network: nn.Module, state: Mapping[str, Tensor], *, seed: int, wider: Mapping[str, Tensor] | None = None
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    seed: int,
+    wider: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return a state; a head of other classes is drawn from the seed, or the first rows of the `wider` network's."""
     head = head_name(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         initialise_head(network.get_submodule(head))
-    own, found = network.state_dict(), dict(state)
-    for name in {f"{head}.weight", f"{head}.bias"} & own.keys() & state.keys():
-        if state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]:
-            found[name] = own[name] if wider is None else wider[name][: len(own[name])].clone()
+    own = network.state_dict()
+    found = dict(state)
+    for name in (f"{head}.weight", f"{head}.bias"):
+        if name not in own or name not in state:
+            continue
+        classes, *width = own[name].shape
+        has_other_classes = len(state[name]) != classes
+        has_same_width = list(state[name].shape[1:]) == width
+        if has_other_classes and has_same_width:
+            found[name] = own[name] if wider is None else wider[name][:classes].clone()
     return found
 
 
 def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of these names without a prefix of them all, such as ``module.``; without one all tensors."""
     first = min(names, default="")
-    for found in state if first not in state else ():
+    if first in state:
+        return dict(state)
+    for found in state:
         prefix = found.removesuffix(first)
         if prefix.endswith(".") and all(prefix + name in state for name in names):
             return {name: state[prefix + name] for name in names}
@@ -102,11 +130,11 @@ TO_GO_ON = ("state_dict", "loops", "optimizer_states")  # what a training needs 
 def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
     """Return these parts of a Lightning checkpoint; a FileError where it has not all of them."""
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: content[name] for name in expected}
     except Exception as error:  # pickle's and zip's errors share no base class
-        told = f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]})"
-        raise FileError(f"{told}; check ckpt_path: give one that coin fit wrote") from error
+        found = f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]})"
+        raise FileError(f"{found}; check ckpt_path: give one that coin fit wrote") from error
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
@@ -125,18 +153,20 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return without_prefix(load_file(path), names)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        told = f"cannot read '{path}' ({first_line(error)}), expected a checkpoint"
-        raise FileError(f"{told}; {how_to_redo(path)}") from error
     except UnpicklingError as error:
-        if not beginning.startswith((b"PK", b"\x80")):  # neither of PyTorch's formats
-            raise FileError(f"'{path}' is no checkpoint, expected a network's weights; save them again") from error
-        told = f"'{path}' holds pickled objects, such as a whole network, expected tensors by name"
-        raise FileError(f"{told}; load it where its classes are, and save its state_dict()") from error
+        if beginning.startswith((b"PK", b"\x80")):  # PyTorch's formats
+            expected = "tensors by name; load it where its classes are, and save its state_dict()"
+            raise FileError(f"'{path}' holds pickled objects, such as a whole network, expected {expected}") from error
+        raise FileError(f"'{path}' is no checkpoint, expected a network's weights; save them again") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        found = f"cannot read '{path}' ({first_line(error)}), expected a checkpoint"
+        raise FileError(f"{found}; {how_to_redo(path)}") from error
     state = content
-    if isinstance(content, dict):
-        state = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            state = content[key]
+    has_tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    if not has_tensors:
         raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
     return without_prefix(state, names)
 

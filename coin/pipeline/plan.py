@@ -81,7 +81,6 @@ class _Plan:
     def __init__(self, experiment: Experiment) -> None:
         self.of, self.store = experiment, experiment.folder.parent / STORE
         self.steps: list[Planned] = []
-        self.weights = experiment.network.weights_file
         self.base = self._base()
         widest, *others = sorted({task.num_classes for task in experiment.tasks.values()}, reverse=True)
         self.widest = self._initial(widest, None)
@@ -188,7 +187,6 @@ class _Plan:
             task=base.task,
             seed=base.seed,
             trainer=of.trainer,
-            weights=self.weights,
             log=self._log(None, "expert", "base", "base"),
             doing=f"pretraining {of.network.name} on {type(base.task).__name__}",
         )
@@ -203,7 +201,6 @@ class _Plan:
             classes=count,
             base=self.base,
             checkpoint=None if base is None or base.checkpoint is None else Path(base.checkpoint),
-            weights=self.weights,
             wider=wider,
         )
         links = {f"base/initial-{count}.safetensors": step.file}

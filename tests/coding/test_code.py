@@ -49,8 +49,6 @@ def test_encode_is_the_weighted_sum():
     expected = torch.stack([*sums])
     torch.testing.assert_close(code.encode(outputs), expected)
     assert code.encode(outputs.float()).dtype == torch.float32
-    with pytest.raises(ConfigurationError, match="2 experts, the code is for 3; give them all"):
-        code.encode(outputs[:2])
 
 
 def test_amplification_of_one_row_is_one_over_the_weight():
@@ -77,7 +75,7 @@ def test_erasures_are_all_of_up_to_r_experts():
     assert code.erasures() == [(0,), (1,), (2,), *combinations(range(3), 2)]
 
 
-@pytest.mark.parametrize(("erased", "message"), [((), "empty"), ((1, 1), "twice"), ((3,), "expert 3"), ((-1,), "-1")])
-def test_a_bad_erasure_is_refused(erased, message):
-    with pytest.raises(DecodingError, match=message):
+@pytest.mark.parametrize("erased", [(), (1, 1), (3,), (-1,)])
+def test_a_bad_erasure_is_refused(erased):
+    with pytest.raises(DecodingError, match=r"found the erasure \[.*expected different experts, at least one"):
         Code([[0.2, 0.3, 0.5]]).amplification(erased)

@@ -5,7 +5,7 @@ import torch
 from torchmetrics.utilities.data import dim_zero_sum
 
 from coin.coding.metrics import DecodingAccuracy, Residual
-from coin.errors import ConfigurationError, DataError
+from coin.errors import DataError
 
 
 def logits_for(predictions, classes=3):
@@ -45,13 +45,9 @@ def test_padding_is_not_read():
     metric.update(expert.flip(0) * 2, expert, torch.tensor([0, 1]))
     scores = metric.compute()
     assert (float(scores["expert_accuracy"]), float(scores["decoded_accuracy"])) == (1.0, 0.0)
-    with pytest.raises(DataError, match="expected at least 2"):
-        metric.update(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]))
     for label in (-1, 2):
-        with pytest.raises(DataError, match=rf"found labels {label} to {label}, expected 0 to 1"):
+        with pytest.raises(DataError, match=rf"found labels \[{label}\], expected 0 to 1"):
             metric.update(expert[:1], expert[:1], torch.tensor([label]))
-    with pytest.raises(ConfigurationError, match="num_classes=0"):
-        DecodingAccuracy(num_classes=0)
 
 
 def test_an_expert_that_is_never_right_has_no_nda_and_an_answer_of_nan_is_none():

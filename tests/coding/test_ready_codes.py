@@ -33,7 +33,7 @@ def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_o
     assert worst <= float(1 / smallest.max()) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(("experts", "coded", "message"), [(0, 1, "0 experts"), (3, 0, "0 coded"), (3, 4, "1 to 3")])
-def test_sizes_are_checked(experts, coded, message):
-    with pytest.raises(ConfigurationError, match=message):
+@pytest.mark.parametrize(("experts", "coded"), [(0, 1), (3, 0), (3, 4)])
+def test_sizes_are_checked(experts, coded):
+    with pytest.raises(ConfigurationError, match=f"{coded} coded models for {experts} experts"):
         convex(experts, coded)

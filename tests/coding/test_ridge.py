@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from coin.coding.ridge import RIDGE_EXPONENTS, block_kernel, fit_blocks, fit_ridge
-from coin.errors import NumericalError
+from coin.coding.ridge import RIDGE_EXPONENTS, fit_blocks, fit_ridge
+from coin.errors import NumericalError, StateError
 
 
 def problem(samples, width, targets=4, seed=0):
@@ -90,7 +90,7 @@ def test_two_samples_are_enough_and_one_is_not_nor_is_an_infinity():
     with pytest.raises(NumericalError, match="found 1 calibration samples"):
         fit_ridge(x[:1], y[:1])
     y[1, 1] = float("inf")
-    with pytest.raises(NumericalError, match="targets of the decoder"):
+    with pytest.raises(StateError, match="a decoder's calibration is not finite: tensor 'targets'"):
         fit_ridge(x, y)
 
 
@@ -104,17 +104,16 @@ def test_scaled_blocks_are_fitted_by_their_kernels_as_by_the_singular_values(dea
         x[:, 80:] = 1e4 / 3
     blocks = [1000 * x[:, :2], x[:, 2:50], 0.01 * x[:, 50:80], x[:, 80:]]
     targets = y.reshape(samples, groups, -1).transpose(0, 1)
-    fit = fit_blocks(blocks, targets, [None, *map(block_kernel, blocks[1:])])
+    fit = fit_blocks(blocks, targets)
     deviations = [(block - block.mean(0)).square().mean().sqrt() for block in blocks]
     scales = [deviation if deviation > 1e-9 else 1.0 for deviation in deviations]
     divided = torch.cat([block / scale for block, scale in zip(blocks, scales, strict=True)], 1)
     reference = fit_ridge(divided, y, groups)
     torch.testing.assert_close(fit.ridges, reference.ridges, rtol=1e-10, atol=0)
     torch.testing.assert_close(fit(torch.cat(blocks, 1)), reference(divided), rtol=1e-10, atol=1e-10)
-    assert torch.equal(fit_blocks(blocks, targets).coefficients, fit.coefficients)
 
 
-def test_without_an_intercept_nothing_is_centred_and_left_out_errors_are_those_of_fits_without_the_sample():
+def test_without_an_intercept_nothing_is_centred():
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(12, 4, generator=draw, dtype=torch.float64) + 2
     y = x @ torch.randn(4, 2, generator=draw, dtype=torch.float64) + 5
@@ -122,17 +121,5 @@ def test_without_an_intercept_nothing_is_centred_and_left_out_errors_are_those_o
     fit = fit_ridge(x, y, intercept=False)
     assert not fit.input_mean.any()
     assert not fit.target_mean.any()
-
-    def solved(rows):
-        damped = x[rows].T @ x[rows] + fit.ridges[0] * torch.eye(4, dtype=torch.float64)
-        return torch.linalg.solve(damped, x[rows].T @ y[rows])
-
-    torch.testing.assert_close(fit.coefficients, solved(torch.arange(12)))
-    for place in range(12):
-        alone = y[place] - x[place] @ solved(torch.arange(12) != place)
-        torch.testing.assert_close(fit.left_out[place].flatten(), alone)
-
-
-def test_a_fit_from_a_file_predicts_on_the_device_of_its_inputs():
-    fit = fit_ridge(*problem(20, 3))
-    assert fit(torch.empty(5, 3, dtype=torch.float64, device="meta")).device.type == "meta"
+    damped = x.T @ x + fit.ridges[0] * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(fit.coefficients, torch.linalg.solve(damped, x.T @ y))

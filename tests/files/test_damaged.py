@@ -70,39 +70,28 @@ def small(name: str = "small_resnet", **options: Any) -> dict[str, Any]:
     return {"name": name, "image_size": 16, "options": options}
 
 
-def nan_in_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return state | {"fc.bias": state["fc.bias"] * torch.nan}
-
-
 NETWORKS: dict[str, tuple[Damage, str]] = {
     "missing": (Path.unlink, "found no file"),
     "empty": (lambda path: path.write_bytes(b"") and None, "not a whole safetensors file"),
     "cut in its header": (cut(0.001), "not a whole safetensors file"),
-    "cut in its tensors": (cut(0.5), "not a whole safetensors file"),
-    "cut in a run": (
-        lambda path: (path.with_name("done.json").write_text("{}"), cut(0.5)(path))[1],
-        "; delete its step's folder '/.*' and run again",
-    ),
+    "cut in its tensors": (cut(0.5), "not a whole .*; make it again: if it is a run's, delete the folder '/"),
     "a text": (lambda path: path.write_text("weights") and None, "not a whole safetensors file"),
     "a checkpoint": (lambda path: torch.save({"a": torch.ones(2)}, path), "not a whole safetensors file"),
     "without metadata": (lambda path: save_file(load_file(path), path), "does not say what made it"),
     "metadata that are no JSON": (lambda path: save_file(load_file(path), path, {"coin": "{"}), "not say what made it"),
     "metadata that are a list": (lambda path: save_file(load_file(path), path, {"coin": "[]"}), "holds no network"),
     "of no network": (said(network=None), "holds no network"),
-    "a network that is a list": (said(network=[1]), "describe no network"),
+    "a network that is a list": (said(network=[1]), "holds no network"),
     "an unknown architecture": (said(network=small("resnet5")), "resnet5"),
-    "a name that is a list": (said(network=small() | {"name": ["small_resnet"]}), "describe no network"),
-    "an image size that is a word": (said(network=small() | {"image_size": "big"}), "describe no network"),
+    "a name that is a list": (said(network=small() | {"name": ["small_resnet"]}), "holds no network"),
+    "an image size that is a word": (said(network=small() | {"image_size": "big"}), "holds no network"),
     "an option that is none": (said(network=small(depth=3)), "depth"),
     "a width that is a word": (said(network=small(width="wide")), "cannot build small_resnet"),
-    "an entry too many": (said(network=small(width=4) | {"path": "../x"}), "describe no network"),
-    "a number of classes that is a word": (said(num_classes="ten"), "describe no network"),
+    "an entry too many": (said(network=small(width=4) | {"path": "../x"}), "holds no network"),
+    "a number of classes that is a word": (said(num_classes="ten"), "holds no network"),
     "no classes": (said(num_classes=0), "expected at least 1"),
     "another number of classes": (said(num_classes=4), "another number of classes"),
-    "more classes than memory": (said(num_classes=4 * 10**9), r"expected \[4000000000, 32\]"),
-    "a width beyond memory": (said(network=small(width=200_000)), r"expected \[200000, 3, 3, 3\]"),
-    "another architecture": (said(network=small("squeezenet1_1")), "squeezenet1_1|another architecture"),
-    "a NaN": (held(nan_in_head), "not finite: tensor 'fc.bias'"),
+    "another architecture": (said(network=small("small_vit")), "another architecture"),
     "a tensor too few": (held(lambda state: {k: v for k, v in state.items() if k != "fc.bias"}), "no tensor 'fc.bias'"),
     "a tensor too many": (held(lambda state: state | {"extra": torch.ones(2)}), "'extra' too many"),
 }

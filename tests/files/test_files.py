@@ -1,6 +1,4 @@
-import gc
 import os
-import re
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -8,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import coin.files.safetensors
 from coin.core.versions import versions
 from coin.errors import FileError, StateError
 from coin.files.atomic import atomic_path, remove_leftovers, write_text
@@ -119,7 +116,7 @@ def test_weighted_sum_sums_floats_and_takes_the_largest_count():
     assert first["weight"].tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.float64])
 def test_entries_that_agree_stay_to_the_last_bit(kind):
     values = torch.tensor([0.1, 1 / 3, -7e-5, 1.0]).to(kind)
     others = [values.clone() for _ in range(3)]
@@ -130,7 +127,7 @@ def test_entries_that_agree_stay_to_the_last_bit(kind):
     assert total["a"].dtype is kind
     assert torch.equal(total["a"], values)
     assert torch.equal(total["b"][:3], values[:3])
-    assert complex(total["b"][3]) == pytest.approx(0.2 + 2 * 0.7, rel=1e-3)
+    assert float(total["b"][3]) == pytest.approx(0.2 + 2 * 0.7, rel=1e-3)
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
@@ -164,7 +161,6 @@ def test_infinities_are_taken_where_they_are_named_and_nan_is_not(tmp_path):
         (state, [], "mask"),
         ({**state, "w": torch.tensor([torch.inf])}, ["mask"], "w"),
         ({**state, "mask": torch.tensor([-torch.inf, torch.nan])}, ["mask"], "mask"),
-        ({**state, "w": torch.tensor([complex(0, torch.nan)])}, ["mask"], "w"),
     ):
         with pytest.raises(StateError, match=rf"is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
             save_state(path, bad, {}, infinite)
@@ -210,43 +206,3 @@ def test_it_holds_what_is_named(path):
     assert next(iter(chosen.values())).equal(wanted["layer4.weight"])
     with pytest.raises(KeyError):
         chosen["layer0.weight"]
-
-
-def mapped_kib(path):
-    """Return how much of a file this process has in memory, over all its mappings."""
-    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
-    mapped = [part for part in parts if part.partition("\n")[0].endswith(str(path))]
-    return sum(int(re.search(r"Rss: +(\d+)", part)[1]) for part in mapped)
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="smaps is Linux's")
-def test_what_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "large.safetensors"
-    save_state(path, {f"layer{i}.weight": torch.ones(512, 512) for i in range(16)}, {})  # one MiB each
-    monkeypatch.setattr(coin.files.safetensors, "_MAPPED", 2**20 - 1)
-    state = StateFile(path)
-    peak = 0
-    for tensor in state.values():
-        tensor.sum()
-        peak = max(peak, mapped_kib(path))
-    del tensor
-    gc.collect()
-    assert 1024 <= peak < 3 * 1024
-    assert mapped_kib(path) == 0
-    everything = list(state.values())
-    assert sum(float(tensor.sum()) for tensor in everything) == 16 * 512 * 512
-    assert mapped_kib(path) >= 15 * 1024, "the measure sees what is kept"
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coin.files.safetensors, "_MAPPED", 4000 - 1)
-    state = StateFile(path)
-    before = state["layer0.weight"]
-    kept = before.clone()
-    save_state(path, {name: tensor + 1 for name, tensor in load_state(path)[0].items()}, {"made_by": "test"})
-    assert before.equal(kept), "what was handed out stays as it was"
-    with pytest.raises(FileError, match="has changed while it was read"):
-        state["layer1.weight"]
-    path.unlink()
-    with pytest.raises(FileError, match="found no file"):
-        state["layer1.weight"]

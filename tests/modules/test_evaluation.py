@@ -27,8 +27,8 @@ def batches_of(task):
 
 def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trainer):
     experts, tasks = write_experts(CLASSES), tasks_of(CLASSES)
-    own, alone = {"kind": "ridge", "fitted_on": "own"}, {"kind": "feature_ridge", "survivors": False}
-    decoders = ["linear", "ridge", own, "feature_ridge", alone, "expert_head"]
+    alone = {"kind": "feature_ridge", "survivors": False}
+    decoders = ["linear", "ridge", "feature_ridge", alone, "expert_head"]
     paths = write_coded(PAIR, experts)
     evaluator = DecodingEvaluator(experts, paths, decoders)
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
@@ -38,7 +38,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     calibration = list(tasks.calibrations().values())
     alone = coin.evaluate(system, loaders, decoders=decoders, calibration=calibration)
     assert list(alone.columns) == COLUMNS
-    assert len(alone) == 6 * 3
+    assert len(alone) == 5 * 3
     options = {"calibration": calibration, "erasures": system.code.erasures()}
     found = coin.evaluate(system, loaders, decoders=decoders, **options)
     singles = found[~found.erased.str.contains("+", regex=False)].reset_index(drop=True)
@@ -46,7 +46,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     assert singles.drop(columns=memories).equals(alone.drop(columns=memories))
     assert found.resident_mib.equals(found.memory_mib)  # whole networks
     more = (singles.memory_mib > alone.memory_mib).groupby(alone.decoder).all()
-    assert set(more.index[more]) == {"ridge", "ridge-own", "feature_ridge"}  # regressions for more erasures
+    assert set(more.index[more]) == {"ridge", "feature_ridge"}  # regressions for more erasures
     checked = 0
     for outcome in evaluator.outcomes:
         if outcome.columns["method"] == "average":
@@ -55,7 +55,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
             for column in (*SHARED, *COSTS):
                 assert row[column] == pytest.approx(outcome.columns[column], rel=1e-4)
             checked += 1
-    assert checked == len(found) == 6 * (3 + 3 * 2)
+    assert checked == len(found) == 5 * (3 + 3 * 2)
     assert all(network.training for group in networks for network in group)
     forwards = found.set_index(["decoder", "erased"]).forwards
     assert [forwards[name, "task0"] for name in ("linear", "feature_ridge-alone", "expert_head")] == [4, 2, 1]

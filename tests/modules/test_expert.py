@@ -12,7 +12,7 @@ from coin.modules import Expert
 from coin.networks import load_network
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
-SQUEEZENET = {"network": "squeezenet1_1", "image_size": 32, "options": {"dropout": 0.5}}
+WITH_DROPOUT = {"network": "timm/test_vit", "image_size": 32, "options": {"drop_rate": 0.5}}
 
 
 class Rates(Callback):
@@ -174,7 +174,7 @@ def trained(tmp_path, synthetic, make_trainer):
     return run
 
 
-@pytest.mark.parametrize("network", [SMALL, SQUEEZENET], ids=["small_resnet", "squeezenet"])
+@pytest.mark.parametrize("network", [SMALL, WITH_DROPOUT], ids=["small_resnet", "vit"])
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic, trained, network):
     def task():
         size = network["image_size"]
@@ -187,4 +187,4 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic,
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
     # Dropout follows the seed, so the comparison above has something to find.
     other = trained("other", task=task(), seed=1, **network)
-    assert any(not torch.equal(undisturbed[name], other[name]) for name in other) == ("dropout" in network["options"])
+    assert any(not torch.equal(undisturbed[name], other[name]) for name in other) == ("drop_rate" in network["options"])

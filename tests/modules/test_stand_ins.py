@@ -9,7 +9,7 @@ from torch import nn
 
 import coin
 from coin.coding import Code, DecoderConfig, DecoderKind
-from coin.errors import CoinWarning, HeadError, NumericalError
+from coin.errors import CoinWarning, HeadError, StateError
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import linear_heads
 
@@ -91,11 +91,11 @@ def test_nothing_is_fitted_and_no_calibration_is_needed(system, inputs):
 @pytest.mark.parametrize("after", [nn.Softmax(1), nn.ReLU()])
 def test_heads_that_do_not_give_the_logits_are_refused_by_name(system, inputs, after):
     broken = torch.where(torch.arange(40)[:, None] == 1, torch.nan, inputs)
-    with pytest.raises(NumericalError, match="the logits of Net hold a NaN or an infinity, expected finite ones"):
+    with pytest.raises(StateError, match="an answer of Net is not finite: tensor 'logits' holds a NaN"):
         system.fit_decoder([broken], [0], "expert_head")
     odd = [Net(expert.body, 3, after) for expert in system.experts]
     system = Coded(CODE, [system.experts[0], *odd[1:]], list(system.coded))
-    message = r"the logits of Net are not its head 'head' \(Linear\) of .*leave out the method or decoder"
+    message = "the logits of Net are not its head 'head' of .*leave out what reads it"
     with pytest.raises(HeadError, match=message) as refused:
         system.fit_decoder([inputs], [0], "expert_head")
     assert "\n" not in str(refused.value)
@@ -108,16 +108,14 @@ def test_heads_that_do_not_give_the_logits_are_refused_by_name(system, inputs, a
     assert set(table.decoder) == {kind for kind in DecoderKind if kind != "expert_head"}
 
 
-def test_heads_are_those_of_linear_layers_and_of_convolutions_on_one_position(inputs):
+def test_heads_are_padded_to_the_largest():
     torch.manual_seed(0)
-    body = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)
-    convolution = nn.Sequential(*body, nn.Conv2d(4, 2, 1, bias=False), nn.Flatten())
-    linear = nn.Sequential(*body, nn.Flatten(), nn.Linear(4, 3))
-    (weight, bias), (other, _) = linear_heads([convolution, linear], torch.randn(2, 3, 8, 8))
-    assert torch.equal(weight[:2], convolution[2].weight.flatten(1))
+    first, second = nn.Linear(4, 2, bias=False), nn.Linear(4, 3)
+    (weight, bias), (other, _) = linear_heads([first, second], torch.randn(2, 4))
+    assert torch.equal(weight[:2], first.weight)
     assert not weight[2].any()
     assert torch.equal(bias, torch.zeros(3))
-    assert torch.equal(other, linear[3].weight)
+    assert torch.equal(other, second.weight)
     assert not weight.requires_grad
 
 

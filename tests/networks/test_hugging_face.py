@@ -128,9 +128,9 @@ def test_images_of_another_size_have_their_positions_interpolated(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "hf/nothing/there"}, "cannot read network.name .*, or hf/ID; check it"),
+        ({"name": "hf/nothing/there"}, "cannot read network.name .*, or hf/ID"),
         ({"name": f"hf/{Path(__file__).parent}"}, r"expected hf/FOLDER with a config.json of a classifier"),
-        ({"weights": "IMAGENET1K_V1"}, "found network.weights 'IMAGENET1K_V1', expected pretrained, a file"),
+        ({"weights": "IMAGENET1K_V1"}, "found network.weights 'IMAGENET1K_V1', expected pretrained, null"),
         ({"options": {"depth": 3}}, "found network.options with 'depth', expected entries of the configuration"),
     ],
 )

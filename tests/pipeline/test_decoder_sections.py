@@ -14,11 +14,10 @@ pytestmark = pytest.mark.slow
 
 SECTIONS: list[Any] = [
     "linear",
-    {"kind": "ridge", "fitted_on": "own"},
+    {"kind": "ridge", "survivors": True},
     {"kind": "feature_ridge", "survivors": False},
-    {"kind": "feature_ridge", "fitted_on": "own", "survivors": False},
 ]
-NAMES = ["linear", "ridge-own", "feature_ridge-alone", "feature_ridge-own-alone"]
+NAMES = ["linear", "ridge", "feature_ridge-alone"]
 
 
 @pytest.mark.usefixtures("no_reports")

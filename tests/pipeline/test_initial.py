@@ -24,8 +24,8 @@ def make_initial(experiment: Experiment) -> list[Path]:
 
 @pytest.mark.parametrize(
     "network",
-    [NetworkConfig("small_resnet", 16, None, {"width": 4}), NetworkConfig("squeezenet1_1", 32)],
-    ids=["small_resnet", "squeezenet"],
+    [NetworkConfig("small_resnet", 16, None, {"width": 4}), NetworkConfig("small_vit", 32)],
+    ids=["small_resnet", "small_vit"],
 )
 def test_experts_of_different_class_counts_start_from_one_body(network, tmp_path):
     tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}

@@ -1,7 +1,7 @@
 """The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
 
 import errno
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,12 +56,8 @@ class TrainingConfig(Recipe):
 
 
 def network_key(network: NetworkConfig) -> dict[str, Any]:
-    """Return a network's options, with the source of a class of the user's.
-
-    The path of its weights is left out: their contents are in keys by themselves.
-    """
-    named = network if network.weights_file is None else replace(network, weights=None)
-    options = {option.name: getattr(named, option.name) for option in fields(named)}
+    """Return a network's options, with the source of a class of the user's."""
+    options = {option.name: getattr(network, option.name) for option in fields(network)}
     source = source_of_path(network.name) if isinstance(network.source, ImportPath) else None
     options |= {} if source is None else {"source": source}
     if isinstance(network.source, HuggingFace):
@@ -93,7 +89,6 @@ class WriteInitial(Step):
     classes: int
     base: "TrainNetwork | None" = None
     checkpoint: Path | None = None
-    weights: Path | None = None
     wider: "WriteInitial | None" = None
     doing: str = unkeyed(default="writing")
 
@@ -102,7 +97,7 @@ class WriteInitial(Step):
         checkpoint = self.checkpoint if self.base is None else self.base.output
         wider = None if self.wider is None else self.wider.output
         initial = initial_network(self.network, self.classes, checkpoint, wider=wider)
-        read = hashes(each for each in (checkpoint, wider, self.weights) if each)
+        read = hashes(each for each in (checkpoint, wider) if each)
         made = {"made_by": "coin run", "base": str(checkpoint), "sha256": read}
         save_network(self.output, initial, self.network, self.classes, made)
 
@@ -124,7 +119,6 @@ class TrainNetwork(Step):
     trainer: dict[str, Any] = keyed_by(partial(result_options, training=True))
     task_name: str | None = None
     initial: WriteInitial | None = None
-    weights: Path | None = None
     log: RunLog = unkeyed()
 
     def run(self) -> None:
