@@ -1,0 +1,124 @@
+"""Follow tensors through a network while it runs: which functions read them, and whether values place rows."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from coin.core.batches import tensors_in
+
+# Functions that reorder by values, or hand these to Python, where they may decide anything.
+_DECIDING = {"sort", "msort", "topk", "unique", "unique_consecutive", "tolist", "item", "numpy"}
+_DECIDING |= {"__bool__", "__int__", "__float__", "__index__"}
+# Functions whose floating-point results are choices, as integers and truth values are.
+_ROUNDING = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"}
+# Functions whose results have the arguments' entries in the same place, or are attention under a mask.
+_OPERATORS = {"mul", "add", "sub", "div", "truediv", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
+_IN_PLACE = {f"__{kind}{name}__" for kind in ("", "r", "i") for name in _OPERATORS}
+_IN_PLACE |= _OPERATORS
+_IN_PLACE |= {"where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "lerp"}
+_IN_PLACE |= {
+    "multiply",
+    "subtract",
+    "divide",
+    "true_divide",
+    "rsub",
+    "addcmul",
+    "addcdiv",
+    "logical_and",
+    "logical_or",
+}
+_IN_PLACE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention_forward"}
+_LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}  # of which the first argument alone gives values
+_MARK = "_coin_mark"
+
+
+class Mark(NamedTuple):
+    """What a tensor that is made of inputs or of parameters carries as an attribute.
+
+    Attributes:
+        is_learned: Whether it is made of parameters, whose values differ between networks.
+        is_choice: Whether it is made of nothing but choices: comparisons, integers, rounded values.
+    """
+
+    is_learned: bool
+    is_choice: bool
+
+
+class Flow:
+    """Follows a network's inputs and parameters from function to function.
+
+    Attributes:
+        placed: Whether values may have decided where a row goes: by sorting, by an index, by a product with choices.
+        placed_by_is_learned: Whether these values were made of parameters.
+        reads: How many functions have read the output of a node in autograd's graph, detached or not.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.placed = False
+        self.placed_by_learned = False
+        self.reads: Counter[Any] = Counter()
+        for tensor in tensors_in(inputs):
+            setattr(tensor, _MARK, Mark(is_learned=False, is_choice=_is_discrete(tensor)))
+
+    def through(self, func: Any, args: tuple[Any, ...], options: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Return what a function returns, which `run` calls with these arguments."""
+        name: str = getattr(func, "__name__", "")
+        if not name.endswith("__"):
+            name = name.removesuffix("_")  # functions that work in place have the same names
+        values = _values(name, args, options)
+        marks = [getattr(tensor, _MARK) for tensor in values if hasattr(tensor, _MARK)]
+        self._note_placing(name, marks)
+        result = run()
+        made = tensors_in(args[0] if name == "__setitem__" else result)
+        if made:
+            self.reads.update(each.grad_fn for each in tensors_in((args, options)))
+        has_parameter = any(isinstance(each, nn.Parameter) for each in values)
+        if not marks and not has_parameter:
+            return result
+        is_learned = has_parameter or any(mark.is_learned for mark in marks)
+        is_rounded = name in _ROUNDING or (not has_parameter and all(mark.is_choice for mark in marks))
+        for tensor in made:
+            if not isinstance(tensor, nn.Parameter):
+                is_choice = bool(marks) and (is_rounded or _is_discrete(tensor))
+                setattr(tensor, _MARK, Mark(is_learned, is_choice))
+        return result
+
+    def _note_placing(self, name: str, marks: list[Mark]) -> None:
+        """Note whether a function places rows by values with these marks."""
+        if name in _DECIDING:
+            deciding = marks
+        elif len(marks) > 1 and name not in _IN_PLACE:
+            deciding = [mark for mark in marks if mark.is_choice]
+        else:
+            return
+        if deciding:
+            self.placed = True
+        if any(mark.is_learned for mark in deciding):
+            self.placed_by_learned = True
+
+
+def _values(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors whose values make a function's result."""
+    if name in _LIKE:
+        return tensors_in(args[0])
+    if name == "__getitem__":
+        source, index = args
+        return [source, *_index_tensors(index)]
+    if name == "__setitem__":
+        _, index, value = args
+        return [*_index_tensors(index), *tensors_in(value)]
+    return tensors_in((args, options))
+
+
+def _index_tensors(index: Any) -> list[Tensor]:
+    """Return the tensors of an index, of slices their ends."""
+    found = []
+    for part in index if isinstance(index, tuple) else (index,):
+        found += tensors_in([part.start, part.stop] if isinstance(part, slice) else part)
+    return found
+
+
+def _is_discrete(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
