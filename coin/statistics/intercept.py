@@ -111,9 +111,10 @@ def _convolution(
     dilations = _sizes(dilation, dims)
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-        if any(total % 2 for total in totals):  # one more on the far side
-            return None
         sides = tuple(total // 2 for total in totals)
+        if any(total % 2 for total in totals):
+            further = [far for total in reversed(totals) for far in (0, total % 2)]  # one more on the far side
+            input = F.pad(input, further)
     else:
         sides = _sizes(0 if padding == "valid" else padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)

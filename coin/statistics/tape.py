@@ -158,11 +158,13 @@ class Tape:
         """Let a call's rule see the cotangents [V, N, …] of its output; return its input's, if asked, else anything."""
         if len(g) < self._cotangents:  # not batched: the same for every v
             g = g.expand(self._cotangents, *g.shape[1:])
+        weight = call.weight
         if self._arrived is not None:
             self._arrived.setdefault(call, []).append(g)
+            weight = torch.where(weight == 0, 1, weight)  # zeros would hide what lies in front of them
         elif self._totals.get(call):
             call.accumulate(g.to(sum_type(g)), self._samples, self._totals[call])
-        return call.input_gradient(g) if needs_input else g
+        return call.input_gradient(g, weight) if needs_input else g
 
 
 def _leaves(output: Tensor) -> set[int]:

@@ -49,8 +49,8 @@ class Call(ABC):
         """Add the squares that the cotangents g [V, N, …] of the output bring."""
 
     @abstractmethod
-    def input_gradient(self, g: Tensor) -> Tensor:
-        """Return the cotangents of the input [V, N, …]."""
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
+        """Return the cotangents of the input [V, N, …], as if the weight were the given one."""
 
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """Return what the call makes of some rows of its inputs with another value of its weight."""

@@ -88,7 +88,7 @@ class ConvolutionCall(LinearCall):
         return tuple(self.inputs.shape[2:])
 
     @override
-    def input_gradient(self, g: Tensor) -> Tensor:
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         folded = g.flatten(0, 1)  # [V·N, O, *output]
         has_channels_last = self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last)
         order = torch.channels_last if has_channels_last else torch.contiguous_format
@@ -98,9 +98,9 @@ class ConvolutionCall(LinearCall):
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
             for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, g.device)):
-                by_place[:, met] = rows[:, places] @ self.weight.flatten(2)[..., tap]
+                by_place[:, met] = rows[:, places] @ weight.flatten(2)[..., tap]
         else:
-            gradient = self._library_gradient(folded.contiguous(memory_format=order), gradient)
+            gradient = self._library_gradient(folded.contiguous(memory_format=order), gradient, weight)
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
 
     def _taps_are_apart(self) -> bool:
@@ -110,13 +110,13 @@ class ConvolutionCall(LinearCall):
         has_one_position = prod(geometry.output_size(self.size)) == 1
         return geometry.groups == 1 and (has_one_position or is_strided_pointwise)
 
-    def _library_gradient(self, g: Tensor, like: Tensor) -> Tensor:
+    def _library_gradient(self, g: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input, shaped `like` it, from torch's own kernel."""
         geometry = self.geometry
         gradient, _, _ = torch.ops.aten.convolution_backward(
             g,
             like,
-            self.weight,
+            weight,
             None,
             geometry.stride,
             geometry.padding,

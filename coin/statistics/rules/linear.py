@@ -56,8 +56,8 @@ class LinearCall(Call):
             self.add_pairs(self._pairs, self.matrices(totals["weight"]))
 
     @override
-    def input_gradient(self, g: Tensor) -> Tensor:
-        return g @ (self.weight.mT if self.transposed else self.weight)
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
+        return g @ (weight.mT if self.transposed else weight)
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class EmbeddingCall(Call):
     padding: int | None
 
     @override
-    def input_gradient(self, g: Tensor) -> Tensor:
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         raise AssertionError("tokens have no gradient")
 
     @override
