@@ -16,8 +16,8 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
     try:
         return kind(value)
     except ValueError as error:
-        meant, expected = did_you_mean(str(value), list(kind)), ", ".join(kind)
-        raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {expected}") from error
+        meant = did_you_mean(str(value), list(kind))
+        raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {', '.join(kind)}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -29,7 +29,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raise ConfigurationError unless a value is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if type(value) is not int or value < least:
         raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
 
 
@@ -37,11 +37,12 @@ def check_number(
     name: str, value: Any, *, low: float = -inf, high: float = inf, most: float = inf, strict: bool = False
 ) -> None:
     """Raise ConfigurationError unless a number is finite, ≥ `low` (or >, if strict), < `high` and ≤ `most`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if not (number and (value > low if strict else value >= low) and value < high and value <= most):
-        bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
-        bound = " and ".join(f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit))
-        raise ConfigurationError(f"found {name}={value!r}, expected a number {bound or 'that is finite'}")
+    is_number = type(value) in (int, float) and isfinite(value)
+    if is_number and low <= value < high and value <= most and not (strict and value == low):
+        return
+    bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
+    told = [f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit)]
+    raise ConfigurationError(f"found {name}={value!r}, expected a number {' and '.join(told) or 'that is finite'}")
 
 
 def is_list_of_names(value: Any) -> bool:

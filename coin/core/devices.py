@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, backends, nn
 
 WITHOUT_FLOAT64 = {"mps"}
 """The types of devices that have no float64, in which merges are computed: there they run on the CPU."""
+
+_PRODUCTS: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
+_CONVOLUTIONS: list[Any] = [backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv]  # type: ignore[attr-defined]
 
 
 def has_float64(device: torch.device) -> bool:
@@ -29,24 +32,7 @@ def double(tensor: Tensor) -> Tensor:
 @contextmanager
 def disable_tf32() -> Iterator[None]:
     """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
-    try:
-        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's newer settings, beside which it does not read the older ones
-        with _newer_settings_without_tf32():
-            yield
-        return
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
-@contextmanager
-def _newer_settings_without_tf32() -> Iterator[None]:
-    places = (*_products(), torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
+    places = [*_PRODUCTS, *_CONVOLUTIONS]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
@@ -57,13 +43,6 @@ def _newer_settings_without_tf32() -> Iterator[None]:
             place.fp32_precision = precision
 
 
-def _products() -> tuple[Any, ...]:
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-
-
 def multiplies_in_bfloat16() -> bool:
     """Say whether products of float32 matrices may be computed in bfloat16."""
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # as in `disable_tf32`
-        return any(place.fp32_precision == "bf16" for place in _products())
+    return any(place.fp32_precision == "bf16" for place in _PRODUCTS)
