@@ -14,22 +14,22 @@ def self_attention(
     value: Tensor,
     embed_dim: int,
     heads: int,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
+    in_weight: Any,
+    in_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
     add_zeros: bool,
     dropout: float,
     out_weight: Tensor,
-    out_bias: Tensor | None,
+    out_bias: Any,
     training: bool = True,
-    key_padding_mask: Tensor | None = None,
+    key_padding_mask: Any = None,
     need_weights: bool = True,
-    attn_mask: Tensor | None = None,
+    attn_mask: Any = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-    static_k: Tensor | None = None,
-    static_v: Tensor | None = None,
+    static_k: Any = None,
+    static_v: Any = None,
     **separate: Any,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return what `torch.nn.functional.multi_head_attention_forward` returns for one and the same query, key and value.
@@ -43,14 +43,14 @@ def self_attention(
         return None
     x = query.transpose(0, 1)  # [B, T, E]
     samples, positions, _ = x.shape
-    assert in_weight is not None
     packed = F.linear(x, in_weight, in_bias).view(samples, positions, 3, heads, -1)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D]
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # [B, H, T, T]
     is_masked = attn_mask is not None or key_padding_mask is not None
     if attn_mask is not None:
-        by_head = attn_mask if attn_mask.ndim == 2 else attn_mask.view(samples, heads, positions, positions)
-        scores = _masked(scores, by_head)
+        if attn_mask.ndim == 3:
+            attn_mask = attn_mask.view(samples, heads, positions, positions)
+        scores = _masked(scores, attn_mask)
     if key_padding_mask is not None:
         scores = _masked(scores, key_padding_mask[:, None, None, :])
     if is_masked and not need_weights:  # torch's fused attention gives a row that is wholly masked zeros, else NaN

@@ -25,7 +25,7 @@ def gram_sums(
     network: nn.Module,
     batches: Iterable[Any],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     forward: Forward | None = None,
 ) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.

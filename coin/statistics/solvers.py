@@ -15,8 +15,13 @@ _MISSED = 1.1  # times the square of the mean that is left in centred rows: what
 def damped(gram: Tensor, ridges: Tensor) -> Tensor:
     """Return gram + λI ``[G, K, K]``, with a λ for each group ``[G]``."""
     found = gram.clone()
-    found.diagonal(dim1=1, dim2=2).add_(ridges[:, None])
+    _diagonal(found).add_(ridges[:, None])
     return found
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    """Return the diagonals [G, K] of matrices [G, K, K], a view."""
+    return matrices.diagonal(dim1=1, dim2=2)
 
 
 def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
@@ -24,15 +29,16 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
 
     Raises NumericalError, which names the layer, where the damped matrix is as good as singular.
     """
-    ridges = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    ridges = damping * _diagonal(gram).mean(1)
     # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.
     is_zero = gram.abs().amax((1, 2)) == 0
     matrix = damped(gram, ridges.masked_fill(is_zero, 1))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
-    smallest = factor.diagonal(dim1=1, dim2=2).square().amin(1)
-    largest = matrix.diagonal(dim1=1, dim2=2).amax(1)
-    noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
+    smallest = _diagonal(factor).square().amin(1)
+    largest = _diagonal(matrix).amax(1)
+    precision = torch.finfo(gram.dtype).eps
+    noise = 100 * precision * gram.shape[-1] * largest
     is_singular = failed.bool() | (smallest <= noise)
     if bool(is_singular.any()):
         raise NumericalError(
@@ -77,8 +83,10 @@ def fit_affine(
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
     has_few_rows = count < unknowns
     gram = products(a.mT) if has_few_rows else products(a)
-    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
-    is_dead = is_round_off(scale, a, subtracted, by_task(weights, tasks)) if intercept else scale == 0
+    scale = _diagonal(gram).sum(1) / unknowns
+    is_dead = scale == 0
+    if intercept:
+        is_dead = is_round_off(scale, a, subtracted, by_task(weights, tasks))
     ridges = (ridge * scale).masked_fill(is_dead, 1)
     if has_few_rows:
         step = solve_ridge(gram, r, ridges, is_dead).mT @ a
@@ -120,7 +128,8 @@ def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor)
     missed = (left.square() / shares).sum(1).mean(1)
     size = (means.double().square() * shares).sum(1).mean(1)
     precision = torch.finfo(centred.dtype).eps
-    return scale <= centred.shape[1] * precision**2 * size + _MISSED * missed
+    rounding = centred.shape[1] * precision**2 * size
+    return scale <= rounding + _MISSED * missed
 
 
 def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,14 +141,18 @@ def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | Non
     if not intercept:
         is_finite = torch.isfinite(rows).all(1)
         zero = torch.zeros_like(is_finite, dtype=torch.float64)
-        return rows * root, zero.masked_fill(~is_finite, torch.nan), zero[:, None]  # NaN is for the caller to refuse
+        refused = zero.masked_fill(~is_finite, torch.nan)  # by the caller
+        return rows * root, refused, zero[:, None]
     mean = weights @ rows
     if tasks is None:
-        return (rows - mean[:, None]).mul_(root), mean.double(), mean[:, None]
+        centred = rows - mean[:, None]
+        return centred.mul_(root), mean.double(), mean[:, None]
     own = by_task(weights, tasks)
     tiny = torch.finfo(rows.dtype).tiny
-    means = own @ rows / own.sum(1, keepdim=True).clamp(min=tiny)
-    return (rows - means[:, tasks]).mul_(root), mean.double(), means
+    shares = own.sum(1, keepdim=True).clamp(min=tiny)
+    means = own @ rows / shares
+    centred = rows - means[:, tasks]
+    return centred.mul_(root), mean.double(), means
 
 
 def products(a: Tensor) -> Tensor:
@@ -147,7 +160,8 @@ def products(a: Tensor) -> Tensor:
     width = a.shape[2]
     if width < _HALVES:
         return a.mT @ a
-    first, second = a[..., : width // 2], a[..., width // 2 :]
+    first = a[..., : width // 2]
+    second = a[..., width // 2 :]
     across = first.mT @ second
     top = torch.cat([products(first), across], 2)
     bottom = torch.cat([across.mT, products(second)], 2)

@@ -52,9 +52,15 @@ class Statistic:
 
 
 def statistic_sums(
-    network: nn.Module, batches: Iterable[Any], options: FisherOptions | None, *, labels: Tensor | None = None,
-    seed: int = 0, rank: int = 0, progress: Callable[[int], None] | None = None,
-) -> Sums:  # fmt: skip
+    network: nn.Module,
+    batches: Iterable[Any],
+    options: FisherOptions | None,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Sums:
     """Return the sums of a network's Fisher, or without options of its Gram matrices, over this process's samples.
 
     Monte Carlo's random cotangents depend on the seed and on this process's rank; the rest is as of `fisher_sums`.

@@ -99,14 +99,15 @@ class Tape:
         every row exactly the scale of its sample must arrive. A call that no gradient reaches counts as misplaced.
         Powers of two tell a few samples apart, not many.
         """
-        _, classes = output.shape
-        scales = 2 ** torch.arange(self._samples, device=output.device).to(output.dtype)
+        samples, classes = output.shape
+        scales = 2 ** torch.arange(samples, device=output.device).to(output.dtype)
         # Any cotangent does that no symmetry of the outputs cancels.
-        cotangent = torch.arange(1, classes + 1, device=output.device).to(output.dtype).cos()
-        once = cotangent.expand_as(output)
-        self._arrived = {}
-        self.backward(output, torch.stack([once, scales[:, None] * once]), batched=batched)
-        arrived = self._arrived
+        numbers = torch.arange(1, classes + 1, device=output.device)
+        once = numbers.to(output.dtype).cos().expand_as(output)
+        scaled = scales[:, None] * once
+        arrived: dict[Call, list[Tensor]] = {}
+        self._arrived = arrived
+        self.backward(output, torch.stack([once, scaled]), batched=batched)
         self._arrived = None
         found: set[str] = set()
         for call in self.calls:
@@ -116,14 +117,16 @@ class Tape:
 
     def _is_placed(self, g: Tensor, scales: Tensor) -> bool:
         """Say whether the cotangents [2, N, …] are those of the first repetition in the right scales [B]."""
-        once, scaled = g.reshape(2, self._samples, g.shape[1] // self._samples, -1)  # [B, k, …]
-        row_size = once.abs().amax(-1)  # [B, k]
+        k = g.shape[1] // self._samples
+        once, scaled = g.reshape(2, self._samples, k, -1)
+        expected = scales[:, None, None] * once
+        error = (scaled - expected).abs().amax(-1)  # [B, k]
+        row_size = once.abs().amax(-1)
         size = row_size.amax()
-        by_row = scales[:, None]
-        error = (scaled - by_row[..., None] * once).abs().amax(-1)
         precision = torch.finfo(g.dtype).eps
-        tolerance = by_row * (precision**0.5 * row_size + 64 * precision * size)
-        return bool((error <= tolerance).all() & (size > 0))
+        allowed = precision**0.5 * row_size + 64 * precision * size
+        is_placed = (error <= scales[:, None] * allowed).all()
+        return bool(is_placed & (size > 0))
 
     def collect(self, totals: Totals, general: Collection[str]) -> None:
         """Have the rules add to the totals, by parameter, in the passes that follow, but for those `general`."""

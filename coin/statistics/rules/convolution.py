@@ -29,33 +29,38 @@ class Geometry:
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the spatial size of the output for an input of this size."""
         found = []
-        for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True):
-            reach = d * (k - 1) + 1
-            found.append((n + 2 * p - reach) // s + 1)
+        for dim, n in enumerate(size):
+            reach = self.dilation[dim] * (self.kernel[dim] - 1) + 1
+            room = n + 2 * self.padding[dim] - reach
+            found.append(room // self.stride[dim] + 1)
         return tuple(found)
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        sides = [side for p in reversed(self.padding) for side in (p, p)]
+        samples, channels, *size = x.shape
+        sides = []
+        for padding in reversed(self.padding):
+            sides += [padding, padding]
         rows = F.pad(x, sides).movedim(1, -1).contiguous()  # [B, *size, C]
-        outer, *inner, last = rows.stride()
-        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
-        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
-        output = self.output_size(tuple(x.shape[2:]))
-        shape = (len(x), *output, *self.kernel, x.shape[1])
-        return rows.as_strided(shape, (outer, *steps, *taps, last))
+        of_sample, *inner, of_channel = rows.stride()
+        of_place = [inner[dim] * stride for dim, stride in enumerate(self.stride)]
+        of_tap = [inner[dim] * dilation for dim, dilation in enumerate(self.dilation)]
+        shape = (samples, *self.output_size(tuple(size)), *self.kernel, channels)
+        return rows.as_strided(shape, (of_sample, *of_place, *of_tap, of_channel))
 
     def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return where in an image (row by row) taps are at output places [...]: [..., taps]; whether they meet it."""
         every_tap = torch.arange(prod(self.kernel), device=places.device)
         taps = torch.unravel_index(every_tap, self.kernel)
-        rows = torch.unravel_index(places, self.output_size(size))
-        met = torch.zeros_like(places)[..., None]
-        inside = torch.ones_like(places, dtype=torch.bool)[..., None]
+        rows = torch.unravel_index(places[..., None], self.output_size(size))
+        met = torch.zeros_like(places[..., None])
+        inside = met == 0
         for dim, n in enumerate(size):
-            at = rows[dim][..., None] * self.stride[dim] + taps[dim] * self.dilation[dim] - self.padding[dim]
-            inside = inside & (at >= 0) & (at < n)
-            met = met * n + at.clamp(0, n - 1)
+            corner = rows[dim] * self.stride[dim] - self.padding[dim]
+            at = corner + taps[dim] * self.dilation[dim]
+            nearest = at.clamp(0, n - 1)
+            inside = inside & (at == nearest)
+            met = met * n + nearest
         return met, inside
 
 
@@ -90,25 +95,30 @@ class ConvolutionCall(LinearCall):
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         folded = g.flatten(0, 1)  # [V·N, O, *output]
-        has_channels_last = self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last)
-        order = torch.channels_last if has_channels_last else torch.contiguous_format
+        order = torch.contiguous_format
+        if self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last):
+            order = torch.channels_last
         shape = (len(folded), *self.inputs.shape[1:])
         gradient = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=order)
         if self._taps_are_apart():  # one product for each: several times faster than the library's kernel
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
+            by_tap = weight.flatten(2)  # [O, C, taps]
             for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, g.device)):
-                by_place[:, met] = rows[:, places] @ weight.flatten(2)[..., tap]
+                by_place[:, met] = rows[:, places] @ by_tap[..., tap]
         else:
-            gradient = self._library_gradient(folded.contiguous(memory_format=order), gradient, weight)
+            ordered = folded.contiguous(memory_format=order)
+            gradient = self._library_gradient(ordered, gradient, weight)
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
 
     def _taps_are_apart(self) -> bool:
         """Say whether no two taps of one group meet the same place, and the library is slow."""
         geometry = self.geometry
-        is_strided_pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding) and max(geometry.stride) > 1
+        if geometry.groups > 1:
+            return False
+        is_pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
         has_one_position = prod(geometry.output_size(self.size)) == 1
-        return geometry.groups == 1 and (has_one_position or is_strided_pointwise)
+        return has_one_position or (is_pointwise and max(geometry.stride) > 1)
 
     def _library_gradient(self, g: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input, shaped `like` it, from torch's own kernel."""
@@ -166,9 +176,9 @@ class ConvolutionCall(LinearCall):
             met_pairs = pairs
             if len(places) < positions:
                 first, second, _ = position_pairs(len(places), total.device)
-                # The number of a pair t ≤ t' among those of all positions, row by row.
                 t = places[first]
-                number = t * (2 * positions - 1 - t) // 2 + places[second]
+                before = t * (2 * positions - 1 - t) // 2
+                number = before + places[second]  # of a pair t ≤ t' among those of all positions
                 met_pairs = pairs.index_select(1, number)
             add_gram(by_tap[:, :, tap], met_pairs, rows[:, met])
 
@@ -179,30 +189,33 @@ class DepthwiseCall(ConvolutionCall):
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
+        _, samples, positions, _ = rows.shape
+        k = len(self.inputs) // samples
         total = self.matrices(weight)[:, 0]  # [C, taps]
-        has_one_row = len(self.inputs) == rows.shape[1]
-        if has_one_row and rows.shape[2] < _FEW:
+        if k == 1 and positions < _FEW:
             self._add_by_tap(rows.contiguous(), total)
         else:
-            self._add_by_sample(rows, total, g.shape[1] // rows.shape[1])
+            self._add_by_sample(rows, total, k)
 
     def _add_by_tap(self, rows: Tensor, total: Tensor) -> None:
         """Add the squares for cotangents [V, B, T, C] to a total [C, taps]."""
         inputs = self.inputs.flatten(2).mT.to(rows.dtype).contiguous()  # [B, places, C]
         for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, rows.device)):
             products = rows.index_select(2, places) * inputs.index_select(1, met)
-            total[:, tap] += products.sum(2).square_().sum((0, 1))
+            gradients = products.sum(2)  # [V, B, C]
+            total[:, tap] += gradients.square_().sum((0, 1))
 
     def _add_by_sample(self, rows: Tensor, total: Tensor, k: int) -> None:
         """Add the squares for cotangents [V, B, T, C] of k rows a sample to a total [C, taps]."""
         channels, taps = total.shape
         dims = len(self.size)
-        order = 0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims)
         step = max(1, block_of(rows.device) // rows[0, 0].numel())
         for n, maps in enumerate(torch.split(self.inputs.to(rows.dtype), k)):
-            patches = self.geometry.patches(maps.transpose(0, 1)).permute(order)  # [C, *kernel, k, *output]
-            shifted = patches.reshape(channels, taps, -1)
+            patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]
+            output_last = patches.movedim(tuple(range(1, 1 + dims)), tuple(range(-dims, 0)))
+            shifted = output_last.reshape(channels, taps, -1)  # [C, taps, positions]
             for block in torch.split(rows[:, n], step):
                 by_channel = block.reshape(-1, channels).t().contiguous()
                 cotangents = by_channel.view(channels, len(block), -1)
-                total.add_(torch.bmm(cotangents, shifted.mT).square_().sum(1))
+                gradients = torch.bmm(cotangents, shifted.mT)  # [C, v, taps]
+                total.add_(gradients.square_().sum(1))

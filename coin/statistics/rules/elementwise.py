@@ -55,18 +55,23 @@ class ElementwiseCall(Call):
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         inner = g.shape[2:]
-        shape = (1,) * (len(inner) - len(self.shape)) + self.shape
-        over = [2]  # the dimensions of [v, B, k, …] that t runs over
-        for place, size in enumerate(shape):
-            if size == 1:
-                over.append(3 + place)
-        factor = None if self.added or "weight" not in totals else self.normalised()
+        missing = len(inner) - len(self.shape)
+        shape = *[1] * missing, *self.shape
+        broadcast = [3 + place for place, size in enumerate(shape) if size == 1]
+        over = [2, *broadcast]  # the dimensions of [v, B, k, …] that t runs over
+        factor = None
+        if "weight" in totals and not self.added:
+            factor = self.normalised()
         step = max(1, block_of(g.device) // g[0].numel())
         for block in torch.split(g, step):
             for role, total in totals.items():
-                local = block if role == "bias" or factor is None else block * factor
-                sums = local.reshape(len(block), samples, -1, *inner).sum(over)
-                total.add_(sums.square_().sum((0, 1)).view(total.shape))
+                local = block
+                if role == "weight" and factor is not None:
+                    local = block * factor
+                by_sample = local.reshape(len(block), samples, -1, *inner)
+                gradients = by_sample.sum(over)
+                squares = gradients.square_().sum((0, 1))
+                total.add_(squares.view(total.shape))
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
@@ -95,11 +100,14 @@ def _broadcast(input: Any, other: Any, added: bool) -> Call | None:
         return None
     if weight.dtype != x.dtype or x.ndim < 2 or weight.ndim > x.ndim:
         return None
-    aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
-    fits = all(size in (1, full) for size, full in zip(aligned, x.shape, strict=True))
-    if aligned[0] != 1 or not fits:
+    missing = [1] * (x.ndim - weight.ndim)
+    of_samples, *shape = *missing, *weight.shape
+    if of_samples != 1:
         return None
-    return ElementwiseCall(x, weight, None, aligned[1:], added)
+    for size, full in zip(shape, x.shape[1:], strict=True):
+        if size not in (1, full):
+            return None
+    return ElementwiseCall(x, weight, None, tuple(shape), added)
 
 
 def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:

@@ -34,7 +34,8 @@ class LinearCall(Call):
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         rows = self.positions(g, samples)
         if "bias" in totals:
-            totals["bias"].add_(torch.square(rows.sum(2)).sum((0, 1)))
+            gradients = rows.sum(2)  # [V, B, O]
+            totals["bias"].add_(torch.square(gradients).sum((0, 1)))
         if "weight" in totals:
             self.add_weight(g, rows, totals["weight"])
 
