@@ -143,7 +143,8 @@ class _Pass:
             key = (*shapes_in(inputs), size_of(inputs) > 1)
             is_new = key not in self._layouts
             if is_new:
-                self._layouts[key] = _find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
+                first = take(inputs, slice(0, 1))
+                self._layouts[key] = _find_layout(self.network, self._parameters, first)
             layout = self._layouts[key]
             samples, cotangents = self._choose_cut(layout)
             for start in range(0, size_of(inputs), samples):
@@ -186,7 +187,9 @@ class _Pass:
         self.passes += samples
         if is_unchecked and samples > 1:
             check_apart(self.network, piece, output)
-        labels = None if self.labels is None else self.labels[self.count : self.count + samples]
+        labels = None
+        if self.labels is not None:
+            labels = self.labels[self.count : self.count + samples]
         rows = make_cotangents(
             self.options.kind,
             output.detach(),
@@ -230,7 +233,8 @@ def _accumulator(parameter: Tensor) -> Tensor:
     if parameter.ndim < 3:
         return parameter.new_zeros(parameter.shape, dtype=sum_type(parameter))
     outputs, channels, *kernel = parameter.shape
-    return parameter.new_zeros((outputs, *kernel, channels), dtype=sum_type(parameter)).movedim(-1, 1)
+    channels_at_end = parameter.new_zeros((outputs, *kernel, channels), dtype=sum_type(parameter))
+    return channels_at_end.movedim(-1, 1)
 
 
 def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> _Layout:

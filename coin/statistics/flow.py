@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ _IN_PLACE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention
 _LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}  # of which the first argument alone gives values
 _MARK = "_coin_mark"
 
+Called = partial[Any]
+"""A function with the arguments that it is called with."""
+
 
 class Mark(NamedTuple):
     """What a tensor that is made of inputs or of parameters carries as an attribute.
@@ -51,7 +55,7 @@ class Flow:
 
     Attributes:
         placed: Whether values may have decided where a row goes: by sorting, by an index, by a product with choices.
-        placed_by_is_learned: Whether these values were made of parameters.
+        placed_by_learned: Whether these values were made of parameters.
         reads: How many functions have read the output of a node in autograd's graph, detached or not.
     """
 
@@ -62,18 +66,18 @@ class Flow:
         for tensor in tensors_in(inputs):
             setattr(tensor, _MARK, Mark(is_learned=False, is_choice=_is_discrete(tensor)))
 
-    def through(self, func: Any, args: tuple[Any, ...], options: dict[str, Any], run: Callable[[], Any]) -> Any:
-        """Return what a function returns, which `run` calls with these arguments."""
-        name: str = getattr(func, "__name__", "")
+    def through(self, function: Called, run: Callable[[Called], Any]) -> Any:
+        """Return what a function returns when it is run, and follow the values."""
+        name: str = getattr(function.func, "__name__", "")
         if not name.endswith("__"):
             name = name.removesuffix("_")  # functions that work in place have the same names
-        values = _values(name, args, options)
+        values = _values(name, function)
         marks = [getattr(tensor, _MARK) for tensor in values if hasattr(tensor, _MARK)]
         self._note_placing(name, marks)
-        result = run()
-        made = tensors_in(args[0] if name == "__setitem__" else result)
+        result = run(function)
+        made = tensors_in(function.args[0] if name == "__setitem__" else result)
         if made:
-            self.reads.update(each.grad_fn for each in tensors_in((args, options)))
+            self.reads.update(tensor.grad_fn for tensor in _arguments(function))
         has_parameter = any(isinstance(each, nn.Parameter) for each in values)
         if not marks and not has_parameter:
             return result
@@ -99,17 +103,21 @@ class Flow:
             self.placed_by_learned = True
 
 
-def _values(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
+def _arguments(function: Called) -> list[Tensor]:
+    return tensors_in((function.args, function.keywords))
+
+
+def _values(name: str, function: Called) -> list[Tensor]:
     """Return the tensors whose values make a function's result."""
     if name in _LIKE:
-        return tensors_in(args[0])
+        return tensors_in(function.args[0])
     if name == "__getitem__":
-        source, index = args
+        source, index = function.args
         return [source, *_index_tensors(index)]
     if name == "__setitem__":
-        _, index, value = args
+        _, index, value = function.args
         return [*_index_tensors(index), *tensors_in(value)]
-    return tensors_in((args, options))
+    return _arguments(function)
 
 
 def _index_tensors(index: Any) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Intercept every call of a function with a layer rule while a network runs, from any module."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coin.statistics.attention import self_attention
-from coin.statistics.flow import Flow
+from coin.statistics.flow import Called, Flow
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import add, batch_norm, expand, group_norm, layer_norm, multiply
@@ -31,27 +32,25 @@ class Interceptor(TorchFunctionMode):
         self._visit = visit
         self._flow = flow
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = partial(func, *args, **(kwargs or {}))
         if self._flow is None:
-            return self._result(func, args, options)
-        return self._flow.through(func, args, options, lambda: self._result(func, args, options))
+            return self._result(function)
+        return self._flow.through(function, self._result)
 
-    def _result(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _result(self, function: Called) -> Any:
         """Return what a function returns; a ruled call is handed to the visitor."""
         output: Any
-        if func is F.multi_head_attention_forward:
+        if function.func is F.multi_head_attention_forward:
             with self:  # the projections inside are calls like any other
-                output = self_attention(*args, **options)
+                output = self_attention(*function.args, **function.keywords)
         else:
-            output = self._visited(func, args, options)
-        return func(*args, **options) if output is None else output
+            output = self._visited(function)
+        return function() if output is None else output
 
-    def _visited(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
+    def _visited(self, function: Called) -> Tensor | None:
         """Return what the visitor makes of a ruled call; None of other calls."""
-        call = _read(func, args, options)
+        call = _read(function)
         if call is None or call.weight.numel() == 0:
             return None
         names = {}
@@ -62,17 +61,18 @@ class Interceptor(TorchFunctionMode):
                 return None  # it was made of something trainable, and must stay in autograd's hands
         if not names:
             return None
-        call.decided = self._flow is not None and self._flow.placed_by_learned
-        return self._visit(call, names, lambda: func(*args, **options))
+        if self._flow is not None:
+            call.decided = self._flow.placed_by_learned
+        return self._visit(call, names, function)
 
 
-def _read(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Call | None:
+def _read(function: Called) -> Call | None:
     """Return a function's call with its rule; None where it has none, or is called in a form that has none."""
-    reader = _READERS.get(func)
+    reader = _READERS.get(function.func)
     if reader is None:
         return None
     try:
-        return reader(*args, **options)
+        return reader(*function.args, **function.keywords)
     except TypeError:  # other arguments than the reader knows
         return None
 
@@ -86,7 +86,8 @@ def _matmul(input: Tensor, other: Any = None, mat2: Any = None) -> Call | None:
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Call | None:
-    return _map(mat1, mat2, input, transposed=True) if input.shape == mat2.shape[1:] else None
+    outputs = mat2.shape[1:]
+    return _map(mat1, mat2, input, transposed=True) if input.shape == outputs else None
 
 
 def _map(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Call | None:

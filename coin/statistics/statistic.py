@@ -48,7 +48,9 @@ class Statistic:
     kind: FisherKind | None = None
 
     def __str__(self) -> str:
-        return f"Gram matrices ({self.data})" if self.kind is None else f"Fisher ({self.kind}, {self.data})"
+        if self.kind is None:
+            return f"Gram matrices ({self.data})"
+        return f"Fisher ({self.kind}, {self.data})"
 
 
 def statistic_sums(

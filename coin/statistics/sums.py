@@ -47,14 +47,17 @@ def reduce_sums(sums: Sums) -> Sums:
     if process_count() == 1:
         return sums
     device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")  # the current one
+    empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     layouts: list[dict[str, Tensor]] = [{}] * process_count()
-    distributed.all_gather_object(layouts, {name: tensor.to("meta") for name, tensor in sums.values.items()})
-    names: dict[str, Tensor] = {}
+    distributed.all_gather_object(layouts, empty)
+    every: dict[str, Tensor] = {}
     for layout in layouts:
-        names |= layout
+        every |= layout
     values = {}
-    for name, like in names.items():
-        own = sums.values[name] if name in sums.values else torch.zeros_like(like, device=device)
+    for name, like in every.items():
+        own = sums.values.get(name)
+        if own is None:
+            own = torch.zeros_like(like, device=device)
         total = own.detach().to(device, torch.float64, copy=True).contiguous()
         distributed.all_reduce(total)
         values[name] = total.to(own)

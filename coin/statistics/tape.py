@@ -70,8 +70,10 @@ class Tape:
         k, rest = divmod(len(call.inputs), self._samples)
         if rest != 0 or k == 0:
             return None
-        if self._rows is not None and any(self._rows.get(name) != k for name in names.values()):
-            return None
+        if self._rows is not None:
+            expected = {self._rows.get(name) for name in names.values()}
+            if expected != {k}:
+                return None
         source = call.inputs
         call.inputs = source.detach()  # a call that kept its history would keep itself alive
         output: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]

@@ -153,25 +153,29 @@ class ConvolutionCall(LinearCall):
 
     @override
     def positions(self, g: Tensor, samples: int) -> Tensor:
-        return g.movedim(2, -1).reshape(len(g), samples, -1, g.shape[2])  # a sample's rows are further positions
+        outputs = g.shape[2]
+        outputs_last = g.movedim(2, -1)
+        return outputs_last.reshape(len(g), samples, -1, outputs)  # a sample's rows are further positions
 
     @override
     def patches(self, rows: Tensor) -> Tensor:
         dims = len(self.geometry.kernel)
         patches = self.geometry.patches(rows)  # [k, *output, *kernel, C]
-        grouped = patches.view(*patches.shape[:-1], self.geometry.groups, -1).movedim(-2, 0)
-        by_tap = grouped.flatten(2 + dims)  # [G, k, *output, taps · C/G]
-        return by_tap.flatten(1, 1 + dims)
+        by_group = patches.view(*patches.shape[:-1], self.geometry.groups, -1)
+        columns = by_group.movedim(-2, 0).flatten(2 + dims)  # [G, k, *output, taps · C/G]
+        return columns.flatten(1, 1 + dims)
 
     @override
     def matrices(self, total: Tensor) -> Tensor:
-        return total.movedim(1, -1).view(self.geometry.groups, -1, total[0].numel())
+        columns = total[0].numel()
+        return total.movedim(1, -1).view(self.geometry.groups, -1, columns)
 
     @override
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
         rows = self.inputs.flatten(2).mT.to(total.dtype)
         positions = prod(self.geometry.output_size(self.size))
-        by_tap = total.view(*total.shape[:2], prod(self.geometry.kernel), -1)
+        groups, outputs, _ = total.shape
+        by_tap = total.view(groups, outputs, prod(self.geometry.kernel), -1)
         for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, total.device)):
             met_pairs = pairs
             if len(places) < positions:
@@ -212,7 +216,7 @@ class DepthwiseCall(ConvolutionCall):
         step = max(1, block_of(rows.device) // rows[0, 0].numel())
         for n, maps in enumerate(torch.split(self.inputs.to(rows.dtype), k)):
             patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]
-            output_last = patches.movedim(tuple(range(1, 1 + dims)), tuple(range(-dims, 0)))
+            output_last = patches.permute(0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims))
             shifted = output_last.reshape(channels, taps, -1)  # [C, taps, positions]
             for block in torch.split(rows[:, n], step):
                 by_channel = block.reshape(-1, channels).t().contiguous()

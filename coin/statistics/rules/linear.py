@@ -44,12 +44,14 @@ class LinearCall(Call):
         cotangents, samples, positions, _ = rows.shape
         k = g.shape[1] // samples
         total = self.matrices(weight)
-        if (k == 1 or self.many_rows) and prefers_gram(positions, cotangents, total.shape[-1]):
+        columns = total.shape[-1]
+        takes_gram = k == 1 or self.many_rows
+        if takes_gram and prefers_gram(positions, cotangents, columns):
             pairs = contract_pairs(rows)
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-            inputs = (self.patches(sample.to(g.dtype)) for sample in torch.split(self.inputs, k))
-            add_direct(total, rows, inputs)
+            by_sample = torch.split(self.inputs, k)
+            add_direct(total, rows, (self.patches(sample.to(g.dtype)) for sample in by_sample))
 
     @override
     def finish(self, totals: Totals) -> None:
@@ -79,8 +81,9 @@ class LinearCall(Call):
 
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
         """Add the products of contracted cotangents [B, P, O] with the inputs to a total [G, O/G, K]."""
-        inputs = self.inputs.to(total.dtype).reshape(len(pairs), -1, total.shape[-1])
-        add_gram(total, pairs, inputs)
+        columns = total.shape[-1]
+        inputs = self.inputs.reshape(len(pairs), -1, columns)
+        add_gram(total, pairs, inputs.to(total.dtype))
 
 
 @dataclass(eq=False)
@@ -129,8 +132,9 @@ def contract_pairs(g: Tensor) -> Tensor:
     positions = g.shape[2]
     products = []
     for t in range(positions):
-        following = g[:, :, t : t + 1] * g[:, :, t:]
-        products.append(following.sum(0))
+        own = g[:, :, t : t + 1]
+        following = g[:, :, t:]
+        products.append((own * following).sum(0))
     _, _, weights = position_pairs(positions, g.device)
     return torch.cat(products, 1).mul_(weights[:, None])
 
@@ -172,8 +176,9 @@ def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
         step = 1
         height = max(1, CACHED // (groups * columns))
     by_group = g.view(*g.shape[:3], groups, outputs)
-    largest = min(step, len(g)) * groups * min(height, outputs) * columns
-    buffer = total.new_empty(largest)
+    at_once = min(step, len(g))
+    rows_at_once = groups * min(height, outputs)
+    buffer = total.new_empty(at_once * rows_at_once * columns)
     for n, a in enumerate(inputs):
         for start in range(0, outputs, height):
             piece = slice(start, start + height)
@@ -189,10 +194,12 @@ def _add_squares(total: Tensor, g: Tensor, a: Tensor, buffer: Tensor) -> None:
     flat = buffer[: cotangents * total.numel()]
     gradients = flat.view(groups, -1, columns)  # [G, v·o, K]
     if groups == 1:  # a product a cotangent, so that nothing is copied
-        torch.bmm(left[0], a.expand(cotangents, -1, -1), out=flat.view(cotangents, -1, columns))
+        right = a.expand(cotangents, -1, -1)
+        torch.bmm(left[0], right, out=flat.view(cotangents, -1, columns))
     else:
         torch.bmm(left.flatten(1, 2), a, out=gradients)
     if cotangents == 1:
         total.addcmul_(gradients, gradients)
     else:
-        total.add_(gradients.square_().view(groups, cotangents, -1, columns).sum(1))
+        squares = gradients.square_().view(groups, cotangents, -1, columns)
+        total.add_(squares.sum(1))
