@@ -26,7 +26,9 @@ def channels_last(batch: Batch) -> Batch:
     """Return a batch with the channels of its images [B, C, H, W], if it has any, last in memory."""
 
     def ordered(tensor: Tensor) -> Tensor:
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        if tensor.ndim != 4:
+            return tensor
+        return tensor.contiguous(memory_format=torch.channels_last)
 
     return map_tensors(ordered, batch)
 
@@ -49,8 +51,9 @@ def size_of(batch: Batch) -> int:
 
 def shapes_in(batch: Batch) -> tuple[tuple[Any, ...], ...]:
     """Return the names and shapes of a sample's tensors, which must agree for batches to be joined."""
-    named = {"": batch} if isinstance(batch, Tensor) else batch
-    return tuple((name, *tensor.shape[1:]) for name, tensor in named.items())
+    if isinstance(batch, Tensor):
+        return (("", *batch.shape[1:]),)
+    return tuple((name, *tensor.shape[1:]) for name, tensor in batch.items())
 
 
 def take(batch: Batch, samples: slice | Tensor) -> Batch:
@@ -76,8 +79,11 @@ def joined(batches: Sequence[Batch]) -> Batch:
                 "expected one shape; pad them"
             )
     columns = [torch.cat(tensors) for tensors in zip(*map(tensors_in, batches), strict=True)]
-    return columns[0] if isinstance(first, Tensor) else dict(zip(first, columns, strict=True))
+    if isinstance(first, Tensor):
+        return columns[0]
+    return dict(zip(first, columns, strict=True))
 
 
 def _told(batch: Batch) -> str:
-    return " ".join(str([*tensor.shape[1:]]) for tensor in tensors_in(batch))
+    shapes = [str([*tensor.shape[1:]]) for tensor in tensors_in(batch)]
+    return " ".join(shapes)

@@ -42,7 +42,8 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     """Return a copy of a network in the same modes, which shares all tensors with it or, by default, none."""
     memo = {}
     if shared:
-        memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+        every = (*network.parameters(), *network.buffers())
+        memo = {id(tensor): tensor for tensor in every}
     for module in network.modules():
         for tensor in tensors_in(vars(module)):
             if not tensor.is_leaf:  # what a forward pass has left in an attribute has a graph, which cannot be copied
@@ -54,10 +55,12 @@ def clone(network: Network, *, shared: bool = False) -> Network:
 
 def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
     """Raise StateError for TorchScript, or where a tensor is sparse, lazy or, unless `meta`, on the meta device."""
-    found = "TorchScript" if isinstance(network, torch.jit.ScriptModule) else None
+    found = None
+    if isinstance(network, torch.jit.ScriptModule):
+        found = "TorchScript"
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        is_empty = tensor.is_meta and not meta
-        if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided or is_empty:
+        is_dense = tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
+        if not is_dense or (tensor.is_meta and not meta):
             found = f"'{name}', which is sparse, lazy or on the meta device,"
             break
     if found is not None:
@@ -91,7 +94,8 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 def checked_batch(batch: Any, network: nn.Module) -> Batch:
     """Return a batch, or the inputs of (inputs, labels): a tensor, or where a function calls the network, a mapping."""
     has_function = "_call_impl" in network.__dict__ or getattr(network, "forward_by", None) is not None
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and not has_function:
+    is_pair = isinstance(batch, tuple | list) and len(batch) in (1, 2)
+    if is_pair and not has_function:
         batch = batch[0]
     if _is_batch(batch):
         return batch  # type: ignore[no-any-return]
@@ -100,8 +104,12 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
             f"found a batch of type {type(batch).__name__}, expected input tensors [B, …]; "
             "give them alone, or forward=lambda network, batch: … to read tensors by name"
         )
-    sizes = {name: len(entry) if _is_batch(entry) else type(entry).__name__ for name, entry in batch.items()}
-    if len({*sizes.values()}) != 1 or not all(map(_is_batch, batch.values())):
+    sizes: dict[str, int | str] = {}
+    for name, entry in batch.items():
+        sizes[name] = len(entry) if _is_batch(entry) else type(entry).__name__
+    found = {*sizes.values()}
+    is_sound = len(found) == 1 and all(isinstance(size, int) for size in found)
+    if not is_sound:
         raise DataError(f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else")
     return batch
 
@@ -127,7 +135,10 @@ def explained_inputs(network: nn.Module, batch: Callable[[], Any]) -> Iterator[N
 
 def _expected_images(network: nn.Module, images: Any) -> str | None:
     """Say which images a network wants whose first layer with weights is a convolution; None for those it has."""
-    first = next((each for each in network.modules() if next(each.parameters(recurse=False), None) is not None), None)
+    first = None
+    for first in network.modules():
+        if [*first.parameters(recurse=False)]:
+            break
     if not isinstance(first, nn.Conv2d) or not isinstance(images, Tensor):
         return None
     channels = first.in_channels
@@ -135,7 +146,8 @@ def _expected_images(network: nn.Module, images: Any) -> str | None:
         return f"float images [B, {channels}, H, W]; normalise them as in training"
     if images.ndim != 4:
         return f"batches [B, {channels}, H, W]; give inputs[None] for one image"
-    if images.shape[1] != channels and images.shape[3] == channels:
+    _, second, _, last = images.shape
+    if second != channels and last == channels:
         return f"channels first, [B, {channels}, H, W]; give inputs.permute(0, 3, 1, 2)"
     return None
 

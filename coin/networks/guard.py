@@ -28,8 +28,10 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     Raises ConfigurationError where there are none, or one is complex; else as `check_tensors`.
     """
     check_tensors(network)
-    every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
-    parameters = {name: p for name, p in every.items() if p.requires_grad} or every
+    every = dict(network.named_parameters())
+    parameters = {name: p for name, p in every.items() if p.requires_grad}
+    if not parameters:
+        parameters = {name: p for name, p in every.items() if p.is_floating_point()}
     if not parameters:
         raise ConfigurationError(f"found no floating-point parameters in {type(network).__name__}, expected some")
     for name, parameter in parameters.items():
@@ -43,9 +45,11 @@ def check_apart(network: nn.Module, inputs: Batch, outputs: Tensor) -> None:
     ends = [0, size_of(inputs) - 1]
     with torch.no_grad():
         together = outputs[ends]
-        alone = torch.cat([network(take(inputs, slice(n, n + 1))) for n in ends])
+        singles = [take(inputs, slice(n, n + 1)) for n in ends]
+        alone = torch.cat([network(single) for single in singles])
     error = (together - alone).abs()
-    tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().amax()
+    precision = torch.finfo(alone.dtype).eps
+    tolerance = precision**0.5 * alone.abs().amax()
     if bool((error > tolerance).any()):
         raise StateError(
             f"{type(network).__name__} gives a sample other outputs beside others than alone, or at every call; "

@@ -140,16 +140,18 @@ class _Pass:
         """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
-            key = (*shapes_in(inputs), size_of(inputs) > 1)
+            size = size_of(inputs)
+            key = (*shapes_in(inputs), size > 1)
             is_new = key not in self._layouts
             if is_new:
                 first = take(inputs, slice(0, 1))
                 self._layouts[key] = _find_layout(self.network, self._parameters, first)
             layout = self._layouts[key]
             samples, cotangents = self._choose_cut(layout)
-            for start in range(0, size_of(inputs), samples):
+            for start in range(0, size, samples):
                 piece = take(inputs, slice(start, start + samples))
-                self._add_piece(piece, layout, cotangents, is_unchecked=is_new and start == 0)
+                is_unchecked = is_new and start == 0
+                self._add_piece(piece, layout, cotangents, is_unchecked)
                 progress(size_of(piece))
 
     def _choose_cut(self, layout: _Layout) -> tuple[int, int]:
@@ -179,7 +181,7 @@ class _Pass:
             samples = min(samples, max(1, enough))
         return samples, cotangents
 
-    def _add_piece(self, piece: Batch, layout: _Layout, chunk: int, *, is_unchecked: bool) -> None:
+    def _add_piece(self, piece: Batch, layout: _Layout, chunk: int, is_unchecked: bool) -> None:
         """Add some samples, `chunk` of the cotangents at a time; unchecked ones are checked to be independent."""
         samples = size_of(piece)
         tape = Tape(self._parameters, layout.rows)
@@ -260,17 +262,18 @@ def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch,
     except RuntimeError as error:  # a backward pass that cannot be batched
         if is_last or is_out_of_memory(error):
             raise
-    sizes = [call.inputs.numel() // 2 for call in tape.calls]
-    if not sizes:
-        sizes = [sum(tensor.numel() for tensor in tensors_in(two)) // 2]
-    return _Layout(rows, sum(sizes), max(sizes), output.shape[1], is_last)
+    inputs = [call.inputs for call in tape.calls] or tensors_in(two)
+    sizes = [tensor.numel() // 2 for tensor in inputs]
+    outputs = output.shape[1]
+    return _Layout(rows, sum(sizes), max(sizes), outputs, is_last)
 
 
 def _rows_of(tape: Tape, untrusted: Collection[str]) -> dict[str, int]:
     """Return how many rows a sample has at the calls on two, by parameter, but for calls of those untrusted."""
     rows = {}
     for call in tape.calls:
+        k = len(call.inputs) // 2
         names = call.names.values()
         if not any(name in untrusted for name in names):
-            rows.update(dict.fromkeys(names, len(call.inputs) // 2))
+            rows.update(dict.fromkeys(names, k))
     return rows

@@ -16,21 +16,11 @@ _DECIDING |= {"__bool__", "__int__", "__float__", "__index__"}
 _ROUNDING = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"}
 # Functions whose results have the arguments' entries in the same place, or are attention under a mask.
 _OPERATORS = {"mul", "add", "sub", "div", "truediv", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
-_IN_PLACE = {f"__{kind}{name}__" for kind in ("", "r", "i") for name in _OPERATORS}
-_IN_PLACE |= _OPERATORS
-_IN_PLACE |= {"where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "lerp"}
-_IN_PLACE |= {
-    "multiply",
-    "subtract",
-    "divide",
-    "true_divide",
-    "rsub",
-    "addcmul",
-    "addcdiv",
-    "logical_and",
-    "logical_or",
-}
-_IN_PLACE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention_forward"}
+_ENTRYWISE = {f"__{kind}{name}__" for kind in ("", "r", "i") for name in _OPERATORS}
+_ENTRYWISE |= _OPERATORS
+_ENTRYWISE |= {"multiply", "subtract", "divide", "true_divide", "addcmul", "addcdiv", "logical_and", "logical_or"}
+_ENTRYWISE |= {"where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "lerp"}
+_ENTRYWISE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention_forward"}
 _LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}  # of which the first argument alone gives values
 _MARK = "_coin_mark"
 
@@ -75,25 +65,27 @@ class Flow:
         marks = [getattr(tensor, _MARK) for tensor in values if hasattr(tensor, _MARK)]
         self._note_placing(name, marks)
         result = run(function)
-        made = tensors_in(function.args[0] if name == "__setitem__" else result)
+        made = tensors_in(result)
+        if name == "__setitem__":
+            made = [function.args[0]]
         if made:
             self.reads.update(tensor.grad_fn for tensor in _arguments(function))
         has_parameter = any(isinstance(each, nn.Parameter) for each in values)
-        if not marks and not has_parameter:
-            return result
-        is_learned = has_parameter or any(mark.is_learned for mark in marks)
-        is_rounded = name in _ROUNDING or (not has_parameter and all(mark.is_choice for mark in marks))
-        for tensor in made:
-            if not isinstance(tensor, nn.Parameter):
-                is_choice = bool(marks) and (is_rounded or _is_discrete(tensor))
-                setattr(tensor, _MARK, Mark(is_learned, is_choice))
+        if marks or has_parameter:
+            is_learned = has_parameter or any(mark.is_learned for mark in marks)
+            are_choices = not has_parameter and all(mark.is_choice for mark in marks)
+            for tensor in made:
+                is_discrete = are_choices or name in _ROUNDING or _is_discrete(tensor)
+                is_choice = is_discrete and len(marks) > 0
+                if not isinstance(tensor, nn.Parameter):
+                    setattr(tensor, _MARK, Mark(is_learned, is_choice))
         return result
 
     def _note_placing(self, name: str, marks: list[Mark]) -> None:
         """Note whether a function places rows by values with these marks."""
         if name in _DECIDING:
             deciding = marks
-        elif len(marks) > 1 and name not in _IN_PLACE:
+        elif len(marks) > 1 and name not in _ENTRYWISE:
             deciding = [mark for mark in marks if mark.is_choice]
         else:
             return
@@ -122,9 +114,13 @@ def _values(name: str, function: Called) -> list[Tensor]:
 
 def _index_tensors(index: Any) -> list[Tensor]:
     """Return the tensors of an index, of slices their ends."""
+    parts = index if isinstance(index, tuple) else (index,)
     found = []
-    for part in index if isinstance(index, tuple) else (index,):
-        found += tensors_in([part.start, part.stop] if isinstance(part, slice) else part)
+    for part in parts:
+        if isinstance(part, slice):
+            found += tensors_in([part.start, part.stop])
+        else:
+            found += tensors_in(part)
     return found
 
 

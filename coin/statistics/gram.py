@@ -50,11 +50,12 @@ def gram_sums(
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
         own_bias = parameters.get(name.removesuffix("weight") + "bias")
+        has_bias = call.bias is not None and call.bias is own_bias
         key = name + TRANSPOSED if call.transposed else name
         for a in _rows(call):
-            if call.bias is not None and call.bias is own_bias:
-                one = a.new_ones(*a.shape[:2], 1)
-                a = torch.cat([a, one], -1)
+            if has_bias:
+                ones = torch.ones_like(a[..., :1])
+                a = torch.cat([a, ones], -1)
             _add(values, key, a)
 
     count = 0
@@ -76,11 +77,14 @@ def _rows(call: LinearCall) -> Iterator[Tensor]:
         yield x.reshape(-1, 1, x.shape[-1])
         return
     geometry = call.geometry
+    dims = len(geometry.kernel)
     positions = prod(geometry.output_size(call.size))
     floats = positions * prod(geometry.kernel) * x.shape[1]  # of one sample's patches
-    for piece in torch.split(x, max(1, _BLOCK // floats)):
-        patches = geometry.patches(piece).movedim(-1, 1 + len(geometry.kernel))  # [b, *output, C, *kernel]
-        yield patches.reshape(len(piece) * positions, geometry.groups, -1)
+    samples = max(1, _BLOCK // floats)
+    for piece in torch.split(x, samples):
+        patches = geometry.patches(piece)  # [b, *output, *kernel, C]
+        rows = patches.movedim(-1, 1 + dims)  # [b, *output, C, *kernel]
+        yield rows.reshape(len(piece) * positions, geometry.groups, -1)
 
 
 def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
@@ -96,7 +100,9 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
 
 def linear_maps(network: nn.Module) -> list[str]:
     """Return the weights of fully connected layers and convolutions of one group; Conv1D's end in `TRANSPOSED`."""
-    uses = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
+    uses: Counter[int] = Counter()
+    for module in network.modules():
+        uses.update(map(id, module._parameters.values()))
     found = []
     for prefix, module in network.named_modules():
         is_transposed = type(module).__name__ == "Conv1D"

@@ -53,9 +53,10 @@ class Tape:
         self._samples = size_of(inputs)
         flow = Flow(inputs) if self._rows is None else None
         with Interceptor(self._parameters, self._visit, flow):
-            output = network(inputs)
-        found = [*output.shape] if isinstance(output, Tensor) else type(output).__name__
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != self._samples:
+            output: Tensor = network(inputs)
+        is_tensor = isinstance(output, Tensor)
+        if not is_tensor or output.ndim != 2 or len(output) != self._samples:
+            found = [*output.shape] if is_tensor else type(output).__name__
             raise DataError(f"the network's output is {found}, expected logits [{self._samples}, C]; give forward=…")
         if flow is not None:
             self.sorts = flow.placed
@@ -86,7 +87,9 @@ class Tape:
 
     def shared(self, output: Tensor) -> set[str]:
         """Return the parameters that are not used by one ruled call alone, in the graph behind the output."""
-        times = Counter(name for call in self.calls for name in call.names.values())
+        times: Counter[str] = Counter()
+        for call in self.calls:
+            times.update(call.names.values())
         elsewhere = _leaves(output)
         found = set()
         for name, parameter in self._parameters.items():
@@ -133,8 +136,11 @@ class Tape:
     def collect(self, totals: Totals, general: Collection[str]) -> None:
         """Have the rules add to the totals, by parameter, in the passes that follow, but for those `general`."""
         for call in self.calls:
-            ruled = {role: name for role, name in call.names.items() if name not in general}
-            self._totals[call] = {role: totals[name] for role, name in ruled.items()}
+            own = {}
+            for role, name in call.names.items():
+                if name not in general:
+                    own[role] = totals[name]
+            self._totals[call] = own
 
     def finish(self) -> None:
         """Add to the totals what the rules deferred until all cotangents had been seen."""
@@ -210,9 +216,9 @@ class _RuledCall(Function):
         needs_input = ctx.needs_input_grad[1]
         _ = ctx.saved_tensors  # raises an error where the input was changed
         if is_batchedtensor(g):  # all that `torch.vmap` batches at once, without its ways for functions of one's own
-            level = maybe_get_level(g)
             cotangents = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
-            gradient = _add_batch_dim(ctx.tape.contract(ctx.call, cotangents, needs_input), 0, level)
+            gradients = ctx.tape.contract(ctx.call, cotangents, needs_input)
+            gradient = _add_batch_dim(gradients, 0, maybe_get_level(g))
         else:
             gradient = ctx.tape.contract(ctx.call, g[None], needs_input)[0]
         return None, gradient if needs_input else None, None, None, None

@@ -43,7 +43,8 @@ class ElementwiseCall(Call):
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        made = replace(self, inputs=inputs).normalised() * weight.view(self.shape)
+        call = replace(self, inputs=inputs)
+        made = call.normalised() * weight.view(self.shape)
         if self.bias is not None:
             made = made + self.bias.view(self.shape)
         return made.to(inputs.dtype)
@@ -105,7 +106,7 @@ def _broadcast(input: Any, other: Any, added: bool) -> Call | None:
     if of_samples != 1:
         return None
     for size, full in zip(shape, x.shape[1:], strict=True):
-        if size not in (1, full):
+        if size != 1 and size != full:
             return None
     return ElementwiseCall(x, weight, None, tuple(shape), added)
 

@@ -99,11 +99,12 @@ class EmbeddingCall(Call):
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         cotangents = g.reshape(len(g), samples, -1, g.shape[-1])  # [V, B, places, O]
-        for n, tokens in enumerate(self.inputs.reshape(samples, -1)):
+        by_sample = self.inputs.reshape(samples, -1)
+        for n, tokens in enumerate(by_sample):
             found, places = torch.unique(tokens, return_inverse=True)
-            sums = g.new_zeros(len(g), len(found), g.shape[-1])
-            sums.index_add_(1, places, cotangents[:, n])
-            squares = torch.square(sums).sum(0)
+            gradients = g.new_zeros(len(g), len(found), g.shape[-1])
+            gradients.index_add_(1, places, cotangents[:, n])
+            squares = torch.square(gradients).sum(0)
             if self.padding is not None:
                 squares[found == self.padding % len(self.weight)] = 0  # the padding token gets no gradient
             totals["weight"].index_add_(0, found, squares)
@@ -142,7 +143,7 @@ def contract_pairs(g: Tensor) -> Tensor:
 def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
     """Add Σ_n Σ_p pairs_np a_t a_t' to `total` [G, O/G, K], of contracted pairs [B, P, O] and inputs a [B, T, G·K]."""
     groups, outputs, columns = total.shape
-    positions = a.shape[1]
+    _, positions, _ = a.shape
     if positions == 1:
         products = torch.square(a)
     else:
