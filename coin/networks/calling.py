@@ -101,8 +101,8 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
         return batch  # type: ignore[no-any-return]
     if not has_function or not isinstance(batch, Mapping):
         raise DataError(
-            f"found a batch of type {type(batch).__name__}, expected input tensors [B, …]; "
-            "give them alone, or forward=lambda network, batch: … to read tensors by name"
+            f"found a batch of type {type(batch).__name__}, expected a tensor [B, …], "
+            "or tensors by name with forward=lambda network, batch: …"
         )
     sizes: dict[str, int | str] = {}
     for name, entry in batch.items():
