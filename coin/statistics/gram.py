@@ -78,7 +78,7 @@ def _rows(call: LinearCall) -> Iterator[Tensor]:
         return
     geometry = call.geometry
     dims = len(geometry.kernel)
-    positions = prod(geometry.output_size(call.size))
+    positions = call.places
     floats = positions * prod(geometry.kernel) * x.shape[1]  # of one sample's patches
     samples = max(1, _BLOCK // floats)
     for piece in torch.split(x, samples):

@@ -92,6 +92,16 @@ class ConvolutionCall(LinearCall):
         """The spatial size of the input."""
         return tuple(self.inputs.shape[2:])
 
+    @property
+    def places(self) -> int:
+        """The number of places in the output."""
+        return prod(self.geometry.output_size(self.size))
+
+    @property
+    def taps(self) -> list[tuple[Tensor, Tensor]]:
+        """Those of `taps_of`."""
+        return taps_of(self.geometry, self.size, self.inputs.device)
+
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         folded = g.flatten(0, 1)  # [V·N, O, *output]
@@ -104,7 +114,7 @@ class ConvolutionCall(LinearCall):
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
             by_tap = weight.flatten(2)  # [O, C, taps]
-            for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, g.device)):
+            for tap, (places, met) in enumerate(self.taps):
                 by_place[:, met] = rows[:, places] @ by_tap[..., tap]
         else:
             ordered = folded.contiguous(memory_format=order)
@@ -117,8 +127,7 @@ class ConvolutionCall(LinearCall):
         if geometry.groups > 1:
             return False
         is_pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
-        has_one_position = prod(geometry.output_size(self.size)) == 1
-        return has_one_position or (is_pointwise and max(geometry.stride) > 1)
+        return self.places == 1 or (is_pointwise and max(geometry.stride) > 1)
 
     def _library_gradient(self, g: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the input, shaped `like` it, from torch's own kernel."""
@@ -172,19 +181,24 @@ class ConvolutionCall(LinearCall):
 
     @override
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
-        rows = self.inputs.flatten(2).mT.to(total.dtype)
-        positions = prod(self.geometry.output_size(self.size))
+        rows = self.inputs.flatten(2).mT.to(total.dtype)  # [B, places of the image, C]
         groups, outputs, _ = total.shape
-        by_tap = total.view(groups, outputs, prod(self.geometry.kernel), -1)
-        for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, total.device)):
+        taps = self.taps
+        by_tap = total.view(groups, outputs, len(taps), -1)
+        for tap, (places, met) in enumerate(taps):
             met_pairs = pairs
-            if len(places) < positions:
-                first, second, _ = position_pairs(len(places), total.device)
-                t = places[first]
-                before = t * (2 * positions - 1 - t) // 2
-                number = before + places[second]  # of a pair t ≤ t' among those of all positions
-                met_pairs = pairs.index_select(1, number)
+            if len(places) < self.places:
+                numbers = _numbers_of_pairs(places, self.places)
+                met_pairs = pairs.index_select(1, numbers)
             add_gram(by_tap[:, :, tap], met_pairs, rows[:, met])
+
+
+def _numbers_of_pairs(places: Tensor, every: int) -> Tensor:
+    """Return the numbers of the pairs t ≤ t' of some places among the pairs of every place, in `position_pairs`."""
+    first, second, _ = position_pairs(len(places), places.device)
+    t = places[first]
+    before = t * (2 * every - 1 - t) // 2  # pairs that come before those of t, less t
+    return before + places[second]
 
 
 @dataclass(eq=False)
@@ -204,7 +218,7 @@ class DepthwiseCall(ConvolutionCall):
     def _add_by_tap(self, rows: Tensor, total: Tensor) -> None:
         """Add the squares for cotangents [V, B, T, C] to a total [C, taps]."""
         inputs = self.inputs.flatten(2).mT.to(rows.dtype).contiguous()  # [B, places, C]
-        for tap, (places, met) in enumerate(taps_of(self.geometry, self.size, rows.device)):
+        for tap, (places, met) in enumerate(self.taps):
             products = rows.index_select(2, places) * inputs.index_select(1, met)
             gradients = products.sum(2)  # [V, B, C]
             total[:, tap] += gradients.square_().sum((0, 1))
@@ -213,10 +227,13 @@ class DepthwiseCall(ConvolutionCall):
         """Add the squares for cotangents [V, B, T, C] of k rows a sample to a total [C, taps]."""
         channels, taps = total.shape
         dims = len(self.size)
+        output_dims = range(1, 1 + dims)
+        other_dims = range(1 + dims, 2 + 2 * dims)
         step = max(1, block_of(rows.device) // rows[0, 0].numel())
-        for n, maps in enumerate(torch.split(self.inputs.to(rows.dtype), k)):
+        by_sample = torch.split(self.inputs.to(rows.dtype), k)
+        for n, maps in enumerate(by_sample):
             patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]
-            output_last = patches.permute(0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims))
+            output_last = patches.permute(0, *other_dims, *output_dims)
             shifted = output_last.reshape(channels, taps, -1)  # [C, taps, positions]
             for block in torch.split(rows[:, n], step):
                 by_channel = block.reshape(-1, channels).t().contiguous()
