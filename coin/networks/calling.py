@@ -56,7 +56,7 @@ def clone(network: Network, *, shared: bool = False) -> Network:
 def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
     """Raise StateError for TorchScript, or where a tensor is sparse, lazy or, unless `meta`, on the meta device."""
     found = None
-    if isinstance(network, torch.jit.ScriptModule):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         found = "TorchScript"
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         is_dense = tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)

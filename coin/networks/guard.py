@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
-from coin.networks.calling import check_tensors, clear_caches
+from coin.networks.calling import check_tensors, clear_caches, explained_inputs
 
 _LOCK = threading.Lock()
 _EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
@@ -74,15 +74,20 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode.
 
+    Images that a convolution refuses are a DataError.
+
     Threads may be in blocks of the same network: its modules stay in eval mode until the last has left.
     """
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     modules = list(network.modules())
     has_caches = any(type(module).train is not nn.Module.train for module in modules)
 
+    latest: list[Any] = []  # the inputs of the last call
+
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
         if has_caches:
             clear_caches(network)
+        latest[:] = arguments[:1]
         return tree_map_only(Tensor, torch.clone, (arguments, options))  # which the network may change in place
 
     with _LOCK:
@@ -92,7 +97,10 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
             module.training = False
         clear_caches(network)
     try:
-        with network.register_forward_pre_hook(prepare, with_kwargs=True):
+        with (
+            network.register_forward_pre_hook(prepare, with_kwargs=True),
+            explained_inputs(network, lambda: next(iter(latest), None)),
+        ):
             yield
     finally:
         with _LOCK:
