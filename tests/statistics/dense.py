@@ -11,14 +11,15 @@ from coin.statistics import fisher_diagonal
 CLASSES = 3
 
 
-def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """One sample and one output at a time, squared after autograd has summed whatever it sums."""
+def dense_loop(network: nn.Module, inputs: Tensor, copies: int = 1) -> dict[str, Tensor]:
+    """One sample, in some copies, and one output at a time, squared after autograd has summed whatever it sums."""
     network.eval()
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x in inputs:
         for c in range(CLASSES):
-            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
+            output = network(torch.stack([x] * copies))[0, c]
+            gradients = torch.autograd.grad(output, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient**2
