@@ -111,10 +111,12 @@ def _convolution(
     kernel = tuple(weight.shape[2:])
     dilations = _sizes(dilation, dims)
     if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        totals = [dilations[dim] * (size - 1) for dim, size in enumerate(kernel)]
         sides = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):
-            further = [far for total in reversed(totals) for far in (0, total % 2)]  # one more on the far side
+            further = []
+            for total in reversed(totals):
+                further += [0, total % 2]  # one more on the far side
             input = F.pad(input, further)
     else:
         sides = _sizes(0 if padding == "valid" else padding, dims)
@@ -127,7 +129,9 @@ def _convolution(
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
     """Return a convolution's option, a number or some, for every spatial dimension."""
     values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
+    if len(values) == 1:
+        return values * dims
+    return values
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Call | None:

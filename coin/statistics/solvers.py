@@ -121,15 +121,16 @@ def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor)
         means: What was subtracted [G, T, K].
         weights: Those of `by_task` [T, n].
     """
-    tiny = torch.finfo(weights.dtype).tiny
-    shares = weights.sum(1)[:, None].clamp(min=tiny)  # [T, 1]
+    count = centred.shape[1]
+    shares = weights.sum(1)[:, None].clamp(min=torch.finfo(weights.dtype).tiny)  # [T, 1]
     # A mean of n numbers is off by up to n times the precision. What it is off by is the mean that is left.
-    left = weights.sqrt() @ centred
-    missed = (left.square() / shares).sum(1).mean(1)
-    size = (means.double().square() * shares).sum(1).mean(1)
+    left = weights.sqrt() @ centred  # [G, T, K]
+    missed = left.square() / shares
+    squares = means.double().square() * shares
+    size = squares.sum(1).mean(1)
     precision = torch.finfo(centred.dtype).eps
-    rounding = centred.shape[1] * precision**2 * size
-    return scale <= rounding + _MISSED * missed
+    rounding = count * precision**2 * size
+    return scale <= rounding + _MISSED * missed.sum(1).mean(1)
 
 
 def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

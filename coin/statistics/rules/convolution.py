@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.linear import LinearCall, add_gram, block_of, position_pairs
+from coin.statistics.rules.linear import LinearCall, add_gram, at_once, position_pairs
 
 _FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -72,7 +72,7 @@ def taps_of(geometry: Geometry, size: tuple[int, ...], device: torch.device) -> 
     found = []
     for tap in range(prod(geometry.kernel)):
         meets = inside[:, tap]
-        found.append((places[meets], met[meets, tap]))
+        found.append((places[meets], met[:, tap][meets]))
     return found
 
 
@@ -152,7 +152,13 @@ class ConvolutionCall(LinearCall):
         geometry = self.geometry
         convolve = _CONVOLUTIONS[len(geometry.kernel)]
         return convolve(
-            inputs, weight, self.bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+            inputs,
+            weight,
+            self.bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
         )
 
     @override
@@ -229,7 +235,7 @@ class DepthwiseCall(ConvolutionCall):
         dims = len(self.size)
         output_dims = range(1, 1 + dims)
         other_dims = range(1 + dims, 2 + 2 * dims)
-        step = max(1, block_of(rows.device) // rows[0, 0].numel())
+        step = at_once(rows.device, rows[0, 0].numel())
         by_sample = torch.split(self.inputs.to(rows.dtype), k)
         for n, maps in enumerate(by_sample):
             patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]

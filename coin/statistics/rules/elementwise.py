@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
-from coin.statistics.rules.linear import block_of
+from coin.statistics.rules.linear import at_once
 from coin.statistics.sums import sum_type
 
 
@@ -56,14 +56,14 @@ class ElementwiseCall(Call):
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         inner = g.shape[2:]
-        missing = len(inner) - len(self.shape)
-        shape = *[1] * missing, *self.shape
+        missing = [1] * (len(inner) - len(self.shape))
+        shape = *missing, *self.shape
         broadcast = [3 + place for place, size in enumerate(shape) if size == 1]
         over = [2, *broadcast]  # the dimensions of [v, B, k, …] that t runs over
         factor = None
         if "weight" in totals and not self.added:
             factor = self.normalised()
-        step = max(1, block_of(g.device) // g[0].numel())
+        step = at_once(g.device, g[0].numel())
         for block in torch.split(g, step):
             for role, total in totals.items():
                 local = block
@@ -96,8 +96,12 @@ def add(input: Any, other: Any) -> Call | None:
 
 def _broadcast(input: Any, other: Any, added: bool) -> Call | None:
     """Return the call of a parameter and a tensor in either order, where the parameter has an entry of every sample."""
-    weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
-    if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+    weight, x = other, input
+    if isinstance(input, nn.Parameter):
+        weight, x = input, other
+    if not isinstance(weight, nn.Parameter):
+        return None
+    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return None
     if weight.dtype != x.dtype or x.ndim < 2 or weight.ndim > x.ndim:
         return None

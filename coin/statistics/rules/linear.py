@@ -159,9 +159,10 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total.clamp_min_(0)
 
 
-def block_of(device: torch.device) -> int:
-    """Return how many floats a rule makes at a time on a device."""
-    return BLOCK if device.type == "cpu" else _LARGE_BLOCK
+def at_once(device: torch.device, floats: int) -> int:
+    """Return how many pieces of so many floats a rule makes at a time on a device; one at least."""
+    block = BLOCK if device.type == "cpu" else _LARGE_BLOCK
+    return max(1, block // floats)
 
 
 def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
@@ -171,15 +172,15 @@ def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
     """
     groups, outputs, columns = total.shape
     if 2 * total.numel() <= CACHED or total.device.type != "cpu":
-        step = max(1, block_of(total.device) // total.numel())  # cotangents at a time
+        step = at_once(total.device, total.numel())  # cotangents at a time
         height = outputs  # of a group, at a time
     else:
         step = 1
         height = max(1, CACHED // (groups * columns))
     by_group = g.view(*g.shape[:3], groups, outputs)
-    at_once = min(step, len(g))
-    rows_at_once = groups * min(height, outputs)
-    buffer = total.new_empty(at_once * rows_at_once * columns)
+    most_cotangents = min(step, len(g))
+    most_rows = groups * min(height, outputs)
+    buffer = total.new_empty(most_cotangents * most_rows * columns)
     for n, a in enumerate(inputs):
         for start in range(0, outputs, height):
             piece = slice(start, start + height)
