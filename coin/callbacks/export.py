@@ -4,7 +4,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -13,10 +12,8 @@ from coin.core.choices import parse_enum
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.atomic import hashes
 from coin.files.tensors import not_finite
-from coin.networks import NetworkConfig, fill_network, save_network, without_frozen
+from coin.networks import NetworkConfig, fill_network, read_weights, save_network, without_frozen
 from coin.networks.calling import clone
-
-_DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}  # from which a module builds its network
 
 
 class Weights(StrEnum):
@@ -32,7 +29,8 @@ class FileOfTrained(Callback):
     name: ClassVar[str]
 
     def __init__(self, path: str | None, weights: Weights) -> None:
-        self.path, self.weights = path, parse_enum(Weights, "weights", weights)
+        self.path = path
+        self.weights = parse_enum(Weights, "weights", weights)
 
     def file(self, trainer: Trainer) -> Path:
         """Return the file that it writes."""
@@ -40,27 +38,30 @@ class FileOfTrained(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, before training, that the file can be written after it."""
-        if not isinstance(getattr(pl_module, "network", None), nn.Module) or not pl_module.hparams.keys() >= _DESCRIBED:
-            found, own = type(pl_module).__name__, type(self).__name__
+        if not isinstance(getattr(pl_module, "config", None), NetworkConfig):
+            found = type(pl_module).__name__
+            own = type(self).__name__
             raise ConfigurationError(f"found a {found}, expected an Expert; leave out {own}, or set model to Expert")
-        if self.weights == Weights.best and self._monitored(trainer) is None:
+        if self.weights is Weights.best and _monitored(trainer) is None:
             raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or take the last")
 
     def trained_network(self, trainer: Trainer, module: Any) -> nn.Module:
         """Return the network with the chosen weights, none frozen: what one expert did not train another may have."""
-        monitored = self._monitored(trainer)
-        if self.weights == Weights.last or monitored is None:
-            return without_frozen(module.network)
-        state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
-        best, own = clone(module.network), "network."
-        saved = {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
-        fill_network(best, saved, monitored.best_model_path)
-        return without_frozen(best)
+        network: nn.Module = module.network
+        monitored = _monitored(trainer)
+        if self.weights is Weights.best and monitored is not None:
+            network = clone(network)
+            path = monitored.best_model_path
+            fill_network(network, read_weights(Path(path), network.state_dict().keys()), path)
+        return without_frozen(network)
 
-    @staticmethod
-    def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
-        found = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
-        return next(found, None)
+
+def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the trainer's ModelCheckpoint that keeps the best weights, if it has one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            return callback
+    return None
 
 
 class ExpertExport(FileOfTrained):
@@ -86,16 +87,20 @@ class ExpertExport(FileOfTrained):
         path = self.file(trainer)
         if not_finite(network.state_dict()) is not None:
             raise NumericalError(f"training diverged: the weights for '{path}' are not finite; give a smaller rate")
+        config: Any = pl_module.config
         options = dict(pl_module.hparams)
         data = getattr(trainer, "datamodule", None)
-        config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})
-        provenance = {
+        read = [Path(options["initial"])] if options.get("initial") else []
+        provenance: dict[str, Any] = {
             "made_by": "coin fit",
-            "task": self.task or (None if data is None else type(data).__name__),
-            "sha256": hashes([Path(options["initial"])] if options.get("initial") else []),
-            "classes": None if data is None else list(data.classes),
+            "task": self.task,
+            "classes": None,
+            "sha256": hashes(read),
             "options": {name: value for name, value in options.items() if not name.startswith("_")},
             "epochs": trainer.current_epoch,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
+        if data is not None:
+            provenance["classes"] = list(data.classes)
+            provenance["task"] = self.task or type(data).__name__
         save_network(path, network, config, int(options["num_classes"]), provenance)

@@ -31,18 +31,22 @@ def estimate_statistic(
 
     Returns its cost in ``seconds`` and ``passes``. The seed is of random cotangents; `provenance` goes into the file.
     """
-    rank, world = trainer.global_rank, trainer.world_size
+    rank = trainer.global_rank
     started = time.perf_counter()
-    share = calibration.subset(shard(calibration.num_samples, rank, world)).on(device_of(network))
-    labels = share.labels if options is not None and options.kind is FisherKind.empirical else None
-    name = StatisticKind.gram if options is None else StatisticKind.fisher
+    share = calibration.subset(shard(calibration.num_samples, rank, trainer.world_size)).on(device_of(network))
+    labels = None
+    name = StatisticKind.gram
+    if options is not None:
+        name = StatisticKind.fisher
+        provenance |= {"kind": options.kind, "cotangents": options.mc_samples}
+        if options.kind is FisherKind.empirical:
+            labels = share.labels
     with progress_bar(str(name), share.num_samples) as bar:
         own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=bar.update)
     sums = reduce_sums(own)
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:
-        kind: dict[str, Any] = {} if options is None else {"kind": options.kind, "cotangents": options.mc_samples}
-        save_statistic(path, sums, network, **kind, seconds=seconds, seed=seed, **provenance)
+        save_statistic(path, sums, network, seconds=seconds, seed=seed, **provenance)
     return {"seconds": seconds, "passes": sums.passes}
 
 
@@ -76,16 +80,26 @@ class FisherEstimator(FileOfTrained):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, before training, that the Fisher can be estimated after it."""
-        data: Any = getattr(trainer, "datamodule", None)
-        if data is None:
-            raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
         shard(self.options.samples_per_task, 0, trainer.world_size)
         super().on_fit_start(trainer, pl_module)
-        data.calibration(self.options.samples_per_task)
+        self._calibration(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate on every process's share of the samples, add up, and write on rank zero."""
+        estimate_statistic(
+            trainer,
+            self.trained_network(trainer, pl_module),
+            self._calibration(trainer),
+            self.options,
+            self.file(trainer),
+            samples_per_task=self.options.samples_per_task,
+            seed=trainer.datamodule.seed,  # type: ignore[attr-defined]
+            data="own",
+        )
+
+    def _calibration(self, trainer: Trainer) -> Calibration:
+        """Return the samples, drawn from the trainer's data."""
         data: Any = getattr(trainer, "datamodule", None)
-        network, samples = self.trained_network(trainer, pl_module), self.options.samples_per_task
-        about = {"samples_per_task": samples, "seed": data.seed, "data": "own"}
-        estimate_statistic(trainer, network, data.calibration(samples), self.options, self.file(trainer), **about)
+        if data is None:
+            raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
+        return data.calibration(self.options.samples_per_task)  # type: ignore[no-any-return]

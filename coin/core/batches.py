@@ -24,15 +24,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 def channels_last(batch: Batch) -> Batch:
     """Return a batch with the channels of its images [B, C, H, W], if it has any, last in memory."""
-    return map_tensors(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, batch)
+
+    def ordered(tensor: Tensor) -> Tensor:
+        if tensor.ndim != 4:
+            return tensor
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    return map_tensors(ordered, batch)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors of a batch, or of nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in tensors_in(part)]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
 
 
 def size_of(batch: Batch) -> int:
@@ -42,25 +51,39 @@ def size_of(batch: Batch) -> int:
 
 def shapes_in(batch: Batch) -> tuple[tuple[Any, ...], ...]:
     """Return the names and shapes of a sample's tensors, which must agree for batches to be joined."""
-    named = {"": batch} if isinstance(batch, Tensor) else batch
-    return tuple((name, *tensor.shape[1:]) for name, tensor in named.items())
+    if isinstance(batch, Tensor):
+        return (("", *batch.shape[1:]),)
+    return tuple((name, *tensor.shape[1:]) for name, tensor in batch.items())
 
 
 def take(batch: Batch, samples: slice | Tensor) -> Batch:
     """Return some of a batch's samples: a slice, or places, int64."""
-    return map_tensors(lambda each: each[samples if isinstance(samples, slice) else samples.to(each.device)], batch)
+    if isinstance(samples, slice):
+        return map_tensors(lambda tensor: tensor[samples], batch)
+    return map_tensors(lambda tensor: tensor[samples.to(tensor.device)], batch)
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:
     """Return a batch's samples as batches of one."""
-    return (take(batch, slice(place, place + 1)) for place in range(size_of(batch)))
+    for place in range(size_of(batch)):
+        yield take(batch, slice(place, place + 1))
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return several batches as one; a DataError where their samples differ in shape."""
-    first, shapes = batches[0], list(dict.fromkeys(map(shapes_in, batches)))
-    if len(shapes) > 1:
-        found = " and ".join(" ".join(str(list(shape)) for _, *shape in each) for each in shapes[:2])
-        raise DataError(f"found calibration samples of shapes {found} to run together, expected one shape; pad them")
+    first = batches[0]
+    for batch in batches:
+        if shapes_in(batch) != shapes_in(first):
+            raise DataError(
+                f"found calibration samples of shapes {_told(first)} and {_told(batch)} to run together, "
+                "expected one shape; pad them"
+            )
     columns = [torch.cat(tensors) for tensors in zip(*map(tensors_in, batches), strict=True)]
-    return columns[0] if isinstance(first, Tensor) else dict(zip(first, columns, strict=True))
+    if isinstance(first, Tensor):
+        return columns[0]
+    return dict(zip(first, columns, strict=True))
+
+
+def _told(batch: Batch) -> str:
+    shapes = [str([*tensor.shape[1:]]) for tensor in tensors_in(batch)]
+    return " ".join(shapes)

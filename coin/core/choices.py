@@ -16,15 +16,17 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
     try:
         return kind(value)
     except ValueError as error:
-        meant, expected = did_you_mean(str(value), list(kind)), ", ".join(kind)
+        meant = did_you_mean(str(value), kind)
+        expected = ", ".join(kind)
         raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {expected}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean …?)" with the nearest of the known names, whatever their case; "" where none is near."""
     lower = {each.lower(): each for each in known if each != name}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f" (did you mean {lower[near[0]]}?)" if near else ""
+    for near in difflib.get_close_matches(name.lower(), lower, n=1):
+        return f" (did you mean {lower[near]}?)"
+    return ""
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -34,16 +36,31 @@ def check_integer(name: str, value: Any, least: int) -> None:
 
 
 def check_number(
-    name: str, value: Any, *, low: float = -inf, high: float = inf, most: float = inf, strict: bool = False
+    name: str,
+    value: Any,
+    *,
+    low: float = -inf,
+    high: float = inf,
+    most: float = inf,
+    strict: bool = False,
 ) -> None:
     """Raise ConfigurationError unless a number is finite, ≥ `low` (or >, if strict), < `high` and ≤ `most`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if not (number and (value > low if strict else value >= low) and value < high and value <= most):
-        bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
-        bound = " and ".join(f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit))
-        raise ConfigurationError(f"found {name}={value!r}, expected a number {bound or 'that is finite'}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+        is_above = value > low if strict else value >= low
+        if is_above and value < high and value <= most:
+            return
+    bounds = {
+        "above" if strict else "at least": low,
+        "below": high,
+        "at most": most,
+    }
+    told = [f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit)]
+    expected = " and ".join(told) or "that is finite"
+    raise ConfigurationError(f"found {name}={value!r}, expected a number {expected}")
 
 
 def is_list_of_names(value: Any) -> bool:
     """Return whether a value is a list of at least one string."""
-    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+    if not isinstance(value, list):
+        return False
+    return len(value) > 0 and all(isinstance(each, str) for each in value)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import distributed
 
@@ -42,64 +42,49 @@ def rank_zero_info(text: str) -> None:
 def on_rank_zero(compute: Callable[[], T]) -> T:
     """Run `compute` on rank zero only, and return its result, which must be picklable, on all processes.
 
-    Within `compute` rank zero runs alone: nested calls do not broadcast. Where it has raised an error or has ended, a
+    Within `compute` rank zero runs alone: nested calls do not wait for others. Where it raises an error or ends, a
     CoinError is raised on all other processes.
     """
     if process_count() == 1 or _alone.get():
         return compute()
-    if not is_rank_zero():
-        try:
-            done, received = _broadcast(None)
-        except RuntimeError as error:  # its connection is closed
-            raise CoinError("the first process has ended; see what it has printed") from error
-        if not done:
-            raise CoinError(f"the first process has stopped: {received}")
-        return received  # type: ignore[no-any-return]
-    token = _alone.set(True)
-    try:
-        result = compute()
-    except BaseException as error:
-        _broadcast((False, first_line(error)))
-        raise
-    finally:
-        _alone.reset(token)
-    _broadcast((True, result))
+    (result,) = each_on_its_own([compute])
     return result
 
 
-def each_on_its_own(computes: Sequence[Callable[[], None]]) -> None:
-    """Run as many functions as there are processes at most, each on a process of its own; all wait for all.
+def each_on_its_own(computes: Sequence[Callable[[], T]]) -> list[T]:
+    """Run as many functions as there are processes at most, each on a process of its own; return their results on all.
 
     Within its function every process runs alone, as in `on_rank_zero`. Raises its own error on the process that had
     it, and a CoinError on the others.
     """
     rank = distributed.get_rank()
-    failed: Exception | None = None
+    result: T | None = None
+    failed: BaseException | None = None
     token = _alone.set(True)
     try:
         if rank < len(computes):
-            computes[rank]()
-    except Exception as error:
+            result = computes[rank]()
+    except BaseException as error:
         failed = error
     finally:
         _alone.reset(token)
-    told: list[str | None] = [None] * process_count()
-    distributed.all_gather_object(told, failed and first_line(failed), group=_control())
+    own = result, failed and first_line(failed)
+    outcomes = [own] * process_count()
+    try:
+        distributed.all_gather_object(outcomes, own, group=_control())
+    except RuntimeError as error:  # a connection is closed
+        raise failed or CoinError("another process has ended; see what it has printed") from error
     if failed is not None:
         raise failed
-    if (stopped := next((line for line in told if line is not None), None)) is not None:
-        raise CoinError(f"another process has stopped: {stopped}")
-
-
-def _broadcast(value: Any) -> Any:
-    box = [value]
-    distributed.broadcast_object_list(box, src=0, group=_control())
-    return box[0]
+    for _, line in outcomes:
+        if line is not None:
+            raise CoinError(f"another process has stopped: {line}")
+    return [made for made, _ in outcomes[: len(computes)]]  # type: ignore[misc]
 
 
 @cache
 def _control() -> distributed.ProcessGroup:
-    """Return a gloo group for broadcasts: waiting in it keeps no GPU busy."""
+    """Return a gloo group for results: waiting in it keeps no GPU busy."""
     return distributed.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[no-any-return]
 
 
@@ -112,4 +97,6 @@ def leave_processes_at_exit() -> None:
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -14,5 +14,14 @@ EVERY = 30.0  # seconds between two lines without a terminal, and before the fir
 
 def progress_bar(what: str, total: float | None = None, items: Iterable[T] | None = None) -> "tqdm[T]":
     """Return a bar to update after each of `total` steps and to close, or one to iterate over items by."""
-    often = {} if sys.stderr.isatty() else {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
-    return tqdm(items, desc=what, total=total, leave=False, disable=not is_rank_zero(), **often)
+    seldom = {}
+    if not sys.stderr.isatty():
+        seldom = dict.fromkeys(("mininterval", "maxinterval", "delay"), EVERY)
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        leave=False,
+        disable=not is_rank_zero(),
+        **seldom,
+    )

@@ -15,9 +15,16 @@ def versions() -> dict[str, str]:
     found = {package: version(package) for package in packages}
     root = Path(__file__).parents[2]
     try:
-        # Not of an installed package, perhaps within another project's repository.
-        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty"]
-        done = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True, check=True, timeout=10)
+        command = [
+            "git",
+            f"--git-dir={root / '.git'}",  # not of another project, in which the package is installed
+            f"--work-tree={root}",
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=12",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         found["git"] = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         found["git"] = "unknown"
@@ -29,4 +36,6 @@ def machine() -> str:
     from torch import cuda
 
     devices = [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *devices])
+    system = f"{platform.system()} {platform.machine()}"
+    cores = f"{os.cpu_count()} cores"
+    return ", ".join([system, cores, *devices])

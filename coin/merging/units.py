@@ -136,7 +136,7 @@ def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
 def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
     """Return the parameters that are not used by one call alone whose rows lie sample by sample."""
     try:
-        return tape.shared(output) | tape.misplaced(output, unseen=True, batched=False)
+        return tape.shared(output) | tape.misplaced(output, batched=False)
     except RuntimeError as error:  # a function that has no backward pass
         if is_out_of_memory(error):
             raise

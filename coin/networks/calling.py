@@ -40,20 +40,30 @@ def plain(network: Network) -> Network:
 
 def clone(network: Network, *, shared: bool = False) -> Network:
     """Return a copy of a network in the same modes, which shares all tensors with it or, by default, none."""
-    memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())} if shared else {}
-    # What a forward pass has left in attributes has a graph, which cannot be copied.
-    left = (tensor for module in network.modules() for tensor in tensors_in(vars(module)) if not tensor.is_leaf)
-    copied = copy.deepcopy(network, memo | {id(tensor): tensor.detach() for tensor in left})
+    memo = {}
+    if shared:
+        every = (*network.parameters(), *network.buffers())
+        memo = {id(tensor): tensor for tensor in every}
+    for module in network.modules():
+        for tensor in tensors_in(vars(module)):
+            if not tensor.is_leaf:  # what a forward pass has left in an attribute has a graph, which cannot be copied
+                memo[id(tensor)] = tensor.detach()
+    copied = copy.deepcopy(network, memo)
     clear_caches(copied)
     return copied
 
 
 def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
     """Raise StateError for TorchScript, or where a tensor is sparse, lazy or, unless `meta`, on the meta device."""
-    every = (*network.named_parameters(), *network.named_buffers())
-    odd = [n for n, t in every if nn.parameter.is_lazy(t) or t.layout != torch.strided or (t.is_meta and not meta)]
-    if odd or any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
-        found = f"'{odd[0]}', which is sparse, lazy or on the meta device," if odd else "TorchScript"
+    found = None
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        found = "TorchScript"
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        is_dense = tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
+        if not is_dense or (tensor.is_meta and not meta):
+            found = f"'{name}', which is sparse, lazy or on the meta device,"
+            break
+    if found is not None:
         raise StateError(f"found {found} in {type(network).__name__}, expected a module of dense tensors; convert it")
 
 
@@ -74,7 +84,8 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
     def ready(tensor: Tensor) -> Tensor:
         if like is not None:
-            tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+            tensor = tensor.to(like.device)
+            tensor = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
         return tensor.clone() if tensor.is_inference() else tensor.detach()  # autograd refuses inference tensors
 
     return map_tensors(ready, checked_batch(batch, network))
@@ -82,18 +93,25 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
 def checked_batch(batch: Any, network: nn.Module) -> Batch:
     """Return a batch, or the inputs of (inputs, labels): a tensor, or where a function calls the network, a mapping."""
-    reads_any = "_call_impl" in network.__dict__ or getattr(network, "forward_by", None) is not None
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and not reads_any:
+    has_function = "_call_impl" in network.__dict__ or getattr(network, "forward_by", None) is not None
+    is_pair = isinstance(batch, tuple | list) and len(batch) in (1, 2)
+    if is_pair and not has_function:
         batch = batch[0]
-    if isinstance(batch, Mapping) and reads_any:
-        sizes = {name: len(entry) if _is_batch(entry) else type(entry).__name__ for name, entry in batch.items()}
-        if len(set(sizes.values())) != 1 or not all(map(_is_batch, batch.values())):
-            raise DataError(f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else")
-    elif not _is_batch(batch):
-        advice = "give the inputs alone" if reads_any else "or give forward=lambda network, batch: … to read others"
-        expected = "a tensor [B, …], or tensors by name," if reads_any else "input tensors [B, …]"
-        raise DataError(f"found a batch of type {type(batch).__name__}, expected {expected}; {advice}")
-    return batch  # type: ignore[no-any-return]
+    if _is_batch(batch):
+        return batch  # type: ignore[no-any-return]
+    if not has_function or not isinstance(batch, Mapping):
+        raise DataError(
+            f"found a batch of type {type(batch).__name__}, expected a tensor [B, …], "
+            "or tensors by name with forward=lambda network, batch: …"
+        )
+    sizes: dict[str, int | str] = {}
+    for name, entry in batch.items():
+        sizes[name] = len(entry) if _is_batch(entry) else type(entry).__name__
+    found = {*sizes.values()}
+    is_sound = len(found) == 1 and all(isinstance(size, int) for size in found)
+    if not is_sound:
+        raise DataError(f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else")
+    return batch
 
 
 @contextmanager
@@ -104,27 +122,34 @@ def explained_inputs(network: nn.Module, batch: Callable[[], Any]) -> Iterator[N
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        wrong = "" if isinstance(error, torch.OutOfMemoryError) else _wrong_images(network, batch())
-        if not wrong:
+        images = batch()
+        expected = _expected_images(network, images)
+        if expected is None:
             raise
-        raise DataError(wrong) from error
+        dtype = str(images.dtype).removeprefix("torch.")
+        raise DataError(f"found inputs {dtype} {[*images.shape]}, expected {expected}") from error
 
 
-def _wrong_images(network: nn.Module, images: Any) -> str:
-    """Say what is wrong with images for a network whose first layer with weights is a convolution; "" if nothing is."""
-    first = next((each for each in network.modules() if next(each.parameters(recurse=False), None) is not None), None)
+def _expected_images(network: nn.Module, images: Any) -> str | None:
+    """Say which images a network wants whose first layer with weights is a convolution; None for those it has."""
+    first = None
+    for first in network.modules():
+        if [*first.parameters(recurse=False)]:
+            break
     if not isinstance(first, nn.Conv2d) or not isinstance(images, Tensor):
-        return ""
+        return None
     channels = first.in_channels
-    found = f"found inputs {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
     if not images.is_floating_point():
-        return f"{found}, expected float images [B, {channels}, H, W]; normalise them as in training"
-    if images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
-        return f"{found}, expected channels first, [B, {channels}, H, W]; give inputs.permute(0, 3, 1, 2)"
+        return f"float images [B, {channels}, H, W]; normalise them as in training"
     if images.ndim != 4:
-        return f"{found}, expected batches [B, {channels}, H, W]; give inputs[None] for one image"
-    return ""
+        return f"batches [B, {channels}, H, W]; give inputs[None] for one image"
+    _, second, _, last = images.shape
+    if second != channels and last == channels:
+        return f"channels first, [B, {channels}, H, W]; give inputs.permute(0, 3, 1, 2)"
+    return None
 
 
 def _is_batch(value: Any) -> bool:

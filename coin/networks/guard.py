@@ -25,15 +25,18 @@ _EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
 
-    Raises ConfigurationError where there are none, or one is complex, with no real squares; else as `check_tensors`.
+    Raises ConfigurationError where there are none, or one is complex; else as `check_tensors`.
     """
     check_tensors(network)
-    every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
-    parameters = {name: p for name, p in every.items() if p.requires_grad} or every
+    every = dict(network.named_parameters())
+    parameters = {name: p for name, p in every.items() if p.requires_grad}
+    if not parameters:
+        parameters = {name: p for name, p in every.items() if p.is_floating_point()}
     if not parameters:
         raise ConfigurationError(f"found no floating-point parameters in {type(network).__name__}, expected some")
-    if found := [name for name, p in parameters.items() if p.is_complex()]:
-        raise ConfigurationError(f"parameter '{found[0]}' is complex, expected real ones; use requires_grad_(False)")
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise ConfigurationError(f"parameter '{name}' is complex, expected real ones; use requires_grad_(False)")
     return parameters
 
 
@@ -41,10 +44,17 @@ def check_apart(network: nn.Module, inputs: Batch, outputs: Tensor) -> None:
     """Raise StateError where the outputs [B, C] of the first or last sample depend on what else is in the batch."""
     ends = [0, size_of(inputs) - 1]
     with torch.no_grad():
-        together, alone = outputs[ends], torch.cat([network(take(inputs, slice(n, n + 1))) for n in ends])
-    if bool(((together - alone).abs() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().amax()).any()):
-        found = f"{type(network).__name__} gives a sample other outputs beside others than alone, or at every call"
-        raise StateError(f"{found}; take out what mixes samples (BatchNorms without running statistics) or is random")
+        together = outputs[ends]
+        singles = [take(inputs, slice(n, n + 1)) for n in ends]
+        alone = torch.cat([network(single) for single in singles])
+    error = (together - alone).abs()
+    precision = torch.finfo(alone.dtype).eps
+    tolerance = precision**0.5 * alone.abs().amax()
+    if bool((error > tolerance).any()):
+        raise StateError(
+            f"{type(network).__name__} gives a sample other outputs beside others than alone, or at every call; "
+            "take out what mixes samples (BatchNorms without running statistics) or is random"
+        )
 
 
 @contextmanager
@@ -117,15 +127,13 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     products. Modes, and buffers that the block wrote to or replaced, are restored. With gradients attention runs on
     its plain kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
     """
-    registered = [(module._buffers, dict(module._buffers)) for module in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    norms = [module for module in network.modules() if gradients and isinstance(module, _BatchNorm)]
     fast = torch.backends.mha.get_fastpath_enabled()
     device = device_of(network)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with (
             ExitStack() as hooks,
+            _same_buffers(network, device),
             eval_mode(network),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
@@ -133,15 +141,28 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext(),
             disable_tf32(),
         ):
-            for norm in norms:
-                hooks.enter_context(norm.register_forward_hook(_copy_of_one))
+            for module in network.modules():
+                if gradients and isinstance(module, _BatchNorm):
+                    hooks.enter_context(module.register_forward_hook(_copy_of_one))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for place, found in registered:
-            place.update(found)
-        changed = [(buffer != old).any().to(device) for buffer, old in buffers]
+
+
+@contextmanager
+def _same_buffers(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a block, and restore the buffers of a network on this device that were replaced or written to."""
+    registered = [(module._buffers, dict(module._buffers)) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        for own, found in registered:
+            own.update(found)
+        changed = [(buffer != before).any().to(device) for buffer, before in buffers]
         # The device is waited for once, not for every buffer.
-        for place in torch.stack(changed).nonzero().flatten().tolist() if changed else ():
+        places = torch.stack(changed).nonzero().flatten().tolist() if changed else []
+        for place in places:
+            buffer, before = buffers[place]
             with torch.no_grad():
-                buffers[place][0].copy_(buffers[place][1])
+                buffer.copy_(before)

@@ -4,6 +4,7 @@ import math
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from coin.errors import ConfigurationError, DataError
@@ -32,30 +33,35 @@ class FisherKind(StrEnum):
 
 
 def make_cotangents(
-    kind: FisherKind, logits: Tensor, *, labels: Tensor | None = None, mc_samples: int | None = None,
+    kind: FisherKind,
+    logits: Tensor,
+    *,
+    labels: Tensor | None = None,
+    mc_samples: int | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
     exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
     exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x). Raises ConfigurationError for
-    k > C, DataError for a label outside [0, C) or another number of labels than samples.
+    k > C, DataError for another number of labels than samples.
     """
     samples, classes = logits.shape
     identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
     if kind is FisherKind.exact:
         return identity[:, None].expand(classes, samples, classes)
     if kind is FisherKind.monte_carlo:
-        return torch.stack([_draw(classes, mc_samples or 1, generator) for _ in range(samples)], 1).to(logits)
+        drawn = [_draw(classes, mc_samples or 1, generator) for _ in range(samples)]
+        return torch.stack(drawn, 1).to(logits)
     probabilities = logits.softmax(-1)
     if kind is FisherKind.categorical:
-        return probabilities.T.sqrt()[..., None] * (identity[:, None] - probabilities)
-    if not isinstance(labels, Tensor) or labels.shape != (samples,) or labels.dtype.is_floating_point:
-        found = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise DataError(f"found labels {found}, expected integers [{samples}]: one for every sample, in their order")
-    if bool(((labels < 0) | (labels >= classes)).any()):
-        raise DataError(f"found a label outside [0, {classes}); check that the labels belong to this network")
-    return (identity[labels.to(logits.device, torch.int64)] - probabilities)[None]
+        roots = probabilities.T.sqrt()  # [C, B]
+        return roots[..., None] * (identity[:, None] - probabilities)
+    assert labels is not None
+    if labels.shape != (samples,):
+        raise DataError(f"found labels {[*labels.shape]}, expected [{samples}]: one for every sample, in their order")
+    truth = F.one_hot(labels.to(logits.device), classes).to(logits)
+    return (truth - probabilities)[None]
 
 
 def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:
@@ -64,7 +70,7 @@ def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tenso
         raise ConfigurationError(f"found mc_samples={number}, expected at most {classes}, one a class")
     device = "cpu" if generator is None else generator.device
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
-    # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.
     q, r = torch.linalg.qr(gaussian)
+    # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.
     rows: Tensor = (q * r.diagonal().sign()).T
     return rows * math.sqrt(classes / number)

@@ -28,7 +28,7 @@ _ENOUGH_BYTES = 48 << 20  # of the widest layer's cotangents on CPUs: fewer read
 class _Layout:
     """The layout of a pass over samples of one shape: applicable rules and memory per sample."""
 
-    rows: Mapping[str, int] | None  # as of `Tape`, by the parameters that a rule may answer for; None: seen every time
+    rows: Mapping[str, int] | None  # as of `Tape`, for the parameters with a rule; None: one sample at a time
     activations: int  # floats per sample in the inputs of all ruled calls together
     widest: int  # floats per sample in the largest of those inputs
     outputs: int
@@ -55,16 +55,26 @@ class FisherOptions:
         object.__setattr__(self, "kind", parse_enum(FisherKind, "kind", self.kind))
         check_integer("memory_mib", self.memory_mib, 1)
         check_integer("samples_per_task", self.samples_per_task, 1)
-        check_integer("mc_samples", 1 if self.mc_samples is None else self.mc_samples, 1)
-        if (k := self.mc_samples) is not None and self.kind is not FisherKind.monte_carlo:
-            raise ConfigurationError(f"found mc_samples={k} for the {self.kind} Fisher; only monte_carlo takes one")
+        if self.mc_samples is None:
+            return
+        check_integer("mc_samples", self.mc_samples, 1)
+        if self.kind is not FisherKind.monte_carlo:
+            raise ConfigurationError(
+                f"found mc_samples={self.mc_samples} for the {self.kind} Fisher; only monte_carlo takes one"
+            )
 
 
 def fisher_sums(
-    network: nn.Module, batches: Iterable[Any], options: FisherOptions | None = None, *, labels: Tensor | None = None,
-    generator: torch.Generator | None = None, progress: Callable[[int], None] | None = None,
-    forward: Forward | None = None, **choices: Any,
-) -> Sums:  # fmt: skip
+    network: nn.Module,
+    batches: Iterable[Any],
+    options: FisherOptions | None = None,
+    *,
+    labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], object] | None = None,
+    forward: Forward | None = None,
+    **choices: Any,
+) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for what requires gradients, or for all.
 
     Args:
@@ -81,14 +91,16 @@ def fisher_sums(
     there are no samples, the output is not [B, C], labels do not fit or a batch holds no tensors; StateError where the
     outputs depend on a sample's neighbours in the batch.
     """
-    fisher = _Pass(called_by(network, forward), replace(options or FisherOptions(), **choices), labels, generator)
+    chosen = replace(options or FisherOptions(), **choices)
+    fisher = _Pass(called_by(network, forward), chosen, labels, generator)
     for batch in batches:
         fisher.add(batch, progress or (lambda done: None))
     if fisher.count == 0:
         raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
     if labels is not None and len(labels) != fisher.count:
         raise DataError(f"found {len(labels)} labels for {fisher.count} samples, expected one each, in their order")
-    return Sums({name: total.contiguous() for name, total in fisher.totals.items()}, fisher.count, fisher.passes)
+    totals = {name: total.contiguous() for name, total in fisher.totals.items()}
+    return Sums(totals, fisher.count, fisher.passes)
 
 
 def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) -> dict[str, Tensor]:
@@ -109,85 +121,122 @@ class _Pass:
         self, network: nn.Module, options: FisherOptions, labels: Tensor | None, generator: torch.Generator | None
     ) -> None:
         if (options.kind is FisherKind.empirical) != (labels is not None):
-            found = f"found {'no ' if labels is None else ''}labels for the {options.kind} Fisher"
-            raise ConfigurationError(f"{found}; labels belong to the empirical kind, and only to it")
-        self.network, self.options, self.labels, self.generator = network, options, labels, generator
+            raise ConfigurationError(
+                f"found {'no ' if labels is None else ''}labels for the {options.kind} Fisher; "
+                "labels belong to the empirical kind, and only to it"
+            )
+        self.network = network
+        self.options = options
+        self.labels = labels
+        self.generator = generator
         self._parameters = trainable(network)
         with torch.inference_mode(False):
             self.totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
         self._layouts: dict[tuple[object, ...], _Layout] = {}
-        self.count, self.passes = 0, 0.0
+        self.count = 0
+        self.passes = 0.0
 
-    def add(self, batch: Any, progress: Callable[[int], None]) -> None:
+    def add(self, batch: Any, progress: Callable[[int], object]) -> None:
         """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
-            start = 0
-            while start < size_of(inputs):
-                done = self._add_cut(inputs, start)
-                start += done
-                self.count += done
-                progress(done)
+            size = size_of(inputs)
+            key = (*shapes_in(inputs), size > 1)
+            is_new = key not in self._layouts
+            if is_new:
+                first = take(inputs, slice(0, 1))
+                self._layouts[key] = _find_layout(self.network, self._parameters, first)
+            layout = self._layouts[key]
+            samples, cotangents = self._choose_cut(layout)
+            for start in range(0, size, samples):
+                piece = take(inputs, slice(start, start + samples))
+                is_unchecked = is_new and start == 0
+                self._add_piece(piece, layout, cotangents, is_unchecked)
+                progress(size_of(piece))
 
-    def _add_cut(self, inputs: Batch, start: int) -> int:
-        """Add as many of the samples from `start` on as the memory allows; return their number."""
-        key = (*shapes_in(inputs), size_of(inputs) > 1)
-        if new := key not in self._layouts:
-            self._layouts[key] = _find_layout(self.network, self._parameters, take(inputs, slice(0, 1)))
-        layout, options = self._layouts[key], self.options
-        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: options.mc_samples or 1}
-        number = fewer.get(options.kind, layout.outputs)
-        samples, chunk = _choose_cut(layout, number, options.memory_mib, next(iter(self._parameters.values())))
-        piece = take(inputs, slice(start, start + samples))
+    def _choose_cut(self, layout: _Layout) -> tuple[int, int]:
+        """Choose how many samples b and cotangents v go through a pass together; one each at least.
+
+        The estimate is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V cotangents stay together as
+        long as one sample fits, since the Gram rule gains from them.
+        """
+        like = next(iter(self._parameters.values()))
+        if self.options.kind is FisherKind.empirical:
+            cotangents = 1
+        elif self.options.kind is FisherKind.monte_carlo:
+            cotangents = self.options.mc_samples or 1
+        else:
+            cotangents = layout.outputs
+        kept = layout.activations * _KEPT * like.element_size()
+        widest = layout.widest * sum_type(like).itemsize
+        available = self.options.memory_mib << 20
+        samples = available // (kept + cotangents * widest * _GRADIENTS)
+        if samples < 1:
+            fitting = (available - kept) // (widest * _GRADIENTS)
+            return 1, max(1, min(cotangents, fitting))
+        if layout.rows is None:
+            return 1, cotangents
+        if like.device.type == "cpu":
+            enough = _ENOUGH_BYTES // (cotangents * widest)
+            samples = min(samples, max(1, enough))
+        return samples, cotangents
+
+    def _add_piece(self, piece: Batch, layout: _Layout, chunk: int, is_unchecked: bool) -> None:
+        """Add some samples, `chunk` of the cotangents at a time; unchecked ones are checked to be independent."""
+        samples = size_of(piece)
         tape = Tape(self._parameters, layout.rows)
         output = tape.run(self.network, channels_last(piece) if layout.channels_last else piece)
-        if new and size_of(piece) > 1:
+        self.passes += samples
+        if is_unchecked and samples > 1:
             check_apart(self.network, piece, output)
-        labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
-        k, generator = options.mc_samples, self.generator
-        rows = make_cotangents(options.kind, output.detach(), labels=labels, mc_samples=k, generator=generator)
-        general = self._add_by_rules(tape, output, rows, chunk)
-        del tape, output
+        labels = None
+        if self.labels is not None:
+            labels = self.labels[self.count : self.count + samples]
+        rows = make_cotangents(
+            self.options.kind,
+            output.detach(),
+            labels=labels,
+            mc_samples=self.options.mc_samples,
+            generator=self.generator,
+        )
+        general = tape.shared(output)
+        tape.collect(self.totals, general)
+        for block in torch.split(rows, chunk):
+            if tape.backward(output, block):
+                self.passes += 2 * len(block) * samples
+        tape.finish()
+        del tape, output  # whose memory the general way can use
         if general:
             self._add_one_by_one(piece, rows, general)
-        return size_of(piece)
-
-    def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
-        """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""
-        self.passes += len(output)
-        general = tape.shared(output)
-        if tape.rows is None and tape.calls:
-            general |= tape.misplaced(output, unseen=False)
-            self.passes += 2 * tape.repetitions * len(output)
-        tape.close(self.totals, general)
-        for start in range(0, len(rows), chunk):
-            piece = rows[start : start + chunk]
-            if tape.backward(output, piece, last=start + len(piece) == len(rows)):
-                self.passes += 2 * len(piece) * len(output)
-        return general
+        self.count += samples
 
     def _add_one_by_one(self, samples: Batch, rows: Tensor, names: Collection[str]) -> None:
         """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [V, b, C]."""
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
-        wanted = list(chosen.values())
         for n, sample in enumerate(samples_of(samples)):
             logits = self.network(sample)
             self.passes += 1
-            for cotangent in rows[:, n : n + 1] if logits.requires_grad else ():
-                gradients = torch.autograd.grad(logits, wanted, cotangent, retain_graph=True, allow_unused=True)
+            if not logits.requires_grad:
+                continue
+            for cotangent in rows[:, n : n + 1]:
+                gradients = torch.autograd.grad(
+                    logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
+                )
                 self.passes += 2
                 for name, gradient in zip(chosen, gradients, strict=True):
                     if gradient is not None:
-                        gradient = gradient.to_dense().to(self.totals[name].dtype)
-                        self.totals[name].addcmul_(gradient, gradient)
+                        total = self.totals[name]
+                        whole = gradient.to_dense().to(total.dtype)
+                        total.addcmul_(whole, whole)
 
 
 def _accumulator(parameter: Tensor) -> Tensor:
     """Return zeros of a parameter's shape; kernels with the channels last in memory, as the convolution rule writes."""
     if parameter.ndim < 3:
         return parameter.new_zeros(parameter.shape, dtype=sum_type(parameter))
-    shape = (parameter.shape[0], *parameter.shape[2:], parameter.shape[1])
-    return parameter.new_zeros(shape, dtype=sum_type(parameter)).movedim(-1, 1)
+    outputs, channels, *kernel = parameter.shape
+    channels_at_end = parameter.new_zeros((outputs, *kernel, channels), dtype=sum_type(parameter))
+    return channels_at_end.movedim(-1, 1)
 
 
 def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> _Layout:
@@ -195,43 +244,36 @@ def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: B
     two = joined([sample, sample])
     if any(tensor.ndim == 4 for tensor in tensors_in(two)):
         try:
-            return _layout_of(network, parameters, channels_last(two), last=True)
+            return _layout_of(network, parameters, channels_last(two), is_last=True)
         except RuntimeError as error:  # a view, or a backward pass, may hold in the usual order alone
             if is_out_of_memory(error):
                 raise
-    return _layout_of(network, parameters, two, last=False)
+    return _layout_of(network, parameters, two, is_last=False)
 
 
-def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, last: bool) -> _Layout:
+def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, is_last: bool) -> _Layout:
     """Return the layout found on two copies of a sample, in the order of memory that they are in."""
     tape = Tape(parameters)
     output = tape.run(network, two)
-    rows: dict[str, int] = {}
+    rows: dict[str, int] | None = {}
     try:
-        untrusted = tape.misplaced(output, unseen=True) | tape.shared(output)  # its backward pass has to be batched
-        for call in tape.calls:
-            if untrusted.isdisjoint(call.names.values()):
-                rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
-    except RuntimeError as error:
-        if last or is_out_of_memory(error):
+        untrusted = tape.misplaced(output) | tape.shared(output)
+        rows = None if tape.sorts else _rows_of(tape, untrusted)
+    except RuntimeError as error:  # a backward pass that cannot be batched
+        if is_last or is_out_of_memory(error):
             raise
-        rows, tape.sorts = {}, False
-    sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(map(torch.numel, tensors_in(two))) // 2]
-    return _Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output.shape[1], last)
+    inputs = [call.inputs for call in tape.calls] or tensors_in(two)
+    sizes = [tensor.numel() // 2 for tensor in inputs]
+    outputs = output.shape[1]
+    return _Layout(rows, sum(sizes), max(sizes), outputs, is_last)
 
 
-def _choose_cut(layout: _Layout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
-    """Choose how many samples b and cotangents v go through a pass together; one each at least.
-
-    The estimate is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V cotangents stay together as long as
-    one sample fits, since the Gram rule gains from them. `like` is a parameter.
-    """
-    kept = layout.activations * _KEPT * like.element_size()
-    widest = layout.widest * sum_type(like).itemsize
-    available = memory_mib << 20
-    samples = available // (kept + cotangents * widest * _GRADIENTS)
-    if samples < 1:
-        return 1, max(1, min(cotangents, (available - kept) // (widest * _GRADIENTS)))
-    if like.device.type == "cpu":
-        samples = min(samples, max(1, _ENOUGH_BYTES // (cotangents * widest)))
-    return samples, cotangents
+def _rows_of(tape: Tape, untrusted: Collection[str]) -> dict[str, int]:
+    """Return how many rows a sample has at the calls on two, by parameter, but for calls of those untrusted."""
+    rows = {}
+    for call in tape.calls:
+        k = len(call.inputs) // 2
+        names = call.names.values()
+        if not any(name in untrusted for name in names):
+            rows.update(dict.fromkeys(names, k))
+    return rows

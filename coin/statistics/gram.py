@@ -1,15 +1,15 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.core.batches import size_of
+from coin.errors import StateError
 from coin.networks.calling import Forward, as_input, called_by
 from coin.networks.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
@@ -22,76 +22,96 @@ _BLOCK = 1 << 24  # floats of unfolded patches formed at a time
 
 
 def gram_sums(
-    network: nn.Module, batches: Iterable[Any], *, progress: Callable[[int], None] | None = None,
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[int], object] | None = None,
     forward: Forward | None = None,
-) -> Sums:  # fmt: skip
+) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
     Trainable is what requires gradients, or everything if nothing does. a is the input that the map multiplies at a
     position, in the order of ``weight.flatten(1)`` (for a convolution: the im2col patch of one group, zeros where it
     meets the padding), with a last entry 1 if the map has a trainable bias, named as the weight is.
 
-    Arguments and errors are as of `fisher_sums`. Returns the sums by the weights' names, [G, K, K] with G groups and
-    K = C_in/G · kernel entries, plus 1 for a bias; a weight [in, out], which multiplies as x @ W, by its name and
-    `TRANSPOSED`.
+    Arguments and errors are as of `fisher_sums`; a StateError where a weight is used with its bias and without it.
+    Returns the sums by the weights' names, [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias;
+    a weight [in, out], which multiplies as x @ W, by its name and `TRANSPOSED`.
 
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
     """
-    network, count = called_by(network, forward), 0
-    parameters, values = trainable(network), dict[str, Tensor]()
+    network = called_by(network, forward)
+    parameters = trainable(network)
+    values: dict[str, Tensor] = {}
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
-        bias = call.bias is not None and call.bias is parameters.get(name.removesuffix("weight") + "bias")
+        own_bias = parameters.get(name.removesuffix("weight") + "bias")
+        has_bias = call.bias is not None and call.bias is own_bias
+        key = name + TRANSPOSED if call.transposed else name
         for a in _rows(call):
-            _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
+            if has_bias:
+                ones = torch.ones_like(a[..., :1])
+                a = torch.cat([a, ones], -1)
+            _add(values, key, a)
 
+    count = 0
     for batch in batches:
         inputs = as_input(batch, network)
         with evaluating(network, gradients=False), Interceptor(parameters, visit):
             network(inputs)
-        count += size_of(inputs)
+        samples = size_of(inputs)
+        count += samples
         if progress is not None:
-            progress(size_of(inputs))
+            progress(samples)
     return Sums(values, count, float(count))
 
 
-def _rows(call: LinearCall) -> Iterable[Tensor]:
+def _rows(call: LinearCall) -> Iterator[Tensor]:
     """Yield what a map multiplies, [rows, G, K]; the patches of a convolution a few samples at a time."""
+    x = call.inputs.to(sum_type(call.inputs))
     if not isinstance(call, ConvolutionCall):
-        yield call.inputs.reshape(-1, 1, call.inputs.shape[-1])
+        yield x.reshape(-1, 1, x.shape[-1])
         return
-    geometry, x = call.geometry, call.inputs
-    positions = prod(geometry.output_size(tuple(x.shape[2:])))
-    for piece in torch.split(x, max(1, _BLOCK // (positions * prod(geometry.kernel) * x.shape[1]))):
-        patches = geometry.patches(piece).movedim(-1, 1 + len(geometry.kernel))  # [b, *output, C, *kernel]
-        yield patches.reshape(len(piece) * positions, geometry.groups, -1)
+    geometry = call.geometry
+    dims = len(geometry.kernel)
+    positions = call.places
+    floats = positions * prod(geometry.kernel) * x.shape[1]  # of one sample's patches
+    samples = max(1, _BLOCK // floats)
+    for piece in torch.split(x, samples):
+        patches = geometry.patches(piece)  # [b, *output, *kernel, C]
+        rows = patches.movedim(-1, 1 + dims)  # [b, *output, C, *kernel]
+        yield rows.reshape(len(piece) * positions, geometry.groups, -1)
 
 
-def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
-    """Add Σ_rows a aᵀ for a [rows, G, K], in float32 at least."""
-    a = a.to(sum_type(a))
-    if bias:
-        a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
-    if name in values and (further := values[name].shape[-1] - a.shape[-1]):  # called with a bias and without
-        a = F.pad(a, (0, max(0, further)))
-        values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
+def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
+    """Add Σ_rows a aᵀ for a [rows, G, K]."""
     columns = a.permute(1, 0, 2)  # [G, rows, K]
-    values[name] = values[name].baddbmm_(columns.mT, columns) if name in values else torch.bmm(columns.mT, columns)
+    if name not in values:
+        values[name] = torch.bmm(columns.mT, columns)
+    elif len(values[name][0]) == a.shape[-1]:
+        values[name].baddbmm_(columns.mT, columns)
+    else:
+        raise StateError(f"'{name}' is used with its bias and without it, expected one way; give the uses own weights")
 
 
 def linear_maps(network: nn.Module) -> list[str]:
     """Return the weights of fully connected layers and convolutions of one group; Conv1D's end in `TRANSPOSED`."""
-    uses = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
+    uses: Counter[int] = Counter()
+    for module in network.modules():
+        uses.update(map(id, module._parameters.values()))
     found = []
     for prefix, module in network.named_modules():
-        turned, packed = type(module).__name__ == "Conv1D", isinstance(module, nn.MultiheadAttention)
-        plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(module, "groups", 1) == 1
-        for key, weight in module.named_parameters(prefix, recurse=False):
-            wanted = key.endswith("proj_weight") if packed else key.endswith("weight") and (plain or turned)
-            if wanted and weight.is_floating_point() and uses[id(weight)] == 1:
-                found.append(key + (TRANSPOSED if turned else ""))
+        is_transposed = type(module).__name__ == "Conv1D"
+        is_packed = isinstance(module, nn.MultiheadAttention)
+        is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        if not (is_transposed or is_packed or is_convolution or isinstance(module, nn.Linear)):
+            continue
+        ending = "proj_weight" if is_packed else "weight"
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if name.endswith(ending) and uses[id(parameter)] == 1:
+                found.append(name + TRANSPOSED if is_transposed else name)
     return found

@@ -3,20 +3,25 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from coin.errors import NumericalError
 
-# Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes.
-_HALVES = 512
+_HALVES = 512  # columns from which on a symmetric product is taken by halves
 _MISSED = 1.1  # times the square of the mean that is left in centred rows: what is less is round-off
 
 
 def damped(gram: Tensor, ridges: Tensor) -> Tensor:
     """Return gram + λI ``[G, K, K]``, with a λ for each group ``[G]``."""
     found = gram.clone()
-    found.diagonal(dim1=1, dim2=2).add_(ridges[:, None])
+    _diagonal(found).add_(ridges[:, None])
     return found
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    """Return the diagonals [G, K] of matrices [G, K, K], a view."""
+    return matrices.diagonal(dim1=1, dim2=2)
 
 
 def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
@@ -24,23 +29,34 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
 
     Raises NumericalError, which names the layer, where the damped matrix is as good as singular.
     """
-    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    ridges = damping * _diagonal(gram).mean(1)
     # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.
-    matrix = damped(gram, ridge.masked_fill(gram.abs().amax((1, 2)) == 0, 1))
+    is_zero = gram.abs().amax((1, 2)) == 0
+    matrix = damped(gram, ridges.masked_fill(is_zero, 1))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
-    pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), matrix.diagonal(dim1=1, dim2=2).amax(1)
-    noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
-    if bool((failed.bool() | (pivots <= noise)).any()):
-        found = f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}"
-        raise NumericalError(f"{found}; raise the method's damping")
+    smallest = _diagonal(factor).square().amin(1)
+    largest = _diagonal(matrix).amax(1)
+    precision = torch.finfo(gram.dtype).eps
+    noise = 100 * precision * gram.shape[-1] * largest
+    is_singular = failed.bool() | (smallest <= noise)
+    if bool(is_singular.any()):
+        raise NumericalError(
+            f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise the method's damping"
+        )
     return torch.cholesky_solve(pull.mT, factor).mT
 
 
 def fit_affine(
-    inputs: Tensor, residuals: Tensor, shares: Tensor, ridge: float, *, intercept: bool = True,
-    change: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None, tasks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs: Tensor,
+    residuals: Tensor,
+    shares: Tensor,
+    ridge: float,
+    *,
+    intercept: bool = True,
+    change: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None,
+    tasks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
@@ -62,25 +78,38 @@ def fit_affine(
     weights = (shares / shares.sum()).to(inputs)
     a, mean_a, subtracted = _centred(inputs, weights, intercept, tasks)
     r, mean_r, _ = _centred(residuals, weights, intercept, tasks)
-    if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
+    is_finite = torch.isfinite(mean_a).all() & torch.isfinite(mean_r).all()
+    if not bool(is_finite):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
-    is_dual = count < unknowns
-    gram = products(a.mT) if is_dual else products(a)
-    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
-    dead = is_round_off(scale, a, subtracted, by_task(weights, tasks)) if intercept else scale == 0
-    ridges = (ridge * scale).masked_fill(dead, 1)
-    solved = solve_ridge(gram, r if is_dual else a.mT @ r, ridges, dead).mT
-    step = (solved @ a if is_dual else solved).double()
+    has_few_rows = count < unknowns
+    gram = products(a.mT) if has_few_rows else products(a)
+    scale = _diagonal(gram).sum(1) / unknowns
+    is_dead = scale == 0
+    if intercept:
+        is_dead = is_round_off(scale, a, subtracted, by_task(weights, tasks))
+    ridges = (ridge * scale).masked_fill(is_dead, 1)
+    if has_few_rows:
+        step = solve_ridge(gram, r, ridges, is_dead).mT @ a
+    else:
+        step = solve_ridge(gram, a.mT @ r, ridges, is_dead).mT
+    step = step.double()
     if change is not None:
-        step = change(step, lambda: damped((products(a) if is_dual else gram).double(), ridges))
-    return step, mean_r - (step @ mean_a[..., None])[..., 0]
+
+        def metric() -> Tensor:
+            covariance = products(a) if has_few_rows else gram
+            return damped(covariance.double(), ridges)
+
+        step = change(step, metric)
+    at_mean = step @ mean_a[..., None]
+    return step, mean_r - at_mean[..., 0]
 
 
 def by_task(weights: Tensor, tasks: Tensor | None) -> Tensor:
     """Return weights of rows [n] as a row for each task [T, n], zero for others' rows; a single row without tasks."""
     if tasks is None:
         return weights[None]
-    return nn.functional.one_hot(tasks).to(weights).T * weights
+    belongs = F.one_hot(tasks).to(weights)
+    return belongs.T * weights
 
 
 def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor) -> Tensor:
@@ -92,13 +121,16 @@ def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor)
         means: What was subtracted [G, T, K].
         weights: Those of `by_task` [T, n].
     """
-    share = weights.sum(1)[:, None].clamp(min=torch.finfo(weights.dtype).tiny)  # [T, 1]
+    count = centred.shape[1]
+    shares = weights.sum(1)[:, None].clamp(min=torch.finfo(weights.dtype).tiny)  # [T, 1]
     # A mean of n numbers is off by up to n times the precision. What it is off by is the mean that is left.
-    left = weights.sqrt() @ centred
-    missed = (left.square() / share).sum(1).mean(1)
-    size = (means.double().square() * share).sum(1).mean(1)
+    left = weights.sqrt() @ centred  # [G, T, K]
+    missed = left.square() / shares
+    squares = means.double().square() * shares
+    size = squares.sum(1).mean(1)
     precision = torch.finfo(centred.dtype).eps
-    return scale <= centred.shape[1] * precision**2 * size + _MISSED * missed
+    rounding = count * precision**2 * size
+    return scale <= rounding + _MISSED * missed.sum(1).mean(1)
 
 
 def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,39 +139,50 @@ def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | Non
     The mean is [G, K] in float64, what was subtracted [G, T, K], a mean for each task.
     """
     root = weights.sqrt()[:, None]
-    if intercept:
-        mean = weights @ rows
-        if tasks is None:
-            return (rows - mean[:, None]).mul_(root), mean.double(), mean[:, None]
-        own = by_task(weights, tasks)
-        means = own @ rows / own.sum(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        return (rows - means[:, tasks]).mul_(root), mean.double(), means
-    zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
-    unfinite = ~torch.isfinite(rows).all(1)  # for the caller to refuse
-    return rows * root, zero.masked_fill(unfinite, torch.nan), zero[:, None]
+    if not intercept:
+        is_finite = torch.isfinite(rows).all(1)
+        zero = torch.zeros_like(is_finite, dtype=torch.float64)
+        refused = zero.masked_fill(~is_finite, torch.nan)  # by the caller
+        return rows * root, refused, zero[:, None]
+    mean = weights @ rows
+    if tasks is None:
+        centred = rows - mean[:, None]
+        return centred.mul_(root), mean.double(), mean[:, None]
+    own = by_task(weights, tasks)
+    tiny = torch.finfo(rows.dtype).tiny
+    shares = own.sum(1, keepdim=True).clamp(min=tiny)
+    means = own @ rows / shares
+    centred = rows - means[:, tasks]
+    return centred.mul_(root), mean.double(), means
 
 
 def products(a: Tensor) -> Tensor:
-    """Return aᵀa [G, K, K] for a [G, n, K]."""
+    """Return aᵀa [G, K, K] for a [G, n, K]; of a wide one two of four blocks are each other's transposes."""
     width = a.shape[2]
     if width < _HALVES:
         return a.mT @ a
-    first, second = a[..., : width // 2], a[..., width // 2 :]
+    first = a[..., : width // 2]
+    second = a[..., width // 2 :]
     across = first.mT @ second
-    top, bottom = torch.cat([products(first), across], 2), torch.cat([across.mT, products(second)], 2)
+    top = torch.cat([products(first), across], 2)
+    bottom = torch.cat([across.mT, products(second)], 2)
     return torch.cat([top, bottom], 1)
 
 
-def solve_ridge(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
+def solve_ridge(gram: Tensor, right: Tensor, ridges: Tensor, is_dead: Tensor) -> Tensor:
     """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
-    where = "a layer's inputs on calibration data are"
     finite = torch.isfinite(gram).all() & torch.isfinite(right).all()
     root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
     is_finite, has_failed = torch.stack([finite, failed.any()]).tolist()  # a GPU is waited for once
     if not is_finite:
-        raise NumericalError(f"{where} so large that squares overflow; check the experts")
+        raise NumericalError(
+            "a layer's inputs on calibration data are so large that squares overflow; check the experts"
+        )
     if has_failed:  # in float64 the ridge is not lost beside the largest eigenvalue
         root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
         if bool(failed.any()):
-            raise NumericalError(f"{where} too nearly dependent for this ridge; give a larger ridge")
-    return torch.cholesky_solve(right.to(root), root).masked_fill_(dead[:, None, None], 0)
+            raise NumericalError(
+                "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
+            )
+    solution = torch.cholesky_solve(right.to(root), root)
+    return solution.masked_fill_(is_dead[:, None, None], 0)

@@ -48,13 +48,21 @@ class Statistic:
     kind: FisherKind | None = None
 
     def __str__(self) -> str:
-        return f"Gram matrices ({self.data})" if self.kind is None else f"Fisher ({self.kind}, {self.data})"
+        if self.kind is None:
+            return f"Gram matrices ({self.data})"
+        return f"Fisher ({self.kind}, {self.data})"
 
 
 def statistic_sums(
-    network: nn.Module, batches: Iterable[Any], options: FisherOptions | None, *, labels: Tensor | None = None,
-    seed: int = 0, rank: int = 0, progress: Callable[[int], None] | None = None,
-) -> Sums:  # fmt: skip
+    network: nn.Module,
+    batches: Iterable[Any],
+    options: FisherOptions | None,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Sums:
     """Return the sums of a network's Fisher, or without options of its Gram matrices, over this process's samples.
 
     Monte Carlo's random cotangents depend on the seed and on this process's rank; the rest is as of `fisher_sums`.

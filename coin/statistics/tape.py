@@ -11,7 +11,8 @@ from torch.autograd import Function
 
 from coin.core.batches import Batch, size_of
 from coin.errors import DataError
-from coin.statistics.intercept import Interceptor, leaves
+from coin.statistics.flow import Flow
+from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call, Totals
 from coin.statistics.sums import sum_type
 
@@ -23,120 +24,173 @@ class Tape:
     [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out from the gradients themselves.
 
     Args:
+        parameters: The trainable ones, by name.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
-            None rules every call of B·k rows.
+            None rules every call of B·k rows, and follows the values: see `sorts`.
+
+    Attributes:
+        calls: The ruled calls.
+        weights: The names of the weights of all calls, ruled or not.
+        sorts: Whether values may decide where a row goes, so that other samples' rows may lie otherwise.
     """
 
+    repetitions = 2  # backward passes of `misplaced`
+
     def __init__(self, parameters: Mapping[str, Tensor], rows: Mapping[str, int] | None = None) -> None:
-        self._parameters, self.rows = parameters, rows
+        self._parameters = parameters
+        self._rows = rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
-        self.calls: list[Call] = []  # the ruled ones
-        self.weights: list[str] = []  # the names of those of all calls, ruled or not
-        self.cotangents, self._last = 1, True  # V of the backward pass that is running, and whether it is the last
-        self._kept: dict[Call, dict[str, Tensor]] = {}
+        self.calls: list[Call] = []
+        self.weights: list[str] = []
+        self.sorts = False
+        self._totals: dict[Call, Totals] = {}
         self._arrived: dict[Call, list[Tensor]] | None = None  # the cotangents, while rows are being told apart
-        self._unseen, self.sorts = False, False  # `sorts`: whether values may decide where a row goes
+        self._cotangents = 1  # that run through the backward pass at once
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Record the ruled calls for samples [B, …]; return the output [B, C], a DataError for another."""
         self._samples = size_of(inputs)
-        with Interceptor(self._parameters, self._visit, follow=self.rows is None) as interceptor:
+        flow = Flow(inputs) if self._rows is None else None
+        with Interceptor(self._parameters, self._visit, flow):
             output: Tensor = network(inputs)
-        self.sorts = interceptor.sorts
-        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if not isinstance(found, list) or len(found) != 2 or found[0] != self._samples:
+        is_tensor = isinstance(output, Tensor)
+        if not is_tensor or output.ndim != 2 or len(output) != self._samples:
+            found = [*output.shape] if is_tensor else type(output).__name__
             raise DataError(f"the network's output is {found}, expected logits [{self._samples}, C]; give forward=…")
-        reads = {id(node): times for node, times in interceptor.reads.items()}
-        for call in self.calls:
-            call.readers = reads.get(call.node, 0)
+        if flow is not None:
+            self.sorts = flow.placed
+            reads = {id(node): times for node, times in flow.reads.items()}
+            for call in self.calls:
+                call.readers = reads.get(call.node, 0)
         return output
 
     def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-        self.weights += [names["weight"]] if "weight" in names else []
-        k, odd = divmod(len(call.inputs), self._samples)
-        if odd or k == 0 or (self.rows is not None and any(self.rows.get(n) != k for n in names.values())):
+        if "weight" in names:
+            self.weights.append(names["weight"])
+        k, rest = divmod(len(call.inputs), self._samples)
+        if rest != 0 or k == 0:
             return None
-        source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
-        result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
-        call.names, call.made = names, result.shape
-        call.source, call.node = id(source.grad_fn), id(result.grad_fn)
+        if self._rows is not None:
+            expected = {self._rows.get(name) for name in names.values()}
+            if expected != {k}:
+                return None
+        source = call.inputs
+        call.inputs = source.detach()  # a call that kept its history would keep itself alive
+        output: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
+        call.names = names
+        call.made = output.shape
+        call.source = id(source.grad_fn)
+        call.node = id(output.grad_fn)
         self.calls.append(call)
-        return result
+        return output
 
     def shared(self, output: Tensor) -> set[str]:
         """Return the parameters that are not used by one ruled call alone, in the graph behind the output."""
-        times = Counter(name for call in self.calls for name in call.names.values())
-        reached = leaves(output)
-        return {name for name, parameter in self._parameters.items() if id(parameter) in reached or times[name] > 1}
+        times: Counter[str] = Counter()
+        for call in self.calls:
+            times.update(call.names.values())
+        elsewhere = _leaves(output)
+        found = set()
+        for name, parameter in self._parameters.items():
+            if times[name] > 1 or id(parameter) in elsewhere:
+                found.add(name)
+        return found
 
-    def misplaced(self, output: Tensor, *, unseen: bool, batched: bool = True) -> set[str]:
+    def misplaced(self, output: Tensor, *, batched: bool = True) -> set[str]:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each; the graph is kept.
 
-        A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
-        touches: at every row exactly the scale of its sample must arrive. One repetition for each digit of the samples'
-        numbers in base 4 tells all samples apart. A row without a gradient has no share in the squares; if `unseen`, a
-        call without any counts as misplaced, since other samples may have some, and a weight of zero is looked behind.
+        A backward pass is repeated with the samples' cotangents scaled by powers of two, which no rounding touches: at
+        every row exactly the scale of its sample must arrive. A call that no gradient reaches counts as misplaced.
+        Powers of two tell a few samples apart, not many.
         """
-        numbers = torch.arange(self._samples, device=output.device)
-        scales = [torch.ones_like(numbers)]
-        while 4 ** (len(scales) - 1) < self._samples:
-            scales.append(2 ** (numbers // 4 ** (len(scales) - 1) % 4))
-        self._arrived, self._unseen, self.repetitions = {}, unseen, len(scales)
+        samples, classes = output.shape
+        scales = 2 ** torch.arange(samples, device=output.device).to(output.dtype)
         # Any cotangent does that no symmetry of the outputs cancels.
-        cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
-        by = torch.stack(scales).to(output.dtype)
-        self.backward(output, by[:, :, None] * cotangent, last=False, batched=batched)
-        arrived = self._arrived
-        placed = {call: self._is_placed(by, torch.cat(pieces)) for call, pieces in arrived.items()}
+        numbers = torch.arange(1, classes + 1, device=output.device)
+        once = numbers.to(output.dtype).cos().expand_as(output)
+        scaled = scales[:, None] * once
+        arrived: dict[Call, list[Tensor]] = {}
+        self._arrived = arrived
+        self.backward(output, torch.stack([once, scaled]), batched=batched)
         self._arrived = None
-        return {name for call in self.calls if not placed.get(call, not unseen) for name in call.names.values()}
+        found: set[str] = set()
+        for call in self.calls:
+            if call not in arrived or not self._is_placed(torch.cat(arrived[call]), scales):
+                found.update(call.names.values())
+        return found
 
-    def close(self, totals: Totals, general: Collection[str]) -> None:
+    def _is_placed(self, g: Tensor, scales: Tensor) -> bool:
+        """Say whether the cotangents [2, N, …] are those of the first repetition in the right scales [B]."""
+        k = g.shape[1] // self._samples
+        once, scaled = g.reshape(2, self._samples, k, -1)
+        expected = scales[:, None, None] * once
+        error = (scaled - expected).abs().amax(-1)  # [B, k]
+        row_size = once.abs().amax(-1)
+        size = row_size.amax()
+        precision = torch.finfo(g.dtype).eps
+        allowed = precision**0.5 * row_size + 64 * precision * size
+        is_placed = (error <= scales[:, None] * allowed).all()
+        return bool(is_placed & (size > 0))
+
+    def collect(self, totals: Totals, general: Collection[str]) -> None:
         """Have the rules add to the totals, by parameter, in the passes that follow, but for those `general`."""
         for call in self.calls:
-            self._kept[call] = {role: totals[n] for role, n in call.names.items() if n not in general}
+            own = {}
+            for role, name in call.names.items():
+                if name not in general:
+                    own[role] = totals[name]
+            self._totals[call] = own
 
-    def backward(self, output: Tensor, cotangents: Tensor, *, last: bool, batched: bool = True) -> bool:
-        """Run the backward passes of cotangents [V, B, C] at once, for the rules to add up; say if there were any."""
+    def finish(self) -> None:
+        """Add to the totals what the rules deferred until all cotangents had been seen."""
+        for call, totals in self._totals.items():
+            call.finish(totals)
+
+    def backward(self, output: Tensor, cotangents: Tensor, *, batched: bool = True) -> bool:
+        """Run the backward passes of cotangents [V, B, C], by default at once; say if there were any."""
         if not self.calls or not output.requires_grad:
             return False
-        self.cotangents, self._last = len(cotangents) if batched else 1, last
 
-        def one(cotangent: Tensor) -> Tensor:
-            torch.autograd.grad(output, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
+        def pull_back(cotangent: Tensor) -> Tensor:
+            torch.autograd.grad(output, self._anchor, cotangent, retain_graph=True, allow_unused=True)
             return cotangent
 
-        torch.vmap(one)(cotangents) if batched else [one(cotangent) for cotangent in cotangents]
+        if batched:
+            self._cotangents = len(cotangents)
+            torch.vmap(pull_back)(cotangents)
+        else:
+            self._cotangents = 1
+            for cotangent in cotangents:
+                pull_back(cotangent)
         return True
 
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
         """Let a call's rule see the cotangents [V, N, …] of its output; return its input's, if asked, else anything."""
-        if len(g) < self.cotangents:  # not batched: the same for every v
-            g = g.expand(self.cotangents, *g.shape[1:])
+        if len(g) < self._cotangents:  # not batched: the same for every v
+            g = g.expand(self._cotangents, *g.shape[1:])
+        weight = call.weight
         if self._arrived is not None:
             self._arrived.setdefault(call, []).append(g)
-        elif totals := self._kept.get(call):
-            call.accumulate(g.to(sum_type(g)), self._samples, totals)
-            if self._last:
-                call.finish(totals)
-        if not needs_input:
-            return g
-        gradient = call.input_gradient(g, call.weight)
-        if self._arrived is not None and self._unseen and not bool(gradient.any()):
-            gradient = call.input_gradient(g, torch.where(call.weight == 0, 1, call.weight))
-        return gradient
+            weight = torch.where(weight == 0, 1, weight)  # zeros would hide what lies in front of them
+        elif self._totals.get(call):
+            call.accumulate(g.to(sum_type(g)), self._samples, self._totals[call])
+        return call.input_gradient(g, weight) if needs_input else g
 
-    def _is_placed(self, scales: Tensor, g: Tensor) -> bool:
-        """Say whether the cotangents [1 + digits, N, …] are those of the first repetition in the right scales."""
-        first, *rest = g.reshape(len(g), self._samples, g.shape[1] // self._samples, -1)
-        row_size, eps = first.abs().amax(-1), torch.finfo(g.dtype).eps
-        size = row_size.amax()
-        for scale, rows in zip(scales[1:, :, None], rest, strict=True):
-            error = (rows - scale[..., None] * first).abs_().amax(-1)
-            if not bool((error <= scale * (eps**0.5 * row_size + 64 * eps * size)).all()):
-                return False
-        return not self._unseen or bool(size > 0)
+
+def _leaves(output: Tensor) -> set[int]:
+    """Return the ids of the leaf tensors in the graph behind an output."""
+    found = set()
+    seen: set[Any] = {None}
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                found.add(id(node.variable))
+    return found
 
 
 class _RuledCall(Function):
@@ -147,7 +201,8 @@ class _RuledCall(Function):
         ctx: Any, anchor: Tensor, source: Tensor, call: Call, tape: Tape, function: Callable[[], Tensor]
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.tape = call, tape
+        ctx.call = call
+        ctx.tape = tape
         if call.reads_input:
             ctx.save_for_backward(source)  # of which torch says whether it was changed in place
         output = function()
@@ -157,11 +212,13 @@ class _RuledCall(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 5
-        needs_input, _ = ctx.needs_input_grad[1], ctx.saved_tensors
+            return None, None, None, None, None
+        needs_input = ctx.needs_input_grad[1]
+        _ = ctx.saved_tensors  # raises an error where the input was changed
         if is_batchedtensor(g):  # all that `torch.vmap` batches at once, without its ways for functions of one's own
-            whole = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
-            found = _add_batch_dim(ctx.tape.contract(ctx.call, whole, needs_input), 0, maybe_get_level(g))
+            cotangents = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
+            gradients = ctx.tape.contract(ctx.call, cotangents, needs_input)
+            gradient = _add_batch_dim(gradients, 0, maybe_get_level(g))
         else:
-            found = ctx.tape.contract(ctx.call, g[None], needs_input)[0]
-        return None, found if needs_input else None, None, None, None
+            gradient = ctx.tape.contract(ctx.call, g[None], needs_input)[0]
+        return None, gradient if needs_input else None, None, None, None

@@ -1,6 +1,6 @@
 """The Trainer of all steps: Lightning's, with the commands ``fisher`` and ``evaluate``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +9,10 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-from coin.callbacks import StepProgress, estimate_statistic
+from coin.callbacks import estimate_statistic
 from coin.core.choices import parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import leave_processes_at_exit
@@ -39,8 +38,6 @@ class Trainer(pl.Trainer):
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
-        callbacks: Lightning's or your own; without a progress bar among them `coin.callbacks.StepProgress` is added.
-        enable_progress_bar: Whether to show progress.
         matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
             ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
         **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` is of networks in training and evaluation;
@@ -54,21 +51,14 @@ class Trainer(pl.Trainer):
         self,
         *,
         use_distributed_sampler: bool = False,
-        callbacks: list[Callback] | Callback | None = None,
-        enable_progress_bar: bool = True,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         **kwargs: Any,
     ) -> None:
         if (precision := str(kwargs.get("precision"))).endswith("16-true"):
             told = f"found precision '{precision}', in which no weights are trained or written"
             raise ConfigurationError(f"{told}; use {precision.replace('true', 'mixed')}")
-        given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
-        has_bar = any(isinstance(callback, ProgressBar) for callback in given)
-        given += [StepProgress()] if enable_progress_bar and not has_bar else []
         leave_processes_at_exit()
-        super().__init__(
-            callbacks=given, enable_progress_bar=has_bar, use_distributed_sampler=use_distributed_sampler, **kwargs
-        )
+        super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
         if matmul_precision is not None:
             torch.set_float32_matmul_precision(matmul_precision)
         for logger in self.loggers:
@@ -179,7 +169,8 @@ def estimate_over_tasks(
 def make_trainer(folder: Path, options: Mapping[str, Any], **fixed: Any) -> Trainer:
     """Return a Trainer for one step, from the experiment's ``trainer`` section and the options fixed by the step."""
     silence_lightning()
-    settings = {"devices": 1, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    quiet = ("enable_model_summary", "enable_progress_bar", "enable_checkpointing", "logger")
+    settings = {"devices": 1, **dict.fromkeys(quiet, False)}
     try:
         return Trainer(default_root_dir=str(folder), **{**settings, **options, **fixed})
     except (TypeError, ValueError, MisconfigurationException) as error:

@@ -1,12 +1,11 @@
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from coin.callbacks import ExpertExport, FisherEstimator, StepProgress, Weights
+from coin.callbacks import ExpertExport, FisherEstimator, Weights
 from coin.errors import ConfigurationError, DataError, FileError
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
@@ -150,20 +149,3 @@ def test_other_modules_data_and_too_many_processes_are_refused(synthetic, make_t
 def test_bad_options_are_refused_at_construction(options, message):
     with pytest.raises(ConfigurationError, match=message):
         FisherEstimator(**options)
-
-
-def test_without_a_terminal_a_training_tells_how_long_it_will_take(make_trainer, synthetic, monkeypatch, capsys):
-    def bars(**options):
-        return [type(c) for c in make_trainer(**options).callbacks if isinstance(c, ProgressBar | StepProgress)]
-
-    assert bars(enable_progress_bar=True) == [StepProgress]
-    assert bars(enable_progress_bar=True, callbacks=TQDMProgressBar()) == [TQDMProgressBar]
-    assert bars(enable_progress_bar=False) == []
-    monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
-    trainer = make_trainer(max_epochs=2, enable_progress_bar=True, accumulate_grad_batches=2)
-    trainer.fit(Expert(**SMALL), datamodule=synthetic())
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    told = [line for line in re.split("[\r\n]", printed.err) if line.startswith("training: ")]
-    assert trainer.global_step > 1
-    assert told[-1].startswith("training: 100%")

@@ -234,5 +234,5 @@ def test_batches_of_anything_else_are_told(batch, message):
         with pytest.raises(DataError, match=message) as told:
             use()
         assert "\n" not in str(told.value)
-    with pytest.raises(DataError, match=r"type dict, expected input tensors .* give forward=lambda network, batch"):
+    with pytest.raises(DataError, match=r"type dict, expected a tensor .*, or tensors by name with forward=lambda"):
         fisher_diagonal(network, NAMED[0])

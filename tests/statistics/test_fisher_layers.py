@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import CLASSES, Net, dense_loop, random
+from dense import CLASSES, Net, assert_exact, dense_loop, random
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,17 +14,6 @@ from coin.errors import ConfigurationError, DataError
 from coin.statistics import fisher_diagonal
 from coin.statistics.fisher import FisherOptions, _Pass
 from coin.statistics.rules import linear
-
-
-def assert_exact(network: nn.Module, inputs: Tensor, zero: bool = False) -> None:
-    network = network.double()
-    inputs = inputs.double() if inputs.is_floating_point() else inputs
-    expected = dense_loop(network, inputs)
-    for found in (fisher_diagonal(network, [inputs]), fisher_diagonal(network, list(inputs.split(2)), memory_mib=1)):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert zero or value.abs().max() > 0, f"{name} is zero: the test shows nothing"
-            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class Pooled(nn.Module):
@@ -162,13 +151,6 @@ def test_normalisation_with_a_zero_weight(norm: nn.Module) -> None:
     assert_exact(Pooled(nn.Conv2d(4, 6, 1), norm, width=6), torch.randn(3, 4, 4, 4))
 
 
-def test_fresh_batchnorm_without_running_statistics_is_left_to_autograd() -> None:
-    torch.manual_seed(0)
-    norm = nn.BatchNorm2d(6, track_running_stats=False)
-    network = Pooled(nn.Conv2d(4, 6, 1), norm, width=6)
-    assert_exact(network, torch.randn(1, 4, 4, 4))  # its output depends on the batch: only one sample has a meaning
-
-
 class Tokens(nn.Module):
     """Embeds tokens."""
 
@@ -240,29 +222,16 @@ def test_layouts(layout: str, samples: int) -> None:
     assert_exact(Layouts(layout), torch.randn(samples, 3, 4))
 
 
-class Attention(nn.Module):
-    def __init__(self, batch_first: bool, cross: bool = False) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
-        self.head, self.cross = nn.Linear(4, CLASSES), cross
-        nn.init.normal_(self.attention.in_proj_bias)
+def test_attention_to_other_tokens() -> None:
+    def call(net: Net, x: Tensor) -> Tensor:
+        y, weights = net.attention(x, x.tanh(), x.tanh())
+        return net.head(y.sin().mean(1)) + weights.sin().mean((1, 2))[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if self.attention.batch_first else x.transpose(0, 1)
-        other = x.tanh() if self.cross else x
-        y, weights = self.attention(x, other, other)
-        y = y if self.attention.batch_first else y.transpose(0, 1)
-        return self.head(y.sin().mean(1)) + weights.sin().mean((1, 2))[:, None]
-
-
-@pytest.mark.parametrize("options", [(True,), (False,), (True, True)])
-def test_attention(options: tuple[bool, ...]) -> None:
-    """A key's bias shifts all scores alike, so its exact gradient is zero: compare it absolutely."""
     torch.manual_seed(0)
-    network, inputs = Attention(*options).double(), torch.randn(3, 5, 4).double()
-    expected, found = dense_loop(network, inputs), fisher_diagonal(network, [inputs])
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-18)
+    network = Net(call, attention=nn.MultiheadAttention(4, 2, batch_first=True), head=nn.Linear(4, CLASSES))
+    nn.init.normal_(network.attention.in_proj_bias)
+    # A key's bias shifts all scores alike, so its exact gradient is zero: it is compared absolutely.
+    assert_exact(network, torch.randn(3, 5, 4), absolute=1e-18)
 
 
 def test_a_network_whose_views_hold_in_the_usual_order_of_memory_alone() -> None:
@@ -297,12 +266,37 @@ def test_after_the_first_batch_nothing_waits_for_the_device() -> None:
     assert counts[0] > counts[1] == counts[2] == 1  # whether the buffers are as they were
 
 
-def test_in_place_operations_on_a_layers_output() -> None:
+def call_without_gradients(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = net.first(x)
+    return net.head(F.relu(h))
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
+    # (the network, the shape of its inputs, what has no Fisher); a fresh BatchNorm is right for single samples alone
+    "a BatchNorm without running statistics": (
+        lambda: Pooled(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, track_running_stats=False), width=6), (1, 4, 4, 4), ()
+    ),
+    "functions in place on maps": (
+        lambda: Pooled(nn.Conv2d(4, 6, 3), nn.ReLU(True), nn.BatchNorm2d(6), nn.Hardswish(True), width=6),
+        (3, 4, 6, 6), (),
+    ),
+    "functions in place at positions": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(True), nn.Flatten(1, 2), nn.Flatten(), nn.Linear(18, CLASSES)),
+        (3, 3, 4), (),
+    ),
+    "parts without gradient": (
+        lambda: Net(call_without_gradients, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)),
+        (3, 4), ("first.weight", "first.bias"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_network_of_odd_parts(name: str) -> None:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Hardswish(inplace=True)]
-    assert_exact(Pooled(*layers, width=6), torch.randn(3, 4, 6, 6))
-    at_positions = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Flatten(1, 2), nn.Flatten(), nn.Linear(18, CLASSES)
-    assert_exact(nn.Sequential(*at_positions), torch.randn(3, 3, 4))
+    make, shape, zero = ODD[name]
+    assert_exact(make(), torch.randn(shape), zero=zero)
 
 
 def test_a_token_may_be_changed_in_place_once_it_is_expanded_but_the_parameter_stays() -> None:
@@ -319,17 +313,6 @@ def test_a_token_may_be_changed_in_place_once_it_is_expanded_but_the_parameter_s
     assert torch.equal(network.token, before)
 
 
-def test_a_layers_input_modified_in_place_is_refused() -> None:
-    def call(net: Net, x: Tensor) -> Tensor:
-        h = net.first(x)
-        y = net.head(h)
-        h.mul_(2)
-        return y
-
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        fisher_diagonal(Net(call, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)), [torch.randn(2, 4)])
-
-
 def test_unused_and_frozen_parameters() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
@@ -338,26 +321,30 @@ def test_unused_and_frozen_parameters() -> None:
     found = fisher_diagonal(network, [torch.randn(3, 4)])
     assert found.keys() == {"unused", "0.bias", "2.weight", "2.bias"}
     assert not found["unused"].any()
-    assert_exact(network, torch.randn(3, 4), zero=True)
+    assert_exact(network, torch.randn(3, 4), zero=("unused",))
 
 
-def test_parts_without_gradient_count_for_nothing() -> None:
-    def call(net: Net, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = net.first(x)
-        return net.head(F.relu(h))
-
-    assert_exact(Net(call, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)), torch.randn(3, 4), zero=True)
+def call_that_overwrites(net: Net, x: Tensor) -> Tensor:
+    h = net.first(x)
+    y = net.head(h)
+    h.mul_(2)
+    return y
 
 
-def test_outputs_that_are_not_logits_are_refused() -> None:
-    with pytest.raises(DataError, match=r"\[2, 4, 3\].*expected logits \[2, C\]"):
-        fisher_diagonal(nn.Linear(4, CLASSES), [torch.randn(2, 4, 4)])
-
-
-def test_nothing_to_differentiate_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="no floating-point parameters in Flatten"):
-        fisher_diagonal(nn.Flatten(), [torch.randn(2, 4)])
+@pytest.mark.parametrize(
+    ("make", "shape", "error", "message"),
+    [
+        (lambda: nn.Linear(4, CLASSES), (2, 4, 4), DataError, r"\[2, 4, 3\].*expected logits \[2, C\]"),
+        (nn.Flatten, (2, 4), ConfigurationError, "no floating-point parameters in Flatten"),
+        (
+            lambda: Net(call_that_overwrites, first=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)),
+            (2, 4), RuntimeError, "modified by an inplace operation",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused(make: Any, shape: tuple[int, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fisher_diagonal(make(), [torch.randn(shape)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -58,23 +58,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert {name: value.tolist() for name, value in uneven.items()} == {"a": [1, 1], "b": [3, 3], "c:T": [2, 2]}
 
 
-def test_sums_add_and_divide_once() -> None:
-    one = Sums({"a": torch.tensor([1.0, 2.0])}, 1, 3.0)
-    two = Sums({"a": torch.tensor([5.0, 2.0])}, 3, 9.0)
-    both = one + two
-    assert (both.count, both.passes) == (4, 12.0)
-    assert torch.equal(both.mean()["a"], torch.tensor([1.5, 1.0]))
-
-
-def test_sums_of_other_tensors_do_not_add() -> None:
-    with pytest.raises(StateError, match="'a'"):
-        Sums({"a": torch.ones(2)}, 1, 1.0) + Sums({"a": torch.ones(3)}, 1, 1.0)
-
-
-def test_what_one_does_not_cover_the_other_brings() -> None:
-    one, two = Sums({"a": torch.ones(2)}, 1, 1.0), Sums({"b:T": torch.ones(3), "c": torch.ones(1)}, 1, 1.0)
-    for both in (one + two, two + one):
-        assert {name: value.tolist() for name, value in both.values.items()} == {"a": [1, 1], "b:T": [1] * 3, "c": [1]}
+def test_the_mean_divides_by_the_count() -> None:
+    assert torch.equal(Sums({"a": torch.tensor([6.0, 4.0])}, 4, 12.0).mean()["a"], torch.tensor([1.5, 1.0]))
+    with pytest.raises(StateError, match="found 0 calibration samples"):
+        Sums({}, 0, 0.0).mean()
 
 
 def test_no_group_no_change() -> None:

@@ -1,6 +1,7 @@
 """The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
 
 import errno
+import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,8 @@ class TrainNetwork(Step):
         callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
         fixed = {"max_epochs": config.epochs, "callbacks": callbacks, "enable_checkpointing": True}
         with self.log.open(self.folder) as loggers:
-            trainer = make_trainer(checkpoints, self.trainer, logger=loggers, log_every_n_steps=10, **fixed)
+            options = {"enable_progress_bar": sys.stdout.isatty(), **self.trainer}
+            trainer = make_trainer(checkpoints, options, logger=loggers, log_every_n_steps=10, **fixed)
             seed_everything(self.seed, workers=True, verbose=False)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)

@@ -20,12 +20,14 @@ class Call(ABC):
 
     Attributes:
         inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
-        roles: Role → the tensor whose squared gradients are wanted.
+        weight: The trainable parameter, or a tensor that is none.
+        bias: The same, where the call has one.
         reads_input: Whether the backward pass needs the input's values.
-        decided: Whether activations had decided something before it, which may differ between networks.
+        decided: Whether activations had placed rows before it, which they may do differently in another network.
         names: Role → the trainable parameter's name; set by a `Tape`, as is what follows.
         made: The output's shape.
-        source, node: The nodes in autograd's graph whose output the input is, and that of this call, by id.
+        source: The id of the node in autograd's graph whose output the input is.
+        node: The id of this call's own node there.
         readers: How many functions read the output.
     """
 
@@ -34,10 +36,13 @@ class Call(ABC):
     bias: Tensor | None
 
     def __post_init__(self) -> None:
-        self.roles = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
         self.reads_input = self.weight.requires_grad
-        self.decided, self.names, self.made = False, dict[str, str](), torch.Size()
-        self.source = self.node = self.readers = 0
+        self.decided = False
+        self.names: dict[str, str] = {}
+        self.made = torch.Size()
+        self.source = 0
+        self.node = 0
+        self.readers = 0
 
     @abstractmethod
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
@@ -48,7 +53,7 @@ class Call(ABC):
         """Return the cotangents of the input [V, N, …], as if the weight were the given one."""
 
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Return what the call makes of some rows of its inputs with another value of the parameter of its weight."""
+        """Return what the call makes of some rows of its inputs with another value of its weight."""
         raise NotImplementedError(f"{type(self).__name__} gives no output")  # no unit of it is fitted
 
     def along(self, values: Tensor, output: Tensor) -> Tensor:

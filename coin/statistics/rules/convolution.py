@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.linear import LinearCall, add_gram, block_of, position_pairs
+from coin.statistics.rules.linear import LinearCall, add_gram, at_once, position_pairs
 
 _FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -27,28 +28,39 @@ class Geometry:
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the spatial size of the output for an input of this size."""
-        options = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options)
+        found = []
+        for dim, n in enumerate(size):
+            reach = self.dilation[dim] * (self.kernel[dim] - 1) + 1
+            room = n + 2 * self.padding[dim] - reach
+            found.append(room // self.stride[dim] + 1)
+        return tuple(found)
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        rows = F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1).contiguous()
-        outer, *inner, last = rows.stride()
-        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
-        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
-        shape = (len(x), *self.output_size(tuple(x.shape[2:])), *self.kernel, x.shape[1])
-        return rows.as_strided(shape, (outer, *steps, *taps, last))
+        samples, channels, *size = x.shape
+        sides = []
+        for padding in reversed(self.padding):
+            sides += [padding, padding]
+        rows = F.pad(x, sides).movedim(1, -1).contiguous()  # [B, *size, C]
+        of_sample, *inner, of_channel = rows.stride()
+        of_place = [inner[dim] * stride for dim, stride in enumerate(self.stride)]
+        of_tap = [inner[dim] * dilation for dim, dilation in enumerate(self.dilation)]
+        shape = (samples, *self.output_size(tuple(size)), *self.kernel, channels)
+        return rows.as_strided(shape, (of_sample, *of_place, *of_tap, of_channel))
 
     def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return where in an image (row by row) taps are at output places [...]: [..., taps]; whether they meet it."""
-        taps = torch.unravel_index(torch.arange(prod(self.kernel), device=places.device), self.kernel)
-        rows = torch.unravel_index(places, self.output_size(size))
-        met, inside = torch.zeros_like(places)[..., None], torch.ones_like(places)[..., None] > 0
-        options = zip(rows, taps, size, self.stride, self.dilation, self.padding, strict=True)
-        for row, tap, n, s, d, p in options:
-            at = row[..., None] * s + tap * d - p
-            inside = inside & (at >= 0) & (at < n)
-            met = met * n + at.clamp(0, n - 1)
+        every_tap = torch.arange(prod(self.kernel), device=places.device)
+        taps = torch.unravel_index(every_tap, self.kernel)
+        rows = torch.unravel_index(places[..., None], self.output_size(size))
+        met = torch.zeros_like(places[..., None])
+        inside = met == 0
+        for dim, n in enumerate(size):
+            corner = rows[dim] * self.stride[dim] - self.padding[dim]
+            at = corner + taps[dim] * self.dilation[dim]
+            nearest = at.clamp(0, n - 1)
+            inside = inside & (at == nearest)
+            met = met * n + nearest
         return met, inside
 
 
@@ -56,8 +68,12 @@ class Geometry:
 def taps_of(geometry: Geometry, size: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Return by tap the output's places, row by row, at which it meets an image, and the image's that it meets."""
     places = torch.arange(prod(geometry.output_size(size)), device=device)
-    taps = zip(*(each.T for each in geometry.met(places, size)), strict=True)
-    return [(places[inside], met[inside]) for met, inside in taps]
+    met, inside = geometry.met(places, size)
+    found = []
+    for tap in range(prod(geometry.kernel)):
+        meets = inside[:, tap]
+        found.append((places[meets], met[:, tap][meets]))
+    return found
 
 
 @dataclass(eq=False)
@@ -71,66 +87,124 @@ class ConvolutionCall(LinearCall):
     geometry: Geometry = field(kw_only=True)
     many_rows: ClassVar[bool] = False
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The spatial size of the input."""
+        return tuple(self.inputs.shape[2:])
+
+    @property
+    def places(self) -> int:
+        """The number of places in the output."""
+        return prod(self.geometry.output_size(self.size))
+
+    @property
+    def taps(self) -> list[tuple[Tensor, Tensor]]:
+        """Those of `taps_of`."""
+        return taps_of(self.geometry, self.size, self.inputs.device)
+
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        geometry, size, folded = self.geometry, tuple(self.inputs.shape[2:]), g.flatten(0, 1)
-        last = self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last)
-        order = torch.channels_last if last else torch.contiguous_format
+        folded = g.flatten(0, 1)  # [V·N, O, *output]
+        order = torch.contiguous_format
+        if self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last):
+            order = torch.channels_last
         shape = (len(folded), *self.inputs.shape[1:])
         gradient = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=order)
-        pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
-        one_position = prod(geometry.output_size(size)) == 1
-        if geometry.groups == 1 and (one_position or (pointwise and max(geometry.stride) > 1)):
-            # One product for each tap, as no two meet: several times faster than the library's kernel.
-            rows, by_place = folded.flatten(2).mT, gradient.zero_().flatten(2).mT
-            for tap, (places, met) in enumerate(taps_of(geometry, size, g.device)):
-                by_place[:, met] = rows[:, places] @ weight.flatten(2)[..., tap]
+        if self._taps_are_apart():  # one product for each: several times faster than the library's kernel
+            rows = folded.flatten(2).mT  # [V·N, positions, O]
+            by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
+            by_tap = weight.flatten(2)  # [O, C, taps]
+            for tap, (places, met) in enumerate(self.taps):
+                by_place[:, met] = rows[:, places] @ by_tap[..., tap]
         else:
-            folded = folded.contiguous(memory_format=order)
-            gradient = torch.ops.aten.convolution_backward(
-                folded, gradient, weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
-                [0] * len(size), geometry.groups, [True, False, False],
-            )[0]  # fmt: skip
+            ordered = folded.contiguous(memory_format=order)
+            gradient = self._library_gradient(ordered, gradient, weight)
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
+
+    def _taps_are_apart(self) -> bool:
+        """Say whether no two taps of one group meet the same place, and the library is slow."""
+        geometry = self.geometry
+        if geometry.groups > 1:
+            return False
+        is_pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
+        return self.places == 1 or (is_pointwise and max(geometry.stride) > 1)
+
+    def _library_gradient(self, g: Tensor, like: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of the input, shaped `like` it, from torch's own kernel."""
+        geometry = self.geometry
+        gradient, _, _ = torch.ops.aten.convolution_backward(
+            g,
+            like,
+            weight,
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            False,  # not transposed
+            [0] * len(self.size),
+            geometry.groups,
+            [True, False, False],
+        )
+        return gradient  # type: ignore[no-any-return]
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
         geometry = self.geometry
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
-        options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        made: Tensor = convolve(inputs, weight, self.bias, *options)
-        return made
+        convolve = _CONVOLUTIONS[len(geometry.kernel)]
+        return convolve(
+            inputs,
+            weight,
+            self.bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+        )
 
     @override
     def along(self, values: Tensor, output: Tensor) -> Tensor:
-        return values.reshape(-1, *[1] * (output.ndim - 2))
+        ones = [1] * (output.ndim - 2)
+        return values.reshape(-1, *ones)
 
     @override
     def positions(self, g: Tensor, samples: int) -> Tensor:
-        return g.movedim(2, -1).reshape(len(g), samples, -1, g.shape[2])  # a sample's rows are further positions
+        outputs = g.shape[2]
+        outputs_last = g.movedim(2, -1)
+        return outputs_last.reshape(len(g), samples, -1, outputs)  # a sample's rows are further positions
 
     @override
     def patches(self, rows: Tensor) -> Tensor:
-        dims, groups = len(self.geometry.kernel), self.geometry.groups
+        dims = len(self.geometry.kernel)
         patches = self.geometry.patches(rows)  # [k, *output, *kernel, C]
-        grouped = patches.view(*patches.shape[:-1], groups, -1).movedim(-2, 0)
-        return grouped.flatten(2 + dims).flatten(1, 1 + dims)
+        by_group = patches.view(*patches.shape[:-1], self.geometry.groups, -1)
+        columns = by_group.movedim(-2, 0).flatten(2 + dims)  # [G, k, *output, taps · C/G]
+        return columns.flatten(1, 1 + dims)
 
     @override
     def matrices(self, total: Tensor) -> Tensor:
-        return total.movedim(1, -1).view(self.geometry.groups, -1, total[0].numel())
+        columns = total[0].numel()
+        return total.movedim(1, -1).view(self.geometry.groups, -1, columns)
 
     @override
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
-        size, rows = tuple(self.inputs.shape[2:]), self.inputs.flatten(2).mT.to(total.dtype)
-        count = prod(self.geometry.output_size(size))
-        by_tap = total.view(*total.shape[:2], prod(self.geometry.kernel), -1)
-        for tap, (places, met) in enumerate(taps_of(self.geometry, size, total.device)):
+        rows = self.inputs.flatten(2).mT.to(total.dtype)  # [B, places of the image, C]
+        groups, outputs, _ = total.shape
+        taps = self.taps
+        by_tap = total.view(groups, outputs, len(taps), -1)
+        for tap, (places, met) in enumerate(taps):
             met_pairs = pairs
-            if len(places) < count:
-                first, second = (places[at] for at in position_pairs(len(places), total.device)[:2])
-                met_pairs = pairs.index_select(1, first * (2 * count - 1 - first) // 2 + second)
+            if len(places) < self.places:
+                numbers = _numbers_of_pairs(places, self.places)
+                met_pairs = pairs.index_select(1, numbers)
             add_gram(by_tap[:, :, tap], met_pairs, rows[:, met])
+
+
+def _numbers_of_pairs(places: Tensor, every: int) -> Tensor:
+    """Return the numbers of the pairs t ≤ t' of some places among the pairs of every place, in `position_pairs`."""
+    first, second, _ = position_pairs(len(places), places.device)
+    t = places[first]
+    before = t * (2 * every - 1 - t) // 2  # pairs that come before those of t, less t
+    return before + places[second]
 
 
 @dataclass(eq=False)
@@ -139,17 +213,36 @@ class DepthwiseCall(ConvolutionCall):
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
-        channels, by_channel, dims = len(weight), self.matrices(weight)[:, 0], weight.ndim - 2
-        if rows.shape[2] < _FEW and len(self.inputs) == rows.shape[1]:
-            rows, inputs = rows.contiguous(), self.inputs.flatten(2).mT.to(g.dtype).contiguous()
-            for tap, (places, met) in enumerate(taps_of(self.geometry, tuple(self.inputs.shape[2:]), g.device)):
-                sums = (rows.index_select(2, places) * inputs.index_select(1, met)).sum(2)
-                by_channel[:, tap] += sums.square_().sum((0, 1))
-            return
-        order = 0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims)
-        for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), g.shape[1] // rows.shape[1])):
-            patches = self.geometry.patches(maps.transpose(0, 1)).permute(order)  # [C, *kernel, k, *output]
-            shifted = patches.reshape(channels, weight[0].numel(), -1)
-            for block in torch.split(rows[:, n], max(1, block_of(g.device) // rows[0, n].numel())):
-                cotangents = block.reshape(-1, channels).t().contiguous().view(channels, len(block), -1)
-                by_channel.add_(torch.bmm(cotangents, shifted.mT).square_().sum(1))
+        _, samples, positions, _ = rows.shape
+        k = len(self.inputs) // samples
+        total = self.matrices(weight)[:, 0]  # [C, taps]
+        if k == 1 and positions < _FEW:
+            self._add_by_tap(rows.contiguous(), total)
+        else:
+            self._add_by_sample(rows, total, k)
+
+    def _add_by_tap(self, rows: Tensor, total: Tensor) -> None:
+        """Add the squares for cotangents [V, B, T, C] to a total [C, taps]."""
+        inputs = self.inputs.flatten(2).mT.to(rows.dtype).contiguous()  # [B, places, C]
+        for tap, (places, met) in enumerate(self.taps):
+            products = rows.index_select(2, places) * inputs.index_select(1, met)
+            gradients = products.sum(2)  # [V, B, C]
+            total[:, tap] += gradients.square_().sum((0, 1))
+
+    def _add_by_sample(self, rows: Tensor, total: Tensor, k: int) -> None:
+        """Add the squares for cotangents [V, B, T, C] of k rows a sample to a total [C, taps]."""
+        channels, taps = total.shape
+        dims = len(self.size)
+        output_dims = range(1, 1 + dims)
+        other_dims = range(1 + dims, 2 + 2 * dims)
+        step = at_once(rows.device, rows[0, 0].numel())
+        by_sample = torch.split(self.inputs.to(rows.dtype), k)
+        for n, maps in enumerate(by_sample):
+            patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]
+            output_last = patches.permute(0, *other_dims, *output_dims)
+            shifted = output_last.reshape(channels, taps, -1)  # [C, taps, positions]
+            for block in torch.split(rows[:, n], step):
+                by_channel = block.reshape(-1, channels).t().contiguous()
+                cotangents = by_channel.view(channels, len(block), -1)
+                gradients = torch.bmm(cotangents, shifted.mT)  # [C, v, taps]
+                total.add_(gradients.square_().sum(1))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
-from coin.statistics.rules.linear import block_of
+from coin.statistics.rules.linear import at_once
 from coin.statistics.sums import sum_type
 
 
@@ -36,13 +36,18 @@ class ElementwiseCall(Call):
     def normalised(self) -> Tensor:
         """Return x̂, in the type of sums."""
         x = self.inputs
-        x = x if self.statistics is None else (x - self.statistics[0]) * self.statistics[1]
+        if self.statistics is not None:
+            mean, factor = self.statistics
+            x = (x - mean) * factor
         return x.to(sum_type(x))
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        own = replace(self, inputs=inputs).normalised() * weight.view(self.shape)
-        return (own if self.bias is None else own + self.bias.view(self.shape)).to(inputs.dtype)
+        call = replace(self, inputs=inputs)
+        made = call.normalised() * weight.view(self.shape)
+        if self.bias is not None:
+            made = made + self.bias.view(self.shape)
+        return made.to(inputs.dtype)
 
     @override
     def along(self, values: Tensor, output: Tensor) -> Tensor:
@@ -51,50 +56,82 @@ class ElementwiseCall(Call):
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         inner = g.shape[2:]
-        shape = (1,) * (len(inner) - len(self.shape)) + self.shape
-        over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
-        factor = None if self.added or "weight" not in totals else self.normalised()
-        for block in torch.split(g, max(1, block_of(g.device) // g[0].numel())):
+        missing = [1] * (len(inner) - len(self.shape))
+        shape = *missing, *self.shape
+        broadcast = [3 + place for place, size in enumerate(shape) if size == 1]
+        over = [2, *broadcast]  # the dimensions of [v, B, k, …] that t runs over
+        factor = None
+        if "weight" in totals and not self.added:
+            factor = self.normalised()
+        step = at_once(g.device, g[0].numel())
+        for block in torch.split(g, step):
             for role, total in totals.items():
-                local = block if role == "bias" or factor is None else block * factor
-                sums = local.reshape(len(block), samples, -1, *inner).sum(over)
-                total.add_(sums.square_().sum((0, 1)).view(total.shape))
+                local = block
+                if role == "weight" and factor is not None:
+                    local = block * factor
+                by_sample = local.reshape(len(block), samples, -1, *inner)
+                gradients = by_sample.sum(over)
+                squares = gradients.square_().sum((0, 1))
+                total.add_(squares.view(total.shape))
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
+        if self.added:
+            return g
         factor = weight.view(self.shape)
-        factor = factor if self.statistics is None else factor * self.statistics[1]
-        return g if self.added else g * factor
+        if self.statistics is not None:
+            factor = factor * self.statistics[1]
+        return g * factor
 
 
-def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
-    """Read `torch.mul`, or `torch.add` if the parameter is `added`."""
-    weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
-    if not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+def multiply(input: Any, other: Any) -> Call | None:
+    """Read `torch.mul`."""
+    return _broadcast(input, other, added=False)
+
+
+def add(input: Any, other: Any) -> Call | None:
+    """Read `torch.add`."""
+    return _broadcast(input, other, added=True)
+
+
+def _broadcast(input: Any, other: Any, added: bool) -> Call | None:
+    """Return the call of a parameter and a tensor in either order, where the parameter has an entry of every sample."""
+    weight, x = other, input
+    if isinstance(input, nn.Parameter):
+        weight, x = input, other
+    if not isinstance(weight, nn.Parameter):
         return None
-    if weight.dtype != x.dtype or not weight.ndim <= x.ndim >= 2:
+    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return None
-    aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
-    if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
+    if weight.dtype != x.dtype or x.ndim < 2 or weight.ndim > x.ndim:
         return None
-    return ElementwiseCall(x, weight, None, aligned[1:], added)
+    missing = [1] * (x.ndim - weight.ndim)
+    of_samples, *shape = *missing, *weight.shape
+    if of_samples != 1:
+        return None
+    for size, full in zip(shape, x.shape[1:], strict=True):
+        if size != 1 and size != full:
+            return None
+    return ElementwiseCall(x, weight, None, tuple(shape), added)
 
 
 def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
     """Read `torch.Tensor.expand` over samples: as if the weight were added to zeros of that shape."""
     if not isinstance(weight, nn.Parameter):
         return None
-    return multiply(weight.detach().expand(*(sizes if size is None else size)), weight, added=True)
+    shape = sizes if size is None else size
+    return add(weight.detach().expand(*shape), weight)
 
 
 def batch_norm(
     input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
 ) -> Call | None:
     """Read `torch.nn.functional.batch_norm` on running statistics; it hands on its options by name."""
-    if options["training"] or running_mean is None or running_var is None or weight is None:
+    if options["training"] or running_mean is None or weight is None:
         return None
-    shape = (input.shape[1], *(1 for _ in input.shape[2:]))
-    statistics = running_mean.view(shape), torch.rsqrt(running_var + options["eps"]).view(shape)
+    shape = _channels(input)
+    factor = torch.rsqrt(running_var + options["eps"])
+    statistics = running_mean.view(shape), factor.view(shape)
     return ElementwiseCall(input, weight, bias, shape, statistics=statistics)
 
 
@@ -102,12 +139,18 @@ def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps:
     """Read `torch.nn.functional.layer_norm`: what it makes of the input without parameters is the call's input."""
     if weight is None or input.ndim <= len(shape):
         return None
-    return ElementwiseCall(F.layer_norm(input, shape, None, None, eps), weight, bias, tuple(weight.shape))
+    normalised = F.layer_norm(input, shape, None, None, eps)
+    return ElementwiseCall(normalised, weight, bias, tuple(weight.shape))
 
 
 def group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Call | None:
     """Read `torch.nn.functional.group_norm`, as a `layer_norm`."""
     if weight is None:
         return None
-    shape = (input.shape[1], *(1 for _ in input.shape[2:]))
-    return ElementwiseCall(F.group_norm(input, num_groups, None, None, eps), weight, bias, shape)
+    normalised = F.group_norm(input, num_groups, None, None, eps)
+    return ElementwiseCall(normalised, weight, bias, _channels(input))
+
+
+def _channels(x: Tensor) -> tuple[int, ...]:
+    """Return the shape in which one number a channel is broadcast over x[n]."""
+    return (x.shape[1], *[1] * (x.ndim - 2))

@@ -1,7 +1,7 @@
 """The rules for linear maps, applied at one position a sample or at many, and for `embedding`, on one-hot rows."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
@@ -26,32 +26,32 @@ class LinearCall(Call):
     and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
     """
 
-    parameter: Tensor | None = None  # what W is a view of; itself if None
-    transposed: bool = False  # whether that is W's transpose [I, O], as in a @ parameter
+    transposed: bool = False  # whether the weight is Wᵀ [I, O], as in a @ weight
     many_rows: ClassVar[bool] = True  # whether the Gram rule can take several rows a sample
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.roles["weight"] = self.weight if self.parameter is None else self.parameter
-        self._pairs: Tensor | None = None
+    _pairs: Tensor | None = field(default=None, init=False)  # contracted cotangents [B, P, O], of pairs of positions
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         rows = self.positions(g, samples)
         if "bias" in totals:
-            totals["bias"].add_(torch.square(rows.sum(2)).sum((0, 1)))
+            gradients = rows.sum(2)  # [V, B, O]
+            totals["bias"].add_(torch.square(gradients).sum((0, 1)))
         if "weight" in totals:
             self.add_weight(g, rows, totals["weight"])
 
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
         """Add the weight's squares, or defer them, for cotangents g [V, B·k, …], which are rows [V, B, T, O]."""
-        k, total = g.shape[1] // rows.shape[1], self.matrices(weight)
-        if (k == 1 or self.many_rows) and prefers_gram(rows.shape[2], len(rows), total.shape[-1]):
+        cotangents, samples, positions, _ = rows.shape
+        k = g.shape[1] // samples
+        total = self.matrices(weight)
+        columns = total.shape[-1]
+        takes_gram = k == 1 or self.many_rows
+        if takes_gram and prefers_gram(positions, cotangents, columns):
             pairs = contract_pairs(rows)
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-            inputs = (self.patches(sample.to(g.dtype)) for sample in torch.split(self.inputs, k))
-            add_direct(total, rows, inputs)
+            by_sample = torch.split(self.inputs, k)
+            add_direct(total, rows, (self.patches(sample.to(g.dtype)) for sample in by_sample))
 
     @override
     def finish(self, totals: Totals) -> None:
@@ -60,7 +60,7 @@ class LinearCall(Call):
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        return g @ weight
+        return g @ (weight.mT if self.transposed else weight)
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -76,11 +76,14 @@ class LinearCall(Call):
 
     def matrices(self, total: Tensor) -> Tensor:
         """Return the weight's accumulator as a view [G, O/G, K]."""
-        return (total.mT if self.transposed else total)[None]
+        matrix = total.mT if self.transposed else total
+        return matrix[None]
 
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
         """Add the products of contracted cotangents [B, P, O] with the inputs to a total [G, O/G, K]."""
-        add_gram(total, pairs, self.inputs.to(total.dtype).reshape(len(pairs), -1, total.shape[-1]))
+        columns = total.shape[-1]
+        inputs = self.inputs.reshape(len(pairs), -1, columns)
+        add_gram(total, pairs, inputs.to(total.dtype))
 
 
 @dataclass(eq=False)
@@ -95,11 +98,13 @@ class EmbeddingCall(Call):
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        cotangents = g.reshape(len(g), samples, -1, g.shape[-1])
-        for n, tokens in enumerate(self.inputs.reshape(samples, -1)):
+        cotangents = g.reshape(len(g), samples, -1, g.shape[-1])  # [V, B, places, O]
+        by_sample = self.inputs.reshape(samples, -1)
+        for n, tokens in enumerate(by_sample):
             found, places = torch.unique(tokens, return_inverse=True)
-            sums = g.new_zeros(len(g), len(found), g.shape[-1]).index_add_(1, places, cotangents[:, n])
-            squares = torch.square(sums).sum(0)
+            gradients = g.new_zeros(len(g), len(found), g.shape[-1])
+            gradients.index_add_(1, places, cotangents[:, n])
+            squares = torch.square(gradients).sum(0)
             if self.padding is not None:
                 squares[found == self.padding % len(self.weight)] = 0  # the padding token gets no gradient
             totals["weight"].index_add_(0, found, squares)
@@ -110,65 +115,93 @@ def prefers_gram(positions: int, cotangents: int, columns: int) -> bool:
     # The Gram rule multiplies K·T(T+1)/2 times inside a matrix product, and V·T(T+1)/2 times outside, each as long as
     # 17 inside; the direct rule V·T·K times inside, and squares V·K numbers, as long as 8.
     pairs = positions * (positions + 1) // 2
-    return positions == 1 or (17 * cotangents + columns) * pairs <= cotangents * columns * (positions + 8)
+    gram_cost = (17 * cotangents + columns) * pairs
+    direct_cost = cotangents * columns * (positions + 8)
+    return positions == 1 or gram_cost <= direct_cost
 
 
 @lru_cache(maxsize=64)
 def position_pairs(positions: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the pairs t ≤ t' of T positions: two index vectors [P] and the weights [P], 1 on the diagonal, else 2."""
     first, second = torch.triu_indices(positions, positions, device=device)
-    return first, second, torch.where(first == second, 1, 2)
+    weights = torch.where(first == second, 1, 2)
+    return first, second, weights
 
 
 def contract_pairs(g: Tensor) -> Tensor:
     """Return w_tt' Σ_v g_vt g_vt' over the pairs of positions, [B, P, O], from g [V, B, T, O]."""
-    t = g.shape[2]
-    pairs = [(g[:, :, first : first + 1] * g[:, :, first:]).sum(0) for first in range(t)]
-    return torch.cat(pairs, 1).mul_(position_pairs(t, g.device)[2][:, None])
+    positions = g.shape[2]
+    products = []
+    for t in range(positions):
+        own = g[:, :, t : t + 1]
+        following = g[:, :, t:]
+        products.append((own * following).sum(0))
+    _, _, weights = position_pairs(positions, g.device)
+    return torch.cat(products, 1).mul_(weights[:, None])
 
 
 def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
     """Add Σ_n Σ_p pairs_np a_t a_t' to `total` [G, O/G, K], of contracted pairs [B, P, O] and inputs a [B, T, G·K]."""
-    groups, outputs, k = total.shape
-    first, second, _ = position_pairs(a.shape[1], a.device)
-    products = torch.square(a) if len(first) == 1 else a.index_select(1, first).mul_(a.index_select(1, second))
-    left = pairs.reshape(-1, groups, outputs).permute(1, 2, 0)
-    right = products.view(-1, groups, k).transpose(0, 1)
+    groups, outputs, columns = total.shape
+    _, positions, _ = a.shape
+    if positions == 1:
+        products = torch.square(a)
+    else:
+        first, second, _ = position_pairs(positions, a.device)
+        products = a.index_select(1, first).mul_(a.index_select(1, second))
+    left = pairs.reshape(-1, groups, outputs).permute(1, 2, 0)  # [G, O/G, B·P]
+    right = products.view(-1, groups, columns).transpose(0, 1)  # [G, B·P, K]
     if groups == 1:
         total[0].addmm_(left[0], right[0])
     else:
         total.add_(torch.bmm(left, right))
-    if len(first) > 1:  # a sum of squares, of which rounding may leave less than nothing where positions cancel
+    if positions > 1:  # a sum of squares, of which rounding may leave less than nothing where positions cancel
         total.clamp_min_(0)
 
 
-def block_of(device: torch.device) -> int:
-    """Return how many floats a rule makes at a time on a device."""
-    return BLOCK if device.type == "cpu" else _LARGE_BLOCK
+def at_once(device: torch.device, floats: int) -> int:
+    """Return how many pieces of so many floats a rule makes at a time on a device; one at least."""
+    block = BLOCK if device.type == "cpu" else _LARGE_BLOCK
+    return max(1, block // floats)
 
 
-def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
-    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs [G, T, K] in a.
+def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
+    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs a [G, T, K].
 
     Gradients are formed in pieces that stay in a core's cache until they are squared: that costs a third as much.
     """
-    groups, outputs, k = total.shape
-    small = 2 * total.numel() <= CACHED or total.device.type != "cpu"
-    step = max(1, block_of(total.device) // total.numel()) if small else 1
-    height = outputs if small else max(1, CACHED // (groups * k))
-    rows = g.view(*g.shape[:3], groups, outputs)
-    buffer = total.new_empty(min(step, len(g)) * groups * min(height, outputs) * k)
-    for n, right in enumerate(a):
-        for part, chosen in zip(torch.split(total, height, 1), torch.split(rows[:, n], height, 3), strict=True):
-            for block in torch.split(chosen, step):
-                left = block.permute(2, 0, 3, 1)  # [G, v, outputs, T]
-                gradients = buffer[: len(block) * part.numel()].view(groups, -1, k)
-                if groups == 1:  # a product a cotangent, so that nothing is copied
-                    stacked = gradients.view(len(block), -1, k)
-                    torch.bmm(left[0], right.expand(len(block), -1, -1), out=stacked)
-                else:
-                    torch.bmm(left.flatten(1, 2), right, out=gradients)
-                if len(block) == 1:
-                    part.addcmul_(gradients, gradients)
-                else:
-                    part.add_(gradients.square_().view(groups, len(block), -1, k).sum(1))
+    groups, outputs, columns = total.shape
+    if 2 * total.numel() <= CACHED or total.device.type != "cpu":
+        step = at_once(total.device, total.numel())  # cotangents at a time
+        height = outputs  # of a group, at a time
+    else:
+        step = 1
+        height = max(1, CACHED // (groups * columns))
+    by_group = g.view(*g.shape[:3], groups, outputs)
+    most_cotangents = min(step, len(g))
+    most_rows = groups * min(height, outputs)
+    buffer = total.new_empty(most_cotangents * most_rows * columns)
+    for n, a in enumerate(inputs):
+        for start in range(0, outputs, height):
+            piece = slice(start, start + height)
+            for block in torch.split(by_group[:, n, :, :, piece], step):
+                _add_squares(total[:, piece], block, a, buffer)
+
+
+def _add_squares(total: Tensor, g: Tensor, a: Tensor, buffer: Tensor) -> None:
+    """Add Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, o, K], for g [v, T, G, o] and a [G, T, K]; the buffer is overwritten."""
+    groups, _, columns = total.shape
+    cotangents = len(g)
+    left = g.permute(2, 0, 3, 1)  # [G, v, o, T]
+    flat = buffer[: cotangents * total.numel()]
+    gradients = flat.view(groups, -1, columns)  # [G, v·o, K]
+    if groups == 1:  # a product a cotangent, so that nothing is copied
+        right = a.expand(cotangents, -1, -1)
+        torch.bmm(left[0], right, out=flat.view(cotangents, -1, columns))
+    else:
+        torch.bmm(left.flatten(1, 2), a, out=gradients)
+    if cotangents == 1:
+        total.addcmul_(gradients, gradients)
+    else:
+        squares = gradients.square_().view(groups, cotangents, -1, columns)
+        total.add_(squares.sum(1))
