@@ -21,7 +21,7 @@ from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
-_KEPT = r"body\.(?:(?P<layer>.+)\.)?kept\.(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
+_KEPT = r"body\.(?:(?P<layer>.+)\.)?kept_parameter_(?P<parameter>[^.]+)"  # what a body keeps in place of a parameter
 _OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # of that, what belongs to no expert
 
 
@@ -56,7 +56,7 @@ class Body:
         adapters = []
         for expert in range(self.num_experts):
             own = {
-                name: Change.held({part: tensor[expert] for part, tensor in held.items() if part not in _OF_BODY})
+                name: Change.stored({part: tensor[expert] for part, tensor in held.items() if part not in _OF_BODY})
                 for name, held in parts.items()
             }
             adapters.append(Adapter(own))

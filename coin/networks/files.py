@@ -17,6 +17,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, check_layout
 from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
 from coin.networks.heads import head_name
@@ -56,6 +57,7 @@ class NetworkFile:
             return self.content.network()
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.content, str(self.path))
+        mark_folded(network, self.provenance.get("folded", {}))
         return network.eval()
 
     @property
@@ -95,6 +97,7 @@ def save_network(
     """Write a network, its architecture and provenance; a StateError for values not finite, but infinite buffers."""
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]  # causal masks
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
+    described |= {"folded": folded_norms(network)}
     described |= {"infinite": infinite} if infinite else {}
     described |= {"adapters": len(adapters)} if adapters else {}
     save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)

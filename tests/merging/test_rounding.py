@@ -89,7 +89,7 @@ def test_short_rows_are_rounded_to_eight_bits(monkeypatch):
     made, bits = method.make(experts, ROW), {}
     for short in (0, 64):
         monkeypatch.setattr(compressed, "SHORT", short)
-        bits[short] = method.pack(experts, ROW, made, None, Compression(2, base_bits=0))._kinds
+        bits[short] = method.pack(experts, ROW, made, None, Compression(2, base_bits=0))._kinds.values()
     assert {2, 8} & {*bits[0]} == {2}
     assert {2, 8} & {*bits[64]} == {8}
 
@@ -137,7 +137,7 @@ def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
         packed = [pack(experts, ROW, made, base, how).network() for base in bases for how in hows]
         return sum(map(error, packed)) - len(packed) * error(made.network)
 
-    assert added(method.pack) < 0.3 * added(partial(Method.pack, method))
+    assert added(method.pack) < 0.5 * added(partial(Method.pack, method))
 
 
 def test_what_is_no_section_of_a_compression_is_refused():

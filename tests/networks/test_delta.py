@@ -4,7 +4,21 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from coin.networks.delta import EQUAL, HALF, WHOLE, Rounded, decode, encode, levels, pack, quantise, read, size, unpack
+from coin.networks.delta import (
+    EQUAL,
+    HALF,
+    WHOLE,
+    Rounded,
+    by_row,
+    decode,
+    encode,
+    levels,
+    pack,
+    quantise,
+    read,
+    size,
+    unpack,
+)
 
 
 @settings(deadline=None)
@@ -20,7 +34,7 @@ def test_packed_codes_are_read_bit_for_bit_in_as_few_bytes_a_row_as_they_have_bi
     assert packed.tolist() == expected
     assert torch.equal(unpack(packed, bits, columns), codes)
     values = levels(bits)[(scale < 0).long()].gather(1, codes.long()) * scale.float().abs()[:, None]
-    assert torch.equal(read(packed, scale, bits, columns), values)
+    assert torch.equal(read(packed, *by_row(scale, bits), bits, columns), values)
     assert torch.equal(Rounded(codes, scale, bits).dense(), values)
 
 
