@@ -231,14 +231,11 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
     ...     experts[0](torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
+    is_index = experts is None or type(experts) is int
     if isinstance(experts, Tensor):
-        is_index = experts.ndim == 1 and experts.dtype in (torch.int64, torch.int32)
-        found = f"a tensor {list(experts.shape)} of {experts.dtype}"
-    else:
-        is_index = experts is None or type(experts) is int
-        found = f"{experts!r:.100}"
+        is_index = experts.ndim == 1 and experts.dtype == torch.int64
     if not is_index:
-        raise ConfigurationError(f"found {found} for the experts, expected an index, or indices [B] in a tensor")
+        raise ConfigurationError(f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64")
     asked: _Asked = {network.key: experts for network in networks if isinstance(network, Adapted)}
     token = _ASKED.set({**_ASKED.get({}), **asked})
     try:

@@ -82,7 +82,7 @@ class Compressed:
         adapters: Of a body, what experts keep beside it.
 
     >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3)  # of 288 bytes
-    Compressed(3 bits, 56 bytes, base of 32 bits)
+    Compressed(56 bytes, base of 32 bits)
     """
 
     base: nn.Module
@@ -95,9 +95,7 @@ class Compressed:
     adapters: Sequence[Adapter] = ()
 
     def __repr__(self) -> str:
-        kinds = sorted({kind for kind in self._kinds.values() if 0 < kind <= 8})  # the others are kept as they are
-        how = ", ".join(f"{kind} bits" for kind in kinds)
-        return f"Compressed({how or 'whole tensors'}, {self.nbytes} bytes, base of {self.base_bits} bits)"
+        return f"Compressed({self.nbytes} bytes, base of {self.base_bits} bits)"
 
     @property
     def nbytes(self) -> int:
@@ -112,8 +110,11 @@ class Compressed:
                 replace_head(network, self._outputs)
         own = stored(network)
         reference = _reference(own, network, self.base, self._folded) if self.base_bits else _zeros(own)
-        decoded = self._decoded(reference)
-        state = {name: decoded[names[0]] for name, names in tied_names(network).items()}
+        self._check_layout(reference)
+        state: dict[str, Tensor] = {}
+        for name, names in tied_names(network).items():
+            first = names[0]
+            state[name] = decode(self._kinds[first], self._data[first], reference[first])
         fill_network(network, state, "the compressed network")
         return network
 
@@ -140,11 +141,6 @@ class Compressed:
                 state.update(dict.fromkeys(tied[name], value))
         network.load_state_dict(state, assign=True)  # the base's own tensors stay as they are
         return network
-
-    def _decoded(self, reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that are deltas from these."""
-        self._check_layout(reference)
-        return {name: decode(self._kinds[name], self._data[name], tensor) for name, tensor in reference.items()}
 
     def _check_layout(self, like: Mapping[str, Tensor]) -> None:
         """Raise StateError where the compressed tensors are not of names and sizes like these."""
@@ -187,8 +183,8 @@ class Compressed:
         return cls(base, base_bits, told["base_nbytes"], told["kinds"], data, told["folded"], told["outputs"], adapters)
 
 
-Base = nn.Module | Compressed | None
-"""What a network is a delta from; for ``base_bits=8`` it may be rounded already."""
+Base = nn.Module | None
+"""What a network is a delta from."""
 
 
 class Reference(NamedTuple):
@@ -213,7 +209,7 @@ def compress(
 
     Args:
         network: The network.
-        base: What it was fine-tuned or merged from, for ``base_bits=8`` possibly rounded already; not needed for 0.
+        base: What it was fine-tuned or merged from; not needed for ``base_bits=0``.
         bits: 1 … 8 bits a value.
         base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, from which the delta is; 0: not at all.
         rounded: Deltas that are already rounded, by tensor; used unchanged.
@@ -252,19 +248,16 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
         return Reference(_on_cpu(network), 0, {}, _zeros(own))
     if base is None:
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
-    if not isinstance(base, Compressed):
-        check_plain(base)
-        check_finite(stored(base), "the base", [name for name, _ in base.named_buffers()])
-        if base_bits == 8:
-            base = int8(base)
-    if isinstance(base, Compressed):
-        whole = base.network()
-        base_nbytes = base.nbytes
+    check_plain(base)
+    state = stored(base)
+    check_finite(state, "the base", [name for name, _ in base.named_buffers()])
+    if base_bits == 8:
+        rounded = int8(base)
+        kept, base_nbytes = rounded.network(), rounded.nbytes
     else:
-        whole = _on_cpu(base)
-        base_nbytes = sum(tensor.nbytes for tensor in stored(whole).values())
+        kept, base_nbytes = _on_cpu(base), sum(tensor.nbytes for tensor in state.values())
     norms = folded_norms(network)
-    return Reference(whole, base_nbytes, norms, _reference(own, network, whole, norms))
+    return Reference(kept, base_nbytes, norms, _reference(own, network, kept, norms))
 
 
 def int8(base: nn.Module) -> Compressed:
@@ -311,10 +304,11 @@ def _with_rows_of_head(state: dict[str, Tensor], own: Mapping[str, Tensor], head
     """Return a base's tensors, its head with as many rows as a network's own: the first ones, and then zeros."""
     resized = dict(state)
     for name in (f"{head}.weight", f"{head}.bias"):
-        if name in own and name in state and state[name].shape[1:] == own[name].shape[1:]:
+        if name in own and name in state:
             rows = state[name][: len(own[name])]
-            resized[name] = torch.zeros_like(own[name], dtype=rows.dtype)
-            resized[name][: len(rows)] = rows
+            missing = len(own[name]) - len(rows)
+            zeros = rows.new_zeros(missing, *rows.shape[1:])
+            resized[name] = torch.cat([rows, zeros])
     return resized
 
 

@@ -48,14 +48,13 @@ def levels(bits: int) -> Tensor:
 
     Dense around zero, as deltas are, whose tails are heavy: L_i ∝ −sign(u) log(1 − 1.6 |u|), u = (i + ½)/2^b − ½. At 3
     bits that leaves half to three quarters of the squared error of the even ones, −2^(b−1) … 2^(b−1) − 1, which rows of
-    a few large values and many next to zero take. One bit is ±1 alone: with the mean absolute value as scale, BitDelta
-    (arXiv 2402.10193).
+    a few large values and many next to zero take. Of one bit the dense ones are ±1, as in BitDelta (arXiv 2402.10193).
     """
     steps = torch.arange(2**bits, dtype=torch.float64) - 2 ** (bits - 1)
     u = (steps + 0.5) / 2**bits
-    dense = -u.sign() * torch.log1p(-1.6 * u.abs())
-    dense = dense / dense[-1]
-    even = steps / 2 ** (bits - 1) if bits > 1 else dense
+    curve = -u.sign() * torch.log1p(-1.6 * u.abs())
+    dense = curve / curve[-1]
+    even = steps / 2 ** (bits - 1)
     return torch.stack([dense, even]).float()
 
 
@@ -82,8 +81,6 @@ def _places(ratio: Tensor, is_even: Tensor, bits: int) -> Tensor:
         bits: Of the codes, which are the places modulo 2^b.
     """
     dense = torch.bucketize(ratio, _edges(bits, ratio.device), out_int32=True)
-    if bits == 1:
-        return dense
     first_even = 2**bits + 2 ** (bits - 1)  # the place of the even level 0
     even = _even_steps(ratio, bits).add_(first_even)
     return torch.where(is_even, even.int(), dense)
@@ -124,24 +121,22 @@ def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     if bits < 8:  # of 256 levels, even ones are as good
         ascending = matrix.sort(dim=1).values.double()
         running = F.pad(ascending.cumsum(1), (1, 0))  # [rows, K + 1], the sum of the first n values
-        scale, error = _refined(largest, bits, partial(_dense_sums, ascending, running, bits))
+        scale, error = _refined(largest, partial(_dense_sums, ascending, running, bits))
         scales.append(scale)
         errors.append(error)
-    if bits > 1:
-        scale, error = _refined(largest, bits, partial(_even_sums, matrix, bits))
-        scales.append(-scale)
-        errors.append(error)
+    scale, error = _refined(largest, partial(_even_sums, matrix, bits))
+    scales.append(-scale)
+    errors.append(error)
     best = torch.cat(errors, 1).nan_to_num(torch.inf).argmin(1, keepdim=True)  # the first of equals
     return torch.cat(scales, 1).gather(1, best).squeeze(1)
 
 
-def _refined(largest: Tensor, bits: int, sums: Sums) -> tuple[Tensor, Tensor]:
+def _refined(largest: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
     """Return scales ``[rows, clips]`` in bfloat16, refined from clips of the rows' largest values, and their errors.
 
     An error is ‖row − s L_c‖² − ‖row‖².
     """
-    clips = torch.tensor(_CLIPS if bits > 1 else (1.0,), device=largest.device)
-    scale = largest * clips
+    scale = largest * torch.tensor(_CLIPS, device=largest.device)
     for _ in range(_REFINEMENTS):
         products, squares = sums(scale)
         scale = (products / squares.clamp(min=_SMALLEST)).float()
@@ -169,12 +164,8 @@ def _dense_sums(ascending: Tensor, running: Tensor, bits: int, scale: Tensor) ->
     L S_K − Σ_i (L_{i+1} − L_i) S_i, and ⟨L_c, L_c⟩ is L² K − Σ_i (L²_{i+1} − L²_i) n_i.
     """
     known = levels(bits)[0].to(ascending.device).double()
-    # A value over its scale is rounded to float32 before it is compared with an edge: it is above it if it is above the
-    # middle of the edge and the next float32.
-    edges = _edges(bits, ascending.device)
-    next_edges = edges.nextafter(torch.full_like(edges, torch.inf))
-    middles = (edges.double() + next_edges) / 2
-    limits = scale.double().clamp(min=_SMALLEST)[..., None] * middles  # [rows, S, 2^b − 1]
+    edges = _edges(bits, ascending.device).double()
+    limits = scale.double().clamp(min=_SMALLEST)[..., None] * edges  # [rows, S, 2^b − 1]
     found = torch.searchsorted(ascending, limits.flatten(1), right=True)
     sums = running.gather(1, found).view(limits.shape)
     counts = found.view(limits.shape).double()

@@ -104,7 +104,7 @@ def save_network(
 
 
 def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
-    """Return the file that a compressed one names as its base, and the base as stored, of 8 bits written beside it."""
+    """Return the file that a compressed one names as its base, of 8 bits written beside it, and the base."""
     if not compression.base_bits:
         return None, None
     if base is None:
@@ -117,7 +117,7 @@ def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[
         kept = int8(file.network)
         told = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
         kept.save(kept_at, {"made_by": "coin compress", **told})
-    return kept_at, Compressed.load(kept_at, file.network)
+    return kept_at, file.network
 
 
 def save_compressed(

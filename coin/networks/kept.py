@@ -234,7 +234,7 @@ def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
 def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
     """Have a network, in place, make a parameter of what is kept whenever a layer reads it, by all its tied names.
 
-    The layer becomes one of a subclass that has a property of the parameter's name.
+    The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled.
     """
     for name in names:
         place, _, parameter = name.rpartition(".")
@@ -295,7 +295,7 @@ def not_makeable(network: nn.Module) -> set[str]:
     found: set[str] = set()
     for module in network.modules():
         others = {name: value for name, value in vars(module).items() if name != "_parameters"}
-        held.update(map(id, tensors_in(others)))
+        held.update(id(tensor) for tensor in tensors_in(others))
     for name, parameter in network.named_parameters(remove_duplicate=False):
         owner = network.get_submodule(name.rpartition(".")[0])
         if id(parameter) in held or isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -307,23 +307,13 @@ def not_makeable(network: nn.Module) -> set[str]:
 def _making(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of a kind of layer that makes these parameters when they are read."""
     made: dict[str, Any] = {parameter: property(partial(_made, name=_KEPT + parameter)) for parameter in parameters}
-    return type(kind.__name__, (kind,), {**made, "plain_class": kind, "__reduce_ex__": _reduced})
+    return type(kind.__name__, (kind,), {**made, "plain_class": kind})
 
 
 def _made(layer: nn.Module, name: str) -> Tensor:
     """Return a parameter of a layer, made of what it keeps under a name."""
     kept: Any = layer._modules[name]
     return cast(Tensor, kept.forward())
-
-
-def _reduced(layer: Any, protocol: int) -> tuple[Any, ...]:
-    """Return how a layer is copied and pickled, whose class is in no module."""
-    return _new_layer, (type(layer).plain_class, tuple(_kept_in(layer))), layer.__getstate__()
-
-
-def _new_layer(kind: Any, parameters: tuple[str, ...]) -> nn.Module:
-    made = _making(kind, parameters)
-    return made.__new__(made)
 
 
 def _plain_class(layer: nn.Module) -> Any:

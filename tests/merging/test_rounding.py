@@ -37,8 +37,7 @@ def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, turned
     metric, wanted = rows.mT @ rows / 40, torch.randn(2, 3, 9, dtype=torch.float64)
     matrix = wanted.mT if turned else wanted  # of a row a scale
     scale = quantise(matrix.flatten(0, 1), bits).scale
-    if bits > 1:
-        scale = scale.abs() * torch.tensor([1, -1, -1])[torch.arange(len(scale)) % 3]  # levels of both kinds
+    scale = scale.abs() * torch.tensor([1, -1, -1])[torch.arange(len(scale)) % 3]  # levels of both kinds
     scales = scale.view(2, -1, 1).expand(matrix.shape)
     scales = scales.mT if turned else scales
     codes = round_columns(wanted, scales, bits, metric)

@@ -41,13 +41,13 @@ def test_packed_codes_are_read_bit_for_bit_in_as_few_bytes_a_row_as_they_have_bi
 def scale_by_definition(row, bits):
     """The best of all clips and both kinds, each refined twice; sums are direct, in float64."""
     best, least = 0.0, float(row.double().square().sum())
-    for kind in {1: [0], 8: [1]}.get(bits, [0, 1]):
+    for kind in [1] if bits == 8 else [0, 1]:
         known = levels(bits)[kind].double()
 
         def taken(scale, known=known):
             return known[(row.double()[:, None] / scale - known).abs().argmin(1)]
 
-        for clip in (0.15, 0.25, 0.35, 0.5, 0.7, 1.0) if bits > 1 else (1.0,):
+        for clip in (0.15, 0.25, 0.35, 0.5, 0.7, 1.0):
             scale = float(row.abs().max()) * clip
             for _ in range(2):
                 scale = float((row * taken(scale)).sum() / taken(scale).square().sum())
