@@ -1,7 +1,7 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -17,6 +17,7 @@ from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded, folded_norms
 from coin.networks.calling import clone, plain
 from coin.networks.delta import (
+    EQUAL,
     Rounded,
     added,
     decode,
@@ -59,8 +60,10 @@ class Compression:
     @classmethod
     def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
         """Return a section of options as an object."""
+        if isinstance(options, cls):
+            return options
         try:
-            return cls(**(asdict(options) if isinstance(options, Compression) else options))
+            return cls(**cast(Any, options))
         except TypeError as error:
             raise ConfigurationError(f"found {options!r:.100}, expected bits and base_bits") from error
 
@@ -100,7 +103,8 @@ class Compressed:
     @property
     def nbytes(self) -> int:
         """The network's bytes and its adapters', without the base."""
-        return sum(data.nbytes for data in self._data.values()) + sum(each.nbytes for each in self.adapters)
+        own = sum(data.nbytes for data in self._data.values())
+        return own + sum(adapter.nbytes for adapter in self.adapters)
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
@@ -109,11 +113,10 @@ class Compressed:
             with torch.random.fork_rng(devices=[]):
                 replace_head(network, self._outputs)
         own = stored(network)
+        self._check_layout(own)
         reference = _reference(own, network, self.base, self._folded) if self.base_bits else _zeros(own)
-        self._check_layout(reference)
         state: dict[str, Tensor] = {}
-        for name, names in tied_names(network).items():
-            first = names[0]
+        for name, (first, *_) in tied_names(network).items():
             state[name] = decode(self._kinds[first], self._data[first], reference[first])
         fill_network(network, state, "the compressed network")
         return network
@@ -126,34 +129,37 @@ class Compressed:
         if self.base_bits or not_makeable(self.base):
             return self.network()
         network = plain(clone(self.base, shared=True)).eval()
-        tied = tied_names(network)
-        matrices = {name for name, kind in self._kinds.items() if 1 <= kind <= 8}
         own = stored(network)
         self._check_layout(own)
-        for name in matrices:
-            parameter = network.get_parameter(name)
-            codes, scale = split_matrix(self._data[name], parameter.shape)
-            keep(network, tied[name], Kept(parameter, codes.clone(), scale, self._kinds[name]))
+        tied = tied_names(network)
+        values: dict[str, Tensor] = {}  # of what is no matrix
+        for name, tensor in own.items():
+            kind = self._kinds[name]
+            data = self._data[name]
+            if 1 <= kind <= 8:
+                codes, scale = split_matrix(data, tensor.shape)
+                kept = Kept(network.get_parameter(name), codes.clone(), scale, kind)
+                keep(network, tied[name], kept)
+            else:
+                value = decode(kind, data, torch.zeros_like(tensor))
+                values |= dict.fromkeys(tied[name], value)
         state = network.state_dict()
-        for name, tensor in _zeros(own).items():
-            if name not in matrices:
-                value = decode(self._kinds[name], self._data[name], tensor)
-                state.update(dict.fromkeys(tied[name], value))
+        state.update(values)
         network.load_state_dict(state, assign=True)  # the base's own tensors stay as they are
         return network
 
     def _check_layout(self, like: Mapping[str, Tensor]) -> None:
         """Raise StateError where the compressed tensors are not of names and sizes like these."""
         found = {name: data.nbytes for name, data in self._data.items()}
-        if found != {name: size(self._kinds.get(name, 0), tensor) for name, tensor in like.items()}:
-            raise StateError(
-                f"found {len(found)} compressed tensors of {sum(found.values())} bytes, which are not those of a "
-                f"{type(self.base).__name__} with {len(like)} tensors; give a base of its architecture"
-            )
+        expected = {name: size(self._kinds.get(name, EQUAL), tensor) for name, tensor in like.items()}
+        if found != expected:
+            kind = type(self.base).__name__
+            raise StateError(f"the compressed tensors are not those of a {kind}; give a base of its architecture")
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
         state = {_PACKED + name: data for name, data in self._data.items()}
+        state |= adapters_state(self.adapters)
         own = {
             "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
             "base_bits": self.base_bits,
@@ -163,7 +169,7 @@ class Compressed:
             "outputs": self._outputs,
             "adapters": len(self.adapters),
         }
-        save_state(Path(path), {**state, **adapters_state(self.adapters)}, {**(provenance or {}), "compressed": own})
+        save_state(Path(path), state, {**(provenance or {}), "compressed": own})
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module) -> Self:
@@ -176,8 +182,9 @@ class Compressed:
         if base_bits == 8 and fingerprint(base.state_dict()) != told["base"]:
             base = int8(base).network()
         found = fingerprint(base.state_dict()) if base_bits else None
-        if found != told["base"]:
-            raise FileError(f"'{path}' is a delta from the base {told['base']:.12}, found {found:.12}; give its own")
+        expected = told["base"]
+        if found != expected:
+            raise FileError(f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base")
         names, adapters = split_adapters(file, told["adapters"])
         data = {name.removeprefix(_PACKED): file[name].clone() for name in names}
         return cls(base, base_bits, told["base_nbytes"], told["kinds"], data, told["folded"], told["outputs"], adapters)
@@ -197,9 +204,13 @@ class Reference(NamedTuple):
 
 
 def compress(
-    network: nn.Module, base: Base | Reference, *, bits: int, base_bits: int = 32,
+    network: nn.Module,
+    base: Base | Reference,
+    *,
+    bits: int,
+    base_bits: int = 32,
     rounded: Mapping[str, Rounded] | None = None,
-) -> Compressed:  # fmt: skip
+) -> Compressed:
     """Compress a network to its delta from a base, such as the shared initialisation of an expert or a coded model.
 
     Kernels are flattened to a matrix with a row an output, and rounded to few bits a value with a scale a row
@@ -228,13 +239,15 @@ def compress(
     check_finite(own, "the network to compress", buffers.keys())
     reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
     rounded = rounded or {}
+    of_base = stored(reference.base)
+    outputs = None
     kinds: dict[str, int] = {}
     data: dict[str, Tensor] = {}
     for name, tensor in own.items():
-        own_bits = None if name in buffers else bits
-        kinds[name], data[name] = encode(tensor, reference.tensors[name], own_bits, rounded.get(name))
-    of_base = stored(reference.base)
-    outputs = next((len(tensor) for name, tensor in own.items() if tensor.shape != of_base[name].shape), None)
+        bits_of_matrix = None if name in buffers else bits
+        kinds[name], data[name] = encode(tensor, reference.tensors[name], bits_of_matrix, rounded.get(name))
+        if tensor.shape != of_base[name].shape:  # of the head
+            outputs = len(tensor)
     return Compressed(reference.base, base_bits, reference.base_nbytes, kinds, data, reference.folded, outputs)
 
 
@@ -253,9 +266,11 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     check_finite(state, "the base", [name for name, _ in base.named_buffers()])
     if base_bits == 8:
         rounded = int8(base)
-        kept, base_nbytes = rounded.network(), rounded.nbytes
+        kept = rounded.network()
+        base_nbytes = rounded.nbytes
     else:
-        kept, base_nbytes = _on_cpu(base), sum(tensor.nbytes for tensor in state.values())
+        kept = _on_cpu(base)
+        base_nbytes = sum(tensor.nbytes for tensor in state.values())
     norms = folded_norms(network)
     return Reference(kept, base_nbytes, norms, _reference(own, network, kept, norms))
 
@@ -267,13 +282,19 @@ def int8(base: nn.Module) -> Compressed:
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's tensors, tied ones once, on the CPU."""
-    state = network.state_dict()
-    return {name: state[name].detach().cpu() for name, names in tied_names(network).items() if name == names[0]}
+    tensors: dict[str, Tensor] = {}
+    tied = tied_names(network)
+    for name, tensor in network.state_dict().items():
+        if name == tied[name][0]:
+            tensors[name] = tensor.detach().cpu()
+    return tensors
 
 
 def _on_cpu(network: nn.Module) -> nn.Module:
     """Return a network on the CPU, itself if it is there."""
-    return network if device_of(network).type == "cpu" else clone(network).cpu()
+    if device_of(network).type == "cpu":
+        return network
+    return clone(network).cpu()
 
 
 def _zeros(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,23 +307,25 @@ def _reference(
 ) -> dict[str, Tensor]:
     """Return what a network's `stored` tensors are a delta from: the base's, these BatchNorms folded."""
     state = stored(base)
-    if any(name in state and state[name].shape != tensor.shape for name, tensor in own.items()):
-        state = _with_rows_of_head(state, own, head_name(network))
+    are_alike = all(name not in state or state[name].shape == tensor.shape for name, tensor in own.items())
+    if not are_alike:
+        state |= _rows_of_head(state, own, head_name(network))
     check_layout(own, state, "the base")
     for name, tensor in own.items():
         if tensor.dtype != state[name].dtype:
             found = f"'{name}' is {tensor.dtype}, in the base {state[name].dtype}"
             raise StateError(f"{found}, expected one type; convert one")
     for norm, weight in norms.items():
-        bias = f"{weight.removesuffix('weight')}bias"
         layer = cast(_BatchNorm, network.get_submodule(norm))
-        state |= folded(state, weight, bias if bias in state else None, norm, layer.eps)
+        bias = f"{weight.removesuffix('weight')}bias"
+        known_bias = bias if bias in state else None
+        state |= folded(state, weight, known_bias, norm, layer.eps)
     return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
 
 
-def _with_rows_of_head(state: dict[str, Tensor], own: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-    """Return a base's tensors, its head with as many rows as a network's own: the first ones, and then zeros."""
-    resized = dict(state)
+def _rows_of_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Return the tensors of a base's head with as many rows as a network's own: the first ones, and then zeros."""
+    resized: dict[str, Tensor] = {}
     for name in (f"{head}.weight", f"{head}.bias"):
         if name in own and name in state:
             rows = state[name][: len(own[name])]
@@ -359,10 +382,11 @@ class Rounding:
         stored_shape = matrix_shape(delta.shape)
         bits = self.bits(name)
 
-        def as_maps(matrix: Tensor) -> Tensor:  # from the shape in which it is stored to [G, O, K]
-            return (matrix.T if turned else matrix).reshape(step.shape)
+        def as_maps(stored: Tensor) -> Tensor:  # as the weight is stored → [G, O, K]
+            matrix = stored.T if turned else stored
+            return matrix.reshape(step.shape)
 
-        def as_stored(maps: Tensor) -> Tensor:
+        def as_stored(maps: Tensor) -> Tensor:  # [G, O, K] → the rows and columns that have scales and codes
             matrix = maps.flatten(0, 1)
             return (matrix.T if turned else matrix).reshape(stored_shape)
 

@@ -164,8 +164,12 @@ def _dense_sums(ascending: Tensor, running: Tensor, bits: int, scale: Tensor) ->
     L S_K − Σ_i (L_{i+1} − L_i) S_i, and ⟨L_c, L_c⟩ is L² K − Σ_i (L²_{i+1} − L²_i) n_i.
     """
     known = levels(bits)[0].to(ascending.device).double()
-    edges = _edges(bits, ascending.device).double()
-    limits = scale.double().clamp(min=_SMALLEST)[..., None] * edges  # [rows, S, 2^b − 1]
+    # A value over its scale is rounded to float32 before it is compared with an edge: it is above it if it is above the
+    # middle of the edge and the next float32.
+    edges = _edges(bits, ascending.device)
+    next_edges = edges.nextafter(torch.full_like(edges, torch.inf))
+    middles = (edges.double() + next_edges) / 2
+    limits = scale.double().clamp(min=_SMALLEST)[..., None] * middles  # [rows, S, 2^b − 1]
     found = torch.searchsorted(ascending, limits.flatten(1), right=True)
     sums = running.gather(1, found).view(limits.shape)
     counts = found.view(limits.shape).double()

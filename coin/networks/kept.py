@@ -44,9 +44,12 @@ class Change:
 
     @classmethod
     def of(
-        cls, scale: Tensor | None = None, shift: Tensor | None = None, left: Tensor | Rounded | None = None,
+        cls,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        left: Tensor | Rounded | None = None,
         right: Tensor | Rounded | None = None,
-    ) -> "Change":  # fmt: skip
+    ) -> "Change":
         """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
         parts: dict[str, Tensor] = {}
         if scale is not None:
@@ -78,17 +81,19 @@ class Change:
     def as_read(self) -> dict[str, Tensor]:
         """Return its parts as a layer holds them: of the factors' scales what `coin.networks.delta.read` takes."""
         held = self.tensors
-        for factor in ("left", "right"):
-            if factor in held:
-                held[f"{factor}_first"], held[f"{factor}_scale"] = by_row(held[f"{factor}_scale"], BITS)
+        if self.left_scale is not None:
+            held["left_first"], held["left_scale"] = by_row(self.left_scale, BITS)
+        if self.right_scale is not None:
+            held["right_first"], held["right_scale"] = by_row(self.right_scale, BITS)
         return held
 
     @classmethod
     def stored(cls, held: Mapping[str, Tensor]) -> "Change":
         """Return the change of which these are the parts of `as_read`."""
-        parts = {name: part for name, part in held.items() if not name.endswith("_first")}
-        for name in parts.keys() & {"left_scale", "right_scale"}:
-            parts[name] = parts[name].flatten().bfloat16()
+        parts = {name: part for name, part in held.items() if name not in ("left_first", "right_first")}
+        for name in ("left_scale", "right_scale"):
+            if name in parts:
+                parts[name] = parts[name].flatten().bfloat16()
         return cls(**parts)
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -136,19 +141,25 @@ class Kept(nn.Module):
     codes: Tensor | None
 
     def __init__(
-        self, original: nn.Parameter, codes: Tensor | None = None, scale: Tensor | None = None, bits: int = 0
+        self,
+        original: nn.Parameter,
+        codes: Tensor | None = None,
+        scale: Tensor | None = None,
+        bits: int = 0,
     ) -> None:
         super().__init__()
         self.bits = bits
         self.shape = original.shape
         self.columns = matrix_shape(original.shape)[1]
-        # An empty parameter says of which type a packed one is, and on which device.
-        self.original = original if codes is None else nn.Parameter(original.detach().new_empty(0), requires_grad=False)
         self.register_buffer("codes", codes)
-        if scale is not None:
-            first, scale = by_row(scale.flatten(), bits)
+        if scale is None:
+            self.original = original
+        else:
+            # An empty parameter says of which type a packed one is, and on which device.
+            self.original = nn.Parameter(original.detach().new_empty(0), requires_grad=False)
+            first, row_scale = by_row(scale.flatten(), bits)
             self.register_buffer("codes_first", first)
-            self.register_buffer("codes_scale", scale)
+            self.register_buffer("codes_scale", row_scale)
         self.num_experts = 0
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
         self.only: int | None = None  # the expert that alone answers, of `coin.Adapted.only`
@@ -161,9 +172,11 @@ class Kept(nn.Module):
         """
         self.num_experts = len(changes)
         every = [change.as_read() for change in changes]
-        self._parts = tuple(dict.fromkeys(chain(*every)))
+        names = dict.fromkeys(chain(*every))
+        self._parts = tuple(names)
         for part in self._parts:
-            self.register_buffer(part, _stacked(part, [own.get(part) for own in every]))
+            tensors = [held.get(part) for held in every]
+            self.register_buffer(part, _stacked(part, tensors))
 
     def change(self, expert: int) -> Change:
         """Return the change by an expert, without parts that change nothing."""
@@ -189,14 +202,17 @@ class Kept(nn.Module):
         if self.codes is not None:
             total += self.codes.nbytes + 2 * len(self.codes)  # a scale a row
         for expert in range(self.num_experts):
-            total += sum(tensor.nbytes for tensor in self.change(expert).tensors.values())
+            parts = self.change(expert).tensors
+            total += sum(tensor.nbytes for tensor in parts.values())
         return total
 
     @property
     def working_nbytes(self) -> int:
         """The bytes that making the parameter takes: the parameter and, of a packed one, an int32 for each byte."""
-        made = self.shape.numel() * self.original.element_size()
-        return made if self.codes is None else made + 4 * self.codes.numel()
+        parameter = self.shape.numel() * self.original.element_size()
+        if self.codes is None:
+            return parameter
+        return parameter + 4 * self.codes.numel()
 
     def forward(self) -> Tensor:
         """Return the parameter, as the expert has it that answers."""
@@ -241,7 +257,8 @@ def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
         layer = network.get_submodule(place)
         layer.add_module(_KEPT + parameter, kept)
         layer._parameters[parameter] = None  # in its place among the others
-        layer.__class__ = _making(_plain_class(layer), tuple(_kept_in(layer)))
+        parameters = tuple(_kept_in(layer))
+        layer.__class__ = _making(_plain_class(layer), parameters)
 
 
 def _kept_in(layer: nn.Module) -> dict[str, Kept]:
@@ -298,7 +315,8 @@ def not_makeable(network: nn.Module) -> set[str]:
         held.update(id(tensor) for tensor in tensors_in(others))
     for name, parameter in network.named_parameters(remove_duplicate=False):
         owner = network.get_submodule(name.rpartition(".")[0])
-        if id(parameter) in held or isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        is_in_container = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if is_in_container or id(parameter) in held:
             found.add(name)
     return found
 
@@ -306,14 +324,17 @@ def not_makeable(network: nn.Module) -> set[str]:
 @cache
 def _making(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of a kind of layer that makes these parameters when they are read."""
-    made: dict[str, Any] = {parameter: property(partial(_made, name=_KEPT + parameter)) for parameter in parameters}
-    return type(kind.__name__, (kind,), {**made, "plain_class": kind})
+    attributes: dict[str, Any] = {"plain_class": kind}
+    for parameter in parameters:
+        attributes[parameter] = property(partial(_made, name=_KEPT + parameter))
+    return type(kind.__name__, (kind,), attributes)
 
 
 def _made(layer: nn.Module, name: str) -> Tensor:
     """Return a parameter of a layer, made of what it keeps under a name."""
     kept: Any = layer._modules[name]
-    return cast(Tensor, kept.forward())
+    made: Tensor = kept.forward()
+    return made
 
 
 def _plain_class(layer: nn.Module) -> Any:
