@@ -61,7 +61,8 @@ class Adapted(nn.Module):
         refused = not_makeable(self.body)
         tied = tied_names(self.body)
         kept = {name: own for name, _, own in kept_parameters(self.body)}
-        for name in dict.fromkeys(chain(*(adapter.changes for adapter in adapters))):
+        changed = chain(*(adapter.changes for adapter in adapters))
+        for name in dict.fromkeys(changed):
             if name in refused:
                 raise StateError(f"'{name}' cannot be changed: a container owns it, or another attribute holds it too")
             if name not in kept:
@@ -70,7 +71,8 @@ class Adapted(nn.Module):
                 kept |= dict.fromkeys(tied[name], own)
             if kept[name].num_experts:
                 raise StateError(f"'{name}' is tied to another that adapters change, expected one of them")
-            kept[name].set_experts([adapter.changes.get(name, Change()) for adapter in adapters])
+            changes = [adapter.changes.get(name, Change()) for adapter in adapters]
+            kept[name].set_experts(changes)
 
     def keep(self, mib: float) -> None:
         """Set how many MiB of plain networks are kept; see `Adapted`."""
@@ -100,10 +102,12 @@ class Adapted(nn.Module):
         for name, _, kept in kept_parameters(self.body):
             if kept.num_experts:
                 first_names.setdefault(kept, name)
-        adapters = []
-        for expert in range(self.num_experts):
-            changes = {name: kept.change(expert) for kept, name in first_names.items()}
-            adapters.append(Adapter({name: change for name, change in changes.items() if change.tensors}))
+        adapters = [Adapter() for _ in range(self.num_experts)]
+        for kept, name in first_names.items():
+            for expert, adapter in enumerate(adapters):
+                change = kept.change(expert)
+                if change.tensors:
+                    adapter.changes[name] = change
         return adapters
 
     def with_forward(self, forward: Forward | None) -> "Adapted":
@@ -112,28 +116,24 @@ class Adapted(nn.Module):
         shared.forward_by = forward
         return shared
 
-    def only(self, expert: int) -> nn.Module:
-        """Return the body as it answers as one expert, without `answering`: it stays packed and shares all tensors.
-
-        So it can be exported (`torch.export`) and compiled (`torch.compile`) as one graph.
-        """
-        body = clone(self.body, shared=True)
-        for _, _, kept in kept_parameters(body):
-            kept.only = self._checked(expert)
-        return body
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def network(self, expert: int, head: nn.Module | None = None) -> nn.Module:
         """Return a plain network that answers as an expert, in eval mode, with that head's weights if one is given."""
-        network = unpacked(self.only(expert)).eval()
+        with self._as(expert):
+            network = unpacked(self.body).eval()
         return network if head is None else with_head(network, head)
 
-    def _checked(self, expert: int) -> int:
-        """Return an expert's index; a ConfigurationError unless there is such a one."""
+    @contextmanager
+    def _as(self, expert: int) -> Iterator[None]:
+        """Have the body's layers make their parameters as an expert has them."""
         if not 0 <= expert < max(1, self.num_experts):
             raise ConfigurationError(f"found expert {expert}, expected 0 to {self.num_experts - 1}")
-        return expert
+        token = ANSWERING.set(expert)
+        try:
+            yield
+        finally:
+            ANSWERING.reset(token)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return what the body makes of inputs ``[B, …]`` as the experts that `answering` names."""
@@ -144,13 +144,12 @@ class Adapted(nn.Module):
 
         The function is called once for every expert, with a network that answers as that one and its samples.
         """
-        experts = _ASKED.get({}).get(self.key)
-        if self.num_experts == 0:
-            experts = 0
+        experts = 0 if self.num_experts == 0 else _ASKED.get({}).get(self.key)
         if experts is None:
             raise StateError("found a body with adapters, expected to be told whose answer it gives; use answering")
         if isinstance(experts, int):
-            return self._run_one(experts, function, inputs, named)
+            with self._as(experts):
+                return function(self._as_expert(experts), *inputs, **named)
         first = tensors_in((inputs, named))[0]
         if len(experts) != len(first):
             raise ConfigurationError(f"found {len(experts)} experts for {len(first)} samples, expected one for each")
@@ -160,17 +159,11 @@ class Adapted(nn.Module):
         for expert in torch.unique(experts).tolist() or [0]:  # of an empty batch any expert will do
             own = (experts == expert).nonzero().flatten()
             own_inputs, own_named = tree_map_only(Tensor, lambda each, own=own: each[own], (inputs, named))
-            parts.append(self._run_one(expert, function, own_inputs, own_named))
+            with self._as(expert):
+                parts.append(function(self._as_expert(expert), *own_inputs, **own_named))
             places.append(own)
         order = torch.cat(places).argsort()
         return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)
-
-    def _run_one(self, expert: int, function: Callable[..., Any], inputs: Any, named: Any) -> Any:
-        token = ANSWERING.set(self._checked(expert))
-        try:
-            return function(self._as_expert(expert), *inputs, **named)
-        finally:
-            ANSWERING.reset(token)
 
     def _as_expert(self, expert: int) -> nn.Module:
         """Return what answers as the expert: the body, or a plain network that is kept."""
@@ -196,23 +189,28 @@ def resident_nbytes(network: nn.Module) -> int:
     if not isinstance(network, Adapted):
         return own
     if network.most_plain:
-        networks = min(network.most_plain, max(1, network.num_experts))
-        return own + networks * tensor_nbytes(network.network(0))
-    return own + max((kept.working_nbytes for _, _, kept in kept_parameters(network.body)), default=0)
+        count = min(network.most_plain, max(1, network.num_experts))
+        return own + count * tensor_nbytes(network.network(0))
+    working = [kept.working_nbytes for _, _, kept in kept_parameters(network.body)]
+    return own + max(working, default=0)
 
 
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file."""
-    kept = [module for module in network.modules() if isinstance(module, Kept)]
-    of_kept = {id(tensor) for own in kept for tensor in own.state_dict(keep_vars=True).values()}
     others = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # tied ones once
-    total = sum(own.stored_nbytes for own in kept)
-    return total + sum(tensor.nbytes for key, tensor in others.items() if key not in of_kept)
+    total = 0
+    for module in network.modules():
+        if isinstance(module, Kept):
+            total += module.stored_nbytes
+            for tensor in module.state_dict(keep_vars=True).values():
+                del others[id(tensor)]
+    return total + sum(tensor.nbytes for tensor in others.values())
 
 
 def tensor_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers, tied ones once."""
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def with_adapters(network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0) -> nn.Module:

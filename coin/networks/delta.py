@@ -50,11 +50,13 @@ def levels(bits: int) -> Tensor:
     bits that leaves half to three quarters of the squared error of the even ones, −2^(b−1) … 2^(b−1) − 1, which rows of
     a few large values and many next to zero take. Of one bit the dense ones are ±1, as in BitDelta (arXiv 2402.10193).
     """
-    steps = torch.arange(2**bits, dtype=torch.float64) - 2 ** (bits - 1)
-    u = (steps + 0.5) / 2**bits
+    count = 2**bits
+    half = count // 2
+    steps = torch.arange(-half, half, dtype=torch.float64)
+    u = (steps + 0.5) / count
     curve = -u.sign() * torch.log1p(-1.6 * u.abs())
     dense = curve / curve[-1]
-    even = steps / 2 ** (bits - 1)
+    even = steps / half
     return torch.stack([dense, even]).float()
 
 
@@ -88,9 +90,10 @@ def _places(ratio: Tensor, is_even: Tensor, bits: int) -> Tensor:
 
 def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the codes ``[rows, K]`` of the levels nearest to a matrix ``[rows, K]``, its rows' scales ``[rows]``."""
+    scale = scale.unsqueeze(1)
     divisor = scale.float().abs().clamp(min=_SMALLEST)
-    is_even = scale < 0
-    places = _places(matrix.float() / divisor[:, None], is_even[:, None], bits)
+    ratio = matrix.float() / divisor
+    places = _places(ratio, scale < 0, bits)
     codes = places.bitwise_and_(2**bits - 1)
     return codes.byte()
 
@@ -116,19 +119,23 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
 def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     """Return the scales ``[rows]`` in bfloat16, below 0 for the even levels, of a matrix's smallest squared errors."""
     largest = matrix.abs().amax(1, keepdim=True)  # [rows, 1]
-    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]  # which no other has to be better than
+    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]  # an error of 0 is that of a row of zeros
     errors = [torch.zeros_like(largest, dtype=torch.float64)]
     if bits < 8:  # of 256 levels, even ones are as good
         ascending = matrix.sort(dim=1).values.double()
-        running = F.pad(ascending.cumsum(1), (1, 0))  # [rows, K + 1], the sum of the first n values
-        scale, error = _refined(largest, partial(_dense_sums, ascending, running, bits))
+        first_sums = F.pad(ascending.cumsum(1), (1, 0))  # [rows, K + 1], of the first n values
+        dense_sums = partial(_dense_sums, ascending, first_sums, bits)
+        scale, error = _refined(largest, dense_sums)
         scales.append(scale)
         errors.append(error)
-    scale, error = _refined(largest, partial(_even_sums, matrix, bits))
+    even_sums = partial(_even_sums, matrix, bits)
+    scale, error = _refined(largest, even_sums)
     scales.append(-scale)
     errors.append(error)
-    best = torch.cat(errors, 1).nan_to_num(torch.inf).argmin(1, keepdim=True)  # the first of equals
-    return torch.cat(scales, 1).gather(1, best).squeeze(1)
+    every_error = torch.cat(errors, 1).nan_to_num(torch.inf)
+    best = every_error.argmin(1, keepdim=True)  # the first of equals
+    best_scale = torch.cat(scales, 1).gather(1, best)
+    return best_scale.squeeze(1)
 
 
 def _refined(largest: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
@@ -136,10 +143,12 @@ def _refined(largest: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
 
     An error is ‖row − s L_c‖² − ‖row‖².
     """
-    scale = largest * torch.tensor(_CLIPS, device=largest.device)
+    clips = torch.tensor(_CLIPS, device=largest.device)
+    scale = largest * clips
     for _ in range(_REFINEMENTS):
         products, squares = sums(scale)
-        scale = (products / squares.clamp(min=_SMALLEST)).float()
+        best = products / squares.clamp(min=_SMALLEST)
+        scale = best.float()
     kept = scale.bfloat16()
     products, squares = sums(kept.float())
     error = kept * (kept * squares - 2 * products)
@@ -148,16 +157,18 @@ def _refined(largest: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
 
 def _even_sums(matrix: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the `Sums` of the even levels."""
-    values = matrix[:, None]
-    ratio = values / scale.clamp(min=_SMALLEST)[..., None]  # [rows, S, K]
-    taken = _even_steps(ratio, bits) / 2 ** (bits - 1)
+    values = matrix.unsqueeze(1)
+    divisor = scale.clamp(min=_SMALLEST).unsqueeze(2)
+    ratio = values / divisor  # [rows, S, K]
+    half = 2 ** (bits - 1)
+    taken = _even_steps(ratio, bits) / half
     products = (values * taken).sum(2, dtype=torch.float64)
     squares = taken.square_().sum(2, dtype=torch.float64)
     return products, squares
 
 
-def _dense_sums(ascending: Tensor, running: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the `Sums` of the dense levels, given the rows' values in ascending order and their running sums.
+def _dense_sums(ascending: Tensor, first_sums: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the `Sums` of the dense levels, given the rows' values in ascending order and the sums of the first n.
 
     Values that are rounded to one level stand side by side, so that there is a search for every edge between levels,
     not one for every value: with n_i values up to edge i, whose sum is S_i, and with the last level L, ⟨row, L_c⟩ is
@@ -169,20 +180,23 @@ def _dense_sums(ascending: Tensor, running: Tensor, bits: int, scale: Tensor) ->
     edges = _edges(bits, ascending.device)
     next_edges = edges.nextafter(torch.full_like(edges, torch.inf))
     middles = (edges.double() + next_edges) / 2
-    limits = scale.double().clamp(min=_SMALLEST)[..., None] * middles  # [rows, S, 2^b − 1]
-    found = torch.searchsorted(ascending, limits.flatten(1), right=True)
-    sums = running.gather(1, found).view(limits.shape)
-    counts = found.view(limits.shape).double()
+    factor = scale.double().clamp(min=_SMALLEST)
+    limits = factor.unsqueeze(2) * middles  # [rows, S, 2^b − 1]
+    below = torch.searchsorted(ascending, limits.flatten(1), right=True)  # how many values are
+    sums = first_sums.gather(1, below).view(limits.shape)
+    counts = below.view(limits.shape).double()
     last = known[-1]
     columns = ascending.shape[1]
-    products = last * running[:, -1:] - sums @ known.diff()
+    total = first_sums[:, -1:]
+    products = last * total - sums @ known.diff()
     squares = last**2 * columns - counts @ known.square().diff()
     return products, squares
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes ``[rows, K]`` below 2^b as bytes ``[rows, ⌈b K / 8⌉]``: every row begins at a byte."""
-    return _regrouped(codes, bits, 8)[:, : _row_bytes(bits, codes.shape[1])]
+    used = _row_bytes(bits, codes.shape[1])
+    return _regrouped(codes, bits, 8)[:, :used]
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -195,13 +209,17 @@ def _regrouped(values: Tensor, before: int, after: int) -> Tensor:
 
     A word of before · after bits, at most 64, holds `after` of the ones and `before` of the others.
     """
-    padded = F.pad(values, (0, -values.shape[1] % after))
+    missing = -values.shape[1] % after
+    padded = F.pad(values, (0, missing))
     parts = padded.reshape(len(values), -1, after).unbind(2)
     words = parts[0].long()  # [rows, words]
     for part in parts[1:]:
         words = words << before | part
-    shifts = range(after * (before - 1), -1, -after)
-    regrouped = [(words >> shift & 2**after - 1).byte() for shift in shifts]
+    mask = 2**after - 1
+    regrouped = []
+    for shift in range(after * (before - 1), -1, -after):
+        number = words >> shift & mask
+        regrouped.append(number.byte())
     return torch.stack(regrouped, dim=2).flatten(1)
 
 
@@ -235,12 +253,14 @@ def _table(bits: int, device: torch.device) -> Tensor:
     Even levels have their signs turned, as the scales have that say so. The float32 of a byte of several codes are seen
     as int64, which are read several times faster than short rows.
     """
-    signed = levels(bits) * torch.tensor([[1.0], [-1.0]])
+    signs = torch.tensor([[1.0], [-1.0]])
+    signed = levels(bits) * signs
     if 8 % bits:
         return signed.flatten().to(device)
     codes_a_byte = 8 // bits
-    codes = unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits, codes_a_byte)
-    table = signed[:, codes.int()].view(2 * 256, codes_a_byte)
+    every_byte = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+    codes = unpack(every_byte, bits, codes_a_byte)  # [256, codes]
+    table = signed[:, codes.int()].flatten(0, 1)  # [2 · 256, codes]
     if codes_a_byte > 1:
         table = table.view(torch.int64)
     return table.squeeze(1).to(device)
@@ -260,8 +280,11 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 
 def is_smaller_rounded(shape: torch.Size, bits: int) -> bool:
     """Say whether a matrix of a shape takes fewer bytes in so many bits a value than in float16."""
+    if len(shape) < 2:
+        return False
     columns = matrix_shape(shape)[1]
-    return len(shape) > 1 and _row_bytes(bits, columns) + 2 < 2 * columns
+    scale_bytes = 2
+    return _row_bytes(bits, columns) + scale_bytes < 2 * columns
 
 
 def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None) -> tuple[int, Tensor]:
@@ -283,10 +306,12 @@ def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | No
         rounded = quantise(delta.reshape(matrix_shape(tensor.shape)), bits)
     if rounded is not None:
         packed = pack(rounded.codes, rounded.bits)
-        return rounded.bits, torch.cat([_bytes(packed), _bytes(rounded.scale)])
+        data = torch.cat([_bytes(packed), _bytes(rounded.scale)])
+        return rounded.bits, data
     half = delta.half()
     error = float((half - delta).abs().max())
-    if error <= float(delta.abs().max()) / 1000:
+    largest = float(delta.abs().max())
+    if error <= largest / 1000:
         return HALF, _bytes(half)
     return WHOLE, _bytes(tensor)
 
@@ -300,7 +325,8 @@ def size(kind: int, base: Tensor) -> int:
     if kind == WHOLE:
         return base.nbytes
     rows, columns = matrix_shape(base.shape)
-    return rows * (_row_bytes(kind, columns) + 2)
+    row_bytes = _row_bytes(kind, columns) + 2  # with its scale
+    return rows * row_bytes
 
 
 def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
@@ -312,12 +338,14 @@ def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
     if kind == HALF:
         return added(base, data.view(torch.float16))
     packed, scale = split_matrix(data, base.shape)
-    return added(base, read(packed, *by_row(scale, kind), kind, matrix_shape(base.shape)[1]))
+    _, columns = matrix_shape(base.shape)
+    delta = read(packed, *by_row(scale, kind), kind, columns)
+    return added(base, delta)
 
 
 def split_matrix(data: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Return the packed rows ``[rows, bytes]`` and the scales ``[rows]`` of the bytes of a matrix of this shape."""
-    rows = matrix_shape(shape)[0]
+    rows, _ = matrix_shape(shape)
     scale_bytes = 2 * rows
     packed = data[:-scale_bytes].view(rows, -1)
     scale = data[-scale_bytes:].clone()  # a view of another type has to begin at a multiple of its size
@@ -326,11 +354,14 @@ def split_matrix(data: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
 
 def added(base: Tensor, delta: Tensor) -> Tensor:
     """Return a base and its delta, a matrix or of the base's shape, together in the base's type."""
-    return (_wide(base) + delta.reshape(base.shape)).to(base.dtype)
+    total = _wide(base) + delta.reshape(base.shape)
+    return total.to(base.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """Return a tensor in float32, or its own type if that is wider."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(wide)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -355,8 +386,10 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
     scales = scales[..., order].mT.float().contiguous()
     metric = metric[:, order][:, :, order]
     root = torch.linalg.cholesky(metric.flip(1, 2)).flip(1, 2)
-    upper = torch.linalg.solve_triangular(root, torch.eye(len(order)).to(root), upper=True)
-    shares = (upper / upper.diagonal(dim1=1, dim2=2)[..., None]).mT.contiguous()  # [G, later k, earlier k]
+    identity = torch.eye(len(order)).to(root)
+    upper = torch.linalg.solve_triangular(root, identity, upper=True)
+    diagonal = upper.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    shares = (upper / diagonal).mT.contiguous()  # [G, later k, earlier k]
 
     sizes = scales.abs()
     divisors = sizes.clamp(min=_SMALLEST)
@@ -369,13 +402,17 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
         errors = torch.empty_like(wanted[:, start:end])
         for k in range(start, end):
             now = slice(k, k + 1)
-            place_in_block = k - start
-            earlier = errors[:, :place_in_block]
-            column = torch.baddbmm(wanted[:, now], shares[:, now, start:k], earlier, alpha=-1)  # [G, 1, O]
-            place = _places(column.float() / divisors[:, now], is_even[:, now], bits)
+            in_block = slice(k - start, k - start + 1)
+            earlier = errors[:, : k - start]
+            own_shares = shares[:, now, start:k]
+            column = torch.baddbmm(wanted[:, now], own_shares, earlier, alpha=-1)  # [G, 1, O]
+            ratio = column.float() / divisors[:, now]
+            place = _places(ratio, is_even[:, now], bits)
             level = known.index_select(0, place.flatten()).view(place.shape)
             places[:, now] = place
-            errors[:, place_in_block, None] = column - level * sizes[:, now]
-        wanted[:, end:] -= shares[:, end:, start:end] @ errors
+            errors[:, in_block] = column - level * sizes[:, now]
+        later_shares = shares[:, end:, start:end]
+        wanted[:, end:] -= later_shares @ errors
     codes: Tensor = (places & 2**bits - 1).byte()
-    return codes[:, order.argsort()].transpose(1, 2).contiguous()
+    in_place = codes[:, order.argsort()]
+    return in_place.transpose(1, 2).contiguous()

@@ -162,7 +162,6 @@ class Kept(nn.Module):
             self.register_buffer("codes_scale", row_scale)
         self.num_experts = 0
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
-        self.only: int | None = None  # the expert that alone answers, of `coin.Adapted.only`
 
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
@@ -224,7 +223,7 @@ class Kept(nn.Module):
             matrix = read(codes, buffers["codes_first"], buffers["codes_scale"], self.bits, self.columns)
             matrix = matrix.view(self.shape)
             value = matrix if value.dtype == torch.float32 else matrix.to(value.dtype)
-        expert = ANSWERING.get() if self.only is None else self.only
+        expert = ANSWERING.get()
         if expert is not None and self._parts:
             own = {part: buffers[part].select(0, expert) for part in self._parts}
             value = _changed(value, own, in_place=codes is not None)

@@ -61,8 +61,7 @@ def test_what_a_layer_makes_when_it_is_called_is_what_one_network_for_each_exper
             with coin.answering([body], expert):
                 found = body(x)
             torch.testing.assert_close(found, own.applied_to(base)(x), rtol=1e-5, atol=1e-6)
-            for one in (body.network(expert), body.only(expert)):
-                torch.testing.assert_close(found, one(x), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found, body.network(expert)(x), rtol=1e-5, atol=1e-6)
     assert not torch.equal(whole.network(0)(x), whole.network(1)(x))
     assert [*whole.network(0).state_dict()] == [*network.state_dict()]  # in their order
     assert packed.network(1).second.weight is not packed.network(1).first.bias
@@ -126,12 +125,14 @@ def test_a_body_is_an_ordinary_module(made):
             [adapter(network, 8), adapter(network, 9), coin.Adapter()],
         ).eval()
         if body is packed:
-            assert not torch.equal(other.only(0)(x), packed.only(0)(x))
+            assert not torch.equal(other.network(0)(x), packed.network(0)(x))
         other.load_state_dict(body.state_dict())
-        assert torch.equal(other.only(0)(x), body.only(0)(x))
+        assert torch.equal(other.network(0)(x), body.network(0)(x))
         wide = deepcopy(body).double()
-        assert wide.only(1)(x.double()).dtype == torch.float64
-        torch.testing.assert_close(wide.only(1)(x.double()).float(), body.only(1)(x), rtol=1e-3, atol=1e-3)
+        with coin.answering([wide], 1):
+            found = wide(x.double())
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), body.network(1)(x), rtol=1e-3, atol=1e-3)
         moved = deepcopy(body).to("meta")
         assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"meta"}
         with coin.answering([moved], 1):
@@ -140,11 +141,8 @@ def test_a_body_is_an_ordinary_module(made):
         expected = packed(x)
         exported = torch.export.export(packed, (x,)).module()
     torch.testing.assert_close(exported(x), expected)
-    torch.testing.assert_close(torch.export.export(packed.only(1), (x,), strict=True).module()(x), expected)
-    compiled = torch.compile(packed.only(1), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), expected)
     with pytest.raises(StateError, match="made when it is read, expected a parameter"):
-        coin.compress(packed.only(1), None, bits=4, base_bits=0)
+        coin.compress(packed, None, bits=4, base_bits=0)
 
 
 @torch.no_grad()
@@ -256,7 +254,7 @@ def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
         change = coin.Adapter({"first.weight": {"scale": 2 * torch.ones(40, 1)}})
         for body, base in ((network, network), (compressed.packed(), compressed.network())):
             adapted = coin.Adapted(body, [change])
-            torch.testing.assert_close(adapted.only(0)(x), change.applied_to(base)(x))
+            torch.testing.assert_close(adapted.network(0)(x), change.applied_to(base)(x))
             assert adapted.adapters[0].nbytes == change.nbytes
         both = coin.Adapter({name: {"scale": torch.ones(40, 1)} for name in ("first.weight", "second.weight")})
         with pytest.raises(StateError, match=r"'second\.weight' is tied to another that adapters change"):
