@@ -28,6 +28,7 @@ from coin.merging.units import (
 )
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.batchnorm import mark_folded
 from coin.networks.calling import Forward, as_input, called_by, clone, plain
 from coin.networks.compressed import Rounding
 from coin.networks.guard import evaluating
@@ -77,6 +78,7 @@ class Body(NamedTuple):
             with torch.no_grad():
                 for name, tensor in weighted_sum(maps, row).items():
                     tensors[name].copy_(tensor)
+            mark_folded(network, {unit.norm: unit.weight})
         fitted = {name for unit in trace.units for name in (unit.weight, unit.bias, unit.end, unit.shift)}
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 

@@ -21,7 +21,7 @@ from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
-_KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept\.(?P<parameter>[^.]+)\.(?P<part>\w+)")
+_KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept_parameter_(?P<parameter>[^.]+)\.(?P<part>\w+)")
 """The names of the tensors that a body keeps in place of a parameter."""
 _OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # those parts that belong to no expert
 
@@ -52,7 +52,7 @@ class Body:
                 keep(body, tied[name], kept)
             of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}  # each [N, …]
             for expert, own in enumerate(changes):
-                own[name] = Change.held({part: tensor[expert] for part, tensor in of_experts.items()})
+                own[name] = Change.stored({part: tensor[expert] for part, tensor in of_experts.items()})
         adapters = [Adapter(own) for own in changes]
         return Adapted(body, adapters).to(device_of(like))
 

@@ -1,9 +1,11 @@
 """One body and N adapters as a network that answers as any of its experts."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,10 +53,17 @@ class Adapted(nn.Module):
         self.key = object()  # by which `answering` knows it and what `torch.export` makes of it
         self.head_name = f"body.{head_name(body)}".rstrip(".")
         self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
-        self._kept: dict[int, nn.Module] = {}  # plain networks, the least recently asked for first
+        self._plain: dict[int, nn.Module] = {}  # networks of single experts, the least recently asked for first
+        self._set_adapters(adapters)
+        self.keep(keep_mib)
+
+    def _set_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Keep the adapters beside the parameters that they change."""
+        refused = not_makeable(self.body)
+        tied = tied_names(self.body)
         kept = {name: own for name, _, own in kept_parameters(self.body)}
-        refused, tied = not_makeable(self.body), tied_names(self.body)
-        for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
+        changed = chain(*(adapter.changes for adapter in adapters))
+        for name in dict.fromkeys(changed):
             if name in refused:
                 raise StateError(f"'{name}' cannot be changed: a container owns it, or another attribute holds it too")
             if name not in kept:
@@ -63,55 +72,44 @@ class Adapted(nn.Module):
                 kept |= dict.fromkeys(tied[name], own)
             if kept[name].num_experts:
                 raise StateError(f"'{name}' is tied to another that adapters change, expected one of them")
-            kept[name].set_experts([adapter.changes.get(name, Change()) for adapter in adapters])
-        self.keep(keep_mib)
+            changes = [adapter.changes.get(name, Change()) for adapter in adapters]
+            kept[name].set_experts(changes)
 
     def keep(self, mib: float) -> None:
         """Set how many MiB of plain networks are kept; see `Adapted`."""
         check_number("keep_mib", mib, low=0)
-        self._kept.clear()
-        self._most = 0  # networks
+        self._plain.clear()
+        self.most_plain = 0
         if mib > 0:
             each = tensor_nbytes(self.network(0)) / 2**20
             if mib < each:
                 raise ConfigurationError(f"found keep_mib={mib:g}, expected 0, or {each:.3g}, which one network takes")
-            self._most = int(mib / each)
-
-    @property
-    def resident_nbytes(self) -> int:
-        """The bytes of weights that are in memory while it answers.
-
-        Those of its tensors, and of the networks that are kept, or else of what making the largest parameter takes.
-        """
-        if self._most:
-            networks = min(self._most, max(1, self.num_experts))
-            return tensor_nbytes(self) + networks * tensor_nbytes(self.network(0))
-        working = [kept.working_nbytes for _, _, kept in kept_parameters(self.body)]
-        return tensor_nbytes(self) + max(working, default=0)
+            self.most_plain = int(mib / each)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         """Forget the plain networks when the body is moved."""
-        self._kept.clear()
+        self._plain.clear()
         return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """Forget the plain networks when the body gets other tensors."""
-        self._kept.clear()
+        self._plain.clear()
         return super().load_state_dict(*args, **options)
 
     @property
     def adapters(self) -> list[Adapter]:
         """The experts' adapters; they share the layers' tensors."""
-        found: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
-        first = dict[nn.Module, str]()  # of tied names
+        first_names: dict[Kept, str] = {}  # of tied parameters
         for name, _, kept in kept_parameters(self.body):
-            if first.setdefault(kept, name) != name:
-                continue
-            for expert in range(kept.num_experts):
+            if kept.num_experts:
+                first_names.setdefault(kept, name)
+        adapters = [Adapter() for _ in range(self.num_experts)]
+        for kept, name in first_names.items():
+            for expert, adapter in enumerate(adapters):
                 change = kept.change(expert)
                 if change.tensors:
-                    found[expert][name] = change
-        return [Adapter(changes) for changes in found]
+                    adapter.changes[name] = change
+        return adapters
 
     def with_forward(self, forward: Forward | None) -> "Adapted":
         """Return a copy that shares all tensors, and whose body is called by a user's function (`called_by`)."""
@@ -119,97 +117,101 @@ class Adapted(nn.Module):
         shared.forward_by = forward
         return shared
 
-    def only(self, expert: int) -> nn.Module:
-        """Return the body as it answers as one expert, without `answering`: it stays packed and shares all tensors.
-
-        So it can be exported (`torch.export`) and compiled (`torch.compile`) as one graph.
-        """
-        body = clone(self.body, shared=True)
-        for _, _, kept in kept_parameters(body):
-            kept.only = self._checked(expert)
-        return body
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def network(self, expert: int, head: nn.Module | None = None) -> nn.Module:
         """Return a plain network that answers as an expert, in eval mode, with that head's weights if one is given."""
-        network = unpacked(self.only(expert)).eval()
+        with self._as(expert):
+            network = unpacked(self.body).eval()
         return network if head is None else with_head(network, head)
 
-    def _checked(self, expert: int) -> int:
-        """Return an expert's index; a ConfigurationError unless there is such a one."""
+    @contextmanager
+    def _as(self, expert: int) -> Iterator[None]:
+        """Have the body's layers make their parameters as an expert has them."""
         if not 0 <= expert < max(1, self.num_experts):
             raise ConfigurationError(f"found expert {expert}, expected 0 to {self.num_experts - 1}")
-        return expert
+        token = ANSWERING.set(expert)
+        try:
+            yield
+        finally:
+            ANSWERING.reset(token)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return what the body makes of inputs ``[B, …]`` as the experts that `answering` names."""
-        return self.run(lambda network, *own, **others: network(*own, **others), *inputs, **named)
+        return self.run(operator.call, *inputs, **named)
 
     def run(self, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         """Return what a function makes of a network and inputs ``[B, …]``, for mixed experts in the batch's order.
 
         The function is called once for every expert, with a network that answers as that one and its samples.
         """
-        experts = _ASKED.get({}).get(self.key)
-        if self.num_experts == 0:
-            return function(self._as_expert(0), *inputs, **named)
+        experts = 0 if self.num_experts == 0 else _ASKED.get({}).get(self.key)
         if experts is None:
             raise StateError("found a body with adapters, expected to be told whose answer it gives; use answering")
         if isinstance(experts, int):
-            return self._run_one(experts, function, inputs, named)
+            with self._as(experts):
+                return function(self._as_expert(experts), *inputs, **named)
         first = tensors_in((inputs, named))[0]
-        if experts.ndim and len(experts) != len(first):
+        if len(experts) != len(first):
             raise ConfigurationError(f"found {len(experts)} experts for {len(first)} samples, expected one for each")
-        each = experts.to(first.device).expand(len(first))
-        asked = torch.unique(each).tolist() or [0]  # of an empty batch any expert will do
-        if len(asked) == 1:
-            return self._run_one(asked[0], function, inputs, named)
-        rows = [(each == expert).nonzero().flatten() for expert in asked]
+        experts = experts.to(first.device)
+        places = []
         parts = []
-        for expert, samples in zip(asked, rows, strict=True):
-            own, others = tree_map_only(Tensor, partial(torch.index_select, dim=0, index=samples), (inputs, named))
-            parts.append(self._run_one(expert, function, own, others))
-        order = torch.cat(rows).argsort()
+        for expert in torch.unique(experts).tolist() or [0]:  # of an empty batch any expert will do
+            own = (experts == expert).nonzero().flatten()
+            own_inputs, own_named = tree_map_only(Tensor, partial(_taken, places=own), (inputs, named))
+            with self._as(expert):
+                parts.append(function(self._as_expert(expert), *own_inputs, **own_named))
+            places.append(own)
+        order = torch.cat(places).argsort()
         return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)
-
-    def _run_one(self, expert: int, function: Callable[..., Any], inputs: Any, named: Any) -> Any:
-        token = ANSWERING.set(self._checked(expert))
-        try:
-            return function(self._as_expert(expert), *inputs, **named)
-        finally:
-            ANSWERING.reset(token)
 
     def _as_expert(self, expert: int) -> nn.Module:
         """Return what answers as the expert: the body, or a plain network that is kept."""
-        if self._most == 0:
+        if self.most_plain == 0:
             return called_by(self.body, self.forward_by)
-        network = self._kept.pop(expert, None)
+        network = self._plain.pop(expert, None)
         if network is None:
             network = self.network(expert)
-        self._kept[expert] = network  # the last in order
-        while len(self._kept) > self._most:
-            self._kept.pop(next(iter(self._kept)), None)
+        self._plain[expert] = network  # the last in order
+        while len(self._plain) > self.most_plain:
+            oldest = next(iter(self._plain))
+            self._plain.pop(oldest, None)  # another thread may have been faster
         return called_by(network, self.forward_by)
 
 
 def resident_nbytes(network: nn.Module) -> int:
-    """Return the bytes of weights that are in memory while a network answers."""
-    return network.resident_nbytes if isinstance(network, Adapted) else tensor_nbytes(network)
+    """Return the bytes of weights that are in memory while a network answers.
+
+    For a body with adapters those of its tensors and of the plain networks that it keeps, or else of what making the
+    largest parameter takes.
+    """
+    own = tensor_nbytes(network)
+    if not isinstance(network, Adapted):
+        return own
+    if network.most_plain:
+        count = min(network.most_plain, max(1, network.num_experts))
+        return own + count * tensor_nbytes(network.network(0))
+    working = [kept.working_nbytes for _, _, kept in kept_parameters(network.body)]
+    return own + max(working, default=0)
 
 
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file."""
-    state: dict[str, Tensor] = network.state_dict(keep_vars=True)
-    every = network.named_modules(remove_duplicate=False)
-    kept = {f"{name}.": own for name, own in every if isinstance(own, Kept)}
-    plain = {id(tensor): tensor for name, tensor in state.items() if not name.startswith(tuple(kept))}  # tied ones once
-    return sum(tensor.nbytes for tensor in plain.values()) + sum(own.stored_nbytes for own in {*kept.values()})
+    others = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # tied ones once
+    total = 0
+    for module in network.modules():
+        if isinstance(module, Kept):
+            total += int(module.stored_nbytes)
+            for tensor in module.state_dict(keep_vars=True).values():
+                del others[id(tensor)]
+    return total + sum(int(tensor.nbytes) for tensor in others.values())
 
 
 def tensor_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers, tied ones once."""
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def with_adapters(network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0) -> nn.Module:
@@ -228,15 +230,19 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
     ...     experts[0](torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
-    is_index = isinstance(experts, int) and not isinstance(experts, bool)
+    is_index = experts is None or type(experts) is int
     if isinstance(experts, Tensor):
-        is_index = experts.ndim < 2 and experts.dtype in (torch.int64, torch.int32)
-    if experts is not None and not is_index:
-        found = f"a tensor {list(experts.shape)} of {experts.dtype}" if isinstance(experts, Tensor) else repr(experts)
-        raise ConfigurationError(f"found {found:.100} for the experts, expected an index, or indices [B] in a tensor")
+        is_index = experts.ndim == 1 and experts.dtype == torch.int64
+    if not is_index:
+        raise ConfigurationError(f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64")
     asked: _Asked = {network.key: experts for network in networks if isinstance(network, Adapted)}
     token = _ASKED.set({**_ASKED.get({}), **asked})
     try:
         yield
     finally:
         _ASKED.reset(token)
+
+
+def _taken(tensor: Tensor, places: Tensor) -> Tensor:
+    """Return the samples at places [b] of a tensor [B, …]."""
+    return tensor[places]

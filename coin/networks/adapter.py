@@ -43,15 +43,19 @@ class AdapterOptions:
     @classmethod
     def of(cls, options: "AdapterOptions | Mapping[str, Any] | None") -> Self | None:
         """Return a section of options as an object."""
+        if options is None or isinstance(options, cls):
+            return options
         try:
-            return options if options is None or isinstance(options, cls) else cls(**cast(Any, options))
+            return cls(**cast(Any, options))
         except TypeError as error:
             raise ConfigurationError(f"found {options!r:.100} for adapters, expected {{rank: 16}} or so") from error
 
     @property
     def name(self) -> str:
         """Their name in results and files: ``rank4``, ``1.5mib``."""
-        return f"rank{self.rank}" if self.memory_mib is None else f"{self.memory_mib:g}mib"
+        if self.memory_mib is None:
+            return f"rank{self.rank}"
+        return f"{self.memory_mib:g}mib"
 
 
 class Adapter:
@@ -77,8 +81,10 @@ class Adapter:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors as they are stored, by the parameter's name and the part's."""
-        every = self.changes.items()
-        return {f"{name}.{part}": tensor for name, change in every for part, tensor in change.tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            tensors |= {f"{name}.{part}": tensor for part, tensor in change.tensors.items()}
+        return tensors
 
     @property
     def nbytes(self) -> int:
@@ -95,24 +101,30 @@ class Adapter:
         return network if head is None else with_head(network, head)
 
 
-_ADAPTERS = "adapters."
+_ADAPTERS = "adapters."  # before an expert's index and the tensor's name, in files
 
 
 def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """Return the tensors of adapters by name, as a file beside a body has them."""
-    every = enumerate(adapters)
-    return {f"{_ADAPTERS}{i}.{name}": tensor for i, each in every for name, tensor in each.tensors.items()}
+    state: dict[str, Tensor] = {}
+    for expert, adapter in enumerate(adapters):
+        state |= {f"{_ADAPTERS}{expert}.{name}": tensor for name, tensor in adapter.tensors.items()}
+    return state
 
 
 def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     """Return the names of the other tensors in a state, and the adapters of so many experts."""
-    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]
+    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]  # by expert, parameter and part
     others = []
     for key in state:
-        if count and key.startswith(_ADAPTERS):
-            expert, _, place = key.removeprefix(_ADAPTERS).partition(".")
-            name, _, part = place.rpartition(".")
-            parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
-        else:
+        if count == 0 or not key.startswith(_ADAPTERS):
             others.append(key)
-    return others, [Adapter({name: Change(**each) for name, each in own.items()}) for own in parts]
+            continue
+        _, expert, place = key.split(".", maxsplit=2)
+        name, _, part = place.rpartition(".")
+        parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
+    adapters = []
+    for own in parts:
+        changes = {name: Change(**each) for name, each in own.items()}
+        adapters.append(Adapter(changes))
+    return others, adapters

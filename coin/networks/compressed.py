@@ -1,14 +1,11 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,9 +14,10 @@ from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
-from coin.networks.batchnorm import folded
+from coin.networks.batchnorm import folded, folded_norms
 from coin.networks.calling import clone, plain
 from coin.networks.delta import (
+    EQUAL,
     Rounded,
     added,
     decode,
@@ -29,13 +27,14 @@ from coin.networks.delta import (
     quantise,
     round_columns,
     size,
+    split_matrix,
 )
 from coin.networks.heads import head_name, replace_head
-from coin.networks.kept import Kept, keep, not_makeable, tied_names, unpacked
+from coin.networks.kept import Kept, keep, not_makeable, tied_names
 from coin.networks.weights import check_plain, fill_network
 
 SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
-PACKED = "packed"  # the one tensor of a compressed network's file
+_PACKED = "packed."  # before the names of the compressed tensors in a file
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
 
 
@@ -61,8 +60,10 @@ class Compression:
     @classmethod
     def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
         """Return a section of options as an object."""
+        if isinstance(options, cls):
+            return options
         try:
-            return cls(**(asdict(options) if isinstance(options, Compression) else options))
+            return cls(**cast(Any, options))
         except TypeError as error:
             raise ConfigurationError(f"found {options!r:.100}, expected bits and base_bits") from error
 
@@ -80,47 +81,44 @@ class Compressed:
         base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of its architecture and
             class count, whose weights are not used.
         base_bits: 32, 8 or 0.
+        base_nbytes: The bytes of the base as stored.
         adapters: Of a body, what experts keep beside it.
 
     >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3)  # of 288 bytes
-    Compressed(3 bits, 56 bytes, base of 32 bits)
+    Compressed(56 bytes, base of 32 bits)
     """
 
     base: nn.Module
     base_bits: int
-    _data: Tensor
-    _kinds: list[int]
-    _folded: dict[str, str]  # the BatchNorms that are, into which weights
+    base_nbytes: int
+    _kinds: dict[str, int]  # how every tensor is stored (`encode`), tied ones once
+    _data: dict[str, Tensor]  # and its bytes
+    _folded: dict[str, str]  # the BatchNorms that are folded, with the weights that they are folded into
     _outputs: int | None  # of the head, where the base's has others
-    _kept: "Compressed | None" = None  # the base's bytes
     adapters: Sequence[Adapter] = ()
 
     def __repr__(self) -> str:
-        kinds = sorted({kind for kind in self._kinds if 0 < kind <= 8})  # the others are kept as they are
-        how = ", ".join(f"{kind} bits" for kind in kinds)
-        return f"Compressed({how or 'whole tensors'}, {self.nbytes} bytes, base of {self.base_bits} bits)"
+        return f"Compressed({self.nbytes} bytes, base of {self.base_bits} bits)"
 
     @property
     def nbytes(self) -> int:
         """The network's bytes and its adapters', without the base."""
-        return self._data.numel() + sum(each.nbytes for each in self.adapters)
-
-    @property
-    def base_nbytes(self) -> int:
-        """The bytes of the base as stored."""
-        if self.base_bits == 8:
-            return (self._kept or int8(self.base)).nbytes
-        return self.base_bits and sum(tensor.nbytes for tensor in stored(self.base).values())
+        own = sum(data.nbytes for data in self._data.values())
+        return own + sum(adapter.nbytes for adapter in self.adapters)
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        if self._is_packable:
-            return unpacked(self.packed())
-        network = self._empty()
-        reference = _reference(network, self.base if self.base_bits else None, self._folded)
-        every = zip(reference.items(), self._kinds, self._parts(reference), strict=True)
-        state = {name: decode(kind, data, tensor) for (name, tensor), kind, data in every}
-        fill_network(network, {name: state[first] for name, first in _ties(network).items()}, "the compressed network")
+        network = plain(clone(self.base)).eval()
+        if self._outputs is not None:
+            with torch.random.fork_rng(devices=[]):
+                replace_head(network, self._outputs)
+        own = stored(network)
+        self._check_layout(own)
+        reference = _reference(own, network, self.base, self._folded) if self.base_bits else _zeros(own)
+        state: dict[str, Tensor] = {}
+        for name, (first, *_) in tied_names(network).items():
+            state[name] = decode(self._kinds[first], self._data[first], reference[first])
+        fill_network(network, state, "the compressed network")
         return network
 
     def packed(self) -> nn.Module:
@@ -128,99 +126,101 @@ class Compressed:
 
         Where it is a delta from a base, or has parameters that are `not_makeable`, that is `network`.
         """
-        if not self._is_packable:
+        if self.base_bits or not_makeable(self.base):
             return self.network()
         network = plain(clone(self.base, shared=True)).eval()
         own = stored(network)
-        matrices: dict[str, Kept] = {}
-        values: dict[str, Tensor] = {}
-        for (name, tensor), kind, data in zip(own.items(), self._kinds, self._parts(own), strict=True):
+        self._check_layout(own)
+        tied = tied_names(network)
+        values: dict[str, Tensor] = {}  # of what is no matrix
+        for name, tensor in own.items():
+            kind = self._kinds[name]
+            data = self._data[name]
             if 1 <= kind <= 8:
-                matrices[name] = Kept.packed(network.get_parameter(name), data, kind)
+                codes, scale = split_matrix(data, tensor.shape)
+                kept = Kept(network.get_parameter(name), codes.clone(), scale, kind)
+                keep(network, tied[name], kept)
             else:
-                values[name] = decode(kind, data, torch.zeros_like(tensor))
-        names = tied_names(network)
-        for name, first in _ties(network).items():
-            place, _, parameter = name.rpartition(".")
-            layer = network.get_submodule(place)
-            if first in matrices:
-                if name == first:
-                    keep(network, names[name], matrices[first])
-            elif parameter in layer._parameters:
-                value = values[first]
-                setattr(layer, parameter, nn.Parameter(value, requires_grad=value.is_floating_point()))
-            else:  # a buffer
-                setattr(layer, parameter, values[first])
+                value = decode(kind, data, torch.zeros_like(tensor))
+                values |= dict.fromkeys(tied[name], value)
+        state = network.state_dict()
+        state.update(values)
+        network.load_state_dict(state, assign=True)  # the base's own tensors stay as they are
         return network
 
-    @cached_property
-    def _is_packable(self) -> bool:
-        """Whether its matrices can be unpacked when a layer reads them."""
-        return self.base_bits == 0 and not not_makeable(self.base)
-
-    def _empty(self) -> nn.Module:
-        """Return a network of its architecture and class count, with any weights."""
-        network = plain(clone(self.base)).eval()
-        if self._outputs is not None:
-            with torch.random.fork_rng(devices=[]):
-                replace_head(network, self._outputs)
-        return network
-
-    def _parts(self, like: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """Return the bytes of every tensor; a StateError where they are not those of tensors like these."""
-        sizes = [size(kind, tensor) for kind, tensor in zip(self._kinds, like.values(), strict=False)]
-        if len(self._kinds) != len(like) or sum(sizes) != len(self._data):
-            found = f"found {len(self._kinds)} compressed tensors of {len(self._data)} bytes"
-            expected = f"{len(like)} of {sum(sizes)}; give a base of its architecture"
-            raise StateError(f"{found} for a {type(self.base).__name__}, expected {expected}")
-        return torch.split(self._data, sizes)
+    def _check_layout(self, like: Mapping[str, Tensor]) -> None:
+        """Raise StateError where the compressed tensors are not of names and sizes like these."""
+        found = {name: data.nbytes for name, data in self._data.items()}
+        expected = {name: size(self._kinds.get(name, EQUAL), tensor) for name, tensor in like.items()}
+        if found != expected:
+            kind = type(self.base).__name__
+            raise StateError(f"the compressed tensors are not those of a {kind}; give a base of its architecture")
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
-        own = {"base_bits": self.base_bits, "kinds": self._kinds, "folded": self._folded, "outputs": self._outputs}
-        mark = fingerprint(self.base.state_dict()) if self.base_bits else None
-        state = {PACKED: self._data, **adapters_state(self.adapters)}
-        told = {**own, "base": mark, "sum": fingerprint(state), "adapters": len(self.adapters)}
-        save_state(Path(path), state, {**(provenance or {}), "compressed": told})
+        state = {_PACKED + name: data for name, data in self._data.items()}
+        state |= adapters_state(self.adapters)
+        own = {
+            "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
+            "base_bits": self.base_bits,
+            "base_nbytes": self.base_nbytes,
+            "kinds": self._kinds,
+            "folded": self._folded,
+            "outputs": self._outputs,
+            "adapters": len(self.adapters),
+        }
+        save_state(Path(path), state, {**(provenance or {}), "compressed": own})
 
     @classmethod
-    def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
+    def load(cls, path: Path | str, base: nn.Module) -> Self:
         """Load a compressed network, given its base: the original one for an int8 base, one like it for 0 bits."""
         file = StateFile(Path(path))
-        try:
-            told, data = file.provenance["compressed"], file[PACKED].clone()
-            mark, base_bits, intact = told["base"], told["base_bits"], told["sum"] == fingerprint(file)
-            made = cls(base, base_bits, data, list(told["kinds"]), dict(told["folded"]), told["outputs"])
-            made.adapters = split_adapters(file, told["adapters"])[1]
-        except (KeyError, TypeError) as error:
-            raise FileError(f"'{path}' holds no compressed network, expected one that coin wrote") from error
-        if not intact:
-            raise FileError(f"'{path}' is damaged: its bytes are not those that were written; make it again")
-        if base_bits == 8 and fingerprint(base.state_dict()) != mark:
-            made.base = int8(base).network()
-        if base_bits and (found := fingerprint(made.base.state_dict())) != mark:
-            raise FileError(f"'{path}' is a delta from the base {mark:.12}, found {found:.12}; give its own base")
-        return made
+        told = file.provenance.get("compressed")
+        if told is None:
+            raise FileError(f"'{path}' holds no compressed network, expected one that coin wrote")
+        base_bits = told["base_bits"]
+        if base_bits == 8 and fingerprint(base.state_dict()) != told["base"]:
+            base = int8(base).network()
+        found = fingerprint(base.state_dict()) if base_bits else None
+        expected = told["base"]
+        if found != expected:
+            raise FileError(f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base")
+        names, adapters = split_adapters(file, told["adapters"])
+        data = {name.removeprefix(_PACKED): file[name].clone() for name in names}
+        return cls(base, base_bits, told["base_nbytes"], told["kinds"], data, told["folded"], told["outputs"], adapters)
 
 
-Base = nn.Module | Compressed | None
-"""What a network is a delta from; for ``base_bits=8`` it may be rounded already."""
+Base = nn.Module | None
+"""What a network is a delta from."""
+
+
+class Reference(NamedTuple):
+    """The tensors that a network's are a delta from, and where they come from."""
+
+    base: nn.Module  # as it is kept; the network itself where there is none
+    base_nbytes: int
+    folded: dict[str, str]  # the BatchNorms that are folded, into which weights
+    tensors: dict[str, Tensor]
 
 
 def compress(
-    network: nn.Module, base: "Base | Reference", *, bits: int, base_bits: int = 32,
+    network: nn.Module,
+    base: Base | Reference,
+    *,
+    bits: int,
+    base_bits: int = 32,
     rounded: Mapping[str, Rounded] | None = None,
-) -> Compressed:  # fmt: skip
+) -> Compressed:
     """Compress a network to its delta from a base, such as the shared initialisation of an expert or a coded model.
 
     Kernels are flattened to a matrix with a row an output, and rounded to few bits a value with a scale a row
-    (`coin.networks.delta.quantise`). Where the network has its BatchNorms folded into the maps before them, as `Refit`
-    does, so has the base that the delta is from. The base's head may have fewer or more outputs: the rows beyond its
-    own are zero.
+    (`coin.networks.delta.quantise`). Where `Refit` has folded the network's BatchNorms into the maps before them, they
+    are folded in the base that the delta is from as well. The base's head may have fewer or more outputs: the rows
+    beyond its own are zero.
 
     Args:
         network: The network.
-        base: What it was fine-tuned or merged from, for ``base_bits=8`` possibly rounded already; not needed for 0.
+        base: What it was fine-tuned or merged from; not needed for ``base_bits=0``.
         bits: 1 … 8 bits a value.
         base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, from which the delta is; 0: not at all.
         rounded: Deltas that are already rounded, by tensor; used unchanged.
@@ -233,27 +233,22 @@ def compress(
     torch.Size([32, 64])
     """
     Compression(bits, base_bits)  # checks them
-    if base_bits and base is None:
-        raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
     check_plain(network)
     own = stored(network)
-    check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
-    base, kept, norms, reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
-    buffers = dict(network.named_buffers())  # such as masks
-    options = {name: (None,) if name in buffers else (bits, (rounded or {}).get(name)) for name in own}
-    made = [encode(tensor, reference[name], *options[name]) for name, tensor in own.items()]
-    outputs = next((len(own[name]) for name, tensor in stored(base).items() if tensor.shape != own[name].shape), None)
-    data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
-    return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
-
-
-class Reference(NamedTuple):
-    """The tensors that a network's are a delta from, and where they come from."""
-
-    base: nn.Module  # as it is kept; the network itself where there is none
-    kept: Compressed | None  # the bytes that it is kept in, if these are not its own
-    norms: dict[str, str]  # the BatchNorms that are folded, into which weights
-    tensors: dict[str, Tensor]
+    buffers = dict(network.named_buffers())  # such as masks, which may be infinite
+    check_finite(own, "the network to compress", buffers.keys())
+    reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
+    rounded = rounded or {}
+    of_base = stored(reference.base)
+    outputs = None
+    kinds: dict[str, int] = {}
+    data: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        bits_of_matrix = None if name in buffers else bits
+        kinds[name], data[name] = encode(tensor, reference.tensors[name], bits_of_matrix, rounded.get(name))
+        if tensor.shape != of_base[name].shape:  # of the head
+            outputs = len(tensor)
+    return Compressed(reference.base, base_bits, reference.base_nbytes, kinds, data, reference.folded, outputs)
 
 
 def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
@@ -261,22 +256,23 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
 
     There bytes are kept and read back, wherever the network is.
     """
-    network = _on_cpu(network)
-    base = _on_cpu(base) if isinstance(base, nn.Module) else base
-    if base is None or not base_bits:
-        return Reference(network, None, {}, _reference(network, None, {}))
-    if not isinstance(base, Compressed):
-        check_plain(base)
-        check_finite(stored(base), "the base", [name for name, _ in base.named_buffers()])
-    kept = base if isinstance(base, Compressed) else int8(base) if base_bits == 8 else None
-    base = kept.network() if kept else cast(nn.Module, base)
-    norms = _folds(network, _reference(network, base, {}))
-    return Reference(base, kept, norms, _reference(network, base, norms))
-
-
-def _on_cpu(network: nn.Module) -> nn.Module:
-    """Return a network on the CPU, itself if it is there."""
-    return network if device_of(network).type == "cpu" else clone(network).cpu()
+    own = stored(network)
+    if base_bits == 0:
+        return Reference(_on_cpu(network), 0, {}, _zeros(own))
+    if base is None:
+        raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
+    check_plain(base)
+    state = stored(base)
+    check_finite(state, "the base", [name for name, _ in base.named_buffers()])
+    if base_bits == 8:
+        rounded = int8(base)
+        kept = rounded.network()
+        base_nbytes = rounded.nbytes
+    else:
+        kept = _on_cpu(base)
+        base_nbytes = sum(tensor.nbytes for tensor in state.values())
+    norms = folded_norms(network)
+    return Reference(kept, base_nbytes, norms, _reference(own, network, kept, norms))
 
 
 def int8(base: nn.Module) -> Compressed:
@@ -284,110 +280,128 @@ def int8(base: nn.Module) -> Compressed:
     return compress(base, None, bits=8, base_bits=0)
 
 
-def _ties(network: nn.Module) -> dict[str, str]:
-    """Return the names of a network's tensors, each with the first name of the same tensor."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in network.state_dict(keep_vars=True).items()}
-
-
 def stored(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's tensors, tied ones once, on the CPU."""
-    state = network.state_dict()
-    return {name: state[name].detach().cpu() for name, first in _ties(network).items() if name == first}
+    tensors: dict[str, Tensor] = {}
+    tied = tied_names(network)
+    for name, tensor in network.state_dict().items():
+        if name == tied[name][0]:
+            tensors[name] = tensor.detach().cpu()
+    return tensors
 
 
-def _reference(network: nn.Module, base: nn.Module | None, folds: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return what a network's tensors are a delta from: the base's, these BatchNorms folded; zeros without a base."""
-    own = stored(network)
-    if base is None:
-        return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+def _on_cpu(network: nn.Module) -> nn.Module:
+    """Return a network on the CPU, itself if it is there."""
+    if device_of(network).type == "cpu":
+        return network
+    return clone(network).cpu()
+
+
+def _zeros(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what tensors are a delta from that have no base."""
+    return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+
+
+def _reference(
+    own: Mapping[str, Tensor], network: nn.Module, base: nn.Module, norms: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return what a network's `stored` tensors are a delta from: the base's, these BatchNorms folded."""
     state = stored(base)
-    if any(name in state and state[name].shape != tensor.shape for name, tensor in own.items()):
-        for name in (f"{head_name(network)}.weight", f"{head_name(network)}.bias"):
-            if name in own and name in state and state[name].shape[1:] == own[name].shape[1:]:
-                rows = state[name][: len(own[name])]
-                state[name] = torch.cat([rows, rows.new_zeros(len(own[name]) - len(rows), *rows.shape[1:])])
+    are_alike = all(name not in state or state[name].shape == tensor.shape for name, tensor in own.items())
+    if not are_alike:
+        state |= _rows_of_head(state, own, head_name(network))
     check_layout(own, state, "the base")
     for name, tensor in own.items():
-        if tensor.dtype != (base_type := state[name].dtype):
-            raise StateError(f"'{name}' is {tensor.dtype}, in the base {base_type}, expected one type; convert one")
-    for norm, weight in folds.items():
+        if tensor.dtype != state[name].dtype:
+            found = f"'{name}' is {tensor.dtype}, in the base {state[name].dtype}"
+            raise StateError(f"{found}, expected one type; convert one")
+    for norm, weight in norms.items():
+        layer = cast(_BatchNorm, network.get_submodule(norm))
         bias = f"{weight.removesuffix('weight')}bias"
-        eps = cast(_BatchNorm, network.get_submodule(norm)).eps
-        state |= folded(state, weight, bias if bias in state else None, norm, eps)
+        known_bias = bias if bias in state else None
+        state |= folded(state, weight, known_bias, norm, layer.eps)
     return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
 
 
-def _folds(network: nn.Module, base: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the BatchNorms that are folded, whose means are 0, each with the weight that it is folded into.
-
-    The pairs are those that bring the weights nearest to the base's, so scaled: not every network can be traced.
-    """
-    own, scales = stored(network), dict[str, Tensor]()
-    for name, norm in network.named_modules():
-        gain, mean, variance = (f"{name}.{part}" for part in ("weight", "running_mean", "running_var"))
-        if isinstance(norm, _BatchNorm) and {gain, mean} <= own.keys() and not own[mean].any():
-            scales[name] = base[gain] / (base[variance].double() + norm.eps).sqrt()
-    maps = [name for name, tensor in own.items() if tensor.ndim > 1 and tensor.is_floating_point()]
-    nearer = np.zeros((len(scales), len(maps)))  # by how much is ‖W − sW₀‖² less than ‖W − W₀‖², over ‖W‖²
-    for column, weight in enumerate(maps if scales else ()):
-        now, before = (state[weight].flatten(1).double() for state in (own, base))
-        products, squares, size = (now * before).sum(1), before.square().sum(1), now.square().sum() + 1e-38
-        for row, s in enumerate(scales.values()):
-            if len(s) == len(now):
-                nearer[row, column] = ((s - 1) * (2 * products - (s + 1) * squares)).sum().clamp(min=0) / size
-    pairs, norms = zip(*linear_sum_assignment(nearer, maximize=True), strict=True), list(scales)
-    return {norms[row]: maps[column] for row, column in pairs if nearer[row, column] > 0}
+def _rows_of_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Return the tensors of a base's head with as many rows as a network's own: the first ones, and then zeros."""
+    resized: dict[str, Tensor] = {}
+    for name in (f"{head}.weight", f"{head}.bias"):
+        if name in own and name in state:
+            rows = state[name][: len(own[name])]
+            missing = len(own[name]) - len(rows)
+            zeros = rows.new_zeros(missing, *rows.shape[1:])
+            resized[name] = torch.cat([rows, zeros])
+    return resized
 
 
 class Rounding:
     """Rounds a network's matrices to few bits a value, as deltas from a reference; `rounded` holds those so far."""
 
     def __init__(self, reference: Reference, bits: int) -> None:
-        self.reference, self._bits, self._tensors = reference, bits, reference.tensors
+        self.reference = reference
         self.rounded: dict[str, Rounded] = {}
+        self._bits = bits
 
     def bits(self, name: str) -> int:
         """Return the bits a value: 8 for short rows, of depthwise kernels for one, which are few and leave much."""
-        return 8 if matrix_shape(self._tensors[name].shape)[1] < SHORT else self._bits
+        _, columns = matrix_shape(self.reference.tensors[name].shape)
+        return 8 if columns < SHORT else self._bits
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
-        tensor = self._tensors[name]
+        tensor = self.reference.tensors[name]
         return tensor.is_floating_point() and is_smaller_rounded(tensor.shape, self.bits(name))
 
     def weight(self, name: str) -> Tensor:
         """Return a rounded weight as it is read back."""
-        return added(self._tensors[name], self.rounded[name].dense())
+        return added(self.reference.tensors[name], self.rounded[name].dense())
 
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
-        base = self._tensors[name].to(weight.device).double()
-        rounded = quantise((weight.double() - base).reshape(matrix_shape(base.shape)), self.bits(name))
+        delta = self._delta(name, weight)
+        rounded = quantise(delta.reshape(matrix_shape(delta.shape)), self.bits(name))
         self.rounded[name] = rounded.cpu()
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
-        """Round weight + step, or with `turned` the weight's transpose, and return the step to what it became.
+        """Round a weight after a step of a regression, and return the step [G, O, K] to what it has become.
 
-        The step ΔW [G, O, K] is the optimal one; one that is E beside it costs tr(E M Eᵀ), with M the metric [G, K, K].
+        What is rounded is the delta from the reference, with the step in it. The step is the best one: another that is
+        off by E costs tr(E M Eᵀ) more, summed over groups, which is kept small: later columns make up for the errors of
+        earlier ones (`round_columns`).
+
+        Args:
+            name: The weight's name.
+            weight: The weight before the step, whose rows are those of all G groups in turn: [G·O, …].
+            step: The step of each group's map [G, O, K].
+            metric: M [G, K, K]; without it every value is rounded to the nearest.
+            turned: Whether the weight is stored transposed, as [K, O].
         """
-        base = self._tensors[name].to(weight.device).double()
+        delta = self._delta(name, weight)
+        stored_shape = matrix_shape(delta.shape)
         bits = self.bits(name)
 
-        def grouped(x: Tensor) -> Tensor:
-            return (x.T if turned else x).reshape(step.shape)
+        def as_maps(stored: Tensor) -> Tensor:  # as the weight is stored → [G, O, K]
+            matrix = stored.T if turned else stored
+            return matrix.reshape(step.shape)
 
-        def flat(x: Tensor) -> Tensor:
-            x = x.flatten(0, 1)
-            return (x.T if turned else x).reshape(matrix_shape(base.shape))
+        def as_stored(maps: Tensor) -> Tensor:  # [G, O, K] → the rows and columns that have scales and codes
+            matrix = maps.flatten(0, 1)
+            return (matrix.T if turned else matrix).reshape(stored_shape)
 
-        now = grouped(weight.double() - base)
-        wanted = now + step
-        rounded = quantise(flat(wanted), bits)
+        before = as_maps(delta)
+        wanted = before + step
+        rounded = quantise(as_stored(wanted), bits)
         if metric is not None:
-            scales = grouped(rounded.scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
-            codes = round_columns(wanted, scales, bits, metric)
-            rounded = Rounded(flat(codes), rounded.scale, bits)
+            scales = rounded.scale[:, None].expand(stored_shape)  # of every value
+            codes = round_columns(wanted, as_maps(scales), bits, metric)
+            rounded = Rounded(as_stored(codes), rounded.scale, bits)
         self.rounded[name] = rounded.cpu()
-        return (grouped(rounded.dense().reshape(base.shape)) - now).to(step)
+        after = as_maps(rounded.dense())
+        return (after - before).to(step)
+
+    def _delta(self, name: str, weight: Tensor) -> Tensor:
+        """Return what a weight differs by from the reference, in float64."""
+        reference = self.reference.tensors[name].to(weight.device)
+        return weight.double() - reference.double()

@@ -9,15 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coin.core.devices import has_float64
+EQUAL = 0
+"""How a tensor is kept, beside 1 … 8 bits a value: not at all, for it equals the base's;"""
+HALF = 16
+"""its delta in float16;"""
+WHOLE = 32
+"""the tensor itself."""
 
-EQUAL, HALF, WHOLE = 0, 16, 32
-"""How a tensor is kept, beside 1 … 8 bits a value: not at all, its delta in float16, itself."""
-
-_CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
+_CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # of a row's largest value: the scales from which the search begins
 _REFINEMENTS = 2  # of a scale, for every clip
 _SMALLEST = 1e-38  # divides the rows of scale 0, which may take any level
 _BLOCK_VALUES = 2**18  # values, times the clips, that are searched at a time: they fit a processor's cache
+
+Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""For scales s [rows, S] the sums ⟨row, L_c⟩ and ⟨L_c, L_c⟩ [rows, S], with c the codes nearest to row/s."""
 
 
 class Rounded(NamedTuple):
@@ -33,29 +38,26 @@ class Rounded(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, K]`` in float32."""
-        table = _signed_levels(self.bits).flatten().to(self.codes.device)
-        return _entries_of(table, self.codes, *_by_row(self.scale, 2**self.bits))
+        packed = pack(self.codes, self.bits)
+        return read(packed, *by_row(self.scale, self.bits), self.bits, self.codes.shape[1])
 
 
 @cache
 def levels(bits: int) -> Tensor:
-    """Return the values ``[2, 2^b]`` that the values of a row are rounded to, over its scale: of two kinds.
+    """Return the two kinds of values ``[2, 2^b]`` to which a row over its scale is rounded.
 
     Dense around zero, as deltas are, whose tails are heavy: L_i ∝ −sign(u) log(1 − 1.6 |u|), u = (i + ½)/2^b − ½. At 3
     bits that leaves half to three quarters of the squared error of the even ones, −2^(b−1) … 2^(b−1) − 1, which rows of
-    a few large values and many next to zero take. One bit is ±1 alone: with the mean absolute value as scale, BitDelta
-    (arXiv 2402.10193).
+    a few large values and many next to zero take. Of one bit the dense ones are ±1, as in BitDelta (arXiv 2402.10193).
     """
-    place = torch.arange(2**bits, dtype=torch.float64) - 2 ** (bits - 1)
-    u = (place + 0.5) / 2**bits
-    dense = -u.sign() * torch.log1p(-1.6 * u.abs())
-    dense /= dense[-1].clone()
-    return torch.stack([dense, place / 2 ** (bits - 1) if bits > 1 else dense]).float()
-
-
-def _signed_levels(bits: int) -> Tensor:
-    """Return `levels`, the even ones with their signs turned, as the scales are that say so."""
-    return levels(bits) * torch.tensor([[1.0], [-1.0]])
+    count = 2**bits
+    half = count // 2
+    steps = torch.arange(-half, half, dtype=torch.float64)
+    u = (steps + 0.5) / count
+    curve = -u.sign() * torch.log1p(-1.6 * u.abs())
+    dense = curve / curve[-1]
+    even = steps / half
+    return torch.stack([dense, even]).float()
 
 
 @cache
@@ -66,8 +68,8 @@ def _edges(bits: int, device: torch.device) -> Tensor:
     return edges.to(device)
 
 
-def _even_places(ratio: Tensor, bits: int) -> Tensor:
-    """Return which multiples of 2^(1−b), from −2^(b−1) on, are nearest to values over their scales, as floats."""
+def _even_steps(ratio: Tensor, bits: int) -> Tensor:
+    """Return, as floats from −2^(b−1) on, which multiples of 2^(1−b) are nearest to values over their scales."""
     half: int = 2 ** (bits - 1)
     return (ratio * half).round_().clamp_(-half, half - 1)
 
@@ -81,16 +83,17 @@ def _places(ratio: Tensor, is_even: Tensor, bits: int) -> Tensor:
         bits: Of the codes, which are the places modulo 2^b.
     """
     dense = torch.bucketize(ratio, _edges(bits, ratio.device), out_int32=True)
-    if bits == 1:
-        return dense
-    even = _even_places(ratio, bits).add_(2**bits + 2 ** (bits - 1))
+    first_even = 2**bits + 2 ** (bits - 1)  # the place of the even level 0
+    even = _even_steps(ratio, bits).add_(first_even)
     return torch.where(is_even, even.int(), dense)
 
 
 def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the codes ``[rows, K]`` of the levels nearest to a matrix ``[rows, K]``, its rows' scales ``[rows]``."""
+    scale = scale.unsqueeze(1)
     divisor = scale.float().abs().clamp(min=_SMALLEST)
-    places = _places(matrix.float() / divisor[:, None], (scale < 0)[:, None], bits)
+    ratio = matrix.float() / divisor
+    places = _places(ratio, scale < 0, bits)
     codes = places.bitwise_and_(2**bits - 1)
     return codes.byte()
 
@@ -102,8 +105,10 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     improved in turns with the codes: for given codes c it is ⟨row, L_c⟩ / ⟨L_c, L_c⟩. Sums are in float64, lest a
     base's hash shows their order, which processors choose.
     """
-    codes, scales = [], []
-    rows = max(1, _BLOCK_VALUES // (len(_CLIPS) * max(matrix.shape[1], 2**bits)))
+    codes = []
+    scales = []
+    values_a_row = len(_CLIPS) * max(matrix.shape[1], 2**bits)
+    rows = max(1, _BLOCK_VALUES // values_a_row)
     for block in torch.split(matrix.float(), rows):
         scale = _best_scale(block, bits)
         scales.append(scale)
@@ -113,80 +118,85 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
 
 def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     """Return the scales ``[rows]`` in bfloat16, below 0 for the even levels, of a matrix's smallest squared errors."""
-    clips = torch.tensor(_CLIPS if bits > 1 else (1.0,), device=matrix.device)
-    most = matrix.abs().amax(1, keepdim=True)
-    kinds: list[tuple[int, Callable[[Tensor], tuple[Tensor, Tensor]]]] = []
+    largest = matrix.abs().amax(1, keepdim=True)  # [rows, 1]
+    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]  # an error of 0 is that of a row of zeros
+    errors = [torch.zeros_like(largest, dtype=torch.float64)]
     if bits < 8:  # of 256 levels, even ones are as good
-        kinds.append((1, _SortedRows(matrix, bits).dense_sums))
-    if bits > 1:
-        kinds.append((-1, partial(_even_sums, matrix, bits)))
-    scales = [torch.zeros_like(most, dtype=torch.bfloat16)]  # which no other has to be better than
-    errors = [torch.zeros_like(most, dtype=torch.float64)]
-    for sign, sums in kinds:
-        scale = most * clips  # [rows, clips]
-        for _ in range(_REFINEMENTS):
-            products, squares = sums(scale)
-            scale = (products / squares.clamp(min=_SMALLEST)).float()
-        kept = scale.bfloat16()
-        products, squares = sums(kept.float())
-        scales.append(sign * kept)
-        errors.append(kept * (kept * squares - 2 * products))  # ‖row − s L_c‖² − ‖row‖²
-    best = torch.cat(errors, 1).nan_to_num(torch.inf).argmin(1, keepdim=True)  # the first of equals
-    return torch.cat(scales, 1).gather(1, best).squeeze(1)
+        ascending = matrix.sort(dim=1).values.double()
+        first_sums = F.pad(ascending.cumsum(1), (1, 0))  # [rows, K + 1], of the first n values
+        dense_sums = partial(_dense_sums, ascending, first_sums, bits)
+        scale, error = _refined(largest, dense_sums)
+        scales.append(scale)
+        errors.append(error)
+    even_sums = partial(_even_sums, matrix, bits)
+    scale, error = _refined(largest, even_sums)
+    scales.append(-scale)
+    errors.append(error)
+    every_error = torch.cat(errors, 1).nan_to_num(torch.inf)
+    best = every_error.argmin(1, keepdim=True)  # the first of equals
+    best_scale = torch.cat(scales, 1).gather(1, best)
+    return best_scale.squeeze(1)
+
+
+def _refined(largest: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
+    """Return scales ``[rows, clips]`` in bfloat16, refined from clips of the rows' largest values, and their errors.
+
+    An error is ‖row − s L_c‖² − ‖row‖².
+    """
+    clips = torch.tensor(_CLIPS, device=largest.device)
+    scale = largest * clips
+    for _ in range(_REFINEMENTS):
+        products, squares = sums(scale)
+        best = products / squares.clamp(min=_SMALLEST)
+        scale = best.float()
+    kept = scale.bfloat16()
+    products, squares = sums(kept.float())
+    error = kept * (kept * squares - 2 * products)
+    return kept, error
 
 
 def _even_sums(matrix: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ⟨row, L_c⟩ and ⟨L_c, L_c⟩ ``[rows, S]``, c the codes of the even levels for scales ``[rows, S]``."""
-    values = matrix[:, None]
-    ratio = values / scale.clamp(min=_SMALLEST)[..., None]  # [rows, S, K]
-    taken = _even_places(ratio, bits) / 2 ** (bits - 1)
-    return (values * taken).sum(2, dtype=torch.float64), taken.square_().sum(2, dtype=torch.float64)
+    """Return the `Sums` of the even levels."""
+    values = matrix.unsqueeze(1)
+    divisor = scale.clamp(min=_SMALLEST).unsqueeze(2)
+    ratio = values / divisor  # [rows, S, K]
+    half = 2 ** (bits - 1)
+    taken = _even_steps(ratio, bits) / half
+    products = (values * taken).sum(2, dtype=torch.float64)
+    squares = taken.square_().sum(2, dtype=torch.float64)
+    return products, squares
 
 
-class _SortedRows:
-    """Rows in ascending order, in which the values that are rounded to one level stand side by side.
+def _dense_sums(ascending: Tensor, first_sums: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the `Sums` of the dense levels, given the rows' values in ascending order and the sums of the first n.
 
-    Their sums then take a search for every edge between levels, not one for every value.
+    Values that are rounded to one level stand side by side, so that there is a search for every edge between levels,
+    not one for every value: with n_i values up to edge i, whose sum is S_i, and with the last level L, ⟨row, L_c⟩ is
+    L S_K − Σ_i (L_{i+1} − L_i) S_i, and ⟨L_c, L_c⟩ is L² K − Σ_i (L²_{i+1} − L²_i) n_i.
     """
-
-    def __init__(self, matrix: Tensor, bits: int) -> None:
-        self._values = _sorted(matrix).double()  # [rows, K]
-        self._sums = F.pad(self._values.cumsum(1), (1, 0))  # [rows, K + 1], of the first n values
-        # A value over its scale is rounded to float32 before it is compared with an edge: it is above it if it is above
-        # the middle of the edge and the next float32.
-        edges = _edges(bits, matrix.device)
-        self._edges = (edges.double() + edges.nextafter(torch.full_like(edges, torch.inf))) / 2
-        self._levels = levels(bits)[0].to(matrix.device).double()
-
-    def dense_sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ⟨row, L_c⟩ and ⟨L_c, L_c⟩ ``[rows, S]``, c the codes of the dense levels for scales ``[rows, S]``.
-
-        With n_i values up to edge i, whose sum is S_i, and with the last level L, the first is
-        L S_K − Σ_i (L_{i+1} − L_i) S_i, and the second L² K − Σ_i (L²_{i+1} − L²_i) n_i.
-        """
-        limits = scale.double().clamp(min=_SMALLEST)[..., None] * self._edges  # [rows, S, 2^b − 1]
-        counts = torch.searchsorted(self._values, limits.flatten(1), right=True)
-        sums = self._sums.gather(1, counts).view(limits.shape)
-        counts = counts.view(limits.shape)
-        last, columns = self._levels[-1], self._values.shape[1]
-        products = last * self._sums[:, -1:] - sums @ self._levels.diff()
-        squares = last**2 * columns - counts.double() @ self._levels.square().diff()
-        return products, squares
-
-
-def _sorted(matrix: Tensor) -> Tensor:
-    """Return rows of finite float32 in ascending order: as integers of the same order, which are sorted faster."""
-
-    def turned(bits: Tensor) -> Tensor:
-        return bits ^ (bits >> 31 & 0x7FFFFFFF)  # of numbers below 0 all bits but the sign; its own inverse
-
-    keys = turned(matrix.view(torch.int32)).sort(dim=1).values
-    return turned(keys).view(torch.float32)
+    known = levels(bits)[0].to(ascending.device).double()
+    # A value over its scale is rounded to float32 before it is compared with an edge: it is above it if it is above the
+    # middle of the edge and the next float32.
+    edges = _edges(bits, ascending.device)
+    next_edges = edges.nextafter(torch.full_like(edges, torch.inf))
+    middles = (edges.double() + next_edges) / 2
+    factor = scale.double().clamp(min=_SMALLEST)
+    limits = factor.unsqueeze(2) * middles  # [rows, S, 2^b − 1]
+    below = torch.searchsorted(ascending, limits.flatten(1), right=True)  # how many values are
+    sums = first_sums.gather(1, below).view(limits.shape)
+    counts = below.view(limits.shape).double()
+    last = known[-1]
+    columns = ascending.shape[1]
+    total = first_sums[:, -1:]
+    products = last * total - sums @ known.diff()
+    squares = last**2 * columns - counts @ known.square().diff()
+    return products, squares
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes ``[rows, K]`` below 2^b as bytes ``[rows, ⌈b K / 8⌉]``: every row begins at a byte."""
-    return _regrouped(codes, bits, 8)[:, : _row_bytes(bits, codes.shape[1])]
+    used = _row_bytes(bits, codes.shape[1])
+    return _regrouped(codes, bits, 8)[:, :used]
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -199,72 +209,61 @@ def _regrouped(values: Tensor, before: int, after: int) -> Tensor:
 
     A word of before · after bits, at most 64, holds `after` of the ones and `before` of the others.
     """
-    padded = F.pad(values, (0, -values.shape[1] % after))
+    missing = -values.shape[1] % after
+    padded = F.pad(values, (0, missing))
     parts = padded.reshape(len(values), -1, after).unbind(2)
     words = parts[0].long()  # [rows, words]
     for part in parts[1:]:
         words = words << before | part
-    shifts = range(after * (before - 1), -1, -after)
-    return torch.stack([(words >> shift & 2**after - 1).byte() for shift in shifts], dim=2).flatten(1)
+    mask = 2**after - 1
+    regrouped = []
+    for shift in range(after * (before - 1), -1, -after):
+        number = words >> shift & mask
+        regrouped.append(number.byte())
+    return torch.stack(regrouped, dim=2).flatten(1)
 
 
-def read(packed: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the matrix ``[rows, columns]`` in float32, as `Rounded.dense` does, from the bytes of its codes.
+def read(packed: Tensor, first: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
+    """Return the matrix ``[rows, columns]`` in float32, from the bytes of its codes and what `by_row` gives.
 
-    Scales are ``[rows]``.
+    Every operation counts: small matrices are read at every call of a layer. With an int64 index `index_select` takes
+    eight times as long.
     """
-    return looked_up(packed, *by_row(scale, bits), bits, columns)
+    entries = unpack(packed, bits, columns) if 8 % bits else packed
+    index = entries.int().add_(first)
+    found = _table(bits, packed.device).index_select(0, index.flatten()).view(torch.float32)
+    matrix = found.view(entries.shape[0], -1).mul_(scale)
+    return matrix if matrix.shape[1] == columns else matrix[:, :columns]
 
 
 def by_row(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return what `looked_up` wants to know of rows with scales ``[rows]``, both ``[rows, 1]``.
+    """Return what `read` takes of rows with scales ``[rows]``, both ``[rows, 1]``.
 
     That is the first entry of the table of levels that a row takes, int32, and its scale in float32.
     """
-    return _by_row(scale, 2**bits if 8 % bits else 2**8)
-
-
-def _by_row(scale: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return `by_row` for a table in which so many entries of the dense levels are before those of the even ones."""
-    first = scale.signbit().int() * count
+    kinds_apart = 2**bits if 8 % bits else 2**8
+    first = scale.signbit().int() * kinds_apart
     return first.unsqueeze(1), scale.float().unsqueeze(1)
-
-
-def looked_up(packed: Tensor, first: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the matrix ``[rows, columns]`` in float32 from the bytes of its codes and what `by_row` gives.
-
-    Every operation counts: small matrices are read at every call of a layer.
-    """
-    entries = unpack(packed, bits, columns) if 8 % bits else packed
-    found = _entries_of(_table(bits, packed.device), entries, first, scale)
-    return found if found.shape[1] == columns else found[:, :columns]
 
 
 @cache
 def _table(bits: int, device: torch.device) -> Tensor:
-    """Return the signed levels of every byte, or of every code where codes share bytes, of both kinds.
+    """Return the levels of every byte, or of every code where codes share bytes: of the dense kind, then of the even.
 
-    They are float32 seen as one number of a wider type, which is read several times faster than a short row.
+    Even levels have their signs turned, as the scales have that say so. The float32 of a byte of several codes are seen
+    as int64, which are read several times faster than short rows.
     """
+    signs = torch.tensor([[1.0], [-1.0]])
+    signed = levels(bits) * signs
     if 8 % bits:
-        return _signed_levels(bits).flatten().to(device)
-    count = 8 // bits  # codes in a byte
-    codes = unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits, count)
-    table = _signed_levels(bits)[:, codes.int()].view(2 * 256, count)
-    if count > 1 and not has_float64(device):
-        return table.view(torch.int64).to(device)  # rows of them
-    wide = {1: torch.float32, 2: torch.float64}.get(count, torch.complex128)
-    return table.view(wide).squeeze(1).to(device)
-
-
-def _entries_of(table: Tensor, entries: Tensor, first: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 numbers of a table's entries, counted from the first of each row, times the rows' scales.
-
-    The index is int32: with int64 `index_select` takes eight times as long.
-    """
-    index = entries.int().add_(first)
-    found = table.index_select(0, index.flatten()).view(torch.float32)
-    return found.view(entries.shape[0], -1).mul_(scale)
+        return signed.flatten().to(device)
+    codes_a_byte = 8 // bits
+    every_byte = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+    codes = unpack(every_byte, bits, codes_a_byte)  # [256, codes]
+    table = signed[:, codes.int()].flatten(0, 1)  # [2 · 256, codes]
+    if codes_a_byte > 1:
+        table = table.view(torch.int64)
+    return table.squeeze(1).to(device)
 
 
 def _row_bytes(bits: int, columns: int) -> int:
@@ -273,14 +272,19 @@ def _row_bytes(bits: int, columns: int) -> int:
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """Return the rows, which have a scale each, and the columns of a tensor: one row a unit of its first dimension."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
     sizes = [size for size in shape if size != 1] or [1]  # a table of positions [1, N, D] has N rows
-    return (sizes[0], math.prod(sizes[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    return sizes[0], math.prod(sizes[1:])
 
 
 def is_smaller_rounded(shape: torch.Size, bits: int) -> bool:
     """Say whether a matrix of a shape takes fewer bytes in so many bits a value than in float16."""
+    if len(shape) < 2:
+        return False
     columns = matrix_shape(shape)[1]
-    return len(shape) > 1 and 0 not in shape and _row_bytes(bits, columns) + 2 < 2 * columns
+    scale_bytes = 2
+    return 0 not in shape and _row_bytes(bits, columns) + scale_bytes < 2 * columns
 
 
 def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None) -> tuple[int, Tensor]:
@@ -292,29 +296,37 @@ def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | No
     """
     if torch.equal(tensor, base):
         return EQUAL, torch.empty(0, dtype=torch.uint8)
-    if not tensor.is_floating_point() or not bool((tensor.isfinite() & base.isfinite()).all()):
+    if not tensor.is_floating_point():
+        return WHOLE, _bytes(tensor)
+    is_finite = tensor.isfinite() & base.isfinite()
+    if not bool(is_finite.all()):  # a causal mask
         return WHOLE, _bytes(tensor)
     delta = _wide(tensor) - _wide(base)
-    if tensor.ndim > 1:
-        rows, columns = matrix_shape(tensor.shape)
-        if rounded is None and bits is not None and is_smaller_rounded(tensor.shape, bits):
-            rounded = quantise(delta.reshape(rows, columns), bits)
-        if rounded is not None:
-            packed = pack(rounded.codes, rounded.bits)
-            return rounded.bits, torch.cat([_bytes(packed), _bytes(rounded.scale)])
+    if rounded is None and bits is not None and is_smaller_rounded(tensor.shape, bits):
+        rounded = quantise(delta.reshape(matrix_shape(tensor.shape)), bits)
+    if rounded is not None:
+        packed = pack(rounded.codes, rounded.bits)
+        data = torch.cat([_bytes(packed), _bytes(rounded.scale)])
+        return rounded.bits, data
     half = delta.half()
-    if float((half - delta).abs().max()) <= float(delta.abs().max()) / 1000:
+    error = float((half - delta).abs().max())
+    largest = float(delta.abs().max())
+    if error <= largest / 1000:
         return HALF, _bytes(half)
     return WHOLE, _bytes(tensor)
 
 
 def size(kind: int, base: Tensor) -> int:
     """Return how many bytes `encode` makes of a tensor like the base's."""
-    whole = {EQUAL: 0, HALF: 2 * base.numel(), WHOLE: base.nbytes}
-    if kind in whole:
-        return whole[kind]
+    if kind == EQUAL:
+        return 0
+    if kind == HALF:
+        return 2 * base.numel()
+    if kind == WHOLE:
+        return base.nbytes
     rows, columns = matrix_shape(base.shape)
-    return rows * (_row_bytes(kind, columns) + 2)
+    row_bytes = _row_bytes(kind, columns) + 2  # with its scale
+    return rows * row_bytes
 
 
 def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
@@ -322,32 +334,38 @@ def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
     if kind == EQUAL:
         return base
     if kind == WHOLE:
-        return _typed(data, base.dtype).reshape(base.shape)
+        return data.view(base.dtype).reshape(base.shape)
     if kind == HALF:
-        return added(base, _typed(data, torch.float16))
-    rows, columns = matrix_shape(base.shape)
-    packed = data[: -2 * rows].view(rows, -1)
-    scale = _typed(data[-2 * rows :], torch.bfloat16)
-    return added(base, read(packed, scale, kind, columns))
+        return added(base, data.view(torch.float16))
+    packed, scale = split_matrix(data, base.shape)
+    _, columns = matrix_shape(base.shape)
+    delta = read(packed, *by_row(scale, kind), kind, columns)
+    return added(base, delta)
+
+
+def split_matrix(data: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return the packed rows ``[rows, bytes]`` and the scales ``[rows]`` of the bytes of a matrix of this shape."""
+    rows, _ = matrix_shape(shape)
+    scale_bytes = 2 * rows
+    packed = data[:-scale_bytes].view(rows, -1)
+    scale = data[-scale_bytes:].clone()  # a view of another type has to begin at a multiple of its size
+    return packed, scale.view(torch.bfloat16)
 
 
 def added(base: Tensor, delta: Tensor) -> Tensor:
     """Return a base and its delta, a matrix or of the base's shape, together in the base's type."""
-    return (_wide(base) + delta.reshape(base.shape)).to(base.dtype)
+    total = _wide(base) + delta.reshape(base.shape)
+    return total.to(base.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """Return a tensor in float32, or its own type if that is wider."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(wide)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bytes as numbers of a type, which may begin only at multiples of its size; elsewhere it is a copy."""
-    is_aligned = data.storage_offset() % dtype.itemsize == 0
-    return (data if is_aligned else data.clone()).view(dtype)
 
 
 _BLOCK = 128  # columns whose errors are carried over to the rest at a time
@@ -368,8 +386,10 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
     scales = scales[..., order].mT.float().contiguous()
     metric = metric[:, order][:, :, order]
     root = torch.linalg.cholesky(metric.flip(1, 2)).flip(1, 2)
-    upper = torch.linalg.solve_triangular(root, torch.eye(len(order)).to(root), upper=True)
-    shares = (upper / upper.diagonal(dim1=1, dim2=2)[..., None]).mT.contiguous()  # [G, later k, earlier k]
+    identity = torch.eye(len(order)).to(root)
+    upper = torch.linalg.solve_triangular(root, identity, upper=True)
+    diagonal = upper.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    shares = (upper / diagonal).mT.contiguous()  # [G, later k, earlier k]
 
     sizes = scales.abs()
     divisors = sizes.clamp(min=_SMALLEST)
@@ -381,13 +401,18 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
         end = min(start + _BLOCK, len(order))
         errors = torch.empty_like(wanted[:, start:end])
         for k in range(start, end):
-            now, place_in_block = slice(k, k + 1), k - start
-            earlier = errors[:, :place_in_block]
-            column = torch.baddbmm(wanted[:, now], shares[:, now, start:k], earlier, alpha=-1)  # [G, 1, O]
-            place = _places(column.float() / divisors[:, now], is_even[:, now], bits)
+            now = slice(k, k + 1)
+            in_block = slice(k - start, k - start + 1)
+            earlier = errors[:, : k - start]
+            own_shares = shares[:, now, start:k]
+            column = torch.baddbmm(wanted[:, now], own_shares, earlier, alpha=-1)  # [G, 1, O]
+            ratio = column.float() / divisors[:, now]
+            place = _places(ratio, is_even[:, now], bits)
             level = known.index_select(0, place.flatten()).view(place.shape)
             places[:, now] = place
-            errors[:, place_in_block, None] = column - level * sizes[:, now]
-        wanted[:, end:] -= shares[:, end:, start:end] @ errors
+            errors[:, in_block] = column - level * sizes[:, now]
+        later_shares = shares[:, end:, start:end]
+        wanted[:, end:] -= later_shares @ errors
     codes: Tensor = (places & 2**bits - 1).byte()
-    return codes[:, order.argsort()].transpose(1, 2).contiguous()
+    in_place = codes[:, order.argsort()]
+    return in_place.transpose(1, 2).contiguous()

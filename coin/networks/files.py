@@ -17,6 +17,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite
 from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
 from coin.networks.heads import linear_head
@@ -58,6 +59,7 @@ class NetworkFile:
             return self.content.network()
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.content, str(self.path))
+        mark_folded(network, self.provenance.get("folded", {}))
         return network.eval()
 
     @property
@@ -102,13 +104,14 @@ def save_network(
     # Causal masks are −∞.
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
+    described["folded"] = folded_norms(network)
     if adapters:
         described["adapters"] = len(adapters)
     save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)
 
 
 def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
-    """Return the file that a compressed one names as its base, and the base as stored, of 8 bits written beside it."""
+    """Return the file that a compressed one names as its base, of 8 bits written beside it, and the base."""
     if not compression.base_bits:
         return None, None
     if base is None:
@@ -119,9 +122,9 @@ def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[
     kept_at = int8_path(path, base)  # which has the base's hash in its name
     if not kept_at.is_file():
         kept = int8(file.network)
-        described = {"network": asdict(file.config), "num_classes": file.num_classes}
-        kept.save(kept_at, {"made_by": "coin compress", **described, "nbytes": kept.nbytes})
-    return kept_at, Compressed.load(kept_at, file.network)
+        described = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
+        kept.save(kept_at, {"made_by": "coin compress", **described})
+    return kept_at, file.network
 
 
 def save_compressed(

@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from coin.core.batches import tensors_in
-from coin.errors import StateError
-from coin.files.tensors import State
 from coin.networks.calling import clone
-from coin.networks.delta import Rounded, by_row, looked_up, matrix_shape, pack, quantise, read
+from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, read
 
 BITS = 4  # of the factors of a correction, a value
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
 """The expert as which bodies answer in this thread or task, set by `coin.Adapted` for each pass; None for as nobody."""
+_KEPT = "kept_parameter_"  # before a parameter's name: that of what a layer keeps in its place
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,95 +44,87 @@ class Change:
 
     @classmethod
     def of(
-        cls, scale: Tensor | None = None, shift: Tensor | None = None, left: Tensor | Rounded | None = None,
+        cls,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        left: Tensor | Rounded | None = None,
         right: Tensor | Rounded | None = None,
-    ) -> "Change":  # fmt: skip
+    ) -> "Change":
         """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
         parts: dict[str, Tensor] = {}
         if scale is not None:
             parts["scale"] = scale.detach().half()
         if shift is not None:
             parts["shift"] = shift.detach().half()
-        for name, factor in (("left", left), ("right", right)):
-            if isinstance(factor, Tensor):
-                rows = factor.T if name == "left" else factor
-                factor = quantise(rows.detach().contiguous(), BITS)
-            if factor is not None:
-                parts[name] = pack(factor.codes, BITS)
-                parts[f"{name}_scale"] = factor.scale
+        if isinstance(left, Tensor):
+            left = quantise(left.detach().T.contiguous(), BITS)
+        if isinstance(right, Tensor):
+            right = quantise(right.detach(), BITS)
+        if left is not None and right is not None:
+            parts["left"] = pack(left.codes, BITS)
+            parts["left_scale"] = left.scale
+            parts["right"] = pack(right.codes, BITS)
+            parts["right_scale"] = right.scale
         return cls(**parts)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Its parts that are there, by name."""
-        every = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in every.items() if tensor is not None}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
-        if self.left is None or self.left_scale is None or self.right is None or self.right_scale is None:
+        if self.left is None:
             return torch.zeros(rows, 0), torch.zeros(0, columns)
-        left = read(self.left, self.left_scale, BITS, rows).T
-        return left, read(self.right, self.right_scale, BITS, columns)
+        return _factors(self.as_read(), rows, columns)
 
     def as_read(self) -> dict[str, Tensor]:
-        """Return what a layer holds of it: the scales of factors as `coin.networks.delta.looked_up` wants them."""
-        held = dict(self.tensors)
-        for factor in ("left", "right"):
-            if factor in held:
-                first, scale = by_row(held[f"{factor}_scale"], BITS)
-                held |= {f"{factor}_first": first, f"{factor}_scale": scale}
+        """Return its parts as a layer holds them: of the factors' scales what `coin.networks.delta.read` takes."""
+        held = self.tensors
+        if self.left_scale is not None:
+            held["left_first"], held["left_scale"] = by_row(self.left_scale, BITS)
+        if self.right_scale is not None:
+            held["right_first"], held["right_scale"] = by_row(self.right_scale, BITS)
         return held
 
     @classmethod
-    def held(cls, parts: State) -> "Change":
-        """Return the change of which these are the parts as they are read."""
-        stored = {field.name: parts[field.name] for field in fields(cls) if field.name in parts}
+    def stored(cls, held: Mapping[str, Tensor]) -> "Change":
+        """Return the change of which these are the parts of `as_read`."""
+        parts = {name: part for name, part in held.items() if name not in ("left_first", "right_first")}
         for name in ("left_scale", "right_scale"):
-            if name in stored:
-                stored[name] = stored[name].flatten().bfloat16()
-        return cls(**stored)
-
-    def without_idle_parts(self) -> "Change":
-        """Return the same change without parts that change nothing: scales of one, shifts and directions of zero."""
-        parts = dict(self.tensors)
-        if "scale" in parts and bool((parts["scale"] == 1).all()):
-            del parts["scale"]
-        if "shift" in parts and not bool(parts["shift"].any()):
-            del parts["shift"]
-        if "left" in parts:
-            used = (parts["left_scale"] * parts["right_scale"]).nonzero()
-            rank = int(used[-1]) + 1 if len(used) else 0
-            for name in ("left", "left_scale", "right", "right_scale"):
-                parts[name] = parts[name][:rank]
-                if rank == 0:
-                    del parts[name]
-        return type(self)(**parts)
+            if name in parts:
+                parts[name] = parts[name].flatten().bfloat16()
+        return cls(**parts)
 
     def __call__(self, value: Tensor) -> Tensor:
         """Return the parameter θ as the expert has it."""
         return _changed(value, self.as_read(), in_place=False)
 
 
-def _changed(value: Tensor, held: Mapping[str, Tensor], in_place: bool) -> Tensor:
+def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return left [O, r] and right [r, K], of the parts of `Change.as_read`."""
+    left = read(parts["left"], parts["left_first"], parts["left_scale"], BITS, rows)
+    right = read(parts["right"], parts["right_first"], parts["right_scale"], BITS, columns)
+    return left.T, right
+
+
+def _changed(value: Tensor, parts: Mapping[str, Tensor], in_place: bool) -> Tensor:
     """Return a parameter changed by the parts of `Change.as_read`; the parameter itself if it is done in place."""
-    scale, shift, left = held.get("scale"), held.get("shift"), held.get("left")
-    if scale is None and left is None and shift is not None:  # a bias: no copy
-        added = torch.add(value, shift)
+    if len(parts) == 1 and "shift" in parts:  # a bias: no copy
+        added = torch.add(value, parts["shift"])
         return added if added.dtype == value.dtype else added.to(value.dtype)
     changed = value if in_place else value.clone()
-    if left is not None:
+    if "left" in parts:
         matrix = changed.flatten(1)
-        rows, columns = matrix.shape
-        first = looked_up(left, held["left_first"], held["left_scale"], BITS, rows)
-        second = looked_up(held["right"], held["right_first"], held["right_scale"], BITS, columns)
+        left, right = _factors(parts, *matrix.shape)
         if matrix.dtype != torch.float32:
-            first, second = first.to(matrix.dtype), second.to(matrix.dtype)
-        matrix.addmm_(first.T, second)
-    if scale is not None:
-        changed.mul_(scale)
-    if shift is not None:
-        changed.add_(shift)
+            left = left.to(matrix.dtype)
+            right = right.to(matrix.dtype)
+        matrix.addmm_(left, right)
+    if "scale" in parts:
+        changed.mul_(parts["scale"])
+    if "shift" in parts:
+        changed.add_(parts["shift"])
     return changed
 
 
@@ -142,36 +134,34 @@ class Kept(nn.Module):
     Args:
         original: The parameter, or for a packed one any of its type.
         codes: The packed codes ``[rows, bytes]``, uint8 (`coin.networks.delta.pack`).
-        scale: The rows' scales ``[rows]`` or ``[rows, 1]``.
+        scale: The rows' scales ``[rows]``.
         bits: The bits of a code.
     """
 
     codes: Tensor | None
 
     def __init__(
-        self, original: nn.Parameter, codes: Tensor | None = None, scale: Tensor | None = None, bits: int = 0
+        self,
+        original: nn.Parameter,
+        codes: Tensor | None = None,
+        scale: Tensor | None = None,
+        bits: int = 0,
     ) -> None:
         super().__init__()
-        self.bits, self.shape = bits, original.shape
+        self.bits = bits
+        self.shape = original.shape
         self.columns = matrix_shape(original.shape)[1]
-        # An empty parameter says of which type a packed one is, and on which device.
-        self.original = original if codes is None else nn.Parameter(original.detach().new_empty(0), requires_grad=False)
         self.register_buffer("codes", codes)
-        if scale is not None:
-            first, scale = by_row(scale.flatten(), bits)
+        if scale is None:
+            self.original = original
+        else:
+            # An empty parameter says of which type a packed one is, and on which device.
+            self.original = nn.Parameter(original.detach().new_empty(0), requires_grad=False)
+            first, row_scale = by_row(scale.flatten(), bits)
             self.register_buffer("codes_first", first)
-            self.register_buffer("codes_scale", scale)
+            self.register_buffer("codes_scale", row_scale)
         self.num_experts = 0
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
-        self.only: int | None = None  # the expert that alone answers, of `coin.Adapted.only`
-
-    @classmethod
-    def packed(cls, original: nn.Parameter, data: Tensor, bits: int) -> "Kept":
-        """Return that of the bytes which `coin.networks.delta.encode` made of a matrix."""
-        rows = matrix_shape(original.shape)[0]
-        scales = 2 * rows  # bytes at the end
-        codes = data[:-scales].clone().view(rows, -1)
-        return cls(original, codes, data[-scales:].clone().view(torch.bfloat16), bits)
 
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
@@ -181,107 +171,128 @@ class Kept(nn.Module):
         """
         self.num_experts = len(changes)
         every = [change.as_read() for change in changes]
-        self._parts = tuple(dict.fromkeys(part for held in every for part in held))
+        names = dict.fromkeys(chain(*every))
+        self._parts = tuple(names)
         for part in self._parts:
-            found = [held.get(part) for held in every]
-            own = [tensor for tensor in found if tensor is not None]
-            if part in ("scale", "shift"):
-                shape = torch.broadcast_shapes(*(tensor.shape for tensor in own))  # type: ignore[no-untyped-call]
-            else:
-                shape = max(tensor.shape for tensor in own)  # of the largest rank
-            stacked = own[0].new_full((len(found), *shape), float(part == "scale"))
-            for tensor, place in zip(found, stacked, strict=True):
-                if tensor is None:
-                    continue
-                if part in ("scale", "shift"):
-                    place.copy_(tensor)
-                else:
-                    place[: len(tensor)] = tensor
-            self.register_buffer(part, stacked)
+            tensors = [held.get(part) for held in every]
+            self.register_buffer(part, _stacked(part, tensors))
 
     def change(self, expert: int) -> Change:
         """Return the change by an expert, without parts that change nothing."""
         held = {part: self.get_buffer(part)[expert] for part in self._parts}
-        return Change.held(held).without_idle_parts()
+        parts = Change.stored(held).tensors
+        if "scale" in parts and bool((parts["scale"] == 1).all()):
+            del parts["scale"]
+        if "shift" in parts and not bool(parts["shift"].any()):
+            del parts["shift"]
+        if "left" in parts:
+            used = (parts["left_scale"] * parts["right_scale"]).nonzero()  # directions
+            rank = int(used[-1]) + 1 if len(used) else 0
+            for name in ("left", "left_scale", "right", "right_scale"):
+                parts[name] = parts[name][:rank]
+                if rank == 0:
+                    del parts[name]
+        return Change(**parts)
 
     @property
     def stored_nbytes(self) -> int:
-        """The bytes that it takes in a file, where the scale of a row of codes has two."""
-        body = self.original.nbytes if self.codes is None else self.codes.nbytes + 2 * len(self.codes)
-        changes = [self.change(expert) for expert in range(self.num_experts)]
-        return body + sum(tensor.nbytes for change in changes for tensor in change.tensors.values())
+        """The bytes that it takes in a file."""
+        total = self.original.nbytes
+        if self.codes is not None:
+            total += self.codes.nbytes + 2 * len(self.codes)  # a scale a row
+        for expert in range(self.num_experts):
+            parts = self.change(expert).tensors
+            total += sum(tensor.nbytes for tensor in parts.values())
+        return total
 
     @property
     def working_nbytes(self) -> int:
         """The bytes that making the parameter takes: the parameter and, of a packed one, an int32 for each byte."""
-        made = self.shape.numel() * self.original.element_size()
-        return made if self.codes is None else made + 4 * self.codes.numel()
+        parameter = self.shape.numel() * self.original.element_size()
+        if self.codes is None:
+            return parameter
+        return parameter + 4 * self.codes.numel()
 
     def forward(self) -> Tensor:
         """Return the parameter, as the expert has it that answers."""
         # It is called for every layer: attributes of modules, and `cast`, would take longer.
-        held: Any = self._buffers
-        original: Any = self._parameters["original"]
-        value: Tensor = original
-        codes = held["codes"]
+        buffers: Any = self._buffers
+        value: Any = self._parameters["original"]
+        codes = buffers["codes"]
         if codes is not None:
-            made = looked_up(codes, held["codes_first"], held["codes_scale"], self.bits, self.columns)
-            value = made.view(self.shape)
-            if original.dtype != torch.float32:
-                value = value.to(original.dtype)
-        expert = ANSWERING.get() if self.only is None else self.only
-        if expert is None or not self._parts:
-            return value
-        own = {part: held[part].select(0, expert) for part in self._parts}
-        return _changed(value, own, in_place=codes is not None)
+            matrix = read(codes, buffers["codes_first"], buffers["codes_scale"], self.bits, self.columns)
+            matrix = matrix.view(self.shape)
+            value = matrix if value.dtype == torch.float32 else matrix.to(value.dtype)
+        expert = ANSWERING.get()
+        if expert is not None and self._parts:
+            own = {part: buffers[part].select(0, expert) for part in self._parts}
+            value = _changed(value, own, in_place=codes is not None)
+        return cast(Tensor, value)
+
+
+def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
+    """Return the experts' own tensors of one part of their changes as one, of the largest shape among them."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    largest = max(tensor.shape for tensor in there)
+    fill = 1.0 if part == "scale" else 0.0
+    stacked = there[0].new_full((len(tensors), *largest), fill)
+    for place, tensor in zip(stacked, tensors, strict=True):
+        if tensor is None:
+            continue
+        if part in ("scale", "shift"):
+            place.copy_(tensor)
+        else:
+            place[: len(tensor)] = tensor  # of a smaller rank
+    return stacked
 
 
 def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
     """Have a network, in place, make a parameter of what is kept whenever a layer reads it, by all its tied names.
 
-    The layer becomes one of a subclass that has a property of the parameter's name. Raises StateError where a layer has
-    an attribute ``kept``.
+    The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled.
     """
     for name in names:
         place, _, parameter = name.rpartition(".")
         layer = network.get_submodule(place)
-        if not is_making(layer):
-            if hasattr(layer, "kept"):
-                raise StateError(f"found an attribute 'kept' of layer '{place}', which coin uses; rename it")
-            layer.kept = nn.ModuleDict()
-        cast(nn.ModuleDict, layer.kept)[parameter] = kept
+        layer.add_module(_KEPT + parameter, kept)
         layer._parameters[parameter] = None  # in its place among the others
-        layer.__class__ = _reading(cast(Any, _plain_class(layer)), tuple(cast(nn.ModuleDict, layer.kept)))
+        parameters = tuple(_kept_in(layer))
+        layer.__class__ = _making(_plain_class(layer), parameters)
 
 
-def tied_names(network: nn.Module) -> dict[str, list[str]]:
-    """Return for every name of a parameter all the names that it has."""
-    every = list(network.named_parameters(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    for name, parameter in every:
-        names.setdefault(id(parameter), []).append(name)
-    return {name: names[id(parameter)] for name, parameter in every}
+def _kept_in(layer: nn.Module) -> dict[str, Kept]:
+    """Return what a layer keeps, by the parameters' names."""
+    children = layer._modules.items()
+    return {name.removeprefix(_KEPT): child for name, child in children if isinstance(child, Kept)}
 
 
 def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]:
     """Yield the parameters that are made when they are read: their dotted names, the layers and what is kept."""
     for place, layer in network.named_modules(remove_duplicate=False):
-        if is_making(layer):
-            for parameter, kept in cast(nn.ModuleDict, layer.kept).items():
-                yield f"{place}.{parameter}".lstrip("."), layer, cast(Kept, kept)
+        for parameter, kept in _kept_in(layer).items():
+            yield f"{place}.{parameter}".lstrip("."), layer, kept
+
+
+def tied_names(network: nn.Module) -> dict[str, list[str]]:
+    """Return for every name in a network's state all the names that its tensor has."""
+    state = network.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in state.items()}
 
 
 def unpacked(network: nn.Module) -> nn.Module:
     """Return a plain copy of a network: every parameter that is made when a layer reads it is made once."""
     copied = clone(network)
-    made = dict[nn.Module, nn.Parameter]()  # tied parameters are one
-    for name, layer, kept in [*kept_parameters(copied)]:
+    made: dict[Kept, nn.Parameter] = {}  # tied parameters are one
+    for name, layer, kept in list(kept_parameters(copied)):
         if kept not in made:
             made[kept] = nn.Parameter(kept.forward().detach())
-        layer._parameters[name.rpartition(".")[2]] = made[kept]
-    for layer in filter(is_making, copied.modules()):
+        parameter = name.rpartition(".")[2]
         layer.__class__ = _plain_class(layer)
-        del layer.kept
+        layer._modules.pop(_KEPT + parameter, None)
+        layer._parameters[parameter] = made[kept]
     return copied
 
 
@@ -294,43 +305,36 @@ def not_makeable(network: nn.Module) -> set[str]:
     """Return the parameters that cannot be made when they are read.
 
     Modules hold them in other attributes too, as LSTMs do, which would miss what is made; or a container owns them,
-    which would run what is kept as one of its layers; or a module could not have a child of that name.
+    which would run what is kept as one of its layers.
     """
-    attributes = (vars(module).items() for module in network.modules())
-    held = {id(t) for own in attributes for name, value in own if name != "_parameters" for t in tensors_in(value)}
-    found = set()
+    held: set[int] = set()  # the tensors in modules' other attributes
+    found: set[str] = set()
+    for module in network.modules():
+        others = {name: value for name, value in vars(module).items() if name != "_parameters"}
+        held.update(id(tensor) for tensor in tensors_in(others))
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        place, _, own_name = name.rpartition(".")
-        is_in_container = isinstance(network.get_submodule(place), nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if id(parameter) in held or is_in_container or hasattr(nn.ModuleDict, own_name):
+        owner = network.get_submodule(name.rpartition(".")[0])
+        is_in_container = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if is_in_container or id(parameter) in held:
             found.add(name)
     return found
 
 
 @cache
-def _reading(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
+def _making(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of a kind of layer that makes these parameters when they are read."""
-    made = {parameter: property(partial(_read, parameter=parameter)) for parameter in parameters}
-    return type(kind.__name__, (kind,), {**made, "plain_class": kind, "__reduce_ex__": _reduced})
+    attributes: dict[str, Any] = {"plain_class": kind}
+    for parameter in parameters:
+        attributes[parameter] = property(partial(_made, name=_KEPT + parameter))
+    return type(kind.__name__, (kind,), attributes)
 
 
-def _reduced(layer: Any, protocol: int) -> tuple[Any, ...]:
-    """Return how a layer is copied and pickled, whose class is in no module."""
-    kind = type(layer)
-    return _new_layer, (kind.plain_class, tuple(layer.kept)), layer.__getstate__()
-
-
-def _new_layer(kind: Any, parameters: tuple[str, ...]) -> nn.Module:
-    made = _reading(kind, parameters)
-    return made.__new__(made)
-
-
-def _read(layer: nn.Module, parameter: str) -> Tensor:
-    """Return a parameter of a layer."""
-    kept: Any = layer._modules["kept"]
-    made: Tensor = kept._modules[parameter].forward()
+def _made(layer: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a layer, made of what it keeps under a name."""
+    kept: Any = layer._modules[name]
+    made: Tensor = kept.forward()
     return made
 
 
-def _plain_class(layer: nn.Module) -> type[nn.Module]:
+def _plain_class(layer: nn.Module) -> Any:
     return getattr(type(layer), "plain_class", type(layer))

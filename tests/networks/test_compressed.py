@@ -86,7 +86,7 @@ def test_the_base_takes_what_it_is_kept_in(base):
     assert (equal.nbytes, same(equal.network(), base)) == (0, True)
 
 
-def test_folded_batchnorms_are_found_in_any_order_of_registration_and_control_flow():
+def test_folded_batchnorms_are_known_in_any_order_of_registration_and_control_flow():
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -108,6 +108,18 @@ def test_folded_batchnorms_are_found_in_any_order_of_registration_and_control_fl
     made = coin.compress(merged[0], base, bits=3)
     assert made._folded == {"b1": "c1.weight", "b2": "c2.weight"}
     assert apart(merged[0], made.network(), inputs) < 0.1 * apart(merged[0], base, inputs)
+    assert coin.compress(near(base), base, bits=3)._folded == {}
+
+
+def test_a_file_says_which_batchnorms_are_folded(base, tmp_path):
+    experts, inputs = [near(base), near(base, 0.1)], [[torch.randn(30, 3, 16, 16)] for _ in range(2)]
+    merged = coin.merge_networks(coin.Refit("own"), experts, [[0.5, 0.5]], calibration=inputs)[0]
+    save_network(tmp_path / "merged.safetensors", merged, CONFIG, 6, {})
+    again = coin.compress(load_network(tmp_path / "merged.safetensors").network, base, bits=3)
+    assert again._folded["stages.0.0.bn1"] == "stages.0.0.conv1.weight"
+    made = coin.compress(merged, base, bits=3)
+    assert (again._folded, again.nbytes) == (made._folded, made.nbytes)
+    assert same(again.network(), made.network())
 
 
 @pytest.mark.parametrize("classes", [4, 9])
@@ -199,16 +211,11 @@ def test_no_base_another_architecture_and_a_nan_are_refused(base):
             coin.compress(base, broken, bits=3, base_bits=base_bits)
 
 
-def test_files_of_another_base_or_damaged_are_refused(base, tmp_path):
+def test_files_of_another_base_and_of_whole_networks_are_refused(base, tmp_path):
     path = tmp_path / "x.safetensors"
     coin.compress(near(base), base, bits=3).save(path)
     with pytest.raises(FileError, match="from the base"):
         coin.Compressed.load(path, near(base))
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(FileError, match="damaged"):
-        coin.Compressed.load(path, base)
     save_network(path, base, CONFIG, 6, {})
     with pytest.raises(FileError, match="no compressed network"):
         coin.Compressed.load(path, base)
