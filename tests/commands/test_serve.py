@@ -29,7 +29,8 @@ from coin.pipeline.steps.merge import compress_file
 from coin.reporting import read_results
 from coin.reporting.choice import recommended
 from coin.reporting.summary import read_run, stand_ins, summarise
-from coin.serving.front_end import FrontEnd, Limits
+from coin.serving.front_end import FrontEnd
+from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import Reply, System
 from tests.serving.conftest import ask_all, ask_one
@@ -50,7 +51,7 @@ def front_end(system: System, *lost: str) -> FrontEnd:
         async def ask(images: torch.Tensor) -> Reply:
             if name in lost:
                 raise RuntimeError("killed")
-            return network(images)
+            return network(images, system.expert_of(name))
 
         return ask
 
@@ -139,7 +140,8 @@ def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: P
     system = read(alone, "standin", "expert_head", "refit+rank2")
     images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        expected = system.decode(1, {"coded-0/expert-letters": system.network("coded-0/expert-letters")(images)}).logits
+        own = system.network("coded-0/expert-letters")(images, 1)
+        expected = system.decode(1, {"coded-0/expert-letters": own}).logits
         found = made.network(to_input(images, 16))
     torch.testing.assert_close(found, expected[:, :6].float(), rtol=1e-2, atol=1e-2)
     base = load_network(export(str(body), str(tmp_path / "peft"), expert="letters", peft=True)).network
@@ -164,7 +166,7 @@ def test_what_a_promise_covers_is_told(alone: Path) -> None:
     first, second = asyncio.run(ask_all(front_end(system, "expert-digits", "expert-letters"), images))
     scores = 1 - first.reply.logits[:, :10].double().softmax(1).amax(1)
     assert torch.equal(first.reply.accepted, scores <= 0.5)
-    assert second.reply.accepted is None
+    assert not second.reply.accepted.any()
 
 
 def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> None:
@@ -198,14 +200,14 @@ def test_compressed_copies_answer_as_their_networks_and_only_few_are_kept_unpack
     assert system.policy.kind == "replica"
     size = system.network(names[0]).nbytes / 2**20
     for keep_mib, kept, reads in ((0.0, 1, 4), (1.9 * size, 1, 4), (2.1 * size, 2, 2)):
-        servers = replace(system, keep_mib=keep_mib).networks(names)
+        read_network = replace(system, keep_mib=keep_mib).reader(names)
         for name in (*names, *names):
-            logits = servers[name](images).logits
+            logits = read_network(system.files[name])(images).logits
             file = load_network(copied / f"seed-0/replicas/{name.rpartition('-')[2]}.4bit.safetensors")
             with torch.no_grad():
                 expected = file.network(to_input(images, 16))
             torch.testing.assert_close(logits[:, : file.num_classes], expected)
-        about = servers[names[0]].unpacked.cache_info()
+        about = read_network.cache_info()
         assert (about.currsize, about.misses) == (kept, reads)
     answer = asyncio.run(ask_one(front_end(system, "expert-letters"), images, 1))
     assert answer.answered_by == ("replica-0/expert-letters",)
@@ -238,7 +240,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistake_is_one_line(case: str, finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)  # as though it were not installed
+    for module in ("ray", "ray.serve"):
+        monkeypatch.setitem(sys.modules, module, None)  # as though it were not installed
     arguments, wanted = MISTAKES[case]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
