@@ -52,7 +52,8 @@ def serve(
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    print(f"serving {', '.join(about.classes)} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
+    tasks = ", ".join(about.classes)
+    print(f"serving {tasks} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
     stopped.wait()
     stop()
 
@@ -78,7 +79,8 @@ def read_system(
                 "expected policy replica or replica_proactive and no decoder; leave them out"
             )
         coded = read_coded(run, None, None, kind)
-        system = System.of(coded, Policy(kind, quantile), read_copies(run, method, coded.names), keep_mib)
+        copies = read_copies(run, method, coded.names)
+        system = System.of(coded, Policy(kind, quantile), copies, keep_mib)
         return system, _description(coded, system, method, promises=[])  # none is about the answers of copies
     coded = read_coded(run, method, decoder, policy)
     fitted = list(coded.decoders.values())
@@ -86,11 +88,14 @@ def read_system(
     system = System.of(coded, Policy(policy or default, quantile), keep_mib=keep_mib)
     if keep_mib > 0:
         if not coded.is_adapted or system.policy.which != "coded":
-            found = f"keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{coded.method}'"
-            raise ConfigurationError(f"found {found}, expected a body with adapters or copies; leave keep_mib out")
+            raise ConfigurationError(
+                f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{coded.method}', "
+                "expected a body with adapters or compressed copies; leave keep_mib out"
+            )
         system.network(system.stand_ins.of[0][0])  # refuses fewer MiB than one network takes
     promises = [promise for own in fitted for promise in own.promises.values()]
-    return system, _description(coded, system, f"{coded.method}, {fitted[0].config.name}", promises)
+    variant = f"{coded.method}, {fitted[0].config.name}"
+    return system, _description(coded, system, variant, promises)
 
 
 def _description(coded: Coded, system: System, variant: str, promises: Sequence[Promise]) -> Description:
@@ -118,13 +123,17 @@ def served_by_default(folder: Path) -> str | None:
     if row["name"] == REFERENCES[0]:
         message = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
         warnings.warn(message, CoinWarning, stacklevel=2)
-    return str(row["name"]).partition("[")[0] if row["decoder"] == REPLICA else None
+    if row["decoder"] != REPLICA:
+        return None
+    return str(row["name"]).partition("[")[0]
 
 
 def application(args: dict[str, Any]) -> Any:
     """Return the application of a Serve YAML such as ``configs/serve/three-machines.yaml``: ``args`` are `serve`'s."""
-    given = [f"--{name}={as_text(value)}" for name, value in args.items() if name != "folder"]
-    options = parse_options("serve", serve, [args["folder"], *given])
+    given = []
+    for name, value in args.items():
+        given.append(value if name == "folder" else f"--{name}={as_text(value)}")
+    options = parse_options("serve", serve, given)
     ray = options.pop("ray")
     return ray_application(*read_system(**options), ray)
 

@@ -64,7 +64,8 @@ def simulate(
         simulations = [
             Simulation(system.stand_ins, system.policy, conditions, own, want, seed) for seed in range(seeds)
         ]
-        rows.append(row_of(coded[kind], simulations[0], [each.run() for each in simulations]))
+        runs = [simulation.run() for simulation in simulations]
+        rows.append(row_of(coded[kind], simulations[0], runs))
     table = pd.DataFrame(rows)
     place = Path(output or folder)
     write_frame(place / "simulation.csv", table)
@@ -80,13 +81,11 @@ def networks_of(system: System) -> dict[str, tuple[Path, int]]:
 
 def measured(systems: Sequence[System]) -> dict[tuple[Path, int], ServiceTimes]:
     """Measure each network of these systems once, as serving runs it."""
-    servers: dict[tuple[Path, int], tuple[System, str]] = {}
-    for system in systems:
+    times: dict[tuple[Path, int], ServiceTimes] = {}
+    for system in progress_bar("measuring servers", items=systems):
         for name, network in networks_of(system).items():
-            servers.setdefault(network, (system, name))
-    times = {}
-    for network, (system, name) in progress_bar("measuring servers", items=list(servers.items())):
-        times[network] = measure(system.network(name), expert=network[1])
+            if network not in times:
+                times[network] = measure(system.network(name), expert=network[1])
     return times
 
 
@@ -94,7 +93,8 @@ def table_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Return what is printed of the rows: latencies in ms, MiB beyond the experts', shares and accuracy in %."""
     table = rows[["want", "redundancy"]].rename(columns={"redundancy": "policy"})
     for name in ("p50", "p99", "p999"):
-        table[name] = [f"{1e3 * value:.3g}".replace("inf", "∞") for value in rows[name]]
+        milliseconds = rows[name].mul(1e3).map("{:.3g}".format)
+        table[name] = milliseconds.replace("inf", "∞")
     table["MiB"] = rows["extra_memory"].div(2**20).map("{:.3g}".format)
     for name, column in (("stood in", "share_stood_in"), ("failed", "share_failed"), ("right", "effective_accuracy")):
         table[name] = rows[column].map(percent)
@@ -106,4 +106,5 @@ def main(arguments: Sequence[str]) -> None:
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
     rows = simulate(**options)
     results_console().print(rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"]))
-    print(f"table: {Path(options['output'] or options['folder']) / 'simulation.csv'}")
+    folder = Path(options["output"] or options["folder"])
+    print(f"table: {folder / 'simulation.csv'}")

@@ -16,6 +16,7 @@ from coin.serving.server_state import ROOM, Server, ServerState
 SLOW = 2.0  # an own answer is late at this multiple of when the other experts' are, however slow its server always is
 EXPERIENCE = 20  # the queries after which an expert's lateness tells about others
 
+QueryKind = tuple[tuple[int, ...], int]  # the experts wanted, and the bits of the number of inputs
 Decode = Callable[[int, Mapping[str, Any]], Any]  # a lost expert's answer from the replies that arrived
 
 
@@ -37,13 +38,13 @@ class _Query:
     in_time: int = 0  # how many own answers were
     late: bool = False
 
-    def results(self) -> dict[str, Any]:
-        """The replies and errors so far, by server."""
-        return {name: task.result() for name, task in self.requests.items() if task.done() and not task.cancelled()}
-
     def replies(self) -> dict[str, Any]:
         """The replies so far, by server."""
-        return {name: result for name, result in self.results().items() if not isinstance(result, ServingError)}
+        found = {}
+        for name, request in self.requests.items():
+            if request.done() and not isinstance(request.result(), ServingError):
+                found[name] = request.result()
+        return found
 
 
 class FrontEnd:
@@ -53,14 +54,18 @@ class FrontEnd:
     """
 
     def __init__(
-        self, servers: Mapping[str, Server], stand_ins: StandIns, policy: Policy, decode: Decode, limits: Limits
+        self,
+        servers: Mapping[str, Server],
+        stand_ins: StandIns,
+        policy: Policy,
+        decode: Decode,
+        limits: Limits,
     ) -> None:
         self.stand_ins = stand_ins
         self.policy = policy
         self.limits = limits
         self.servers = {name: ServerState(name, call, limits) for name, call in servers.items()}
-        # By the experts wanted and the size class of the query, the bits of its number of inputs.
-        self.lateness: dict[tuple[tuple[int, ...], int], Lateness] = {}
+        self.lateness: dict[QueryKind, Lateness] = {}
         self._decode = decode
         self._open = 0
         self._draining = False
@@ -77,7 +82,10 @@ class FrontEnd:
         """Return whether the servers that are not doubted suffice for these experts."""
         up = {name for name, server in self.servers.items() if not server.doubted}
         own = self.stand_ins.experts
-        return not self._draining and all(own[each] in up or self.stand_ins.suffice(each, up) for each in experts)
+        for expert in experts:
+            if own[expert] not in up and not self.stand_ins.suffice(expert, up):
+                return False
+        return not self._draining
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -105,16 +113,16 @@ class FrontEnd:
         lateness = self.lateness.setdefault((wanted, size), fresh)
         patience = min(lateness.seconds, SLOW * self._others_lateness(wanted, size))
         query = _Query(inputs, None if self.policy.moment == "lost" else patience)
+        answering = [self._answer(query, expert) for expert in wanted]
         try:
             async with asyncio.timeout_at(deadline):
-                each = (self._answer(query, expert) for expert in wanted)
-                found = await asyncio.gather(*each, return_exceptions=True)
+                found = await asyncio.gather(*answering, return_exceptions=True)
         except TimeoutError:
             unanswered = [name for name in query.requests if name not in query.replies()]
             # Where the time was up before anybody was asked, the experts' own.
-            names = unanswered or [self.stand_ins.experts[expert] for expert in wanted]
-            told = f"no answer in {self.limits.deadline:g} s from {', '.join(names)}; ask again later"
-            raise DeadlineError(told) from None
+            silent = ", ".join(unanswered or [self.stand_ins.experts[expert] for expert in wanted])
+            limit = self.limits.deadline
+            raise DeadlineError(f"no answer in {limit:g} s from {silent}; ask again later") from None
         finally:
             # Whether a server is late by its own measure is unknown where others' is shorter.
             is_known = patience == lateness.seconds or not query.late
@@ -177,19 +185,25 @@ class FrontEnd:
 
     def _failure(self, query: _Query, stand_ins: Sequence[str]) -> ServingError:
         """Return why the servers cannot answer: OverloadedError if one of them is only full, else LostError."""
-        errors = {name: found for name, found in query.results().items() if isinstance(found, ServingError)}
-        for error in errors.values():
-            if isinstance(error, OverloadedError):
-                return error
+        lost = []
+        for name, request in query.requests.items():
+            result = request.result() if request.done() else None
+            if isinstance(result, OverloadedError):
+                return result
+            if isinstance(result, LostError):
+                lost.append(name)
         for name in stand_ins:
             if name not in query.requests and not self.servers[name].doubted:
                 return self.servers[name].full
-        return LostError(f"lost {', '.join(errors)}, more than the others make up for; ask again later")
+        return LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
 
     def _request_stand_ins(self, query: _Query, expert: int, room: float = ROOM) -> None:
         """Ask the servers that stand in for an expert, unless too many of them are full to make up for it."""
         stand_ins = self.stand_ins.of[expert]
-        free = {name for name in stand_ins if name in query.requests or not self.servers[name].is_full(room)}
+        free = set()
+        for name in stand_ins:
+            if name in query.requests or not self.servers[name].is_full(room):
+                free.add(name)
         if self.stand_ins.suffice(expert, free):
             self._request(query, *stand_ins)
 

@@ -55,7 +55,8 @@ class PhaseClock:
         self._is_on = share == 1.0
         if self._is_constant:
             return
-        self._lengths = {True: phases.length * unit, False: phases.length * unit * (1 - share) / share}
+        length = phases.length * unit
+        self._lengths = {True: length, False: length * (1 - share) / share}
         self._draw = draw
         self._is_on = draw.random() < share
         self._ends = draw.expovariate(1 / self._lengths[self._is_on])
@@ -151,8 +152,10 @@ class Machine:
         self._conditions = conditions
         self._unit = unit
         self._draws = self._service_draws(np.random.default_rng([seed, 1, place]))
-        self._slow = PhaseClock(conditions.slow, place, unit, random.Random(f"slow {seed} {place}"))
-        self._down = PhaseClock(conditions.down, place, unit, random.Random(f"down {seed} {place}"))
+        slow_draw = random.Random(f"slow {seed} {place}")
+        down_draw = random.Random(f"down {seed} {place}")
+        self._slow = PhaseClock(conditions.slow, place, unit, slow_draw)
+        self._down = PhaseClock(conditions.down, place, unit, down_draw)
         self._busy = False
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
 

@@ -107,7 +107,8 @@ class StandIns:
         self.code = code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
         self.of = [self._of(place, every_row, adapted) for place in range(len(experts))]  # those of each expert
-        self.servers = tuple(dict.fromkeys([*self.experts, *chain.from_iterable(self.of)]))  # the experts' first
+        stand_ins = chain.from_iterable(self.of)
+        self.servers = tuple(dict.fromkeys([*self.experts, *stand_ins]))  # the experts' first
 
     @property
     def processes(self) -> dict[str, list[str]]:
@@ -134,9 +135,9 @@ class StandIns:
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:
         """Return whether these servers' answers make up for an expert's own."""
         if self.which == "everyone":
-            missing = tuple(place for place, name in enumerate(self.experts) if place == expert or name not in arrived)
+            missing = {place for place, name in enumerate(self.experts) if name not in arrived}
             rows = tuple(row for row, name in enumerate(self.coded) if name in arrived)
-            return _solvable(self.code, rows, missing)
+            return _solvable(self.code, rows, tuple(sorted(missing | {expert})))
         found = [name in arrived for name in self.of[expert]]
         if self.which == "replica":
             return any(found)

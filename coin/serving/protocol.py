@@ -84,7 +84,9 @@ class Description:
 
     def metadata(self, model: str) -> dict[str, Any]:
         """Return the protocol's model metadata; ``parameters`` holds the class names and the promise."""
-        parameters = {f"{task}.classes": ",".join(self.classes[task]) for task in self._tasks(model)}
+        parameters = {}
+        for task in self._tasks(model):
+            parameters[f"{task}.classes"] = ",".join(self.classes[task])
         for name, value in (self.promise or {}).items():
             parameters[f"promise.{name}"] = str(value)
         return {
@@ -106,7 +108,8 @@ class Description:
             for column, data in _columns(self.classes[task], answer).items():
                 name = _full_name(model, task, column)
                 if name in offered and (not requested or name in requested):
-                    shape = [len(answer.reply.logits), *offered[name]["shape"][1:]]
+                    samples = len(answer.reply.logits)
+                    shape = [samples, *offered[name]["shape"][1:]]
                     own = {"shape": shape, "data": data, "parameters": _parameters([answer])}
                     outputs.append(offered[name] | own)
         response = {
@@ -129,13 +132,13 @@ def _columns(classes: Sequence[str], answer: Answer) -> dict[str, list[Any]]:
     """Return the data of an answer's outputs, by name."""
     logits = answer.reply.logits[:, : len(classes)]  # [B, C] without what pads them
     predicted = logits.argmax(1).tolist()
-    accepted = answer.reply.accepted if answer.decoded else torch.ones(len(logits), dtype=torch.bool)
+    accepted = answer.reply.accepted.tolist() if answer.decoded else [True] * len(logits)
     return {
         "probabilities": logits.softmax(1).flatten().tolist(),
         "class": predicted,
         "label": [classes[each] for each in predicted],
         "score": answer_score(logits).tolist(),
-        "accepted": accepted.tolist(),
+        "accepted": accepted,
     }
 
 
@@ -186,7 +189,8 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
 def open_file(text: str) -> Image.Image:
     """Open a PNG or JPEG image in base64 without decoding it; raises `DataError` if it is none."""
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG", "JPEG"))
+        content = base64.b64decode(text, validate=True)
+        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
     except Image.DecompressionBombError as error:  # PIL's own limit, which is far above ours
         raise RefusedError(f"found an image that is too large ({first_line(error)}); shrink it", 413) from error
     except DAMAGE as error:

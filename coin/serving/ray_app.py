@@ -73,7 +73,9 @@ class ModelProcess:
 
     async def __call__(self, name: str, images: Tensor) -> Any:
         """Return a network's reply to stored images."""
-        return await self._run(Request(self._system.files[name], self._system.expert_of(name), images))
+        path = self._system.files[name]
+        expert = self._system.expert_of(name)
+        return await self._run(Request(path, expert, images))
 
 
 class FrontEndProcess:
@@ -101,9 +103,6 @@ def _asking(handle: Any, name: str) -> Server:
             raise
         except BackPressureError as error:
             raise OverloadedError("its queue is full") from error
-        except Exception as error:
-            cause = getattr(error, "cause", None)  # what the server raised: Ray's own message is its stack
-            raise cause if isinstance(cause, Exception) else error from None
 
     return ask
 
@@ -122,9 +121,9 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
         **_STOPPING,
     )
     processes = system.stand_ins.processes
-    deployments = [
-        servers.options(name=process).bind(system, names, device, limits.batch) for process, names in processes.items()
-    ]
+    deployments = []
+    for process, names in processes.items():
+        deployments.append(servers.options(name=process).bind(system, names, device, limits.batch))
 
     def build() -> Any:
         from coin.serving.app import make_app

@@ -57,7 +57,14 @@ class NetworkServer:
     A body with adapters keeps up to `keep_mib` MiB of the experts' unpacked networks.
     """
 
-    def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu", keep_mib: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        outputs: int,
+        features: bool,
+        device: str = "cpu",
+        keep_mib: float = 0.0,
+    ) -> None:
         file = open_network(path)
         if file.config.reads != "images":
             raise ConfigurationError(f"found '{path}', which reads {file.config.reads}, expected a network for images")
@@ -91,16 +98,20 @@ def run_together(network_of: Callable[[Path], NetworkServer], requests: Sequence
     """Return the replies to requests, in one pass for each network and shape of its images, for mixed experts."""
     groups: dict[tuple[Path, torch.Size], list[int]] = {}
     for place, request in enumerate(requests):
-        groups.setdefault((request.path, request.images.shape[1:]), []).append(place)
+        kind = request.path, request.images.shape[1:]
+        groups.setdefault(kind, []).append(place)
     replies: dict[int, Reply] = {}
     for (path, _), places in groups.items():
         own = [requests[place] for place in places]
         sizes = [len(request.images) for request in own]
-        experts = torch.tensor([request.expert for request in own]).repeat_interleave(torch.tensor(sizes))
-        together = network_of(path)(torch.cat([request.images for request in own]), experts)
-        each = (torch.split(values, sizes) for values in together)
-        for place, logits, features in zip(places, *each, strict=True):
-            replies[place] = Reply(logits, features)
+        images = torch.cat([request.images for request in own])  # [B, C, H, W]
+        experts = torch.tensor([request.expert for request in own])
+        experts_of_images = experts.repeat_interleave(torch.tensor(sizes))  # [B]
+        together = network_of(path)(images, experts_of_images)
+        logits = torch.split(together.logits, sizes)
+        features = torch.split(together.features, sizes)
+        for row, place in enumerate(places):
+            replies[place] = Reply(logits[row], features[row])
     return [replies[place] for place in range(len(requests))]
 
 
@@ -118,7 +129,13 @@ class System:
     keep_mib: float = 0.0  # MiB of unpacked networks that a server which stands in may keep
 
     @classmethod
-    def of(cls, coded: Coded, policy: Policy, copies: Sequence[Path] = (), keep_mib: float = 0.0) -> Self:
+    def of(
+        cls,
+        coded: Coded,
+        policy: Policy,
+        copies: Sequence[Path] = (),
+        keep_mib: float = 0.0,
+    ) -> Self:
         """Return how a run's coded system is served by a policy that its decoder is for.
 
         Replicas hold the experts' files, or their `copies`.
@@ -127,21 +144,29 @@ class System:
         every_row = decoder.kind is not DecoderKind.expert_head
         experts = [f"expert-{task}" for task in coded.names]
         stand_ins = StandIns(policy.which, experts, coded.code, every_row, coded.is_adapted)
-        paths = [path.absolute() for path in coded.files]
-        own = dict(zip((*experts, *stand_ins.coded), paths, strict=True))
-        held = dict(zip(experts, [path.absolute() for path in copies] or paths, strict=False))  # by a replica
+        own = dict(zip((*experts, *stand_ins.coded), coded.files, strict=True))
+        held = dict(zip(experts, copies or coded.files, strict=False))  # by a replica
         files = {}
         for name in stand_ins.servers:
             process, _, expert = name.partition("/")
-            files[name] = held[expert] if process.startswith(REPLICA) else own[process]
-        decoders = dict(coded.decoders)
-        classes = tuple(coded.classes or ())
-        return cls(files, stand_ins, policy, decoders, classes, decoder.reads_features, bool(copies), keep_mib)
+            path = held[expert] if process.startswith(REPLICA) else own[process]
+            files[name] = path.absolute()
+        return cls(
+            files=files,
+            stand_ins=stand_ins,
+            policy=policy,
+            decoders=dict(coded.decoders),
+            classes=tuple(coded.classes or ()),
+            features=decoder.reads_features,
+            holds_copies=bool(copies),
+            keep_mib=keep_mib,
+        )
 
     def expert_of(self, name: str) -> int:
         """Return for which expert a body with adapters answers as a server; 0 for a network that has no choice."""
+        experts = self.stand_ins.experts
         own = name.rpartition("/")[2]
-        return self.stand_ins.experts.index(own) if own in self.stand_ins.experts else 0
+        return experts.index(own) if own in experts else 0
 
     def network(self, name: str) -> NetworkServer:
         """Return a new network of a server."""
@@ -169,15 +194,14 @@ class System:
         names = self.stand_ins.experts
         coded = self.stand_ins.coded
         # A body with adapters has another name for each expert.
-        arrived = {name.removesuffix(f"/{names[expert]}"): reply for name, reply in replies.items()}
-        outputs = {name: (reply.features, reply.logits) for name, reply in arrived.items()}
-        answers = Answers.of_servers([outputs.get(name) for name in (*names, *coded)], len(names))
+        suffix = f"/{names[expert]}"
+        arrived = {name.removesuffix(suffix): (reply.features, reply.logits) for name, reply in replies.items()}
+        outputs = [arrived.get(name) for name in (*names, *coded)]
+        answers = Answers.of_servers(outputs, len(names))
         present = [place for place, name in enumerate(names) if place != expert and name in arrived]
         missing = tuple(place for place in range(len(names)) if place not in present)
         rows = [row for row, name in enumerate(coded) if name in arrived]
-        decoder = next((own for own in self.decoders.values() if not own.config.reads_survivors), None)
-        if decoder is None and len(rows) == len(coded):
-            decoder = self.decoders.get(missing)
+        decoder = self._decoder(missing, is_whole=len(rows) == len(coded))
         accepted = torch.zeros(answers.num_samples, dtype=torch.bool)
         if decoder is None:
             matrix = self.stand_ins.code.matrix[rows]
@@ -185,8 +209,16 @@ class System:
             return Decoded(decoded[missing.index(expert)], accepted)
         logits = decoder.decode(answers)[decoder.erased.index(expert)]
         if expert in decoder.promises:
-            accepted = decoder.accepted(expert, answer_score(logits[:, : self.classes[expert]]))
+            scores = answer_score(logits[:, : self.classes[expert]])
+            accepted = decoder.accepted(expert, scores)
         return Decoded(logits, accepted)
+
+    def _decoder(self, missing: tuple[int, ...], is_whole: bool) -> Decoder | None:
+        """Return the fitted decoder of missing experts, if there is one; `is_whole`: all coded models have answered."""
+        for decoder in self.decoders.values():
+            if not decoder.config.reads_survivors:
+                return decoder
+        return self.decoders.get(missing) if is_whole else None
 
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
@@ -203,8 +235,8 @@ def read_copies(folder: Path, method: str, tasks: Sequence[str]) -> list[Path]:
     copies = seed_folders(folder)[0] / "replicas"
     how = method.removeprefix(f"{REPLICA}-")
     paths = [copies / f"{task}.{how}.safetensors" for task in tasks]
-    if not all(path.is_file() for path in paths):
-        known = ", ".join(sorted(path.name for path in copies.glob(f"{tasks[0]}.*"))) or "none"
-        message = f"found no compressed copies '{method}' in '{copies}' (of '{tasks[0]}': {known})"
-        raise ConfigurationError(f"{message}; add them to the experiment's replicas and run it again")
+    for path in paths:
+        if not path.is_file():
+            message = f"found no compressed copies '{method}' of the experts, expected '{path}'"
+            raise ConfigurationError(f"{message}; add them to the experiment's replicas and run it again")
     return paths

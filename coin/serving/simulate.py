@@ -1,6 +1,7 @@
 """The front end on a virtual clock: its own code, with simulated machines that are slow or down."""
 
 import asyncio
+import math
 import selectors
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Simulation:
 
     def mean_seconds(self, servers: Sequence[str]) -> float:
         """Return some servers' mean service time for one input, in seconds, without the tail; NaN for none."""
-        return float(np.mean([self.times[name].mean() for name in servers])) if servers else float("nan")
+        seconds = [self.times[name].mean() for name in servers]
+        return float(np.mean(seconds)) if seconds else math.nan
 
     @property
     def capacity(self) -> float:
@@ -79,7 +81,8 @@ class Simulation:
         speed = 0.0
         for machine in range(len(self.stand_ins.experts)):
             share = slow.share_of(machine)
-            speed += (1 - share + share / slow.factor) * (1 - down.share_of(machine))
+            speed_while_up = 1 - share + share / slow.factor
+            speed += speed_while_up * (1 - down.share_of(machine))
         return speed / (1 + self.conditions.tail) / self.unit
 
     def machines(self) -> tuple[list[Machine], dict[str, Server]]:
@@ -111,8 +114,10 @@ class Simulation:
             front.lateness[wanted, 1] = late
         for_all = self.want is QueryTarget.all
         rate = self.conditions.load * self.capacity / (len(experts) if for_all else 1)
-        gaps = np.random.default_rng([self.seed, 0]).exponential(1 / rate, total).tolist()
-        drawn = np.random.default_rng([self.seed, 2]).integers(len(experts), size=total).tolist()
+        draw_gaps = np.random.default_rng([self.seed, 0])
+        draw_experts = np.random.default_rng([self.seed, 2])
+        gaps = draw_gaps.exponential(1 / rate, total).tolist()
+        drawn = draw_experts.integers(len(experts), size=total).tolist()
         latencies = np.full(total, np.inf)
         found: list[Answer] = []
 

@@ -1,6 +1,7 @@
 """The simulation against queueing theory, against an exact recursion, and against what must be so."""
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
@@ -190,7 +191,8 @@ def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded(caplog: pytes
         failed[kind] = float(np.isinf(outcome.latencies).mean())
     assert 0.03 < failed[PolicyKind.uncoded] < 0.08
     assert all(share < 0.4 * failed["uncoded"] for kind, share in failed.items() if kind != "uncoded"), failed
-    assert not caplog.records  # which a terminal would show, thousands of lines
+    shown = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not shown  # which a terminal would show, thousands of lines
 
 
 def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
