@@ -5,21 +5,19 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from coin.coding import Promise
 from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import parse_options
 from coin.core.choices import check_number
 from coin.errors import CoinWarning, ConfigurationError
-from coin.files.yaml import as_text
 from coin.modules import Coded
 from coin.reporting.choice import recommended, weakness
 from coin.reporting.summary import REFERENCES, read_run, stand_ins, summarise
 from coin.reporting.text import read_by
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
-from coin.serving.ray_app import RayOptions, check_port, ray_application, start
+from coin.serving.ray_app import RayOptions, check_port, start
 from coin.serving.servers import System, read_coded, read_copies
 
 
@@ -126,16 +124,6 @@ def served_by_default(folder: Path) -> str | None:
     if row["decoder"] != REPLICA:
         return None
     return str(row["name"]).partition("[")[0]
-
-
-def application(args: dict[str, Any]) -> Any:
-    """Return the application of a Serve YAML such as ``configs/serve/three-machines.yaml``: ``args`` are `serve`'s."""
-    given = []
-    for name, value in args.items():
-        given.append(value if name == "folder" else f"--{name}={as_text(value)}")
-    options = parse_options("serve", serve, given)
-    ray = options.pop("ray")
-    return ray_application(*read_system(**options), ray)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -108,7 +108,7 @@ def _asking(handle: Any, name: str) -> Server:
 
 
 def ray_application(system: System, about: Description, options: RayOptions) -> Any:
-    """Return the Ray Serve application, for ``serve.run`` or as the builder of a Serve YAML."""
+    """Return the Ray Serve application, for ``serve.run``."""
     from ray import serve
 
     limits = options.limits
@@ -161,7 +161,8 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
     try:
         start_ray(options.address)
         waits = options.limits.deadline + 5.0  # also for a front end that was killed, until Ray has another
-        serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})
+        http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
+        serve.start(proxy_location="HeadOnly", http_options=http)
         serve.run(ray_application(system, about, options), name="coin", route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
         stop()

@@ -13,16 +13,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from coin.cli import main
 from coin.coding import Promise
 from coin.commands.export import export
-from coin.commands.serve import application, read_system
+from coin.commands.serve import read_system
 from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.modules import Coded
 from coin.networks import Compression, load_network
 from coin.pipeline.steps.merge import compress_file
@@ -211,16 +210,6 @@ def test_compressed_copies_answer_as_their_networks_and_only_few_are_kept_unpack
         assert (about.currsize, about.misses) == (kept, reads)
     answer = asyncio.run(ask_one(front_end(system, "expert-letters"), images, 1))
     assert answer.answered_by == ("replica-0/expert-letters",)
-
-
-def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
-    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
-    text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
-    (app,) = yaml.safe_load(text)["applications"]
-    assert app["import_path"] == "coin.commands.serve:application"
-    assert application({**app["args"], "folder": str(finished), "method": "coin"}) is not None
-    with pytest.raises(FileError, match="nowhere"):
-        application({"folder": "nowhere"})
 
 
 MISTAKES = {
