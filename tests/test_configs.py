@@ -21,13 +21,13 @@ COMMANDS = {
     "evaluate": ["evaluate", "--model.experts={a: a.safetensors, b: b.safetensors}", f"--data.tasks={TASKS}"],
     "logger": ["fit", "--data=MNIST5k"],
     "simulate": ["simulate", "runs/quickstart-3"],
+    "serve": ["serve", "runs/quickstart-3"],
 }
 
 
-# A Serve YAML is Ray's; tests/commands/test_serve.py builds its application.
 @pytest.mark.parametrize(
     "path",
-    sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("serve", "prompts")),
+    sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "prompts"),
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_configuration_is_parsed(path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_configuration_is_parsed(path: Path, capsys: Any, monkeypatch: pytest.Mo
             main([*arguments, "--print_config"])
         assert stop.value.code == 0
         printed = capsys.readouterr().out
-        assert ("quantile:" if room == "simulate" else "class_path") in printed
+        assert ("quantile:" if room in ("simulate", "serve") else "class_path") in printed
 
 
 def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:

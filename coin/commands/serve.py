@@ -5,19 +5,19 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from coin.coding import Promise
 from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import parse_options
 from coin.core.choices import check_number
 from coin.errors import CoinWarning, ConfigurationError
-from coin.files.yaml import as_text
+from coin.modules import Coded
 from coin.reporting.choice import recommended, weakness
 from coin.reporting.summary import REFERENCES, read_run, stand_ins, summarise
 from coin.reporting.text import read_by
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
-from coin.serving.ray_app import RayOptions, check_port, ray_application, start
+from coin.serving.ray_app import RayOptions, check_port, start
 from coin.serving.servers import System, read_coded, read_copies
 
 
@@ -48,14 +48,12 @@ def serve(
     system, about = read_system(folder, method, decoder, policy, quantile, keep_mib)
     stop = start(system, about, ray)
     stopped = threading.Event()
-    before = [signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        print(f"serving {', '.join(about.classes)} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
-        stopped.wait()
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
-        stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    tasks = ", ".join(about.classes)
+    print(f"serving {tasks} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
+    stopped.wait()
+    stop()
 
 
 def read_system(
@@ -68,60 +66,64 @@ def read_system(
 ) -> tuple[System, Description]:
     """Return the system that `serve` serves, and its description, from the same arguments."""
     check_number("keep_mib", keep_mib, low=0)
+    run = Path(folder)
     if method is None and decoder is None and policy is None:
-        method, decoder = served_by_default(Path(folder))
-    of_copies = method is not None and method.startswith(f"{REPLICA}-")
-    if of_copies and (decoder is not None or Policy(policy or PolicyKind.replica).which != "replica"):
-        told = f"found method '{method}' with policy {policy} and decoder {decoder}"
-        raise ConfigurationError(f"{told}, expected policy replica or replica_proactive and no decoder; leave them out")
-    coded = read_coded(Path(folder), None if of_copies else method, decoder, policy)
-    copies = read_copies(Path(folder), str(method), coded) if of_copies else []
-    own = next(iter(coded.decoders.values())).config
-    default = PolicyKind.coded_hedged if own.reads_survivors else PolicyKind.standin
-    if of_copies:
-        default = PolicyKind.replica
-    system = System.of(coded, Policy(policy or default, quantile), copies, keep_mib)
-    is_packed = bool(copies) or (coded.is_adapted and system.policy.which == "coded")
-    if keep_mib > 0 and not is_packed:
-        told = f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{method or coded.method}'"
-        raise ConfigurationError(f"{told}, expected a body with adapters or compressed copies; leave keep_mib out")
-    if keep_mib > 0 and not copies:
+        method = served_by_default(run)
+    if method is not None and method.startswith(f"{REPLICA}-"):
+        kind = policy or PolicyKind.replica
+        if decoder is not None or Policy(kind).which != "replica":
+            raise ConfigurationError(
+                f"found method '{method}' with policy {kind} and decoder {decoder}, "
+                "expected policy replica or replica_proactive and no decoder; leave them out"
+            )
+        coded = read_coded(run, None, None, kind)
+        copies = read_copies(run, method, coded.names)
+        system = System.of(coded, Policy(kind, quantile), copies, keep_mib)
+        return system, _description(coded, system, method, promises=[])  # none is about the answers of copies
+    coded = read_coded(run, method, decoder, policy)
+    fitted = list(coded.decoders.values())
+    default = PolicyKind.coded_hedged if fitted[0].config.reads_survivors else PolicyKind.standin
+    system = System.of(coded, Policy(policy or default, quantile), keep_mib=keep_mib)
+    if keep_mib > 0:
+        if not coded.is_adapted or system.policy.which != "coded":
+            raise ConfigurationError(
+                f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{coded.method}', "
+                "expected a body with adapters or compressed copies; leave keep_mib out"
+            )
         system.network(system.stand_ins.of[0][0])  # refuses fewer MiB than one network takes
-    # A promise is about the coded model's answers: those of compressed copies are covered by none.
-    promises = [] if copies else [each for own in coded.decoders.values() for each in own.promises.values()]
-    promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None
-    platform = f"coin ({system.policy.kind}, {method if copies else f'{coded.method}, {own.name}'})"
+    promises = [promise for own in fitted for promise in own.promises.values()]
+    variant = f"{coded.method}, {fitted[0].config.name}"
+    return system, _description(coded, system, variant, promises)
+
+
+def _description(coded: Coded, system: System, variant: str, promises: Sequence[Promise]) -> Description:
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
-    size = system.network(system.stand_ins.experts[0]).image_size
-    return system, Description(classes, size, platform, promise)
+    image_size = system.network(system.stand_ins.experts[0]).image_size
+    platform = f"coin ({system.policy.kind}, {variant})"
+    promise = None
+    if promises:
+        promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence}
+    return Description(classes, image_size, platform, promise)
 
 
-def served_by_default(folder: Path) -> tuple[str | None, str | None]:
-    """Return the method and the decoder of what is recommended of a run; no decoder where it is compressed copies.
+def served_by_default(folder: Path) -> str | None:
+    """Return the name of the compressed copies that are recommended of a run; None where another stand-in is.
 
-    The survivors alone need no server more: then the next best is served, and a warning says so. Both are None there,
-    and for results from before memory was measured.
+    That is the one that `coin.Coded.from_run` takes. The survivors alone need no server more: then the next best is
+    served, and a warning says so.
     """
     kept = stand_ins(summarise(read_run(folder)[1]))
-    if kept.empty:
-        return None, None
+    if kept.empty:  # results from before memory was measured
+        return None
     row = recommended(kept)
     if found := weakness(row):
         warnings.warn(f"nothing can be recommended: {found}", CoinWarning, stacklevel=2)
     if row["name"] == REFERENCES[0]:
-        told = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
-        warnings.warn(told, CoinWarning, stacklevel=2)
-        return None, None
-    decoder = None if row["decoder"] == REPLICA else str(row["decoder"])
-    return str(row["name"]).partition("[")[0], decoder
-
-
-def application(args: dict[str, Any]) -> Any:
-    """Return the application of a Serve YAML such as ``configs/serve/three-machines.yaml``: ``args`` are `serve`'s."""
-    given = [f"--{name}={as_text(value)}" for name, value in args.items() if name != "folder"]
-    options = parse_options("serve", serve, [args["folder"], *given])
-    ray = options.pop("ray")
-    return ray_application(*read_system(**options), ray)
+        message = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
+        warnings.warn(message, CoinWarning, stacklevel=2)
+    if row["decoder"] != REPLICA:
+        return None
+    return str(row["name"]).partition("[")[0]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ _FOLDERS = {  # of a command's files
     "evaluate": ("evaluate", "logger", "cluster"),
     "merge": ("merge",),
     "simulate": ("simulate",),
+    "serve": ("serve",),
     SWEEPS: ("study", "sweep"),
 }
 

@@ -1,6 +1,7 @@
 """``coin simulate``: latency and accuracy of the answers by every policy, on a virtual clock."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -14,11 +15,12 @@ from coin.modules import Coded
 from coin.reporting.figures import tail_figure
 from coin.reporting.results import write_frame
 from coin.reporting.style import as_png
-from coin.reporting.tables import results_console, rich_table, too_wide
+from coin.reporting.tables import results_console, rich_table
 from coin.reporting.text import percent
+from coin.serving.machines import Conditions, ServiceTimes, measure
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
-from coin.serving.simulate import Conditions, QueryTarget, ServiceTimes, Simulation, measure, row_of, run_simulation
+from coin.serving.simulate import QueryTarget, Simulation, row_of
 
 
 def simulate(
@@ -46,22 +48,26 @@ def simulate(
         output: The folder for ``simulation.csv`` and the figure; by default `folder`.
     """
     check_integer("seeds", seeds, 1)
-    found: dict[PolicyKind, Coded] = {}
+    coded: dict[PolicyKind, Coded] = {}
     for kind in policies or PolicyKind:
         try:
-            found[kind] = read_coded(Path(folder), method, decoder, kind)
-        except ConfigurationError:
+            coded[kind] = read_coded(Path(folder), method, decoder, kind)
+        except ConfigurationError:  # no decoder that the policy can use
             if policies or Policy(kind).which not in ("coded", "everyone"):
                 raise
-    systems = {kind: System.of(coded, Policy(kind, quantile)) for kind, coded in found.items()}
+    systems = {kind: System.of(own, Policy(kind, quantile)) for kind, own in coded.items()}
     times = measured(list(systems.values()))
     rows = []
-    for want, kind in progress_bar("simulating", items=[(want, kind) for want in QueryTarget for kind in found]):
+    for want, kind in progress_bar("simulating", items=list(product(QueryTarget, systems))):
         system = systems[kind]
         own = {name: times[network] for name, network in networks_of(system).items()}
-        each = [Simulation(system.stand_ins, system.policy, conditions, own, want, seed) for seed in range(seeds)]
-        rows.append(row_of(found[kind], each[0], list(map(run_simulation, each))))
-    place, table = Path(output or folder), pd.DataFrame(rows)
+        simulations = [
+            Simulation(system.stand_ins, system.policy, conditions, own, want, seed) for seed in range(seeds)
+        ]
+        runs = [simulation.run() for simulation in simulations]
+        rows.append(row_of(coded[kind], simulations[0], runs))
+    table = pd.DataFrame(rows)
+    place = Path(output or folder)
     write_frame(place / "simulation.csv", table)
     with atomic_path(place / "plots" / "simulation.png") as temporary:
         temporary.write_bytes(as_png(tail_figure(table)))
@@ -75,33 +81,30 @@ def networks_of(system: System) -> dict[str, tuple[Path, int]]:
 
 def measured(systems: Sequence[System]) -> dict[tuple[Path, int], ServiceTimes]:
     """Measure each network of these systems once, as serving runs it."""
-    servers: dict[tuple[Path, int], tuple[System, str]] = {}
-    for system in systems:
+    times: dict[tuple[Path, int], ServiceTimes] = {}
+    for system in progress_bar("measuring servers", items=systems):
         for name, network in networks_of(system).items():
-            servers.setdefault(network, (system, name))
-    times = {}
-    for network, (system, name) in progress_bar("measuring servers", items=list(servers.items())):
-        times[network] = measure(system.network(name))
+            if network not in times:
+                times[network] = measure(system.network(name), expert=network[1])
     return times
 
 
 def table_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Return what is printed of the rows: latencies in ms, MiB beyond the experts', shares and accuracy in %."""
     table = rows[["want", "redundancy"]].rename(columns={"redundancy": "policy"})
-    for name in ("p50", "p99", "p999", "p999_low", "p999_high"):
-        table[name.replace("_", " ")] = [f"{1e3 * value:.3g}".replace("inf", "∞") for value in rows[name]]
-    table["MiB"] = [f"{value / 2**20:.3g}" for value in rows["extra_memory"]]
+    for name in ("p50", "p99", "p999"):
+        milliseconds = rows[name].mul(1e3).map("{:.3g}".format)
+        table[name] = milliseconds.replace("inf", "∞")
+    table["MiB"] = rows["extra_memory"].div(2**20).map("{:.3g}".format)
     for name, column in (("stood in", "share_stood_in"), ("failed", "share_failed"), ("right", "effective_accuracy")):
         table[name] = rows[column].map(percent)
-    return table.assign(forwards=rows["forwards"].map("{:.2f}".format))
+    return table
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Simulate, and print the table: of its columns as many as the terminal has room for."""
+    """Simulate, and print the table."""
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
-    rows, spare = table_of(simulate(**options)), ["forwards", "p50", "p999 high", "p999 low"]
-    console = results_console()
-    while too_wide(table := rich_table(rows, "simulated; ms, MiB, %", ["want", "policy"]), console) and spare:
-        rows = rows.drop(columns=spare.pop())
-    console.print(table)
-    print(f"table: {Path(options['output'] or options['folder']) / 'simulation.csv'}")
+    rows = simulate(**options)
+    results_console().print(rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"]))
+    folder = Path(options["output"] or options["folder"])
+    print(f"table: {folder / 'simulation.csv'}")

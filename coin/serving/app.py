@@ -1,10 +1,6 @@
 """The front end over HTTP: a FastAPI application of the Open Inference Protocol, with metrics and readiness."""
 
 import asyncio
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -13,78 +9,48 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.requests import ClientDisconnect
 
 from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
-from coin.serving.front_end import FrontEnd, Limits
-from coin.serving.protocol import ALL, Description, InferRequest, RefusedError, parse
+from coin.serving.front_end import FrontEnd
+from coin.serving.limits import Limits
+from coin.serving.protocol import ALL, Description, RefusedError, parse
 
 # The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers.
 _STATUS = {DataError: 400, DeadlineError: 504, OverloadedError: 429, ServingError: 503, CoinError: 500}
 
 
-@dataclass
-class Budget:
-    """A shared budget: each user may take half of what the others leave, so that small requests always succeed."""
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Return a request's body; a RefusedError if it is too large or comes too slowly.
 
-    what: str
-    most: int = 128 * 2**20
-    held: int = 0
-
-    @contextmanager
-    def taken(self, amount: int) -> Iterator[None]:
-        """Reserve a part of the budget until the end of the block; it is refused with status 413 or 429."""
-        if 2 * amount > self.most:
-            raise RefusedError(f"found {amount} {self.what}, expected at most {self.most // 2}; send fewer inputs", 413)
-        if 2 * amount > self.most - self.held:
-            raise OverloadedError(f"{self.held} {self.what} of queries are being read already; ask again later")
-        self.held += amount
-        try:
-            yield
-        finally:
-            self.held -= amount
+    One that is too large is read on: a client that still sends would not see the answer.
+    """
+    body = bytearray()
+    size = 0
+    try:
+        async with asyncio.timeout(limits.reading):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limits.bytes:
+                    body += chunk
+    except (ClientDisconnect, TimeoutError):
+        raise RefusedError(f"found no end within {limits.reading:g} s; send it faster", 408) from None
+    if size > limits.bytes:
+        raise RefusedError(f"found {size} bytes, expected at most {limits.bytes}; send fewer inputs", 413)
+    return bytes(body)
 
 
-class Reader:
-    """Reads queries in threads, within limits on bytes, pixels and time; large ones never hold small ones up."""
-
-    def __init__(self, about: Description, limits: Limits) -> None:
-        self.about, self.limits = about, limits
-        self.bytes, self.pixels = Budget("bytes"), Budget("pixels")
-        self._lanes = {is_light: ThreadPoolExecutor(2, "reader") for is_light in (True, False)}
-
-    async def read(self, request: Request, model: str) -> tuple[InferRequest, Any]:
-        """Return a request and its inputs; raises DataError, or OverloadedError if too much is being read."""
-        for header in ("content-encoding", "inference-header-content-length"):
-            if found := request.headers.get(header):
-                raise RefusedError(f"found {header}: {found[:40]}, expected plain JSON; set binary_data=False", 415)
-        if not (length := request.headers.get("content-length", "")).isdecimal():
-            raise RefusedError(f"found Content-Length {length[:40]!r}, expected the number of bytes", 411)
-        if (size := int(length[:40])) > self.limits.bytes:
-            raise RefusedError(f"found {size} bytes, expected at most {self.limits.bytes}; send fewer inputs", 413)
-        loop, is_light = asyncio.get_running_loop(), size <= 2**16
-        with self.bytes.taken(size):
-            try:
-                async with asyncio.timeout(self.limits.reading):
-                    body = await request.body()
-            except (ClientDisconnect, TimeoutError):
-                raise RefusedError(f"found no end within {self.limits.reading:g} s; send it faster", 408) from None
-            about = body, model, self.about, self.limits
-            asked, pixels, decode = await loop.run_in_executor(self._lanes[is_light], parse, *about)
-            with self.pixels.taken(pixels):
-                return asked, await loop.run_in_executor(self._lanes[is_light and pixels <= 2**20], decode)
-
-    async def discard(self, request: Request) -> None:
-        """Read on in the body of a refused query for a while: a client that still sends would never see the answer."""
-        with suppress(ClientDisconnect, RuntimeError, TimeoutError):  # RuntimeError: it was read to its end
-            async with asyncio.timeout(self.limits.reading):
-                async for _ in request.stream():
-                    pass
+def status_of(error: CoinError) -> int:
+    """Return the status of HTTP of an error."""
+    if isinstance(error, RefusedError):
+        return error.status
+    return next(status for kind, status in _STATUS.items() if isinstance(error, kind))
 
 
 def make_app(front: FrontEnd, about: Description) -> FastAPI:
     """Return the application; its ``state.drain`` refuses new queries and waits for running ones."""
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
-    models = {task: [place] for place, task in enumerate(about.classes)} | {ALL: list(range(len(about.classes)))}
-    reader, registry = Reader(about, front.limits), CollectorRegistry()
+    models = {task: [place] for place, task in enumerate(about.classes)}
+    models[ALL] = list(range(len(about.classes)))
+    registry = CollectorRegistry()
     queries = Counter("coin_queries", "Queries by how they ended", ["end"], registry=registry)
     times = Histogram("coin_answer_seconds", "The servers' time", ["model"], registry=registry)
     up = Gauge("coin_server_up", "Whether its last request went well", ["server"], registry=registry)
@@ -94,15 +60,12 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     app.state.drain = front.drain
 
     @app.exception_handler(CoinError)
-    async def tell(request: Request, error: CoinError) -> JSONResponse:
-        status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-        status = error.status if isinstance(error, RefusedError) else status
-        queries.labels(type(error).__name__).inc()
+    async def refuse(request: Request, error: CoinError) -> JSONResponse:
+        kind = type(error).__name__
+        queries.labels(kind).inc()
+        status = status_of(error)
         headers = {"retry-after": "1"} if status in (429, 503, 504) else {}
-        if status not in (400, 404, 408, 500, 504):  # the body was not read to its end
-            headers["connection"] = "close"
-            await reader.discard(request)
-        return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
+        return JSONResponse({"error": str(error), "kind": kind}, status, headers)
 
     async def experts_of(model: str = ALL) -> list[int]:
         if model not in models:
@@ -117,13 +80,15 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + front.limits.deadline
         with front.admitted():
-            asked, inputs = await reader.read(request, model)
+            body = await read_body(request, front.limits)
+            asked, images = await asyncio.to_thread(parse, body, model, about, front.limits)
             began = loop.time()
-            answers = await front.ask(inputs, experts, deadline)
-        told = about.response(model, asked, answers, loop.time() - began)
-        times.labels(model).observe(told["parameters"]["seconds"])
-        queries.labels("decoded" if told["parameters"]["decoded"] else "answered").inc()
-        return JSONResponse(told)
+            answers = await front.ask(images, experts, deadline)
+        seconds = loop.time() - began
+        response = about.response(model, asked, answers, seconds)
+        times.labels(model).observe(seconds)
+        queries.labels("decoded" if response["parameters"]["decoded"] else "answered").inc()
+        return JSONResponse(response)
 
     @app.get("/v2")
     async def about_server() -> dict[str, Any]:
@@ -139,7 +104,8 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     @app.get("/v2/models/{model}/ready")
     async def ready(experts: Experts, response: Response, model: str = ALL) -> dict[str, Any]:
         """Return 200 if the task, or every task, can be answered, else 503."""
-        response.status_code = 200 if (is_ready := front.can_answer(experts)) else 503
+        is_ready = front.can_answer(experts)
+        response.status_code = 200 if is_ready else 503
         return {"name": model, "ready": is_ready}
 
     @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from itertools import chain
@@ -12,7 +12,7 @@ import torch
 
 from coin.coding import Code
 from coin.coding.code import MAX_AMPLIFICATION
-from coin.core.choices import check_number, parse_enum
+from coin.core.choices import check_number
 
 Which = Literal["nobody", "replica", "coded", "everyone"]
 """Who stands in for an expert: nobody, a server that holds all experts, the coded model that makes up for it without
@@ -41,14 +41,19 @@ class Policy:
 
     kind: PolicyKind
     quantile: float = 0.9
-    which: Which = field(init=False)
-    moment: Moment = field(init=False)
 
     def __post_init__(self) -> None:
-        kind = parse_enum(PolicyKind, "policy", self.kind)
-        for name, value in zip(("kind", "which", "moment"), (kind, *POLICIES[kind]), strict=True):
-            object.__setattr__(self, name, value)
         check_number("quantile", self.quantile, low=0, high=1)
+
+    @property
+    def which(self) -> Which:
+        """Who stands in for an expert."""
+        return POLICIES[self.kind][0]
+
+    @property
+    def moment(self) -> Moment:
+        """When these are asked."""
+        return POLICIES[self.kind][1]
 
 
 class Lateness:
@@ -66,8 +71,10 @@ class Lateness:
     """
 
     def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
-        self.quantile, self.longest, self._seconds = quantile, longest, min(initial, longest)
+        self.quantile = quantile
+        self.longest = longest
         self.experience = experience
+        self._seconds = min(initial, longest)
 
     @property
     def seconds(self) -> float:
@@ -80,33 +87,6 @@ class Lateness:
         gain = max(0.005, 20.0 / (20.0 + self.experience))
         change = self.quantile if late else self.quantile - 1.0
         self._seconds = min(self._seconds * math.exp(gain * change), self.longest)
-
-
-class Pace:
-    """How many seconds a server takes for each reply while it has work, over the last seconds of work.
-
-    Replies that come together, as of one batch, share its time; time without work does not count.
-    """
-
-    def __init__(self) -> None:
-        self._work, self._replies, self._since = 0.0, 0.0, 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds for each reply; 0 before the first."""
-        return self._work / self._replies if self._replies > 0 else 0.0
-
-    def begin(self, now: float) -> None:
-        """Note that a server that had no work gets some."""
-        self._since = now
-
-    def observe(self, now: float, memory: float) -> None:
-        """Count a reply; what is `memory` seconds of work ago weighs 1/e, and nothing takes more than twice as long."""
-        work = min(now - self._since, 2 * memory)
-        weight = math.exp(-work / memory)
-        self._work = weight * self._work + work
-        self._replies = weight * self._replies + 1.0
-        self._since = now
 
 
 class StandIns:
@@ -122,31 +102,53 @@ class StandIns:
     def __init__(
         self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False, adapted: bool = False
     ) -> None:
-        self.which, self.experts, self.code = which, tuple(experts), code
+        self.which = which
+        self.experts = tuple(experts)
+        self.code = code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
-        self.of: list[tuple[str, ...]] = []  # those of each expert
-        for expert, heaviest in zip(self.experts, code.matrix.argmax(0).tolist(), strict=True):
-            kinds: dict[Which, tuple[str, ...]] = {
-                "nobody": (),
-                "replica": tuple(f"replica-{row}/{expert}" for row in range(code.num_coded)),
-                "coded": self.coded if every_row else (self.coded[heaviest] + (f"/{expert}" if adapted else ""),),
-                "everyone": (*(name for name in self.experts if name != expert), *self.coded),
-            }
-            self.of.append(kinds[which])
-        self.servers = tuple(dict.fromkeys([*self.experts, *chain.from_iterable(self.of)]))  # the experts' first
+        self.of = [self._of(place, every_row, adapted) for place in range(len(experts))]  # those of each expert
+        stand_ins = chain.from_iterable(self.of)
+        self.servers = tuple(dict.fromkeys([*self.experts, *stand_ins]))  # the experts' first
+
+    @property
+    def processes(self) -> dict[str, list[str]]:
+        """The processes, and the servers that each of them is: a replica, or a body, is one for each expert."""
+        found: dict[str, list[str]] = {}
+        for name in self.servers:
+            found.setdefault(name.partition("/")[0], []).append(name)
+        return found
+
+    def _of(self, place: int, every_row: bool, adapted: bool) -> tuple[str, ...]:
+        expert = self.experts[place]
+        if self.which == "nobody":
+            return ()
+        if self.which == "replica":
+            return tuple(f"replica-{row}/{expert}" for row in range(self.code.num_coded))
+        if self.which == "everyone":
+            others = tuple(name for name in self.experts if name != expert)
+            return others + self.coded
+        if every_row:
+            return self.coded
+        heaviest = self.coded[int(self.code.matrix.argmax(0)[place])]
+        return (f"{heaviest}/{expert}" if adapted else heaviest,)
 
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:
         """Return whether these servers' answers make up for an expert's own."""
         if self.which == "everyone":
-            missing = tuple(place for place, name in enumerate(self.experts) if place == expert or name not in arrived)
+            missing = {place for place, name in enumerate(self.experts) if name not in arrived}
             rows = tuple(row for row, name in enumerate(self.coded) if name in arrived)
-            return _solvable(self.code, rows, missing)
+            return _solvable(self.code, rows, tuple(sorted(missing | {expert})))
         found = [name in arrived for name in self.of[expert]]
-        return any(found) if self.which == "replica" else bool(found) and all(found)
+        if self.which == "replica":
+            return any(found)
+        return bool(found) and all(found)
 
 
 @lru_cache(maxsize=4096)
 def _solvable(code: Code, rows: tuple[int, ...], missing: tuple[int, ...]) -> bool:
     """Return whether the equations of these coded models can be solved for the missing experts."""
+    if len(rows) < len(missing):
+        return False
     columns = code.matrix[list(rows)][:, list(missing)]
-    return len(rows) >= len(missing) and float(torch.linalg.svdvals(columns)[-1]) * MAX_AMPLIFICATION >= 1
+    smallest = float(torch.linalg.svdvals(columns)[-1])
+    return smallest * MAX_AMPLIFICATION >= 1

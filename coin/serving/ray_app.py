@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,9 +17,11 @@ from coin.core.memory import keep_freed_memory
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import OverloadedError, ServingError
 from coin.files.packaged import extra_module
-from coin.serving.front_end import FrontEnd, Limits, Server
+from coin.serving.front_end import FrontEnd
+from coin.serving.limits import Limits
 from coin.serving.protocol import Description
-from coin.serving.servers import CopyServer, NetworkServer, Reply, System, check_reply
+from coin.serving.server_state import Server
+from coin.serving.servers import Reply, Request, System, check_finite, run_together
 
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
 
@@ -56,21 +58,24 @@ class ModelProcess:
         from ray import serve
 
         torch.set_num_threads(1)
-        networks = system.networks(names, device)
+        network_of = system.reader(names, device)
         keep_freed_memory()  # but for what loading took
-        for network in {*networks.values()}:  # the first query need not wait for what a first pass takes
-            network(network.probe)
-        experts = {name: system.expert_of(name) for name in names}
+        for path in dict.fromkeys(system.files[name] for name in names):
+            network = network_of(path)
+            network(network.probe)  # the first query need not wait for what a first pass takes
         thread = ThreadPoolExecutor(1, "pass")
 
-        async def run(requests: list[tuple[str, Tensor]]) -> list[Reply]:
-            return await asyncio.get_running_loop().run_in_executor(thread, run_together, networks, requests, experts)
+        async def run(requests: list[Request]) -> list[Reply]:
+            return await asyncio.get_running_loop().run_in_executor(thread, run_together, network_of, requests)
 
+        self._system = system
         self._run = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)(run)
 
-    async def __call__(self, name: str, stored: Tensor) -> Any:
-        """Return a network's reply to stored inputs."""
-        return await self._run((name, stored))
+    async def __call__(self, name: str, images: Tensor) -> Any:
+        """Return a network's reply to stored images."""
+        path = self._system.files[name]
+        expert = self._system.expert_of(name)
+        return await self._run(Request(path, expert, images))
 
 
 class FrontEndProcess:
@@ -86,58 +91,39 @@ class FrontEndProcess:
         await self.app.state.drain()
 
 
-def run_together(
-    networks: Mapping[str, NetworkServer | CopyServer],
-    requests: Sequence[tuple[str, Tensor]],
-    experts: Mapping[str, int],
-) -> list[Reply]:
-    """Return the replies to requests, in one pass for each network and shape of its inputs, for mixed experts."""
-    kinds = [(networks[name], stored.shape[1:]) for name, stored in requests]
-    replies: dict[int, Reply] = {}
-    for kind in dict.fromkeys(kinds):
-        places, start = [place for place, each in enumerate(kinds) if each == kind], 0
-        own = [requests[place] for place in places]
-        asked = torch.tensor([experts[name] for name, stored in own for _ in stored])
-        reply = kind[0](torch.cat([stored for _, stored in own]), asked)
-        for place in places:
-            rows = slice(start, start := start + len(requests[place][1]))
-            replies[place] = Reply(reply.logits[rows], None if reply.features is None else reply.features[rows])
-    return [replies[place] for place in range(len(requests))]
-
-
-def _asking(handle: Any, name: str, outputs: int) -> Server:
+def _asking(handle: Any, name: str) -> Server:
     from ray.serve.exceptions import BackPressureError
 
-    async def ask(stored: Tensor) -> Reply:
-        response = handle.remote(name, stored)
+    async def ask(images: Tensor) -> Reply:
+        response = handle.remote(name, images)
         try:
-            return check_reply(await response, len(stored), outputs)
+            return check_finite(await response)
         except asyncio.CancelledError:
             response.cancel()
             raise
         except BackPressureError as error:
             raise OverloadedError("its queue is full") from error
-        except Exception as error:
-            cause = getattr(error, "cause", None)  # what the server raised: Ray's own message is its stack
-            raise cause if isinstance(cause, Exception) else error from None
 
     return ask
 
 
 def ray_application(system: System, about: Description, options: RayOptions) -> Any:
-    """Return the Ray Serve application, for ``serve.run`` or as the builder of a Serve YAML."""
+    """Return the Ray Serve application, for ``serve.run``."""
     from ray import serve
 
-    limits, processes = options.limits, dict[str, list[str]]()
-    for name in system.files:
-        processes.setdefault(name.partition("/")[0], []).append(name)
-    takes = {} if options.node is None else {options.node: 1}
+    limits = options.limits
+    device = "cuda" if options.gpus > 0 else "cpu"
+    resources = {} if options.node is None else {options.node: 1}
     servers = serve.deployment(ModelProcess).options(
-        ray_actor_options={"num_cpus": 0, "num_gpus": options.gpus, "resources": takes},
-        max_ongoing_requests=2 * limits.batch, max_queued_requests=limits.queue, **_STOPPING,
-    )  # fmt: skip
-    about_all = "cuda" if options.gpus > 0 else "cpu", limits.batch
-    deployments = [servers.options(name=name).bind(system, own, *about_all) for name, own in processes.items()]
+        ray_actor_options={"num_cpus": 0, "num_gpus": options.gpus, "resources": resources},
+        max_ongoing_requests=2 * limits.batch,
+        max_queued_requests=limits.queue,
+        **_STOPPING,
+    )
+    processes = system.stand_ins.processes
+    deployments = []
+    for process, names in processes.items():
+        deployments.append(servers.options(name=process).bind(system, names, device, limits.batch))
 
     def build() -> Any:
         from coin.serving.app import make_app
@@ -145,13 +131,17 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
         asking: dict[str, Server] = {}
         for process, names in processes.items():
             handle = serve.get_deployment_handle(process, app_name=serve.get_replica_context().app_name)
-            asking |= {name: _asking(handle, name, max(system.classes)) for name in names}
+            for name in names:
+                asking[name] = _asking(handle, name)
         return make_app(FrontEnd(asking, system.stand_ins, system.policy, system.decode, limits), about)
 
     front = serve.deployment(serve.ingress(build)(FrontEndProcess)).options(
-        name="front-end", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=2 * limits.queries,
-        logging_config={"encoding": "JSON"}, **_STOPPING,
-    )  # fmt: skip
+        name="front-end",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=2 * limits.queries,
+        logging_config={"encoding": "JSON"},
+        **_STOPPING,
+    )
     return front.bind(*deployments)
 
 
@@ -171,7 +161,8 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
     try:
         start_ray(options.address)
         waits = options.limits.deadline + 5.0  # also for a front end that was killed, until Ray has another
-        serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})
+        http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
+        serve.start(proxy_location="HeadOnly", http_options=http)
         serve.run(ray_application(system, about, options), name="coin", route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
         stop()
@@ -181,9 +172,11 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
 
 def check_port(options: RayOptions) -> None:
     """Raise `ServingError` if the port of a cluster of this machine alone is in use; Ray would share it silently."""
+    if options.address is not None:
+        return
     try:
-        if options.address is None:
-            socket.create_server((options.host, options.port)).close()
+        socket.create_server((options.host, options.port)).close()
     except OSError as error:
-        told = f"found {options.host}:{options.port} in use ({error.strerror}), expected a free port; set --ray.port"
-        raise ServingError(told) from error
+        place = f"{options.host}:{options.port}"
+        message = f"found {place} in use ({error.strerror}), expected a free port; set --ray.port"
+        raise ServingError(message) from error

@@ -13,9 +13,7 @@ from coin.coding import Answers, Decoder, DecoderKind, decode_linear
 from coin.coding.decoder_config import REPLICA
 from coin.coding.promise import answer_score
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError, DecodingError, FileError, ServingError
-from coin.files.safetensors import load_provenance
-from coin.files.tensors import fingerprint
+from coin.errors import ConfigurationError, ServingError
 from coin.modules import Coded
 from coin.networks import answering, pad_head, run_network
 from coin.networks.adapted import tensor_nbytes
@@ -25,38 +23,56 @@ from coin.serving.policies import Policy, PolicyKind, StandIns
 
 
 class Reply(NamedTuple):
-    """Logits ``[B, C]``, features ``[B, F]`` if they are read, and if a promise covers a decoded answer ``[B]``."""
+    """A server's logits ``[B, C]``, and features ``[B, F]``, of width 0 where the decoder reads none."""
 
     logits: Tensor
-    features: Tensor | None = None
-    accepted: Tensor | None = None
+    features: Tensor
 
 
-def check_reply(reply: Reply, samples: int, outputs: int) -> Reply:
-    """Return a reply; raise `ServingError` unless it is finite, with a row of this many logits for each sample."""
-    finite = all(bool(torch.isfinite(each).all()) for each in (reply.logits, reply.features) if each is not None)
-    if not finite or reply.logits.shape != (samples, outputs):
-        raise ServingError(f"found logits {list(reply.logits.shape)}, expected finite ones [{samples}, {outputs}]")
+class Decoded(NamedTuple):
+    """A decoded answer's logits ``[B, C]``, and whether a promise covers it, bool ``[B]``."""
+
+    logits: Tensor
+    accepted: Tensor
+
+
+class Request(NamedTuple):
+    """Stored images, uint8 ``[B, 1 or 3, H, W]``, for a network's file; a body with adapters answers as an expert."""
+
+    path: Path
+    expert: int
+    images: Tensor
+
+
+def check_finite(reply: Reply) -> Reply:
+    """Return a server's reply; raise `ServingError` if it has values that are not finite."""
+    if not all(bool(values.isfinite().all()) for values in reply):
+        raise ServingError("found a reply that is not finite")
     return reply
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of stored inputs; logits are padded by zeros to `outputs`.
+    """An expert or a coded model that answers batches of stored images; logits are padded by zeros to `outputs`.
 
-    A body with adapters answers for `expert`, or for given experts, one or sample by sample [B]. It keeps up to
-    `keep_mib` MiB of the experts' unpacked networks.
+    A body with adapters keeps up to `keep_mib` MiB of the experts' unpacked networks.
     """
 
-    expert = 0
-
-    def __init__(self, path: Path, outputs: int, features: bool, device: str = "cpu", keep_mib: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        outputs: int,
+        features: bool,
+        device: str = "cpu",
+        keep_mib: float = 0.0,
+    ) -> None:
         file = open_network(path)
         if file.config.reads != "images":
             raise ConfigurationError(f"found '{path}', which reads {file.config.reads}, expected a network for images")
-        self.image_size = file.config.image_size
         network = file.module(keep_mib) if file.num_classes == outputs else pad_head(file.network, outputs)
+        self.image_size = file.config.image_size
         self._network = network.requires_grad_(False).to(device)
-        self._device, self._features = device, features
+        self._device = device
+        self._features = features
 
     @property
     def nbytes(self) -> int:
@@ -69,44 +85,34 @@ class NetworkServer:
         return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     @torch.no_grad()
-    def __call__(self, stored: Tensor, experts: int | Tensor | None = None) -> Reply:
-        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``; else a DataError."""
-        inputs = to_input(stored.to(self._device), self.image_size)
-        with answering([self._network], self.expert if experts is None else experts):
+    def __call__(self, images: Tensor, experts: int | Tensor = 0) -> Reply:
+        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, for an expert or for one an image ``[B]``."""
+        inputs = to_input(images.to(self._device), self.image_size)
+        with answering([self._network], experts):
             run = run_network(self._network, inputs, self._features)
-        return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
+        features = run.features if self._features else run.logits[:, :0]
+        return Reply(run.logits.cpu(), features.cpu())
 
 
-class CopyServer:
-    """An expert's compressed copy, which `unpacked` reads when it is asked and may drop when others are."""
-
-    def __init__(self, path: Path, unpacked: Callable[[Path], NetworkServer]) -> None:
-        self.path, self.unpacked = path, unpacked
-
-    @property
-    def probe(self) -> Tensor:
-        """One black image."""
-        return self.unpacked(self.path).probe
-
-    def __call__(self, stored: Tensor, experts: int | Tensor | None = None) -> Reply:
-        """Return the copy's reply, as `NetworkServer` does."""
-        return self.unpacked(self.path)(stored, experts)
-
-
-def copy_servers(
-    paths: Sequence[Path], unpack: Callable[[Path], NetworkServer], keep_mib: float
-) -> dict[Path, CopyServer]:
-    """Return servers of compressed copies that share `keep_mib` MiB of unpacked networks, or one network if it is more.
-
-    The least recently used one goes.
-    """
-    if not paths:
-        return {}
-    most = 1
-    if keep_mib > 0:
-        most = max(1, int(keep_mib * 2**20 / unpack(paths[0]).nbytes))  # all have one architecture and as many outputs
-    unpacked = lru_cache(maxsize=most)(unpack)
-    return {path: CopyServer(path, unpacked) for path in paths}
+def run_together(network_of: Callable[[Path], NetworkServer], requests: Sequence[Request]) -> list[Reply]:
+    """Return the replies to requests, in one pass for each network and shape of its images, for mixed experts."""
+    groups: dict[tuple[Path, torch.Size], list[int]] = {}
+    for place, request in enumerate(requests):
+        kind = request.path, request.images.shape[1:]
+        groups.setdefault(kind, []).append(place)
+    replies: dict[int, Reply] = {}
+    for (path, _), places in groups.items():
+        own = [requests[place] for place in places]
+        sizes = [len(request.images) for request in own]
+        images = torch.cat([request.images for request in own])  # [B, C, H, W]
+        experts = torch.tensor([request.expert for request in own])
+        experts_of_images = experts.repeat_interleave(torch.tensor(sizes))  # [B]
+        together = network_of(path)(images, experts_of_images)
+        logits = torch.split(together.logits, sizes)
+        features = torch.split(together.features, sizes)
+        for row, place in enumerate(places):
+            replies[place] = Reply(logits[row], features[row])
+    return [replies[place] for place in range(len(requests))]
 
 
 @dataclass(frozen=True)
@@ -117,79 +123,102 @@ class System:
     stand_ins: StandIns
     policy: Policy
     decoders: Mapping[tuple[int, ...], Decoder]  # by the lost experts; of all, where one reads no survivor
-    classes: tuple[int, ...]  # how many every expert has
+    classes: Sequence[int]  # how many every expert has
     features: bool  # whether replies have features
-    copies: frozenset[Path] = frozenset()  # those of the files that are experts' compressed copies
+    holds_copies: bool = False  # whether replicas hold the experts' compressed copies
     keep_mib: float = 0.0  # MiB of unpacked networks that a server which stands in may keep
 
     @classmethod
-    def of(cls, coded: Coded, policy: Policy, copies: Sequence[Path] = (), keep_mib: float = 0.0) -> Self:
+    def of(
+        cls,
+        coded: Coded,
+        policy: Policy,
+        copies: Sequence[Path] = (),
+        keep_mib: float = 0.0,
+    ) -> Self:
         """Return how a run's coded system is served by a policy that its decoder is for.
 
         Replicas hold the experts' files, or their `copies`.
         """
-        config = next(iter(coded.decoders.values())).config
-        names, classes = [f"expert-{task}" for task in coded.names], tuple(coded.classes or ())
-        every_row = config.kind is not DecoderKind.expert_head
-        stand_ins = StandIns(policy.which, names, coded.code, every_row, coded.is_adapted)
-        own = dict(zip((*names, *stand_ins.coded), (path.absolute() for path in coded.files), strict=True))
-        held = [path.absolute() for path in copies] or [own[name] for name in names]
-        replicas = dict(zip(names, held, strict=True))
+        decoder = next(iter(coded.decoders.values())).config
+        every_row = decoder.kind is not DecoderKind.expert_head
+        experts = [f"expert-{task}" for task in coded.names]
+        stand_ins = StandIns(policy.which, experts, coded.code, every_row, coded.is_adapted)
+        own = dict(zip((*experts, *stand_ins.coded), coded.files, strict=True))
+        held = dict(zip(experts, copies or coded.files, strict=False))  # by a replica
         files = {}
         for name in stand_ins.servers:
             process, _, expert = name.partition("/")
-            files[name] = replicas[expert] if process.startswith(REPLICA) else own[process]
-        copied = frozenset(held if copies else ())
-        return cls(files, stand_ins, policy, dict(coded.decoders), classes, config.reads_features, copied, keep_mib)
-
-    def network(self, name: str) -> NetworkServer:
-        """Return the network of a server, a new one that answers for the server's expert."""
-        network = self._read(self.files[name])
-        network.expert = self.expert_of(name)
-        return network
-
-    def networks(self, names: Sequence[str], device: str = "cpu") -> dict[str, NetworkServer | CopyServer]:
-        """Return the networks of some servers; those of one file are one."""
-        paths = dict.fromkeys(self.files[name] for name in names)
-        copied = [path for path in paths if path in self.copies]
-        read = partial(self._read, device=device)
-        made: dict[Path, NetworkServer | CopyServer] = {path: read(path) for path in paths if path not in self.copies}
-        made |= copy_servers(copied, read, self.keep_mib)
-        return {name: made[self.files[name]] for name in names}
-
-    def _read(self, path: Path, device: str = "cpu") -> NetworkServer:
-        keep_mib = 0.0 if path in self.copies else self.keep_mib  # copies share theirs
-        return NetworkServer(path, max(self.classes), self.features, device, keep_mib)
+            path = held[expert] if process.startswith(REPLICA) else own[process]
+            files[name] = path.absolute()
+        return cls(
+            files=files,
+            stand_ins=stand_ins,
+            policy=policy,
+            decoders=dict(coded.decoders),
+            classes=tuple(coded.classes or ()),
+            features=decoder.reads_features,
+            holds_copies=bool(copies),
+            keep_mib=keep_mib,
+        )
 
     def expert_of(self, name: str) -> int:
         """Return for which expert a body with adapters answers as a server; 0 for a network that has no choice."""
+        experts = self.stand_ins.experts
         own = name.rpartition("/")[2]
-        return self.stand_ins.experts.index(own) if own in self.stand_ins.experts else 0
+        return experts.index(own) if own in experts else 0
 
-    def decode(self, expert: int, replies: Mapping[str, Reply]) -> Reply:
+    def network(self, name: str) -> NetworkServer:
+        """Return a new network of a server."""
+        return self._read(self.files[name])
+
+    def reader(self, names: Sequence[str], device: str = "cpu") -> Callable[[Path], NetworkServer]:
+        """Return what reads the networks of a process's servers, each file once.
+
+        Of compressed copies at most `keep_mib` MiB are kept unpacked, or one network if it is more: the least recently
+        used one goes, and is read again when it is asked for.
+        """
+        read = partial(self._read, device=device)
+        most = None
+        if self.holds_copies and any(name.startswith(REPLICA) for name in names):
+            nbytes = read(self.files[names[0]]).nbytes  # all have one architecture and as many outputs
+            most = max(1, int(self.keep_mib * 2**20 / nbytes))
+        return lru_cache(maxsize=most)(read)
+
+    def _read(self, path: Path, device: str = "cpu") -> NetworkServer:
+        keep_mib = 0.0 if self.holds_copies else self.keep_mib  # copies share theirs
+        return NetworkServer(path, max(self.classes), self.features, device, keep_mib)
+
+    def decode(self, expert: int, replies: Mapping[str, Reply]) -> Decoded:
         """Return an expert's answer by the decoder of what is missing, or from the available rows' equations."""
-        names, coded = self.stand_ins.experts, self.stand_ins.coded
-        replies = {name.removesuffix(f"/{names[expert]}"): reply for name, reply in replies.items()}
-        sent = {name: own.logits[:, :0] if own.features is None else own.features for name, own in replies.items()}
-        outputs = [(sent[name], replies[name].logits) if name in sent else None for name in (*names, *coded)]
-        answers, accepted = Answers.of_servers(outputs, len(names)), None
-        present = [place for place, name in enumerate(names) if place != expert and name in replies]
+        names = self.stand_ins.experts
+        coded = self.stand_ins.coded
+        # A body with adapters has another name for each expert.
+        suffix = f"/{names[expert]}"
+        arrived = {name.removesuffix(suffix): (reply.features, reply.logits) for name, reply in replies.items()}
+        outputs = [arrived.get(name) for name in (*names, *coded)]
+        answers = Answers.of_servers(outputs, len(names))
+        present = [place for place, name in enumerate(names) if place != expert and name in arrived]
         missing = tuple(place for place in range(len(names)) if place not in present)
-        rows = [row for row, name in enumerate(coded) if name in replies]
-        decoder = next((own for own in self.decoders.values() if not own.config.reads_survivors), None)
-        if decoder is None and len(rows) == len(coded):
-            decoder = self.decoders.get(missing)
+        rows = [row for row, name in enumerate(coded) if name in arrived]
+        decoder = self._decoder(missing, is_whole=len(rows) == len(coded))
+        accepted = torch.zeros(answers.num_samples, dtype=torch.bool)
         if decoder is None:
             matrix = self.stand_ins.code.matrix[rows]
             decoded = decode_linear(matrix, answers.coded[rows], answers.experts[present], missing)
-            logits = decoded[missing.index(expert)]
-        else:
-            logits = decoder.decode(answers)[decoder.erased.index(expert)]
-            if expert in decoder.promises:
-                accepted = decoder.accepted(expert, answer_score(logits[:, : self.classes[expert]]))
-        if not bool(torch.isfinite(logits).all()):
-            raise DecodingError(f"the decoded answer of {names[expert]} is not finite; its servers' are too large")
-        return Reply(logits, None, accepted)
+            return Decoded(decoded[missing.index(expert)], accepted)
+        logits = decoder.decode(answers)[decoder.erased.index(expert)]
+        if expert in decoder.promises:
+            scores = answer_score(logits[:, : self.classes[expert]])
+            accepted = decoder.accepted(expert, scores)
+        return Decoded(logits, accepted)
+
+    def _decoder(self, missing: tuple[int, ...], is_whole: bool) -> Decoder | None:
+        """Return the fitted decoder of missing experts, if there is one; `is_whole`: all coded models have answered."""
+        for decoder in self.decoders.values():
+            if not decoder.config.reads_survivors:
+                return decoder
+        return self.decoders.get(missing) if is_whole else None
 
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
@@ -198,20 +227,16 @@ def read_coded(folder: Path, method: str | None, decoder: str | None, policy: Po
     return Coded.from_run(folder, method, decoder, survivors)
 
 
-def read_copies(folder: Path, method: str, coded: Coded) -> list[Path]:
+def read_copies(folder: Path, method: str, tasks: Sequence[str]) -> list[Path]:
     """Return the files of the experts' compressed copies of a run, by their method's name, ``replica-3bit-int8base``.
 
-    Raises ConfigurationError where the run has none of that name, FileError for those of other experts.
+    Raises ConfigurationError where the run has none of that name.
     """
     copies = seed_folders(folder)[0] / "replicas"
     how = method.removeprefix(f"{REPLICA}-")
-    paths = [copies / f"{task}.{how}.safetensors" for task in coded.names]
-    if not all(path.is_file() for path in paths):
-        suffixes = sorted({path.name.removeprefix(f"{coded.names[0]}.") for path in copies.glob(f"{coded.names[0]}.*")})
-        known = ", ".join(f"{REPLICA}-{suffix.removesuffix('.safetensors')}" for suffix in suffixes)
-        told = f"found no compressed copies '{method}' in '{copies}', expected {known or 'some'}"
-        raise ConfigurationError(f"{told}; name them, or add them to the experiment's replicas and run it again")
-    for path, expert in zip(paths, coded.experts, strict=True):
-        if load_provenance(path).get("of") != fingerprint(expert.state_dict()):
-            raise FileError(f"'{path}' is not a compressed copy of the run's expert; run the experiment again")
+    paths = [copies / f"{task}.{how}.safetensors" for task in tasks]
+    for path in paths:
+        if not path.is_file():
+            message = f"found no compressed copies '{method}' of the experts, expected '{path}'"
+            raise ConfigurationError(f"{message}; add them to the experiment's replicas and run it again")
     return paths

@@ -65,9 +65,10 @@ from coin.commands.serve import read_system
 from coin.commands.simulate import measured, networks_of
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.reporting import read_results
+from coin.serving.machines import Conditions, Phases
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import System
-from coin.serving.simulate import Conditions, Phases, Simulation, run_simulation
+from coin.serving.simulate import Simulation
 
 SETUPS = ("uncoded", "replica", "copies", "standin-packed", "standin-dense", "coded_hedged")
 EVENTS = ("1", "2", "all", "machine", "stopped")
@@ -111,11 +112,6 @@ def setup_named(name: str, folder: Path) -> Setup:
     return Setup(name, folder, PolicyKind.standin, str(rows["method"].iloc[0]), keep_mib)
 
 
-def process_names(system: System) -> list[str]:
-    """Return the names of the servers' processes, the experts' first."""
-    return list(dict.fromkeys(name.partition("/")[0] for name in system.files))
-
-
 def empty_server_mib(system: System) -> float:
     """Return the private memory of a server's process that holds no network; to be called in a process of its own."""
     set_ray_variables(None)
@@ -141,7 +137,7 @@ class Benchmark:
 
     def __init__(self, setup: Setup, served: Served, known: Known, options: argparse.Namespace) -> None:
         self.setup, self.served, self.known, self.options = setup, served, known, options
-        self.processes = process_names(known.system)
+        self.processes = list(known.system.stand_ins.processes)
         self.experts = list(known.system.stand_ins.experts)
         self.stand_ins = [name for name in self.processes if name not in self.experts]
         self.events: list[dict[str, Any]] = []
@@ -244,7 +240,7 @@ class Benchmark:
         conditions = Conditions(queries=4000, slow=Phases(share=1.0, factor=5.0, machines=1))
         it = Simulation(system.stand_ins, system.policy, conditions, times, seed=seed)
         at_rate = replace(it, conditions=replace(conditions, load=rate / it.capacity))
-        found = run_simulation(at_rate).latencies
+        found = at_rate.run().latencies
         return [float(seconds) for seconds in found if math.isfinite(seconds)]
 
     async def measure_accuracy(self, client: Client, repeat: int) -> None:
@@ -454,7 +450,7 @@ def main() -> int:
                 write_tables(tables, options.output)
             problems += benchmark.problems
             if options.clients and benchmark.stand_ins:
-                if not wrong_queries(served, next(iter(known.places)), known.image_size):
+                if not wrong_queries(served, known):
                     problems.append("a wrong query's status is no 4xx")
                 if not asyncio.run(crowd(served, known, options.clients)):
                     problems.append("a status in the crowd is none of 200, 429, 503 and 504")

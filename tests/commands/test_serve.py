@@ -13,23 +13,23 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from coin.cli import main
 from coin.coding import Promise
 from coin.commands.export import export
-from coin.commands.serve import application, read_system
+from coin.commands.serve import read_system
 from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.modules import Coded
 from coin.networks import Compression, load_network
 from coin.pipeline.steps.merge import compress_file
 from coin.reporting import read_results
 from coin.reporting.choice import recommended
 from coin.reporting.summary import read_run, stand_ins, summarise
-from coin.serving.front_end import FrontEnd, Limits
+from coin.serving.front_end import FrontEnd
+from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import Reply, System
 from tests.serving.conftest import ask_all, ask_one
@@ -50,7 +50,7 @@ def front_end(system: System, *lost: str) -> FrontEnd:
         async def ask(images: torch.Tensor) -> Reply:
             if name in lost:
                 raise RuntimeError("killed")
-            return network(images)
+            return network(images, system.expert_of(name))
 
         return ask
 
@@ -139,7 +139,8 @@ def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: P
     system = read(alone, "standin", "expert_head", "refit+rank2")
     images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        expected = system.decode(1, {"coded-0/expert-letters": system.network("coded-0/expert-letters")(images)}).logits
+        own = system.network("coded-0/expert-letters")(images, 1)
+        expected = system.decode(1, {"coded-0/expert-letters": own}).logits
         found = made.network(to_input(images, 16))
     torch.testing.assert_close(found, expected[:, :6].float(), rtol=1e-2, atol=1e-2)
     base = load_network(export(str(body), str(tmp_path / "peft"), expert="letters", peft=True)).network
@@ -164,7 +165,7 @@ def test_what_a_promise_covers_is_told(alone: Path) -> None:
     first, second = asyncio.run(ask_all(front_end(system, "expert-digits", "expert-letters"), images))
     scores = 1 - first.reply.logits[:, :10].double().softmax(1).amax(1)
     assert torch.equal(first.reply.accepted, scores <= 0.5)
-    assert second.reply.accepted is None
+    assert not second.reply.accepted.any()
 
 
 def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> None:
@@ -198,27 +199,17 @@ def test_compressed_copies_answer_as_their_networks_and_only_few_are_kept_unpack
     assert system.policy.kind == "replica"
     size = system.network(names[0]).nbytes / 2**20
     for keep_mib, kept, reads in ((0.0, 1, 4), (1.9 * size, 1, 4), (2.1 * size, 2, 2)):
-        servers = replace(system, keep_mib=keep_mib).networks(names)
+        read_network = replace(system, keep_mib=keep_mib).reader(names)
         for name in (*names, *names):
-            logits = servers[name](images).logits
+            logits = read_network(system.files[name])(images).logits
             file = load_network(copied / f"seed-0/replicas/{name.rpartition('-')[2]}.4bit.safetensors")
             with torch.no_grad():
                 expected = file.network(to_input(images, 16))
             torch.testing.assert_close(logits[:, : file.num_classes], expected)
-        about = servers[names[0]].unpacked.cache_info()
+        about = read_network.cache_info()
         assert (about.currsize, about.misses) == (kept, reads)
     answer = asyncio.run(ask_one(front_end(system, "expert-letters"), images, 1))
     assert answer.answered_by == ("replica-0/expert-letters",)
-
-
-def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
-    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
-    text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
-    (app,) = yaml.safe_load(text)["applications"]
-    assert app["import_path"] == "coin.commands.serve:application"
-    assert application({**app["args"], "folder": str(finished), "method": "coin"}) is not None
-    with pytest.raises(FileError, match="nowhere"):
-        application({"folder": "nowhere"})
 
 
 MISTAKES = {
@@ -238,7 +229,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistake_is_one_line(case: str, finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)  # as though it were not installed
+    for module in ("ray", "ray.serve"):
+        monkeypatch.setitem(sys.modules, module, None)  # as though it were not installed
     arguments, wanted = MISTAKES[case]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

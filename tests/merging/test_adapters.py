@@ -23,8 +23,7 @@ from coin.networks.delta import quantise
 from coin.networks.kept import kept_parameters
 from coin.networks.running import features_and_logits
 from coin.networks.small import SmallViT
-from coin.serving.ray_app import run_together
-from coin.serving.servers import NetworkServer
+from coin.serving.servers import NetworkServer, Request, run_together
 from coin.statistics.solvers import fit_affine
 
 
@@ -246,12 +245,9 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
                 assert torch.equal(left(inputs[0][0][:3]), right(inputs[0][0][:3]))
     images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
     server = NetworkServer(path, 3, features=True)
-    requests = [("coded-0/b", images[:1]), ("coded-0/a", images[1:]), ("coded-0/b", images)]
-    asked = {"coded-0/a": 0, "coded-0/b": 1}
-    for (name, stored), found in zip(
-        requests, run_together(dict.fromkeys(asked, server), requests, asked), strict=True
-    ):
-        torch.testing.assert_close(found.features, server(stored, asked[name]).features)
+    requests = [Request(path, 1, images[:1]), Request(path, 0, images[1:]), Request(path, 1, images)]
+    for request, found in zip(requests, run_together(lambda path: server, requests), strict=True):
+        torch.testing.assert_close(found.features, server(request.images, request.expert).features)
 
 
 def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):

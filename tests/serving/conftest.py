@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 
 from coin.coding import Code, make_decoder
-from coin.serving.front_end import Answer, FrontEnd, Limits
+from coin.serving.front_end import Answer, FrontEnd
+from coin.serving.limits import Limits
 from coin.serving.policies import Policy, StandIns
-from coin.serving.servers import Reply, System, check_reply
+from coin.serving.servers import Reply, System, check_finite
 from coin.serving.simulate import VirtualLoop
 
 OUTPUTS = 3
 
 
-def body(datatype: str, shape: Sequence[int], data: Any, name: str = "images", **more: Any) -> dict[str, Any]:
+def body(data: Any, name: str = "images", datatype: str = "BYTES", **more: Any) -> dict[str, Any]:
     """Return a request of the Open Inference Protocol."""
-    return {"inputs": [{"name": name, "datatype": datatype, "shape": list(shape), "data": data}], **more}
+    return {"inputs": [{"name": name, "datatype": datatype, "shape": [len(data)], "data": data}], **more}
 
 
 def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
@@ -81,7 +82,7 @@ class LinearSystem:
 
         def server(name: str) -> Callable[[torch.Tensor], Awaitable[Reply]]:
             async def checked(inputs: torch.Tensor) -> Reply:
-                return check_reply(await ask(name, inputs), len(inputs), OUTPUTS)
+                return check_finite(await ask(name, inputs))
 
             return checked
 

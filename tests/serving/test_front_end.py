@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from coin.coding import Answers, decode_linear, make_decoder
-from coin.errors import DeadlineError, DecodingError, LostError, OverloadedError, ServingError
-from coin.serving.front_end import Limits
+from coin.errors import DeadlineError, LostError, OverloadedError, ServingError
+from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, PolicyKind, StandIns
 from coin.serving.servers import Reply, System
 from tests.serving.conftest import LinearSystem, ask_all, ask_one, run_virtually, timed, virtually
@@ -40,13 +40,11 @@ async def full(inputs: torch.Tensor, reply: Reply) -> Reply:
 
 
 hangs = after(1e6)
-nan = behaves(lambda reply: Reply(reply.logits * torch.nan))
+nan = behaves(lambda reply: Reply(reply.logits * torch.nan, reply.features))
 GARBAGE = {
     "raises": raises,
     "hangs": hangs,
     "nan": nan,
-    "narrow": behaves(lambda reply: Reply(reply.logits[:, :2])),
-    "short": behaves(lambda reply: Reply(reply.logits[:0])),
     "nothing": behaves(lambda reply: None),
 }
 
@@ -338,7 +336,7 @@ async def test_what_nobody_waits_for_is_withdrawn_but_for_a_servers_only_request
 def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise() -> None:
     it = LinearSystem([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]], Policy(PolicyKind.coded_hedged))
     inputs = torch.randn(40, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    replies = {name: it.reply(name, inputs)._replace(features=None) for name in it.stand_ins.servers}
+    replies = {name: it.reply(name, inputs) for name in it.stand_ins.servers}
     replies = {name: reply._replace(features=reply.logits.repeat(1, 2)) for name, reply in replies.items()}
     biased = {name: r._replace(logits=r.logits + 0.5) if "coded" in name else r for name, r in replies.items()}
     logits = torch.stack([reply.logits for reply in biased.values()])  # a bias that a fit sees and the code does not
@@ -351,7 +349,7 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise() -> None:
         arrived = {name: reply for name, reply in biased.items() if name not in lost}
         assert system.stand_ins.suffice(expert, arrived)
         found = system.decode(expert, arrived)
-        assert found.accepted is None  # nothing was promised
+        assert not found.accepted.any()  # nothing was promised
         return found.logits
 
     assert torch.allclose(decode(1, "e1"), replies["e1"].logits, atol=1e-4)
@@ -361,9 +359,6 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise() -> None:
     assert torch.allclose(decode(1, "e0", "e1"), both[1])
     fitted.accept(Answers(logits[:3], logits[3:], features[:3], features[3:]), 0.2)
     assert bool(system.decode(1, {name: biased[name] for name in biased if name != "e1"}).accepted.any())
-    huge = {name: reply._replace(logits=reply.logits * 1e308 * 10) for name, reply in biased.items() if name != "e0"}
-    with pytest.raises(DecodingError, match="not finite"):
-        system.decode(0, huge)
 
 
 @pytest.mark.parametrize(
