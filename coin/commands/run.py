@@ -14,13 +14,14 @@ from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan, union
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.prune import remove, size_mib, unreferenced
-from coin.pipeline.run import check_options, outlook, run_experiment, run_only
+from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.choice import recommended, weakness
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary
 
+DRY_RUN = "Print the plan: every step, done or to do, and what it took last time."
 PRUNE = "Remove the finished steps that no experiment beside the store refers to, and run nothing."
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         prune(plan(experiment))
         return
     if options["dry_run"]:
-        print_outlook(experiment.name, [experiment], options["launch"], as_document=options["json"])
+        print_plan(experiment.name, [experiment], options["launch"], as_document=options["json"])
         return
     if options["only"] is not None:
         run_only(experiment, options["only"])
@@ -67,7 +68,8 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
 
 def prune(steps: Sequence[Planned]) -> None:
     """Remove the finished steps that nothing refers to, and print them."""
-    folders, store = unreferenced(steps), steps[0].step.store
+    folders = unreferenced(steps)
+    store = steps[0].step.store
     size = size_mib(folders)
     remove(folders, store)
     for folder in folders:
@@ -75,43 +77,39 @@ def prune(steps: Sequence[Planned]) -> None:
     print(f"{len(folders)} steps, {size:.1f} MiB, removed from '{store}'")
 
 
-def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
-    """Check what a run checks, and print every step: whether it has to run, why, where, and what its like took."""
+def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
+    """Check what a run checks, and print every step: done or to do, and what it cost last time; and what is unused."""
     for experiment in experiments:
         check_options(experiment)
     steps = union(map(plan, experiments))
-    check_launch(launch, steps[0].step.store)
-    rows: list[dict[str, Any]] = [
+    store = steps[0].step.store
+    check_launch(launch, store)
+    rows = pd.DataFrame(
         {
             "step": planned.what,
             "name": planned.step.folder.name,
-            "state": "done" if not why else "to do",
-            "seconds": seconds,
-            "elsewhere": bool(why) and launch.side_by_side and planned.step.remote,
-            "why": why,
+            "state": "done" if planned.step.is_done else "to do",
+            "seconds": None if planned.step.is_done else planned.step.last_seconds(),
             "made_by": planned.step.other_versions,
         }
-        for planned, why, seconds in outlook(steps)
-    ]
-    waiting = [row for row in rows if row["why"]]
+        for planned in steps
+    ).astype({"seconds": float})
+    to_do = int((rows["state"] == "to do").sum())
     unused = unreferenced(steps)
     if as_document:
         left = {"folders": unused, "mib": size_mib(unused)}
-        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows, "unreferenced": left}))
+        print(as_json({"experiment": name, "to_do": to_do, "steps": rows, "unreferenced": left}))
         return
-    took = sum(row["seconds"] or 0 for row in waiting)
-    print(f"{name}: {len(waiting)} of {len(rows)} steps to do{f', which took {took:.0f} s last time' if took else ''}")
-    width = max(len(row["step"]) for row in rows)
-    for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
-        place = " elsewhere" if row["elsewhere"] else ""
-        made = f"by {row['made_by']}, not the versions of now" if row["made_by"] else ""
-        print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{made}{place}".rstrip())
-    if launch.side_by_side:
-        print(f"elsewhere: {launch.executor}, {launch.workers} at a time")
+    last_time = f", which took {rows['seconds'].sum():.0f} s last time" if rows["seconds"].any() else ""
+    print(f"{name}: {to_do} of {len(rows)} steps to do{last_time}")
+    width = rows["step"].str.len().max()
+    for row in rows.itertuples():
+        seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.0f} s"
+        versions = f"  by {row.made_by}, not the versions of now" if row.made_by else ""
+        print(f"{row.state:>5}  {row.step:{width}} {seconds:>7}{versions}".rstrip())
     if unused:
-        told = f"nothing refers to {len(unused)} finished steps in '{steps[0].step.store}', {size_mib(unused):.1f} MiB"
-        print(f"{told}; --prune in place of --dry-run removes them:")
+        print(f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB")
+        print("--prune in place of --dry-run removes them:")
         for folder in unused:
             print(f"       {folder.name}")
 
@@ -123,8 +121,7 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     parser.add_class_arguments(Launch, "launch")
     only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
     parser.add_argument("--only", type=str | None, default=None, help=only)
-    dry_run = "Print the plan: every step, whether it is done or to do and why, what it took last time."
-    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--prune", action="store_true", help=PRUNE)
     add_json_argument(parser)
     given: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
@@ -29,7 +29,7 @@ def process_count() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process writes files and messages: it is rank zero, or at work alone (`each_on_its_own`)."""
+    """Return whether this process writes files and messages: it is rank zero."""
     return not _has_group() or _alone.get() or distributed.get_rank() == 0
 
 
@@ -65,30 +65,6 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
         _alone.reset(token)
     _broadcast((True, result))
     return result
-
-
-def each_on_its_own(computes: Sequence[Callable[[], None]]) -> None:
-    """Run as many functions as there are processes at most, each on a process of its own; all wait for all.
-
-    Within its function every process runs alone, as in `on_rank_zero`. Raises its own error on the process that had
-    it, and a CoinError on the others.
-    """
-    rank = distributed.get_rank()
-    failed: Exception | None = None
-    token = _alone.set(True)
-    try:
-        if rank < len(computes):
-            computes[rank]()
-    except Exception as error:
-        failed = error
-    finally:
-        _alone.reset(token)
-    told: list[str | None] = [None] * process_count()
-    distributed.all_gather_object(told, failed and first_line(failed), group=_control())
-    if failed is not None:
-        raise failed
-    if (stopped := next((line for line in told if line is not None), None)) is not None:
-        raise CoinError(f"another process has stopped: {stopped}")
 
 
 def _broadcast(value: Any) -> Any:

@@ -51,7 +51,6 @@ def test_two_processes_run_an_experiment_together(tmp_path: Path, monkeypatch: p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("left its process group") == 2
-    assert done.stdout.count("rank 1 wrote") == 1, "three closed forms: two at once, then the third"
     folder = tmp_path / "two/shared"
     first = json.loads((tmp_path / "two/first.json").read_text())
     assert first["processes"] == 2
