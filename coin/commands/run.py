@@ -84,29 +84,31 @@ def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, 
     steps = union(map(plan, experiments))
     store = steps[0].step.store
     check_launch(launch, store)
-    rows = pd.DataFrame(
-        {
-            "step": planned.what,
-            "name": planned.step.folder.name,
-            "state": "done" if planned.step.is_done else "to do",
-            "seconds": None if planned.step.is_done else planned.step.last_seconds(),
-            "made_by": planned.step.other_versions,
-        }
-        for planned in steps
-    ).astype({"seconds": float})
-    to_do = int((rows["state"] == "to do").sum())
+    rows: list[dict[str, Any]] = []
+    for planned in steps:
+        step = planned.step
+        rows.append(
+            {
+                "step": planned.what,
+                "name": step.folder.name,
+                "state": "done" if step.is_done else "to do",
+                "seconds": None if step.is_done else step.last_seconds(),
+                "made_by": step.other_versions,
+            }
+        )
+    to_do = sum(row["state"] == "to do" for row in rows)
     unused = unreferenced(steps)
     if as_document:
         left = {"folders": unused, "mib": size_mib(unused)}
         print(as_json({"experiment": name, "to_do": to_do, "steps": rows, "unreferenced": left}))
         return
-    last_time = f", which took {rows['seconds'].sum():.0f} s last time" if rows["seconds"].any() else ""
-    print(f"{name}: {to_do} of {len(rows)} steps to do{last_time}")
-    width = rows["step"].str.len().max()
-    for row in rows.itertuples():
-        seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.0f} s"
-        versions = f"  by {row.made_by}, not the versions of now" if row.made_by else ""
-        print(f"{row.state:>5}  {row.step:{width}} {seconds:>7}{versions}".rstrip())
+    seconds = sum(row["seconds"] or 0 for row in rows)
+    print(f"{name}: {to_do} of {len(rows)} steps to do{f', which took {seconds:.0f} s last time' if seconds else ''}")
+    width = max(len(row["step"]) for row in rows)
+    for row in rows:
+        took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
+        versions = f"  by {row['made_by']}, not the versions of now" if row["made_by"] else ""
+        print(f"{row['state']:>5}  {row['step']:{width}} {took:>7}{versions}".rstrip())
     if unused:
         print(f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB")
         print("--prune in place of --dry-run removes them:")

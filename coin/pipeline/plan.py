@@ -141,8 +141,8 @@ class _Plan:
             log=self._log(seed, "evaluate", "evaluate"),
         )
         folder = experiment.folder / f"seed-{seed}"
-        links = {folder / "evaluation": evaluation.folder}
-        self.steps.append(Planned(evaluation, f"seed {seed}: evaluation", experiment, links, folder))
+        shown = {folder / "evaluation": evaluation.folder}
+        self.steps.append(Planned(evaluation, f"seed {seed}: evaluation", experiment, shown, folder))
 
     def _add(self, step: S, what: str, links: Mapping[str, str]) -> S:
         """Add a step; `links` are places in the experiment's folder, with what in the step's they link to."""
@@ -235,6 +235,7 @@ class _Plan:
                 name=f"{which.name}-{name}",
                 store=self.store,
                 which=which,
+                fisher=self.experiment.calibration.options_of(which),
                 task_name=name,
                 expert=expert,
                 tasks=tasks if which.data is DataChoice.pooled else {name: tasks[name]},
