@@ -48,12 +48,12 @@ def serve(
     system, about = read_system(folder, method, decoder, policy, quantile, keep_mib)
     stop = start(system, about, ray)
     stopped = threading.Event()
-    before = [signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         print(f"serving {', '.join(about.classes)} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
         stopped.wait()
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
         stop()
 
@@ -70,27 +70,29 @@ def read_system(
     check_number("keep_mib", keep_mib, low=0)
     if method is None and decoder is None and policy is None:
         method, decoder = served_by_default(Path(folder))
-    of_copies = method is not None and method.startswith(f"{REPLICA}-")
-    if of_copies and (decoder is not None or Policy(policy or PolicyKind.replica).which != "replica"):
-        told = f"found method '{method}' with policy {policy} and decoder {decoder}"
-        raise ConfigurationError(f"{told}, expected policy replica or replica_proactive and no decoder; leave them out")
-    coded = read_coded(Path(folder), None if of_copies else method, decoder, policy)
-    copies = read_copies(Path(folder), str(method), coded) if of_copies else []
-    own = next(iter(coded.decoders.values())).config
-    default = PolicyKind.coded_hedged if own.reads_survivors else PolicyKind.standin
-    if of_copies:
-        default = PolicyKind.replica
-    system = System.of(coded, Policy(policy or default, quantile), copies, keep_mib)
-    is_packed = bool(copies) or (coded.is_adapted and system.policy.which == "coded")
-    if keep_mib > 0 and not is_packed:
-        told = f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{method or coded.method}'"
-        raise ConfigurationError(f"{told}, expected a body with adapters or compressed copies; leave keep_mib out")
-    if keep_mib > 0 and not copies:
+    copies: list[Path] = []
+    if method is not None and method.startswith(f"{REPLICA}-"):
+        policy = policy or PolicyKind.replica
+        if decoder is not None or Policy(policy).which != "replica":
+            found = f"found method '{method}' with policy {policy} and decoder {decoder}"
+            expected = "expected policy replica or replica_proactive and no decoder"
+            raise ConfigurationError(f"{found}, {expected}; leave them out")
+        coded = read_coded(Path(folder), None, None, policy)
+        copies = read_copies(Path(folder), method, coded)
+    else:
+        coded = read_coded(Path(folder), method, decoder, policy)
+    config = next(iter(coded.decoders.values())).config
+    if policy is None:
+        policy = PolicyKind.coded_hedged if config.reads_survivors else PolicyKind.standin
+    system = System.of(coded, Policy(policy, quantile), copies, keep_mib)
+    if keep_mib > 0 and coded.is_adapted and system.policy.which == "coded":
         system.network(system.stand_ins.of[0][0])  # refuses fewer MiB than one network takes
-    # A promise is about the coded model's answers: those of compressed copies are covered by none.
-    promises = [] if copies else [each for own in coded.decoders.values() for each in own.promises.values()]
-    promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence} if promises else None
-    platform = f"coin ({system.policy.kind}, {method if copies else f'{coded.method}, {own.name}'})"
+    promise = None
+    if not copies:  # a promise is about the coded model's answers
+        promises = [promise for own in coded.decoders.values() for promise in own.promises.values()]
+        if promises:
+            promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence}
+    platform = f"coin ({policy}, {method if copies else f'{coded.method}, {config.name}'})"
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
     size = system.network(system.stand_ins.experts[0]).image_size
     return system, Description(classes, size, platform, promise)
@@ -106,11 +108,11 @@ def served_by_default(folder: Path) -> tuple[str | None, str | None]:
     if kept.empty:
         return None, None
     row = recommended(kept)
-    if found := weakness(row):
-        warnings.warn(f"nothing can be recommended: {found}", CoinWarning, stacklevel=2)
+    if weakness(row):
+        warnings.warn(f"nothing can be recommended: {weakness(row)}", CoinWarning, stacklevel=2)
     if row["name"] == REFERENCES[0]:
-        told = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
-        warnings.warn(told, CoinWarning, stacklevel=2)
+        enough = f"{read_by(row)} would do, and need no server more"
+        warnings.warn(f"{enough}; serving the recommended one of the others", CoinWarning, stacklevel=2)
         return None, None
     decoder = None if row["decoder"] == REPLICA else str(row["decoder"])
     return str(row["name"]).partition("[")[0], decoder

@@ -14,7 +14,7 @@ from coin.modules import Coded
 from coin.reporting.figures import tail_figure
 from coin.reporting.results import write_frame
 from coin.reporting.style import as_png
-from coin.reporting.tables import results_console, rich_table, too_wide
+from coin.reporting.tables import results_console, rich_table
 from coin.reporting.text import percent
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.servers import System, read_coded
@@ -56,12 +56,17 @@ def simulate(
     systems = {kind: System.of(coded, Policy(kind, quantile)) for kind, coded in found.items()}
     times = measured(list(systems.values()))
     rows = []
-    for want, kind in progress_bar("simulating", items=[(want, kind) for want in QueryTarget for kind in found]):
+    cases = [(want, kind) for want in QueryTarget for kind in found]
+    for want, kind in progress_bar("simulating", items=cases):
         system = systems[kind]
-        own = {name: times[network] for name, network in networks_of(system).items()}
-        each = [Simulation(system.stand_ins, system.policy, conditions, own, want, seed) for seed in range(seeds)]
-        rows.append(row_of(found[kind], each[0], list(map(run_simulation, each))))
-    place, table = Path(output or folder), pd.DataFrame(rows)
+        own_times = {name: times[network] for name, network in networks_of(system).items()}
+        simulations = [
+            Simulation(system.stand_ins, system.policy, conditions, own_times, want, seed) for seed in range(seeds)
+        ]
+        answers = [run_simulation(simulation) for simulation in simulations]
+        rows.append(row_of(found[kind], simulations[0], answers))
+    table = pd.DataFrame(rows)
+    place = Path(output or folder)
     write_frame(place / "simulation.csv", table)
     with atomic_path(place / "plots" / "simulation.png") as temporary:
         temporary.write_bytes(as_png(tail_figure(table)))
@@ -88,20 +93,18 @@ def measured(systems: Sequence[System]) -> dict[tuple[Path, int], ServiceTimes]:
 def table_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Return what is printed of the rows: latencies in ms, MiB beyond the experts', shares and accuracy in %."""
     table = rows[["want", "redundancy"]].rename(columns={"redundancy": "policy"})
-    for name in ("p50", "p99", "p999", "p999_low", "p999_high"):
-        table[name.replace("_", " ")] = [f"{1e3 * value:.3g}".replace("inf", "∞") for value in rows[name]]
-    table["MiB"] = [f"{value / 2**20:.3g}" for value in rows["extra_memory"]]
-    for name, column in (("stood in", "share_stood_in"), ("failed", "share_failed"), ("right", "effective_accuracy")):
-        table[name] = rows[column].map(percent)
-    return table.assign(forwards=rows["forwards"].map("{:.2f}".format))
+    for name in ("p50", "p99", "p999"):
+        table[name] = [f"{1e3 * seconds:.3g}".replace("inf", "∞") for seconds in rows[name]]
+    table["MiB"] = [f"{size / 2**20:.3g}" for size in rows["extra_memory"]]
+    table["stood in"] = rows["share_stood_in"].map(percent)
+    table["failed"] = rows["share_failed"].map(percent)
+    table["right"] = rows["effective_accuracy"].map(percent)
+    return table
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Simulate, and print the table: of its columns as many as the terminal has room for."""
+    """Simulate, and print the table."""
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
-    rows, spare = table_of(simulate(**options)), ["forwards", "p50", "p999 high", "p999 low"]
-    console = results_console()
-    while too_wide(table := rich_table(rows, "simulated; ms, MiB, %", ["want", "policy"]), console) and spare:
-        rows = rows.drop(columns=spare.pop())
-    console.print(table)
+    rows = simulate(**options)
+    results_console().print(rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"]))
     print(f"table: {Path(options['output'] or options['folder']) / 'simulation.csv'}")

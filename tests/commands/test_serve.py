@@ -230,7 +230,6 @@ MISTAKES = {
     "gpus": (["FOLDER", "--ray.gpus=-1"], "gpus=-1"),
     "no copies": (["FOLDER", "--method=replica-3bit"], "found no compressed copies 'replica-3bit'"),
     "copies and a policy": (["FOLDER", "--method=replica-3bit", "--policy=standin"], "expected policy replica"),
-    "nothing packed": (["FOLDER", "--method=coin", "--keep_mib=5"], "leave keep_mib out"),
     "keep_mib": (["FOLDER", "--keep_mib=-1"], "keep_mib=-1"),
     "no Ray": (["FOLDER"], "pip install '.[serve]'"),
 }
