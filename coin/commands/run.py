@@ -30,25 +30,28 @@ def main(arguments: Sequence[str]) -> None:
     experiment, options = read_experiment(arguments)
     if options["prune"]:
         prune(plan(experiment))
-        return
-    if options["dry_run"]:
+    elif options["dry_run"]:
         print_plan(experiment.name, [experiment], options["launch"], as_document=options["json"])
-        return
-    if options["only"] is not None:
+    elif options["only"] is not None:
         run_only(experiment, options["only"])
-        return
-    summary = run_experiment(experiment, options["launch"])
-    page = experiment.folder / REPORT_HTML
-    if not is_rank_zero():
-        return
-    if options["json"]:
-        print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
     else:
-        print_summary(summary)
-        print(f"report: {page}")
-        print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
-        if serve := serve_command(experiment.folder, stand_ins(summary)):
-            print(f"      {serve} answers queries")
+        summary = run_experiment(experiment, options["launch"])
+        if is_rank_zero():
+            print_results(experiment, summary, as_document=options["json"])
+
+
+def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document: bool) -> None:
+    """Print the table of an experiment, and the commands that go on from it."""
+    page = experiment.folder / REPORT_HTML
+    if as_document:
+        print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
+        return
+    print_summary(summary)
+    print(f"report: {page}")
+    print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
+    serve = serve_command(experiment.folder, stand_ins(summary))
+    if serve:
+        print(f"      {serve} answers queries")
 
 
 def serve_command(folder: Path, kept: pd.DataFrame) -> str:
@@ -62,7 +65,8 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     if weakness(row) or row["name"] == REFERENCES[0]:
         return ""
     words = ["coin", "serve", str(folder), f"--method={row['name'].partition('[')[0]}"]
-    words += [] if row["decoder"] == REPLICA else [f"--decoder={row['decoder']}"]
+    if row["decoder"] != REPLICA:
+        words.append(f"--decoder={row['decoder']}")
     return shlex.join(words)
 
 

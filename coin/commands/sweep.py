@@ -28,17 +28,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--prune", action="store_true", help=PRUNE)
     options = parsed(parser, arguments)
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        told = f"found WORLD_SIZE={processes}, expected one process, which runs a sweep's steps or launches others"
-        raise ConfigurationError(f"{told}; start coin sweep without torchrun or srun")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        found = f"found WORLD_SIZE={processes}, expected one process, which runs a sweep's steps or launches others"
+        raise ConfigurationError(f"{found}; start coin sweep without torchrun or srun")
     sweep = read_sweep(Path(shipped(SWEEPS, options["file"])))
     folder = Path(options["output"]) / sweep.name
-    points = [(point, read_experiment(point.arguments)[0]) for point in sweep_points(sweep, folder)]
+    points = []
+    for point in sweep_points(sweep, folder):
+        experiment, _ = read_experiment(point.arguments)
+        points.append((point, experiment))
+    experiments = [experiment for _, experiment in points]
     if options["prune"]:
-        prune(union(plan(each) for _, each in points))
+        prune(union(map(plan, experiments)))
         return
     if options["dry_run"]:
-        print_plan(f"{sweep.name}, {len(points)} points", [each for _, each in points], options["launch"])
+        print_plan(f"{sweep.name}, {len(points)} points", experiments, options["launch"])
         return
     frame, page = run_sweep(sweep, points, folder, options["launch"])
     results_console().print(sweep_table(frame, list(sweep.grids[0]), f"{sweep.name}: NDA in %, mean over tasks"))

@@ -4,16 +4,15 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
-from coin.callbacks import ExpertExport, FisherEstimator, Weights  # noqa: F401
+from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands import ON_TRAINER, closing
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
@@ -66,8 +65,6 @@ class TrainerCLI(LightningCLI):
         if self.subcommand == "fisher" and options.get("ckpt_path") and trainer["default_root_dir"] is None:
             trainer["default_root_dir"] = str(Path(options["ckpt_path"]).parent)
         folder = trainer["default_root_dir"]
-        if self.subcommand == "fit" and folder is not None:
-            _add_export(options)
         loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
         for logger in loggers:
             if folder is not None and "save_dir" in getattr(logger, "init_args", ()):
@@ -76,7 +73,12 @@ class TrainerCLI(LightningCLI):
             _hand_on_seed(options.get(part), int(options["seed_everything"]))
 
     def after_instantiate_classes(self) -> None:
-        """Keep W&B's files in the run's folder, until the command ends."""
+        """Have a trained expert written to the folder that was given, and keep W&B's files there."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        has_folder = self.config[self.subcommand]["trainer"]["default_root_dir"] is not None
+        has_export = any(isinstance(callback, ExpertExport) for callback in callbacks)
+        if self.subcommand == "fit" and isinstance(self.model, Expert) and has_folder and not has_export:
+            callbacks.insert(0, ExpertExport())
         modes = [logger_mode(logger) for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), modes[0] if modes else None))
 
@@ -89,20 +91,6 @@ class TrainerCLI(LightningCLI):
 
 
 _ENVIRONMENT = ExitStack()
-
-
-def _add_export(options: Namespace) -> None:
-    """Add the callback that writes ``expert.safetensors`` where an expert is trained and the configuration has none."""
-    model = locate(str(options["model"]["class_path"]))
-    if not (isinstance(model, type) and issubclass(model, Expert)):
-        return
-    found = options["trainer"]["callbacks"] or []
-    callbacks = list(found) if isinstance(found, list) else [found]
-    name = f"{ExpertExport.__module__}.{ExpertExport.__name__}"
-    if not any(str(each["class_path"]).endswith(".ExpertExport") for each in callbacks):
-        init_args = {"path": None, "weights": Weights.last, "task": None}
-        own = Namespace({"class_path": name, "init_args": Namespace(init_args)})  # type: ignore[no-untyped-call]
-        options["trainer"]["callbacks"] = [*callbacks, own]
 
 
 def _hand_on_seed(options: Any, seed: int) -> None:

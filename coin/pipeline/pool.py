@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from coin.core.choices import check_integer
 from coin.core.processes import cores, rank_zero_info
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import CoinError, ConfigurationError, first_line
@@ -64,8 +65,7 @@ class Launch:
     ray: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigurationError(f"found launch.workers {self.workers}, expected at least 1")
+        check_integer("launch.workers", self.workers, 1)
         for executor in (Executor.slurm, Executor.ray):
             if getattr(self, executor) and self.executor is not executor:
                 found = f"found launch.{executor} and launch.executor {self.executor}"

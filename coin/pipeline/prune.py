@@ -45,8 +45,10 @@ def _linked(store: Path) -> set[str]:
 
 def size_mib(folders: Sequence[Path]) -> float:
     """Return the MiB of all files in some folders."""
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum(path.stat().st_size for path in files) / 2**20
+    size = 0
+    for folder in folders:
+        size += sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    return size / 2**20
 
 
 def remove(folders: Sequence[Path], store: Path) -> None:

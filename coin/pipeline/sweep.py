@@ -72,20 +72,22 @@ def read_sweep(path: Path) -> SweepFile:
     if not isinstance(document, dict):
         raise ConfigurationError(f"found no keys in '{path}', expected a sweep with {_FORM}")
     options = {"name": path.stem, "experiment": None, "grid": None, "set": {}, **document}
-    grids: list[Any] = options["grid"] if isinstance(options["grid"], list) else [options["grid"]]
+    name = options["name"]
+    fixed = options["set"]
     files = [options["experiment"]] if isinstance(options["experiment"], str) else options["experiment"]
-    has_name = isinstance(options["name"], str) and is_folder_name(options["name"])
+    grids: list[Any] = options["grid"] if isinstance(options["grid"], list) else [options["grid"]]
+    is_named = isinstance(name, str) and is_folder_name(name) and is_list_of_names(files)
     has_grids = bool(grids) and all(_is_grid(grid) and grid.keys() == grids[0].keys() for grid in grids)
-    is_sweep = has_name and has_grids and is_list_of_names(files) and isinstance(options["set"], dict)
-    if not is_sweep or len(options) > 4:
+    if not is_named or not has_grids or not isinstance(fixed, dict) or len(options) > 4:
         raise ConfigurationError(f"found {str(document)[:200]} in '{path}', expected a sweep with {_FORM}")
-    for key in (*options["set"], *grids[0]):
+    for key in (*fixed, *grids[0]):
         if not isinstance(key, str) or key in _DECIDED:
             expected = f"an experiment's dotted key, none of {', '.join(_DECIDED)}"
             raise ConfigurationError(f"found key {key!r} in '{path}', expected {expected}; leave it out")
     text = path.read_text(encoding="utf-8")
-    named = text if "name" in document else f"name: {path.stem}\n{text}"
-    return SweepFile(options["name"], files, grids, options["set"], named)
+    if "name" not in document:
+        text = f"name: {name}\n{text}"
+    return SweepFile(name, files, grids, fixed, text)
 
 
 def _is_grid(value: Any) -> bool:
@@ -98,11 +100,14 @@ def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
     """Return the points of the grids in order, the last key varying fastest."""
     points: list[SweepPoint] = []
     for grid in sweep.grids:
-        indexed = [enumerate(values) for values in grid.values()]
-        for chosen in itertools.product(*indexed):
-            values = {key: value for key, (_, value) in zip(grid, chosen, strict=True)}
-            described = [f"{key.rsplit('.')[-1]}-{_short(*own)}" for key, own in zip(grid, chosen, strict=True)]
-            description = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(described))[:_NAME_LENGTH].strip("._-")
+        numbered = [list(enumerate(values)) for values in grid.values()]
+        for chosen in itertools.product(*numbered):  # of each key a value and its place
+            values: dict[str, Any] = {}
+            words = []
+            for key, (place, value) in zip(grid, chosen, strict=True):
+                values[key] = value
+                words.append(f"{key.rsplit('.')[-1]}-{_short(place, value)}")
+            description = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:_NAME_LENGTH].strip("._-")
             name = f"{sweep.name}-{len(points):03d}-{description}"
             points.append(SweepPoint(name, values, _arguments(sweep, values, name, folder)))
     return points
@@ -133,30 +138,34 @@ def run_sweep(
 
     Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
     """
-    tags = [os.environ.get("WANDB_TAGS", ""), f"sweep-{sweep.name}"]
-    os.environ["WANDB_TAGS"] = ",".join(filter(None, tags))
+    given_tags = os.environ.get("WANDB_TAGS")
+    tag = f"sweep-{sweep.name}"
+    os.environ["WANDB_TAGS"] = f"{given_tags},{tag}" if given_tags else tag
     steps = union([prepared(experiment, launch) for _, experiment in points])
     write_text(folder / SWEEP_YAML, sweep.text)
     rank_zero_info(f"sweep {sweep.name}: {len(points)} points, {len(steps)} steps")
-    seed_folders = {
-        point: [experiment.folder / f"seed-{seed}" for seed in experiment.seeds] for point, experiment in points
-    }
+    every_point = []  # with its seeds' folders
+    for point, experiment in points:
+        every_point.append((point.values, [experiment.folder / f"seed-{seed}" for seed in experiment.seeds]))
     measured: set[Path] = set()
 
-    def write_tables(planned: Planned, changed: bool) -> None:
-        """Write the tables of the points whose seeds are all measured."""
+    def on_done(planned: Planned, changed: bool) -> None:
         report_seed(planned, changed)
         if planned.seed_folder is not None:
             measured.add(planned.seed_folder)
-            finished = [(point.values, own) for point, own in seed_folders.items() if measured.issuperset(own)]
-            for name, read in ((PROMISE_CSV, read_promises), (SWEEP_CSV, read_results)):
-                frame = sweep_frame(finished, read)
-                if frame is not None:
-                    write_frame(folder / name, frame)
+            _write_tables(folder, [(values, seeds) for values, seeds in every_point if measured.issuperset(seeds)])
 
-    run_steps(steps, launch, write_tables, keep_going=True)
+    run_steps(steps, launch, on_done, keep_going=True)
     for _, experiment in points:
         summarise_experiment(experiment, steps)
-    frame = sweep_frame([(point.values, own) for point, own in seed_folders.items()])
+    frame = sweep_frame(every_point)
     assert frame is not None
     return frame, write_report(folder)
+
+
+def _write_tables(folder: Path, points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> None:
+    """Write the tables of points whose seeds are all measured."""
+    for name, read in ((PROMISE_CSV, read_promises), (SWEEP_CSV, read_results)):
+        frame = sweep_frame(points, read)
+        if frame is not None:
+            write_frame(folder / name, frame)

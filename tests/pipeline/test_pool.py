@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_one_line(
         with pytest.raises(ConfigurationError, match=match), open_pool(launch, tmp_path):
             pass
 
-    with pytest.raises(ConfigurationError, match="workers 0"):
+    with pytest.raises(ConfigurationError, match="workers=0"):
         Launch(workers=0)
     with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
         Launch(slurm={"timeout_min": 3})
