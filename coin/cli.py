@@ -154,7 +154,8 @@ def _mistake(error: BaseException) -> str | None:
     if not isinstance(error, ArgumentError):
         return None
     text = " ".join(str(error).split())
-    line = re.sub(r"Does not validate against .*? Errors: | Given value type: .*", "", text)[:400]
+    spare = r"Does not validate against .*? Errors: | Given value type: (.*? Given value: Namespace.*|\S+ \S+)"
+    line = re.sub(spare, "", text)[:400]
     options = re.findall(r'Parser key "(?:[\w.]+\.)?(\w+)"', line)
     form = _FORMS.get(options[-1]) if options else None
     return f"{line}, expected {form}" if form else line

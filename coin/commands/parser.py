@@ -18,7 +18,6 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
 _WHOLE = {"methods": "[]", "tasks": "{}"}  # options whose entries are objects, and what they are without any
-_OTHER_NAMES = {"learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs"}  # of other libraries
 _UNKNOWN = re.compile(
     r"unrecognized arguments: --([\w.+-]+)|^Option '(.+)' is not|^Group '(.+)' does not accept option '(.+)'"
 )
@@ -46,7 +45,8 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
             raise
         name = ".".join(part for part in unknown.groups() if part)
         known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "config"))]
-        hint = _other_name(name, known) or did_you_mean(name, known)
+        renamed = re.sub("learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name))  # as others call them
+        hint = f" (did you mean {renamed}?)" if renamed in known else did_you_mean(name, known)
         raise ConfigurationError(
             f"found option '{name}'{hint}, expected one that {parser.prog} --help lists"
         ) from error
@@ -58,13 +58,6 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
         given |= yaml.safe_load(parser.dump(found, skip_validation=True))
     options: dict[str, Any] = parser.instantiate(found).as_dict()
     return options
-
-
-def _other_name(name: str, known: Sequence[str]) -> str:
-    """Return a hint where an option has the name that other libraries give it; '' elsewhere."""
-    section, _, last = name.rpartition(".")
-    own = f"{section}.{_OTHER_NAMES.get(last)}"
-    return f" (did you mean {own}?)" if own in known else ""
 
 
 def run_function(command: str, arguments: Sequence[str]) -> None:

@@ -107,7 +107,8 @@ def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, 
         print(as_json({"experiment": name, "to_do": to_do, "steps": rows, "unreferenced": left}))
         return
     seconds = sum(row["seconds"] or 0 for row in rows)
-    print(f"{name}: {to_do} of {len(rows)} steps to do{f', which took {seconds:.0f} s last time' if seconds else ''}")
+    last_time = f", which took {seconds:.0f} s last time" if seconds else ""
+    print(f"{name}: {to_do} of {len(rows)} steps to do{last_time}")
     width = max(len(row["step"]) for row in rows)
     for row in rows:
         took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"

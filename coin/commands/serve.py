@@ -92,7 +92,8 @@ def read_system(
         promises = [promise for own in coded.decoders.values() for promise in own.promises.values()]
         if promises:
             promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence}
-    platform = f"coin ({policy}, {method if copies else f'{coded.method}, {config.name}'})"
+    served = method if copies else f"{coded.method}, {config.name}"
+    platform = f"coin ({policy}, {served})"
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
     size = system.network(system.stand_ins.experts[0]).image_size
     return system, Description(classes, size, platform, promise)

@@ -9,9 +9,8 @@ from torch import nn
 
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
-from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import sha256_of
-from coin.files.safetensors import load_provenance
 from coin.merging.expert_sources import spread
 from coin.networks import NetworkConfig, head_name
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
@@ -74,14 +73,11 @@ def check_experts(
 
 
 def _classes_of(place: str, config: NetworkConfig) -> list[str]:
-    """Return the classes that a checkpoint names, in the order of its logits; none where it names none."""
-    if place.startswith(PREFIX):
-        source = config.source
-        return source.classes(local_place(place)) if isinstance(source, HuggingFace) else []
-    try:
-        return [str(name) for name in load_provenance(Path(place)).get("classes") or ()]
-    except FileError:  # no file of coin's
-        return []
+    """Return the classes that a place of Hugging Face's names, in the order of its logits; none of files."""
+    source = config.source
+    if place.startswith(PREFIX) and isinstance(source, HuggingFace):
+        return source.classes(local_place(place))
+    return []
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ class Experiment:
         self.wandb = wandb
         self.given = given or {}
         self.seeds = seeds if isinstance(seeds, list) else [seeds or 0]
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(seed in _SEEDS for seed in self.seeds):
+        in_range = [seed for seed in self.seeds if seed in _SEEDS]
+        if not self.seeds or len(set(in_range)) != len(self.seeds):
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
         self.decoders = distinct_decoders(decoders)
@@ -166,9 +167,6 @@ class Experiment:
                 trainable=recipe.trainable,
                 head_lr=recipe.head_lr,
             )
-        self._check_files()
-
-    def _check_files(self) -> None:
         for task in self._all_tasks().values():
             task.check_files()
 
@@ -181,7 +179,6 @@ class Experiment:
         for place in dict.fromkeys(places):
             fetch_from_hub(place)
         Tasks(self.tasks).prepare_data()
-        self._check_files()
 
     def check_parts(self) -> None:
         """Raise CoinError, before any training, if data are unreadable or too few, or a checkpoint does not fit."""

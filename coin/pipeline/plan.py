@@ -163,7 +163,12 @@ class _Plan:
             "num_experts": len(experiment.tasks),
             "num_coded": experiment.code.num_coded,
         }
-        called = name if seed is None else f"seed-{seed}-expert-{name}" if kind == "expert" else f"seed-{seed}-{name}"
+        if seed is None:
+            called = name
+        elif kind == "expert":
+            called = f"seed-{seed}-expert-{name}"
+        else:
+            called = f"seed-{seed}-{name}"
         every_tag = (*tags, experiment.network.name, *experiment.wandb.tags)
         return RunLog(folder, experiment.name, kind, f"{experiment.name}-{called}", every_tag, config)
 

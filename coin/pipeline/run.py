@@ -217,7 +217,8 @@ class _Run:
         self.waiting = {name: each for name, each in self.waiting.items() if key not in each.step.closure}
 
     def _say(self, planned: Planned, what: str) -> None:
-        rank_zero_info(f"[{self.places[planned.step.key]}/{len(self.places)}] {planned.what}: {what}")
+        place = self.places[planned.step.key]
+        rank_zero_info(f"[{place}/{len(self.places)}] {planned.what}: {what}")
 
 
 def execute(step: Step, say: Callable[[str], None] = lambda _: None) -> None:

@@ -115,11 +115,13 @@ class Step(ABC):
         if not self.is_done:
             return ""
         made_by = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
-        return ", ".join(f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != versions()[name])
+        current = versions()
+        return ", ".join(f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name])
 
     def last_seconds(self) -> float | None:
         """Return the seconds that the latest finished step of this name took; None if there is none."""
-        finished = list(self.store.glob(f"{self.name}-{'?' * _KEY_LENGTH}/{DONE}"))
+        any_key = "?" * _KEY_LENGTH
+        finished = list(self.store.glob(f"{self.name}-{any_key}/{DONE}"))
         if not finished:
             return None
         latest = max(finished, key=lambda path: path.stat().st_mtime)

@@ -75,11 +75,14 @@ def read_sweep(path: Path) -> SweepFile:
     name = options["name"]
     fixed = options["set"]
     files = [options["experiment"]] if isinstance(options["experiment"], str) else options["experiment"]
-    grids: list[Any] = options["grid"] if isinstance(options["grid"], list) else [options["grid"]]
+    grid = options["grid"]
+    grids: list[Any] = grid if isinstance(grid, list) else [grid]
     is_named = isinstance(name, str) and is_folder_name(name) and is_list_of_names(files)
-    has_grids = bool(grids) and all(_is_grid(grid) and grid.keys() == grids[0].keys() for grid in grids)
+    has_grids = bool(grids) and all(map(_is_grid, grids))
     if not is_named or not has_grids or not isinstance(fixed, dict) or len(options) > 4:
         raise ConfigurationError(f"found {str(document)[:200]} in '{path}', expected a sweep with {_FORM}")
+    if any(each.keys() != grids[0].keys() for each in grids):
+        raise ConfigurationError(f"found grids of other keys in '{path}', expected a list of grids with the same keys")
     for key in (*fixed, *grids[0]):
         if not isinstance(key, str) or key in _DECIDED:
             expected = f"an experiment's dotted key, none of {', '.join(_DECIDED)}"

@@ -224,10 +224,7 @@ def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
 MISTAKES = {
     "no results": (["nowhere"], "nowhere"),
     "decoder": (["FOLDER", "--decoder=magic"], "magic"),
-    "policy": (["FOLDER", "--policy=magic"], "magic"),
     "port": (["FOLDER", "--ray.port=0"], "port=0"),
-    "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
-    "gpus": (["FOLDER", "--ray.gpus=-1"], "gpus=-1"),
     "no copies": (["FOLDER", "--method=replica-3bit"], "found no compressed copies 'replica-3bit'"),
     "copies and a policy": (["FOLDER", "--method=replica-3bit", "--policy=standin"], "expected policy replica"),
     "keep_mib": (["FOLDER", "--keep_mib=-1"], "keep_mib=-1"),
