@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
@@ -19,13 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import coin
 from coin.commands import COMMANDS, FUNCTIONS, ON_TRAINER
 from coin.core.choices import did_you_mean
-from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
+from coin.errors import CoinError, CoinWarning, ConfigurationError
 
-_LESS = ("Does not validate against any", "- Expected a path")
-"""How messages of jsonargparse begin that say less than their causes."""
 _INTERRUPTED, _TERMINATED = 130, 143
 """What shells give for SIGINT and SIGTERM: 128 and the signal's number."""
 _received: list[int] = []
@@ -39,6 +35,8 @@ _FORMS = {
     "code": "code: [[0.5, 0.5]], a row of weights for each coded model, or code: 1, how many there are",
     "epochs": "a whole number",
     "network": "network: {name: resnet18}",
+    "tasks": "tasks: {NAME: {class_path: Glyphs, init_args: {classes: A-J}}}",
+    "methods": "methods: [{class_path: Refit, init_args: {adapters: {rank: 16}}}]",
 }
 """The right form of options that are often given in another one."""
 
@@ -51,21 +49,23 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _received.clear()
     arguments = list(sys.argv[1:] if args is None else args)
-    name = next(iter(arguments), "")
+    name = arguments[0] if arguments else ""
     usual = warnings.formatwarning
     warnings.formatwarning = partial(_format_warning, usual)
     try:
         _run(name, arguments[1:])
     except BaseException as error:
-        if (status := _interruption(error)) is not None:
+        status = _interruption(error)
+        if status is not None:
             by = " by SIGTERM" if status == _TERMINATED else ""
             resumed = "; the same command goes on where it was" if name in ("run", "sweep") else ""
             print(f"coin: interrupted{by}{resumed}", file=sys.stderr)
             return status
-        if isinstance(error, SystemExit) or (line := _mistake(error)) is None:
+        line = _mistake(error)
+        if line is None:
             raise
-        see = f"; see coin {name if name in COMMANDS else 'COMMAND'} --help"
-        print(f"coin: error: {line}{'' if ';' in line else see}", file=sys.stderr)
+        see = "" if ";" in line else f"; see coin {name if name in COMMANDS else 'COMMAND'} --help"
+        print(f"coin: error: {line}{see}", file=sys.stderr)
         return 2
     finally:
         warnings.formatwarning = usual
@@ -82,36 +82,27 @@ def take_signals() -> None:
 
 def _send_again(usual: Callable[[Any], object], unraisable: Any) -> None:
     """Send a signal again that came where Python ignores what is raised: in a ``__del__``."""
-    if _received and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+    if _received and isinstance(unraisable.exc_value, KeyboardInterrupt):
         threading.Timer(0.05, os.kill, (os.getpid(), _received[-1] - 128)).start()
     else:
         usual(unraisable)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Note a signal, and end the command by an exception; a training's SIGTERM is Lightning's, which ends a batch."""
+    """Note a signal, and end the command by an exception."""
     _received.append(128 + number)
-    if signal.getsignal(number) is not _end:  # Lightning's handler calls this one
-        return
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
+    raise KeyboardInterrupt
 
 
 def _interruption(stop: BaseException) -> int | None:
     """Return the exit status for what was interrupted; None for what ended itself: by ``--help``, or by an error."""
     if _received:
         return _received[0]
-    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+    if isinstance(stop, KeyboardInterrupt):
         return _INTERRUPTED
-    if not isinstance(stop, SystemExit):
-        return None
-    if stop.code in (_TERMINATED, int(signal.SIGTERM)):  # of the handler while steps run elsewhere, and of Ray's own
+    # By SIGTERM while steps run elsewhere, and while Ray starts, which has a handler of its own.
+    if isinstance(stop, SystemExit) and stop.code in (_TERMINATED, int(signal.SIGTERM)):
         return _TERMINATED
-    if stop.code is None:
-        from lightning.pytorch.utilities.exceptions import SIGTERMException  # not at the top: importing it takes long
-
-        return _TERMINATED if isinstance(stop, SIGTERMException) else None
     return None
 
 
@@ -124,8 +115,8 @@ def _run(name: str, options: list[str]) -> None:
         raise ConfigurationError(f"found {found}, expected one of {', '.join(COMMANDS)}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
-    if name in ("run", "sweep"):
-        options = [re.sub("^--executor(?==|$)", "--launch.executor", each) for each in options]
+    short, full = ("output", "trainer.default_root_dir") if name in ON_TRAINER else ("executor", "launch.executor")
+    options = [re.sub(f"^--{short}(?==|$)", f"--{full}", option) for option in options]
     if name in ON_TRAINER:
         import_module("coin.commands.trainer").main([name, *options])
     elif name in FUNCTIONS:
@@ -148,35 +139,23 @@ comes with coin, such as quickstart; --print_config shows all of them."""
 
 def _format_warning(usual: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any) -> str:
     """Return our own warnings like our errors, without the line of source code that Python adds."""
-    ours = issubclass(category, CoinWarning)
-    return f"coin: warning: {' '.join(str(message).split())}\n" if ours else usual(message, category, *place)
+    if issubclass(category, CoinWarning):
+        return f"coin: warning: {' '.join(str(message).split())}\n"
+    return usual(message, category, *place)
 
 
-def _mistake(error: BaseException | None) -> str | None:
-    """Return the line about an error of ours, or about options that a parser refuses; None for everything else.
-
-    jsonargparse hands on what a constructor raises as the cause of an error of its own.
-    """
-    refused, told = isinstance(error, ArgumentError), [""]
-    while error is not None and not isinstance(error, CoinError) and _raised_by_parser(error):
-        if not (line := first_line(error)).startswith(_LESS):
-            told = [each for each in told if not line.startswith(each)] + [line]
-        error = error.__cause__
-    if isinstance(error, CoinError):
-        return None if "\n" in str(error) else str(error)
-    if not refused:
+def _mistake(error: BaseException) -> str | None:
+    """Return the line about an error of ours, or about options that a parser refuses; None for everything else."""
+    cause: BaseException | None = error
+    while isinstance(cause, ArgumentError | TypeError | ValueError) and not isinstance(cause, CoinError):
+        cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
+    if isinstance(cause, CoinError):
+        return None if "\n" in str(cause) else str(cause)
+    if not isinstance(error, ArgumentError):
         return None
-    if name := told[-1].partition("Expected a dot import path string: ")[2]:
-        rooms = [vars(import_module(room)) for room in ("coin.data", "coin.modules")]
-        known = [*coin.__all__, *(each for room in rooms for each in room if each[0].isupper())]
-        told[-1] = f"found class '{name}'{did_you_mean(name, known)}, expected one of coin's or a dotted import path"
-    line = " ".join(told)[:400]
+    text = " ".join(str(error).split())
+    spare = r"Does not validate against .*? Errors: | Given value type: (.*? Given value: Namespace.*|\S+ \S+)"
+    line = re.sub(spare, "", text)[:400]
     options = re.findall(r'Parser key "(?:[\w.]+\.)?(\w+)"', line)
     form = _FORMS.get(options[-1]) if options else None
     return f"{line}, expected {form}" if form else line
-
-
-def _raised_by_parser(error: BaseException) -> bool:
-    """Return whether jsonargparse or argparse raised an error, not the user's code that they called."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals["__name__"].partition(".")[0] in ("jsonargparse", "argparse")

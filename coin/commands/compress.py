@@ -20,7 +20,8 @@ def compress_network(
         base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
             delta is taken from it; 0: not at all, the network itself is rounded.
     """
-    compression, source = Compression.of({"bits": bits, "base_bits": base_bits}), Path(network)
+    compression = Compression.of({"bits": bits, "base_bits": base_bits})
+    source = Path(network)
     path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)
     compress_file(source, path, None if base is None else Path(base), compression)
     return path

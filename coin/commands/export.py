@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.merging.peft import save_peft
 from coin.networks import head_name, load_network, pad_head, save_network
 from coin.networks.files import NetworkFile
@@ -15,9 +15,12 @@ HEADS = "heads.safetensors"  # zero-shot heads, in the folder of a CLIP's vision
 
 
 def export(
-    network: str, output: str | None = None, experts: dict[str, str] | None = None, expert: str | None = None,
+    network: str,
+    output: str | None = None,
+    experts: dict[str, str] | None = None,
+    expert: str | None = None,
     peft: bool = False,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write one expert of a body with adapters, or a network of Hugging Face's.
 
     The expert's is body, adapter and its own head in one: of Hugging Face's a folder that transformers loads, else a
@@ -29,71 +32,62 @@ def export(
     Args:
         network: The network's safetensors file, which may be a compressed one.
         output: The folder, or an expert's file; by default beside `network`, with its name.
-        experts: The experts' files by task, whose heads are written beside a coded vision tower; by default those of
-            the run whose ``coded/`` the tower lies in. With an expert its own head is written.
+        experts: The experts' files by task, for the head of an expert, and the heads beside a coded vision tower; by
+            default those of the run whose ``coded/`` the file lies in.
         expert: Of a body with adapters, the task whose expert is written, of whatever network.
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``.
     """
-    path = Path(network)
-    file = load_network(path)
+    file = load_network(Path(network))
+    files = {task: Path(path) for task, path in (experts or {}).items()}
+    if not files:
+        run = file.path.absolute().parent.parent
+        files = {path.parent.name: path for path in sorted(run.glob("experts/*/expert.safetensors"))}
     if file.adapters or expert is not None:
-        return _export_adapted(file, expert, experts or _beside(path), output, peft)
+        return _export_expert(file, expert, files, output, peft)
     source = file.config.source
     if not isinstance(source, HuggingFace):
-        told = f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
-        raise ConfigurationError(f"{told}; others are plain safetensors already, under the network's own names")
-    folder = path.with_suffix("") if output is None else Path(output)
-    if folder.is_file():
-        raise FileError(f"found the file '{folder}', expected a folder to write or none; give another --output")
-    try:
-        source.save(file.network, folder)
-        if source.zero_shot:
-            if experts is None and "code" in file.provenance:  # those that lie beside its run's coded models
-                experts = _beside(path)
-            save_file(_heads(file, experts or {}), folder / HEADS)
-    except OSError as error:
-        raise FileError(f"cannot write '{folder}' ({error}); give another --output") from error
+        found = f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
+        raise ConfigurationError(f"{found}; others are plain safetensors already, under the network's own names")
+    folder = file.path.with_suffix("") if output is None else Path(output)
+    source.save(file.network, folder)
+    if source.zero_shot:
+        save_file(_heads(file, files), folder / HEADS)
     return folder
 
 
-def _beside(path: Path) -> dict[str, str]:
-    """Return the experts' files of the run whose ``coded/`` a file lies in, by task."""
-    own = sorted(path.absolute().parent.parent.glob("experts/*/expert.safetensors"))
-    return {expert.parent.name: str(expert) for expert in own}
-
-
-def _export_adapted(
-    file: NetworkFile, expert: str | None, experts: dict[str, str], output: str | None, peft: bool
+def _export_expert(
+    file: NetworkFile, expert: str | None, files: dict[str, Path], output: str | None, peft: bool
 ) -> Path:
     tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
-    if expert not in tasks or expert not in experts:
+    if expert not in tasks or expert not in files:
         known = f"one of {', '.join(tasks)}, whose files lie in experts/ or are given" if tasks else "none: no adapters"
         raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
-    own, adapter = load_network(Path(experts[expert])), file.adapters[tasks.index(expert)]
-    classes, path = own.num_classes, file.path.with_name(f"{file.path.stem}-{expert}")
-    path = path if output is None else Path(output)
+    own = load_network(files[expert])
+    adapter = file.adapters[tasks.index(expert)]
+    path = file.path.with_name(f"{file.path.stem}-{expert}") if output is None else Path(output)
     if peft:
-        classes, made = file.num_classes, file.network
-        head = pad_head(own.network, classes).get_submodule(head_name(own.network))
-        save_peft(adapter, made, head.state_dict(), path / expert)
+        padded = pad_head(own.network, file.num_classes)
+        head = padded.get_submodule(head_name(padded))
+        save_peft(adapter, file.network, head.state_dict(), path / expert)
         path = path / "body"
+        made = file.network
+        num_classes = file.num_classes
     else:
         made = adapter.applied_to(file.network, own.network.get_submodule(head_name(own.network)))
+        num_classes = own.num_classes
     if isinstance(file.config.source, HuggingFace):
         file.config.source.save(made, path)
         return path
-    path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    save_network(path, made, file.config, classes, {"made_by": "coin export", "task": expert})
+    if path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    save_network(path, made, file.config, num_classes, {"made_by": "coin export", "task": expert})
     return path
 
 
-def _heads(file: NetworkFile, experts: dict[str, str]) -> dict[str, Tensor]:
-    """Return the heads of experts by task; without any, that of the network itself, if it is an expert."""
-    files = {task: load_network(Path(path)) for task, path in experts.items()}
-    for task, other in files.items():
-        if other.config.name != file.config.name or other.config.options != file.config.options:
-            raise ConfigurationError(f"found the expert '{task}' of {other.config.name}, expected {file.config.name}")
-    if not files and "code" not in file.provenance:
-        files = {str(file.provenance.get("task")): file}
+def _heads(file: NetworkFile, files: dict[str, Path]) -> dict[str, Tensor]:
+    """Return the experts' heads ``[C, F]`` by task; of an expert its own."""
+    opened = {task: load_network(path) for task, path in files.items()}
+    if "code" not in file.provenance:
+        opened = {str(file.provenance.get("task")): file}
     head = f"{head_name(file.network)}.weight"
-    return {task: other.state[head].clone().contiguous() for task, other in files.items()}
+    return {task: other.state[head].clone().contiguous() for task, other in opened.items()}

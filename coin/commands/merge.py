@@ -46,15 +46,20 @@ def merge(
         trainer: Options of the Trainer, for distillation; its ``accelerator`` and ``devices`` say where merges run, by
             default on the CPU, where the experts' files are.
     """
-    named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
-    given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
-    found = {name: _described(name, files) for name, files in given.items()}
-    statistics = {which: given[name] for name, (which, _) in found.items()}
-    device = merging_device(Path(output), trainer or {"accelerator": "cpu"})
+    statistics: dict[Statistic, dict[str, Path]] = {}
+    samples: int | None = None  # P, as the statistics' files say
+    for kind, given in ((StatisticKind.fisher, fisher), (StatisticKind.gram, gram)):
+        if given:
+            files = {task: Path(path) for task, path in given.items()}
+            which, described = _described(kind, files)
+            statistics[which] = files
+            samples = samples or described
+    folder = Path(output)
+    device = merging_device(folder, trainer or {"accelerator": "cpu"})
     paths = {task: Path(path) for task, path in experts.items()}
     opened = ExpertFiles(paths, Path(initial) if initial else None, device)
-    calibration, train = None, None
-    samples = next((samples for _, samples in found.values()), None)
+    calibration = None
+    train = None
     if tasks is not None:
         if list(tasks) != list(experts):
             raise ConfigurationError(f"found tasks {list(tasks)} for experts {list(experts)}, expected the same order")
@@ -64,26 +69,28 @@ def merge(
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
         data.setup()
-        calibration, samples = list(data.calibrations().values()), samples_per_task
-        train = Training(data, Path(output), seed, trainer or {})
+        calibration = list(data.calibrations().values())
+        samples = samples_per_task
+        train = Training(data, folder, seed, trainer or {})
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
     kinds = [which.kind for which in statistics if which.kind is not None]
     method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
     stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
-    return make_coded_models(method, read_code(code, len(experts)), stored, Path(output), samples)
+    return make_coded_models(method, read_code(code, len(experts)), stored, folder, samples)
 
 
 def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
-    """Return the kind and data that all files of a statistic name, and P if the first file names it."""
-    found: dict[Statistic, int | None] = {}
+    """Return the kind and data that all files of a statistic name, and P if a file names it."""
+    found: set[Statistic] = set()
+    samples: int | None = None
     for path in files.values():
         made = load_provenance(path)
-        try:
-            kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
-            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), made.get("samples_per_task"))
-        except (KeyError, ValueError, TypeError) as error:
-            raise FileError(f"'{path}' does not say what {name} it holds of what; make it with coin fisher") from error
+        if "data" not in made or (name is StatisticKind.fisher and "kind" not in made):
+            raise FileError(f"'{path}' does not say what {name} it holds of what; make it with coin fisher")
+        kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
+        found.add(Statistic(name, DataChoice(made["data"]), kind))
+        samples = samples or made.get("samples_per_task")
     if len(found) > 1:
         raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
-    return next(iter(found.items()))
+    return found.pop(), samples

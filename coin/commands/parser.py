@@ -18,8 +18,9 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
 _WHOLE = {"methods": "[]", "tasks": "{}"}  # options whose entries are objects, and what they are without any
-_ALIASES = {"learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs"}  # other libraries' names of options
-_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.+-]+).*|(?:Group '(.+)' does not accept o|O)ption '([^']+)'.*")
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: --([\w.+-]+)|^Option '(.+)' is not|^Group '(.+)' does not accept option '(.+)'"
+)
 
 
 def command_parser(name: str) -> ArgumentParser:
@@ -39,19 +40,19 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
     try:
         found = parser.parse_args(checked_arguments(parser.prog.removeprefix("coin "), arguments))
     except ArgumentError as error:
-        if parser.prog == "coin run" and (stray := re.fullmatch(r"unrecognized arguments: (\w\S*)", str(error))):
-            raise ConfigurationError(f"{error}; did you mean -c {stray[1]}?") from error
-        if (unknown := _UNKNOWN.fullmatch(str(error))) is None:
+        unknown = _UNKNOWN.search(str(error))
+        if unknown is None:
             raise
-        name = unknown[1] or ".".join(filter(None, unknown.groups()))
-        known = [each.dest for each in parser._actions if not each.dest.endswith(("help", "config"))]
-        section, _, last = name.rpartition(".")
-        meant = f"{section}.{_ALIASES[last]}" if last in _ALIASES else ""
-        hint = f" (did you mean {meant}?)" if meant in known else did_you_mean(name, known)
-        told = f"found option '{name}'{hint}"
-        raise ConfigurationError(f"{told}, expected one that {parser.prog} --help lists; check it") from error
-    if empty := [name for name in parser.groups or () if found.get(name, "") is None]:
-        raise ConfigurationError(f"found no options in {empty[0]}, expected 'option: value' lines; or leave it out")
+        name = ".".join(part for part in unknown.groups() if part)
+        known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "config"))]
+        renamed = re.sub("learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name))  # as others call them
+        hint = f" (did you mean {renamed}?)" if renamed in known else did_you_mean(name, known)
+        raise ConfigurationError(
+            f"found option '{name}'{hint}, expected one that {parser.prog} --help lists"
+        ) from error
+    for name in parser.groups or ():
+        if found.get(name, "") is None:
+            raise ConfigurationError(f"found no options in {name}, expected 'option: value' lines; or leave it out")
     found.pop("config", None)
     if given is not None:
         given |= yaml.safe_load(parser.dump(found, skip_validation=True))
@@ -101,23 +102,13 @@ def checked_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     for argument in left:
         option, _, value = argument.partition("=")
         keys: Collection[str] = [option.removeprefix("--")] if option.startswith("--") else []
-        if option in ("-c", "--config") and (value := value or next(left, "")):
-            if not value.lstrip().startswith("{"):  # options written out
-                value = shipped(command, value)
-                document = read_yaml(Path(value))
-                _check_classes(document)
+        if option in ("-c", "--config"):
+            file = value or next(left, "")
+            if not file.lstrip().startswith("{"):  # options written out
+                file = shipped(command, file)
+                document = read_yaml(Path(file))
                 keys = document if isinstance(document, dict) else []
-            argument = f"--config={value}"
+            argument = f"--config={file}"
         found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
         found.append(argument)
     return found
-
-
-def _check_classes(value: Any) -> None:
-    """Raise ConfigurationError where options stand beside a ``class_path``: jsonargparse would name another class."""
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_classes(each)
-    if isinstance(value, dict) and "class_path" in value:
-        for stray in sorted(value.keys() - {"class_path", "init_args", "dict_kwargs"}):
-            told = f"found '{stray}' beside class_path: {value['class_path']}, expected options under init_args"
-            raise ConfigurationError(f"{told}; write init_args: {{{stray}: …}}")

@@ -14,13 +14,14 @@ from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan, union
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.prune import remove, size_mib, unreferenced
-from coin.pipeline.run import check_options, outlook, run_experiment, run_only
+from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.choice import recommended, weakness
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary
 
+DRY_RUN = "Print the plan: every step, done or to do, and what it took last time."
 PRUNE = "Remove the finished steps that no experiment beside the store refers to, and run nothing."
 
 
@@ -29,25 +30,28 @@ def main(arguments: Sequence[str]) -> None:
     experiment, options = read_experiment(arguments)
     if options["prune"]:
         prune(plan(experiment))
-        return
-    if options["dry_run"]:
-        print_outlook(experiment.name, [experiment], options["launch"], as_document=options["json"])
-        return
-    if options["only"] is not None:
+    elif options["dry_run"]:
+        print_plan(experiment.name, [experiment], options["launch"], as_document=options["json"])
+    elif options["only"] is not None:
         run_only(experiment, options["only"])
-        return
-    summary = run_experiment(experiment, options["launch"])
-    page = experiment.folder / REPORT_HTML
-    if not is_rank_zero():
-        return
-    if options["json"]:
-        print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
     else:
-        print_summary(summary)
-        print(f"report: {page}")
-        print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
-        if serve := serve_command(experiment.folder, stand_ins(summary)):
-            print(f"      {serve} answers queries")
+        summary = run_experiment(experiment, options["launch"])
+        if is_rank_zero():
+            print_results(experiment, summary, as_document=options["json"])
+
+
+def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document: bool) -> None:
+    """Print the table of an experiment, and the commands that go on from it."""
+    page = experiment.folder / REPORT_HTML
+    if as_document:
+        print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
+        return
+    print_summary(summary)
+    print(f"report: {page}")
+    print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
+    serve = serve_command(experiment.folder, stand_ins(summary))
+    if serve:
+        print(f"      {serve} answers queries")
 
 
 def serve_command(folder: Path, kept: pd.DataFrame) -> str:
@@ -61,13 +65,15 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     if weakness(row) or row["name"] == REFERENCES[0]:
         return ""
     words = ["coin", "serve", str(folder), f"--method={row['name'].partition('[')[0]}"]
-    words += [] if row["decoder"] == REPLICA else [f"--decoder={row['decoder']}"]
+    if row["decoder"] != REPLICA:
+        words.append(f"--decoder={row['decoder']}")
     return shlex.join(words)
 
 
 def prune(steps: Sequence[Planned]) -> None:
     """Remove the finished steps that nothing refers to, and print them."""
-    folders, store = unreferenced(steps), steps[0].step.store
+    folders = unreferenced(steps)
+    store = steps[0].step.store
     size = size_mib(folders)
     remove(folders, store)
     for folder in folders:
@@ -75,43 +81,42 @@ def prune(steps: Sequence[Planned]) -> None:
     print(f"{len(folders)} steps, {size:.1f} MiB, removed from '{store}'")
 
 
-def print_outlook(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
-    """Check what a run checks, and print every step: whether it has to run, why, where, and what its like took."""
+def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
+    """Check what a run checks, and print every step: done or to do, and what it cost last time; and what is unused."""
     for experiment in experiments:
         check_options(experiment)
     steps = union(map(plan, experiments))
-    check_launch(launch, steps[0].step.store)
-    rows: list[dict[str, Any]] = [
-        {
-            "step": planned.what,
-            "name": planned.step.folder.name,
-            "state": "done" if not why else "to do",
-            "seconds": seconds,
-            "elsewhere": bool(why) and launch.side_by_side and planned.step.remote,
-            "why": why,
-            "made_by": planned.step.other_versions,
-        }
-        for planned, why, seconds in outlook(steps)
-    ]
-    waiting = [row for row in rows if row["why"]]
+    store = steps[0].step.store
+    check_launch(launch, store)
+    rows: list[dict[str, Any]] = []
+    for planned in steps:
+        step = planned.step
+        rows.append(
+            {
+                "step": planned.what,
+                "name": step.folder.name,
+                "state": "done" if step.is_done else "to do",
+                "seconds": None if step.is_done else step.last_seconds(),
+                "made_by": step.other_versions,
+            }
+        )
+    to_do = sum(row["state"] == "to do" for row in rows)
     unused = unreferenced(steps)
     if as_document:
         left = {"folders": unused, "mib": size_mib(unused)}
-        print(as_json({"experiment": name, "to_do": len(waiting), "steps": rows, "unreferenced": left}))
+        print(as_json({"experiment": name, "to_do": to_do, "steps": rows, "unreferenced": left}))
         return
-    took = sum(row["seconds"] or 0 for row in waiting)
-    print(f"{name}: {len(waiting)} of {len(rows)} steps to do{f', which took {took:.0f} s last time' if took else ''}")
+    seconds = sum(row["seconds"] or 0 for row in rows)
+    last_time = f", which took {seconds:.0f} s last time" if seconds else ""
+    print(f"{name}: {to_do} of {len(rows)} steps to do{last_time}")
     width = max(len(row["step"]) for row in rows)
     for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
-        place = " elsewhere" if row["elsewhere"] else ""
-        made = f"by {row['made_by']}, not the versions of now" if row["made_by"] else ""
-        print(f"{row['state']:>5}  {row['step']:{width}} {seconds:>7}  {row['why']}{made}{place}".rstrip())
-    if launch.side_by_side:
-        print(f"elsewhere: {launch.executor}, {launch.workers} at a time")
+        took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
+        versions = f"  by {row['made_by']}, not the versions of now" if row["made_by"] else ""
+        print(f"{row['state']:>5}  {row['step']:{width}} {took:>7}{versions}".rstrip())
     if unused:
-        told = f"nothing refers to {len(unused)} finished steps in '{steps[0].step.store}', {size_mib(unused):.1f} MiB"
-        print(f"{told}; --prune in place of --dry-run removes them:")
+        print(f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB")
+        print("--prune in place of --dry-run removes them:")
         for folder in unused:
             print(f"       {folder.name}")
 
@@ -123,8 +128,7 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     parser.add_class_arguments(Launch, "launch")
     only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
     parser.add_argument("--only", type=str | None, default=None, help=only)
-    dry_run = "Print the plan: every step, whether it is done or to do and why, what it took last time."
-    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--prune", action="store_true", help=PRUNE)
     add_json_argument(parser)
     given: dict[str, Any] = {}

@@ -116,8 +116,8 @@ def served_by_default(folder: Path) -> str | None:
     if kept.empty:  # results from before memory was measured
         return None
     row = recommended(kept)
-    if found := weakness(row):
-        warnings.warn(f"nothing can be recommended: {found}", CoinWarning, stacklevel=2)
+    if weakness(row):
+        warnings.warn(f"nothing can be recommended: {weakness(row)}", CoinWarning, stacklevel=2)
     if row["name"] == REFERENCES[0]:
         message = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
         warnings.warn(message, CoinWarning, stacklevel=2)

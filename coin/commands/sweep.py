@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coin.commands.parser import command_parser, parsed
-from coin.commands.run import PRUNE, print_outlook, prune, read_experiment
+from coin.commands.run import DRY_RUN, PRUNE, print_plan, prune, read_experiment
 from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
 from coin.pipeline.plan import plan, union
@@ -25,20 +25,25 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("file", type=str, help="The sweep's YAML, or the name of one in configs/study.")
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_class_arguments(Launch, "launch")
-    parser.add_argument("--dry-run", action="store_true", help="Print the steps: done or to do, and why.")
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     parser.add_argument("--prune", action="store_true", help=PRUNE)
     options = parsed(parser, arguments)
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        told = f"found WORLD_SIZE={processes}, expected one process, which runs a sweep's steps or launches others"
-        raise ConfigurationError(f"{told}; start coin sweep without torchrun or srun")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        found = f"found WORLD_SIZE={processes}, expected one process, which runs a sweep's steps or launches others"
+        raise ConfigurationError(f"{found}; start coin sweep without torchrun or srun")
     sweep = read_sweep(Path(shipped(SWEEPS, options["file"])))
     folder = Path(options["output"]) / sweep.name
-    points = [(point, read_experiment(point.arguments)[0]) for point in sweep_points(sweep, folder)]
+    points = []
+    for point in sweep_points(sweep, folder):
+        experiment, _ = read_experiment(point.arguments)
+        points.append((point, experiment))
+    experiments = [experiment for _, experiment in points]
     if options["prune"]:
-        prune(union(plan(each) for _, each in points))
+        prune(union(map(plan, experiments)))
         return
     if options["dry_run"]:
-        print_outlook(f"{sweep.name}, {len(points)} points", [each for _, each in points], options["launch"])
+        print_plan(f"{sweep.name}, {len(points)} points", experiments, options["launch"])
         return
     frame, page = run_sweep(sweep, points, folder, options["launch"])
     results_console().print(sweep_table(frame, list(sweep.grids[0]), f"{sweep.name}: NDA in %, mean over tasks"))

@@ -4,22 +4,21 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
-from coin.callbacks import ExpertExport, FisherEstimator, Weights  # noqa: F401
+from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands import ON_TRAINER, closing
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.modules import Expert
-from coin.networks.weights import TO_GO_ON, read_checkpoint
+from coin.networks.weights import read_checkpoint
 from coin.tracking.settings import logger_mode, run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
@@ -34,19 +33,19 @@ class TrainerCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "fisher": own, "evaluate": own | {"configuration"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--output``, and the expert as the default model: ``coin fit --data MNIST5k`` is a whole command."""
-        folder = "The folder for all files; by default the working directory, or that of fisher's checkpoint."
-        parser.add_argument("--output", type=str | None, help=folder)
+        """Make the expert the default model: ``coin fit --data MNIST5k`` is a whole command."""
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
 
     def _parse_ckpt_path(self) -> None:
         """Take only the architecture from the checkpoint, and none for ``fit``; Lightning would take all options."""
-        subcommand, options = self.config.subcommand, self.config[self.config.subcommand]
+        subcommand = self.config.subcommand
+        options = self.config[subcommand]
         path = options.get("ckpt_path")
-        is_file = path is not None and not str(path).endswith(".ckpt")
-        if path is None or subcommand in ("fit", "evaluate") or (is_file and subcommand == "fisher"):
+        if path is None or subcommand in ("fit", "evaluate"):
             return
-        if is_file:
+        if not str(path).endswith(".ckpt"):
+            if subcommand == "fisher":  # an expert's file, which says what it is
+                return
             raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
         found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
@@ -60,46 +59,28 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Set missing seeds and the one folder to write to; ``config.yaml`` is written beside a trained model alone."""
         options = self.config[self.subcommand]
-        self.save_config_callback = self.save_config_callback if self.subcommand == "fit" else None
-        checkpoint = options.get("ckpt_path") if self.subcommand == "fisher" else None
-        beside = None if checkpoint is None else str(Path(checkpoint).parent)
-        folder = self._folder_given(options) or beside
-        options["trainer"]["default_root_dir"] = folder
-        if self.subcommand == "fit" and folder is not None:
-            _add_export(options)
-        loggers = options["trainer"]["logger"]
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
+        trainer = options["trainer"]
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        if self.subcommand == "fisher" and options.get("ckpt_path") and trainer["default_root_dir"] is None:
+            trainer["default_root_dir"] = str(Path(options["ckpt_path"]).parent)
+        folder = trainer["default_root_dir"]
+        loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
+        for logger in loggers:
             if folder is not None and "save_dir" in getattr(logger, "init_args", ()):
                 logger.init_args.save_dir = folder
         for part in ("model", "data"):
             _hand_on_seed(options.get(part), int(options["seed_everything"]))
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments, and keep the command line's words."""
-        self._words = list(args)
-        super().parse_arguments(parser, args)
-
-    def _folder_given(self, options: Namespace) -> str | None:
-        """Return the folder given as ``--output`` or as the Trainer's, which decides, as users of Lightning expect.
-
-        Only ``--output`` on the command line goes before a Trainer's folder that stands in a file.
-        """
-        output, root = options["output"], options["trainer"]["default_root_dir"]
-        given = {word.partition("=")[0] for word in self._words}
-        output_decides = "--output" in given and "--trainer.default_root_dir" not in given
-        found: str | None = output or root if output_decides else root or output
-        return found
-
     def after_instantiate_classes(self) -> None:
-        """Keep W&B's files in the run's folder, until the command ends."""
-        asked = [logger_mode(each) for each in self.trainer.loggers if isinstance(each, WandbLogger)]
-        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)))
-
-    def before_fit(self) -> None:
-        """Check the checkpoint to resume from, unless Lightning finds it itself."""
-        path, trusted = (self.config["fit"][name] for name in ("ckpt_path", "weights_only"))
-        if path not in (None, "best", "last", "hpc", "registry") and trusted is not False:
-            read_checkpoint(Path(path), TO_GO_ON)
+        """Have a trained expert written to the folder that was given, and keep W&B's files there."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        has_folder = self.config[self.subcommand]["trainer"]["default_root_dir"] is not None
+        has_export = any(isinstance(callback, ExpertExport) for callback in callbacks)
+        if self.subcommand == "fit" and isinstance(self.model, Expert) and has_folder and not has_export:
+            callbacks.insert(0, ExpertExport())
+        modes = [logger_mode(logger) for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
+        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), modes[0] if modes else None))
 
     def say_what_was_reached(self) -> None:
         """Print what a command has reached, its file, and the next command."""
@@ -110,20 +91,6 @@ class TrainerCLI(LightningCLI):
 
 
 _ENVIRONMENT = ExitStack()
-
-
-def _add_export(options: Namespace) -> None:
-    """Add the callback that writes ``expert.safetensors`` where an expert is trained and the configuration has none."""
-    model = locate(str(options["model"]["class_path"]))
-    if not (isinstance(model, type) and issubclass(model, Expert)):
-        return
-    found = options["trainer"]["callbacks"] or []
-    callbacks = list(found) if isinstance(found, list) else [found]
-    name = f"{ExpertExport.__module__}.{ExpertExport.__name__}"
-    if not any(str(each["class_path"]).endswith(".ExpertExport") for each in callbacks):
-        init_args = {"path": None, "weights": Weights.last, "task": None}
-        own = Namespace({"class_path": name, "init_args": Namespace(init_args)})  # type: ignore[no-untyped-call]
-        options["trainer"]["callbacks"] = [*callbacks, own]
 
 
 def _hand_on_seed(options: Any, seed: int) -> None:
@@ -142,21 +109,16 @@ def main(arguments: Sequence[str]) -> None:
     silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
     quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
-    try:
-        with _ENVIRONMENT:
-            TrainerCLI(
-                LightningModule,
-                LightningDataModule,
-                trainer_class=Trainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
-                save_config_kwargs={"overwrite": True},
-                parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
-                seed_everything_default=0,
-                args=[arguments[0], *checked_arguments(arguments[0], arguments[1:])],
-            )
-    except ValueError as error:
-        if "is not in bounds" not in str(error):  # what Lightning says of a seed
-            raise
-        raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
+    with _ENVIRONMENT:
+        TrainerCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
+            seed_everything_default=0,
+            args=[arguments[0], *checked_arguments(arguments[0], arguments[1:])],
+        )

@@ -29,7 +29,7 @@ def process_count() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process writes files and messages: it is rank zero, or at work alone (`each_on_its_own`)."""
+    """Return whether this process writes files and messages: it is rank zero."""
     return not _has_group() or _alone.get() or distributed.get_rank() == 0
 
 

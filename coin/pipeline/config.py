@@ -63,11 +63,8 @@ class ExpertConfig(TrainingConfig):
         try:
             return replace(self, **options)
         except TypeError as error:
-            told = f"expert.overrides.{task} has an unknown option ({error})"
-            raise ConfigurationError(f"{told}; use options of the expert section") from error
-
-
-FEW = 10  # with fewer calibration samples a task there is a warning
+            problem = f"expert.overrides.{task} has an unknown option ({error})"
+            raise ConfigurationError(f"{problem}; use options of the expert section") from error
 
 
 @dataclass(frozen=True)
@@ -99,25 +96,24 @@ class CalibrationConfig:
     promise_confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        least = {"samples_per_task": 1, "batch_size": 1, "memory_mib": 1, "promise_samples": 0, "fisher_mc_samples": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), lowest)
-        for name in ("promise_alpha", "promise_confidence"):
-            check_number(name, getattr(self, name), low=0, high=1, strict=True)
-        object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
-        object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
+        for name in ("samples_per_task", "batch_size", "memory_mib"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("promise_samples", self.promise_samples, 0)
+        if self.fisher_mc_samples is not None:
+            check_integer("fisher_mc_samples", self.fisher_mc_samples, 1)
+        check_number("promise_alpha", self.promise_alpha, low=0, high=1, strict=True)
+        check_number("promise_confidence", self.promise_confidence, low=0, high=1, strict=True)
 
     def warn_of_too_few(self) -> None:
-        """Warn if there are too few samples to learn from, or for any promise."""
+        """Warn if there are too few samples for any promise."""
         needed = samples_needed(self.promise_alpha, self.promise_confidence)
-        if self.samples_per_task < FEW:
-            told = f"found samples_per_task={self.samples_per_task}, expected at least {FEW}"
-            warnings.warn(f"{told}: merges and decoders are fitted to these samples", CoinWarning, stacklevel=2)
         if 0 < self.promise_samples < needed:
-            told = f"nothing will be promised: found promise_samples={self.promise_samples}, expected at least {needed}"
-            at = f"promise_alpha={self.promise_alpha:g} at {self.promise_confidence:g} confidence"
-            warnings.warn(f"{told} for {at}; raise either", CoinWarning, stacklevel=2)
+            warnings.warn(
+                f"nothing will be promised: found promise_samples={self.promise_samples}, expected at least {needed} "
+                f"for promise_alpha={self.promise_alpha:g} at {self.promise_confidence:g} confidence; raise either",
+                CoinWarning,
+                stacklevel=2,
+            )
 
     def options_of(self, which: Statistic) -> FisherOptions | None:
         """Return the options with which a Fisher is computed; Gram matrices have none."""

@@ -41,11 +41,11 @@ def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, A
     kept = {name: value for name, value in trainer.items() if name not in _WITHOUT_EFFECT and value is not None}
     if kept.get("precision") in _USUAL_PRECISION:
         del kept["precision"]
-    if training:
-        if kept.get("devices") in _AS_MANY_AS_THERE_ARE:
-            kept["devices"] = _device_count(trainer.get("accelerator", "auto"))
-        return {name: value for name, value in kept.items() if value != _ON_PROCESSES.get(name)}
-    return {name: value for name, value in kept.items() if name not in _ON_PROCESSES}
+    if not training:
+        return {name: value for name, value in kept.items() if name not in _ON_PROCESSES}
+    if kept.get("devices") in _AS_MANY_AS_THERE_ARE:
+        kept["devices"] = _device_count(trainer.get("accelerator", "auto"))
+    return {name: value for name, value in kept.items() if value != _ON_PROCESSES.get(name)}
 
 
 @cache
@@ -79,44 +79,54 @@ def config_dict(value: Any) -> Any:
         return value.value
     if isinstance(value, np.generic | Tensor):
         return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str | Path):
-        return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [config_dict(entry) for entry in value]
     if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
         value = value.as_dict()
     if isinstance(value, Mapping):
         options = {str(name): config_dict(entry) for name, entry in value.items()}
         path = options.get("class_path")
-        return options | ({} if not isinstance(path, str) else _source(source_of_path(path)))
-    if isinstance(value, list | tuple):
-        return [config_dict(entry) for entry in value]
+        return options | _source(source_of_path(path) if isinstance(path, str) else None)
     if is_dataclass(value) and not isinstance(value, type):
         return {option.name: config_dict(getattr(value, option.name)) for option in fields(value)}
     if isinstance(value, TaskData | Method):
-        kind, contents = type(value), getattr(value, "content_key", None)
-        name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
-        options = {option: config_dict(given) for option, given in _given(value).items()}
-        own = {"contents": contents()} if contents else {}
-        return {"class": name, **options, **own, **_source(source_of(kind))}
+        return _object_dict(value)
     raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
+
+
+def _object_dict(value: TaskData | Method) -> dict[str, Any]:
+    kind = type(value)
+    is_own = kind.__module__.startswith("coin.")
+    found = {"class": kind.__name__ if is_own else f"{kind.__module__}.{kind.__qualname__}"}
+    for name in _option_names(kind):
+        attribute = name if hasattr(value, name) else f"_{name}"
+        if not hasattr(value, attribute):
+            problem = f"found a {kind.__name__} that does not store its option {name}"
+            raise ConfigurationError(f"{problem}, expected an attribute {name}; set it in the constructor")
+        found[name] = config_dict(getattr(value, attribute))
+    if hasattr(value, "content_key"):
+        found["contents"] = value.content_key()
+    return found | _source(source_of(kind))
+
+
+def _option_names(kind: type) -> list[str]:
+    """Return the names of a constructor's arguments, with those of base classes that it hands on."""
+    names: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        arguments = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        kinds = [argument.kind for argument in arguments]
+        names += [each.name for each in arguments if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return names
 
 
 def _source(digest: str | None) -> dict[str, str]:
     """Return the entry of the source of a user's class; none for coin's."""
     return {} if digest is None else {"source": digest}
-
-
-def _given(value: TaskData | Method) -> dict[str, Any]:
-    """Return the constructor's arguments, including those of base classes."""
-    options = {}
-    for kind in type(value).__mro__:
-        if "__init__" not in vars(kind):
-            continue
-        arguments = list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]
-        for name in (a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)):
-            if not hasattr(value, name) and not hasattr(value, f"_{name}"):
-                told = f"found a {type(value).__name__} that does not store its option {name}"
-                raise ConfigurationError(f"{told}, expected an attribute {name}; set it in the constructor")
-            options[name] = getattr(value, name, getattr(value, f"_{name}", None))
-        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
-            break
-    return options

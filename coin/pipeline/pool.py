@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from coin.core.choices import check_integer
 from coin.core.processes import cores, rank_zero_info
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import CoinError, ConfigurationError, first_line
@@ -64,12 +65,11 @@ class Launch:
     ray: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigurationError(f"found launch.workers {self.workers}, expected at least 1")
-        for executor, options in ((Executor.slurm, self.slurm), (Executor.ray, self.ray)):
-            if options and self.executor is not executor:
-                told = f"found launch.{executor} and launch.executor {self.executor}"
-                raise ConfigurationError(f"{told}; set launch.executor={executor}")
+        check_integer("launch.workers", self.workers, 1)
+        for executor in (Executor.slurm, Executor.ray):
+            if getattr(self, executor) and self.executor is not executor:
+                found = f"found launch.{executor} and launch.executor {self.executor}"
+                raise ConfigurationError(f"{found}; set launch.executor={executor}")
 
     @property
     def side_by_side(self) -> bool:
@@ -93,14 +93,16 @@ class Command:
     ) -> None:
         """Run it, its exit status noted in its log; CommandFailedError unless that is 0. `started` gets the process."""
         command = [sys.executable, "-m", "coin", *self.arguments]
-        environment = child_environment(cores()) if environment is None else environment
+        if environment is None:
+            environment = child_environment(cores())
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab", buffering=0) as log:
             log.write(f"# {' '.join(command)}\n".encode())
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
             started(process)
-            log.write(f"\n{_STATUS}{process.wait()}\n".encode())
-        if process.returncode:
+            status = process.wait()
+            log.write(f"\n{_STATUS}{status}\n".encode())
+        if status:
             raise CommandFailedError(self.failure())
 
     def failure(self) -> str:
@@ -108,13 +110,16 @@ class Command:
 
         It names a job of SLURM's, and the log if there is one: a job may be cancelled or killed before it writes.
         """
-        see = f" (see {self.log})" if self.log.is_file() else ""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
-        *said, last = [line for line in text.splitlines() if line.strip()] or [""]
-        if not last.startswith(_STATUS):
-            job = f"job {kept.read_text(encoding='utf-8')}" if (kept := self.job).is_file() else "it"
-            return f"{job} ended without a result, cancelled or killed{see}"
-        return f"{last.removeprefix('# ')}: {said[-1]}{see}"
+        lines = []
+        see = ""
+        if self.log.is_file():
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if line.strip()]
+            see = f" (see {self.log})"
+        if lines and lines[-1].startswith(_STATUS):
+            return f"{lines[-1].removeprefix('# ')}: {lines[-2]}{see}"
+        job = f"job {self.job.read_text(encoding='utf-8')}" if self.job.is_file() else "it"
+        return f"{job} ended without a result, cancelled or killed{see}"
 
     @property
     def job(self) -> Path:
@@ -143,8 +148,8 @@ def open_pool(launch: Launch | None, store: Path) -> Iterator[Submit | None]:
     elif launch.executor is Executor.slurm:
         yield _Slurm(launch, store).submit
     else:
-        # A scheduler sends SIGTERM before the end of an allocation, and Ray's own handler would abort.
         with _ray(launch) if launch.executor is Executor.ray else _processes(launch.workers) as submit:
+            # A scheduler sends SIGTERM before the end of an allocation, and Ray's own handler would abort.
             before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             try:
                 yield submit
@@ -169,20 +174,24 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     """Return the environment of each worker on this machine: its share of the cores and GPUs; several may share one."""
     import torch  # which a job that only starts a command does not need
 
-    environment = child_environment(max(1, cores() // workers))
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shared = child_environment(max(1, cores() // workers))
     count = torch.cuda.device_count()
+    if count == 0:
+        return [shared] * workers
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
-    if not devices:
-        return [environment] * workers
-    shares = [devices[place::workers] or [devices[place % len(devices)]] for place in range(workers)]
-    return [{**environment, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+    environments = []
+    for place in range(workers):
+        own = devices[place::workers] or [devices[place % count]]
+        environments.append({**shared, "CUDA_VISIBLE_DEVICES": ",".join(own)})
+    return environments
 
 
 @contextlib.contextmanager
 def _processes(workers: int) -> Iterator[Submit]:
     """Yield what starts a command in a process of this machine, which ends with this one."""
-    free, running = worker_environments(workers), list[Any]()
+    free = worker_environments(workers)
+    running: list[Any] = []
 
     def run(command: Command, environment: dict[str, str]) -> None:
         try:
@@ -209,75 +218,82 @@ class _Slurm:
     """
 
     def __init__(self, launch: Launch, store: Path) -> None:
-        self._submitit, self._launch = extra_module("submitit", "slurm"), launch
+        self.submitit = extra_module("submitit", "slurm")
+        self.given = launch.slurm
+        self.folder = store / ".jobs"
+        self.reasons: dict[str, str] = {}  # why each job of this user waits, by its number
+        self.asked_at = -math.inf  # when SLURM was asked for them
+        self.own: set[str] = set()  # the jobs that are waited for
+        self.told: set[str] = set()  # the reasons that were printed
+        self.left_at: dict[str, float] = {}  # when a job without a result left the queue
         options: dict[str, Any] = {"cluster": "slurm", "name": "coin", **launch.slurm}
-        self._cluster, self._folder = options.pop("cluster"), store / ".jobs"
-        if self._cluster == "slurm" and shutil.which("srun") is None:
-            told = "found no srun on this machine, expected a SLURM cluster's login node"
-            raise ConfigurationError(f"{told}; launch.slurm.cluster=debug tries the jobs here")
-        self._asked, self._queue = -math.inf, set[str]()
-        self._own, self._told = set[str](), set[str]()  # the jobs that are waited for, and the reasons that were told
-        self._gone: dict[str, float] = {}  # since when a job without a result is no more in the queue
+        cluster = options.pop("cluster")
+        self.is_cluster = cluster == "slurm"
+        if self.is_cluster and shutil.which("srun") is None:
+            found = "found no srun on this machine, expected a SLURM cluster's login node"
+            raise ConfigurationError(f"{found}; launch.slurm.cluster=debug tries the jobs here")
         logging.getLogger("submitit").setLevel(logging.ERROR)  # of accounting, which is not everywhere
         with self._refusals("use"):
-            self._executor = self._submitit.AutoExecutor(self._folder, cluster=self._cluster)
-            self._executor.update_parameters(**options)
+            self.executor = self.submitit.AutoExecutor(self.folder, cluster=cluster)
+            self.executor.update_parameters(**options)
 
     @contextlib.contextmanager
     def _refusals(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # submitit's and sbatch's errors share no base class
-            raise ConfigurationError(f"cannot {what} jobs with {self._launch.slurm}: {first_line(error)}") from error
+            raise ConfigurationError(f"cannot {what} jobs with {self.given}: {first_line(error)}") from error
 
     def submit(self, command: Command) -> Callable[[], bool]:
         """Submit a command, unless its job is still alive."""
-        kept = command.job
-        if kept.is_file() and (job_id := kept.read_text(encoding="utf-8")) in self._queued():
-            self._own.add(job_id)
-            return partial(self._has_ended, self._submitit.SlurmJob(self._folder, job_id))
-        with self._refusals("submit"):
-            job = self._executor.submit(command)
-        write_text(kept, str(job.job_id))
-        self._queue.add(str(job.job_id))
-        self._own.add(str(job.job_id))
+        job_id = command.job.read_text(encoding="utf-8") if command.job.is_file() else ""
+        if job_id in self._queued():
+            job = self.submitit.SlurmJob(self.folder, job_id)
+        else:
+            with self._refusals("submit"):
+                job = self.executor.submit(command)
+            job_id = str(job.job_id)
+            write_text(command.job, job_id)
+            self.reasons[job_id] = ""
+        self.own.add(job_id)
         return partial(self._has_ended, job)
 
     def _has_ended(self, job: Any) -> bool:
-        if job.paths.result_pickle.exists() or (self._cluster != "slurm" and job.done()):
+        if job.paths.result_pickle.exists():
             return True
-        if self._cluster != "slurm" or job.job_id in self._queued():
-            self._gone.pop(job.job_id, None)
+        if not self.is_cluster:
+            return bool(job.done())
+        if job.job_id in self._queued():
+            self.left_at.pop(job.job_id, None)
             return False
-        return time.monotonic() - self._gone.setdefault(job.job_id, time.monotonic()) > _GONE_SECONDS
+        now = time.monotonic()
+        return now - self.left_at.setdefault(job.job_id, now) > _GONE_SECONDS
 
-    def _queued(self) -> set[str]:
-        """Return the numbers of this user's jobs, asked for now and then; say where no node takes one of them."""
-        if self._cluster == "slurm" and time.monotonic() - self._asked > _QUEUE_SECONDS:
-            asked = subprocess.run(["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False)
-            if asked.returncode == 0:  # otherwise the controller is busy: what it said last stands
-                reasons = dict(line.partition(" ")[::2] for line in asked.stdout.splitlines())
-                self._queue = set(reasons)
-                self._tell({job: reason for job, reason in reasons.items() if job in self._own})
-            self._asked = time.monotonic()
-        return self._queue
-
-    def _tell(self, reasons: Mapping[str, str]) -> None:
-        """Say, once for each reason, that no node takes a job that is waited for, such as a drained one."""
-        for job, reason in reasons.items():
-            if reason not in self._told and any(each in reason for each in _NO_NODE):
-                self._told.add(reason)
+    def _queued(self) -> dict[str, str]:
+        """Return this user's jobs and why they wait, asked for now and then; say once if no node takes one of them."""
+        if not self.is_cluster or time.monotonic() - self.asked_at < _QUEUE_SECONDS:
+            return self.reasons
+        asked = subprocess.run(["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False)
+        self.asked_at = time.monotonic()
+        if asked.returncode == 0:  # otherwise the controller is busy: what it said last stands
+            self.reasons = dict(line.partition(" ")[::2] for line in asked.stdout.splitlines())
+        for job, reason in self.reasons.items():
+            if job in self.own and reason not in self.told and any(each in reason for each in _NO_NODE):
+                self.told.add(reason)
                 rank_zero_info(f"job {job} waits for a node: {reason}; sinfo -R says why")
+        return self.reasons
 
 
 @contextlib.contextmanager
 def _ray(launch: Launch) -> Iterator[Submit]:
     """Yield what starts a command as a task of Ray; a task whose machine is lost is started again."""
     options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
-    folder, variables = Path.cwd(), {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     address = options.pop("address", None)
     set_ray_variables(address)
-    ray, running = extra_module("ray", "serve"), list[Any]()
+    ray = extra_module("ray", "serve")
+    folder = Path.cwd()
+    variables = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    running: list[Any] = []
 
     def run(command: Command) -> None:  # in this folder, with this command's variables for W&B
         os.chdir(folder)
@@ -285,8 +301,9 @@ def _ray(launch: Launch) -> Iterator[Submit]:
         command()
 
     def submit(command: Command) -> Callable[[], bool]:
-        running.append(task.remote(command))
-        done: Callable[[], bool] = running[-1].future().done
+        reference = task.remote(command)
+        running.append(reference)
+        done: Callable[[], bool] = reference.future().done
         return done
 
     try:

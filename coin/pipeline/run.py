@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,10 +17,9 @@ from coin.core.processes import each_on_its_own, on_rank_zero, process_count, ra
 from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import Planned, plan
+from coin.pipeline.plan import Planned, plan, remove_old_links
 from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
 from coin.pipeline.step import Step
-from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
 from coin.reporting.report_parts import REPORT_HTML
 from coin.reporting.summary import is_replaced, read_summary, write_seeds, write_summary
@@ -30,14 +28,15 @@ from coin.trainer import make_trainer
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
-_DECIDED = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
+_SET_BY_STEPS = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
 _POLL_SECONDS = 0.2
 
 
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
     """Run every step that is not done, for every seed, report, and return the contents of ``summary.csv``."""
-    run_steps(prepared(experiment, launch), launch, report_seed)
-    return on_rank_zero(partial(summarise_experiment, experiment))
+    steps = prepared(experiment, launch)
+    run_steps(steps, launch, report_seed)
+    return on_rank_zero(partial(summarise_experiment, experiment, steps))
 
 
 def check_options(experiment: Experiment) -> None:
@@ -49,46 +48,51 @@ def check_options(experiment: Experiment) -> None:
 def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Planned]:
     """Return the plan of an experiment that can run: its options and data are checked, its downloads are there."""
     check_options(experiment)
-    join_processes(experiment.folder, experiment.trainer)
-    if launch is not None and launch.side_by_side and (count := process_count()) > 1:
-        told = f"found {count} processes that share every training, and a launch section"
-        raise ConfigurationError(f"{told}; leave out one")
+    join_processes(experiment)
+    if launch is not None and launch.side_by_side and process_count() > 1:
+        found = f"found {process_count()} processes that share every training, and a launch section"
+        raise ConfigurationError(f"{found}; leave out one")
     on_rank_zero(experiment.fetch)
     steps = plan(experiment)
     on_rank_zero(partial(warn_of_versions, steps))
-    if on_rank_zero(lambda: not all(each.step.is_done for each in steps)):
+    if on_rank_zero(lambda: not all(planned.step.is_done for planned in steps)):
         experiment.check_parts()
     return steps
 
 
 def warn_of_versions(steps: Sequence[Planned]) -> None:
     """Warn of steps that another version of coin or torch has made: their numbers would stand beside those of this."""
-    made = {each.step.name: each.step.other_versions for each in steps if each.step.other_versions}
-    if made:
-        name, first = next(iter(made.items()))
-        told = f"{len(made)} finished steps were made by other versions, the first of them {name} by {first}"
-        advice = f"remove their folders in '{steps[0].step.store}' to make them anew"
-        warnings.warn(f"{told}; they are used as they are: {advice}", CoinWarning, stacklevel=2)
+    older = [planned.step for planned in steps if planned.step.other_versions]
+    if older:
+        warnings.warn(
+            f"{len(older)} finished steps were made by other versions, the first of them {older[0].name} by "
+            f"{older[0].other_versions}; they are used as they are: remove their folders in '{older[0].store}' to make "
+            "them anew",
+            CoinWarning,
+            stacklevel=2,
+        )
 
 
-def join_processes(folder: Path, options: dict[str, Any]) -> None:
-    """Set up the process group for the Trainer's options, before the first step.
+def join_processes(experiment: Experiment) -> None:
+    """Set up the process group for the experiment's Trainer options, before the first step.
 
     Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
     Raises ConfigurationError if the section has an option fixed by the steps, or does not fit the running processes.
     """
-    if taken := next(iter(options.keys() & _DECIDED), None):
-        told = f"found trainer.{taken}, which each step sets itself"
-        raise ConfigurationError(f"{told}; leave it out, and set output or expert.epochs")
-    trainer = make_trainer(folder, options)
-    if trainer.world_size == 1:
-        if (running := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            told = f"found WORLD_SIZE={running} and a trainer section for one process"
-            raise ConfigurationError(f"{told}; lay configs/cluster/torchrun.yaml over the experiment")
-        return
-    if not isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
-        raise ConfigurationError(f"found processes of the trainer section {options}; set trainer.strategy=ddp")
-    launcher.launch(trainer.strategy.setup_environment)
+    options = experiment.trainer
+    for name in options.keys() & _SET_BY_STEPS:
+        advice = "leave it out, and set output or expert.epochs"
+        raise ConfigurationError(f"found trainer.{name}, which each step sets itself; {advice}")
+    trainer = make_trainer(experiment.folder, options)
+    launcher = trainer.strategy.launcher
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if trainer.world_size == 1 and running > 1:
+        found = f"found WORLD_SIZE={running} and a trainer section for one process"
+        raise ConfigurationError(f"{found}; lay configs/cluster/torchrun.yaml over the experiment")
+    if trainer.world_size > 1:
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            raise ConfigurationError(f"found processes of the trainer section {options}; set trainer.strategy=ddp")
+        launcher.launch(trainer.strategy.setup_environment)
 
 
 def run_steps(
@@ -103,44 +107,63 @@ def run_steps(
     Remote steps go to the pool of the launch section, if there is one; the others run here, one after the other. With
     several processes all of them call it with the same steps, and share the collective ones.
 
-    `on_done` is called on rank zero with every step that is done, and whether its publication has changed anything.
+    `on_done` is called on rank zero with every step that is done, and whether its publication has changed results.
     With `keep_going` the error of a step that runs here ends only those that need it. Raises CommandFailedError if some
     have failed; all that do not need them have finished.
     """
     with open_pool(launch, steps[0].step.store) as submit:
-        run, workers = _Run(steps, on_done, keep_going), 1 if launch is None else launch.workers
+        run = _Run(steps, submit, 1 if launch is None else launch.workers, on_done, keep_going)
         while run.waiting:
-            moved = run.collect()
-            ready = run.ready()
-            for planned in ready:
-                if submit is None or not planned.step.remote:
-                    beside = [each for each in ready if each.step.alone] if planned.step.alone else []
-                    run.here([planned] if len(beside) < 2 else beside[: process_count()])
-                    moved = True
-                    break
-                moved |= len(run.running) < workers and run.elsewhere(planned, submit)
-            if not moved:
+            if not run.go_on():
                 time.sleep(_POLL_SECONDS)
     if run.failed:
-        told = f"{len(run.failed)} of {len(steps)} steps failed, the first of them {min(run.failed)[1]}"
-        raise CommandFailedError(f"{told}; mend the cause and run the same command again")
+        failed = f"{len(run.failed)} of {len(steps)} steps failed, the first of them {run.failed[0]}"
+        raise CommandFailedError(f"{failed}; fix the cause and run the same command again")
 
 
 class _Run:
     """The steps that wait, that run elsewhere and that are done, by key, and why some have failed."""
 
-    def __init__(self, steps: Sequence[Planned], on_done: Callable[[Planned, bool], None], keep_going: bool) -> None:
-        self.waiting = {each.step.key: each for each in steps}
-        self.places = {each.step.key: place for place, each in enumerate(steps, 1)}
+    def __init__(
+        self,
+        steps: Sequence[Planned],
+        submit: Submit | None,
+        workers: int,
+        on_done: Callable[[Planned, bool], None],
+        keep_going: bool,
+    ) -> None:
+        self.waiting = {planned.step.key: planned for planned in steps}
+        self.places = {planned.step.key: place for place, planned in enumerate(steps, 1)}
         self.running: dict[str, Callable[[], bool]] = {}
         self.done: set[str] = set()
-        self.failed: list[tuple[int, str]] = []
-        self._on_done, self._keep_going = on_done, keep_going
+        self.failed: list[str] = []
+        self.submit = submit
+        self.workers = workers
+        self.on_done = on_done
+        self.keep_going = keep_going
+
+    def go_on(self) -> bool:
+        """Collect what has ended elsewhere, submit what can run there, or run one step here; False to wait."""
+        moved = self.collect()
+        ready = self.ready()
+        for planned in ready:
+            if self.submit is None or not planned.step.remote:
+                beside = [planned]
+                if planned.step.alone and process_count() > 1:
+                    beside = [each for each in ready if each.step.alone][: process_count()]
+                self.run_here(beside)
+                return True
+            if len(self.running) < self.workers and self.run_elsewhere(planned, self.submit):
+                moved = True
+        return moved
 
     def ready(self) -> list[Planned]:
         """Return the steps that can run now."""
-        able = (each for key, each in self.waiting.items() if key not in self.running)
-        return [each for each in able if all(need.key in self.done for need in each.step.needs)]
+        found = []
+        for key, planned in self.waiting.items():
+            if key not in self.running and all(need.key in self.done for need in planned.step.needs):
+                found.append(planned)
+        return found
 
     def collect(self) -> bool:
         """Take what has ended elsewhere, and return whether something has."""
@@ -154,7 +177,7 @@ class _Run:
                 self._fail(planned, _command(planned).failure())
         return bool(ended)
 
-    def elsewhere(self, planned: Planned, submit: Submit) -> bool:
+    def run_elsewhere(self, planned: Planned, submit: Submit) -> bool:
         """Submit a step, and return whether it has been; a step that is done is finished at once.
 
         A step that another process is at work on is not submitted: the job would hold its allocation, and wait.
@@ -169,12 +192,12 @@ class _Run:
         self._say(planned, f"{planned.step.doing}, elsewhere")
         return True
 
-    def here(self, every: Sequence[Planned]) -> None:
-        """Run a step in this process, or all processes; or several, each in one of the processes."""
+    def run_here(self, every: Sequence[Planned]) -> None:
+        """Run a step in this process, or in all of them; or several that are `alone`, each in one of the processes."""
         try:
-            execute_beside([each.step for each in every], [partial(self._say, each) for each in every])
+            execute_beside([planned.step for planned in every], [partial(self._say, planned) for planned in every])
         except Exception as error:
-            if not self._keep_going:
+            if not self.keep_going:
                 raise
             if not isinstance(error, CoinError):
                 traceback.print_exc()
@@ -190,34 +213,22 @@ class _Run:
         if what:
             self._say(planned, what)
         changed = on_rank_zero(planned.publish)
-        on_rank_zero(partial(self._on_done, planned, changed))
+        on_rank_zero(partial(self.on_done, planned, changed))
 
     def _fail(self, planned: Planned, why: str) -> None:
         """Give up a step and all that need it."""
         self._say(planned, f"failed: {why}")
+        self.failed.append(f"{planned.what}: {why}")
         key = planned.step.key
-        self.failed.append((self.places[key], f"{planned.what}: {why}"))
         self.waiting = {name: each for name, each in self.waiting.items() if key not in each.step.closure}
 
     def _say(self, planned: Planned, what: str) -> None:
-        rank_zero_info(f"[{self.places[planned.step.key]}/{len(self.places)}] {planned.what}: {what}")
-
-
-def outlook(steps: Sequence[Planned]) -> list[tuple[Planned, str, float | None]]:
-    """Return of every step why it has to run, '' where it is done, and what its like took last time, in seconds."""
-    found = []
-    for planned in steps:
-        step = planned.step
-        why, seconds = ("", None) if step.is_done else step.before()
-        if missing := [] if step.is_done else [need.name for need in step.needs if not need.is_done]:
-            names = list(dict.fromkeys(missing))
-            why = f"after {', '.join(names if len(names) < 6 else [*names[:4], f'{len(names) - 4} more'])}"
-        found.append((planned, why, seconds))
-    return found
+        place = self.places[planned.step.key]
+        rank_zero_info(f"[{place}/{len(self.places)}] {planned.what}: {what}")
 
 
 def execute(step: Step, say: Callable[[str], None] = lambda _: None) -> None:
-    """Run one step unless it is done; another process that is at work on it is waited for."""
+    """Run a step unless it is done, and report its progress; waits for another process that runs it."""
     execute_beside([step], [say])
 
 
@@ -231,15 +242,16 @@ def execute_beside(steps: Sequence[Step], says: Sequence[Callable[[str], None]])
                 say(step.doing)
             else:
                 say("up to date")
+        if not waiting:
+            return
         started = time.monotonic()
-        if len(waiting) > 1:
+        first = waiting[0][0]
+        if first.collective:
+            first.run()
+        elif len(waiting) == 1:
+            on_rank_zero(first.run)
+        else:
             each_on_its_own([step.run for step, _ in waiting])
-        elif waiting:
-            ((step, _),) = waiting
-            if step.collective:
-                step.run()
-            else:
-                on_rank_zero(step.run)
         seconds = time.monotonic() - started
         for step, say in waiting:
             on_rank_zero(partial(step.finish, seconds))
@@ -260,19 +272,23 @@ def _claim(step: Step, locks: ExitStack) -> bool:
 
 def run_only(experiment: Experiment, name: str) -> None:
     """Run the steps with a name (a task's: its expert) or the one in a folder, of all seeds, and what they need."""
-    steps, called = prepared(experiment), {name, f"expert-{name}"}
-    chosen = [each.step for each in steps if called & {each.step.name, each.step.folder.name}]
-    if not chosen:
+    steps = prepared(experiment)
+    needed: dict[str, Step] = {}
+    for planned in steps:
+        if planned.step.name in (name, f"expert-{name}") or planned.step.folder.name == name:
+            needed |= planned.step.closure
+    if not needed:
         expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
         raise ConfigurationError(f"found no task or step '{name}', expected {expected}")
-    needed = {key for step in chosen for key in step.closure}
-    run_steps([each for each in steps if each.step.key in needed], on_done=report_seed)
+    run_steps([planned for planned in steps if planned.step.key in needed], on_done=report_seed)
 
 
 def _command(planned: Planned) -> Command:
     """Return the command that runs a step in a process of its own."""
-    step, text = planned.step, planned.experiment.as_yaml()
-    file = step.store / ".jobs" / f"{planned.experiment.name}-{sha256(text.encode()).hexdigest()[:12]}.yaml"
+    step = planned.step
+    text = planned.experiment.as_yaml()
+    digest = sha256(text.encode()).hexdigest()
+    file = step.store / ".jobs" / f"{planned.experiment.name}-{digest[:12]}.yaml"
     if not file.is_file():
         write_text(file, text)
     return Command(("run", "-c", str(file), "--only", step.folder.name), step.folder / "launch.log")
@@ -280,24 +296,27 @@ def _command(planned: Planned) -> Command:
 
 def report_seed(planned: Planned, changed: bool) -> None:
     """Draw the report of a seed whose results are new."""
-    if changed and isinstance(planned.step, Evaluate):
-        for folder in planned.copies:
-            write_report(folder)
+    if changed and planned.seed_folder is not None:
+        write_report(planned.seed_folder)
 
 
-def summarise_experiment(experiment: Experiment) -> pd.DataFrame:
+def summarise_experiment(experiment: Experiment, steps: Sequence[Planned]) -> pd.DataFrame:
     """Write the summary over the experiment's seeds, and draw the reports that are missing or show another."""
+    remove_old_links(steps)
     write_seeds(experiment.folder, experiment.seeds)
     path = experiment.folder / "summary.csv"
     before = path.read_bytes() if path.is_file() else b""
-    earlier = None
+    earlier: Any = None
     with suppress(FileError):  # there is none, or it is damaged, and is written anew
         earlier = read_summary(experiment.folder)
     summary = write_summary(experiment.folder)
     if earlier is not None and is_replaced(earlier, summary):
-        told = f"'{path}' and the report now show these options' results in place of earlier ones"
-        rank_zero_info(f"{told}; for those run with the earlier options again: no step is repeated")
-    for folder in (experiment.folder / f"seed-{seed}" for seed in experiment.seeds):
+        rank_zero_info(
+            f"'{path}' and the report now show these options' results in place of earlier ones; for those run with the "
+            "earlier options again: no step is repeated"
+        )
+    for seed in experiment.seeds:
+        folder = experiment.folder / f"seed-{seed}"
         if not (folder / REPORT_HTML).is_file():
             write_report(folder)
     if before != path.read_bytes() or not (experiment.folder / REPORT_HTML).is_file():

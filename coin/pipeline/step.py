@@ -28,6 +28,7 @@ STORE = ".steps"
 """The folder of all steps, in that of all experiments."""
 DONE = "done.json"
 _COMPARED = ("coded-coin", "torch")
+_KEY_LENGTH = 12  # of a key's digits, in the name of a folder
 
 
 def keyed_by(digest: Callable[[Any], Any], **options: Any) -> Any:
@@ -45,8 +46,8 @@ class Step(ABC):
     """One step: its fields are its options, the steps that it needs, and files that a user named (`Path`).
 
     `name` is unique in an experiment's seed. A class has a `version`, raised when the numbers that it makes change. A
-    `collective` step is run by all processes together, one that is `alone` by any one of them while others run others;
-    a `remote` one may run in a process or job of its own.
+    `collective` step is run by all processes together, one that is `alone` by any of them while others run others, and
+    the rest by the first process; a `remote` one may run in a process or job of its own.
     """
 
     version: ClassVar[int] = 1
@@ -66,9 +67,14 @@ class Step(ABC):
     @cached_property
     def options(self) -> dict[str, Any]:
         """All that its results depend on, as plain values; a step that it needs is there by its key."""
-        keyed = {entry.name: entry.metadata.get("keyed", lambda value: value) for entry in fields(self)}
-        own = {name: config_dict(tree_map(_digest, take(getattr(self, name)))) for name, take in keyed.items()}
-        return {"step": type(self).__name__, "version": self.version} | {k: v for k, v in own.items() if v is not None}
+        found = {"step": type(self).__name__, "version": self.version}
+        for entry in fields(self):
+            digest = entry.metadata.get("keyed", lambda value: value)
+            keyed = digest(getattr(self, entry.name))
+            plain = config_dict(tree_map(_digest, keyed))
+            if plain is not None:
+                found[entry.name] = plain
+        return found
 
     @cached_property
     def key(self) -> str:
@@ -92,7 +98,7 @@ class Step(ABC):
     @cached_property
     def folder(self) -> Path:
         """The folder of its files."""
-        return self.store / f"{self.name}-{self.key[:12]}"
+        return self.store / f"{self.name}-{self.key[:_KEY_LENGTH]}"
 
     @property
     def output(self) -> Path:
@@ -106,26 +112,42 @@ class Step(ABC):
 
     @property
     def other_versions(self) -> str:
-        """The versions of coin and torch that have made a finished step, where they are not those of now; or ''."""
-        try:
-            made = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
-            return ", ".join(f"{name} {made[name]}" for name in _COMPARED if made[name] != versions()[name])
-        except (OSError, ValueError, KeyError, TypeError):  # not finished, or a record of no use
+        """The versions of coin and torch that made a finished step, where they are not those of now; or ''."""
+        if not self.is_done:
             return ""
+        made_by = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
+        current = versions()
+        return ", ".join(f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name])
+
+    def last_seconds(self) -> float | None:
+        """Return the seconds that the latest finished step of this name took; None if there is none."""
+        any_key = "?" * _KEY_LENGTH
+        finished = list(self.store.glob(f"{self.name}-{any_key}/{DONE}"))
+        if not finished:
+            return None
+        latest = max(finished, key=lambda path: path.stat().st_mtime)
+        return float(json.loads(latest.read_text(encoding="utf-8"))["seconds"])
 
     def finish(self, seconds: float) -> None:
         """Mark its folder as finished, with what it was made from and the seconds that it took."""
-        made = {"key": self.key, "seconds": seconds, "options": self.options, "versions": versions()}
+        made = {
+            "key": self.key,
+            "seconds": seconds,
+            "options": self.options,
+            "versions": versions(),
+            "made_from": [step.folder.name for step in self.closure.values()],
+        }
         write_text(self.folder / DONE, json.dumps(made, indent=1))
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[bool]:
-        """Yield whether this process alone works on the step within the block; `wait` until it does.
+        """Hold the step's lock within the block, and yield whether it is held; with `wait` it always is.
 
         A lock ends with its process, even if that is killed. Raises FileError where the folder takes no lock.
         """
         path = self.store / ".locks" / self.folder.name
-        lock, held = FileLock(path), True
+        lock = FileLock(path)
+        held = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
@@ -135,36 +157,16 @@ class Step(ABC):
                 warnings.warn(f"waiting for {self.name}: another process is at work on it", CoinWarning, stacklevel=3)
                 lock.acquire(poll_interval=0.5)
         except OSError as error:
-            told = f"cannot lock '{path}': {error.strerror or error}"
-            raise FileError(f"{told}; choose an output that you can write to, on a file system with locks") from error
+            problem = f"cannot lock '{path}': {error.strerror or error}"
+            raise FileError(f"{problem}; choose an output that you can write to, on a disk with locks") from error
         try:
             yield held
         finally:
             lock.release()
 
-    def before(self) -> tuple[str, float | None]:
-        """Return why the step has to run, and the seconds that the most similar finished one of its name took."""
-        found = []
-        for path in self.store.glob(f"{self.name}-*/{DONE}"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                made = json.loads(path.read_text(encoding="utf-8"))
-                changed = _changed(made["options"], self.options)
-                found.append((len(changed), -path.stat().st_mtime, changed, float(made["seconds"])))
-        if not found:
-            return ("was interrupted" if self.folder.is_dir() else "never done"), None
-        *_, changed, seconds = min(found)
-        return f"changed: {', '.join(changed)}", seconds
-
 
 def _digest(value: Any) -> Any:
     """Return a step's key, a file's digest, or the value."""
-    return value.key if isinstance(value, Step) else sha256_of(value) if isinstance(value, Path) else value
-
-
-def _changed(before: Any, current: Any, name: str = "") -> list[str]:
-    """Return the dotted names of options that differ."""
-    if isinstance(before, dict) and isinstance(current, dict):
-        names = dict.fromkeys([*current, *before])
-        pairs = [(each, before.get(each, ...), current.get(each, ...)) for each in names]
-        return [path for each, old, new in pairs for path in _changed(old, new, f"{name}.{each}" if name else each)]
-    return [] if before == current else [name]
+    if isinstance(value, Step):
+        return value.key
+    return sha256_of(value) if isinstance(value, Path) else value

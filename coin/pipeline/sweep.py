@@ -33,13 +33,15 @@ from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, union
 from coin.pipeline.pool import Launch
 from coin.pipeline.run import prepared, report_seed, run_steps, summarise_experiment
-from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, read_promises
 from coin.reporting.results import read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame
 
-_KEYS = ("name", "experiment", "grid", "set")
+_FORM = (
+    "name: a plain folder name, experiment: a file or several, grid: dotted keys of an experiment, each with a list of "
+    "values, or a list of such grids with the same keys, and set: dotted keys, each with a value"
+)
 _DECIDED = ("name", "output", "config", "only", "json")
 _NAME_LENGTH = 60
 
@@ -49,7 +51,7 @@ class SweepFile:
     """A sweep's file: values by dotted key, of its grids and common to all points; and its text."""
 
     name: str
-    experiment: tuple[str, ...]
+    experiment: list[str]
     grids: list[Mapping[str, list[Any]]]
     fixed: Mapping[str, Any]
     text: str
@@ -66,57 +68,70 @@ class SweepPoint:
 
 def read_sweep(path: Path) -> SweepFile:
     """Read a sweep's file; a FileError if it is missing or no text, a ConfigurationError if it is no sweep."""
-
-    def check(fits: object, found: str, expected: str) -> None:
-        if not fits:
-            raise ConfigurationError(f"found {found} in '{path}', expected {expected}")
-
-    document: Any = read_yaml(path)
-    check(isinstance(document, dict), "no keys", f"a sweep with {', '.join(_KEYS)}")
-    for key in document:
-        check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; a sweep of W&B's is started by `wandb sweep`")
-    name, fixed, grid = document.get("name", path.stem), document.get("set", {}), document.get("grid")
-    files, grids = document.get("experiment"), grid if isinstance(grid, list) else [grid]
-    files = [files] if isinstance(files, str) else files
-    check(isinstance(name, str) and is_folder_name(name), f"name '{name}'", "a plain folder name without slashes")
-    check(is_list_of_names(files), f"experiment {files}", "one experiment's file or several")
-    check(isinstance(fixed, dict), f"set {fixed}", "dotted keys of an experiment, each with a value")
-    fits = grids and all(isinstance(each, dict) and each and each.keys() == grids[0].keys() for each in grids)
-    fits = fits and all(isinstance(values, list) and values for each in grids for values in each.values())
-    expected = "dotted keys of an experiment, each with a list of values, or a list of such grids with the same keys"
-    check(fits, f"grid {grid}", expected)
+    document = read_yaml(path)
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"found no keys in '{path}', expected a sweep with {_FORM}")
+    options = {"name": path.stem, "experiment": None, "grid": None, "set": {}, **document}
+    name = options["name"]
+    fixed = options["set"]
+    files = [options["experiment"]] if isinstance(options["experiment"], str) else options["experiment"]
+    grid = options["grid"]
+    grids: list[Any] = grid if isinstance(grid, list) else [grid]
+    is_named = isinstance(name, str) and is_folder_name(name) and is_list_of_names(files)
+    has_grids = bool(grids) and all(map(_is_grid, grids))
+    if not is_named or not has_grids or not isinstance(fixed, dict) or len(options) > 4:
+        raise ConfigurationError(f"found {str(document)[:200]} in '{path}', expected a sweep with {_FORM}")
+    if any(each.keys() != grids[0].keys() for each in grids):
+        raise ConfigurationError(f"found grids of other keys in '{path}', expected a list of grids with the same keys")
     for key in (*fixed, *grids[0]):
-        own = isinstance(key, str) and key not in _DECIDED
-        check(own, f"key {key!r}", f"an experiment's dotted key, none of {', '.join(_DECIDED)}; leave it out")
-        check(key not in grids[0] or key not in fixed, f"'{key}' in grid and in set", "it in one of them")
+        if not isinstance(key, str) or key in _DECIDED:
+            expected = f"an experiment's dotted key, none of {', '.join(_DECIDED)}"
+            raise ConfigurationError(f"found key {key!r} in '{path}', expected {expected}; leave it out")
     text = path.read_text(encoding="utf-8")
-    return SweepFile(name, tuple(files), grids, fixed, text if "name" in document else f"name: {name}\n{text}")
+    if "name" not in document:
+        text = f"name: {name}\n{text}"
+    return SweepFile(name, files, grids, fixed, text)
+
+
+def _is_grid(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(values, list) and values for values in value.values())
 
 
 def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
-    """Return the points of the grids in order, the last key varying fastest; a ConfigurationError for one twice."""
-    files = [argument for file in sweep.experiment for argument in ("-c", file)]
+    """Return the points of the grids in order, the last key varying fastest."""
     points: list[SweepPoint] = []
-    axes = [[[(key, *pair) for pair in enumerate(values)] for key, values in grid.items()] for grid in sweep.grids]
-    for chosen in (point for each in axes for point in itertools.product(*each)):
-        values = {key: value for key, _, value in chosen}
-        if any(values == point.values for point in points):
-            raise ConfigurationError(f"found the point {as_text(values)} twice in the grid, expected every point once")
-        shorts = [f"{key.rsplit('.')[-1]}-{_short(place, value)}" for key, place, value in chosen]
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(shorts))[:_NAME_LENGTH].strip("._-")
-        name = f"{sweep.name}-{len(points):03d}-{plain}"
-        options = {**sweep.fixed, **values}
-        sections_first = sorted(options, key=lambda key: key.count("."))  # a section replaces what is set inside it
-        own = [f"--{key}={as_text(options[key])}" for key in sections_first]
-        points.append(SweepPoint(name, values, (*files, *own, f"--name={name}", f"--output={folder}")))
+    for grid in sweep.grids:
+        numbered = [list(enumerate(values)) for values in grid.values()]
+        for chosen in itertools.product(*numbered):  # of each key a value and its place
+            values: dict[str, Any] = {}
+            words = []
+            for key, (place, value) in zip(grid, chosen, strict=True):
+                values[key] = value
+                words.append(f"{key.rsplit('.')[-1]}-{_short(place, value)}")
+            description = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:_NAME_LENGTH].strip("._-")
+            name = f"{sweep.name}-{len(points):03d}-{description}"
+            points.append(SweepPoint(name, values, _arguments(sweep, values, name, folder)))
     return points
 
 
 def _short(place: int, value: Any) -> str:
     """Return a value as a short string; for a nested value, its index in the grid."""
     entries = value if isinstance(value, list) else [value]
-    plain = entries and all(isinstance(entry, str | int | float | None) for entry in entries)
-    return "_".join(map(as_text, entries)) if plain else str(place)
+    is_plain = entries and all(isinstance(entry, str | int | float | None) for entry in entries)
+    return "_".join(map(as_text, entries)) if is_plain else str(place)
+
+
+def _arguments(sweep: SweepFile, values: Mapping[str, Any], name: str, folder: Path) -> tuple[str, ...]:
+    """Return the arguments of ``coin run`` for a point."""
+    arguments = []
+    for file in sweep.experiment:
+        arguments += ["-c", file]
+    options = {**sweep.fixed, **values}
+    for key in sorted(options, key=lambda key: key.count(".")):  # a section replaces what is set inside it
+        arguments.append(f"--{key}={as_text(options[key])}")
+    return (*arguments, f"--name={name}", f"--output={folder}")
 
 
 def run_sweep(
@@ -126,25 +141,34 @@ def run_sweep(
 
     Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
     """
-    os.environ["WANDB_TAGS"] = ",".join(filter(None, [os.environ.get("WANDB_TAGS"), f"sweep-{sweep.name}"]))
+    given_tags = os.environ.get("WANDB_TAGS")
+    tag = f"sweep-{sweep.name}"
+    os.environ["WANDB_TAGS"] = f"{given_tags},{tag}" if given_tags else tag
     steps = union([prepared(experiment, launch) for _, experiment in points])
     write_text(folder / SWEEP_YAML, sweep.text)
     rank_zero_info(f"sweep {sweep.name}: {len(points)} points, {len(steps)} steps")
-    seeds = {point: [experiment.folder / f"seed-{k}" for k in experiment.seeds] for point, experiment in points}
-    done: set[Path] = set()  # the seeds' folders
+    every_point = []  # with its seeds' folders
+    for point, experiment in points:
+        every_point.append((point.values, [experiment.folder / f"seed-{seed}" for seed in experiment.seeds]))
+    measured: set[Path] = set()
 
     def on_done(planned: Planned, changed: bool) -> None:
         report_seed(planned, changed)
-        if isinstance(planned.step, Evaluate):
-            done.update(planned.copies)
-            finished = [(point.values, own) for point, own in seeds.items() if done.issuperset(own)]
-            for name, read in ((PROMISE_CSV, read_promises), (SWEEP_CSV, read_results)):
-                if (frame := sweep_frame(finished, read)) is not None:
-                    write_frame(folder / name, frame)
+        if planned.seed_folder is not None:
+            measured.add(planned.seed_folder)
+            _write_tables(folder, [(values, seeds) for values, seeds in every_point if measured.issuperset(seeds)])
 
     run_steps(steps, launch, on_done, keep_going=True)
     for _, experiment in points:
-        summarise_experiment(experiment)
-    frame = sweep_frame([(point.values, own) for point, own in seeds.items()])
+        summarise_experiment(experiment, steps)
+    frame = sweep_frame(every_point)
     assert frame is not None
     return frame, write_report(folder)
+
+
+def _write_tables(folder: Path, points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> None:
+    """Write the tables of points whose seeds are all measured."""
+    for name, read in ((PROMISE_CSV, read_promises), (SWEEP_CSV, read_results)):
+        frame = sweep_frame(points, read)
+        if frame is not None:
+            write_frame(folder / name, frame)

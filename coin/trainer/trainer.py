@@ -54,9 +54,10 @@ class Trainer(pl.Trainer):
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         **kwargs: Any,
     ) -> None:
-        if (precision := str(kwargs.get("precision"))).endswith("16-true"):
-            told = f"found precision '{precision}', in which no weights are trained or written"
-            raise ConfigurationError(f"{told}; use {precision.replace('true', 'mixed')}")
+        precision = str(kwargs.get("precision"))
+        if precision.endswith("16-true"):
+            found = f"found precision '{precision}', in which no weights are trained or written"
+            raise ConfigurationError(f"{found}; use {precision.replace('true', 'mixed')}")
         leave_processes_at_exit()
         super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
         if matmul_precision is not None:
@@ -74,7 +75,7 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         samples_per_task: int = 200,
-        kind: FisherKind | None = None,
+        kind: FisherKind = FisherKind.exact,
         mc_samples: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
@@ -86,7 +87,7 @@ class Trainer(pl.Trainer):
             datamodule: Its task, or several as `coin.data.Tasks` for a pooled Fisher.
             ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
             samples_per_task: P, the number of unlabelled training samples of each task.
-            kind: Which Fisher diagonal, by default ``exact``. Gram matrices have no kinds.
+            kind: Which Fisher diagonal; Gram matrices have no kinds.
             mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
@@ -94,22 +95,23 @@ class Trainer(pl.Trainer):
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        statistic, options = parse_enum(StatisticKind, "statistic", statistic), None
+        statistic = parse_enum(StatisticKind, "statistic", statistic)
+        options = None
         if statistic is StatisticKind.fisher:
-            options = FisherOptions(kind or FisherKind.exact, mc_samples, memory_mib, samples_per_task)
-        elif (kind, mc_samples) != (None, None):
-            told = f"found kind={kind} and mc_samples={mc_samples} for Gram matrices"
-            raise ConfigurationError(f"{told}, expected neither; leave them out or set statistic=fisher")
+            options = FisherOptions(kind, mc_samples, memory_mib, samples_per_task)
         network, config = _network(model, ckpt_path)
-        if not isinstance(datamodule, TaskData | Tasks):
+        is_one_task = isinstance(datamodule, TaskData)
+        if isinstance(datamodule, TaskData):
+            tasks = Tasks({"task": datamodule}, samples_per_task)
+        elif isinstance(datamodule, Tasks):
+            tasks = Tasks(datamodule.tasks, samples_per_task)
+        else:
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
-        own = isinstance(datamodule, TaskData)
-        tasks = Tasks({"task": datamodule} if isinstance(datamodule, TaskData) else datamodule.tasks, samples_per_task)
         for task in tasks.tasks.values():
             config.check_content(task.content, task.vocabulary)
         tasks.resize(config.image_size)
         path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
-        estimate_over_tasks(self, network, tasks, options, path, data="own" if own else "pooled")
+        estimate_over_tasks(self, network, tasks, options, path, data="own" if is_one_task else "pooled")
 
     def evaluate(
         self,
@@ -154,14 +156,17 @@ def estimate_over_tasks(
     trainer: pl.Trainer, network: nn.Module, tasks: Tasks, options: FisherOptions | None, path: Path, **provenance: Any
 ) -> dict[str, float]:
     """Start the Trainer's processes, and on them `estimate_statistic` over the tasks' calibration samples."""
-    launcher, start = trainer.strategy.launcher, trainer.strategy.setup_environment
-    start() if launcher is None else launcher.launch(start)
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        trainer.strategy.setup_environment()
+    else:
+        launcher.launch(trainer.strategy.setup_environment)
     if trainer.local_rank == 0:
         tasks.prepare_data()
     trainer.strategy.barrier()
     network.to(trainer.strategy.root_device)
-    provenance |= {"samples_per_task": tasks.samples_per_task, "seed": tasks.seed}
-    costs = estimate_statistic(trainer, network, tasks.calibration(), options, path, **provenance)
+    made = {**provenance, "samples_per_task": tasks.samples_per_task, "seed": tasks.seed}
+    costs = estimate_statistic(trainer, network, tasks.calibration(), options, path, **made)
     network.cpu()
     return costs
 
@@ -174,5 +179,5 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **fixed: Any) -> Trai
     try:
         return Trainer(default_root_dir=str(folder), **{**settings, **options, **fixed})
     except (TypeError, ValueError, MisconfigurationException) as error:
-        told = f"the trainer section {dict(options)} does not fit: {first_line(error)}"
-        raise ConfigurationError(f"{told}; see Lightning's Trainer") from error
+        problem = f"the trainer section {dict(options)} does not fit: {first_line(error)}"
+        raise ConfigurationError(f"{problem}; see Lightning's Trainer") from error

@@ -83,15 +83,10 @@ FIT += ["--model.image_size=16", "--trainer.max_epochs=1", "--trainer.logger=fal
 
 
 def test_fit_writes_an_expert_to_the_folder_that_is_given(tmp_path: Path) -> None:
-    """Whatever the configuration: a Trainer's folder decides, but one in a file not over ``--output``."""
-    own, trainers = tmp_path / "own.yaml", tmp_path / "trainers.yaml"
-    own.write_text(f"output: {tmp_path / 'file'}\n")
-    trainers.write_text(f"trainer: {{default_root_dir: {tmp_path / 'file'}}}\n")
-    for name, options in (
-        ("a", [f"--output={tmp_path / 'a'}"]),
-        ("b", ["-c", str(own), f"--trainer.default_root_dir={tmp_path / 'b'}"]),
-        ("c", ["-c", str(trainers), f"--output={tmp_path / 'c'}"]),
-    ):
-        assert main([*FIT, *options]) == 0
-        assert (tmp_path / name / "expert.safetensors").is_file()
+    """``--output`` is the Trainer's folder: whichever comes last decides, over that of a file."""
+    file = tmp_path / "options.yaml"
+    file.write_text(f"trainer: {{default_root_dir: {tmp_path / 'file'}}}\n")
+    for option in (f"--output={tmp_path / 'a'}", f"--trainer.default_root_dir={tmp_path / 'a'}"):
+        assert main([*FIT, "-c", str(file), option]) == 0
+        (tmp_path / "a/expert.safetensors").unlink()
     assert not (tmp_path / "file").exists()

@@ -215,13 +215,9 @@ def test_compressed_copies_answer_as_their_networks_and_only_few_are_kept_unpack
 MISTAKES = {
     "no results": (["nowhere"], "nowhere"),
     "decoder": (["FOLDER", "--decoder=magic"], "magic"),
-    "policy": (["FOLDER", "--policy=magic"], "magic"),
     "port": (["FOLDER", "--ray.port=0"], "port=0"),
-    "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
-    "gpus": (["FOLDER", "--ray.gpus=-1"], "gpus=-1"),
     "no copies": (["FOLDER", "--method=replica-3bit"], "found no compressed copies 'replica-3bit'"),
     "copies and a policy": (["FOLDER", "--method=replica-3bit", "--policy=standin"], "expected policy replica"),
-    "nothing packed": (["FOLDER", "--method=coin", "--keep_mib=5"], "leave keep_mib out"),
     "keep_mib": (["FOLDER", "--keep_mib=-1"], "keep_mib=-1"),
     "no Ray": (["FOLDER"], "pip install '.[serve]'"),
 }

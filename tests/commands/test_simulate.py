@@ -93,13 +93,10 @@ def test_times_are_measured_and_what_is_named_is_meant(finished: Path, tmp_path:
 
 MISTAKES = {
     "no folder": (["nowhere"], "nowhere"),
-    "policy": (["FOLDER", "--policies=[magic]"], "magic"),
     "no decoder": (["FOLDER", "--policies=[standin]"], "expected a decoder that reads none"),
     "load": (["FOLDER", "--load=1"], "load=1"),
-    "queries": (["FOLDER", "--queries=3"], "queries=3"),
     "seeds": (["FOLDER", "--seeds=0"], "seeds=0"),
     "slow": (["FOLDER", "--slow.share=1.5"], "share=1"),
-    "option": (["FOLDER", "--slow.shares=0.1"], "slow.shares"),
 }
 
 

@@ -73,16 +73,6 @@ def test_distances_and_guessing_are_told_of_folders_before_a_run(
     assert "from the first expert" in said
 
 
-def test_where_the_base_is_trained_a_line_says_that_distances_are_not_known(
-    experts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = {"task": DIGITS, "epochs": 1}
-    experiment = read_experiment(["-c", write({**of_experts(experts, tmp_path / "base"), "base": base})])[0]
-    with pytest.warns(CoinWarning, match="found the expert"):
-        experiment.check_parts()
-    assert "the base is trained in this run: how far experts" in capsys.readouterr().err
-
-
 @pytest.fixture
 def write_tokenizer() -> Callable[[Path, int], None]:
     def write_words(path: Path, count: int) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from coin.cli import main
 from coin.modules import Coded
@@ -105,13 +104,3 @@ def test_the_command_compresses_experts_and_coded_models(
         assert main(["compress", str(expert), *wrong, f"--output={tmp_path}/x.safetensors"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert told in line
-
-
-def test_two_variants_of_one_name_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for replicas, found in (
-        ([{"bits": 3}, {"bits": 3}], "replica-3bit-delta"),
-        ([{"bits": 3, "bit": 4}], "bits and base_"),
-    ):
-        Path("twice.yaml").write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"replicas": replicas}))
-        assert main(["run", "-c", "twice.yaml"]) == 2
-        assert found in capsys.readouterr().err

@@ -42,7 +42,7 @@ class Touch(Step):
 
     def run(self) -> None:
         if "wrong" in self.name:
-            raise CoinError("it is wrong; mend it")
+            raise CoinError("it is wrong; fix it")
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def test_a_failed_step_stops_only_those_that_need_it(
 
 def test_steps_of_this_process_go_on_past_an_error_where_they_are_asked_to(planned: list[Planned]) -> None:
     done: list[str] = []
-    with pytest.raises(CoinError, match=r"^it is wrong; mend it$"):
+    with pytest.raises(CoinError, match=r"^it is wrong; fix it$"):
         run_steps(planned, on_done=lambda each, _: done.append(each.step.name))
     assert done == ["first", "a"]
-    with pytest.raises(CommandFailedError, match="1 of 6 steps failed, the first of them wrong: it is wrong; mend it"):
+    with pytest.raises(CommandFailedError, match="1 of 6 steps failed, the first of them wrong: it is wrong; fix it"):
         run_steps(planned, on_done=lambda each, _: done.append(each.step.name), keep_going=True)
     assert done[2:] == ["first", "a", "c", "two"]
 
@@ -175,9 +175,6 @@ def test_an_experiment_by_jobs_of_submitit_is_that_of_one_process(
     launch = ["--launch.executor=slurm", "--launch.workers=2", "--launch.slurm={cluster: local, timeout_min: 9}"]
     methods = "--methods=[{class_path: Average}, {class_path: Coin}]"
     command = ["run", "-c", str(config), f"--output={tmp_path}", methods, *launch]
-    assert main([*command, "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "elsewhere: slurm, 2 at a time" in told
     assert main(command) == 0
     for task in ("digits", "letters"):
         places = [folder / f"seed-0/statistics/{task}.fisher.safetensors" for folder in (finished, tmp_path / "tiny")]
@@ -254,7 +251,7 @@ def test_what_does_not_fit_is_one_line(
         with pytest.raises(ConfigurationError, match=match), open_pool(launch, tmp_path):
             pass
 
-    with pytest.raises(ConfigurationError, match="workers 0"):
+    with pytest.raises(ConfigurationError, match="workers=0"):
         Launch(workers=0)
     with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
         Launch(slurm={"timeout_min": 3})

@@ -10,21 +10,6 @@ from coin.cli import main
 from coin.errors import ConfigurationError
 
 
-@pytest.mark.slow
-def test_too_many_samples_are_refused_before_anything_is_made_though_experts_stand(
-    config: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    experts = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
-    options = yaml.safe_load(config.read_text()) | {"expert": {"checkpoints": experts}, "output": str(tmp_path)}
-    options |= {"base": {"checkpoint": f"{finished}/base/base.safetensors"}}
-    options["calibration"]["promise_samples"] = 10**6
-    (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))
-    assert main(["run", "-c", f"{tmp_path}/x.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert "1000000 promise samples asked of the task 'digits'" in said
-    assert "merging" not in said
-
-
 @pytest.mark.parametrize(("alpha", "samples", "warned"), [(0.05, 58, "59"), (0.02, 148, "149"), (0.01, 299, None)])
 def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
     alpha: float, samples: int, warned: str | None, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -28,20 +28,15 @@ def made(folder: Path, name: str, **options: Any) -> Write:
     return step
 
 
-def test_what_an_experiment_links_to_names_shows_or_was_made_from_is_kept(tmp_path: Path) -> None:
+def test_what_an_experiment_links_to_or_was_made_from_is_kept(tmp_path: Path) -> None:
     own = made(tmp_path, "own")
     source = made(tmp_path, "source")
-    linked, named, evaluated = (made(tmp_path, name, parts=(source,)) for name in ("linked", "named", "evaluated"))
+    linked = made(tmp_path, "linked", parts=(source,))
     unused = [made(tmp_path, "own", option=2), made(tmp_path, "unused")]
-    unfinished = write(tmp_path, "unfinished")
-    unfinished.folder.mkdir()
-    assert len(unreferenced([planned(own, tmp_path)])) == 6
-    other = tmp_path / "other/seed-0"
-    other.mkdir(parents=True)
-    planned(linked, other / "experts", digits="").publish()
-    (other / "config.yaml").write_text(f"expert: {{checkpoints: {{digits: runs/.steps/{named.folder.name}/out}}}}")
-    for folder in (evaluated.folder, other):
-        (folder / "results.json").write_text("[]")
+    write(tmp_path, "unfinished").folder.mkdir()
+    (unused[0].folder / "link").symlink_to(".")  # as W&B has within its folders
+    assert len(unreferenced([planned(own, tmp_path)])) == 4
+    planned(linked, tmp_path / "other/seed-0/experts", digits="").publish()
     assert unreferenced([planned(own, tmp_path)]) == sorted(step.folder for step in unused)
 
 
@@ -51,11 +46,9 @@ def test_nothing_is_removed_while_a_run_is_at_work_and_only_what_is_unused_then(
     with busy.locked(), pytest.raises(CoinError, match=r"found a run at work on 'busy-.*wait until it has ended"):
         remove([unused.folder], own.store)
     assert unused.is_done
-    (own.store / ".removed/killed-before").mkdir(parents=True)
     remove([unused.folder], own.store)
     assert own.is_done
     assert not unused.folder.exists()
-    assert not (own.store / ".removed").exists()
     remove([], tmp_path / "no store yet")
 
 

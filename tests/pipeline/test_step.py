@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -96,20 +97,14 @@ def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: P
     assert other.folder != both.folder
 
 
-def test_why_a_step_has_to_run_and_what_its_like_took(tmp_path: Path) -> None:
-    made = write(tmp_path, option={"lr": 1, "epochs": 2})
-    assert made.before() == ("never done", None)
-    made.folder.mkdir(parents=True)
-    assert made.before() == ("was interrupted", None)
-    made.finish(3.0)
-    assert write(tmp_path, option={"lr": 9, "epochs": 2}).before() == ("changed: option.lr", 3.0)
-    write(tmp_path, option={"lr": 9, "epochs": 3}).finish(5.0)
-    assert write(tmp_path, option={"lr": 9, "epochs": 2}).before()[0] in (
-        "changed: option.lr",
-        "changed: option.epochs",
-    )
-    (made.folder / DONE).write_text("{")  # a damaged record is of no use, and no harm
-    assert write(tmp_path, option={"lr": 9, "epochs": 2}).before() == ("changed: option.epochs", 5.0)
+def test_what_a_step_of_this_name_took_last_time(tmp_path: Path) -> None:
+    assert write(tmp_path, option=1).last_seconds() is None
+    for seconds, name in ((3.0, "a"), (5.0, "a"), (9.0, "a-longer")):
+        step = write(tmp_path, name, option=seconds)
+        step.folder.mkdir(parents=True)
+        step.finish(seconds)
+        os.utime(step.folder / DONE, (seconds, seconds))
+    assert write(tmp_path, option=1).last_seconds() == 5.0
 
 
 def test_a_step_of_another_version_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

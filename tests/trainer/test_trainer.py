@@ -75,15 +75,6 @@ def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer
         assert statistic.provenance["kind"] == kind
 
 
-@pytest.mark.parametrize("options", [{"kind": "exact"}, {"mc_samples": 2}])
-def test_gram_matrices_have_no_kinds(synthetic, make_trainer, options):
-    told = r"found kind=.* for Gram matrices, expected neither.*leave them out"
-    with pytest.raises(ConfigurationError, match=told):
-        make_trainer().fisher(
-            Expert(**SMALL, num_classes=3), synthetic(), samples_per_task=9, statistic="gram", **options
-        )
-
-
 def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, num_classes=3)
     with pytest.raises(FileError, match=r"found no file '.*none\.ckpt'"):

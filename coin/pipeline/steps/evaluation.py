@@ -1,47 +1,31 @@
 """The step that measures every method with every decoder, on one seed."""
 
-import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from coin.coding import Code, DecoderConfig
-from coin.core.processes import is_rank_zero, rank_zero_info
+from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import task_with
-from coin.errors import CoinWarning
 from coin.files.atomic import write_text
-from coin.merging import Experts
-from coin.merging.expert_sources import FAR, ExpertFiles, spread
 from coin.modules import DecodingEvaluator
-from coin.networks import head_name
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
-from coin.pipeline.steps.merge import CompressExperts, Merge, datamodule, samples_key
+from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodule, samples_key
 from coin.pipeline.steps.train import ExpertStep
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
 
-UNRELATED = 0.6
-"""N networks of independent random weights are √(N-1) apart; of one start two were at most 0.25."""
-
-
-def tell_how_far_apart(files: ExpertFiles) -> None:
-    """Say how far experts' bodies are apart, relative to their weights, and warn where they cannot have one start."""
-    states, head = Experts(files).parameters, f"{head_name(files.skeleton)}."
-    apart = spread(states, [1 / len(states)] * len(states), (head,))
-    where = "near one another" if apart <= FAR else "far from one another"
-    rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
-    if apart > UNRELATED * (len(states) - 1) ** 0.5:
-        told = f"found experts that are {apart:.0%} of their weights apart, as networks of different starts are"
-        warnings.warn(f"{told}, expected one start for all; others cannot be merged", CoinWarning, stacklevel=2)
-
 
 def _key(calibration: CalibrationConfig) -> dict[str, Any]:
     """Return what an evaluation depends on."""
-    promise = {name: value for name, value in vars(calibration).items() if name.startswith("promise_")}
-    return samples_key(calibration) | (promise if calibration.promise_samples else {})
+    key = samples_key(calibration)
+    if calibration.promise_samples:
+        key |= {name: value for name, value in vars(calibration).items() if name.startswith("promise_")}
+    return key
 
 
 def measured_tasks(tasks: dict[str, TaskData]) -> dict[str, TaskData]:
@@ -59,11 +43,11 @@ class Evaluate(Step):
     experts: dict[str, ExpertStep]
     merges: list[Merge]
     replicas: list[CompressExperts]
-    code: Code = keyed_by(lambda code: code.matrix.tolist())
+    code: Code = keyed_by(code_key)
     decoders: list[DecoderConfig] | None
     tasks: dict[str, TaskData] = keyed_by(measured_tasks)
     calibration: CalibrationConfig = keyed_by(_key)
-    trainer: dict[str, Any] = keyed_by(lambda trainer: result_options(trainer, training=False))
+    trainer: dict[str, Any] = keyed_by(partial(result_options, training=False))
     configuration: dict[str, Any] = unkeyed()  # what ``results.json`` says of the experiment
     yaml: str = unkeyed()  # what ``coin run`` repeats the seed with
     log: RunLog = unkeyed()
@@ -71,11 +55,8 @@ class Evaluate(Step):
 
     def run(self) -> None:
         """Measure, and write; every process takes part."""
-        paths = {task: step.output for task, step in self.experts.items()}
-        if is_rank_zero():
-            tell_how_far_apart(ExpertFiles(paths))
         model = DecodingEvaluator(
-            experts={task: str(path) for task, path in paths.items()},
+            experts={task: str(step.output) for task, step in self.experts.items()},
             coded=[str(path) for merge in self.merges for path in merge.outputs],
             decoders=None if self.decoders is None else list(self.decoders),
             code=self.code.matrix.tolist(),
@@ -83,13 +64,15 @@ class Evaluate(Step):
             alpha=self.calibration.promise_alpha,
             confidence=self.calibration.promise_confidence,
         )
-        made = {**self.configuration, "experts": {task: step.key for task, step in self.experts.items()}}
+        configuration = {**self.configuration, "experts": {task: step.key for task, step in self.experts.items()}}
         if is_rank_zero():
             write_text(self.folder / "config.yaml", self.yaml)
         with self.log.open(self.folder) as loggers:
             trainer = make_trainer(self.folder, self.trainer, logger=loggers)
             data = datamodule(self.tasks, self.calibration)
-            trainer.evaluate(model, data, self.experiment, made)
+            trainer.evaluate(model, data, self.experiment, configuration)
+        for task in self.tasks.values():
+            task.release()
 
 
 def shown_files(folder: Path) -> list[Path]:

@@ -25,12 +25,12 @@ from coin.merging import Experts, Method
 from coin.merging.expert_sources import ExpertFiles
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
-from coin.networks.files import int8_path, kept_base, save_compressed
+from coin.networks.files import kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options, training_tasks
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB
+from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import estimate_over_tasks, make_trainer
@@ -38,13 +38,26 @@ from coin.trainer import estimate_over_tasks, make_trainer
 
 def datamodule(tasks: Mapping[str, TaskData], calibration: CalibrationConfig) -> Tasks:
     """Return tasks as a datamodule with the experiment's calibration options."""
-    sizes = calibration.samples_per_task, calibration.batch_size
-    return Tasks(tasks, *sizes, promise_samples=calibration.promise_samples)
+    return Tasks(
+        tasks,
+        calibration.samples_per_task,
+        calibration.batch_size,
+        promise_samples=calibration.promise_samples,
+    )
 
 
 def samples_key(calibration: CalibrationConfig) -> dict[str, Any]:
     """Return what decides which calibration samples are drawn."""
-    return {name: getattr(calibration, name) for name in ("samples_per_task", "batch_size")}
+    return {"samples_per_task": calibration.samples_per_task, "batch_size": calibration.batch_size}
+
+
+def code_key(code: Code) -> list[list[float]]:
+    """Return the coding weights."""
+    return code.matrix.tolist()
+
+
+def _training_key(trainer: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if trainer is None else result_options(trainer, training=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,20 +68,13 @@ class EstimateStatistic(Step):
     collective: ClassVar[bool] = True
 
     which: Statistic
+    fisher: FisherOptions | None
     task_name: str
     expert: ExpertStep
     tasks: dict[str, TaskData] = keyed_by(training_tasks)
-    calibration: CalibrationConfig = unkeyed()
+    calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] = unkeyed()
-    pass_options: dict[str, Any] = field(init=False)
     doing: str = unkeyed(default="computing")
-
-    def __post_init__(self) -> None:
-        options = self.calibration.options_of(self.which)
-        own: dict[str, Any] = {} if options is None else {"mc_samples": options.mc_samples}
-        if options is not None and options.memory_mib != DEFAULT_MEMORY_MIB:
-            own["memory_mib"] = options.memory_mib  # the order of a sum: its last bits
-        object.__setattr__(self, "pass_options", samples_key(self.calibration) | own)
 
     def run(self) -> None:
         """Compute it, and write its file; every process takes part."""
@@ -76,7 +82,7 @@ class EstimateStatistic(Step):
             make_trainer(self.folder, self.trainer),
             load_network(self.expert.output).network,
             datamodule(self.tasks, self.calibration),
-            self.calibration.options_of(self.which),
+            self.fisher,
             self.output,
             task=self.task_name,
             data=str(self.which.data),
@@ -88,14 +94,14 @@ class Merge(Step):
     """Makes a method's coded models, one a row of the code, and their compressed variants."""
 
     method: Method
-    code: Code = keyed_by(lambda code: code.matrix.tolist())
+    code: Code = keyed_by(code_key)
     experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
     initial: WriteInitial | None  # given, as the trainer, to methods that read it only
     tasks: dict[str, TaskData] = keyed_by(training_tasks)
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
-    trainer: dict[str, Any] | None = keyed_by(lambda trainer: trainer and result_options(trainer, training=True))
+    trainer: dict[str, Any] | None = keyed_by(_training_key)
     hardware: dict[str, Any] = unkeyed()  # the ``trainer`` section, which says on which device it runs
     log: RunLog = unkeyed()
     doing: str = unkeyed(default="merging")
@@ -117,18 +123,21 @@ class Merge(Step):
 
     def run(self) -> None:
         """Make the coded models."""
+        paths = {task: step.output for task, step in self.experts.items()}
         initial = None if self.initial is None else self.initial.output
-        device = merging_device(self.folder, self.hardware)
-        files = ExpertFiles({task: step.output for task, step in self.experts.items()}, initial, device)
-        read = {which: {task: each.output for task, each in own.items()} for which, own in self.statistics.items()}
+        files = ExpertFiles(paths, initial, merging_device(self.folder, self.hardware))
+        statistics = {
+            which: {task: step.output for task, step in steps.items()} for which, steps in self.statistics.items()
+        }
         data = datamodule(self.tasks, self.calibration)
         data.setup()
-        samples, train = list(data.calibrations().values()), None
+        calibration = list(data.calibrations().values())
         with ExitStack() as stack:
+            train = None
             if self.trainer is not None:
                 loggers = stack.enter_context(self.log.open(self.folder))
                 train = Training(data, self.folder, self.seed, self.trainer, loggers)
-            experts = Experts(files, statistics=read, calibration=samples, train=train)
+            experts = Experts(files, statistics=statistics, calibration=calibration, train=train)
             make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
 
 
@@ -159,10 +168,11 @@ class Training:
 
     def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
         """Run the experiment's Trainer."""
-        samples, batch_size, seed = (module.hparams[name] for name in ("samples_per_task", "batch_size", "seed"))
-        data = Tasks(self.tasks.tasks, samples, batch_size, held_out, seed)
-        loggers = False if held_out else list(self.loggers) or False
-        trainer = make_trainer(self.folder, self.options, logger=loggers, **options)
+        seed = module.hparams["seed"]
+        data = Tasks(self.tasks.tasks, module.hparams["samples_per_task"], module.hparams["batch_size"], held_out, seed)
+        is_final = not held_out
+        loggers = list(self.loggers) if is_final else []
+        trainer = make_trainer(self.folder, self.options, logger=loggers or False, **options)
         seed_everything(seed, workers=True, verbose=False)
         trainer.fit(module, datamodule=data)
 
@@ -176,14 +186,19 @@ def make_coded_models(
     """
     files = experts.source
     assert isinstance(files, ExpertFiles)
+    read = list(files.paths.values())
+    for statistic in experts.statistic_paths.values():
+        read += statistic.values()
+    if method.reads_initial and files.initial is not None:
+        read.append(files.initial)
     paths = coded_paths(method, code.num_coded, folder)
-    read = [*files.paths.values(), *(path for own in experts.statistic_paths.values() for path in own.values())]
-    read += [files.initial] if method.reads_initial and files.initial is not None else []
     for index, row in enumerate(code.matrix.tolist()):
-        started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
+        started = time.perf_counter()
+        passes_before = experts.passes
+        seconds_before = experts.seconds
         made = method.coded_model(experts, row)
-        seconds = time.perf_counter() - started + experts.seconds - elsewhere
-        took = experts.passes - passes
+        passes = experts.passes - passes_before
+        seconds = time.perf_counter() - started + experts.seconds - seconds_before
         if not is_rank_zero():
             continue
         provenance = {
@@ -199,18 +214,23 @@ def make_coded_models(
             "samples_per_task": method.samples_per_task or samples_per_task,
             "sha256": hashes(read),
             "seconds": seconds,
-            "passes": took,
+            "passes": passes,
             "chosen": made.chosen,
         }
-        path, *smaller = paths[index :: code.num_coded]
+        path, *variants = paths[index :: code.num_coded]
         save_network(path, made.network, files.config, files.width, provenance, made.adapters)
-        for small, how in zip(smaller, method.compress, strict=True):
-            began, spent = time.perf_counter(), experts.passes - took
-            base, beside = kept_base(small, files.initial, how)
-            packed = method.pack(experts, row, made, beside, how)
-            metadata = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
-            metadata["seconds"] = seconds + time.perf_counter() - began
-            save_compressed(small, packed, files.config, files.width, base, how, metadata)
+        for variant, compression in zip(variants, method.compress, strict=True):
+            started = time.perf_counter()
+            passes_before = experts.passes
+            base_path, base = kept_base(variant, files.initial, compression)
+            packed = method.pack(experts, row, made, base, compression)
+            metadata = {
+                **provenance,
+                "label": f"{method.label}-{compression.name}",
+                "passes": passes + experts.passes - passes_before,
+                "seconds": seconds + time.perf_counter() - started,
+            }
+            save_compressed(variant, packed, files.config, files.width, base_path, compression, metadata)
     return paths
 
 
@@ -258,19 +278,22 @@ class CompressExperts(Step):
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
     """Compress a network's file to another one; a compressed coded model keeps its metadata, with its own label."""
-    read = [network, *([base, int8_path(output, base)] if base else [])]
+    read = [network] if base is None else [network, base]
     if output.resolve() in [path.resolve() for path in read]:
         raise ConfigurationError(f"found the output '{output}', which is read; expected another file, give --output")
     file = load_network(network)
-    made = file.provenance
-    if "code" in made:
-        metadata = {**made, "label": f"{made['label']}-{compression.name}"}
-    else:
-        metadata = {"label": f"{REPLICA}-{compression.name}", "task": made.get("task")}
-    inputs = hashes(each for each in (network, base) if each)
-    metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict()), "sha256": inputs}
     started = time.perf_counter()
-    base, beside = kept_base(output, base, compression)
-    packed = compress(file.network, beside, bits=compression.bits, base_bits=compression.base_bits)
-    metadata["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
-    save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)
+    base_path, kept = kept_base(output, base, compression)
+    packed = compress(file.network, kept, bits=compression.bits, base_bits=compression.base_bits)
+    seconds = file.provenance.get("seconds", 0.0) + time.perf_counter() - started
+    if "code" in file.provenance:
+        metadata = {**file.provenance, "label": f"{file.provenance['label']}-{compression.name}"}
+    else:
+        metadata = {"label": f"{REPLICA}-{compression.name}", "task": file.provenance.get("task")}
+    metadata |= {
+        "made_by": "coin compress",
+        "of": fingerprint(file.network.state_dict()),
+        "sha256": hashes(read),
+        "seconds": seconds,
+    }
+    save_compressed(output, packed, file.config, file.num_classes, base_path, compression, metadata)

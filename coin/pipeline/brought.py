@@ -1,0 +1,121 @@
+"""Checks of experts that were trained elsewhere, before anything runs."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from coin.core.processes import is_rank_zero, rank_zero_info
+from coin.data import TaskData
+from coin.errors import CoinWarning, ConfigurationError
+from coin.files.atomic import sha256_of
+from coin.merging.expert_sources import spread
+from coin.networks import NetworkConfig, head_name
+from coin.networks.files import import_checkpoint, import_pretrained, initial_network
+from coin.networks.hub import PREFIX, HuggingFace, local_place
+from coin.reporting.summary import is_weak
+
+UNRELATED = 0.6
+"""Networks of independent random weights are 1 apart, as `spread` counts; two that had one start were at most 0.25."""
+_CHANCE_SAMPLES = 100  # that tell whether an expert guesses
+
+
+def check_places(checkpoints: Mapping[str, str]) -> None:
+    """Raise ConfigurationError if an expert's file is missing, or two tasks have one file or place."""
+    tasks: dict[str, str] = {}  # by the contents of their experts' files
+    for task, place in checkpoints.items():
+        contents = place
+        if not place.startswith(PREFIX):
+            path = Path(place)
+            if not path.is_file():
+                is_hugging_face = (path / "config.json").is_file()
+                advice = f"for a folder of Hugging Face's write hf/{place}" if is_hugging_face else "check the path"
+                raise ConfigurationError(f"found no file '{place}', expected an expert's weights; {advice}")
+            contents = sha256_of(path)
+        if contents in tasks:
+            found = f"found one expert for the tasks '{tasks[contents]}' and '{task}', '{place}'"
+            raise ConfigurationError(f"{found}, expected one of its own for each; check expert.checkpoints")
+        tasks[contents] = task
+
+
+def check_experts(
+    checkpoints: Mapping[str, str],
+    tasks: Mapping[str, TaskData],
+    config: NetworkConfig,
+    base_file: Path | None,
+    *,
+    base_is_trained: bool,
+) -> None:
+    """Raise CoinError for an expert that does not fit; say how far each is from the base; warn of one that guesses.
+
+    A base that is trained in this run is not there yet: then no distances are told.
+    """
+    base: nn.Module | None = None
+    first: nn.Module | None = None
+    for name, place in checkpoints.items():
+        task = tasks[name]
+        if place.startswith(PREFIX):
+            expert = initial_network(config, task.num_classes, base_file)
+            import_pretrained(config, place, expert, task.zero_shot, name)
+        else:
+            expert = import_checkpoint(config, task.num_classes, Path(place))
+        if not is_rank_zero():
+            continue
+        warn_of_chance(name, expert, task, _classes_of(place, config))
+        if base_is_trained:
+            continue
+        if base is None or first is None:
+            base = initial_network(config, task.num_classes, base_file)
+            first = expert
+        tell_distances(name, expert, base, first)
+
+
+def _classes_of(place: str, config: NetworkConfig) -> list[str]:
+    """Return the classes that a place of Hugging Face's names, in the order of its logits; none of files."""
+    source = config.source
+    if place.startswith(PREFIX) and isinstance(source, HuggingFace):
+        return source.classes(local_place(place))
+    return []
+
+
+@torch.no_grad()
+def warn_of_chance(name: str, expert: nn.Module, task: TaskData, classes: list[str]) -> None:
+    """Warn where an expert is hardly more often right than chance on training samples; `classes` are its own."""
+    train = task.splits.train
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    drawn = train.subset(order[:_CHANCE_SAMPLES])
+    logits = expert.eval()(drawn.inputs(torch.arange(len(drawn)), task.image_size))  # [P, C]
+    accuracy = float((logits.argmax(1) == drawn.targets).float().mean())
+    chance = 1 / task.num_classes
+    if is_weak(accuracy, chance):
+        own = f"its own classes are {', '.join(classes[:8])}, " if classes else ""
+        warnings.warn(
+            f"found the expert '{name}' right on {accuracy:.1%} of {len(drawn)} training samples (chance is "
+            f"{chance:.1%}), expected more; {own}the task's classes are {', '.join(task.classes[:8])}: check their "
+            "order, and that it was trained on such inputs",
+            CoinWarning,
+            stacklevel=2,
+        )
+
+
+def tell_distances(name: str, expert: nn.Module, base: nn.Module, first: nn.Module) -> None:
+    """Say how far an expert's body is from the base and from the first expert, and warn where the base is another."""
+    from_base = _distance(expert, base)
+    from_first = _distance(expert, first)
+    rank_zero_info(
+        f"expert {name}: its weights are {from_base:.1%} from the base, {from_first:.1%} from the first expert"
+    )
+    if from_base > UNRELATED:
+        warnings.warn(
+            f"found the expert '{name}' {from_base:.0%} of its weights from the base, as unrelated networks are, "
+            "expected the base that it was fine-tuned from; give it as base.checkpoint or network.weights",
+            CoinWarning,
+            stacklevel=2,
+        )
+
+
+def _distance(expert: nn.Module, other: nn.Module) -> float:
+    head = f"{head_name(expert)}."
+    return spread([dict(other.named_parameters()), dict(expert.named_parameters())], [0.5, 0.5], (head,))
