@@ -12,9 +12,8 @@ from lightning.pytorch import Trainer
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.files.safetensors import load_provenance
-from coin.reporting.choice import recommended
 from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import stand_ins, summarise
+from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
 from coin.statistics.statistic import StatisticKind
 
@@ -23,18 +22,18 @@ METHODS = {StatisticKind.fisher: "Coin", StatisticKind.gram: "RegMean"}  # which
 
 def after_fit(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fit``."""
+    known = [name for name in ("val/accuracy", "val/loss", "train/loss") if name in trainer.callback_metrics]
+    best = f"{known[0]} {float(trainer.callback_metrics[known[0]]):.4g}" if known else "trained"
+    reached = f"{best} after {trainer.current_epoch} epochs"
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    found = [f"{name} {metrics[name]:.4g}" for name in ("val/accuracy", "val/loss", "train/loss") if name in metrics]
-    reached = f"{next(iter(found), 'trained')} after {trainer.current_epoch} epochs"
-    exports: list[Any] = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
+    experts: list[Any] = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
-    saved = getattr(trainer.checkpoint_callback, "best_model_path", None)
-    file = exports[0] if exports else saved or trainer.default_root_dir
-    if exports and fishers:
-        return _line(reached, file, _merge(options.data, file, StatisticKind.fisher, fishers[0]))
-    own = [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
-    return _line(reached, file, ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}", *own])
+    if experts and fishers:
+        return _line(reached, experts[0], _merge(options.data, experts[0], StatisticKind.fisher, fishers[0]))
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None) or trainer.default_root_dir
+    file = experts[0] if experts else checkpoint
+    data = [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
+    return _line(reached, file, ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}", *data])
 
 
 def after_fisher(trainer: Trainer, options: Namespace) -> str:
@@ -47,24 +46,18 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    tasks = next((each.partition("=")[2] for each in arguments if each.startswith("--tasks=")), None)
-    named = tasks or _flow(dict.fromkeys(experts, "CLASS"))
+    given = [each.removeprefix("--tasks=") for each in arguments if each.startswith("--tasks=")]
+    tasks = given[0] if given else _flow(dict.fromkeys(experts, "CLASS"))
     words = ["evaluate", "-c", "default", f"--model.experts={_flow(experts)}"]
-    words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={named}"]
+    words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={tasks}"]
     return _line(f"{len(experts)} experts merged", ", ".join(map(str, files)), words)
 
 
 def after_evaluate(trainer: Trainer, _: Namespace) -> str:
     """Print the table of ``coin evaluate``, and return its line."""
     folder = Path(trainer.default_root_dir)
-    summary = summarise(read_results(folder))
-    print_summary(summary, reported=False)
-    kept = stand_ins(summary)
-    reached = "measured"
-    if len(kept):
-        row = recommended(kept)
-        reached = f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
-    return _line(reached, folder / RESULTS_CSV, ["choose", str(folder)])
+    print_summary(summarise(read_results(folder)))
+    return _line("measured", folder / RESULTS_CSV, ["choose", str(folder)])
 
 
 def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
@@ -73,11 +66,21 @@ def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
 
 def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
     """Return the merge of an expert with others, whose names, files and classes are the user's to fill in."""
-    task, pairs = str(data.class_path).rpartition(".")[2].lower(), {"experts": expert, str(statistic): file}
-    given = [f"--{name}={_flow({task: str(path), 'TASK': 'FILE'})}" for name, path in pairs.items()]
-    own = {"class_path": "CLASS"} if task == "tasks" else {"class_path": data.class_path, "init_args": _changed(data)}
-    tasks = f"--tasks={_flow({task: own, 'TASK': {'class_path': 'CLASS'}})}"
-    return ["merge", f"--method={METHODS[statistic]}", *given, tasks, "--output=coded"]
+    task = str(data.class_path).rpartition(".")[2].lower()
+    own: dict[str, Any] = {"class_path": data.class_path, "init_args": _changed(data)}
+    if task == "tasks":  # of a pooled Fisher: several
+        own = {"class_path": "CLASS"}
+    experts = {task: str(expert), "TASK": "FILE"}
+    files = {task: str(file), "TASK": "FILE"}
+    tasks = {task: own, "TASK": {"class_path": "CLASS"}}
+    return [
+        "merge",
+        f"--method={METHODS[statistic]}",
+        f"--experts={_flow(experts)}",
+        f"--{statistic}={_flow(files)}",
+        f"--tasks={_flow(tasks)}",
+        "--output=coded",
+    ]
 
 
 def _changed(data: Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, outlook, run_experiment, run_only
 from coin.reporting.choice import has_weak_experts, recommended
-from coin.reporting.report_parts import REPORT_HTML
+from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary

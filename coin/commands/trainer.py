@@ -10,7 +10,6 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator, Weights  # noqa: F401
@@ -20,7 +19,7 @@ from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.modules import Expert
 from coin.networks.weights import TO_GO_ON, read_checkpoint
-from coin.tracking.settings import logger_mode, run_environment
+from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
 
@@ -92,8 +91,7 @@ class TrainerCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Keep W&B's files in the run's folder, until the command ends."""
-        asked = [logger_mode(each) for each in self.trainer.loggers if isinstance(each, WandbLogger)]
-        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)))
+        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
     def before_fit(self) -> None:
         """Check the checkpoint to resume from, unless Lightning finds it itself."""

@@ -92,9 +92,10 @@ def evaluate(
     for task, pairs in tests.items():
         for inputs, labels in pairs:
             evaluation.update(task, system.answers(inputs, features=features, tasks=task).cpu(), labels.cpu())
-    outcomes, names = evaluation.outcomes(system.names), [config.name for config in configs]
-    outcomes.sort(key=lambda outcome: names.index(outcome.columns["decoder"]))
-    return pd.DataFrame([outcome.columns for outcome in outcomes], columns=_COLUMNS)
+    names = [config.name for config in configs]
+    measured = evaluation.measurements(system.names)
+    measured.sort(key=lambda each: names.index(each.columns["decoder"]))
+    return pd.DataFrame([each.columns for each in measured], columns=_COLUMNS)
 
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:

@@ -5,7 +5,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.core.processes import each_on_its_own, on_rank_zero, process_count, rank_zero_info
-from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError, first_line
+from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan
@@ -23,8 +23,8 @@ from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open
 from coin.pipeline.step import Step
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
-from coin.reporting.report_parts import REPORT_HTML
-from coin.reporting.summary import is_replaced, read_summary, write_seeds, write_summary
+from coin.reporting.report import REPORT_HTML
+from coin.reporting.summary import write_seeds, write_summary
 from coin.tracking.settings import check_connection
 from coin.trainer import make_trainer
 
@@ -290,16 +290,14 @@ def summarise_experiment(experiment: Experiment) -> pd.DataFrame:
     write_seeds(experiment.folder, experiment.seeds)
     path = experiment.folder / "summary.csv"
     before = path.read_bytes() if path.is_file() else b""
-    earlier = None
-    with suppress(FileError):  # there is none, or it is damaged, and is written anew
-        earlier = read_summary(experiment.folder)
     summary = write_summary(experiment.folder)
-    if earlier is not None and is_replaced(earlier, summary):
-        told = f"'{path}' and the report now show these options' results in place of earlier ones"
-        rank_zero_info(f"{told}; for those run with the earlier options again: no step is repeated")
+    is_changed = before != path.read_bytes()
+    if before and is_changed:
+        told = f"'{path}' and the report now show this run's seeds and options in place of the earlier ones"
+        rank_zero_info(f"{told}; to get those back run with them again: no step is repeated")
     for folder in (experiment.folder / f"seed-{seed}" for seed in experiment.seeds):
         if not (folder / REPORT_HTML).is_file():
             write_report(folder)
-    if before != path.read_bytes() or not (experiment.folder / REPORT_HTML).is_file():
+    if is_changed or not (experiment.folder / REPORT_HTML).is_file():
         write_report(experiment.folder)
     return summary

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from coin.core.choices import is_list_of_names
 from coin.core.processes import rank_zero_info
 from coin.errors import ConfigurationError
@@ -35,8 +33,7 @@ from coin.pipeline.pool import Launch
 from coin.pipeline.run import prepared, report_seed, run_steps, summarise_experiment
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
-from coin.reporting.extras import PROMISE_CSV, read_promises
-from coin.reporting.results import read_results, write_frame
+from coin.reporting.results import PROMISE_CSV, read_promises, read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame
 
 _KEYS = ("name", "experiment", "grid", "set")
@@ -119,10 +116,8 @@ def _short(place: int, value: Any) -> str:
     return "_".join(map(as_text, entries)) if plain else str(place)
 
 
-def run_sweep(
-    sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch
-) -> tuple[pd.DataFrame, Path]:
-    """Run all points as one plan, and return the table of their results, and the page of its report.
+def run_sweep(sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch) -> Path:
+    """Run all points as one plan, and return the page of their report.
 
     Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
     """
@@ -145,6 +140,4 @@ def run_sweep(
     run_steps(steps, launch, on_done, keep_going=True)
     for _, experiment in points:
         summarise_experiment(experiment)
-    frame = sweep_frame([(point.values, own) for point, own in seeds.items()])
-    assert frame is not None
-    return frame, write_report(folder)
+    return write_report(folder)

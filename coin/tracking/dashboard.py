@@ -27,7 +27,7 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
         told = f"found WANDB_MODE={mode}, but a dashboard lives on W&B's server"
         raise ConfigurationError(f"{told}; unset it for coin dashboard, or write a report with coin report")
     extra_module("wandb_workspaces.workspaces", "dashboard")
-    check_connection("online", later=False)
+    check_connection("online")
     api = wandb.Api()
     entity, called = parts if len(parts) == 2 else (str(api.default_entity), parts[0])
     filters = {"jobType": "evaluate"} | ({} if group is None else {"group": group})

@@ -23,7 +23,7 @@ from coin.files.safetensors import load_provenance, load_state
 from coin.files.yaml import read_yaml
 from coin.networks import NetworkConfig, build_network, load_network, read_weights
 from coin.pipeline.sweep import read_sweep, sweep_points
-from coin.reporting.results import read_configuration, read_confusions, read_results
+from coin.reporting.results import read_document, read_results
 from coin.reporting.sweeps import read_sweep_table
 from coin.statistics.files import open_statistic
 
@@ -124,9 +124,9 @@ def test_random_results(path: Path) -> None:
     @ROUND
     @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode) | JSON.map(lambda x: json.dumps(x).encode()))
     def test(content: bytes) -> None:
-        for name in ("results.csv", "results.json", "confusion.npz", "sweep.csv"):
+        for name in ("results.csv", "results.json", "sweep.csv"):
             (path.parent / name).write_bytes(content)
-        for read in (read_results, read_configuration, read_confusions, read_sweep_table):
+        for read in (read_results, read_document, read_sweep_table):
             survives(lambda read=read: read(path.parent))
 
     for_a_while(test)

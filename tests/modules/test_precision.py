@@ -46,13 +46,13 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
     assert passes[:2] == [torch.float32] * 2, "the heads of the two experts are checked in full"
     assert set(passes[2:]) == {torch.bfloat16}, "the calibration samples' answers too"
     full = evaluated(make_trainer(), experts, coded, tasks_of)
-    rough, exact = ([outcome.columns["residual"] for outcome in each.outcomes] for each in (mixed, full))
+    rough, exact = ([outcome.columns["residual"] for outcome in each.measurements] for each in (mixed, full))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05, nan_ok=True)
-    oracle = [each.columns["agreement"] for each in mixed.outcomes if each.columns["method"] == "oracle"]
+    oracle = [each.columns["agreement"] for each in mixed.measurements if each.columns["method"] == "oracle"]
     assert set(oracle) == {1}
     # The decoders' own arithmetic: with 8 bits of mantissa the ridge's solution would be far off.
-    decoders = [[outcome.columns["decoder"] for outcome in each.outcomes] for each in (mixed, full)]
+    decoders = [[outcome.columns["decoder"] for outcome in each.measurements] for each in (mixed, full)]
     assert decoders[0] == decoders[1]
     assert set(decoders[0]) == {str(kind) for kind in DecoderKind}
 
