@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoder_config import REPLICA
@@ -50,26 +51,19 @@ def with_heads(
         return others, None
 
 
-class Scores(DecodingAccuracy):
-    """`DecodingAccuracy`, with counts of the expert's class by the answered one, ``confusion`` ``[C_j, C_j]``."""
-
-    confusion: Tensor
+class Scores:
+    """`DecodingAccuracy` of one lost expert, and counts of its own class by the answered one."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        self.classes = num_classes
-        self.add_state("confusion", torch.zeros(num_classes**2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.num_classes = num_classes
+        self.accuracy = DecodingAccuracy(num_classes)
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)  # [C_j, C_j]
 
     def update(self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> None:
-        """Add a batch; see `DecodingAccuracy`."""
-        super().update(decoded, expert, labels, accepted)
-        own, answered = (logits[:, : self.classes].argmax(1) for logits in (expert, decoded))
-        counts = torch.bincount(own * self.classes + answered, minlength=self.classes**2)
-        self.confusion += counts.to(self.confusion.device)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return all numbers, and the counts."""
-        return {**super().compute(), "confusion": self.confusion.view(self.classes, self.classes)}
+        """Add a batch of logits ``[B, C]`` with C ≥ C_j; see `DecodingAccuracy`."""
+        self.accuracy.update(decoded, expert, labels, accepted)
+        answered = decoded[:, : self.num_classes].argmax(1)
+        self.confusion.update(answered, expert[:, : self.num_classes].argmax(1))
 
 
 @dataclass(eq=False)
@@ -213,11 +207,14 @@ class Evaluation:
     @property
     def metrics(self) -> list[Metric]:
         """All metrics that hold totals."""
-        found: list[Metric] = [scores for _, scores in self.replicas]
+        found: list[Metric] = []
         for residuals in self.residuals.values():
             found += residuals
+        scores = [scores for _, scores in self.replicas]
         for each in self.fitted:
-            found += each.scores.values()
+            scores += each.scores.values()
+        for own in scores:
+            found += [own.accuracy, own.confusion]
         return found
 
 
@@ -228,8 +225,6 @@ def _measurement(
     fitted: FittedDecoder | None = None,
     promise: Promise | None = None,
 ) -> Measurement:
-    numbers = dict(scores.compute())  # torchmetrics keeps its own
-    confusion = numbers.pop("confusion").cpu()
     made = {
         "method": variant.method,
         "batchnorm": variant.batchnorm,
@@ -238,5 +233,5 @@ def _measurement(
         "merge_seconds": variant.merge_seconds,
         "merge_passes": variant.merge_passes,
     }
-    shares = {name: float(number) for name, number in numbers.items()}
-    return Measurement({**made, **columns, **shares}, confusion, fitted, promise)
+    shares = {name: float(share) for name, share in scores.accuracy.compute().items()}
+    return Measurement({**made, **columns, **shares}, scores.confusion.compute().cpu(), fitted, promise)

@@ -222,8 +222,6 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
 
     Raises FileError where the file is missing or damaged, or lacks a column.
     """
-    if not path.is_file():
-        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`")
     try:
         # As text first: pandas would read a task called "NA" as missing and the code row "0" as a number.
         frame = pd.read_csv(path, dtype="str", keep_default_na=False)
@@ -233,7 +231,7 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         numeric = frame[list(numbers)].replace("", "nan").astype("float64")
         return frame.assign(**numeric).astype(dict.fromkeys(integers, "int64"))
     except (OSError, ValueError) as error:
-        raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); run the experiment again") from error
+        raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it with `coin run`") from error
 
 
 def as_json(document: Any) -> str:
@@ -252,8 +250,6 @@ def as_json(document: Any) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
     except (OSError, ValueError) as error:
-        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it again") from error
+        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); make it with `coin run`") from error
     return document

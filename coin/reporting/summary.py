@@ -50,27 +50,38 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.assign(batchnorm=frame["batchnorm"].map(requested_policy))
     by_task = _over_seeds(frame)
     over_all_tasks = _over_seeds(seed_means(frame))
-    both = pd.concat([by_task, over_all_tasks]).reset_index()[list(SUMMARY_COLUMNS)]
+    both = pd.concat([by_task, over_all_tasks]).reset_index()
+    # A variant's means come after its tasks.
     variant = [name for name in GROUP if name not in ("erased", "task")]
-    place = both.groupby(variant, sort=False).ngroup()  # a variant's means come after its tasks
-    return both.iloc[place.argsort(kind="stable")].reset_index(drop=True)
+    place = both.groupby(variant, sort=False).ngroup()
+    in_order = both.iloc[place.argsort(kind="stable")]
+    return in_order[list(SUMMARY_COLUMNS)].reset_index(drop=True)
 
 
 def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the means over tasks of every seed, in the columns of ``results.csv``, named as in `summarise`."""
     lost = frame["erased"].str.split("+")
-    num_experts = lost.groupby(frame["experiment"]).agg(lambda each: len(set().union(*each)))
-    sizes = lost.map(len).astype(str) + " of " + frame["experiment"].map(num_experts).astype(str)
-    policy = frame["batchnorm"].map(requested_policy)
-    groups = frame.assign(erased=sizes, task="mean", batchnorm=policy).groupby(list(KEYS), sort=False)
+    num_lost = lost.map(len)
+    num_experts = frame["experiment"].map(lost.groupby(frame["experiment"]).agg(_num_different))
+    frame = frame.assign(
+        erased=num_lost.astype(str) + " of " + num_experts.astype(str),
+        task="mean",
+        batchnorm=frame["batchnorm"].map(requested_policy),
+    )
+    groups = frame.groupby(list(KEYS), sort=False)
     return _mean(groups).reset_index()
+
+
+def _num_different(lists: "pd.Series[Any]") -> int:
+    return len(set().union(*lists))
 
 
 def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the number of seeds, and the mean and spread over them of all numbers, by `GROUP`."""
     groups = frame.groupby(list(GROUP), sort=False)
     means = _mean(groups)
-    spreads = groups[list(NUMBERS)].std(ddof=1).where(means.notna())
+    spreads = groups[list(NUMBERS)].std(ddof=1)
+    spreads = spreads.where(means.notna())
     seeds = groups["seed"].nunique().rename("seeds")
     return pd.concat([seeds, means.add_suffix("_mean"), spreads.add_suffix("_std")], axis=1)
 
@@ -106,21 +117,17 @@ def seed_folders(folder: Path) -> list[Path]:
     """
     if (folder / RESULTS_CSV).is_file():
         return [folder]
-    every = [path.parent for path in folder.glob(f"seed-*/{RESULTS_CSV}")]
-    if not every:
-        problem = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
-        point = min(folder.glob(f"*/seed-*/{RESULTS_CSV}"), default=None)
-        if point is not None:
-            raise FileError(f"{problem}, a sweep or several experiments; name one of them, such as {point.parents[1]}")
-        raise FileError(f"{problem}, expected the folder of an experiment or of one seed; make it with `coin run`")
-    found = every
+    found = [path.parent for path in folder.glob(f"seed-*/{RESULTS_CSV}")]
+    if not found:
+        raise _no_results(folder)
     if (folder / SEEDS_JSON).is_file():
-        last_run = json.loads((folder / SEEDS_JSON).read_text(encoding="utf-8"))["seeds"]
-        found = [each for each in every if each.name in [f"seed-{seed}" for seed in last_run]] or every
-    documents = {each: read_document(each) for each in found}
-    latest = max(found, key=lambda each: str(documents[each]["date"]))
+        last_run = json.loads((folder / SEEDS_JSON).read_text(encoding="utf-8"))
+        names = [f"seed-{seed}" for seed in last_run["seeds"]]
+        found = [each for each in found if each.name in names] or found
+    documents = {each.name: read_document(each) for each in found}
+    latest = max(documents, key=lambda name: str(documents[name]["date"]))
     options = _options(documents[latest])
-    others = sorted(each.name for each in found if _options(documents[each]) != options)
+    others = sorted(name for name, document in documents.items() if _options(document) != options)
     if others:
         told = f"left out {', '.join(others)}: measured with other options than the latest seed"
         warnings.warn(told, CoinWarning, stacklevel=2)
@@ -128,9 +135,20 @@ def seed_folders(folder: Path) -> list[Path]:
     return sorted(kept, key=lambda each: (len(each.name), each.name))
 
 
+def _no_results(folder: Path) -> FileError:
+    problem = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
+    points = sorted(folder.glob(f"*/seed-*/{RESULTS_CSV}"))
+    if points:
+        return FileError(f"{problem}, a sweep or several experiments; name one of them, such as {points[0].parents[1]}")
+    return FileError(f"{problem}, expected the folder of an experiment or of one seed; make it with `coin run`")
+
+
 def _options(document: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of ``results.json`` without what the seeds of one experiment differ in."""
-    return {name: value for name, value in document["configuration"].items() if name not in ("seed", "experts")}
+    configuration = dict(document["configuration"])
+    configuration.pop("seed", None)
+    configuration.pop("experts", None)
+    return configuration
 
 
 def write_seeds(folder: Path, seeds: Sequence[int]) -> None:
@@ -147,14 +165,18 @@ def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:
     Raises FileError where there are no results, a file is damaged, or results are of other experts than those there.
     """
     seeds = seed_folders(folder)
+    frames = []
     for seed in seeds:
         check_current(seed)
-    return seeds, pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
+        frames.append(read_results(seed))
+    return seeds, pd.concat(frames, ignore_index=True)
 
 
 def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of means over tasks, each lost alone."""
-    return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
+    is_mean = summary["task"] == "mean"
+    is_alone = summary["erased"].str.startswith("1 of ")
+    return summary[is_mean & is_alone]
 
 
 def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
@@ -166,22 +188,24 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     """
     summary = summary.assign(name=variant_names(summary))
     keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
-    alone = summary[summary["erased"] == summary["task"]].sort_values("nda_mean", kind="stable")
-    worst = alone.drop_duplicates(keys).rename(columns={"task": "worst_task", "nda_mean": "nda_worst"})
+    alone = summary[summary["erased"] == summary["task"]]
+    worst = alone.sort_values("nda_mean", kind="stable").drop_duplicates(keys)
+    worst = worst.rename(columns={"task": "worst_task", "nda_mean": "nda_worst"})
     means = over_tasks(summary).merge(worst[[*keys, "worst_task", "nda_worst"]], on=keys, how="left")
     costs = [*STAND_IN_COSTS, "merge_seconds"]
     means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
     kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task", "experiment"]]
     kept = kept.dropna(subset=["nda_mean", "memory_mib"])
     if kept["experiment"].nunique() > 1:
-        kept["name"] = kept["experiment"] + ": " + kept["name"]
-    return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
+        kept = kept.assign(name=kept["experiment"] + ": " + kept["name"])
+    by_memory = ["memory_mib", "nda_mean"]
+    return kept.sort_values(by_memory, ascending=[True, False], kind="stable", ignore_index=True)
 
 
 def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     """Return which rows of `stand_ins` no other beats in NDA (to the digits printed), memories, forwards and losses."""
-    signs = pd.Series({"nda_mean": 1, "memory_mib": -1, "resident_mib": -1, "forwards": -1, "losses": 1})
-    goods = kept[list(signs.index)].round(4) * signs  # of each, more is better
+    signs = {"nda_mean": 1, "memory_mib": -1, "resident_mib": -1, "forwards": -1, "losses": 1}
+    goods = pd.DataFrame({name: sign * kept[name].round(4) for name, sign in signs.items()})  # more is better
     is_beaten = []
     for own in goods.to_numpy():
         as_good = (goods >= own).all(axis=1)
@@ -198,10 +222,13 @@ def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
 
 def decoders_of(means: pd.DataFrame) -> list[str]:
     """Return the decoders of means over tasks: ``linear``, then by a method's best NDA, then the references' own."""
-    contenders = means[~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)]
-    best = contenders.groupby("decoder")["nda_mean"].max().sort_values(ascending=False, kind="stable")
-    first = [name for name in ("linear",) if name in set(means["decoder"])]
-    return list(dict.fromkeys([*first, *best.index, *means["decoder"]]))
+    is_contender = ~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)
+    best = means[is_contender].groupby("decoder")["nda_mean"].max()
+    best = best.sort_values(ascending=False, kind="stable")
+    every = [*best.index, *means["decoder"]]
+    if "linear" in every:
+        every.insert(0, "linear")
+    return list(dict.fromkeys(every))
 
 
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
@@ -212,12 +239,15 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     follows (``coin[0+1]``).
     """
     # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
-    same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
-    own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
-    several = frame["method"].isin(frame.loc[own, "method"])
+    same_loss = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
+    num_sets = frame.groupby(same_loss, sort=False)["code_row"].transform("nunique")
+    has_several = frame["method"].isin(frame.loc[num_sets > 1, "method"])
     asked = frame["batchnorm"].map(requested_policy)
-    default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
-    return frame["method"] + ("-" + asked).mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
+    keeps = frame["method"].str.startswith(_KEEPING)
+    is_default = asked.isin(["", "auto"]) | (asked.eq("keep") & keeps)
+    policies = ("-" + asked).mask(is_default, "")
+    sets = ("[" + frame["code_row"] + "]").where(has_several, "")
+    return frame["method"] + policies + sets
 
 
 def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:

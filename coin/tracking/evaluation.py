@@ -12,8 +12,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
 from coin.reporting.style import as_png
-from coin.reporting.summary import REFERENCES, over_tasks, stand_ins, summarise, variant_names
-from coin.tracking.settings import CONFUSION_CHART, CONFUSION_COLUMNS
+from coin.reporting.summary import REFERENCES, stand_ins, summarise, variant_names
 
 
 def log_evaluation(
@@ -30,73 +29,61 @@ def log_evaluation(
     ``best_resident_mib``. The tables are ``results`` (all rows) and ``examples``; ``confusion/TASK`` is a chart of the
     best method's counts ``[C, C]``.
     """
-    frame = _frame(rows)
-    summary = summarise(frame)
+    frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     cells: Any = frame.astype(object).where(frame.notna(), None)  # W&B's charts stumble over NaN
     logged: dict[str, Any] = {
         "results": wandb.Table(columns=[*COLUMNS], data=cells.to_numpy().tolist()),
         "examples": examples,
     }
-    kept = stand_ins(summary)
+    kept = stand_ins(summarise(frame))
     if len(kept):
         png = as_png(nda_against_memory(kept), dpi=110)
         logged["nda_against_memory"] = wandb.Image(Image.open(io.BytesIO(png)))
-    for place in best_coded(rows):
+    best = best_coded(rows)
+    for place in best:
         row = rows[place]
         title = f"{row.method}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
         logged[f"confusion/{row.task}"] = _confusion(confusions[confusion_key(row)], classes[row.task], title)
     run.log(logged)
-    run.summary.update(_numbers(summary))
+    run.summary.update(_numbers(frame, best))
+
+
+def _numbers(frame: pd.DataFrame, best: list[int]) -> dict[str, Any]:
+    """Return the numbers of the run's summary, given the places of the best rows."""
+    frame = frame.assign(name=variant_names)
+    alone = frame[frame["erased"] == frame["task"]]
+    numbers: dict[str, Any] = {}
+    for (name, decoder), own in alone.groupby(["name", "decoder"], sort=False):
+        if own["nda"].notna().all():
+            numbers[f"nda/{name}/{decoder}"] = float(own["nda"].mean())
+    if best:
+        own = frame.iloc[best]
+        numbers["nda_mean_best"] = float(own["nda"].mean())
+        numbers["best_method"] = own["name"].iloc[0]
+        numbers["best_decoder"] = own["decoder"].iloc[0]
+        numbers["best_memory_mib"] = float(own["memory_mib"].mean())
+        numbers["best_resident_mib"] = float(own["resident_mib"].mean())
+    return numbers
 
 
 def best_coded(rows: Sequence[Row]) -> list[int]:
     """Return the places of the rows of the best coded variant and decoder by mean NDA, each task lost alone."""
-    frame = _frame(rows)
-    means = _coded_means(summarise(frame))
+    frame = pd.DataFrame([vars(row) for row in rows]).assign(name=variant_names)
+    is_coded = ~frame["method"].isin(REFERENCES) & (frame["decoder"] != REPLICA)
+    alone = frame[is_coded & (frame["erased"] == frame["task"])]
+    means = alone.groupby(["name", "decoder"])["nda"].mean().dropna()
     if means.empty:
         return []
-    best = means.iloc[-1]
-    is_best = (variant_names(frame) == best["name"]) & (frame["decoder"] == best["decoder"])
-    return [int(place) for place in frame.index[is_best & (frame["erased"] == frame["task"])]]
-
-
-def _frame(rows: Sequence[Row]) -> pd.DataFrame:
-    return pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
-
-
-def _means(summary: pd.DataFrame) -> pd.DataFrame:
-    return over_tasks(summary.assign(name=variant_names(summary))).dropna(subset="nda_mean")
-
-
-def _coded_means(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the means over tasks of coded models, the best last."""
-    means = _means(summary)
-    is_coded = ~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)
-    return means[is_coded].sort_values("nda_mean")
-
-
-def _numbers(summary: pd.DataFrame) -> dict[str, Any]:
-    """Return the numbers of the run's summary."""
-    means = _means(summary)
-    names = "nda/" + means["name"] + "/" + means["decoder"]
-    numbers: dict[str, Any] = dict(zip(names, means["nda_mean"], strict=True))
-    coded = _coded_means(summary)
-    if len(coded):
-        best = coded.iloc[-1]
-        numbers["nda_mean_best"] = float(best["nda_mean"])
-        numbers["best_method"] = best["name"]
-        numbers["best_decoder"] = best["decoder"]
-        numbers["best_memory_mib"] = float(best["memory_mib_mean"])
-        numbers["best_resident_mib"] = float(best["resident_mib_mean"])
-    return numbers
+    name, decoder = means.idxmax()
+    return list(alone.index[(alone["name"] == name) & (alone["decoder"] == decoder)])
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
     """Return W&B's confusion chart, which `wandb.plot.confusion_matrix` makes of single predictions, of counts."""
-    cells: Any = [[classes[i], classes[k], int(counts[i, k])] for i, k in zip(*counts.nonzero(), strict=True)]
+    columns = ["Actual", "Predicted", "nPredictions"]
+    table = wandb.Table(columns=columns)
+    for actual, predicted in zip(*counts.nonzero(), strict=True):
+        table.add_data(classes[actual], classes[predicted], int(counts[actual, predicted]))
     return wandb.plot_table(
-        vega_spec_name=CONFUSION_CHART,
-        data_table=wandb.Table(columns=[*CONFUSION_COLUMNS], data=cells),
-        fields={name: name for name in CONFUSION_COLUMNS},
-        string_fields={"title": title},
+        "wandb/confusion_matrix/v1", table, dict(zip(columns, columns, strict=True)), {"title": title}
     )

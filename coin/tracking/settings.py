@@ -9,8 +9,6 @@ from pathlib import Path
 from coin.errors import CoinWarning, ConfigurationError, first_line
 
 OFFLINE_MODES = ("offline", "dryrun", "disabled")
-CONFUSION_CHART = "wandb/confusion_matrix/v1"  # W&B's own, of a table with these columns
-CONFUSION_COLUMNS = ("Actual", "Predicted", "nPredictions")
 TAG_LENGTH = 64  # W&B refuses longer tags, and empty ones
 
 

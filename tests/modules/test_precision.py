@@ -7,10 +7,10 @@ from torch import nn
 import coin
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.coding import DecoderKind
+from coin.coding.metrics import DecodingAccuracy
 from coin.core.devices import multiplies_in_bfloat16
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError
-from coin.evaluation.scores import Scores
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import load_network
 from coin.statistics.files import open_statistic
@@ -62,8 +62,8 @@ def test_decoding_is_in_full_precision_whatever_products_are(
     make_trainer, write_experts, write_coded, tasks_of, monkeypatch
 ):
     experts = write_experts([3, 2])
-    coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), Scores.update
-    monkeypatch.setattr(Scores, "update", lambda *a: seen.add(multiplies_in_bfloat16()) or update(*a))
+    coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), DecodingAccuracy.update
+    monkeypatch.setattr(DecodingAccuracy, "update", lambda *a: seen.add(multiplies_in_bfloat16()) or update(*a))
     evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
     assert torch.get_float32_matmul_precision() == "medium"
     assert multiplies_in_bfloat16()

@@ -85,7 +85,7 @@ def test_missing_or_damaged_files_are_one_clear_line(tmp_path: Path):
             read(tmp_path)
     for content in (b"", b"\xff\xfe\x00bad", b"seed\n1"):
         (tmp_path / "results.csv").write_bytes(content)
-        with pytest.raises(FileError, match=r"results\.csv[^\n]*again$"):
+        with pytest.raises(FileError, match=r"results\.csv[^\n]*`coin run`$"):
             read_results(tmp_path)
     write_results(tmp_path, [ROW], {})
     text = (tmp_path / "results.csv").read_text(encoding="utf-8")

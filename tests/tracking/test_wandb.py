@@ -150,7 +150,7 @@ def built(**options: Any) -> dict[str, Any]:
     return spec.model_dump(by_alias=True, exclude_none=True)["section"]
 
 
-def test_bars_are_all_methods_of_a_decoder_beside_memory_curves_confusions_and_tables():
+def test_bars_are_all_methods_of_a_decoder_beside_memory_and_tables():
     sections = built()["panelBankConfig"]["sections"]
     found = {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
     bars = found["NDA by method"]
@@ -159,13 +159,9 @@ def test_bars_are_all_methods_of_a_decoder_beside_memory_curves_confusions_and_t
     assert [bar["metrics"] for bar in bars] == [*both, ["nda/replica-3bit/replica"]]
     assert all((bar["groupAgg"], bar["groupArea"]) == ("mean", "stddev") for bar in bars)
 
-    assert [*found] == ["NDA by method", "NDA against memory", "Training", "Confusion", "Tables"]
+    assert [*found] == ["NDA by method", "NDA against memory", "Results", "Examples"]
     assert [panel["mediaKeys"] for panel in found["NDA against memory"]] == [["nda_against_memory"]]
-    assert [panel["metrics"] for panel in found["Training"]] == [["val/accuracy"], ["train/loss"]]
-    assert [chart["panelDefId"] for chart in found["Confusion"]] == ["wandb/confusion_matrix/v1"] * 2
-    for task in ("letters", "mnist"):
-        assert f"confusion/{task}_table" in str(found["Confusion"])
-    assert all(name in str(found["Tables"]) for name in ("results", "examples"))
+    assert all(name.lower() in str(found[name]) for name in ("Results", "Examples"))
 
 
 def test_runs_are_grouped_by_experiment_and_job_type_and_filtered_by_experiment():
