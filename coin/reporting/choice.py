@@ -1,6 +1,8 @@
 """Which stand-in to keep, from an experiment's results and a user's limits."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
@@ -24,7 +26,9 @@ def recommended(kept: pd.DataFrame) -> "pd.Series[Any]":
     """
     ordered = _cheapest_first(kept)
     accurate = ordered[ordered["nda_worst"] >= ACCURACY]
-    return accurate.iloc[0] if len(accurate) else _most_accurate(ordered)
+    if len(accurate):
+        return accurate.iloc[0]
+    return _most_accurate(ordered)
 
 
 def has_weak_experts(row: "pd.Series[Any]") -> bool:
@@ -72,22 +76,29 @@ def choose(
     coin.errors.FileError: found neither 'results.csv' nor 'seed-*/results.csv' in 'runs/nowhere', expected ...
     """
     sweep = read_sweep_table(Path(folder))
-    frame = read_run(Path(folder))[1] if sweep is None else sweep.frame
+    if sweep is None:
+        _, frame = read_run(Path(folder))
+    else:
+        frame = sweep.frame
     num_lost = frame["task"].nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     check_integer("losses", num_lost, 1)
+    limits = {}
+    for column, most in (("memory_mib", memory_mib), ("resident_mib", resident_mib), ("forwards", forwards)):
+        if most is not None:
+            check_number(column, most, low=0)
+            limits[column] = most
     kept = stand_ins(summarise(frame))
     if kept.empty:
         raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
-    limits = {"memory_mib": memory_mib, "resident_mib": resident_mib, "forwards": forwards}
-    given = {column: most for column, most in limits.items() if most is not None}
-    for column, most in given.items():
-        check_number(column, most, low=0)
-    return choose_from(kept, accuracy, given, num_lost)
+    return choose_from(kept, accuracy, limits, num_lost)
 
 
 def choose_from(
-    kept: pd.DataFrame, accuracy: float = ACCURACY, limits: dict[str, float] | None = None, losses: int = 1
+    kept: pd.DataFrame,
+    accuracy: float = ACCURACY,
+    limits: Mapping[str, float] = MappingProxyType({}),
+    losses: int = 1,
 ) -> tuple[pd.DataFrame, str]:
     """Do what `choose` does with rows of `stand_ins`; `limits` are the most by column."""
     if has_weak_experts(recommended(kept)):
@@ -96,20 +107,26 @@ def choose_from(
     is_accurate = kept["nda_worst"] >= accuracy
     is_within = kept["losses"] >= losses
     wishes = [f"at least {100 * accuracy:g} % on the worst task"]
-    for column, most in (limits or {}).items():
+    for column, most in limits.items():
         is_within &= kept[column] <= most
         wishes.append(f"{column} up to {most:g}")
     wishes.append(f"{losses} lost at once")
     asked = f"what is asked for ({', '.join(wishes)})"
-    rows = kept[is_accurate & is_within]
-    if len(rows):
-        reason = "the only one that meets" if len(rows) == 1 else f"the least memory of the {len(rows)} that meet"
-        return rows.reset_index(drop=True), f"Keep {_described(rows.iloc[0])}. It is {reason} {asked}."
+
+    rows = kept[is_accurate & is_within].reset_index(drop=True)
+    if len(rows) == 1:
+        return rows, f"Keep {_described(rows.iloc[0])}. It is the only one that meets {asked}."
+    if len(rows) > 1:
+        best = _described(rows.iloc[0])
+        return rows, f"Keep {best}. It is the least memory of the {len(rows)} that meet {asked}."
+
     nearest = []
     if is_accurate.any():
-        nearest.append(f"the smallest that is accurate enough is {_described(kept[is_accurate].iloc[0])}")
+        smallest = kept[is_accurate].iloc[0]
+        nearest.append(f"the smallest that is accurate enough is {_described(smallest)}")
     if is_within.any():
-        nearest.append(f"the most accurate within the limits is {_described(_most_accurate(kept[is_within]))}")
+        best_within = _most_accurate(kept[is_within])
+        nearest.append(f"the most accurate within the limits is {_described(best_within)}")
     if not nearest:
         nearest.append(f"the most accurate is {_described(_most_accurate(kept))}")
         nearest.append(f"the smallest is {_described(kept.iloc[0])}")
@@ -117,8 +134,7 @@ def choose_from(
 
 
 def _described(row: "pd.Series[Any]") -> str:
-    return (
-        f"{read_by(row)} ({percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, "
-        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB, {row['resident_mib']:.3g} MiB resident; "
-        f"{counted(row['forwards'], 'network run')} an answer; up to {row['losses']:g} lost at once)"
-    )
+    kept = f"{percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, {row['worst_task']}"
+    memory = f"{row['memory_mib']:.3g} MiB, {row['resident_mib']:.3g} MiB resident"
+    runs = counted(row["forwards"], "network run")
+    return f"{read_by(row)} ({kept}; {memory}; {runs} an answer; up to {row['losses']:g} lost at once)"

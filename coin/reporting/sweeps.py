@@ -26,7 +26,6 @@ class Sweep:
     options: pd.DataFrame  # each experiment's value of every option but the seeds, by its name in `frame`
     legend: pd.DataFrame  # ``option``, ``shown as`` and ``value`` of values that are too long for a table
     frame: pd.DataFrame  # all rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name
-    points: tuple[str, ...]  # their folders
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
@@ -35,25 +34,29 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     if not path.is_file():
         return None
     frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
-    points = tuple(dict.fromkeys(frame["experiment"]))
     name = folder.resolve().name
     keys = [key for key in frame.columns if key not in (*COLUMNS, SEEDS)]
-    short = short_names(keys)
-    options = frame[keys].rename(columns=short)
+    options = frame[keys].rename(columns=short_names(keys))
     legend = []
     for option in options:
-        every = list(dict.fromkeys(options[option]))
-        shown = {value: value if len(value) <= _LONGEST else f"#{place}" for place, value in enumerate(every)}
+        values = options[option].unique().tolist()
+        shown = {}
+        for place, value in enumerate(values):
+            shown[value] = value
+            if len(value) > _LONGEST:
+                shown[value] = f"#{place}"
+                legend.append((option, shown[value], value))
         options[option] = options[option].map(shown)
-        legend += [(option, text, value) for value, text in shown.items() if text != value]
-    labels = [", ".join(f"{key} {value}" for key, value in row.items()) or name for row in options.to_dict("records")]
+    labels = []
+    for row in options.to_dict("records"):
+        words = [f"{option} {value}" for option, value in row.items()]
+        labels.append(", ".join(words) or name)
     rows = frame[list(COLUMNS)].assign(experiment=labels)
     return Sweep(
         name=name,
         options=options.set_axis(labels).groupby(level=0, sort=False).first(),
         legend=pd.DataFrame(legend, columns=["option", "shown as", "value"]),
         frame=rows.drop_duplicates(list(KEYS), ignore_index=True),  # a seed that was run twice counts once
-        points=points,
     )
 
 
@@ -74,27 +77,32 @@ def sweep_frame(
         for folder in folders:
             rows = read(folder)
             if rows is not None:
-                frames.append(pd.concat([pd.DataFrame(plain, index=rows.index), rows], axis=1))
+                point = pd.DataFrame(plain, index=rows.index)
+                frames.append(pd.concat([point, rows], axis=1))
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
 def sweep_text(sweep: Sweep) -> pd.DataFrame:
     """Return mean NDA ± spread in % as text: a line per experiment of a sweep and method, a column per decoder."""
     summary = summarise(sweep.frame)
-    means = summary[(summary["task"] == "mean") & (summary["method"] != "oracle")]
-    texts = percents(means["nda_mean"], means["nda_std"])
-    means = means.assign(method=variant_names(means), text=texts).join(sweep.options, on="experiment")
+    is_mean = summary["task"] == "mean"
+    is_oracle = summary["method"] == "oracle"
+    means = summary[is_mean & ~is_oracle]
+    means = means.assign(method=variant_names(means), text=percents(means["nda_mean"], means["nda_std"]))
+    means = means.join(sweep.options, on="experiment")
     erased = ["erased"] if means["erased"].nunique() > 1 else []
     heads = [*sweep.options.columns, *erased, "method"]
     lines = ["experiment", "samples_per_task", *heads]
     table = means.pivot_table(index=lines, columns="decoder", values="text", aggfunc="first", sort=False)
-    return table.fillna("–").reset_index()[[*heads, *table.columns]].rename_axis(columns=None)
+    columns = [*heads, *table.columns]
+    return table.fillna("–").reset_index()[columns].rename_axis(columns=None)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Return the last part of each swept key, the whole key where another ends alike or a column is called so."""
     last = [key.rsplit(".")[-1] for key in keys]
-    return {
-        key: name if last.count(name) == 1 and name not in COLUMNS else key
-        for key, name in zip(keys, last, strict=True)
-    }
+    names = {}
+    for key, name in zip(keys, last, strict=True):
+        is_free = last.count(name) == 1 and name not in COLUMNS
+        names[key] = name if is_free else key
+    return names

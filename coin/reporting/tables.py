@@ -21,7 +21,7 @@ from coin.reporting.summary import (
     undominated,
     variant_names,
 )
-from coin.reporting.text import mebibytes, percent, percents, seconds
+from coin.reporting.text import mebibytes, number, percent, percents, seconds
 
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
@@ -44,29 +44,37 @@ def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     rounded = means["nda_mean"].round(4).mask(means["method"] == ORACLE)
-    top = rounded.groupby([means["decoder"], means["samples_per_task"]]).transform("max")
-    top_of_all = rounded.groupby(means["samples_per_task"]).transform("max")
-    texts = percents(means["nda_mean"], means["nda_std"])
+    of_samples = means["samples_per_task"]
+    best_of_decoder = rounded.groupby([means["decoder"], of_samples]).transform("max")
+    best_of_all = rounded.groupby(of_samples).transform("max")
+    ndas = percents(means["nda_mean"], means["nda_std"])
     means = means.assign(
-        text=texts + (rounded == top).map(_STARS),
-        best_text=texts + (rounded == top_of_all).map(_STARS),
+        nda=ndas + (rounded == best_of_decoder).map(_STARS),
+        best_nda=ndas + (rounded == best_of_all).map(_STARS),
         is_reference=means["method"].isin(REFERENCES),
     )
+    means = means.sort_values("is_reference", kind="stable")
     lines = []
-    contenders_first = means.sort_values("is_reference", kind="stable")
-    for (name, samples), part in contenders_first.groupby(["name", "samples_per_task"], sort=False):
-        best = part.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
-        residual = best["residual_mean"]
-        line = {"method": name, "P": str(samples), "NDA": best["best_text"], "decoder": best["decoder"]}
-        line |= dict(zip(part["decoder"], part["text"], strict=True))
-        line["residual"] = "–" if math.isnan(residual) else f"{residual:.3f}"
-        for step in ("merge", "decoder"):
-            line[f"{step} s"] = seconds(part[f"{step}_seconds_mean"].max())
-            line[f"{step} passes"] = f"{part[f'{step}_passes_mean'].max():,.0f}"
+    for (name, samples), rows in means.groupby(["name", "samples_per_task"], sort=False):
+        best = rows.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
+        line = {
+            "method": name,
+            "P": str(samples),
+            "NDA": best["best_nda"],
+            "decoder": best["decoder"],
+            "residual": number(best["residual_mean"], 3),
+            "merge s": seconds(rows["merge_seconds_mean"].max()),
+            "decoder s": seconds(rows["decoder_seconds_mean"].max()),
+            "merge passes": f"{rows['merge_passes_mean'].max():,.0f}",
+            "decoder passes": f"{rows['decoder_passes_mean'].max():,.0f}",
+        }
+        line |= dict(zip(rows["decoder"], rows["nda"], strict=True))
         lines.append(line)
-    several = ["P"] if means["samples_per_task"].nunique() > 1 else []
+    decoders = decoders_of(means)
+    several = ["P"] if of_samples.nunique() > 1 else []
     costs = ["residual", "merge s", "decoder s", "merge passes", "decoder passes"]
-    return pd.DataFrame(lines).fillna("–")[["method", *several, "NDA", "decoder", *decoders_of(means), *costs]]
+    columns = ["method", *several, "NDA", "decoder", *decoders, *costs]
+    return pd.DataFrame(lines).fillna("–")[columns]
 
 
 def stand_in_table(kept: pd.DataFrame) -> pd.DataFrame:
@@ -100,6 +108,7 @@ def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
         given = own[own["threshold"].notna()]
         accepted = given["coverage"].sum()
         differing = (given["coverage"] * given["found"].fillna(0)).sum()
+        share = differing / accepted if accepted else math.nan
         line = {
             "method": name,
             "decoder": decoder,
@@ -107,7 +116,7 @@ def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
             "at most": percent(own["alpha"].mean()),
             "coverage promised": percent(own["promised"].mean()),
             "coverage": percent(own["coverage"].mean()),
-            "found": percent(differing / accepted if accepted else math.nan),
+            "found": percent(share),
         }
         lines.append(line)
     return pd.DataFrame(lines)
@@ -129,29 +138,36 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     console = console or results_console()
     experiment = summary["experiment"].iloc[0]
     experts = expert_accuracies(summary)
-    each = experts["task"] + " " + percents(experts["mean"], experts["spread"])
-    console.print(Text(f"Experts, own accuracy in %: {', '.join(each)}"))
+    accuracies = experts["task"] + " " + percents(experts["mean"], experts["spread"])
+    console.print(Text(f"Experts, own accuracy in %: {', '.join(accuracies)}"))
     for erased, table in nda_tables(summary).items():
         shown = [name for name in ("method", "P", "NDA", "decoder", "merge s") if name in table]
-        console.print(rich_table(table[shown], f"{experiment}: NDA in %, {erased} lost", ["method", "decoder"]))
+        title = f"{experiment}: NDA in %, {erased} lost"
+        console.print(rich_table(table[shown], title, ["method", "decoder"]))
     console.print(Text(f"Mean over tasks ± spread over seeds, every method's best decoder; {BEST} largest."))
     kept = stand_ins(summary)
     if len(kept):
         console.print(keep_table(kept, experiment))
         console.print(Text(f"{BEST} no other beats it in NDA, memories, forwards and experts lost."))
-        console.print(Text(choose_from(kept)[1]))
+        _, sentence = choose_from(kept)
+        console.print(Text(sentence))
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",)) -> Table:
     """Return a frame of text for the terminal: `texts` are set to the left and may break, a star's cell is bold."""
     out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in table.columns:
-        # A long heading is broken behind hyphens and between words.
-        heading = str(name) if len(name) <= _WIDEST else str(name).replace("-", "-\n").replace(" ", "\n")
+        heading = str(name)
+        if len(heading) > _WIDEST:  # it is broken behind hyphens and between words
+            heading = heading.replace("-", "-\n").replace(" ", "\n")
         if name in texts:
             out.add_column(Text(heading), overflow="fold")
         else:
             out.add_column(Text(heading), justify="right", no_wrap=True, overflow="ellipsis")
     for row in table.to_dict("records"):
-        out.add_row(*(Text(cell, style="bold" if cell.endswith(BEST) else "") for cell in row.values()))
+        cells = []
+        for cell in row.values():
+            style = "bold" if cell.endswith(BEST) else ""
+            cells.append(Text(cell, style=style))
+        out.add_row(*cells)
     return out

@@ -11,10 +11,10 @@ from coin.reporting.summary import REFERENCES
 
 def percent(mean: float, spread: float = math.nan, digits: int = 2) -> str:
     """Return ``98.02 ± 0.31`` in percent, without the spread where there is none, ``–`` where there is no number."""
-    if math.isnan(mean):
-        return "–"
-    text = f"{100 * mean:.{digits}f}"
-    return text if math.isnan(spread) else f"{text} ± {100 * spread:.{digits}f}"
+    text = number(100 * mean, digits)
+    if math.isnan(mean) or math.isnan(spread):
+        return text
+    return f"{text} ± {number(100 * spread, digits)}"
 
 
 def percents(means: "pd.Series[float]", spreads: "pd.Series[float]") -> "pd.Series[str]":
@@ -23,24 +23,38 @@ def percents(means: "pd.Series[float]", spreads: "pd.Series[float]") -> "pd.Seri
     return pd.Series(texts, index=means.index)
 
 
-def seconds(value: float) -> str:
-    """Return a duration in seconds with about three digits, ``–`` for NaN."""
+def number(value: float, digits: int) -> str:
+    """Return a number with so many digits after the point, ``–`` for NaN."""
     if math.isnan(value):
         return "–"
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:.{digits}f}"
+
+
+def seconds(value: float) -> str:
+    """Return a duration in seconds with about three digits, ``–`` for NaN."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return number(value, 1)
 
 
 def mebibytes(value: float) -> str:
     """Return a number of MiB with about three digits."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
 def counted(number: float, what: str) -> str:
     """Return ``1 expert``, ``2 experts``."""
-    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
+    plural = "" if number == 1 else "s"
+    return f"{number:g} {what}{plural}"
 
 
 def read_by(row: "pd.Series[Any]") -> str:
     """Return what a row of `stand_ins` is in words, with its decoder if it has one."""
-    name = "the survivors alone" if row["name"] == REFERENCES[0] else str(row["name"])
-    return name if row["decoder"] == REPLICA else f"{name} with {row['decoder']}"
+    name = str(row["name"])
+    if row["name"] == REFERENCES[0]:
+        name = "the survivors alone"
+    if row["decoder"] == REPLICA:
+        return name
+    return f"{name} with {row['decoder']}"
