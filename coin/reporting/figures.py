@@ -34,18 +34,8 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
     a network's size if given, else MiB.
     """
     in_networks = not math.isnan(network_mib)
-    rows = stand_ins.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True)
-    best_so_far = rows["nda_mean"].cummax().shift(fill_value=-1.0)
-    is_front = rows["nda_mean"] > best_so_far  # better than all that keep less
-    by_name = rows.groupby("name")
-    rows = rows.assign(
-        size=rows["memory_mib"] / (network_mib if in_networks else 1),
-        nda=100 * (rows["nda_mean"] - 1),  # in points from 100
-        spread=100 * rows["nda_std"].fillna(0),
-        runs=rows["forwards"].clip(upper=_MANY).astype(int),
-        is_named=is_front | rows.index.isin(by_name["nda_mean"].idxmax()),
-        decoders=by_name["decoder"].transform("nunique"),
-    )
+    unit = "networks" if in_networks else "MiB"
+    rows = _points(stand_ins, network_mib if in_networks else 1.0)
     markers = {runs: marker(place) for place, runs in enumerate(sorted(set(rows["runs"])))}
     with style():
         figure = Figure(figsize=(WIDTH, max(3.6, 1.1 + 0.2 * rows["is_named"].sum())))
@@ -56,27 +46,55 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         for row in rows.to_dict("records"):
             colour = method_colour(row["name"])
             axes.errorbar(
-                row["size"], row["nda"], row["spread"] or None, color=colour, alpha=1.0 if row["is_named"] else 0.3,
-                marker=markers[row["runs"]], markersize=6.5, capsize=2,
-            )  # fmt: skip
+                row["size"],
+                row["nda"],
+                row["spread"] or None,
+                color=colour,
+                alpha=1.0 if row["is_named"] else 0.3,
+                marker=markers[row["runs"]],
+                markersize=6.5,
+                capsize=2,
+            )
             if row["is_named"]:
-                name = f"{row['name']}, {row['decoder']}" if row["decoders"] > 1 else row["name"]
-                labels.append((row["size"], row["nda"], f"{name}  {100 + row['nda']:.1f}", colour))
-        front = rows[is_front]
+                labels.append((row["size"], row["nda"], row["label"], colour))
+        front = rows[rows["is_front"]]
         axes.step(front["size"], front["nda"], where="post", color=INK, linewidth=0.8, zorder=0)
         for runs, shape in markers.items():
             at_least = "at least " if runs == _MANY else ""
             text = f"{at_least}{counted(runs, 'network run')} an answer"
             axes.plot([], [], color=SOFT, marker=shape, linestyle="none", label=text)
+        axes.set_xlabel(f"memory kept, in {unit} (log scale)")
+        axes.set_ylabel("NDA (%), finer near 100")
         plain_numbers(axes.xaxis)
         lowest = 98 + rows["nda"][rows["is_named"]].min()
         ticks = [tick for tick in _TICKS if tick >= lowest]
         axes.set_yticks([tick - 100 for tick in ticks], [f"{tick:g}" for tick in ticks])
         column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
-        unit = "networks" if in_networks else "MiB"
-        axes.set(ylabel="NDA (%), finer near 100", xlabel=f"memory kept, in {unit} (log scale)")
         legend_below(figure)
         return figure
+
+
+def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
+    """Return stand-ins by size in a unit of so many MiB, with what a figure shows of them; NDA is in points from 100.
+
+    `is_front` says of which ones no smaller one is as good.
+    """
+    rows = stand_ins.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True)
+    best_so_far = rows["nda_mean"].cummax().shift(fill_value=-1.0)
+    by_name = rows.groupby("name")
+    num_decoders = by_name["decoder"].transform("nunique")
+    decoders = (", " + rows["decoder"]).where(num_decoders > 1, "")
+    is_front = rows["nda_mean"] > best_so_far
+    is_best_of_name = rows.index.isin(by_name["nda_mean"].idxmax())
+    return rows.assign(
+        size=rows["memory_mib"] / unit,
+        nda=100 * (rows["nda_mean"] - 1),
+        spread=100 * rows["nda_std"].fillna(0),
+        runs=rows["forwards"].clip(upper=_MANY).astype(int),
+        is_front=is_front,
+        is_named=is_front | is_best_of_name,
+        label=rows["name"] + decoders + (100 * rows["nda_mean"]).map("  {:.1f}".format),
+    )
 
 
 def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]") -> Figure:
@@ -85,24 +103,34 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
     Numbers are joined by lines; texts stand along the axis in order of appearance. Where several experiments hold one
     variant and value, the point is the mean of their means.
     """
-    points = means.assign(name=variant_names(means), value=values)
-    points = points[~points["method"].isin(REFERENCES)]
     is_numeric = pd.api.types.is_numeric_dtype(values)
     is_wide = is_numeric and values.min() > 0 and values.max() >= 8 * values.min()
+    points = means.assign(name=variant_names(means), value=values)
+    points = points[~points["method"].isin(REFERENCES)]
     decoders = decoders_of(points)[:2]
-    names = list(dict.fromkeys(points["name"]))
+    names = points["name"].unique().tolist()
     with style():
         figure = Figure(figsize=(WIDTH, 0.8 + 2.5 * len(decoders)))
         panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]
         for axes, decoder in zip(panels, decoders, strict=True):
-            axes.set(ylabel="NDA (%)", title=f"decoder {decoder}")
-            for name, rows in points[points["decoder"] == decoder].groupby("name", sort=False):
-                line = 100 * rows.groupby("value", sort=is_numeric)[["nda_mean", "nda_std"]].mean()
+            axes.set_title(f"decoder {decoder}")
+            axes.set_ylabel("NDA (%)")
+            of_decoder = points[points["decoder"] == decoder]
+            for name, rows in of_decoder.groupby("name", sort=False):
+                by_value = rows.groupby("value", sort=is_numeric)
+                line = 100 * by_value[["nda_mean", "nda_std"]].mean()
                 axes.errorbar(
-                    line.index, line["nda_mean"], line["nda_std"].fillna(0.0), color=method_colour(str(name)),
-                    marker=marker(names.index(name)), markersize=5, capsize=2, linewidth=1.2, label=name,
+                    line.index,
+                    line["nda_mean"],
+                    line["nda_std"].fillna(0.0),
+                    label=name,
+                    color=method_colour(str(name)),
+                    marker=marker(names.index(name)),
                     linestyle="-" if is_numeric else "none",
-                )  # fmt: skip
+                    linewidth=1.2,
+                    markersize=5,
+                    capsize=2,
+                )
         if is_wide:
             panels[-1].set_xscale("log")
             plain_numbers(panels[-1].xaxis)
@@ -113,23 +141,30 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
 
 def tail_figure(rows: pd.DataFrame) -> Figure:
     """The 99.9 % quantile of the latency against the memory of all servers, where finite, a panel a kind of query."""
-    wants = list(dict.fromkeys(rows["want"]))
-    kinds = list(dict.fromkeys(rows["redundancy"]))
+    wants = rows["want"].unique().tolist()
+    kinds = rows["redundancy"].unique().tolist()
     with style():
         figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
         panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
         for axes, want in zip(panels, wants, strict=True):
+            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
             shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
             for index, kind in enumerate(kinds):
                 line = shown[shown["redundancy"] == kind].sort_values("memory")
-                middle = 1e3 * line["p999"]
-                low = middle - 1e3 * line["p999_low"]
-                high = 1e3 * line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"]) - middle
+                high = line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
+                below = line["p999"] - line["p999_low"]
+                above = high - line["p999"]
                 axes.errorbar(
-                    line["memory"] / 2**20, middle, [low, high], label=kind, color=COLOURS[index],
-                    marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
-                )  # fmt: skip
-            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
+                    line["memory"] / 2**20,
+                    1e3 * line["p999"],
+                    [1e3 * below, 1e3 * above],
+                    label=kind,
+                    color=COLOURS[index],
+                    marker=marker(index),
+                    linewidth=1.3,
+                    markersize=5,
+                    capsize=2,
+                )
             plain_numbers(axes.xaxis)
             plain_numbers(axes.yaxis)
         panels[-1].set_xlabel("weights on all servers (MiB, log scale)")

@@ -5,6 +5,7 @@ references. Variants of a method share its colour.
 """
 
 import io
+import math
 import zlib
 from contextlib import AbstractContextManager
 from typing import Any
@@ -68,12 +69,14 @@ def legend_below(figure: Figure, title: str | None = None, columns: int = 3) -> 
     lines: dict[str, Any] = {}
     for axes in figure.axes:
         handles, names = axes.get_legend_handles_labels()
-        lines |= dict(zip(names, handles, strict=True))
+        lines.update(zip(names, handles, strict=True))
     longest = max(map(len, lines), default=0)
     room = int(12 * figure.get_figwidth() / (8 + longest))
-    columns = max(1, min(columns, len(lines), room))
-    rows = -(-len(lines) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))
+    most = min(columns, len(lines), room)
+    columns = max(1, most)
+    rows = math.ceil(len(lines) / columns)
+    height = figure.get_figheight()
+    figure.set_figheight(height + 0.19 * max(0, rows - 2))
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
 
 
@@ -91,9 +94,11 @@ def column_of_names(axes: Axes, labels: list[tuple[float, float, str, str]], gap
     to_share = axes.transData + axes.transAxes.inverted()
     highest_first = sorted(labels, key=lambda label: -label[1])
     heights: list[float] = []
+    ceiling = math.inf
     for x, y, _, _ in highest_first:
-        own = float(to_share.transform((x, y))[1])
-        heights.append(min([own, *(height - gap for height in heights[-1:])]))
+        _, own = to_share.transform((x, y))
+        heights.append(min(float(own), ceiling))
+        ceiling = heights[-1] - gap
     floor = 0.02
     for place in reversed(range(len(heights))):  # what fell below the axes is pushed up again
         heights[place] = max(heights[place], floor)
@@ -101,6 +106,13 @@ def column_of_names(axes: Axes, labels: list[tuple[float, float, str, str]], gap
     for (x, y, text, ink), height in zip(highest_first, heights, strict=True):
         line = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5), "color": ink}
         axes.annotate(
-            text, (x, y), (1.04, height), textcoords="axes fraction", fontsize=9, color=ink, va="center",
-            annotation_clip=False, arrowprops=line,
-        )  # fmt: skip
+            text,
+            (x, y),
+            (1.04, height),
+            textcoords="axes fraction",
+            fontsize=9,
+            color=ink,
+            va="center",
+            annotation_clip=False,
+            arrowprops=line,
+        )
