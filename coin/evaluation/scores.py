@@ -25,14 +25,19 @@ from coin.networks import answering, linear_heads, run_network
 
 
 def server_answers(
-    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, idle: Collection[int] = (),
+    experts: nn.ModuleList,
+    coded: nn.ModuleList,
+    inputs: Batch,
+    features: bool,
+    idle: Collection[int] = (),
     tasks: int | Tensor | None = None,
-) -> Answers:  # fmt: skip
+) -> Answers:
     """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
-    servers = enumerate((*experts, *coded))
+    outputs = []
     with answering(coded, tasks):
-        runs = [None if index in idle else run_network(network, inputs, features) for index, network in servers]
-    return Answers.of_servers(runs, len(experts))
+        for index, network in enumerate((*experts, *coded)):
+            outputs.append(None if index in idle else run_network(network, inputs, features))
+    return Answers.of_servers(outputs, len(experts))
 
 
 def with_heads(
@@ -43,12 +48,13 @@ def with_heads(
     if len(others) == len(decoders):
         return decoders, None
     try:
-        return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
+        heads = linear_heads(experts, inputs)
     except HeadError as error:
         if needed:
             raise
         warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
         return others, None
+    return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in heads]
 
 
 class Scores:
@@ -63,7 +69,8 @@ class Scores:
         """Add a batch of logits ``[B, C]`` with C ≥ C_j; see `DecodingAccuracy`."""
         self.accuracy.update(decoded, expert, labels, accepted)
         answered = decoded[:, : self.num_classes].argmax(1)
-        self.confusion.update(answered, expert[:, : self.num_classes].argmax(1))
+        own = expert[:, : self.num_classes].argmax(1)
+        self.confusion.update(answered, own)
 
 
 @dataclass(eq=False)
@@ -116,9 +123,10 @@ class Evaluation:
         self.fitted: list[FittedDecoder] = []
         for variant in variants:
             for config in variant.decoders(configs):
-                for erased in variant.erasures() if config.reads_survivors else [everyone]:
-                    scores = {expert: Scores(class_counts[expert]) for expert in erased}
+                erasures = variant.erasures() if config.reads_survivors else [everyone]
+                for erased in erasures:
                     decoder = make_decoder(config, variant.code, erased, heads)
+                    scores = {expert: Scores(class_counts[expert]) for expert in erased}
                     self.fitted.append(FittedDecoder(variant, decoder, scores))
         # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
         with_residual = [each for each in variants if each.method != NONE and not each.adapted]
@@ -151,13 +159,17 @@ class Evaluation:
             seen = {variant: variant.seen(answers) for variant in self.variants}
             for variant, residuals in self.residuals.items():
                 target = variant.code.encode(answers.experts)  # [R, B, C]
-                residuals[task].update(seen[variant].coded.flatten(0, 1), target.flatten(0, 1))
+                coded = seen[variant].coded
+                residuals[task].update(coded.flatten(0, 1), target.flatten(0, 1))
+            expert = answers.experts[task, :, :width]
             for each in self.fitted:
-                if task in each.scores:
-                    decoded = each.decode(task, seen[each.variant], width)
-                    promised = task in each.decoder.promises
-                    accepted = each.decoder.accepted(task, answer_score(decoded)) if promised else None
-                    each.scores[task].update(decoded, answers.experts[task, :, :width], labels, accepted)
+                if task not in each.scores:
+                    continue
+                decoded = each.decode(task, seen[each.variant], width)
+                accepted = None
+                if task in each.decoder.promises:
+                    accepted = each.decoder.accepted(task, answer_score(decoded))
+                each.scores[task].update(decoded, expert, labels, accepted)
 
     def measurements(self, tasks: Sequence[str]) -> list[Measurement]:
         """Return the results, erasure by erasure and then the replicas', given the tasks' names."""
@@ -190,18 +202,22 @@ class Evaluation:
         fitted = next(each for each in own if each.decodes(erased))
         kept = sum(each.decoder.nbytes for each in own)
         passes = fitted.decoder.passes(len(variant.networks), erased)
+        seconds = fitted.seconds + self.network_seconds * passes
         columns = {
             "decoder": config.name,
             "erased": "+".join(tasks[lost] for lost in erased),
-            "decoder_seconds": fitted.seconds + self.network_seconds * passes if passes else 0.0,
+            "decoder_seconds": seconds if passes else 0.0,
             "decoder_passes": float(passes),
             **variant.costs(config, kept, len(erased)),
         }
         found = []
         for lost in erased:
-            residual = float(self.residuals[variant][lost].compute()) if variant in self.residuals else math.nan
+            residual = math.nan
+            if variant in self.residuals:
+                residual = float(self.residuals[variant][lost].compute())
             of_task = {**columns, "task": tasks[lost], "residual": residual}
-            found.append(_measurement(variant, of_task, fitted.scores[lost], fitted, fitted.decoder.promises.get(lost)))
+            promise = fitted.decoder.promises.get(lost)
+            found.append(_measurement(variant, of_task, fitted.scores[lost], fitted, promise))
         return found
 
     @property

@@ -53,32 +53,36 @@ class Variant:
 
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
         """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
+        linear = [config for config in every if config.kind is DecoderKind.linear]
         if self.adapted:  # which has no one output for all experts, from which another is decoded
             return [config for config in every if config.kind is DecoderKind.expert_head]
         if self.method == ORACLE:
-            return [config for config in every if config.kind is DecoderKind.linear]
-        if self.method != NONE:
-            return every
-        alone = [config for config in every if config.kind is not DecoderKind.linear and config.reads_survivors]
-        return alone or [DecoderConfig(DecoderKind.ridge)]
+            return linear
+        if self.method == NONE:
+            alone = [config for config in every if config.reads_survivors and config not in linear]
+            return alone or [DecoderConfig(DecoderKind.ridge)]
+        return every
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
         """Return the columns of costs, NaN for the oracle; both memories have the bytes `kept` to decode."""
         if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "resident_mib", "forwards", "losses"), math.nan)
         num_experts = self.code.num_experts
-        most = num_experts - 1 if self.method == NONE else num_experts
+        losses = config.losses(num_experts, self.code.num_coded)
+        if self.method == NONE:
+            losses = min(losses, num_experts - 1)
         return {
             "memory_mib": (self.memory + kept) / 2**20,
             "resident_mib": (self.resident + kept) / 2**20,
             "forwards": config.forwards(num_experts, len(self.networks), num_lost),
-            "losses": min(config.losses(num_experts, self.code.num_coded), most),
+            "losses": losses,
         }
 
     def seen(self, answers: Answers) -> Answers:
         """Return the answers in this system: those of the experts and of its own coded models."""
         if self.method == ORACLE:
-            return Answers(answers.experts, self.code.encode(answers.experts), tasks=answers.tasks)
+            coded = self.code.encode(answers.experts)
+            return Answers(answers.experts, coded, tasks=answers.tasks)
         return answers.with_coded(self.networks)
 
     def erasures(self) -> list[tuple[int, ...]]:
@@ -108,12 +112,14 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
             raise FileError(f"'{file.path}' is no coded model, expected a file that coin merge wrote")
         if made.get("experts") != list(fingerprints):
             raise FileError(f"'{file.path}' was made from other experts, or in another order; run coin merge again")
-        groups.setdefault((made["label"], made["batchnorm"]), []).append(place)
+        variant = (made["label"], made["batchnorm"])
+        groups.setdefault(variant, []).append(place)
     variants = []
     for places in groups.values():
         in_order = sorted(places, key=lambda place: int(files[place].provenance["row"]))
         resident = sum(resident_nbytes(modules[place]) for place in in_order)
-        variants.append(_variant([files[place] for place in in_order], tuple(in_order), resident))
+        rows = [files[place] for place in in_order]
+        variants.append(_variant(rows, tuple(in_order), resident))
     return modules, variants
 
 
@@ -123,16 +129,21 @@ def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: in
     first = rows[0]
     code = Code(first["code"])
     found = [row["row"] for row in rows]
-    if found != list(range(code.num_coded)) or any(row["code"] != first["code"] for row in rows):
-        expected = f"all {code.num_coded} of one code; run coin merge again"
-        raise FileError(f"found rows {found} of method {first['label']}, expected {expected}")
+    has_one_code = all(row["code"] == first["code"] for row in rows)
+    if found != list(range(code.num_coded)) or not has_one_code:
+        raise FileError(
+            f"found rows {found} of method {first['label']}, expected all {code.num_coded} of one code; "
+            "run coin merge again"
+        )
     chosen = tuple(row.get("chosen") or {} for row in rows)
     policy = first["batchnorm"]
-    taken = "+".join(dict.fromkeys(str(each["batchnorm"]) for each in chosen if "batchnorm" in each))
+    taken = [str(each["batchnorm"]) for each in chosen if "batchnorm" in each]
+    if policy == BatchNormPolicy.auto and taken:
+        policy = f"{policy}:{'+'.join(dict.fromkeys(taken))}"
     return Variant(
         method=first["label"],
         code=code,
-        batchnorm=f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy,
+        batchnorm=policy,
         networks=places,
         samples_per_task=first["samples_per_task"],
         merge_seconds=sum(float(row["seconds"]) for row in rows),
@@ -152,7 +163,8 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int
         file = load_network(path)
         if file.provenance.get("of") not in fingerprints:
             raise FileError(f"'{path}' is not a compressed copy of these experts; compress them again")
-        groups.setdefault(str(file.provenance.get("label", REPLICA)), []).append(file)
+        label = str(file.provenance.get("label", REPLICA))
+        groups.setdefault(label, []).append(file)
     found = []
     for label, files in groups.items():
         variant = Variant(
@@ -166,5 +178,6 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int
         )
         for file in files:
             task = fingerprints.index(file.provenance["of"])
-            found.append(Replica(variant, task, pad_head(file.network, width)))
+            network = pad_head(file.network, width)
+            found.append(Replica(variant, task, network))
     return found

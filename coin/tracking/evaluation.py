@@ -74,14 +74,16 @@ def best_coded(rows: Sequence[Row]) -> list[int]:
     means = alone.groupby(["name", "decoder"])["nda"].mean().dropna()
     if means.empty:
         return []
-    name, decoder = means.idxmax()
-    return list(alone.index[(alone["name"] == name) & (alone["decoder"] == decoder)])
+    best: Any = means.idxmax()
+    name, decoder = best
+    is_best = (alone["name"] == name) & (alone["decoder"] == decoder)
+    return list(alone.index[is_best])
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
     """Return W&B's confusion chart, which `wandb.plot.confusion_matrix` makes of single predictions, of counts."""
     columns = ["Actual", "Predicted", "nPredictions"]
-    table = wandb.Table(columns=columns)
+    table = wandb.Table(columns=[*columns])
     for actual, predicted in zip(*counts.nonzero(), strict=True):
         table.add_data(classes[actual], classes[predicted], int(counts[actual, predicted]))
     return wandb.plot_table(
