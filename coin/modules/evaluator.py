@@ -1,5 +1,6 @@
 """The evaluator: measures how well lost experts are decoded (NDA), each network once per batch for all methods."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -69,10 +70,10 @@ class DecodingEvaluator(LightningModule):
         self.measurements: list[Measurement] = []
 
         files = [load_network(Path(path)) for path in experts.values()]
+        width = max(file.num_classes for file in files)
         self.config = files[0].config
         self.class_counts = [file.num_classes for file in files]
         self.fingerprints = [fingerprint(file.network.state_dict()) for file in files]
-        width = max(self.class_counts)
         self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
 
         self.coded_files = [Path(path) for path in coded or []]
@@ -84,12 +85,15 @@ class DecodingEvaluator(LightningModule):
 
         if code is not None:
             self.code = Code(code)
+        elif self.variants:
+            self.code = self.variants[0].code
         else:
-            self.code = self.variants[0].code if self.variants else uniform(len(experts))
+            self.code = uniform(len(experts))
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.replicas = read_replicas([Path(path) for path in replicas or []], self.fingerprints, width, self.code)
+        copies = [Path(path) for path in replicas or []]
+        self.replicas = read_replicas(copies, self.fingerprints, width, self.code)
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.eval().requires_grad_(False)
 
@@ -104,9 +108,11 @@ class DecodingEvaluator(LightningModule):
         self._check(data)
         calibration = data.calibration()
         promise = data.promise()
-        samples = [task.splits.test for task in data.tasks.values()]
-        self.progress.total = sum(-(-len(test) // self.trainer.world_size) for test in samples)
-        self.progress.total += calibration.num_samples + (0 if promise is None else promise.num_samples)
+        self.progress.total = calibration.num_samples
+        if promise is not None:
+            self.progress.total += promise.num_samples
+        for task in data.tasks.values():
+            self.progress.total += math.ceil(len(task.splits.test) / self.trainer.world_size)
 
         first = as_input(next(iter(calibration)), self.experts[0])
         needed = not self.takes_all_decoders
@@ -114,9 +120,10 @@ class DecodingEvaluator(LightningModule):
         self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
         started = time.perf_counter()
         answers = self._answers(calibration)
+        seconds = time.perf_counter() - started
         # Networks run together; a decoder is charged with those that it needs.
-        networks = len(self.experts) + len(self.coded)
-        self.evaluation.fit(answers, (time.perf_counter() - started) / networks / answers.num_samples)
+        num_networks = len(self.experts) + len(self.coded)
+        self.evaluation.fit(answers, seconds / num_networks / answers.num_samples)
         if promise is not None:
             self.evaluation.promise(self._answers(promise), self.alpha, self.confidence)
 
@@ -139,8 +146,8 @@ class DecodingEvaluator(LightningModule):
             for batch in calibration.on(self.device):
                 tasks = calibration.part[done : done + len(batch)]
                 parts.append(self(batch, tasks).cpu())
-                done += parts[-1].num_samples
-                self.progress.update(parts[-1].num_samples)
+                done += len(batch)
+                self.progress.update(len(batch))
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

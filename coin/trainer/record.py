@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from coin.data import to_image
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
+from coin.evaluation.scores import Measurement
 from coin.modules import DecodingEvaluator
 from coin.reporting.results import COLUMNS, PROMISE_COLUMNS, Row, confusion_key, write_promises, write_results
 from coin.tracking.settings import logging_only
@@ -33,37 +34,36 @@ def record_evaluation(
 
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
-    rows = []
-    for each in model.measurements:
-        known = {column: value for column, value in each.columns.items() if column in COLUMNS}
-        if known["samples_per_task"] is None:
-            known["samples_per_task"] = tasks.samples_per_task
-        rows.append(Row(experiment=name, seed=tasks.seed, **known))
-    confusions = {
-        confusion_key(row): each.confusion.numpy() for row, each in zip(rows, model.measurements, strict=True)
-    }
+    rows = [_row(each, name, tasks) for each in model.measurements]
+    pairs = list(zip(rows, model.measurements, strict=True))
+    confusions = {confusion_key(row): each.confusion.numpy() for row, each in pairs}
     classes = {task: data.classes for task, data in tasks.tasks.items()}
     warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, tasks)
-    size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20
-    made = {"tasks": list(model.tasks), "code": model.code.matrix.tolist(), "network_mib": size}
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
-    write_results(
-        folder,
-        rows,
-        {**made, **(configuration or {})},
-        confusions,
-        methods=_methods(model),
-        classes=classes,
-        wandb_url=urls[0] if urls else None,
-    )
+    network_bytes = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values())
+    made = {
+        "tasks": list(model.tasks),
+        "code": model.code.matrix.tolist(),
+        "network_mib": network_bytes / 2**20,
+        **(configuration or {}),
+    }
+    url = urls[0] if urls else None
+    write_results(folder, rows, made, confusions, _methods(model), classes, url)
     model.save_systems(folder / "systems")
-    write_promises(folder, _promises(model, rows))
+    write_promises(folder, _promises(pairs))
     for run in runs:
         from coin.tracking.evaluation import log_evaluation  # imports wandb
 
         with logging_only("the evaluation"):
             log_evaluation(run, rows, confusions, classes, example_table(model, tasks, rows))
+
+
+def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:
+    columns = {name: value for name, value in measured.columns.items() if name in COLUMNS}
+    if columns["samples_per_task"] is None:
+        columns["samples_per_task"] = tasks.samples_per_task
+    return Row(experiment=experiment, seed=tasks.seed, **columns)
 
 
 def _methods(model: DecodingEvaluator) -> list[dict[str, Any]]:
@@ -72,31 +72,41 @@ def _methods(model: DecodingEvaluator) -> list[dict[str, Any]]:
     found = []
     for each in [*model.variants, *replicas.values()]:
         for row, chosen in enumerate(each.chosen):
-            made = {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm, "row": row}
-            found.append({**made, "chosen": chosen})
+            found.append(
+                {
+                    "label": each.method,
+                    "method": each.kind,
+                    "batchnorm": each.batchnorm,
+                    "row": row,
+                    "chosen": chosen,
+                }
+            )
     return found
 
 
-def _promises(model: DecodingEvaluator, rows: Sequence[Row]) -> pd.DataFrame:
+def _promises(pairs: Sequence[tuple[Row, Measurement]]) -> pd.DataFrame:
     """Return the rows of ``promise.csv``."""
     found = []
-    for row, each in zip(rows, model.measurements, strict=True):
-        if each.promise is not None:
-            shares = {name: each.columns[name] for name in ("coverage", "found")}
-            found.append({**vars(row), **vars(each.promise), "promised": each.promise.coverage, **shares})
+    for row, measured in pairs:
+        if measured.promise is not None:
+            promise = {**vars(measured.promise), "promised": measured.promise.coverage}
+            on_tests = {name: measured.columns[name] for name in ("coverage", "found")}
+            found.append({**vars(row), **promise, **on_tests})
     return pd.DataFrame(found, columns=list(PROMISE_COLUMNS))
 
 
 def warn_of_weak_experts(accuracies: Mapping[str, float], tasks: Tasks) -> None:
     """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
-    chance = {name: 1 / task.num_classes for name, task in tasks.tasks.items()}
-    weak = [name for name, found in accuracies.items() if found < chance[name] + WEAK * (1 - chance[name])]
+    weak = []
+    for name, accuracy in accuracies.items():
+        chance = 1 / tasks.tasks[name].num_classes
+        if accuracy < chance + WEAK * (1 - chance):
+            weak.append(f"'{name}' {accuracy:.1%} (chance is {chance:.1%})")
     if weak:
-        each = ", ".join(f"'{name}' {accuracies[name]:.1%} (chance is {chance[name]:.1%})" for name in weak)
         warnings.warn(
-            f"found experts that are hardly right: {each}, so that NDA says little; train them for longer, or see that "
-            "imported ones were trained on the inputs that networks get here: images normalised as ImageNet's, texts "
-            "cut by the same tokenizer",
+            f"found experts that are hardly right: {', '.join(weak)}, so that NDA says little; train them for longer, "
+            "or see that imported ones were trained on the inputs that networks get here: images normalised as "
+            "ImageNet's, texts cut by the same tokenizer",
             CoinWarning,
             stacklevel=2,
         )
@@ -113,18 +123,21 @@ def example_table(model: DecodingEvaluator, tasks: Tasks, rows: Sequence[Row]) -
 
     table = wandb.Table(columns=["image", "task", "label", "expert", "decoded"])
     for place in best_coded(rows):
+        name = rows[place].task
+        data = tasks.tasks[name]
         fitted = model.measurements[place].fitted
-        data = tasks.tasks[rows[place].task]
         if fitted is None or data.content != "images":
             continue
-        task = model.tasks.index(rows[place].task)
+        task = model.tasks.index(name)
         test = data.splits.test
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
         inputs = test.inputs(chosen, data.image_size)  # [n, 3, S, S]
         answers = model(inputs.to(model.device), task).cpu()
-        expert = answers.experts[task, :, : data.num_classes].argmax(1)
-        decoded = fitted.decode(task, fitted.variant.seen(answers), data.num_classes).argmax(1)
-        for image, *classes in zip(to_image(inputs), test.targets[chosen], expert, decoded, strict=True):
+        decoded = fitted.decode(task, fitted.variant.seen(answers), data.num_classes)  # [n, C_j]
+        expert = answers.experts[task, :, : data.num_classes]
+        classes = torch.stack([test.targets[chosen], expert.argmax(1), decoded.argmax(1)], dim=1)
+        for image, own in zip(to_image(inputs), classes.tolist(), strict=True):
             picture = wandb.Image(image.permute(1, 2, 0).numpy())
-            table.add_data(picture, rows[place].task, *(data.classes[each] for each in classes))
+            names = [data.classes[each] for each in own]
+            table.add_data(picture, name, *names)
     return table
