@@ -22,18 +22,20 @@ METHODS = {StatisticKind.fisher: "Coin", StatisticKind.gram: "RegMean"}  # which
 
 def after_fit(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fit``."""
-    known = [name for name in ("val/accuracy", "val/loss", "train/loss") if name in trainer.callback_metrics]
-    best = f"{known[0]} {float(trainer.callback_metrics[known[0]]):.4g}" if known else "trained"
-    reached = f"{best} after {trainer.current_epoch} epochs"
+    reached = f"trained for {trainer.current_epoch} epochs"
+    for name in ("train/loss", "val/loss", "val/accuracy"):
+        if name in trainer.callback_metrics:
+            reached = f"{name} {float(trainer.callback_metrics[name]):.4g} after {trainer.current_epoch} epochs"
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
-    experts: list[Any] = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
+    experts = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
     if experts and fishers:
         return _line(reached, experts[0], _merge(options.data, experts[0], StatisticKind.fisher, fishers[0]))
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None) or trainer.default_root_dir
-    file = experts[0] if experts else checkpoint
-    data = [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
-    return _line(reached, file, ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}", *data])
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
+    file = experts[0] if experts else checkpoint or trainer.default_root_dir
+    words = ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}"]
+    words += [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
+    return _line(reached, file, words)
 
 
 def after_fisher(trainer: Trainer, options: Namespace) -> str:
@@ -41,16 +43,20 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
     file = Path(trainer.default_root_dir) / f"expert.{options.statistic}.safetensors"
     made = load_provenance(file)
     reached = f"{options.statistic} of {made['samples']} samples in {made['seconds']:.1f} s"
-    return _line(reached, file, _merge(options.data, options.ckpt_path or "FILE", options.statistic, file))
+    expert = options.ckpt_path or "FILE"
+    return _line(reached, file, _merge(options.data, expert, options.statistic, file))
 
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    given = [each.removeprefix("--tasks=") for each in arguments if each.startswith("--tasks=")]
-    tasks = given[0] if given else _flow(dict.fromkeys(experts, "CLASS"))
-    words = ["evaluate", "-c", "default", f"--model.experts={_flow(experts)}"]
-    words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={tasks}"]
-    return _line(f"{len(experts)} experts merged", ", ".join(map(str, files)), words)
+    coded = [str(file) for file in files]
+    tasks = _flow(dict.fromkeys(experts, "CLASS"))
+    for argument in arguments:
+        if argument.startswith("--tasks="):
+            tasks = argument.removeprefix("--tasks=")
+    words = ["evaluate", "-c", "default"]
+    words += [f"--model.experts={_flow(experts)}", f"--model.coded={_flow(coded)}", f"--data.tasks={tasks}"]
+    return _line(f"{len(experts)} experts merged", ", ".join(coded), words)
 
 
 def after_evaluate(trainer: Trainer, _: Namespace) -> str:
@@ -70,17 +76,12 @@ def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: 
     own: dict[str, Any] = {"class_path": data.class_path, "init_args": _changed(data)}
     if task == "tasks":  # of a pooled Fisher: several
         own = {"class_path": "CLASS"}
-    experts = {task: str(expert), "TASK": "FILE"}
-    files = {task: str(file), "TASK": "FILE"}
-    tasks = {task: own, "TASK": {"class_path": "CLASS"}}
-    return [
-        "merge",
-        f"--method={METHODS[statistic]}",
-        f"--experts={_flow(experts)}",
-        f"--{statistic}={_flow(files)}",
-        f"--tasks={_flow(tasks)}",
-        "--output=coded",
-    ]
+    experts = _flow({task: str(expert), "TASK": "FILE"})
+    statistics = _flow({task: str(file), "TASK": "FILE"})
+    tasks = _flow({task: own, "TASK": {"class_path": "CLASS"}})
+    method = METHODS[statistic]
+    words = ["merge", f"--method={method}", f"--experts={experts}", f"--{statistic}={statistics}"]
+    return [*words, f"--tasks={tasks}", "--output=coded"]
 
 
 def _changed(data: Namespace) -> dict[str, Any]:
@@ -88,7 +89,8 @@ def _changed(data: Namespace) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(locate(data.class_path), "data")
     defaults = parser.get_defaults().data
-    return {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
+    given = {name: value for name, value in data.init_args.items() if name != "seed"}
+    return {name: value for name, value in given.items() if value != defaults.get(name)}
 
 
 def _flow(value: Any) -> str:
