@@ -22,6 +22,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     if len(rows):
         table = stand_in_table(rows).drop(columns="merge s")
-        table = table.assign(NDA=rows["nda_worst"].map(percent)).rename(columns={"NDA": "worst task"})
+        table["NDA"] = rows["nda_worst"].map(percent)
+        table = table.rename(columns={"NDA": "worst task"})
         results_console().print(rich_table(table, "what meets the limits", ["method", "decoder"]))
     print(sentence)

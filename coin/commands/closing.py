@@ -25,16 +25,19 @@ def after_fit(trainer: Trainer, options: Namespace) -> str:
     reached = f"trained for {trainer.current_epoch} epochs"
     for name in ("train/loss", "val/loss", "val/accuracy"):
         if name in trainer.callback_metrics:
-            reached = f"{name} {float(trainer.callback_metrics[name]):.4g} after {trainer.current_epoch} epochs"
+            value = float(trainer.callback_metrics[name])
+            reached = f"{name} {value:.4g} after {trainer.current_epoch} epochs"
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     experts = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
     if experts and fishers:
-        return _line(reached, experts[0], _merge(options.data, experts[0], StatisticKind.fisher, fishers[0]))
+        merge = _merge(options.data, experts[0], StatisticKind.fisher, fishers[0])
+        return _line(reached, experts[0], merge)
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
     file = experts[0] if experts else checkpoint or trainer.default_root_dir
     words = ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}"]
-    words += [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
+    for name, value in _changed(options.data).items():
+        words.append(f"--data.{name}={_flow(value)}")
     return _line(reached, file, words)
 
 
@@ -42,7 +45,8 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fisher``."""
     file = Path(trainer.default_root_dir) / f"expert.{options.statistic}.safetensors"
     made = load_provenance(file)
-    reached = f"{options.statistic} of {made['samples']} samples in {made['seconds']:.1f} s"
+    seconds = made["seconds"]
+    reached = f"{options.statistic} of {made['samples']} samples in {seconds:.1f} s"
     expert = options.ckpt_path or "FILE"
     return _line(reached, file, _merge(options.data, expert, options.statistic, file))
 
@@ -54,8 +58,14 @@ def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Seque
     for argument in arguments:
         if argument.startswith("--tasks="):
             tasks = argument.removeprefix("--tasks=")
-    words = ["evaluate", "-c", "default"]
-    words += [f"--model.experts={_flow(experts)}", f"--model.coded={_flow(coded)}", f"--data.tasks={tasks}"]
+    words = [
+        "evaluate",
+        "-c",
+        "default",
+        f"--model.experts={_flow(experts)}",
+        f"--model.coded={_flow(coded)}",
+        f"--data.tasks={tasks}",
+    ]
     return _line(f"{len(experts)} experts merged", ", ".join(coded), words)
 
 
@@ -79,9 +89,14 @@ def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: 
     experts = _flow({task: str(expert), "TASK": "FILE"})
     statistics = _flow({task: str(file), "TASK": "FILE"})
     tasks = _flow({task: own, "TASK": {"class_path": "CLASS"}})
-    method = METHODS[statistic]
-    words = ["merge", f"--method={method}", f"--experts={experts}", f"--{statistic}={statistics}"]
-    return [*words, f"--tasks={tasks}", "--output=coded"]
+    return [
+        "merge",
+        f"--method={METHODS[statistic]}",
+        f"--experts={experts}",
+        f"--{statistic}={statistics}",
+        f"--tasks={tasks}",
+        "--output=coded",
+    ]
 
 
 def _changed(data: Namespace) -> dict[str, Any]:

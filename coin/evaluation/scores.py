@@ -84,11 +84,15 @@ class FittedDecoder:
 
     def decodes(self, erased: Sequence[int]) -> bool:
         """Return whether this is the decoder for the loss of these experts."""
-        return tuple(erased) == self.decoder.erased or not self.decoder.config.reads_survivors
+        if self.decoder.config.reads_survivors:
+            return self.decoder.erased == tuple(erased)
+        return True
 
     def decode(self, task: int, seen: Answers, num_classes: int) -> Tensor:
         """Return a lost expert's logits of its own classes ``[B, C_j]`` from the answers in the variant's system."""
-        return self.decoder.decode(seen)[self.decoder.erased.index(task), :, :num_classes]
+        place = self.decoder.erased.index(task)
+        decoded = self.decoder.decode(seen)  # [|erased|, B, C]
+        return decoded[place, :, :num_classes]
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,8 @@ class Evaluation:
         self, variant: Variant, erased: tuple[int, ...], config: DecoderConfig, tasks: Sequence[str]
     ) -> list[Measurement]:
         """Return the results of a decoder for the loss of these experts, one for each of them."""
-        own = [each for each in self.fitted if each.variant is variant and each.decoder.config == config]
+        of_variant = [each for each in self.fitted if each.variant is variant]
+        own = [each for each in of_variant if each.decoder.config == config]
         fitted = next(each for each in own if each.decodes(erased))
         kept = sum(each.decoder.nbytes for each in own)
         passes = fitted.decoder.passes(len(variant.networks), erased)
@@ -249,5 +254,7 @@ def _measurement(
         "merge_seconds": variant.merge_seconds,
         "merge_passes": variant.merge_passes,
     }
-    shares = {name: float(share) for name, share in scores.accuracy.compute().items()}
-    return Measurement({**made, **columns, **shares}, scores.confusion.compute().cpu(), fitted, promise)
+    shares = scores.accuracy.compute()
+    numbers = {name: float(share) for name, share in shares.items()}
+    confusion = scores.confusion.compute().cpu()
+    return Measurement({**made, **columns, **numbers}, confusion, fitted, promise)

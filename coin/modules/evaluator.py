@@ -80,7 +80,8 @@ class DecodingEvaluator(LightningModule):
         networks, self.variants = read_coded(self.coded_files, self.fingerprints)
         self.coded = nn.ModuleList(networks)
         expert_head = DecoderConfig.of("expert_head")
-        if any(each.adapted for each in self.variants) and expert_head not in self.decoders:
+        has_bodies = any(each.adapted for each in self.variants)
+        if has_bodies and expert_head not in self.decoders:
             self.decoders.append(expert_head)  # the only one that reads bodies with adapters
 
         if code is not None:
@@ -112,7 +113,8 @@ class DecodingEvaluator(LightningModule):
         if promise is not None:
             self.progress.total += promise.num_samples
         for task in data.tasks.values():
-            self.progress.total += math.ceil(len(task.splits.test) / self.trainer.world_size)
+            samples = len(task.splits.test)
+            self.progress.total += math.ceil(samples / self.trainer.world_size)
 
         first = as_input(next(iter(calibration)), self.experts[0])
         needed = not self.takes_all_decoders

@@ -137,4 +137,5 @@ def _described(row: "pd.Series[Any]") -> str:
     kept = f"{percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, {row['worst_task']}"
     memory = f"{row['memory_mib']:.3g} MiB, {row['resident_mib']:.3g} MiB resident"
     runs = counted(row["forwards"], "network run")
-    return f"{read_by(row)} ({kept}; {memory}; {runs} an answer; up to {row['losses']:g} lost at once)"
+    lost = f"up to {row['losses']:g} lost at once"
+    return f"{read_by(row)} ({kept}; {memory}; {runs} an answer; {lost})"

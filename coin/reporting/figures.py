@@ -36,9 +36,11 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
     in_networks = not math.isnan(network_mib)
     unit = "networks" if in_networks else "MiB"
     rows = _points(stand_ins, network_mib if in_networks else 1.0)
-    markers = {runs: marker(place) for place, runs in enumerate(sorted(set(rows["runs"])))}
+    kinds = sorted(set(rows["runs"]))
+    markers = {runs: marker(place) for place, runs in enumerate(kinds)}
     with style():
-        figure = Figure(figsize=(WIDTH, max(3.6, 1.1 + 0.2 * rows["is_named"].sum())))
+        height = 1.1 + 0.2 * rows["is_named"].sum()
+        figure = Figure(figsize=(WIDTH, max(3.6, height)))
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set_yscale("asinh", linear_width=_NEAR)
@@ -66,9 +68,11 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         axes.set_xlabel(f"memory kept, in {unit} (log scale)")
         axes.set_ylabel("NDA (%), finer near 100")
         plain_numbers(axes.xaxis)
-        lowest = 98 + rows["nda"][rows["is_named"]].min()
+        named = rows[rows["is_named"]]
+        lowest = 98 + named["nda"].min()
         ticks = [tick for tick in _TICKS if tick >= lowest]
-        axes.set_yticks([tick - 100 for tick in ticks], [f"{tick:g}" for tick in ticks])
+        texts = [f"{tick:g}" for tick in ticks]
+        axes.set_yticks([tick - 100 for tick in ticks], texts)
         column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
         legend_below(figure)
         return figure
@@ -84,6 +88,7 @@ def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
     by_name = rows.groupby("name")
     num_decoders = by_name["decoder"].transform("nunique")
     decoders = (", " + rows["decoder"]).where(num_decoders > 1, "")
+    percents = (100 * rows["nda_mean"]).map("  {:.1f}".format)
     is_front = rows["nda_mean"] > best_so_far
     is_best_of_name = rows.index.isin(by_name["nda_mean"].idxmax())
     return rows.assign(
@@ -93,7 +98,7 @@ def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
         runs=rows["forwards"].clip(upper=_MANY).astype(int),
         is_front=is_front,
         is_named=is_front | is_best_of_name,
-        label=rows["name"] + decoders + (100 * rows["nda_mean"]).map("  {:.1f}".format),
+        label=rows["name"] + decoders + percents,
     )
 
 
@@ -104,7 +109,8 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
     variant and value, the point is the mean of their means.
     """
     is_numeric = pd.api.types.is_numeric_dtype(values)
-    is_wide = is_numeric and values.min() > 0 and values.max() >= 8 * values.min()
+    low, high = (values.min(), values.max()) if is_numeric else (0, 0)
+    is_wide = low > 0 and high >= 8 * low
     points = means.assign(name=variant_names(means), value=values)
     points = points[~points["method"].isin(REFERENCES)]
     decoders = decoders_of(points)[:2]
@@ -148,7 +154,8 @@ def tail_figure(rows: pd.DataFrame) -> Figure:
         panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
         for axes, want in zip(panels, wants, strict=True):
             axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
-            shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
+            is_shown = (rows["want"] == want) & np.isfinite(rows["p999"])
+            shown = rows[is_shown]
             for index, kind in enumerate(kinds):
                 line = shown[shown["redundancy"] == kind].sort_values("memory")
                 high = line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])

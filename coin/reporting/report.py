@@ -82,7 +82,9 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
             images[plot] = _draw(plot, figure, path.parent / PLOTS)
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     template = templates.get_template("report.html.jinja")
-    write_text(path, template.render(name=name, sentence=choose(folder)[1], sections=sections, images=images))
+    _, sentence = choose(folder)
+    page = template.render(name=name, sentence=sentence, sections=sections, images=images)
+    write_text(path, page)
     return path
 
 
@@ -102,15 +104,16 @@ def _experiment(folder: Path) -> tuple[str, list[Section]]:
         "Accuracy of the decoded answers": _by_task(summary, short, "decoded_accuracy"),
         "Agreement with the expert": _by_task(summary, short, "agreement"),
     }
+    tables = {f"{erased} lost": table for erased, table in nda_tables(summary).items()}
     numbers = ",".join(map(str, sorted(set(frame["seed"]))))
     command = shlex.join(["coin", "run", "-c", f"{name}.yaml", f"--seeds=[{numbers}]"])
-    versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
-    made = f"{document['date']}, {document['machine']}, {versions}"
+    versions = [f"{package} {version}" for package, version in document["versions"].items()]
+    made = ", ".join([document["date"], document["machine"], *versions])
     options = _text_of(seeds[0] / "config.yaml") or as_json(configuration)
     return name, [
         Section("NDA against memory", _MEMORY, figures={"nda_against_memory": memory}),
         Section("Stand-ins", _KEEP, {"": stand_in_table(short)}),
-        Section("NDA by method and decoder", _NDA, {f"{k} lost": table for k, table in nda_tables(summary).items()}),
+        Section("NDA by method and decoder", _NDA, tables),
         Section("Task by task", "Of the stand-ins above, in %.", accuracies),
         Section("Experts", _EXPERTS, {"": _experts(summary)}),
         Section("Promises", _PROMISES, promised),
@@ -129,12 +132,13 @@ def _sweep(folder: Path, sweep: Sweep) -> tuple[str, list[Section]]:
         numbers = pd.to_numeric(values, errors="coerce")
         shown = values if numbers.isna().any() else numbers
         figures[f"nda_against_{option}"] = nda_against_option(means, str(option), shown)
+    file = _text_of(folder / SWEEP_YAML)
     return f"sweep {sweep.name}", [
         Section("Stand-ins", _KEEP, {"": stand_in_table(kept[shortlist(kept)])}),
         Section("NDA against every option", "Mean over the other options, ± spread over seeds.", figures=figures),
         Section("NDA by experiment, method and decoder", _NDA, {"": sweep_text(sweep), "Numbers": sweep.legend}),
         Section("Experts", _EXPERTS, {"": _experts(summary)}),
-        Section("Configuration", "", text=f"coin sweep {sweep.name}.yaml\n\n{_text_of(folder / SWEEP_YAML)}"),
+        Section("Configuration", "", text=f"coin sweep {sweep.name}.yaml\n\n{file}"),
     ]
 
 

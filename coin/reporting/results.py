@@ -178,7 +178,8 @@ def check_current(seed_folder: Path) -> None:
 
 def confusion_key(row: Row) -> str:
     """Return a row's name in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``, with the requested policy."""
-    return f"{row.method}|{requested_policy(row.batchnorm)}|{row.decoder}|{row.erased}|{row.task}"
+    policy = requested_policy(row.batchnorm)
+    return "|".join([row.method, policy, row.decoder, row.erased, row.task])
 
 
 def read_confusions(folder: Path) -> dict[str, Counts]:
@@ -240,7 +241,9 @@ def as_json(document: Any) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, pd.DataFrame):
             return value.to_dict("records")
-        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        return str(value)
 
     text = json.dumps(document, default=plain)
     finite = json.loads(text, parse_constant=lambda name: None)

@@ -64,7 +64,7 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def legend_below(figure: Figure, title: str | None = None, columns: int = 3) -> None:
+def legend_below(figure: Figure, columns: int = 3) -> None:
     """Put one legend of all axes under the figure, where it hides no point."""
     lines: dict[str, Any] = {}
     for axes in figure.axes:
@@ -75,9 +75,10 @@ def legend_below(figure: Figure, title: str | None = None, columns: int = 3) -> 
     most = min(columns, len(lines), room)
     columns = max(1, most)
     rows = math.ceil(len(lines) / columns)
+    more_rows = max(0, rows - 2)
     height = figure.get_figheight()
-    figure.set_figheight(height + 0.19 * max(0, rows - 2))
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
+    figure.set_figheight(height + 0.19 * more_rows)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns)
 
 
 def plain_numbers(axis: Axis) -> None:

@@ -126,8 +126,8 @@ def seed_folders(folder: Path) -> list[Path]:
         found = [each for each in found if each.name in names] or found
     documents = {each.name: read_document(each) for each in found}
     latest = max(documents, key=lambda name: str(documents[name]["date"]))
-    options = _options(documents[latest])
-    others = sorted(name for name, document in documents.items() if _options(document) != options)
+    options = {name: _options(document) for name, document in documents.items()}
+    others = [name for name in sorted(options) if options[name] != options[latest]]
     if others:
         told = f"left out {', '.join(others)}: measured with other options than the latest seed"
         warnings.warn(told, CoinWarning, stacklevel=2)
@@ -191,7 +191,8 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     alone = summary[summary["erased"] == summary["task"]]
     worst = alone.sort_values("nda_mean", kind="stable").drop_duplicates(keys)
     worst = worst.rename(columns={"task": "worst_task", "nda_mean": "nda_worst"})
-    means = over_tasks(summary).merge(worst[[*keys, "worst_task", "nda_worst"]], on=keys, how="left")
+    worst = worst[[*keys, "worst_task", "nda_worst"]]
+    means = over_tasks(summary).merge(worst, on=keys, how="left")
     costs = [*STAND_IN_COSTS, "merge_seconds"]
     means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
     kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task", "experiment"]]
@@ -204,8 +205,9 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
 
 def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     """Return which rows of `stand_ins` no other beats in NDA (to the digits printed), memories, forwards and losses."""
-    signs = {"nda_mean": 1, "memory_mib": -1, "resident_mib": -1, "forwards": -1, "losses": 1}
-    goods = pd.DataFrame({name: sign * kept[name].round(4) for name, sign in signs.items()})  # more is better
+    less_is_better = ["memory_mib", "resident_mib", "forwards"]
+    goods = kept[["nda_mean", "losses", *less_is_better]].round(4)
+    goods[less_is_better] = -goods[less_is_better]
     is_beaten = []
     for own in goods.to_numpy():
         as_good = (goods >= own).all(axis=1)
@@ -222,8 +224,10 @@ def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
 
 def decoders_of(means: pd.DataFrame) -> list[str]:
     """Return the decoders of means over tasks: ``linear``, then by a method's best NDA, then the references' own."""
-    is_contender = ~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)
-    best = means[is_contender].groupby("decoder")["nda_mean"].max()
+    is_reference = means["method"].isin(REFERENCES)
+    is_replica = means["decoder"] == REPLICA
+    contenders = means[~is_reference & ~is_replica]
+    best = contenders.groupby("decoder")["nda_mean"].max()
     best = best.sort_values(ascending=False, kind="stable")
     every = [*best.index, *means["decoder"]]
     if "linear" in every:
@@ -244,7 +248,8 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     has_several = frame["method"].isin(frame.loc[num_sets > 1, "method"])
     asked = frame["batchnorm"].map(requested_policy)
     keeps = frame["method"].str.startswith(_KEEPING)
-    is_default = asked.isin(["", "auto"]) | (asked.eq("keep") & keeps)
+    is_auto = asked.isin(["", "auto"])
+    is_default = is_auto | (asked.eq("keep") & keeps)
     policies = ("-" + asked).mask(is_default, "")
     sets = ("[" + frame["code_row"] + "]").where(has_several, "")
     return frame["method"] + policies + sets

@@ -73,7 +73,8 @@ def sweep_frame(
     for values, folders in points:
         plain = {}
         for key, value in values.items():
-            plain[key] = value if isinstance(value, bool | int | float | str) else as_text(value)
+            is_plain = isinstance(value, bool | int | float | str)
+            plain[key] = value if is_plain else as_text(value)
         for folder in folders:
             rows = read(folder)
             if rows is not None:
@@ -88,7 +89,8 @@ def sweep_text(sweep: Sweep) -> pd.DataFrame:
     is_mean = summary["task"] == "mean"
     is_oracle = summary["method"] == "oracle"
     means = summary[is_mean & ~is_oracle]
-    means = means.assign(method=variant_names(means), text=percents(means["nda_mean"], means["nda_std"]))
+    texts = percents(means["nda_mean"], means["nda_std"])
+    means = means.assign(method=variant_names(means), text=texts)
     means = means.join(sweep.options, on="experiment")
     erased = ["erased"] if means["erased"].nunique() > 1 else []
     heads = [*sweep.options.columns, *erased, "method"]

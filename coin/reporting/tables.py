@@ -39,7 +39,8 @@ def nda_tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     printed, carries `BEST`; the oracle does not count.
     """
     means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
-    return {str(erased): _nda_table(part) for erased, part in means.groupby("erased", sort=False)}
+    by_size = means.groupby("erased", sort=False)
+    return {str(erased): _nda_table(part) for erased, part in by_size}
 
 
 def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
@@ -79,10 +80,12 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
 
 def stand_in_table(kept: pd.DataFrame) -> pd.DataFrame:
     """Return `stand_ins` as text, the `undominated` ones with `BEST`."""
+    ndas = percents(kept["nda_mean"], kept["nda_std"])
+    stars = undominated(kept).map(_STARS)
     table = {
         "method": kept["name"],
         "decoder": kept["decoder"],
-        "NDA": percents(kept["nda_mean"], kept["nda_std"]) + undominated(kept).map(_STARS),
+        "NDA": ndas + stars,
         "memory MiB": kept["memory_mib"].map(mebibytes),
         "resident MiB": kept["resident_mib"].map(mebibytes),
         "forwards": kept["forwards"].map("{:g}".format),
@@ -104,7 +107,8 @@ def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
     ``given`` says for how many of them anything is promised; ``found`` is over all accepted answers.
     """
     lines = []
-    for (name, decoder), own in promises.assign(name=variant_names).groupby(["name", "decoder"], sort=False):
+    promises = promises.assign(name=variant_names)
+    for (name, decoder), own in promises.groupby(["name", "decoder"], sort=False):
         given = own[own["threshold"].notna()]
         accepted = given["coverage"].sum()
         differing = (given["coverage"] * given["found"].fillna(0)).sum()
@@ -130,7 +134,8 @@ def results_console() -> Console:
 
 def too_wide(table: Table, console: Console) -> bool:
     """Return whether a table, with no text broken, is wider than the console."""
-    return console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width
+    unbroken = console.options.update(max_width=10_000)
+    return console.measure(table, options=unbroken).maximum > console.width
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:

@@ -19,7 +19,8 @@ def percent(mean: float, spread: float = math.nan, digits: int = 2) -> str:
 
 def percents(means: "pd.Series[float]", spreads: "pd.Series[float]") -> "pd.Series[str]":
     """Return `percent` of every mean and spread."""
-    texts = [percent(mean, spread) for mean, spread in zip(means, spreads, strict=True)]
+    pairs = zip(means, spreads, strict=True)
+    texts = [percent(mean, spread) for mean, spread in pairs]
     return pd.Series(texts, index=means.index)
 
 

@@ -36,14 +36,15 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
     check_connection("online")
     api = wandb.Api()
     entity = parts[0] if len(parts) == 2 else str(api.default_entity)
+    called = parts[-1]
     filters = {"jobType": "evaluate"}
     if group is not None:
         filters["group"] = group
-    runs = api.runs(f"{entity}/{parts[-1]}", filters=filters, order="-created_at")[:_LATEST]
+    runs = api.runs(f"{entity}/{called}", filters=filters, order="-created_at")
     logged: set[str] = set()
-    for run in runs:
+    for run in runs[:_LATEST]:
         logged.update(run.summary.keys())
-    made = workspace(entity, parts[-1], logged, group, name or group or "coin")
+    made = workspace(entity, called, logged, group, name or group or "coin")
     made.save()
     return str(made.url)
 
@@ -65,7 +66,9 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
             "run an experiment, and `wandb sync` its folder"
         )
     spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev", "max_bars_to_show": 50}
-    bars = [wr.BarPlot(title=f"NDA, {decoder}", metrics=names, **spread) for decoder, names in by_decoder.items()]
+    bars = []
+    for decoder, names in by_decoder.items():
+        bars.append(wr.BarPlot(title=f"NDA, {decoder}", metrics=names, **spread))
     sections = [
         ws.Section(name="NDA by method", panels=bars, is_open=True),
         ws.Section(name="NDA against memory", panels=[wr.MediaBrowser(media_keys=["nda_against_memory"])]),

@@ -43,7 +43,8 @@ def log_evaluation(
     for place in best:
         row = rows[place]
         title = f"{row.method}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
-        logged[f"confusion/{row.task}"] = _confusion(confusions[confusion_key(row)], classes[row.task], title)
+        counts = confusions[confusion_key(row)]
+        logged[f"confusion/{row.task}"] = _confusion(counts, classes[row.task], title)
     run.log(logged)
     run.summary.update(_numbers(frame, best))
 
@@ -69,8 +70,10 @@ def _numbers(frame: pd.DataFrame, best: list[int]) -> dict[str, Any]:
 def best_coded(rows: Sequence[Row]) -> list[int]:
     """Return the places of the rows of the best coded variant and decoder by mean NDA, each task lost alone."""
     frame = pd.DataFrame([vars(row) for row in rows]).assign(name=variant_names)
-    is_coded = ~frame["method"].isin(REFERENCES) & (frame["decoder"] != REPLICA)
-    alone = frame[is_coded & (frame["erased"] == frame["task"])]
+    is_reference = frame["method"].isin(REFERENCES)
+    is_replica = frame["decoder"] == REPLICA
+    is_alone = frame["erased"] == frame["task"]
+    alone = frame[is_alone & ~is_reference & ~is_replica]
     means = alone.groupby(["name", "decoder"])["nda"].mean().dropna()
     if means.empty:
         return []
@@ -85,7 +88,8 @@ def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
     columns = ["Actual", "Predicted", "nPredictions"]
     table = wandb.Table(columns=[*columns])
     for actual, predicted in zip(*counts.nonzero(), strict=True):
-        table.add_data(classes[actual], classes[predicted], int(counts[actual, predicted]))
+        count = int(counts[actual, predicted])
+        table.add_data(classes[actual], classes[predicted], count)
     return wandb.plot_table(
         "wandb/confusion_matrix/v1", table, dict(zip(columns, columns, strict=True)), {"title": title}
     )

@@ -41,7 +41,8 @@ def record_evaluation(
     warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, tasks)
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
-    network_bytes = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values())
+    state = model.experts[0].state_dict()
+    network_bytes = sum(tensor.nbytes for tensor in state.values())
     made = {
         "tasks": list(model.tasks),
         "code": model.code.matrix.tolist(),
@@ -130,12 +131,14 @@ def example_table(model: DecodingEvaluator, tasks: Tasks, rows: Sequence[Row]) -
             continue
         task = model.tasks.index(name)
         test = data.splits.test
-        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
+        draw = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(test), generator=draw)[:EXAMPLES]
         inputs = test.inputs(chosen, data.image_size)  # [n, 3, S, S]
         answers = model(inputs.to(model.device), task).cpu()
         decoded = fitted.decode(task, fitted.variant.seen(answers), data.num_classes)  # [n, C_j]
         expert = answers.experts[task, :, : data.num_classes]
-        classes = torch.stack([test.targets[chosen], expert.argmax(1), decoded.argmax(1)], dim=1)
+        labels = test.targets[chosen]
+        classes = torch.stack([labels, expert.argmax(1), decoded.argmax(1)], dim=1)  # [n, 3]
         for image, own in zip(to_image(inputs), classes.tolist(), strict=True):
             picture = wandb.Image(image.permute(1, 2, 0).numpy())
             names = [data.classes[each] for each in own]
