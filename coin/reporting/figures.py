@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coin.reporting.style import (
@@ -109,15 +110,13 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
     variant and value, the point is the mean of their means.
     """
     is_numeric = pd.api.types.is_numeric_dtype(values)
-    low, high = (values.min(), values.max()) if is_numeric else (0, 0)
-    is_wide = low > 0 and high >= 8 * low
+    is_wide = is_numeric and 0 < 8 * values.min() <= values.max()
     points = means.assign(name=variant_names(means), value=values)
     points = points[~points["method"].isin(REFERENCES)]
     decoders = decoders_of(points)[:2]
     names = points["name"].unique().tolist()
     with style():
-        figure = Figure(figsize=(WIDTH, 0.8 + 2.5 * len(decoders)))
-        panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]
+        figure, panels = _panels(len(decoders))
         for axes, decoder in zip(panels, decoders, strict=True):
             axes.set_title(f"decoder {decoder}")
             axes.set_ylabel("NDA (%)")
@@ -145,13 +144,19 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
         return figure
 
 
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, one below another, which share their horizontal axis."""
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * count))
+    panels = figure.subplots(count, 1, sharex=True, squeeze=False)
+    return figure, list(panels[:, 0])
+
+
 def tail_figure(rows: pd.DataFrame) -> Figure:
     """The 99.9 % quantile of the latency against the memory of all servers, where finite, a panel a kind of query."""
     wants = rows["want"].unique().tolist()
     kinds = rows["redundancy"].unique().tolist()
     with style():
-        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
-        panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
+        figure, panels = _panels(len(wants))
         for axes, want in zip(panels, wants, strict=True):
             axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
             is_shown = (rows["want"] == want) & np.isfinite(rows["p999"])
