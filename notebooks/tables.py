@@ -271,7 +271,7 @@ def wrong_experts() -> str:
 def demo() -> str:
     """The end of what `make demo` prints."""
     console = Console(width=80, file=StringIO())
-    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "demo")), "quickstart", console))
+    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "demo")), "quickstart"))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "\n".join(["```", *filter(None, lines), "```"])
 

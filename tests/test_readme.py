@@ -16,8 +16,7 @@ from coin.cli import main
 from coin.commands import COMMANDS
 from coin.commands.parser import checked_arguments
 from coin.commands.shipped import SWEEPS, shipped
-from coin.reporting.extras import PROMISE_COLUMNS
-from coin.reporting.results import COLUMNS, KEYS
+from coin.reporting.results import COLUMNS, KEYS, PROMISE_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -24,6 +24,7 @@ FUNCTIONS = {  # commands that only pass their options to a function
     "merge": "coin.commands.merge.merge",
     "compress": "coin.commands.compress.compress_network",
     "export": "coin.commands.export.export",
+    "report": "coin.reporting.report.write_report",
     "dashboard": "coin.tracking.dashboard.dashboard",
 }
 ON_TRAINER = ("fit", "validate", "test", "predict", "fisher", "evaluate")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.reporting.choice import choose
 from coin.reporting.results import as_json
-from coin.reporting.tables import BEST, results_console, rich_table, stand_in_table
+from coin.reporting.tables import results_console, rich_table, stand_in_table
 from coin.reporting.text import percent
 
 
@@ -21,7 +21,8 @@ def main(arguments: Sequence[str]) -> None:
         print(as_json({"rows": rows, "sentence": sentence}))
         return
     if len(rows):
-        worst = [percent(nda) + BEST * (place == 0) for place, nda in enumerate(rows["nda_worst"])]
-        table = stand_in_table(rows).drop(columns="merge s").assign(NDA=worst).rename(columns={"NDA": "worst task"})
+        table = stand_in_table(rows).drop(columns="merge s")
+        table["NDA"] = rows["nda_worst"].map(percent)
+        table = table.rename(columns={"NDA": "worst task"})
         results_console().print(rich_table(table, "what meets the limits", ["method", "decoder"]))
     print(sentence)

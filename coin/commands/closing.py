@@ -12,9 +12,8 @@ from lightning.pytorch import Trainer
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.files.safetensors import load_provenance
-from coin.reporting.choice import recommended, weakness
 from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import stand_ins, summarise
+from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
 from coin.statistics.statistic import StatisticKind
 
@@ -23,49 +22,56 @@ METHODS = {StatisticKind.fisher: "Coin", StatisticKind.gram: "RegMean"}  # which
 
 def after_fit(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fit``."""
+    reached = f"trained for {trainer.current_epoch} epochs"
+    for name in ("train/loss", "val/loss", "val/accuracy"):
+        if name in trainer.callback_metrics:
+            value = float(trainer.callback_metrics[name])
+            reached = f"{name} {value:.4g} after {trainer.current_epoch} epochs"
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    found = [f"{name} {metrics[name]:.4g}" for name in ("val/accuracy", "val/loss", "train/loss") if name in metrics]
-    reached = f"{next(iter(found), 'trained')} after {trainer.current_epoch} epochs"
-    exports: list[Any] = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
+    experts = [each.file(trainer) for each in callbacks if isinstance(each, ExpertExport)]
     fishers = [each.file(trainer) for each in callbacks if isinstance(each, FisherEstimator)]
-    saved = getattr(trainer.checkpoint_callback, "best_model_path", None)
-    file = exports[0] if exports else saved or trainer.default_root_dir
-    if exports and fishers:
-        return _line(reached, file, _merge(options.data, file, StatisticKind.fisher, fishers[0]))
-    own = [f"--data.{name}={_flow(value)}" for name, value in _changed(options.data).items()]
-    return _line(reached, file, ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}", *own])
+    if experts and fishers:
+        merge = _merge(options.data, experts[0], StatisticKind.fisher, fishers[0])
+        return _line(reached, experts[0], merge)
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
+    file = experts[0] if experts else checkpoint or trainer.default_root_dir
+    words = ["fisher", f"--ckpt_path={file}", f"--data={options.data.class_path}"]
+    for name, value in _changed(options.data).items():
+        words.append(f"--data.{name}={_flow(value)}")
+    return _line(reached, file, words)
 
 
 def after_fisher(trainer: Trainer, options: Namespace) -> str:
     """Return the line of ``coin fisher``."""
     file = Path(trainer.default_root_dir) / f"expert.{options.statistic}.safetensors"
     made = load_provenance(file)
-    reached = f"{options.statistic} of {made['samples']} samples in {made['seconds']:.1f} s"
-    return _line(reached, file, _merge(options.data, options.ckpt_path or "FILE", options.statistic, file))
+    seconds = made["seconds"]
+    reached = f"{options.statistic} of {made['samples']} samples in {seconds:.1f} s"
+    expert = options.ckpt_path or "FILE"
+    return _line(reached, file, _merge(options.data, expert, options.statistic, file))
 
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    parts = [part for each in arguments for part in each.split("=", 1)]  # --tasks=VALUE, or VALUE behind it
-    tasks = parts[parts.index("--tasks") + 1] if "--tasks" in parts else None
-    named = tasks or _flow(dict.fromkeys(experts, "CLASS"))
-    words = ["evaluate", "-c", "default", f"--model.experts={_flow(experts)}"]
-    words += [f"--model.coded={_flow(list(map(str, files)))}", f"--data.tasks={named}"]
-    return _line(f"{len(experts)} experts merged", ", ".join(map(str, files)), words)
+    words = [word for argument in arguments for word in argument.split("=", 1)]  # --tasks=VALUE, or VALUE behind it
+    tasks = words[words.index("--tasks") + 1] if "--tasks" in words else _flow(dict.fromkeys(experts, "CLASS"))
+    coded = [str(file) for file in files]
+    command = [
+        "evaluate",
+        "-c",
+        "default",
+        f"--model.experts={_flow(experts)}",
+        f"--model.coded={_flow(coded)}",
+        f"--data.tasks={tasks}",
+    ]
+    return _line(f"{len(experts)} experts merged", ", ".join(coded), command)
 
 
 def after_evaluate(trainer: Trainer, _: Namespace) -> str:
     """Print the table of ``coin evaluate``, and return its line."""
     folder = Path(trainer.default_root_dir)
-    summary = summarise(read_results(folder))
-    print_summary(summary, reported=False)
-    kept = stand_ins(summary)
-    reached = "measured"
-    if len(kept):
-        row = recommended(kept)
-        reached = weakness(row) or f"NDA {100 * row['nda_mean']:.1f} with {row['name']} and {row['decoder']}"
-    return _line(reached, folder / RESULTS_CSV, ["choose", str(folder)])
+    print_summary(summarise(read_results(folder)))
+    return _line("measured", folder / RESULTS_CSV, ["choose", str(folder)])
 
 
 def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
@@ -74,11 +80,21 @@ def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
 
 def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
     """Return the merge of an expert with others, whose names, files and classes are the user's to fill in."""
-    task, pairs = str(data.class_path).rpartition(".")[2].lower(), {"experts": expert, str(statistic): file}
-    given = [f"--{name}={_flow({task: str(path), 'TASK': 'FILE'})}" for name, path in pairs.items()]
-    own = {"class_path": "CLASS"} if task == "tasks" else {"class_path": data.class_path, "init_args": _changed(data)}
-    tasks = f"--tasks={_flow({task: own, 'TASK': {'class_path': 'CLASS'}})}"
-    return ["merge", f"--method={METHODS[statistic]}", *given, tasks, "--output=coded"]
+    task = str(data.class_path).rpartition(".")[2].lower()
+    own: dict[str, Any] = {"class_path": data.class_path, "init_args": _changed(data)}
+    if task == "tasks":  # of a pooled Fisher: several
+        own = {"class_path": "CLASS"}
+    experts = _flow({task: str(expert), "TASK": "FILE"})
+    statistics = _flow({task: str(file), "TASK": "FILE"})
+    tasks = _flow({task: own, "TASK": {"class_path": "CLASS"}})
+    return [
+        "merge",
+        f"--method={METHODS[statistic]}",
+        f"--experts={experts}",
+        f"--{statistic}={statistics}",
+        f"--tasks={tasks}",
+        "--output=coded",
+    ]
 
 
 def _changed(data: Namespace) -> dict[str, Any]:
@@ -86,7 +102,8 @@ def _changed(data: Namespace) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(locate(data.class_path), "data")
     defaults = parser.get_defaults().data
-    return {name: value for name, value in data.init_args.items() if name != "seed" and value != defaults.get(name)}
+    given = {name: value for name, value in data.init_args.items() if name != "seed"}
+    return {name: value for name, value in given.items() if value != defaults.get(name)}
 
 
 def _flow(value: Any) -> str:

@@ -16,7 +16,7 @@ from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.prune import remove, size_mib, unreferenced
 from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.choice import recommended, weakness
-from coin.reporting.report_parts import REPORT_HTML
+from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary

@@ -15,8 +15,8 @@ from coin.errors import ConfigurationError
 from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch
 from coin.pipeline.sweep import read_sweep, run_sweep, sweep_points
-from coin.reporting.sweeps import SWEEP_CSV
-from coin.reporting.tables import results_console, sweep_table
+from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table, sweep_text
+from coin.reporting.tables import results_console, rich_table
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +45,11 @@ def main(arguments: Sequence[str]) -> None:
     if options["dry_run"]:
         print_plan(f"{sweep.name}, {len(points)} points", experiments, options["launch"])
         return
-    frame, page = run_sweep(sweep, points, folder, options["launch"])
-    results_console().print(sweep_table(frame, list(sweep.grids[0]), f"{sweep.name}: NDA in %, mean over tasks"))
+    page = run_sweep(sweep, points, folder, options["launch"])
+    table = read_sweep_table(folder)
+    assert table is not None
+    text = sweep_text(table)
+    texts = [*table.options.columns, "method"]
+    results_console().print(rich_table(text, f"{sweep.name}: NDA in %, mean over tasks", texts))
     print(f"table: {folder / SWEEP_CSV}")
     print(f"report: {page}")

@@ -9,7 +9,6 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import WandbLogger
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
@@ -19,7 +18,7 @@ from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.modules import Expert
 from coin.networks.weights import read_checkpoint
-from coin.tracking.settings import logger_mode, run_environment
+from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
 
@@ -79,8 +78,7 @@ class TrainerCLI(LightningCLI):
         has_export = any(isinstance(callback, ExpertExport) for callback in callbacks)
         if self.subcommand == "fit" and isinstance(self.model, Expert) and has_folder and not has_export:
             callbacks.insert(0, ExpertExport())
-        modes = [logger_mode(logger) for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
-        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), modes[0] if modes else None))
+        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
     def say_what_was_reached(self) -> None:
         """Print what a command has reached, its file, and the next command."""

@@ -1,8 +1,8 @@
 """What is evaluated: coded models and replicas read from files, and the references."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,29 +13,37 @@ from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network, pad_head
 from coin.networks.adapted import resident_nbytes
-from coin.networks.files import nbytes_together, open_network, resident_copies
+from coin.networks.files import NetworkFile, nbytes_together, open_network, resident_copies
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
-MADE = ("samples_per_task", "merge_seconds", "merge_passes")
-"""Columns on how coded models were made; without samples the first is None."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One coded system under evaluation: a merge method with its options, or one of the two references.
 
-    `networks` are the places of its coded models among all, none for the references; `made` are the columns `MADE`,
-    `chosen` is what was chosen for each, `kind` the method's own name, `memory` their bytes as stored, with the base of
-    compressed ones; `resident` are the bytes of weights that processes hold which answer with them; `lost` are the
-    erasures to measure, by default all that the code can decode; `adapted` says whether they are bodies with adapters.
+    Args:
+        method: The method's label.
+        code: The code, R×N.
+        batchnorm: The BatchNorm policy, as results have it.
+        networks: The places of its coded models among all; none for the references.
+        samples_per_task, merge_seconds, merge_passes: How the coded models were made, as results have it.
+        chosen: What was chosen for each coded model.
+        kind: The method's own name.
+        memory: The bytes of the coded models as stored, with the base of compressed ones.
+        resident: The bytes of weights that processes hold which answer with them.
+        lost: The erasures to measure, by default all that the code can decode.
+        adapted: Whether the coded models are bodies with adapters.
     """
 
     method: str
     code: Code
     batchnorm: str = ""
     networks: tuple[int, ...] = ()
-    made: Mapping[str, Any] = field(default_factory=lambda: dict(zip(MADE, (None, 0.0, 0.0), strict=True)))
+    samples_per_task: int | None = None
+    merge_seconds: float = 0.0
+    merge_passes: float = 0.0
     chosen: tuple[dict[str, Any], ...] = ()
     kind: str | None = None
     memory: float = 0
@@ -45,37 +53,44 @@ class Variant:
 
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
         """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
+        linear = [config for config in every if config.kind is DecoderKind.linear]
         if self.adapted:  # which has no one output for all experts, from which another is decoded
             return [config for config in every if config.kind is DecoderKind.expert_head]
         if self.method == ORACLE:
-            return [config for config in every if config.kind is DecoderKind.linear]
-        if self.method != NONE:
-            return every
-        alone = [config for config in every if config.kind is not DecoderKind.linear and config.reads_survivors]
-        return alone or [DecoderConfig(DecoderKind.ridge)]
+            return linear
+        if self.method == NONE:
+            alone = [config for config in every if config.reads_survivors and config not in linear]
+            return alone or [DecoderConfig(DecoderKind.ridge)]
+        return every
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
         """Return the columns of costs, NaN for the oracle; both memories have the bytes `kept` to decode."""
         if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "resident_mib", "forwards", "losses"), math.nan)
-        experts = self.code.num_experts
+        num_experts = self.code.num_experts
+        losses = config.losses(num_experts, self.code.num_coded)
+        if self.method == NONE:
+            losses = min(losses, num_experts - 1)
         return {
             "memory_mib": (self.memory + kept) / 2**20,
             "resident_mib": (self.resident + kept) / 2**20,
-            "forwards": config.forwards(experts, len(self.networks), num_lost),
-            "losses": min(config.losses(experts, self.code.num_coded), experts - (self.method == NONE)),
+            "forwards": config.forwards(num_experts, len(self.networks), num_lost),
+            "losses": losses,
         }
 
     def seen(self, answers: Answers) -> Answers:
         """Return the answers in this system: those of the experts and of its own coded models."""
         if self.method == ORACLE:
-            return Answers(answers.experts, self.code.encode(answers.experts), tasks=answers.tasks)
+            coded = self.code.encode(answers.experts)
+            return Answers(answers.experts, coded, tasks=answers.tasks)
         return answers.with_coded(self.networks)
 
     def erasures(self) -> list[tuple[int, ...]]:
         """Return the erasures to measure; for `NONE` not the loss of every expert."""
-        every = self.code.erasures() if self.lost is None else self.lost
-        return [erased for erased in every if self.method != NONE or len(erased) < self.code.num_experts]
+        every = self.code.erasures() if self.lost is None else list(self.lost)
+        if self.method == NONE:
+            return [erased for erased in every if len(erased) < self.code.num_experts]
+        return every
 
 
 class Replica(NamedTuple):
@@ -91,53 +106,78 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
     files = [open_network(path) for path in paths]
     modules = [file.module() for file in files]
     groups: dict[tuple[str, str], list[int]] = {}
-    for index, file in enumerate(files):
+    for place, file in enumerate(files):
         made = file.provenance
         if "code" not in made:
             raise FileError(f"'{file.path}' is no coded model, expected a file that coin merge wrote")
         if made.get("experts") != list(fingerprints):
             raise FileError(f"'{file.path}' was made from other experts, or in another order; run coin merge again")
-        groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
+        variant = (made["label"], made["batchnorm"])
+        groups.setdefault(variant, []).append(place)
     variants = []
-    for (method, policy), indices in groups.items():
-        networks = sorted(indices, key=lambda index: int(files[index].provenance["row"]))
-        rows = [files[index].provenance for index in networks]
-        first, found = rows[0], [row["row"] for row in rows]
-        code = Code(first["code"])
-        if found != list(range(code.num_coded)) or any(row["code"] != first["code"] for row in rows):
-            expected = f"all {code.num_coded} of one code; run coin merge again"
-            raise FileError(f"found rows {found} of method {method}, expected {expected}")
-        chosen = tuple(row.get("chosen") or {} for row in rows)
-        taken = "+".join(dict.fromkeys(str(each["batchnorm"]) for each in chosen if "batchnorm" in each))
-        policy = f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy
-        seconds, passes = (sum(float(row[name]) for row in rows) for name in ("seconds", "passes"))
-        made = dict(zip(MADE, (first["samples_per_task"], seconds, passes), strict=True))
-        kind = (first.get("method") or {}).get("name")
-        own = [files[index] for index in networks]
-        memory = nbytes_together(own)
-        resident = sum(resident_nbytes(modules[index]) for index in networks)
-        adapted = any(file.adapters for file in own)
-        variant = Variant(
-            method, code, policy, tuple(networks), made, chosen, kind, memory, resident=resident, adapted=adapted
-        )
-        variants.append(variant)
+    for places in groups.values():
+        in_order = sorted(places, key=lambda place: int(files[place].provenance["row"]))
+        resident = sum(resident_nbytes(modules[place]) for place in in_order)
+        rows = [files[place] for place in in_order]
+        variants.append(_variant(rows, tuple(in_order), resident))
     return modules, variants
+
+
+def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: int) -> Variant:
+    """Return the variant of the files of all rows of a code, in their order."""
+    rows = [file.provenance for file in files]
+    first = rows[0]
+    code = Code(first["code"])
+    found = [row["row"] for row in rows]
+    has_one_code = all(row["code"] == first["code"] for row in rows)
+    if found != list(range(code.num_coded)) or not has_one_code:
+        raise FileError(
+            f"found rows {found} of method {first['label']}, expected all {code.num_coded} of one code; "
+            "run coin merge again"
+        )
+    chosen = tuple(row.get("chosen") or {} for row in rows)
+    policy = first["batchnorm"]
+    taken = [str(each["batchnorm"]) for each in chosen if "batchnorm" in each]
+    if policy == BatchNormPolicy.auto and taken:
+        policy = f"{policy}:{'+'.join(dict.fromkeys(taken))}"
+    return Variant(
+        method=first["label"],
+        code=code,
+        batchnorm=policy,
+        networks=places,
+        samples_per_task=first["samples_per_task"],
+        merge_seconds=sum(float(row["seconds"]) for row in rows),
+        merge_passes=sum(float(row["passes"]) for row in rows),
+        chosen=chosen,
+        kind=(first.get("method") or {}).get("name"),
+        memory=nbytes_together(files),
+        resident=resident,
+        adapted=any(file.adapters for file in files),
+    )
 
 
 def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:
     """Return compressed copies of experts, padded to `width`; a FileError where one has none of the `fingerprints`."""
-    groups: dict[str, list[Any]] = {}
-    for file in map(load_network, paths):
+    groups: dict[str, list[NetworkFile]] = {}
+    for path in paths:
+        file = load_network(path)
         if file.provenance.get("of") not in fingerprints:
-            raise FileError(f"'{file.path}' is not a compressed copy of these experts; compress them again")
-        groups.setdefault(str(file.provenance.get("label", REPLICA)), []).append(file)
+            raise FileError(f"'{path}' is not a compressed copy of these experts; compress them again")
+        label = str(file.provenance.get("label", REPLICA))
+        groups.setdefault(label, []).append(file)
     found = []
-    for label, own in groups.items():
-        made = dict(zip(MADE, (None, sum(float(file.provenance["seconds"]) for file in own), 0.0), strict=True))
-        chosen = (own[0].provenance["compression"],)
-        memory = nbytes_together(own)
-        resident = resident_copies(own)
-        variant = Variant(label, code, made=made, chosen=chosen, kind=REPLICA, memory=memory, resident=resident)
-        tasks = [fingerprints.index(file.provenance["of"]) for file in own]
-        found += [Replica(variant, task, pad_head(file.network, width)) for task, file in zip(tasks, own, strict=True)]
+    for label, files in groups.items():
+        variant = Variant(
+            method=label,
+            code=code,
+            merge_seconds=sum(float(file.provenance["seconds"]) for file in files),
+            chosen=(files[0].provenance["compression"],),
+            kind=REPLICA,
+            memory=nbytes_together(files),
+            resident=resident_copies(files),
+        )
+        for file in files:
+            task = fingerprints.index(file.provenance["of"])
+            network = pad_head(file.network, width)
+            found.append(Replica(variant, task, network))
     return found

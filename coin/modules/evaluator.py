@@ -1,34 +1,38 @@
-"""The decoding evaluator: each network runs once per batch, for all methods, decoders and erasures."""
+"""The evaluator: measures how well lost experts are decoded (NDA), each network once per batch for all methods."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
 from coin.data import Calibration
-from coin.data.tasks import tasks_of
+from coin.data.tasks import Tasks, tasks_of
 from coin.errors import ConfigurationError
-from coin.evaluation.examples import ExampleSamples, KeptSamples
-from coin.evaluation.scores import Evaluation, Outcome, server_answers, with_heads
+from coin.evaluation.scores import Evaluation, Measurement, server_answers, with_heads
 from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded, read_replicas
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import SystemFile
 from coin.networks import load_network, pad_head
 from coin.networks.calling import as_input
+from coin.reporting.results import requested_policy
 
 
 class DecodingEvaluator(LightningModule):
     """Measures how well lost experts are decoded, on every task's test set. The data is a `coin.data.Tasks`.
 
     Every network runs once per batch; decoders are fitted on the pooled calibration samples first. After
-    ``trainer.test`` the results are in `outcomes`, and some test images with their answers in `kept`. Beside the
-    methods stand ``none``, the surviving experts alone, and ``oracle``, Σβ_if_i as the coded output (NDA 1).
+    ``trainer.test`` the results are in `measurements`. Beside the methods stand ``none``, the surviving experts alone,
+    and ``oracle``, Σβ_if_i as the coded output (NDA 1).
+
+    NDA is not logged through ``self.log``: it is one number per method and decoder, known when all is measured, and no
+    curve. ``trainer.evaluate`` hands the results to `coin.trainer.record`, which writes ``results.csv`` and puts
+    ``nda/METHOD/DECODER`` into the summary of the W&B run (`coin.tracking.evaluation`).
 
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
@@ -56,31 +60,42 @@ class DecodingEvaluator(LightningModule):
         confidence: float = 0.95,
     ) -> None:
         super().__init__()
-        self.decoders, self._takes_all = distinct_decoders(decoders), decoders is None
         if not experts:
             raise ConfigurationError("found no experts, expected at least one")
         self.tasks = tuple(experts)
+        self.decoders = distinct_decoders(decoders)
+        self.takes_all_decoders = decoders is None
+        self.alpha = alpha
+        self.confidence = confidence
+        self.measurements: list[Measurement] = []
+
         files = [load_network(Path(path)) for path in experts.values()]
-        self.class_counts, self.config = [file.num_classes for file in files], files[0].config
-        width = max(self.class_counts)
-        self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
+        width = max(file.num_classes for file in files)
+        self.config = files[0].config
+        self.class_counts = [file.num_classes for file in files]
         self.fingerprints = [fingerprint(file.network.state_dict()) for file in files]
+        self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
+
         self.coded_files = [Path(path) for path in coded or []]
         networks, self.variants = read_coded(self.coded_files, self.fingerprints)
         self.coded = nn.ModuleList(networks)
-        if any(each.adapted for each in self.variants):  # bodies, which it alone reads
-            self.decoders = list(dict.fromkeys([*self.decoders, DecoderConfig.of("expert_head")]))
-        first = self.variants[0].code if self.variants else uniform(len(experts))
-        self.code = first if code is None else Code(code)
+        expert_head = DecoderConfig.of("expert_head")
+        has_bodies = any(each.adapted for each in self.variants)
+        if has_bodies and expert_head not in self.decoders:
+            self.decoders.append(expert_head)  # the only one that reads bodies with adapters
+
+        if code is not None:
+            self.code = Code(code)
+        elif self.variants:
+            self.code = self.variants[0].code
+        else:
+            self.code = uniform(len(experts))
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.replicas = read_replicas([Path(path) for path in replicas or []], self.fingerprints, width, self.code)
+        copies = [Path(path) for path in replicas or []]
+        self.replicas = read_replicas(copies, self.fingerprints, width, self.code)
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
-        self.alpha, self.confidence = alpha, confidence
-        self.outcomes: list[Outcome] = []
-        self.examples: dict[int, ExampleSamples] = {}
-        self.kept: dict[str, KeptSamples] = {}
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor, tasks: int | Tensor | None = None) -> Answers:
@@ -90,71 +105,86 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
-        data, own = tasks_of(self), dict(zip(self.tasks, self.class_counts, strict=True))
-        found = {name: task.num_classes for name, task in data.tasks.items()}
-        if [*found.items()] != [*own.items()]:
-            told = f"found data of tasks {found}, expected those of the experts, {own}"
-            raise ConfigurationError(f"{told}; name the same in the same order")
+        data = tasks_of(self)
+        self._check(data)
+        calibration = data.calibration()
+        promise = data.promise()
+        self.progress.total = calibration.num_samples
+        if promise is not None:
+            self.progress.total += promise.num_samples
         for task in data.tasks.values():
-            self.config.check_content(task.content, task.vocabulary)
-        calibration, new = data.calibration(), data.promise()
-        tests = sum(-(-len(task.splits.test) // self.trainer.world_size) for task in data.tasks.values())
-        self.progress.total = tests + sum(each.num_samples for each in (calibration, new) if each)
+            samples = len(task.splits.test)
+            self.progress.total += math.ceil(samples / self.trainer.world_size)
+
         first = as_input(next(iter(calibration)), self.experts[0])
-        self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
+        needed = not self.takes_all_decoders
+        self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=needed)
         self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
         started = time.perf_counter()
         answers = self._answers(calibration)
-        networks = len(self.experts) + len(self.coded)  # run together; a decoder is charged with those that it needs
-        self.evaluation.fit(answers, (time.perf_counter() - started) / networks / answers.num_samples)
-        if new is not None:
-            self.evaluation.promise(self._answers(new), self.alpha, self.confidence)
-        self.examples = {
-            place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.evaluation.alone(place)))
-            for place, task in enumerate(data.tasks.values())
-            if task.content == "images" and len(self.coded)
-        }
+        seconds = time.perf_counter() - started
+        # Networks run together; a decoder is charged with those that it needs.
+        num_networks = len(self.experts) + len(self.coded)
+        self.evaluation.fit(answers, seconds / num_networks / answers.num_samples)
+        if promise is not None:
+            self.evaluation.promise(self._answers(promise), self.alpha, self.confidence)
+
+    def _check(self, data: Tasks) -> None:
+        """Raise ConfigurationError unless the data is of the experts' tasks, and of the kind that networks read."""
+        found = [(name, task.num_classes) for name, task in data.tasks.items()]
+        expected = list(zip(self.tasks, self.class_counts, strict=True))
+        if found != expected:
+            raise ConfigurationError(
+                f"found data of tasks {dict(found)}, expected those of the experts, {dict(expected)}; "
+                "name the same in the same order"
+            )
+        for task in data.tasks.values():
+            self.config.check_content(task.content, task.vocabulary)
 
     def _answers(self, calibration: Calibration) -> Answers:
         parts: list[Answers] = []
+        done = 0
         with self.trainer.precision_plugin.forward_context():  # as in the test
             for batch in calibration.on(self.device):
-                done = sum(each.num_samples for each in parts)
-                parts.append(self(batch, calibration.part[done : done + len(batch)]).cpu())
-                self.progress.update(parts[-1].num_samples)
+                tasks = calibration.part[done : done + len(batch)]
+                parts.append(self(batch, tasks).cpu())
+                done += len(batch)
+                self.progress.update(len(batch))
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
-        inputs, labels, task = batch[0], batch[1].cpu(), dataloader_idx
+        task = dataloader_idx
+        inputs = batch[0]
+        labels = batch[1].cpu()
         answers = self(inputs, task).cpu()  # where the decoders were fitted; not every device has float64
-        decoded = self.evaluation.update(task, answers, labels)
-        if task in self.examples:
-            # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
-            before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
-            positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
-            expert = answers.experts[task][:, : self.class_counts[task]].argmax(1)
-            ways = torch.stack([decoded[each] for each in self.evaluation.alone(task)], 1)
-            self.examples[task].update(inputs, positions, expert, labels, ways)
+        self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
                 scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
         self.progress.update(len(labels))
 
     def on_test_epoch_end(self) -> None:
-        """Collect the totals of all processes into `outcomes`."""
+        """Collect the totals of all processes into `measurements`."""
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
-            for metric in [*self.evaluation.metrics, *self.examples.values()]:
+            for metric in self.evaluation.metrics:
                 metric.to(self.device)
-        self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
-        self.outcomes = self.evaluation.outcomes(self.tasks)
+        self.measurements = self.evaluation.measurements(self.tasks)
 
     def save_systems(self, folder: Path) -> None:
         """Write every variant with its fitted decoders and promises to a file called as its coded models' are."""
-        for index, variant in enumerate(self.variants):
-            if paths := [self.coded_files[network] for network in variant.networks]:
-                path = folder / f"{paths[0].name.removesuffix('.safetensors').removesuffix('.row-0')}.safetensors"
-                decoders = [each.decoder for each in self.evaluation.fitted if each.variant == index]
-                told = {"method": variant.method, "batchnorm": variant.batchnorm.partition(":")[0]}
-                about = variant.code, self.tasks, self.class_counts
-                SystemFile(*about, decoders, self.fingerprints, coded_files=paths, told=told).save(path)
+        for variant in self.variants:
+            paths = [self.coded_files[network] for network in variant.networks]
+            if not paths:
+                continue
+            name = paths[0].name.removesuffix(".safetensors").removesuffix(".row-0")
+            system = SystemFile(
+                variant.code,
+                self.tasks,
+                self.class_counts,
+                [each.decoder for each in self.evaluation.fitted if each.variant is variant],
+                self.fingerprints,
+                coded_files=paths,
+                told={"method": variant.method, "batchnorm": requested_policy(variant.batchnorm)},
+            )
+            system.save(folder / f"{name}.safetensors")

@@ -107,15 +107,10 @@ def evaluate(
         for inputs, labels in pairs:
             answers = system.answers(inputs, features=features, tasks=task)
             evaluation.update(task, answers.cpu(), labels.cpu())
-    rows = [outcome.columns for outcome in evaluation.outcomes(system.names)]
-    table = pd.DataFrame(rows, columns=_COLUMNS)
-    order = [config.name for config in configs]
-    return table.sort_values(
-        "decoder",
-        key=lambda names: names.map(order.index),
-        kind="stable",
-        ignore_index=True,
-    )
+    names = [config.name for config in configs]
+    measured = evaluation.measurements(system.names)
+    measured.sort(key=lambda each: names.index(each.columns["decoder"]))
+    return pd.DataFrame([each.columns for each in measured], columns=_COLUMNS)
 
 
 def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:

@@ -5,24 +5,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
-from typing import Any
 
 import pandas as pd
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.core.processes import each_on_its_own, on_rank_zero, process_count, rank_zero_info
-from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError, first_line
+from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan, remove_old_links
 from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
 from coin.pipeline.step import Step
 from coin.reporting import write_report
-from coin.reporting.report_parts import REPORT_HTML
-from coin.reporting.summary import is_replaced, read_summary, write_seeds, write_summary
+from coin.reporting.report import REPORT_HTML
+from coin.reporting.summary import write_seeds, write_summary
 from coin.tracking.settings import check_connection
 from coin.trainer import make_trainer
 
@@ -306,19 +305,17 @@ def summarise_experiment(experiment: Experiment, steps: Sequence[Planned]) -> pd
     write_seeds(experiment.folder, experiment.seeds)
     path = experiment.folder / "summary.csv"
     before = path.read_bytes() if path.is_file() else b""
-    earlier: Any = None
-    with suppress(FileError):  # there is none, or it is damaged, and is written anew
-        earlier = read_summary(experiment.folder)
     summary = write_summary(experiment.folder)
-    if earlier is not None and is_replaced(earlier, summary):
+    is_changed = before != path.read_bytes()
+    if before and is_changed:
         rank_zero_info(
-            f"'{path}' and the report now show these options' results in place of earlier ones; for those run with the "
-            "earlier options again: no step is repeated"
+            f"'{path}' and the report now show this run's seeds and options in place of the earlier ones; to get those "
+            "back run with them again: no step is repeated"
         )
     for seed in experiment.seeds:
         folder = experiment.folder / f"seed-{seed}"
         if not (folder / REPORT_HTML).is_file():
             write_report(folder)
-    if before != path.read_bytes() or not (experiment.folder / REPORT_HTML).is_file():
+    if is_changed or not (experiment.folder / REPORT_HTML).is_file():
         write_report(experiment.folder)
     return summary

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from coin.core.choices import is_list_of_names
 from coin.core.processes import rank_zero_info
 from coin.errors import ConfigurationError
@@ -34,8 +32,7 @@ from coin.pipeline.plan import Planned, union
 from coin.pipeline.pool import Launch
 from coin.pipeline.run import prepared, report_seed, run_steps, summarise_experiment
 from coin.reporting import write_report
-from coin.reporting.extras import PROMISE_CSV, read_promises
-from coin.reporting.results import read_results, write_frame
+from coin.reporting.results import PROMISE_CSV, read_promises, read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame
 
 _FORM = (
@@ -134,10 +131,8 @@ def _arguments(sweep: SweepFile, values: Mapping[str, Any], name: str, folder: P
     return (*arguments, f"--name={name}", f"--output={folder}")
 
 
-def run_sweep(
-    sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch
-) -> tuple[pd.DataFrame, Path]:
-    """Run all points as one plan, and return the table of their results, and the page of its report.
+def run_sweep(sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch) -> Path:
+    """Run all points as one plan, and return the page of their report.
 
     Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
     """
@@ -161,9 +156,7 @@ def run_sweep(
     run_steps(steps, launch, on_done, keep_going=True)
     for _, experiment in points:
         summarise_experiment(experiment, steps)
-    frame = sweep_frame(every_point)
-    assert frame is not None
-    return frame, write_report(folder)
+    return write_report(folder)
 
 
 def _write_tables(folder: Path, points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> None:

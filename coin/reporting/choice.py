@@ -1,14 +1,14 @@
 """Which stand-in to keep, from an experiment's results and a user's limits."""
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
 
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
-from coin.reporting.results import RESIDENT
 from coin.reporting.summary import read_run, stand_ins, summarise, undominated
 from coin.reporting.sweeps import read_sweep_table
 from coin.reporting.text import counted, percent, read_by
@@ -22,11 +22,13 @@ def recommended(kept: pd.DataFrame) -> "pd.Series[Any]":
     """Return the row of `stand_ins` that is recommended where no other is asked for; `kept` has at least one.
 
     It is the cheapest that keeps `ACCURACY` on the worst task; where none does, the most accurate one there. All that
-    names one stand-in reads it: the headline, the finding, `choose` without limits, and what `coin serve` serves.
+    names one stand-in reads it: `choose` without limits, and what `coin serve` serves.
     """
     ordered = _cheapest_first(kept)
     accurate = ordered[ordered["nda_worst"] >= ACCURACY]
-    return accurate.iloc[0] if len(accurate) else _most_accurate(ordered)
+    if len(accurate):
+        return accurate.iloc[0]
+    return _most_accurate(ordered)
 
 
 def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
@@ -35,15 +37,8 @@ def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
     They are the `undominated` ones, every name's best decoder and the `recommended` one, which may be neither: it is
     chosen by the worst task.
     """
-    shown = [*kept.groupby("name")["nda_mean"].idxmax(), recommended(kept).name]
-    return undominated(kept) | kept.index.isin(shown)
-
-
-def named_by_experiment(kept: pd.DataFrame) -> pd.DataFrame:
-    """Return `stand_ins` of several experiments, as a sweep's, whose names say of which; those of one as they are."""
-    if kept["experiment"].nunique() < 2:
-        return kept
-    return kept.assign(name=kept["experiment"] + ": " + kept["name"])
+    best = kept.groupby("name")["nda_mean"].idxmax()
+    return undominated(kept) | kept.index.isin([*best, recommended(kept).name])
 
 
 def weakness(row: "pd.Series[Any]") -> str:
@@ -59,9 +54,9 @@ def weakness(row: "pd.Series[Any]") -> str:
 
 def _cheapest_first(kept: pd.DataFrame) -> pd.DataFrame:
     """Return stand-ins by memory, then by forwards; none counts as more accurate than the expert."""
-    ascending = {"memory_mib": True, "forwards": True, "nda_worst": False, "losses": False}
     kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
-    return kept.sort_values(list(ascending), ascending=list(ascending.values()), kind="stable")
+    order = ["memory_mib", "forwards", "nda_worst", "losses"]
+    return kept.sort_values(order, ascending=[True, True, False, False], kind="stable")
 
 
 def _most_accurate(ordered: pd.DataFrame) -> "pd.Series[Any]":
@@ -97,50 +92,68 @@ def choose(
     coin.errors.FileError: found neither 'results.csv' nor 'seed-*/results.csv' in 'runs/nowhere', expected ...
     """
     sweep = read_sweep_table(Path(folder))
-    frame = read_run(Path(folder))[1] if sweep is None else sweep.frame
-    least = frame["task"].nunique() if losses == "all" else losses
+    if sweep is None:
+        _, frame = read_run(Path(folder))
+    else:
+        frame = sweep.frame
+    num_lost = frame["task"].nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
-    check_number("memory_mib", memory_mib or 0, low=0)
-    check_number("resident_mib", resident_mib or 0, low=0)
-    check_number("forwards", forwards or 0, low=0)
-    check_integer("losses", least, 1)
-    kept = named_by_experiment(stand_ins(summarise(frame)))
+    check_integer("losses", num_lost, 1)
+    limits = {}
+    for column, most in (("memory_mib", memory_mib), ("resident_mib", resident_mib), ("forwards", forwards)):
+        if most is not None:
+            check_number(column, most, low=0)
+            limits[column] = most
+    kept = stand_ins(summarise(frame))
     if kept.empty:
         raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
-    if resident_mib is not None and kept[RESIDENT].isna().all():
-        told = f"found resident_mib={resident_mib:g} and results of '{folder}' from before it was measured"
-        raise FileError(f"{told}; run `coin run` again")
+    return choose_from(kept, accuracy, limits, num_lost)
+
+
+def choose_from(
+    kept: pd.DataFrame,
+    accuracy: float = ACCURACY,
+    limits: Mapping[str, float] = MappingProxyType({}),
+    losses: int = 1,
+) -> tuple[pd.DataFrame, str]:
+    """Do what `choose` does with rows of `stand_ins`; `limits` are the most by column."""
     sound = kept[kept["weak_task"] == ""]  # of a sweep, some experiments may be
     kept = _cheapest_first(kept if sound.empty else sound)
-    if found := weakness(recommended(kept)):
+    found = weakness(recommended(kept))
+    if found:
         return kept[:0], f"Nothing can be recommended: {found}."
-    wishes = {f"at least {100 * accuracy:g} % on the worst task": kept["nda_worst"] >= accuracy}
-    if memory_mib is not None:
-        wishes[f"at most {memory_mib:g} MiB"] = kept["memory_mib"] <= memory_mib
-    if resident_mib is not None:
-        wishes[f"at most {resident_mib:g} MiB resident"] = kept[RESIDENT] <= resident_mib
-    if forwards is not None:
-        wishes[f"at most {counted(forwards, 'network run')}"] = kept["forwards"] <= forwards
-    wishes["all experts lost at once" if losses == "all" else f"{least} lost at once"] = kept["losses"] >= least
-    met = pd.DataFrame(wishes)
-    rows = kept[met.all(axis=1)]
+    is_accurate = kept["nda_worst"] >= accuracy
+    is_within = kept["losses"] >= losses
+    wishes = [f"at least {100 * accuracy:g} % on the worst task"]
+    for column, most in limits.items():
+        is_within &= kept[column] <= most
+        wishes.append(f"{column} up to {most:g}")
+    wishes.append(f"{losses} lost at once")
     asked = f"what is asked for ({', '.join(wishes)})"
-    if len(rows):
-        reason = f"the least memory of the {len(rows)} that meet" if len(rows) > 1 else "the only one that meets"
-        return rows.reset_index(drop=True), f"Keep {_described(rows.iloc[0])}. It is {reason} {asked}."
-    accurate, within = kept[met.iloc[:, 0]], kept[met.iloc[:, 1:].all(axis=1)]
-    nearest = [f"the smallest that is accurate enough is {_described(accurate.iloc[0])}"] if len(accurate) else []
-    nearest += [f"the most accurate within the limits is {_described(_most_accurate(within))}"] if len(within) else []
+
+    rows = kept[is_accurate & is_within].reset_index(drop=True)
+    if len(rows) == 1:
+        return rows, f"Keep {_described(rows.iloc[0])}. It is the only one that meets {asked}."
+    if len(rows) > 1:
+        best = _described(rows.iloc[0])
+        return rows, f"Keep {best}. It is the least memory of the {len(rows)} that meet {asked}."
+
+    nearest = []
+    if is_accurate.any():
+        smallest = kept[is_accurate].iloc[0]
+        nearest.append(f"the smallest that is accurate enough is {_described(smallest)}")
+    if is_within.any():
+        best_within = _most_accurate(kept[is_within])
+        nearest.append(f"the most accurate within the limits is {_described(best_within)}")
     if not nearest:
-        nearest = [f"the most accurate is {_described(_most_accurate(kept))}"]
-        nearest += [f"the smallest is {_described(kept.iloc[0])}"]
+        nearest.append(f"the most accurate is {_described(_most_accurate(kept))}")
+        nearest.append(f"the smallest is {_described(kept.iloc[0])}")
     return rows, f"Nothing meets {asked}; {'; '.join(nearest)}."
 
 
 def _described(row: "pd.Series[Any]") -> str:
-    resident = "" if math.isnan(row[RESIDENT]) else f", {row[RESIDENT]:.3g} MiB resident"
-    return (
-        f"{read_by(row)} ({percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, "
-        f"{row['worst_task']}; {row['memory_mib']:.3g} MiB{resident}; "
-        f"{counted(row['forwards'], 'network run')} an answer; up to {row['losses']:g} lost at once)"
-    )
+    kept = f"{percent(row['nda_worst'])} % of the lost expert's accuracy on the worst task, {row['worst_task']}"
+    memory = f"{row['memory_mib']:.3g} MiB, {row['resident_mib']:.3g} MiB resident"
+    runs = counted(row["forwards"], "network run")
+    lost = f"up to {row['losses']:g} lost at once"
+    return f"{read_by(row)} ({kept}; {memory}; {runs} an answer; {lost})"

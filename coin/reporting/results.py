@@ -1,9 +1,7 @@
-"""The files of a measurement, written and read back exactly; tables, figures and the report need nothing else."""
+"""The files of a measurement: its rows, what was run, confusion matrices and promises, written and read back."""
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -21,8 +19,7 @@ from coin.files.atomic import atomic_path, how_to_redo, write_text
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"
 CONFUSION_NPZ = "confusion.npz"
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
-"""What NumPy raises on archives that are cut off, damaged, or something else altogether."""
+PROMISE_CSV = "promise.csv"
 
 Counts = npt.NDArray[np.int64]
 
@@ -86,12 +83,16 @@ class Row:
     chance: float = math.nan
 
 
-STAND_IN_COSTS = ("memory_mib", "forwards", "losses")
-RESIDENT, CHANCE = "resident_mib", "chance"  # older files lack these columns
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
 INTEGERS = ("seed", "samples_per_task")
+STAND_IN_COSTS = ("memory_mib", "resident_mib", "forwards", "losses")
+"""What keeping a stand-in costs; NaN for the oracle."""
+
+PROMISE_INTEGERS = ("samples", "needed")
+PROMISE_NUMBERS = ("alpha", "confidence", "threshold", "promised", "coverage", "found")
+PROMISE_COLUMNS = (*KEYS, "alpha", "confidence", *PROMISE_INTEGERS, "threshold", "promised", "coverage", "found")
 
 
 def requested_policy(batchnorm: str) -> str:
@@ -112,80 +113,105 @@ def write_results(
 
     Args:
         folder: The seed's folder, made where it is missing.
-        rows: The measurements, in the order in which tables and figures shall show the methods.
+        rows: The measurements, in the order in which tables and figures show the methods.
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
         methods: The metadata of every coded model: its label, its BatchNorm policy, and the choices made.
         classes: The names of every task's classes.
-        wandb_url: Where the evaluation's W&B run is to be seen; None where it is not online.
+        wandb_url: The address of the evaluation's W&B run; None where it is not online.
 
-    Raises ConfigurationError where there are no rows, two rows measure the same thing, or a task has a reserved name.
+    Raises ConfigurationError where two rows measure the same thing, or a task is called ``mean``.
     """
-    if not rows:
-        raise ConfigurationError("found no rows to write, expected at least one measurement")
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     if (frame["task"] == "mean").any():
         raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
-    if twice := _measured_twice(frame):
-        raise ConfigurationError(f"found two results of {twice}, expected one; tell the two apart with 'label'")
-    document = {"rows": frame, "methods": list(methods), "configuration": dict(configuration), "classes": classes or {}}
-    made = {"versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
-    text = as_json({**document, **made, "wandb": wandb_url})
+    twice = frame[frame.duplicated(list(KEYS))]
+    if len(twice):
+        first = twice.iloc[0]
+        raise ConfigurationError(
+            f"found two results of method '{first['method']}' with batchnorm '{first['batchnorm']}' and decoder "
+            f"'{first['decoder']}', expected one; tell the two apart with 'label'"
+        )
+    document = {
+        "rows": frame,
+        "methods": list(methods),
+        "configuration": dict(configuration),
+        "classes": classes or {},
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "wandb": wandb_url,
+    }
+    text = as_json(document)
     if confusions is not None:
-        write_archive(folder / CONFUSION_NPZ, confusions)
+        arrays: dict[str, Any] = dict(confusions)
+        with atomic_path(folder / CONFUSION_NPZ) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
     write_text(folder / RESULTS_JSON, text + "\n")
     write_frame(folder / RESULTS_CSV, frame)
 
 
 def read_results(folder: Path) -> pd.DataFrame:
-    """Return the rows of ``results.csv`` with `COLUMNS` in order; FileError where one is damaged or there twice."""
-    path = folder / RESULTS_CSV
-    frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)[list(COLUMNS)]
-    if np.isinf(frame[[name for name in NUMBERS if name != "residual"]]).any(axis=None):
-        raise FileError(f"'{path}' holds an infinite number, expected finite ones; make it again")
-    if twice := _measured_twice(frame):
-        raise FileError(f"'{path}' holds two rows of {twice}, expected one; make it again")
-    return frame
+    """Return the rows of ``results.csv`` with `COLUMNS` in order; FileError where it is missing or damaged."""
+    frame = read_frame(folder / RESULTS_CSV, COLUMNS, INTEGERS, NUMBERS)
+    return frame[list(COLUMNS)]
 
 
-def read_configuration(folder: Path) -> dict[str, Any]:
-    """Return the object of ``results.json``: configuration, methods, versions …; FileError if missing or damaged."""
-    document = _read_json(folder / RESULTS_JSON)
-    if not isinstance(document.get("configuration"), dict):
-        raise FileError(f"'{folder / RESULTS_JSON}' holds no 'configuration', expected a section; make it again")
-    return document
+def read_document(folder: Path) -> dict[str, Any]:
+    """Return ``results.json``: configuration, methods, versions …; FileError where it is missing or damaged."""
+    return _read_json(folder / RESULTS_JSON)
 
 
 def check_current(seed_folder: Path) -> None:
-    """Raise FileError where a seed's results are of other experts than those that stand in its folder.
+    """Raise FileError where a seed's results are of other experts than those in its folder.
 
     ``experts`` in the configuration of ``results.json`` has the key of every task's expert, and so has
     ``experts/TASK/done.json``. Where one of them does not say it, nothing is checked.
     """
-    recorded = read_configuration(seed_folder)["configuration"].get("experts")
-    for task, key in recorded.items() if isinstance(recorded, dict) else ():
+    recorded = read_document(seed_folder)["configuration"].get("experts") or {}
+    for task, key in recorded.items():
         path = seed_folder / "experts" / task / "done.json"
         if path.is_file() and _read_json(path).get("key") != key:
-            told = f"the results in '{seed_folder}' are of another expert '{task}' than the one that stands there"
-            raise FileError(f"{told}; run `coin run` again")
+            raise FileError(
+                f"the results in '{seed_folder}' are of another expert '{task}' than the one in its folder; "
+                "run `coin run` again"
+            )
 
 
 def confusion_key(row: Row) -> str:
     """Return a row's name in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``, with the requested policy."""
-    return "|".join((row.method, requested_policy(row.batchnorm), row.decoder, row.erased, row.task))
+    policy = requested_policy(row.batchnorm)
+    return "|".join([row.method, policy, row.decoder, row.erased, row.task])
 
 
 def read_confusions(folder: Path) -> dict[str, Counts]:
-    """Return the counts ``[C, C]`` of ``confusion.npz`` by `confusion_key`, none without it; FileError if damaged."""
+    """Return the counts ``[C, C]`` of ``confusion.npz`` by `confusion_key`, none without the file."""
     path = folder / CONFUSION_NPZ
-    if not path.exists():
+    if not path.is_file():
         return {}
-    found = read_archive(path)
-    for key, counts in found.items():
-        if counts.ndim != 2 or len({*counts.shape}) > 1 or counts.dtype.kind not in "iu":
-            told = f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}'"
-            raise FileError(f"{told}, expected whole numbers [C, C]")
-    return found
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def write_promises(folder: Path, promises: pd.DataFrame) -> None:
+    """Write ``promise.csv``, a row per lost expert and decoder; remove an earlier one where nothing is promised.
+
+    `threshold` is the largest score of an accepted answer, NaN where nothing is promised. `promised` is the share of
+    the `samples` that are accepted, `coverage` that of the test samples, `found` the share of these that differ.
+    """
+    path = folder / PROMISE_CSV
+    if promises.empty:
+        path.unlink(missing_ok=True)
+    else:
+        write_frame(path, promises[list(PROMISE_COLUMNS)])
+
+
+def read_promises(folder: Path) -> pd.DataFrame | None:
+    """Return the rows of ``promise.csv``, if there is one."""
+    path = folder / PROMISE_CSV
+    if not path.is_file():
+        return None
+    return read_frame(path, PROMISE_COLUMNS, (*INTEGERS, *PROMISE_INTEGERS), PROMISE_NUMBERS)
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
@@ -197,43 +223,22 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
-    Only `RESIDENT` and `CHANCE` may be missing, with their mean and spread; they are NaN then.
-    Raises FileError where the file is missing, damaged, or lacks a column or a row.
+    Only `chance` may be missing, with its mean and spread: older files lack it. Raises FileError where the file is
+    missing or damaged, or lacks another column.
     """
-    if not path.is_file():
-        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`")
     try:
         # As text first: pandas would read a task called "NA" as missing and the code row "0" as a number.
         frame = pd.read_csv(path, dtype="str", keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it again") from error
-    may_be_missing = (name for name in columns if name.startswith((RESIDENT, CHANCE)))
-    frame = frame.assign(**{name: "" for name in may_be_missing if name not in frame.columns})
-    if missing := [name for name in columns if name not in frame.columns]:
-        raise FileError(f"'{path}' has no column '{missing[0]}' ({len(missing)} missing); run the experiment again")
-    if frame.empty:
-        raise FileError(f"'{path}' holds no rows, expected at least one; make it again")
-    try:
+        for name in columns:
+            if name.startswith("chance") and name not in frame:
+                frame[name] = ""
+        missing = [name for name in columns if name not in frame.columns]
+        if missing:
+            raise ValueError(f"it has no column '{missing[0]}'")
         numeric = frame[list(numbers)].replace("", "nan").astype("float64")
         return frame.assign(**numeric).astype(dict.fromkeys(integers, "int64"))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"'{path}' has no number where one is expected ({first_line(error)}); make it again") from error
-
-
-def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of an ``.npz`` file; FileError if it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except _DAMAGED as error:
-        raise FileError(f"'{path}' is not a whole .npz file ({first_line(error)}); make it again") from error
-
-
-def write_archive(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays as an ``.npz`` file."""
-    named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **named)
+    except (OSError, ValueError) as error:
+        raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it with `coin run`") from error
 
 
 def as_json(document: Any) -> str:
@@ -242,23 +247,18 @@ def as_json(document: Any) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, pd.DataFrame):
             return value.to_dict("records")
-        return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        return str(value)
 
-    finite = json.loads(json.dumps(document, default=plain), parse_constant=lambda name: None)
+    text = json.dumps(document, default=plain)
+    finite = json.loads(text, parse_constant=lambda name: None)
     return json.dumps(finite, indent=1, allow_nan=False, ensure_ascii=False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
-    except (OSError, ValueError, RecursionError) as error:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}") from error
-    return document if isinstance(document, dict) else {}
-
-
-def _measured_twice(frame: pd.DataFrame) -> str:
-    """Say what has a second row, nothing where all rows measure something else."""
-    again = frame.loc[frame.duplicated(list(KEYS)), ["method", "batchnorm", "decoder", "erased", "task"]]
-    return ", ".join(f"{name} '{value}'" for name, value in again.iloc[0].items()) if len(again) else ""
+    return document

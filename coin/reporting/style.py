@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.style import context
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, SOFT = "#1b1f24", "#6b7480"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#B8A800")
@@ -27,7 +28,6 @@ _METHODS = {
     "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": SOFT, "oracle": INK,
 }  # fmt: skip
 _OTHERS = ("#CC79A7", "#B8A800", "#A65628", "#F781BF", "#999933")
-_LINE = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5)}  # from a point to its name
 # Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
 _STYLE: Any = {
     "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -51,7 +51,9 @@ def marker(index: int) -> str:
 def method_colour(name: str) -> str:
     """Return the colour of a method, whatever its label, BatchNorm policy or code add to its name."""
     known = [method for method in _METHODS if name.startswith(method)]
-    return _METHODS[max(known, key=len)] if known else _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
+    if known:
+        return _METHODS[max(known, key=len)]
+    return _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
 
 
 def as_png(figure: Figure, dpi: int = 200) -> bytes:
@@ -62,37 +64,56 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def legend_below(figure: Figure, title: str | None = None, columns: int = 3) -> None:
+def legend_below(figure: Figure, columns: int = 3) -> None:
     """Put one legend of all axes under the figure, where it hides no point."""
-    labels = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    room = 12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0))
-    columns = max(1, min(columns, len(labels), int(room)))
-    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))
-    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=columns, title=title)
+    lines: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, names = axes.get_legend_handles_labels()
+        lines.update(zip(names, handles, strict=True))
+    longest = max(map(len, lines), default=0)
+    room = int(12 * figure.get_figwidth() / (8 + longest))
+    most = min(columns, len(lines), room)
+    columns = max(1, most)
+    rows = math.ceil(len(lines) / columns)
+    more_rows = max(0, rows - 2)
+    height = figure.get_figheight()
+    figure.set_figheight(height + 0.19 * more_rows)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns)
 
 
-def log_scale(axes: Axes) -> None:
-    """Make the horizontal axis logarithmic, labelled with plain numbers."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def plain_numbers(axis: Axis) -> None:
+    """Label the logarithmic axis of what is drawn with plain numbers, fewer of them where it spans much."""
+    low, high = axis.get_view_interval()
+    steps = (1, 2, 5) if high < 30 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def column_of_names(axes: Axes, labels: list[tuple[float, float, str, str]], gap: float) -> None:
-    """Write labels (height, place, text, colour) beside the axes, `gap` of its height apart, with lines to points."""
-    low, high = axes.get_ylim()
-    to_height = axes.transData + axes.transAxes.inverted()
-    labels = sorted(labels, key=lambda label: -label[0])
+    """Write labels (x, y, text, colour) beside the axes, `gap` of its height apart, with lines to their points."""
+    to_share = axes.transData + axes.transAxes.inverted()
+    highest_first = sorted(labels, key=lambda label: -label[1])
     heights: list[float] = []
-    for nda, *_ in labels:
-        wanted = float(to_height.transform((axes.get_xlim()[1], min(max(nda, low), high)))[1])
-        heights.append(min(wanted, heights[-1] - gap) if heights else wanted)
+    ceiling = math.inf
+    for x, y, _, _ in highest_first:
+        _, own = to_share.transform((x, y))
+        heights.append(min(float(own), ceiling))
+        ceiling = heights[-1] - gap
     floor = 0.02
-    for i in reversed(range(len(heights))):
-        heights[i] = max(heights[i], floor)
-        floor = heights[i] + gap
-    for (nda, x, text, ink), height in zip(labels, heights, strict=True):
+    for place in reversed(range(len(heights))):  # what fell below the axes is pushed up again
+        heights[place] = max(heights[place], floor)
+        floor = heights[place] + gap
+    for (x, y, text, ink), height in zip(highest_first, heights, strict=True):
+        line = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5), "color": ink}
         axes.annotate(
-            text, (x, nda), (1.04, height), textcoords="axes fraction", fontsize=9, color=ink, va="center",
-            annotation_clip=False, arrowprops={**_LINE, "color": ink},
-        )  # fmt: skip
+            text,
+            (x, y),
+            (1.04, height),
+            textcoords="axes fraction",
+            fontsize=9,
+            color=ink,
+            va="center",
+            annotation_clip=False,
+            arrowprops=line,
+        )

@@ -7,17 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from coin.errors import FileError
-from coin.files.atomic import is_folder_name
 from coin.files.yaml import as_text
 from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_frame, read_results
-from coin.reporting.summary import seed_means, variant_names
-from coin.reporting.text import percent
+from coin.reporting.summary import summarise, variant_names
+from coin.reporting.text import percents
 
 SWEEP_CSV = "sweep.csv"
 SWEEP_YAML = "sweep.yaml"  # the sweep's own file, kept beside its table
 SEEDS = "seeds"
-_LONGEST = 24  # longer values are named by their place among the values
+_LONGEST = 16  # longer values are named by their place among the values
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,9 @@ class Sweep:
     """A finished sweep. Points that differ in their seeds alone are one experiment of it."""
 
     name: str  # its folder's
-    swept: Mapping[str, tuple[str, ...]]  # every option's values, as they appear, by its short name, but for seeds
-    options: Mapping[str, Mapping[str, str]]  # each experiment's values of these, a long one by its place; or nothing
+    options: pd.DataFrame  # each experiment's value of every option but the seeds, by its name in `frame`
+    legend: pd.DataFrame  # ``option``, ``shown as`` and ``value`` of values that are too long for a table
     frame: pd.DataFrame  # all rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name
-    points: tuple[str, ...]  # their folders
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
@@ -37,21 +34,30 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     if not path.is_file():
         return None
     frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
-    keys = [name for name in frame.columns if name not in (*COLUMNS, SEEDS)]
-    if wrong := [name for name in frame["experiment"] if not is_folder_name(name)]:
-        raise FileError(f"'{path}' has the experiment {wrong[0]!r}, expected a folder's name; make it again")
-    name, short = folder.resolve().name, short_names(keys)
-    points = tuple(dict.fromkeys(frame["experiment"]))
-    swept = {short[key]: tuple(dict.fromkeys(frame[key])) for key in keys}
-    options, parts = {}, []
-    for values, part in frame.groupby(keys, sort=False) if keys else [((), frame)]:
-        named = zip((short[key] for key in keys), map(str, values), strict=True)
-        own = {option: short_value(value, swept[option]) for option, value in named}
-        label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
-        options[label] = own
-        parts.append(part[list(COLUMNS)].assign(experiment=label))
-    rows = pd.concat(parts, ignore_index=True).drop_duplicates(list(KEYS), ignore_index=True)  # a seed run twice is one
-    return Sweep(name, swept, options, rows, points)
+    name = folder.resolve().name
+    keys = [key for key in frame.columns if key not in (*COLUMNS, SEEDS)]
+    options = frame[keys].rename(columns=short_names(keys))
+    legend = []
+    for option in options:
+        values = options[option].unique().tolist()
+        shown = {}
+        for place, value in enumerate(values):
+            shown[value] = value
+            if len(value) > _LONGEST:
+                shown[value] = f"#{place}"
+                legend.append((option, shown[value], value))
+        options[option] = options[option].map(shown)
+    labels = []
+    for row in options.to_dict("records"):
+        words = [f"{option} {value}" for option, value in row.items()]
+        labels.append(", ".join(words) or name)
+    rows = frame[list(COLUMNS)].assign(experiment=labels)
+    return Sweep(
+        name=name,
+        options=options.set_axis(labels).groupby(level=0, sort=False).first(),
+        legend=pd.DataFrame(legend, columns=["option", "shown as", "value"]),
+        frame=rows.drop_duplicates(list(KEYS), ignore_index=True),  # a seed that was run twice counts once
+    )
 
 
 def sweep_frame(
@@ -65,53 +71,40 @@ def sweep_frame(
     """
     frames = []
     for values, folders in points:
-        rows = [own for folder in folders if (own := read(folder)) is not None]
-        if not rows:
-            continue
-        frame = pd.concat(rows, ignore_index=True)
-        for place, (key, value) in enumerate(values.items()):
-            plain = value if isinstance(value, bool | int | float | str) else as_text(value)
-            frame.insert(place, key, [plain] * len(frame))
-        frames.append(frame)
+        plain = {}
+        for key, value in values.items():
+            is_plain = isinstance(value, bool | int | float | str)
+            plain[key] = value if is_plain else as_text(value)
+        for folder in folders:
+            rows = read(folder)
+            if rows is not None:
+                point = pd.DataFrame(plain, index=rows.index)
+                frames.append(pd.concat([point, rows], axis=1))
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
-def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return mean NDA ± spread in % of rows of results as text, a line per point and method, a column per decoder.
-
-    The options of `points` are by experiment; points that differ in their seeds alone share a line.
-    """
-    keys = [str(key) for key in points.columns]
-    means = seed_means(frame[frame["method"] != "oracle"])
-    decoders = list(dict.fromkeys([*means.loc[means["method"] != "none", "decoder"], *means["decoder"]]))
-    means = means.assign(method=variant_names(means)).merge(points, left_on="experiment", right_index=True)
-    heads = [*keys, *(["erased"] if means["erased"].nunique() > 1 else []), "method"]
-    lines = []
-    means = means.assign(place=means.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0)
-    for (_, *head), part in means.sort_values("place", kind="stable").groupby(["place", *heads], sort=False):
-        ndas = {decoder: part.loc[part["decoder"] == decoder, "nda"] for decoder in decoders}
-        cells = {d: percent(x.mean(skipna=False), x.std(), digits=1) if len(x) else "–" for d, x in ndas.items()}
-        lines.append(dict(zip(heads, map(str, head), strict=True)) | cells)
-    return pd.DataFrame(lines, columns=[*heads, *decoders])
-
-
-def legend(sweep: Sweep) -> pd.DataFrame:
-    """Return a line for every value that is too long for a table: the option, what stands for it, and the value."""
-    lines = [
-        {"option": option, "shown as": short_value(value, every), "value": value}
-        for option, every in sweep.swept.items()
-        for value in every
-    ]
-    return pd.DataFrame([line for line in lines if line["shown as"] != line["value"]])
-
-
-def short_value(value: str, every: Sequence[str]) -> str:
-    """Return a value as tables show it: a long one by its place among `every` value."""
-    return value if len(value) <= _LONGEST else f"#{every.index(value)}"
+def sweep_text(sweep: Sweep) -> pd.DataFrame:
+    """Return mean NDA ± spread in % as text: a line per experiment of a sweep and method, a column per decoder."""
+    summary = summarise(sweep.frame)
+    is_mean = summary["task"] == "mean"
+    is_oracle = summary["method"] == "oracle"
+    means = summary[is_mean & ~is_oracle]
+    texts = percents(means["nda_mean"], means["nda_std"])
+    means = means.assign(method=variant_names(means), text=texts)
+    means = means.join(sweep.options, on="experiment")
+    erased = ["erased"] if means["erased"].nunique() > 1 else []
+    heads = [*sweep.options.columns, *erased, "method"]
+    lines = ["experiment", "samples_per_task", *heads]
+    table = means.pivot_table(index=lines, columns="decoder", values="text", aggfunc="first", sort=False)
+    columns = [*heads, *table.columns]
+    return table.fillna("–").reset_index()[columns].rename_axis(columns=None)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Return the last part of each swept key, the whole key where another ends alike or a column is called so."""
     last = [key.rsplit(".")[-1] for key in keys]
-    pairs = zip(keys, last, strict=True)
-    return {key: name if last.count(name) == 1 and name not in COLUMNS else key for key, name in pairs}
+    names = {}
+    for key, name in zip(keys, last, strict=True):
+        is_free = last.count(name) == 1 and name not in COLUMNS
+        names[key] = name if is_free else key
+    return names

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from coin.core.processes import is_rank_zero
 from coin.files.atomic import write_text
-from coin.tracking.settings import OFFLINE_MODES, TAG_LENGTH, in_sweep, logging_only, mode, run_environment
+from coin.tracking.settings import TAG_LENGTH, in_sweep, logging_only, run_environment
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
         loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
-        run, failed = None, True
+        run = None
+        failed = True
         with run_environment(self.seed):
             if is_rank_zero() and (self.type == "evaluate" or not in_sweep()):
                 with logging_only(f"the start of the run '{self.name}'"):
-                    run = self._start(folder / "wandb-run-id")
-                    loggers.append(WandbLogger(experiment=run))
+                    logger = self._logger(folder / "wandb-run-id")
+                    run = logger.experiment
+                    loggers.append(logger)
             try:
                 yield loggers
                 failed = False
@@ -50,27 +52,20 @@ class RunLog:
                     with logging_only(f"the end of the run '{self.name}'"):
                         run.finish(exit_code=int(failed))
 
-    def _start(self, kept: Path) -> Any:
-        if not kept.is_file():
-            write_text(kept, secrets.token_hex(4))
-        named = {"group": self.group, "job_type": self.type, "name": self.name, "config": dict(self.config)}
-        return start_run(self.seed, self.tags, id=None if in_sweep() else kept.read_text(encoding="utf-8"), **named)
-
-
-def start_run(folder: Path, tags: Sequence[str] = (), **named: Any) -> Any:
-    """Start a W&B run with these options of `wandb.init` beside open others; its files are below ``folder/wandb``."""
-    import wandb
-
-    wanted: Any = mode()
-    given = (tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(","))  # W&B would take the run's own alone
-    with run_environment(folder):
-        return wandb.init(
-            dir=str(folder.absolute()),
+    def _logger(self, id_file: Path) -> WandbLogger:
+        """Return the logger of a new run, or of the one whose id is in the file."""
+        if not id_file.is_file():
+            write_text(id_file, secrets.token_hex(4))
+        given = os.environ.get("WANDB_TAGS", "").split(",")  # W&B itself would leave these out
+        tags = [tag.strip()[:TAG_LENGTH] for tag in (*self.tags, *given)]
+        return WandbLogger(
+            name=self.name,
+            save_dir=self.seed.absolute(),
             project=os.environ.get("WANDB_PROJECT") or "coin",
-            tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (*tags, *given) if tag)),
-            mode=wanted,
-            resume=None if wanted in OFFLINE_MODES else "allow",
+            id=None if in_sweep() else id_file.read_text(encoding="utf-8"),
+            group=self.group,
+            job_type=self.type,
+            tags=list(dict.fromkeys(filter(None, tags))),
+            config=dict(self.config),
             reinit="create_new",
-            settings=wandb.Settings(silent=wanted in OFFLINE_MODES),
-            **named,
         )

@@ -6,54 +6,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.loggers import WandbLogger
-
 from coin.errors import CoinWarning, ConfigurationError, first_line
 
 OFFLINE_MODES = ("offline", "dryrun", "disabled")
-CONFUSION_CHART = "wandb/confusion_matrix/v1"  # W&B's own, of a table with these columns
-CONFUSION_COLUMNS = ("Actual", "Predicted", "nPredictions")
 TAG_LENGTH = 64  # W&B refuses longer tags, and empty ones
 
 
 @contextmanager
-def run_environment(folder: Path, asked: str | None = None) -> Iterator[None]:
-    """Within this block, W&B works offline unless the user or a logger asks otherwise, with files in ``folder/wandb``.
+def run_environment(folder: Path) -> Iterator[None]:
+    """Within this block, W&B works offline unless the user says otherwise, with files in ``folder/wandb``.
 
     ``WANDB_DIR`` and ``WANDB_DATA_DIR`` are set whatever the user has: a run whose artifacts are staged elsewhere does
     not survive a move to another machine.
     """
-    folder, wanted = folder.absolute(), asked or mode()
-    changed = {"WANDB_MODE": wanted, "WANDB_DIR": str(folder), "WANDB_DATA_DIR": str(folder / "wandb")}
-    if wanted in OFFLINE_MODES:
-        changed["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
-    before = {name: os.environ.get(name) for name in changed}
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    changed = {"WANDB_MODE": mode(), "WANDB_DIR": str(folder), "WANDB_DATA_DIR": str(folder / "wandb")}
+    if mode() in OFFLINE_MODES:
+        changed["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
+    before = {name: os.environ[name] for name in changed if name in os.environ}
     os.environ.update(changed)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        for name in changed:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def mode() -> str:
     """Return ``WANDB_MODE`` as the user set it, else ``offline``, ``online`` for an agent of a W&B sweep."""
-    found = os.environ.get("WANDB_MODE") or ("online" if in_sweep() else "offline")
-    if found not in (known := ("online", "shared", *OFFLINE_MODES)):
-        raise ConfigurationError(f"found WANDB_MODE={found}, expected one of {', '.join(known)}")
-    return found
+    return os.environ.get("WANDB_MODE") or ("online" if in_sweep() else "offline")
 
 
 def in_sweep() -> bool:
     """Return whether an agent of a W&B sweep has started this process, and waits for one run: the evaluation's."""
     return "WANDB_SWEEP_ID" in os.environ
-
-
-def logger_mode(logger: WandbLogger) -> str | None:
-    """Return the mode that a W&B logger was given, none where it goes by the environment."""
-    logger._wandb_init.pop("anonymous", None)  # of which W&B warns even where it is none
-    return "offline" if logger._offline else logger._wandb_init.get("mode")
 
 
 @contextmanager
@@ -66,12 +54,13 @@ def logging_only(what: str) -> Iterator[None]:
         warnings.warn(told, CoinWarning, stacklevel=3)
 
 
-def check_connection(asked: str | None = None, *, later: bool = True) -> None:
-    """Raise ConfigurationError where W&B is to work online, and there is no key or its server refuses.
+def check_connection(wanted: str | None = None) -> None:
+    """Raise ConfigurationError where W&B is to work online, by default as `mode` says, and has no key or connection.
 
-    `asked` is the mode that a logger was given, none takes the environment's; `later` advises to go online later.
+    W&B itself would try for 100 seconds when the first run starts.
     """
-    if (wanted := asked or mode()) in OFFLINE_MODES:
+    wanted = wanted or mode()
+    if wanted in OFFLINE_MODES:
         return
     import wandb
 
@@ -81,6 +70,4 @@ def check_connection(asked: str | None = None, *, later: bool = True) -> None:
         problem = "there is no W&B API key; run `wandb login` or set WANDB_API_KEY"
     except wandb.errors.AuthenticationError as error:
         problem = f"its server does not answer or refuses the key ({first_line(error)}); check the network and the key"
-    offline = "set WANDB_MODE=offline" if asked is None else "give the logger mode: offline"
-    escape = f", or {offline} and `wandb sync` later" if later else ""
-    raise ConfigurationError(f"W&B is to work {wanted}, but {problem}{escape}")
+    raise ConfigurationError(f"W&B is to work {wanted}, but {problem}, or set WANDB_MODE=offline")

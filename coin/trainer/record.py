@@ -1,21 +1,24 @@
-"""Write the results of an evaluation: rows, confusion matrices and examples, as files and to W&B."""
+"""Write the results of an evaluation: rows, confusion matrices and promises, as files and to W&B."""
 
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from coin.data import to_image
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
+from coin.evaluation.scores import Measurement
 from coin.modules import DecodingEvaluator
-from coin.reporting.extras import PROMISE_COLUMNS, Examples, write_examples, write_promises
-from coin.reporting.results import COLUMNS, Row, confusion_key, requested_policy, write_results
+from coin.reporting.results import COLUMNS, PROMISE_COLUMNS, Row, confusion_key, write_promises, write_results
 from coin.reporting.summary import is_weak
 from coin.tracking.settings import logging_only
+
+EXAMPLES = 6  # test images of each task that W&B shows
 
 
 def record_evaluation(
@@ -30,75 +33,114 @@ def record_evaluation(
 
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
-    same: dict[str, Any] = {"experiment": name, "seed": tasks.seed, "samples_per_task": tasks.samples_per_task}
-    told = [{key: each.columns[key] for key in COLUMNS if each.columns.get(key) is not None} for each in model.outcomes]
-    counts = {name: task.num_classes for name, task in tasks.tasks.items()}
-    rows = [Row(**(same | each), chance=1 / counts[each["task"]]) for each in told]
-    pairs = list(zip(rows, model.outcomes, strict=True))
-    confusions = {confusion_key(row): outcome.confusion.numpy() for row, outcome in pairs}
-    replicas = {replica.variant.method: replica.variant for replica in model.replicas}
-    methods = [
-        {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm, "row": row, "chosen": chosen}
-        for each in [*model.variants, *replicas.values()]
-        for row, chosen in enumerate(each.chosen)
-    ]
-    size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20
-    made = {"tasks": list(model.tasks), "code": model.code.matrix.tolist(), "network_mib": size}
+    rows = [_row(each, name, tasks) for each in model.measurements]
+    pairs = list(zip(rows, model.measurements, strict=True))
+    confusions = {confusion_key(row): each.confusion.numpy() for row, each in pairs}
+    classes = {task: data.classes for task, data in tasks.tasks.items()}
+    warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, tasks)
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
-    url = next((run.url for run in runs if isinstance(run.url, str)), None)
-    classes = {name: task.classes for name, task in tasks.tasks.items()}
-    images = all(task.content == "images" for task in tasks.tasks.values())
-    warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, counts, images=images)
-    write_results(folder, rows, {**made, **(configuration or {})}, confusions, methods, classes, url)
-    examples = examples_of(model, tasks)
-    write_examples(folder, examples)
+    urls = [run.url for run in runs if isinstance(run.url, str)]
+    state = model.experts[0].state_dict()
+    network_bytes = sum(tensor.nbytes for tensor in state.values())
+    made = {
+        "tasks": list(model.tasks),
+        "code": model.code.matrix.tolist(),
+        "network_mib": network_bytes / 2**20,
+        **(configuration or {}),
+    }
+    url = urls[0] if urls else None
+    write_results(folder, rows, made, confusions, _methods(model), classes, url)
     model.save_systems(folder / "systems")
-    kept = [
-        {**vars(row), **vars(outcome.promise), "promised": outcome.promise.coverage}
-        | {name: outcome.columns[name] for name in ("coverage", "found")}
-        for row, outcome in pairs
-        if outcome.promise
-    ]
-    write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))
+    write_promises(folder, _promises(pairs))
     for run in runs:
         from coin.tracking.evaluation import log_evaluation  # imports wandb
 
         with logging_only("the evaluation"):
-            log_evaluation(run, rows, confusions, examples, classes)
+            log_evaluation(run, rows, confusions, classes, example_table(model, tasks, rows))
 
 
-def warn_of_weak_experts(accuracies: Mapping[str, float], classes: Mapping[str, int], *, images: bool) -> None:
+def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:
+    columns = {name: value for name, value in measured.columns.items() if name in COLUMNS}
+    if columns["samples_per_task"] is None:
+        columns["samples_per_task"] = tasks.samples_per_task
+    chance = 1 / tasks.tasks[columns["task"]].num_classes
+    return Row(experiment=experiment, seed=tasks.seed, chance=chance, **columns)
+
+
+def _methods(model: DecodingEvaluator) -> list[dict[str, Any]]:
+    """Return what ``results.json`` says of every coded model and of every kind of compressed copies."""
+    replicas = {replica.variant.method: replica.variant for replica in model.replicas}
+    found = []
+    for each in [*model.variants, *replicas.values()]:
+        for row, chosen in enumerate(each.chosen):
+            found.append(
+                {
+                    "label": each.method,
+                    "method": each.kind,
+                    "batchnorm": each.batchnorm,
+                    "row": row,
+                    "chosen": chosen,
+                }
+            )
+    return found
+
+
+def _promises(pairs: Sequence[tuple[Row, Measurement]]) -> pd.DataFrame:
+    """Return the rows of ``promise.csv``."""
+    found = []
+    for row, measured in pairs:
+        if measured.promise is not None:
+            promise = {**vars(measured.promise), "promised": measured.promise.coverage}
+            on_tests = {name: measured.columns[name] for name in ("coverage", "found")}
+            found.append({**vars(row), **promise, **on_tests})
+    return pd.DataFrame(found, columns=list(PROMISE_COLUMNS))
+
+
+def warn_of_weak_experts(accuracies: Mapping[str, float], tasks: Tasks) -> None:
     """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
-    chance = {name: 1 / classes[name] for name in accuracies}
-    if weak := [name for name, found in accuracies.items() if is_weak(found, chance[name])]:
-        each = ", ".join(f"'{name}' {accuracies[name]:.1%} (chance is {chance[name]:.1%})" for name in weak)
-        inputs = "images normalised as ImageNet's" if images else "texts as the tokenizer cuts them"
+    weak = []
+    for name, accuracy in accuracies.items():
+        chance = 1 / tasks.tasks[name].num_classes
+        if is_weak(accuracy, chance):
+            weak.append(f"'{name}' {accuracy:.1%} (chance is {chance:.1%})")
+    if weak:
         warnings.warn(
-            f"found experts that are hardly right: {each}, so that NDA says little; train them for longer, or see that "
-            f"imported ones were trained on what networks get here, {inputs}",
+            f"found experts that are hardly right: {', '.join(weak)}, so that NDA says little; train them for longer, "
+            "or see that imported ones were trained on the inputs that networks get here: images normalised as "
+            "ImageNet's, texts cut by the same tokenizer",
             CoinWarning,
             stacklevel=2,
         )
 
 
-def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
-    """Return the test images kept by an evaluation, with their tasks' class names; None if there are none."""
-    if not any(len(kept.images) for kept in model.kept.values()):
-        return None
-    names: list[str] = []
-    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task")}
-    decoded: dict[str, list[Any]] = {}
-    for task, kept in model.kept.items():
-        alone = model.evaluation.alone(model.tasks.index(task))
-        for each, answers in zip(alone, kept.decoded.T, strict=True):
-            variant = model.variants[each.variant]
-            key = "|".join((variant.method, requested_policy(variant.batchnorm), each.decoder.config.name))
-            decoded.setdefault(key, []).append(answers.numpy() + len(names))
-        for name in ("expert", "label"):
-            parts[name].append(getattr(kept, name).numpy() + len(names))
-        parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
-        parts["task"] += [task] * len(kept.images)
-        names += tasks.tasks[task].classes
-    images, expert, label = (np.concatenate(parts[name]) for name in ("images", "expert", "label"))
-    joined = {key: np.concatenate(answers) for key, answers in decoded.items()}
-    return Examples(images, expert, label, joined, tuple(names), tuple(parts["task"]))
+def example_table(model: DecodingEvaluator, tasks: Tasks, rows: Sequence[Row]) -> Any:
+    """Return a W&B table of test images: the label, the expert's answer, and the one decoded where it is lost.
+
+    It is decoded by the best method and decoder, as `best_coded` says. Texts have no rows.
+    """
+    import wandb
+
+    from coin.tracking.evaluation import best_coded
+
+    table = wandb.Table(columns=["image", "task", "label", "expert", "decoded"])
+    for place in best_coded(rows):
+        name = rows[place].task
+        data = tasks.tasks[name]
+        fitted = model.measurements[place].fitted
+        if fitted is None or data.content != "images":
+            continue
+        task = model.tasks.index(name)
+        test = data.splits.test
+        draw = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(test), generator=draw)[:EXAMPLES]
+        inputs = test.inputs(chosen, data.image_size)  # [n, 3, S, S]
+        answers = model(inputs.to(model.device), task).cpu()
+        decoded = fitted.decode(task, fitted.variant.seen(answers), data.num_classes)  # [n, C_j]
+        expert = answers.experts[task, :, : data.num_classes]
+        labels = test.targets[chosen]
+        classes = torch.stack([labels, expert.argmax(1), decoded.argmax(1)], dim=1)  # [n, 3]
+        for image, own in zip(to_image(inputs), classes.tolist(), strict=True):
+            picture = wandb.Image(image.permute(1, 2, 0).numpy())
+            names = [data.classes[each] for each in own]
+            table.add_data(picture, name, *names)
+    return table

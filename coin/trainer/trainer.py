@@ -20,12 +20,12 @@ from coin.core.progress import progress_bar
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
-from coin.evaluation.scores import Outcome
+from coin.evaluation.scores import Measurement
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, without_frozen
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions
 from coin.statistics.statistic import StatisticKind
-from coin.tracking.settings import check_connection, logger_mode
+from coin.tracking.settings import check_connection
 from coin.trainer.record import record_evaluation
 
 
@@ -62,9 +62,8 @@ class Trainer(pl.Trainer):
         super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
         if matmul_precision is not None:
             torch.set_float32_matmul_precision(matmul_precision)
-        for logger in self.loggers:
-            if isinstance(logger, WandbLogger):
-                check_connection(logger_mode(logger))
+        if any(isinstance(logger, WandbLogger) for logger in self.loggers):
+            check_connection()
         environment = self._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and not kwargs.get("plugins"):
             environment.auto_requeue = False
@@ -119,7 +118,7 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule,
         name: str = "evaluate",
         configuration: dict[str, Any] | None = None,
-    ) -> list[Outcome]:
+    ) -> list[Measurement]:
         """Measure how well lost experts are decoded, and write it to ``default_root_dir`` and the loggers.
 
         Args:
@@ -136,7 +135,7 @@ class Trainer(pl.Trainer):
             self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             record_evaluation(model, datamodule, Path(self.default_root_dir), name, configuration, self.loggers)
-        return model.outcomes
+        return model.measurements
 
 
 def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:

@@ -1,7 +1,5 @@
 """The commands one by one, in-process, and the line that each mistake gets."""
 
-import json
-import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +13,7 @@ import yaml
 from coin.cli import main
 from coin.commands.closing import after_merge
 from coin.files.safetensors import load_provenance, load_state
-from coin.reporting import read_results, read_summary
+from coin.reporting import read_results
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
@@ -76,9 +74,8 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     said = capsys.readouterr().out
     line = said.splitlines()[-1]
     results = route / "results"
-    finding = r"(NDA [\d.]+ with \S+ and \S+|the expert of 'digits' is hardly more often right than chance; .*)"
-    assert re.fullmatch(rf"{finding}; wrote {results}/results.csv; next: coin choose {results}", line)
-    assert not re.search(r"report|summary\.csv", said)
+    assert line == f"measured; wrote {results}/results.csv; next: coin choose {results}"
+    assert "report" not in said
     keys = ["method", "batchnorm", "decoder", "task"]
     own = read_results(route / "results").set_index(keys)
     own_heads = own.index.get_level_values("decoder") == "expert_head"  # of all kinds, the default
@@ -198,15 +195,11 @@ def test_gram_files_for_regmean(route: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}", "--json"]) == 0
+    assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}"]) == 0
     page = (tmp_path / "again.html").read_text()
     assert "distillation" in page
-    assert "Task letters lost" in page  # example images
-    assert "coin run -c tiny.yaml &#39;--seeds=[0]&#39; --output=runs" in page
-    document = json.loads(capsys.readouterr().out)
-    assert document["report"] == str(tmp_path / "again.html")
-    summary = read_summary(finished)
-    pd.testing.assert_frame_equal(pd.DataFrame(document["summary"]).astype(summary.dtypes), summary)
+    assert "coin run -c tiny.yaml &#39;--seeds=[0]&#39;" in page
+    assert capsys.readouterr().out == f"{tmp_path / 'again.html'}\n"
 
 
 @pytest.mark.slow

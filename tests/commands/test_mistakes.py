@@ -262,9 +262,9 @@ def within() -> None:
 def test_what_is_no_mistake_of_the_commands_keeps_its_traceback(
     does: Callable[[], Any], kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("coin.commands.report.main", lambda _: does())
+    monkeypatch.setattr("coin.commands.choose.main", lambda _: does())
     with pytest.raises(kind):
-        main(["report", "x"])
+        main(["choose", "x"])
     assert capsys.readouterr().err == ""
 
 

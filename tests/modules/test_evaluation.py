@@ -48,7 +48,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     more = (singles.memory_mib > alone.memory_mib).groupby(alone.decoder).all()
     assert set(more.index[more]) == {"ridge", "feature_ridge"}  # regressions for more erasures
     checked = 0
-    for outcome in evaluator.outcomes:
+    for outcome in evaluator.measurements:
         if outcome.columns["method"] == "average":
             own = (found.decoder == outcome.columns["decoder"]) & (found.erased == outcome.columns["erased"])
             (row,) = found[own & (found.task == outcome.columns["task"])].to_dict("records")

@@ -15,13 +15,11 @@ from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.evaluation.examples import ExampleSamples
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
 from coin.pipeline.steps.merge import compress_file
-from coin.reporting.extras import read_promises
-from coin.reporting.results import read_results
-from coin.trainer.record import record_evaluation, warn_of_weak_experts
+from coin.reporting.results import COLUMNS, Row, read_promises, read_results
+from coin.trainer.record import EXAMPLES, example_table, record_evaluation, warn_of_weak_experts
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
@@ -42,7 +40,7 @@ def tasks(tasks_of):
 
 def run(evaluator, tasks, make_trainer):
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
-    return evaluator.outcomes
+    return evaluator.measurements
 
 
 def answers_of(experts, coded, inputs):
@@ -233,7 +231,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         assert set(system.results.decoder) == {name}
         assert list(system.decoders) == (system.code.erasures() if name == "ridge" else [(0, 1, 2)])
         for fitted in evaluator.evaluation.fitted:
-            if (fitted.variant, fitted.decoder.config.name) == (0, name):
+            if (fitted.variant, fitted.decoder.config.name) == (evaluator.variants[0], name):
                 lost, whole = fitted.decoder.erased, fitted.decoder.decode(evaluator(images))
                 for j, logits, wanted in zip(lost, system.decode(images, lost), whole, strict=True):
                     pair = logits[:, : CLASSES[j]], wanted[:, : CLASSES[j]]
@@ -280,11 +278,10 @@ def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
     evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), ["ridge", "feature_ridge"])
     run(evaluator, tasks, make_trainer)
     answers, labels, seen = evaluator(tasks.calibration().inputs()), tasks.calibration().labels, []
-    for metric in [*evaluator.evaluation.metrics, *evaluator.examples.values()]:
-        pictures = isinstance(metric, ExampleSamples)  # which look at the inputs where those are
+    for metric in evaluator.evaluation.metrics:
 
-        def update(*values, skip=pictures):
-            seen.extend(value.device.type for value in values[skip:] if value is not None)
+        def update(*values):
+            seen.extend(value.device.type for value in values if value is not None)
 
         monkeypatch.setattr(metric, "update", update)
 
@@ -307,7 +304,7 @@ def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
 def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trainer, monkeypatch):
     evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), ["linear"])
     run(evaluator, tasks, make_trainer)
-    moved, every = [], [*evaluator.evaluation.metrics, *evaluator.examples.values()]
+    moved, every = [], evaluator.evaluation.metrics
     monkeypatch.setattr(Metric, "to", lambda self, device: moved.append((self, device)))
     evaluator.on_test_epoch_end()
     assert not moved, "one process has nothing to add up"
@@ -318,12 +315,34 @@ def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trai
     assert not any(isinstance(module, Metric) for module in evaluator.modules()), "the networks' move would take them"
 
 
-def test_experts_that_are_hardly_right_are_told_of():
+def test_experts_that_are_hardly_right_are_told_of(synthetic):
     accuracies = {"low": 0.25, "high": 0.99, "two": 0.55, "never": 0.0}
-    classes = {"low": 10, "high": 5, "two": 2, "never": 3}
+    tasks = Tasks({name: synthetic(classes) for name, classes in (("low", 10), ("high", 5), ("two", 2), ("never", 3))})
     with pytest.warns(CoinWarning, match=r"'low' 25.0% \(chance is 10.0%\), 'two' 55.0% .*'never' 0.0%") as told:
-        warn_of_weak_experts(accuracies, classes, images=True)
+        warn_of_weak_experts(accuracies, tasks)
     assert "high" not in str(told[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_weak_experts({"low": 0.3}, {"low": 10}, images=False)
+        warn_of_weak_experts({"low": 0.3}, tasks)
+
+
+def test_examples_are_a_draw_with_the_answers_of_the_best_method(experts, write_coded, tasks, make_trainer):
+    code = Code([[0.6, 0.3, 0.1]])
+    evaluator = DecodingEvaluator(experts, write_coded([[0.6, 0.3, 0.1]], experts), ["linear"])
+    run(evaluator, tasks, make_trainer)
+    rows = []
+    for each in evaluator.measurements:
+        known = {name: each.columns[name] for name in COLUMNS[2:]} | {"samples_per_task": 20}
+        rows.append(Row("x", 0, **known))
+    table = example_table(evaluator, tasks, rows)
+    assert table.columns == ["image", "task", "label", "expert", "decoded"]
+    assert [task for _, task, *_ in table.data] == [name for name in experts for _ in range(EXAMPLES)]
+    for place, (name, task) in enumerate(tasks.tasks.items()):
+        own = [[label, expert, decoded] for _, of, label, expert, decoded in table.data if of == name]
+        test = task.splits.test
+        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
+        answers = evaluator(to_input(test.images(chosen), 16))
+        decoded = make_decoder("linear", code, [place]).decode(answers)[0, :, : CLASSES[place]].argmax(1)
+        expert = answers.experts[place, :, : CLASSES[place]].argmax(1)
+        wanted = zip(test.targets[chosen].tolist(), expert.tolist(), decoded.tolist(), strict=True)
+        assert own == [[task.classes[each] for each in classes] for classes in wanted]

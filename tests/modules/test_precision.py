@@ -7,10 +7,10 @@ from torch import nn
 import coin
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.coding import DecoderKind
+from coin.coding.metrics import DecodingAccuracy
 from coin.core.devices import multiplies_in_bfloat16
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError
-from coin.evaluation.scores import Scores
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import load_network
 from coin.statistics.files import open_statistic
@@ -46,13 +46,13 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
     assert passes[:2] == [torch.float32] * 2, "the heads of the two experts are checked in full"
     assert set(passes[2:]) == {torch.bfloat16}, "the calibration samples' answers too"
     full = evaluated(make_trainer(), experts, coded, tasks_of)
-    rough, exact = ([outcome.columns["residual"] for outcome in each.outcomes] for each in (mixed, full))
+    rough, exact = ([outcome.columns["residual"] for outcome in each.measurements] for each in (mixed, full))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05, nan_ok=True)
-    oracle = [each.columns["agreement"] for each in mixed.outcomes if each.columns["method"] == "oracle"]
+    oracle = [each.columns["agreement"] for each in mixed.measurements if each.columns["method"] == "oracle"]
     assert set(oracle) == {1}
     # The decoders' own arithmetic: with 8 bits of mantissa the ridge's solution would be far off.
-    decoders = [[outcome.columns["decoder"] for outcome in each.outcomes] for each in (mixed, full)]
+    decoders = [[outcome.columns["decoder"] for outcome in each.measurements] for each in (mixed, full)]
     assert decoders[0] == decoders[1]
     assert set(decoders[0]) == {str(kind) for kind in DecoderKind}
 
@@ -62,8 +62,8 @@ def test_decoding_is_in_full_precision_whatever_products_are(
     make_trainer, write_experts, write_coded, tasks_of, monkeypatch
 ):
     experts = write_experts([3, 2])
-    coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), Scores.update
-    monkeypatch.setattr(Scores, "update", lambda *a: seen.add(multiplies_in_bfloat16()) or update(*a))
+    coded, seen, update = write_coded([[0.5, 0.5]], experts), set(), DecodingAccuracy.update
+    monkeypatch.setattr(DecodingAccuracy, "update", lambda *a: seen.add(multiplies_in_bfloat16()) or update(*a))
     evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
     assert torch.get_float32_matmul_precision() == "medium"
     assert multiplies_in_bfloat16()

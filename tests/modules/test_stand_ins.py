@@ -129,7 +129,7 @@ def test_the_evaluator_measures_them_and_what_they_cost(parts, make_trainer):
     experts, paths, tasks = parts
     evaluator = DecodingEvaluator(experts, paths, [*ALONE, "linear", "ridge", "feature_ridge"])
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
-    rows = [outcome.columns for outcome in evaluator.outcomes]
+    rows = [outcome.columns for outcome in evaluator.measurements]
     found = {(row["method"], row["decoder"], row["erased"].count("+") + 1): row for row in rows}
     assert {decoder for method, decoder, _ in found if method == "none"} == {"ridge", "feature_ridge"}
     assert {decoder for method, decoder, _ in found if method == "oracle"} == {"linear"}
@@ -158,4 +158,4 @@ def test_where_all_kinds_are_taken_odd_heads_are_left_out_in_one_line(parts, mak
         make_trainer().test(named, datamodule=tasks, verbose=False)
     with pytest.warns(CoinWarning, match=r"^expert_head is left out: the logits of [^\n]*$"):
         make_trainer().test(every, datamodule=tasks, verbose=False)
-    assert {outcome.columns["decoder"] for outcome in every.outcomes} == {"linear", "ridge", "feature_ridge"}
+    assert {outcome.columns["decoder"] for outcome in every.measurements} == {"linear", "ridge", "feature_ridge"}

@@ -21,7 +21,6 @@ from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
 from coin.modules import Coded
 from coin.reporting import read_results, read_summary
-from coin.reporting.extras import read_examples
 from coin.reporting.results import COLUMNS, requested_policy
 from coin.reporting.summary import read_run
 
@@ -96,7 +95,7 @@ def test_costs_count_statistics_and_choices(finished: Path) -> None:
 FILES = [
     *("config.yaml", "experts/digits/expert.safetensors", "statistics/digits.fisher.safetensors"),
     *("coded/average.safetensors", "coded/coin.safetensors", "coded/coin-recalibrate.safetensors"),
-    *("coded/distillation.safetensors", "results.csv", "results.json", "examples.npz", "report.html"),
+    *("coded/distillation.safetensors", "results.csv", "results.json", "report.html"),
 ]
 
 
@@ -109,19 +108,6 @@ def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
     assert document["configuration"]["calibration"]["samples_per_task"] == 24
     assert document["versions"]["torch"]
     assert len(document["rows"]) == len(read_results(seed))
-
-
-def test_examples_are_a_draw_with_every_method_s_answers(finished: Path) -> None:
-    examples = read_examples(finished / "seed-0")
-    assert examples is not None
-    assert {task: len(indices) for task, indices in examples.by_task().items()} == {"digits": 24, "letters": 24}
-    assert {"distillation|keep|feature_ridge", "coin-recalibrate|recalibrate|linear", "oracle||linear"} <= set(
-        examples.decoded
-    )
-    assert examples.decoded["oracle||linear"].tolist() == examples.expert.tolist()
-    for task, indices in examples.by_task().items():
-        names = {examples.names[examples.label[i]] for i in indices}
-        assert names <= set("0123456789" if task == "digits" else "ABCDEF")
 
 
 def test_coded_models_and_experts_say_what_made_them(finished: Path) -> None:

@@ -139,6 +139,6 @@ def test_a_run_that_w_and_b_does_not_take_is_a_warning(
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise ConnectionError("gone")
 
-    monkeypatch.setattr("coin.tracking.runs.start_run", fail)
+    monkeypatch.setattr("coin.tracking.runs.RunLog._logger", fail)
     with pytest.warns(UserWarning, match="did not take the start of the run"):
         assert main(["run", "-c", str(config), f"--output={copied.parent}", "--decoders=[linear]"]) == 0

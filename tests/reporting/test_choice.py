@@ -1,7 +1,6 @@
 """Which stand-in is chosen: the cheapest that meets all limits on the worst task, or what comes nearest."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,7 +72,7 @@ def test_the_cheapest_that_meets_all_limits_is_first(folder: Path):
 def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
     sentence = chosen(folder, accuracy=1)[1]
     assert "replica (100.00 % of the lost expert's accuracy on the worst task, b; 20 MiB, 24 MiB resident;" in sentence
-    assert "at most 23 MiB resident" in chosen(folder, accuracy=1, resident_mib=23)[1]
+    assert "resident_mib up to 23" in chosen(folder, accuracy=1, resident_mib=23)[1]
     rows, sentence = chosen(folder, accuracy=0.99, memory_mib=10, forwards=1)
     assert rows == []
     assert "the smallest that is accurate enough is small with ridge" in sentence
@@ -102,11 +101,9 @@ def test_all_that_names_a_stand_in_names_the_recommended_one(
     assert (row["name"], row["decoder"]) == ("small", "expert_head")
     assert choose(folder)[1].startswith("Keep small with expert_head (98.50 %")
     print_summary(summary)
-    assert "In short: small with expert_head keeps 100.0 %" in " ".join(capsys.readouterr().out.split())
+    assert choose(folder)[1] in " ".join(capsys.readouterr().out.split())
     assert serve_command(folder, kept) == f"coin serve {folder} --method=small --decoder=expert_head"
     page = " ".join(write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8").split())
-    # On average it is right more often than the expert: no more than all is kept.
-    assert "small keeps 100.0 ± 0.0 % of its accuracy with the expert_head decoder" in page
     assert "Keep small with expert_head (98.50 %" in page
     # Where none is accurate enough, the most accurate on the worst task.
     weak = kept[kept["nda_worst"] < 0.98]
@@ -132,7 +129,7 @@ def test_nothing_is_recommended_where_the_experts_are_too_weak(tmp_path: Path):
     found, sentence = choose(tmp_path)
     assert found.empty
     assert sentence.startswith("Nothing can be recommended: what stands in is right more often than the lost experts")
-    assert sentence in write_report(tmp_path).read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert sentence in write_report(tmp_path).read_text(encoding="utf-8")
     assert serve_command(tmp_path, stand_ins(summarise(read_run(tmp_path)[1]))) == ""
 
 
@@ -168,7 +165,7 @@ def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.Captur
     assert main(["choose", str(folder), "--accuracy=0.99", "--losses=all", "--memory_mib=25", "--resident_mib=25"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line.split() for line in lines if "replica" in line)
-    assert row == ["replica", "replica", "100.00*", "20", "24", "1", "2"]
+    assert row == ["replica", "replica", "100.00", "20", "24", "1", "2"]
     assert lines[-1].startswith("Keep replica (100.00 %")
     assert main(["choose", str(folder), "--accuracy=1", "--memory_mib=1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -176,17 +173,6 @@ def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.Captur
     assert said["sentence"] == choose(folder, accuracy=1, memory_mib=1)[1] == coin.choose(folder, 1, 1)[1]
     to_no_reader = f"{sys.executable} -m coin choose {folder} --json | true"
     assert subprocess.run(to_no_reader, shell=True, capture_output=True, check=True).stderr == b""
-
-
-def test_a_limit_on_resident_memory_needs_results_that_have_it(tmp_path: Path, folder: Path):
-    old = pd.read_csv(folder / "seed-0/results.csv", keep_default_na=False).drop(columns="resident_mib")
-    shutil.copytree(folder / "seed-0", tmp_path / "seed-0")
-    old.to_csv(tmp_path / "seed-0/results.csv", index=False)
-    rows, sentence = choose(tmp_path, accuracy=1)
-    assert rows["name"].tolist() == ["replica"]
-    assert "20 MiB; 1 network run" in sentence
-    with pytest.raises(FileError, match=r"found resident_mib=9 and results of .* from before it was measured"):
-        choose(tmp_path, resident_mib=9)
 
 
 def test_folders_without_known_memory_or_results_are_one_line(tmp_path: Path, make_experiment: Callable[..., Path]):

@@ -10,7 +10,7 @@ import pytest
 from coin.errors import CoinWarning
 from coin.reporting import read_summary, stand_ins, summarise, summary as summaries
 from coin.reporting.results import Row, write_results
-from coin.reporting.summary import decoders_of, is_replaced, over_tasks, variant_names, write_summary
+from coin.reporting.summary import decoders_of, over_tasks, variant_names, write_summary
 from tests.reporting.conftest import BASE, frame
 
 
@@ -112,7 +112,7 @@ def test_decoders_that_matter_come_first():
 
 def test_seeds_of_other_options_than_the_latest_are_left_out_with_a_warning(tmp_path: Path):
     for seed, lr in ((0, 0.1), (1, 0.2), (2, 0.2)):
-        options = {"seed": seed, "expert": {"lr": lr, "seed": seed}, "experts": {"a": f"key-{seed}"}}
+        options = {"seed": seed, "expert": {"lr": lr}, "experts": {"a": f"key-{seed}"}}
         write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], options)
     path = tmp_path / "seed-0" / "results.json"
     document = json.loads(path.read_text())
@@ -129,13 +129,3 @@ def test_what_may_be_kept_has_the_worst_task_over_seeds_too():
     assert (kept["worst_task"], kept["memory_mib"], kept["resident_mib"]) == ("a", 2.0, 5.0)
     assert (kept["nda_worst"], kept["nda_mean"]) == (pytest.approx(0.8), pytest.approx(0.85))
     assert stand_ins(summarise(frame(*(row(s, task, nda) for (task, s), nda in ndas.items())))).empty
-
-
-def test_a_summary_replaces_an_earlier_one_where_rows_are_lost_or_have_other_numbers():
-    first, second = row(0, "a", 0.9), row(1, "a", 0.8)
-    earlier = summarise(frame(first))
-    assert not is_replaced(earlier, earlier)
-    assert not is_replaced(earlier, summarise(frame(first, second)))  # one more seed
-    assert not is_replaced(earlier, summarise(frame(first, row(0, "a", 0.5, method="other"))))  # one more method
-    assert is_replaced(earlier, summarise(frame(row(0, "a", 0.7))))
-    assert is_replaced(earlier, summarise(frame(row(0, "a", 0.9, method="other"))))

@@ -17,13 +17,12 @@ import wandb_workspaces.workspaces.interface as interface
 
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
-from coin.reporting.extras import Examples
 from coin.reporting.results import confusion_key
 from coin.reporting.summary import variant_names
 from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
 from coin.tracking.evaluation import log_evaluation
-from coin.tracking.runs import start_run
+from coin.tracking.runs import RunLog
 from coin.tracking.settings import check_connection, run_environment
 from tests.reporting.conftest import measured
 
@@ -56,19 +55,17 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
     compressed = [replace(row, method="coin-4bit", nda=0.9) for row in rows if row.method == "coin"]
     replicas = [replace(row, method="replica", decoder="replica", nda=0.99) for row in rows if row.method == "none"]
     rows += [row for row in compressed if row.batchnorm.startswith("auto")] + replicas[-2:]
-    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    answers = np.array([0, 1])
-    examples = Examples(images, answers, answers, {"coin||feature_ridge": answers[::-1]}, ("cat", "dog"), ("a", "b"))
-    named = {"group": "quickstart", "job_type": "evaluate", "name": "evaluate seed 0"}
-    run = start_run(folder, **named, config={"lr": 0.1}, tags=["overview"])
+    examples = wandb.Table(columns=["image", "task"], data=[[wandb.Image(np.zeros((4, 4, 3), np.uint8)), "a"]])
+    log = RunLog(folder, "quickstart", "evaluate", "evaluate seed 0", ("overview",), {"lr": 0.1})
     classes = {"mnist": [f"digit {i}" for i in range(10)], "letters": [str(i) for i in range(10)]}
-    log_evaluation(run, rows, confusions, examples, classes)
-    run.finish()
+    with log.open(tmp_path / "step") as loggers:
+        log_evaluation(loggers[1].experiment, rows, confusions, classes, examples)
 
     (run_folder,) = (folder / "wandb").glob("offline-run-*")
     records = read_wandb(run_folder)
     (started,) = of_type(records, "run")
-    assert [started[name] for name in ("run_group", "job_type", "display_name")] == [*named.values()]
+    names = [started[name] for name in ("run_group", "job_type", "display_name")]
+    assert names == ["quickstart", "evaluate", "evaluate seed 0"]
     assert (started["tags"], started["config"]["update"]["lr"]) == (["overview"], 0.1)
     assert len(of_type(records, "history")) == 1  # tables and pictures; numbers are the summary's
 
@@ -92,9 +89,7 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
 
     assert len(table("results")["data"]) == len(rows)
     assert table("results")["columns"] == list(frame)
-    assert table("examples")["columns"] == ["image", "task", "label", "expert", "coin"]
-    answered = [row[1:] for row in table("examples")["data"]]
-    assert answered == [["a", "cat", "cat", "dog"], ["b", "dog", "dog", "cat"]]
+    assert table("examples")["columns"] == ["image", "task"]
     cells = table("confusion/mnist_table")["data"]
     row = next(r for r in rows if (r.method, r.decoder, r.task) == (method, decoder, "mnist"))
     counts = confusions[confusion_key(row)]
@@ -107,7 +102,8 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
 def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Any):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "one, two")
-    start_run(tmp_path, group="g", job_type="method", name="n", tags=["two", "x" * 100]).finish()
+    with RunLog(tmp_path, "g", "method", "n", ("two", "x" * 100), {}).open(tmp_path / "step"):
+        pass
     (run_folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (started,) = of_type(read_wandb(run_folder), "run")
     assert started["project"] == "theirs"
@@ -124,9 +120,6 @@ def test_the_environment_is_offline_unless_the_user_says_and_put_back(tmp_path: 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with run_environment(tmp_path):
         assert os.environ["WANDB_MODE"] == "disabled"
-    monkeypatch.setenv("WANDB_MODE", "offlin")
-    with pytest.raises(ConfigurationError, match="expected one of"), run_environment(tmp_path):
-        pass
 
 
 @pytest.mark.usefixtures("online")
@@ -138,7 +131,7 @@ def test_online_without_a_key_or_a_server_is_one_line_of_advice(monkeypatch: pyt
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
         monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(CoinError, match=r"does not answer[^\n]*`wandb sync` later[^\n]*$"):
+        with pytest.raises(CoinError, match=r"does not answer[^\n]*set WANDB_MODE=offline$"):
             check_connection()
     check_connection("offline")
     asked = []
@@ -157,7 +150,7 @@ def built(**options: Any) -> dict[str, Any]:
     return spec.model_dump(by_alias=True, exclude_none=True)["section"]
 
 
-def test_bars_are_all_methods_of_a_decoder_beside_memory_curves_confusions_and_tables():
+def test_bars_are_all_methods_of_a_decoder_beside_memory_and_tables():
     sections = built()["panelBankConfig"]["sections"]
     found = {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
     bars = found["NDA by method"]
@@ -166,13 +159,9 @@ def test_bars_are_all_methods_of_a_decoder_beside_memory_curves_confusions_and_t
     assert [bar["metrics"] for bar in bars] == [*both, ["nda/replica-3bit/replica"]]
     assert all((bar["groupAgg"], bar["groupArea"]) == ("mean", "stddev") for bar in bars)
 
-    assert [*found] == ["NDA by method", "NDA against memory", "Training", "Confusion", "Tables"]
+    assert [*found] == ["NDA by method", "NDA against memory", "Results", "Examples"]
     assert [panel["mediaKeys"] for panel in found["NDA against memory"]] == [["nda_against_memory"]]
-    assert [panel["metrics"] for panel in found["Training"]] == [["val/accuracy"], ["train/loss"]]
-    assert [chart["panelDefId"] for chart in found["Confusion"]] == ["wandb/confusion_matrix/v1"] * 2
-    for task in ("letters", "mnist"):
-        assert f"confusion/{task}_table" in str(found["Confusion"])
-    assert all(name in str(found["Tables"]) for name in ("results", "examples"))
+    assert all(name.lower() in str(found[name]) for name in ("Results", "Examples"))
 
 
 def test_runs_are_grouped_by_experiment_and_job_type_and_filtered_by_experiment():
@@ -191,7 +180,6 @@ def test_what_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         error = capsys.readouterr().err.strip()
         assert error.startswith("coin: error: ")
         assert "\n" not in error
-        assert "wandb sync" not in error  # there is nothing to log offline
         return error
 
     assert "expected ENTITY/PROJECT" in refused("a/b/c")
