@@ -70,7 +70,7 @@ class ElementwiseCall(Call):
                 if role == "weight" and factor is not None:
                     local = block * factor
                 by_sample = local.reshape(len(block), samples, -1, *inner)
-                gradients = by_sample.sum(over)
+                gradients = by_sample.sum(over)  # [v, B, …]
                 squares = gradients.square_().sum((0, 1))
                 total.add_(squares.view(total.shape))
 
@@ -114,7 +114,12 @@ def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
 
 
 def batch_norm(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    **options: Any,
 ) -> Call | None:
     """Read `torch.nn.functional.batch_norm` on running statistics; it hands on its options by name."""
     if options["training"] or running_mean is None or weight is None:
