@@ -80,7 +80,8 @@ def clear_caches(network: nn.Module) -> None:
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
     """Return a batch as ordinary tensors on the network's device, of its first real parameter's type or integers."""
-    like = next((each for each in network.parameters() if each.is_floating_point()), None)
+    floating = [parameter for parameter in network.parameters() if parameter.is_floating_point()]
+    like = floating[0] if floating else None
 
     def ready(tensor: Tensor) -> Tensor:
         if like is not None:
@@ -93,7 +94,8 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
 def checked_batch(batch: Any, network: nn.Module) -> Batch:
     """Return a batch, or the inputs of (inputs, labels): a tensor, or where a function calls the network, a mapping."""
-    has_function = "_call_impl" in network.__dict__ or getattr(network, "forward_by", None) is not None
+    is_copy = "_call_impl" in network.__dict__  # of `called_by`
+    has_function = is_copy or getattr(network, "forward_by", None) is not None
     is_pair = isinstance(batch, tuple | list) and len(batch) in (1, 2)
     if is_pair and not has_function:
         batch = batch[0]
@@ -130,7 +132,8 @@ def explained_inputs(network: nn.Module, batch: Callable[[], Any]) -> Iterator[N
         if expected is None:
             raise
         dtype = str(images.dtype).removeprefix("torch.")
-        raise DataError(f"found inputs {dtype} {[*images.shape]}, expected {expected}") from error
+        shape = [*images.shape]
+        raise DataError(f"found inputs {dtype} {shape}, expected {expected}") from error
 
 
 def _expected_images(network: nn.Module, images: Any) -> str | None:

@@ -36,16 +36,21 @@ def self_attention(
 
     The projections are called with the samples first, [B, T, E]. None stands for every other form of the call.
     """
-    is_plain = query is key and query is value and query.ndim == 3 and in_weight is not None
-    has_extras = add_zeros or any(each is not None for each in (bias_k, bias_v, static_k, static_v))
+    is_self = query is key and query is value
+    is_plain = query.ndim == 3 and in_weight is not None
+    extras = (bias_k, bias_v, static_k, static_v)
+    has_extras = add_zeros or any(each is not None for each in extras)
     is_random = training and dropout > 0
-    if not is_plain or has_extras or is_random or (is_causal and attn_mask is None):
+    lacks_mask = is_causal and attn_mask is None
+    if not is_self or not is_plain or has_extras or is_random or lacks_mask:
         return None
     x = query.transpose(0, 1)  # [B, T, E]
     samples, positions, _ = x.shape
-    packed = F.linear(x, in_weight, in_bias).view(samples, positions, 3, heads, -1)
-    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D]
-    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # [B, H, T, T]
+    packed = F.linear(x, in_weight, in_bias)
+    by_head = packed.view(samples, positions, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = by_head.unbind(0)  # [B, H, T, D]
+    scaled = q / math.sqrt(q.shape[-1])
+    scores = scaled @ k.mT  # [B, H, T, T]
     is_masked = attn_mask is not None or key_padding_mask is not None
     if attn_mask is not None:
         if attn_mask.ndim == 3:
@@ -68,4 +73,6 @@ def self_attention(
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """Return scores under a mask: of truth values where it is set, of numbers by adding them."""
-    return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(mask, -math.inf)
+    return scores + mask

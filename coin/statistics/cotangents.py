@@ -51,16 +51,19 @@ def make_cotangents(
     if kind is FisherKind.exact:
         return identity[:, None].expand(classes, samples, classes)
     if kind is FisherKind.monte_carlo:
-        drawn = [_draw(classes, mc_samples or 1, generator) for _ in range(samples)]
+        number = mc_samples or 1
+        drawn = [_draw(classes, number, generator) for _ in range(samples)]
         return torch.stack(drawn, 1).to(logits)
     probabilities = logits.softmax(-1)
     if kind is FisherKind.categorical:
         roots = probabilities.T.sqrt()  # [C, B]
-        return roots[..., None] * (identity[:, None] - probabilities)
+        steps = identity[:, None] - probabilities  # [C, B, C]
+        return roots[..., None] * steps
     assert labels is not None
     if labels.shape != (samples,):
         raise DataError(f"found labels {[*labels.shape]}, expected [{samples}]: one for every sample, in their order")
-    truth = F.one_hot(labels.to(logits.device), classes).to(logits)
+    at_logits = labels.to(logits.device)
+    truth = F.one_hot(at_logits, classes).to(logits)
     return (truth - probabilities)[None]
 
 
@@ -69,8 +72,15 @@ def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tenso
     if number > classes:
         raise ConfigurationError(f"found mc_samples={number}, expected at most {classes}, one a class")
     device = "cpu" if generator is None else generator.device
-    gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
+    gaussian = torch.randn(
+        classes,
+        number,
+        generator=generator,
+        device=device,
+        dtype=torch.float64,
+    )
     q, r = torch.linalg.qr(gaussian)
     # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.
-    rows: Tensor = (q * r.diagonal().sign()).T
+    signs = r.diagonal().sign()
+    rows: Tensor = (q * signs).T
     return rows * math.sqrt(classes / number)

@@ -96,7 +96,8 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     >>> coin.load_statistic("fisher.safetensors", experts[0])["bias"]
     tensor([1., 1., 1.])
     """
-    return dict(open_statistic(Path(path), weights=fingerprint(network.state_dict())))
+    weights = fingerprint(network.state_dict())
+    return dict(open_statistic(Path(path), weights=weights))
 
 
 def check_statistic(state: State, network: nn.Module, what: str = "the statistic") -> StatisticKind:
@@ -114,9 +115,11 @@ def check_statistic(state: State, network: nn.Module, what: str = "the statistic
         if name in parameters and tensor.shape == parameter.shape:
             continue
         if tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]:
+            found = [*tensor.shape]
+            expected = [*parameter.shape]
             raise StateError(
-                f"{what} has '{name}' of {[*tensor.shape]}, expected {[*parameter.shape]} of a Fisher, "
-                "or [G, K, K] of Gram matrices; give the network's own"
+                f"{what} has '{name}' of {found}, expected {expected} of a Fisher, or [G, K, K] of Gram matrices; "
+                "give the network's own"
             )
         kind = StatisticKind.gram
     if kind is StatisticKind.fisher:

@@ -118,12 +118,16 @@ class _Pass:
     """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over batches, U the cotangents of the kind; arguments as of `fisher_sums`."""
 
     def __init__(
-        self, network: nn.Module, options: FisherOptions, labels: Tensor | None, generator: torch.Generator | None
+        self,
+        network: nn.Module,
+        options: FisherOptions,
+        labels: Tensor | None,
+        generator: torch.Generator | None,
     ) -> None:
         if (options.kind is FisherKind.empirical) != (labels is not None):
+            found = "no labels" if labels is None else "labels"
             raise ConfigurationError(
-                f"found {'no ' if labels is None else ''}labels for the {options.kind} Fisher; "
-                "labels belong to the empirical kind, and only to it"
+                f"found {found} for the {options.kind} Fisher; labels belong to the empirical kind, and only to it"
             )
         self.network = network
         self.options = options
@@ -185,7 +189,8 @@ class _Pass:
         """Add some samples, `chunk` of the cotangents at a time; unchecked ones are checked to be independent."""
         samples = size_of(piece)
         tape = Tape(self._parameters, layout.rows)
-        output = tape.run(self.network, channels_last(piece) if layout.channels_last else piece)
+        inputs = channels_last(piece) if layout.channels_last else piece
+        output = tape.run(self.network, inputs)
         self.passes += samples
         if is_unchecked and samples > 1:
             check_apart(self.network, piece, output)

@@ -15,9 +15,13 @@ _DECIDING |= {"__bool__", "__int__", "__float__", "__index__"}
 # Functions whose floating-point results are choices, as integers and truth values are.
 _ROUNDING = {"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"}
 # Functions whose results have the arguments' entries in the same place, or are attention under a mask.
-_OPERATORS = {"mul", "add", "sub", "div", "truediv", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
-_ENTRYWISE = {f"__{kind}{name}__" for kind in ("", "r", "i") for name in _OPERATORS}
-_ENTRYWISE |= _OPERATORS
+_ARITHMETIC = {"mul", "add", "sub", "div", "truediv", "pow"}
+_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+_LOGIC = {"and", "or", "xor"}
+_OPERATORS = _ARITHMETIC | _COMPARISONS | _LOGIC
+_ENTRYWISE = set(_OPERATORS)
+for _kind in ("", "r", "i"):
+    _ENTRYWISE |= {f"__{_kind}{_name}__" for _name in _OPERATORS}
 _ENTRYWISE |= {"multiply", "subtract", "divide", "true_divide", "addcmul", "addcdiv", "logical_and", "logical_or"}
 _ENTRYWISE |= {"where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "lerp"}
 _ENTRYWISE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention_forward"}

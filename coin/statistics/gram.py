@@ -47,7 +47,9 @@ def gram_sums(
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
-        if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
+        if name is None or not isinstance(call, LinearCall):
+            return
+        if call.inputs.numel() == 0:
             return
         own_bias = parameters.get(name.removesuffix("weight") + "bias")
         has_bias = call.bias is not None and call.bias is own_bias
@@ -107,7 +109,9 @@ def linear_maps(network: nn.Module) -> list[str]:
     for prefix, module in network.named_modules():
         is_transposed = type(module).__name__ == "Conv1D"
         is_packed = isinstance(module, nn.MultiheadAttention)
-        is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if is_convolution and module.groups > 1:
+            continue
         if not (is_transposed or is_packed or is_convolution or isinstance(module, nn.Linear)):
             continue
         ending = "proj_weight" if is_packed else "weight"

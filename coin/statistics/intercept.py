@@ -13,7 +13,7 @@ from coin.statistics.attention import self_attention
 from coin.statistics.flow import Called, Flow
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
-from coin.statistics.rules.elementwise import add, batch_norm, expand, group_norm, layer_norm, multiply
+from coin.statistics.rules.elementwise import batch_norm, expand, group_norm, layer_norm, multiply
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
@@ -49,8 +49,14 @@ class Interceptor(TorchFunctionMode):
         return function() if output is None else output
 
     def _visited(self, function: Called) -> Tensor | None:
-        """Return what the visitor makes of a ruled call; None of other calls."""
-        call = _read(function)
+        """Return what the visitor makes of a ruled call; None of other calls, or of those in a form without a rule."""
+        reader = _READERS.get(function.func)
+        if reader is None:
+            return None
+        try:
+            call = reader(*function.args, **function.keywords)
+        except TypeError:  # other arguments than the reader knows
+            return None
         if call is None or call.weight.numel() == 0:
             return None
         names = {}
@@ -66,34 +72,19 @@ class Interceptor(TorchFunctionMode):
         return self._visit(call, names, function)
 
 
-def _read(function: Called) -> Call | None:
-    """Return a function's call with its rule; None where it has none, or is called in a form that has none."""
-    reader = _READERS.get(function.func)
-    if reader is None:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Call | None:
+    if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
         return None
-    try:
-        return reader(*function.args, **function.keywords)
-    except TypeError:  # other arguments than the reader knows
-        return None
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
-    return _map(input, weight, bias, transposed=False)
+    return LinearCall(input, weight, bias, transposed)
 
 
 def _matmul(input: Tensor, other: Any = None, mat2: Any = None) -> Call | None:
-    return _map(input, other if mat2 is None else mat2, None, transposed=True)
+    return _linear(input, other if mat2 is None else mat2, transposed=True)
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Call | None:
     outputs = mat2.shape[1:]
-    return _map(mat1, mat2, input, transposed=True) if input.shape == outputs else None
-
-
-def _map(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Call | None:
-    if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
-        return None
-    return LinearCall(input, weight, bias, transposed)
+    return _linear(mat1, mat2, input, transposed=True) if input.shape == outputs else None
 
 
 def _convolution(
@@ -158,7 +149,7 @@ _READERS: dict[Any, Callable[..., Call | None]] = {
     F.embedding: _embedding,
     torch.mul: multiply,
     Tensor.mul: multiply,
-    torch.add: add,
-    Tensor.add: add,
+    torch.add: partial(multiply, added=True),
+    Tensor.add: partial(multiply, added=True),
     Tensor.expand: expand,
 }

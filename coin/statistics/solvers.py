@@ -9,6 +9,9 @@ from torch import Tensor
 from coin.errors import NumericalError
 
 _HALVES = 512  # columns from which on a symmetric product is taken by halves
+Changed = Callable[[Tensor, Callable[[], Tensor]], Tensor]
+"""(ΔW, what makes the metric M) → what ΔW becomes."""
+
 _MISSED = 1.1  # times the square of the mean that is left in centred rows: what is less is round-off
 
 
@@ -54,7 +57,7 @@ def fit_affine(
     ridge: float,
     *,
     intercept: bool = True,
-    change: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None,
+    change: Changed | None = None,
     tasks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
@@ -78,8 +81,8 @@ def fit_affine(
     weights = (shares / shares.sum()).to(inputs)
     a, mean_a, subtracted = _centred(inputs, weights, intercept, tasks)
     r, mean_r, _ = _centred(residuals, weights, intercept, tasks)
-    is_finite = torch.isfinite(mean_a).all() & torch.isfinite(mean_r).all()
-    if not bool(is_finite):
+    means = torch.cat([mean_a, mean_r], 1)
+    if not bool(torch.isfinite(means).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
     has_few_rows = count < unknowns
     gram = products(a.mT) if has_few_rows else products(a)
@@ -122,7 +125,8 @@ def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor)
         weights: Those of `by_task` [T, n].
     """
     count = centred.shape[1]
-    shares = weights.sum(1)[:, None].clamp(min=torch.finfo(weights.dtype).tiny)  # [T, 1]
+    tiny = torch.finfo(weights.dtype).tiny
+    shares = weights.sum(1, keepdim=True).clamp(min=tiny)  # [T, 1]
     # A mean of n numbers is off by up to n times the precision. What it is off by is the mean that is left.
     left = weights.sqrt() @ centred  # [G, T, K]
     missed = left.square() / shares
@@ -130,10 +134,16 @@ def is_round_off(scale: Tensor, centred: Tensor, means: Tensor, weights: Tensor)
     size = squares.sum(1).mean(1)
     precision = torch.finfo(centred.dtype).eps
     rounding = count * precision**2 * size
-    return scale <= rounding + _MISSED * missed.sum(1).mean(1)
+    left_over = _MISSED * missed.sum(1).mean(1)
+    return scale <= rounding + left_over
 
 
-def _centred(rows: Tensor, weights: Tensor, intercept: bool, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _centred(
+    rows: Tensor,
+    weights: Tensor,
+    intercept: bool,
+    tasks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows [G, n, K] less their task's mean, times the roots of their weights; their mean; what was subtracted.
 
     The mean is [G, K] in float64, what was subtracted [G, T, K], a mean for each task.
@@ -172,14 +182,16 @@ def products(a: Tensor) -> Tensor:
 def solve_ridge(gram: Tensor, right: Tensor, ridges: Tensor, is_dead: Tensor) -> Tensor:
     """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
     finite = torch.isfinite(gram).all() & torch.isfinite(right).all()
-    root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
+    matrix = damped(gram, ridges)
+    root, failed = torch.linalg.cholesky_ex(matrix)
     is_finite, has_failed = torch.stack([finite, failed.any()]).tolist()  # a GPU is waited for once
     if not is_finite:
         raise NumericalError(
             "a layer's inputs on calibration data are so large that squares overflow; check the experts"
         )
     if has_failed:  # in float64 the ridge is not lost beside the largest eigenvalue
-        root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
+        matrix = damped(gram.double(), ridges)
+        root, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed.any()):
             raise NumericalError(
                 "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"

@@ -40,7 +40,8 @@ class Tape:
         self._parameters = parameters
         self._rows = rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
-        self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
+        like = next(iter(parameters.values()))
+        self._anchor = like.new_zeros(()).requires_grad_()
         self.calls: list[Call] = []
         self.weights: list[str] = []
         self.sorts = False
@@ -105,7 +106,8 @@ class Tape:
         Powers of two tell a few samples apart, not many.
         """
         samples, classes = output.shape
-        scales = 2 ** torch.arange(samples, device=output.device).to(output.dtype)
+        powers = torch.arange(samples, device=output.device)
+        scales = 2 ** powers.to(output.dtype)
         # Any cotangent does that no symmetry of the outputs cancels.
         numbers = torch.arange(1, classes + 1, device=output.device)
         once = numbers.to(output.dtype).cos().expand_as(output)
@@ -116,13 +118,15 @@ class Tape:
         self._arrived = None
         found: set[str] = set()
         for call in self.calls:
-            if call not in arrived or not self._is_placed(torch.cat(arrived[call]), scales):
+            is_placed = call in arrived and self._is_placed(torch.cat(arrived[call]), scales)
+            if not is_placed:
                 found.update(call.names.values())
         return found
 
     def _is_placed(self, g: Tensor, scales: Tensor) -> bool:
         """Say whether the cotangents [2, N, …] are those of the first repetition in the right scales [B]."""
-        k = g.shape[1] // self._samples
+        _, rows, *_ = g.shape
+        k = rows // self._samples
         once, scaled = g.reshape(2, self._samples, k, -1)
         expected = scales[:, None, None] * once
         error = (scaled - expected).abs().amax(-1)  # [B, k]
@@ -174,7 +178,8 @@ class Tape:
             self._arrived.setdefault(call, []).append(g)
             weight = torch.where(weight == 0, 1, weight)  # zeros would hide what lies in front of them
         elif self._totals.get(call):
-            call.accumulate(g.to(sum_type(g)), self._samples, self._totals[call])
+            cotangents = g.to(sum_type(g))
+            call.accumulate(cotangents, self._samples, self._totals[call])
         return call.input_gradient(g, weight) if needs_input else g
 
 
@@ -198,7 +203,12 @@ class _RuledCall(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, source: Tensor, call: Call, tape: Tape, function: Callable[[], Tensor]
+        ctx: Any,
+        anchor: Tensor,
+        source: Tensor,
+        call: Call,
+        tape: Tape,
+        function: Callable[[], Tensor],
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.call = call

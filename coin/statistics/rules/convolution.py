@@ -30,7 +30,8 @@ class Geometry:
         """Return the spatial size of the output for an input of this size."""
         found = []
         for dim, n in enumerate(size):
-            reach = self.dilation[dim] * (self.kernel[dim] - 1) + 1
+            steps = self.kernel[dim] - 1
+            reach = self.dilation[dim] * steps + 1
             room = n + 2 * self.padding[dim] - reach
             found.append(room // self.stride[dim] + 1)
         return tuple(found)
@@ -41,11 +42,13 @@ class Geometry:
         sides = []
         for padding in reversed(self.padding):
             sides += [padding, padding]
-        rows = F.pad(x, sides).movedim(1, -1).contiguous()  # [B, *size, C]
+        padded = F.pad(x, sides)
+        rows = padded.movedim(1, -1).contiguous()  # [B, *size, C]
         of_sample, *inner, of_channel = rows.stride()
         of_place = [inner[dim] * stride for dim, stride in enumerate(self.stride)]
         of_tap = [inner[dim] * dilation for dim, dilation in enumerate(self.dilation)]
-        shape = (samples, *self.output_size(tuple(size)), *self.kernel, channels)
+        output = self.output_size(tuple(size))
+        shape = (samples, *output, *self.kernel, channels)
         return rows.as_strided(shape, (of_sample, *of_place, *of_tap, of_channel))
 
     def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,8 @@ class Geometry:
         inside = met == 0
         for dim, n in enumerate(size):
             corner = rows[dim] * self.stride[dim] - self.padding[dim]
-            at = corner + taps[dim] * self.dilation[dim]
+            offset = taps[dim] * self.dilation[dim]
+            at = corner + offset
             nearest = at.clamp(0, n - 1)
             inside = inside & (at == nearest)
             met = met * n + nearest
@@ -72,7 +76,8 @@ def taps_of(geometry: Geometry, size: tuple[int, ...], device: torch.device) -> 
     found = []
     for tap in range(prod(geometry.kernel)):
         meets = inside[:, tap]
-        found.append((places[meets], met[:, tap][meets]))
+        own_met = met[:, tap]
+        found.append((places[meets], own_met[meets]))
     return found
 
 
@@ -105,17 +110,24 @@ class ConvolutionCall(LinearCall):
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         folded = g.flatten(0, 1)  # [V·N, O, *output]
+        x = self.inputs
         order = torch.contiguous_format
-        if self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last):
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             order = torch.channels_last
-        shape = (len(folded), *self.inputs.shape[1:])
-        gradient = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=order)
+        shape = (len(folded), *x.shape[1:])
+        gradient = torch.empty(
+            shape,
+            dtype=g.dtype,
+            device=g.device,
+            memory_format=order,
+        )
         if self._taps_are_apart():  # one product for each: several times faster than the library's kernel
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
             by_tap = weight.flatten(2)  # [O, C, taps]
             for tap, (places, met) in enumerate(self.taps):
-                by_place[:, met] = rows[:, places] @ by_tap[..., tap]
+                reached = rows[:, places]
+                by_place[:, met] = reached @ by_tap[..., tap]
         else:
             ordered = folded.contiguous(memory_format=order)
             gradient = self._library_gradient(ordered, gradient, weight)
@@ -176,14 +188,16 @@ class ConvolutionCall(LinearCall):
     def patches(self, rows: Tensor) -> Tensor:
         dims = len(self.geometry.kernel)
         patches = self.geometry.patches(rows)  # [k, *output, *kernel, C]
-        by_group = patches.view(*patches.shape[:-1], self.geometry.groups, -1)
+        places_and_taps = patches.shape[:-1]
+        by_group = patches.view(*places_and_taps, self.geometry.groups, -1)
         columns = by_group.movedim(-2, 0).flatten(2 + dims)  # [G, k, *output, taps · C/G]
         return columns.flatten(1, 1 + dims)
 
     @override
     def matrices(self, total: Tensor) -> Tensor:
         columns = total[0].numel()
-        return total.movedim(1, -1).view(self.geometry.groups, -1, columns)
+        channels_last = total.movedim(1, -1)
+        return channels_last.view(self.geometry.groups, -1, columns)
 
     @override
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
@@ -196,12 +210,14 @@ class ConvolutionCall(LinearCall):
             if len(places) < self.places:
                 numbers = _numbers_of_pairs(places, self.places)
                 met_pairs = pairs.index_select(1, numbers)
-            add_gram(by_tap[:, :, tap], met_pairs, rows[:, met])
+            own_total = by_tap[:, :, tap]
+            add_gram(own_total, met_pairs, rows[:, met])
 
 
 def _numbers_of_pairs(places: Tensor, every: int) -> Tensor:
     """Return the numbers of the pairs t ≤ t' of some places among the pairs of every place, in `position_pairs`."""
-    first, second, _ = position_pairs(len(places), places.device)
+    count = len(places)
+    first, second, _ = position_pairs(count, places.device)
     t = places[first]
     before = t * (2 * every - 1 - t) // 2  # pairs that come before those of t, less t
     return before + places[second]
@@ -223,11 +239,13 @@ class DepthwiseCall(ConvolutionCall):
 
     def _add_by_tap(self, rows: Tensor, total: Tensor) -> None:
         """Add the squares for cotangents [V, B, T, C] to a total [C, taps]."""
-        inputs = self.inputs.flatten(2).mT.to(rows.dtype).contiguous()  # [B, places, C]
+        by_place = self.inputs.flatten(2).mT  # [B, places, C]
+        inputs = by_place.to(rows.dtype).contiguous()
         for tap, (places, met) in enumerate(self.taps):
             products = rows.index_select(2, places) * inputs.index_select(1, met)
             gradients = products.sum(2)  # [V, B, C]
-            total[:, tap] += gradients.square_().sum((0, 1))
+            squares = gradients.square_()
+            total[:, tap] += squares.sum((0, 1))
 
     def _add_by_sample(self, rows: Tensor, total: Tensor, k: int) -> None:
         """Add the squares for cotangents [V, B, T, C] of k rows a sample to a total [C, taps]."""

@@ -70,7 +70,7 @@ class ElementwiseCall(Call):
                 if role == "weight" and factor is not None:
                     local = block * factor
                 by_sample = local.reshape(len(block), samples, -1, *inner)
-                gradients = by_sample.sum(over)
+                gradients = by_sample.sum(over)  # [v, B, …]
                 squares = gradients.square_().sum((0, 1))
                 total.add_(squares.view(total.shape))
 
@@ -84,18 +84,8 @@ class ElementwiseCall(Call):
         return g * factor
 
 
-def multiply(input: Any, other: Any) -> Call | None:
-    """Read `torch.mul`."""
-    return _broadcast(input, other, added=False)
-
-
-def add(input: Any, other: Any) -> Call | None:
-    """Read `torch.add`."""
-    return _broadcast(input, other, added=True)
-
-
-def _broadcast(input: Any, other: Any, added: bool) -> Call | None:
-    """Return the call of a parameter and a tensor in either order, where the parameter has an entry of every sample."""
+def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
+    """Read `torch.mul`, or `torch.add`, of a tensor and a parameter that is broadcast over samples, in either order."""
     weight, x = other, input
     if isinstance(input, nn.Parameter):
         weight, x = input, other
@@ -120,11 +110,16 @@ def expand(weight: Tensor, *sizes: Any, size: Any = None) -> Call | None:
     if not isinstance(weight, nn.Parameter):
         return None
     shape = sizes if size is None else size
-    return add(weight.detach().expand(*shape), weight)
+    return multiply(weight.detach().expand(*shape), weight, added=True)
 
 
 def batch_norm(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    **options: Any,
 ) -> Call | None:
     """Read `torch.nn.functional.batch_norm` on running statistics; it hands on its options by name."""
     if options["training"] or running_mean is None or weight is None:

@@ -35,7 +35,8 @@ class LinearCall(Call):
         rows = self.positions(g, samples)
         if "bias" in totals:
             gradients = rows.sum(2)  # [V, B, O]
-            totals["bias"].add_(torch.square(gradients).sum((0, 1)))
+            squares = torch.square(gradients)
+            totals["bias"].add_(squares.sum((0, 1)))
         if "weight" in totals:
             self.add_weight(g, rows, totals["weight"])
 
@@ -48,10 +49,13 @@ class LinearCall(Call):
         takes_gram = k == 1 or self.many_rows
         if takes_gram and prefers_gram(positions, cotangents, columns):
             pairs = contract_pairs(rows)
-            self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
+            if self._pairs is not None:
+                pairs.add_(self._pairs)
+            self._pairs = pairs
         else:
             by_sample = torch.split(self.inputs, k)
-            add_direct(total, rows, (self.patches(sample.to(g.dtype)) for sample in by_sample))
+            inputs = (self.patches(sample.to(g.dtype)) for sample in by_sample)
+            add_direct(total, rows, inputs)
 
     @override
     def finish(self, totals: Totals) -> None:
@@ -98,11 +102,13 @@ class EmbeddingCall(Call):
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        cotangents = g.reshape(len(g), samples, -1, g.shape[-1])  # [V, B, places, O]
+        number = len(g)
+        width = g.shape[-1]
+        cotangents = g.reshape(number, samples, -1, width)  # [V, B, places, O]
         by_sample = self.inputs.reshape(samples, -1)
         for n, tokens in enumerate(by_sample):
             found, places = torch.unique(tokens, return_inverse=True)
-            gradients = g.new_zeros(len(g), len(found), g.shape[-1])
+            gradients = g.new_zeros(number, len(found), width)
             gradients.index_add_(1, places, cotangents[:, n])
             squares = torch.square(gradients).sum(0)
             if self.padding is not None:
@@ -148,8 +154,10 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         products = torch.square(a)
     else:
         first, second, _ = position_pairs(positions, a.device)
-        products = a.index_select(1, first).mul_(a.index_select(1, second))
-    left = pairs.reshape(-1, groups, outputs).permute(1, 2, 0)  # [G, O/G, B·P]
+        others = a.index_select(1, second)
+        products = a.index_select(1, first).mul_(others)
+    by_group = pairs.reshape(-1, groups, outputs)
+    left = by_group.permute(1, 2, 0)  # [G, O/G, B·P]
     right = products.view(-1, groups, columns).transpose(0, 1)  # [G, B·P, K]
     if groups == 1:
         total[0].addmm_(left[0], right[0])
@@ -171,8 +179,9 @@ def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
     Gradients are formed in pieces that stay in a core's cache until they are squared: that costs a third as much.
     """
     groups, outputs, columns = total.shape
-    if 2 * total.numel() <= CACHED or total.device.type != "cpu":
-        step = at_once(total.device, total.numel())  # cotangents at a time
+    floats = total.numel()
+    if 2 * floats <= CACHED or total.device.type != "cpu":
+        step = at_once(total.device, floats)  # cotangents at a time
         height = outputs  # of a group, at a time
     else:
         step = 1
@@ -184,7 +193,8 @@ def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
     for n, a in enumerate(inputs):
         for start in range(0, outputs, height):
             piece = slice(start, start + height)
-            for block in torch.split(by_group[:, n, :, :, piece], step):
+            chosen = by_group[:, n, :, :, piece]  # [V, T, G, o]
+            for block in torch.split(chosen, step):
                 _add_squares(total[:, piece], block, a, buffer)
 
 
@@ -193,11 +203,13 @@ def _add_squares(total: Tensor, g: Tensor, a: Tensor, buffer: Tensor) -> None:
     groups, _, columns = total.shape
     cotangents = len(g)
     left = g.permute(2, 0, 3, 1)  # [G, v, o, T]
-    flat = buffer[: cotangents * total.numel()]
+    floats = cotangents * total.numel()
+    flat = buffer[:floats]
     gradients = flat.view(groups, -1, columns)  # [G, v·o, K]
     if groups == 1:  # a product a cotangent, so that nothing is copied
         right = a.expand(cotangents, -1, -1)
-        torch.bmm(left[0], right, out=flat.view(cotangents, -1, columns))
+        by_cotangent = flat.view(cotangents, -1, columns)
+        torch.bmm(left[0], right, out=by_cotangent)
     else:
         torch.bmm(left.flatten(1, 2), a, out=gradients)
     if cotangents == 1:
