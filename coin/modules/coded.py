@@ -334,7 +334,8 @@ class Coded(LightningModule):
         system.files = (*(expert.path for expert in experts), *file.coded_files)
         system.class_names = []
         for expert in experts:
-            names = expert.provenance.get("classes") or range(expert.num_classes)
+            numbers = range(expert.num_classes)
+            names = expert.provenance.get("classes") or numbers
             system.class_names.append([str(name) for name in names])
         return system
 

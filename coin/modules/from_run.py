@@ -72,8 +72,13 @@ def _recommended(systems: Sequence[Evaluated], every_row: pd.DataFrame) -> Evalu
     kept = stand_ins(summarise(every_row))
     kept["name"] = kept["name"].str.partition("[")[0]  # without a set of coded models
     by_name = {(each.path.stem, each.decoder): each for each in systems}
-    is_one = [pair in by_name for pair in zip(kept["name"], kept["decoder"], strict=True)]
-    if not any(is_one):
-        return max(systems, key=lambda each: float(each.rows["decoded_accuracy"].mean()))
-    row = recommended(kept[is_one])
-    return by_name[row["name"], row["decoder"]]
+    pairs = zip(kept["name"], kept["decoder"], strict=True)
+    is_one = [pair in by_name for pair in pairs]
+    if any(is_one):
+        row = recommended(kept[is_one])
+        return by_name[row["name"], row["decoder"]]
+
+    def accuracy(system: Evaluated) -> float:
+        return float(system.rows["decoded_accuracy"].mean())
+
+    return max(systems, key=accuracy)

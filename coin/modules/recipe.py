@@ -86,7 +86,8 @@ class Recipe:
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Return the optimiser of parameters."""
-        path, options = _class_and_options("optimizer", self.optimizer or SGD, "torch.optim")
+        given = SGD if self.optimizer is None else self.optimizer
+        path, options = _class_and_options("optimizer", given, "torch.optim")
         if self.lr is not None:
             options["lr"] = self.lr
         if self.weight_decay is not None:
