@@ -40,9 +40,8 @@ def convex(num_experts: int, num_coded: int) -> Code:
     [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
     """
     if not 1 <= num_coded <= num_experts:
-        raise ConfigurationError(
-            f"found {num_coded} coded models for {num_experts} experts, expected 1 to {num_experts}"
-        )
+        found = f"found {num_coded} coded models for {num_experts} experts"
+        raise ConfigurationError(f"{found}, expected 1 to {num_experts}")
     if num_coded == 1:
         row = [1 / num_experts] * num_experts
         return Code([row])
