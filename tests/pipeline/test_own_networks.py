@@ -62,7 +62,7 @@ HEAD_ALONE = {"overrides": {"letters": {"trainable": ["head"], "freeze_batchnorm
 
 @pytest.mark.parametrize(
     ("network", "options"),
-    [(RESNET50, HEAD_ALONE), (VIT, {"l2_sp": 0.1}), ({"name": "hf/model", "image_size": 32}, {})],
+    [(RESNET50, HEAD_ALONE), (VIT, {}), ({"name": "hf/model", "image_size": 32}, {})],
     ids=["timm's ResNet50", "timm's ViT", "Hugging Face's ResNet"],
 )
 def test_image_classifiers_of_other_libraries(network: Any, options: Any, run_small: Run) -> None:
