@@ -132,9 +132,11 @@ class Evaluation:
                     decoder = make_decoder(config, variant.code, erased, heads)
                     scores = {expert: Scores(class_counts[expert]) for expert in erased}
                     self.fitted.append(FittedDecoder(variant, decoder, scores))
-        # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
-        with_residual = [each for each in variants if each.method != NONE and not each.adapted]
-        self.residuals = {variant: [Residual() for _ in class_counts] for variant in with_residual}
+        self.residuals: dict[Variant, list[Residual]] = {}
+        for variant in variants:
+            # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
+            if variant.method != NONE and not variant.adapted:
+                self.residuals[variant] = [Residual() for _ in class_counts]
         self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
         self.network_seconds = 0.0
 
@@ -152,7 +154,8 @@ class Evaluation:
         """Set up to which score answers are accepted, by all servers' answers to new inputs; see `Decoder.accept`."""
         with torch.autocast("cpu", enabled=False), disable_tf32():
             for each in self.fitted:
-                each.decoder.accept(each.variant.seen(answers), alpha, confidence, self.class_counts)
+                seen = each.variant.seen(answers)
+                each.decoder.accept(seen, alpha, confidence, self.class_counts)
 
     def update(self, task: int, answers: Answers, labels: Tensor) -> None:
         """Score what is decoded of a batch of one task's test set."""

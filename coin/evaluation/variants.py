@@ -87,7 +87,9 @@ class Variant:
 
     def erasures(self) -> list[tuple[int, ...]]:
         """Return the erasures to measure; for `NONE` not the loss of every expert."""
-        every = self.code.erasures() if self.lost is None else list(self.lost)
+        every = self.code.erasures()
+        if self.lost is not None:
+            every = list(self.lost)
         if self.method == NONE:
             return [erased for erased in every if len(erased) < self.code.num_experts]
         return every
@@ -117,8 +119,8 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
     variants = []
     for places in groups.values():
         in_order = sorted(places, key=lambda place: int(files[place].provenance["row"]))
-        resident = sum(resident_nbytes(modules[place]) for place in in_order)
         rows = [files[place] for place in in_order]
+        resident = sum(resident_nbytes(modules[place]) for place in in_order)
         variants.append(_variant(rows, tuple(in_order), resident))
     return modules, variants
 
@@ -130,7 +132,8 @@ def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: in
     code = Code(first["code"])
     found = [row["row"] for row in rows]
     has_one_code = all(row["code"] == first["code"] for row in rows)
-    if found != list(range(code.num_coded)) or not has_one_code:
+    expected = list(range(code.num_coded))
+    if found != expected or not has_one_code:
         raise FileError(
             f"found rows {found} of method {first['label']}, expected all {code.num_coded} of one code; "
             "run coin merge again"

@@ -74,11 +74,12 @@ class DecodingEvaluator(LightningModule):
         self.config = files[0].config
         self.class_counts = [file.num_classes for file in files]
         self.fingerprints = [fingerprint(file.network.state_dict()) for file in files]
-        self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
+        networks = [pad_head(file.network, width) for file in files]
+        self.experts = nn.ModuleList(networks)
 
         self.coded_files = [Path(path) for path in coded or []]
-        networks, self.variants = read_coded(self.coded_files, self.fingerprints)
-        self.coded = nn.ModuleList(networks)
+        coded_networks, self.variants = read_coded(self.coded_files, self.fingerprints)
+        self.coded = nn.ModuleList(coded_networks)
         expert_head = DecoderConfig.of("expert_head")
         has_bodies = any(each.adapted for each in self.variants)
         if has_bodies and expert_head not in self.decoders:
@@ -92,7 +93,8 @@ class DecodingEvaluator(LightningModule):
             self.code = uniform(len(experts))
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
-        self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
+        self.variants.append(Variant(NONE, self.code))
+        self.variants.append(Variant(ORACLE, self.code))
         copies = [Path(path) for path in replicas or []]
         self.replicas = read_replicas(copies, self.fingerprints, width, self.code)
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
@@ -118,7 +120,8 @@ class DecodingEvaluator(LightningModule):
 
         first = as_input(next(iter(calibration)), self.experts[0])
         needed = not self.takes_all_decoders
-        self.decoders, heads = with_heads(self.decoders, list(self.experts), first, needed=needed)
+        experts = list(self.experts)
+        self.decoders, heads = with_heads(self.decoders, experts, first, needed=needed)
         self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
         started = time.perf_counter()
         answers = self._answers(calibration)
@@ -161,7 +164,8 @@ class DecodingEvaluator(LightningModule):
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
-                scores.update(replica.network(inputs).cpu(), answers.experts[task], labels)
+                decoded = replica.network(inputs).cpu()
+                scores.update(decoded, answers.experts[task], labels)
         self.progress.update(len(labels))
 
     def on_test_epoch_end(self) -> None:
