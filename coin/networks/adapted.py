@@ -159,7 +159,8 @@ class Adapted(nn.Module):
         parts = []
         for expert in torch.unique(experts).tolist() or [0]:  # of an empty batch any expert will do
             own = (experts == expert).nonzero().flatten()
-            own_inputs, own_named = tree_map_only(Tensor, partial(_taken, places=own), (inputs, named))
+            take_own = partial(torch.index_select, dim=0, index=own)
+            own_inputs, own_named = tree_map_only(Tensor, take_own, (inputs, named))
             with self._as(expert):
                 parts.append(function(self._as_expert(expert), *own_inputs, **own_named))
             places.append(own)
@@ -199,13 +200,14 @@ def resident_nbytes(network: nn.Module) -> int:
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file."""
     others = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # tied ones once
-    total = 0
+    total: int = 0
     for module in network.modules():
         if isinstance(module, Kept):
             total += int(module.stored_nbytes)
             for tensor in module.state_dict(keep_vars=True).values():
                 del others[id(tensor)]
-    return total + sum(int(tensor.nbytes) for tensor in others.values())
+    total += sum(tensor.nbytes for tensor in others.values())
+    return total
 
 
 def tensor_nbytes(network: nn.Module) -> int:
@@ -241,8 +243,3 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
         yield
     finally:
         _ASKED.reset(token)
-
-
-def _taken(tensor: Tensor, places: Tensor) -> Tensor:
-    """Return the samples at places [b] of a tensor [B, …]."""
-    return tensor[places]
