@@ -115,7 +115,8 @@ class StandIns:
         """The processes, and the servers that each of them is: a replica, or a body, is one for each expert."""
         found: dict[str, list[str]] = {}
         for name in self.servers:
-            found.setdefault(name.partition("/")[0], []).append(name)
+            process = name.partition("/")[0]
+            found.setdefault(process, []).append(name)
         return found
 
     def _of(self, place: int, every_row: bool, adapted: bool) -> tuple[str, ...]:
@@ -135,13 +136,14 @@ class StandIns:
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:
         """Return whether these servers' answers make up for an expert's own."""
         if self.which == "everyone":
-            missing = {place for place, name in enumerate(self.experts) if name not in arrived}
-            rows = tuple(row for row, name in enumerate(self.coded) if name in arrived)
-            return _solvable(self.code, rows, tuple(sorted(missing | {expert})))
-        found = [name in arrived for name in self.of[expert]]
+            lost = {place for place, name in enumerate(self.experts) if name not in arrived}
+            missing = sorted(lost | {expert})
+            rows = [row for row, name in enumerate(self.coded) if name in arrived]
+            return _solvable(self.code, tuple(rows), tuple(missing))
+        stand_ins = self.of[expert]
         if self.which == "replica":
-            return any(found)
-        return bool(found) and all(found)
+            return any(name in arrived for name in stand_ins)
+        return bool(stand_ins) and all(name in arrived for name in stand_ins)
 
 
 @lru_cache(maxsize=4096)
