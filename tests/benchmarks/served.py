@@ -254,9 +254,9 @@ def test_images(section: dict[str, Any], count: int) -> tuple[Tensor, Tensor]:
 
 
 def as_png(image: Tensor) -> str:
-    """Return an image, uint8 ``[3, H, W]``, as a PNG file in base64."""
+    """Return an image, uint8 ``[1 or 3, H, W]``, as a PNG file in base64."""
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
