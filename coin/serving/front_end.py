@@ -174,7 +174,9 @@ class FrontEnd:
             await asyncio.wait({request}, timeout=query.patience)
             query.late |= not request.done()
             query.in_time += name in query.replies()
-        answering = (name, *stand_ins) if self.stand_ins.which == "replica" else (name,)  # who needs no decoding
+        answering = [name]  # who needs no decoding
+        if self.stand_ins.which == "replica":
+            answering += stand_ins
         while True:
             replies = query.replies()
             for each in answering:
@@ -185,7 +187,8 @@ class FrontEnd:
                 used = tuple(each for each in stand_ins if each in replies)
                 return Answer(expert, self._decode(expert, replies), True, used)
             pending = {each: task for each, task in query.requests.items() if not task.done()}
-            if name in pending or self.stand_ins.suffice(expert, {*replies, *pending}):
+            may_suffice = self.stand_ins.suffice(expert, {*replies, *pending})
+            if name in pending or may_suffice:
                 await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
             elif name not in query.requests:
                 self._request(query, name)  # doubted or not: nobody else is left

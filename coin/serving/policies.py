@@ -86,7 +86,8 @@ class Lateness:
         self.experience += 1
         gain = max(0.005, 20.0 / (20.0 + self.experience))
         change = self.quantile if late else self.quantile - 1.0
-        self._seconds = min(self._seconds * math.exp(gain * change), self.longest)
+        seconds = self._seconds * math.exp(gain * change)
+        self._seconds = min(seconds, self.longest)
 
 
 class StandIns:
@@ -100,7 +101,12 @@ class StandIns:
     """
 
     def __init__(
-        self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False, adapted: bool = False
+        self,
+        which: Which,
+        experts: Sequence[str],
+        code: Code,
+        every_row: bool = False,
+        adapted: bool = False,
     ) -> None:
         self.which = which
         self.experts = tuple(experts)
@@ -130,7 +136,8 @@ class StandIns:
             return others + self.coded
         if every_row:
             return self.coded
-        heaviest = self.coded[int(self.code.matrix.argmax(0)[place])]
+        rows = self.code.matrix.argmax(0)
+        heaviest = self.coded[int(rows[place])]
         return (f"{heaviest}/{expert}" if adapted else heaviest,)
 
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:

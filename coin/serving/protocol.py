@@ -79,7 +79,9 @@ class Description:
         for task in self._tasks(model):
             for name, kind in kinds.items():
                 full_name = _full_name(model, task, name)
-                shape = [-1, len(self.classes[task])] if name == "probabilities" else [-1]
+                shape = [-1]
+                if name == "probabilities":
+                    shape.append(len(self.classes[task]))
                 outputs.append({"name": full_name, "datatype": kind, "shape": shape})
         return outputs
 
@@ -134,7 +136,8 @@ def _columns(classes: Sequence[str], answer: Answer) -> dict[str, list[Any]]:
     """Return the data of an answer's outputs, by name."""
     logits = answer.reply.logits[:, : len(classes)]  # [B, C] without what pads them
     predicted = logits.argmax(1).tolist()
-    accepted = answer.reply.accepted.tolist() if answer.decoded else [True] * len(logits)
+    own = [True] * len(logits)  # a promise covers the expert's own answers
+    accepted = answer.reply.accepted.tolist() if answer.decoded else own
     return {
         "probabilities": logits.softmax(1).flatten().tolist(),
         "class": predicted,
