@@ -1,6 +1,7 @@
 """``coin simulate``: latency and accuracy of the answers by every policy, on a virtual clock."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -55,17 +56,17 @@ def simulate(
         except ConfigurationError:  # no decoder that the policy can use
             if policies or Policy(kind).which not in ("coded", "everyone"):
                 raise
-    systems = {kind: System.of(own, Policy(kind, quantile)) for kind, own in coded.items()}
+    systems = {}
+    for kind, own in coded.items():
+        systems[kind] = System.of(own, Policy(kind, quantile))
     times = measured(list(systems.values()))
     rows = []
     for want, kind in progress_bar("simulating", items=list(product(QueryTarget, systems))):
         system = systems[kind]
-        own = {name: times[network] for name, network in networks_of(system).items()}
-        simulations = [
-            Simulation(system.stand_ins, system.policy, conditions, own, want, seed) for seed in range(seeds)
-        ]
-        runs = [simulation.run() for simulation in simulations]
-        rows.append(row_of(coded[kind], simulations[0], runs))
+        its_times = {name: times[network] for name, network in networks_of(system).items()}
+        it = Simulation(system.stand_ins, system.policy, conditions, its_times, want)
+        runs = [replace(it, seed=seed).run() for seed in range(seeds)]
+        rows.append(row_of(coded[kind], it, runs))
     table = pd.DataFrame(rows)
     place = Path(output or folder)
     write_frame(place / "simulation.csv", table)
@@ -96,8 +97,9 @@ def table_of(rows: pd.DataFrame) -> pd.DataFrame:
         milliseconds = rows[name].mul(1e3).map("{:.3g}".format)
         table[name] = milliseconds.replace("inf", "∞")
     table["MiB"] = rows["extra_memory"].div(2**20).map("{:.3g}".format)
-    for name, column in (("stood in", "share_stood_in"), ("failed", "share_failed"), ("right", "effective_accuracy")):
-        table[name] = rows[column].map(percent)
+    table["stood in"] = rows["share_stood_in"].map(percent)
+    table["failed"] = rows["share_failed"].map(percent)
+    table["right"] = rows["effective_accuracy"].map(percent)
     return table
 
 
@@ -105,6 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     """Simulate, and print the table."""
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
     rows = simulate(**options)
-    results_console().print(rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"]))
+    table = rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"])
+    results_console().print(table)
     folder = Path(options["output"] or options["folder"])
     print(f"table: {folder / 'simulation.csv'}")

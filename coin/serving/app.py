@@ -14,7 +14,7 @@ from coin.serving.limits import Limits
 from coin.serving.protocol import ALL, Description, RefusedError, parse
 
 # The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers.
-_STATUS = {DataError: 400, DeadlineError: 504, OverloadedError: 429, ServingError: 503, CoinError: 500}
+_STATUS = {DataError: 400, DeadlineError: 504, OverloadedError: 429, ServingError: 503}
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -41,7 +41,10 @@ def status_of(error: CoinError) -> int:
     """Return the status of HTTP of an error."""
     if isinstance(error, RefusedError):
         return error.status
-    return next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+    for kind, status in _STATUS.items():
+        if isinstance(error, kind):
+            return status
+    return 500
 
 
 def make_app(front: FrontEnd, about: Description) -> FastAPI:
@@ -64,8 +67,10 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         kind = type(error).__name__
         queries.labels(kind).inc()
         status = status_of(error)
-        headers = {"retry-after": "1"} if status in (429, 503, 504) else {}
-        return JSONResponse({"error": str(error), "kind": kind}, status, headers)
+        is_temporary = status in (429, 503, 504)
+        headers = {"retry-after": "1"} if is_temporary else {}
+        content = {"error": str(error), "kind": kind}
+        return JSONResponse(content, status, headers)
 
     async def experts_of(model: str = ALL) -> list[int]:
         if model not in models:
@@ -86,8 +91,9 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
             answers = await front.ask(images, experts, deadline)
         seconds = loop.time() - began
         response = about.response(model, asked, answers, seconds)
+        is_decoded = response["parameters"]["decoded"]
         times.labels(model).observe(seconds)
-        queries.labels("decoded" if response["parameters"]["decoded"] else "answered").inc()
+        queries.labels("decoded" if is_decoded else "answered").inc()
         return JSONResponse(response)
 
     @app.get("/v2")
@@ -116,6 +122,7 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     @app.get("/metrics")
     async def prometheus() -> Response:
         """Return Prometheus' metrics."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        content = generate_latest(registry)
+        return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     return app

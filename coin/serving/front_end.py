@@ -64,7 +64,9 @@ class FrontEnd:
         self.stand_ins = stand_ins
         self.policy = policy
         self.limits = limits
-        self.servers = {name: ServerState(name, call, limits) for name, call in servers.items()}
+        self.servers = {}
+        for name, call in servers.items():
+            self.servers[name] = ServerState(name, call, limits)
         self.lateness: dict[QueryKind, Lateness] = {}
         self._decode = decode
         self._open = 0
@@ -112,21 +114,24 @@ class FrontEnd:
         fresh = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
         lateness = self.lateness.setdefault((wanted, size), fresh)
         patience = min(lateness.seconds, SLOW * self._others_lateness(wanted, size))
-        query = _Query(inputs, None if self.policy.moment == "lost" else patience)
+        waits_until_lost = self.policy.moment == "lost"
+        query = _Query(inputs, None if waits_until_lost else patience)
         answering = [self._answer(query, expert) for expert in wanted]
         try:
             async with asyncio.timeout_at(deadline):
                 found = await asyncio.gather(*answering, return_exceptions=True)
         except TimeoutError:
             unanswered = [name for name in query.requests if name not in query.replies()]
-            # Where the time was up before anybody was asked, the experts' own.
-            silent = ", ".join(unanswered or [self.stand_ins.experts[expert] for expert in wanted])
+            if not query.requests:  # the time was up before anybody was asked
+                unanswered = [self.stand_ins.experts[expert] for expert in wanted]
             limit = self.limits.deadline
+            silent = ", ".join(unanswered)
             raise DeadlineError(f"no answer in {limit:g} s from {silent}; ask again later") from None
         finally:
             # Whether a server is late by its own measure is unknown where others' is shorter.
             is_known = patience == lateness.seconds or not query.late
-            if is_known and (query.late or query.in_time == len(wanted)):
+            has_ended = query.late or query.in_time == len(wanted)
+            if is_known and has_ended:
                 lateness.observe(query.late)
             for name, request in query.requests.items():
                 self.servers[name].withdraw(request)
@@ -144,8 +149,11 @@ class FrontEnd:
         """
         known = []
         for place in range(len(self.stand_ins.experts)):
-            lateness = self.lateness.get(((place,), size))
-            if (place,) != experts and lateness is not None and lateness.experience >= EXPERIENCE:
+            other = (place,)
+            lateness = self.lateness.get((other, size))
+            if lateness is None or other == experts:
+                continue
+            if lateness.experience >= EXPERIENCE:
                 known.append(lateness.seconds)
         return statistics.median_low(known) if known else math.inf
 
@@ -162,10 +170,13 @@ class FrontEnd:
         if self.policy.moment == "at once":
             self._request_stand_ins(query, expert, room=ROOM / 2)  # what experts are asked for themselves comes first
         if name in query.requests and not own.doubted:
-            await asyncio.wait({query.requests[name]}, timeout=query.patience)
-            query.late |= not query.requests[name].done()
+            request = query.requests[name]
+            await asyncio.wait({request}, timeout=query.patience)
+            query.late |= not request.done()
             query.in_time += name in query.replies()
-        answering = (name, *stand_ins) if self.stand_ins.which == "replica" else (name,)  # who needs no decoding
+        answering = [name]  # who needs no decoding
+        if self.stand_ins.which == "replica":
+            answering += stand_ins
         while True:
             replies = query.replies()
             for each in answering:
@@ -176,7 +187,8 @@ class FrontEnd:
                 used = tuple(each for each in stand_ins if each in replies)
                 return Answer(expert, self._decode(expert, replies), True, used)
             pending = {each: task for each, task in query.requests.items() if not task.done()}
-            if name in pending or self.stand_ins.suffice(expert, {*replies, *pending}):
+            may_suffice = self.stand_ins.suffice(expert, {*replies, *pending})
+            if name in pending or may_suffice:
                 await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
             elif name not in query.requests:
                 self._request(query, name)  # doubted or not: nobody else is left

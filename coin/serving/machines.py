@@ -43,7 +43,8 @@ class Phases:
 
     def share_of(self, machine: int) -> float:
         """Return the share of the time for which the phases of a machine, numbered from 0, are on."""
-        return self.share if self.machines == 0 or machine < self.machines else 0.0
+        is_concerned = self.machines == 0 or machine < self.machines
+        return self.share if is_concerned else 0.0
 
 
 class PhaseClock:
@@ -145,7 +146,12 @@ class Machine:
     """
 
     def __init__(
-        self, place: int, times: Mapping[str, ServiceTimes], conditions: Conditions, unit: float, seed: int
+        self,
+        place: int,
+        times: Mapping[str, ServiceTimes],
+        conditions: Conditions,
+        unit: float,
+        seed: int,
     ) -> None:
         self.forwards = 0
         self._times = times

@@ -86,7 +86,8 @@ class Lateness:
         self.experience += 1
         gain = max(0.005, 20.0 / (20.0 + self.experience))
         change = self.quantile if late else self.quantile - 1.0
-        self._seconds = min(self._seconds * math.exp(gain * change), self.longest)
+        seconds = self._seconds * math.exp(gain * change)
+        self._seconds = min(seconds, self.longest)
 
 
 class StandIns:
@@ -100,7 +101,12 @@ class StandIns:
     """
 
     def __init__(
-        self, which: Which, experts: Sequence[str], code: Code, every_row: bool = False, adapted: bool = False
+        self,
+        which: Which,
+        experts: Sequence[str],
+        code: Code,
+        every_row: bool = False,
+        adapted: bool = False,
     ) -> None:
         self.which = which
         self.experts = tuple(experts)
@@ -115,7 +121,8 @@ class StandIns:
         """The processes, and the servers that each of them is: a replica, or a body, is one for each expert."""
         found: dict[str, list[str]] = {}
         for name in self.servers:
-            found.setdefault(name.partition("/")[0], []).append(name)
+            process = name.partition("/")[0]
+            found.setdefault(process, []).append(name)
         return found
 
     def _of(self, place: int, every_row: bool, adapted: bool) -> tuple[str, ...]:
@@ -129,19 +136,21 @@ class StandIns:
             return others + self.coded
         if every_row:
             return self.coded
-        heaviest = self.coded[int(self.code.matrix.argmax(0)[place])]
+        rows = self.code.matrix.argmax(0)
+        heaviest = self.coded[int(rows[place])]
         return (f"{heaviest}/{expert}" if adapted else heaviest,)
 
     def suffice(self, expert: int, arrived: Collection[str]) -> bool:
         """Return whether these servers' answers make up for an expert's own."""
         if self.which == "everyone":
-            missing = {place for place, name in enumerate(self.experts) if name not in arrived}
-            rows = tuple(row for row, name in enumerate(self.coded) if name in arrived)
-            return _solvable(self.code, rows, tuple(sorted(missing | {expert})))
-        found = [name in arrived for name in self.of[expert]]
+            lost = {place for place, name in enumerate(self.experts) if name not in arrived}
+            missing = sorted(lost | {expert})
+            rows = [row for row, name in enumerate(self.coded) if name in arrived]
+            return _solvable(self.code, tuple(rows), tuple(missing))
+        stand_ins = self.of[expert]
         if self.which == "replica":
-            return any(found)
-        return bool(found) and all(found)
+            return any(name in arrived for name in stand_ins)
+        return bool(stand_ins) and all(name in arrived for name in stand_ins)
 
 
 @lru_cache(maxsize=4096)

@@ -78,8 +78,11 @@ class Description:
         outputs = []
         for task in self._tasks(model):
             for name, kind in kinds.items():
-                shape = [-1, len(self.classes[task])] if name == "probabilities" else [-1]
-                outputs.append({"name": _full_name(model, task, name), "datatype": kind, "shape": shape})
+                full_name = _full_name(model, task, name)
+                shape = [-1]
+                if name == "probabilities":
+                    shape.append(len(self.classes[task]))
+                outputs.append({"name": full_name, "datatype": kind, "shape": shape})
         return outputs
 
     def metadata(self, model: str) -> dict[str, Any]:
@@ -105,7 +108,8 @@ class Description:
         outputs = []
         for answer in answers:
             task = list(self.classes)[answer.expert]
-            for column, data in _columns(self.classes[task], answer).items():
+            columns = _columns(self.classes[task], answer)
+            for column, data in columns.items():
                 name = _full_name(model, task, column)
                 if name in offered and (not requested or name in requested):
                     samples = len(answer.reply.logits)
@@ -132,7 +136,8 @@ def _columns(classes: Sequence[str], answer: Answer) -> dict[str, list[Any]]:
     """Return the data of an answer's outputs, by name."""
     logits = answer.reply.logits[:, : len(classes)]  # [B, C] without what pads them
     predicted = logits.argmax(1).tolist()
-    accepted = answer.reply.accepted.tolist() if answer.decoded else [True] * len(logits)
+    own = [True] * len(logits)  # a promise covers the expert's own answers
+    accepted = answer.reply.accepted.tolist() if answer.decoded else own
     return {
         "probabilities": logits.softmax(1).flatten().tolist(),
         "class": predicted,
@@ -146,10 +151,8 @@ def _parameters(answers: Sequence[Answer]) -> dict[str, Any]:
     servers: list[str] = []
     for answer in answers:
         servers += answer.answered_by
-    return {
-        "decoded": any(answer.decoded for answer in answers),
-        "answered_by": ",".join(dict.fromkeys(servers)),
-    }
+    is_decoded = any(answer.decoded for answer in answers)
+    return {"decoded": is_decoded, "answered_by": ",".join(dict.fromkeys(servers))}
 
 
 def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[InferRequest, Tensor]:
@@ -210,9 +213,11 @@ def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
     try:
         for image in images:
             is_small = image.width == image.height <= image_size
-            squares.append(torch.tensor(to_square(image, image.width if is_small else image_size)))
+            side = image.width if is_small else image_size
+            squares.append(torch.tensor(to_square(image, side)))
     except DAMAGE as error:
         raise DataError(f"found a damaged image ({first_line(error)}), expected PNG or JPEG") from error
-    if len({square.shape for square in squares}) > 1:
+    shapes = {square.shape for square in squares}
+    if len(shapes) > 1:
         raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
     return torch.stack(squares)

@@ -123,7 +123,8 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
     processes = system.stand_ins.processes
     deployments = []
     for process, names in processes.items():
-        deployments.append(servers.options(name=process).bind(system, names, device, limits.batch))
+        deployment = servers.options(name=process)
+        deployments.append(deployment.bind(system, names, device, limits.batch))
 
     def build() -> Any:
         from coin.serving.app import make_app
@@ -133,7 +134,8 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
             handle = serve.get_deployment_handle(process, app_name=serve.get_replica_context().app_name)
             for name in names:
                 asking[name] = _asking(handle, name)
-        return make_app(FrontEnd(asking, system.stand_ins, system.policy, system.decode, limits), about)
+        front = FrontEnd(asking, system.stand_ins, system.policy, system.decode, limits)
+        return make_app(front, about)
 
     front = serve.deployment(serve.ingress(build)(FrontEndProcess)).options(
         name="front-end",

@@ -111,7 +111,9 @@ class ServerState:
 
     def _expected_wait(self) -> float:
         """Return after how many seconds one more request would be answered; 0 if the server has no work."""
-        return (len(self._running) + 1) * self._pace.seconds if self._running else 0.0
+        if not self._running:
+            return 0.0
+        return (len(self._running) + 1) * self._pace.seconds
 
     async def _wait(self, call: asyncio.Task[Any], expected: float) -> Any:
         """Return the result of a call, or a ServingError after `timeout`, when the call runs on by itself.

@@ -144,7 +144,8 @@ class System:
         every_row = decoder.kind is not DecoderKind.expert_head
         experts = [f"expert-{task}" for task in coded.names]
         stand_ins = StandIns(policy.which, experts, coded.code, every_row, coded.is_adapted)
-        own = dict(zip((*experts, *stand_ins.coded), coded.files, strict=True))
+        networks = [*experts, *stand_ins.coded]
+        own = dict(zip(networks, coded.files, strict=True))
         held = dict(zip(experts, copies or coded.files, strict=False))  # by a replica
         files = {}
         for name in stand_ins.servers:
@@ -182,7 +183,8 @@ class System:
         most = None
         if self.holds_copies and any(name.startswith(REPLICA) for name in names):
             nbytes = read(self.files[names[0]]).nbytes  # all have one architecture and as many outputs
-            most = max(1, int(self.keep_mib * 2**20 / nbytes))
+            kept = int(self.keep_mib * 2**20 / nbytes)
+            most = max(1, kept)
         return lru_cache(maxsize=most)(read)
 
     def _read(self, path: Path, device: str = "cpu") -> NetworkServer:
@@ -195,13 +197,16 @@ class System:
         coded = self.stand_ins.coded
         # A body with adapters has another name for each expert.
         suffix = f"/{names[expert]}"
-        arrived = {name.removesuffix(suffix): (reply.features, reply.logits) for name, reply in replies.items()}
+        arrived = {}
+        for name, reply in replies.items():
+            arrived[name.removesuffix(suffix)] = reply.features, reply.logits
         outputs = [arrived.get(name) for name in (*names, *coded)]
         answers = Answers.of_servers(outputs, len(names))
         present = [place for place, name in enumerate(names) if place != expert and name in arrived]
         missing = tuple(place for place in range(len(names)) if place not in present)
         rows = [row for row, name in enumerate(coded) if name in arrived]
-        decoder = self._decoder(missing, is_whole=len(rows) == len(coded))
+        is_whole = len(rows) == len(coded)
+        decoder = self._decoder(missing, is_whole)
         accepted = torch.zeros(answers.num_samples, dtype=torch.bool)
         if decoder is None:
             matrix = self.stand_ins.code.matrix[rows]
@@ -223,7 +228,8 @@ class System:
 
 def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
     """Return `Coded.from_run` with the recommended decoder that the policy can use; else a ConfigurationError."""
-    survivors = {"coded": False, "everyone": True}.get(Policy(policy).which) if policy else None
+    reads_survivors = {"coded": False, "everyone": True}
+    survivors = reads_survivors.get(Policy(policy).which) if policy else None
     return Coded.from_run(folder, method, decoder, survivors)
 
 

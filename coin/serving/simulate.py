@@ -113,7 +113,8 @@ class Simulation:
             late = Lateness(self.policy.quantile, 3 * self.unit, limits.deadline, experience=4000)
             front.lateness[wanted, 1] = late
         for_all = self.want is QueryTarget.all
-        rate = self.conditions.load * self.capacity / (len(experts) if for_all else 1)
+        answers_each = len(experts) if for_all else 1
+        rate = self.conditions.load * self.capacity / answers_each
         draw_gaps = np.random.default_rng([self.seed, 0])
         draw_experts = np.random.default_rng([self.seed, 2])
         gaps = draw_gaps.exponential(1 / rate, total).tolist()
@@ -138,7 +139,7 @@ class Simulation:
                 group.create_task(ask(query))
         own = self.stand_ins.experts
         stood_in = sum(answer.answered_by != (own[answer.expert],) for answer in found)
-        wanted_answers = (total - warm_up) * (len(experts) if for_all else 1)
+        wanted_answers = (total - warm_up) * answers_each
         forwards = sum(machine.forwards for machine in machines)
         return SimulatedQueries(latencies[warm_up:], stood_in / wanted_answers, forwards / total)
 
@@ -153,9 +154,11 @@ def row_of(coded: Coded, it: Simulation, runs: Sequence[SimulatedQueries]) -> di
     ``standin_seconds`` that of the servers that stand in, empty where nobody does.
     """
     assert coded.results is not None
-    rows = coded.results[~coded.results["erased"].str.contains("+", regex=False)]
+    is_several = coded.results["erased"].str.contains("+", regex=False)
+    rows = coded.results[~is_several]  # of one lost expert
     own_accuracy = float(rows["expert_accuracy"].mean())
-    expert_bytes = float(sum(tensor.nbytes for tensor in coded.experts.state_dict().values()))
+    tensors = coded.experts.state_dict().values()
+    expert_bytes = float(sum(tensor.nbytes for tensor in tensors))
     if it.policy.which in ("nobody", "replica"):
         variant = ""
         accuracy = own_accuracy
@@ -180,13 +183,14 @@ def row_of(coded: Coded, it: Simulation, runs: Sequence[SimulatedQueries]) -> di
         row[f"{name}_high"] = of_seeds.max()
     stood_in = np.mean([run.stood_in for run in runs])
     failed = np.isinf(latencies).mean()
-    others = [name for name in it.stand_ins.servers if name not in it.stand_ins.experts]
+    stand_ins = it.stand_ins.servers[len(it.stand_ins.experts) :]
+    with_tail = 1 + it.conditions.tail
     return row | {
         "share_stood_in": stood_in,
         "share_failed": failed,
         "forwards": np.mean([run.forwards for run in runs]),
         "standing_in_accuracy": accuracy,
         "effective_accuracy": (1 - stood_in - failed) * own_accuracy + stood_in * accuracy,
-        "service_seconds": it.unit * (1 + it.conditions.tail),
-        "standin_seconds": it.mean_seconds(others) * (1 + it.conditions.tail),
+        "service_seconds": it.unit * with_tail,
+        "standin_seconds": it.mean_seconds(stand_ins) * with_tail,
     }

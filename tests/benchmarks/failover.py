@@ -32,7 +32,6 @@ import argparse
 import asyncio
 import math
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import yaml
 from served import (
     Answered,
@@ -55,7 +55,6 @@ from served import (
     Served,
     Slowdown,
     crowd,
-    descendants,
     free_port,
     private_mib,
     wrong_queries,
@@ -124,9 +123,8 @@ def empty_server_mib(system: System) -> float:
     empty = serve.deployment(ModelProcess).options(name="empty", ray_actor_options={"num_cpus": 0})
     serve.run(empty.bind(system, [], "cpu", 8), name="coin", route_prefix=None)
     found = math.nan
-    for process in descendants(os.getpid()):
-        title = (Path("/proc") / str(process) / "cmdline").read_bytes()
-        if b"ServeReplica:coin:empty" in title:
+    for process in psutil.Process().children(recursive=True):
+        if "ServeReplica:coin:empty" in " ".join(process.cmdline()):
             found = private_mib(process)
     serve.shutdown()
     return found
@@ -183,9 +181,8 @@ class Benchmark:
         with Outage(self.served, down, is_stop=event == "stopped") as outage:
             at_once = [asyncio.create_task(client.ask(place, [0])) for place in places]
             answers = [*await loading, *await asyncio.gather(*at_once)]
-            running = self.served.processes()
-            held = [private_mib(process) for process, name in running.items() if name in self.stand_ins]
-            own = [private_mib(process) for process, name in running.items() if name in self.experts]
+            held = [private_mib(process) for process in self.served.named(self.stand_ins)]
+            own = [private_mib(process) for process in self.served.named(self.experts)]
         self.check(answers, outage.began, f"event {event}")
         for answer in answers:
             about = {"setup": self.setup.name, "event": event, "repeat": repeat, "task": answer.place}
@@ -338,18 +335,6 @@ def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame
     return table.reset_index()
 
 
-def shown(table: pd.DataFrame) -> str:
-    """Return a table for the terminal: a median and in brackets the least and the largest."""
-    told = pd.DataFrame(index=table.index)
-    for name in table:
-        if f"{name}_low" in table:
-            columns = (table[name], table[f"{name}_low"], table[f"{name}_high"])
-            told[name] = [f"{median:.3g} [{low:.3g}, {high:.3g}]" for median, low, high in zip(*columns, strict=True)]
-        elif not str(name).endswith(("_low", "_high")):
-            told[name] = table[name]
-    return told.to_string(index=False)
-
-
 def write_tables(tables: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """Write and print the tables of what has been measured so far."""
     keys = {"events": ["setup", "event"], "loads": ["setup", "lost", "load"], "accuracy": ["setup", "lost"]}
@@ -358,7 +343,8 @@ def write_tables(tables: dict[str, list[dict[str, Any]]], output: Path) -> None:
         if rows:
             table = summary(rows, keys[name])
             table.to_csv(output / f"{name}.csv", index=False)
-            print(f"\n{name}\n{shown(table)}", flush=True)
+            medians = [column for column in table if not column.endswith(("_low", "_high"))]
+            print(f"\n{name}\n{table[medians].to_string(index=False)}", flush=True)
 
 
 def fleet(count: int, output: Path) -> Path:
