@@ -1,4 +1,4 @@
-"""What holds for every code, decoder, merge, state and table of results, on examples that hypothesis makes up."""
+"""What holds for every code, merge, state and table of results, on examples that hypothesis makes up."""
 
 import math
 import tempfile
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from coin.coding import Answers, Code, DecoderConfig, LinearDecoder, make_decoder
+from coin.coding import Code
 from coin.errors import ConfigurationError, DecodingError
 from coin.files.safetensors import load_state, save_state
-from coin.files.tensors import fingerprint, weighted_sum
+from coin.files.tensors import fingerprint
 from coin.merging.average import average_parameters
 from coin.merging.coin import coin_parameters
 from coin.reporting.results import NUMBERS, Row, read_results, write_results
@@ -31,42 +31,6 @@ def convex_rows(draw: st.DrawFn, experts: int) -> list[float]:
     return [part / sum(parts) for part in parts]
 
 
-@st.composite
-def codes(draw: st.DrawFn) -> Code:
-    experts = draw(st.integers(1, 4))
-    rows = [draw(convex_rows(experts)) for _ in range(draw(st.integers(1, 3)))]
-    try:
-        code = Code(rows)
-    except DecodingError:
-        assume(False)
-    assume(code.worst_amplification() < 1e3)
-    return code
-
-
-@FEW
-@given(codes(), SEEDS, st.integers(1, 5), st.integers(1, 4))
-def test_the_linear_decoder_undoes_the_code(code: Code, seed: int, samples: int, classes: int) -> None:
-    experts = normal(seed, code.num_experts, samples, classes)
-    answers = Answers(experts, code.encode(experts))
-    for erased in code.erasures():
-        lost = experts.clone()
-        lost[list(erased)] = torch.nan
-        decoded = LinearDecoder(code, erased).decode(Answers(lost, answers.coded))
-        tolerance = 1e-12 * code.amplification(erased) * 100
-        torch.testing.assert_close(decoded, experts[list(erased)], rtol=0, atol=tolerance)
-
-
-@FEW
-@given(codes(), SEEDS)
-def test_an_error_of_the_coded_outputs_grows_by_no_more_than_the_amplification(code: Code, seed: int) -> None:
-    experts = normal(seed, code.num_experts, 3, 2)
-    error = normal(seed + 1, code.num_coded, 3, 2)
-    for erased in code.erasures():
-        decoded = LinearDecoder(code, erased).decode(Answers(experts, code.encode(experts) + error))
-        grown = (decoded - experts[list(erased)]).norm()
-        assert grown <= error.norm() * code.amplification(erased) * (1 + 1e-9) + 1e-9
-
-
 @FEW
 @given(st.lists(st.lists(st.floats(-1, 2), min_size=0, max_size=3), min_size=0, max_size=3))
 def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(rows: list[list[float]]) -> None:
@@ -77,22 +41,6 @@ def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(rows: list[
     assert bool((code.matrix >= 0).all())
     torch.testing.assert_close(code.matrix.sum(1), torch.ones(code.num_coded, dtype=torch.float64), rtol=0, atol=1e-15)
     assert all(math.isfinite(code.amplification(erased)) for erased in code.erasures())
-
-
-@FEW
-@given(st.integers(2, 4), st.integers(1, 2), st.sampled_from(["ridge", "feature_ridge"]), SEEDS)
-def test_a_calibrated_decoder_reads_nothing_of_the_lost_expert(experts: int, coded: int, kind: str, seed: int) -> None:
-    logits, rows = normal(seed, experts, 12, 3), normal(seed + 1, coded, 12, 3)
-    features = [normal(seed + 2 + i, 12, 2) for i in range(experts + coded)]
-    answers = Answers(logits, rows, features[:experts], features[experts:])
-    code = Code(torch.full((1, experts), 1 / experts, dtype=torch.float64))
-    decoder = make_decoder(DecoderConfig.of(kind), code, [0]).fit(answers)
-    spoilt = logits.clone()
-    spoilt[0] = torch.nan
-    empty = [torch.full_like(features[0], torch.nan), *features[1:experts]]
-    found = decoder.decode(Answers(spoilt, rows, empty, features[experts:]))
-    assert found.equal(decoder.decode(answers))
-    assert bool(torch.isfinite(found).all())
 
 
 def states(seed: int, experts: int, scale: float = 1.0) -> list[dict[str, torch.Tensor]]:
@@ -113,14 +61,6 @@ def test_every_entry_of_a_merge_lies_between_the_experts(experts: int, seed: int
             every = torch.stack([state[name] for state in own])
             assert bool((value >= every.amin(0) - 1e-9).all())
             assert bool((value <= every.amax(0) + 1e-9).all())
-
-
-@FEW
-@given(st.integers(1, 4), SEEDS, st.data())
-def test_a_weighted_sum_of_equal_states_is_that_state(count: int, seed: int, data: st.DataObject) -> None:
-    (state,) = states(seed, 1)
-    total = weighted_sum([state] * count, data.draw(convex_rows(count)))
-    assert fingerprint(total) == fingerprint(state)
 
 
 TENSORS = st.dictionaries(

@@ -1,27 +1,24 @@
 """The exact Fisher diagonal's time, memory and error beside other ways to it; run by ``make bench``.
 
 The yardstick ("the limit") is one forward and C ordinary batched backward passes on the same samples. All candidates
-run in turn in one process, on one thread unless told otherwise, and are compared by the medians of their CPU times;
+run in turn in one process, on one thread, and are compared by the medians of their CPU times;
 peak memory is taken in a fresh process per candidate. With ``--check`` only coin and the limit run, and the exit status
 says whether a ratio is above what the network is held to.
 
-    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--repeats N] [--threads N]
+    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--repeats N]
 """
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import pandas as pd
 import torch
 import torchvision
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torchvision.models.vision_transformer import VisionTransformer
@@ -29,7 +26,6 @@ from torchvision.models.vision_transformer import VisionTransformer
 from coin.statistics import fisher_diagonal
 
 CLASSES = 10
-OUTPUT = Path("runs/bench/fisher.json")
 CHECKED = 2  # samples on which the errors are taken, against the loop in float64
 
 Candidate = Callable[[nn.Module, Tensor], dict[str, Tensor]]
@@ -108,9 +104,9 @@ def candidates(name: str, *, check: bool = False) -> dict[str, tuple[Candidate, 
     return {key: (function, build(name)) for key, function in functions.items()}
 
 
-def peak_mib(name: str, samples: int, candidate: str, threads: int) -> float:
+def peak_mib(name: str, samples: int, candidate: str) -> float:
     """Return how far a candidate raises the high-water mark of a fresh process, beyond one sample's pass, in MiB."""
-    command = [sys.executable, __file__, "--peak", name, str(samples), candidate, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--peak", name, str(samples), candidate]
     finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
     return float(finished.stdout.split()[-1])
 
@@ -154,22 +150,20 @@ def images(name: str, samples: int) -> Tensor:
     return torch.randn(samples, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def run(name: str, samples: int, repeats: int, threads: int) -> dict[str, dict[str, float | None]]:
+def run(name: str, samples: int, repeats: int) -> list[dict[str, object]]:
+    """Return a row for each candidate."""
     chosen, inputs = candidates(name), images(name, samples)
     checked = inputs[:CHECKED]
     expected = naive(build(name).double(), checked.double())
-    errors = {
-        key: tensor_error(f(net, checked), expected) if key != "limit" else None for key, (f, net) in chosen.items()
-    }
     seconds = seconds_of(chosen, inputs, repeats)
-    return {
-        key: {
-            "ratio_to_limit": seconds[key] / seconds["limit"],
-            "peak_mib": peak_mib(name, samples, key, threads),
-            "max_tensor_error": errors[key],
-        }
-        for key in chosen
-    }
+    rows = []
+    for key, (function, network) in chosen.items():
+        row: dict[str, object] = {"network": name, "P": samples, "candidate": key}
+        row |= {"ratio to limit": seconds[key] / seconds["limit"], "peak MiB": peak_mib(name, samples, key)}
+        if key != "limit":
+            row["max tensor error"] = tensor_error(function(network, checked), expected)
+        rows.append(row)
+    return rows
 
 
 def check(names: list[str], repeats: int) -> int:
@@ -192,27 +186,18 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--samples", nargs="+", type=int, default=[8], help="P, the samples in a batch")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved turns after the first one")
-    parser.add_argument("--threads", type=int, default=1, help="threads of every candidate")
     parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "P", "CANDIDATE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     if options.peak:
         measure_peak(options.peak[0], int(options.peak[1]), options.peak[2])
         return 0
     if options.check:
         return check(options.networks, options.repeats)
-    table = Table("network", "P", "candidate", "ratio to limit", "peak MiB", "max tensor error")
-    results: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
-    for name in options.networks:
-        for samples in options.samples:
-            rows = results.setdefault(name, {})[str(samples)] = run(name, samples, options.repeats, options.threads)
-            for key, row in rows.items():
-                error = "–" if row["max_tensor_error"] is None else f"{row['max_tensor_error']:.1e}"
-                table.add_row(name, str(samples), key, f"{row['ratio_to_limit']:.2f}", f"{row['peak_mib']:.0f}", error)
-            OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-            OUTPUT.write_text(json.dumps(results, indent=2) + "\n")
-    Console().print(table)
-    print(f"written to {OUTPUT}; {options.threads} threads, torch {torch.__version__}")
+    rows = [
+        row for name in options.networks for samples in options.samples for row in run(name, samples, options.repeats)
+    ]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format, na_rep="–"))
     return 0
 
 

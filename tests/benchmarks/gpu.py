@@ -2,9 +2,9 @@
 
 The steps are the exact Fisher, `Refit`, the servers' answers, the fit and the use of every decoder, and a training step
 (forward, backward, SGD), of ResNet50 and ViT-B/16 with random weights and images, in float32 (without TF32) and
-bfloat16. What has full precision by design is measured once; its bfloat16 row has no numbers and says why. Times are
-medians after a warm-up, by CUDA events on a GPU, and are divided by the time of forward passes of the same samples in
-the same precision. A step that fails is reported in its row, the others go on, and the exit status is 1.
+bfloat16, but what has full precision by design. Times are medians after a warm-up, and are divided by the time of
+forward passes of the same samples in the same precision. A step that fails is reported in its row, the others go on,
+and the exit status is 1.
 The table goes to stderr, the JSON to stdout and to --output, which is written anew after every step.
 """
 
@@ -38,17 +38,14 @@ SIZES = {
 """The images' side, the samples of each of the two tasks, those in a batch, the repeats after the warm-up, and what a
 Fisher pass and the activations of `Refit` may take."""
 
-BY_DESIGN = "full precision by design"
-
 
 class Step(NamedTuple):
-    """A function to time, or a note in its place; `forwards` samples are forwarded in the time it is divided by."""
+    """A function to time; `forwards` samples are forwarded in the time it is divided by."""
 
     step: str
     precision: str
     forwards: int
-    run: Callable[[], object] | None
-    note: str = ""
+    run: Callable[[], object]
 
 
 def build(name: str, side: int, device: torch.device) -> list[nn.Module]:
@@ -82,9 +79,7 @@ def network_steps(expert: nn.Module, batches: list[Tensor], memory_mib: int) -> 
 
     samples = sum(map(len, batches))
     yield from (Step("forward", precision, samples, partial(forward, precision)) for precision in PRECISIONS)
-    for precision in PRECISIONS:
-        note = "" if precision == "float32" else "squares and sums in float32"
-        yield Step("fisher", precision, samples, partial(fisher, precision), note)
+    yield from (Step("fisher", precision, samples, partial(fisher, precision)) for precision in PRECISIONS)
 
 
 def training_steps(expert: nn.Module, inputs: Tensor) -> Iterator[Step]:
@@ -100,9 +95,7 @@ def training_steps(expert: nn.Module, inputs: Tensor) -> Iterator[Step]:
         optimizer.step()
         optimizer.zero_grad()
 
-    for precision in PRECISIONS:
-        note = "" if precision == "float32" else "autocast: weights and their steps in float32"
-        yield Step("training step", precision, len(inputs), partial(train, precision), note)
+    yield from (Step("training step", precision, len(inputs), partial(train, precision)) for precision in PRECISIONS)
 
 
 def refit_steps(experts: list[nn.Module], tasks: list[list[Tensor]], memory_mib: int) -> Iterator[Step]:
@@ -113,7 +106,6 @@ def refit_steps(experts: list[nn.Module], tasks: list[list[Tensor]], memory_mib:
         coin.merge_networks(coin.Refit("own", memory_mib=memory_mib), experts, coin.uniform(2), calibration=tasks)
 
     yield Step("refit", "float32", forwards, refit)
-    yield Step("refit", "bfloat16", forwards, None, BY_DESIGN)
 
 
 def decoder_steps(experts: list[nn.Module], tasks: list[list[Tensor]]) -> Iterator[Step]:
@@ -133,57 +125,38 @@ def decoder_steps(experts: list[nn.Module], tasks: list[list[Tensor]]) -> Iterat
         decoder = coin.make_decoder(kind, code, [0], system.heads(pooled[0]))
         for verb in ("fit", "decode"):
             yield Step(f"{kind} {verb}", "float32", samples, partial(getattr(decoder, verb), known))
-            yield Step(f"{kind} {verb}", "bfloat16", samples, None, BY_DESIGN)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median time of the repeats after one warm-up."""
-    run()
     found = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        run()
         if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            run()
-            last.record()
-            last.synchronize()
-            found.append(first.elapsed_time(last) / 1000)
-        else:
-            began = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - began)
-    return statistics.median(found)
-
-
-def memory_mib(device: torch.device, *, peak: bool) -> float:
-    """Return the memory in use on the device, or its peak since then; on a CPU the process's peak so far."""
-    if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if peak:
-        return torch.cuda.max_memory_allocated() / 2**20
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated() / 2**20
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
 
 
 def measure(step: Step, device: torch.device, repeats: int, forward: dict[str, float]) -> dict[str, Any]:
     """Return a step's row; `forward` is filled with the time of one sample's forward pass, by precision."""
-    row: dict[str, Any] = {name: value for name, value in step._asdict().items() if name != "run"}
-    row |= dict.fromkeys(("seconds", "ratio_to_forward", "held_mib", "peak_mib")) | {"failed": False}
-    if step.run is None:
-        return row
+    row: dict[str, Any] = {"step": step.step, "precision": step.precision, "forwards": step.forwards, "failed": ""}
     gc.collect()
-    row["held_mib"] = memory_mib(device, peak=False)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
         row["seconds"] = seconds_of(step.run, device, repeats)
     except (RuntimeError, CoinError) as error:  # out of memory, say
-        return row | {"note": f"{type(error).__name__}: {str(error).splitlines()[0]}", "failed": True}
-    row["peak_mib"] = memory_mib(device, peak=True)
+        return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     if step.step == "forward":
         forward[step.precision] = row["seconds"] / step.forwards
     if step.precision in forward:
         row["ratio_to_forward"] = row["seconds"] / (step.forwards * forward[step.precision])
-    return row
+    on_gpu = device.type == "cuda"  # else the process's peak so far
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return row | {"peak_mib": peak / 2**20}
 
 
 def steps_of(name: str, sizes: dict[str, int], device: torch.device) -> Iterator[Step]:
@@ -198,8 +171,8 @@ def steps_of(name: str, sizes: dict[str, int], device: torch.device) -> Iterator
 
 def show(row: dict[str, Any]) -> None:
     formats = {"seconds": "10.4f", "ratio_to_forward": "10.3f", "peak_mib": "9.0f"}
-    numbers = "".join(f"{row[key]:{form}}" for key, form in formats.items() if row[key] is not None)
-    line = f"{row['network']:13}{row['step']:22}{row['precision']:9}{numbers:29} {row['note']}"
+    numbers = "".join(f"{row[key]:{form}}" for key, form in formats.items() if key in row)
+    line = f"{row['network']:13}{row['step']:22}{row['precision']:9}{numbers} {row['failed']}"
     print(line.rstrip(), file=sys.stderr, flush=True)
 
 

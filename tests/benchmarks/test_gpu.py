@@ -28,13 +28,9 @@ def test_smallest_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     decoders = ("linear", "ridge", "feature_ridge", "expert_head")
     full = {"refit", *(f"{kind} {verb}" for kind in decoders for verb in ("fit", "decode"))}
     assert {step for step, _ in rows} == {"forward", "fisher", "training step", "answers", *full}
+    assert {step for step, precision in rows if precision == "bfloat16"} == {step for step, _ in rows} - full
     for (step, precision), row in rows.items():
         assert f"{step:22}{precision}" in shown.err
-        numbers = [row[key] for key in ("seconds", "ratio_to_forward", "peak_mib")]
-        if precision == "bfloat16" and step in full:
-            assert numbers == [None] * 3
-            assert row["note"] == "full precision by design"
-        else:
-            assert all(number > 0 and math.isfinite(number) for number in numbers)
+        assert all(0 < row[key] < math.inf for key in ("seconds", "ratio_to_forward", "peak_mib"))
     assert found["sizes"]["side"] == 16
     assert found["torch"] == torch.__version__

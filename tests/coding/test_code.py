@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from coin.coding import Code
+from coin.coding import Answers, Code, LinearDecoder, convex
 from coin.errors import ConfigurationError, DecodingError
 
 
@@ -51,15 +51,10 @@ def test_encode_is_the_weighted_sum():
     assert code.encode(outputs.float()).dtype == torch.float32
 
 
-def test_amplification_of_one_row_is_one_over_the_weight():
-    code = Code([[0.2, 0.3, 0.5]])
-    for expert, weight in enumerate((0.2, 0.3, 0.5)):
-        assert code.amplification([expert]) == pytest.approx(1 / weight)
-    assert code.worst_amplification() == pytest.approx(5.0)
-    assert code.amplification([0, 1]) == float("inf")
-
-
 def test_amplification_is_the_largest_over_error_directions():
+    one = Code([[0.2, 0.3, 0.5]])
+    assert [one.amplification([expert]) for expert in range(3)] == pytest.approx([1 / 0.2, 1 / 0.3, 1 / 0.5])
+    assert (one.worst_amplification(), one.amplification([0, 1])) == (pytest.approx(5), float("inf"))
     code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
     generator = torch.Generator().manual_seed(0)
     for erased in [(0,), (2,), (0, 1), (1, 2)]:
@@ -79,3 +74,33 @@ def test_erasures_are_all_of_up_to_r_experts():
 def test_a_bad_erasure_is_refused(erased):
     with pytest.raises(DecodingError, match=r"found the erasure \[.*expected different experts, at least one"):
         Code([[0.2, 0.3, 0.5]]).amplification(erased)
+
+
+SIZES = [(n, r) for n in range(1, 9) for r in range(1, min(n, 4) + 1)]
+
+
+@pytest.mark.parametrize(("experts", "coded"), SIZES)
+def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_of_random_ones(experts, coded):
+    code = convex(experts, coded)
+    assert (code.num_coded, code.num_experts) == (coded, experts)
+    outputs = torch.randn(experts, 3, 2, generator=torch.Generator().manual_seed(experts), dtype=torch.float64)
+    for erased in code.erasures():
+        arrived = outputs.clone()
+        arrived[list(erased)] = torch.nan
+        decoded = LinearDecoder(code, erased).decode(Answers(arrived, code.encode(outputs)))
+        torch.testing.assert_close(decoded, outputs[list(erased)], rtol=1e-11, atol=1e-11)
+    worst = code.worst_amplification()
+    # Uniform weights are the optimum of one row (1/min β ≥ N); copies, of N rows.
+    if coded in (1, experts):
+        assert worst == pytest.approx(experts if coded == 1 else 1)
+    rows = torch.rand(200, coded, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    subsets = torch.tensor(list(combinations(range(experts), coded)))
+    rows /= rows.sum(2, keepdim=True)
+    smallest = torch.linalg.svdvals(rows[:, :, subsets].transpose(1, 2))[..., -1].amin(1)
+    assert worst <= float(1 / smallest.max()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("experts", "coded"), [(0, 1), (3, 0), (3, 4)])
+def test_sizes_are_checked(experts, coded):
+    with pytest.raises(ConfigurationError, match=f"{coded} coded models for {experts} experts"):
+        convex(experts, coded)

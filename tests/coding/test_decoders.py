@@ -116,18 +116,20 @@ def test_misuse_is_one_clear_error():
     answers = exact_answers(code)
     three = exact_answers(Code([[0.2, 0.3, 0.5]]))
     ridge = make_decoder("ridge", code, [0]).fit(answers)
+    whole = replace(answers, expert_features=list(answers.experts), coded_features=list(answers.coded))
+    head = make_decoder("expert_head", code, [0], [(torch.ones(3, 2), torch.ones(3))] * 2)
     for message, misuse in {
         "nothing to decode with yet; call fit": lambda: make_decoder("ridge", code, [0]).decode(answers),
         "without features": lambda: make_decoder("feature_ridge", code, [0]).fit(answers),
         "no coded model answers; lose fewer": lambda: make_decoder("ridge", code, [0, 1]).fit(answers.with_coded([])),
+        "found answers without features": lambda: head.decode(answers),
+        "make it with the lost experts' heads": lambda: make_decoder("expert_head", code, [0]).decode(whole),
         "3 experts, the decoder is for 2; keep the lost ones' places": lambda: ridge.fit(three),
-        "as fitted": lambda: ridge.decode(answers.with_coded([])),
     }.items():
         with pytest.raises(DecodingError, match=message):
             misuse()
-    features = {"expert_features": list(answers.experts), "coded_features": list(answers.coded)}
     for kind, count in product(("ridge", "feature_ridge"), (0, 1)):
         with pytest.raises(NumericalError, match=f"found {count} calibration samples, expected at least 2"):
-            make_decoder(kind, code, [0]).fit(replace(answers, **features).select(slice(0, count)))
+            make_decoder(kind, code, [0]).fit(whole.select(slice(0, count)))
     with pytest.raises(StateError, match="a decoder's calibration is not finite: tensor 'inputs'"):
         ridge.fit(lose(answers, [1]))

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torchmetrics.utilities.data import dim_zero_sum
 
 from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.errors import DataError
@@ -77,22 +76,6 @@ def test_residual_is_the_ratio_of_norms_over_all_samples():
     assert math.isnan(metric.compute())
     metric.update(torch.ones(2, 3), torch.zeros(2, 3))
     assert math.isnan(metric.compute())
-
-
-@pytest.mark.parametrize("make", [DecodingAccuracy, Residual])
-def test_two_processes_equal_one(make):
-    """The states of two processes, put together as torchmetrics' own reduction does it, give one process's result."""
-    batches = random_batches(1)
-    one, first, second = make(), make(), make()
-    for index, batch in enumerate(batches):
-        used = (*batch, batch[2] > 1) if make is DecodingAccuracy else batch[:2]
-        one.update(*used)
-        (first if index % 2 else second).update(*used)
-    (state,) = first._defaults
-    assert first._reductions[state] is dim_zero_sum
-    merged = torch.stack([getattr(first, state), getattr(second, state)]).sum(0)
-    setattr(first, state, merged)
-    torch.testing.assert_close(first.compute(), one.compute(), rtol=1e-14, atol=0)
 
 
 def test_long_sums_do_not_lose_counts():

@@ -18,7 +18,6 @@ def grid_of(x):
 
 
 def primal(x, y, ridge):
-    """The normal equations, written down."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     centred = x - mean_x
     gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=x.dtype)
@@ -26,7 +25,6 @@ def primal(x, y, ridge):
 
 
 def brute_force_errors(x, y, ridge):
-    """Refit without each sample in turn and predict it."""
     errors = []
     for left_out in range(len(x)):
         rest = [i for i in range(len(x)) if i != left_out]
@@ -60,15 +58,12 @@ def test_each_group_of_targets_gets_its_own_best_ridge():
 
 
 @pytest.mark.parametrize(("samples", "width", "seed"), [(40, 5, 0), (10, 60, 2)])
-def test_dual_and_primal_give_the_same_map(samples, width, seed):
+def test_the_map_is_that_of_the_normal_equations(samples, width, seed):
     x, y = problem(samples, width, seed=seed)
     fit = fit_ridge(x, y)
     ridge = fit.ridges[0]
-    assert RIDGE_EXPONENTS[int(fit.leave_one_out.argmin())] >= -4  # below, the references lose too many digits
+    assert RIDGE_EXPONENTS[int(fit.leave_one_out.argmin())] >= -4  # below, the reference loses too many digits
     mean_x, mean_y, coefficients = primal(x, y, ridge)
-    centred = x - mean_x
-    dual = centred.T @ torch.linalg.solve(centred @ centred.T + ridge * torch.eye(samples).double(), y - mean_y)
-    torch.testing.assert_close(dual, coefficients, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(fit.coefficients, coefficients, rtol=1e-6, atol=1e-8)
     new = torch.randn(3, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     torch.testing.assert_close(fit(new), (new - mean_x) @ coefficients + mean_y, rtol=1e-6, atol=1e-8)

@@ -99,20 +99,3 @@ def test_heads_of_unequal_class_counts_are_padded_and_read_back_to_the_last_bit(
     again.load_state_dict(decoder.state_dict())
     assert torch.equal(again.decode(answers), decoder.decode(answers))
     assert (again.row_of, again.nbytes) == (decoder.row_of, 2 * 8 * 4 * (5 + 1))
-
-
-def test_what_it_cannot_read_is_told_in_one_line():
-    answers, heads = linear_system(PAIR, 5)
-    decoder = make_decoder("expert_head", PAIR, [0], heads)
-    without = dataclasses.replace(answers, expert_features=None, coded_features=None)
-    for message, which, read in (
-        ("found answers without features", decoder, without),
-        (
-            "nothing to decode with yet; make it with the lost experts' heads",
-            make_decoder("expert_head", PAIR, [0]),
-            answers,
-        ),
-    ):
-        with pytest.raises(DecodingError, match=message) as refused:
-            which.decode(read)
-        assert "\n" not in str(refused.value)

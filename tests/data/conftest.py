@@ -1,5 +1,3 @@
-"""A datamodule as one of several processes sees it."""
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

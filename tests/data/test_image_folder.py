@@ -60,13 +60,6 @@ def test_only_small_squares_of_one_size_are_kept_as_they_are(root, size, image_s
         assert part.images().shape[1:] == (3, expected, expected)
 
 
-def test_the_short_side_is_resized_and_the_centre_cropped():
-    wide = np.zeros((40, 120, 3), dtype=np.uint8)
-    wide[:, 30:90] = 255
-    assert (to_square(Image.fromarray(wide), 20) == 255).all()
-    assert (to_square(Image.fromarray(wide), 20) == 255).shape == (3, 20, 20)
-
-
 def test_lazy_reading_gives_the_same_images_and_makes_no_threads_for_a_batch(root, monkeypatch):
     write(root / "train" / "ant", 4, (30, 22))
     eager = ImageFolder(str(root), image_size=10)

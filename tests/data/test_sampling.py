@@ -47,9 +47,6 @@ def test_training_ranks_are_disjoint_and_equally_long(samples):
     assert min(shapes[0]) > 1
     seen = [position for rank in ranks for position in flat(rank)]
     assert len(set(seen)) == len(seen) > samples - 6
-
-
-def test_training_refuses_batches_that_cannot_be_trained_on():
     with pytest.raises(DataError, match="3 training samples over 2 process"):
         TrainingBatches(3, 2, seed=0, world_size=2)
 

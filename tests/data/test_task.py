@@ -151,8 +151,6 @@ def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again
 
 
 class Recorder(LightningModule):
-    """Records the samples that a Trainer shows it."""
-
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))

@@ -15,6 +15,7 @@ from coin.data.tasks import task_with
 from coin.errors import DataError
 
 RNG = np.random.default_rng(0)
+LIKE_MNIST = ("MNIST", "KMNIST", "FashionMNIST")
 TRAINING_BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 
 
@@ -92,8 +93,7 @@ def write_stl10(root):
 @pytest.mark.parametrize(
     ("name", "classes", "write"),
     [
-        *((name, 10, lambda root, name=name: write_mnist_like(root / name / "raw")) for name in ("MNIST", "KMNIST")),
-        ("FashionMNIST", 10, lambda root: write_mnist_like(root / "FashionMNIST/raw")),
+        *((name, 10, lambda root, name=name: write_mnist_like(root / name / "raw")) for name in LIKE_MNIST),
         ("EMNISTLetters", 26, write_emnist),
         ("CIFAR10", 10, write_cifar10),
         ("CIFAR100", 100, write_cifar100),

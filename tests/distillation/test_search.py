@@ -10,7 +10,6 @@ GIVEN = [[3e-4, 1e-3, 3e-3], [1e-3], [1e-3, 1e-2]]
 
 
 def bowl(best_rate, best_steps):
-    """A smooth convex loss in the logarithms, with its minimum there."""
     return lambda rate, steps: math.log(rate / best_rate) ** 2 + math.log2(steps / best_steps) ** 2
 
 

@@ -1,5 +1,3 @@
-"""What the tests of several modules share: a pair of experts to distil, and tasks to evaluate on."""
-
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +8,6 @@ from coin.data.tasks import Tasks
 
 @pytest.fixture
 def experts(write_experts: Callable[..., dict[str, str]]) -> list[str]:
-    """Return the files of two experts, of three and two classes."""
     return list(write_experts([3, 2]).values())
 
 

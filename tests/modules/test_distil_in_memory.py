@@ -1,5 +1,3 @@
-"""Distillation of networks in memory, on batches in memory."""
-
 import logging
 from copy import deepcopy
 from types import SimpleNamespace
@@ -74,7 +72,10 @@ def test_it_comes_nearer_than_its_start_and_leaves_the_experts_as_found(capfd, c
     (start,) = coin.merge_networks(coin.Average(), experts, CODE, calibration=calibration())
     assert loss(coded, experts) < 0.2 * loss(start, experts)
     assert not any(module.training for module in coded.modules())
-    assert all(parameter.grad is None for parameter in coded.parameters())
+    assert all(torch.equal(*pair) for pair in zip(coded.buffers(), start.buffers(), strict=True))
+    for parameter, before_it in zip(coded.parameters(), start.parameters(), strict=True):
+        assert parameter.grad is None
+        assert not torch.equal(parameter, before_it)
     assert type(coded) is Plain
     for expert, own, mode in zip(experts, before, modes, strict=True):
         assert [module.training for module in expert.modules()] == mode

@@ -19,22 +19,11 @@ def module_of(experts, row=ROW, **options):
     return Distillation(**options).module(row, experts)
 
 
-def loss_of(module, inputs):
-    with torch.no_grad():
-        target = torch.tensordot(torch.tensor(ROW), module.expert_outputs(inputs), dims=1)
-        difference = module.student(inputs) - target
-    return float(0.5 * difference.square().sum(1).mean())
-
-
 def begun(experts, data, make_trainer, **options):
     """A module before its first step, which moves nothing."""
     module = module_of(experts, lr=1e-12, steps=1, **options)
     make_trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=data)
     return module
-
-
-def is_in_eval_mode(module):
-    return not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
 
 
 def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitted(
@@ -68,23 +57,7 @@ def test_experts_answer_with_padded_logits_and_all_networks_stay_in_eval_mode(ex
     first, second = (load_network(Path(path)).network(inputs) for path in experts)
     torch.testing.assert_close(module.expert_outputs(inputs), torch.stack([first, F.pad(second, (0, 1))]))
     assert module.train().training
-    assert is_in_eval_mode(module)
-
-
-def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(experts, tasks, make_trainer):
-    start, data = begun(experts, tasks(), make_trainer, **PLAIN), tasks()
-    before = {name: tensor.clone() for name, tensor in start.student.state_dict().items()}
-    module = module_of(experts, lr=3e-3, **PLAIN)
-    module.configure_model()
-    teachers = [tensor.clone() for tensor in module.teachers.state_dict().values()]
-    inputs = data.calibration().inputs()
-    make_trainer(max_epochs=6).fit(module, datamodule=data)
-    assert loss_of(module, inputs) < 0.5 * loss_of(start, inputs)
-    buffers = dict(module.student.named_buffers())
-    for name, tensor in module.student.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name in buffers), name
-    assert all(torch.equal(a, b) for a, b in zip(module.teachers.state_dict().values(), teachers, strict=True))
-    assert is_in_eval_mode(module)
+    assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
 
 
 def test_it_goes_on_from_a_refit_which_a_checkpoint_keeps(experts, tasks, make_trainer, tmp_path):
@@ -130,16 +103,14 @@ def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibr
     assert module.passes == start_passes(40, 8, head_fit=True) + 40 * recalibrated + 7 * 8 * (3 + 2)
 
 
-def test_the_held_out_loss_is_of_samples_that_training_leaves_out_and_a_run_is_repeatable(experts, tasks, make_trainer):
-    modules, data = [module_of(experts, lr=1e-3) for _ in range(2)], tasks(held_out=0.2)
-    for state, module in enumerate(modules):
-        torch.manual_seed(state)
-        make_trainer(max_epochs=2).fit(module, datamodule=data)
-    module, again = modules
-    held_out = data.calibration().split(0.2)[1]
-    assert module.held_out_loss == pytest.approx(loss_of(module, held_out.inputs()), rel=1e-5)
-    same = again.student.state_dict()
-    assert all(torch.equal(tensor, same[name]) for name, tensor in module.student.state_dict().items())
+def test_the_held_out_loss_is_of_samples_that_training_leaves_out(experts, tasks, make_trainer):
+    module, data = module_of(experts, lr=1e-3), tasks(held_out=0.2)
+    make_trainer(max_epochs=2).fit(module, datamodule=data)
+    inputs = data.calibration().split(0.2)[1].inputs()
+    with torch.no_grad():
+        target = torch.tensordot(torch.tensor(ROW), module.expert_outputs(inputs), dims=1)
+        loss = 0.5 * (module.student(inputs) - target).square().sum(1).mean()
+    assert module.held_out_loss == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize(

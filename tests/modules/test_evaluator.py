@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torchmetrics import Metric
 
 from coin.coding import Answers, Code, DecoderConfig, answer_score, make_decoder
@@ -44,7 +43,6 @@ def run(evaluator, tasks, make_trainer):
 
 
 def answers_of(experts, coded, inputs):
-    """All servers' answers to all inputs at once."""
     with torch.no_grad():
         networks = [[load_network(Path(path)).network for path in group] for group in (experts, coded)]
         lots = [[features_and_logits(network, inputs) for network in group] for group in networks]
@@ -270,35 +268,6 @@ def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
     ):
         with pytest.raises(ConfigurationError, match=message):
             run(evaluator, data, make_trainer)
-
-
-def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
-    experts, write_coded, tasks, make_trainer, monkeypatch
-):
-    evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), ["ridge", "feature_ridge"])
-    run(evaluator, tasks, make_trainer)
-    answers, labels, seen = evaluator(tasks.calibration().inputs()), tasks.calibration().labels, []
-    for metric in evaluator.evaluation.metrics:
-
-        def update(*values):
-            seen.extend(value.device.type for value in values if value is not None)
-
-        monkeypatch.setattr(metric, "update", update)
-
-    def elsewhere(tensors):
-        return [torch.zeros_like(tensor, device="cuda") for tensor in tensors]
-
-    with FakeTensorMode(allow_non_fake_inputs=True):  # it knows of devices that the machine has not
-        logits, features = (
-            elsewhere([answers.experts, answers.coded]),
-            (answers.expert_features, answers.coded_features),
-        )
-        there, batch = Answers(*logits, *map(elsewhere, features)), elsewhere([torch.zeros(60, 3, 16, 16), labels])
-        monkeypatch.setattr(evaluator, "forward", lambda *_: there)
-        for task in range(3):
-            evaluator.test_step(batch, 0, task)
-    assert len(seen) > 100
-    assert set(seen) == {"cpu"}
 
 
 def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trainer, monkeypatch):

@@ -1,5 +1,3 @@
-"""Mixed precision, and TF32."""
-
 import pytest
 import torch
 from torch import nn
@@ -26,7 +24,6 @@ def evaluated(trainer, experts, coded, tasks_of):
 
 @pytest.fixture
 def product_precision():
-    """Restore the precision of products after the test."""
     before = torch.get_float32_matmul_precision()
     yield before
     torch.set_float32_matmul_precision(before)

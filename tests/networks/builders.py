@@ -96,13 +96,11 @@ class Case:
             return torch.cat([self.call(network, each) for each in batches])
 
     def call(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return a network's logits [B, C]."""
         logits: Tensor = network(batch) if self.forward is None else self.forward(network, batch)
         return logits
 
 
 def make_case(family: str) -> Case:
-    """Return a family's case."""
     torch.manual_seed(0)
     is_timm = family.startswith("timm/")
     network = (_timm if is_timm else _hugging_face)(family).double()
@@ -152,7 +150,6 @@ def _logits(network: Any, batch: Any) -> Tensor:
 
 
 def _move(network: nn.Module, matrices: float, vectors: float) -> None:
-    """Add random steps to all parameters, and to BatchNorm's statistics."""
     with torch.no_grad():
         for parameter in network.parameters():
             size = matrices * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else vectors

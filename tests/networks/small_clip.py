@@ -29,7 +29,6 @@ def tokenizer() -> Any:
 
 
 def small_clip(layers: int = 2) -> Any:
-    """Return a random CLIP."""
     words = tokenizer()
     ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     config = transformers.CLIPConfig(
@@ -41,7 +40,6 @@ def small_clip(layers: int = 2) -> Any:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Return stored images, uint8, as CLIP reads them."""
     size = (SIDE, SIDE)
     scaled = F.interpolate(images.float() / 255, size, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
@@ -49,7 +47,6 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def texts(classes: Sequence[str], prompts: Sequence[str] = PROMPTS[:1]) -> Any:
-    """Return the tokens of every prompt of every class, class by class."""
     return tokenizer()(
         [prompt.replace("{}", name) for name in classes for prompt in prompts], padding=True, return_tensors="pt"
     )

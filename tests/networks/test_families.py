@@ -19,7 +19,7 @@ from coin.networks.calling import plain
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROW = [0.4, 0.6]
-TRAINED: dict[str, Any] = {"lr": 1e-5, "steps": 2, "schedule": "constant", "start": "average"}
+TRAINED: dict[str, Any] = {"lr": 1e-5, "steps": 2, "start": "average"}
 KEPT: Any = {"batchnorm": "average"}  # which policy is better is tried once a family, by the first method
 METHODS: dict[str, Callable[[], Method]] = {
     "average": coin.Average,

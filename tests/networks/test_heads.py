@@ -53,8 +53,6 @@ def test_a_head_is_outside_of_every_base_model_at_any_depth():
 
 
 class Alias(nn.Module):
-    """Its layers have two names."""
-
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -108,23 +106,14 @@ def test_features_are_the_heads_input_which_has_no_positions():
     assert not named.answer._forward_pre_hooks
     with pytest.raises(HeadError, match=r"the head of Network reads inputs \[2, 5, 16\], expected one row a sample"):
         features_and_logits(Network(lambda n, x: n.head(n.body(x))[:, -1]), torch.zeros(2, 5, 6))
-
-
-def test_a_head_that_runs_twice_has_no_features():
-    class Twice(Named):
-        def forward(self, x):
-            return self.answer(x) + self.answer(-x)
-
     with pytest.raises(StateError, match="ran 2 times in one pass, expected once"):
-        features_and_logits(Twice(), torch.zeros(1, 4))
+        features_and_logits(Network(lambda n, x: n.head(n.body(x)) + n.head(n.body(-x))), torch.zeros(1, 6))
 
 
 # The check
 
 
 class Network(nn.Module):
-    """A body, a head, and what is made of them."""
-
     def __init__(self, forward, head=None, bias=True):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
@@ -136,8 +125,6 @@ class Network(nn.Module):
 
 
 class Cosine(nn.Linear):
-    """A Linear by its type alone."""
-
     def forward(self, x):
         return F.linear(F.normalize(x), F.normalize(self.weight))
 
@@ -222,7 +209,7 @@ def test_rounding_passes_where_large_terms_cancel(dtype):
         check_head(head, inputs, head(inputs) + 300)
 
 
-def test_logits_that_autocast_computed_pass_and_wrong_ones_do_not():
+def test_logits_of_autocast_or_of_medium_precision_pass_and_wrong_ones_do_not():
     network, *_ = made(PLAIN["linear"])
     with torch.autocast("cpu", torch.bfloat16):
         features, logits = features_and_logits(network, torch.randn(ROWS))
@@ -230,9 +217,6 @@ def test_logits_that_autocast_computed_pass_and_wrong_ones_do_not():
     check_head(network, features, logits)
     with pytest.raises(StateError, match="difference"):
         check_head(network, features, logits / 1.2)
-
-
-def test_float32_products_of_medium_precision_pass():
     network, features, logits = made(PLAIN["linear"])
     rounded = logits.bfloat16().float()
     with pytest.raises(StateError, match="difference"):

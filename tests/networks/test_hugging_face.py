@@ -1,6 +1,7 @@
 """Classifiers of Hugging Face's transformers, from folders with a configuration: nothing is downloaded."""
 
 import json
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -36,9 +37,8 @@ def folder(tmp_path):
         torch.manual_seed(0)
         configuration = deepcopy(CONFIGURATIONS[kind])
         configuration.num_labels = 5
-        auto = "AutoModelForSequenceClassification" if kind in TEXTS else "AutoModelForImageClassification"
         path = tmp_path / kind
-        getattr(transformers, auto).from_config(configuration).save_pretrained(path)
+        getattr(transformers, AUTO[kind in TEXTS]).from_config(configuration).save_pretrained(path)
         if processor:
             (path / "preprocessor_config.json").write_text(json.dumps(processor))
         _configuration.cache_clear()
@@ -92,8 +92,7 @@ def test_classifiers_are_built_run_and_written(kind, folder, tmp_path):
 @pytest.mark.parametrize("kind", ["bert", "xlm_roberta", "vit"])
 def test_pretrained_weights_get_a_fresh_head(kind, folder):
     name = folder(kind)
-    auto = "AutoModelForSequenceClassification" if kind in TEXTS else "AutoModelForImageClassification"
-    theirs = getattr(transformers, auto).from_pretrained(name.removeprefix("hf/")).state_dict()
+    theirs = getattr(transformers, AUTO[kind in TEXTS]).from_pretrained(name.removeprefix("hf/")).state_dict()
     network = build_network(NetworkConfig(name, size_of(kind), "pretrained"), 3, seed=1)
     head = head_name(network)
     for key, tensor in network.state_dict().items():
@@ -141,9 +140,9 @@ def test_what_is_wrong_is_one_line(options, message, folder):
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_package_the_extra_is_named(without_package):
+def test_without_the_package_the_extra_is_named(monkeypatch):
     _configuration.cache_clear()
-    without_package("transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install '\.\[text\]'"):
         NetworkConfig("hf/some/model")
 

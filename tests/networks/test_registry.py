@@ -43,32 +43,8 @@ def test_names_are_torchvisions_classifiers_and_our_own():
             NetworkConfig(name)
     with pytest.raises(HeadError, match="found no Linear layer in SqueezeNet; name the head by an attribute"):
         build_network(NetworkConfig("squeezenet1_1", 64), 3)
-
-
-INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "classes", "message"),
-    [
-        (("resnet5O",), 3, r"found network.name 'resnet5O' \(did you mean resnet50\?\)"),
-        (("resnet50", 32, "IMAGENET1K_V3"), 3, "expected IMAGENET1K_V1, IMAGENET1K_V2, null for resnet50"),
-        (
-            ("small_resnet", 32, "IMAGENET1K_V1"),
-            3,
-            "network.weights 'IMAGENET1K_V1', expected null for small",
-        ),
-        (("resnet18", 0), 3, r"network\.image_size 0, expected at least 1 pixel"),
-        (("resnet18", 32, None, {"bogus": 1}), 3, "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
-        (("resnet18", 32, None, {"num_classes": 4}), 3, "found network.options with 'num_classes', which coin sets"),
-        *((("small_vit", 32, None, {o: n}), 3, "cannot build small_vit for images of size 32") for o, n in INDIVISIBLE),
-        (("resnet18", 32), 0, "found 0 classes, expected at least 1"),
-    ],
-)
-def test_what_does_not_fit_is_one_line(arguments, classes, message):
-    with pytest.raises(ConfigurationError, match=message) as caught:
-        build_network(NetworkConfig(*arguments), classes)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="found 0 classes, expected at least 1"):
+        build_network(NetworkConfig("resnet18", 32), 0)
 
 
 @pytest.mark.parametrize("error", [URLError("Name or service not known"), OSError("Network"), ConnectionResetError()])
@@ -82,16 +58,9 @@ def test_a_failed_download_says_what_to_do_instead(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-def pretrain(monkeypatch, name, **options):
-    """Stand in for a download: weights of the published shapes."""
-    torch.manual_seed(0)
-    published = models.get_model(name, weights=None, num_classes=1000, **options).state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: published)
-    return published
-
-
 def test_pretrained_weights_get_a_fresh_head_from_the_seed(monkeypatch):
-    published = pretrain(monkeypatch, "resnet18")
+    published = models.get_model("resnet18", num_classes=1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: published)
     config = NetworkConfig("resnet18", 32, "IMAGENET1K_V1")
     first, again, other = (build_network(config, 5, seed=seed).state_dict() for seed in (3, 3, 4))
     for name, tensor in published.items():
@@ -182,27 +151,40 @@ def test_a_class_of_the_users_own_is_found():
         build_network(NetworkConfig("ownnetworks.Small", 16, None, {"width": 0}), 5)
 
 
+INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)]
+
+
 @pytest.mark.usefixtures("module")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("resnet5O",), r"found network.name 'resnet5O' \(did you mean resnet50\?\)"),
+        (("resnet50", 32, "IMAGENET1K_V3"), "expected IMAGENET1K_V1, IMAGENET1K_V2, null for resnet50"),
+        (("small_resnet", 32, "IMAGENET1K_V1"), "network.weights 'IMAGENET1K_V1', expected null for small"),
+        (("resnet18", 0), r"network\.image_size 0, expected at least 1 pixel"),
+        (("resnet18", 32, None, {"bogus": 1}), "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
+        (("resnet18", 32, None, {"num_classes": 4}), "found network.options with 'num_classes', which coin sets"),
+        *((("small_vit", 32, None, {o: n}), "cannot build small_vit for images of size 32") for o, n in INDIVISIBLE),
+        (("minilm", 32, "IMAGENET1K_V1"), "expected ALL_MINILM_L6_V2, null"),
+        (("minilm", 32, None, {"width": 8, "heads": 3}), r"cannot build minilm .*hidden size \(8\)"),
+        (("timm/resnet5O",), r"'timm/resnet5O' \(did you mean timm/resnet50\w*\?\), expected a classifier of timm"),
+        (("timm/resnet50.a1_in1k",), r"\(did you mean timm/resnet50\w*\?\), expected a classifier of timm, its tag as"),
+        (("timm/resnet50", 64, "a1"), r"found network.weights 'a1', expected default, a1_in1k.*, null"),
+        (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), "found network.weights 'IMAGENET1K_LITE0', expected default"),
+        (("timm/deit_tiny_distilled_patch16_224",), r"whose head is \('head', 'head_dist'\), expected one"),
+        (("timm/test_resnet", 32, None, {"bogus": 1}), "cannot build timm/test_resnet .*bogus"),
+        (("tim/resnet50",), r"found network.name 'tim/resnet50' \(did you mean resnet50\?\), expected .*timm/NAME"),
         (("ownnetwork.Small",), r"path of a class \(No module named 'ownnetwork'\); check the spelling, or run"),
         (("ownnetworks.Smal",), r"the import path of a class \(module 'ownnetworks' has no attribute 'Smal'"),
         (("ownnetworks.function",), "found network.name 'ownnetworks.function', a function, expected an nn.Module"),
         (("torch.Tensor",), "a _TensorMeta, expected an nn.Module"),
         (("ownnetworks.Fixed", 16), r"unexpected keyword argument 'num_classes'\); let its __init__ take these"),
         (("ownnetworks.Small", 16, None, {"depth": 2}), r"unexpected keyword argument 'depth'\); let its __init__"),
-        (
-            ("ownnetworks.Small", 16, "IMAGENET1K_V1"),
-            "found network.weights 'IMAGENET1K_V1', expected null",
-        ),
-        (
-            ("ownnetworks.Normed", 16),
-            r"^a weight of layer 'fc' is computed at every pass in Normed, expected",
-        ),
+        (("ownnetworks.Small", 16, "IMAGENET1K_V1"), "found network.weights 'IMAGENET1K_V1', expected null"),
+        (("ownnetworks.Normed", 16), r"^a weight of layer 'fc' is computed at every pass in Normed, expected"),
     ],
 )
-def test_what_is_no_network_of_the_users_is_one_line(arguments, message):
+def test_what_does_not_fit_is_one_line(arguments, message):
     with pytest.raises((ConfigurationError, StateError), match=message) as caught:
-        build_network(NetworkConfig(*arguments), 5)
+        build_network(NetworkConfig(*arguments), 3)
     assert "\n" not in str(caught.value)

