@@ -64,7 +64,9 @@ def _export_expert(
         raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
     own = load_network(files[expert])
     adapter = file.adapters[tasks.index(expert)]
-    path = file.path.with_name(f"{file.path.stem}-{expert}") if output is None else Path(output)
+    path = file.path.with_name(f"{file.path.stem}-{expert}")
+    if output is not None:
+        path = Path(output)
     if peft:
         padded = pad_head(own.network, file.num_classes)
         head = padded.get_submodule(head_name(padded))
@@ -73,7 +75,8 @@ def _export_expert(
         made = file.network
         num_classes = file.num_classes
     else:
-        made = adapter.applied_to(file.network, own.network.get_submodule(head_name(own.network)))
+        head = own.network.get_submodule(head_name(own.network))
+        made = adapter.applied_to(file.network, head)
         num_classes = own.num_classes
     if isinstance(file.config.source, HuggingFace):
         file.config.source.save(made, path)

@@ -88,7 +88,8 @@ def parse_options(
     if not Path(options["folder"]).is_dir():
         raise FileError(f"found no folder '{options['folder']}', expected an experiment's; make it with coin run")
     for argument, kind in sections.items():
-        options[argument] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
+        own = {field.name: options.pop(field.name) for field in fields(kind)}
+        options[argument] = kind(**own)
     return options
 
 
@@ -109,6 +110,8 @@ def checked_arguments(command: str, arguments: Sequence[str]) -> list[str]:
                 document = read_yaml(Path(file))
                 keys = document if isinstance(document, dict) else []
             argument = f"--config={file}"
-        found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
+        for key, empty in _WHOLE.items():
+            if key in keys:
+                found.append(f"--{key}={empty}")
         found.append(argument)
     return found

@@ -48,9 +48,12 @@ def serve(
     system, about = read_system(folder, method, decoder, policy, quantile, keep_mib)
     stop = start(system, about, ray)
     stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda *_: stopped.set())
+    experts = ", ".join(about.classes)
     try:
-        print(f"serving {', '.join(about.classes)} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
+        print(f"serving {experts} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
         stopped.wait()
     finally:
         for number, handler in before.items():

@@ -94,8 +94,9 @@ def table_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Return what is printed of the rows: latencies in ms, MiB beyond the experts', shares and accuracy in %."""
     table = rows[["want", "redundancy"]].rename(columns={"redundancy": "policy"})
     for name in ("p50", "p99", "p999"):
-        table[name] = [f"{1e3 * seconds:.3g}".replace("inf", "∞") for seconds in rows[name]]
-    table["MiB"] = [f"{size / 2**20:.3g}" for size in rows["extra_memory"]]
+        milliseconds = (1e3 * rows[name]).map("{:.3g}".format)
+        table[name] = milliseconds.replace("inf", "∞")
+    table["MiB"] = (rows["extra_memory"] / 2**20).map("{:.3g}".format)
     table["stood in"] = rows["share_stood_in"].map(percent)
     table["failed"] = rows["share_failed"].map(percent)
     table["right"] = rows["effective_accuracy"].map(percent)
@@ -106,5 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     """Simulate, and print the table."""
     options = parse_options("simulate", simulate, arguments, conditions=Conditions)
     rows = simulate(**options)
-    results_console().print(rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"]))
-    print(f"table: {Path(options['output'] or options['folder']) / 'simulation.csv'}")
+    table = rich_table(table_of(rows), "simulated; ms, MiB, %", ["want", "policy"])
+    results_console().print(table)
+    folder = Path(options["output"] or options["folder"])
+    print(f"table: {folder / 'simulation.csv'}")
