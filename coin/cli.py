@@ -113,7 +113,8 @@ def _run(name: str, options: list[str]) -> None:
     if name not in COMMANDS:
         found = f"command '{name}'{did_you_mean(name, COMMANDS)}" if name else "no command"
         raise ConfigurationError(f"found {found}, expected one of {', '.join(COMMANDS)}")
-    if (folder := str(Path.cwd())) not in sys.path:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
     short, full = ("output", "trainer.default_root_dir") if name in ON_TRAINER else ("executor", "launch.executor")
     options = [re.sub(f"^--{short}(?==|$)", f"--{full}", option) for option in options]
