@@ -147,13 +147,13 @@ def _format_warning(usual: Callable[..., str], message: Warning | str, category:
 
 def _mistake(error: BaseException) -> str | None:
     """Return the line about an error of ours, or about options that a parser refuses; None for everything else."""
-    cause: BaseException | None = error
-    while isinstance(cause, ArgumentError | TypeError | ValueError) and not isinstance(cause, CoinError):
-        cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
-    if isinstance(cause, CoinError):
-        return None if "\n" in str(cause) else str(cause)
-    if not isinstance(error, ArgumentError):
+    if not isinstance(error, ArgumentError | CoinError):
         return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, CoinError):
+        cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
+    if cause is not None:
+        return None if "\n" in str(cause) else str(cause)
     text = " ".join(str(error).split())
     spare = r"Does not validate against .*? Errors: | Given value type: (.*? Given value: Namespace.*|\S+ \S+)"
     line = re.sub(spare, "", text)[:400]
