@@ -38,10 +38,12 @@ def export(
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``.
     """
     file = load_network(Path(network))
-    files = {task: Path(path) for task, path in (experts or {}).items()}
-    if not files:
+    if experts:
+        files = {task: Path(path) for task, path in experts.items()}
+    else:
         run = file.path.absolute().parent.parent
-        files = {path.parent.name: path for path in sorted(run.glob("experts/*/expert.safetensors"))}
+        paths = sorted(run.glob("experts/*/expert.safetensors"))
+        files = {path.parent.name: path for path in paths}
     if file.adapters or expert is not None:
         return _export_expert(file, expert, files, output, peft)
     source = file.config.source
@@ -93,4 +95,7 @@ def _heads(file: NetworkFile, files: dict[str, Path]) -> dict[str, Tensor]:
     if "code" not in file.provenance:
         opened = {str(file.provenance.get("task")): file}
     head = f"{head_name(file.network)}.weight"
-    return {task: other.state[head].clone().contiguous() for task, other in opened.items()}
+    heads = {}
+    for task, other in opened.items():
+        heads[task] = other.state[head].clone().contiguous()
+    return heads

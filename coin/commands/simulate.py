@@ -53,7 +53,9 @@ def simulate(
         except ConfigurationError:
             if policies or Policy(kind).which not in ("coded", "everyone"):
                 raise
-    systems = {kind: System.of(coded, Policy(kind, quantile)) for kind, coded in found.items()}
+    systems = {}
+    for kind, coded in found.items():
+        systems[kind] = System.of(coded, Policy(kind, quantile))
     times = measured(list(systems.values()))
     rows = []
     cases = [(want, kind) for want in QueryTarget for kind in found]
