@@ -113,7 +113,8 @@ def _run(name: str, options: list[str]) -> None:
     if name not in COMMANDS:
         found = f"command '{name}'{did_you_mean(name, COMMANDS)}" if name else "no command"
         raise ConfigurationError(f"found {found}, expected one of {', '.join(COMMANDS)}")
-    if (folder := str(Path.cwd())) not in sys.path:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
     short, full = ("output", "trainer.default_root_dir") if name in ON_TRAINER else ("executor", "launch.executor")
     options = [re.sub(f"^--{short}(?==|$)", f"--{full}", option) for option in options]
@@ -146,13 +147,13 @@ def _format_warning(usual: Callable[..., str], message: Warning | str, category:
 
 def _mistake(error: BaseException) -> str | None:
     """Return the line about an error of ours, or about options that a parser refuses; None for everything else."""
-    cause: BaseException | None = error
-    while isinstance(cause, ArgumentError | TypeError | ValueError) and not isinstance(cause, CoinError):
-        cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
-    if isinstance(cause, CoinError):
-        return None if "\n" in str(cause) else str(cause)
-    if not isinstance(error, ArgumentError):
+    if not isinstance(error, ArgumentError | CoinError):
         return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, CoinError):
+        cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
+    if cause is not None:
+        return None if "\n" in str(cause) else str(cause)
     text = " ".join(str(error).split())
     spare = r"Does not validate against .*? Errors: | Given value type: (.*? Given value: Namespace.*|\S+ \S+)"
     line = re.sub(spare, "", text)[:400]

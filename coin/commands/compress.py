@@ -7,7 +7,11 @@ from coin.pipeline.steps.merge import compress_file
 
 
 def compress_network(
-    network: str, base: str | None = None, output: str | None = None, bits: int | None = None, base_bits: int = 32
+    network: str,
+    base: str | None = None,
+    output: str | None = None,
+    bits: int | None = None,
+    base_bits: int = 32,
 ) -> Path:
     """Compress a network, an expert or a coded model, to its delta from the shared initialisation.
 
@@ -22,6 +26,9 @@ def compress_network(
     """
     compression = Compression.of({"bits": bits, "base_bits": base_bits})
     source = Path(network)
-    path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)
-    compress_file(source, path, None if base is None else Path(base), compression)
+    path = source.with_name(f"{source.stem}-{compression.name}.safetensors")
+    if output is not None:
+        path = Path(output)
+    base_path = None if base is None else Path(base)
+    compress_file(source, path, base_path, compression)
     return path

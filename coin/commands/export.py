@@ -38,10 +38,12 @@ def export(
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``.
     """
     file = load_network(Path(network))
-    files = {task: Path(path) for task, path in (experts or {}).items()}
-    if not files:
+    if experts:
+        files = {task: Path(path) for task, path in experts.items()}
+    else:
         run = file.path.absolute().parent.parent
-        files = {path.parent.name: path for path in sorted(run.glob("experts/*/expert.safetensors"))}
+        paths = sorted(run.glob("experts/*/expert.safetensors"))
+        files = {path.parent.name: path for path in paths}
     if file.adapters or expert is not None:
         return _export_expert(file, expert, files, output, peft)
     source = file.config.source
@@ -64,7 +66,9 @@ def _export_expert(
         raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
     own = load_network(files[expert])
     adapter = file.adapters[tasks.index(expert)]
-    path = file.path.with_name(f"{file.path.stem}-{expert}") if output is None else Path(output)
+    path = file.path.with_name(f"{file.path.stem}-{expert}")
+    if output is not None:
+        path = Path(output)
     if peft:
         padded = pad_head(own.network, file.num_classes)
         head = padded.get_submodule(head_name(padded))
@@ -73,7 +77,8 @@ def _export_expert(
         made = file.network
         num_classes = file.num_classes
     else:
-        made = adapter.applied_to(file.network, own.network.get_submodule(head_name(own.network)))
+        head = own.network.get_submodule(head_name(own.network))
+        made = adapter.applied_to(file.network, head)
         num_classes = own.num_classes
     if isinstance(file.config.source, HuggingFace):
         file.config.source.save(made, path)
@@ -90,4 +95,7 @@ def _heads(file: NetworkFile, files: dict[str, Path]) -> dict[str, Tensor]:
     if "code" not in file.provenance:
         opened = {str(file.provenance.get("task")): file}
     head = f"{head_name(file.network)}.weight"
-    return {task: other.state[head].clone().contiguous() for task, other in opened.items()}
+    heads = {}
+    for task, other in opened.items():
+        heads[task] = other.state[head].clone().contiguous()
+    return heads

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from coin.data import TaskData
-from coin.data.tasks import Tasks, task_with
+from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import load_provenance
 from coin.merging import Experts, Method
@@ -48,12 +48,14 @@ def merge(
     """
     statistics: dict[Statistic, dict[str, Path]] = {}
     samples: int | None = None  # P, as the statistics' files say
+    fisher_kind = FisherKind.exact
     for kind, given in ((StatisticKind.fisher, fisher), (StatisticKind.gram, gram)):
         if given:
             files = {task: Path(path) for task, path in given.items()}
             which, described = _described(kind, files)
             statistics[which] = files
             samples = samples or described
+            fisher_kind = which.kind or fisher_kind
     folder = Path(output)
     device = merging_device(folder, trainer or {"accelerator": "cpu"})
     paths = {task: Path(path) for task, path in experts.items()}
@@ -63,10 +65,10 @@ def merge(
     if tasks is not None:
         if list(tasks) != list(experts):
             raise ConfigurationError(f"found tasks {list(tasks)} for experts {list(experts)}, expected the same order")
-        sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
-        for task in sized.values():
+        data = Tasks(tasks, samples_per_task, batch_size, seed=seed)
+        data.resize(opened.config.image_size)
+        for task in data.tasks.values():
             opened.config.check_content(task.content, task.vocabulary)
-        data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
         data.setup()
         calibration = list(data.calibrations().values())
@@ -74,8 +76,7 @@ def merge(
         train = Training(data, folder, seed, trainer or {})
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
-    kinds = [which.kind for which in statistics if which.kind is not None]
-    method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
+    method = method.with_defaults(fisher_kind, DataChoice.auto)  # as the files say
     stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
     return make_coded_models(method, read_code(code, len(experts)), stored, folder, samples)
 
@@ -92,5 +93,6 @@ def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, 
         found.add(Statistic(name, DataChoice(made["data"]), kind))
         samples = samples or made.get("samples_per_task")
     if len(found) > 1:
-        raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
+        kinds = " and ".join(map(str, found))
+        raise ConfigurationError(f"found {name} files of {kinds}, expected one kind of them")
     return found.pop(), samples

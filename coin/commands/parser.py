@@ -38,13 +38,15 @@ def add_json_argument(parser: ArgumentParser) -> None:
 def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return a command's options, instantiated; as plain values, as in a file, they are added to `given`."""
     try:
-        found = parser.parse_args(checked_arguments(parser.prog.removeprefix("coin "), arguments))
+        command = parser.prog.removeprefix("coin ")
+        found = parser.parse_args(checked_arguments(command, arguments))
     except ArgumentError as error:
         unknown = _UNKNOWN.search(str(error))
         if unknown is None:
             raise
         name = ".".join(part for part in unknown.groups() if part)
-        known = [action.dest for action in parser._actions if not action.dest.endswith(("help", "config"))]
+        options = [action.dest for action in parser._actions]
+        known = [option for option in options if not option.endswith(("help", "config"))]
         renamed = re.sub("learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name))  # as others call them
         hint = f" (did you mean {renamed}?)" if renamed in known else did_you_mean(name, known)
         raise ConfigurationError(
@@ -56,8 +58,7 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
     found.pop("config", None)
     if given is not None:
         given |= yaml.safe_load(parser.dump(found, skip_validation=True))
-    options: dict[str, Any] = parser.instantiate(found).as_dict()
-    return options
+    return dict(parser.instantiate(found).as_dict())
 
 
 def run_function(command: str, arguments: Sequence[str]) -> None:
@@ -88,7 +89,8 @@ def parse_options(
     if not Path(options["folder"]).is_dir():
         raise FileError(f"found no folder '{options['folder']}', expected an experiment's; make it with coin run")
     for argument, kind in sections.items():
-        options[argument] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
+        own = {field.name: options.pop(field.name) for field in fields(kind)}
+        options[argument] = kind(**own)
     return options
 
 
@@ -109,6 +111,8 @@ def checked_arguments(command: str, arguments: Sequence[str]) -> list[str]:
                 document = read_yaml(Path(file))
                 keys = document if isinstance(document, dict) else []
             argument = f"--config={file}"
-        found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
+        for key, empty in _WHOLE.items():
+            if key in keys:
+                found.append(f"--{key}={empty}")
         found.append(argument)
     return found

@@ -64,7 +64,8 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     row = recommended(kept)
     if weakness(row) or row["name"] == REFERENCES[0]:
         return ""
-    words = ["coin", "serve", str(folder), f"--method={row['name'].partition('[')[0]}"]
+    method = row["name"].partition("[")[0]
+    words = ["coin", "serve", str(folder), f"--method={method}"]
     if row["decoder"] != REPLICA:
         words.append(f"--decoder={row['decoder']}")
     return shlex.join(words)
@@ -113,7 +114,8 @@ def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, 
     for row in rows:
         took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
         versions = f"  by {row['made_by']}, not the versions of now" if row["made_by"] else ""
-        print(f"{row['state']:>5}  {row['step']:{width}} {took:>7}{versions}".rstrip())
+        step = row["step"].ljust(width)
+        print(f"{row['state']:>5}  {step} {took:>7}{versions}".rstrip())
     if unused:
         print(f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB")
         print("--prune in place of --dry-run removes them:")

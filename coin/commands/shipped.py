@@ -8,7 +8,8 @@ from coin.core.choices import did_you_mean
 from coin.errors import FileError
 
 # In a wheel they lie in the package, in a repository beside it.
-CONFIGS = next(folder for place in Path(coin.__file__).parents[:2] if (folder := place / "configs").is_dir())
+_PLACES = [place / "configs" for place in Path(coin.__file__).parents[:2]]
+CONFIGS = next(folder for folder in _PLACES if folder.is_dir())
 SWEEPS = "sweep's file"
 _FOLDERS = {  # of a command's files
     "run": ("experiment", "cluster"),

@@ -190,11 +190,14 @@ class Experiment:
             if self.calibration.promise_samples:
                 task.promise(self.calibration.promise_samples, name=name)
         base = self.base
+        base_file = None
+        if base is not None and base.checkpoint is not None:
+            base_file = Path(base.checkpoint)
         check_experts(
             self.expert.checkpoints,
             self.tasks,
             self.network,
-            None if base is None or base.checkpoint is None else Path(base.checkpoint),
+            base_file,
             base_is_trained=base is not None and base.task is not None,
         )
 

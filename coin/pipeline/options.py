@@ -101,7 +101,7 @@ def config_dict(value: Any) -> Any:
 def _object_dict(value: TaskData | Method) -> dict[str, Any]:
     kind = type(value)
     is_own = kind.__module__.startswith("coin.")
-    found = {"class": kind.__name__ if is_own else f"{kind.__module__}.{kind.__qualname__}"}
+    found: dict[str, Any] = {"class": kind.__name__ if is_own else f"{kind.__module__}.{kind.__qualname__}"}
     for name in _option_names(kind):
         attribute = name if hasattr(value, name) else f"_{name}"
         if not hasattr(value, attribute):
@@ -119,10 +119,9 @@ def _option_names(kind: type) -> list[str]:
     for base in kind.__mro__:
         if "__init__" not in vars(base):
             continue
-        arguments = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
-        kinds = [argument.kind for argument in arguments]
-        names += [each.name for each in arguments if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
+        arguments = inspect.getfullargspec(base.__init__)  # type: ignore[misc]
+        names += [*arguments.args[1:], *arguments.kwonlyargs]
+        if arguments.varkw is None:
             break
     return names
 

@@ -191,13 +191,16 @@ class _Plan:
 
     def _initial(self, count: int, wider: WriteInitial | None) -> WriteInitial:
         base = self.experiment.base
+        checkpoint = None
+        if base is not None and base.checkpoint is not None:
+            checkpoint = Path(base.checkpoint)
         step = WriteInitial(
             name=f"initial-{count}",
             store=self.store,
             network=self.experiment.network,
             classes=count,
             base=self.base,
-            checkpoint=None if base is None or base.checkpoint is None else Path(base.checkpoint),
+            checkpoint=checkpoint,
             wider=wider,
         )
         links = {f"base/initial-{count}.safetensors": step.file}

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -88,20 +87,23 @@ class Command:
     arguments: Sequence[str]
     log: Path
 
-    def __call__(
-        self, environment: Mapping[str, str] | None = None, started: Callable[[Any], None] = lambda _: None
-    ) -> None:
-        """Run it, its exit status noted in its log; CommandFailedError unless that is 0. `started` gets the process."""
+    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Start it as a process."""
         command = [sys.executable, "-m", "coin", *self.arguments]
-        if environment is None:
-            environment = child_environment(cores())
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab", buffering=0) as log:
             log.write(f"# {' '.join(command)}\n".encode())
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-            started(process)
-            status = process.wait()
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+    def note_end(self, status: int) -> None:
+        """Note the exit status of its process in its log."""
+        with self.log.open("ab", buffering=0) as log:
             log.write(f"\n{_STATUS}{status}\n".encode())
+
+    def __call__(self) -> None:
+        """Run it to its end, in a job or task; CommandFailedError unless its exit status is 0."""
+        status = self.start(child_environment(cores())).wait()
+        self.note_end(status)
         if status:
             raise CommandFailedError(self.failure())
 
@@ -134,7 +136,7 @@ class Command:
 
 
 Submit: TypeAlias = Callable[[Command], Callable[[], bool]]
-"""Starts a command, and returns what says whether it has ended."""
+"""Starts a command, and returns what says whether it has ended, asked until it has."""
 
 
 @contextlib.contextmanager
@@ -191,24 +193,32 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
 def _processes(workers: int) -> Iterator[Submit]:
     """Yield what starts a command in a process of this machine, which ends with this one."""
     free = worker_environments(workers)
-    running: list[Any] = []
+    running: list[subprocess.Popen[bytes]] = []
 
-    def run(command: Command, environment: dict[str, str]) -> None:
-        try:
-            command(environment, running.append)
-        finally:
+    def submit(command: Command) -> Callable[[], bool]:
+        environment = free.pop()
+        process = command.start(environment)
+        running.append(process)
+
+        def has_ended() -> bool:
+            status = process.poll()
+            if status is None:
+                return False
+            command.note_end(status)
             free.append(environment)
+            return True
 
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            yield lambda command: threads.submit(run, command, free.pop()).done
-        finally:
-            for process in running:
-                process.terminate()  # does nothing to one that has ended
-            for process in running:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_STOP_SECONDS)
-                process.kill()
+        return has_ended
+
+    try:
+        yield submit
+    finally:
+        for process in running:
+            process.terminate()  # does nothing to one that has ended
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
+            process.kill()
 
 
 class _Slurm:

@@ -93,7 +93,7 @@ def read_sweep(path: Path) -> SweepFile:
 def _is_grid(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return False
-    return all(isinstance(values, list) and values for values in value.values())
+    return all(isinstance(values, list) and len(values) > 0 for values in value.values())
 
 
 def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
@@ -106,18 +106,22 @@ def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
             words = []
             for key, (place, value) in zip(grid, chosen, strict=True):
                 values[key] = value
-                words.append(f"{key.rsplit('.')[-1]}-{_short(place, value)}")
-            description = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:_NAME_LENGTH].strip("._-")
+                last = key.rsplit(".")[-1]
+                words.append(f"{last}-{_short(place, value)}")
+            plain = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))
+            description = plain[:_NAME_LENGTH].strip("._-")
             name = f"{sweep.name}-{len(points):03d}-{description}"
-            points.append(SweepPoint(name, values, _arguments(sweep, values, name, folder)))
+            arguments = _arguments(sweep, values, name, folder)
+            points.append(SweepPoint(name, values, arguments))
     return points
 
 
 def _short(place: int, value: Any) -> str:
     """Return a value as a short string; for a nested value, its index in the grid."""
     entries = value if isinstance(value, list) else [value]
-    is_plain = entries and all(isinstance(entry, str | int | float | None) for entry in entries)
-    return "_".join(map(as_text, entries)) if is_plain else str(place)
+    if not entries or any(isinstance(entry, list | dict) for entry in entries):
+        return str(place)
+    return "_".join(map(as_text, entries))
 
 
 def _arguments(sweep: SweepFile, values: Mapping[str, Any], name: str, folder: Path) -> tuple[str, ...]:
@@ -142,16 +146,18 @@ def run_sweep(sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]],
     steps = union([prepared(experiment, launch) for _, experiment in points])
     write_text(folder / SWEEP_YAML, sweep.text)
     rank_zero_info(f"sweep {sweep.name}: {len(points)} points, {len(steps)} steps")
-    every_point = []  # with its seeds' folders
+    every_point = []
     for point, experiment in points:
-        every_point.append((point.values, [experiment.folder / f"seed-{seed}" for seed in experiment.seeds]))
+        seed_folders = [experiment.folder / f"seed-{seed}" for seed in experiment.seeds]
+        every_point.append((point.values, seed_folders))
     measured: set[Path] = set()
 
     def on_done(planned: Planned, changed: bool) -> None:
         report_seed(planned, changed)
         if planned.seed_folder is not None:
             measured.add(planned.seed_folder)
-            _write_tables(folder, [(values, seeds) for values, seeds in every_point if measured.issuperset(seeds)])
+            finished = [(values, seeds) for values, seeds in every_point if measured.issuperset(seeds)]
+            _write_tables(folder, finished)
 
     run_steps(steps, launch, on_done, keep_going=True)
     for _, experiment in points:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from coin.coding import Code, DecoderConfig
-from coin.core.processes import is_rank_zero
+from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
 from coin.data.tasks import task_with
 from coin.files.atomic import write_text
+from coin.merging import Experts
+from coin.merging.expert_sources import FAR, ExpertFiles, spread
 from coin.modules import DecodingEvaluator
+from coin.networks import head_name
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
@@ -18,6 +21,15 @@ from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodu
 from coin.pipeline.steps.train import ExpertStep
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
+
+
+def tell_how_far_apart(files: ExpertFiles) -> None:
+    """Say how far experts' bodies are apart, relative to their weights."""
+    states = Experts(files).parameters
+    equal_weights = [1 / len(states)] * len(states)
+    apart = spread(states, equal_weights, (f"{head_name(files.skeleton)}.",))
+    where = "near one another" if apart <= FAR else "far from one another"
+    rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
 
 
 def _key(calibration: CalibrationConfig) -> dict[str, Any]:
@@ -55,8 +67,11 @@ class Evaluate(Step):
 
     def run(self) -> None:
         """Measure, and write; every process takes part."""
+        paths = {task: step.output for task, step in self.experts.items()}
+        if is_rank_zero():
+            tell_how_far_apart(ExpertFiles(paths))
         model = DecodingEvaluator(
-            experts={task: str(step.output) for task, step in self.experts.items()},
+            experts={task: str(path) for task, path in paths.items()},
             coded=[str(path) for merge in self.merges for path in merge.outputs],
             decoders=None if self.decoders is None else list(self.decoders),
             code=self.code.matrix.tolist(),

@@ -59,11 +59,10 @@ class TrainingConfig(Recipe):
 def network_key(network: NetworkConfig) -> dict[str, Any]:
     """Return a network's options, with the source of a class of the user's."""
     options = {option.name: getattr(network, option.name) for option in fields(network)}
-    source = source_of_path(network.name) if isinstance(network.source, ImportPath) else None
-    options |= {} if source is None else {"source": source}
+    if isinstance(network.source, ImportPath):
+        options["source"] = source_of_path(network.name)
     if isinstance(network.source, HuggingFace):
-        contents = folder_contents(network.source.place, weights=network.weights is not None)
-        options |= {"contents": contents} if contents else {}
+        options["contents"] = folder_contents(network.source.place, weights=network.weights is not None)
     return options
 
 
@@ -98,8 +97,8 @@ class WriteInitial(Step):
         checkpoint = self.checkpoint if self.base is None else self.base.output
         wider = None if self.wider is None else self.wider.output
         initial = initial_network(self.network, self.classes, checkpoint, wider=wider)
-        read = hashes(each for each in (checkpoint, wider) if each)
-        made = {"made_by": "coin run", "base": str(checkpoint), "sha256": read}
+        read = [path for path in (checkpoint, wider) if path is not None]
+        made = {"made_by": "coin run", "base": str(checkpoint), "sha256": hashes(read)}
         save_network(self.output, initial, self.network, self.classes, made)
 
 
@@ -124,7 +123,8 @@ class TrainNetwork(Step):
 
     def run(self) -> None:
         """Train, and write the network; every process takes part."""
-        config, checkpoints = self.config, self.folder / "checkpoints"
+        config = self.config
+        checkpoints = self.folder / "checkpoints"
         on_rank_zero(self.task.prepare_data)
         weights = getattr(config, "weights", Weights.last)
         last = on_rank_zero(partial(_last_checkpoint, checkpoints))
@@ -160,9 +160,8 @@ class TrainNetwork(Step):
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                told = f"cannot write a checkpoint in '{checkpoints}': {error.strerror}"
-                goes_on = "free some space and run it again, which goes on at the last whole epoch"
-                raise FileError(f"{told}; {goes_on}") from error
+                advice = "free some space and run it again, which goes on at the last whole epoch"
+                raise FileError(f"cannot write a checkpoint in '{checkpoints}': {error.strerror}; {advice}") from error
             if not on_rank_zero(self.output.is_file):
                 # The checkpoint was of a finished training: Lightning restores it and trains nothing.
                 export.on_train_end(trainer, module)
@@ -199,9 +198,15 @@ class ImportExpert(Step):
             import_pretrained(self.network, self.place, network, self.task.zero_shot, self.task_name)
         else:
             network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
-        made: dict[str, Any] = {"made_by": "coin run", "source": self.place, "task": self.task_name}
-        made |= {"classes": self.classes, "sha256": hashes([*self.files, self.initial.output])}
-        made |= {} if self.head is None else {"head": self.head}
+        made: dict[str, Any] = {
+            "made_by": "coin run",
+            "source": self.place,
+            "task": self.task_name,
+            "classes": self.classes,
+            "sha256": hashes([*self.files, self.initial.output]),
+        }
+        if self.head is not None:
+            made["head"] = self.head
         save_network(self.output, network, self.network, self.task.num_classes, made)
 
 
@@ -224,8 +229,9 @@ def _last_checkpoint(checkpoints: Path) -> str | None:
     try:
         read_checkpoint(last, TO_GO_ON)
     except FileError as error:
-        told = f"cannot read '{last}', from which the training goes on ({first_line(error.__cause__ or error)[:160]})"
-        raise FileError(f"{told}; run it again, or remove the file to train anew") from error
+        cause = first_line(error.__cause__ or error)[:160]
+        problem = f"cannot read '{last}', from which the training goes on ({cause})"
+        raise FileError(f"{problem}; run it again, or remove the file to train anew") from error
     return str(last)
 
 
