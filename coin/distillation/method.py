@@ -53,7 +53,7 @@ class Distillation(Method):
         augmentation: The augmentation in training: ``none``, ``crop``, ``crop_flip`` or ``shift``; by default ``shift``
             for stored images. Batches in memory are never augmented.
         start: The closed-form merge to start from: ``auto`` (``head_fit``, or ``average`` if the head cannot be
-            fitted), or the name of a method that needs no shared initialisation, such as ``refit``.
+            fitted), ``average``, ``head_fit``, ``coin``, ``regmean`` or ``refit``.
         label: The name of this variant in results and files.
         seed: The seed of the samples' order; by default the experiment's, or 0 in memory.
 

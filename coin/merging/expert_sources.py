@@ -16,7 +16,7 @@ from coin.networks.calling import Forward, called_by, clone
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network, empty_network
-from coin.networks.weights import check_plain, tensors_of
+from coin.networks.weights import check_plain, parameters_of, tensors_of
 
 # The spread above which experts are far apart: 0.005 to 0.008 near ImageNet weights, 0.016 to 0.25 tuned freely.
 FAR = 0.0125
@@ -26,7 +26,7 @@ class ExpertNetworks:
     """Experts in memory.
 
     Raises ConfigurationError for fewer than two experts or unlike ones, HeadError if heads cannot be padded, StateError
-    as `check_plain`, or where experts have parameters of other names.
+    as `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
 
     Attributes:
         count: N.
@@ -57,6 +57,11 @@ class ExpertNetworks:
             head = head_name(self.skeleton)
             outputs = len(self.skeleton.get_submodule(head).get_parameter("weight"))
             self.padding = (head, outputs)
+        for index, (parameters, _) in enumerate(self.tensors):
+            self._check_layout(parameters, f"expert {index}")
+
+    def _check_layout(self, parameters: State, source: str) -> None:
+        check_layout(parameters_of(self.skeleton), parameters, source)
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the experts, their heads padded."""
@@ -77,6 +82,7 @@ class ExpertNetworks:
             _, outputs = self.padding
             network = pad_head(network, outputs)
         parameters, buffers = tensors_of(network)
+        self._check_layout(parameters, "the shared initialisation")
         return on_device(parameters, self.device), on_device(buffers, self.device)
 
     def empty_model(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, map_tensors, size_of, take
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.files.tensors import State, check_finite, check_layout, on_device
+from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
 from coin.networks.calling import Forward, as_input, checked_batch
 from coin.networks.guard import evaluating
@@ -126,11 +126,9 @@ class Experts:
                 linear_heads([network], as_input(first, network))
 
     def check(self, row: Sequence[float]) -> None:
-        """Raise as `check_row`, and a StateError where experts' parameters differ in layout or are not finite."""
+        """Raise as `check_row`, and a StateError where experts' parameters are not finite."""
         check_row(row, self.count)
-        first = self.parameters[0]
         for index, state in enumerate(self.parameters):
-            check_layout(first, state, f"expert {index}")
             check_finite(state, f"expert {index}")
 
     @property
@@ -164,7 +162,6 @@ class Experts:
                 "needs; give one, choose another, or compress with base_bits: 0"
             )
         parameters, _ = initial
-        check_layout(self.parameters[0], parameters, "the shared initialisation")
         check_finite(parameters, "the shared initialisation")
         return initial
 

@@ -62,12 +62,13 @@ class Merged(list[nn.Module]):
     """
 
     def __init__(
-        self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: Sequence[dict[str, Compressed]]
+        self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: dict[str, list[Compressed]]
     ) -> None:
         super().__init__(with_adapters(plain(each.network), each.adapters) for each in made)
         self.chosen = [each.chosen for each in made]
-        self.compressed = {label: [each[label] for each in compressed] for label in compressed[0]}
-        self.passes, self.seconds = passes, seconds
+        self.compressed = compressed
+        self.passes = passes
+        self.seconds = seconds
 
 
 class Method(ABC):
@@ -133,11 +134,11 @@ class Method(ABC):
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1.
+        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1 (`coded_model` checks that).
 
-        Raises ConfigurationError where the row is invalid, or an input is missing; StateError, which names expert and
-        tensor, where experts or statistics differ in names or shapes, are not finite, or a Fisher entry is negative;
-        NumericalError where the method broke down on sound inputs.
+        Raises ConfigurationError where an input is missing; StateError, which names expert and tensor, where statistics
+        differ in names or shapes, are not finite, or a Fisher entry is negative; NumericalError where the method broke
+        down on sound inputs.
         """
 
     def pack(
@@ -151,7 +152,11 @@ class Method(ABC):
         return packed
 
     def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row, and its adapters unless the method has fitted them beside it."""
+        """Make the coded model of one row, and its adapters unless the method has fitted them beside it.
+
+        Raises as `make`; ConfigurationError for another row than a code's, and StateError, which names the tensor,
+        where experts differ in names or shapes, or they or the coded model are not finite.
+        """
         experts.check(row)
         made = self.make(experts, row)
         made.network.to(experts.source.device)  # one that was trained is where its Trainer left it
@@ -198,7 +203,7 @@ def merge_networks(
 
     `decoders` are those for which the method makes its choices; see `Experts` for the other arguments. The networks are
     of the experts' class and called in its way, not by `forward`. They are made, and left, on the experts' device;
-    where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.make`.
+    where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.coded_model`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
@@ -217,16 +222,15 @@ def merge_networks(
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
     made = []
-    packed = []
+    compressed: dict[str, list[Compressed]] = {}
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
             coded = method.coded_model(experts, row)
             made.append(coded)
-            variants = {}
             for each in method.compress:
-                variants[f"{method.label}-{each.name}"] = method.pack(experts, row, coded, initial, each)
-            packed.append(variants)
-    merged = Merged(made, experts.passes, time.perf_counter() - began, packed)
+                variants = compressed.setdefault(f"{method.label}-{each.name}", [])
+                variants.append(method.pack(experts, row, coded, initial, each))
+    merged = Merged(made, experts.passes, time.perf_counter() - began, compressed)
     for network in merged:
         network.to(home)
     return merged

@@ -47,13 +47,14 @@ class Wudi(MergeMethod):
         W = W_0 + (Σ_i β_i τ_i G_i)(Σ_i β_i G_i + λI)⁻¹
 
     is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖²; λ as in `regmean_parameters`. All but fully connected layers
-    and convolutions of one group is averaged, as are shared weights, maps that an expert has left as they were and
-    the head: task vectors that do not meet are added up, which suits features, but not coded outputs.
+    and convolutions of one group is averaged, as are shared weights, maps that an expert has left as they were and,
+    unless `head`, the head: task vectors that do not meet are added up, which suits features, but not coded outputs.
 
     Source: Cheng et al., *Whoever started the interference should end it* (ICML 2025), there by gradient descent.
 
     Args:
         damping: λ, relative and dimensionless, above 0. Transformers that were tuned far want more, such as 0.1.
+        head: Whether the head is merged in this way too.
         **options: See `MergeMethod`.
 
     >>> coin.merge_networks(coin.Wudi(), experts, code, initial=torch.nn.Linear(4, 3)).passes
@@ -63,22 +64,23 @@ class Wudi(MergeMethod):
     name = "wudi"
     reads_initial = True
 
-    def __init__(self, damping: float = 1e-4, **options: Any) -> None:
+    def __init__(self, damping: float = 1e-4, *, head: bool = False, **options: Any) -> None:
         super().__init__(**options)
         check_number("damping", damping, low=0, strict=True)
         self.damping = damping
+        self.head = head
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
         initial, _ = experts.initial()
         every = experts.parameters
         network = experts.empty_model()
-        head = f"{head_name(network)}.weight".lstrip(".")
+        left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
         merged = average_parameters(every, row)
         for name in progress_bar(self.label, items=list(linear_maps(network))):
             key = name.removesuffix(TRANSPOSED)
             has_unchanged = any(torch.equal(expert[key], initial[key]) for expert in every)
-            if has_unchanged or key == head:
+            if has_unchanged or key == left_out:
                 continue
             is_turned = name != key
             grams = (_delta_gram(expert[key], initial[key], is_turned) for expert in every)
@@ -176,13 +178,14 @@ def ties(
         steps = torch.stack([expert[key].double() - theta_0 for expert in experts])  # τ [N, …]
         one_each = (-1, *[1] * theta_0.ndim)  # the shape of a number for each expert
         limits = steps.new_tensor(thresholds).reshape(one_each)
-        shares = steps.new_tensor(weights).reshape(one_each)
+        shares = steps.new_tensor(weights).reshape(one_each)  # β
         trimmed = steps.masked_fill(steps.abs() < limits, 0)
         elected = (shares * trimmed).sum(0).sign()
         agrees = (trimmed.sign() == elected) & (elected != 0)
         agreeing = shares * agrees
         share = agreeing.sum(0)
-        step = (agreeing * trimmed).sum(0) / share.masked_fill(share <= 0, 1)
+        total = (agreeing * trimmed).sum(0)
+        step = total / share.masked_fill(share <= 0, 1)
         merged[key] = (theta_0 + scale * step).to(experts[0][key].dtype)
     return merged
 
@@ -194,6 +197,7 @@ def _threshold(expert: State, initial: State, keep: float) -> float:
         delta = expert[key].double() - start.double()
         parts.append(delta.abs_().flatten())
     sizes = torch.cat(parts).cpu()
-    place = len(sizes) - max(1, round(keep * len(sizes)))
+    kept = max(1, round(keep * len(sizes)))
+    place = len(sizes) - kept
     sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
     return float(sizes[place])

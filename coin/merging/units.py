@@ -223,9 +223,10 @@ def as_map(weight: Tensor, unit: Unit, call: Call) -> Tensor:
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
     """Return a unit's parameters and statistics from another network's state, its BatchNorm `folded` in."""
-    norm = network.get_submodule(str(unit.norm))
+    assert unit.norm is not None
+    norm = network.get_submodule(unit.norm)
     assert isinstance(norm, _BatchNorm)
-    return folded(state, unit.weight, unit.bias, str(unit.norm), norm.eps)
+    return folded(state, unit.weight, unit.bias, unit.norm, norm.eps)
 
 
 def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:
@@ -331,10 +332,12 @@ def fit_unit(
     bias = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
     if bias is not None:
         outputs += bias.to(inputs).reshape(len(inputs), 1, -1)
-    targets = rows.targets.view(outputs.shape[1], len(inputs), -1).transpose(0, 1)
+    by_row = rows.targets.view(outputs.shape[1], len(inputs), -1)
+    targets = by_row.transpose(0, 1)  # [G, P·q, O]
     row_tasks = None
     if tasks is not None:
-        row_tasks = tasks[:, None].expand(rows.weights.shape).flatten().to(inputs.device)
+        by_sample = tasks[:, None].expand(rows.weights.shape)  # [P, q]
+        row_tasks = by_sample.flatten().to(inputs.device)
 
     def rounded(step: Tensor, metric: Callable[[], Tensor]) -> Tensor:
         assert rounding is not None
@@ -367,7 +370,8 @@ def fit_unit(
 
 def _whole_metric(metric: Tensor, entries: Tensor, unknowns: int) -> Tensor:
     """Return a metric of some entries [G, K', K'] as one of all [G, K, K]; the others weigh as these do on average."""
-    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    diagonal = metric.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)[:, None, None]
     whole = mean * torch.eye(unknowns).to(metric)
     whole[:, entries[:, None], entries] = metric
     return whole

@@ -60,8 +60,8 @@ class UserMethod(Method):
     ) -> None:
         if callable(function):
             self._function: Any = function
-            name = getattr(function, "__name__", type(function).__name__)
-            self.function = f"{function.__module__}.{name}"
+            own_name = getattr(function, "__name__", type(function).__name__)
+            self.function = f"{function.__module__}.{own_name}"
         else:
             self._function = imported("function", str(function), "a Python function")
             self.function = str(function)
@@ -81,7 +81,8 @@ class UserMethod(Method):
                 f"tensors, that takes the options {self.options} ({error}); change it, or its options"
             ) from error
         self.reads_initial = "initial" in self._requested
-        super().__init__(self.function.rpartition(".")[2].strip("<>") if label is None else label, compress)
+        _, _, name = self.function.rpartition(".")
+        super().__init__(name.strip("<>") if label is None else label, compress)
         self._content = source_of(written) or ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:

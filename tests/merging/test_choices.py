@@ -112,8 +112,7 @@ def test_the_error_is_the_mean_over_the_decoders_and_the_experts_run_once():
 def test_one_sample_a_task_is_judged_by_the_linear_decoder():
     networks, given = setup(samples=1)
     experts = Experts(networks, **given)
-    error = held_out_error(experts, networks[0], ROW, of("feature_ridge"))
-    assert error == held_out_error(experts, networks[0], ROW)
+    assert held_out_error(experts, networks[0], ROW, of("feature_ridge")) == held_out_error(experts, networks[0], ROW)
 
 
 def test_where_logits_are_no_heads_of_the_features_the_own_head_does_not_judge():

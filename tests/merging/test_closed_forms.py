@@ -239,13 +239,14 @@ def mixed_networks():
     return initial, experts
 
 
-def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map():
+@pytest.mark.parametrize("head", [False, True])
+def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map(head):
     initial, experts = mixed_networks()
-    (made,) = coin.merge_networks(coin.Wudi(), experts, [WEIGHTS], initial=initial)
+    (made,) = coin.merge_networks(coin.Wudi(head=head), experts, [WEIGHTS], initial=initial)
     for name, found in made.named_parameters():
         own, start = [expert.get_parameter(name) for expert in experts], initial.get_parameter(name)
         average = sum(share * each for share, each in zip(WEIGHTS, own, strict=True))
-        if name != "first.weight":
+        if name not in ("first.weight", *["head.weight"] * head):
             torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-12, msg=name)
             continue
         steps = [(each - start).flatten(1) for each in own]
