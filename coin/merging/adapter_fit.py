@@ -99,15 +99,14 @@ class AdapterFit:
         samples = len(rows.targets)
         rows_each = rows.inputs.shape[1] // samples  # of one sample's regression
         inputs_each = len(call.inputs) // samples  # k
-        weight = self._network.get_parameter(unit.weight)
+        counts = torch.bincount(self.tasks, minlength=len(self._row))
         outputs = []
         first = 0
-        counts = torch.bincount(self.tasks, minlength=len(self._row))
         for expert, count in enumerate(counts.tolist()):
             if count == 0:
                 continue
             last = first + count
-            inputs = call.inputs[first * inputs_each : last * inputs_each]
+            changes: dict[str, Change] = {}
             if self._row[expert] > 0:
                 moments = Moments(
                     inputs=rows.inputs[:, first * rows_each : last * rows_each],
@@ -117,20 +116,22 @@ class AdapterFit:
                 )
                 changes = self._changes(expert, unit, call, rows.entries, moments)
                 self.adapters[expert].changes.update(changes)
-                outputs.append(self._adapted(unit, call, inputs, changes))
-            else:
-                outputs.append(call.output(inputs, weight))
+            inputs = call.inputs[first * inputs_each : last * inputs_each]
+            outputs.append(self._output(unit, call, inputs, changes))
             first = last
         return torch.cat(outputs)
 
-    def _adapted(self, unit: Unit, call: Call, inputs: Tensor, changes: dict[str, Change]) -> Tensor:
-        """Return the call's output for some of its inputs with changed parameters, as they are stored."""
+    def _output(self, unit: Unit, call: Call, inputs: Tensor, changes: dict[str, Change]) -> Tensor:
+        """Return the call's output for some of its inputs, its parameters changed as is stored."""
         weight = self._network.get_parameter(unit.weight)
-        output = call.output(inputs, changes[unit.weight](weight))
-        if unit.shift is None:
+        if unit.weight in changes:
+            weight = changes[unit.weight](weight)
+        output = call.output(inputs, weight)
+        if unit.shift is None or unit.shift not in changes:
             return output
         zeros = torch.zeros_like(self._network.get_parameter(unit.shift))
-        return output + call.along(changes[unit.shift](zeros), output)
+        shift = changes[unit.shift](zeros)
+        return output + call.along(shift, output)
 
     def check(self) -> None:
         """Raise NumericalError where an adapter is not finite."""

@@ -156,10 +156,8 @@ def test_corrections_are_kept_in_4_bits_and_the_body_is_changed_by_what_is_read_
 @pytest.mark.parametrize("make", INPUTS)
 def test_with_full_rank_a_body_becomes_each_expert(make):
     experts, inputs = make_experts(make, apart=1.0, samples=150)
-    adapted = fit_adapters(
-        Average().make(coin.Experts(experts), [1 / 3] * 3).network, experts, inputs, rank=99, ridge=1e-4
-    )
-    poor = fit_adapters(Average().make(coin.Experts(experts), [1 / 3] * 3).network, experts, inputs, rank=0)
+    adapted = fit_adapters(average_of(experts), experts, inputs, rank=99, ridge=1e-4)
+    poor = fit_adapters(average_of(experts), experts, inputs, rank=0)
     for place, (expert, (batch,)) in enumerate(zip(experts, inputs, strict=True)):
         own, _ = features_and_logits(expert, batch)
         with answering([adapted, poor], place), torch.no_grad():
@@ -467,10 +465,7 @@ def test_a_users_call_is_that_of_the_fit_too(tmp_path):
 
 def average_of(experts):
     """Return a network of the experts' average parameters."""
-    network = deepcopy(experts[0])
-    for name, parameter in network.named_parameters():
-        parameter.data.copy_(sum(expert.get_parameter(name).data for expert in experts) / len(experts))
-    return network
+    return Average().make(coin.Experts(experts), [1 / len(experts)] * len(experts)).network
 
 
 def same_tensors(network, other):
