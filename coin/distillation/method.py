@@ -22,8 +22,8 @@ from coin.distillation.search import TRIALS, SearchResult, search_grid
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method
-from coin.merging.method import Adapters, Compress, starting_method
-from coin.modules.distillation import AUTO, DistillationModule
+from coin.merging.method import Adapters, Compress
+from coin.modules.distillation import AUTO, STARTS, DistillationModule
 from coin.networks import BatchNormPolicy
 from coin.networks.calling import as_input, clear_caches, clone
 from coin.networks.guard import differentiable, trainable
@@ -53,7 +53,7 @@ class Distillation(Method):
         augmentation: The augmentation in training: ``none``, ``crop``, ``crop_flip`` or ``shift``; by default ``shift``
             for stored images. Batches in memory are never augmented.
         start: The closed-form merge to start from: ``auto`` (``head_fit``, or ``average`` if the head cannot be
-            fitted), or the name of a method that needs no shared initialisation, such as ``refit``.
+            fitted), ``average``, ``head_fit``, ``coin``, ``regmean`` or ``refit``.
         label: The name of this variant in results and files.
         seed: The seed of the samples' order; by default the experiment's, or 0 in memory.
 
@@ -91,8 +91,8 @@ class Distillation(Method):
         if samples_per_task is not None:
             check_integer("samples_per_task", samples_per_task, 1)
         check_integer("seed", seed or 0, 0)
-        if start != AUTO:
-            starting_method(start)
+        if start not in [AUTO, *STARTS]:
+            raise ConfigurationError(f"found start={start!r}, expected one of {', '.join([AUTO, *STARTS])}")
         self.lr = lr
         self.learning_rates = rates
         self.steps = steps

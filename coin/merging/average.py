@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import fit_ridge
-from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
 from coin.networks.compressed import Rounding
-from coin.networks.heads import head_name
+from coin.networks.heads import head_name, linear_head
 from coin.networks.running import check_head
 
 
@@ -35,7 +34,11 @@ class Average(MergeMethod):
 
 def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return Σ_i β_i θ_i, summed in float64, in the experts' types."""
-    return {key: weighted_mean(experts, weights, key, torch.float64).to(like.dtype) for key, like in experts[0].items()}
+    averages = {}
+    for name, like in experts[0].items():
+        mean = weighted_mean(experts, weights, name, torch.float64)
+        averages[name] = mean.to(like.dtype)
+    return averages
 
 
 class HeadFit(Average):
@@ -51,7 +54,6 @@ class HeadFit(Average):
         """Make the coded model of one row of the code; see `Method.make`."""
         made = super().make(experts, row)
         fit_head(made.network, experts, row)
-        experts.check_coded(made.network, self.label)
         return made
 
 
@@ -64,24 +66,28 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], roundin
     layer, or the logits are not the head of its inputs.
     """
     name = head_name(network)
-    head = network.get_submodule(name)
-    if not isinstance(head, nn.Linear):
-        found = f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer"
-        raise HeadError(f"{found}; name another in an attribute 'head_name', leave the method out, or give head=False")
-    logits = torch.cat([torch.stack([run.logits for run in experts.runs(part)]) for part in (0, 1)], 1)  # [N, P, C]
-    target = torch.tensordot(logits.new_tensor(row), logits, dims=1).double()
+    head = linear_head(network)
+    fitted, held_out = experts.runs(0), experts.runs(1)
+    logits = []
+    for first, last in zip(fitted, held_out, strict=True):
+        logits.append(torch.cat([first.logits, last.logits]))
+    every = torch.stack(logits)  # [N, P, C]
+    target = torch.tensordot(every.new_tensor(row), every, dims=1).double()
     run = experts.run(network, experts.pooled, features=True)
     check_head(network, run.features, run.logits)
-    features, residual = run.features.double(), target - run.logits.double()
-    fit = fit_ridge(features, residual, intercept=head.bias is not None)
-    step, weight = fit.coefficients.T, f"{name}.weight".lstrip(".")
+    features = run.features.double()
+    fit = fit_ridge(features, target - run.logits.double(), intercept=head.bias is not None)
+    step = fit.coefficients.T  # ΔW [C, K]
+    weight = f"{name}.weight".lstrip(".")
     with torch.no_grad():
         if rounding is not None and rounding.takes(weight):
             centred = features - fit.input_mean
-            metric = centred.T @ centred + fit.ridges * torch.eye(len(step.T)).to(step)
+            gram = centred.T @ centred
+            metric = gram + fit.ridges * torch.eye(len(gram)).to(step)
             step = rounding.step(weight, head.weight, step[None], metric[None])[0]
             head.weight.copy_(rounding.weight(weight))
         else:
             head.weight.add_(step.to(head.weight))
         if head.bias is not None:
-            head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))
+            constant = fit.target_mean - step @ fit.input_mean
+            head.bias.add_(constant.to(head.bias))

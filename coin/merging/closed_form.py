@@ -67,18 +67,19 @@ class MergeMethod(Method):
 
         A single option is not tried, and has no error; of equally good ones the first is taken.
         """
-        experts.check(row)
         candidates = [Candidate(*each) for each in self.candidates(experts, row)]
         if len(candidates) > 1 and not experts.is_calibrated:
-            found = f"found no calibration inputs, by which method '{self.label}' chooses"
-            raise ConfigurationError(f"{found}; give them, or set its options")
-        options = list(product(candidates, self._policies(experts)))
-        (best, policy), errors = options[0], dict[str, float]()
-        if len(options) > 1:
-            errors = self._held_out_errors(experts, row, options)
-            best, policy = options[list(errors.values()).index(min(errors.values()))]
+            raise ConfigurationError(
+                f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
+            )
+        choices = list(product(candidates, self._policies(experts)))
+        best, policy = choices[0]
+        errors: dict[str, float] = {}
+        if len(choices) > 1:
+            errors = self._held_out_errors(experts, row, choices)
+            smallest = min(errors.values())
+            best, policy = choices[list(errors.values()).index(smallest)]
         network = self._build(experts, row, best.parameters, policy, held_out=False)
-        experts.check_coded(network, self.label)
         chosen = dict(best.options)
         if policy:
             chosen["batchnorm"] = policy
@@ -87,12 +88,12 @@ class MergeMethod(Method):
         return CodedModel(network, chosen)
 
     def _held_out_errors(
-        self, experts: Experts, row: Sequence[float], options: Sequence[tuple[Candidate, str]]
+        self, experts: Experts, row: Sequence[float], choices: Sequence[tuple[Candidate, str]]
     ) -> dict[str, float]:
         """Return the `held_out_error` of candidates and BatchNorm policies, by the data and policy that they name."""
         judges = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
         errors = {}
-        for candidate, policy in options:
+        for candidate, policy in choices:
             parameters = candidate.parameters if candidate.trial is None else candidate.trial
             coded = self._build(experts, row, parameters, policy, held_out=True)
             parts = [str(value) for name, value in candidate.options.items() if name.endswith("_data")]
@@ -114,9 +115,12 @@ class MergeMethod(Method):
         if all(torch.equal(first[name], other[name]) for other in others for name in floating):
             return ["same"]
         if not experts.is_calibrated:
-            told = f"found no calibration inputs, needed by method '{self.label}' to choose its BatchNorm policy: it"
-            advice = "averages statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm"
-            warnings.warn(f"{told} {advice}", CoinWarning, stacklevel=3)
+            warnings.warn(
+                f"found no calibration inputs, needed by method '{self.label}' to choose its BatchNorm policy: it "
+                "averages statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm",
+                CoinWarning,
+                stacklevel=3,
+            )
             return [str(BatchNormPolicy.average)]
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 
@@ -145,8 +149,9 @@ def held_out_error(
     not prefer outputs that have shrunk. Decoders are fitted on the other samples; with fewer than two of a task only
     linear judges, and expert_head only where heads give the logits, unless it is alone. Infinite if it is no number.
     """
-    held_out_tasks = experts.tasks[experts.split[0].num_samples :]
-    fitted_tasks = experts.tasks[: experts.split[0].num_samples]
+    num_fitted = experts.split[0].num_samples
+    fitted_tasks = experts.tasks[:num_fitted]
+    held_out_tasks = experts.tasks[num_fitted:]
     decoders, heads = _usable(experts, decoders, fitted_tasks)
     features = any(each.reads_features for each in decoders)
     held_out = _answers(experts, coded, 1, held_out_tasks, features)
@@ -154,11 +159,10 @@ def held_out_error(
     errors = []
     for task, samples in _samples_of_tasks(row, held_out_tasks).items():
         own = held_out.select(samples)
-        truth = held_out.experts[task, samples]
+        truth = _centred(held_out.experts[task, samples])
         for config in decoders:
             if config.kind is DecoderKind.linear:
-                rest = sum((weight * own.experts[i] for i, weight in enumerate(row) if i != task), torch.zeros(()))
-                decoded = (own.coded[0] - rest) / row[task]
+                decoded = _subtracted(own, row, task)
             else:
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
@@ -166,16 +170,27 @@ def held_out_error(
                         fitted = _answers(experts, coded, 0, fitted_tasks, features)
                     decoder.fit(fitted)
                 decoded = decoder.decode(own)[0]
-            errors.append(1 - torch.cosine_similarity(_centred(decoded), _centred(truth)).mean())
+            cosines = torch.cosine_similarity(_centred(decoded), truth)
+            errors.append(1 - cosines.mean())
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
+
+
+def _subtracted(answers: Answers, row: Sequence[float], task: int) -> Tensor:
+    """Return a task's logits as the linear decoder has them, (f_c − Σ_{i≠j} β_i f_i) / β_j [P, C]."""
+    rest = torch.zeros(())
+    for expert, weight in enumerate(row):
+        if expert != task:
+            rest = rest + weight * answers.experts[expert]
+    return (answers.coded[0] - rest) / row[task]
 
 
 def _usable(
     experts: Experts, decoders: Sequence[DecoderConfig], fitted_tasks: Tensor
 ) -> tuple[Sequence[DecoderConfig], Any]:
     """Return the decoders that can judge, and the experts' heads if one reads them."""
-    if int(torch.bincount(fitted_tasks, minlength=experts.count).min()) < 2:
+    counts = torch.bincount(fitted_tasks, minlength=experts.count)
+    if int(counts.min()) < 2:
         decoders = [LINEAR]
     others = [each for each in decoders if each.kind is not DecoderKind.expert_head]
     if len(others) == len(decoders):
@@ -197,8 +212,11 @@ def _answers(experts: Experts, coded: nn.Module, part: int, tasks: Tensor, featu
 def _samples_of_tasks(row: Sequence[float], tasks: Tensor) -> dict[int, Tensor]:
     """Return by task with a share in the row its samples; where no such task has any, all samples for each."""
     shared = [task for task, share in enumerate(row) if share > 0]
-    own = {task: (tasks == task).nonzero().flatten() for task in shared}
-    found = {task: samples for task, samples in own.items() if len(samples)}
+    found = {}
+    for task in shared:
+        samples = (tasks == task).nonzero().flatten()
+        if len(samples) > 0:
+            found[task] = samples
     return found or dict.fromkeys(shared, torch.arange(len(tasks)))
 
 

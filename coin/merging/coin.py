@@ -58,16 +58,21 @@ class Coin(MergeMethod):
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Fishers requested by the options."""
-        return tuple(map(self.fisher, (self.fisher_data or DataChoice.auto).alternatives))
+        choices = (self.fisher_data or DataChoice.auto).alternatives
+        return tuple(self.fisher(data) for data in choices)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the closed form for the Fishers of every kind of data that the option allows."""
         for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
             fishers = experts.statistic(self.fisher(data))
-            if zero := [str(index) for index, fisher in enumerate(fishers) if not any(map(torch.any, fisher.values()))]:
-                found = f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone"
-                told = f"{found}; check the expert's outputs on the calibration data"
-                warnings.warn(told, CoinWarning, stacklevel=4)
+            zero = [str(index) for index, fisher in enumerate(fishers) if not any(map(torch.any, fisher.values()))]
+            if zero:
+                warnings.warn(
+                    f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone; "
+                    "check the expert's outputs on the calibration data",
+                    CoinWarning,
+                    stacklevel=4,
+                )
             merged = coin_parameters(experts.parameters, fishers, row, self.damping)
             yield Candidate({"fisher_data": str(data)}, merged)
 
@@ -85,15 +90,9 @@ def coin_parameters(
     agree stay, however small their Fisher.
     """
     known = in_all(fishers)
-    entries = sum(fishers[0][key].numel() for key in known)
-    mass = 0.0
-    for fisher, weight in zip(fishers, weights, strict=True) if known else ():
-        sums = torch.stack([fisher[key].sum(dtype=torch.float64) for key in known])  # a GPU is waited for once
-        mass += sum(weight * each for each in sums.tolist())
-    absolute = damping * mass / max(entries, 1)
-
+    absolute = damping * _mean_fisher(fishers, weights, known)
     merged: dict[str, Tensor] = {}
-    for key in experts[0]:
+    for key, like in experts[0].items():
         average = weighted_mean(experts, weights, key, torch.float64)
         if key in known:
             pull = torch.zeros_like(average)
@@ -102,6 +101,19 @@ def coin_parameters(
                 pull.add_(step.mul_(fisher[key]), alpha=weight)
             curvature = weighted_mean(fishers, weights, key, torch.float64).add_(absolute)
             # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
-            average.add_(pull.div_(curvature.masked_fill_(curvature <= 0, 1)))
-        merged[key] = average.to(experts[0][key].dtype)
+            curvature.masked_fill_(curvature <= 0, 1)
+            average.add_(pull.div_(curvature))
+        merged[key] = average.to(like.dtype)
     return merged
+
+
+def _mean_fisher(fishers: Sequence[State], weights: Sequence[float], known: Sequence[str]) -> float:
+    """Return the mean of Σ_i β_i F_i over all entries of the parameters of these names, 0 without any."""
+    if not known:
+        return 0.0
+    mass = 0.0
+    for fisher, weight in zip(fishers, weights, strict=True):
+        sums = torch.stack([fisher[key].sum(dtype=torch.float64) for key in known])  # a GPU is waited for once
+        mass += sum(weight * each for each in sums.tolist())
+    entries = sum(fishers[0][key].numel() for key in known)
+    return mass / entries

@@ -1,7 +1,7 @@
 """The outputs of the experts to which a body's units are fitted, made group by group of units."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,13 +38,13 @@ def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Ten
     """
     beta = torch.tensor(row, dtype=torch.float64)
     counts = torch.bincount(task, minlength=len(row))
-    if own_share == 1:
-        missing = ((beta > 0) & (counts == 0)).nonzero().flatten().tolist()
-        if missing:
-            raise DataError(
-                f"found no calibration samples of task {missing[0]}, which has a share in the code row {list(row)}, "
-                "expected at least one; give some, raise memory_mib, or use target=both"
-            )
+    is_missing = (beta > 0) & (counts == 0)
+    missing = is_missing.nonzero().flatten().tolist()
+    if own_share == 1 and missing:
+        raise DataError(
+            f"found no calibration samples of task {missing[0]}, which has a share in the code row {list(row)}, "
+            "expected at least one; give some, raise memory_mib, or use target=both"
+        )
     own = own_share * (beta / counts)[task]  # a task's samples weigh β_i together
     mixed = torch.full_like(own, (1 - own_share) / len(task))  # all samples weigh alike
     shares = own + mixed
@@ -61,18 +61,20 @@ def chosen_places(units: Sequence[Unit], task: Tensor, device: torch.device) -> 
     """
     order = torch.zeros_like(task)  # each sample's place within its task
     for own in set(task.tolist()):
-        mine = task == own
-        order[mine] = torch.arange(int(mine.sum()))
+        is_own = task == own
+        order[is_own] = torch.arange(int(is_own.sum()))
     generator = torch.Generator().manual_seed(0)
     places: dict[str, Tensor | None] = {}
     for unit in units:
-        count = math.ceil(max(LEAST, ROWS * unit.unknowns) / len(task))  # q
+        rows = max(LEAST, ROWS * unit.unknowns)
+        count = math.ceil(rows / len(task))  # q
         if count >= unit.positions:
             places[unit.weight] = None
             continue
         offsets = torch.rand(int(order.max()) + 1, count, generator=generator)[order]
         drawn = (torch.arange(count) + offsets) * unit.positions / count
-        places[unit.weight] = drawn.long().clamp(max=unit.positions - 1).to(device)
+        within = drawn.long().clamp(max=unit.positions - 1)
+        places[unit.weight] = within.to(device)
     return places
 
 
@@ -80,15 +82,16 @@ def grouped(units: Iterable[Unit], rows: Rows, budget: float) -> list[list[Unit]
     """Return units in groups whose targets take at most `budget` bytes together; a group has one unit at least."""
     samples = rows.mixtures.shape[1]
     groups: list[list[Unit]] = []
-    left = -1.0
+    used = 0
     for unit in units:
         places = rows.places[unit.weight]
-        size = samples * unit.target_bytes(unit.positions if places is None else places.shape[1])
-        if left < size:
+        positions = unit.positions if places is None else places.shape[1]
+        size = 4 * samples * positions * unit.channels  # in float32
+        if not groups or used + size > budget:
             groups.append([])
-            left = budget
+            used = 0
         groups[-1].append(unit)
-        left -= size
+        used += size
     return groups
 
 
@@ -99,9 +102,7 @@ class ExpertOutputs:
     once.
 
     Attributes:
-        passes: The samples that have passed through experts.
-        total: All steps of the progress: these passes, and one of the coded network on every sample.
-        advance: Called with the steps done.
+        passes: The samples that pass through experts, in all.
     """
 
     def __init__(
@@ -113,79 +114,69 @@ class ExpertOutputs:
         budget: float,
     ) -> None:
         self._experts = experts
-        self._trace = trace
+        self._calls = trace.calls
         self._rows = rows
         self._batch_size = batch_size
         self._groups = grouped(trace.units, rows, budget)
         self._made: dict[str, Tensor] = {}
-        self._popped = 0
-        self._samples = rows.mixtures.shape[1]
-        self.passes = 0
-        self.total = len(self._groups) * int(rows.mixtures.count_nonzero()) + self._samples
-        self.advance: Callable[[int], None] = lambda _: None
+        self.passes = len(self._groups) * int(rows.mixtures.count_nonzero())
 
-    def pop(self, weight: str) -> Tensor:
-        """Return a unit's targets [P, q, ·], in the order of `output_rows`, and keep them no longer.
+    def each_unit(self, advance: Callable[[int], None]) -> Iterator[Tensor]:
+        """Yield every unit's targets [P, q, ·], in the order of `output_rows`; `advance` gets the samples that passed.
 
         Raises StateError where an expert makes other calls than the traced network, or gives outputs of another shape.
         """
-        while weight not in self._made:
-            self._make(self._groups.pop(0))
-        # Of the coded network's own pass every unit gets whole samples, which sum to all.
-        units = len(self._trace.units)
-        before = self._popped * self._samples // units
-        self._popped += 1
-        self.advance(self._popped * self._samples // units - before)
-        return self._made.pop(weight)
-
-    def _make(self, group: Sequence[Unit]) -> None:
-        """Run all experts for the targets of a group of units."""
-        ends = {unit.end: unit for unit in group}
-        for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
-            samples = mixture.nonzero().flatten()
-            for part in samples.split(self._batch_size):
-                if len(part):
-                    self._add(network, ends, part, mixture)
-                    self.passes += len(part)
-                    self.advance(len(part))
+        for group in self._groups:
+            ends = {unit.end: unit for unit in group}
+            for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
+                samples = mixture.nonzero().flatten()
+                for part in samples.split(self._batch_size):
+                    if len(part) > 0:
+                        self._add(network, ends, part, mixture)
+                        advance(len(part))
+            for unit in group:
+                yield self._made.pop(unit.weight)
 
     def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
         """Run an expert on the samples `part` [p], and add its share of the units' targets by its mixture [P]."""
-        known = set(self._trace.calls)
-        made: list[str] = []
+        calls: list[str] = []
 
         def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
             weight = names.get("weight", "")
-            if weight not in known:
+            if weight not in self._calls:
                 return None
-            made.append(weight)
+            calls.append(weight)
             output = function()
             if weight in ends:
                 self._add_rows(ends[weight], call, output, part, mixture)
             return output
 
         with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
-            network(as_input(take(self._rows.inputs, part), network))
-        if made != self._trace.calls:
+            inputs = take(self._rows.inputs, part)
+            network(as_input(inputs, network))
+        if calls != self._calls:
             raise StateError(f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}")
 
     def _add_rows(self, unit: Unit, call: Call, output: Tensor, part: Tensor, mixture: Tensor) -> None:
         """Add an expert's share of one unit's targets, given the output of its last call on the samples `part`."""
-        if len(output) % len(part):
+        if len(output) % len(part) != 0:
             check_rows(unit, len(output), len(part))
-        shape = (len(output) // len(part), *output.shape[1:])
-        if shape != unit.shape:
-            found = f"'{unit.end}' gives {[*shape]} a sample in an expert and {[*unit.shape]} in the coded network"
-            raise StateError(f"{found}; {SAME_CALLS}")
+        shape = [len(output) // len(part), *output.shape[1:]]  # of one sample
+        if shape != list(unit.shape):
+            raise StateError(
+                f"'{unit.end}' gives {shape} a sample in an expert and {list(unit.shape)} in the coded network; "
+                f"{SAME_CALLS}"
+            )
         places = self._rows.places[unit.weight]
         if places is not None:
             places = places[part.to(places.device)]
-        rows = output_rows(call, output, len(part), places)  # [p·q, O]
-        rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+        flat = output_rows(call, output, len(part), places)  # [p·q, O]
+        rows = flat.to(sum_type(flat)).view(len(part), -1, flat.shape[1])
         if unit.weight not in self._made:
             self._made[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
         share = mixture[part].to(rows)[:, None, None]
-        self._made[unit.weight].index_add_(0, part.to(rows.device), rows * share)
+        index = part.to(rows.device)
+        self._made[unit.weight].index_add_(0, index, rows * share)
 
 
 def check_rows(unit: Unit, rows: int, samples: int) -> None:

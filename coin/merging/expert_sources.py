@@ -1,9 +1,11 @@
 """N experts of one architecture, in memory or in files; heads are padded with zeros to the largest class count."""
 
 import statistics
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,17 +16,24 @@ from coin.networks.calling import Forward, called_by, clone
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network, empty_network
-from coin.networks.weights import check_plain, tensors_of
+from coin.networks.weights import check_plain, parameters_of, tensors_of
 
 # The spread above which experts are far apart: 0.005 to 0.008 near ImageNet weights, 0.016 to 0.25 tuned freely.
 FAR = 0.0125
 
 
 class ExpertNetworks:
-    """Experts in memory: `networks` have padded heads, in copies that share all other tensors with those `unpadded`.
+    """Experts in memory.
 
-    `padding` is the head's name and its number of outputs where it is padded. Raises ConfigurationError for
-    fewer than two experts or unlike ones, HeadError if heads cannot be padded, StateError as `check_plain`.
+    Raises ConfigurationError for fewer than two experts or unlike ones, HeadError if heads cannot be padded, StateError
+    as `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
+
+    Attributes:
+        count: N.
+        unpadded: The experts as they are.
+        networks: The experts with padded heads, in copies that share all other tensors.
+        padding: The head's name and its number of outputs, where heads are padded.
+        device: The device of all tensors.
     """
 
     def __init__(
@@ -37,32 +46,43 @@ class ExpertNetworks:
         if initial is not None:
             check_plain(initial)
         _check_alike(networks)
+        self.count = len(networks)
         self.device = one_device(networks)
         self.unpadded = [called_by(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
-        self.skeleton, self.initial = self.networks[0], initial
+        self.skeleton = self.networks[0]
+        self.initial = initial
         self.padding: tuple[str, int] | None = None
         if self.networks != self.unpadded:
             head = head_name(self.skeleton)
-            self.padding = head, len(self.skeleton.get_submodule(head).get_parameter("weight"))
+            outputs = len(self.skeleton.get_submodule(head).get_parameter("weight"))
+            self.padding = (head, outputs)
+        for index, (parameters, _) in enumerate(self.tensors):
+            self._check_layout(parameters, f"expert {index}")
 
-    def __len__(self) -> int:
-        return len(self.networks)
+    def _check_layout(self, parameters: State, source: str) -> None:
+        check_layout(parameters_of(self.skeleton), parameters, source)
 
-    def each_network(self, *, padded: bool = True) -> Iterator[nn.Module]:
-        """Yield the experts, their heads padded or as they are."""
-        yield from self.networks if padded else self.unpadded
+    def each_network(self) -> Iterator[nn.Module]:
+        """Yield the experts, their heads padded."""
+        yield from self.networks
 
-    @property
+    @cached_property
     def tensors(self) -> list[tuple[State, State]]:
         """Every expert's parameters and buffers."""
         return [tensors_of(network) for network in self.networks]
 
+    @cached_property
     def initial_tensors(self) -> tuple[State, State] | None:
-        """Return the shared initialisation's parameters and buffers, none without one."""
+        """The shared initialisation's parameters and buffers, none without one."""
         if self.initial is None:
             return None
-        parameters, buffers = tensors_of(pad_head(self.initial, self.padding[1]) if self.padding else self.initial)
+        network = self.initial
+        if self.padding is not None:
+            _, outputs = self.padding
+            network = pad_head(network, outputs)
+        parameters, buffers = tensors_of(network)
+        self._check_layout(parameters, "the shared initialisation")
         return on_device(parameters, self.device), on_device(buffers, self.device)
 
     def empty_model(self) -> nn.Module:
@@ -70,31 +90,48 @@ class ExpertNetworks:
         return clone(self.skeleton)
 
 
+def whole_state(tensors: tuple[State, State]) -> State:
+    """Return a network's parameters and buffers as one state, still read on access."""
+    return ChainMap(*cast(Any, tensors))  # never written to, so that any mapping will do
+
+
 def one_device(networks: Sequence[nn.Module]) -> torch.device:
     """Return the device of networks, the CPU for none; a ConfigurationError where they are on several."""
-    tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
-    found = list(dict.fromkeys(tensor.device for tensor in tensors))
-    if len(found) > 1:
-        told = f"found experts on {' and '.join(map(str, found))}"
-        raise ConfigurationError(f"{told}, expected one device; move them with network.to('{found[0]}')")
-    return found[0] if found else torch.device("cpu")
+    devices: list[torch.device] = []
+    for network in networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.device not in devices:
+                devices.append(tensor.device)
+    if len(devices) > 1:
+        names = " and ".join(map(str, devices))
+        raise ConfigurationError(
+            f"found experts on {names}, expected one device; move them with network.to('{devices[0]}')"
+        )
+    return devices[0] if devices else torch.device("cpu")
 
 
 def _check_alike(networks: Sequence[nn.Module]) -> None:
-    """Raise ConfigurationError where networks have modules of different classes, or parameters of different types."""
-    kinds = [_kinds(network) for network in networks]
-    for name, kind in kinds[0].items():
-        found = sorted({each.get(name, kind) for each in kinds})
-        if len(found) > 1:
-            told = f"found experts with '{name or 'network'}' of {' and '.join(found)}"
-            raise ConfigurationError(f"{told}, expected one class and type; convert them")
+    """Raise ConfigurationError where modules of a name are of different classes, or parameters of different types."""
+    first = _kinds(networks[0])
+    for network in networks[1:]:
+        for name, kind in _kinds(network).items():
+            expected = first.get(name, kind)
+            if kind != expected:
+                raise ConfigurationError(
+                    f"found experts with '{name or 'network'}' of {expected} and {kind}, "
+                    "expected one class and type; convert them"
+                )
 
 
 def _kinds(network: nn.Module) -> dict[str, str]:
-    """Return by name the classes of a network's modules, what drops out as an identity, and its parameters' types."""
-    classes = {name: type(module).__qualname__ for name, module in network.named_modules()}
-    kinds = {name: "Identity" if "Drop" in kind else kind for name, kind in classes.items()}
-    return kinds | {name: str(parameter.dtype) for name, parameter in network.named_parameters()}
+    """Return the classes of a network's modules, and its parameters' types, by name; dropout is an identity."""
+    kinds = {}
+    for name, module in network.named_modules():
+        kind = type(module).__qualname__
+        kinds[name] = "Identity" if "Drop" in kind else kind
+    for name, parameter in network.named_parameters():
+        kinds[name] = str(parameter.dtype)
+    return kinds
 
 
 class ExpertFiles:
@@ -106,11 +143,10 @@ class ExpertFiles:
     def __init__(
         self, paths: Mapping[str, Path], initial: Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        self.paths, self.initial = dict(paths), initial
+        self.paths = dict(paths)
+        self.count = len(paths)
+        self.initial = initial
         self.device = torch.device(device)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     @cached_property
     def opened(self) -> dict[str, NetworkFile]:
@@ -120,7 +156,8 @@ class ExpertFiles:
     @property
     def config(self) -> NetworkConfig:
         """The architecture that all experts share."""
-        return next(iter(self.opened.values())).config
+        first, *_ = self.opened.values()
+        return first.config
 
     @property
     def width(self) -> int:
@@ -137,23 +174,19 @@ class ExpertFiles:
         """A network of the experts' architecture and `width`, without weights; a StateError where one does not fit."""
         network = empty_network(self.config, self.width)
         for file in self.opened.values():
-            _check(file, network, self.width)
+            _check(file, network)
         return network
 
     @cached_property
     def networks(self) -> list[nn.Module]:
-        """The networks with their heads padded by zeros to `width` logits; raises as `opened` and `skeleton` do."""
-        self.skeleton  # noqa: B018 (checks that they belong together)
+        """The networks of `each_network`."""
         return list(self.each_network())
 
-    def each_network(self, *, padded: bool = True) -> Iterator[nn.Module]:
-        """Yield the experts, their heads padded or as they are; loaded one at a time unless `networks` are there."""
-        if padded and "networks" in self.__dict__:
-            yield from self.networks
-        else:
-            for path in self.paths.values():
-                network = load_network(path).network.to(self.device)
-                yield pad_head(network, self.width) if padded else network
+    def each_network(self) -> Iterator[nn.Module]:
+        """Load the experts one at a time, their heads padded by zeros to `width` logits."""
+        for path in self.paths.values():
+            network = load_network(path).network
+            yield pad_head(network.to(self.device), self.width)
 
     @property
     def padding(self) -> tuple[str, int]:
@@ -163,39 +196,39 @@ class ExpertFiles:
     @cached_property
     def tensors(self) -> list[tuple[State, State]]:
         """Every expert's parameters and buffers, read on access."""
-        return [self._parts(file) for file in self.opened.values()]
-
-    def _parts(self, file: NetworkFile) -> tuple[State, State]:
-        """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
-        skeleton = self.skeleton
-        every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-        parameters = file.select([name for name, _ in skeleton.named_parameters()])
-        buffers = file.select([name for name in skeleton.state_dict() if name not in every])
-        padded = padded_state(parameters, *self.padding)
-        return on_device(padded, self.device), on_device(buffers, self.device)
+        return [self._tensors_of(file) for file in self.opened.values()]
 
     @cached_property
-    def _initial_tensors(self) -> tuple[State, State] | None:
+    def initial_tensors(self) -> tuple[State, State] | None:
+        """The shared initialisation's parameters and buffers, none without one."""
         if self.initial is None:
             return None
         file = open_network(self.initial)
-        _check(file, self.skeleton, self.width)
-        return self._parts(file)
+        _check(file, self.skeleton)
+        return self._tensors_of(file)
 
-    def initial_tensors(self) -> tuple[State, State] | None:
-        """Return the shared initialisation's parameters and buffers, none without one."""
-        return self._initial_tensors
+    def _tensors_of(self, file: NetworkFile) -> tuple[State, State]:
+        """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
+        skeleton = self.skeleton
+        parameter_names = [name for name, _ in skeleton.named_parameters()]
+        tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+        buffer_names = [name for name in skeleton.state_dict() if name not in tied]
+        parameters = padded_state(file.select(parameter_names), *self.padding)
+        buffers = file.select(buffer_names)
+        return on_device(parameters, self.device), on_device(buffers, self.device)
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return build_network(self.config, self.width).to(self.device)
 
 
-def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
+def _check(file: NetworkFile, skeleton: nn.Module) -> None:
     """Check that a file has the tensors of a network; only its head may have fewer outputs."""
     own = skeleton.state_dict()
-    for name in own.keys() & {f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"}:
-        own[name] = own[name][: min(file.num_classes, width)]
+    head = head_name(skeleton)
+    for name in (f"{head}.weight", f"{head}.bias"):
+        if name in own:
+            own[name] = own[name][: file.num_classes]
     check_layout(own, file.state, str(file.path))
 
 
@@ -208,9 +241,13 @@ def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, .
     for name, first in experts[0].items():
         if first.ndim < 2 or not first.is_floating_point() or name.startswith(without):
             continue
-        every = [expert[name].detach().double() for expert in experts]  # which may be read from files
-        mean = sum((beta * each for beta, each in zip(row, every, strict=True)), torch.zeros_like(every[0]))
-        squares = sum(beta * float((each - mean).square().sum()) for beta, each in zip(row, every, strict=True))
+        matrices = [expert[name].detach().double() for expert in experts]  # which may be read from files
+        mean = torch.zeros_like(matrices[0])
+        for beta, matrix in zip(row, matrices, strict=True):
+            mean = mean + beta * matrix
+        square = 0.0
+        for beta, matrix in zip(row, matrices, strict=True):
+            square += beta * float((matrix - mean).square().sum())
         size = max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)
-        found.append((squares / size) ** 0.5)
+        found.append((square / size) ** 0.5)
     return statistics.median(found) if found else 0.0

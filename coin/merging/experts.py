@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, map_tensors, size_of, take
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.files.tensors import State, check_finite, check_layout, on_device
+from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
 from coin.networks.calling import Forward, as_input, checked_batch
 from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
 from coin.networks.running import Run, linear_heads, run_network
-from coin.networks.weights import parameters_of
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
@@ -26,8 +25,10 @@ def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
     is_row = len(weights) == count and all(weight >= 0 for weight in weights) and abs(sum(weights) - 1) <= 1e-6
     if not is_row:
-        found = f"found {len(weights)} weights for {count} experts, {list(weights)}"
-        raise ConfigurationError(f"{found}, expected one each, non-negative numbers that sum to 1; give a code's row")
+        raise ConfigurationError(
+            f"found {len(weights)} weights for {count} experts, {list(weights)}, "
+            "expected one each, non-negative numbers that sum to 1; give a code's row"
+        )
 
 
 def in_all(states: Sequence[State]) -> list[str]:
@@ -79,13 +80,14 @@ class Experts:
         statistics: StatisticPaths | None = None,
         train: Any = None,
     ) -> None:
-        for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
-            if given is not None and len(given) != len(networks):
-                found = f"found {what} of {len(given)} experts, expected {len(networks)}"
-                raise ConfigurationError(f"{found}; give those of every expert")
         source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
         self.source: ExpertNetworks | ExpertFiles = source
-        self.count = len(networks)
+        self.count = source.count
+        for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
+            if given is not None and len(given) != self.count:
+                raise ConfigurationError(
+                    f"found {what} of {len(given)} experts, expected {self.count}; give those of every expert"
+                )
         self.train = train
         self.forward = forward
         self.passes = 0.0
@@ -95,46 +97,39 @@ class Experts:
         self._statistics: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[tuple[int, bool], list[Run]] = {}
         self.is_calibrated = calibration is not None
-        self._calibration: Sequence[Calibration] | None = None
-        if calibration is not None and all(isinstance(each, Calibration) for each in calibration):
-            self._calibration = [each.on(source.device) for each in cast(Sequence[Calibration], calibration)]
-        elif calibration is not None:
-            self._calibration = [self._of_batches(batches) for batches in calibration]
+        self._calibration = [self._samples_of(each) for each in calibration or ()]
+        if self.is_calibrated:
             self._check_calibration()
 
-    def _of_batches(self, batches: Iterable[Any]) -> Calibration:
-        """Return a task's batches, checked and on the experts' device."""
-        if isinstance(batches, Tensor):
-            raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
+    def _samples_of(self, given: Iterable[Any]) -> Calibration:
+        """Return a task's samples, or its batches as samples, on the experts' device."""
         device = self.source.device
-        checked = [checked_batch(batch, self.networks[0]) for batch in batches]
-        moved = [map_tensors(lambda tensor: tensor.to(device), batch) for batch in checked]
-        return Calibration.of_batches(moved).on(device)
+        if isinstance(given, Calibration):
+            return given.on(device)
+        if isinstance(given, Tensor):
+            raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
+        batches = []
+        for batch in given:
+            inputs = checked_batch(batch, self.networks[0])
+            batches.append(map_tensors(lambda tensor: tensor.to(device), inputs))
+        return Calibration.of_batches(batches).on(device)
 
     def _check_calibration(self) -> None:
         """Raise DataError without samples, HeadError where heads are padded and one does not give the logits."""
-        if not any(each.num_samples for each in self.samples(DataChoice.own)):
+        if not any(each.num_samples for each in self._calibration):
             raise DataError("found no calibration batches, expected at least one; give those of every task")
+        if isinstance(self.source, ExpertFiles) or self.source.padding is None:
+            return
         first = self.pooled.inputs(torch.tensor([0]))
-        for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
-            if padded is network:
-                continue
+        for network in self.source.unpadded:
             with evaluating(network, gradients=False):
                 linear_heads([network], as_input(first, network))
 
     def check(self, row: Sequence[float]) -> None:
-        """Raise as `check_row`, and a StateError where experts' parameters differ in layout or are not finite."""
+        """Raise as `check_row`, and a StateError where experts' parameters are not finite."""
         check_row(row, self.count)
-        every = self.parameters
-        for index, state in enumerate(every):
-            check_layout(every[0], state, f"expert {index}")
+        for index, state in enumerate(self.parameters):
             check_finite(state, f"expert {index}")
-
-    def check_coded(self, network: nn.Module, label: str) -> None:
-        """Raise StateError where a method's coded model is not finite, but for buffers that are infinite in experts."""
-        infinite = [name for name, buffer in self.buffers[0].items() if bool(torch.isinf(buffer).any())]
-        tensors = {**parameters_of(network), **dict(network.named_buffers())}
-        check_finite(tensors, f"the coded model of method '{label}'", infinite)
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -160,21 +155,21 @@ class Experts:
 
         Raises StateError where its parameters are not like the experts', or not finite.
         """
-        initial = self.source.initial_tensors()
+        initial = self.source.initial_tensors
         if initial is None:
             raise ConfigurationError(
                 "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression "
                 "needs; give one, choose another, or compress with base_bits: 0"
             )
-        check_layout(self.parameters[0], initial[0], "the shared initialisation")
-        check_finite(initial[0], "the shared initialisation")
+        parameters, _ = initial
+        check_finite(parameters, "the shared initialisation")
         return initial
 
     def samples(self, data: DataChoice) -> Sequence[Calibration]:
         """Return for every expert the samples for its statistics: its own task's, or all tasks'."""
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
-        if self._calibration is None:
+        if not self.is_calibrated:
             raise ConfigurationError(
                 "found no calibration inputs, which the merge needs; give them as calibration, or name the tasks"
             )
@@ -210,30 +205,35 @@ class Experts:
         """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
             runs = [run_network(network, as_input(batch, network), features) for batch in batches]
-        self.passes += sum(len(run.logits) for run in runs)
-        return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]))
+        run = Run(torch.cat([each.features for each in runs]), torch.cat([each.logits for each in runs]))
+        self.passes += len(run.logits)
+        return run
 
     def runs(self, part: int, features: bool = False) -> list[Run]:
         """Return all experts' answers to a part of `split`; they run once."""
-        for known in ((part, True), (part, features)):  # a run with features has the logits too
-            if known in self._outputs:
-                return self._outputs[known]
-        found = [self.run(each, self.split[part], features) for each in self.source.each_network()]
-        for index, run in enumerate(found):
+        with_features = self._outputs.get((part, True))  # which have the logits too
+        known = with_features or self._outputs.get((part, features))
+        if known is not None:
+            return known
+        runs = []
+        for index, network in enumerate(self.source.each_network()):
+            run = self.run(network, self.split[part], features)
             check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
-        self._outputs[part, features] = found
-        return found
+            runs.append(run)
+        self._outputs[part, features] = runs
+        return runs
 
     @cached_property
     def heads(self) -> list[tuple[Tensor, Tensor]]:
         """All experts' heads, checked on a few samples to give their logits; see `coin.networks.heads.linear_heads`."""
-        few = take(next(iter(self.split[1])), slice(0, 8))
-        found = []
+        _, held_out = self.split
+        few = take(next(iter(held_out)), slice(0, 8))
+        heads = []
         for network in self.source.each_network():
             with evaluating(network, gradients=False):
-                found += linear_heads([network], as_input(few, network))
-        self.passes += self.count * size_of(few)
-        return found
+                heads += linear_heads([network], as_input(few, network))
+            self.passes += size_of(few)
+        return heads
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return the data, own or pooled, that a method's option allows: for ``auto`` those of which there are files.
@@ -241,11 +241,9 @@ class Experts:
         Statistics in memory are of the option's data, for ``auto`` own; those that are computed are of both.
         """
         if self._given[name] is not None:
-            stored = [DataChoice.own]
-        else:
-            stored = [which.data for which in self.statistic_paths if which.name is name]
-        allowed = [each for each in data.alternatives if each in stored]
-        return allowed or data.alternatives
+            return data.alternatives[:1]
+        stored = [which.data for which in self.statistic_paths if which.name is name]
+        return [each for each in data.alternatives if each in stored] or data.alternatives
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
@@ -253,43 +251,45 @@ class Experts:
         A Fisher's head is padded like the expert's: with the other rows' mean where outputs weigh alike, since each
         logit is its own row times the features; with zeros where they weigh by probabilities, which padded ones lack.
         """
-        if which in self._statistics:
-            return self._statistics[which]
-        states = self._states(which)
-        padding = self.source.padding
-        if padding is not None and which.kind is not None:
-            mean = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
-            states = [padded_state(state, *padding, mean=mean) for state in states]
-        found = [on_device(state, self.source.device) for state in states]
-        self._statistics[which] = found
-        return found
+        if which not in self._statistics:
+            states = self._states(which)
+            padding = self.source.padding
+            if padding is not None and which.kind is not None:
+                head, outputs = padding
+                weigh_alike = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
+                states = [padded_state(state, head, outputs, mean=weigh_alike) for state in states]
+            self._statistics[which] = [on_device(state, self.source.device) for state in states]
+        return self._statistics[which]
 
     def _states(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert, of its own class count."""
-        if isinstance(self.source, ExpertFiles):
-            files = open_statistics(self.statistic_paths, which, self.source.fingerprints)
-            self.seconds += sum(file.provenance.get("seconds", 0.0) for file in files)
-            self.passes += sum(file.provenance.get("passes", 0.0) for file in files)
+        source = self.source
+        if isinstance(source, ExpertFiles):
+            files = open_statistics(self.statistic_paths, which, source.fingerprints)
+            for file in files:
+                self.seconds += file.provenance.get("seconds", 0.0)
+                self.passes += file.provenance.get("passes", 0.0)
             return files
         states = self._given[which.name]
         if states is None:
-            states = self.computed(which.kind, self.samples(which.data))
-        for index, (state, network) in enumerate(zip(states, self.source.unpadded, strict=True)):
+            # Of the experts before padding: a padded class would get a probability too.
+            networks = source.networks if which.kind is None else source.unpadded
+            states = self.computed(which.kind, networks, self.samples(which.data))
+        for index, (state, network) in enumerate(zip(states, source.unpadded, strict=True)):
             found = check_statistic(state, network, f"the {which.name} of expert {index}")
             if found is StatisticKind.gram and which.name is StatisticKind.fisher:
                 raise StateError(f"found Gram matrices of expert {index} as its Fisher; give them as grams")
         return states
 
-    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> Sequence[State]:
-        """Return every expert's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes.
-
-        Fishers are those of the experts before padding: a padded class would get a probability too.
-        """
+    def computed(
+        self, kind: FisherKind | None, networks: Iterable[nn.Module], samples: Sequence[Iterable[Batch]]
+    ) -> Sequence[State]:
+        """Return every network's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes."""
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
         options = None if kind is None else FisherOptions(kind)
         means = []
-        for network, batches in zip(self.source.each_network(padded=kind is None), samples, strict=True):
+        for network, batches in zip(networks, samples, strict=True):
             sums = statistic_sums(network, batches, options)
             means.append(sums.mean())
             self.passes += sums.passes

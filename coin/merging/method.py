@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from inspect import isabstract
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
 from coin.errors import ConfigurationError
-from coin.files.tensors import State
+from coin.files.tensors import State, check_finite
 from coin.merging.expert_sources import one_device
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
@@ -23,7 +22,7 @@ from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.calling import Forward, plain
 from coin.networks.compressed import Base, Compressed, Compression, compress
-from coin.networks.weights import fill_network, to_compute
+from coin.networks.weights import fill_network, parameters_of, to_compute
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -63,12 +62,13 @@ class Merged(list[nn.Module]):
     """
 
     def __init__(
-        self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: Sequence[dict[str, Compressed]]
+        self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: dict[str, list[Compressed]]
     ) -> None:
         super().__init__(with_adapters(plain(each.network), each.adapters) for each in made)
         self.chosen = [each.chosen for each in made]
-        self.compressed = {label: [each[label] for each in compressed] for label in compressed[0]}
-        self.passes, self.seconds = passes, seconds
+        self.compressed = compressed
+        self.passes = passes
+        self.seconds = seconds
 
 
 class Method(ABC):
@@ -101,6 +101,7 @@ class Method(ABC):
     reads_initial: bool = False
     compress: Sequence[Compression] = ()
     adapters: AdapterOptions | None = None
+    decoders: list[str] | None = None
     samples_per_task: int | None = None  # its own P; by default the experiment's
     augmentation: str = "none"  # of calibration samples in its training
     label: str
@@ -133,11 +134,11 @@ class Method(ABC):
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1.
+        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1 (`coded_model` checks that).
 
-        Raises ConfigurationError where the row is invalid, or an input is missing; StateError, which names expert and
-        tensor, where experts or statistics differ in names or shapes, are not finite, or a Fisher entry is negative;
-        NumericalError where the method broke down on sound inputs.
+        Raises ConfigurationError where an input is missing; StateError, which names expert and tensor, where statistics
+        differ in names or shapes, are not finite, or a Fisher entry is negative; NumericalError where the method broke
+        down on sound inputs.
         """
 
     def pack(
@@ -151,9 +152,15 @@ class Method(ABC):
         return packed
 
     def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row, and its adapters unless the method has fitted them beside it."""
+        """Make the coded model of one row, and its adapters unless the method has fitted them beside it.
+
+        Raises as `make`; ConfigurationError for another row than a code's, and StateError, which names the tensor,
+        where experts differ in names or shapes, or they or the coded model are not finite.
+        """
+        experts.check(row)
         made = self.make(experts, row)
         made.network.to(experts.source.device)  # one that was trained is where its Trainer left it
+        check_coded(made.network, experts, self.label)
         if self.adapters is None or made.adapters:
             return made
         network, adapters = adapt(made.network, experts, row, self.label, self.adapters)
@@ -167,17 +174,16 @@ class Method(ABC):
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
-        judges = [each.name for each in decoders] if self.adapters is None else [str(DecoderKind.expert_head)]
-        defaults: dict[str, Any] = {
-            "fisher_data": fisher_data,
-            "gram_data": fisher_data,
-            "fisher_kind": fisher_kind,
-            "decoders": judges or None,
-        }
         method = copy(self)
-        for name, value in defaults.items():
-            if getattr(self, name, value) is None:
-                setattr(method, name, value)
+        if getattr(self, "fisher_kind", fisher_kind) is None:
+            method.fisher_kind = fisher_kind  # type: ignore[attr-defined]
+        for name in ("fisher_data", "gram_data"):
+            if getattr(self, name, fisher_data) is None:
+                setattr(method, name, fisher_data)
+        if self.decoders is None and self.adapters is not None:
+            method.decoders = [DecoderKind.expert_head.value]
+        elif self.decoders is None and decoders:
+            method.decoders = [each.name for each in decoders]
         return method
 
 
@@ -197,13 +203,13 @@ def merge_networks(
 
     `decoders` are those for which the method makes its choices; see `Experts` for the other arguments. The networks are
     of the experts' class and called in its way, not by `forward`. They are made, and left, on the experts' device;
-    where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.make`.
+    where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.coded_model`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
     (1, [], True)
     """
-    code = code if isinstance(code, Code) else Code(code)
+    code = Code(code) if not isinstance(code, Code) else code
     if not isinstance(method, Method):
         raise ConfigurationError(f"found method {method!r}, expected an object of a method's class; give coin.Refit()")
     home = one_device(networks)
@@ -216,47 +222,37 @@ def merge_networks(
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
     made = []
-    packed = []
+    compressed: dict[str, list[Compressed]] = {}
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for row in code.matrix.tolist():
             coded = method.coded_model(experts, row)
             made.append(coded)
-            variants = {}
             for each in method.compress:
-                variants[f"{method.label}-{each.name}"] = method.pack(experts, row, coded, initial, each)
-            packed.append(variants)
-    merged = Merged(made, experts.passes, time.perf_counter() - began, packed)
+                variants = compressed.setdefault(f"{method.label}-{each.name}", [])
+                variants.append(method.pack(experts, row, coded, initial, each))
+    merged = Merged(made, experts.passes, time.perf_counter() - began, compressed)
     for network in merged:
         network.to(home)
     return merged
 
 
-def starting_method(start: str) -> Method:
-    """Return the closed form of this name, for the option `start` of distillation; a ConfigurationError without one.
-
-    It does not need the shared initialisation.
-    """
-    kinds: dict[str, type[Method]] = {}
-    for kind in reversed(_subclasses(Method)):  # a base class last, for a name that its own have too
-        if not (kind.is_trained or kind.reads_initial or isabstract(kind)):
-            kinds[kind.name] = kind
-    if start not in list(kinds):  # it may be a section, which has no hash
-        raise ConfigurationError(f"found start={start!r}, expected one of {', '.join(sorted(kinds))}")
-    return kinds[start]()
-
-
-def _subclasses(kind: Any) -> list[type[Method]]:
-    return [found for each in kind.__subclasses__() for found in (each, *_subclasses(each))]
+def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
+    """Raise StateError where a method's coded model is not finite, but for buffers that are infinite in experts."""
+    infinite = [name for name, buffer in experts.buffers[0].items() if bool(torch.isinf(buffer).any())]
+    tensors = {**parameters_of(network), **dict(network.named_buffers())}
+    check_finite(tensors, f"the coded model of method '{label}'", infinite)
 
 
 def fill(network: nn.Module, state: State) -> None:
     """Copy parameters and buffers into a network; tied ones may have two names."""
-    own = network.state_dict()  # tensors that share the network's memory
-    given = {name: tensor for name, tensor in state.items() if name in own}
-    fill_network(network, own | given, "the coded model")
+    tensors = network.state_dict()  # which share the network's memory
+    tensors.update({name: tensor for name, tensor in state.items() if name in tensors})
+    fill_network(network, tensors, "the coded model")
+    kept = network.state_dict()
     with torch.no_grad():
-        for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
-            if name in state and name not in own:
-                value = state[name].to(buffer.device)
-                if not torch.equal(buffer, value):  # an expanded buffer cannot be written to
-                    buffer.copy_(value)
+        for name, buffer in network.named_buffers():
+            if name not in state or name in kept:
+                continue
+            value = state[name].to(buffer.device)  # of a buffer that is not persistent
+            if not torch.equal(buffer, value):  # an expanded buffer cannot be written to
+                buffer.copy_(value)

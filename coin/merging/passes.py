@@ -2,9 +2,8 @@
 
 import math
 import warnings
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Self, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from coin.errors import CoinWarning
 from coin.files.tensors import State, check_layout, weighted_sum
 from coin.merging.adapter_fit import AdapterFit, rank_of
 from coin.merging.expert_outputs import ExpertOutputs, Rows, check_rows, chosen_places, objective
-from coin.merging.expert_sources import one_device
+from coin.merging.expert_sources import one_device, whole_state
 from coin.merging.experts import Experts
 from coin.merging.units import (
     Trace,
@@ -69,17 +68,15 @@ class Body(NamedTuple):
         unlike = torch.linspace(pooled.num_samples - 1, 0, min(UNLIKE, pooled.num_samples)).long()
         trace = affine_units(network, pooled.inputs(few), pooled.inputs(unlike))
         experts.passes += trace.probes
-        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        known: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+        tensors = {**parameters_of(network), **dict(network.named_buffers())}
+        fitted: set[str | None] = set()
         for unit in trace.units:
-            if unit.norm is None:
-                continue
-            maps = [folded_unit(network, unit, state) for state in known]
-            with torch.no_grad():
+            fitted |= {unit.weight, unit.bias, unit.end, unit.shift}
+            if unit.norm is not None:
+                maps = [folded_unit(network, unit, whole_state(state)) for state in states]
                 for name, tensor in weighted_sum(maps, row).items():
                     tensors[name].copy_(tensor)
-            mark_folded(network, {unit.norm: unit.weight})
-        fitted = {name for unit in trace.units for name in (unit.weight, unit.bias, unit.end, unit.shift)}
+                mark_folded(network, {unit.norm: unit.weight})
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 
     def warn_of_kept(self, label: str, what: str) -> None:
@@ -87,11 +84,12 @@ class Body(NamedTuple):
         sizes = {name: parameter.numel() for name, parameter in self.network.named_parameters()}
         share = sum(sizes[name] for name in self.kept) / sum(sizes.values())
         if share > MOST_KEPT:
-            told = (
+            warnings.warn(
                 f"method '{label}' {what} of {share:.0%} of the parameters of {type(self.network).__name__}, such as "
-                f"'{self.kept[0]}', of no affine map that runs once; compare it with other methods on this network"
+                f"'{self.kept[0]}', of no affine map that runs once; compare it with other methods on this network",
+                CoinWarning,
+                stacklevel=3,
             )
-            warnings.warn(told, CoinWarning, stacklevel=3)
 
 
 def default_memory_mib(device: torch.device) -> int:
@@ -131,84 +129,94 @@ def fit_body(
     """
     network = clone(body.network)
     if rounding is not None:
-        for name in body.kept:
-            if rounding.takes(name):
-                parameter = network.get_parameter(name).data
-                parameter.copy_(rounding.round(name, parameter))
+        _round_kept(network, body.kept, rounding)
     memory_mib = memory_mib or default_memory_mib(device_of(network))
-    chosen = _samples_that_fit(body.trace, experts, label, memory_mib)
-    trace, fit = body.trace, None
+    pooled = experts.pooled
+    chosen = torch.arange(_samples_that_fit(body.trace, experts, label, memory_mib))
+    trace = body.trace
+    fit: AdapterFit | None = None
     if adapters is not None:
         chosen = chosen[experts.tasks[chosen].argsort(stable=True)]  # a task's rows then lie together
         head = f"{head_name(network)}.weight".lstrip(".")
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         rank = rank_of(adapters, trace.units, experts.count)
-        fit = AdapterFit(rank, adapters.ridge, experts.source.tensors, experts.tasks[chosen], row)
+        fit = AdapterFit(network, rank, adapters.ridge, experts.source.tensors, experts.tasks[chosen], row)
     task = experts.tasks[chosen]
     mixtures, shares = objective(row, task, own_share)
     places = chosen_places(trace.units, task, device_of(network))
-    rows = Rows(experts.pooled.inputs(chosen), mixtures, shares, places)
+    rows = Rows(pooled.inputs(chosen), mixtures, shares, places)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
-    targets = ExpertOutputs(experts.source.each_network, trace, rows, experts.pooled.batch_size, budget)
+    outputs = ExpertOutputs(experts.source.each_network, trace, rows, pooled.batch_size, budget)
     doing = "layers" if rounding is None else "layers again, rounded"
-    with progress_bar(f"{label}, {doing}", targets.total) as bar:
-        targets.advance = bar.update
+    with progress_bar(f"{label}, {doing}", outputs.passes) as bar:
+        targets = outputs.each_unit(bar.update)
         try:
             fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
         except torch.OutOfMemoryError as error:
-            told = f"method '{label}' was fitted with memory_mib={memory_mib}"
-            error.add_note(f"{told}; set memory_mib={max(1, memory_mib // 2)}")
+            half = max(1, memory_mib // 2)
+            error.add_note(f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={half}")
             raise
-    experts.passes += targets.passes + len(chosen)
+    experts.passes += outputs.passes + len(chosen)
     if fit is None:
         return network, []
     fit.check()
     return network, fit.adapters
 
 
-def _samples_that_fit(trace: Trace, experts: Experts, label: str, memory_mib: int) -> Tensor:
-    """Return the pooled samples [P] whose activations fit the memory; warn where these are not all."""
+def _round_kept(network: nn.Module, kept: Sequence[str], rounding: Rounding) -> None:
+    """Round the parameters that are not refitted, in place."""
+    for name in kept:
+        if rounding.takes(name):
+            parameter = network.get_parameter(name).data
+            parameter.copy_(rounding.round(name, parameter))
+
+
+def _samples_that_fit(trace: Trace, experts: Experts, label: str, memory_mib: int) -> int:
+    """Return of how many pooled samples the activations fit the memory; warn where these are not all."""
     every = experts.pooled.num_samples
-    fitting = (memory_mib << 20) // (4 * trace.floats)
+    bytes_each = 4 * trace.floats
+    fitting = (memory_mib << 20) // bytes_each
     samples = min(every, max(experts.count, fitting))
     if samples < every:
-        needed = math.ceil(4 * trace.floats * every / 2**20)
-        told = f"method '{label}' fits its layers on {samples} of {every} calibration samples, which need"
-        warnings.warn(f"{told} memory_mib={needed}; found {memory_mib}", CoinWarning, stacklevel=5)
-    return torch.arange(samples)
+        needed = math.ceil(bytes_each * every / 2**20)
+        warnings.warn(
+            f"method '{label}' fits its layers on {samples} of {every} calibration samples, which need "
+            f"memory_mib={needed}; found {memory_mib}",
+            CoinWarning,
+            stacklevel=5,
+        )
+    return samples
 
 
 def fit_in_order(
     network: nn.Module,
     trace: Trace,
     rows: Rows,
-    targets: ExpertOutputs,
+    targets: Iterator[Tensor],
     ridge: float | None,
     rounding: Rounding | None = None,
     adapters: AdapterFit | None = None,
 ) -> None:
-    """Run the coded network once, fitting every unit of its trace in place just before its call (`fit_unit`).
+    """Run the coded network once, fitting every unit of its trace to its targets, in place just before its call.
 
     Without a ridge the units stay; with `adapters` these are fitted too, and every sample goes on with its own.
     """
-    waiting = {unit.weight: unit for unit in trace.units}
+    units = {unit.weight: unit for unit in trace.units}
+    tasks = None if adapters is None else adapters.tasks
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
-        unit = waiting.get(names.get("weight", ""))
+        unit = units.get(names.get("weight", ""))
         if unit is None:
             return None
-        target = targets.pop(unit.weight)  # [P, q, ·]
+        target = next(targets)  # [P, q, ·]
         check_rows(unit, len(call.inputs), len(target))
         inputs, entries = input_rows(call, len(target), rows.places[unit.weight])
         weights = rows.shares.to(target)[:, None].expand(target.shape[:2])
-        found = UnitRows(inputs, entries, target, weights)
+        regression = UnitRows(inputs, entries, target, weights)
         if ridge is not None:
             rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
-            tasks = None if adapters is None else adapters.tasks
-            fit_unit(network, unit, call, found, ridge, rounds, tasks)
-        if adapters is None:
-            return None
-        return adapters.fit(network, unit, call, found, function)
+            fit_unit(network, unit, call, regression, ridge, rounds, tasks)
+        return None if adapters is None else adapters.fit(unit, call, regression)
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
         network(as_input(rows.inputs, network))
@@ -261,8 +269,9 @@ def fit_adapters(
     options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)
     home = one_device(experts)
     every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
-    own, known = parameters_of(body), every.parameters[0]
-    check_layout(_without_head(body, known), _without_head(body, own), "the body")
+    own = _without_head(body, parameters_of(body))
+    expected = _without_head(body, every.parameters[0])
+    check_layout(expected, own, "the body")
     row = [1 / every.count] * every.count
     fitted, adapters = adapt(body, every, row, "fit_adapters", options)
     return Adapted(fitted, adapters).to(home)
@@ -270,4 +279,5 @@ def fit_adapters(
 
 def _without_head(body: nn.Module, state: State) -> State:
     """Return a state without the head's tensors."""
-    return {name: state[name] for name in without_head(body, [*state])}
+    names = without_head(body, list(state))
+    return {name: state[name] for name in names}

@@ -31,24 +31,31 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
         parameter = changed.get_parameter(name)
         if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
             whole.add(place)
-            state = changed.get_submodule(place).state_dict()
-            tensors.update({f"{place}.{own}": tensor for own, tensor in state.items()})
+            for own, tensor in changed.get_submodule(place).state_dict().items():
+                tensors[f"{place}.{own}"] = tensor
             continue
         _check_adapted(name, layer)
         if role == "bias":
             tensors[f"{place}.base_layer.bias"] = parameter
             continue
-        left, right = change.factors(*parameter.flatten(1).shape)  # [O, r], [r, K]
-        if left.shape[1] == 0:  # peft has no rank of 0
-            left, right = torch.zeros(len(parameter), 1), torch.zeros(1, parameter[0].numel())
-        ranks[place] = left.shape[1]
-        ones = [1] * (parameter.ndim - 2)  # of a convolution's kernel
-        norm = parameter.flatten(1).norm(dim=1)
+        matrix = parameter.flatten(1)  # [O, K]
+        outputs, inputs = matrix.shape
+        left, right = change.factors(outputs, inputs)  # [O, r], [r, K]
+        rank = left.shape[1]
+        if rank == 0:  # which peft has not
+            rank = 1
+            left = torch.zeros(outputs, rank)
+            right = torch.zeros(rank, inputs)
+        ranks[place] = rank
+        magnitude = matrix.norm(dim=1)
         if change.scale is not None:
-            norm = change.scale.float().sign().flatten() * norm
-        tensors[f"{place}.lora_A.weight"] = right.reshape(-1, *parameter.shape[1:])
-        tensors[f"{place}.lora_B.weight"] = left.reshape(*left.shape, *ones)
-        tensors[f"{place}.lora_magnitude_vector"] = norm.view(1, -1, *ones) if ones else norm
+            signs = change.scale.float().sign().flatten()
+            magnitude = signs * magnitude
+        kernel = parameter.shape[2:]  # of a convolution
+        ones = [1] * len(kernel)
+        tensors[f"{place}.lora_A.weight"] = right.reshape(rank, *parameter.shape[1:])
+        tensors[f"{place}.lora_B.weight"] = left.reshape(outputs, rank, *ones)
+        tensors[f"{place}.lora_magnitude_vector"] = magnitude.view(1, -1, *ones) if kernel else magnitude
     folder.mkdir(parents=True, exist_ok=True)
     kept = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / "adapter_model.safetensors")

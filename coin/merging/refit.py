@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +85,9 @@ class Refit(Method):
         self.target = parse_enum(Target, "target", target)
         check_number("ridge", ridge, low=0, strict=True)
         check_integer("memory_mib", 1 if memory_mib is None else memory_mib, 1)
-        self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
+        self.ridge = ridge
+        self.head = head
+        self.memory_mib = memory_mib
         super().__init__(label, compress, adapters=adapters)
         if self.adapters is not None and self.target is not Target.own:
             raise ConfigurationError("found target=both with adapters, expected own; each expert has its own")
@@ -94,12 +95,12 @@ class Refit(Method):
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        experts.check(row)
         average = experts.empty_model().eval()
-        fill(average, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
+        parameters = average_parameters(experts.parameters, row)
+        buffers = weighted_sum(experts.buffers, row)
+        fill(average, {**parameters, **buffers})
         body = Body.of(average, experts, list(experts.source.tensors), row)
         network, adapters = self._refit(experts, row, body)
-        experts.check_coded(network, self.label)
         body.warn_of_kept(self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
         chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, adapters, body)
@@ -125,8 +126,17 @@ class Refit(Method):
     ) -> tuple[nn.Module, list[Adapter]]:
         """Return a body refitted, with its head, and its adapters (`fit_body`)."""
         own_share = OWN_SHARE / len(row) if self.target is Target.both else 1.0
-        options: Any = {"ridge": self.ridge, "adapters": self.adapters, "memory_mib": self.memory_mib}
-        network, adapters = fit_body(body, experts, row, self.label, own_share=own_share, rounding=rounding, **options)
+        network, adapters = fit_body(
+            body,
+            experts,
+            row,
+            self.label,
+            ridge=self.ridge,
+            own_share=own_share,
+            rounding=rounding,
+            adapters=self.adapters,
+            memory_mib=self.memory_mib,
+        )
         if self.head and self.adapters is None:
             fit_head(network, experts, row, rounding)
         return network, adapters

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -62,27 +60,35 @@ class RegMean(MergeMethod):
         self.layers = parse_enum(RegMeanLayers, "layers", layers)
         check_number("alpha", alpha, low=0, most=1)
         check_number("damping", damping, low=0)
-        self.alpha, self.damping = alpha, damping
+        self.alpha = alpha
+        self.damping = damping
         self.gram_data = None if gram_data is None else parse_enum(DataChoice, "gram_data", gram_data)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices that the option asks for."""
-        return tuple(Statistic(StatisticKind.gram, data) for data in (self.gram_data or DataChoice.auto).alternatives)
+        choices = (self.gram_data or DataChoice.auto).alternatives
+        return tuple(Statistic(StatisticKind.gram, data) for data in choices)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the solution for the Gram matrices of every kind of data that the option allows."""
+        """Yield the solution for the Gram matrices of every kind of data that the option allows.
+
+        Where there are several, each is judged by one of Gram matrices without the held-out samples, unless a task has
+        no other sample.
+        """
         choices = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
-        # Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
-        is_choice = len(choices) > 1 and experts.is_calibrated
-        is_judged = is_choice and all(each.num_samples for each in experts.fitted(DataChoice.own))
-        options: Any = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers}
-        solved = partial(regmean_parameters, experts.parameters, weights=row, **options)
+        is_judged = False
+        if len(choices) > 1 and experts.is_calibrated:
+            is_judged = all(samples.num_samples for samples in experts.fitted(DataChoice.own))
         for data in choices:
             grams = experts.statistic(Statistic(StatisticKind.gram, data))
             trial = None
             if is_judged:
-                trial = solved(grams=experts.computed(None, experts.fitted(data)))
-            yield Candidate({"gram_data": str(data)}, solved(grams=grams), trial)
+                networks = experts.source.each_network()
+                trial = self._solved(experts, experts.computed(None, networks, experts.fitted(data)), row)
+            yield Candidate({"gram_data": str(data)}, self._solved(experts, grams, row), trial)
+
+    def _solved(self, experts: Experts, grams: Sequence[State], row: Sequence[float]) -> State:
+        return regmean_parameters(experts.parameters, grams, row, self.alpha, self.damping, self.layers)
 
 
 def regmean_parameters(
@@ -106,8 +112,9 @@ def regmean_parameters(
     merged = average_parameters(experts, weights)
     for name in progress_bar(RegMean.name, items=in_all(grams)):
         is_linear = experts[0][name.removesuffix(TRANSPOSED)].ndim == 2
-        if is_linear or layers != RegMeanLayers.linear:
-            merged |= regmean_map(experts, (gram[name] for gram in grams), weights, name, alpha, damping)
+        if is_linear or layers == RegMeanLayers.all:
+            of_map = (gram[name] for gram in grams)  # one at a time: they may lie in files
+            merged |= regmean_map(experts, of_map, weights, name, alpha, damping)
     return merged
 
 
@@ -116,36 +123,40 @@ def regmean_map(
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
     key = name.removesuffix(TRANSPOSED)
-    turned = name != key  # then the map is x ↦ x W: its weight lies the other way round
-    like = experts[0]
-    remaining = iter(grams)
-    first = next(remaining)
-    bias = _bias_of(first, key, like, turned)
-    solved_for = [key] if bias is None else [key, bias]
-    means = {own: weighted_mean(experts, weights, own, torch.float64) for own in solved_for}
-    average = _joint_map(means, key, bias, len(first), turned)  # [G, C_out/G, K]
-    pull = torch.zeros_like(average)
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for expert, gram, weight in zip(experts, chain([first], remaining), weights, strict=True):
-        if gram.shape != first.shape:
+    is_turned = name != key  # the map is x ↦ x W
+    bias: str | None = None
+    average = pull = total = torch.empty(0)
+    for index, (expert, gram, weight) in enumerate(zip(experts, grams, weights, strict=True)):
+        if index == 0:
+            bias = _bias_of(gram, key, expert, is_turned)
+            means = {each: weighted_mean(experts, weights, each, torch.float64) for each in (key, bias) if each}
+            average = _joint_map(means, key, bias, len(gram), is_turned)  # W̄ [G, C_out/G, K]
+            pull = torch.zeros_like(average)
+            total = torch.zeros_like(gram, dtype=torch.float64)
+        if gram.shape != total.shape:
             raise StateError(f"the Gram matrices of '{key}' are not of one shape; give those of experts alike")
         diagonal = torch.diag_embed(gram.double().diagonal(dim1=1, dim2=2))
         shrunk = alpha * gram.double() + (1 - alpha) * diagonal
-        pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ shrunk
+        own = _joint_map(expert, key, bias, len(gram), is_turned)
+        pull += weight * (own - average) @ shrunk
         total.add_(shrunk, alpha=weight)
-    rows = (average + solve_damped(total, pull, damping, key)).flatten(0, 1)  # [C_out, K]
+    solved = average + solve_damped(total, pull, damping, key)
+    rows = solved.flatten(0, 1)  # [C_out, K], a column for the bias at last
+    like = experts[0]
     merged = {}
     if bias is not None:
-        merged[bias] = rows[:, -1].reshape(means[bias].shape).to(like[bias].dtype)
+        merged[bias] = rows[:, -1].reshape(like[bias].shape).to(like[bias].dtype)
         rows = rows[:, :-1]
-    merged[key] = (rows.T if turned else rows.reshape(means[key].shape)).to(like[key].dtype)
+    matrix = rows.T if is_turned else rows
+    merged[key] = matrix.reshape(like[key].shape).to(like[key].dtype)
     return merged
 
 
-def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:
+def _bias_of(gram: Tensor, key: str, state: State, is_turned: bool) -> str | None:
     """Return the bias that a Gram matrix ``[G, K, K]`` solves for too, if any; StateError unless it fits."""
-    weight = state[key].T if turned else state[key]
-    outputs, width = len(weight), weight[0].numel()
+    weight = state[key].T if is_turned else state[key]
+    outputs = len(weight)
+    width = weight[0].numel()
     groups, rows, _ = gram.shape
     bias = key.removesuffix("weight") + "bias"
     if outputs % groups == 0 and rows == width:
@@ -158,9 +169,11 @@ def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:
     )
 
 
-def _joint_map(state: State, key: str, bias: str | None, groups: int, turned: bool) -> Tensor:
-    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``."""
-    weight = (state[key].T if turned else state[key]).double().flatten(1)
+def _joint_map(state: State, key: str, bias: str | None, groups: int, is_turned: bool) -> Tensor:
+    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``, also from ``[K, C_out]``."""
+    weight = state[key].T if is_turned else state[key]
+    joint = weight.double().flatten(1)
     if bias is not None:
-        weight = torch.cat([weight, state[bias].double()[:, None]], dim=1)
-    return weight.reshape(groups, -1, weight.shape[1])
+        shifts = state[bias].double()[:, None]
+        joint = torch.cat([joint, shifts], dim=1)
+    return joint.reshape(groups, -1, joint.shape[1])

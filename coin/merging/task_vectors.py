@@ -67,11 +67,13 @@ class Wudi(MergeMethod):
     def __init__(self, damping: float = 1e-4, *, head: bool = False, **options: Any) -> None:
         super().__init__(**options)
         check_number("damping", damping, low=0, strict=True)
-        self.damping, self.head = damping, head
+        self.damping = damping
+        self.head = head
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
-        initial, every = experts.initial()[0], experts.parameters
+        initial, _ = experts.initial()
+        every = experts.parameters
         network = experts.empty_model()
         left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
         merged = average_parameters(every, row)
@@ -81,15 +83,17 @@ class Wudi(MergeMethod):
             if has_unchanged or key == left_out:
                 continue
             is_turned = name != key
-            grams = (_delta_gram(expert[key].double() - initial[key].double(), is_turned) for expert in every)
+            grams = (_delta_gram(expert[key], initial[key], is_turned) for expert in every)
             merged |= regmean_map(every, grams, row, name, alpha=1.0, damping=self.damping)
         yield Candidate({}, merged)
 
 
-def _delta_gram(delta: Tensor, turned: bool) -> Tensor:
+def _delta_gram(weight: Tensor, start: Tensor, is_turned: bool) -> Tensor:
     """Return τᵀτ / ‖τ‖² ``[1, K, K]`` of a map's task vector, which may lie the other way round."""
-    flat = (delta.T if turned else delta).flatten(1)
-    return (flat.T @ flat / flat.square().sum())[None]
+    delta = weight.double() - start.double()
+    rows = (delta.T if is_turned else delta).flatten(1)  # [C_out, K]
+    gram = rows.T @ rows
+    return (gram / rows.square().sum())[None]
 
 
 class TaskArithmetic(MergeMethod):
@@ -118,12 +122,14 @@ class TaskArithmetic(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
-        initial, every = experts.initial()[0], experts.parameters
+        initial, _ = experts.initial()
+        every = experts.parameters
         merged = {}
         for key, start in initial.items():
             theta_0 = start.double()
             step = weighted_mean(every, row, key, torch.float64) - theta_0
-            merged[key] = (theta_0 + self.scale * len(row) * step).to(every[0][key].dtype)
+            theta = theta_0 + self.scale * len(row) * step
+            merged[key] = theta.to(every[0][key].dtype)
         yield Candidate({}, merged)
 
 
@@ -152,11 +158,13 @@ class Ties(MergeMethod):
         super().__init__(**options)
         check_number("keep", keep, low=0, most=1, strict=True)
         check_number("scale", scale)
-        self.keep, self.scale = keep, scale
+        self.keep = keep
+        self.scale = scale
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
-        yield Candidate({}, ties(experts.parameters, experts.initial()[0], row, self.keep, self.scale))
+        initial, _ = experts.initial()
+        yield Candidate({}, ties(experts.parameters, initial, row, self.keep, self.scale))
 
 
 def ties(
@@ -165,25 +173,31 @@ def ties(
     """Return `Ties`' merge, in the experts' types."""
     thresholds = [_threshold(expert, initial, keep) for expert in experts]
     merged = {}
-    for key, tensor in initial.items():
-        theta_0 = tensor.double()
+    for key, start in initial.items():
+        theta_0 = start.double()
         steps = torch.stack([expert[key].double() - theta_0 for expert in experts])  # τ [N, …]
-        by_expert = (-1, *[1] * theta_0.ndim)
-        limits = steps.new_tensor(thresholds).reshape(by_expert)
-        shares = steps.new_tensor(weights).reshape(by_expert)
-        steps = torch.where(steps.abs() >= limits, steps, torch.zeros_like(steps))
-        elected = (shares * steps).sum(0).sign()
-        agreeing = shares * ((steps.sign() == elected) & (elected != 0))
+        one_each = (-1, *[1] * theta_0.ndim)  # the shape of a number for each expert
+        limits = steps.new_tensor(thresholds).reshape(one_each)
+        shares = steps.new_tensor(weights).reshape(one_each)  # β
+        trimmed = steps.masked_fill(steps.abs() < limits, 0)
+        elected = (shares * trimmed).sum(0).sign()
+        agrees = (trimmed.sign() == elected) & (elected != 0)
+        agreeing = shares * agrees
         share = agreeing.sum(0)
-        step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
+        total = (agreeing * trimmed).sum(0)
+        step = total / share.masked_fill(share <= 0, 1)
         merged[key] = (theta_0 + scale * step).to(experts[0][key].dtype)
     return merged
 
 
 def _threshold(expert: State, initial: State, keep: float) -> float:
     """Return the magnitude of the smallest entry of a task vector that the trim keeps."""
-    sizes = torch.cat([(expert[key].double() - start.double()).abs_().flatten() for key, start in initial.items()])
-    place = len(sizes) - max(1, round(keep * len(sizes)))
-    sizes = sizes.cpu()
+    parts = []
+    for key, start in initial.items():
+        delta = expert[key].double() - start.double()
+        parts.append(delta.abs_().flatten())
+    sizes = torch.cat(parts).cpu()
+    kept = max(1, round(keep * len(sizes)))
+    place = len(sizes) - kept
     sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
     return float(sizes[place])

@@ -42,7 +42,6 @@ class Unit:
     positions: int  # at which the same weights were used
     unknowns: int  # of each output
     outputs: int  # of each group
-    is_convolution: bool
 
     @property
     def end(self) -> str:
@@ -63,10 +62,6 @@ class Unit:
     def is_matrix(self) -> bool:
         """Whether it is one matrix, neither of groups nor a number."""
         return self.outputs == self.channels and self.outputs * self.unknowns > 1
-
-    def target_bytes(self, places: int) -> int:
-        """Return how many bytes its outputs take at so many positions of a sample, in float32."""
-        return 4 * min(places, self.positions) * self.channels
 
 
 class Trace(NamedTuple):
@@ -96,41 +91,60 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
     """
     parameters = floating_parameters(network)
     probes = PROBES
+    few = _samples(inputs, 3, network)
+    two = Tape(parameters)
+    three = Tape(parameters)
     with evaluating(network), differentiable(parameters.values()):
-        two, three = Tape(parameters), Tape(parameters)
         two.run(network, _samples(inputs, 2, network))
-        few = _samples(inputs, 3, network)
         output = three.run(network, few)
         if two.weights != three.weights:
-            found = f"{type(network).__name__} makes other calls on two samples than on three, expected the same"
-            raise StateError(f"{found}; {SAME_CALLS}")
+            raise StateError(
+                f"{type(network).__name__} makes other calls on two samples than on three, expected the same; "
+                f"{SAME_CALLS}"
+            )
         check_apart(network, few, output)
         general = _not_by_sample(three, output, parameters)
         if three.sorts and others is not None:
             more = Tape(parameters)
-            output = more.run(network, as_input(others, network))
-            general |= _not_by_sample(more, output, parameters)
+            output_of_more = more.run(network, as_input(others, network))
+            general |= _not_by_sample(more, output_of_more, parameters)
             probes += size_of(others) * (1 + 2 * more.repetitions)
+    units = _assembled(network, two, three, general)
+    sizes = [1]  # of what calls read and write, of three samples
+    for call in three.calls:
+        if "weight" in call.names:
+            sizes += [call.inputs.numel(), call.made.numel()]
+    floats = max(1, _ALIVE * max(sizes) // 3)
+    return Trace(units, three.weights, floats, probes)
+
+
+def _assembled(network: nn.Module, two: Tape, three: Tape, general: set[str]) -> list[Unit]:
+    """Return the units of a network, whose passes on two and on three samples are recorded.
+
+    `general` are the parameters of `_not_by_sample`.
+    """
     shapes_of_two = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]
     units: list[Unit] = []
-    for place, call in enumerate(calls):
+    for call, following in zip(calls, [*calls[1:], None], strict=True):
         weight = call.names["weight"]
         is_norm_of_last = bool(units) and units[-1].end == weight
-        if is_norm_of_last or not _is_unit(call, shapes_of_two.get(weight, call.made), general):
+        shape_of_two = shapes_of_two.get(weight, call.made)
+        if is_norm_of_last or not _is_unit(call, shape_of_two, general):
             continue
-        unit = _unit(call, parameters[weight].numel())
-        following = calls[place + 1] if place + 1 < len(calls) else None
+        size = network.get_parameter(weight).numel()
+        unit = _unit(call, size)
         if following is not None and _is_norm_of(following, call, network, general):
-            unit = replace(unit, norm=following.names["weight"].rpartition(".")[0])
+            norm, _, _ = following.names["weight"].rpartition(".")
+            unit = replace(unit, norm=norm)
         units.append(unit)
-    largest = max((max(call.inputs.numel(), call.made.numel()) for call in calls), default=1)  # of three samples
-    return Trace(units, three.weights, max(1, _ALIVE * largest // 3), probes)
+    return units
 
 
 def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
     """Return so many of the inputs, again from the first where there are fewer."""
-    return as_input(take(inputs, torch.arange(count) % size_of(inputs)), network)
+    places = torch.arange(count) % size_of(inputs)
+    return as_input(take(inputs, places), network)
 
 
 def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
@@ -153,60 +167,76 @@ def _is_unit(call: Call, shape_of_two: tuple[int, ...], general: set[str]) -> bo
     """
     is_scale = isinstance(call, ElementwiseCall) and not call.added
     is_affine = is_scale or isinstance(call, LinearCall)
-    samples_lead = shape_of_two[1:] == call.made[1:] and 3 * shape_of_two[0] == 2 * call.made[0]
+    has_same_rows = shape_of_two[1:] == call.made[1:]
+    samples_lead = has_same_rows and 3 * shape_of_two[0] == 2 * call.made[0]
     # Rows that activations have placed before the call: a single row for each sample cannot be out of order.
     in_order = not call.decided or shape_of_two[:-1] == (2,)
-    return is_affine and samples_lead and in_order and general.isdisjoint(call.names.values())
+    is_own = general.isdisjoint(call.names.values())
+    return is_affine and samples_lead and in_order and is_own
 
 
 def _is_norm_of(norm: Call, call: Call, network: nn.Module, general: set[str]) -> bool:
     """Whether a call is that of a BatchNorm which alone reads another call's output, a channel for each of its rows."""
-    if isinstance(call, ConvolutionCall):
-        is_per_row = True
-    else:
-        is_per_row = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
+    is_matrix = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
+    is_per_row = is_matrix or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
-    if not (is_per_row and reads_it_alone and "bias" in norm.names and general.isdisjoint(norm.names.values())):
+    is_own = "bias" in norm.names and general.isdisjoint(norm.names.values())
+    if not (is_per_row and reads_it_alone and is_own):
         return False
-    module = norm.names["weight"].rpartition(".")[0]
+    module, _, _ = norm.names["weight"].rpartition(".")
     return isinstance(network.get_submodule(module), _BatchNorm)
 
 
 def _unit(call: Call, size: int) -> Unit:
     """Return a call on three samples as a unit without a BatchNorm, given its weight's number of entries."""
-    shape = (call.made[0] // 3, *call.made[1:])
+    shape = (call.made[0] // 3, *call.made[1:])  # of one sample
+    groups = 1
     if isinstance(call, ConvolutionCall):
-        outputs, groups = shape[1], call.geometry.groups
+        channels = shape[1]
+        groups = call.geometry.groups
     elif isinstance(call, LinearCall):
-        outputs, groups = shape[-1], 1
+        channels = shape[-1]
     else:
-        outputs, groups = size, size
+        channels = size
+        groups = size
     return Unit(
         weight=call.names["weight"],
         bias=call.names.get("bias"),
         norm=None,
         shape=shape,
-        positions=prod(shape) // outputs,
-        unknowns=size // outputs,
-        outputs=outputs // groups,
-        is_convolution=isinstance(call, ConvolutionCall),
+        positions=prod(shape) // channels,
+        unknowns=size // channels,
+        outputs=channels // groups,
     )
+
+
+def is_turned(call: Call) -> bool:
+    """Whether the weight of a linear map lies the other way round, [K, O]."""
+    return isinstance(call, LinearCall) and call.transposed
+
+
+def as_map(weight: Tensor, unit: Unit, call: Call) -> Tensor:
+    """Return the weight of a unit as a matrix for each group [G, O, K]."""
+    rows = weight.T if is_turned(call) else weight
+    return rows.reshape(-1, unit.outputs, unit.unknowns)
 
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
     """Return a unit's parameters and statistics from another network's state, its BatchNorm `folded` in."""
-    norm = network.get_submodule(str(unit.norm))
+    assert unit.norm is not None
+    norm = network.get_submodule(unit.norm)
     assert isinstance(norm, _BatchNorm)
-    return folded(state, unit.weight, unit.bias, str(unit.norm), norm.eps)
+    return folded(state, unit.weight, unit.bias, unit.norm, norm.eps)
 
 
 def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:
     """Return a call's outputs for P samples at positions `places` [P, q] of each, none for all, as rows [P·q, ·]."""
     if isinstance(call, ElementwiseCall):
-        whole = (1,) * (output.ndim - 1 - len(call.shape)) + call.shape
-        entries = [1 + place for place, size in enumerate(whole) if size > 1]
-        positions = [place for place in range(1, output.ndim) if place not in entries]
-        rows = _at(output.permute(0, *positions, *entries), len(positions), samples, places)
+        lacking = output.ndim - 1 - len(call.shape)
+        sizes = [1] * lacking + list(call.shape)  # of the weight, along each dimension of a row
+        channels = [place for place, size in enumerate(sizes, 1) if size > 1]
+        positions = [place for place, size in enumerate(sizes, 1) if size == 1]
+        rows = _at(output.permute(0, *positions, *channels), len(positions), samples, places)
     else:
         last = output.movedim(1, -1) if isinstance(call, ConvolutionCall) else output
         rows = _at(last, output.ndim - 2, samples, places)
@@ -227,16 +257,19 @@ def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor,
     if isinstance(call, ConvolutionCall):
         return _patches(call.inputs, call.geometry, samples, places)
     if isinstance(call, ElementwiseCall):
-        rows = output_rows(call, call.normalised(), samples, places).T[..., None]
+        numbers = output_rows(call, call.normalised(), samples, places)  # [P·q, G]
+        rows = numbers.T[..., None]
     else:
         rows = output_rows(call, call.inputs, samples, places)[None]
-    return rows.to(sum_type(rows)), torch.arange(rows.shape[2], device=rows.device)
+    entries = torch.arange(rows.shape[2], device=rows.device)
+    return rows.to(sum_type(rows)), entries
 
 
 def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
+    channels = inputs.shape[1]
     size = tuple(inputs.shape[2:])
-    channels, groups = inputs.shape[1], geometry.groups
+    groups = geometry.groups
     images_each = len(inputs) // samples  # k
     outputs = prod(geometry.output_size(size))  # positions of one image
     if places is None:
@@ -248,15 +281,19 @@ def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | 
         alive[0] = True  # where no tap meets an image: one of zeros
     columns = torch.arange(channels // groups * taps, device=inputs.device).view(-1, taps)
     entries = columns[:, alive].T.flatten()
-    image = (places // outputs)[..., None]
-    pixels = (image * prod(size) + pixels[..., alive]).expand(samples, -1, -1)  # of a sample's images [P, q, taps]
-    inside = inside[..., alive].expand_as(pixels).flatten(0, 1)  # [P·q, taps]
-    images = inputs.reshape(samples, images_each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · pixels]
-    values = images.gather(2, pixels.flatten(1).expand(channels, -1, -1)).view(channels, *inside.shape)
-    if not bool(inside.all()):
-        values *= inside
-    values = values.view(groups, -1, *inside.shape).movedim(1, 3)  # [G, P·q, taps, C/G]
-    return values.to(sum_type(values)).flatten(2), entries
+
+    image = (places // outputs)[..., None]  # which of the sample's
+    first_pixel = image * prod(size)
+    met = (first_pixel + pixels[..., alive]).expand(samples, -1, -1)  # of a sample's pixels [P, q, taps]
+    is_inside = inside[..., alive].expand_as(met).flatten(0, 1)  # [P·q, taps]
+    by_sample = inputs.reshape(samples, images_each, channels, -1)
+    by_channel = by_sample.movedim(2, 0).flatten(2)  # [C, P, k · pixels]
+    index = met.flatten(1).expand(channels, -1, -1)
+    values = by_channel.gather(2, index).view(channels, *is_inside.shape)
+    if not bool(is_inside.all()):
+        values *= is_inside
+    by_group = values.view(groups, -1, *is_inside.shape).movedim(1, 3)  # [G, P·q, taps, C/G]
+    return by_group.to(sum_type(values)).flatten(2), entries
 
 
 def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
@@ -264,9 +301,11 @@ def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
     if places is None:
         return x.reshape(-1, *x.shape[1 + dims :])
     rows_each = len(x) // samples
-    row, *position = torch.unravel_index(places, (rows_each, *x.shape[1 : 1 + dims]))
+    sizes = (rows_each, *x.shape[1 : 1 + dims])
+    row, *position = torch.unravel_index(places, sizes)
     first = rows_each * torch.arange(samples, device=places.device)[:, None]
-    return x[(first + row, *position)].flatten(0, 1)
+    chosen = x[(first + row, *position)]
+    return chosen.flatten(0, 1)
 
 
 def fit_unit(
@@ -284,26 +323,34 @@ def fit_unit(
     that leaves. With the samples' tasks [P] each task has an intercept of its own.
     """
     weight = network.get_parameter(unit.weight)
-    is_turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
-    inputs, entries = rows.inputs, rows.entries
-    flat = (weight.T if is_turned else weight).reshape(len(inputs), -1, unit.unknowns)  # [G, O, K]
-    outputs = inputs @ flat[..., entries].to(inputs).mT  # [G, P·q, O]
+    inputs = rows.inputs
+    entries = rows.entries
+    matrix = as_map(weight, unit, call)  # [G, O, K]
+    used = matrix[..., entries].to(inputs)
+    outputs = inputs @ used.mT  # [G, P·q, O]
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
     bias = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
     if bias is not None:
         outputs += bias.to(inputs).reshape(len(inputs), 1, -1)
-    residual = rows.targets.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
+    by_row = rows.targets.view(outputs.shape[1], len(inputs), -1)
+    targets = by_row.transpose(0, 1)  # [G, P·q, O]
+    row_tasks = None
+    if tasks is not None:
+        by_sample = tasks[:, None].expand(rows.weights.shape)  # [P, q]
+        row_tasks = by_sample.flatten().to(inputs.device)
 
     def rounded(step: Tensor, metric: Callable[[], Tensor]) -> Tensor:
         assert rounding is not None
-        whole = _whole_metric(metric(), entries, unit.unknowns) if unit.unknowns <= WIDEST else None
-        step = rounding.step(unit.weight, weight, _placed(step, entries, flat), whole, is_turned)
-        return step[..., entries]
+        whole = None
+        if unit.unknowns <= WIDEST:
+            whole = _whole_metric(metric(), entries, unit.unknowns)
+        placed = _placed(step, entries, matrix)
+        taken = rounding.step(unit.weight, weight, placed, whole, is_turned(call))
+        return taken[..., entries]
 
-    row_tasks = None if tasks is None else tasks[:, None].expand(rows.weights.shape).flatten().to(inputs.device)
     step, constant = fit_affine(
         inputs,
-        residual,
+        targets - outputs,
         rows.weights.flatten(),
         ridge * len(entries) / unit.unknowns,
         intercept=shift is not None,
@@ -313,22 +360,25 @@ def fit_unit(
     if rounding is not None:
         weight.copy_(rounding.weight(unit.weight))
     else:
-        step = _placed(step, entries, flat).flatten(0, 1)
-        weight.add_((step.T if is_turned else step).reshape(weight.shape))
+        change = _placed(step, entries, matrix).flatten(0, 1)  # [G·O, K]
+        if is_turned(call):
+            change = change.T
+        weight.add_(change.reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
 
 
 def _whole_metric(metric: Tensor, entries: Tensor, unknowns: int) -> Tensor:
     """Return a metric of some entries [G, K', K'] as one of all [G, K, K]; the others weigh as these do on average."""
-    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    diagonal = metric.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)[:, None, None]
     whole = mean * torch.eye(unknowns).to(metric)
     whole[:, entries[:, None], entries] = metric
     return whole
 
 
-def _placed(step: Tensor, entries: Tensor, flat: Tensor) -> Tensor:
+def _placed(step: Tensor, entries: Tensor, like: Tensor) -> Tensor:
     """Return a step of some entries [G, O, K'] as one of all [G, O, K], zero elsewhere."""
-    whole = step.new_zeros(flat.shape)
+    whole = step.new_zeros(like.shape)
     whole[..., entries] = step
     return whole

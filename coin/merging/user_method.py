@@ -13,10 +13,11 @@ from coin.files.packaged import imported
 from coin.files.tensors import State, weighted_sum
 from coin.files.user_code import source_of
 from coin.merging.average import average_parameters
+from coin.merging.expert_sources import whole_state
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
 from coin.networks.calling import as_input, clone
-from coin.networks.heads import head_name
+from coin.networks.heads import without_head
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice
 
@@ -59,8 +60,8 @@ class UserMethod(Method):
     ) -> None:
         if callable(function):
             self._function: Any = function
-            name = getattr(function, "__name__", type(function).__name__)
-            self.function = f"{function.__module__}.{name}"
+            own_name = getattr(function, "__name__", type(function).__name__)
+            self.function = f"{function.__module__}.{own_name}"
         else:
             self._function = imported("function", str(function), "a Python function")
             self.function = str(function)
@@ -80,7 +81,8 @@ class UserMethod(Method):
                 f"tensors, that takes the options {self.options} ({error}); change it, or its options"
             ) from error
         self.reads_initial = "initial" in self._requested
-        super().__init__(self.function.rpartition(".")[2].strip("<>") if label is None else label, compress)
+        _, _, name = self.function.rpartition(".")
+        super().__init__(name.strip("<>") if label is None else label, compress)
         self._content = source_of(written) or ""  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
@@ -89,7 +91,6 @@ class UserMethod(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Call the function for one row of the code, and check what it returns; see `Method.make`."""
-        experts.check(row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             network = experts.empty_model().eval()
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
@@ -98,7 +99,6 @@ class UserMethod(Method):
             else:
                 made = self._merged_network(experts, row)
                 fill_network(network, made.state_dict(), f"the network that {self.function} returned")
-        experts.check_coded(network, self.label)
         return CodedModel(network)
 
     def _merged_network(self, experts: Experts, row: Sequence[float]) -> nn.Module:
@@ -112,33 +112,38 @@ class UserMethod(Method):
             fill(initial, {**parameters, **buffers})
         made = self._call(networks, calibration, row=list(row), initial=initial)
         if not isinstance(made, nn.Module):
-            told = f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts"
-            raise ConfigurationError(f"{told}; return one of them, or a copy")
+            raise ConfigurationError(
+                f"function '{self.function}' returned a {type(made).__name__}, "
+                "expected a network like the experts; return one of them, or a copy"
+            )
         return made
 
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
-        """Call the function on the experts' tensors of each name, and return what it returns."""
+        """Call the function on the experts' tensors of each name, and return what it returns; the rest is averaged."""
         skeleton = experts.source.skeleton
-        head = f"{head_name(skeleton)}."
-        learnt = skeleton.state_dict()  # without masks, which are made
+        learnt = without_head(skeleton, list(skeleton.state_dict()))  # without masks, which are made
+        states = [whole_state(tensors) for tensors in experts.source.tensors]
+        start = whole_state(experts.initial()) if self.reads_initial else {}
         merged = {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)}
-        starts = experts.initial() if self.reads_initial else ({}, {})
-        for states, start in zip((experts.parameters, experts.buffers), starts, strict=True):
-            for name, first in states[0].items():
-                owner = name.rpartition(".")[0]
-                if name not in learnt or not first.is_floating_point() or f"{owner}.".startswith(head):
-                    continue
-                tensors = [state[name].clone() for state in states]
-                initial = start[name].clone() if name in start else None
-                layer = skeleton.get_submodule(owner)
-                made = self._call(tensors, row=list(row), initial=initial, name=name, layer=layer)
-                if not isinstance(made, Tensor) or made.shape != first.shape:
-                    found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-                    raise ConfigurationError(
-                        f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape "
-                        f"{list(first.shape)}; return the merged tensor"
-                    )
-                merged[name] = made.detach().to(first.dtype)
+        for name, average in merged.items():
+            if name not in learnt or not average.is_floating_point():
+                continue
+            owner, _, _ = name.rpartition(".")
+            made = self._call(
+                [state[name].clone() for state in states],
+                row=list(row),
+                initial=start[name].clone() if name in start else None,
+                name=name,
+                layer=skeleton.get_submodule(owner),
+            )
+            shape = list(average.shape)
+            if not isinstance(made, Tensor) or list(made.shape) != shape:
+                found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+                raise ConfigurationError(
+                    f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape {shape}; "
+                    "return the merged tensor"
+                )
+            merged[name] = made.detach().to(average.dtype)
         return merged
 
     def _call(self, *inputs: Any, **offered: Any) -> Any:

@@ -15,15 +15,16 @@ from coin.core.lightning import plot_against_epochs
 from coin.data import Augmentation
 from coin.data.tasks import tasks_of
 from coin.errors import HeadError
-from coin.merging import Average, Experts, HeadFit
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean
 from coin.merging.experts import check_row
-from coin.merging.method import CodedModel, starting_method
+from coin.merging.method import CodedModel, Method
 from coin.modules.recipe import OneCycle
 from coin.networks import build_network, fill_network, load_network, pad_head
 from coin.networks.calling import as_input, clear_caches
 from coin.networks.running import full_precision
 from coin.networks.weights import to_compute
 
+STARTS: dict[str, type[Method]] = {kind.name: kind for kind in (Average, HeadFit, Coin, RegMean, Refit)}
 AUTO = "auto"  # start with the head fitted, where there is one that can be: a fully connected layer with a bias
 
 
@@ -127,12 +128,12 @@ class DistillationModule(LightningModule):
         """Return the name of the closed form to start from, and its coded model."""
         row = self.hparams["code_row"]
         if self.hparams["start"] != AUTO:
-            method = starting_method(self.hparams["start"])
-            return method.name, method.make(experts, row)
+            method = STARTS[self.hparams["start"]]()
+            return method.name, method.coded_model(experts, row)
         try:
-            return HeadFit.name, HeadFit().make(experts, row)
+            return HeadFit.name, HeadFit().coded_model(experts, row)
         except HeadError:
-            return Average.name, Average().make(experts, row)
+            return Average.name, Average().coded_model(experts, row)
 
     def expert_outputs(self, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]``."""

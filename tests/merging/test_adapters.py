@@ -155,10 +155,8 @@ def test_corrections_are_kept_in_4_bits_and_the_body_is_changed_by_what_is_read_
 @pytest.mark.parametrize("make", INPUTS)
 def test_with_full_rank_a_body_becomes_each_expert(make):
     experts, inputs = make_experts(make, apart=1.0, samples=150)
-    adapted = fit_adapters(
-        Average().make(coin.Experts(experts), [1 / 3] * 3).network, experts, inputs, rank=99, ridge=1e-4
-    )
-    poor = fit_adapters(Average().make(coin.Experts(experts), [1 / 3] * 3).network, experts, inputs, rank=0)
+    adapted = fit_adapters(average_of(experts), experts, inputs, rank=99, ridge=1e-4)
+    poor = fit_adapters(average_of(experts), experts, inputs, rank=0)
     for place, (expert, (batch,)) in enumerate(zip(experts, inputs, strict=True)):
         own, _ = features_and_logits(expert, batch)
         with answering([adapted, poor], place), torch.no_grad():
@@ -335,39 +333,34 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
         system.accept(0.2, inputs=inputs[0], erased=[0])
 
 
+def near(body, moved, inputs):
+    """Two experts that differ from a body in one of its weights, and a fit of their adapters."""
+    draw = torch.Generator().manual_seed(0)
+    experts = [deepcopy(body) for _ in range(2)]
+    for expert in experts:
+        weight = expert.get_parameter(moved).data
+        weight += 0.1 * torch.randn(weight.shape, generator=draw)
+    batches = [[torch.randn(40, *inputs, generator=draw)] for _ in experts]
+    return fit_adapters(body, experts, batches, rank=1).adapters[0]
+
+
 @pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}])
 def test_convolutions_that_peft_makes_otherwise_are_refused(options, tmp_path):
-    def network():
-        convolution = nn.Conv2d(3, 4, 3, padding=1, **options)
-        return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-
-    draw = torch.Generator().manual_seed(0)
-    inputs = [[torch.randn(40, 3, 8, 8, generator=draw)] for _ in range(2)]
-    body = network()
-    experts = [deepcopy(body) for _ in inputs]
-    for expert in experts:
-        with torch.no_grad():
-            expert[0].weight.add_(0.1 * torch.randn(4, 3, 3, 3, generator=draw))
-    adapted = fit_adapters(body, experts, inputs, rank=1)
+    convolution = nn.Conv2d(3, 4, 3, padding=1, **options)
+    body = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    adapter = near(body, "0.weight", (3, 8, 8))
     with pytest.raises(ConfigurationError, match=r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --pe"):
-        save_peft(adapted.adapters[0], body, {}, tmp_path)
+        save_peft(adapter, body, {}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_peft_saves_the_head_whole_and_nothing_whose_name_ends_alike(tmp_path):
     """Peft looks for the ends of names, in a model within a model."""
-    layers = {"pre_classifier": nn.Linear(6, 5), "relu": nn.ReLU(), "classifier": nn.Linear(5, 3)}
     body = nn.Sequential()
-    for name, layer in layers.items():
-        body.add_module(name, layer)
-    draw = torch.Generator().manual_seed(0)
-    inputs = [[torch.randn(40, 6, generator=draw)] for _ in range(2)]
-    experts = [deepcopy(body) for _ in inputs]
-    for expert in experts:
-        with torch.no_grad():
-            expert.pre_classifier.weight.add_(0.1 * torch.randn(5, 6, generator=draw))
-    adapter = fit_adapters(body, experts, inputs, rank=1).adapters[0]
-    save_peft(adapter, body, experts[0].classifier.state_dict(), tmp_path)
+    body.add_module("pre_classifier", nn.Linear(6, 5))
+    body.add_module("relu", nn.ReLU())
+    body.add_module("classifier", nn.Linear(5, 3))
+    save_peft(near(body, "pre_classifier.weight", (6,)), body, body.classifier.state_dict(), tmp_path)
     options = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "pre_classifier" in options["target_modules"]
     inner = [f"base_model.model.{name}" for name, _ in body.named_modules() if name]
@@ -468,10 +461,7 @@ def test_a_users_call_is_that_of_the_fit_too(tmp_path):
 
 def average_of(experts):
     """Return a network of the experts' average parameters."""
-    network = deepcopy(experts[0])
-    for name, parameter in network.named_parameters():
-        parameter.data.copy_(sum(expert.get_parameter(name).data for expert in experts) / len(experts))
-    return network
+    return Average().make(coin.Experts(experts), [1 / len(experts)] * len(experts)).network
 
 
 def same_tensors(network, other):

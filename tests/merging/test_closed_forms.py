@@ -349,7 +349,7 @@ def test_parts_are_of_every_expert():
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])
 def test_weights_are_checked(weights):
     with pytest.raises(ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"):
-        Average().make(Experts([nn.Linear(2, 2) for _ in range(3)]), weights)
+        Average().coded_model(Experts([nn.Linear(2, 2) for _ in range(3)]), weights)
 
 
 def test_damaged_and_mismatched_statistics_are_named():
@@ -368,7 +368,7 @@ def test_damaged_and_mismatched_statistics_are_named():
             coin.merge_networks(method, networks, [[0.5, 0.5]], **given)
     networks[1].append(nn.Linear(3, 3))
     with pytest.raises(StateError, match=r"'expert 1' has a tensor '1\.bias' too many"):
-        Average().make(Experts(networks), (0.5, 0.5))
+        Average().coded_model(Experts(networks), (0.5, 0.5))
     for gram, message in (
         ({"head.weight": torch.eye(4)[None]}, r"'head\.weight' has 1 groups of 4 rows .* expected 5, or 6 with a b"),
         ({"conv.weight": torch.ones(3, 18, 18)}, "3 groups of 18 rows for 4 outputs, expected 18, .*; compute the Gr"),

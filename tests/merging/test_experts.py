@@ -121,7 +121,7 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
     with pytest.raises(StateError, match=r"'expert 1' has no tensor '2\.bias'"):
         merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8)).double()], CODE)
     rectified = nn.Sequential(make(2, 3)[0], nn.ReLU(), make(2, 3)[2])
-    others = {"0.weight' of torch": make(2, 3).float(), "network' of ": Early(3).double(), "1' of ReLU and": rectified}
+    others = {"0.weight' of torch": make(2, 3).float(), "network' of ": Early(3).double(), "1' of Tanh and": rectified}
     for message, other in others.items():
         with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
             Experts([make(1, 3), other])

@@ -275,10 +275,10 @@ def test_a_method_gives_a_finite_network_or_names_the_cause(damage: str, name: s
         warnings.simplefilter("always", CoinWarning)
         if due is not None and issubclass(due, CoinError):
             with pytest.raises(due, match=message) as caught:
-                DAMAGED[name].make(experts, WEIGHTS)
+                DAMAGED[name].coded_model(experts, WEIGHTS)
             assert "\n" not in str(caught.value)
             return
-        coded = DAMAGED[name].make(experts, WEIGHTS).network
+        coded = DAMAGED[name].coded_model(experts, WEIGHTS).network
     assert all(bool(torch.isfinite(tensor).all()) for tensor in coded.parameters())
     said = [str(each.message) for each in told if issubclass(each.category, CoinWarning)]
     assert [bool(re.search(message, each)) for each in said[:1]] == [True] * (due is not None)

@@ -32,7 +32,7 @@ def batches(*shape, seed=0, dtype=torch.float64):
 
 
 def merged(method, experts, row=(0.5, 0.5), **given):
-    return method.make(coin.Experts(experts, **given), row).network
+    return method.coded_model(coin.Experts(experts, **given), row).network
 
 
 by_label = attrgetter("label")

@@ -500,7 +500,7 @@ def test_how_many_positions_are_chosen_and_where(monkeypatch):
     monkeypatch.undo()
 
     def chosen(positions, unknowns, tasks=1):
-        unit = Unit("w", None, None, (positions,), positions, unknowns, 4, True)
+        unit = Unit("w", None, None, (positions,), positions, unknowns, 4)
         task = torch.arange(tasks).repeat_interleave(100 // tasks)
         return chosen_places([unit], task, torch.device("cpu"))["w"]
 
@@ -549,7 +549,7 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
         found.append(Refit(target, head=False, memory_mib=mib).make(experts, ROW).network.state_dict())
         every = groups * (1 if target == "own" else 3) * sum(SIZES)
         assert experts.passes == PROBES + every + sum(SIZES)
-        assert told.pop() == ("refit, layers", every + sum(SIZES), every + sum(SIZES))
+        assert told.pop() == ("refit, layers", every, every)
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
     packed = Refit(target, head=False, compress={"bits": 4, "base_bits": 0})
     coin.merge_networks(packed, networks, coin.Code([ROW]), calibration=[[task] for task in tasks])

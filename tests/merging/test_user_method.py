@@ -196,7 +196,7 @@ def test_what_cannot_be_called_is_refused(function: Any, options: dict[str, obje
 )
 def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
     with pytest.raises(CoinError, match=message):
-        UserMethod(f"mine.{name}").make(experts(), ROW)
+        UserMethod(f"mine.{name}").coded_model(experts(), ROW)
     with pytest.raises(IndexError, match="list index out of range"):  # its own error, with its traceback
         UserMethod("mine.broken").make(experts(), ROW)
 
