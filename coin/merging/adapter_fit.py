@@ -123,7 +123,7 @@ class AdapterFit:
 
     def _output(self, unit: Unit, call: Call, inputs: Tensor, changes: dict[str, Change]) -> Tensor:
         """Return the call's output for some of its inputs, its parameters changed as is stored."""
-        weight = self._network.get_parameter(unit.weight)
+        weight: Tensor = self._network.get_parameter(unit.weight)
         if unit.weight in changes:
             weight = changes[unit.weight](weight)
         output = call.output(inputs, weight)

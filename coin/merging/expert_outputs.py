@@ -1,32 +1,19 @@
 """The outputs of the experts to which a body's units are fitted, made group by group of units."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, take
+from coin.core.batches import take
 from coin.errors import DataError, StateError
+from coin.merging.rows import Rows
 from coin.merging.units import SAME_CALLS, Trace, Unit, floating_parameters, output_rows
 from coin.networks.calling import as_input
 from coin.networks.guard import evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type
-
-ROWS = 8  # of a regression for each of its unknowns
-LEAST = 256  # rows of a regression, where there are as many
-
-
-class Rows(NamedTuple):
-    """What units are fitted to on P samples."""
-
-    inputs: Batch
-    mixtures: Tensor  # every sample's mixture of the N experts' outputs [N, P]
-    shares: Tensor  # the samples' weights [P]
-    places: Mapping[str, Tensor | None]  # by a unit's weight its positions in every sample [P, q], or None for all
 
 
 def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Tensor, Tensor]:
@@ -51,31 +38,6 @@ def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Ten
     mixtures = torch.outer(beta, mixed)
     mixtures[task, torch.arange(len(task))] += own
     return mixtures / shares.where(shares > 0, 1), shares
-
-
-def chosen_places(units: Sequence[Unit], task: Tensor, device: torch.device) -> dict[str, Tensor | None]:
-    """Return by units' weights the positions in every sample that are rows of the regression [P, q]; None for all.
-
-    A unit has `ROWS` rows for each of its unknowns, and `LEAST` at least. They are drawn alike from all positions, one
-    from each of q stretches, by the sample's place within its task: the order of the tasks does not matter.
-    """
-    order = torch.zeros_like(task)  # each sample's place within its task
-    for own in set(task.tolist()):
-        is_own = task == own
-        order[is_own] = torch.arange(int(is_own.sum()))
-    generator = torch.Generator().manual_seed(0)
-    places: dict[str, Tensor | None] = {}
-    for unit in units:
-        rows = max(LEAST, ROWS * unit.unknowns)
-        count = math.ceil(rows / len(task))  # q
-        if count >= unit.positions:
-            places[unit.weight] = None
-            continue
-        offsets = torch.rand(int(order.max()) + 1, count, generator=generator)[order]
-        drawn = (torch.arange(count) + offsets) * unit.positions / count
-        within = drawn.long().clamp(max=unit.positions - 1)
-        places[unit.weight] = within.to(device)
-    return places
 
 
 def grouped(units: Iterable[Unit], rows: Rows, budget: float) -> list[list[Unit]]:

@@ -13,9 +13,10 @@ from coin.core.progress import progress_bar
 from coin.errors import CoinWarning
 from coin.files.tensors import State, check_layout, weighted_sum
 from coin.merging.adapter_fit import AdapterFit, rank_of
-from coin.merging.expert_outputs import ExpertOutputs, Rows, check_rows, chosen_places, objective
+from coin.merging.expert_outputs import ExpertOutputs, check_rows, objective
 from coin.merging.expert_sources import one_device, whole_state
 from coin.merging.experts import Experts
+from coin.merging.rows import Rows, chosen_rows
 from coin.merging.units import (
     Trace,
     UnitRows,
@@ -143,9 +144,8 @@ def fit_body(
         fit = AdapterFit(network, rank, adapters.ridge, experts.source.tensors, experts.tasks[chosen], row)
     task = experts.tasks[chosen]
     mixtures, shares = objective(row, task, own_share)
-    places = chosen_places(trace.units, task, device_of(network))
-    rows = Rows(pooled.inputs(chosen), mixtures, shares, places)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
+    rows = chosen_rows(network, trace, pooled.inputs(chosen), task, mixtures, shares, budget)
     outputs = ExpertOutputs(experts.source.each_network, trace, rows, pooled.batch_size, budget)
     doing = "layers" if rounding is None else "layers again, rounded"
     with progress_bar(f"{label}, {doing}", outputs.passes) as bar:
@@ -156,7 +156,7 @@ def fit_body(
             half = max(1, memory_mib // 2)
             error.add_note(f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={half}")
             raise
-    experts.passes += outputs.passes + len(chosen)
+    experts.passes += rows.passes + outputs.passes + len(chosen)
     if fit is None:
         return network, []
     fit.check()
@@ -210,8 +210,11 @@ def fit_in_order(
             return None
         target = next(targets)  # [P, q, ·]
         check_rows(unit, len(call.inputs), len(target))
-        inputs, entries = input_rows(call, len(target), rows.places[unit.weight])
+        places = rows.places[unit.weight]
+        inputs, entries = input_rows(call, len(target), places)
         weights = rows.shares.to(target)[:, None].expand(target.shape[:2])
+        if places is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
+            weights = weights * rows.weights[unit.weight].to(weights)
         regression = UnitRows(inputs, entries, target, weights)
         if ridge is not None:
             rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None

@@ -42,6 +42,7 @@ class Unit:
     positions: int  # at which the same weights were used
     unknowns: int  # of each output
     outputs: int  # of each group
+    is_convolution: bool
 
     @property
     def end(self) -> str:
@@ -207,6 +208,7 @@ def _unit(call: Call, size: int) -> Unit:
         positions=prod(shape) // channels,
         unknowns=size // channels,
         outputs=channels // groups,
+        is_convolution=isinstance(call, ConvolutionCall),
     )
 
 

@@ -1,5 +1,6 @@
 """Refit against regressions written out layer by layer, and what every network and every caller may rely on."""
 
+import math
 import re
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -16,8 +17,8 @@ import coin
 from coin.errors import CoinWarning, DataError, NumericalError, StateError
 from coin.merging import Average, Experts, Refit
 from coin.merging.average import average_parameters
-from coin.merging.expert_outputs import LEAST, ROWS, chosen_places
 from coin.merging.refit import OWN_SHARE
+from coin.merging.rows import LEAST, PROBED, chosen_places, position_weights
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.small import SmallViT
 from coin.statistics.solvers import fit_affine
@@ -183,8 +184,9 @@ every_target = pytest.mark.parametrize("target", ["own", "both"])
 
 @pytest.fixture(autouse=True)
 def all_rows(monkeypatch):
-    """Every position is a row, as in the reference."""
-    monkeypatch.setattr("coin.merging.expert_outputs.LEAST", 10**9)
+    """Every position is a row, and all weigh alike, as in the reference."""
+    monkeypatch.setattr("coin.merging.rows.LEAST", 10**9)
+    monkeypatch.setattr("coin.merging.rows.position_weights", lambda *_: {})
 
 
 def setup(make, shape, count=3):
@@ -350,15 +352,15 @@ def test_it_is_the_regression_of_every_layer_in_turn(kind, target, rows, monkeyp
     units = [(name, norm or None) for name, _, norm in (each.partition("+") for each in NETWORKS[kind][2].split())]
     experts, drawn = experts_of(networks, tasks), {}
 
-    def places(units, task, device):
+    def places(units, order, weights, device, budget):
         draw = torch.Generator().manual_seed(5)
         for unit in units:
             each = (unit.positions + 1) // 2
-            drawn[unit.weight] = torch.rand(len(task), unit.positions, generator=draw).argsort(1)[:, :each]
+            drawn[unit.weight] = torch.rand(len(order), unit.positions, generator=draw).argsort(1)[:, :each]
         return drawn
 
     if rows == "drawn":  # at half of the positions
-        monkeypatch.setattr("coin.merging.passes.chosen_places", places)
+        monkeypatch.setattr("coin.merging.rows.chosen_places", places)
     made = Refit(target, RIDGE, head=False).make(experts, ROW)
     order = [(experts.tasks == task).nonzero().flatten() for task in range(3)]
     wanted = reference(networks, tasks, ROW, target, RIDGE, units, drawn or None, order)
@@ -394,8 +396,8 @@ def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
 @pytest.mark.parametrize("kind", ["convolutions", "layer scale", "in turn", "vit"])
 def test_of_drawn_rows_the_order_of_the_experts_does_not_matter(kind, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr("coin.merging.expert_outputs.LEAST", 40)
-    monkeypatch.setattr("coin.merging.expert_outputs.ROWS", 0)
+    monkeypatch.setattr("coin.merging.rows.LEAST", 40)
+    monkeypatch.setattr("coin.merging.rows.DEAR", 0)
     networks, tasks = kind_of(kind)
     one, two = (
         Refit("both", RIDGE).make(
@@ -499,21 +501,64 @@ def test_every_network_runs_once_and_its_passes_are_counted(target, head):
 def test_how_many_positions_are_chosen_and_where(monkeypatch):
     monkeypatch.undo()
 
-    def chosen(positions, unknowns, tasks=1):
-        unit = Unit("w", None, None, (positions,), positions, unknowns, 4)
-        task = torch.arange(tasks).repeat_interleave(100 // tasks)
-        return chosen_places([unit], task, torch.device("cpu"))["w"]
+    def chosen(positions, unknowns, outputs=1, is_convolution=True, budget=math.inf, **weights):
+        unit = Unit("w", None, None, (positions,), positions, unknowns, outputs, is_convolution)
+        return chosen_places([unit], torch.arange(100), weights, torch.device("cpu"), budget)["w"]
 
-    assert chosen(LEAST // 100 + 1, 1) is None  # all of them
-    assert chosen(10, 1).shape == (100, LEAST // 100 + 1)
-    places = chosen(1000, 500)
-    count = ROWS * 500 // 100
-    assert places.shape == (100, count)
-    stretches = places / (1000 / count) - torch.arange(count)  # one of each
-    assert float(stretches.min()) > -count / 1000
+    assert chosen(3, 10) is None  # 300 rows, and 256 are wanted: as many of every sample
+    places = chosen(1000, 500, 500)  # half of 1,000 · 500 · 500 multiplications pay for 165 · 500 · (3 · 500 + 16)
+    assert places.shape == (100, 165)
+    stretches = places / (1000 / 165) - torch.arange(165)
+    assert float(stretches.min()) > -165 / 1000
     assert float(stretches.max()) < 1
-    first, second = chosen(1000, 500, tasks=2).split(50)
-    assert torch.equal(first, second), "the order of the tasks must not matter"
+    # Half of them; 8 for every unknown; what 4 times their multiplications pay for, also of fewer rows than unknowns.
+    for unknowns, outputs, each in ((100, 100, 11), (100, 25, 8), (100, 2, 5), (4000, 100, 15), (25, 1, 3)):
+        assert chosen(64, unknowns, outputs).shape == (100, each)
+    plenty, few = (chosen(1000, 4, 64, budget=budget).shape[1] for budget in (math.inf, 0))
+    assert LEAST / 100 <= few < plenty  # where outputs do not fit no rows are added for being cheap
+    weight = torch.full((1000,), 0.5)
+    weight[7] = 500.5
+    assert set((chosen(1000, 50, 50, False, w=weight) == 7).sum(1).tolist()) <= {75, 76, 77}
+
+
+def test_tokens_weigh_by_how_the_outputs_depend_on_them(monkeypatch):
+    monkeypatch.undo()
+    seen = []
+    first_token = Apply(lambda x: seen.append(len(x)) or x[:, 0])
+    layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), first_token, nn.Linear(5, 3)
+    network, x = nn.Sequential(*layers).double().eval(), torch.randn(10, 7, 4, dtype=torch.float64)
+    weights = position_weights(network, affine_units(network, x), x)
+    assert seen[-10:] == [1] * 10, "a graph of many samples of a large transformer takes too much memory"
+    first = torch.full((7,), 0.5, dtype=torch.float64)
+    first[0] += 7 / 2
+    assert weights.keys() == {"0.weight", "2.weight"}
+    for weight in weights.values():
+        torch.testing.assert_close(weight, first)
+    with torch.no_grad():
+        network[4].weight.zero_()
+    assert position_weights(network, affine_units(network, x), x) == {}
+    mixed = nn.Sequential(nn.Linear(4, 6), transposed(), nn.Linear(7, 2), nn.Flatten(), nn.Linear(12, 3)).double()
+    found = position_weights(mixed, affine_units(mixed, x), x)["0.weight"]
+    f = mixed(x) - mixed(x).mean(1, keepdim=True)
+    head = mixed[4].weight.view(3, 6, 2)
+    gradient = torch.einsum("nc,cko,ot->ntk", f, head, mixed[2].weight).square().sum(2).mean(0)
+    torch.testing.assert_close(found, (0.5 + 0.5 * gradient / gradient.mean()).detach())
+
+
+def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
+    networks, tasks = kind_of("vit")
+    monkeypatch.undo()
+    experts = experts_of(networks, tasks)
+    made = Refit("own", RIDGE, head=False).make(experts, ROW)
+    assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * sum(min(size, -(-PROBED // 3)) for size in SIZES)
+    assert_answers_close(networks[0], Refit("own").make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
+    monkeypatch.setattr("coin.merging.rows.position_weights", lambda *_: {})
+    alike = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    own = [(answers(each, x), x) for each, x in zip(networks, tasks, strict=True)]
+    weighed, not_weighed = (
+        sum(float((answers(one.network, x) - y).square().mean()) for y, x in own) for one in (made, alike)
+    )
+    assert weighed < not_weighed
 
 
 def test_samples_that_do_not_fit_the_memory_are_left_out_with_a_warning():
