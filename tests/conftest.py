@@ -85,7 +85,6 @@ def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
-    """Return `wandb_records`."""
     return wandb_records
 
 
@@ -113,7 +112,6 @@ class Synthetic(TaskData):
 
 @pytest.fixture
 def synthetic() -> type[Synthetic]:
-    """Return the class `Synthetic`."""
     return Synthetic
 
 
@@ -177,7 +175,6 @@ def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., li
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small experiment's file."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(SMALL_EXPERIMENT)
     return path
@@ -201,7 +198,6 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What holds for every code, merge, state and table of results, on examples that hypothesis makes up."""
+"""What holds for every code, state and table of results, on examples that hypothesis makes up."""
 
 import math
 import tempfile
@@ -12,8 +12,6 @@ from coin.coding import Code
 from coin.errors import ConfigurationError, DecodingError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import fingerprint
-from coin.merging.average import average_parameters
-from coin.merging.coin import coin_parameters
 from coin.reporting.results import NUMBERS, Row, read_results, write_results
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
@@ -23,12 +21,6 @@ SEEDS = st.integers(0, 2**31)
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@st.composite
-def convex_rows(draw: st.DrawFn, experts: int) -> list[float]:
-    parts = [draw(st.integers(1, 20)) for _ in range(experts)]
-    return [part / sum(parts) for part in parts]
 
 
 @FEW
@@ -41,26 +33,6 @@ def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(rows: list[
     assert bool((code.matrix >= 0).all())
     torch.testing.assert_close(code.matrix.sum(1), torch.ones(code.num_coded, dtype=torch.float64), rtol=0, atol=1e-15)
     assert all(math.isfinite(code.amplification(erased)) for erased in code.erasures())
-
-
-def states(seed: int, experts: int, scale: float = 1.0) -> list[dict[str, torch.Tensor]]:
-    return [{"a": normal(seed + i, 3, 2) * scale, "b": normal(seed + i + 50, 4) * scale} for i in range(experts)]
-
-
-def fishers(seed: int, experts: int) -> list[dict[str, torch.Tensor]]:
-    return [{name: value.square() for name, value in state.items()} for state in states(seed + 99, experts)]
-
-
-@FEW
-@given(st.integers(2, 4), SEEDS, st.data())
-def test_every_entry_of_a_merge_lies_between_the_experts(experts: int, seed: int, data: st.DataObject) -> None:
-    weights = data.draw(convex_rows(experts))
-    own = states(seed, experts)
-    for merged in (average_parameters(own, weights), coin_parameters(own, fishers(seed, experts), weights)):
-        for name, value in merged.items():
-            every = torch.stack([state[name] for state in own])
-            assert bool((value >= every.amin(0) - 1e-9).all())
-            assert bool((value <= every.amax(0) + 1e-9).all())
 
 
 TENSORS = st.dictionaries(

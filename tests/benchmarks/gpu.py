@@ -5,7 +5,7 @@ The steps are the exact Fisher, `Refit`, the servers' answers, the fit and the u
 bfloat16, but what has full precision by design. Times are medians after a warm-up, and are divided by the time of
 forward passes of the same samples in the same precision. A step that fails is reported in its row, the others go on,
 and the exit status is 1.
-The table goes to stderr, the JSON to stdout and to --output, which is written anew after every step.
+Each row goes to stdout as a line of JSON when it is measured.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -169,20 +168,12 @@ def steps_of(name: str, sizes: dict[str, int], device: torch.device) -> Iterator
     yield from decoder_steps(experts, tasks)
 
 
-def show(row: dict[str, Any]) -> None:
-    formats = {"seconds": "10.4f", "ratio_to_forward": "10.3f", "peak_mib": "9.0f"}
-    numbers = "".join(f"{row[key]:{form}}" for key, form in formats.items() if key in row)
-    line = f"{row['network']:13}{row['step']:22}{row['precision']:9}{numbers} {row['failed']}"
-    print(line.rstrip(), file=sys.stderr, flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=["resnet50", "vit_b_16"], help="torchvision's names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for size in SIZES["cpu"]:
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, help="in place of that in SIZES")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu.json"))
     options = parser.parse_args()
     device = torch.device(options.device)
     if on_gpu := device.type == "cuda":
@@ -190,24 +181,16 @@ def main() -> int:
     given = {key: value for key in SIZES["cpu"] if (value := getattr(options, key)) is not None}
     sizes = SIZES["cuda" if on_gpu else "cpu"] | given
     torch.backends.cudnn.allow_tf32 = False  # as in a Fisher pass and in Refit
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "torch": torch.__version__,
-        "sizes": sizes | {"tasks": 2, "classes": CLASSES},
-        "rows": [],
-    }
-    heading = f"{'':44}{'seconds':>10}{'/ forward':>10}{'peak MiB':>9}"
-    print(f"{found['device']}, torch {torch.__version__}, {sizes}", heading, sep="\n", file=sys.stderr)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    told = {"device": torch.cuda.get_device_name() if on_gpu else "CPU", "torch": torch.__version__}
+    print(json.dumps(told | sizes | {"tasks": 2, "classes": CLASSES}))
+    failed = False
     for name in options.networks:
         forward: dict[str, float] = {}
         for step in steps_of(name, sizes, device):
             row = {"network": name} | measure(step, device, sizes["repeats"], forward)
-            found["rows"].append(row)
-            show(row)
-            options.output.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
-    return int(any(row["failed"] for row in found["rows"]))
+            print(json.dumps(row), flush=True)
+            failed |= bool(row["failed"])
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     device = pretend.register()                # once in a process
     with pretend.running() as seen:            # or running(float64=False): as on Apple's MPS
         network.to(device); ...
-    seen.table()                               # launches and synchronisations by line of coin
+    assert "coin/merging/units.py" in seen     # the files of coin that ran a kernel on it
 
 It is torch's own place for further backends (PrivateUse1), with a backend in Python, so that autograd's engine, which
 runs a backward pass of a device in a thread of its own, works as it does on a GPU. A `PretendTensor` holds a CPU
@@ -14,14 +14,11 @@ tensor. `_run` checks each ATen operation, below autograd, before it is done on 
 - A CPU tensor takes no indices of the device, and is never written to with a tensor of the device but by `copy_`.
 - Generators must be of the output's device; ``numpy()`` raises; with ``float64=False`` there is no float64.
 
-It counts, by the innermost line of coin: launches (operations that are no views), syncs (the host waits for a value:
-``item``, ``nonzero``, boolean masks, ``equal``, copies to the CPU, decompositions that read their info), uploads
-(copies to the device), and operations on CPU tensors. It knows nothing of memory, streams, TF32 or processes.
+It knows nothing of memory, streams, waits, TF32 or processes.
 """
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,13 +38,6 @@ CPU = torch.device("cpu")
 ANOTHER = "Expected all tensors to be on the same device, but found at least two devices, pretend:0 and cpu!"
 aten = torch.ops.aten
 
-# What makes no kernel run, beside views.
-_FREE = {
-    aten.detach.default, aten.alias.default, aten._unsafe_view.default, aten._reshape_alias.default,
-    aten.lift_fresh.default, aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default,
-    aten.new_empty_strided.default, aten.empty_strided.default, aten.sym_size.int, aten._fused_sdp_choice.default,
-    aten._has_compatible_shallow_copy_type.default, aten.is_set_to.default,
-}  # fmt: skip
 _COPIES = {
     aten.copy_.default, aten._to_copy.default, aten.copy.default, aten._copy_from.default,
     aten._foreach_copy_.default, aten._has_compatible_shallow_copy_type.default, aten.is_set_to.default,
@@ -60,43 +50,11 @@ _FILLS = {  # whose last argument may be a CPU tensor without dimensions
     aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor,
     aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor,
 }  # fmt: skip
-_WAITS = {
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-    aten.is_nonzero.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
-    aten.repeat_interleave.Tensor, aten.bincount.default, aten._linalg_check_errors.default,
-    aten._linalg_eigh.default, aten._linalg_svd.default, aten._linalg_solve_ex.result,
-}  # fmt: skip
-
-
-class Seen:
-    """What was counted: by kind, place and operation."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str, str]] = Counter()
-
-    def add(self, kind: str, operation: object) -> None:
-        self.counts[kind, _blamed(), str(operation)] += 1
-
-    def total(self, kind: str, place: str = "") -> int:
-        """Return how often it was seen at places whose names contain a text."""
-        return sum(n for (own, where, _), n in self.counts.items() if own == kind and place in where)
-
-    def table(self, most: int = 20) -> None:
-        """Print the places of the most syncs, launches, uploads and operations on the CPU."""
-        for kind in ("syncs", "launches", "uploads", "on_cpu"):
-            places: Counter[str] = Counter()
-            for (own, place, _), number in self.counts.items():
-                places[place] += number if own == kind else 0
-            print(f"{kind}: {self.total(kind)}")
-            for place, number in places.most_common(most):
-                if number:
-                    print(f"{number:9} {place}")
 
 
 _library = torch.library.Library("aten", "IMPL")
-_seen = Seen()
+_seen: set[str] = set()
 _has_float64 = True
-_is_running = False
 
 
 class PretendTensor(Tensor):
@@ -164,8 +122,6 @@ def _run(function, args, kwargs):
     asked = kwargs.get("device")
     if not ours and not _is_ours(asked):
         _check_generators(flat, CPU)
-        if others and not function.is_view and function not in _FREE:
-            _seen.add("on_cpu", function)
         return function(*args, **kwargs)
 
     is_factory = asked is not None and len(tensors) <= 1
@@ -177,7 +133,8 @@ def _run(function, args, kwargs):
         _check_types(function, flat, kwargs)
     if function is aten._fused_sdp_choice.default:
         return 0  # the plain kernels
-    _count(function, args, target)
+    if target == NAME and function not in _COPIES and not function.is_view:
+        _seen.add(_blamed())
 
     wrapper_of = {id(each.inner): each for each in ours}
     values = []
@@ -257,41 +214,19 @@ def _check_types(function, flat, kwargs):
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
 
 
-def _count(function, args, target):
-    if not _is_running or function.is_view or function in _FREE:
-        return
-    if function in (aten._to_copy.default, aten.copy_.default):
-        source = args[0] if function is aten._to_copy.default else args[1]
-        into = target if function is aten._to_copy.default else args[0].device.type
-        if source.device.type != NAME:
-            _seen.add("uploads", function)
-        else:
-            _seen.add("launches" if into == NAME else "syncs", function)
-        return
-    if function in _INDEXING:
-        for index in args[1]:
-            if isinstance(index, PretendTensor) and index.dtype == torch.bool:
-                _seen.add("syncs", "boolean mask")
-            elif isinstance(index, Tensor) and not isinstance(index, PretendTensor):
-                _seen.add("uploads", "index")
-    if function in _WAITS:
-        _seen.add("syncs", function)
-    _seen.add("launches", function)
-
-
 def _blamed():
-    """Return the innermost line of coin's code."""
-    frame = sys._getframe(3)
+    """Return the innermost file of coin's code."""
+    frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if (at := name.rfind(UNDER)) >= 0:
-            return f"{name[at + 1 :]}:{frame.f_lineno} {frame.f_code.co_name}"
+            return name[at + 1 :]
         frame = frame.f_back
     return "elsewhere"  # autograd's thread, Lightning
 
 
 class _Mode(TorchDispatchMode):
-    """Catches what makes tensors of the device, and counts what is done on the CPU."""
+    """Catches what makes tensors of the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if torch.is_inference_mode_enabled():  # where composite operations arrive whole
@@ -414,10 +349,10 @@ def _moved(module, function, recurse=True):
 
 
 @contextmanager
-def running(*, float64: bool = True) -> Iterator[Seen]:
-    """Run a block in which the device is there; return what is counted."""
-    global _seen, _has_float64, _is_running
-    _seen, _has_float64, _is_running = Seen(), float64, True
+def running(*, float64: bool = True) -> Iterator[set[str]]:
+    """Run a block in which the device is there; return the files of coin that run kernels on it, as they do."""
+    global _seen, _has_float64
+    _seen, _has_float64 = set(), float64
     apply, nn.Module._apply = nn.Module._apply, _moved
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` is made on the CPU first
@@ -425,6 +360,6 @@ def running(*, float64: bool = True) -> Iterator[Seen]:
         with _Mode():
             yield _seen
     finally:
-        _is_running, _has_float64 = False, True
+        _has_float64 = True
         torch._C._set_only_lift_cpu_tensors(lifts)
         nn.Module._apply = apply

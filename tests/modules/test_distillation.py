@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from coin.data.tasks import Tasks
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError, HeadError, StateError
 from coin.merging import Experts, Refit, average, closed_form
@@ -13,6 +14,22 @@ from coin.networks import NetworkConfig, build_network, load_network, pad_head, 
 
 ROW = [0.25, 0.75]
 PLAIN = {"start": "average", "augmentation": "none"}
+
+
+@pytest.fixture
+def experts(write_experts):
+    return list(write_experts([3, 2]).values())
+
+
+@pytest.fixture
+def tasks(synthetic):
+    """Return a function that makes the experts' tasks, with a share of the calibration samples held out."""
+
+    def make(held_out=0.0):
+        members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
+        return Tasks(members, samples_per_task=20, batch_size=8, held_out=held_out)
+
+    return make
 
 
 def module_of(experts, row=ROW, **options):

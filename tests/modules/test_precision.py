@@ -83,10 +83,11 @@ def test_torch_s_newer_settings_of_precision_are_taken_and_left():
         products.fp32_precision, convolutions.fp32_precision = before
 
 
-def test_distillation_in_bf16_has_losses_in_full(make_trainer, experts, tasks):
+def test_distillation_in_bf16_has_losses_in_full(make_trainer, write_experts, tasks_of):
+    experts = list(write_experts([3, 2]).values())
     module = Distillation(lr=1e-3, steps=4, batch_size=8).module([0.5, 0.5], experts)
     trainer = make_trainer(precision="bf16-mixed", max_steps=4, max_epochs=-1)
-    trainer.fit(module, datamodule=tasks())
+    trainer.fit(module, datamodule=tasks_of([3, 2]))
     loss = trainer.callback_metrics["train/loss"]
     assert loss.dtype == torch.float32
     assert bool(torch.isfinite(loss))
