@@ -151,11 +151,11 @@ class AdapterFit:
             moments: Of the expert's own samples.
         """
         weight = self._network.get_parameter(unit.weight)
-        fitted = _columns(weight, unit, call, entries, moments)
+        fitted = _columns(weight, unit, call, entries, moments)  # the body's map, then with the correction
         left = right = None
         if self._rank > 0 and unit.is_matrix:
             own = _columns(self._own_weight(unit, expert), unit, call, entries, moments)
-            damping = self._ridge * len(entries) / unit.unknowns
+            damping = self._ridge * len(entries) / unit.unknowns  # relative to the mean over all inputs, zeros too
             outer, inner = _factors(fitted, own, damping, self._rank, moments)
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
@@ -196,7 +196,7 @@ def _factors(body: Tensor, own: Tensor, damping: float, rank: int, moments: "Mom
 
 
 def _with_all_entries(inner: Rounded, entries: Tensor, unknowns: int) -> Rounded:
-    """Return a factor [r, K'] with all entries [r, K]: those that meet no input get the code next to zero."""
+    """Return a factor [r, K'] with all entries [r, K]: those that meet no input get the code nearest to 0."""
     rank = len(inner.codes)
     zeros = inner.scale.new_zeros(rank, unknowns).float()
     codes = nearest(zeros, inner.scale, BITS)

@@ -25,7 +25,9 @@ from coin.statistics.solvers import fit_affine
 from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
-PROBES = 19  # forward-equivalents of the search: two samples alone, two and three at once, with two backward passes
+# Forward-equivalents of the search: two samples alone, two and three at once, and two backward passes, each of which
+# costs two forward ones, of the three.
+PROBES = 2 + 2 + 3 + 2 * 2 * 3
 SAME_CALLS = "give experts that make the same calls whatever their inputs"
 WIDEST = 5000  # unknowns up to which a matrix is rounded by its metric [K, K], whose inverse takes time as K³
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once
@@ -83,9 +85,12 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
     """Find the affine units of a network in eval mode, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass. Its
-    output has the samples, or several rows of each, in order along its leading dimension; gradients show that they are
-    in order, and not sorted by activations. A BatchNorm that alone and next reads a linear map's outputs is part of its
-    unit. Raises StateError where the calls depend on the number of samples.
+    output has the samples, or several rows of each, in order along its leading dimension: gradients show which samples
+    rows belong to, and that activations decided nothing before the call shows their order within a sample. A BatchNorm
+    that alone and next reads a linear map's outputs is part of its unit.
+
+    Raises StateError where the calls depend on the number of samples, or samples on one another; DataError where the
+    outputs are not logits [B, C].
 
     Where values may decide where rows go, these may lie in order by chance: then the network runs on `others` too, if
     they are given.
@@ -104,13 +109,13 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
                 f"{SAME_CALLS}"
             )
         check_apart(network, few, output)
-        general = _not_by_sample(three, output, parameters)
+        not_own = _not_by_sample(three, output, parameters)
         if three.sorts and others is not None:
             more = Tape(parameters)
             output_of_more = more.run(network, as_input(others, network))
-            general |= _not_by_sample(more, output_of_more, parameters)
+            not_own |= _not_by_sample(more, output_of_more, parameters)
             probes += size_of(others) * (1 + 2 * more.repetitions)
-    units = _assembled(network, two, three, general)
+    units = _assembled(network, two, three, not_own)
     sizes = [1]  # of what calls read and write, of three samples
     for call in three.calls:
         if "weight" in call.names:
@@ -119,10 +124,10 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
     return Trace(units, three.weights, floats, probes)
 
 
-def _assembled(network: nn.Module, two: Tape, three: Tape, general: set[str]) -> list[Unit]:
+def _assembled(network: nn.Module, two: Tape, three: Tape, not_own: set[str]) -> list[Unit]:
     """Return the units of a network, whose passes on two and on three samples are recorded.
 
-    `general` are the parameters of `_not_by_sample`.
+    `not_own` are the parameters of `_not_by_sample`.
     """
     shapes_of_two = {call.names.get("weight"): call.made for call in two.calls}
     calls = [call for call in three.calls if "weight" in call.names]
@@ -130,12 +135,12 @@ def _assembled(network: nn.Module, two: Tape, three: Tape, general: set[str]) ->
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         weight = call.names["weight"]
         is_norm_of_last = bool(units) and units[-1].end == weight
-        shape_of_two = shapes_of_two.get(weight, call.made)
-        if is_norm_of_last or not _is_unit(call, shape_of_two, general):
+        shape_of_two = shapes_of_two.get(weight, call.made)  # not recorded: then as of three, which is no unit's
+        if is_norm_of_last or not _is_unit(call, shape_of_two, not_own):
             continue
         size = network.get_parameter(weight).numel()
         unit = _unit(call, size)
-        if following is not None and _is_norm_of(following, call, network, general):
+        if following is not None and _is_norm_of(following, call, network, not_own):
             norm, _, _ = following.names["weight"].rpartition(".")
             unit = replace(unit, norm=norm)
         units.append(unit)
@@ -158,30 +163,30 @@ def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor])
         return {*parameters}
 
 
-def _is_unit(call: Call, shape_of_two: tuple[int, ...], general: set[str]) -> bool:
+def _is_unit(call: Call, shape_of_two: tuple[int, ...], not_own: set[str]) -> bool:
     """Whether a call on three samples is affine in its weight, its rows in order, and its parameters its own.
 
     Args:
         call: The call.
         shape_of_two: Its output's shape on two samples.
-        general: The parameters of `_not_by_sample`.
+        not_own: The parameters of `_not_by_sample`.
     """
     is_scale = isinstance(call, ElementwiseCall) and not call.added
     is_affine = is_scale or isinstance(call, LinearCall)
     has_same_rows = shape_of_two[1:] == call.made[1:]
     samples_lead = has_same_rows and 3 * shape_of_two[0] == 2 * call.made[0]
-    # Rows that activations have placed before the call: a single row for each sample cannot be out of order.
+    # Where activations have placed rows, those of one sample may be out of order, unless it has a single one.
     in_order = not call.decided or shape_of_two[:-1] == (2,)
-    is_own = general.isdisjoint(call.names.values())
+    is_own = not_own.isdisjoint(call.names.values())
     return is_affine and samples_lead and in_order and is_own
 
 
-def _is_norm_of(norm: Call, call: Call, network: nn.Module, general: set[str]) -> bool:
-    """Whether a call is that of a BatchNorm which alone reads another call's output, a channel for each of its rows."""
+def _is_norm_of(norm: Call, call: Call, network: nn.Module, not_own: set[str]) -> bool:
+    """Whether a call is that of a BatchNorm which alone reads another call's output, whose channels are its own."""
     is_matrix = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
     is_per_row = is_matrix or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
-    is_own = "bias" in norm.names and general.isdisjoint(norm.names.values())
+    is_own = "bias" in norm.names and not_own.isdisjoint(norm.names.values())
     if not (is_per_row and reads_it_alone and is_own):
         return False
     module, _, _ = norm.names["weight"].rpartition(".")

@@ -344,7 +344,7 @@ class Rounding:
         self._bits = bits
 
     def bits(self, name: str) -> int:
-        """Return the bits a value: 8 for short rows, of depthwise kernels for one, which are few and leave much."""
+        """Return the bits a value: 8 for short rows, as of depthwise kernels, which few bits cost much."""
         _, columns = matrix_shape(self.reference.tensors[name].shape)
         return 8 if columns < SHORT else self._bits
 
@@ -365,7 +365,7 @@ class Rounding:
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
-        """Round a weight after a step of a regression, and return the step [G, O, K] to what it has become.
+        """Round a weight after a step of a regression; return the step [G, O, K] from the weight to its rounded form.
 
         What is rounded is the delta from the reference, with the step in it. The step is the best one: another that is
         off by E costs tr(E M Eᵀ) more, summed over groups, which is kept small: later columns make up for the errors of
@@ -373,7 +373,7 @@ class Rounding:
 
         Args:
             name: The weight's name.
-            weight: The weight before the step, whose rows are those of all G groups in turn: [G·O, …].
+            weight: The weight before the step: [G·O, …], the rows of all G groups in turn, or `turned`.
             step: The step of each group's map [G, O, K].
             metric: M [G, K, K]; without it every value is rounded to the nearest.
             turned: Whether the weight is stored transposed, as [K, O].

@@ -47,8 +47,9 @@ def levels(bits: int) -> Tensor:
     """Return the two kinds of values ``[2, 2^b]`` to which a row over its scale is rounded.
 
     Dense around zero, as deltas are, whose tails are heavy: L_i ∝ −sign(u) log(1 − 1.6 |u|), u = (i + ½)/2^b − ½. At 3
-    bits that leaves half to three quarters of the squared error of the even ones, −2^(b−1) … 2^(b−1) − 1, which rows of
-    a few large values and many next to zero take. Of one bit the dense ones are ±1, as in BitDelta (arXiv 2402.10193).
+    bits that leaves half to three quarters of the squared error of the even ones, −1 … 1 − 2^(1−b), which have a 0 and
+    are for rows of a few large values and many that are next to it. Of one bit the dense ones are ±1, as in BitDelta
+    (arXiv 2402.10193).
     """
     count = 2**bits
     half = count // 2
@@ -119,7 +120,7 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
 def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     """Return the scales ``[rows]`` in bfloat16, below 0 for the even levels, of a matrix's smallest squared errors."""
     largest = matrix.abs().amax(1, keepdim=True)  # [rows, 1]
-    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]  # an error of 0 is that of a row of zeros
+    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]  # whose error, less the row's squares, is 0
     errors = [torch.zeros_like(largest, dtype=torch.float64)]
     if bits < 8:  # of 256 levels, even ones are as good
         ascending = matrix.sort(dim=1).values.double()
@@ -271,7 +272,7 @@ def _row_bytes(bits: int, columns: int) -> int:
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Return the rows, which have a scale each, and the columns of a tensor: one row a unit of its first dimension."""
+    """Return the rows, which have a scale each, and the columns: a row a unit of the first dimension not of size 1."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     sizes = [size for size in shape if size != 1] or [1]  # a table of positions [1, N, D] has N rows
