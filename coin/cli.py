@@ -147,11 +147,11 @@ def _format_warning(usual: Callable[..., str], message: Warning | str, category:
 
 def _mistake(error: BaseException) -> str | None:
     """Return the line about an error of ours, or about options that a parser refuses; None for everything else."""
-    if not isinstance(error, ArgumentError | CoinError):
-        return None
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, CoinError):
         cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
+    if not isinstance(error, ArgumentError | CoinError) and not (isinstance(error, ValueError) and cause):
+        return None
     if cause is not None:
         return None if "\n" in str(cause) else str(cause)
     text = " ".join(str(error).split())

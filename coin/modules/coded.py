@@ -192,9 +192,9 @@ class Coded(LightningModule):
             erased: The lost experts, by index or by name.
             kind: The decoder: a kind with its default options, or a configuration.
         """
-        decoder = make_decoder(kind, self.code, self._indices(erased))
-        if self.is_adapted and not isinstance(decoder, ExpertHeadDecoder):
+        if self.is_adapted and DecoderConfig.of(kind).kind is not DecoderKind.expert_head:
             raise ConfigurationError(f"the decoder {kind} cannot read a body with adapters, expected expert_head")
+        decoder = make_decoder(kind, self.code, self._indices(erased))
         batches = _batches(calibration)
         first = next(batches, None)
         if first is not None:

@@ -259,6 +259,8 @@ def as_json(document: Any) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}") from error
     return document

@@ -93,24 +93,27 @@ def test_under_a_callers_context(network: nn.Module, name: str, context: type) -
 
 @pytest.mark.parametrize("name", ["fisher", "gram"])
 def test_products_are_in_full_precision_inside_and_as_before_outside(name: str) -> None:
-    seen: set[str] = set()
+    seen: set[tuple[bool, str]] = set()
+
+    def flags() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     class Watched(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            seen.update(place.fp32_precision for place in (torch.backends.mkldnn.matmul, torch.backends.cudnn.conv))
+            seen.add(flags())
             return super().forward(x)
 
     network = nn.Sequential(nn.Flatten(), Watched(32, 2))
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    before = flags()
     try:
         torch.set_float32_matmul_precision("medium")
         torch.backends.cudnn.allow_tf32 = True
         passes(network, torch.randn(3, 2, 4, 4))[name]()
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("medium", True)
+        assert flags() == (True, "medium")
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    assert seen == {"ieee"}
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+    assert seen == {(False, "highest")}
 
 
 def test_autocast_of_the_caller_is_suspended(network: nn.Module) -> None:
