@@ -116,7 +116,11 @@ def _run(name: str, options: list[str]) -> None:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
-    short, full = ("output", "trainer.default_root_dir") if name in ON_TRAINER else ("executor", "launch.executor")
+    short, full = (
+        ("output", "trainer.default_root_dir")
+        if name in ON_TRAINER
+        else ("executor", "launch.executor")
+    )
     options = [re.sub(f"^--{short}(?==|$)", f"--{full}", option) for option in options]
     if name in ON_TRAINER:
         import_module("coin.commands.trainer").main([name, *options])
@@ -138,7 +142,9 @@ coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file
 comes with coin, such as quickstart; --print_config shows all of them."""
 
 
-def _format_warning(usual: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any) -> str:
+def _format_warning(
+    usual: Callable[..., str], message: Warning | str, category: type[Warning], *place: Any
+) -> str:
     """Return our own warnings like our errors, without the line of source code that Python adds."""
     if issubclass(category, CoinWarning):
         return f"coin: warning: {' '.join(str(message).split())}\n"
@@ -149,8 +155,12 @@ def _mistake(error: BaseException) -> str | None:
     """Return the line about an error of ours, or about options that a parser refuses; None for everything else."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, CoinError):
-        cause = cause.__cause__  # jsonargparse hands on what a constructor raises as the cause of an error of its own
-    if not isinstance(error, ArgumentError | CoinError) and not (isinstance(error, ValueError) and cause):
+        cause = (
+            cause.__cause__
+        )  # jsonargparse hands on what a constructor raises as the cause of an error of its own
+    if not isinstance(error, ArgumentError | CoinError) and not (
+        isinstance(error, ValueError) and cause
+    ):
         return None
     if cause is not None:
         return None if "\n" in str(cause) else str(cause)

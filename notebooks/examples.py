@@ -14,4 +14,6 @@ class Examples(Extension):
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         """Change an object's docstring."""
         if obj.docstring is not None:
-            obj.docstring.value = EXAMPLE.sub(lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(
+                lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value
+            )

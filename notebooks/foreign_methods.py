@@ -16,7 +16,9 @@ def averaged(experts, row):
     average, states = deepcopy(experts[0]), [expert.state_dict() for expert in experts]
     for name, tensor in average.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(sum(weight * state[name] for weight, state in zip(row, states, strict=True)))
+            tensor.copy_(
+                sum(weight * state[name] for weight, state in zip(row, states, strict=True))
+            )
     return average
 
 
@@ -42,7 +44,9 @@ def distil(experts, calibration, row, steps=150, lr=1e-3, batch_size=64):
     """
     batches = [batch for own in calibration for batch in own]
     with torch.no_grad():
-        wanted = torch.cat([sum(weight * f(x) for weight, f in zip(row, experts, strict=True)) for x in batches])
+        wanted = torch.cat(
+            [sum(weight * f(x) for weight, f in zip(row, experts, strict=True)) for x in batches]
+        )
     inputs = torch.cat(batches)
     student = averaged(experts, row)
     optimizer = torch.optim.Adam(student.parameters(), lr)
@@ -61,9 +65,16 @@ def by_matrix(tensors, row, initial, name, layer, merge, scale):
     Matrices are the weights of fully connected layers, of attention and of ungrouped convolutions.
     """
     grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-    if not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention) or grouped or not name.endswith("weight"):
+    if (
+        not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
+        or grouped
+        or not name.endswith("weight")
+    ):
         return sum(weight * tensor for weight, tensor in zip(row, tensors, strict=True))
-    steps = [(own - initial).flatten(1) * len(row) * share for own, share in zip(tensors, row, strict=True)]
+    steps = [
+        (own - initial).flatten(1) * len(row) * share
+        for own, share in zip(tensors, row, strict=True)
+    ]
     return initial + scale * merge(steps).reshape(initial.shape)
 
 
@@ -92,7 +103,8 @@ def tsv_m(tensors, row, initial, name, layer, scale=1.0):
         kept = max(1, min(steps[0].shape) // len(steps))
         parts = [torch.linalg.svd(step, full_matrices=False) for step in steps]
         u, s, v = (
-            torch.cat(each) for each in zip(*((u.T[:kept], s[:kept], v[:kept]) for u, s, v in parts), strict=True)
+            torch.cat(each)
+            for each in zip(*((u.T[:kept], s[:kept], v[:kept]) for u, s, v in parts), strict=True)
         )
         return polar(u).T @ (s[:, None] * polar(v))
 
@@ -112,7 +124,9 @@ def magic(tensors, row, initial, name, layer, scale=1.0):
 
     def calibrated(steps):
         whole = sum(steps)
-        return whole * sum(step.norm() for step in steps) / len(steps) / whole.norm().clamp(min=1e-12)
+        return (
+            whole * sum(step.norm() for step in steps) / len(steps) / whole.norm().clamp(min=1e-12)
+        )
 
     return by_matrix(tensors, row, initial, name, layer, calibrated, scale)
 
@@ -132,12 +146,18 @@ def ace(tensors, row, initial, name, layer, ridge=1e-5, unequal=0.3, share=0.3, 
         steps = [step.double() for step in steps]
         logs = torch.stack([step.square().sum().clamp(min=1e-12).log() for step in steps])
         centred = [step - step.mean(0) for step in steps]
-        grams, traces = [each.T @ each for each in centred], [each.square().sum().clamp(min=1e-12) for each in centred]
+        grams, traces = (
+            [each.T @ each for each in centred],
+            [each.square().sum().clamp(min=1e-12) for each in centred],
+        )
         is_unequal = len(steps) > 1 and bool(logs.var() > unequal * logs.mean() ** 2)
         if is_unequal:
             grams = [gram / trace for gram, trace in zip(grams, traces, strict=True)]
         eye = torch.eye(len(grams[0])).to(grams[0])
-        damped = [gram + ridge / (trace if is_unequal else 1) * eye for gram, trace in zip(grams, traces, strict=True)]
+        damped = [
+            gram + ridge / (trace if is_unequal else 1) * eye
+            for gram, trace in zip(grams, traces, strict=True)
+        ]
         weighted = sum(step @ gram for step, gram in zip(steps, damped, strict=True))
         found = torch.linalg.solve(sum(damped) + sum(grams).mean(0), weighted, left=False)
         if is_unequal:
@@ -170,7 +190,9 @@ def feat_cal(experts, calibration, row, initial, scale=0.3, rho=2.2, own=0.25, r
     anchors, counts = {}, [len(each[head]) for each in seen]
     for name, parameter in merged.named_parameters():
         start = initial.get_parameter(name)
-        step = scale * sum(w * (each.get_parameter(name) - start) for w, each in zip(shares, experts, strict=True))
+        step = scale * sum(
+            w * (each.get_parameter(name) - start) for w, each in zip(shares, experts, strict=True)
+        )
         anchors[name] = start + rho * step
         if not name.startswith(f"{head}."):
             parameter.copy_(start + step)
@@ -182,7 +204,9 @@ def feat_cal(experts, calibration, row, initial, scale=0.3, rho=2.2, own=0.25, r
         if isinstance(layer, nn.LayerNorm):
             layer.weight[:], layer.bias[:] = fit_norm(layer, of, mine, anchor, shares, ridge)
         else:
-            moments = [layer_moments(layer, *each, output, own) for each in zip(mine, theirs, strict=True)]
+            moments = [
+                layer_moments(layer, *each, output, own) for each in zip(mine, theirs, strict=True)
+            ]
             weight, bias = fit_matrix(layer, of, moments, anchor, shares, ridge)
             layer.weight.copy_(weight)
             if bias is not None:
@@ -190,7 +214,10 @@ def feat_cal(experts, calibration, row, initial, scale=0.3, rho=2.2, own=0.25, r
         handles.pop(name).remove()
         return layer.forward(*given)
 
-    handles = {name: merged.get_submodule(name).register_forward_hook(partial(fit, name=name)) for name in layers}
+    handles = {
+        name: merged.get_submodule(name).register_forward_hook(partial(fit, name=name))
+        for name in layers
+    }
     merged(torch.cat([batch for batches in calibration for batch in batches]))
     for name, attention in attentions.items():
         merged.set_submodule(name, attention)
@@ -202,18 +229,28 @@ class Attention(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.heads, self.inputs, self.outputs = attention.num_heads, nn.Linear(1, 1), attention.out_proj
+        self.heads, self.inputs, self.outputs = (
+            attention.num_heads,
+            nn.Linear(1, 1),
+            attention.out_proj,
+        )
         self.inputs.weight, self.inputs.bias = attention.in_proj_weight, attention.in_proj_bias
 
     def forward(self, query, key, value, need_weights=False):
         """Return the output [n, T, D], and no weights."""
         q, k, v = self.inputs(query).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.outputs(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+        return self.outputs(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        ), None
 
 
 def in_linear_layers(network):
     """Put `Attention` in the place of a network's attentions, as torchvision has them, and return these by name."""
-    found = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.MultiheadAttention)}
+    found = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.MultiheadAttention)
+    }
     for name, attention in found.items():
         network.set_submodule(name, Attention(attention))
     return found
@@ -241,9 +278,21 @@ def layer_rows(layer, inputs, output):
     if isinstance(layer, nn.Linear):
         return inputs.reshape(1, -1, inputs.shape[-1])
     padding = layer.padding
-    if isinstance(padding, str) or not any(padding):  # perhaps padded before: as much as the output's size tells
-        sizes = zip(inputs.shape[2:], output.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
-        missing = [max(0, (out - 1) * stride + apart * (k - 1) + 1 - size) for size, out, k, stride, apart in sizes]
+    if isinstance(padding, str) or not any(
+        padding
+    ):  # perhaps padded before: as much as the output's size tells
+        sizes = zip(
+            inputs.shape[2:],
+            output.shape[2:],
+            layer.kernel_size,
+            layer.stride,
+            layer.dilation,
+            strict=True,
+        )
+        missing = [
+            max(0, (out - 1) * stride + apart * (k - 1) + 1 - size)
+            for size, out, k, stride, apart in sizes
+        ]
         high, wide = ((each // 2, each - each // 2) for each in missing)
         inputs, padding = F.pad(inputs, (*wide, *high)), 0
     patches = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
@@ -256,7 +305,9 @@ def layer_moments(layer, inputs, theirs, output, own):
     for a, t in zip(inputs.split(50), theirs.split(50), strict=True):
         a, t = layer_rows(layer, a, output), layer_rows(layer, t, output)
         t, count = own * t + (1 - own) * a, count + a.shape[1]
-        sums = [s + new for s, new in zip(sums, (a.mT @ a, a.mT @ t, a.sum(1), t.sum(1)), strict=True)]
+        sums = [
+            s + new for s, new in zip(sums, (a.mT @ a, a.mT @ t, a.sum(1), t.sum(1)), strict=True)
+        ]
     return [each / count for each in sums]
 
 
@@ -277,7 +328,10 @@ def fit_matrix(layer, of, moments, anchor, shares, ridge):
     bias, total = ridge * anchor["bias"].unflatten(0, (groups, -1)), ridge
     for scale, (_, _, a, t), matrix, each in zip(scales, moments, matrices, of, strict=True):
         shift = (matrix @ t[..., None] - found @ a[..., None])[..., 0]
-        bias, total = bias + scale[..., 0] * (each.bias.view_as(shift) + shift), total + scale[..., 0]
+        bias, total = (
+            bias + scale[..., 0] * (each.bias.view_as(shift) + shift),
+            total + scale[..., 0],
+        )
     return found.reshape(layer.weight.shape), (bias / total).flatten()
 
 

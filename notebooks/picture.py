@@ -11,16 +11,28 @@ SERVER_X, SERVER_WIDTH, SERVER_HEIGHT = 160, 190, 52
 
 
 def text(
-    x: float, y: float, words: str, colour: str = GREY, size: int = 15, anchor: str = "middle", more: str = ""
+    x: float,
+    y: float,
+    words: str,
+    colour: str = GREY,
+    size: int = 15,
+    anchor: str = "middle",
+    more: str = "",
 ) -> str:
     """Return a line of text whose middle (or start) is at x."""
     return f'<text x="{x}" y="{y}" fill="{colour}" font-size="{size}" text-anchor="{anchor}"{more}>{words}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, colour: str, words: str, below: str = "") -> str:
+def box(
+    x: float, y: float, width: float, height: float, colour: str, words: str, below: str = ""
+) -> str:
     """Return a filled box with a line of white text, or two."""
     middle, centre = x + width / 2, y + height / 2
-    rows = [(words, centre + 5, 16)] if not below else [(words, centre - 3, 16), (below, centre + 16, 14)]
+    rows = (
+        [(words, centre + 5, 16)]
+        if not below
+        else [(words, centre - 3, 16), (below, centre + 16, 14)]
+    )
     shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}"/>'
     return "\n".join([shape, *(text(middle, at, row, "white", size) for row, at, size in rows)])
 
@@ -30,7 +42,9 @@ def lost_box(x: float, y: float, width: float, height: float, words: str, below:
     middle, centre = x + width / 2, y + height / 2
     dashed = f'fill="none" stroke="{RED}" stroke-width="2" stroke-dasharray="7 5"'
     shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" {dashed}/>'
-    return "\n".join([shape, text(middle, centre - 3, words, RED, 16), text(middle, centre + 16, below, RED, 14)])
+    return "\n".join(
+        [shape, text(middle, centre - 3, words, RED, 16), text(middle, centre + 16, below, RED, 14)]
+    )
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
@@ -75,10 +89,18 @@ def picture() -> str:
         *servers,
         *body,
         box(answer_x, body_y - 10, 140, 64, GREEN, "answer of", "the lost expert 1"),
-        text(8, 26, "N experts on N servers: networks fine-tuned from one start", size=16, anchor="start"),
+        text(
+            8,
+            26,
+            "N experts on N servers: networks fine-tuned from one start",
+            size=16,
+            anchor="start",
+        ),
         text(SERVER_X + 4, 279, "one server more", size=16, anchor="start"),
     ]
-    title = "One body with an adapter for each of N experts answers for the expert whose server is lost"
+    title = (
+        "One body with an adapter for each of N experts answers for the expert whose server is lost"
+    )
     return drawing(WIDTH, HEIGHT, title, [f"<defs>{marker('green', GREEN)}</defs>", *parts])
 
 
@@ -92,13 +114,21 @@ def drawing(width: float, height: float, title: str, parts: list[str]) -> str:
 def code() -> str:
     """Return the picture of a code: its matrix, and what each coded model approximates."""
     weights = ("¼", "¼", "½"), ("½", "0", "½")
-    parts = [box(186 + 110 * column, 16, 96, 44, BLUE, f"expert {column + 1}") for column in range(3)]
+    parts = [
+        box(186 + 110 * column, 16, 96, 44, BLUE, f"expert {column + 1}") for column in range(3)
+    ]
     for row, entries in enumerate(weights):
         y = 76 + 56 * row
         parts.append(box(16, y, 150, 44, GREEN, f"coded model {row + 1}"))
-        parts += [text(234 + 110 * column, y + 29, entry, size=20) for column, entry in enumerate(entries)]
-        terms = " + ".join(f"{entry} f{'₁₂₃'[place]}" for place, entry in enumerate(entries) if entry != "0")
-        parts.append(text(520, y + 28, f"≈ {terms}", anchor="start", size=18, more=' font-style="italic"'))
+        parts += [
+            text(234 + 110 * column, y + 29, entry, size=20) for column, entry in enumerate(entries)
+        ]
+        terms = " + ".join(
+            f"{entry} f{'₁₂₃'[place]}" for place, entry in enumerate(entries) if entry != "0"
+        )
+        parts.append(
+            text(520, y + 28, f"≈ {terms}", anchor="start", size=18, more=' font-style="italic"')
+        )
     rule = "one row a coded model; weights are not negative, and every row sums to 1"
     parts.append(text(16, 208, rule, anchor="start", size=17))
     return drawing(720, 224, "A code of two coded models over three experts", parts)
@@ -107,7 +137,12 @@ def code() -> str:
 KINDS = (
     ("survivors alone", SLATE, "regression", ("a regression", "N − 1 networks", "1")),
     ("coded with survivors", GREEN, "coded model", ("one network", "N networks", "1")),
-    ("a body with adapters", GREEN, "body, N adapters", ("⅕ network for N = 2", "1 network", "all")),
+    (
+        "a body with adapters",
+        GREEN,
+        "body, N adapters",
+        ("⅕ network for N = 2", "1 network", "all"),
+    ),
     ("compressed copies", SLATE, "N deltas", ("N small deltas", "1 network", "all")),
 )
 """Stand-ins: the name, the colour and the name of what is kept; its memory, forwards and losses."""
@@ -122,10 +157,14 @@ def kinds() -> str:
         parts.append(lost_box(x, 40, 60, 48, "1", "lost"))
         for server, label in enumerate(("2", "N")):
             faint = "" if reads else ' opacity="0.3"'
-            shape = box(x + 67 * (server + 1), 40, 60, 48, BLUE, label, "asked" if reads else "idle")
+            shape = box(
+                x + 67 * (server + 1), 40, 60, 48, BLUE, label, "asked" if reads else "idle"
+            )
             parts.append(f"<g{faint}>{shape}</g>")
         parts.append(box(x, 100, 194, 48, colour, kept))
-        for line, (what, value) in enumerate(zip(("keeps", "runs", "may lose"), costs, strict=True)):
+        for line, (what, value) in enumerate(
+            zip(("keeps", "runs", "may lose"), costs, strict=True)
+        ):
             parts.append(text(x, 178 + 24 * line, f"{what} {value}", anchor="start", size=17))
     return drawing(900, 236, "Four kinds of stand-in, and what each costs", parts)
 
@@ -140,7 +179,9 @@ def nda() -> str:
         text(230, 142, "NDA = 93 / 96 = 97 %", anchor="start", size=18),
         text(440, 142, "(for example; on the test set of the lost task)", anchor="start", size=14),
     ]
-    return drawing(760, 160, "Accuracy of the lost expert, of the answers in its place, and their ratio", parts)
+    return drawing(
+        760, 160, "Accuracy of the lost expert, of the answers in its place, and their ratio", parts
+    )
 
 
 PICTURES = {"picture": picture, "code": code, "kinds": kinds, "nda": nda}

@@ -76,7 +76,11 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
     def mathml(found: re.Match[str]) -> str:
         return convert(unescape(found[2]), "block" if found[1] == "$$" else "inline")
 
-    parts = re.split(r"(<pre.*?</pre>|<script.*?</script>|<style.*?</style>|<svg.*?</svg>)", html, flags=re.DOTALL)
+    parts = re.split(
+        r"(<pre.*?</pre>|<script.*?</script>|<style.*?</style>|<svg.*?</svg>)",
+        html,
+        flags=re.DOTALL,
+    )
     parts[::2] = [FORMULA.sub(mathml, part) for part in parts[::2]]
     return "".join(parts)
 
@@ -88,13 +92,9 @@ def text(name: str) -> str:
 
 def commands() -> str:
     """Return the page of all commands and their options."""
-    head = (
-        "# Commands\n\nEvery command takes YAML files or names of shipped ones (`-c`, several stack), its options, and "
-    )
+    head = "# Commands\n\nEvery command takes YAML files or names of shipped ones (`-c`, several stack), its options, and "
     head += "`--print_config`.\n`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's: they\n"
-    head += (
-        f"take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and\n`--trainer.matmul_precision`.\n"
-    )
+    head += f"take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and\n`--trainer.matmul_precision`.\n"
     return "\n".join([head, *(command(name, what) for name, what in COMMANDS.items())])
 
 
@@ -106,12 +106,17 @@ def command(name: str, what: str) -> str:
     lines = [f"## coin {name}", "", what, ""]
     for line in printed.getvalue().partition("\n\n")[2].splitlines():
         if option := OPTION.match(line):
-            shown = next((each for each in option[1].split(", ") if each.startswith("--")), option[1])
+            shown = next(
+                (each for each in option[1].split(", ") if each.startswith("--")), option[1]
+            )
             lines.append(f"- `{shown}` {escaped(option[2] or '')}")
         elif line.startswith("   "):
             lines[-1] += escaped(line.strip())
         elif line.endswith(":") and line != "options:":
-            title = next((name for start, name in TITLES.items() if line.startswith(start)), line.removesuffix(":"))
+            title = next(
+                (name for start, name in TITLES.items() if line.startswith(start)),
+                line.removesuffix(":"),
+            )
             lines += ["", f"**{title}**", ""]
     kept = [line for line in lines if not SHARED.match(line) and not LIGHTNINGS.match(line)]
     return "\n".join(SUBCLASSES.sub("", line) for line in kept) + "\n"
@@ -125,8 +130,17 @@ def escaped(text: str) -> str:
 
 def api() -> str:
     """Return the page of all names of `import coin`, and of the tasks."""
-    start = [line.removeprefix(">>> ") for line in (coin.__doc__ or "").splitlines() if line.startswith(">>> ")]
-    lines = ["# Python", "", "The names of `import coin`, and the tasks of `coin.data`. Examples start from:", ""]
+    start = [
+        line.removeprefix(">>> ")
+        for line in (coin.__doc__ or "").splitlines()
+        if line.startswith(">>> ")
+    ]
+    lines = [
+        "# Python",
+        "",
+        "The names of `import coin`, and the tasks of `coin.data`. Examples start from:",
+        "",
+    ]
     lines += ["```python", *start, "```", ""]
     for room, title in ROOMS.items():
         names = [f"coin.{name}" for name in sorted(coin._HOMES[room.removeprefix("coin.")].split())]

@@ -45,7 +45,9 @@ RANKS, TALL = (4, 16), 0.6
 def body_of(network):
     """Return the tensors of a network but for its head's."""
     head = f"{head_name(network)}."
-    return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head)}
+    return {
+        name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head)
+    }
 
 
 def filled(network, state):
@@ -86,7 +88,9 @@ def in_bits(bits, network, base=None):
 def with_own(expert, body, names):
     """Return the expert with a body's tensors, but with its own of these names, and the bytes that they take."""
     plain = filled(expert, body)
-    own = coin.compress(filled(plain, {name: expert.state_dict()[name] for name in names}), plain, bits=8)
+    own = coin.compress(
+        filled(plain, {name: expert.state_dict()[name] for name in names}), plain, bits=8
+    )
     return own.network(), own.nbytes
 
 
@@ -95,23 +99,43 @@ def by_svd(experts, body):
     found = []
     for expert in experts:
         own = body_of(expert)
-        matrices = [name for name, weight in expert.named_parameters() if name in own and weight.ndim > 1]
+        matrices = [
+            name for name, weight in expert.named_parameters() if name in own and weight.ndim > 1
+        ]
         network, size = with_own(expert, body, own.keys() - set(matrices))
-        steps = {name: (own[name] - body[name]).reshape(matrix_shape(own[name].shape)) for name in matrices}
-        found.append((network, size, {name: (step, torch.linalg.svd(step, False)) for name, step in steps.items()}))
+        steps = {
+            name: (own[name] - body[name]).reshape(matrix_shape(own[name].shape))
+            for name in matrices
+        }
+        found.append(
+            (
+                network,
+                size,
+                {name: (step, torch.linalg.svd(step, False)) for name, step in steps.items()},
+            )
+        )
     for rank in RANKS:
         networks, total = [], 0
         for network, size, parts in found:
             state, kept = {}, []
             for name, (step, (u, s, v)) in parts.items():
                 root = s[:rank, None].sqrt()
-                factors = [quantise(root * u.T[:rank].contiguous(), 4), quantise(root * v[:rank], 4)]
-                if sum(each.codes.numel() for each in factors) >= step.numel():  # then the difference itself is smaller
+                factors = [
+                    quantise(root * u.T[:rank].contiguous(), 4),
+                    quantise(root * v[:rank], 4),
+                ]
+                if (
+                    sum(each.codes.numel() for each in factors) >= step.numel()
+                ):  # then the difference itself is smaller
                     factors = [quantise(step, 4)]
-                step = factors[0].dense().T @ factors[1].dense() if factors[1:] else factors[0].dense()
+                step = (
+                    factors[0].dense().T @ factors[1].dense() if factors[1:] else factors[0].dense()
+                )
                 state[name], kept = body[name] + step.reshape(body[name].shape), kept + factors
             networks.append(filled(network, state))
-            total += size + sum(math.ceil(each.codes.numel() / 2) + each.scale.nbytes for each in kept)
+            total += size + sum(
+                math.ceil(each.codes.numel() / 2) + each.scale.nbytes for each in kept
+            )
         yield rank, networks, total
 
 
@@ -168,19 +192,30 @@ def measure(folder, svd_alone):
 
     def accuracy(network, name):
         batches = Calibration.of(tests[name], size)
-        answers = torch.cat([run_network(network, batch, features=False).logits.argmax(1) for batch in batches])
+        answers = torch.cat(
+            [run_network(network, batch, features=False).logits.argmax(1) for batch in batches]
+        )
         return float((answers == tests[name].targets).double().mean())
 
     right = {name: accuracy(expert, name) for name, expert in zip(names, experts, strict=True)}
     every = [body_of(expert) for expert in experts]
     average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
-    heads = nbytes(tensor for each in experts for name, tensor in each.state_dict().items() if name not in average)
+    heads = nbytes(
+        tensor
+        for each in experts
+        for name, tensor in each.state_dict().items()
+        if name not in average
+    )
     whole_expert = nbytes(experts[0].state_dict().values())
-    headless = filled(experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()})  # no bytes
+    headless = filled(
+        experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()}
+    )  # no bytes
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
     given = {"calibration": list(tasks.calibrations().values()), "initial": base}
     for function in () if svd_alone else (feat_cal, magic, ace):
-        merged = coin.merge_networks(coin.UserMethod(function), experts, coin.uniform(len(experts)), **given)[0]
+        merged = coin.merge_networks(
+            coin.UserMethod(function), experts, coin.uniform(len(experts)), **given
+        )[0]
         whole[function.__name__] = filled(headless, body_of(merged))
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
@@ -188,11 +223,22 @@ def measure(folder, svd_alone):
         for method, rank, networks, kept in stand_ins(experts, bodies, bits, svd_alone):
             for name, network in zip(names, networks, strict=True):
                 decoded = accuracy(network, name)
-                row = {"experiment": folder.parent.name, "seed": int(folder.name.removeprefix("seed-"))}
-                row |= {"method": method, "rank": rank, "task": name, "expert_accuracy": right[name]}
+                row = {
+                    "experiment": folder.parent.name,
+                    "seed": int(folder.name.removeprefix("seed-")),
+                }
+                row |= {
+                    "method": method,
+                    "rank": rank,
+                    "task": name,
+                    "expert_accuracy": right[name],
+                }
                 row = rows.setdefault((method, rank, name), row)
                 row |= {f"decoded_accuracy{end}": decoded, f"nda{end}": decoded / right[name]}
-                row |= {f"memory_mib{end}": (kept + heads) / 2**20, f"networks{end}": (kept + heads) / whole_expert}
+                row |= {
+                    f"memory_mib{end}": (kept + heads) / 2**20,
+                    f"networks{end}": (kept + heads) / whole_expert,
+                }
     yield from rows.values()
 
 
@@ -205,4 +251,6 @@ if __name__ == "__main__":
     found = pd.DataFrame([row for folder in given.folders for row in measure(folder, given.svd)])
     found.to_csv(given.output, index=False)
     shown = {name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]}
-    print(found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string())
+    print(
+        found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string()
+    )

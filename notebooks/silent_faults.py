@@ -56,7 +56,9 @@ def pooled(tasks, split, samples=None):
     """Return inputs of a split of all tasks, at most so many each, their labels, and the index of each one's task."""
     parts = [getattr(task.splits, split) for task in tasks.values()]
     if not all(parts):
-        raise SystemExit(f"found a task without {split} samples, expected some of each; give it a validation_share")
+        raise SystemExit(
+            f"found a task without {split} samples, expected some of each; give it a validation_share"
+        )
     parts = [part.subset(range(min(samples or len(part), len(part)))) for part in parts]
     size = next(iter(tasks.values())).image_size
     inputs = torch.cat([batch for part in parts for batch in Calibration.of(part, size)])
@@ -71,7 +73,10 @@ def odds(decoders, answers, calibration, size, batches=1000):
     """
     wrong, usual = (
         torch.stack(
-            [(each.decode(seen)[0] - seen.experts[j]).double().square().sum(1) for j, each in enumerate(decoders)]
+            [
+                (each.decode(seen)[0] - seen.experts[j]).double().square().sum(1)
+                for j, each in enumerate(decoders)
+            ]
         )
         for seen in (answers, calibration)
     )
@@ -87,7 +92,9 @@ def tasks_of(folder, names, image_size):
     parser.add_argument("--tasks", type=dict[str, TaskData])
     found = parser.instantiate(parser.parse_object({"tasks": configuration["tasks"]})).tasks
     tasks = {name: task_with(found[name], image_size=image_size) for name in names}
-    options = {name: configuration["calibration"][name] for name in ("samples_per_task", "batch_size")}
+    options = {
+        name: configuration["calibration"][name] for name in ("samples_per_task", "batch_size")
+    }
     data = Tasks(tasks, **options, seed=configuration["seeds"][0])
     data.prepare_data()
     data.setup()
@@ -104,11 +111,16 @@ def measure(folder, method, sizes, samples):
 
     def answered(batches, experts, coded):
         servers = nn.ModuleList(experts), nn.ModuleList(coded)
-        return Answers.concatenate([server_answers(*servers, batch, features=True) for batch in batches])
+        return Answers.concatenate(
+            [server_answers(*servers, batch, features=True) for batch in batches]
+        )
 
     fit_on = answered(data.calibration(), experts, coded)
     decoders = {
-        name: [make_decoder("feature_ridge", system.code, [index]).fit(seen) for index in range(len(experts))]
+        name: [
+            make_decoder("feature_ridge", system.code, [index]).fit(seen)
+            for index in range(len(experts))
+        ]
         for name, seen in {method: fit_on, "none": fit_on.with_coded([])}.items()
     }
 
@@ -134,7 +146,10 @@ def measure(folder, method, sizes, samples):
             logits, features = working.experts.clone(), list(working.expert_features)
             logits[index], features[index] = one.experts[0], one.expert_features[0]
             answers = replace(working, experts=logits, expert_features=features)
-            right = {"expert_accuracy": accuracy(working, index), "faulty_accuracy": accuracy(answers, index)}
+            right = {
+                "expert_accuracy": accuracy(working, index),
+                "faulty_accuracy": accuracy(answers, index),
+            }
             for (name, size), before in usual.items():
                 odd, most = found(answers, name, size), threshold[name, size]
                 yield {
@@ -153,9 +168,15 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", type=Path, help="the folders of seeds")
     parser.add_argument("--output", type=Path, required=True, help="the CSV to write")
     parser.add_argument("--method", default="refit")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="inputs in a batch")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8, 32], help="inputs in a batch"
+    )
     parser.add_argument("--samples", type=int, default=250, help="test inputs a task, at most")
     given = parser.parse_args()
-    rows = [row for folder in given.folders for row in measure(folder, given.method, given.batch, given.samples)]
+    rows = [
+        row
+        for folder in given.folders
+        for row in measure(folder, given.method, given.batch, given.samples)
+    ]
     given.output.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).round(4).to_csv(given.output, index=False)

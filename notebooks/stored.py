@@ -23,7 +23,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def spread(values: "pd.Series[float]") -> str:
     """Return ``mean ± standard deviation`` with one digit, of one value itself, ``–`` where there are none."""
-    return "–" if not len(values) else f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+    return (
+        "–"
+        if not len(values)
+        else f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+    )
 
 
 def percent(share: float) -> str:
@@ -34,7 +38,11 @@ def percent(share: float) -> str:
 @cache
 def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
     """The rows of a suite's sweep where so many experts are lost; all if None."""
-    frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
+    frame = pd.read_csv(
+        RESULTS / suite / "sweep.csv",
+        keep_default_na=False,
+        na_values={"residual": [""], "nda": [""]},
+    )
     return frame if lost is None else frame[frame.erased.str.count(r"\+") + 1 == lost]
 
 
@@ -42,7 +50,9 @@ def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
     """A suite's rows with so many experts lost, or all; each run, a seed and a draw of the base, counts as a seed."""
     rows = measured(suite, lost)
     rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
-    return rows.assign(**{name: pd.to_numeric(rows[name]) if name in rows else math.nan for name in NUMBERS})
+    return rows.assign(
+        **{name: pd.to_numeric(rows[name]) if name in rows else math.nan for name in NUMBERS}
+    )
 
 
 def made(suite: str) -> str:
@@ -75,7 +85,11 @@ def cost(rows: pd.DataFrame, method: str) -> float:
 
 def network_mib(rows: pd.DataFrame) -> float:
     """The size of one network in MiB: that of the experts' average, read by nothing beside it."""
-    return float(pd.to_numeric(rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib).mean())
+    return float(
+        pd.to_numeric(
+            rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib
+        ).mean()
+    )
 
 
 @cache
@@ -84,7 +98,11 @@ def stood_in(suite: str) -> pd.DataFrame:
     rows = measured(f"stand-ins-{suite}")
     size = network_mib(rows)
     networks = pd.to_numeric(rows.memory_mib) / size
-    resident = networks + rows.method.map(working_networks) if suite in ("imagenet-pair", "experts") else math.nan
+    resident = (
+        networks + rows.method.map(working_networks)
+        if suite in ("imagenet-pair", "experts")
+        else math.nan
+    )
     return rows.assign(networks=networks, resident=resident)
 
 
@@ -106,7 +124,9 @@ def working_networks(method: str) -> float:
 
 def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:
     """What may stand in for a lost expert, and the size of a network in MiB."""
-    return stand_ins(summarise(runs(f"stand-ins-{suite}", None))), network_mib(measured(f"stand-ins-{suite}"))
+    return stand_ins(summarise(runs(f"stand-ins-{suite}", None))), network_mib(
+        measured(f"stand-ins-{suite}")
+    )
 
 
 def rivals(suite: str) -> pd.DataFrame:

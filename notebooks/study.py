@@ -26,7 +26,9 @@ def means(suite: str) -> pd.DataFrame:
 
 def folded(suite: str, table: pd.DataFrame, called: str = "") -> HTML:
     """A table to unfold, under the command and the revision that made its numbers."""
-    return HTML(f"<details><summary>{called or suite}: {made(suite)}</summary>{table.to_html()}</details>")
+    return HTML(
+        f"<details><summary>{called or suite}: {made(suite)}</summary>{table.to_html()}</details>"
+    )
 
 
 def sources(suites: tuple[str, ...]) -> str:
@@ -36,21 +38,34 @@ def sources(suites: tuple[str, ...]) -> str:
 
 def cells(part: pd.DataFrame) -> "pd.Series[str]":
     """NDA in %, mean ± deviation."""
-    return pd.Series([percent(*pair, digits=1) for pair in zip(part.nda_mean, part.nda_std, strict=True)], part.index)
+    return pd.Series(
+        [percent(*pair, digits=1) for pair in zip(part.nda_mean, part.nda_std, strict=True)],
+        part.index,
+    )
 
 
 def nda_table(part: pd.DataFrame) -> pd.DataFrame:
     """NDA by method and decoder, with passes and seconds of making the coded model."""
     part = part.assign(method=variant_names(part), cell=cells(part))
-    shown = part.pivot_table(index="method", columns="decoder", values="cell", aggfunc="first", sort=False)
-    costs = part.groupby("method", sort=False)[["merge_passes_mean", "merge_seconds_mean"]].first().round().astype(int)
+    shown = part.pivot_table(
+        index="method", columns="decoder", values="cell", aggfunc="first", sort=False
+    )
+    costs = (
+        part.groupby("method", sort=False)[["merge_passes_mean", "merge_seconds_mean"]]
+        .first()
+        .round()
+        .astype(int)
+    )
     shown = shown.fillna("–").rename_axis(columns=None)
     return shown.assign(passes=costs.merge_passes_mean, seconds=costs.merge_seconds_mean)
 
 
 def accuracies(suites: tuple[str, ...]) -> pd.DataFrame:
     """How many runs there are, and how right the experts are in them."""
-    found = {suite: expert_accuracies(summarise(runs(suite)))[["task", "seeds", "mean", "spread"]] for suite in suites}
+    found = {
+        suite: expert_accuracies(summarise(runs(suite)))[["task", "seeds", "mean", "spread"]]
+        for suite in suites
+    }
     return pd.concat(found).droplevel(1)
 
 
@@ -58,7 +73,9 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     """How often batches expose and name an expert that answers wrongly, and how much less right it is."""
     faults = pd.read_csv(RESULTS / "silent-faults" / "faults.csv")
     found = ["alarm", "named", "false_alarm"]
-    by_seed = faults.groupby(["fault", "experts", "method", "batch", "seed"], sort=False)[found].mean()
+    by_seed = faults.groupby(["fault", "experts", "method", "batch", "seed"], sort=False)[
+        found
+    ].mean()
     with figures.style():
         figure, panels = plt.subplots(2, 3, figsize=(9, 5.4), sharex=True, sharey=True)
         for column, (fault, part) in enumerate(by_seed.groupby("fault", sort=False)):
@@ -66,8 +83,15 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
                 groups = part[what].groupby(["experts", "method"], sort=False)
                 for place, ((count, method), own) in enumerate(groups):
                     at = 100 * own.groupby("batch").agg(["mean", "std"])
-                    look = {"color": COLOURS[place // 2], "marker": figures.marker(place // 2), "capsize": 2}
-                    look |= {"linestyle": ":" if method == "none" else "-", "label": f"N = {count}, {method}"}
+                    look = {
+                        "color": COLOURS[place // 2],
+                        "marker": figures.marker(place // 2),
+                        "capsize": 2,
+                    }
+                    look |= {
+                        "linestyle": ":" if method == "none" else "-",
+                        "label": f"N = {count}, {method}",
+                    }
                     axes.errorbar(range(len(at)), at["mean"], at["std"], **look)
                 axes.set_xticks(range(len(at)), at.index)
                 axes.set_title(f"{fault}: {what}")
@@ -75,7 +99,9 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
         for axes in panels[:, 0]:
             axes.set_ylabel("batches (%)")
         figures.legend_below(figure, columns=4)
-    right = faults.groupby(["fault", "experts"], sort=False)[["expert_accuracy", "faulty_accuracy"]].mean()
+    right = faults.groupby(["fault", "experts"], sort=False)[
+        ["expert_accuracy", "faulty_accuracy"]
+    ].mean()
     mean = by_seed.groupby(["fault", "experts", "method", "batch"], sort=False).mean()
     return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
 
@@ -84,7 +110,11 @@ def tails(scenario: str) -> pd.DataFrame:
     """Latency in ms, memory in MiB and shares in %, by what a query wants and what stands in."""
     rows = simulated(scenario).set_index(["want", "redundancy", "variant"])
     times = {"p50": "p50", "p99.9": "p999", "from": "p999_low", "to": "p999_high"}
-    shares = {"stood in %": "share_stood_in", "failed %": "share_failed", "right %": "effective_accuracy"}
+    shares = {
+        "stood in %": "share_stood_in",
+        "failed %": "share_failed",
+        "right %": "effective_accuracy",
+    }
     found = pd.DataFrame({name: 1e3 * rows[column] for name, column in times.items()})
     found = found.assign(**{"MiB in all": rows.memory / 2**20, "forwards": rows.forwards})
     return found.assign(**{name: 100 * rows[column] for name, column in shares.items()}).round(2)

@@ -160,9 +160,13 @@ def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = Fal
         rows.append([KEPT[method, decoder], *memory, forwards, losses, *shown])
     if short:
         whole = ["8"] * len(memories)
-        rows.append(["a spare server with all weights", *whole, "one", "all", *["100"] * len(columns)])
+        rows.append(
+            ["a spare server with all weights", *whole, "one", "all", *["100"] * len(columns)]
+        )
     heads = [name if short else f"{name}, N = 2 / 8" for name in memories.values()]
-    return markdown(["what stands in", *heads, "forwards", "lost", *(SUITES[suite] for suite in columns)], rows)
+    return markdown(
+        ["what stands in", *heads, "forwards", "lost", *(SUITES[suite] for suite in columns)], rows
+    )
 
 
 def claims(target: float = 97.5) -> str:
@@ -171,7 +175,10 @@ def claims(target: float = 97.5) -> str:
     few, rows = measured("samples"), []
     for claim, parts in (
         (f"NDA above {target} % in some cases", of_suites),
-        ("the same with 0.6 % of the training data (P = 25)", {"small pair": few[few.samples_per_task == 25]}),
+        (
+            "the same with 0.6 % of the training data (P = 25)",
+            {"small pair": few[few.samples_per_task == 25]},
+        ),
     ):
         for method, decoder in CLAIMED:
             found = {suite: ndas(part, method, decoder) for suite, part in parts.items()}
@@ -182,12 +189,17 @@ def claims(target: float = 97.5) -> str:
             runs = pd.concat([*found.values()])
             took = f"{cost(parts[best], method) / 1000:.1f}k passes"
             holds = f"{(runs >= target).sum()} of {len(runs)} runs"
-            rows.append([claim, KEPT[method, decoder], holds, f"{best}: {spread(found[best])}", took])
+            rows.append(
+                [claim, KEPT[method, decoder], holds, f"{best}: {spread(found[best])}", took]
+            )
             claim = ""
     claim = f"far cheaper than distillation: in fewer than 1/{FAR} of its passes"
     for method in ("coin", "refit", "refit+rank16"):
         times = [cost(part, "distillation") / cost(part, method) for part in of_suites.values()]
-        cheaper, name = f"{sum(each > FAR for each in times)} of {len(times)} suites", KEPT[method, "expert_head"]
+        cheaper, name = (
+            f"{sum(each > FAR for each in times)} of {len(times)} suites",
+            KEPT[method, "expert_head"],
+        )
         passes = f"distillation takes {min(times):.1f} to {max(times):.0f} times as many"
         rows.append([claim, name.removesuffix(", own head"), cheaper, "–", passes])
         claim = ""
@@ -212,9 +224,18 @@ def rivals_table() -> str:
     every, rows = {suite: rivals(f"stand-ins-{suite}") for suite in named}, []
     for (method, rank), _ in every[named[0]].groupby(["method", "rank"], sort=False):
         for bits in (8, 4):
-            own = {s: part[(part.method == method) & (part["rank"] == rank)] for s, part in every.items()}
-            shown = [spread(100 * part.groupby("experiment")[f"nda_{bits}bit"].mean()) for part in own.values()]
-            sizes = [f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own else "–" for s in (named[0], "experts")]
+            own = {
+                s: part[(part.method == method) & (part["rank"] == rank)]
+                for s, part in every.items()
+            }
+            shown = [
+                spread(100 * part.groupby("experiment")[f"nda_{bits}bit"].mean())
+                for part in own.values()
+            ]
+            sizes = [
+                f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own else "–"
+                for s in (named[0], "experts")
+            ]
             name = RIVALS[method] + (f" to rank {float(rank):.0f}" if rank else "")
             rows.append([f"{name}, {bits} bits", " / ".join(sizes), *shown])
     return markdown(["rival", "memory, N = 2 / 8", *(SUITES[suite] for suite in named)], rows)
@@ -223,7 +244,9 @@ def rivals_table() -> str:
 def fleets() -> pd.DataFrame:
     """Of fleets of N experts, for every stand-in: mean NDA and the worst task's in %, and its memory in networks."""
     rows = measured("fleet")
-    network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()  # with the heads of two experts
+    network = pd.to_numeric(
+        rows_of(rows, "refit", "expert_head").memory_mib
+    ).min()  # with the heads of two experts
     found = []
     for count, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
         for pair, name in FLEET.items():
@@ -231,7 +254,9 @@ def fleets() -> pd.DataFrame:
             worst, mean = 100 * own.nda.min(), 100 * own.nda.mean()
             found.append([count, name, mean, worst, pd.to_numeric(own.memory_mib).mean() / network])
     every = rivals("fleet")
-    for _, own in every[(every.method == "average+svd") & (every["rank"] == "16.0")].groupby("experiment"):
+    for _, own in every[(every.method == "average+svd") & (every["rank"] == "16.0")].groupby(
+        "experiment"
+    ):
         numbers = 100 * own.nda_8bit.mean(), 100 * own.nda_8bit.min(), own.networks_8bit.mean()
         found.append([len(own), f"{RIVALS['average+svd']} to rank 16, 8 bits", *numbers])
     return pd.DataFrame(found, columns=["experts", "name", "nda", "worst", "networks"])
@@ -241,8 +266,18 @@ def fleet() -> str:
     """NDA, the worst task's and the memory, from two experts to many."""
     found, lines = fleets(), []
     for name, part in found.groupby("name", sort=False):
-        lines.append([name, *(f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}" for row in part.itertuples())])
-    return markdown(["what stands in", *(f"N = {count}" for count in found.experts.unique())], lines)
+        lines.append(
+            [
+                name,
+                *(
+                    f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}"
+                    for row in part.itertuples()
+                ),
+            ]
+        )
+    return markdown(
+        ["what stands in", *(f"N = {count}" for count in found.experts.unique())], lines
+    )
 
 
 def promises() -> str:
@@ -250,7 +285,9 @@ def promises() -> str:
     rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
     lines = []
     for method in ("refit+rank16-4bit", "base+rank16-4bit", "refit"):
-        own = rows_of(rows, method, "expert_head").astype({"alpha": float, "coverage": float, "found": float})
+        own = rows_of(rows, method, "expert_head").astype(
+            {"alpha": float, "coverage": float, "found": float}
+        )
         (alpha,) = set(own.alpha)
         shares = f"{100 * alpha:.0f}", percent(own.coverage.mean()), percent(own.found.mean())
         lines.append([KEPT[method, "expert_head"].strip("*"), *shares])
@@ -261,7 +298,9 @@ def wrong_experts() -> str:
     """An expert half-way back to its start: how right it is, and how often batches of 8 expose it."""
     rows = pd.read_csv(RESULTS / "silent-faults/faults.csv", keep_default_na=False)
     half = rows[(rows.fault == "half-way") & (rows.batch == 8)]
-    right = " → ".join(percent(half[column].mean()) for column in ("expert_accuracy", "faulty_accuracy"))
+    right = " → ".join(
+        percent(half[column].mean()) for column in ("expert_accuracy", "faulty_accuracy")
+    )
     found = half.groupby("method")[["alarm", "named", "false_alarm"]].mean()
     names = {"refit": "with a coded model (`Refit`)", "none": "without"}
     cells = [[name, right, *map(percent, found.loc[method])] for method, name in names.items()]
@@ -289,7 +328,10 @@ SERVED = {
 
 def timed(row: pd.Series, name: str) -> str:
     """Return a median time in ms, in brackets the least and the largest; ``∞`` where nothing came."""
-    found = [f"{row[each]:.0f}" if math.isfinite(row[each]) else "∞" for each in (name, f"{name}_low", f"{name}_high")]
+    found = [
+        f"{row[each]:.0f}" if math.isfinite(row[each]) else "∞"
+        for each in (name, f"{name}_low", f"{name}_high")
+    ]
     return found[0] if len({*found}) == 1 else f"{found[0]} [{found[1]}, {found[2]}]"
 
 
@@ -302,12 +344,17 @@ def failover() -> str:
         own = events.loc[setup]
         memory = own.loc["1", "stand_in_mib"]
         first = [timed(own.loc[event], "first_right_ms") for event in killed]
-        failed = [percent(own.loc[event, "failed"] / own.loc[event, "asked"]) for event in ("1", "all", "machine")]
+        failed = [
+            percent(own.loc[event, "failed"] / own.loc[event, "asked"])
+            for event in ("1", "all", "machine")
+        ]
         late = percent(own.loc["1", "beyond"])
         rows.append([name, "–" if math.isnan(memory) else f"{memory:.0f}", *first, *failed, late])
     first = [f"first answer, ms: {what}" for what in killed.values()]
     failed = [f"failed, %: {what}" for what in ("one killed", "all", "one and the stand-in")]
-    return markdown(["on one server more", "MiB", *first, *failed, "failed or late, %: one killed"], rows)
+    return markdown(
+        ["on one server more", "MiB", *first, *failed, "failed or late, %: one killed"], rows
+    )
 
 
 def failover_accuracy() -> str:
@@ -320,7 +367,10 @@ def failover_accuracy() -> str:
         accuracies = [percent(accuracy.loc[(setup, lost), "accuracy"]) for lost in range(4)]
         goodput = [f"{loads.loc[(setup, 1, load), 'goodput']:.0f}" for load in (few, many)]
         rows.append([SERVED[setup], *accuracies, *goodput])
-    asked = [f"{loads.rate[loads.index.get_level_values('load') == load].iloc[0]:.0f}" for load in (few, many)]
+    asked = [
+        f"{loads.rate[loads.index.get_level_values('load') == load].iloc[0]:.0f}"
+        for load in (few, many)
+    ]
     right = [f"right, %: {lost} lost" for lost in range(4)]
     rates = [f"in time of {rate} a second, 1 lost" for rate in asked]
     return markdown(["on one server more", *right, *rates], rows)
@@ -331,7 +381,11 @@ def one_slow() -> str:
     slow = pd.read_csv(RESULTS / "failover" / "slow.csv").set_index("setup")
     rows = []
     for setup, row in slow.iterrows():
-        times = [f"{row[f'{kind}_{name}_ms']:.0f}" for name in ("p50", "p99") for kind in ("measured", "simulated")]
+        times = [
+            f"{row[f'{kind}_{name}_ms']:.0f}"
+            for name in ("p50", "p99")
+            for kind in ("measured", "simulated")
+        ]
         rows.append([SERVED[str(setup)], *times])
     heads = [f"{name}, ms: {kind}" for name in ("p50", "p99") for kind in ("measured", "simulated")]
     return markdown(["on one server more", *heads], rows)
@@ -339,7 +393,10 @@ def one_slow() -> str:
 
 def columns() -> str:
     """The columns of results.csv, as the package describes them."""
-    described = {each.arg_name: each.description or "" for each in docstring_parser.parse(Row.__doc__ or "").params}
+    described = {
+        each.arg_name: each.description or ""
+        for each in docstring_parser.parse(Row.__doc__ or "").params
+    }
     rows = [[f"`{name}`", " ".join(described[name].replace("``", "`").split())] for name in COLUMNS]
     return markdown(["column", "what it is"], rows)
 
@@ -378,7 +435,9 @@ def fleet_figure() -> Figure:
         for axes, (column, label) in zip(drawn.subplots(1, 2), panels.items(), strict=True):
             for place, (name, part) in enumerate(found.groupby("name", sort=False)):
                 look = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
-                axes.plot(part.experts, part[column], label=name.replace("`", ""), linewidth=1.3, **look)
+                axes.plot(
+                    part.experts, part[column], label=name.replace("`", ""), linewidth=1.3, **look
+                )
             axes.set(xlabel="experts, N", ylabel=label, xscale="log", xticks=found.experts.unique())
             axes.set_xticks(found.experts.unique(), found.experts.unique())
             axes.minorticks_off()

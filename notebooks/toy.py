@@ -47,7 +47,11 @@ def digits_expert():
     samples = digits(8, 1000)
     pixels = to_image(samples.inputs())[:, 0].flatten(1) / 255  # black is 0
     network = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
-    return train(network, pixels, samples.labels, steps=400).double(), pixels.double(), samples.labels
+    return (
+        train(network, pixels, samples.labels, steps=400).double(),
+        pixels.double(),
+        samples.labels,
+    )
 
 
 def flat(parameters):
@@ -59,7 +63,9 @@ def answer(network, theta, inputs):
     """Return a network's outputs with its parameters taken from one vector."""
     sizes = [value.numel() for value in network.parameters()]
     pieces = zip(network.named_parameters(), torch.split(theta, sizes), strict=True)
-    return functional_call(network, {name: piece.view(value.shape) for (name, value), piece in pieces}, (inputs,))
+    return functional_call(
+        network, {name: piece.view(value.shape) for (name, value), piece in pieces}, (inputs,)
+    )
 
 
 def jacobian(network, inputs):
@@ -73,7 +79,9 @@ def pinwheel(count, centre=(0.0, 0.0), twist=0.0):
     labels = torch.arange(count) % 4
     radius = 0.1 + 2.2 * torch.rand(count).sqrt()
     angle = torch.pi * labels / 2 + twist * radius + 0.22 * torch.randn(count)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + torch.tensor(centre), labels
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + torch.tensor(
+        centre
+    ), labels
 
 
 def pinwheel_experts():
@@ -82,7 +90,8 @@ def pinwheel_experts():
     layers = nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)
     base = train(nn.Sequential(*layers), *pinwheel(2000), steps=300, lr=3e-3, batch_size=128)
     experts = [
-        train(deepcopy(base), *pinwheel(2000, **task), steps=300, lr=1e-3, batch_size=128) for task in TASKS.values()
+        train(deepcopy(base), *pinwheel(2000, **task), steps=300, lr=1e-3, batch_size=128)
+        for task in TASKS.values()
     ]
     tests = [pinwheel(3000, **task) for task in TASKS.values()]
     return experts, tests, [pinwheel(200, **task)[0] for task in TASKS.values()]
@@ -116,10 +125,19 @@ def regions(logits, points=()):
 def curves(xs, panels, **options):
     """Draw lines over xs: for each panel its title and values by name."""
     with style():
-        _, every = plt.subplots(1, len(panels), figsize=(max(5.0, 4.2 * len(panels)), 3.3), squeeze=False)
+        _, every = plt.subplots(
+            1, len(panels), figsize=(max(5.0, 4.2 * len(panels)), 3.3), squeeze=False
+        )
         for axes, (title, lines) in zip(every[0], panels.items(), strict=True):
             for index, (name, values) in enumerate(lines.items()):
-                axes.plot(xs, values, color=COLOURS[index], marker=MARKERS[index], markersize=4, label=name)
+                axes.plot(
+                    xs,
+                    values,
+                    color=COLOURS[index],
+                    marker=MARKERS[index],
+                    markersize=4,
+                    label=name,
+                )
             axes.set(title=title, **options)
             axes.legend()
 
@@ -127,10 +145,14 @@ def curves(xs, panels, **options):
 def scatters(panels, **options):
     """Draw dots on logarithmic axes: for each panel its title and (x, y) by name."""
     with style():
-        _, every = plt.subplots(1, len(panels), figsize=(max(5.0, 4.2 * len(panels)), 3.4), squeeze=False)
+        _, every = plt.subplots(
+            1, len(panels), figsize=(max(5.0, 4.2 * len(panels)), 3.4), squeeze=False
+        )
         for axes, (title, dots) in zip(every[0], panels.items(), strict=True):
             for index, (name, (x, y)) in enumerate(dots.items()):
-                axes.scatter(x, y, s=8, color=COLOURS[index], marker=MARKERS[index], linewidths=0, label=name)
+                axes.scatter(
+                    x, y, s=8, color=COLOURS[index], marker=MARKERS[index], linewidths=0, label=name
+                )
             axes.set(title=title, xscale="log", yscale="log", **options)
             axes.legend(markerscale=2)
 
@@ -138,7 +160,9 @@ def scatters(panels, **options):
 def images(pictures, **options):
     """Draw matrices side by side, one panel a title, on one scale."""
     with style():
-        figure, every = plt.subplots(1, len(pictures), figsize=(3.1 * len(pictures), 2.8), squeeze=False)
+        figure, every = plt.subplots(
+            1, len(pictures), figsize=(3.1 * len(pictures), 2.8), squeeze=False
+        )
         for axes, (title, values) in zip(every[0], pictures.items(), strict=True):
             image = axes.imshow(values, cmap="cividis", interpolation="nearest", **options)
             axes.set(title=title, xticks=[], yticks=[])

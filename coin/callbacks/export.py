@@ -41,9 +41,13 @@ class FileOfTrained(Callback):
         if not isinstance(getattr(pl_module, "config", None), NetworkConfig):
             found = type(pl_module).__name__
             own = type(self).__name__
-            raise ConfigurationError(f"found a {found}, expected an Expert; leave out {own}, or set model to Expert")
+            raise ConfigurationError(
+                f"found a {found}, expected an Expert; leave out {own}, or set model to Expert"
+            )
         if self.weights is Weights.best and _monitored(trainer) is None:
-            raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or take the last")
+            raise ConfigurationError(
+                "found no best checkpoint; add a ModelCheckpoint with a monitor, or take the last"
+            )
 
     def trained_network(self, trainer: Trainer, module: Any) -> nn.Module:
         """Return the network with the chosen weights, none frozen: what one expert did not train another may have."""
@@ -75,7 +79,9 @@ class ExpertExport(FileOfTrained):
 
     name = "expert.safetensors"
 
-    def __init__(self, path: str | None = None, weights: Weights = Weights.last, task: str | None = None) -> None:
+    def __init__(
+        self, path: str | None = None, weights: Weights = Weights.last, task: str | None = None
+    ) -> None:
         super().__init__(path, weights)
         self.task = task
 
@@ -86,7 +92,9 @@ class ExpertExport(FileOfTrained):
             return
         path = self.file(trainer)
         if not_finite(network.state_dict()) is not None:
-            raise NumericalError(f"training diverged: the weights for '{path}' are not finite; give a smaller rate")
+            raise NumericalError(
+                f"training diverged: the weights for '{path}' are not finite; give a smaller rate"
+            )
         config: Any = pl_module.config
         options = dict(pl_module.hparams)
         data = getattr(trainer, "datamodule", None)

@@ -33,7 +33,9 @@ def estimate_statistic(
     """
     rank = trainer.global_rank
     started = time.perf_counter()
-    share = calibration.subset(shard(calibration.num_samples, rank, trainer.world_size)).on(device_of(network))
+    share = calibration.subset(shard(calibration.num_samples, rank, trainer.world_size)).on(
+        device_of(network)
+    )
     labels = None
     name = StatisticKind.gram
     if options is not None:
@@ -42,7 +44,9 @@ def estimate_statistic(
         if options.kind is FisherKind.empirical:
             labels = share.labels
     with progress_bar(str(name), share.num_samples) as bar:
-        own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=bar.update)
+        own = statistic_sums(
+            network, share, options, labels=labels, seed=seed, rank=rank, progress=bar.update
+        )
     sums = reduce_sums(own)
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:
@@ -101,5 +105,7 @@ class FisherEstimator(FileOfTrained):
         """Return the samples, drawn from the trainer's data."""
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
-            raise ConfigurationError("found no datamodule to draw samples from, expected a task; give fit a datamodule")
+            raise ConfigurationError(
+                "found no datamodule to draw samples from, expected a task; give fit a datamodule"
+            )
         return data.calibration(self.options.samples_per_task)  # type: ignore[no-any-return]

@@ -45,11 +45,17 @@ class Answers:
         coded = list(self.coded.shape)
         are_alike = len(own) == len(coded) == 3 and own[1:] == coded[1:]
         if not are_alike:
-            raise DecodingError(f"found experts' logits {own} and coded logits {coded}, expected [N, B, C], [R, B, C]")
+            raise DecodingError(
+                f"found experts' logits {own} and coded logits {coded}, expected [N, B, C], [R, B, C]"
+            )
         if (self.expert_features is None) != (self.coded_features is None):
-            raise DecodingError("found features of the experts or of the coded models only, expected both or neither")
+            raise DecodingError(
+                "found features of the experts or of the coded models only, expected both or neither"
+            )
         if self.tasks is not None and self.tasks.shape != (self.num_samples,):
-            raise DecodingError(f"found tasks {list(self.tasks.shape)}, expected [{self.num_samples}]")
+            raise DecodingError(
+                f"found tasks {list(self.tasks.shape)}, expected [{self.num_samples}]"
+            )
 
     @classmethod
     def of_servers(

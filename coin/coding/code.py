@@ -167,9 +167,13 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
     try:
         weights = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"the code is not a matrix of numbers ({error}); give R rows of N weights") from error
+        raise ConfigurationError(
+            f"the code is not a matrix of numbers ({error}); give R rows of N weights"
+        ) from error
     if weights.ndim != 2 or 0 in weights.shape:
-        raise ConfigurationError(f"the code has shape {list(weights.shape)}, expected R rows of N weights")
+        raise ConfigurationError(
+            f"the code has shape {list(weights.shape)}, expected R rows of N weights"
+        )
     totals = weights.sum(dim=1, keepdim=True)  # [R, 1]
     for index, row in enumerate(weights):
         total = float(totals[index])
@@ -177,7 +181,9 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
         sums_to_one = abs(total - 1) <= 1e-6
         if not (is_positive and sums_to_one):
             found = f"row {index} of the code is {row.tolist()}, which sums to {total:.8g}"
-            raise ConfigurationError(f"{found}, expected weights of at least 0 that sum to 1; divide it by its sum")
+            raise ConfigurationError(
+                f"{found}, expected weights of at least 0 that sum to 1; divide it by its sum"
+            )
     rounding = 4 * torch.finfo(torch.float64).eps
     is_off = (totals - 1).abs() > rounding
     return weights / totals.where(is_off, 1.0)

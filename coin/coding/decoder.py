@@ -40,7 +40,9 @@ class Decoder(nn.Module, ABC):
         self.survivors: tuple[int, ...] = ()
         """The experts whose answers `decode` reads."""
         if config.reads_survivors:
-            self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
+            self.survivors = tuple(
+                expert for expert in range(num_experts) if expert not in self.erased
+            )
         self.samples_read = 0
         """How many of the calibration inputs `fit` has looked at."""
         self.promises: dict[int, Promise] = {}
@@ -64,8 +66,14 @@ class Decoder(nn.Module, ABC):
         self._check(answers)
         is_ready = all(buffer is not None for buffer in self._buffers.values())
         if not is_ready:
-            advice = "call fit with calibration answers" if self.needs_fit else "make it with the lost experts' heads"
-            raise DecodingError(f"the {self.config.name} decoder has nothing to decode with yet; {advice}")
+            advice = (
+                "call fit with calibration answers"
+                if self.needs_fit
+                else "make it with the lost experts' heads"
+            )
+            raise DecodingError(
+                f"the {self.config.name} decoder has nothing to decode with yet; {advice}"
+            )
         return self._decode(answers)
 
     @abstractmethod
@@ -118,7 +126,9 @@ class Decoder(nn.Module, ABC):
     def accepted(self, expert: int, score: Tensor) -> Tensor:
         """Return which decoded answers with these scores ``[B]`` are accepted; DecodingError before `accept`."""
         if expert not in self.promises:
-            raise DecodingError(f"the {self.config.name} decoder has promised nothing; call accept with new inputs")
+            raise DecodingError(
+                f"the {self.config.name} decoder has promised nothing; call accept with new inputs"
+            )
         threshold = self.promises[expert].threshold
         if threshold is None:
             threshold = -math.inf
@@ -131,7 +141,9 @@ class Decoder(nn.Module, ABC):
             expected = f"{self.num_experts}; keep the lost ones' places"
             raise DecodingError(f"found answers of {found} experts, the decoder is for {expected}")
         if self.config.reads_features and answers.coded_features is None:
-            raise DecodingError(f"the {self.config.name} decoder found answers without features, expected both")
+            raise DecodingError(
+                f"the {self.config.name} decoder found answers without features, expected both"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self._buffers:

@@ -54,7 +54,9 @@ class DecoderConfig:
         object.__setattr__(self, "kind", parse_enum(DecoderKind, "decoder", self.kind))
         is_regression = self.kind in (DecoderKind.ridge, DecoderKind.feature_ridge)
         if not self.survivors and not is_regression:
-            raise ConfigurationError(f"found survivors=False for {self.kind}, expected ridge or feature_ridge")
+            raise ConfigurationError(
+                f"found survivors=False for {self.kind}, expected ridge or feature_ridge"
+            )
 
     @classmethod
     def of(cls, decoder: "AnyDecoder") -> "DecoderConfig":
@@ -66,7 +68,9 @@ class DecoderConfig:
         try:
             return cls(**decoder)
         except TypeError as error:
-            raise ConfigurationError(f"found the decoder {decoder}, expected kind and survivors ({error})") from error
+            raise ConfigurationError(
+                f"found the decoder {decoder}, expected kind and survivors ({error})"
+            ) from error
 
     @classmethod
     def named(cls, name: str) -> "DecoderConfig":

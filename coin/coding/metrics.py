@@ -45,7 +45,9 @@ class DecodingAccuracy(Metric):
         """
         shapes = [list(each.shape) for each in (decoded, expert, labels)]
         if decoded.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
-            raise DataError(f"found decoded and expert's logits and labels {shapes}, expected [B, C], [B, C] and [B]")
+            raise DataError(
+                f"found decoded and expert's logits and labels {shapes}, expected [B, C], [B, C] and [B]"
+            )
         width = self.num_classes or decoded.shape[1]
         is_class = (labels >= 0) & (labels < width)
         if not bool(is_class.all()):

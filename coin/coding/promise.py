@@ -42,7 +42,9 @@ class Promise:
     def __str__(self) -> str:
         what = f"at most {self.alpha:.3g} of the accepted answers differ, at {self.confidence:.3g} confidence"
         if self.threshold is not None:
-            return f"{what}: {self.coverage:.1%} are accepted, of a score up to {self.threshold:.3g}"
+            return (
+                f"{what}: {self.coverage:.1%} are accepted, of a score up to {self.threshold:.3g}"
+            )
         if self.samples < self.needed:
             return f"cannot promise that {what}: found {self.samples} samples, expected at least {self.needed}"
         return f"cannot promise that {what}: too many of the {self.needed} of lowest score do"
@@ -83,7 +85,9 @@ def promised_threshold(
     found = list(scores.shape)
     other = list(differs.shape)
     if len(found) != 1 or found != other:
-        raise DataError(f"found scores {found} and differences {other}, expected [P] each: one an answer")
+        raise DataError(
+            f"found scores {found} and differences {other}, expected [P] each: one an answer"
+        )
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
     needed = samples_needed(alpha, confidence)
@@ -127,7 +131,9 @@ def answer_score(logits: Tensor) -> Tensor:
     """
     shape = list(logits.shape)
     if shape[-1] < 2:
-        raise DataError(f"found logits {shape}, expected at least two classes to score; give a logit each")
+        raise DataError(
+            f"found logits {shape}, expected at least two classes to score; give a logit each"
+        )
     logits = double(logits)
     largest = torch.softmax(logits, -1).amax(-1)
     is_finite = torch.isfinite(logits).all(-1)

@@ -70,5 +70,7 @@ def _gaussian_bumps(num_experts: int, num_coded: int) -> Code:
         except DecodingError as error:
             refusal = error
     if not codes:
-        raise DecodingError(f"found no code of {num_coded} rows for {num_experts} experts ({refusal}); use fewer rows")
+        raise DecodingError(
+            f"found no code of {num_coded} rows for {num_experts} experts ({refusal}); use fewer rows"
+        )
     return min(codes, key=Code.worst_amplification)

@@ -61,7 +61,9 @@ def fit_ridge(
     """
     samples = len(inputs)
     if samples < 2:
-        raise NumericalError(f"found {samples} calibration samples, expected at least 2 to choose a ridge")
+        raise NumericalError(
+            f"found {samples} calibration samples, expected at least 2 to choose a ridge"
+        )
     x = inputs.to(torch.float64)
     y = targets.to(torch.float64)
     check_finite({"inputs": x, "targets": y}, "a decoder's calibration")

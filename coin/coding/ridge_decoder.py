@@ -65,7 +65,9 @@ class RidgeDecoder(Decoder):
         """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""
         logits = [*answers.coded, *answers.experts[list(self.survivors)]]
         if not logits:
-            raise DecodingError("no survivor is read and no coded model answers; lose fewer or add models")
+            raise DecodingError(
+                "no survivor is read and no coded model answers; lose fewer or add models"
+            )
         blocks = [torch.cat(logits, 1)]
         if self.config.reads_features:
             assert answers.coded_features is not None

@@ -53,8 +53,14 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]  # --tasks=VALUE, or VALUE behind it
-    tasks = words[words.index("--tasks") + 1] if "--tasks" in words else _flow(dict.fromkeys(experts, "CLASS"))
+    words = [
+        word for argument in arguments for word in argument.split("=", 1)
+    ]  # --tasks=VALUE, or VALUE behind it
+    tasks = (
+        words[words.index("--tasks") + 1]
+        if "--tasks" in words
+        else _flow(dict.fromkeys(experts, "CLASS"))
+    )
     coded = [str(file) for file in files]
     command = [
         "evaluate",
@@ -78,7 +84,9 @@ def _line(reached: str, file: Path | str, command: Sequence[str]) -> str:
     return f"{reached}; wrote {file}; next: coin {shlex.join(command)}"
 
 
-def _merge(data: Namespace, expert: Path | str, statistic: StatisticKind, file: Path | str) -> list[str]:
+def _merge(
+    data: Namespace, expert: Path | str, statistic: StatisticKind, file: Path | str
+) -> list[str]:
     """Return the merge of an expert with others, whose names, files and classes are the user's to fill in."""
     task = str(data.class_path).rpartition(".")[2].lower()
     own: dict[str, Any] = {"class_path": data.class_path, "init_args": _changed(data)}

@@ -48,8 +48,12 @@ def export(
         return _export_expert(file, expert, files, output, peft)
     source = file.config.source
     if not isinstance(source, HuggingFace):
-        found = f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
-        raise ConfigurationError(f"{found}; others are plain safetensors already, under the network's own names")
+        found = (
+            f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
+        )
+        raise ConfigurationError(
+            f"{found}; others are plain safetensors already, under the network's own names"
+        )
     folder = file.path.with_suffix("") if output is None else Path(output)
     source.save(file.network, folder)
     if source.zero_shot:
@@ -62,7 +66,11 @@ def _export_expert(
 ) -> Path:
     tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
     if expert not in tasks or expert not in files:
-        known = f"one of {', '.join(tasks)}, whose files lie in experts/ or are given" if tasks else "none: no adapters"
+        known = (
+            f"one of {', '.join(tasks)}, whose files lie in experts/ or are given"
+            if tasks
+            else "none: no adapters"
+        )
         raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
     own = load_network(files[expert])
     adapter = file.adapters[tasks.index(expert)]

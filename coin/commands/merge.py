@@ -64,7 +64,9 @@ def merge(
     train = None
     if tasks is not None:
         if list(tasks) != list(experts):
-            raise ConfigurationError(f"found tasks {list(tasks)} for experts {list(experts)}, expected the same order")
+            raise ConfigurationError(
+                f"found tasks {list(tasks)} for experts {list(experts)}, expected the same order"
+            )
         data = Tasks(tasks, samples_per_task, batch_size, seed=seed)
         data.resize(opened.config.image_size)
         for task in data.tasks.values():
@@ -75,7 +77,9 @@ def merge(
         samples = samples_per_task
         train = Training(data, folder, seed, trainer or {})
     elif method.is_trained:
-        raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
+        raise ConfigurationError(
+            "found no tasks, expected them: distillation trains on their calibration samples"
+        )
     method = method.with_defaults(fisher_kind, DataChoice.auto)  # as the files say
     stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
     return make_coded_models(method, read_code(code, len(experts)), stored, folder, samples)
@@ -88,7 +92,9 @@ def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, 
     for path in files.values():
         made = load_provenance(path)
         if "data" not in made or (name is StatisticKind.fisher and "kind" not in made):
-            raise FileError(f"'{path}' does not say what {name} it holds of what; make it with coin fisher")
+            raise FileError(
+                f"'{path}' does not say what {name} it holds of what; make it with coin fisher"
+            )
         kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
         found.add(Statistic(name, DataChoice(made["data"]), kind))
         samples = samples or made.get("samples_per_task")

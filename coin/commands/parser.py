@@ -17,7 +17,10 @@ from coin.core.choices import did_you_mean
 from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
-_WHOLE = {"methods": "[]", "tasks": "{}"}  # options whose entries are objects, and what they are without any
+_WHOLE = {
+    "methods": "[]",
+    "tasks": "{}",
+}  # options whose entries are objects, and what they are without any
 _UNKNOWN = re.compile(
     r"unrecognized arguments: --([\w.+-]+)|^Option '(.+)' is not|^Group '(.+)' does not accept option '(.+)'"
 )
@@ -25,17 +28,25 @@ _UNKNOWN = re.compile(
 
 def command_parser(name: str) -> ArgumentParser:
     """Return a parser of ``coin NAME`` to which the command adds its options."""
-    parser = ArgumentParser(prog=f"coin {name}", description=COMMANDS[name], exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="config", help="A YAML file of options; several stack.")
+    parser = ArgumentParser(
+        prog=f"coin {name}", description=COMMANDS[name], exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "-c", "--config", action="config", help="A YAML file of options; several stack."
+    )
     return parser
 
 
 def add_json_argument(parser: ArgumentParser) -> None:
     """Add the option ``--json``, which prints the summary as JSON."""
-    parser.add_argument("--json", action="store_true", help="Print one JSON document, and nothing else, on stdout.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print one JSON document, and nothing else, on stdout."
+    )
 
 
-def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
+def parsed(
+    parser: ArgumentParser, arguments: Sequence[str], given: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Return a command's options, instantiated; as plain values, as in a file, they are added to `given`."""
     try:
         command = parser.prog.removeprefix("coin ")
@@ -47,14 +58,18 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], given: dict[str, An
         name = ".".join(part for part in unknown.groups() if part)
         options = [action.dest for action in parser._actions]
         known = [option for option in options if not option.endswith(("help", "config"))]
-        renamed = re.sub("learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name))  # as others call them
+        renamed = re.sub(
+            "learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name)
+        )  # as others call them
         hint = f" (did you mean {renamed}?)" if renamed in known else did_you_mean(name, known)
         raise ConfigurationError(
             f"found option '{name}'{hint}, expected one that {parser.prog} --help lists"
         ) from error
     for name in parser.groups or ():
         if found.get(name, "") is None:
-            raise ConfigurationError(f"found no options in {name}, expected 'option: value' lines; or leave it out")
+            raise ConfigurationError(
+                f"found no options in {name}, expected 'option: value' lines; or leave it out"
+            )
     found.pop("config", None)
     if given is not None:
         given |= yaml.safe_load(parser.dump(found, skip_validation=True))
@@ -87,7 +102,9 @@ def parse_options(
     parser.add_function_arguments(function, skip={"folder", *sections})
     options = parsed(parser, arguments)
     if not Path(options["folder"]).is_dir():
-        raise FileError(f"found no folder '{options['folder']}', expected an experiment's; make it with coin run")
+        raise FileError(
+            f"found no folder '{options['folder']}', expected an experiment's; make it with coin run"
+        )
     for argument, kind in sections.items():
         own = {field.name: options.pop(field.name) for field in fields(kind)}
         options[argument] = kind(**own)

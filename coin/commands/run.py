@@ -82,7 +82,9 @@ def prune(steps: Sequence[Planned]) -> None:
     print(f"{len(folders)} steps, {size:.1f} MiB, removed from '{store}'")
 
 
-def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False) -> None:
+def print_plan(
+    name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False
+) -> None:
     """Check what a run checks, and print every step: done or to do, and what it cost last time; and what is unused."""
     for experiment in experiments:
         check_options(experiment)
@@ -117,7 +119,9 @@ def print_plan(name: str, experiments: Sequence[Experiment], launch: Launch, *, 
         step = row["step"].ljust(width)
         print(f"{row['state']:>5}  {step} {took:>7}{versions}".rstrip())
     if unused:
-        print(f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB")
+        print(
+            f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB"
+        )
         print("--prune in place of --dry-run removes them:")
         for folder in unused:
             print(f"       {folder.name}")

@@ -79,7 +79,9 @@ def read_system(
         coded = read_coded(run, None, None, kind)
         copies = read_copies(run, method, coded.names)
         system = System.of(coded, Policy(kind, quantile), copies, keep_mib)
-        return system, _description(coded, system, method, promises=[])  # none is about the answers of copies
+        return system, _description(
+            coded, system, method, promises=[]
+        )  # none is about the answers of copies
     coded = read_coded(run, method, decoder, policy)
     fitted = list(coded.decoders.values())
     default = PolicyKind.coded_hedged if fitted[0].config.reads_survivors else PolicyKind.standin
@@ -96,7 +98,9 @@ def read_system(
     return system, _description(coded, system, variant, promises)
 
 
-def _description(coded: Coded, system: System, variant: str, promises: Sequence[Promise]) -> Description:
+def _description(
+    coded: Coded, system: System, variant: str, promises: Sequence[Promise]
+) -> Description:
     classes = dict(zip(coded.names, coded.class_names or (), strict=True))
     image_size = system.network(system.stand_ins.experts[0]).image_size
     platform = f"coin ({system.policy.kind}, {variant})"

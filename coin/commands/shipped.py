@@ -35,5 +35,7 @@ def shipped(command: str, name: str) -> str:
     known = {path.stem: str(path) for folder in folders for path in sorted(folder.rglob("*.yaml"))}
     if name not in known:
         meant = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-        raise FileError(f"found no configuration '{name}', expected a file, or the name of one in configs/{meant}")
+        raise FileError(
+            f"found no configuration '{name}', expected a file, or the name of one in configs/{meant}"
+        )
     return known[name]

@@ -22,7 +22,9 @@ from coin.reporting.tables import results_console, rich_table
 def main(arguments: Sequence[str]) -> None:
     """Run a sweep's file, or print its steps; nothing is run if the file or a point's experiment is not valid."""
     parser = command_parser("sweep")
-    parser.add_argument("file", type=str, help="The sweep's YAML, or the name of one in configs/study.")
+    parser.add_argument(
+        "file", type=str, help="The sweep's YAML, or the name of one in configs/study."
+    )
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_class_arguments(Launch, "launch")
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)

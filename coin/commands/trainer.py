@@ -45,13 +45,18 @@ class TrainerCLI(LightningCLI):
         if not str(path).endswith(".ckpt"):
             if subcommand == "fisher":  # an expert's file, which says what it is
                 return
-            raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
+            raise ConfigurationError(
+                f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}"
+            )
         found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
         for name in ("network", "image_size", "options", "num_classes"):
             if name in found and name in init_args:
                 init_args[name] = found[name]
-        for name in ("weights", "initial"):  # about to be overwritten: nothing to download or to look for
+        for name in (
+            "weights",
+            "initial",
+        ):  # about to be overwritten: nothing to download or to look for
             if name in init_args:
                 init_args[name] = None
 
@@ -61,7 +66,11 @@ class TrainerCLI(LightningCLI):
         trainer = options["trainer"]
         if self.subcommand != "fit":
             self.save_config_callback = None
-        if self.subcommand == "fisher" and options.get("ckpt_path") and trainer["default_root_dir"] is None:
+        if (
+            self.subcommand == "fisher"
+            and options.get("ckpt_path")
+            and trainer["default_root_dir"] is None
+        ):
             trainer["default_root_dir"] = str(Path(options["ckpt_path"]).parent)
         folder = trainer["default_root_dir"]
         loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
@@ -76,14 +85,23 @@ class TrainerCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         has_folder = self.config[self.subcommand]["trainer"]["default_root_dir"] is not None
         has_export = any(isinstance(callback, ExpertExport) for callback in callbacks)
-        if self.subcommand == "fit" and isinstance(self.model, Expert) and has_folder and not has_export:
+        if (
+            self.subcommand == "fit"
+            and isinstance(self.model, Expert)
+            and has_folder
+            and not has_export
+        ):
             callbacks.insert(0, ExpertExport())
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
     def say_what_was_reached(self) -> None:
         """Print what a command has reached, its file, and the next command."""
         if self.trainer.is_global_zero:
-            print(getattr(closing, f"after_{self.subcommand}")(self.trainer, self.config[self.subcommand]))
+            print(
+                getattr(closing, f"after_{self.subcommand}")(
+                    self.trainer, self.config[self.subcommand]
+                )
+            )
 
     after_fit = after_fisher = after_evaluate = say_what_was_reached
 
@@ -97,7 +115,9 @@ def _hand_on_seed(options: Any, seed: int) -> None:
         return
     for entry in options.values():
         _hand_on_seed(entry, seed)
-    init_args = {} if str(options.get("class_path")).endswith(".Tasks") else options.get("init_args") or {}
+    init_args = (
+        {} if str(options.get("class_path")).endswith(".Tasks") else options.get("init_args") or {}
+    )
     if "seed" in init_args and init_args["seed"] is None:
         init_args["seed"] = seed
 

@@ -18,7 +18,9 @@ def parse_enum(kind: type[E], name: str, value: Any) -> E:
     except ValueError as error:
         meant = did_you_mean(str(value), kind)
         expected = ", ".join(kind)
-        raise ConfigurationError(f"found {name}={value!r}{meant}, expected one of {expected}") from error
+        raise ConfigurationError(
+            f"found {name}={value!r}{meant}, expected one of {expected}"
+        ) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -32,7 +34,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raise ConfigurationError unless a value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
+        raise ConfigurationError(
+            f"found {name}={value!r}, expected a whole number of at least {least}"
+        )
 
 
 def check_number(

@@ -30,8 +30,13 @@ def double(tensor: Tensor) -> Tensor:
 def disable_tf32() -> Iterator[None]:
     """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
     try:
-        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's newer settings, beside which it does not read the older ones
+        convolutions, products = (
+            torch.backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
+        )
+    except (
+        RuntimeError
+    ):  # set by torch's newer settings, beside which it does not read the older ones
         with _newer_settings_without_tf32():
             yield
         return
@@ -46,7 +51,12 @@ def disable_tf32() -> Iterator[None]:
 
 @contextmanager
 def _newer_settings_without_tf32() -> Iterator[None]:
-    places = (*_products(), torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
+    places = (
+        *_products(),
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.conv,
+    )  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

@@ -12,7 +12,10 @@ def keep_freed_memory() -> None:
     A pass that asks the kernel for fresh pages time and again spends up to half its time there. Environment variables
     that the user has set stand; nothing happens where the C library is not glibc.
     """
-    if sys.platform == "linux" and not os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"}:
+    if sys.platform == "linux" and not os.environ.keys() & {
+        "MALLOC_MMAP_MAX_",
+        "MALLOC_TRIM_THRESHOLD_",
+    }:
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
             libc.malloc_trim(0)
@@ -24,4 +27,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory has run out, on a device or, as a plain RuntimeError, on the CPU."""
     import torch  # not at the top: every command imports this file, and torch takes a second
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(
+        error
+    )

@@ -12,7 +12,9 @@ T = TypeVar("T")
 EVERY = 30.0  # seconds between two lines without a terminal, and before the first
 
 
-def progress_bar(what: str, total: float | None = None, items: Iterable[T] | None = None) -> "tqdm[T]":
+def progress_bar(
+    what: str, total: float | None = None, items: Iterable[T] | None = None
+) -> "tqdm[T]":
     """Return a bar to update after each of `total` steps and to close, or one to iterate over items by."""
     seldom = {}
     if not sys.stderr.isatty():

@@ -12,7 +12,9 @@ from coin.data.text import TextTask
 from coin.errors import ConfigurationError, DataError
 from coin.files.atomic import sha256_of
 
-URL = "https://raw.githubusercontent.com/clinc/oos-eval/828f8093932c8fe6ca7936c3d2e52903b1c523de/data"
+URL = (
+    "https://raw.githubusercontent.com/clinc/oos-eval/828f8093932c8fe6ca7936c3d2e52903b1c523de/data"
+)
 SHA256 = {
     "data_full.json": "36923c3705a59e08fe9c3883d8bc2dd966ef93e22cb78ac41171782a698d56e0",
     "domains.json": "b947b579d3b8e74b06f93b01083d8efaff2888b43a3e362533bd88a6e1211b3a",
@@ -52,7 +54,9 @@ class Clinc(TextTask):
         """The intents of the domain."""
         domains = self.once("domains", lambda: self._json("domains.json"))
         if self.domain not in domains:
-            raise ConfigurationError(f"found domain={self.domain!r}, expected one of {', '.join(domains)}")
+            raise ConfigurationError(
+                f"found domain={self.domain!r}, expected one of {', '.join(domains)}"
+            )
         return tuple(domains[self.domain])
 
     def prepare_data(self) -> None:
@@ -95,7 +99,9 @@ class Clinc(TextTask):
         try:
             if self.download and not path.is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                download_url_to_file(f"{URL}/{name}", str(path), hash_prefix=SHA256[name], progress=False)
+                download_url_to_file(
+                    f"{URL}/{name}", str(path), hash_prefix=SHA256[name], progress=False
+                )
             if sha256_of(path) != SHA256[name]:
                 raise DataError(f"{name} has another SHA-256 than {SHA256[name]}")
         except (OSError, RuntimeError, DataError) as error:

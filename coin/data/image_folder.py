@@ -89,7 +89,9 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     """Return the names of a split's visible folders, sorted; a DataError for fewer than two."""
     if not folder.is_dir():
         place = folder.absolute()
-        raise DataError(f"{place} does not exist; expected images as {place}/CLASS/image.png; set root")
+        raise DataError(
+            f"{place} does not exist; expected images as {place}/CLASS/image.png; set root"
+        )
     folders = [each for each in folder.iterdir() if each.is_dir()]
     names = sorted(each.name for each in folders if not each.name.startswith("."))
     if len(names) < 2:
@@ -102,12 +104,16 @@ def _images_in(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     found = _class_folders(folder)
     if found != classes:
         odd = sorted(set(found) ^ set(classes))
-        raise DataError(f"{folder} and train do not both have the class folder {odd[0]!r}; both need the same")
+        raise DataError(
+            f"{folder} and train do not both have the class folder {odd[0]!r}; both need the same"
+        )
     images = []
     for label, name in enumerate(classes):
         files = sorted((folder / name).glob("[!.]*"))
         paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
         if not paths:
-            raise DataError(f"{folder / name} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
+            raise DataError(
+                f"{folder / name} holds no images; expected files ending in {', '.join(EXTENSIONS)}"
+            )
         images += [(str(path), label) for path in paths]
     return images

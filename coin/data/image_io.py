@@ -17,7 +17,15 @@ from coin.core.processes import cores
 from coin.errors import DataError
 
 # What PIL's decoders raise on files that are cut off or damaged.
-DAMAGE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGE = (
+    OSError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 
 _LONGEST = 8  # the longest side that is resized as a whole, in short sides: far from what the centre square needs
 _CHUNK = 64  # files that a thread reads at a time
@@ -52,12 +60,16 @@ def open_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has pixels of type {image.mode!r}; expected 8 bits a channel: convert it")
+                raise DataError(
+                    f"{path} has pixels of type {image.mode!r}; expected 8 bits a channel: convert it"
+                )
             yield image
     except DataError:  # which is a ValueError
         raise
     except DAMAGE as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+        raise DataError(
+            f"{path} cannot be read as an image ({error}); replace or remove it"
+        ) from error
 
 
 def read_file(path: str, side: int, native: bool = False) -> NDArray[np.uint8]:
@@ -107,7 +119,9 @@ class LazyImages:
         return read_in_parallel(paths, self.side)
 
 
-def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
+def read_files(
+    paths: Sequence[str], image_size: int, most: float = math.inf
+) -> Tensor | LazyImages:
     """Read images into one tensor, uint8 [P, 3, S, S]; or lazily, if it would exceed the byte limit.
 
     Square images that all have one size up to ``image_size`` keep it, unless read lazily; others go by `to_square`.

@@ -22,7 +22,9 @@ _CPU = torch.device("cpu")
 class Samples:
     """A selection of labelled samples, which copies indices, never images."""
 
-    store: Tensor | LazyImages  # all images that were selected from, uint8 [N, C, H, W], or tokens, int64 [N, L]
+    store: (
+        Tensor | LazyImages
+    )  # all images that were selected from, uint8 [N, C, H, W], or tokens, int64 [N, L]
     labels: Tensor  # class indices of the whole store, int64 [N]
     index: Tensor  # positions in the store that are selected, int64 [P]
 
@@ -30,7 +32,9 @@ class Samples:
     def of(cls, store: Tensor | LazyImages, labels: Tensor) -> Self:
         """All samples of a store; a `DataError` unless there are as many labels."""
         if len(store) != len(labels):
-            raise DataError(f"{len(store)} images but {len(labels)} labels; expected one label for each image")
+            raise DataError(
+                f"{len(store)} images but {len(labels)} labels; expected one label for each image"
+            )
         return cls(store, labels.long(), torch.arange(len(labels)))
 
     def __len__(self) -> int:
@@ -87,7 +91,9 @@ class Source:
     validation: Samples | None = None
 
 
-def read_splits(splits: Sequence[Sequence[tuple[str, int]]], image_size: int, most: float) -> list[Samples]:
+def read_splits(
+    splits: Sequence[Sequence[tuple[str, int]]], image_size: int, most: float
+) -> list[Samples]:
     """Read every split's images, of these paths and labels, as `read_files` reads all of them together."""
     paths: list[str] = []
     labels: list[int] = []
@@ -126,10 +132,14 @@ def split_source(
     if validation is None and share > 0:
         count = max(1, round(share * len(order)))
         if count >= len(order):
-            raise ConfigurationError(f"validation_share {share} of {len(order)} samples leaves none; lower it")
+            raise ConfigurationError(
+                f"validation_share {share} of {len(order)} samples leaves none; lower it"
+            )
         train = order[count:]
         if max_train is not None and max_train < len(train):
-            count = max(1, round(count * max_train / len(train)))  # validation shrinks in proportion
+            count = max(
+                1, round(count * max_train / len(train))
+            )  # validation shrinks in proportion
         validation = source.train.subset(order[:count].sort().values)
     limited = train[:max_train].sort().values
     return Source(source.train.subset(limited), test, validation)
@@ -163,7 +173,9 @@ class Calibration:
     Images stay uint8 and become inputs a batch at a time. ``len`` is the number of batches; `num_samples` is P.
     """
 
-    parts: tuple[Samples | MemorySamples, ...]  # the selections that the samples come from, after `pooled` one per task
+    parts: tuple[
+        Samples | MemorySamples, ...
+    ]  # the selections that the samples come from, after `pooled` one per task
     part: Tensor  # which part each sample comes from, int64 [P]
     position: Tensor  # its position in that part, int64 [P]
     image_size: int  # S, the side of the inputs in pixels
@@ -237,7 +249,9 @@ class Calibration:
         """Part of the samples to fit on, and the last ``share`` of them to tune on; pooled data stay in proportion."""
         count = self.num_samples
         if count < 2:
-            raise DataError(f"found {count} calibration samples, expected at least 2: one to be held out")
+            raise DataError(
+                f"found {count} calibration samples, expected at least 2: one to be held out"
+            )
         held_out = max(1, round(share * count))
         border = count - min(held_out, count - 1)
         return self.subset(range(border)), self.subset(range(border, count))
@@ -257,7 +271,9 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     """Several tasks' calibration data as one, evenly interleaved: every batch mixes the tasks, as BatchNorm needs."""
     sizes = sorted({each.image_size for each in calibrations})
     if len(sizes) != 1:
-        raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")
+        raise DataError(
+            f"calibration data to pool have the image sizes {sizes}; expected one common size"
+        )
     parts: tuple[Samples | MemorySamples, ...] = ()
     part = []
     progress = []  # of each sample through its task's, in (0, 1)
@@ -287,7 +303,9 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
     seed: int = 0
 
     def __len__(self) -> int:
-        return self.samples.num_samples if isinstance(self.samples, Calibration) else len(self.samples)
+        return (
+            self.samples.num_samples if isinstance(self.samples, Calibration) else len(self.samples)
+        )
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)

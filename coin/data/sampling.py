@@ -84,7 +84,9 @@ class TrainingBatches(Sampler[Draw]):
     ) -> None:
         share = samples // world_size
         if share < 2:
-            raise DataError(f"{samples} training samples over {world_size} process(es); each needs at least 2 of them")
+            raise DataError(
+                f"{samples} training samples over {world_size} process(es); each needs at least 2 of them"
+            )
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
@@ -124,10 +126,14 @@ def batch_loader(
     epoch = 0
     if trainer is not None:
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ConfigurationError("the Trainer shards the data again; set trainer.use_distributed_sampler=false")
+            raise ConfigurationError(
+                "the Trainer shards the data again; set trainer.use_distributed_sampler=false"
+            )
         rank = trainer.global_rank
         world_size = trainer.world_size
-        epoch = trainer.current_epoch  # a resumed Trainer makes the iterator before it calls set_epoch
+        epoch = (
+            trainer.current_epoch
+        )  # a resumed Trainer makes the iterator before it calls set_epoch
     sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)
     if shuffle:
         sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)

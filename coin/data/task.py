@@ -210,7 +210,13 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
+        return (
+            self.image_size,
+            self.validation_share,
+            self.split_seed,
+            self.max_train,
+            self.max_test,
+        )
 
     def _read_splits(self) -> Source:
         """Read and split the images; refuse what would fail much later and less clearly."""
@@ -218,20 +224,32 @@ class TaskData(LightningDataModule, ABC):
         task = type(self).__name__
         count = len(self.class_names())
         if count != self.num_classes:
-            raise DataError(f"{task} has {count} classes, head.zero_shot.classes {self.num_classes}; name each once")
+            raise DataError(
+                f"{task} has {count} classes, head.zero_shot.classes {self.num_classes}; name each once"
+            )
         if count < 2:
-            raise DataError(f"{task} has {count} class, expected at least two to tell apart; add another")
-        for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
+            raise DataError(
+                f"{task} has {count} class, expected at least two to tell apart; add another"
+            )
+        for name, part in (
+            ("training", source.train),
+            ("test", source.test),
+            ("validation", source.validation),
+        ):
             if part is None:
                 continue
             if not len(part):
-                raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
+                raise DataError(
+                    f"{task} has no {name} {self.content}, expected at least one; check its source"
+                )
             least, most = map(int, part.targets.aminmax())
             last = count - 1
             if least < 0 or most > last:
                 raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {last}")
             check_stored(part.images(torch.tensor([0])))
-        return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
+        return split_source(
+            source, self.validation_share, self.split_seed, self.max_train, self.max_test
+        )
 
     def train_dataloader(self) -> Loader:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
@@ -250,14 +268,23 @@ class TaskData(LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test images without their labels."""
         without_labels = itemgetter(0)
-        return self._loader(self.splits.test, self.eval_batch_size, persistent_workers=False, collate_fn=without_labels)
+        return self._loader(
+            self.splits.test,
+            self.eval_batch_size,
+            persistent_workers=False,
+            collate_fn=without_labels,
+        )
 
     def _loader(self, samples: Samples, batch_size: int, **options: Any) -> DataLoader[Any]:
         workers = self.num_workers
         if not workers and not isinstance(samples.store, Tensor):
             processes = 1 if self.trainer is None else self.trainer.num_devices
             workers = max(1, min(WORKERS, cores() // processes))
-        usual = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+        usual = {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
         dataset = BatchDataset(samples, self.augmentation, self.seed)
         return batch_loader(dataset, batch_size, self.seed, self.trainer, **usual | options)
 
@@ -268,7 +295,9 @@ class TaskData(LightningDataModule, ABC):
         images, labels = batch
         return to_input(images, self.image_size), labels
 
-    def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
+    def calibration(
+        self, samples: int, batch_size: int = 64, name: str | None = None
+    ) -> Calibration:
         """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more."""
         return self._drawn(self.splits.train, Stream.CALIBRATION, samples, batch_size, name)
 

@@ -46,7 +46,9 @@ class Tasks(LightningDataModule):
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
         sizes = {name: task.image_size for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
-            raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
+            raise DataError(
+                f"the tasks' images differ in size ({sizes}); give them one image_size, the network's"
+            )
         self.tasks = dict(tasks)
         if seed is not None:
             self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
@@ -54,12 +56,16 @@ class Tasks(LightningDataModule):
         self.batch_size = batch_size
         self.held_out = held_out
         self.promise_samples = promise_samples
-        self.augmentation = Augmentation.none  # of calibration samples to train on; the training module sets it
+        self.augmentation = (
+            Augmentation.none
+        )  # of calibration samples to train on; the training module sets it
         self.seed = next(iter(self.tasks.values())).seed
 
     def resize(self, image_size: int) -> None:
         """Give every task the image size of the networks that are to look at it, in pixels."""
-        self.tasks = {name: task_with(task, image_size=image_size) for name, task in self.tasks.items()}
+        self.tasks = {
+            name: task_with(task, image_size=image_size) for name, task in self.tasks.items()
+        }
 
     @property
     def num_classes(self) -> int:
@@ -147,5 +153,7 @@ def tasks_of(module: LightningModule) -> Tasks:
     """Return the datamodule of a module's trainer; raises ConfigurationError unless it is a `Tasks`."""
     data: Any = getattr(module.trainer, "datamodule", None)
     if not isinstance(data, Tasks):
-        raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
+        raise ConfigurationError(
+            f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks"
+        )
     return data

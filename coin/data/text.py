@@ -26,7 +26,9 @@ class TextTask(TaskData):
 
     content = "texts"
 
-    def __init__(self, *, max_tokens: int = 64, tokenizer: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, max_tokens: int = 64, tokenizer: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         check_integer("max_tokens", max_tokens, 1)
         self.max_tokens = max_tokens
@@ -57,7 +59,9 @@ class TextTask(TaskData):
         try:
             return tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"cannot read '{path}' ({first_line(error)}); give a tokenizer.json") from error
+            raise DataError(
+                f"cannot read '{path}' ({first_line(error)}); give a tokenizer.json"
+            ) from error
 
 
 class TextFile(TextTask):
@@ -120,7 +124,9 @@ class TextFile(TextTask):
         labels = set(table[self.label_column])
         unknown = sorted(labels.difference(self.class_names()))
         if unknown:
-            raise DataError(f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same")
+            raise DataError(
+                f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same"
+            )
         return table
 
     def _table(self, path: Path) -> pd.DataFrame:
@@ -133,4 +139,6 @@ class TextFile(TextTask):
             return table[columns].astype(str)
         except (OSError, ValueError, KeyError) as error:
             expected = f"CSV, or JSON Lines in .jsonl, with the columns {' and '.join(columns)}"
-            raise DataError(f"cannot read '{path}' ({first_line(error)}); expected {expected}") from error
+            raise DataError(
+                f"cannot read '{path}' ({first_line(error)}); expected {expected}"
+            ) from error

@@ -15,7 +15,18 @@ from coin.data.task import TaskData, unusable_files
 _BY_SPLIT = ({"split": "train"}, {"split": "test"})
 _VALIDATED = ({"split": "train"}, {"split": "val"}, {"split": "test"})
 _LETTERS = ({"split": "letters", "train": True}, {"split": "letters", "train": False})
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 _STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _CIFAR100 = (
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
@@ -77,7 +88,9 @@ class TorchvisionTask(TaskData):
         kind = getattr(datasets, name.removesuffix("Letters"))
         try:
             return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
-        except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
+        except (
+            Exception
+        ) as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
             raise unusable_files(name, self.root / self.folder, download, error) from error
 
 
@@ -151,7 +164,10 @@ class ImageFiles(TorchvisionTask):
     def files(self, dataset: Any) -> list[tuple[str, int]]:
         """The paths and labels of an opened data set."""
         if hasattr(dataset, "_image_files"):
-            return [(str(path), label) for path, label in zip(dataset._image_files, dataset._labels, strict=True)]
+            return [
+                (str(path), label)
+                for path, label in zip(dataset._image_files, dataset._labels, strict=True)
+            ]
         samples = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
         return [(str(path), label) for path, label in samples]
 

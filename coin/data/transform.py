@@ -126,4 +126,6 @@ def check_stored(stored: Tensor) -> str:
     has_channels = stored.ndim == 4 and stored.shape[1] in (1, 3)
     if has_channels and stored.dtype == torch.uint8:
         return "images"
-    raise DataError(f"images are {stored.dtype} {list(stored.shape)}; expected torch.uint8 [B, 1 or 3, H, W]")
+    raise DataError(
+        f"images are {stored.dtype} {list(stored.shape)}; expected torch.uint8 [B, 1 or 3, H, W]"
+    )

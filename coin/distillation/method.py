@@ -92,7 +92,9 @@ class Distillation(Method):
             check_integer("samples_per_task", samples_per_task, 1)
         check_integer("seed", seed or 0, 0)
         if start not in [AUTO, *STARTS]:
-            raise ConfigurationError(f"found start={start!r}, expected one of {', '.join([AUTO, *STARTS])}")
+            raise ConfigurationError(
+                f"found start={start!r}, expected one of {', '.join([AUTO, *STARTS])}"
+            )
         self.lr = lr
         self.learning_rates = rates
         self.steps = steps
@@ -101,13 +103,17 @@ class Distillation(Method):
         self.start = start
         self.seed = seed
         self.augments = augmentation not in (None, Augmentation.none)
-        self.augmentation = str(parse_enum(Augmentation, "augmentation", augmentation or Augmentation.shift))
+        self.augmentation = str(
+            parse_enum(Augmentation, "augmentation", augmentation or Augmentation.shift)
+        )
         super().__init__(label, compress, adapters=adapters)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model for one row of the code, and count its cost; NumericalError if all runs diverge."""
         if experts.train is None and (self.augments or self.samples_per_task is not None):
-            raise ConfigurationError("found augmentation or samples_per_task for batches in memory, taken as they are")
+            raise ConfigurationError(
+                "found augmentation or samples_per_task for batches in memory, taken as they are"
+            )
         with torch.inference_mode(False), torch.enable_grad():
             if self.lr is None:
                 choice, trial = self._search(experts, row)
@@ -123,7 +129,9 @@ class Distillation(Method):
         clear_caches(module.student)
         return CodedModel(module.student, chosen)
 
-    def module(self, row: Sequence[float], experts: Sequence[str] | None = None, **options: Any) -> DistillationModule:
+    def module(
+        self, row: Sequence[float], experts: Sequence[str] | None = None, **options: Any
+    ) -> DistillationModule:
         """Return a new training for one row of the code, of experts in these files, with some options changed."""
         own = {
             "lr": self.learning_rates[0] if self.lr is None else self.lr,
@@ -134,15 +142,21 @@ class Distillation(Method):
             "start": self.start,
             "seed": self.seed,
         }
-        return DistillationModule(list(row), None if experts is None else list(experts), **own | options)
+        return DistillationModule(
+            list(row), None if experts is None else list(experts), **own | options
+        )
 
-    def _search(self, experts: Experts, row: Sequence[float]) -> tuple[SearchResult, DistillationModule]:
+    def _search(
+        self, experts: Experts, row: Sequence[float]
+    ) -> tuple[SearchResult, DistillationModule]:
         """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
         trials: list[DistillationModule] = []
 
         def loss(lr: float, steps: int) -> float:
             number = len(trials) + 1
-            rank_zero_info(f"{self.label}: trial {number}, at most {TRIALS}: lr={lr:.3g}, {steps} steps")
+            rank_zero_info(
+                f"{self.label}: trial {number}, at most {TRIALS}: lr={lr:.3g}, {steps} steps"
+            )
             last = trials[-1] if trials else None
             trial = self._run(experts, row, lr, steps, last, is_trial=True)
             trials.append(trial)
@@ -215,7 +229,9 @@ def fit_in_memory(
     options: dict[str, Any],
 ) -> None:
     """Run a Trainer with these options, silently, on the samples but a held-out share, on which it validates."""
-    whole = as_input(joined(list(experts.pooled)), experts.networks[0])  # a DataError where samples differ in shape
+    whole = as_input(
+        joined(list(experts.pooled)), experts.networks[0]
+    )  # a DataError where samples differ in shape
     batches = []
     for task in range(experts.count):
         own = (experts.tasks == task).nonzero().flatten()

@@ -12,7 +12,9 @@ TRIALS = 12  # the most trials of one search
 class SearchResult:
     """The result of a search."""
 
-    losses: dict[tuple[float, int], float]  # held out, of all pairs (learning rate, number of steps) that were tried
+    losses: dict[
+        tuple[float, int], float
+    ]  # held out, of all pairs (learning rate, number of steps) that were tried
     at_edge: bool  # whether the trials ran out before all neighbours of the best pair were tried
 
     @property
@@ -30,7 +32,9 @@ class SearchResult:
         return {"at_edge": self.at_edge, "lr": lr, "steps": steps, "held_out_loss": losses}
 
 
-def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], steps: int) -> SearchResult:
+def search_grid(
+    loss: Callable[[float, int], float], rates: Sequence[float], steps: int
+) -> SearchResult:
     """Descend on a grid of learning rates and numbers of steps, until all four neighbours are worse.
 
     It starts with `steps` and the middle one of the ascending rates. The grid goes on beyond the given rates by their

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
+from coin.coding import (
+    Answers,
+    Decoder,
+    DecoderConfig,
+    DecoderKind,
+    Promise,
+    answer_score,
+    make_decoder,
+)
 from coin.coding.decoder_config import REPLICA
 from coin.coding.decoders import Head
 from coin.coding.metrics import DecodingAccuracy, Residual
@@ -65,7 +73,9 @@ class Scores:
         self.accuracy = DecodingAccuracy(num_classes)
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)  # [C_j, C_j]
 
-    def update(self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None) -> None:
+    def update(
+        self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None
+    ) -> None:
         """Add a batch of logits ``[B, C]`` with C ≥ C_j; see `DecodingAccuracy`."""
         self.accuracy.update(decoded, expert, labels, accepted)
         answered = decoded[:, : self.num_classes].argmax(1)

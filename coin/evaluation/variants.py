@@ -103,7 +103,9 @@ class Replica(NamedTuple):
     network: nn.Module
 
 
-def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
+def read_coded(
+    paths: Sequence[Path], fingerprints: Sequence[str]
+) -> tuple[list[nn.Module], list[Variant]]:
     """Return coded models, of these experts, and a variant for the rows of each code, which must all be there."""
     files = [open_network(path) for path in paths]
     modules = [file.module() for file in files]
@@ -111,9 +113,13 @@ def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list
     for place, file in enumerate(files):
         made = file.provenance
         if "code" not in made:
-            raise FileError(f"'{file.path}' is no coded model, expected a file that coin merge wrote")
+            raise FileError(
+                f"'{file.path}' is no coded model, expected a file that coin merge wrote"
+            )
         if made.get("experts") != list(fingerprints):
-            raise FileError(f"'{file.path}' was made from other experts, or in another order; run coin merge again")
+            raise FileError(
+                f"'{file.path}' was made from other experts, or in another order; run coin merge again"
+            )
         variant = (made["label"], made["batchnorm"])
         groups.setdefault(variant, []).append(place)
     variants = []
@@ -159,13 +165,17 @@ def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: in
     )
 
 
-def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code) -> list[Replica]:
+def read_replicas(
+    paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code
+) -> list[Replica]:
     """Return compressed copies of experts, padded to `width`; a FileError where one has none of the `fingerprints`."""
     groups: dict[str, list[NetworkFile]] = {}
     for path in paths:
         file = load_network(path)
         if file.provenance.get("of") not in fingerprints:
-            raise FileError(f"'{path}' is not a compressed copy of these experts; compress them again")
+            raise FileError(
+                f"'{path}' is not a compressed copy of these experts; compress them again"
+            )
         label = str(file.provenance.get("label", REPLICA))
         groups.setdefault(label, []).append(file)
     found = []

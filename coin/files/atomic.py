@@ -47,7 +47,11 @@ def write_text(path: Path, text: str) -> None:
 def how_to_redo(path: Path) -> str:
     """Return what to do about a damaged file; a finished step, whose folder has a ``done.json``, is not run again."""
     step = path.resolve().parent
-    return f"delete its step's folder '{step}' and run again" if (step / "done.json").is_file() else "make it again"
+    return (
+        f"delete its step's folder '{step}' and run again"
+        if (step / "done.json").is_file()
+        else "make it again"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -56,7 +60,9 @@ def sha256_of(path: Path) -> str:
         found = path.stat()
         return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
-        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
+        raise FileError(
+            f"cannot read '{path}' ({error.strerror}), expected a file; check the path"
+        ) from error
 
 
 @cache

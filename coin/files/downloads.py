@@ -5,7 +5,10 @@ from pathlib import Path
 from coin.errors import FileError, first_line
 from coin.files.atomic import sha256_of
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face's, the better one first
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # in a folder of Hugging Face's, the better one first
 
 
 def hub_weights(place: str) -> list[Path]:
@@ -45,5 +48,7 @@ def fetch_from_hub(place: str) -> None:
                 snapshot_download(place, allow_patterns=names)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = first_line(error)[:150]
-        advice = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
+        advice = (
+            "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
+        )
         raise FileError(f"cannot download hf/{place} ({reason}); {advice}") from error

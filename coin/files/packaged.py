@@ -17,7 +17,9 @@ def packaged_file(package: str, file: str, extra: str = "text") -> Path:
         path = Path(found.origin).parent / file
         if path.is_file():
             return path
-    raise FileError(f"found no package {package} with a file {file}, expected it: {_INSTALL.format(extra)}")
+    raise FileError(
+        f"found no package {package} with a file {file}, expected it: {_INSTALL.format(extra)}"
+    )
 
 
 def extra_module(name: str, extra: str) -> Any:
@@ -25,7 +27,9 @@ def extra_module(name: str, extra: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ConfigurationError(f"found no package {name}, expected it: {_INSTALL.format(extra)}") from error
+        raise ConfigurationError(
+            f"found no package {name}, expected it: {_INSTALL.format(extra)}"
+        ) from error
 
 
 def imported(option: str, path: str, expected: str) -> Any:
@@ -36,4 +40,6 @@ def imported(option: str, path: str, expected: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         reason = first_line(error)
         found = f"found {option} '{path}', expected the import path of {expected} ({reason})"
-        raise ConfigurationError(f"{found}; check the spelling, or run where its module is") from error
+        raise ConfigurationError(
+            f"{found}; check the spelling, or run where its module is"
+        ) from error

@@ -71,7 +71,9 @@ class StateFile(Mapping[str, Tensor]):
 def _opened(path: Path) -> Any:
     """Open a safetensors file, or say in one line why it cannot be."""
     if not path.is_file():
-        raise FileError(f"found no file '{path}', expected safetensors; check the path or make it first")
+        raise FileError(
+            f"found no file '{path}', expected safetensors; check the path or make it first"
+        )
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -80,7 +82,9 @@ def _opened(path: Path) -> Any:
                 f"found '{path}', a checkpoint, expected a file of coin's (.safetensors); import it by coin run with "
                 "expert: {checkpoints: {TASK: FILE}}, which writes experts/TASK/expert.safetensors"
             ) from error
-        raise FileError(f"'{path}' is not a whole safetensors file ({error}); {how_to_redo(path)}") from error
+        raise FileError(
+            f"'{path}' is not a whole safetensors file ({error}); {how_to_redo(path)}"
+        ) from error
 
 
 def _provenance(path: Path, metadata: Any) -> dict[str, Any]:

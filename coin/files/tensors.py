@@ -28,7 +28,9 @@ def check_layout(own: State, state: State, source: str) -> None:
     extra = sorted(state.keys() - own.keys())
     if extra:
         count = len(extra)
-        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({count} in all); {advice}")
+        raise StateError(
+            f"'{source}' has a tensor '{extra[0]}' too many ({count} in all); {advice}"
+        )
     for name, tensor in own.items():
         found = list(state[name].shape)
         expected = list(tensor.shape)
@@ -52,7 +54,9 @@ def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> Non
     """Raise a StateError, about `what`, that names the tensor `not_finite` finds."""
     name = not_finite(state, infinite)
     if name is not None:
-        raise StateError(f"{what} is not finite: tensor '{name}' holds a NaN or an infinity; check what made it")
+        raise StateError(
+            f"{what} is not finite: tensor '{name}' holds a NaN or an infinity; check what made it"
+        )
 
 
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -87,7 +91,9 @@ def weighted_mean(
         elif weight != 0:  # zero times an infinity is NaN
             total.add_(tensor, alpha=weight)
     if is_count and not key.endswith("num_batches_tracked") and not bool(agree.all()):
-        raise StateError(f"'{key}', {first.dtype}, differs between experts and has no average; give experts of one")
+        raise StateError(
+            f"'{key}', {first.dtype}, differs between experts and has no average; give experts of one"
+        )
     return torch.where(agree, first, total)
 
 

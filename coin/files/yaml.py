@@ -17,7 +17,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         for key, _ in node.value:
             name = str(key.value)
             if name in known:
-                raise yaml.MarkedYAMLError(problem=f"found key '{name}' twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"found key '{name}' twice", problem_mark=key.start_mark
+                )
             known.add(name)
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
@@ -26,11 +28,19 @@ def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds; a FileError where it cannot be read, a ConfigurationError where it is no YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError is of a date that is none, or no text
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a ValueError is of a date that is none, or no text
         problem = str(error).replace('"<unicode string>", ', "")
-        raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; fix that line") from error
+        raise ConfigurationError(
+            f"cannot use '{path}' as YAML: {problem}; fix that line"
+        ) from error
     except OSError as error:
-        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path") from error
+        raise FileError(
+            f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path"
+        ) from error
 
 
 def as_text(value: Any) -> str:

@@ -13,5 +13,10 @@ from coin.merging.method import (
 from coin.merging.passes import fit_adapters as fit_adapters
 from coin.merging.refit import Refit as Refit, Target as Target
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
-from coin.merging.task_vectors import Base as Base, TaskArithmetic as TaskArithmetic, Ties as Ties, Wudi as Wudi
+from coin.merging.task_vectors import (
+    Base as Base,
+    TaskArithmetic as TaskArithmetic,
+    Ties as Ties,
+    Wudi as Wudi,
+)
 from coin.merging.user_method import UserMethod as UserMethod

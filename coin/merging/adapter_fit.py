@@ -140,7 +140,9 @@ class AdapterFit:
             if name is not None:
                 raise NumericalError(f"the adapter's '{name}' is not finite; check the experts")
 
-    def _changes(self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: "Moments") -> dict[str, Change]:
+    def _changes(
+        self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: "Moments"
+    ) -> dict[str, Change]:
         """Return an expert's changes of a unit's weight, and of the parameter that carries its bias, if there is one.
 
         Args:
@@ -151,11 +153,15 @@ class AdapterFit:
             moments: Of the expert's own samples.
         """
         weight = self._network.get_parameter(unit.weight)
-        fitted = _columns(weight, unit, call, entries, moments)  # the body's map, then with the correction
+        fitted = _columns(
+            weight, unit, call, entries, moments
+        )  # the body's map, then with the correction
         left = right = None
         if self._rank > 0 and unit.is_matrix:
             own = _columns(self._own_weight(unit, expert), unit, call, entries, moments)
-            damping = self._ridge * len(entries) / unit.unknowns  # relative to the mean over all inputs, zeros too
+            damping = (
+                self._ridge * len(entries) / unit.unknowns
+            )  # relative to the mean over all inputs, zeros too
             outer, inner = _factors(fitted, own, damping, self._rank, moments)
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
@@ -169,7 +175,9 @@ class AdapterFit:
             before = self._network.get_parameter(unit.shift)
             changes[unit.shift] = Change.of(shift=shift.reshape(before.shape) - before)
         elif call.bias is not None:  # which is computed of other tensors
-            raise ConfigurationError(f"the bias of '{unit.weight}' is no parameter, expected one for adapters")
+            raise ConfigurationError(
+                f"the bias of '{unit.weight}' is no parameter, expected one for adapters"
+            )
         return changes
 
     def _own_weight(self, unit: Unit, expert: int) -> Tensor:
@@ -186,7 +194,9 @@ def _columns(weight: Tensor, unit: Unit, call: Call, entries: Tensor, moments: "
     return matrix[..., entries].mT.to(moments.cross)
 
 
-def _factors(body: Tensor, own: Tensor, damping: float, rank: int, moments: "Moments") -> tuple[Rounded, Rounded]:
+def _factors(
+    body: Tensor, own: Tensor, damping: float, rank: int, moments: "Moments"
+) -> tuple[Rounded, Rounded]:
     """Return V̂ᵀ [r, O] and V̂⁺ B [r, K'] in few bits, of maps that are transposed [1, K', O]."""
     vectors, best = moments.low_rank(body, own, damping, rank)  # V [O, r], B [O, K']
     outer = quantise(vectors.T.contiguous(), BITS)
@@ -242,7 +252,9 @@ class Moments:
             is_constant = is_round_off(scale, self._a, self.mean_a[:, None], shares[None])
             self._a.masked_fill_(is_constant[:, None, None], 0)
         self.cross = self._a.mT @ self._z  # [G, K, O]
-        self._gram = products(self._a) if count >= unknowns else None  # with fewer rows products go by these
+        self._gram = (
+            products(self._a) if count >= unknowns else None
+        )  # with fewer rows products go by these
 
     def _times(self, x: Tensor) -> Tensor:
         """Return cov(a) x for x [G, K, m]."""

@@ -57,7 +57,9 @@ class HeadFit(Average):
         return made
 
 
-def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], rounding: Rounding | None = None) -> None:
+def fit_head(
+    network: nn.Module, experts: Experts, row: Sequence[float], rounding: Rounding | None = None
+) -> None:
     """Fit a coded network's head (W, b) in place, so that it reads Σ_i β_i f_i out of the network's features φ(x).
 
     It becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge regression of Σβ_if_i − (Wφ + b) on the pooled calibration

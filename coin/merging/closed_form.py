@@ -26,7 +26,9 @@ class Candidate(NamedTuple):
 
     options: dict[str, Any]  # that distinguish it, plain values for the record
     parameters: State  # in the experts' types
-    trial: State | None = None  # computed without the held-out samples, to judge it; by default `parameters`
+    trial: State | None = (
+        None  # computed without the held-out samples, to judge it; by default `parameters`
+    )
 
 
 class MergeMethod(Method):
@@ -53,13 +55,17 @@ class MergeMethod(Method):
     True
     """
 
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, **options: Any) -> None:
+    def __init__(
+        self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, **options: Any
+    ) -> None:
         self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)
         super().__init__(**options)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
 
     @abstractmethod
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate | tuple[dict[str, Any], State]]:
+    def candidates(
+        self, experts: Experts, row: Sequence[float]
+    ) -> Iterator[Candidate | tuple[dict[str, Any], State]]:
         """Yield every candidate, or its options and parameters; the experts have been checked."""
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -96,12 +102,16 @@ class MergeMethod(Method):
         for candidate, policy in choices:
             parameters = candidate.parameters if candidate.trial is None else candidate.trial
             coded = self._build(experts, row, parameters, policy, held_out=True)
-            parts = [str(value) for name, value in candidate.options.items() if name.endswith("_data")]
+            parts = [
+                str(value) for name, value in candidate.options.items() if name.endswith("_data")
+            ]
             if policy:
                 parts.append(policy)
             errors["/".join(parts)] = held_out_error(experts, coded, row, judges)
         if not any(map(math.isfinite, errors.values())):
-            raise NumericalError(f"the outputs of method '{self.label}' on held-out calibration samples are not finite")
+            raise NumericalError(
+                f"the outputs of method '{self.label}' on held-out calibration samples are not finite"
+            )
         return errors
 
     def _policies(self, experts: Experts) -> list[str]:
@@ -125,7 +135,13 @@ class MergeMethod(Method):
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 
     def _build(
-        self, experts: Experts, row: Sequence[float], parameters: State, policy: str, *, held_out: bool
+        self,
+        experts: Experts,
+        row: Sequence[float],
+        parameters: State,
+        policy: str,
+        *,
+        held_out: bool,
     ) -> nn.Module:
         """Return the coded model with its buffers; if `held_out`, recalibrated without the held-out samples."""
         buffers = weighted_sum(experts.buffers, row)
@@ -140,7 +156,10 @@ class MergeMethod(Method):
 
 
 def held_out_error(
-    experts: Experts, coded: nn.Module, row: Sequence[float], decoders: Sequence[DecoderConfig] = (LINEAR,)
+    experts: Experts,
+    coded: nn.Module,
+    row: Sequence[float],
+    decoders: Sequence[DecoderConfig] = (LINEAR,),
 ) -> float:
     """Return the mean cosine distance of decoded answers to the experts' own on held-out samples, in [0, 2].
 
@@ -203,10 +222,14 @@ def _usable(
         return others, None
 
 
-def _answers(experts: Experts, coded: nn.Module, part: int, tasks: Tensor, features: bool) -> Answers:
+def _answers(
+    experts: Experts, coded: nn.Module, part: int, tasks: Tensor, features: bool
+) -> Answers:
     """Return all networks' answers to the samples of a part of `Experts.split`."""
     runs = [*experts.runs(part, features), experts.run(coded, experts.split[part], features)]
-    return Answers.of_servers([(run.features, run.logits.double()) for run in runs], experts.count, tasks)
+    return Answers.of_servers(
+        [(run.features, run.logits.double()) for run in runs], experts.count, tasks
+    )
 
 
 def _samples_of_tasks(row: Sequence[float], tasks: Tensor) -> dict[int, Tensor]:

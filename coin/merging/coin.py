@@ -49,8 +49,12 @@ class Coin(MergeMethod):
         super().__init__(**options)
         check_number("damping", damping, low=0)
         self.damping = damping
-        self.fisher_kind = None if fisher_kind is None else parse_enum(FisherKind, "fisher_kind", fisher_kind)
-        self.fisher_data = None if fisher_data is None else parse_enum(DataChoice, "fisher_data", fisher_data)
+        self.fisher_kind = (
+            None if fisher_kind is None else parse_enum(FisherKind, "fisher_kind", fisher_kind)
+        )
+        self.fisher_data = (
+            None if fisher_data is None else parse_enum(DataChoice, "fisher_data", fisher_data)
+        )
 
     def fisher(self, data: DataChoice) -> Statistic:
         """Return the statistic on this data."""
@@ -65,7 +69,11 @@ class Coin(MergeMethod):
         """Yield the closed form for the Fishers of every kind of data that the option allows."""
         for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
             fishers = experts.statistic(self.fisher(data))
-            zero = [str(index) for index, fisher in enumerate(fishers) if not any(map(torch.any, fisher.values()))]
+            zero = [
+                str(index)
+                for index, fisher in enumerate(fishers)
+                if not any(map(torch.any, fisher.values()))
+            ]
             if zero:
                 warnings.warn(
                     f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone; "
@@ -78,7 +86,10 @@ class Coin(MergeMethod):
 
 
 def coin_parameters(
-    experts: Sequence[State], fishers: Sequence[State], weights: Sequence[float], damping: float = 1e-6
+    experts: Sequence[State],
+    fishers: Sequence[State],
+    weights: Sequence[float],
+    damping: float = 1e-6,
 ) -> dict[str, Tensor]:
     """Return COIN's closed form, in the experts' types.
 
@@ -113,7 +124,9 @@ def _mean_fisher(fishers: Sequence[State], weights: Sequence[float], known: Sequ
         return 0.0
     mass = 0.0
     for fisher, weight in zip(fishers, weights, strict=True):
-        sums = torch.stack([fisher[key].sum(dtype=torch.float64) for key in known])  # a GPU is waited for once
+        sums = torch.stack(
+            [fisher[key].sum(dtype=torch.float64) for key in known]
+        )  # a GPU is waited for once
         mass += sum(weight * each for each in sums.tolist())
     entries = sum(fishers[0][key].numel() for key in known)
     return mass / entries

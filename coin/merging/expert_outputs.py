@@ -99,11 +99,15 @@ class ExpertOutputs:
             for unit in group:
                 yield self._made.pop(unit.weight)
 
-    def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor) -> None:
+    def _add(
+        self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor
+    ) -> None:
         """Run an expert on the samples `part` [p], and add its share of the units' targets by its mixture [P]."""
         calls: list[str] = []
 
-        def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+        def visit(
+            call: Call, names: dict[str, str], function: Callable[[], Tensor]
+        ) -> Tensor | None:
             weight = names.get("weight", "")
             if weight not in self._calls:
                 return None
@@ -117,9 +121,13 @@ class ExpertOutputs:
             inputs = take(self._rows.inputs, part)
             network(as_input(inputs, network))
         if calls != self._calls:
-            raise StateError(f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}")
+            raise StateError(
+                f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}"
+            )
 
-    def _add_rows(self, unit: Unit, call: Call, output: Tensor, part: Tensor, mixture: Tensor) -> None:
+    def _add_rows(
+        self, unit: Unit, call: Call, output: Tensor, part: Tensor, mixture: Tensor
+    ) -> None:
         """Add an expert's share of one unit's targets, given the output of its last call on the samples `part`."""
         if len(output) % len(part) != 0:
             check_rows(unit, len(output), len(part))

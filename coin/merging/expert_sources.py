@@ -37,10 +37,15 @@ class ExpertNetworks:
     """
 
     def __init__(
-        self, networks: Sequence[nn.Module], initial: nn.Module | None = None, forward: Forward | None = None
+        self,
+        networks: Sequence[nn.Module],
+        initial: nn.Module | None = None,
+        forward: Forward | None = None,
     ) -> None:
         if len(networks) < 2:
-            raise ConfigurationError(f"found {len(networks)} experts, expected at least two; give those of two tasks")
+            raise ConfigurationError(
+                f"found {len(networks)} experts, expected at least two; give those of two tasks"
+            )
         for network in networks:
             check_plain(network)
         if initial is not None:
@@ -141,7 +146,10 @@ class ExpertFiles:
     """
 
     def __init__(
-        self, paths: Mapping[str, Path], initial: Path | None = None, device: torch.device | str = "cpu"
+        self,
+        paths: Mapping[str, Path],
+        initial: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.paths = dict(paths)
         self.count = len(paths)
@@ -241,7 +249,9 @@ def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, .
     for name, first in experts[0].items():
         if first.ndim < 2 or not first.is_floating_point() or name.startswith(without):
             continue
-        matrices = [expert[name].detach().double() for expert in experts]  # which may be read from files
+        matrices = [
+            expert[name].detach().double() for expert in experts
+        ]  # which may be read from files
         mean = torch.zeros_like(matrices[0])
         for beta, matrix in zip(row, matrices, strict=True):
             mean = mean + beta * matrix

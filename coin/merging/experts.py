@@ -23,7 +23,11 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, stat
 
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError unless the weights are a code row: one per expert, non-negative, summing to 1."""
-    is_row = len(weights) == count and all(weight >= 0 for weight in weights) and abs(sum(weights) - 1) <= 1e-6
+    is_row = (
+        len(weights) == count
+        and all(weight >= 0 for weight in weights)
+        and abs(sum(weights) - 1) <= 1e-6
+    )
     if not is_row:
         raise ConfigurationError(
             f"found {len(weights)} weights for {count} experts, {list(weights)}, "
@@ -80,7 +84,11 @@ class Experts:
         statistics: StatisticPaths | None = None,
         train: Any = None,
     ) -> None:
-        source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
+        source = (
+            networks
+            if isinstance(networks, ExpertFiles)
+            else ExpertNetworks(networks, initial, forward)
+        )
         self.source: ExpertNetworks | ExpertFiles = source
         self.count = source.count
         for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
@@ -107,7 +115,9 @@ class Experts:
         if isinstance(given, Calibration):
             return given.on(device)
         if isinstance(given, Tensor):
-            raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
+            raise DataError(
+                "found a tensor for a task's calibration, expected its batches; write [tensor]"
+            )
         batches = []
         for batch in given:
             inputs = checked_batch(batch, self.networks[0])
@@ -117,7 +127,9 @@ class Experts:
     def _check_calibration(self) -> None:
         """Raise DataError without samples, HeadError where heads are padded and one does not give the logits."""
         if not any(each.num_samples for each in self._calibration):
-            raise DataError("found no calibration batches, expected at least one; give those of every task")
+            raise DataError(
+                "found no calibration batches, expected at least one; give those of every task"
+            )
         if isinstance(self.source, ExpertFiles) or self.source.padding is None:
             return
         first = self.pooled.inputs(torch.tensor([0]))
@@ -205,7 +217,9 @@ class Experts:
         """Return a network's answers in eval mode (`coin.networks.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
             runs = [run_network(network, as_input(batch, network), features) for batch in batches]
-        run = Run(torch.cat([each.features for each in runs]), torch.cat([each.logits for each in runs]))
+        run = Run(
+            torch.cat([each.features for each in runs]), torch.cat([each.logits for each in runs])
+        )
         self.passes += len(run.logits)
         return run
 
@@ -278,15 +292,22 @@ class Experts:
         for index, (state, network) in enumerate(zip(states, source.unpadded, strict=True)):
             found = check_statistic(state, network, f"the {which.name} of expert {index}")
             if found is StatisticKind.gram and which.name is StatisticKind.fisher:
-                raise StateError(f"found Gram matrices of expert {index} as its Fisher; give them as grams")
+                raise StateError(
+                    f"found Gram matrices of expert {index} as its Fisher; give them as grams"
+                )
         return states
 
     def computed(
-        self, kind: FisherKind | None, networks: Iterable[nn.Module], samples: Sequence[Iterable[Batch]]
+        self,
+        kind: FisherKind | None,
+        networks: Iterable[nn.Module],
+        samples: Sequence[Iterable[Batch]],
     ) -> Sequence[State]:
         """Return every network's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes."""
         if kind is FisherKind.empirical:
-            raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
+            raise ConfigurationError(
+                "found no labels for the empirical Fisher; compute it and give it as fishers"
+            )
         options = None if kind is None else FisherOptions(kind)
         means = []
         for network, batches in zip(networks, samples, strict=True):

@@ -62,7 +62,11 @@ class Merged(list[nn.Module]):
     """
 
     def __init__(
-        self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: dict[str, list[Compressed]]
+        self,
+        made: Sequence[CodedModel],
+        passes: float,
+        seconds: float,
+        compressed: dict[str, list[Compressed]],
     ) -> None:
         super().__init__(with_adapters(plain(each.network), each.adapters) for each in made)
         self.chosen = [each.chosen for each in made]
@@ -97,7 +101,9 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    is_trained: ClassVar[bool] = False  # with a Trainer, on all processes; other methods run on rank zero only
+    is_trained: ClassVar[bool] = (
+        False  # with a Trainer, on all processes; other methods run on rank zero only
+    )
     reads_initial: bool = False
     compress: Sequence[Compression] = ()
     adapters: AdapterOptions | None = None
@@ -112,7 +118,9 @@ class Method(ABC):
         adapters: Adapters = None,
     ) -> None:  # fmt: skip
         """Set the options that every method has; raises ConfigurationError where results cannot have the label."""
-        self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
+        self.decoders = (
+            None if decoders is None else [each.name for each in distinct_decoders(decoders)]
+        )
         self.adapters = AdapterOptions.of(adapters)
         if label is not None:
             self.label = label
@@ -142,7 +150,12 @@ class Method(ABC):
         """
 
     def pack(
-        self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
+        self,
+        experts: Experts,
+        row: Sequence[float],
+        made: CodedModel,
+        base: Base,
+        compression: Compression,
     ) -> Compressed:
         """Return the coded model of one row, compressed as a delta from a base; adapters are fitted to what is left."""
         bits, base_bits = compression.bits, compression.base_bits
@@ -171,7 +184,10 @@ class Method(ABC):
         return ()
 
     def with_defaults(
-        self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
+        self,
+        fisher_kind: FisherKind,
+        fisher_data: DataChoice,
+        decoders: Sequence[DecoderConfig] = (),
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
         method = copy(self)
@@ -211,12 +227,21 @@ def merge_networks(
     """
     code = Code(code) if not isinstance(code, Code) else code
     if not isinstance(method, Method):
-        raise ConfigurationError(f"found method {method!r}, expected an object of a method's class; give coin.Refit()")
+        raise ConfigurationError(
+            f"found method {method!r}, expected an object of a method's class; give coin.Refit()"
+        )
     home = one_device(networks)
     networks = to_compute([*networks], home)
     if initial is not None:
         initial = to_compute([initial], home)[0]
-    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
+    experts = Experts(
+        networks,
+        fishers=fishers,
+        grams=grams,
+        initial=initial,
+        calibration=calibration,
+        forward=forward,
+    )
     began = time.perf_counter()
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if any(each.base_bits for each in method.compress):
@@ -238,7 +263,9 @@ def merge_networks(
 
 def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
     """Raise StateError where a method's coded model is not finite, but for buffers that are infinite in experts."""
-    infinite = [name for name, buffer in experts.buffers[0].items() if bool(torch.isinf(buffer).any())]
+    infinite = [
+        name for name, buffer in experts.buffers[0].items() if bool(torch.isinf(buffer).any())
+    ]
     tensors = {**parameters_of(network), **dict(network.named_buffers())}
     check_finite(tensors, f"the coded model of method '{label}'", infinite)
 

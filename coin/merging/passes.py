@@ -54,7 +54,11 @@ class Body(NamedTuple):
 
     @classmethod
     def of(
-        cls, network: nn.Module, experts: Experts, states: Sequence[tuple[State, State]], row: Sequence[float]
+        cls,
+        network: nn.Module,
+        experts: Experts,
+        states: Sequence[tuple[State, State]],
+        row: Sequence[float],
     ) -> Self:
         """Return a network, changed in place, as the β-average of other networks' folded maps.
 
@@ -137,11 +141,15 @@ def fit_body(
     trace = body.trace
     fit: AdapterFit | None = None
     if adapters is not None:
-        chosen = chosen[experts.tasks[chosen].argsort(stable=True)]  # a task's rows then lie together
+        chosen = chosen[
+            experts.tasks[chosen].argsort(stable=True)
+        ]  # a task's rows then lie together
         head = f"{head_name(network)}.weight".lstrip(".")
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         rank = rank_of(adapters, trace.units, experts.count)
-        fit = AdapterFit(network, rank, adapters.ridge, experts.source.tensors, experts.tasks[chosen], row)
+        fit = AdapterFit(
+            network, rank, adapters.ridge, experts.source.tensors, experts.tasks[chosen], row
+        )
     task = experts.tasks[chosen]
     mixtures, shares = objective(row, task, own_share)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
@@ -154,7 +162,9 @@ def fit_body(
             fit_in_order(network, trace, rows, targets, ridge, rounding, fit)
         except torch.OutOfMemoryError as error:
             half = max(1, memory_mib // 2)
-            error.add_note(f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={half}")
+            error.add_note(
+                f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={half}"
+            )
             raise
     experts.passes += rows.passes + outputs.passes + len(chosen)
     if fit is None:
@@ -213,7 +223,9 @@ def fit_in_order(
         places = rows.places[unit.weight]
         inputs, entries = input_rows(call, len(target), places)
         weights = rows.shares.to(target)[:, None].expand(target.shape[:2])
-        if places is None and unit.weight in rows.weights:  # chosen places are drawn by these weights already
+        if (
+            places is None and unit.weight in rows.weights
+        ):  # chosen places are drawn by these weights already
             weights = weights * rows.weights[unit.weight].to(weights)
         regression = UnitRows(inputs, entries, target, weights)
         if ridge is not None:

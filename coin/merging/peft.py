@@ -55,9 +55,13 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
         ones = [1] * len(kernel)
         tensors[f"{place}.lora_A.weight"] = right.reshape(rank, *parameter.shape[1:])
         tensors[f"{place}.lora_B.weight"] = left.reshape(outputs, rank, *ones)
-        tensors[f"{place}.lora_magnitude_vector"] = magnitude.view(1, -1, *ones) if kernel else magnitude
+        tensors[f"{place}.lora_magnitude_vector"] = (
+            magnitude.view(1, -1, *ones) if kernel else magnitude
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
+    kept = {
+        f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()
+    }
     save_file(kept, folder / "adapter_model.safetensors")
     options = {
         "peft_type": "LORA",
@@ -76,7 +80,9 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
 def _check_adapted(name: str, layer: nn.Module) -> None:
     """Raise ConfigurationError for a layer that peft's LoRA does not adapt as `coin` does."""
     if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
-        raise ConfigurationError(f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt")
+        raise ConfigurationError(
+            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
+        )
     if isinstance(layer, nn.Linear):
         return
     # Peft's own convolutions take the layer's kernel, stride and padding alone.

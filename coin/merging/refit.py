@@ -90,7 +90,9 @@ class Refit(Method):
         self.memory_mib = memory_mib
         super().__init__(label, compress, adapters=adapters)
         if self.adapters is not None and self.target is not Target.own:
-            raise ConfigurationError("found target=both with adapters, expected own; each expert has its own")
+            raise ConfigurationError(
+                "found target=both with adapters, expected own; each expert has its own"
+            )
 
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -107,7 +109,12 @@ class Refit(Method):
 
     @torch.inference_mode(False)
     def pack(
-        self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
+        self,
+        experts: Experts,
+        row: Sequence[float],
+        made: CodedModel,
+        base: Base,
+        compression: Compression,
     ) -> Compressed:
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
@@ -117,7 +124,9 @@ class Refit(Method):
         bits, base_bits = compression.bits, compression.base_bits
         rounding = Rounding(reference_of(made.body.network, base, base_bits), bits)
         network, adapters = self._refit(experts, row, made.body, rounding)
-        packed = compress(network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
+        packed = compress(
+            network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded
+        )
         packed.adapters = adapters
         return packed
 

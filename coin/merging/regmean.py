@@ -62,7 +62,9 @@ class RegMean(MergeMethod):
         check_number("damping", damping, low=0)
         self.alpha = alpha
         self.damping = damping
-        self.gram_data = None if gram_data is None else parse_enum(DataChoice, "gram_data", gram_data)
+        self.gram_data = (
+            None if gram_data is None else parse_enum(DataChoice, "gram_data", gram_data)
+        )
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices that the option asks for."""
@@ -84,11 +86,15 @@ class RegMean(MergeMethod):
             trial = None
             if is_judged:
                 networks = experts.source.each_network()
-                trial = self._solved(experts, experts.computed(None, networks, experts.fitted(data)), row)
+                trial = self._solved(
+                    experts, experts.computed(None, networks, experts.fitted(data)), row
+                )
             yield Candidate({"gram_data": str(data)}, self._solved(experts, grams, row), trial)
 
     def _solved(self, experts: Experts, grams: Sequence[State], row: Sequence[float]) -> State:
-        return regmean_parameters(experts.parameters, grams, row, self.alpha, self.damping, self.layers)
+        return regmean_parameters(
+            experts.parameters, grams, row, self.alpha, self.damping, self.layers
+        )
 
 
 def regmean_parameters(
@@ -119,7 +125,12 @@ def regmean_parameters(
 
 
 def regmean_map(
-    experts: Sequence[State], grams: Iterable[Tensor], weights: Sequence[float], name: str, alpha: float, damping: float
+    experts: Sequence[State],
+    grams: Iterable[Tensor],
+    weights: Sequence[float],
+    name: str,
+    alpha: float,
+    damping: float,
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
     key = name.removesuffix(TRANSPOSED)
@@ -129,12 +140,18 @@ def regmean_map(
     for index, (expert, gram, weight) in enumerate(zip(experts, grams, weights, strict=True)):
         if index == 0:
             bias = _bias_of(gram, key, expert, is_turned)
-            means = {each: weighted_mean(experts, weights, each, torch.float64) for each in (key, bias) if each}
+            means = {
+                each: weighted_mean(experts, weights, each, torch.float64)
+                for each in (key, bias)
+                if each
+            }
             average = _joint_map(means, key, bias, len(gram), is_turned)  # W̄ [G, C_out/G, K]
             pull = torch.zeros_like(average)
             total = torch.zeros_like(gram, dtype=torch.float64)
         if gram.shape != total.shape:
-            raise StateError(f"the Gram matrices of '{key}' are not of one shape; give those of experts alike")
+            raise StateError(
+                f"the Gram matrices of '{key}' are not of one shape; give those of experts alike"
+            )
         diagonal = torch.diag_embed(gram.double().diagonal(dim1=1, dim2=2))
         shrunk = alpha * gram.double() + (1 - alpha) * diagonal
         own = _joint_map(expert, key, bias, len(gram), is_turned)

@@ -16,7 +16,10 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 
 ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
-CHEAP, DEAR = 0.5, 4.0  # shares of the time of a layer's calls that its rows take at least, and at most
+CHEAP, DEAR = (
+    0.5,
+    4.0,
+)  # shares of the time of a layer's calls that its rows take at least, and at most
 READ = 16  # multiplications that take as long as reading a number where it lies alone
 LEAST = 256  # rows of a regression, where there are as many
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample
@@ -122,7 +125,9 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     unit's outputs there, f less its mean over the classes: a transformer's last layers matter at the class token alone.
     A unit that the outputs do not reach has none.
     """
-    ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
+    ends = {
+        unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution
+    }
     if not ends:
         return {}
     parameters = floating_parameters(network)
@@ -144,10 +149,17 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
             centred = logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits
             found = {weight: made for weight, made in outputs.items() if made[1].requires_grad}
             gradients = torch.autograd.grad(
-                logits, [output for _, output in found.values()], centred.detach(), allow_unused=True
+                logits,
+                [output for _, output in found.values()],
+                centred.detach(),
+                allow_unused=True,
             )
             for (weight, (call, _)), gradient in zip(found.items(), gradients, strict=True):
                 if gradient is not None:
                     squares = output_rows(call, gradient, 1, None).double().square().sum(1)  # [L]
                     sums[weight] = squares + sums.get(weight, 0)
-    return {weight: 0.5 + 0.5 * total / total.mean() for weight, total in sums.items() if bool(total.any())}
+    return {
+        weight: 0.5 + 0.5 * total / total.mean()
+        for weight, total in sums.items()
+        if bool(total.any())
+    }

@@ -30,7 +30,9 @@ class Base(MergeMethod):
     reads_initial = True
     batchnorm = BatchNormPolicy.keep
 
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any) -> None:
+    def __init__(
+        self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any
+    ) -> None:
         super().__init__(batchnorm=batchnorm, **options)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
@@ -199,5 +201,7 @@ def _threshold(expert: State, initial: State, keep: float) -> float:
     sizes = torch.cat(parts).cpu()
     kept = max(1, round(keep * len(sizes)))
     place = len(sizes) - kept
-    sizes.numpy().partition(place)  # in place: of a large network the entries are most of the memory
+    sizes.numpy().partition(
+        place
+    )  # in place: of a large network the entries are most of the memory
     return float(sizes[place])

@@ -78,7 +78,11 @@ class Trace(NamedTuple):
 
 def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return a network's floating-point parameters by name, whose calls an `Interceptor` sees."""
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.is_floating_point()}
+    return {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if parameter.is_floating_point()
+    }
 
 
 def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None) -> Trace:
@@ -135,7 +139,9 @@ def _assembled(network: nn.Module, two: Tape, three: Tape, not_own: set[str]) ->
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         weight = call.names["weight"]
         is_norm_of_last = bool(units) and units[-1].end == weight
-        shape_of_two = shapes_of_two.get(weight, call.made)  # not recorded: then as of three, which is no unit's
+        shape_of_two = shapes_of_two.get(
+            weight, call.made
+        )  # not recorded: then as of three, which is no unit's
         if is_norm_of_last or not _is_unit(call, shape_of_two, not_own):
             continue
         size = network.get_parameter(weight).numel()
@@ -272,7 +278,9 @@ def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor,
     return rows.to(sum_type(rows)), entries
 
 
-def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+def _patches(
+    inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
     channels = inputs.shape[1]
     size = tuple(inputs.shape[2:])
@@ -281,7 +289,9 @@ def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | 
     outputs = prod(geometry.output_size(size))  # positions of one image
     if places is None:
         places = torch.arange(images_each * outputs, device=inputs.device)[None]  # [1, q]
-    pixels, inside = geometry.met(places % outputs, size)  # [P or 1, q, taps]: pixels of an image, and whether of it
+    pixels, inside = geometry.met(
+        places % outputs, size
+    )  # [P or 1, q, taps]: pixels of an image, and whether of it
     taps = inside.shape[2]
     alive = inside.flatten(0, 1).any(0)  # [taps]
     if not bool(alive.any()):
@@ -291,7 +301,9 @@ def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | 
 
     image = (places // outputs)[..., None]  # which of the sample's
     first_pixel = image * prod(size)
-    met = (first_pixel + pixels[..., alive]).expand(samples, -1, -1)  # of a sample's pixels [P, q, taps]
+    met = (first_pixel + pixels[..., alive]).expand(
+        samples, -1, -1
+    )  # of a sample's pixels [P, q, taps]
     is_inside = inside[..., alive].expand_as(met).flatten(0, 1)  # [P·q, taps]
     by_sample = inputs.reshape(samples, images_each, channels, -1)
     by_channel = by_sample.movedim(2, 0).flatten(2)  # [C, P, k · pixels]

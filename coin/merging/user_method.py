@@ -98,13 +98,20 @@ class UserMethod(Method):
                 fill(network, self._merged_tensors(experts, row))
             else:
                 made = self._merged_network(experts, row)
-                fill_network(network, made.state_dict(), f"the network that {self.function} returned")
+                fill_network(
+                    network, made.state_dict(), f"the network that {self.function} returned"
+                )
         return CodedModel(network)
 
     def _merged_network(self, experts: Experts, row: Sequence[float]) -> nn.Module:
         """Call the function on networks, and return the one that it returns."""
-        networks = [_counted(clone(network).eval(), experts) for network in experts.source.each_network()]
-        calibration = [[as_input(batch, networks[0]) for batch in own] for own in experts.samples(DataChoice.own)]
+        networks = [
+            _counted(clone(network).eval(), experts) for network in experts.source.each_network()
+        ]
+        calibration = [
+            [as_input(batch, networks[0]) for batch in own]
+            for own in experts.samples(DataChoice.own)
+        ]
         initial = None
         if self.reads_initial:
             parameters, buffers = experts.initial()
@@ -121,10 +128,15 @@ class UserMethod(Method):
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
         """Call the function on the experts' tensors of each name, and return what it returns; the rest is averaged."""
         skeleton = experts.source.skeleton
-        learnt = without_head(skeleton, list(skeleton.state_dict()))  # without masks, which are made
+        learnt = without_head(
+            skeleton, list(skeleton.state_dict())
+        )  # without masks, which are made
         states = [whole_state(tensors) for tensors in experts.source.tensors]
         start = whole_state(experts.initial()) if self.reads_initial else {}
-        merged = {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)}
+        merged = {
+            **average_parameters(experts.parameters, row),
+            **weighted_sum(experts.buffers, row),
+        }
         for name, average in merged.items():
             if name not in learnt or not average.is_floating_point():
                 continue
@@ -138,7 +150,9 @@ class UserMethod(Method):
             )
             shape = list(average.shape)
             if not isinstance(made, Tensor) or list(made.shape) != shape:
-                found = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+                found = (
+                    f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+                )
                 raise ConfigurationError(
                     f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape {shape}; "
                     "return the merged tensor"

@@ -10,7 +10,16 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Promise, answer_score, make_decoder
+from coin.coding import (
+    Answers,
+    Code,
+    Decoder,
+    DecoderConfig,
+    DecoderKind,
+    Promise,
+    answer_score,
+    make_decoder,
+)
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, size_of, take
 from coin.errors import ConfigurationError, DataError, StateError
@@ -91,11 +100,15 @@ class Coded(LightningModule):
         own = (len(experts), len(coded))
         if own != (self.code.num_experts, self.code.num_coded):
             expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
-            raise ConfigurationError(f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}")
+            raise ConfigurationError(
+                f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}"
+            )
         given = range(len(experts)) if names is None else names
         self.names = tuple(map(str, given))
         if len(set(self.names)) != len(experts):
-            raise ConfigurationError(f"found names {self.names} of {len(experts)} experts, expected a name each")
+            raise ConfigurationError(
+                f"found names {self.names} of {len(experts)} experts, expected a name each"
+            )
         self.nbytes = 0
         base_nbytes = 0  # of the base that compressed coded models share
         networks: list[nn.Module] = []
@@ -193,7 +206,9 @@ class Coded(LightningModule):
             kind: The decoder: a kind with its default options, or a configuration.
         """
         if self.is_adapted and DecoderConfig.of(kind).kind is not DecoderKind.expert_head:
-            raise ConfigurationError(f"the decoder {kind} cannot read a body with adapters, expected expert_head")
+            raise ConfigurationError(
+                f"the decoder {kind} cannot read a body with adapters, expected expert_head"
+            )
         decoder = make_decoder(kind, self.code, self._indices(erased))
         batches = _batches(calibration)
         first = next(batches, None)
@@ -325,7 +340,9 @@ class Coded(LightningModule):
         file = SystemFile.load(chosen.path)
         file.decoders = [each for each in file.decoders if each.config.name == chosen.decoder]
         folder_of_experts = chosen.path.parent.parent / "experts"
-        experts = [load_network(folder_of_experts / task / "expert.safetensors") for task in file.names]
+        experts = [
+            load_network(folder_of_experts / task / "expert.safetensors") for task in file.names
+        ]
         networks = [expert.network for expert in experts]
         system = cls._of_file(file, str(chosen.path), networks)
         system.method = file.told["method"]
@@ -350,11 +367,17 @@ class Coded(LightningModule):
         """Return the system that a file holds, with these experts and the coded models of the file or beside it."""
         count = len(file.experts)
         if len(experts) != count:
-            raise ConfigurationError(f"found {len(experts)} experts, expected the {count} of '{path}'")
+            raise ConfigurationError(
+                f"found {len(experts)} experts, expected the {count} of '{path}'"
+            )
         for place, expert in enumerate(experts):
             if fingerprint(expert.state_dict()) != file.experts[place]:
-                raise StateError(f"expert {place} is not the one that '{path}' was saved with; give those experts")
-        networks: list[nn.Module | Compressed] = [open_network(each).kept for each in file.coded_files]
+                raise StateError(
+                    f"expert {place} is not the one that '{path}' was saved with; give those experts"
+                )
+        networks: list[nn.Module | Compressed] = [
+            open_network(each).kept for each in file.coded_files
+        ]
         for row, state in enumerate(file.coded):
             like = of_one_width(experts)[0]
             body = file.bodies[row]
@@ -370,7 +393,9 @@ class Coded(LightningModule):
     def _indices(self, erased: Erased) -> tuple[int, ...]:
         """Return experts that are given by index or by name."""
         if not isinstance(erased, Sequence) or isinstance(erased, str):
-            raise ConfigurationError(f"found erased={erased!r}, expected a list of lost experts; give [{erased!r}]")
+            raise ConfigurationError(
+                f"found erased={erased!r}, expected a list of lost experts; give [{erased!r}]"
+            )
         places: dict[Any, int] = {name: place for place, name in enumerate(self.names)}
         last = len(self.names) - 1
         indices = []
@@ -392,7 +417,11 @@ class Coded(LightningModule):
             is_same = sorted(key) == sorted(lost)
             if lost and (is_one_of_many or is_same):
                 return decoder, lost
-        found = "found no decoder" if erased is None else f"found no decoder of the loss of {list(erased)}"
+        found = (
+            "found no decoder"
+            if erased is None
+            else f"found no decoder of the loss of {list(erased)}"
+        )
         if self.decoders:
             known = [str(list(key)) for key in self.decoders]
             found += f", only of {', '.join(known)}"
@@ -418,12 +447,16 @@ class Coded(LightningModule):
             tasks=tasks,
         )
 
-    def _answers_with_own(self, decoder: Decoder, batches: Iterable[Batch], tasks: TaskOfEach) -> Answers:
+    def _answers_with_own(
+        self, decoder: Decoder, batches: Iterable[Batch], tasks: TaskOfEach
+    ) -> Answers:
         """Return what a decoder needs and the lost experts' own answers, with the inputs' tasks if these are given."""
         task_of = None if tasks is None else torch.as_tensor(tasks)
         if self.is_adapted and task_of is None:
             expected = "expected of which expert's task each input is, for bodies with adapters"
-            raise ConfigurationError(f"found no tasks, {expected}; give tasks=[0, 0, …, 1, …], a number for each input")
+            raise ConfigurationError(
+                f"found no tasks, {expected}; give tasks=[0, 0, …, 1, …], a number for each input"
+            )
         parts: list[Answers] = []
         done = 0
         for batch in batches:
@@ -444,5 +477,7 @@ def _called_by(network: nn.Module, forward: Forward | None) -> nn.Module:
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
     """Return an iterator; a DataError for a single batch."""
     if isinstance(inputs, Tensor | Mapping):
-        raise DataError(f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]")
+        raise DataError(
+            f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]"
+        )
     return iter(inputs)

@@ -23,7 +23,12 @@ from coin.networks.weights import tensors_of
 _SYSTEM = "coded system"
 _KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept_parameter_(?P<parameter>[^.]+)\.(?P<part>\w+)")
 """The names of the tensors that a body keeps in place of a parameter."""
-_OF_BODY = ("original", "codes", "codes_first", "codes_scale")  # those parts that belong to no expert
+_OF_BODY = (
+    "original",
+    "codes",
+    "codes_first",
+    "codes_scale",
+)  # those parts that belong to no expert
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,17 @@ class Body:
         changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
         for name, parts in _kept_parts(state).items():
             if "codes" in parts:
-                kept = Kept(body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name])
+                kept = Kept(
+                    body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name]
+                )
                 keep(body, tied[name], kept)
-            of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}  # each [N, …]
+            of_experts = {
+                part: tensor for part, tensor in parts.items() if part not in _OF_BODY
+            }  # each [N, …]
             for expert, own in enumerate(changes):
-                own[name] = Change.stored({part: tensor[expert] for part, tensor in of_experts.items()})
+                own[name] = Change.stored(
+                    {part: tensor[expert] for part, tensor in of_experts.items()}
+                )
         adapters = [Adapter(own) for own in changes]
         return Adapted(body, adapters).to(device_of(like))
 
@@ -77,9 +88,13 @@ class SystemFile:
     classes: list[int] | None  # how many classes every expert has, if known
     decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
     experts: Sequence[str]  # the fingerprints of the experts' states
-    coded: Sequence[State] = ()  # every coded model's parameters and buffers; none if they are in files of their own
+    coded: Sequence[
+        State
+    ] = ()  # every coded model's parameters and buffers; none if they are in files of their own
     bodies: Sequence[Body | None] = ()  # of each coded model, its description if it is an `Adapted`
-    coded_files: Sequence[Path] = ()  # the coded models' own files, kept as SHA-256 and path ``../coded/NAME``
+    coded_files: Sequence[
+        Path
+    ] = ()  # the coded models' own files, kept as SHA-256 and path ``../coded/NAME``
     told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
     def save(self, path: Path) -> None:
@@ -92,7 +107,9 @@ class SystemFile:
         for place, decoder in enumerate(self.decoders):
             for name, tensor in decoder.state_dict().items():
                 state[f"decoder.{place}.{name}"] = tensor
-            promises = {str(expert): asdict(promise) for expert, promise in decoder.promises.items()}
+            promises = {
+                str(expert): asdict(promise) for expert, promise in decoder.promises.items()
+            }
             decoders.append(
                 {
                     "name": decoder.config.name,
@@ -100,7 +117,10 @@ class SystemFile:
                     "promises": promises,
                 }
             )
-        coded_files = [{"path": f"../coded/{file.name}", "sha256": sha256_of(file)} for file in self.coded_files]
+        coded_files = [
+            {"path": f"../coded/{file.name}", "sha256": sha256_of(file)}
+            for file in self.coded_files
+        ]
         provenance = {
             **self.told,
             "what": _SYSTEM,
@@ -121,14 +141,18 @@ class SystemFile:
         """Read what `save` wrote; FileError where it, or a coded model's file, is not whole, StateError for tensors."""
         state, told = load_state(path)
         if told.get("what") != _SYSTEM:
-            raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
+            raise FileError(
+                f"'{path}' holds no coded system, expected a file that Coded.save wrote"
+            )
         code = Code(told["code"])
         files = []
         for each in told["coded_files"]:
             file = Path(os.path.normpath(path.parent / each["path"]))  # not through links
             is_there = file.is_file() and sha256_of(file) == each["sha256"]
             if not is_there:
-                raise FileError(f"'{file}' is not the coded model that '{path}' names; run the evaluation again")
+                raise FileError(
+                    f"'{file}' is not the coded model that '{path}' names; run the evaluation again"
+                )
             files.append(file)
         decoders = []
         for place, each in enumerate(told["decoders"]):
@@ -138,7 +162,9 @@ class SystemFile:
             try:
                 decoder.load_state_dict(own)
             except RuntimeError as error:
-                raise StateError(f"'{path}' holds other tensors than its decoders have ({error})") from error
+                raise StateError(
+                    f"'{path}' holds other tensors than its decoders have ({error})"
+                ) from error
             for expert, promise in each["promises"].items():
                 decoder.promises[int(expert)] = Promise(**promise)
             decoders.append(decoder)
@@ -167,4 +193,8 @@ def all_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def _below(prefix: str, state: State) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, under the rest of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }

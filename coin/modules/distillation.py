@@ -24,7 +24,9 @@ from coin.networks.calling import as_input, clear_caches
 from coin.networks.running import full_precision
 from coin.networks.weights import to_compute
 
-STARTS: dict[str, type[Method]] = {kind.name: kind for kind in (Average, HeadFit, Coin, RegMean, Refit)}
+STARTS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (Average, HeadFit, Coin, RegMean, Refit)
+}
 AUTO = "auto"  # start with the head fitted, where there is one that can be: a fully connected layer with a bias
 
 
@@ -53,7 +55,9 @@ class DistillationModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.student: Any = None  # the network that is trained, in eval mode; its weights are replaced by the start
+        self.student: Any = (
+            None  # the network that is trained, in eval mode; its weights are replaced by the start
+        )
         self.teachers: nn.ModuleList | list[nn.Module] = []  # the experts, in eval mode
         self.samples: Any = None  # the Calibration to train on, in the order of their positions; or the datamodule's
         self.passes = 0.0
@@ -163,9 +167,14 @@ class DistillationModule(LightningModule):
         # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
         rise = 0.11 if steps == 10 else 0.1
         scheduler = OneCycle(optimizer, lr, steps, pct_start=rise, anneal_strategy="linear")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
-    def _loss(self, batch: tuple[Tensor, Batch], outputs: Tensor | None, stage: str) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, batch: tuple[Tensor, Batch], outputs: Tensor | None, stage: str
+    ) -> tuple[Tensor, Tensor]:
         """Log the loss on a batch; return it and the experts' logits ``[N, B, C]``, computed unless they are known."""
         positions, inputs = batch
         count = len(positions)
@@ -175,7 +184,9 @@ class DistillationModule(LightningModule):
             self.passes += together * len(self.teachers)
             with torch.no_grad():
                 outputs = self.expert_outputs(inputs)
-        clear_caches(self.student)  # what it keeps of its parameters in eval mode: they have changed
+        clear_caches(
+            self.student
+        )  # what it keeps of its parameters in eval mode: they have changed
         row = outputs.new_tensor(self.hparams["code_row"])
         target = torch.tensordot(row, outputs, dims=1)  # [B, C]
         difference = full_precision(self.student(inputs)) - full_precision(target)

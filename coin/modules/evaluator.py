@@ -92,7 +92,9 @@ class DecodingEvaluator(LightningModule):
         else:
             self.code = uniform(len(experts))
         if self.code.num_experts != len(experts):
-            raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
+            raise ConfigurationError(
+                f"found a code for {self.code.num_experts} experts, expected {len(experts)}"
+            )
         self.variants.append(Variant(NONE, self.code))
         self.variants.append(Variant(ORACLE, self.code))
         copies = [Path(path) for path in replicas or []]
@@ -122,7 +124,9 @@ class DecodingEvaluator(LightningModule):
         needed = not self.takes_all_decoders
         experts = list(self.experts)
         self.decoders, heads = with_heads(self.decoders, experts, first, needed=needed)
-        self.evaluation = Evaluation(self.variants, self.decoders, self.class_counts, heads, self.replicas)
+        self.evaluation = Evaluation(
+            self.variants, self.decoders, self.class_counts, heads, self.replicas
+        )
         started = time.perf_counter()
         answers = self._answers(calibration)
         seconds = time.perf_counter() - started
@@ -155,12 +159,16 @@ class DecodingEvaluator(LightningModule):
                 self.progress.update(len(batch))
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
         task = dataloader_idx
         inputs = batch[0]
         labels = batch[1].cpu()
-        answers = self(inputs, task).cpu()  # where the decoders were fitted; not every device has float64
+        answers = self(
+            inputs, task
+        ).cpu()  # where the decoders were fitted; not every device has float64
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
@@ -170,7 +178,9 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `measurements`."""
-        if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
+        if (
+            self.trainer.world_size > 1
+        ):  # processes add up where their device is: NCCL reduces no tensors of the CPU
             for metric in self.evaluation.metrics:
                 metric.to(self.device)
         self.measurements = self.evaluation.measurements(self.tasks)

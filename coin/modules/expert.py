@@ -74,11 +74,15 @@ class Expert(LightningModule):
         datamodule = getattr(trainer, "datamodule", None)
         if self.network is None:
             if datamodule is None:
-                raise ConfigurationError("found no num_classes and no datamodule to ask, expected one of them")
+                raise ConfigurationError(
+                    "found no num_classes and no datamodule to ask, expected one of them"
+                )
             self.hparams["num_classes"] = datamodule.num_classes
             self._build(datamodule.num_classes)
         zero_shot = getattr(datamodule, "zero_shot", None)
-        is_fitted = trainer is not None and trainer.state.fn == "fit"  # otherwise a checkpoint brings the head
+        is_fitted = (
+            trainer is not None and trainer.state.fn == "fit"
+        )  # otherwise a checkpoint brings the head
         if zero_shot is not None or is_fitted:
             fill_head(self.network, self.config, zero_shot, type(datamodule).__name__)
 
@@ -90,7 +94,9 @@ class Expert(LightningModule):
             for name in ("image_size", "num_classes"):
                 own, given = self.hparams[name], getattr(data, name)
                 if given != own:
-                    raise ConfigurationError(f"found {name}={own} of the model and {given} of the data; set them equal")
+                    raise ConfigurationError(
+                        f"found {name}={own} of the model and {given} of the data; set them equal"
+                    )
         plot_against_epochs(self, ["train/loss", "train/accuracy", "val/loss", "val/accuracy"])
 
     def train(self, mode: bool = True) -> Self:
@@ -136,12 +142,17 @@ class Expert(LightningModule):
         scheduler = self.recipe.make_scheduler(optimizer, steps)
         if scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def _build(self, num_classes: int) -> None:
         initial = self.hparams["initial"]
         checkpoint = None if initial is None else Path(initial)
-        network = initial_network(self.config, num_classes, checkpoint, seed=self.hparams["initial_seed"])
+        network = initial_network(
+            self.config, num_classes, checkpoint, seed=self.hparams["initial_seed"]
+        )
         trained = trainable_names(network, self.recipe.trainable)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -150,14 +161,20 @@ class Expert(LightningModule):
         self.train(self.training)
         # A ModuleDict refuses the key "train", a method's name.
         stages = ("train_", "val_", "test_")
-        self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
+        self.accuracy = nn.ModuleDict(
+            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages}
+        )
 
     def _step(self, batch: Labelled, stage: str) -> Tensor:
         images, labels = batch
         logits = self(images)
         expected = (len(labels), self.hparams["num_classes"])
         if not isinstance(logits, Tensor) or logits.shape != expected:
-            found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            found = (
+                f"a tensor {list(logits.shape)}"
+                if isinstance(logits, Tensor)
+                else type(logits).__name__
+            )
             raise ConfigurationError(
                 f"found {found} from the network '{self.config.name}', expected logits [samples, classes] = "
                 f"{list(expected)}; fix its forward, or what it does with num_classes"

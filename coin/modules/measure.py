@@ -18,7 +18,16 @@ from coin.modules.coded import Coded
 from coin.networks.calling import as_input
 from coin.networks.guard import eval_mode
 
-_COLUMNS = ["decoder", "erased", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"]
+_COLUMNS = [
+    "decoder",
+    "erased",
+    "task",
+    "expert_accuracy",
+    "decoded_accuracy",
+    "nda",
+    "agreement",
+    "residual",
+]
 _COLUMNS += ["decoder_passes", "memory_mib", "resident_mib", "forwards", "losses"]
 
 
@@ -62,7 +71,9 @@ def evaluate(
     for what, given in (("loaders", loaders), ("calibration data", calibration)):
         tasks = count if given is None else len(given)
         if tasks != count:
-            raise ConfigurationError(f"found {what} of {tasks} tasks, expected {count}; give every expert's")
+            raise ConfigurationError(
+                f"found {what} of {tasks} tasks, expected {count}; give every expert's"
+            )
     each_alone = [[task] for task in range(count)]
     lost = tuple(check_erasure(erased, count) for erased in erasures or each_alone)
     if len({frozenset(erased) for erased in lost}) < len(lost):
@@ -91,16 +102,22 @@ def evaluate(
     )
     evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
     if not evaluation.fitted:
-        raise ConfigurationError("found no decoder that reads a body with adapters, expected expert_head")
+        raise ConfigurationError(
+            "found no decoder that reads a body with adapters, expected expert_head"
+        )
     parts = []
     for task, batches in enumerate(calibration or ()):
         for batch in batches:
-            answers = system.answers(batch, features=features, tasks=task).cpu()  # not all devices have float64
+            answers = system.answers(
+                batch, features=features, tasks=task
+            ).cpu()  # not all devices have float64
             task_of_each = torch.full((answers.num_samples,), task)
             parts.append(replace(answers, tasks=task_of_each))
     to_fit = [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]
     if to_fit and not parts:
-        raise ConfigurationError(f"found no calibration samples to fit the decoder {to_fit[0]} on; give them")
+        raise ConfigurationError(
+            f"found no calibration samples to fit the decoder {to_fit[0]} on; give them"
+        )
     if parts:
         evaluation.fit(Answers.concatenate(parts))
     for task, pairs in tests.items():
@@ -119,7 +136,9 @@ def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
     for batch in loader:
         is_pair = isinstance(batch, tuple | list) and len(batch) == 2
         if not is_pair or not isinstance(batch[1], Tensor):
-            raise DataError(f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels)")
+            raise DataError(
+                f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels)"
+            )
         is_empty = False
         yield batch[0], batch[1]
     if is_empty:

@@ -77,9 +77,13 @@ class Recipe:
         if self.lr is not None:
             check_number("lr", self.lr, low=0.0, strict=True)
         if not isinstance(self.freeze_batchnorm, bool):
-            raise ConfigurationError(f"found freeze_batchnorm={self.freeze_batchnorm!r}, expected true or false")
+            raise ConfigurationError(
+                f"found freeze_batchnorm={self.freeze_batchnorm!r}, expected true or false"
+            )
         if self.trainable is not None and not is_list_of_names(self.trainable):
-            raise ConfigurationError(f"found trainable={self.trainable!r}, expected a list of glob patterns or null")
+            raise ConfigurationError(
+                f"found trainable={self.trainable!r}, expected a list of glob patterns or null"
+            )
         # Made of a parameter of its own, so that wrong classes and options are refused before anything is trained.
         optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1, 1))])
         self.make_scheduler(optimizer, 100)
@@ -98,7 +102,9 @@ class Recipe:
         """Return the schedule of a run of this many steps; ConfigurationError where a schedule's length is infinite."""
         if self.lr_scheduler is None:
             return None
-        path, given = _class_and_options("lr_scheduler", self.lr_scheduler, "torch.optim.lr_scheduler")
+        path, given = _class_and_options(
+            "lr_scheduler", self.lr_scheduler, "torch.optim.lr_scheduler"
+        )
         known = {
             "max_lr": [group["lr"] for group in optimizer.param_groups],
             "total_steps": steps,
@@ -134,7 +140,9 @@ def _class_and_options(name: str, given: Any, home: str) -> tuple[str, dict[str,
     """Return a class's import path, by default in `home`, and its options."""
     spec: Any = {"class_path": given} if isinstance(given, str) else given
     if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
-        raise ConfigurationError(f"found {name}={given!r}, expected the name of a class of {home}, or its class_path")
+        raise ConfigurationError(
+            f"found {name}={given!r}, expected the name of a class of {home}, or its class_path"
+        )
     path = spec["class_path"]
     if "." not in path:
         path = f"{home}.{path}"

@@ -3,7 +3,11 @@
 from coin.networks.adapted import Adapted as Adapted, answering as answering
 from coin.networks.adapter import Adapter as Adapter
 from coin.networks.batchnorm import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
-from coin.networks.compressed import Compressed as Compressed, Compression as Compression, compress as compress
+from coin.networks.compressed import (
+    Compressed as Compressed,
+    Compression as Compression,
+    compress as compress,
+)
 from coin.networks.files import load_network as load_network, save_network as save_network
 from coin.networks.heads import head_name as head_name, pad_head as pad_head
 from coin.networks.registry import NetworkConfig as NetworkConfig, build_network as build_network

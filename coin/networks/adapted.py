@@ -18,10 +18,21 @@ from coin.errors import ConfigurationError, StateError
 from coin.networks.adapter import Adapter
 from coin.networks.calling import Forward, called_by, clone, plain
 from coin.networks.heads import head_name, with_head
-from coin.networks.kept import ANSWERING, Change, Kept, keep, kept_parameters, not_makeable, tied_names, unpacked
+from coin.networks.kept import (
+    ANSWERING,
+    Change,
+    Kept,
+    keep,
+    kept_parameters,
+    not_makeable,
+    tied_names,
+    unpacked,
+)
 
 _Asked = Mapping[object, int | Tensor | None]
-_ASKED: ContextVar[_Asked] = ContextVar("_ASKED")  # by the bodies' keys, as which experts they answer
+_ASKED: ContextVar[_Asked] = ContextVar(
+    "_ASKED"
+)  # by the bodies' keys, as which experts they answer
 
 
 class Adapted(nn.Module):
@@ -46,14 +57,18 @@ class Adapted(nn.Module):
     torch.Size([2, 3])
     """
 
-    def __init__(self, body: nn.Module, adapters: Sequence[Adapter] = (), keep_mib: float = 0.0) -> None:
+    def __init__(
+        self, body: nn.Module, adapters: Sequence[Adapter] = (), keep_mib: float = 0.0
+    ) -> None:
         super().__init__()
         self.body = plain(clone(body, shared=True))
         self.num_experts = len(adapters)
         self.key = object()  # by which `answering` knows it and what `torch.export` makes of it
         self.head_name = f"body.{head_name(body)}".rstrip(".")
         self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
-        self._plain: dict[int, nn.Module] = {}  # networks of single experts, the least recently asked for first
+        self._plain: dict[
+            int, nn.Module
+        ] = {}  # networks of single experts, the least recently asked for first
         self._set_adapters(adapters)
         self.keep(keep_mib)
 
@@ -65,13 +80,17 @@ class Adapted(nn.Module):
         changed = chain(*(adapter.changes for adapter in adapters))
         for name in dict.fromkeys(changed):
             if name in refused:
-                raise StateError(f"'{name}' cannot be changed: a container owns it, or another attribute holds it too")
+                raise StateError(
+                    f"'{name}' cannot be changed: a container owns it, or another attribute holds it too"
+                )
             if name not in kept:
                 own = Kept(self.body.get_parameter(name))
                 keep(self.body, tied[name], own)
                 kept |= dict.fromkeys(tied[name], own)
             if kept[name].num_experts:
-                raise StateError(f"'{name}' is tied to another that adapters change, expected one of them")
+                raise StateError(
+                    f"'{name}' is tied to another that adapters change, expected one of them"
+                )
             changes = [adapter.changes.get(name, Change()) for adapter in adapters]
             kept[name].set_experts(changes)
 
@@ -83,7 +102,9 @@ class Adapted(nn.Module):
         if mib > 0:
             each = tensor_nbytes(self.network(0)) / 2**20
             if mib < each:
-                raise ConfigurationError(f"found keep_mib={mib:g}, expected 0, or {each:.3g}, which one network takes")
+                raise ConfigurationError(
+                    f"found keep_mib={mib:g}, expected 0, or {each:.3g}, which one network takes"
+                )
             self.most_plain = int(mib / each)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
@@ -147,13 +168,17 @@ class Adapted(nn.Module):
         """
         experts = 0 if self.num_experts == 0 else _ASKED.get({}).get(self.key)
         if experts is None:
-            raise StateError("found a body with adapters, expected to be told whose answer it gives; use answering")
+            raise StateError(
+                "found a body with adapters, expected to be told whose answer it gives; use answering"
+            )
         if isinstance(experts, int):
             with self._as(experts):
                 return function(self._as_expert(experts), *inputs, **named)
         first = tensors_in((inputs, named))[0]
         if len(experts) != len(first):
-            raise ConfigurationError(f"found {len(experts)} experts for {len(first)} samples, expected one for each")
+            raise ConfigurationError(
+                f"found {len(experts)} experts for {len(first)} samples, expected one for each"
+            )
         experts = experts.to(first.device)
         places = []
         parts = []
@@ -199,7 +224,9 @@ def resident_nbytes(network: nn.Module) -> int:
 
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file."""
-    others = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # tied ones once
+    others = {
+        id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()
+    }  # tied ones once
     total: int = 0
     for module in network.modules():
         if isinstance(module, Kept):
@@ -216,7 +243,9 @@ def tensor_nbytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def with_adapters(network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0) -> nn.Module:
+def with_adapters(
+    network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0
+) -> nn.Module:
     """Return a network, as a body if there are adapters."""
     return Adapted(network, adapters, keep_mib) if adapters else network
 
@@ -236,7 +265,9 @@ def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> It
     if isinstance(experts, Tensor):
         is_index = experts.ndim == 1 and experts.dtype == torch.int64
     if not is_index:
-        raise ConfigurationError(f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64")
+        raise ConfigurationError(
+            f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64"
+        )
     asked: _Asked = {network.key: experts for network in networks if isinstance(network, Adapted)}
     token = _ASKED.set({**_ASKED.get({}), **asked})
     try:

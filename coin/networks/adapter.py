@@ -48,7 +48,9 @@ class AdapterOptions:
         try:
             return cls(**cast(Any, options))
         except TypeError as error:
-            raise ConfigurationError(f"found {options!r:.100} for adapters, expected {{rank: 16}} or so") from error
+            raise ConfigurationError(
+                f"found {options!r:.100} for adapters, expected {{rank: 16}} or so"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -114,7 +116,9 @@ def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 
 def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     """Return the names of the other tensors in a state, and the adapters of so many experts."""
-    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]  # by expert, parameter and part
+    parts: list[dict[str, dict[str, Tensor]]] = [
+        {} for _ in range(count)
+    ]  # by expert, parameter and part
     others = []
     for key in state:
         if count == 0 or not key.startswith(_ADAPTERS):

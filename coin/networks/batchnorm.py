@@ -40,10 +40,16 @@ class BatchNormPolicy(StrEnum):
 
 def batchnorms(network: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers that track running statistics."""
-    return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    return [
+        each
+        for each in network.modules()
+        if isinstance(each, _BatchNorm) and each.track_running_stats
+    ]
 
 
-_FOLDED_INTO = "folded_into"  # a BatchNorm's attribute: the name of the weight that it is folded into
+_FOLDED_INTO = (
+    "folded_into"  # a BatchNorm's attribute: the name of the weight that it is folded into
+)
 
 
 def mark_folded(network: nn.Module, norms: Mapping[str, str]) -> None:
@@ -55,7 +61,11 @@ def mark_folded(network: nn.Module, norms: Mapping[str, str]) -> None:
 def folded_norms(network: nn.Module) -> dict[str, str]:
     """Return the BatchNorms that `mark_folded` has noted, and the weights that they are folded into."""
     every = network.named_modules()
-    return {name: getattr(module, _FOLDED_INTO) for name, module in every if hasattr(module, _FOLDED_INTO)}
+    return {
+        name: getattr(module, _FOLDED_INTO)
+        for name, module in every
+        if hasattr(module, _FOLDED_INTO)
+    }
 
 
 def folded(
@@ -91,7 +101,9 @@ def folded(
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> int:
+def recalibrate(
+    network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
+) -> int:
     """Re-estimate all BatchNorm layers' statistics in place, and return the number of samples.
 
     They become the mean of a layer's batch statistics, weighted by batch size, all layers running as in training. A
@@ -112,7 +124,9 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     joined_batches = _without_singles(as_input(batch, network) for batch in batches)
     first = next(joined_batches, None)
     if first is None:
-        raise StateError("found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two")
+        raise StateError(
+            "found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two"
+        )
     layers = batchnorms(network)
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}

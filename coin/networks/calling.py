@@ -24,7 +24,9 @@ def called_by(network: Network, forward: Forward | None) -> Network:
         return network
 
     def call(self: nn.Module, batch: Any) -> Tensor:
-        return forward(plain(copy.copy(self)), map_tensors(torch.clone, batch))  # which it may change
+        return forward(
+            plain(copy.copy(self)), map_tensors(torch.clone, batch)
+        )  # which it may change
 
     shared = copy.copy(network)
     # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
@@ -46,7 +48,9 @@ def clone(network: Network, *, shared: bool = False) -> Network:
         memo = {id(tensor): tensor for tensor in every}
     for module in network.modules():
         for tensor in tensors_in(vars(module)):
-            if not tensor.is_leaf:  # what a forward pass has left in an attribute has a graph, which cannot be copied
+            if (
+                not tensor.is_leaf
+            ):  # what a forward pass has left in an attribute has a graph, which cannot be copied
                 memo[id(tensor)] = tensor.detach()
     copied = copy.deepcopy(network, memo)
     clear_caches(copied)
@@ -64,7 +68,9 @@ def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
             found = f"'{name}', which is sparse, lazy or on the meta device,"
             break
     if found is not None:
-        raise StateError(f"found {found} in {type(network).__name__}, expected a module of dense tensors; convert it")
+        raise StateError(
+            f"found {found} in {type(network).__name__}, expected a module of dense tensors; convert it"
+        )
 
 
 def clear_caches(network: nn.Module) -> None:
@@ -87,7 +93,9 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
         if like is not None:
             tensor = tensor.to(like.device)
             tensor = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
-        return tensor.clone() if tensor.is_inference() else tensor.detach()  # autograd refuses inference tensors
+        return (
+            tensor.clone() if tensor.is_inference() else tensor.detach()
+        )  # autograd refuses inference tensors
 
     return map_tensors(ready, checked_batch(batch, network))
 
@@ -112,7 +120,9 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
     found = {*sizes.values()}
     is_sound = len(found) == 1 and all(isinstance(size, int) for size in found)
     if not is_sound:
-        raise DataError(f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else")
+        raise DataError(
+            f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else"
+        )
     return batch
 
 

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import extra_module
 
-ZERO_SHOT = "zero_shot"  # the value of network.options.head for a vision tower with a zero-shot head
+ZERO_SHOT = (
+    "zero_shot"  # the value of network.options.head for a vision tower with a zero-shot head
+)
 
 # CLIP's normalisation of images in [0, 1], for folders without a preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -36,7 +38,9 @@ class ClipTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Return the logits ``[B, C]`` of images ``[B, 3, S, S]`` in CLIP's normalisation."""
-        vision = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        vision = self.vision(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+        )
         features = F.normalize(vision.image_embeds, dim=-1)  # [B, F]
         return self.head(features)  # type: ignore[no-any-return]
 
@@ -79,8 +83,12 @@ def zero_shot_head(place: str, prompts: Sequence[str], classes: Sequence[str]) -
         model = transformers.CLIPModel.from_pretrained(place).float().eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError) as error:
-        found = f"cannot read CLIP's text tower and tokenizer of '{place}' ({first_line(error)[:150]})"
-        raise FileError(f"{found}; give a folder or ID of a whole CLIPModel with its tokenizer") from error
+        found = (
+            f"cannot read CLIP's text tower and tokenizer of '{place}' ({first_line(error)[:150]})"
+        )
+        raise FileError(
+            f"{found}; give a folder or ID of a whole CLIPModel with its tokenizer"
+        ) from error
     longest = model.config.text_config.max_position_embeddings
     rows = []
     for name in classes:

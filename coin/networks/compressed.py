@@ -33,7 +33,9 @@ from coin.networks.heads import head_name, replace_head
 from coin.networks.kept import Kept, keep, not_makeable, tied_names
 from coin.networks.weights import check_plain, fill_network
 
-SHORT = 128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
+SHORT = (
+    128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
+)
 _PACKED = "packed."  # before the names of the compressed tensors in a file
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
 
@@ -65,7 +67,9 @@ class Compression:
         try:
             return cls(**cast(Any, options))
         except TypeError as error:
-            raise ConfigurationError(f"found {options!r:.100}, expected bits and base_bits") from error
+            raise ConfigurationError(
+                f"found {options!r:.100}, expected bits and base_bits"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -93,7 +97,9 @@ class Compressed:
     base_nbytes: int
     _kinds: dict[str, int]  # how every tensor is stored (`encode`), tied ones once
     _data: dict[str, Tensor]  # and its bytes
-    _folded: dict[str, str]  # the BatchNorms that are folded, with the weights that they are folded into
+    _folded: dict[
+        str, str
+    ]  # the BatchNorms that are folded, with the weights that they are folded into
     _outputs: int | None  # of the head, where the base's has others
     adapters: Sequence[Adapter] = ()
 
@@ -114,7 +120,9 @@ class Compressed:
                 replace_head(network, self._outputs)
         own = stored(network)
         self._check_layout(own)
-        reference = _reference(own, network, self.base, self._folded) if self.base_bits else _zeros(own)
+        reference = (
+            _reference(own, network, self.base, self._folded) if self.base_bits else _zeros(own)
+        )
         state: dict[str, Tensor] = {}
         for name, (first, *_) in tied_names(network).items():
             state[name] = decode(self._kinds[first], self._data[first], reference[first])
@@ -151,10 +159,14 @@ class Compressed:
     def _check_layout(self, like: Mapping[str, Tensor]) -> None:
         """Raise StateError where the compressed tensors are not of names and sizes like these."""
         found = {name: data.nbytes for name, data in self._data.items()}
-        expected = {name: size(self._kinds.get(name, EQUAL), tensor) for name, tensor in like.items()}
+        expected = {
+            name: size(self._kinds.get(name, EQUAL), tensor) for name, tensor in like.items()
+        }
         if found != expected:
             kind = type(self.base).__name__
-            raise StateError(f"the compressed tensors are not those of a {kind}; give a base of its architecture")
+            raise StateError(
+                f"the compressed tensors are not those of a {kind}; give a base of its architecture"
+            )
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
@@ -184,10 +196,21 @@ class Compressed:
         found = fingerprint(base.state_dict()) if base_bits else None
         expected = told["base"]
         if found != expected:
-            raise FileError(f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base")
+            raise FileError(
+                f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"
+            )
         names, adapters = split_adapters(file, told["adapters"])
         data = {name.removeprefix(_PACKED): file[name].clone() for name in names}
-        return cls(base, base_bits, told["base_nbytes"], told["kinds"], data, told["folded"], told["outputs"], adapters)
+        return cls(
+            base,
+            base_bits,
+            told["base_nbytes"],
+            told["kinds"],
+            data,
+            told["folded"],
+            told["outputs"],
+            adapters,
+        )
 
 
 Base = nn.Module | None
@@ -245,10 +268,14 @@ def compress(
     data: dict[str, Tensor] = {}
     for name, tensor in own.items():
         bits_of_matrix = None if name in buffers else bits
-        kinds[name], data[name] = encode(tensor, reference.tensors[name], bits_of_matrix, rounded.get(name))
+        kinds[name], data[name] = encode(
+            tensor, reference.tensors[name], bits_of_matrix, rounded.get(name)
+        )
         if tensor.shape != of_base[name].shape:  # of the head
             outputs = len(tensor)
-    return Compressed(reference.base, base_bits, reference.base_nbytes, kinds, data, reference.folded, outputs)
+    return Compressed(
+        reference.base, base_bits, reference.base_nbytes, kinds, data, reference.folded, outputs
+    )
 
 
 def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
@@ -260,7 +287,9 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     if base_bits == 0:
         return Reference(_on_cpu(network), 0, {}, _zeros(own))
     if base is None:
-        raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
+        raise ConfigurationError(
+            f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0"
+        )
     check_plain(base)
     state = stored(base)
     check_finite(state, "the base", [name for name, _ in base.named_buffers()])
@@ -307,7 +336,9 @@ def _reference(
 ) -> dict[str, Tensor]:
     """Return what a network's `stored` tensors are a delta from: the base's, these BatchNorms folded."""
     state = stored(base)
-    are_alike = all(name not in state or state[name].shape == tensor.shape for name, tensor in own.items())
+    are_alike = all(
+        name not in state or state[name].shape == tensor.shape for name, tensor in own.items()
+    )
     if not are_alike:
         state |= _rows_of_head(state, own, head_name(network))
     check_layout(own, state, "the base")
@@ -323,7 +354,9 @@ def _reference(
     return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
 
 
-def _rows_of_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+def _rows_of_head(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str
+) -> dict[str, Tensor]:
     """Return the tensors of a base's head with as many rows as a network's own: the first ones, and then zeros."""
     resized: dict[str, Tensor] = {}
     for name in (f"{head}.weight", f"{head}.bias"):
@@ -364,7 +397,9 @@ class Rounding:
         self.rounded[name] = rounded.cpu()
         return self.weight(name)
 
-    def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False) -> Tensor:
+    def step(
+        self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False
+    ) -> Tensor:
         """Round a weight after a step of a regression; return the step [G, O, K] from the weight to its rounded form.
 
         What is rounded is the delta from the reference, with the step in it. The step is the best one: another that is
@@ -386,7 +421,9 @@ class Rounding:
             matrix = stored.T if turned else stored
             return matrix.reshape(step.shape)
 
-        def as_stored(maps: Tensor) -> Tensor:  # [G, O, K] → the rows and columns that have scales and codes
+        def as_stored(
+            maps: Tensor,
+        ) -> Tensor:  # [G, O, K] → the rows and columns that have scales and codes
             matrix = maps.flatten(0, 1)
             return (matrix.T if turned else matrix).reshape(stored_shape)
 

@@ -16,10 +16,19 @@ HALF = 16
 WHOLE = 32
 """the tensor itself."""
 
-_CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)  # of a row's largest value: the scales from which the search begins
+_CLIPS = (
+    0.15,
+    0.25,
+    0.35,
+    0.5,
+    0.7,
+    1.0,
+)  # of a row's largest value: the scales from which the search begins
 _REFINEMENTS = 2  # of a scale, for every clip
 _SMALLEST = 1e-38  # divides the rows of scale 0, which may take any level
-_BLOCK_VALUES = 2**18  # values, times the clips, that are searched at a time: they fit a processor's cache
+_BLOCK_VALUES = (
+    2**18
+)  # values, times the clips, that are searched at a time: they fit a processor's cache
 
 Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
 """For scales s [rows, S] the sums ⟨row, L_c⟩ and ⟨L_c, L_c⟩ [rows, S], with c the codes nearest to row/s."""
@@ -120,7 +129,9 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
 def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     """Return the scales ``[rows]`` in bfloat16, below 0 for the even levels, of a matrix's smallest squared errors."""
     largest = matrix.abs().amax(1, keepdim=True)  # [rows, 1]
-    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]  # whose error, less the row's squares, is 0
+    scales = [
+        torch.zeros_like(largest, dtype=torch.bfloat16)
+    ]  # whose error, less the row's squares, is 0
     errors = [torch.zeros_like(largest, dtype=torch.float64)]
     if bits < 8:  # of 256 levels, even ones are as good
         ascending = matrix.sort(dim=1).values.double()
@@ -168,7 +179,9 @@ def _even_sums(matrix: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor
     return products, squares
 
 
-def _dense_sums(ascending: Tensor, first_sums: Tensor, bits: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _dense_sums(
+    ascending: Tensor, first_sums: Tensor, bits: int, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the `Sums` of the dense levels, given the rows' values in ascending order and the sums of the first n.
 
     Values that are rounded to one level stand side by side, so that there is a search for every edge between levels,
@@ -275,7 +288,9 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """Return the rows, which have a scale each, and the columns: a row a unit of the first dimension not of size 1."""
     if len(shape) < 2:
         return 1, math.prod(shape)
-    sizes = [size for size in shape if size != 1] or [1]  # a table of positions [1, N, D] has N rows
+    sizes = [size for size in shape if size != 1] or [
+        1
+    ]  # a table of positions [1, N, D] has N rows
     return sizes[0], math.prod(sizes[1:])
 
 
@@ -288,7 +303,9 @@ def is_smaller_rounded(shape: torch.Size, bits: int) -> bool:
     return 0 not in shape and _row_bytes(bits, columns) + scale_bytes < 2 * columns
 
 
-def encode(tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None) -> tuple[int, Tensor]:
+def encode(
+    tensor: Tensor, base: Tensor, bits: int | None, rounded: Rounded | None = None
+) -> tuple[int, Tensor]:
     """Encode a tensor as its difference from a base of its shape and type: return its storage kind and its bytes.
 
     Matrices are kept in `bits` a value, or as they are `rounded` already; vectors, and matrices that would not be
@@ -349,7 +366,9 @@ def split_matrix(data: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     rows, _ = matrix_shape(shape)
     scale_bytes = 2 * rows
     packed = data[:-scale_bytes].view(rows, -1)
-    scale = data[-scale_bytes:].clone()  # a view of another type has to begin at a multiple of its size
+    scale = data[
+        -scale_bytes:
+    ].clone()  # a view of another type has to begin at a multiple of its size
     return packed, scale.view(torch.bfloat16)
 
 

@@ -25,7 +25,9 @@ from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
-ZeroShot = tuple[Sequence[str], Sequence[str]]  # a task's prompts and class names, for a zero-shot head
+ZeroShot = tuple[
+    Sequence[str], Sequence[str]
+]  # a task's prompts and class names, for a zero-shot head
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class NetworkFile:
     @property
     def kept(self) -> nn.Module | Compressed:
         """The network as it is kept, for `coin.Coded`: compressed, or whole, as a body where there are adapters."""
-        return self.content if isinstance(self.content, Compressed) else with_adapters(self.network, self.adapters)
+        return (
+            self.content
+            if isinstance(self.content, Compressed)
+            else with_adapters(self.network, self.adapters)
+        )
 
     def module(self, keep_mib: float = 0.0) -> nn.Module:
         """Return the network as it answers: packed where it is stored so, and as a body where there are adapters."""
@@ -115,14 +121,20 @@ def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[
     if not compression.base_bits:
         return None, None
     if base is None:
-        raise ConfigurationError(f"found no base and base_bits={compression.base_bits}; name the base's file")
+        raise ConfigurationError(
+            f"found no base and base_bits={compression.base_bits}; name the base's file"
+        )
     file = load_network(base)
     if compression.base_bits != 8:
         return base, file.network
     kept_at = int8_path(path, base)  # which has the base's hash in its name
     if not kept_at.is_file():
         kept = int8(file.network)
-        described = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
+        described = {
+            "network": asdict(file.config),
+            "num_classes": file.num_classes,
+            "nbytes": kept.nbytes,
+        }
         kept.save(kept_at, {"made_by": "coin compress", **described})
     return kept_at, file.network
 
@@ -166,7 +178,9 @@ def open_network(path: Path) -> NetworkFile:
     return NetworkFile(path, StateFile(path, names), config, num_classes, provenance, adapters)
 
 
-def _base_of(path: Path, provenance: Mapping[str, Any], config: NetworkConfig, num_classes: int) -> nn.Module:
+def _base_of(
+    path: Path, provenance: Mapping[str, Any], config: NetworkConfig, num_classes: int
+) -> nn.Module:
     """Return the base that a compressed network's file names, or a new network where it has none."""
     named = provenance.get("base_file")
     if named is None:
@@ -175,7 +189,9 @@ def _base_of(path: Path, provenance: Mapping[str, Any], config: NetworkConfig, n
     for place in (path.resolve().parent / named, path.parent / Path(named).name):
         if place.is_file():
             return open_network(place).network
-    raise FileError(f"found no file '{path.parent / named}', the base that '{path}' is a delta from; put it there")
+    raise FileError(
+        f"found no file '{path.parent / named}', the base that '{path}' is a delta from; put it there"
+    )
 
 
 def load_network(path: Path) -> NetworkFile:
@@ -193,7 +209,9 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
         return config, operator.index(provenance["num_classes"])
     except (KeyError, TypeError, AttributeError) as error:
         expected = "name, image_size, options and num_classes; give an expert or a coded model"
-        raise FileError(f"'{path}' holds no network ({error!r:.80}), expected metadata with {expected}") from error
+        raise FileError(
+            f"'{path}' holds no network ({error!r:.80}), expected metadata with {expected}"
+        ) from error
 
 
 def initial_network(
@@ -231,7 +249,9 @@ def import_checkpoint(
     names = network.state_dict().keys()
     state = read_weights(path, names)
     if any(".lora_A." in name for name in state):
-        raise FileError(f"'{path}' holds LoRA adapters apart; save what peft's merge_and_unload() returns")
+        raise FileError(
+            f"'{path}' holds LoRA adapters apart; save what peft's merge_and_unload() returns"
+        )
     buffers = {name for name, _ in network.named_buffers()}
     check_finite(state, f"the network in '{path}'", buffers)
     if seed is not None:
@@ -253,7 +273,9 @@ def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
 
 
 @torch.no_grad()
-def fill_head(network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | None, task: str = "task") -> None:
+def fill_head(
+    network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | None, task: str = "task"
+) -> None:
     """Compute a task's zero-shot head and write it into a network that has such a head; raises as `check_heads`."""
     check_heads(config, zero_shot is not None, task)
     if zero_shot is not None:

@@ -33,10 +33,14 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     if not parameters:
         parameters = {name: p for name, p in every.items() if p.is_floating_point()}
     if not parameters:
-        raise ConfigurationError(f"found no floating-point parameters in {type(network).__name__}, expected some")
+        raise ConfigurationError(
+            f"found no floating-point parameters in {type(network).__name__}, expected some"
+        )
     for name, parameter in parameters.items():
         if parameter.is_complex():
-            raise ConfigurationError(f"parameter '{name}' is complex, expected real ones; use requires_grad_(False)")
+            raise ConfigurationError(
+                f"parameter '{name}' is complex, expected real ones; use requires_grad_(False)"
+            )
     return parameters
 
 
@@ -88,7 +92,9 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
         if has_caches:
             clear_caches(network)
         latest[:] = arguments[:1]
-        return tree_map_only(Tensor, torch.clone, (arguments, options))  # which the network may change in place
+        return tree_map_only(
+            Tensor, torch.clone, (arguments, options)
+        )  # which the network may change in place
 
     with _LOCK:
         for module in modules:

@@ -30,7 +30,9 @@ def head_name(network: nn.Module) -> str:
         return _names_of(network, layers[own])[0]
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not linear:
-        raise HeadError(f"found no Linear layer in {kind}; name the head by an attribute 'head_name'")
+        raise HeadError(
+            f"found no Linear layer in {kind}; name the head by an attribute 'head_name'"
+        )
     bases = _base_models(layers)
 
     def depth(name: str) -> int:  # in base models

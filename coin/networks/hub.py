@@ -42,7 +42,9 @@ class HuggingFace(NetworkSource):
         """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
         head = self.options.get("head")
         if head not in (None, clip.ZERO_SHOT):
-            raise ConfigurationError(f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing")
+            raise ConfigurationError(
+                f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing"
+            )
         return head is not None
 
     def check(self) -> None:
@@ -64,7 +66,9 @@ class HuggingFace(NetworkSource):
         options = {name: value for name, value in self.options.items() if name != "head"}
         for name in options:
             if not hasattr(found, name):
-                raise ConfigurationError(f"found network.options with '{name}', expected entries of the configuration")
+                raise ConfigurationError(
+                    f"found network.options with '{name}', expected entries of the configuration"
+                )
         return type(found).from_dict({**found.to_dict(), **options})
 
     @property
@@ -79,7 +83,11 @@ class HuggingFace(NetworkSource):
     def check_vocabulary(self, count: int) -> None:
         """Refuse another number of tokens than its own tokenizer has, or more than it has embeddings."""
         own, most = self.tokenizer, getattr(self.configuration, "vocab_size", None)
-        expected = None if own is None else extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
+        expected = (
+            None
+            if own is None
+            else extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
+        )
         tokens = most if expected is None else expected.get_vocab_size()
         if count != tokens and (expected is not None or count > (most or count)):
             advice = f"tokenizer={own or 'its tokenizer.json'}"
@@ -101,7 +109,11 @@ class HuggingFace(NetworkSource):
             network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
-        hook = self._reading_images(found, network) if reads == "images" else self._reading_texts(found)
+        hook = (
+            self._reading_images(found, network)
+            if reads == "images"
+            else self._reading_texts(found)
+        )
         network.register_forward_pre_hook(hook, with_kwargs=True)
         network.register_forward_hook(_logits)
         return network
@@ -119,7 +131,11 @@ class HuggingFace(NetworkSource):
         """Return the classes of another folder's or ID's head in the order of its outputs; [] where it names none."""
         names = getattr(_configuration(place, f"{PREFIX}{place}"), "id2label", None) or {}
         found = [str(names[index]) for index in sorted(names)]
-        return [] if self.zero_shot or found == [f"LABEL_{index}" for index in range(len(found))] else found
+        return (
+            []
+            if self.zero_shot or found == [f"LABEL_{index}" for index in range(len(found))]
+            else found
+        )
 
     def save(self, network: nn.Module, folder: Path) -> None:
         """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""
@@ -127,11 +143,15 @@ class HuggingFace(NetworkSource):
         if isinstance(network, clip.ClipTower):
             inner = network.vision
         else:
-            inner.config.num_labels = linear_head(network).out_features  # an expert's own is smaller than the body's
+            inner.config.num_labels = linear_head(
+                network
+            ).out_features  # an expert's own is smaller than the body's
         inner.save_pretrained(folder)
         processor = self._processor() if self.reads == "images" else {}
         if processor:
-            (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
+            (folder / "preprocessor_config.json").write_text(
+                json.dumps(processor, indent=2), encoding="utf-8"
+            )
 
     def _kind(self) -> tuple[str, Any]:
         """Return what it reads and the class of transformers that builds it, None for a CLIP."""
@@ -148,7 +168,9 @@ class HuggingFace(NetworkSource):
         if type(found) in texts._model_mapping:
             return "texts", texts
         own = type(found).__name__
-        raise ConfigurationError(f"found network.name '{self.name}', a {own}, expected a classifier of images or texts")
+        raise ConfigurationError(
+            f"found network.name '{self.name}', a {own}, expected a classifier of images or texts"
+        )
 
     def _processor(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``; {} without one."""
@@ -172,7 +194,9 @@ class HuggingFace(NetworkSource):
     def _reading_texts(self, found: Any) -> "_ByName":
         """Return the hook for texts, which refuses those that are too long."""
         longest = getattr(found, "max_position_embeddings", None)
-        return _ByName("input_ids", padding=getattr(found, "pad_token_id", None) or 0, longest=longest)
+        return _ByName(
+            "input_ids", padding=getattr(found, "pad_token_id", None) or 0, longest=longest
+        )
 
 
 def local_place(place: str) -> str:

@@ -90,7 +90,9 @@ class Change:
     @classmethod
     def stored(cls, held: Mapping[str, Tensor]) -> "Change":
         """Return the change of which these are the parts of `as_read`."""
-        parts = {name: part for name, part in held.items() if name not in ("left_first", "right_first")}
+        parts = {
+            name: part for name, part in held.items() if name not in ("left_first", "right_first")
+        }
         for name in ("left_scale", "right_scale"):
             if name in parts:
                 parts[name] = parts[name].flatten().bfloat16()
@@ -220,7 +222,9 @@ class Kept(nn.Module):
         value: Any = self._parameters["original"]
         codes = buffers["codes"]
         if codes is not None:
-            matrix = read(codes, buffers["codes_first"], buffers["codes_scale"], self.bits, self.columns)
+            matrix = read(
+                codes, buffers["codes_first"], buffers["codes_scale"], self.bits, self.columns
+            )
             matrix = matrix.view(self.shape)
             value = matrix if value.dtype == torch.float32 else matrix.to(value.dtype)
         expert = ANSWERING.get()

@@ -39,10 +39,14 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         self.source.check()
         if self.image_size < 1:
-            raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
+            raise ConfigurationError(
+                f"found network.image_size {self.image_size}, expected at least 1 pixel"
+            )
         for name in ("num_classes", "weights"):
             if name in self.options:
-                raise ConfigurationError(f"found network.options with '{name}', which coin sets; leave it out")
+                raise ConfigurationError(
+                    f"found network.options with '{name}', which coin sets; leave it out"
+                )
 
     @property
     def reads(self) -> str:
@@ -56,7 +60,9 @@ class NetworkConfig:
         """
         if content != self.reads:
             found = f"found a task of {content} for the network '{self.name}'"
-            raise ConfigurationError(f"{found}, expected {self.reads}; change the task or network.name")
+            raise ConfigurationError(
+                f"{found}, expected {self.reads}; change the task or network.name"
+            )
         if vocabulary is not None:
             self.source.check_vocabulary(vocabulary)
 

@@ -43,7 +43,9 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     features = captured[0]
     if features.ndim != 2:
         found = f"the head of {kind} reads inputs {list(features.shape)}, expected one row a sample [B, F]"
-        raise HeadError(f"{found}; pool positions before the head, or leave out methods and decoders that read it")
+        raise HeadError(
+            f"{found}; pool positions before the head, or leave out methods and decoders that read it"
+        )
     return features, logits
 
 

@@ -77,7 +77,9 @@ class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyp
         width: int = 128,
         mlp_width: int = 256,
     ) -> None:
-        super().__init__(image_size, patch_size, depth, heads, width, mlp_width, num_classes=num_classes)
+        super().__init__(
+            image_size, patch_size, depth, heads, width, mlp_width, num_classes=num_classes
+        )
         # Nearer to a token's scale than torchvision's 0.02: attention tells positions apart from the first step on.
         nn.init.normal_(self.encoder.pos_embedding, std=0.3)
 

@@ -60,25 +60,38 @@ class NetworkSource(ABC):
             expected = f"hf/ before it; write hf/{self.name}"
             raise ConfigurationError(f"{found}, a folder of Hugging Face's, expected {expected}")
         if self.name not in known:
-            raise ConfigurationError(f"{found}{did_you_mean(self.name, known)}, expected {expected}; {advice}")
+            raise ConfigurationError(
+                f"{found}{did_you_mean(self.name, known)}, expected {expected}; {advice}"
+            )
 
     def check_weights(self, known: list[str]) -> None:
         """Refuse named weights that are not known."""
         if self.weights not in (None, *known):
             expected = ", ".join([*known, "null"])
-            raise ConfigurationError(f"found network.weights '{self.weights}', expected {expected} for {self.name}")
+            raise ConfigurationError(
+                f"found network.weights '{self.weights}', expected {expected} for {self.name}"
+            )
 
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
         """Call a constructor; what does not fit becomes one line."""
         try:
             network: nn.Module = builder(*arguments, **options)
-        except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
+        except (
+            TypeError,
+            ValueError,
+            AssertionError,
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+        ) as error:
             # Not every network can be built on the meta device.
             if is_out_of_memory(error) or isinstance(error, NotImplementedError):
                 raise
             inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
             found = f"cannot build {self.name} for {inputs} with options {self.options}"
-            raise ConfigurationError(f"{found}: {first_line(error)}; change network.image_size or these") from error
+            raise ConfigurationError(
+                f"{found}: {first_line(error)}; change network.image_size or these"
+            ) from error
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
@@ -146,7 +159,9 @@ class Torchvision(NetworkSource):
         elif self.name.startswith("maxvit_"):
             options.setdefault("input_size", (self.image_size, self.image_size))
         if self.weights is None:
-            return self.construct(models.get_model, self.name, weights=None, num_classes=num_classes, **options)
+            return self.construct(
+                models.get_model, self.name, weights=None, num_classes=num_classes, **options
+            )
         network = self.download(
             lambda: models.get_model(self.name, weights=self.weights, **options),
             f"copy them to {torch.hub.get_dir()}/checkpoints",
@@ -185,4 +200,6 @@ class ImportPath(NetworkSource):
         kind = imported("network.name", self.name, "a class")
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             return kind
-        raise ConfigurationError(f"found network.name '{self.name}', a {type(kind).__name__}, expected an nn.Module")
+        raise ConfigurationError(
+            f"found network.name '{self.name}', a {type(kind).__name__}, expected an nn.Module"
+        )

@@ -60,7 +60,9 @@ class MiniLM(nn.Module):
         attended[:, 0] = 1  # so that an empty text attends to something
         # Positions that every text has of its own are what the Fisher pass has a rule for.
         positions = arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
+        x = self.bert(
+            input_ids=tokens, attention_mask=attended, position_ids=positions
+        ).last_hidden_state
         weights = attended.to(x.dtype)[..., None]
         mean = (x * weights).sum(1) / weights.sum(1)
         return self.head(mean)  # type: ignore[no-any-return]
@@ -69,7 +71,9 @@ class MiniLM(nn.Module):
 def check_tokens(tokens: Tensor, longest: int) -> None:
     """Raise DataError where texts, int64 ``[B, L]``, are longer than a network reads."""
     if tokens.shape[1] > longest:
-        raise DataError(f"found texts of {tokens.shape[1]} tokens, expected at most {longest}; set max_tokens of tasks")
+        raise DataError(
+            f"found texts of {tokens.shape[1]} tokens, expected at most {longest}; set max_tokens of tasks"
+        )
 
 
 def load_pretrained(network: MiniLM, weights: str) -> None:

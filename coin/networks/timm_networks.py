@@ -29,11 +29,15 @@ class Timm(NetworkSource):
         """Check that timm has this name and these weights."""
         timm = extra_module("timm", "timm")
         known = [f"timm/{each}" for each in timm.list_models()]
-        self.check_name(known, "a classifier of timm, its tag as weights", "timm.list_models() lists them")
+        self.check_name(
+            known, "a classifier of timm, its tag as weights", "timm.list_models() lists them"
+        )
         tagged = timm.list_models(f"{self.architecture}.*", pretrained=True)
         tags = [each.partition(".")[2] for each in tagged]
         default = ["default"] if tags else []
-        packaged = [weights for weights, (name, *_) in PACKAGED.items() if name == self.architecture]
+        packaged = [
+            weights for weights, (name, *_) in PACKAGED.items() if name == self.architecture
+        ]
         self.check_weights([*default, *tags, *packaged])
 
     @property
@@ -54,11 +58,15 @@ class Timm(NetworkSource):
         else:
             tag = "" if self.weights == "default" else f".{self.weights}"
             tagged = f"{self.architecture}{tag}"
-            network = self.download(lambda: timm.create_model(tagged, pretrained=True, **options), CACHE)
+            network = self.download(
+                lambda: timm.create_model(tagged, pretrained=True, **options), CACHE
+            )
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
         if not isinstance(head, str):
-            raise ConfigurationError(f"found {self.name}, whose head is {head}, expected one classifier; take another")
+            raise ConfigurationError(
+                f"found {self.name}, whose head is {head}, expected one classifier; take another"
+            )
         if head_name(network) != head:
             network.head_name = head  # type: ignore[assignment]
         if self.weights in PACKAGED:

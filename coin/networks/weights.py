@@ -70,7 +70,9 @@ def _odd_part(network: nn.Module) -> str | None:
         is_wrapped = any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks)
         if is_making(module) or is_parametrized(module) or is_wrapped:
             return f"a weight of layer '{name}' is computed at every pass"
-        makes_functions_anew = type(module).__setstate__ is not nn.Module.__setstate__  # in copies, as metrics do
+        makes_functions_anew = (
+            type(module).__setstate__ is not nn.Module.__setstate__
+        )  # in copies, as metrics do
         if not makes_functions_anew and _holds_closure(module):
             return f"layer '{name}' holds a function of a module, which copies would share,"
     return None
@@ -148,7 +150,9 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     with path.open("rb") as file:
         beginning = file.read(64)
     if beginning.lstrip().startswith(b"<"):
-        raise FileError(f"'{path}' is a web page (HTML), expected a network's weights; download the file itself")
+        raise FileError(
+            f"'{path}' is a web page (HTML), expected a network's weights; download the file itself"
+        )
     try:
         if path.suffix == ".safetensors":
             return without_prefix(load_file(path), names)
@@ -156,8 +160,12 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     except UnpicklingError as error:
         if beginning.startswith((b"PK", b"\x80")):  # PyTorch's formats
             expected = "tensors by name; load it where its classes are, and save its state_dict()"
-            raise FileError(f"'{path}' holds pickled objects, such as a whole network, expected {expected}") from error
-        raise FileError(f"'{path}' is no checkpoint, expected a network's weights; save them again") from error
+            raise FileError(
+                f"'{path}' holds pickled objects, such as a whole network, expected {expected}"
+            ) from error
+        raise FileError(
+            f"'{path}' is no checkpoint, expected a network's weights; save them again"
+        ) from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         found = f"cannot read '{path}' ({first_line(error)}), expected a checkpoint"
         raise FileError(f"{found}; {how_to_redo(path)}") from error
@@ -165,9 +173,13 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             state = content[key]
-    has_tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    has_tensors = isinstance(state, dict) and all(
+        isinstance(value, Tensor) for value in state.values()
+    )
     if not has_tensors:
-        raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
+        raise FileError(
+            f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()"
+        )
     return without_prefix(state, names)
 
 

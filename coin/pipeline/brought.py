@@ -31,12 +31,20 @@ def check_places(checkpoints: Mapping[str, str]) -> None:
             path = Path(place)
             if not path.is_file():
                 is_hugging_face = (path / "config.json").is_file()
-                advice = f"for a folder of Hugging Face's write hf/{place}" if is_hugging_face else "check the path"
-                raise ConfigurationError(f"found no file '{place}', expected an expert's weights; {advice}")
+                advice = (
+                    f"for a folder of Hugging Face's write hf/{place}"
+                    if is_hugging_face
+                    else "check the path"
+                )
+                raise ConfigurationError(
+                    f"found no file '{place}', expected an expert's weights; {advice}"
+                )
             contents = sha256_of(path)
         if contents in tasks:
             found = f"found one expert for the tasks '{tasks[contents]}' and '{task}', '{place}'"
-            raise ConfigurationError(f"{found}, expected one of its own for each; check expert.checkpoints")
+            raise ConfigurationError(
+                f"{found}, expected one of its own for each; check expert.checkpoints"
+            )
         tasks[contents] = task
 
 
@@ -118,4 +126,6 @@ def tell_distances(name: str, expert: nn.Module, base: nn.Module, first: nn.Modu
 
 def _distance(expert: nn.Module, other: nn.Module) -> float:
     head = f"{head_name(expert)}."
-    return spread([dict(other.named_parameters()), dict(expert.named_parameters())], [0.5, 0.5], (head,))
+    return spread(
+        [dict(other.named_parameters()), dict(expert.named_parameters())], [0.5, 0.5], (head,)
+    )

@@ -34,7 +34,9 @@ class BaseConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.task is None) == (self.checkpoint is None):
-            raise ConfigurationError("found a base with both or neither of task and checkpoint; give exactly one")
+            raise ConfigurationError(
+                "found a base with both or neither of task and checkpoint; give exactly one"
+            )
         check_integer("seed", self.seed, 0)
 
 
@@ -59,7 +61,11 @@ class ExpertConfig(TrainingConfig):
 
     def of(self, task: str) -> "ExpertConfig":
         """Return the training options for a task, its overrides applied."""
-        options: dict[str, Any] = {**self.overrides.get(task, {}), "overrides": {}, "checkpoints": {}}
+        options: dict[str, Any] = {
+            **self.overrides.get(task, {}),
+            "overrides": {},
+            "checkpoints": {},
+        }
         try:
             return replace(self, **options)
         except TypeError as error:

@@ -94,7 +94,9 @@ class Experiment:
         self.seeds = seeds if isinstance(seeds, list) else [seeds or 0]
         in_range = [seed for seed in self.seeds if seed in _SEEDS]
         if not self.seeds or len(set(in_range)) != len(self.seeds):
-            raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
+            raise ConfigurationError(
+                f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}"
+            )
         self.code = read_code(code, len(tasks))
         self.decoders = distinct_decoders(decoders)
         self.takes_all_decoders = decoders is None
@@ -111,7 +113,9 @@ class Experiment:
             names += variant_files(method)
         for name in names:
             if names.count(name) > 1:
-                raise ConfigurationError(f"found method {name} twice; leave one out, or give one of them a label")
+                raise ConfigurationError(
+                    f"found method {name} twice; leave one out, or give one of them a label"
+                )
         mc_samples = self.calibration.fisher_mc_samples
         kinds = {which.kind for method in self.methods for which in method.statistics()}
         if mc_samples is not None and FisherKind.monte_carlo not in kinds:
@@ -142,7 +146,11 @@ class Experiment:
 
     def recorded(self, seed: int | None) -> dict[str, Any]:
         """Return the options of one seed, or of what all seeds share, as results and W&B have them."""
-        own = {name: value for name, value in self.given.items() if name not in ("seeds", "output", "wandb")}
+        own = {
+            name: value
+            for name, value in self.given.items()
+            if name not in ("seeds", "output", "wandb")
+        }
         return {**own, "code": self.code.matrix.tolist(), "seed": seed}
 
     def check(self) -> None:
@@ -172,7 +180,11 @@ class Experiment:
     def fetch(self) -> None:
         """Download what is missing of experts, CLIP and data; other weights are downloaded where they are read."""
         source = self.network.source
-        places = [local_place(place) for place in self.expert.checkpoints.values() if place.startswith(PREFIX)]
+        places = [
+            local_place(place)
+            for place in self.expert.checkpoints.values()
+            if place.startswith(PREFIX)
+        ]
         if isinstance(source, HuggingFace) and source.zero_shot and source.weights:
             places.append(source.place)
         for place in dict.fromkeys(places):
@@ -205,26 +217,38 @@ class Experiment:
 def _check_names(name: str, tasks: Mapping[str, TaskData], expert: ExpertConfig) -> None:
     """Raise ConfigurationError for a name that is no folder's, fewer than two tasks, or options of no task."""
     if not is_folder_name(name):
-        raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
+        raise ConfigurationError(
+            f"found name {name!r}, expected a plain folder name without slashes"
+        )
     if len(tasks) < 2:
         raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two; add tasks")
     for task in tasks:
         if not is_folder_name(task) or "+" in task or "|" in task or task in ("mean", "none"):
-            expected = "expected one without + / | \\, no dot at its start, and not 'mean' or 'none'"
+            expected = (
+                "expected one without + / | \\, no dot at its start, and not 'mean' or 'none'"
+            )
             raise ConfigurationError(f"found task name {task!r}, {expected}")
     for task in (*expert.overrides, *expert.checkpoints):
         if task not in tasks:
             hint = did_you_mean(task, tasks)
-            raise ConfigurationError(f"found options for an expert '{task}'{hint}, expected one of {', '.join(tasks)}")
+            raise ConfigurationError(
+                f"found options for an expert '{task}'{hint}, expected one of {', '.join(tasks)}"
+            )
 
 
 def _for_network(task: TaskData, network: NetworkConfig) -> TaskData:
     """Return a task with the network's input size and, of texts, the tokenizer of Hugging Face's network."""
     task = task_with(task, image_size=network.image_size)
     source = network.source
-    if not isinstance(task, TextTask) or task.tokenizer is not None or not isinstance(source, HuggingFace):
+    if (
+        not isinstance(task, TextTask)
+        or task.tokenizer is not None
+        or not isinstance(source, HuggingFace)
+    ):
         return task
     if source.tokenizer is None:
-        found = f"found no tokenizer.json of '{network.name}', expected it for {type(task).__name__}"
+        found = (
+            f"found no tokenizer.json of '{network.name}', expected it for {type(task).__name__}"
+        )
         raise ConfigurationError(f"{found}; set the task's tokenizer to that of the network")
     return task_with(task, tokenizer=str(source.tokenizer))

@@ -23,8 +23,20 @@ _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Options of how many processes a step runs on, and their defaults."""
 
 _WITHOUT_EFFECT = (
-    *("accelerator", "barebones", "detect_anomaly", "enable_autolog_hparams", "enable_model_summary"),
-    *("enable_progress_bar", "inference_mode", "log_every_n_steps", "num_sanity_val_steps", "profiler"),
+    *(
+        "accelerator",
+        "barebones",
+        "detect_anomaly",
+        "enable_autolog_hparams",
+        "enable_model_summary",
+    ),
+    *(
+        "enable_progress_bar",
+        "inference_mode",
+        "log_every_n_steps",
+        "num_sanity_val_steps",
+        "profiler",
+    ),
 )
 """Options of the Trainer that change no result."""
 _USUAL_PRECISION = (32, "32", "32-true")
@@ -38,7 +50,11 @@ def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, A
     In a training the number of processes is among them: each of them takes batches of its own. All else gives the same
     numbers on one process and on many.
     """
-    kept = {name: value for name, value in trainer.items() if name not in _WITHOUT_EFFECT and value is not None}
+    kept = {
+        name: value
+        for name, value in trainer.items()
+        if name not in _WITHOUT_EFFECT and value is not None
+    }
     if kept.get("precision") in _USUAL_PRECISION:
         del kept["precision"]
     if not training:
@@ -85,7 +101,9 @@ def config_dict(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [config_dict(entry) for entry in value]
-    if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
+    if isinstance(
+        value, Namespace
+    ):  # what jsonargparse leaves of a class path within a plain dictionary
         value = value.as_dict()
     if isinstance(value, Mapping):
         options = {str(name): config_dict(entry) for name, entry in value.items()}
@@ -95,18 +113,24 @@ def config_dict(value: Any) -> Any:
         return {option.name: config_dict(getattr(value, option.name)) for option in fields(value)}
     if isinstance(value, TaskData | Method):
         return _object_dict(value)
-    raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
+    raise ConfigurationError(
+        f"found an option of type {type(value).__name__}, expected plain values"
+    )
 
 
 def _object_dict(value: TaskData | Method) -> dict[str, Any]:
     kind = type(value)
     is_own = kind.__module__.startswith("coin.")
-    found: dict[str, Any] = {"class": kind.__name__ if is_own else f"{kind.__module__}.{kind.__qualname__}"}
+    found: dict[str, Any] = {
+        "class": kind.__name__ if is_own else f"{kind.__module__}.{kind.__qualname__}"
+    }
     for name in _option_names(kind):
         attribute = name if hasattr(value, name) else f"_{name}"
         if not hasattr(value, attribute):
             problem = f"found a {kind.__name__} that does not store its option {name}"
-            raise ConfigurationError(f"{problem}, expected an attribute {name}; set it in the constructor")
+            raise ConfigurationError(
+                f"{problem}, expected an attribute {name}; set it in the constructor"
+            )
         found[name] = config_dict(getattr(value, attribute))
     if hasattr(value, "content_key"):
         found["contents"] = value.content_key()

@@ -141,11 +141,15 @@ class _Plan:
         )
         folder = experiment.folder / f"seed-{seed}"
         shown = {folder / "evaluation": evaluation.folder}
-        self.steps.append(Planned(evaluation, f"seed {seed}: evaluation", experiment, shown, folder))
+        self.steps.append(
+            Planned(evaluation, f"seed {seed}: evaluation", experiment, shown, folder)
+        )
 
     def _add(self, step: S, what: str, links: Mapping[str, str]) -> S:
         """Add a step; `links` are places in the experiment's folder, with what in the step's they link to."""
-        shown = {self.experiment.folder / place: step.folder / target for place, target in links.items()}
+        shown = {
+            self.experiment.folder / place: step.folder / target for place, target in links.items()
+        }
         self.steps.append(Planned(step, what, self.experiment, shown))
         return step
 
@@ -169,7 +173,9 @@ class _Plan:
         else:
             called = f"seed-{seed}-{name}"
         every_tag = (*tags, experiment.network.name, *experiment.wandb.tags)
-        return RunLog(folder, experiment.name, kind, f"{experiment.name}-{called}", every_tag, config)
+        return RunLog(
+            folder, experiment.name, kind, f"{experiment.name}-{called}", every_tag, config
+        )
 
     def _base(self) -> TrainNetwork | None:
         experiment = self.experiment
@@ -222,16 +228,24 @@ class _Plan:
             config = experiment.expert.of(name)
             log = self._log(seed, "expert", name, name)
             doing = f"fine-tuning for {config.epochs} epochs"
-            step = TrainNetwork(**shared, config=config, seed=seed, trainer=experiment.trainer, log=log, doing=doing)
+            step = TrainNetwork(
+                **shared, config=config, seed=seed, trainer=experiment.trainer, log=log, doing=doing
+            )
         else:
             files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
             classes = list(task.classes)
             doing = f"importing '{place}'"
-            step = ImportExpert(**shared, classes=classes, place=place, files=files, head=task.head, doing=doing)
+            step = ImportExpert(
+                **shared, classes=classes, place=place, files=files, head=task.head, doing=doing
+            )
         return self._add(step, f"seed {seed}: expert {name}", {f"seed-{seed}/experts/{name}": ""})
 
     def _statistics(
-        self, seed: int, which: Statistic, experts: Mapping[str, ExpertStep], tasks: dict[str, TaskData]
+        self,
+        seed: int,
+        which: Statistic,
+        experts: Mapping[str, ExpertStep],
+        tasks: dict[str, TaskData],
     ) -> dict[str, EstimateStatistic]:
         """Add a statistic of every expert, and return its steps by task."""
         found = {}
@@ -254,7 +268,9 @@ class _Plan:
     def _file_name(self, which: Statistic) -> str:
         """Return a statistic's name in files, with kind and data if they are not the experiment's."""
         calibration = self.experiment.calibration
-        usual_data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
+        usual_data = (
+            DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
+        )
         if which.data == usual_data and which.kind in (None, calibration.fisher_kind):
             return str(which.name)
         return "-".join(str(part) for part in (which.name, which.kind, which.data) if part)
@@ -269,7 +285,9 @@ class _Plan:
                 experts=experts,
                 initial=self.widest,
             )
-            links = {f"seed-{seed}/replicas/{path.name}": path.name for path in step.outputs.values()}
+            links = {
+                f"seed-{seed}/replicas/{path.name}": path.name for path in step.outputs.values()
+            }
             found.append(self._add(step, f"seed {seed}: replicas of {how.name}", links))
         return found
 
@@ -280,7 +298,9 @@ def _link(place: Path, target: Path) -> None:
     if place.is_symlink() and str(place.readlink()) == wanted:
         return
     if place.is_dir() and not place.is_symlink():
-        raise FileError(f"found the folder '{place}', expected coin's own link or nothing; give another name or output")
+        raise FileError(
+            f"found the folder '{place}', expected coin's own link or nothing; give another name or output"
+        )
     made = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +308,9 @@ def _link(place: Path, target: Path) -> None:
         made.replace(place)
     except OSError as error:
         problem = f"cannot link '{place}' to '{wanted}' ({error.strerror or error})"
-        raise FileError(f"{problem}; choose an output on a file system that has symbolic links") from error
+        raise FileError(
+            f"{problem}; choose an output on a file system that has symbolic links"
+        ) from error
 
 
 def _copy_files(step_folder: Path, seed_folder: Path) -> bool:

@@ -29,7 +29,11 @@ from coin.files.packaged import extra_module
 _STATUS = "# exit status "
 _STOP_SECONDS = 10.0
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
-_NO_NODE = ("DOWN", "DRAINED", "NotAvail")  # in a reason of SLURM's: what no end of another job changes
+_NO_NODE = (
+    "DOWN",
+    "DRAINED",
+    "NotAvail",
+)  # in a reason of SLURM's: what no end of another job changes
 _GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
 
 
@@ -93,7 +97,9 @@ class Command:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab", buffering=0) as log:
             log.write(f"# {' '.join(command)}\n".encode())
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
 
     def note_end(self, status: int) -> None:
         """Note the exit status of its process in its log."""
@@ -150,7 +156,11 @@ def open_pool(launch: Launch | None, store: Path) -> Iterator[Submit | None]:
     elif launch.executor is Executor.slurm:
         yield _Slurm(launch, store).submit
     else:
-        with _ray(launch) if launch.executor is Executor.ray else _processes(launch.workers) as submit:
+        with (
+            _ray(launch)
+            if launch.executor is Executor.ray
+            else _processes(launch.workers) as submit
+        ):
             # A scheduler sends SIGTERM before the end of an allocation, and Ray's own handler would abort.
             before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             try:
@@ -242,7 +252,9 @@ class _Slurm:
         if self.is_cluster and shutil.which("srun") is None:
             found = "found no srun on this machine, expected a SLURM cluster's login node"
             raise ConfigurationError(f"{found}; launch.slurm.cluster=debug tries the jobs here")
-        logging.getLogger("submitit").setLevel(logging.ERROR)  # of accounting, which is not everywhere
+        logging.getLogger("submitit").setLevel(
+            logging.ERROR
+        )  # of accounting, which is not everywhere
         with self._refusals("use"):
             self.executor = self.submitit.AutoExecutor(self.folder, cluster=cluster)
             self.executor.update_parameters(**options)
@@ -252,7 +264,9 @@ class _Slurm:
         try:
             yield
         except Exception as error:  # submitit's and sbatch's errors share no base class
-            raise ConfigurationError(f"cannot {what} jobs with {self.given}: {first_line(error)}") from error
+            raise ConfigurationError(
+                f"cannot {what} jobs with {self.given}: {first_line(error)}"
+            ) from error
 
     def submit(self, command: Command) -> Callable[[], bool]:
         """Submit a command, unless its job is still alive."""
@@ -283,12 +297,18 @@ class _Slurm:
         """Return this user's jobs and why they wait, asked for now and then; say once if no node takes one of them."""
         if not self.is_cluster or time.monotonic() - self.asked_at < _QUEUE_SECONDS:
             return self.reasons
-        asked = subprocess.run(["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False
+        )
         self.asked_at = time.monotonic()
         if asked.returncode == 0:  # otherwise the controller is busy: what it said last stands
             self.reasons = dict(line.partition(" ")[::2] for line in asked.stdout.splitlines())
         for job, reason in self.reasons.items():
-            if job in self.own and reason not in self.told and any(each in reason for each in _NO_NODE):
+            if (
+                job in self.own
+                and reason not in self.told
+                and any(each in reason for each in _NO_NODE)
+            ):
                 self.told.add(reason)
                 rank_zero_info(f"job {job} waits for a node: {reason}; sinfo -R says why")
         return self.reasons
@@ -320,7 +340,9 @@ def _ray(launch: Launch) -> Iterator[Submit]:
         task = ray.remote(**options)(run)
         start_ray(address)
     except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"cannot start tasks with {launch.ray}: {first_line(error)}") from error
+        raise ConfigurationError(
+            f"cannot start tasks with {launch.ray}: {first_line(error)}"
+        ) from error
     try:
         yield submit
     finally:

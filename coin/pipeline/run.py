@@ -27,7 +27,14 @@ from coin.trainer import make_trainer
 
 LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
-_SET_BY_STEPS = {"callbacks", "default_root_dir", "enable_checkpointing", "logger", "max_epochs", "max_steps"}
+_SET_BY_STEPS = {
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+    "logger",
+    "max_epochs",
+    "max_steps",
+}
 _POLL_SECONDS = 0.2
 
 
@@ -90,7 +97,9 @@ def join_processes(experiment: Experiment) -> None:
         raise ConfigurationError(f"{found}; lay configs/cluster/torchrun.yaml over the experiment")
     if trainer.world_size > 1:
         if not isinstance(launcher, _SubprocessScriptLauncher):
-            raise ConfigurationError(f"found processes of the trainer section {options}; set trainer.strategy=ddp")
+            raise ConfigurationError(
+                f"found processes of the trainer section {options}; set trainer.strategy=ddp"
+            )
         launcher.launch(trainer.strategy.setup_environment)
 
 
@@ -116,7 +125,9 @@ def run_steps(
             if not run.go_on():
                 time.sleep(_POLL_SECONDS)
     if run.failed:
-        failed = f"{len(run.failed)} of {len(steps)} steps failed, the first of them {run.failed[0]}"
+        failed = (
+            f"{len(run.failed)} of {len(steps)} steps failed, the first of them {run.failed[0]}"
+        )
         raise CommandFailedError(f"{failed}; fix the cause and run the same command again")
 
 
@@ -160,7 +171,9 @@ class _Run:
         """Return the steps that can run now."""
         found = []
         for key, planned in self.waiting.items():
-            if key not in self.running and all(need.key in self.done for need in planned.step.needs):
+            if key not in self.running and all(
+                need.key in self.done for need in planned.step.needs
+            ):
                 found.append(planned)
         return found
 
@@ -194,7 +207,10 @@ class _Run:
     def run_here(self, every: Sequence[Planned]) -> None:
         """Run a step in this process, or in all of them; or several that are `alone`, each in one of the processes."""
         try:
-            execute_beside([planned.step for planned in every], [partial(self._say, planned) for planned in every])
+            execute_beside(
+                [planned.step for planned in every],
+                [partial(self._say, planned) for planned in every],
+            )
         except Exception as error:
             if not self.keep_going:
                 raise
@@ -219,7 +235,9 @@ class _Run:
         self._say(planned, f"failed: {why}")
         self.failed.append(f"{planned.what}: {why}")
         key = planned.step.key
-        self.waiting = {name: each for name, each in self.waiting.items() if key not in each.step.closure}
+        self.waiting = {
+            name: each for name, each in self.waiting.items() if key not in each.step.closure
+        }
 
     def _say(self, planned: Planned, what: str) -> None:
         place = self.places[planned.step.key]

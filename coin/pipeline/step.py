@@ -117,7 +117,9 @@ class Step(ABC):
             return ""
         made_by = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
         current = versions()
-        return ", ".join(f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name])
+        return ", ".join(
+            f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name]
+        )
 
     def last_seconds(self) -> float | None:
         """Return the seconds that the latest finished step of this name took; None if there is none."""
@@ -154,11 +156,17 @@ class Step(ABC):
         except Timeout:
             held = wait
             if wait:
-                warnings.warn(f"waiting for {self.name}: another process is at work on it", CoinWarning, stacklevel=3)
+                warnings.warn(
+                    f"waiting for {self.name}: another process is at work on it",
+                    CoinWarning,
+                    stacklevel=3,
+                )
                 lock.acquire(poll_interval=0.5)
         except OSError as error:
             problem = f"cannot lock '{path}': {error.strerror or error}"
-            raise FileError(f"{problem}; choose an output that you can write to, on a disk with locks") from error
+            raise FileError(
+                f"{problem}; choose an output that you can write to, on a disk with locks"
+            ) from error
         try:
             yield held
         finally:

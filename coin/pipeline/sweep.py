@@ -71,19 +71,27 @@ def read_sweep(path: Path) -> SweepFile:
     options = {"name": path.stem, "experiment": None, "grid": None, "set": {}, **document}
     name = options["name"]
     fixed = options["set"]
-    files = [options["experiment"]] if isinstance(options["experiment"], str) else options["experiment"]
+    files = (
+        [options["experiment"]] if isinstance(options["experiment"], str) else options["experiment"]
+    )
     grid = options["grid"]
     grids: list[Any] = grid if isinstance(grid, list) else [grid]
     is_named = isinstance(name, str) and is_folder_name(name) and is_list_of_names(files)
     has_grids = bool(grids) and all(map(_is_grid, grids))
     if not is_named or not has_grids or not isinstance(fixed, dict) or len(options) > 4:
-        raise ConfigurationError(f"found {str(document)[:200]} in '{path}', expected a sweep with {_FORM}")
+        raise ConfigurationError(
+            f"found {str(document)[:200]} in '{path}', expected a sweep with {_FORM}"
+        )
     if any(each.keys() != grids[0].keys() for each in grids):
-        raise ConfigurationError(f"found grids of other keys in '{path}', expected a list of grids with the same keys")
+        raise ConfigurationError(
+            f"found grids of other keys in '{path}', expected a list of grids with the same keys"
+        )
     for key in (*fixed, *grids[0]):
         if not isinstance(key, str) or key in _DECIDED:
             expected = f"an experiment's dotted key, none of {', '.join(_DECIDED)}"
-            raise ConfigurationError(f"found key {key!r} in '{path}', expected {expected}; leave it out")
+            raise ConfigurationError(
+                f"found key {key!r} in '{path}', expected {expected}; leave it out"
+            )
     text = path.read_text(encoding="utf-8")
     if "name" not in document:
         text = f"name: {name}\n{text}"
@@ -124,18 +132,24 @@ def _short(place: int, value: Any) -> str:
     return "_".join(map(as_text, entries))
 
 
-def _arguments(sweep: SweepFile, values: Mapping[str, Any], name: str, folder: Path) -> tuple[str, ...]:
+def _arguments(
+    sweep: SweepFile, values: Mapping[str, Any], name: str, folder: Path
+) -> tuple[str, ...]:
     """Return the arguments of ``coin run`` for a point."""
     arguments = []
     for file in sweep.experiment:
         arguments += ["-c", file]
     options = {**sweep.fixed, **values}
-    for key in sorted(options, key=lambda key: key.count(".")):  # a section replaces what is set inside it
+    for key in sorted(
+        options, key=lambda key: key.count(".")
+    ):  # a section replaces what is set inside it
         arguments.append(f"--{key}={as_text(options[key])}")
     return (*arguments, f"--name={name}", f"--output={folder}")
 
 
-def run_sweep(sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch) -> Path:
+def run_sweep(
+    sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]], folder: Path, launch: Launch
+) -> Path:
     """Run all points as one plan, and return the page of their report.
 
     Raises CommandFailedError if some steps have failed; all points that do not need them have finished.
@@ -156,7 +170,9 @@ def run_sweep(sweep: SweepFile, points: Sequence[tuple[SweepPoint, Experiment]],
         report_seed(planned, changed)
         if planned.seed_folder is not None:
             measured.add(planned.seed_folder)
-            finished = [(values, seeds) for values, seeds in every_point if measured.issuperset(seeds)]
+            finished = [
+                (values, seeds) for values, seeds in every_point if measured.issuperset(seeds)
+            ]
             _write_tables(folder, finished)
 
     run_steps(steps, launch, on_done, keep_going=True)

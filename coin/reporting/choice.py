@@ -14,7 +14,9 @@ from coin.reporting.sweeps import read_sweep_table
 from coin.reporting.text import counted, percent, read_by
 
 ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stand-in keeps on the worst task
-WEAK_EXPERTS = "what stands in is right more often than the lost experts; look at their own accuracy first"
+WEAK_EXPERTS = (
+    "what stands in is right more often than the lost experts; look at their own accuracy first"
+)
 _FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
 
 
@@ -100,13 +102,19 @@ def choose(
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     check_integer("losses", num_lost, 1)
     limits = {}
-    for column, most in (("memory_mib", memory_mib), ("resident_mib", resident_mib), ("forwards", forwards)):
+    for column, most in (
+        ("memory_mib", memory_mib),
+        ("resident_mib", resident_mib),
+        ("forwards", forwards),
+    ):
         if most is not None:
             check_number(column, most, low=0)
             limits[column] = most
     kept = stand_ins(summarise(frame))
     if kept.empty:
-        raise FileError(f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again")
+        raise FileError(
+            f"found no stand-in in the results of '{folder}' whose memory is known; run `coin run` again"
+        )
     return choose_from(kept, accuracy, limits, num_lost)
 
 

@@ -84,7 +84,9 @@ def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
 
     `is_front` says of which ones no smaller one is as good.
     """
-    rows = stand_ins.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True)
+    rows = stand_ins.sort_values(
+        ["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True
+    )
     best_so_far = rows["nda_mean"].cummax().shift(fill_value=-1.0)
     by_name = rows.groupby("name")
     num_decoders = by_name["decoder"].transform("nunique")
@@ -158,7 +160,12 @@ def tail_figure(rows: pd.DataFrame) -> Figure:
     with style():
         figure, panels = _panels(len(wants))
         for axes, want in zip(panels, wants, strict=True):
-            axes.set(title=f"queries for {want}", ylabel="p99.9 (ms, log scale)", xscale="log", yscale="log")
+            axes.set(
+                title=f"queries for {want}",
+                ylabel="p99.9 (ms, log scale)",
+                xscale="log",
+                yscale="log",
+            )
             is_shown = (rows["want"] == want) & np.isfinite(rows["p999"])
             shown = rows[is_shown]
             for index, kind in enumerate(kinds):

@@ -79,7 +79,9 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     for section in sections:
         for plot, figure in section.figures.items():
             images[plot] = _draw(plot, figure, path.parent / PLOTS)
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    )
     template = templates.get_template("report.html.jinja")
     _, sentence = choose(folder)
     page = template.render(name=name, sentence=sentence, sections=sections, images=images)
@@ -134,8 +136,16 @@ def _sweep(folder: Path, sweep: Sweep) -> tuple[str, list[Section]]:
     file = _text_of(folder / SWEEP_YAML)
     return f"sweep {sweep.name}", [
         Section("Stand-ins", _KEEP, {"": stand_in_table(kept[shortlist(kept)])}),
-        Section("NDA against every option", "Mean over the other options, ± spread over seeds.", figures=figures),
-        Section("NDA by experiment, method and decoder", _NDA, {"": sweep_text(sweep), "Numbers": sweep.legend}),
+        Section(
+            "NDA against every option",
+            "Mean over the other options, ± spread over seeds.",
+            figures=figures,
+        ),
+        Section(
+            "NDA by experiment, method and decoder",
+            _NDA,
+            {"": sweep_text(sweep), "Numbers": sweep.legend},
+        ),
         Section("Experts", _EXPERTS, {"": _experts(summary)}),
         Section("Configuration", "", text=f"coin sweep {sweep.name}.yaml\n\n{file}"),
     ]
@@ -147,7 +157,9 @@ def _by_task(summary: pd.DataFrame, kept: pd.DataFrame, number: str) -> pd.DataF
     texts = percents(alone[f"{number}_mean"], alone[f"{number}_std"])
     alone = alone.assign(method=variant_names(alone), text=texts)
     lines = ["method", "decoder"]
-    table = alone.pivot_table(index=lines, columns="task", values="text", aggfunc="first", sort=False)
+    table = alone.pivot_table(
+        index=lines, columns="task", values="text", aggfunc="first", sort=False
+    )
     shown = kept[["name", "decoder"]].rename(columns={"name": "method"})
     return shown.merge(table.reset_index(), on=lines)
 
@@ -156,7 +168,9 @@ def _experts(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the experts' own accuracies as text; experiments of a sweep that share their experts share a line."""
     experts = expert_accuracies(summary)
     texts = percents(experts["mean"], experts["spread"])
-    return experts.assign(accuracy=texts)[["task", "accuracy", "seeds"]].astype(str).drop_duplicates()
+    return (
+        experts.assign(accuracy=texts)[["task", "accuracy", "seeds"]].astype(str).drop_duplicates()
+    )
 
 
 def _text_of(file: Path) -> str:

@@ -92,7 +92,16 @@ STAND_IN_COSTS = ("memory_mib", "resident_mib", "forwards", "losses")
 
 PROMISE_INTEGERS = ("samples", "needed")
 PROMISE_NUMBERS = ("alpha", "confidence", "threshold", "promised", "coverage", "found")
-PROMISE_COLUMNS = (*KEYS, "alpha", "confidence", *PROMISE_INTEGERS, "threshold", "promised", "coverage", "found")
+PROMISE_COLUMNS = (
+    *KEYS,
+    "alpha",
+    "confidence",
+    *PROMISE_INTEGERS,
+    "threshold",
+    "promised",
+    "coverage",
+    "found",
+)
 
 
 def requested_policy(batchnorm: str) -> str:
@@ -124,7 +133,9 @@ def write_results(
     """
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     if (frame["task"] == "mean").any():
-        raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
+        raise ConfigurationError(
+            "found a task called 'mean', the name of the mean over tasks; rename the task"
+        )
     twice = frame[frame.duplicated(list(KEYS))]
     if len(twice):
         first = twice.iloc[0]
@@ -220,7 +231,9 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False)
 
 
-def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+def read_frame(
+    path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]
+) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
     Only `chance` may be missing, with its mean and spread: older files lack it. Raises FileError where the file is
@@ -238,7 +251,9 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         numeric = frame[list(numbers)].replace("", "nan").astype("float64")
         return frame.assign(**numeric).astype(dict.fromkeys(integers, "int64"))
     except (OSError, ValueError) as error:
-        raise FileError(f"'{path}' cannot be read as CSV ({first_line(error)}); make it with `coin run`") from error
+        raise FileError(
+            f"'{path}' cannot be read as CSV ({first_line(error)}); make it with `coin run`"
+        ) from error
 
 
 def as_json(document: Any) -> str:
@@ -260,7 +275,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
+        raise FileError(
+            f"found no file '{path}', expected an evaluated run; make it with `coin run`"
+        ) from error
     except (OSError, ValueError) as error:
-        raise FileError(f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}") from error
+        raise FileError(
+            f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}"
+        ) from error
     return document

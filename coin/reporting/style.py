@@ -60,7 +60,9 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
     """Return a figure as PNG on white."""
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(
+            buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}
+        )
     return buffer.getvalue()
 
 
@@ -105,7 +107,13 @@ def column_of_names(axes: Axes, labels: list[tuple[float, float, str, str]], gap
         heights[place] = max(heights[place], floor)
         floor = heights[place] + gap
     for (x, y, text, ink), height in zip(highest_first, heights, strict=True):
-        line = {"arrowstyle": "-", "alpha": 0.35, "linewidth": 0.8, "relpos": (0.0, 0.5), "color": ink}
+        line = {
+            "arrowstyle": "-",
+            "alpha": 0.35,
+            "linewidth": 0.8,
+            "relpos": (0.0, 0.5),
+            "color": ink,
+        }
         axes.annotate(
             text,
             (x, y),

@@ -139,8 +139,12 @@ def _no_results(folder: Path) -> FileError:
     problem = f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}'"
     points = sorted(folder.glob(f"*/seed-*/{RESULTS_CSV}"))
     if points:
-        return FileError(f"{problem}, a sweep or several experiments; name one of them, such as {points[0].parents[1]}")
-    return FileError(f"{problem}, expected the folder of an experiment or of one seed; make it with `coin run`")
+        return FileError(
+            f"{problem}, a sweep or several experiments; name one of them, such as {points[0].parents[1]}"
+        )
+    return FileError(
+        f"{problem}, expected the folder of an experiment or of one seed; make it with `coin run`"
+    )
 
 
 def _options(document: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +202,17 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
     weak = _weak_tasks(summary)
     means["weak_task"] = [weak.get(name, "") for name in means["experiment"]]
-    columns = ["name", "decoder", "nda_mean", "nda_std", *costs, "nda_worst", "worst_task", "experiment", "weak_task"]
+    columns = [
+        "name",
+        "decoder",
+        "nda_mean",
+        "nda_std",
+        *costs,
+        "nda_worst",
+        "worst_task",
+        "experiment",
+        "weak_task",
+    ]
     kept = means[columns]
     kept = kept.dropna(subset=["nda_mean", "memory_mib"])
     if kept["experiment"].nunique() > 1:
@@ -253,7 +267,15 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     several sets of coded models, the set follows (``coin[0+1]``).
     """
     # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
-    same_loss = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
+    same_loss = [
+        "experiment",
+        "method",
+        "batchnorm",
+        "decoder",
+        "erased",
+        "task",
+        "samples_per_task",
+    ]
     num_sets = frame.groupby(same_loss, sort=False)["code_row"].transform("nunique")
     has_several = frame["method"].isin(frame.loc[num_sets > 1, "method"])
     asked = frame["batchnorm"].map(requested_policy)
@@ -267,5 +289,7 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
 def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
     """Return each task's own expert's accuracy: ``experiment, task, seeds, mean, spread``, one row per task."""
     tasks = summary[summary["task"] != "mean"].drop_duplicates(["experiment", "task"])
-    renamed = tasks.rename(columns={"expert_accuracy_mean": "mean", "expert_accuracy_std": "spread"})
+    renamed = tasks.rename(
+        columns={"expert_accuracy_mean": "mean", "expert_accuracy_std": "spread"}
+    )
     return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)

@@ -23,9 +23,15 @@ class Sweep:
     """A finished sweep. Points that differ in their seeds alone are one experiment of it."""
 
     name: str  # its folder's
-    options: pd.DataFrame  # each experiment's value of every option but the seeds, by its name in `frame`
-    legend: pd.DataFrame  # ``option``, ``shown as`` and ``value`` of values that are too long for a table
-    frame: pd.DataFrame  # all rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name
+    options: (
+        pd.DataFrame
+    )  # each experiment's value of every option but the seeds, by its name in `frame`
+    legend: (
+        pd.DataFrame
+    )  # ``option``, ``shown as`` and ``value`` of values that are too long for a table
+    frame: (
+        pd.DataFrame
+    )  # all rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
@@ -56,7 +62,9 @@ def read_sweep_table(folder: Path) -> Sweep | None:
         name=name,
         options=options.set_axis(labels).groupby(level=0, sort=False).first(),
         legend=pd.DataFrame(legend, columns=["option", "shown as", "value"]),
-        frame=rows.drop_duplicates(list(KEYS), ignore_index=True),  # a seed that was run twice counts once
+        frame=rows.drop_duplicates(
+            list(KEYS), ignore_index=True
+        ),  # a seed that was run twice counts once
     )
 
 
@@ -95,7 +103,9 @@ def sweep_text(sweep: Sweep) -> pd.DataFrame:
     erased = ["erased"] if means["erased"].nunique() > 1 else []
     heads = [*sweep.options.columns, *erased, "method"]
     lines = ["experiment", "samples_per_task", *heads]
-    table = means.pivot_table(index=lines, columns="decoder", values="text", aggfunc="first", sort=False)
+    table = means.pivot_table(
+        index=lines, columns="decoder", values="text", aggfunc="first", sort=False
+    )
     columns = [*heads, *table.columns]
     return table.fillna("–").reset_index()[columns].rename_axis(columns=None)
 

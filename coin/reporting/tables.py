@@ -148,18 +148,24 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         shown = [name for name in ("method", "P", "NDA", "decoder", "merge s") if name in table]
         title = f"{experiment}: NDA in %, {erased} lost"
         console.print(rich_table(table[shown], title, ["method", "decoder"]))
-    console.print(Text(f"Mean over tasks ± spread over seeds, every method's best decoder; {BEST} largest."))
+    console.print(
+        Text(f"Mean over tasks ± spread over seeds, every method's best decoder; {BEST} largest.")
+    )
     kept = stand_ins(summary)
     if len(kept):
         console.print(keep_table(kept, experiment))
-        console.print(Text(f"{BEST} no other beats it in NDA, memories, forwards and experts lost."))
+        console.print(
+            Text(f"{BEST} no other beats it in NDA, memories, forwards and experts lost.")
+        )
         _, sentence = choose_from(kept)
         console.print(Text(sentence))
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",)) -> Table:
     """Return a frame of text for the terminal: `texts` are set to the left and may break, a star's cell is bold."""
-    out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    out = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0
+    )
     for name in table.columns:
         heading = str(name)
         if len(heading) > _WIDEST:  # it is broken behind hyphens and between words

@@ -5,10 +5,24 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from starlette.requests import ClientDisconnect
 
-from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
+from coin.errors import (
+    CoinError,
+    ConfigurationError,
+    DataError,
+    DeadlineError,
+    OverloadedError,
+    ServingError,
+)
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
 from coin.serving.protocol import ALL, Description, RefusedError, parse
@@ -31,9 +45,13 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 if size <= limits.bytes:
                     body += chunk
     except (ClientDisconnect, TimeoutError):
-        raise RefusedError(f"found no end within {limits.reading:g} s; send it faster", 408) from None
+        raise RefusedError(
+            f"found no end within {limits.reading:g} s; send it faster", 408
+        ) from None
     if size > limits.bytes:
-        raise RefusedError(f"found {size} bytes, expected at most {limits.bytes}; send fewer inputs", 413)
+        raise RefusedError(
+            f"found {size} bytes, expected at most {limits.bytes}; send fewer inputs", 413
+        )
     return bytes(body)
 
 
@@ -50,13 +68,17 @@ def status_of(error: CoinError) -> int:
 def make_app(front: FrontEnd, about: Description) -> FastAPI:
     """Return the application; its ``state.drain`` refuses new queries and waits for running ones."""
     if ALL in about.classes:
-        raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
+        raise ConfigurationError(
+            f"found a task '{ALL}', which is the model of every task; rename it"
+        )
     models = {task: [place] for place, task in enumerate(about.classes)}
     models[ALL] = list(range(len(about.classes)))
     registry = CollectorRegistry()
     queries = Counter("coin_queries", "Queries by how they ended", ["end"], registry=registry)
     times = Histogram("coin_answer_seconds", "The servers' time", ["model"], registry=registry)
-    up = Gauge("coin_server_up", "Whether its last request went well", ["server"], registry=registry)
+    up = Gauge(
+        "coin_server_up", "Whether its last request went well", ["server"], registry=registry
+    )
     for name, server in front.servers.items():
         up.labels(name).set_function(lambda server=server: not server.doubted)
     app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2")

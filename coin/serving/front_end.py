@@ -17,7 +17,9 @@ SLOW = 2.0  # an own answer is late at this multiple of when the other experts' 
 EXPERIENCE = 20  # the queries after which an expert's lateness tells about others
 
 QueryKind = tuple[tuple[int, ...], int]  # the experts wanted, and the bits of the number of inputs
-Decode = Callable[[int, Mapping[str, Any]], Any]  # a lost expert's answer from the replies that arrived
+Decode = Callable[
+    [int, Mapping[str, Any]], Any
+]  # a lost expert's answer from the replies that arrived
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Answer:
 class _Query:
     inputs: Sized
     patience: float | None  # seconds until an own answer is late
-    requests: dict[str, asyncio.Future[Any]] = field(default_factory=dict)  # by server, which is asked once at most
+    requests: dict[str, asyncio.Future[Any]] = field(
+        default_factory=dict
+    )  # by server, which is asked once at most
     in_time: int = 0  # how many own answers were
     late: bool = False
 
@@ -95,7 +99,9 @@ class FrontEnd:
         if self._draining:
             raise ServingError("the front end stops; ask again later")
         if self._open >= self.limits.queries:
-            raise OverloadedError(f"{self._open} queries are running, the most there may be; ask again later")
+            raise OverloadedError(
+                f"{self._open} queries are running, the most there may be; ask again later"
+            )
         self._open += 1
         try:
             yield
@@ -126,7 +132,9 @@ class FrontEnd:
                 unanswered = [self.stand_ins.experts[expert] for expert in wanted]
             limit = self.limits.deadline
             silent = ", ".join(unanswered)
-            raise DeadlineError(f"no answer in {limit:g} s from {silent}; ask again later") from None
+            raise DeadlineError(
+                f"no answer in {limit:g} s from {silent}; ask again later"
+            ) from None
         finally:
             # Whether a server is late by its own measure is unknown where others' is shorter.
             is_known = patience == lateness.seconds or not query.late
@@ -168,7 +176,9 @@ class FrontEnd:
         if not (is_tried_by_others and stand_ins):
             self._request(query, name)
         if self.policy.moment == "at once":
-            self._request_stand_ins(query, expert, room=ROOM / 2)  # what experts are asked for themselves comes first
+            self._request_stand_ins(
+                query, expert, room=ROOM / 2
+            )  # what experts are asked for themselves comes first
         if name in query.requests and not own.doubted:
             request = query.requests[name]
             await asyncio.wait({request}, timeout=query.patience)
@@ -207,7 +217,9 @@ class FrontEnd:
         for name in stand_ins:
             if name not in query.requests and not self.servers[name].doubted:
                 return self.servers[name].full
-        return LostError(f"lost {', '.join(lost)}, more than the others make up for; ask again later")
+        return LostError(
+            f"lost {', '.join(lost)}, more than the others make up for; ask again later"
+        )
 
     def _request_stand_ins(self, query: _Query, expert: int, room: float = ROOM) -> None:
         """Ask the servers that stand in for an expert, unless too many of them are full to make up for it."""

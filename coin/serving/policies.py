@@ -22,7 +22,8 @@ Moment = Literal["at once", "late", "lost"]
 or lost; or when it is lost only."""
 
 PolicyKind = StrEnum(
-    "PolicyKind", "uncoded replica replica_proactive standin standin_lost coded_hedged coded_proactive"
+    "PolicyKind",
+    "uncoded replica replica_proactive standin standin_lost coded_hedged coded_proactive",
 )
 POLICIES: dict[str, tuple[Which, Moment]] = {
     "uncoded": ("nobody", "lost"),
@@ -70,7 +71,9 @@ class Lateness:
         experience: The number of queries from which `initial` was estimated.
     """
 
-    def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
+    def __init__(
+        self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0
+    ) -> None:
         self.quantile = quantile
         self.longest = longest
         self.experience = experience
@@ -112,7 +115,9 @@ class StandIns:
         self.experts = tuple(experts)
         self.code = code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
-        self.of = [self._of(place, every_row, adapted) for place in range(len(experts))]  # those of each expert
+        self.of = [
+            self._of(place, every_row, adapted) for place in range(len(experts))
+        ]  # those of each expert
         stand_ins = chain.from_iterable(self.of)
         self.servers = tuple(dict.fromkeys([*self.experts, *stand_ins]))  # the experts' first
 

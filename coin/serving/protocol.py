@@ -65,10 +65,14 @@ class InferRequest(BaseModel):
 class Description:
     """A description of the served system."""
 
-    classes: Mapping[str, Sequence[str]]  # the names of every task's classes, in the order of the experts
+    classes: Mapping[
+        str, Sequence[str]
+    ]  # the names of every task's classes, in the order of the experts
     image_size: int  # the side of the networks' inputs
     platform: str  # the policy, the merge method and the decoder
-    promise: Mapping[str, float] | None = None  # `alpha` and `confidence`; None leaves out the output `accepted`
+    promise: Mapping[str, float] | None = (
+        None  # `alpha` and `confidence`; None leaves out the output `accepted`
+    )
 
     def outputs(self, model: str) -> list[dict[str, Any]]:
         """Return the names, types and shapes of a model's outputs."""
@@ -101,7 +105,9 @@ class Description:
             "outputs": self.outputs(model),
         }
 
-    def response(self, model: str, request: InferRequest, answers: Sequence[Answer], time: float) -> dict[str, Any]:
+    def response(
+        self, model: str, request: InferRequest, answers: Sequence[Answer], time: float
+    ) -> dict[str, Any]:
         """Return the response to a request, after so many seconds."""
         requested = {output.name for output in request.outputs}
         offered = {output["name"]: output for output in self.outputs(model)}
@@ -155,7 +161,9 @@ def _parameters(answers: Sequence[Answer]) -> dict[str, Any]:
     return {"decoded": is_decoded, "answered_by": ",".join(dict.fromkeys(servers))}
 
 
-def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[InferRequest, Tensor]:
+def parse(
+    body: bytes, model: str, about: Description, limits: Limits
+) -> tuple[InferRequest, Tensor]:
     """Return a request for a model, and its images as `to_squares` makes them; else a DataError."""
     try:
         request = InferRequest.model_validate_json(body)
@@ -164,7 +172,9 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[
         where = ".".join(map(str, first["loc"])) or "the body"
         message = f"found a request that is wrong at {where} ({first['msg']}), expected plain JSON (binary_data=False)"
         raise DataError(message) from error
-    json.loads(body, object_pairs_hook=_refuse_duplicates)  # pydantic takes the last of keys that come twice
+    json.loads(
+        body, object_pairs_hook=_refuse_duplicates
+    )  # pydantic takes the last of keys that come twice
     known = [output["name"] for output in about.outputs(model)]
     for output in request.outputs:
         if output.name not in known:
@@ -172,13 +182,20 @@ def parse(body: bytes, model: str, about: Description, limits: Limits) -> tuple[
     (given,) = request.inputs
     count = len(given.data)
     if given.shape != (count,) or count == 0:
-        raise DataError(f"found {count} images for an input of shape {list(given.shape)}, expected one a row")
+        raise DataError(
+            f"found {count} images for an input of shape {list(given.shape)}, expected one a row"
+        )
     if count > limits.samples:
-        raise RefusedError(f"found {count} images, expected at most {limits.samples}; send fewer at a time", 413)
+        raise RefusedError(
+            f"found {count} images, expected at most {limits.samples}; send fewer at a time", 413
+        )
     images = [open_file(text) for text in given.data]
     pixels = sum(image.width * image.height for image in images)
     if pixels > limits.pixels:
-        raise RefusedError(f"found {pixels} pixels, expected at most {limits.pixels} a query; shrink the images", 413)
+        raise RefusedError(
+            f"found {pixels} pixels, expected at most {limits.pixels} a query; shrink the images",
+            413,
+        )
     return request, to_squares(images, about.image_size)
 
 
@@ -195,11 +212,15 @@ def open_file(text: str) -> Image.Image:
         content = base64.b64decode(text, validate=True)
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
     except Image.DecompressionBombError as error:  # PIL's own limit, which is far above ours
-        raise RefusedError(f"found an image that is too large ({first_line(error)}); shrink it", 413) from error
+        raise RefusedError(
+            f"found an image that is too large ({first_line(error)}); shrink it", 413
+        ) from error
     except DAMAGE as error:
         raise DataError("found no image, expected a PNG or JPEG file in base64") from error
     if image.mode.startswith(("I", "F")):
-        raise DataError(f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first")
+        raise DataError(
+            f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
+        )
     return image
 
 
@@ -216,8 +237,12 @@ def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
             side = image.width if is_small else image_size
             squares.append(torch.tensor(to_square(image, side)))
     except DAMAGE as error:
-        raise DataError(f"found a damaged image ({first_line(error)}), expected PNG or JPEG") from error
+        raise DataError(
+            f"found a damaged image ({first_line(error)}), expected PNG or JPEG"
+        ) from error
     shapes = {square.shape for square in squares}
     if len(shapes) > 1:
-        raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
+        raise DataError(
+            f"found small images of different sizes, expected one; resize them to {image_size} pixels"
+        )
     return torch.stack(squares)

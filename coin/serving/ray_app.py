@@ -66,7 +66,9 @@ class ModelProcess:
         thread = ThreadPoolExecutor(1, "pass")
 
         async def run(requests: list[Request]) -> list[Reply]:
-            return await asyncio.get_running_loop().run_in_executor(thread, run_together, network_of, requests)
+            return await asyncio.get_running_loop().run_in_executor(
+                thread, run_together, network_of, requests
+            )
 
         self._system = system
         self._run = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)(run)
@@ -131,7 +133,9 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
 
         asking: dict[str, Server] = {}
         for process, names in processes.items():
-            handle = serve.get_deployment_handle(process, app_name=serve.get_replica_context().app_name)
+            handle = serve.get_deployment_handle(
+                process, app_name=serve.get_replica_context().app_name
+            )
             for name in names:
                 asking[name] = _asking(handle, name)
         front = FrontEnd(asking, system.stand_ins, system.policy, system.decode, limits)
@@ -162,7 +166,9 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
 
     try:
         start_ray(options.address)
-        waits = options.limits.deadline + 5.0  # also for a front end that was killed, until Ray has another
+        waits = (
+            options.limits.deadline + 5.0
+        )  # also for a front end that was killed, until Ray has another
         http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
         serve.start(proxy_location="HeadOnly", http_options=http)
         serve.run(ray_application(system, about, options), name="coin", route_prefix="/")

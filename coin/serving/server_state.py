@@ -163,5 +163,7 @@ class ServerState:
 
     def _doubt(self, error: Exception) -> LostError:
         self.doubted = True
-        logger.info("%s lost a request (%s: %s)", self.name, type(error).__name__, first_line(error))
+        logger.info(
+            "%s lost a request (%s: %s)", self.name, type(error).__name__, first_line(error)
+        )
         return self.lost

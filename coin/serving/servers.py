@@ -67,8 +67,14 @@ class NetworkServer:
     ) -> None:
         file = open_network(path)
         if file.config.reads != "images":
-            raise ConfigurationError(f"found '{path}', which reads {file.config.reads}, expected a network for images")
-        network = file.module(keep_mib) if file.num_classes == outputs else pad_head(file.network, outputs)
+            raise ConfigurationError(
+                f"found '{path}', which reads {file.config.reads}, expected a network for images"
+            )
+        network = (
+            file.module(keep_mib)
+            if file.num_classes == outputs
+            else pad_head(file.network, outputs)
+        )
         self.image_size = file.config.image_size
         self._network = network.requires_grad_(False).to(device)
         self._device = device
@@ -94,7 +100,9 @@ class NetworkServer:
         return Reply(run.logits.cpu(), features.cpu())
 
 
-def run_together(network_of: Callable[[Path], NetworkServer], requests: Sequence[Request]) -> list[Reply]:
+def run_together(
+    network_of: Callable[[Path], NetworkServer], requests: Sequence[Request]
+) -> list[Reply]:
     """Return the replies to requests, in one pass for each network and shape of its images, for mixed experts."""
     groups: dict[tuple[Path, torch.Size], list[int]] = {}
     for place, request in enumerate(requests):
@@ -122,7 +130,9 @@ class System:
     files: Mapping[str, Path]  # the network's file of every server, a path that all machines see
     stand_ins: StandIns
     policy: Policy
-    decoders: Mapping[tuple[int, ...], Decoder]  # by the lost experts; of all, where one reads no survivor
+    decoders: Mapping[
+        tuple[int, ...], Decoder
+    ]  # by the lost experts; of all, where one reads no survivor
     classes: Sequence[int]  # how many every expert has
     features: bool  # whether replies have features
     holds_copies: bool = False  # whether replicas hold the experts' compressed copies
@@ -182,7 +192,9 @@ class System:
         read = partial(self._read, device=device)
         most = None
         if self.holds_copies and any(name.startswith(REPLICA) for name in names):
-            nbytes = read(self.files[names[0]]).nbytes  # all have one architecture and as many outputs
+            nbytes = read(
+                self.files[names[0]]
+            ).nbytes  # all have one architecture and as many outputs
             kept = int(self.keep_mib * 2**20 / nbytes)
             most = max(1, kept)
         return lru_cache(maxsize=most)(read)
@@ -226,7 +238,9 @@ class System:
         return self.decoders.get(missing) if is_whole else None
 
 
-def read_coded(folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None) -> Coded:
+def read_coded(
+    folder: Path, method: str | None, decoder: str | None, policy: PolicyKind | None
+) -> Coded:
     """Return `Coded.from_run` with the recommended decoder that the policy can use; else a ConfigurationError."""
     reads_survivors = {"coded": False, "everyone": True}
     survivors = reads_survivors.get(Policy(policy).which) if policy else None
@@ -244,5 +258,7 @@ def read_copies(folder: Path, method: str, tasks: Sequence[str]) -> list[Path]:
     for path in paths:
         if not path.is_file():
             message = f"found no compressed copies '{method}' of the experts, expected '{path}'"
-            raise ConfigurationError(f"{message}; add them to the experiment's replicas and run it again")
+            raise ConfigurationError(
+                f"{message}; add them to the experiment's replicas and run it again"
+            )
     return paths

@@ -61,7 +61,9 @@ def make_cotangents(
         return roots[..., None] * steps
     assert labels is not None
     if labels.shape != (samples,):
-        raise DataError(f"found labels {[*labels.shape]}, expected [{samples}]: one for every sample, in their order")
+        raise DataError(
+            f"found labels {[*labels.shape]}, expected [{samples}]: one for every sample, in their order"
+        )
     at_logits = labels.to(logits.device)
     truth = F.one_hot(at_logits, classes).to(logits)
     return (truth - probabilities)[None]
@@ -70,7 +72,9 @@ def make_cotangents(
 def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:
     """Draw one sample's cotangents [k, C]; one draw per sample, so that batch sizes do not change the numbers."""
     if number > classes:
-        raise ConfigurationError(f"found mc_samples={number}, expected at most {classes}, one a class")
+        raise ConfigurationError(
+            f"found mc_samples={number}, expected at most {classes}, one a class"
+        )
     device = "cpu" if generator is None else generator.device
     gaussian = torch.randn(
         classes,

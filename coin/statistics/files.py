@@ -18,10 +18,14 @@ from coin.statistics.cotangents import FisherKind
 from coin.statistics.statistic import Statistic, StatisticKind
 from coin.statistics.sums import TRANSPOSED, Sums
 
-StatisticPaths = Mapping[Statistic, Mapping[str, Path]]  # the files of every expert's statistics, by task
+StatisticPaths = Mapping[
+    Statistic, Mapping[str, Path]
+]  # the files of every expert's statistics, by task
 
 
-def open_statistic(path: Path, statistic: str | None = None, weights: str | None = None) -> StateFile:
+def open_statistic(
+    path: Path, statistic: str | None = None, weights: str | None = None
+) -> StateFile:
     """Open the file of a ``fisher`` or ``gram``, of the weights with a fingerprint; none accepts any.
 
     Raises FileError where the file is missing, damaged, of another statistic or of other weights.
@@ -43,7 +47,9 @@ def open_statistic(path: Path, statistic: str | None = None, weights: str | None
     return file
 
 
-def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]) -> list[StateFile]:
+def open_statistics(
+    paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]
+) -> list[StateFile]:
     """Open one statistic of every expert, and check that it is of the weights with these fingerprints, by task."""
     own = paths.get(which, {})
     files = []
@@ -111,7 +117,9 @@ def check_statistic(state: State, network: nn.Module, what: str = "the statistic
     for name, tensor in state.items():
         parameter = parameters.get(name.removesuffix(TRANSPOSED))
         if parameter is None:
-            raise StateError(f"{what} has a tensor '{name}', which {type(network).__name__} has not; give its own")
+            raise StateError(
+                f"{what} has a tensor '{name}', which {type(network).__name__} has not; give its own"
+            )
         if name in parameters and tensor.shape == parameter.shape:
             continue
         if tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]:
@@ -125,5 +133,7 @@ def check_statistic(state: State, network: nn.Module, what: str = "the statistic
     if kind is StatisticKind.fisher:
         for name, tensor in state.items():
             if bool((tensor < 0).any()):
-                raise StateError(f"{what} is negative in '{name}', expected mean squares; compute it again")
+                raise StateError(
+                    f"{what} is negative in '{name}', expected mean squares; compute it again"
+                )
     return kind

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, channels_last, joined, samples_of, shapes_in, size_of, take, tensors_in
+from coin.core.batches import (
+    Batch,
+    channels_last,
+    joined,
+    samples_of,
+    shapes_in,
+    size_of,
+    take,
+    tensors_in,
+)
 from coin.core.choices import check_integer, parse_enum
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, DataError
@@ -18,17 +27,23 @@ from coin.statistics.cotangents import FisherKind, make_cotangents
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
-DEFAULT_MEMORY_MIB = 1024  # the default of memory_mib: a Fisher pass's peak beyond the network and the accumulators
+DEFAULT_MEMORY_MIB = (
+    1024  # the default of memory_mib: a Fisher pass's peak beyond the network and the accumulators
+)
 _GRADIENTS = 6  # tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes
 _KEPT = 2  # floats kept for the backward pass per float of a ruled call's input: itself, and as much between calls
-_ENOUGH_BYTES = 48 << 20  # of the widest layer's cotangents on CPUs: fewer read the weights too often (ResNets, 32×32)
+_ENOUGH_BYTES = (
+    48 << 20
+)  # of the widest layer's cotangents on CPUs: fewer read the weights too often (ResNets, 32×32)
 
 
 @dataclass(frozen=True)
 class _Layout:
     """The layout of a pass over samples of one shape: applicable rules and memory per sample."""
 
-    rows: Mapping[str, int] | None  # as of `Tape`, for the parameters with a rule; None: one sample at a time
+    rows: (
+        Mapping[str, int] | None
+    )  # as of `Tape`, for the parameters with a rule; None: one sample at a time
     activations: int  # floats per sample in the inputs of all ruled calls together
     widest: int  # floats per sample in the largest of those inputs
     outputs: int
@@ -96,14 +111,20 @@ def fisher_sums(
     for batch in batches:
         fisher.add(batch, progress or (lambda done: None))
     if fisher.count == 0:
-        raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
+        raise DataError(
+            "found no calibration samples, expected at least one batch; raise the number of samples"
+        )
     if labels is not None and len(labels) != fisher.count:
-        raise DataError(f"found {len(labels)} labels for {fisher.count} samples, expected one each, in their order")
+        raise DataError(
+            f"found {len(labels)} labels for {fisher.count} samples, expected one each, in their order"
+        )
     totals = {name: total.contiguous() for name, total in fisher.totals.items()}
     return Sums(totals, fisher.count, fisher.passes)
 
 
-def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Any) -> dict[str, Tensor]:
+def fisher_diagonal(
+    network: nn.Module, batches: Iterable[Any], **options: Any
+) -> dict[str, Tensor]:
     """Return the mean over samples of what `fisher_sums` adds up, by the same arguments; StateError if not finite.
 
     >>> coin.fisher_diagonal(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])["weight"]
@@ -135,7 +156,9 @@ class _Pass:
         self.generator = generator
         self._parameters = trainable(network)
         with torch.inference_mode(False):
-            self.totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
+            self.totals = {
+                name: _accumulator(parameter) for name, parameter in self._parameters.items()
+            }
         self._layouts: dict[tuple[object, ...], _Layout] = {}
         self.count = 0
         self.passes = 0.0
@@ -250,13 +273,17 @@ def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: B
     if any(tensor.ndim == 4 for tensor in tensors_in(two)):
         try:
             return _layout_of(network, parameters, channels_last(two), is_last=True)
-        except RuntimeError as error:  # a view, or a backward pass, may hold in the usual order alone
+        except (
+            RuntimeError
+        ) as error:  # a view, or a backward pass, may hold in the usual order alone
             if is_out_of_memory(error):
                 raise
     return _layout_of(network, parameters, two, is_last=False)
 
 
-def _layout_of(network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, is_last: bool) -> _Layout:
+def _layout_of(
+    network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, is_last: bool
+) -> _Layout:
     """Return the layout found on two copies of a sample, in the order of memory that they are in."""
     tape = Tape(parameters)
     output = tape.run(network, two)

@@ -22,10 +22,34 @@ _OPERATORS = _ARITHMETIC | _COMPARISONS | _LOGIC
 _ENTRYWISE = set(_OPERATORS)
 for _kind in ("", "r", "i"):
     _ENTRYWISE |= {f"__{_kind}{_name}__" for _name in _OPERATORS}
-_ENTRYWISE |= {"multiply", "subtract", "divide", "true_divide", "addcmul", "addcdiv", "logical_and", "logical_or"}
-_ENTRYWISE |= {"where", "masked_fill", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "lerp"}
+_ENTRYWISE |= {
+    "multiply",
+    "subtract",
+    "divide",
+    "true_divide",
+    "addcmul",
+    "addcdiv",
+    "logical_and",
+    "logical_or",
+}
+_ENTRYWISE |= {
+    "where",
+    "masked_fill",
+    "maximum",
+    "minimum",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "lerp",
+}
 _ENTRYWISE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention_forward"}
-_LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}  # of which the first argument alone gives values
+_LIKE = {
+    "type_as",
+    "to",
+    "expand_as",
+    "view_as",
+    "reshape_as",
+}  # of which the first argument alone gives values
 _MARK = "_coin_mark"
 
 Called = partial[Any]

@@ -97,7 +97,9 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
     elif len(values[name][0]) == a.shape[-1]:
         values[name].baddbmm_(columns.mT, columns)
     else:
-        raise StateError(f"'{name}' is used with its bias and without it, expected one way; give the uses own weights")
+        raise StateError(
+            f"'{name}' is used with its bias and without it, expected one way; give the uses own weights"
+        )
 
 
 def linear_maps(network: nn.Module) -> list[str]:

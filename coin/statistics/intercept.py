@@ -26,7 +26,9 @@ class Interceptor(TorchFunctionMode):
     Functions are watched, not modules: Swin uses weights without those. With a `flow`, this is told of every call.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, flow: Flow | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], visit: Visit, flow: Flow | None = None
+    ) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._visit = visit
@@ -72,7 +74,9 @@ class Interceptor(TorchFunctionMode):
         return self._visit(call, names, function)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Call | None:
+def _linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Call | None:
     if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
         return None
     return LinearCall(input, weight, bias, transposed)
@@ -125,7 +129,9 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
     return values
 
 
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Call | None:
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any
+) -> Call | None:
     if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
         return None
     return EmbeddingCall(input, weight, None, padding_idx)

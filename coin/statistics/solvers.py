@@ -12,7 +12,9 @@ _HALVES = 512  # columns from which on a symmetric product is taken by halves
 Changed = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 """(ΔW, what makes the metric M) → what ΔW becomes."""
 
-_MISSED = 1.1  # times the square of the mean that is left in centred rows: what is less is round-off
+_MISSED = (
+    1.1  # times the square of the mean that is left in centred rows: what is less is round-off
+)
 
 
 def damped(gram: Tensor, ridges: Tensor) -> Tensor:
@@ -83,7 +85,9 @@ def fit_affine(
     r, mean_r, _ = _centred(residuals, weights, intercept, tasks)
     means = torch.cat([mean_a, mean_r], 1)
     if not bool(torch.isfinite(means).all()):
-        raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
+        raise NumericalError(
+            "a layer's inputs or outputs on calibration data are not finite; check the experts"
+        )
     has_few_rows = count < unknowns
     gram = products(a.mT) if has_few_rows else products(a)
     scale = _diagonal(gram).sum(1) / unknowns

@@ -69,5 +69,9 @@ def statistic_sums(
     """
     if options is None:
         return gram_sums(network, batches, progress=progress)
-    generator = torch.Generator().manual_seed(seed * 100_003 + rank)  # of the CPU, so that every device has its numbers
-    return fisher_sums(network, batches, options, labels=labels, generator=generator, progress=progress)
+    generator = torch.Generator().manual_seed(
+        seed * 100_003 + rank
+    )  # of the CPU, so that every device has its numbers
+    return fisher_sums(
+        network, batches, options, labels=labels, generator=generator, progress=progress
+    )

@@ -30,7 +30,9 @@ class Sums:
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over samples of every tensor; raises StateError where there are none."""
         if self.count < 1:
-            raise StateError("found 0 calibration samples, expected at least 1; raise the number of samples")
+            raise StateError(
+                "found 0 calibration samples, expected at least 1; raise the number of samples"
+            )
         return {name: value / self.count for name, value in self.values.items()}
 
 
@@ -46,7 +48,9 @@ def reduce_sums(sums: Sums) -> Sums:
     """
     if process_count() == 1:
         return sums
-    device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")  # the current one
+    device = torch.device(
+        "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    )  # the current one
     empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     layouts: list[dict[str, Tensor]] = [{}] * process_count()
     distributed.all_gather_object(layouts, empty)

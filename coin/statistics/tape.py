@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim, maybe_get_level
+from torch._C._functorch import (
+    _add_batch_dim,
+    get_unwrapped,
+    is_batchedtensor,
+    maybe_get_bdim,
+    maybe_get_level,
+)
 from torch.autograd import Function
 
 from coin.core.batches import Batch, size_of
@@ -36,7 +42,9 @@ class Tape:
 
     repetitions = 2  # backward passes of `misplaced`
 
-    def __init__(self, parameters: Mapping[str, Tensor], rows: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], rows: Mapping[str, int] | None = None
+    ) -> None:
         self._parameters = parameters
         self._rows = rows
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
@@ -46,7 +54,9 @@ class Tape:
         self.weights: list[str] = []
         self.sorts = False
         self._totals: dict[Call, Totals] = {}
-        self._arrived: dict[Call, list[Tensor]] | None = None  # the cotangents, while rows are being told apart
+        self._arrived: dict[Call, list[Tensor]] | None = (
+            None  # the cotangents, while rows are being told apart
+        )
         self._cotangents = 1  # that run through the backward pass at once
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
@@ -58,7 +68,9 @@ class Tape:
         is_tensor = isinstance(output, Tensor)
         if not is_tensor or output.ndim != 2 or len(output) != self._samples:
             found = [*output.shape] if is_tensor else type(output).__name__
-            raise DataError(f"the network's output is {found}, expected logits [{self._samples}, C]; give forward=…")
+            raise DataError(
+                f"the network's output is {found}, expected logits [{self._samples}, C]; give forward=…"
+            )
         if flow is not None:
             self.sorts = flow.placed
             reads = {id(node): times for node, times in flow.reads.items()}
@@ -66,7 +78,9 @@ class Tape:
                 call.readers = reads.get(call.node, 0)
         return output
 
-    def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+    def _visit(
+        self, call: Call, names: dict[str, str], function: Callable[[], Tensor]
+    ) -> Tensor | None:
         if "weight" in names:
             self.weights.append(names["weight"])
         k, rest = divmod(len(call.inputs), self._samples)
@@ -157,7 +171,9 @@ class Tape:
             return False
 
         def pull_back(cotangent: Tensor) -> Tensor:
-            torch.autograd.grad(output, self._anchor, cotangent, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                output, self._anchor, cotangent, retain_graph=True, allow_unused=True
+            )
             return cotangent
 
         if batched:
@@ -176,7 +192,9 @@ class Tape:
         weight = call.weight
         if self._arrived is not None:
             self._arrived.setdefault(call, []).append(g)
-            weight = torch.where(weight == 0, 1, weight)  # zeros would hide what lies in front of them
+            weight = torch.where(
+                weight == 0, 1, weight
+            )  # zeros would hide what lies in front of them
         elif self._totals.get(call):
             cotangents = g.to(sum_type(g))
             call.accumulate(cotangents, self._samples, self._totals[call])
@@ -225,7 +243,9 @@ class _RuledCall(Function):
             return None, None, None, None, None
         needs_input = ctx.needs_input_grad[1]
         _ = ctx.saved_tensors  # raises an error where the input was changed
-        if is_batchedtensor(g):  # all that `torch.vmap` batches at once, without its ways for functions of one's own
+        if is_batchedtensor(
+            g
+        ):  # all that `torch.vmap` batches at once, without its ways for functions of one's own
             cotangents = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
             gradients = ctx.tape.contract(ctx.call, cotangents, needs_input)
             gradient = _add_batch_dim(gradients, 0, maybe_get_level(g))

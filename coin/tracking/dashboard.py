@@ -49,7 +49,9 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
     return str(made.url)
 
 
-def workspace(entity: str, project: str, logged: Collection[str], group: str | None = None, name: str = "coin") -> Any:
+def workspace(
+    entity: str, project: str, logged: Collection[str], group: str | None = None, name: str = "coin"
+) -> Any:
     """Return the workspace, not yet saved: NDA by method and decoder, the mean and spread over an experiment's seeds.
 
     `logged` are the names in the summaries of evaluations' runs: ``nda/METHOD/DECODER``, ….
@@ -71,13 +73,22 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
         bars.append(wr.BarPlot(title=f"NDA, {decoder}", metrics=names, **spread))
     sections = [
         ws.Section(name="NDA by method", panels=bars, is_open=True),
-        ws.Section(name="NDA against memory", panels=[wr.MediaBrowser(media_keys=["nda_against_memory"])]),
+        ws.Section(
+            name="NDA against memory", panels=[wr.MediaBrowser(media_keys=["nda_against_memory"])]
+        ),
         ws.Section(name="Results", panels=[wr.WeavePanelSummaryTable(table_name="results")]),
         ws.Section(name="Examples", panels=[wr.WeavePanelSummaryTable(table_name="examples")]),
     ]
     runs = ws.RunsetSettings(
         filters=[] if group is None else [ws.Metric("Group") == group],
         groupby=[ws.Metric("Group"), ws.Metric("JobType")],
-        pinned_columns=["config:seed", "summary:nda_mean_best", "summary:best_method", "summary:best_decoder"],
+        pinned_columns=[
+            "config:seed",
+            "summary:nda_mean_best",
+            "summary:best_method",
+            "summary:best_decoder",
+        ],
     )
-    return ws.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=runs)
+    return ws.Workspace(
+        entity=entity, project=project, name=name, sections=sections, runset_settings=runs
+    )

@@ -91,5 +91,8 @@ def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
         count = int(counts[actual, predicted])
         table.add_data(classes[actual], classes[predicted], count)
     return wandb.plot_table(
-        "wandb/confusion_matrix/v1", table, dict(zip(columns, columns, strict=True)), {"title": title}
+        "wandb/confusion_matrix/v1",
+        table,
+        dict(zip(columns, columns, strict=True)),
+        {"title": title},
     )

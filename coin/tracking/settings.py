@@ -21,7 +21,11 @@ def run_environment(folder: Path) -> Iterator[None]:
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    changed = {"WANDB_MODE": mode(), "WANDB_DIR": str(folder), "WANDB_DATA_DIR": str(folder / "wandb")}
+    changed = {
+        "WANDB_MODE": mode(),
+        "WANDB_DIR": str(folder),
+        "WANDB_DATA_DIR": str(folder / "wandb"),
+    }
     if mode() in OFFLINE_MODES:
         changed["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
     before = {name: os.environ[name] for name in changed if name in os.environ}

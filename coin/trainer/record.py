@@ -14,7 +14,14 @@ from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
 from coin.evaluation.scores import Measurement
 from coin.modules import DecodingEvaluator
-from coin.reporting.results import COLUMNS, PROMISE_COLUMNS, Row, confusion_key, write_promises, write_results
+from coin.reporting.results import (
+    COLUMNS,
+    PROMISE_COLUMNS,
+    Row,
+    confusion_key,
+    write_promises,
+    write_results,
+)
 from coin.reporting.summary import is_weak
 from coin.tracking.settings import logging_only
 

@@ -105,12 +105,16 @@ class Trainer(pl.Trainer):
         elif isinstance(datamodule, Tasks):
             tasks = Tasks(datamodule.tasks, samples_per_task)
         else:
-            raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
+            raise ConfigurationError(
+                f"found data of {type(datamodule).__name__}, expected a task or Tasks"
+            )
         for task in tasks.tasks.values():
             config.check_content(task.content, task.vocabulary)
         tasks.resize(config.image_size)
         path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
-        estimate_over_tasks(self, network, tasks, options, path, data="own" if is_one_task else "pooled")
+        estimate_over_tasks(
+            self, network, tasks, options, path, data="own" if is_one_task else "pooled"
+        )
 
     def evaluate(
         self,
@@ -129,12 +133,16 @@ class Trainer(pl.Trainer):
         """
         if not isinstance(model, DecodingEvaluator) or not isinstance(datamodule, Tasks):
             found = f"found a {type(model).__name__} with data of {type(datamodule).__name__}"
-            raise ConfigurationError(f"{found}, expected a DecodingEvaluator with Tasks; see configs/evaluate/")
+            raise ConfigurationError(
+                f"{found}, expected a DecodingEvaluator with Tasks; see configs/evaluate/"
+            )
         datamodule.resize(model.config.image_size)
         with progress_bar("evaluation") as model.progress:
             self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
-            record_evaluation(model, datamodule, Path(self.default_root_dir), name, configuration, self.loggers)
+            record_evaluation(
+                model, datamodule, Path(self.default_root_dir), name, configuration, self.loggers
+            )
         return model.measurements
 
 
@@ -147,12 +155,21 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         expected = "expected an Expert with num_classes, or ckpt_path=expert.safetensors"
         raise ConfigurationError(f"found a model without a network, {expected}")
     if ckpt_path is not None:
-        fill_network(model.network, read_weights(Path(ckpt_path), model.network.state_dict().keys()), ckpt_path)
+        fill_network(
+            model.network,
+            read_weights(Path(ckpt_path), model.network.state_dict().keys()),
+            ckpt_path,
+        )
     return without_frozen(model.network), model.config
 
 
 def estimate_over_tasks(
-    trainer: pl.Trainer, network: nn.Module, tasks: Tasks, options: FisherOptions | None, path: Path, **provenance: Any
+    trainer: pl.Trainer,
+    network: nn.Module,
+    tasks: Tasks,
+    options: FisherOptions | None,
+    path: Path,
+    **provenance: Any,
 ) -> dict[str, float]:
     """Start the Trainer's processes, and on them `estimate_statistic` over the tasks' calibration samples."""
     launcher = trainer.strategy.launcher

@@ -29,14 +29,18 @@ def tell_how_far_apart(files: ExpertFiles) -> None:
     equal_weights = [1 / len(states)] * len(states)
     apart = spread(states, equal_weights, (f"{head_name(files.skeleton)}.",))
     where = "near one another" if apart <= FAR else "far from one another"
-    rank_zero_info(f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})")
+    rank_zero_info(
+        f"experts: {apart:.1%} of their weights apart, {where} (near is up to {FAR:.2%})"
+    )
 
 
 def _key(calibration: CalibrationConfig) -> dict[str, Any]:
     """Return what an evaluation depends on."""
     key = samples_key(calibration)
     if calibration.promise_samples:
-        key |= {name: value for name, value in vars(calibration).items() if name.startswith("promise_")}
+        key |= {
+            name: value for name, value in vars(calibration).items() if name.startswith("promise_")
+        }
     return key
 
 
@@ -79,7 +83,10 @@ class Evaluate(Step):
             alpha=self.calibration.promise_alpha,
             confidence=self.calibration.promise_confidence,
         )
-        configuration = {**self.configuration, "experts": {task: step.key for task, step in self.experts.items()}}
+        configuration = {
+            **self.configuration,
+            "experts": {task: step.key for task, step in self.experts.items()},
+        }
         if is_rank_zero():
             write_text(self.folder / "config.yaml", self.yaml)
         with self.log.open(self.folder) as loggers:

@@ -102,7 +102,9 @@ class Merge(Step):
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] | None = keyed_by(_training_key)
-    hardware: dict[str, Any] = unkeyed()  # the ``trainer`` section, which says on which device it runs
+    hardware: dict[str, Any] = (
+        unkeyed()
+    )  # the ``trainer`` section, which says on which device it runs
     log: RunLog = unkeyed()
     doing: str = unkeyed(default="merging")
 
@@ -127,7 +129,8 @@ class Merge(Step):
         initial = None if self.initial is None else self.initial.output
         files = ExpertFiles(paths, initial, merging_device(self.folder, self.hardware))
         statistics = {
-            which: {task: step.output for task, step in steps.items()} for which, steps in self.statistics.items()
+            which: {task: step.output for task, step in steps.items()}
+            for which, steps in self.statistics.items()
         }
         data = datamodule(self.tasks, self.calibration)
         data.setup()
@@ -138,7 +141,9 @@ class Merge(Step):
                 loggers = stack.enter_context(self.log.open(self.folder))
                 train = Training(data, self.folder, self.seed, self.trainer, loggers)
             experts = Experts(files, statistics=statistics, calibration=calibration, train=train)
-            make_coded_models(self.method, self.code, experts, self.folder, self.calibration.samples_per_task)
+            make_coded_models(
+                self.method, self.code, experts, self.folder, self.calibration.samples_per_task
+            )
 
 
 def merging_device(folder: Path, trainer: Mapping[str, Any]) -> torch.device:
@@ -166,10 +171,18 @@ class Training:
             "seed": self.seed if method.seed is None else method.seed,
         }
 
-    def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
+    def fit(
+        self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]
+    ) -> None:
         """Run the experiment's Trainer."""
         seed = module.hparams["seed"]
-        data = Tasks(self.tasks.tasks, module.hparams["samples_per_task"], module.hparams["batch_size"], held_out, seed)
+        data = Tasks(
+            self.tasks.tasks,
+            module.hparams["samples_per_task"],
+            module.hparams["batch_size"],
+            held_out,
+            seed,
+        )
         is_final = not held_out
         loggers = list(self.loggers) if is_final else []
         trainer = make_trainer(self.folder, self.options, logger=loggers or False, **options)
@@ -230,15 +243,23 @@ def make_coded_models(
                 "passes": passes + experts.passes - passes_before,
                 "seconds": seconds + time.perf_counter() - started,
             }
-            save_compressed(variant, packed, files.config, files.width, base_path, compression, metadata)
+            save_compressed(
+                variant, packed, files.config, files.width, base_path, compression, metadata
+            )
     return paths
 
 
 def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
     """Return the code for the option `code` and N experts; a CoinError where it is none, or not for so many."""
-    code = Code(option) if isinstance(option, list) else convex(num_experts, 1 if option is None else option)
+    code = (
+        Code(option)
+        if isinstance(option, list)
+        else convex(num_experts, 1 if option is None else option)
+    )
     if code.num_experts != num_experts:
-        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {num_experts}")
+        raise ConfigurationError(
+            f"found a code for {code.num_experts} experts, expected {num_experts}"
+        )
     return code
 
 
@@ -268,7 +289,10 @@ class CompressExperts(Step):
     @property
     def outputs(self) -> dict[str, Path]:
         """The copies by task."""
-        return {task: self.folder / f"{task}.{self.compression.name}.safetensors" for task in self.experts}
+        return {
+            task: self.folder / f"{task}.{self.compression.name}.safetensors"
+            for task in self.experts
+        }
 
     def run(self) -> None:
         """Write the copies, and the 8-bit base of some beside them."""
@@ -280,7 +304,9 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     """Compress a network's file to another one; a compressed coded model keeps its metadata, with its own label."""
     read = [network] if base is None else [network, base]
     if output.resolve() in [path.resolve() for path in read]:
-        raise ConfigurationError(f"found the output '{output}', which is read; expected another file, give --output")
+        raise ConfigurationError(
+            f"found the output '{output}', which is read; expected another file, give --output"
+        )
     file = load_network(network)
     started = time.perf_counter()
     base_path, kept = kept_base(output, base, compression)

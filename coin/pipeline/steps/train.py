@@ -51,7 +51,9 @@ class TrainingConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "augmentation", parse_enum(Augmentation, "augmentation", self.augmentation))
+        object.__setattr__(
+            self, "augmentation", parse_enum(Augmentation, "augmentation", self.augmentation)
+        )
         check_integer("epochs", self.epochs, 1)
         check_integer("batch_size", self.batch_size, 2)
 
@@ -62,7 +64,9 @@ def network_key(network: NetworkConfig) -> dict[str, Any]:
     if isinstance(network.source, ImportPath):
         options["source"] = source_of_path(network.name)
     if isinstance(network.source, HuggingFace):
-        options["contents"] = folder_contents(network.source.place, weights=network.weights is not None)
+        options["contents"] = folder_contents(
+            network.source.place, weights=network.weights is not None
+        )
     return options
 
 
@@ -70,7 +74,9 @@ def place_key(place: str) -> Any:
     """Return a place of Hugging Face's, a folder with the contents of its configuration; None for a file."""
     if not place.startswith(PREFIX):
         return None
-    contents = folder_contents(local_place(place), weights=False)  # which are among the step's files
+    contents = folder_contents(
+        local_place(place), weights=False
+    )  # which are among the step's files
     return {"place": place, "contents": contents} if contents else place
 
 
@@ -153,7 +159,9 @@ class TrainNetwork(Step):
         fixed = {"max_epochs": config.epochs, "callbacks": callbacks, "enable_checkpointing": True}
         with self.log.open(self.folder) as loggers:
             options = {"enable_progress_bar": sys.stdout.isatty(), **self.trainer}
-            trainer = make_trainer(checkpoints, options, logger=loggers, log_every_n_steps=10, **fixed)
+            trainer = make_trainer(
+                checkpoints, options, logger=loggers, log_every_n_steps=10, **fixed
+            )
             seed_everything(self.seed, workers=True, verbose=False)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
@@ -161,7 +169,9 @@ class TrainNetwork(Step):
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 advice = "free some space and run it again, which goes on at the last whole epoch"
-                raise FileError(f"cannot write a checkpoint in '{checkpoints}': {error.strerror}; {advice}") from error
+                raise FileError(
+                    f"cannot write a checkpoint in '{checkpoints}': {error.strerror}; {advice}"
+                ) from error
             if not on_rank_zero(self.output.is_file):
                 # The checkpoint was of a finished training: Lightning restores it and trains nothing.
                 export.on_train_end(trainer, module)
@@ -195,7 +205,9 @@ class ImportExpert(Step):
         """Write the file."""
         if self.place.startswith(PREFIX):
             network = load_network(self.initial.output).network
-            import_pretrained(self.network, self.place, network, self.task.zero_shot, self.task_name)
+            import_pretrained(
+                self.network, self.place, network, self.task.zero_shot, self.task_name
+            )
         else:
             network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
         made: dict[str, Any] = {
@@ -224,7 +236,9 @@ def _last_checkpoint(checkpoints: Path) -> str | None:
     if _is_torn(last):
         aside = last.with_name("last.ckpt.torn")
         last.replace(aside)
-        rank_zero_info(f"found a torn checkpoint; moved it to '{aside}', and the training begins anew")
+        rank_zero_info(
+            f"found a torn checkpoint; moved it to '{aside}', and the training begins anew"
+        )
         return None
     try:
         read_checkpoint(last, TO_GO_ON)

@@ -69,7 +69,9 @@ class Geometry:
 
 
 @lru_cache(maxsize=256)
-def taps_of(geometry: Geometry, size: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def taps_of(
+    geometry: Geometry, size: tuple[int, ...], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
     """Return by tap the output's places, row by row, at which it meets an image, and the image's that it meets."""
     places = torch.arange(prod(geometry.output_size(size)), device=device)
     met, inside = geometry.met(places, size)
@@ -121,7 +123,9 @@ class ConvolutionCall(LinearCall):
             device=g.device,
             memory_format=order,
         )
-        if self._taps_are_apart():  # one product for each: several times faster than the library's kernel
+        if (
+            self._taps_are_apart()
+        ):  # one product for each: several times faster than the library's kernel
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
             by_tap = weight.flatten(2)  # [O, C, taps]
@@ -182,7 +186,9 @@ class ConvolutionCall(LinearCall):
     def positions(self, g: Tensor, samples: int) -> Tensor:
         outputs = g.shape[2]
         outputs_last = g.movedim(2, -1)
-        return outputs_last.reshape(len(g), samples, -1, outputs)  # a sample's rows are further positions
+        return outputs_last.reshape(
+            len(g), samples, -1, outputs
+        )  # a sample's rows are further positions
 
     @override
     def patches(self, rows: Tensor) -> Tensor:

@@ -130,7 +130,9 @@ def batch_norm(
     return ElementwiseCall(input, weight, bias, shape, statistics=statistics)
 
 
-def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Call | None:
+def layer_norm(
+    input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> Call | None:
     """Read `torch.nn.functional.layer_norm`: what it makes of the input without parameters is the call's input."""
     if weight is None or input.ndim <= len(shape):
         return None

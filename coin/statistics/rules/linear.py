@@ -12,9 +12,13 @@ from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
 
-BLOCK = 1 << 20  # floats that a rule makes at a time on a CPU, as a direct rule's per-sample gradients
+BLOCK = (
+    1 << 20
+)  # floats that a rule makes at a time on a CPU, as a direct rule's per-sample gradients
 _LARGE_BLOCK = 1 << 26  # on other devices, where many small products cost more: 256 MiB
-CACHED = 1 << 18  # floats of a gradient that stay in a core's cache until they are squared, as measured on CPUs
+CACHED = (
+    1 << 18
+)  # floats of a gradient that stay in a core's cache until they are squared, as measured on CPUs
 
 
 @dataclass(eq=False)
@@ -28,7 +32,9 @@ class LinearCall(Call):
 
     transposed: bool = False  # whether the weight is Wᵀ [I, O], as in a @ weight
     many_rows: ClassVar[bool] = True  # whether the Gram rule can take several rows a sample
-    _pairs: Tensor | None = field(default=None, init=False)  # contracted cotangents [B, P, O], of pairs of positions
+    _pairs: Tensor | None = field(
+        default=None, init=False
+    )  # contracted cotangents [B, P, O], of pairs of positions
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
@@ -112,7 +118,9 @@ class EmbeddingCall(Call):
             gradients.index_add_(1, places, cotangents[:, n])
             squares = torch.square(gradients).sum(0)
             if self.padding is not None:
-                squares[found == self.padding % len(self.weight)] = 0  # the padding token gets no gradient
+                squares[found == self.padding % len(self.weight)] = (
+                    0  # the padding token gets no gradient
+                )
             totals["weight"].index_add_(0, found, squares)
 
 
@@ -163,7 +171,9 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total[0].addmm_(left[0], right[0])
     else:
         total.add_(torch.bmm(left, right))
-    if positions > 1:  # a sum of squares, of which rounding may leave less than nothing where positions cancel
+    if (
+        positions > 1
+    ):  # a sum of squares, of which rounding may leave less than nothing where positions cancel
         total.clamp_min_(0)
 
 
