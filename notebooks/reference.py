@@ -92,9 +92,13 @@ def text(name: str) -> str:
 
 def commands() -> str:
     """Return the page of all commands and their options."""
-    head = "# Commands\n\nEvery command takes YAML files or names of shipped ones (`-c`, several stack), its options, and "
-    head += "`--print_config`.\n`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's: they\n"
-    head += f"take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and\n`--trainer.matmul_precision`.\n"
+    head = f"""# Commands
+
+Every command takes YAML files or names of shipped ones (`-c`, several stack), its options, and `--print_config`.
+`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's: they
+take `--trainer.` with [the options of Lightning's Trainer]({TRAINER}), and
+`--trainer.matmul_precision`.
+"""
     return "\n".join([head, *(command(name, what) for name, what in COMMANDS.items())])
 
 

@@ -51,12 +51,8 @@ def disable_tf32() -> Iterator[None]:
 
 @contextmanager
 def _newer_settings_without_tf32() -> Iterator[None]:
-    places = (
-        *_products(),
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.conv,
-    )  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    places = (*_products(), backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv)
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
