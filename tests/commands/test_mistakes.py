@@ -442,6 +442,7 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take the signals as the command does, and put the handlers back."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     take_signals()
     yield
     for number, handler in before.items():
