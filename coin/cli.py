@@ -155,9 +155,8 @@ def _mistake(error: BaseException) -> str | None:
     """Return the line about an error of ours, or about options that a parser refuses; None for everything else."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, CoinError):
-        cause = (
-            cause.__cause__
-        )  # jsonargparse hands on what a constructor raises as the cause of an error of its own
+        # Jsonargparse hands on what a constructor raises as the cause of an error of its own.
+        cause = cause.__cause__
     if not isinstance(error, ArgumentError | CoinError) and not (
         isinstance(error, ValueError) and cause
     ):

@@ -278,9 +278,8 @@ def layer_rows(layer, inputs, output):
     if isinstance(layer, nn.Linear):
         return inputs.reshape(1, -1, inputs.shape[-1])
     padding = layer.padding
-    if isinstance(padding, str) or not any(
-        padding
-    ):  # perhaps padded before: as much as the output's size tells
+    # Perhaps padded before: as much as the output's size tells.
+    if isinstance(padding, str) or not any(padding):
         sizes = zip(
             inputs.shape[2:],
             output.shape[2:],

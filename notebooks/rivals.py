@@ -124,9 +124,8 @@ def by_svd(experts, body):
                     quantise(root * u.T[:rank].contiguous(), 4),
                     quantise(root * v[:rank], 4),
                 ]
-                if (
-                    sum(each.codes.numel() for each in factors) >= step.numel()
-                ):  # then the difference itself is smaller
+                # Then the difference itself is smaller.
+                if sum(each.codes.numel() for each in factors) >= step.numel():
                     factors = [quantise(step, 4)]
                 step = (
                     factors[0].dense().T @ factors[1].dense() if factors[1:] else factors[0].dense()
@@ -207,9 +206,10 @@ def measure(folder, svd_alone):
         if name not in average
     )
     whole_expert = nbytes(experts[0].state_dict().values())
+    # No bytes.
     headless = filled(
         experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()}
-    )  # no bytes
+    )
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
     given = {"calibration": list(tasks.calibrations().values()), "initial": base}
     for function in () if svd_alone else (feat_cal, magic, ace):

@@ -244,9 +244,8 @@ def rivals_table() -> str:
 def fleets() -> pd.DataFrame:
     """Of fleets of N experts, for every stand-in: mean NDA and the worst task's in %, and its memory in networks."""
     rows = measured("fleet")
-    network = pd.to_numeric(
-        rows_of(rows, "refit", "expert_head").memory_mib
-    ).min()  # with the heads of two experts
+    # With the heads of two experts.
+    network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
     found = []
     for count, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
         for pair, name in FLEET.items():

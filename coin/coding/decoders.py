@@ -76,9 +76,8 @@ class ExpertHeadDecoder(Decoder):
         width = self.weight.shape[2]  # F
         features = []
         for row in self.row_of.values():
-            own = double(
-                answers.coded_features[row]
-            )  # [B, F], or [B, 0] where the coded model is silent
+            # [B, F], or [B, 0] where the coded model is silent.
+            own = double(answers.coded_features[row])
             is_silent = own.shape[1] == 0
             if is_silent:
                 own = own.new_full((len(own), width), torch.nan)

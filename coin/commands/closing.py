@@ -53,9 +53,8 @@ def after_fisher(trainer: Trainer, options: Namespace) -> str:
 
 def after_merge(files: Sequence[Path], experts: dict[str, str], arguments: Sequence[str]) -> str:
     """Return the line of ``coin merge``, given its arguments."""
-    words = [
-        word for argument in arguments for word in argument.split("=", 1)
-    ]  # --tasks=VALUE, or VALUE behind it
+    # --tasks=VALUE, or VALUE behind it.
+    words = [word for argument in arguments for word in argument.split("=", 1)]
     tasks = (
         words[words.index("--tasks") + 1]
         if "--tasks" in words

@@ -17,10 +17,8 @@ from coin.core.choices import did_you_mean
 from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
-_WHOLE = {
-    "methods": "[]",
-    "tasks": "{}",
-}  # options whose entries are objects, and what they are without any
+# Options whose entries are objects, and what they are without any.
+_WHOLE = {"methods": "[]", "tasks": "{}"}
 _UNKNOWN = re.compile(
     r"unrecognized arguments: --([\w.+-]+)|^Option '(.+)' is not|^Group '(.+)' does not accept option '(.+)'"
 )
@@ -58,9 +56,8 @@ def parsed(
         name = ".".join(part for part in unknown.groups() if part)
         options = [action.dest for action in parser._actions]
         known = [option for option in options if not option.endswith(("help", "config"))]
-        renamed = re.sub(
-            "learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name)
-        )  # as others call them
+        # As others call them.
+        renamed = re.sub("learning_rate$", "lr", re.sub("(num|max)_epochs$", "epochs", name))
         hint = f" (did you mean {renamed}?)" if renamed in known else did_you_mean(name, known)
         raise ConfigurationError(
             f"found option '{name}'{hint}, expected one that {parser.prog} --help lists"

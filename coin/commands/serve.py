@@ -79,9 +79,8 @@ def read_system(
         coded = read_coded(run, None, None, kind)
         copies = read_copies(run, method, coded.names)
         system = System.of(coded, Policy(kind, quantile), copies, keep_mib)
-        return system, _description(
-            coded, system, method, promises=[]
-        )  # none is about the answers of copies
+        # None is about the answers of copies.
+        return system, _description(coded, system, method, promises=[])
     coded = read_coded(run, method, decoder, policy)
     fitted = list(coded.decoders.values())
     default = PolicyKind.coded_hedged if fitted[0].config.reads_survivors else PolicyKind.standin

@@ -53,10 +53,8 @@ class TrainerCLI(LightningCLI):
         for name in ("network", "image_size", "options", "num_classes"):
             if name in found and name in init_args:
                 init_args[name] = found[name]
-        for name in (
-            "weights",
-            "initial",
-        ):  # about to be overwritten: nothing to download or to look for
+        # About to be overwritten: nothing to download or to look for.
+        for name in ("weights", "initial"):
             if name in init_args:
                 init_args[name] = None
 

@@ -34,9 +34,8 @@ def disable_tf32() -> Iterator[None]:
             torch.backends.cudnn.allow_tf32,
             torch.get_float32_matmul_precision(),
         )
-    except (
-        RuntimeError
-    ):  # set by torch's newer settings, beside which it does not read the older ones
+    # Set by torch's newer settings, beside which it does not read the older ones.
+    except RuntimeError:
         with _newer_settings_without_tf32():
             yield
         return

@@ -15,12 +15,10 @@ from coin.errors import CoinError, first_line
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(
-    days=7
-)  # with the first process: it may merge for hours, and NCCL gives up within minutes
-_alone: ContextVar[bool] = ContextVar(
-    "alone", default=False
-)  # whether it is at work for all, and the others wait
+# With the first process: it may merge for hours, and NCCL gives up within minutes.
+_PATIENCE = timedelta(days=7)
+# Whether it is at work for all, and the others wait.
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 def _has_group() -> bool:

@@ -12,9 +12,8 @@ def set_ray_variables(address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to its makers
     os.environ.setdefault("RAY_worker_niceness", "0")  # its workers have this process's priority
-    if (
-        address is None
-    ):  # the ports of a cluster of this machine alone, which take orders, listen at its own address
+    # The ports of a cluster of this machine alone, which take orders, listen at its own address.
+    if address is None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # A Serve replica's port listens at all addresses and unpickles what arrives: only with the token.
         mode = os.environ.setdefault("RAY_AUTH_MODE", "token")

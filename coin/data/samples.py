@@ -22,9 +22,8 @@ _CPU = torch.device("cpu")
 class Samples:
     """A selection of labelled samples, which copies indices, never images."""
 
-    store: (
-        Tensor | LazyImages
-    )  # all images that were selected from, uint8 [N, C, H, W], or tokens, int64 [N, L]
+    # All images that were selected from, uint8 [N, C, H, W], or tokens, int64 [N, L].
+    store: Tensor | LazyImages
     labels: Tensor  # class indices of the whole store, int64 [N]
     index: Tensor  # positions in the store that are selected, int64 [P]
 
@@ -137,9 +136,8 @@ def split_source(
             )
         train = order[count:]
         if max_train is not None and max_train < len(train):
-            count = max(
-                1, round(count * max_train / len(train))
-            )  # validation shrinks in proportion
+            # Validation shrinks in proportion.
+            count = max(1, round(count * max_train / len(train)))
         validation = source.train.subset(order[:count].sort().values)
     limited = train[:max_train].sort().values
     return Source(source.train.subset(limited), test, validation)
@@ -173,9 +171,8 @@ class Calibration:
     Images stay uint8 and become inputs a batch at a time. ``len`` is the number of batches; `num_samples` is P.
     """
 
-    parts: tuple[
-        Samples | MemorySamples, ...
-    ]  # the selections that the samples come from, after `pooled` one per task
+    # The selections that the samples come from, after `pooled` one per task.
+    parts: tuple[Samples | MemorySamples, ...]
     part: Tensor  # which part each sample comes from, int64 [P]
     position: Tensor  # its position in that part, int64 [P]
     image_size: int  # S, the side of the inputs in pixels

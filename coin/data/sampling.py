@@ -131,9 +131,8 @@ def batch_loader(
             )
         rank = trainer.global_rank
         world_size = trainer.world_size
-        epoch = (
-            trainer.current_epoch
-        )  # a resumed Trainer makes the iterator before it calls set_epoch
+        # A resumed Trainer makes the iterator before it calls set_epoch.
+        epoch = trainer.current_epoch
     sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)
     if shuffle:
         sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)

@@ -56,9 +56,8 @@ class Tasks(LightningDataModule):
         self.batch_size = batch_size
         self.held_out = held_out
         self.promise_samples = promise_samples
-        self.augmentation = (
-            Augmentation.none
-        )  # of calibration samples to train on; the training module sets it
+        # Of calibration samples to train on; the training module sets it.
+        self.augmentation = Augmentation.none
         self.seed = next(iter(self.tasks.values())).seed
 
     def resize(self, image_size: int) -> None:

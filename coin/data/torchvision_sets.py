@@ -88,9 +88,8 @@ class TorchvisionTask(TaskData):
         kind = getattr(datasets, name.removesuffix("Letters"))
         try:
             return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
-        except (
-            Exception
-        ) as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
+        # From AssertionError to BadZipFile, whatever torchvision and urllib raise.
+        except Exception as error:
             raise unusable_files(name, self.root / self.folder, download, error) from error
 
 

@@ -229,9 +229,8 @@ def fit_in_memory(
     options: dict[str, Any],
 ) -> None:
     """Run a Trainer with these options, silently, on the samples but a held-out share, on which it validates."""
-    whole = as_input(
-        joined(list(experts.pooled)), experts.networks[0]
-    )  # a DataError where samples differ in shape
+    # A DataError where samples differ in shape.
+    whole = as_input(joined(list(experts.pooled)), experts.networks[0])
     batches = []
     for task in range(experts.count):
         own = (experts.tasks == task).nonzero().flatten()

@@ -12,9 +12,8 @@ TRIALS = 12  # the most trials of one search
 class SearchResult:
     """The result of a search."""
 
-    losses: dict[
-        tuple[float, int], float
-    ]  # held out, of all pairs (learning rate, number of steps) that were tried
+    # Held out, of all pairs (learning rate, number of steps) that were tried.
+    losses: dict[tuple[float, int], float]
     at_edge: bool  # whether the trials ran out before all neighbours of the best pair were tried
 
     @property

@@ -5,10 +5,8 @@ from pathlib import Path
 from coin.errors import FileError, first_line
 from coin.files.atomic import sha256_of
 
-WEIGHTS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # in a folder of Hugging Face's, the better one first
+# In a folder of Hugging Face's, the better one first.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def hub_weights(place: str) -> list[Path]:

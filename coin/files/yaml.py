@@ -28,11 +28,8 @@ def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds; a FileError where it cannot be read, a ConfigurationError where it is no YAML."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # a ValueError is of a date that is none, or no text
+    # A ValueError is of a date that is none, or no text.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = str(error).replace('"<unicode string>", ', "")
         raise ConfigurationError(
             f"cannot use '{path}' as YAML: {problem}; fix that line"

@@ -153,15 +153,13 @@ class AdapterFit:
             moments: Of the expert's own samples.
         """
         weight = self._network.get_parameter(unit.weight)
-        fitted = _columns(
-            weight, unit, call, entries, moments
-        )  # the body's map, then with the correction
+        # The body's map, then with the correction.
+        fitted = _columns(weight, unit, call, entries, moments)
         left = right = None
         if self._rank > 0 and unit.is_matrix:
             own = _columns(self._own_weight(unit, expert), unit, call, entries, moments)
-            damping = (
-                self._ridge * len(entries) / unit.unknowns
-            )  # relative to the mean over all inputs, zeros too
+            # Relative to the mean over all inputs, zeros too.
+            damping = self._ridge * len(entries) / unit.unknowns
             outer, inner = _factors(fitted, own, damping, self._rank, moments)
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
@@ -252,9 +250,8 @@ class Moments:
             is_constant = is_round_off(scale, self._a, self.mean_a[:, None], shares[None])
             self._a.masked_fill_(is_constant[:, None, None], 0)
         self.cross = self._a.mT @ self._z  # [G, K, O]
-        self._gram = (
-            products(self._a) if count >= unknowns else None
-        )  # with fewer rows products go by these
+        # With fewer rows products go by these.
+        self._gram = products(self._a) if count >= unknowns else None
 
     def _times(self, x: Tensor) -> Tensor:
         """Return cov(a) x for x [G, K, m]."""

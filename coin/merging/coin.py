@@ -124,9 +124,8 @@ def _mean_fisher(fishers: Sequence[State], weights: Sequence[float], known: Sequ
         return 0.0
     mass = 0.0
     for fisher, weight in zip(fishers, weights, strict=True):
-        sums = torch.stack(
-            [fisher[key].sum(dtype=torch.float64) for key in known]
-        )  # a GPU is waited for once
+        # A GPU is waited for once.
+        sums = torch.stack([fisher[key].sum(dtype=torch.float64) for key in known])
         mass += sum(weight * each for each in sums.tolist())
     entries = sum(fishers[0][key].numel() for key in known)
     return mass / entries

@@ -249,9 +249,8 @@ def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, .
     for name, first in experts[0].items():
         if first.ndim < 2 or not first.is_floating_point() or name.startswith(without):
             continue
-        matrices = [
-            expert[name].detach().double() for expert in experts
-        ]  # which may be read from files
+        # Which may be read from files.
+        matrices = [expert[name].detach().double() for expert in experts]
         mean = torch.zeros_like(matrices[0])
         for beta, matrix in zip(row, matrices, strict=True):
             mean = mean + beta * matrix

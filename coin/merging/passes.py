@@ -141,9 +141,8 @@ def fit_body(
     trace = body.trace
     fit: AdapterFit | None = None
     if adapters is not None:
-        chosen = chosen[
-            experts.tasks[chosen].argsort(stable=True)
-        ]  # a task's rows then lie together
+        # A task's rows then lie together.
+        chosen = chosen[experts.tasks[chosen].argsort(stable=True)]
         head = f"{head_name(network)}.weight".lstrip(".")
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         rank = rank_of(adapters, trace.units, experts.count)
@@ -223,9 +222,8 @@ def fit_in_order(
         places = rows.places[unit.weight]
         inputs, entries = input_rows(call, len(target), places)
         weights = rows.shares.to(target)[:, None].expand(target.shape[:2])
-        if (
-            places is None and unit.weight in rows.weights
-        ):  # chosen places are drawn by these weights already
+        # Chosen places are drawn by these weights already.
+        if places is None and unit.weight in rows.weights:
             weights = weights * rows.weights[unit.weight].to(weights)
         regression = UnitRows(inputs, entries, target, weights)
         if ridge is not None:

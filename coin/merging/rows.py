@@ -16,10 +16,8 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 
 ROWS = 8  # of a regression for each of its unknowns: more where they are cheap, fewer where they are dear
-CHEAP, DEAR = (
-    0.5,
-    4.0,
-)  # shares of the time of a layer's calls that its rows take at least, and at most
+# Shares of the time of a layer's calls that its rows take at least, and at most.
+CHEAP, DEAR = (0.5, 4.0)
 READ = 16  # multiplications that take as long as reading a number where it lies alone
 LEAST = 256  # rows of a regression, where there are as many
 PROBED = 16  # samples by which positions are weighed: rows of tokens are much alike from sample to sample

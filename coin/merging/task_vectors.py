@@ -201,7 +201,6 @@ def _threshold(expert: State, initial: State, keep: float) -> float:
     sizes = torch.cat(parts).cpu()
     kept = max(1, round(keep * len(sizes)))
     place = len(sizes) - kept
-    sizes.numpy().partition(
-        place
-    )  # in place: of a large network the entries are most of the memory
+    # In place: of a large network the entries are most of the memory.
+    sizes.numpy().partition(place)
     return float(sizes[place])

@@ -139,9 +139,8 @@ def _assembled(network: nn.Module, two: Tape, three: Tape, not_own: set[str]) ->
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         weight = call.names["weight"]
         is_norm_of_last = bool(units) and units[-1].end == weight
-        shape_of_two = shapes_of_two.get(
-            weight, call.made
-        )  # not recorded: then as of three, which is no unit's
+        # Not recorded: then as of three, which is no unit's.
+        shape_of_two = shapes_of_two.get(weight, call.made)
         if is_norm_of_last or not _is_unit(call, shape_of_two, not_own):
             continue
         size = network.get_parameter(weight).numel()
@@ -289,9 +288,8 @@ def _patches(
     outputs = prod(geometry.output_size(size))  # positions of one image
     if places is None:
         places = torch.arange(images_each * outputs, device=inputs.device)[None]  # [1, q]
-    pixels, inside = geometry.met(
-        places % outputs, size
-    )  # [P or 1, q, taps]: pixels of an image, and whether of it
+    # [P or 1, q, taps]: pixels of an image, and whether of it.
+    pixels, inside = geometry.met(places % outputs, size)
     taps = inside.shape[2]
     alive = inside.flatten(0, 1).any(0)  # [taps]
     if not bool(alive.any()):
@@ -301,9 +299,8 @@ def _patches(
 
     image = (places // outputs)[..., None]  # which of the sample's
     first_pixel = image * prod(size)
-    met = (first_pixel + pixels[..., alive]).expand(
-        samples, -1, -1
-    )  # of a sample's pixels [P, q, taps]
+    # Of a sample's pixels [P, q, taps].
+    met = (first_pixel + pixels[..., alive]).expand(samples, -1, -1)
     is_inside = inside[..., alive].expand_as(met).flatten(0, 1)  # [P·q, taps]
     by_sample = inputs.reshape(samples, images_each, channels, -1)
     by_channel = by_sample.movedim(2, 0).flatten(2)  # [C, P, k · pixels]

@@ -128,9 +128,8 @@ class UserMethod(Method):
     def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
         """Call the function on the experts' tensors of each name, and return what it returns; the rest is averaged."""
         skeleton = experts.source.skeleton
-        learnt = without_head(
-            skeleton, list(skeleton.state_dict())
-        )  # without masks, which are made
+        # Without masks, which are made.
+        learnt = without_head(skeleton, list(skeleton.state_dict()))
         states = [whole_state(tensors) for tensors in experts.source.tensors]
         start = whole_state(experts.initial()) if self.reads_initial else {}
         merged = {

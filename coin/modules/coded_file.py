@@ -23,12 +23,8 @@ from coin.networks.weights import tensors_of
 _SYSTEM = "coded system"
 _KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept_parameter_(?P<parameter>[^.]+)\.(?P<part>\w+)")
 """The names of the tensors that a body keeps in place of a parameter."""
-_OF_BODY = (
-    "original",
-    "codes",
-    "codes_first",
-    "codes_scale",
-)  # those parts that belong to no expert
+# Those parts that belong to no expert.
+_OF_BODY = ("original", "codes", "codes_first", "codes_scale")
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,8 @@ class Body:
                     body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name]
                 )
                 keep(body, tied[name], kept)
-            of_experts = {
-                part: tensor for part, tensor in parts.items() if part not in _OF_BODY
-            }  # each [N, …]
+            # Each [N, …].
+            of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}
             for expert, own in enumerate(changes):
                 own[name] = Change.stored(
                     {part: tensor[expert] for part, tensor in of_experts.items()}
@@ -88,13 +83,11 @@ class SystemFile:
     classes: list[int] | None  # how many classes every expert has, if known
     decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
     experts: Sequence[str]  # the fingerprints of the experts' states
-    coded: Sequence[
-        State
-    ] = ()  # every coded model's parameters and buffers; none if they are in files of their own
+    # Every coded model's parameters and buffers; none if they are in files of their own.
+    coded: Sequence[State] = ()
     bodies: Sequence[Body | None] = ()  # of each coded model, its description if it is an `Adapted`
-    coded_files: Sequence[
-        Path
-    ] = ()  # the coded models' own files, kept as SHA-256 and path ``../coded/NAME``
+    # The coded models' own files, kept as SHA-256 and path ``../coded/NAME``.
+    coded_files: Sequence[Path] = ()
     told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
     def save(self, path: Path) -> None:

@@ -184,9 +184,8 @@ class DistillationModule(LightningModule):
             self.passes += together * len(self.teachers)
             with torch.no_grad():
                 outputs = self.expert_outputs(inputs)
-        clear_caches(
-            self.student
-        )  # what it keeps of its parameters in eval mode: they have changed
+        # What it keeps of its parameters in eval mode: they have changed.
+        clear_caches(self.student)
         row = outputs.new_tensor(self.hparams["code_row"])
         target = torch.tensordot(row, outputs, dims=1)  # [B, C]
         difference = full_precision(self.student(inputs)) - full_precision(target)

@@ -166,9 +166,8 @@ class DecodingEvaluator(LightningModule):
         task = dataloader_idx
         inputs = batch[0]
         labels = batch[1].cpu()
-        answers = self(
-            inputs, task
-        ).cpu()  # where the decoders were fitted; not every device has float64
+        # Where the decoders were fitted; not every device has float64.
+        answers = self(inputs, task).cpu()
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
@@ -178,9 +177,8 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `measurements`."""
-        if (
-            self.trainer.world_size > 1
-        ):  # processes add up where their device is: NCCL reduces no tensors of the CPU
+        # Processes add up where their device is: NCCL reduces no tensors of the CPU.
+        if self.trainer.world_size > 1:
             for metric in self.evaluation.metrics:
                 metric.to(self.device)
         self.measurements = self.evaluation.measurements(self.tasks)

@@ -80,9 +80,8 @@ class Expert(LightningModule):
             self.hparams["num_classes"] = datamodule.num_classes
             self._build(datamodule.num_classes)
         zero_shot = getattr(datamodule, "zero_shot", None)
-        is_fitted = (
-            trainer is not None and trainer.state.fn == "fit"
-        )  # otherwise a checkpoint brings the head
+        # Otherwise a checkpoint brings the head.
+        is_fitted = trainer is not None and trainer.state.fn == "fit"
         if zero_shot is not None or is_fitted:
             fill_head(self.network, self.config, zero_shot, type(datamodule).__name__)
 

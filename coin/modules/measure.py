@@ -108,9 +108,8 @@ def evaluate(
     parts = []
     for task, batches in enumerate(calibration or ()):
         for batch in batches:
-            answers = system.answers(
-                batch, features=features, tasks=task
-            ).cpu()  # not all devices have float64
+            # Not all devices have float64.
+            answers = system.answers(batch, features=features, tasks=task).cpu()
             task_of_each = torch.full((answers.num_samples,), task)
             parts.append(replace(answers, tasks=task_of_each))
     to_fit = [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]

@@ -30,9 +30,8 @@ from coin.networks.kept import (
 )
 
 _Asked = Mapping[object, int | Tensor | None]
-_ASKED: ContextVar[_Asked] = ContextVar(
-    "_ASKED"
-)  # by the bodies' keys, as which experts they answer
+# By the bodies' keys, as which experts they answer.
+_ASKED: ContextVar[_Asked] = ContextVar("_ASKED")
 
 
 class Adapted(nn.Module):
@@ -224,9 +223,8 @@ def resident_nbytes(network: nn.Module) -> int:
 
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file."""
-    others = {
-        id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()
-    }  # tied ones once
+    # Tied ones once.
+    others = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
     total: int = 0
     for module in network.modules():
         if isinstance(module, Kept):

@@ -116,9 +116,8 @@ def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 
 def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     """Return the names of the other tensors in a state, and the adapters of so many experts."""
-    parts: list[dict[str, dict[str, Tensor]]] = [
-        {} for _ in range(count)
-    ]  # by expert, parameter and part
+    # By expert, parameter and part.
+    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]
     others = []
     for key in state:
         if count == 0 or not key.startswith(_ADAPTERS):

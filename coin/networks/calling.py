@@ -24,9 +24,8 @@ def called_by(network: Network, forward: Forward | None) -> Network:
         return network
 
     def call(self: nn.Module, batch: Any) -> Tensor:
-        return forward(
-            plain(copy.copy(self)), map_tensors(torch.clone, batch)
-        )  # which it may change
+        # Which it may change.
+        return forward(plain(copy.copy(self)), map_tensors(torch.clone, batch))
 
     shared = copy.copy(network)
     # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
@@ -48,9 +47,8 @@ def clone(network: Network, *, shared: bool = False) -> Network:
         memo = {id(tensor): tensor for tensor in every}
     for module in network.modules():
         for tensor in tensors_in(vars(module)):
-            if (
-                not tensor.is_leaf
-            ):  # what a forward pass has left in an attribute has a graph, which cannot be copied
+            # What a forward pass has left in an attribute has a graph, which cannot be copied.
+            if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach()
     copied = copy.deepcopy(network, memo)
     clear_caches(copied)
@@ -93,9 +91,8 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
         if like is not None:
             tensor = tensor.to(like.device)
             tensor = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
-        return (
-            tensor.clone() if tensor.is_inference() else tensor.detach()
-        )  # autograd refuses inference tensors
+        # Autograd refuses inference tensors.
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
 
     return map_tensors(ready, checked_batch(batch, network))
 

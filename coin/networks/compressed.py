@@ -97,9 +97,8 @@ class Compressed:
     base_nbytes: int
     _kinds: dict[str, int]  # how every tensor is stored (`encode`), tied ones once
     _data: dict[str, Tensor]  # and its bytes
-    _folded: dict[
-        str, str
-    ]  # the BatchNorms that are folded, with the weights that they are folded into
+    # The BatchNorms that are folded, with the weights that they are folded into.
+    _folded: dict[str, str]
     _outputs: int | None  # of the head, where the base's has others
     adapters: Sequence[Adapter] = ()
 
@@ -421,9 +420,8 @@ class Rounding:
             matrix = stored.T if turned else stored
             return matrix.reshape(step.shape)
 
-        def as_stored(
-            maps: Tensor,
-        ) -> Tensor:  # [G, O, K] → the rows and columns that have scales and codes
+        # [G, O, K] → the rows and columns that have scales and codes.
+        def as_stored(maps: Tensor) -> Tensor:
             matrix = maps.flatten(0, 1)
             return (matrix.T if turned else matrix).reshape(stored_shape)
 

@@ -16,19 +16,12 @@ HALF = 16
 WHOLE = 32
 """the tensor itself."""
 
-_CLIPS = (
-    0.15,
-    0.25,
-    0.35,
-    0.5,
-    0.7,
-    1.0,
-)  # of a row's largest value: the scales from which the search begins
+# Of a row's largest value: the scales from which the search begins.
+_CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
 _REFINEMENTS = 2  # of a scale, for every clip
 _SMALLEST = 1e-38  # divides the rows of scale 0, which may take any level
-_BLOCK_VALUES = (
-    2**18
-)  # values, times the clips, that are searched at a time: they fit a processor's cache
+# Values, times the clips, that are searched at a time: they fit a processor's cache.
+_BLOCK_VALUES = 2**18
 
 Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
 """For scales s [rows, S] the sums ⟨row, L_c⟩ and ⟨L_c, L_c⟩ [rows, S], with c the codes nearest to row/s."""
@@ -129,9 +122,8 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
 def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     """Return the scales ``[rows]`` in bfloat16, below 0 for the even levels, of a matrix's smallest squared errors."""
     largest = matrix.abs().amax(1, keepdim=True)  # [rows, 1]
-    scales = [
-        torch.zeros_like(largest, dtype=torch.bfloat16)
-    ]  # whose error, less the row's squares, is 0
+    # Whose error, less the row's squares, is 0.
+    scales = [torch.zeros_like(largest, dtype=torch.bfloat16)]
     errors = [torch.zeros_like(largest, dtype=torch.float64)]
     if bits < 8:  # of 256 levels, even ones are as good
         ascending = matrix.sort(dim=1).values.double()
@@ -288,9 +280,8 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """Return the rows, which have a scale each, and the columns: a row a unit of the first dimension not of size 1."""
     if len(shape) < 2:
         return 1, math.prod(shape)
-    sizes = [size for size in shape if size != 1] or [
-        1
-    ]  # a table of positions [1, N, D] has N rows
+    # A table of positions [1, N, D] has N rows.
+    sizes = [size for size in shape if size != 1] or [1]
     return sizes[0], math.prod(sizes[1:])
 
 
@@ -366,9 +357,8 @@ def split_matrix(data: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     rows, _ = matrix_shape(shape)
     scale_bytes = 2 * rows
     packed = data[:-scale_bytes].view(rows, -1)
-    scale = data[
-        -scale_bytes:
-    ].clone()  # a view of another type has to begin at a multiple of its size
+    # A view of another type has to begin at a multiple of its size.
+    scale = data[-scale_bytes:].clone()
     return packed, scale.view(torch.bfloat16)
 
 

@@ -25,9 +25,8 @@ from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
-ZeroShot = tuple[
-    Sequence[str], Sequence[str]
-]  # a task's prompts and class names, for a zero-shot head
+# A task's prompts and class names, for a zero-shot head.
+ZeroShot = tuple[Sequence[str], Sequence[str]]
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,8 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
         if has_caches:
             clear_caches(network)
         latest[:] = arguments[:1]
-        return tree_map_only(
-            Tensor, torch.clone, (arguments, options)
-        )  # which the network may change in place
+        # Which the network may change in place.
+        return tree_map_only(Tensor, torch.clone, (arguments, options))
 
     with _LOCK:
         for module in modules:

@@ -143,9 +143,8 @@ class HuggingFace(NetworkSource):
         if isinstance(network, clip.ClipTower):
             inner = network.vision
         else:
-            inner.config.num_labels = linear_head(
-                network
-            ).out_features  # an expert's own is smaller than the body's
+            # An expert's own is smaller than the body's.
+            inner.config.num_labels = linear_head(network).out_features
         inner.save_pretrained(folder)
         processor = self._processor() if self.reads == "images" else {}
         if processor:

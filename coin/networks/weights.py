@@ -70,9 +70,8 @@ def _odd_part(network: nn.Module) -> str | None:
         is_wrapped = any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks)
         if is_making(module) or is_parametrized(module) or is_wrapped:
             return f"a weight of layer '{name}' is computed at every pass"
-        makes_functions_anew = (
-            type(module).__setstate__ is not nn.Module.__setstate__
-        )  # in copies, as metrics do
+        # In copies, as metrics do.
+        makes_functions_anew = type(module).__setstate__ is not nn.Module.__setstate__
         if not makes_functions_anew and _holds_closure(module):
             return f"layer '{name}' holds a function of a module, which copies would share,"
     return None

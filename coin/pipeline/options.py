@@ -101,9 +101,8 @@ def config_dict(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [config_dict(entry) for entry in value]
-    if isinstance(
-        value, Namespace
-    ):  # what jsonargparse leaves of a class path within a plain dictionary
+    # What jsonargparse leaves of a class path within a plain dictionary.
+    if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, Mapping):
         options = {str(name): config_dict(entry) for name, entry in value.items()}

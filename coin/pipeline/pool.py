@@ -29,11 +29,8 @@ from coin.files.packaged import extra_module
 _STATUS = "# exit status "
 _STOP_SECONDS = 10.0
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
-_NO_NODE = (
-    "DOWN",
-    "DRAINED",
-    "NotAvail",
-)  # in a reason of SLURM's: what no end of another job changes
+# In a reason of SLURM's: what no end of another job changes.
+_NO_NODE = ("DOWN", "DRAINED", "NotAvail")
 _GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
 
 
@@ -252,9 +249,8 @@ class _Slurm:
         if self.is_cluster and shutil.which("srun") is None:
             found = "found no srun on this machine, expected a SLURM cluster's login node"
             raise ConfigurationError(f"{found}; launch.slurm.cluster=debug tries the jobs here")
-        logging.getLogger("submitit").setLevel(
-            logging.ERROR
-        )  # of accounting, which is not everywhere
+        # Of accounting, which is not everywhere.
+        logging.getLogger("submitit").setLevel(logging.ERROR)
         with self._refusals("use"):
             self.executor = self.submitit.AutoExecutor(self.folder, cluster=cluster)
             self.executor.update_parameters(**options)

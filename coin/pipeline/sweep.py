@@ -140,9 +140,8 @@ def _arguments(
     for file in sweep.experiment:
         arguments += ["-c", file]
     options = {**sweep.fixed, **values}
-    for key in sorted(
-        options, key=lambda key: key.count(".")
-    ):  # a section replaces what is set inside it
+    # A section replaces what is set inside it.
+    for key in sorted(options, key=lambda key: key.count(".")):
         arguments.append(f"--{key}={as_text(options[key])}")
     return (*arguments, f"--name={name}", f"--output={folder}")
 

@@ -23,15 +23,12 @@ class Sweep:
     """A finished sweep. Points that differ in their seeds alone are one experiment of it."""
 
     name: str  # its folder's
-    options: (
-        pd.DataFrame
-    )  # each experiment's value of every option but the seeds, by its name in `frame`
-    legend: (
-        pd.DataFrame
-    )  # ``option``, ``shown as`` and ``value`` of values that are too long for a table
-    frame: (
-        pd.DataFrame
-    )  # all rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name
+    # Each experiment's value of every option but the seeds, by its name in `frame`.
+    options: pd.DataFrame
+    # ``option``, ``shown as`` and ``value`` of values that are too long for a table.
+    legend: pd.DataFrame
+    # All rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name.
+    frame: pd.DataFrame
 
 
 def read_sweep_table(folder: Path) -> Sweep | None:
@@ -62,9 +59,8 @@ def read_sweep_table(folder: Path) -> Sweep | None:
         name=name,
         options=options.set_axis(labels).groupby(level=0, sort=False).first(),
         legend=pd.DataFrame(legend, columns=["option", "shown as", "value"]),
-        frame=rows.drop_duplicates(
-            list(KEYS), ignore_index=True
-        ),  # a seed that was run twice counts once
+        # A seed that was run twice counts once.
+        frame=rows.drop_duplicates(list(KEYS), ignore_index=True),
     )
 
 

@@ -17,9 +17,8 @@ SLOW = 2.0  # an own answer is late at this multiple of when the other experts' 
 EXPERIENCE = 20  # the queries after which an expert's lateness tells about others
 
 QueryKind = tuple[tuple[int, ...], int]  # the experts wanted, and the bits of the number of inputs
-Decode = Callable[
-    [int, Mapping[str, Any]], Any
-]  # a lost expert's answer from the replies that arrived
+# A lost expert's answer from the replies that arrived.
+Decode = Callable[[int, Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,8 @@ class Answer:
 class _Query:
     inputs: Sized
     patience: float | None  # seconds until an own answer is late
-    requests: dict[str, asyncio.Future[Any]] = field(
-        default_factory=dict
-    )  # by server, which is asked once at most
+    # By server, which is asked once at most.
+    requests: dict[str, asyncio.Future[Any]] = field(default_factory=dict)
     in_time: int = 0  # how many own answers were
     late: bool = False
 
@@ -176,9 +174,8 @@ class FrontEnd:
         if not (is_tried_by_others and stand_ins):
             self._request(query, name)
         if self.policy.moment == "at once":
-            self._request_stand_ins(
-                query, expert, room=ROOM / 2
-            )  # what experts are asked for themselves comes first
+            # What experts are asked for themselves comes first.
+            self._request_stand_ins(query, expert, room=ROOM / 2)
         if name in query.requests and not own.doubted:
             request = query.requests[name]
             await asyncio.wait({request}, timeout=query.patience)

@@ -115,9 +115,8 @@ class StandIns:
         self.experts = tuple(experts)
         self.code = code
         self.coded = tuple(f"coded-{row}" for row in range(code.num_coded))
-        self.of = [
-            self._of(place, every_row, adapted) for place in range(len(experts))
-        ]  # those of each expert
+        # Those of each expert.
+        self.of = [self._of(place, every_row, adapted) for place in range(len(experts))]
         stand_ins = chain.from_iterable(self.of)
         self.servers = tuple(dict.fromkeys([*self.experts, *stand_ins]))  # the experts' first
 

@@ -65,9 +65,8 @@ class InferRequest(BaseModel):
 class Description:
     """A description of the served system."""
 
-    classes: Mapping[
-        str, Sequence[str]
-    ]  # the names of every task's classes, in the order of the experts
+    # The names of every task's classes, in the order of the experts.
+    classes: Mapping[str, Sequence[str]]
     image_size: int  # the side of the networks' inputs
     platform: str  # the policy, the merge method and the decoder
     promise: Mapping[str, float] | None = (
@@ -172,9 +171,8 @@ def parse(
         where = ".".join(map(str, first["loc"])) or "the body"
         message = f"found a request that is wrong at {where} ({first['msg']}), expected plain JSON (binary_data=False)"
         raise DataError(message) from error
-    json.loads(
-        body, object_pairs_hook=_refuse_duplicates
-    )  # pydantic takes the last of keys that come twice
+    # Pydantic takes the last of keys that come twice.
+    json.loads(body, object_pairs_hook=_refuse_duplicates)
     known = [output["name"] for output in about.outputs(model)]
     for output in request.outputs:
         if output.name not in known:

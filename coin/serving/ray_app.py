@@ -166,9 +166,8 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
 
     try:
         start_ray(options.address)
-        waits = (
-            options.limits.deadline + 5.0
-        )  # also for a front end that was killed, until Ray has another
+        # Also for a front end that was killed, until Ray has another.
+        waits = options.limits.deadline + 5.0
         http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
         serve.start(proxy_location="HeadOnly", http_options=http)
         serve.run(ray_application(system, about, options), name="coin", route_prefix="/")

@@ -130,9 +130,8 @@ class System:
     files: Mapping[str, Path]  # the network's file of every server, a path that all machines see
     stand_ins: StandIns
     policy: Policy
-    decoders: Mapping[
-        tuple[int, ...], Decoder
-    ]  # by the lost experts; of all, where one reads no survivor
+    # By the lost experts; of all, where one reads no survivor.
+    decoders: Mapping[tuple[int, ...], Decoder]
     classes: Sequence[int]  # how many every expert has
     features: bool  # whether replies have features
     holds_copies: bool = False  # whether replicas hold the experts' compressed copies
@@ -192,9 +191,8 @@ class System:
         read = partial(self._read, device=device)
         most = None
         if self.holds_copies and any(name.startswith(REPLICA) for name in names):
-            nbytes = read(
-                self.files[names[0]]
-            ).nbytes  # all have one architecture and as many outputs
+            # All have one architecture and as many outputs.
+            nbytes = read(self.files[names[0]]).nbytes
             kept = int(self.keep_mib * 2**20 / nbytes)
             most = max(1, kept)
         return lru_cache(maxsize=most)(read)

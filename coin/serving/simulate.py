@@ -20,9 +20,8 @@ from coin.serving.machines import Conditions, Machine, ServiceTimes
 from coin.serving.policies import Lateness, Policy, StandIns
 from coin.serving.server_state import Server
 
-QueryTarget = StrEnum(
-    "QueryTarget", ["one", "all"]
-)  # one expert's answer, drawn at random, or all experts'
+# One expert's answer, drawn at random, or all experts'.
+QueryTarget = StrEnum("QueryTarget", ["one", "all"])
 LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}  # the quantiles of the latency that are reported
 
 
@@ -111,10 +110,8 @@ class Simulation:
         limits = Limits(queries=total)
         front = FrontEnd(servers, self.stand_ins, self.policy, lambda expert, replies: None, limits)
         experts = tuple(range(len(self.stand_ins.experts)))
-        for wanted in (
-            *((expert,) for expert in experts),
-            experts,
-        ):  # as in a system that has run for long
+        # As in a system that has run for long.
+        for wanted in (*((expert,) for expert in experts), experts):
             late = Lateness(self.policy.quantile, 3 * self.unit, limits.deadline, experience=4000)
             front.lateness[wanted, 1] = late
         for_all = self.want is QueryTarget.all

@@ -58,9 +58,8 @@ def self_attention(
         scores = _masked(scores, attn_mask)
     if key_padding_mask is not None:
         scores = _masked(scores, key_padding_mask[:, None, None, :])
-    if (
-        is_masked and not need_weights
-    ):  # torch's fused attention gives a row that is wholly masked zeros, else NaN
+    # Torch's fused attention gives a row that is wholly masked zeros, else NaN.
+    if is_masked and not need_weights:
         masked = scores.isneginf().all(-1, keepdim=True)
         finite = scores.masked_fill(masked, 0)  # NaN would stay in gradients
         weights = finite.softmax(-1).masked_fill(masked, 0)

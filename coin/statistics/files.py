@@ -18,9 +18,8 @@ from coin.statistics.cotangents import FisherKind
 from coin.statistics.statistic import Statistic, StatisticKind
 from coin.statistics.sums import TRANSPOSED, Sums
 
-StatisticPaths = Mapping[
-    Statistic, Mapping[str, Path]
-]  # the files of every expert's statistics, by task
+# The files of every expert's statistics, by task.
+StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 
 
 def open_statistic(

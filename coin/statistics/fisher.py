@@ -32,18 +32,16 @@ DEFAULT_MEMORY_MIB = (
 )
 _GRADIENTS = 6  # tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes
 _KEPT = 2  # floats kept for the backward pass per float of a ruled call's input: itself, and as much between calls
-_ENOUGH_BYTES = (
-    48 << 20
-)  # of the widest layer's cotangents on CPUs: fewer read the weights too often (ResNets, 32×32)
+# Of the widest layer's cotangents on CPUs: fewer read the weights too often (ResNets, 32×32).
+_ENOUGH_BYTES = 48 << 20
 
 
 @dataclass(frozen=True)
 class _Layout:
     """The layout of a pass over samples of one shape: applicable rules and memory per sample."""
 
-    rows: (
-        Mapping[str, int] | None
-    )  # as of `Tape`, for the parameters with a rule; None: one sample at a time
+    # As of `Tape`, for the parameters with a rule; None: one sample at a time.
+    rows: Mapping[str, int] | None
     activations: int  # floats per sample in the inputs of all ruled calls together
     widest: int  # floats per sample in the largest of those inputs
     outputs: int
@@ -273,9 +271,8 @@ def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: B
     if any(tensor.ndim == 4 for tensor in tensors_in(two)):
         try:
             return _layout_of(network, parameters, channels_last(two), is_last=True)
-        except (
-            RuntimeError
-        ) as error:  # a view, or a backward pass, may hold in the usual order alone
+        # A view, or a backward pass, may hold in the usual order alone.
+        except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
     return _layout_of(network, parameters, two, is_last=False)

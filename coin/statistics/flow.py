@@ -43,13 +43,8 @@ _ENTRYWISE |= {
     "lerp",
 }
 _ENTRYWISE |= {"embedding", "scaled_dot_product_attention", "multi_head_attention_forward"}
-_LIKE = {
-    "type_as",
-    "to",
-    "expand_as",
-    "view_as",
-    "reshape_as",
-}  # of which the first argument alone gives values
+# Of which the first argument alone gives values.
+_LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 _MARK = "_coin_mark"
 
 Called = partial[Any]

@@ -69,9 +69,8 @@ def statistic_sums(
     """
     if options is None:
         return gram_sums(network, batches, progress=progress)
-    generator = torch.Generator().manual_seed(
-        seed * 100_003 + rank
-    )  # of the CPU, so that every device has its numbers
+    # Of the CPU, so that every device has its numbers.
+    generator = torch.Generator().manual_seed(seed * 100_003 + rank)
     return fisher_sums(
         network, batches, options, labels=labels, generator=generator, progress=progress
     )

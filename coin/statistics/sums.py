@@ -48,9 +48,8 @@ def reduce_sums(sums: Sums) -> Sums:
     """
     if process_count() == 1:
         return sums
-    device = torch.device(
-        "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    )  # the current one
+    # The current one.
+    device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
     empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     layouts: list[dict[str, Tensor]] = [{}] * process_count()
     distributed.all_gather_object(layouts, empty)

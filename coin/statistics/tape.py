@@ -192,9 +192,8 @@ class Tape:
         weight = call.weight
         if self._arrived is not None:
             self._arrived.setdefault(call, []).append(g)
-            weight = torch.where(
-                weight == 0, 1, weight
-            )  # zeros would hide what lies in front of them
+            # Zeros would hide what lies in front of them.
+            weight = torch.where(weight == 0, 1, weight)
         elif self._totals.get(call):
             cotangents = g.to(sum_type(g))
             call.accumulate(cotangents, self._samples, self._totals[call])
@@ -243,9 +242,8 @@ class _RuledCall(Function):
             return None, None, None, None, None
         needs_input = ctx.needs_input_grad[1]
         _ = ctx.saved_tensors  # raises an error where the input was changed
-        if is_batchedtensor(
-            g
-        ):  # all that `torch.vmap` batches at once, without its ways for functions of one's own
+        # All that `torch.vmap` batches at once, without its ways for functions of one's own.
+        if is_batchedtensor(g):
             cotangents = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
             gradients = ctx.tape.contract(ctx.call, cotangents, needs_input)
             gradient = _add_batch_dim(gradients, 0, maybe_get_level(g))

@@ -102,9 +102,8 @@ class Merge(Step):
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] | None = keyed_by(_training_key)
-    hardware: dict[str, Any] = (
-        unkeyed()
-    )  # the ``trainer`` section, which says on which device it runs
+    # The ``trainer`` section, which says on which device it runs.
+    hardware: dict[str, Any] = unkeyed()
     log: RunLog = unkeyed()
     doing: str = unkeyed(default="merging")
 

@@ -74,9 +74,8 @@ def place_key(place: str) -> Any:
     """Return a place of Hugging Face's, a folder with the contents of its configuration; None for a file."""
     if not place.startswith(PREFIX):
         return None
-    contents = folder_contents(
-        local_place(place), weights=False
-    )  # which are among the step's files
+    # Which are among the step's files.
+    contents = folder_contents(local_place(place), weights=False)
     return {"place": place, "contents": contents} if contents else place
 
 

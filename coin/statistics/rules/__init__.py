@@ -54,9 +54,8 @@ class Call(ABC):
 
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """Return what the call makes of some rows of its inputs with another value of its weight."""
-        raise NotImplementedError(
-            f"{type(self).__name__} gives no output"
-        )  # no unit of it is fitted
+        # No unit of it is fitted.
+        raise NotImplementedError(f"{type(self).__name__} gives no output")
 
     def along(self, values: Tensor, output: Tensor) -> Tensor:
         """Return values [O], one for each of the call's outputs, as they broadcast over its output [N, …]."""

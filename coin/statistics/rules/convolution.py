@@ -123,9 +123,8 @@ class ConvolutionCall(LinearCall):
             device=g.device,
             memory_format=order,
         )
-        if (
-            self._taps_are_apart()
-        ):  # one product for each: several times faster than the library's kernel
+        # One product for each: several times faster than the library's kernel.
+        if self._taps_are_apart():
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
             by_tap = weight.flatten(2)  # [O, C, taps]
@@ -186,9 +185,8 @@ class ConvolutionCall(LinearCall):
     def positions(self, g: Tensor, samples: int) -> Tensor:
         outputs = g.shape[2]
         outputs_last = g.movedim(2, -1)
-        return outputs_last.reshape(
-            len(g), samples, -1, outputs
-        )  # a sample's rows are further positions
+        # A sample's rows are further positions.
+        return outputs_last.reshape(len(g), samples, -1, outputs)
 
     @override
     def patches(self, rows: Tensor) -> Tensor:

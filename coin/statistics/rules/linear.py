@@ -12,13 +12,11 @@ from typing_extensions import override
 
 from coin.statistics.rules import Call, Totals
 
-BLOCK = (
-    1 << 20
-)  # floats that a rule makes at a time on a CPU, as a direct rule's per-sample gradients
+# Floats that a rule makes at a time on a CPU, as a direct rule's per-sample gradients.
+BLOCK = 1 << 20
 _LARGE_BLOCK = 1 << 26  # on other devices, where many small products cost more: 256 MiB
-CACHED = (
-    1 << 18
-)  # floats of a gradient that stay in a core's cache until they are squared, as measured on CPUs
+# Floats of a gradient that stay in a core's cache until they are squared, as measured on CPUs.
+CACHED = 1 << 18
 
 
 @dataclass(eq=False)
@@ -32,9 +30,8 @@ class LinearCall(Call):
 
     transposed: bool = False  # whether the weight is Wᵀ [I, O], as in a @ weight
     many_rows: ClassVar[bool] = True  # whether the Gram rule can take several rows a sample
-    _pairs: Tensor | None = field(
-        default=None, init=False
-    )  # contracted cotangents [B, P, O], of pairs of positions
+    # Contracted cotangents [B, P, O], of pairs of positions.
+    _pairs: Tensor | None = field(default=None, init=False)
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
@@ -171,9 +168,8 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total[0].addmm_(left[0], right[0])
     else:
         total.add_(torch.bmm(left, right))
-    if (
-        positions > 1
-    ):  # a sum of squares, of which rounding may leave less than nothing where positions cancel
+    # A sum of squares, of which rounding may leave less than nothing where positions cancel.
+    if positions > 1:
         total.clamp_min_(0)
 
 
