@@ -32,7 +32,8 @@ def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
         highest = max(highest, min(unit.outputs, unit.unknowns))
     mib = 0.0
     for rank in range(highest, -1, -1):
-        mib = count * sum(_nbytes(unit, rank) for unit in units) / 2**20
+        nbytes = sum(_nbytes(unit, rank) for unit in units)  # of one expert
+        mib = count * nbytes / 2**20
         if mib <= options.memory_mib:
             return rank
     raise ConfigurationError(
@@ -277,7 +278,8 @@ class Moments:
         def squared(x: Tensor) -> Tensor:
             """Return B M Bᵀ x for x [1, O, m]."""
             inner = lacking @ x
-            return lacking.mT @ (self._times(inner) + damping[:, None, None] * inner)
+            damped = self._times(inner) + damping[:, None, None] * inner  # M Bᵀ x
+            return lacking.mT @ damped
 
         highest = min(unknowns, outputs)
         wanted = min(rank, highest)

@@ -11,7 +11,7 @@ from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
 from coin.networks.compressed import Rounding
-from coin.networks.heads import head_name, linear_head
+from coin.networks.heads import head_weight, linear_head
 from coin.networks.running import check_head
 
 
@@ -67,9 +67,9 @@ def fit_head(
     agree keep their head. With a `rounding` W + ΔW is rounded. Raises HeadError where the head is not a fully connected
     layer, or the logits are not the head of its inputs.
     """
-    name = head_name(network)
     head = linear_head(network)
-    fitted, held_out = experts.runs(0), experts.runs(1)
+    fitted = experts.runs(0)
+    held_out = experts.runs(1)
     logits = []
     for first, last in zip(fitted, held_out, strict=True):
         logits.append(torch.cat([first.logits, last.logits]))
@@ -80,7 +80,7 @@ def fit_head(
     features = run.features.double()
     fit = fit_ridge(features, target - run.logits.double(), intercept=head.bias is not None)
     step = fit.coefficients.T  # ΔW [C, K]
-    weight = f"{name}.weight".lstrip(".")
+    weight = head_weight(network)
     with torch.no_grad():
         if rounding is not None and rounding.takes(weight):
             centred = features - fit.input_mean

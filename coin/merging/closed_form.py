@@ -17,6 +17,7 @@ from coin.files.tensors import State, weighted_sum
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Method, fill
 from coin.networks.batchnorm import BatchNormPolicy, batchnorms, recalibrate
+from coin.networks.running import centred
 
 LINEAR = DecoderConfig(DecoderKind.linear)
 
@@ -178,7 +179,7 @@ def held_out_error(
     errors = []
     for task, samples in _samples_of_tasks(row, held_out_tasks).items():
         own = held_out.select(samples)
-        truth = _centred(held_out.experts[task, samples])
+        truth = centred(held_out.experts[task, samples])
         for config in decoders:
             if config.kind is DecoderKind.linear:
                 decoded = _subtracted(own, row, task)
@@ -189,7 +190,7 @@ def held_out_error(
                         fitted = _answers(experts, coded, 0, fitted_tasks, features)
                     decoder.fit(fitted)
                 decoded = decoder.decode(own)[0]
-            cosines = torch.cosine_similarity(_centred(decoded), truth)
+            cosines = torch.cosine_similarity(centred(decoded), truth)
             errors.append(1 - cosines.mean())
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
@@ -241,8 +242,3 @@ def _samples_of_tasks(row: Sequence[float], tasks: Tensor) -> dict[int, Tensor]:
         if len(samples) > 0:
             found[task] = samples
     return found or dict.fromkeys(shared, torch.arange(len(tasks)))
-
-
-def _centred(logits: Tensor) -> Tensor:
-    """Return logits [P, C] less their mean over the classes; a single output as it is."""
-    return logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits

@@ -141,7 +141,8 @@ class ExpertOutputs:
         if places is not None:
             places = places[part.to(places.device)]
         flat = output_rows(call, output, len(part), places)  # [p·q, O]
-        rows = flat.to(sum_type(flat)).view(len(part), -1, flat.shape[1])
+        in_sums = flat.to(sum_type(flat))
+        rows = in_sums.view(len(part), -1, flat.shape[1])  # [p, q, O]
         if unit.weight not in self._made:
             self._made[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
         share = mixture[part].to(rows)[:, None, None]

@@ -158,8 +158,12 @@ class Method(ABC):
         compression: Compression,
     ) -> Compressed:
         """Return the coded model of one row, compressed as a delta from a base; adapters are fitted to what is left."""
-        bits, base_bits = compression.bits, compression.base_bits
-        packed = compress(made.network, base, bits=bits, base_bits=base_bits)
+        packed = compress(
+            made.network,
+            base,
+            bits=compression.bits,
+            base_bits=compression.base_bits,
+        )
         if self.adapters is not None:
             _, packed.adapters = adapt(packed.network(), experts, row, self.label, self.adapters)
         return packed

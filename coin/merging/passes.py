@@ -32,7 +32,7 @@ from coin.networks.batchnorm import mark_folded
 from coin.networks.calling import Forward, as_input, called_by, clone, plain
 from coin.networks.compressed import Rounding
 from coin.networks.guard import evaluating
-from coin.networks.heads import head_name, without_head
+from coin.networks.heads import head_weight, without_head
 from coin.networks.weights import parameters_of, tensors_of, to_compute
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
@@ -143,7 +143,7 @@ def fit_body(
     if adapters is not None:
         # A task's rows then lie together.
         chosen = chosen[experts.tasks[chosen].argsort(stable=True)]
-        head = f"{head_name(network)}.weight".lstrip(".")
+        head = head_weight(network)
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         rank = rank_of(adapters, trace.units, experts.count)
         fit = AdapterFit(
@@ -279,7 +279,9 @@ def fit_adapters(
     >>> torch.allclose(again(inputs[2][0]), networks[2](inputs[2][0]), atol=0.2)  # corrections in 4 bits
     True
     """
-    options = AdapterOptions(4 if rank is None and memory_mib is None else rank, memory_mib, ridge)
+    if rank is None and memory_mib is None:
+        rank = 4
+    options = AdapterOptions(rank, memory_mib, ridge)
     home = one_device(experts)
     every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
     own = _without_head(body, parameters_of(body))

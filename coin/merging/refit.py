@@ -121,11 +121,15 @@ class Refit(Method):
         It is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to the
         inputs that follow. What cannot be refitted is rounded to the nearest first.
         """
-        bits, base_bits = compression.bits, compression.base_bits
-        rounding = Rounding(reference_of(made.body.network, base, base_bits), bits)
+        reference = reference_of(made.body.network, base, compression.base_bits)
+        rounding = Rounding(reference, compression.bits)
         network, adapters = self._refit(experts, row, made.body, rounding)
         packed = compress(
-            network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded
+            network,
+            reference,
+            bits=compression.bits,
+            base_bits=compression.base_bits,
+            rounded=rounding.rounded,
         )
         packed.adapters = adapters
         return packed

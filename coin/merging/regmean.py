@@ -162,7 +162,8 @@ def regmean_map(
     like = experts[0]
     merged = {}
     if bias is not None:
-        merged[bias] = rows[:, -1].reshape(like[bias].shape).to(like[bias].dtype)
+        column = rows[:, -1]
+        merged[bias] = column.reshape(like[bias].shape).to(like[bias].dtype)
         rows = rows[:, :-1]
     matrix = rows.T if is_turned else rows
     merged[key] = matrix.reshape(like[key].shape).to(like[key].dtype)

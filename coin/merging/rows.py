@@ -12,6 +12,7 @@ from coin.core.devices import device_of
 from coin.merging.units import Trace, Unit, floating_parameters, output_rows
 from coin.networks.calling import as_input
 from coin.networks.guard import differentiable, evaluating
+from coin.networks.running import centred
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 
@@ -113,7 +114,8 @@ def _affordable(unit: Unit, samples: float) -> float:
     each = 2 * unit.outputs + READ
     if calls > unknowns * (unknowns + each):
         return calls / (unknowns + each)
-    return math.sqrt(each * each / 4 + calls) - each / 2
+    half = each / 2
+    return math.sqrt(half * half + calls) - half
 
 
 def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:
@@ -144,12 +146,11 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
         for sample in samples_of(inputs):  # the graphs of many at once take much memory
             outputs.clear()
             logits = network(as_input(sample, network))
-            centred = logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits
             found = {weight: made for weight, made in outputs.items() if made[1].requires_grad}
             gradients = torch.autograd.grad(
                 logits,
                 [output for _, output in found.values()],
-                centred.detach(),
+                centred(logits).detach(),
                 allow_unused=True,
             )
             for (weight, (call, _)), gradient in zip(found.items(), gradients, strict=True):

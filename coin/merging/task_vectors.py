@@ -14,7 +14,7 @@ from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.regmean import regmean_map
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.heads import head_name
+from coin.networks.heads import head_weight
 from coin.statistics import TRANSPOSED
 from coin.statistics.gram import linear_maps
 
@@ -77,7 +77,7 @@ class Wudi(MergeMethod):
         initial, _ = experts.initial()
         every = experts.parameters
         network = experts.empty_model()
-        left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
+        left_out = None if self.head else head_weight(network)
         merged = average_parameters(every, row)
         for name in progress_bar(self.label, items=list(linear_maps(network))):
             key = name.removesuffix(TRANSPOSED)
@@ -188,7 +188,8 @@ def ties(
         share = agreeing.sum(0)
         total = (agreeing * trimmed).sum(0)
         step = total / share.masked_fill(share <= 0, 1)
-        merged[key] = (theta_0 + scale * step).to(experts[0][key].dtype)
+        theta = theta_0 + scale * step
+        merged[key] = theta.to(experts[0][key].dtype)
     return merged
 
 

@@ -294,13 +294,14 @@ def _patches(
     alive = inside.flatten(0, 1).any(0)  # [taps]
     if not bool(alive.any()):
         alive[0] = True  # where no tap meets an image: one of zeros
-    columns = torch.arange(channels // groups * taps, device=inputs.device).view(-1, taps)
+    unknowns = channels // groups * taps
+    columns = torch.arange(unknowns, device=inputs.device).view(-1, taps)  # [C/G, taps]
     entries = columns[:, alive].T.flatten()
 
     image = (places // outputs)[..., None]  # which of the sample's
     first_pixel = image * prod(size)
-    # Of a sample's pixels [P, q, taps].
-    met = (first_pixel + pixels[..., alive]).expand(samples, -1, -1)
+    of_images = first_pixel + pixels[..., alive]
+    met = of_images.expand(samples, -1, -1)  # of a sample's pixels [P, q, taps]
     is_inside = inside[..., alive].expand_as(met).flatten(0, 1)  # [P·q, taps]
     by_sample = inputs.reshape(samples, images_each, channels, -1)
     by_channel = by_sample.movedim(2, 0).flatten(2)  # [C, P, k · pixels]

@@ -42,6 +42,11 @@ def head_name(network: nn.Module) -> str:
     return _names_of(network, layers[last])[0]
 
 
+def head_weight(network: nn.Module) -> str:
+    """Return the dotted name of the head's weight; a network may itself be its head."""
+    return f"{head_name(network)}.weight".lstrip(".")
+
+
 def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the names without those of the head's parameters."""
     head = f"{head_name(network)}."

@@ -74,6 +74,13 @@ def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
     return Run(full_precision(found), full_precision(logits))
 
 
+def centred(logits: Tensor) -> Tensor:
+    """Return logits [P, C] less their mean over the classes; a single output as it is."""
+    if logits.shape[1] == 1:
+        return logits
+    return logits - logits.mean(1, keepdim=True)
+
+
 def full_precision(values: Tensor) -> Tensor:
     """Return values that autocast left in 16 bits as float32, in which answers are compared, and others as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

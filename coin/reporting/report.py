@@ -4,6 +4,7 @@ import base64
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
-from coin.reporting.choice import choose, shortlist
+from coin.reporting.choice import choose_from, shortlist
 from coin.reporting.figures import nda_against_memory, nda_against_option
 from coin.reporting.results import as_json, read_document, read_promises
 from coin.reporting.style import as_png
@@ -72,9 +73,12 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     path = place if place.suffix == ".html" and output else place / REPORT_HTML
     sweep = read_sweep_table(folder)
     if sweep is None:
-        name, sections = _experiment(folder)
+        seeds, frame = read_run(folder)
+        summary = summarise(frame)
+        name, sections = _experiment(seeds, frame, summary)
     else:
-        name, sections = _sweep(folder, sweep)
+        summary = summarise(sweep.frame)
+        name, sections = _sweep(folder, sweep, summary)
     images = {}
     for section in sections:
         for plot, figure in section.figures.items():
@@ -83,19 +87,19 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     template = templates.get_template("report.html.jinja")
-    _, sentence = choose(folder)
+    _, sentence = choose_from(stand_ins(summary))
     page = template.render(name=name, sentence=sentence, sections=sections, images=images)
     write_text(path, page)
     return path
 
 
-def _experiment(folder: Path) -> tuple[str, list[Section]]:
-    """Return the name and the sections of an experiment or of one seed."""
-    seeds, frame = read_run(folder)
+def _experiment(
+    seeds: Sequence[Path], frame: pd.DataFrame, summary: pd.DataFrame
+) -> tuple[str, list[Section]]:
+    """Return the name and the sections of an experiment or of one seed, given its seeds' folders and rows."""
     name = str(frame["experiment"].iloc[0])
     document = read_document(seeds[0])
     configuration = document["configuration"]
-    summary = summarise(frame)
     kept = stand_ins(summary)
     short = kept[shortlist(kept)]
     memory = nda_against_memory(kept, configuration.get("network_mib", math.nan))
@@ -122,9 +126,8 @@ def _experiment(folder: Path) -> tuple[str, list[Section]]:
     ]
 
 
-def _sweep(folder: Path, sweep: Sweep) -> tuple[str, list[Section]]:
+def _sweep(folder: Path, sweep: Sweep, summary: pd.DataFrame) -> tuple[str, list[Section]]:
     """Return the name and the sections of a sweep."""
-    summary = summarise(sweep.frame)
     kept = stand_ins(summary)
     means = over_tasks(summary)
     figures = {}

@@ -131,12 +131,6 @@ def results_console() -> Console:
     return Console(width=None if has_width else 80)
 
 
-def too_wide(table: Table, console: Console) -> bool:
-    """Return whether a table, with no text broken, is wider than the console."""
-    unbroken = console.options.update(max_width=10_000)
-    return console.measure(table, options=unbroken).maximum > console.width
-
-
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
     """Print the experts' own accuracies, every method's best decoder for every size of erasure, and what to keep."""
     console = console or results_console()
