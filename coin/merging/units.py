@@ -188,7 +188,7 @@ def _is_unit(call: Call, shape_of_two: tuple[int, ...], not_own: set[str]) -> bo
 
 def _is_norm_of(norm: Call, call: Call, network: nn.Module, not_own: set[str]) -> bool:
     """Whether a call is that of a BatchNorm which alone reads another call's output, whose channels are its own."""
-    is_matrix = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
+    is_matrix = isinstance(call, LinearCall) and len(call.made) == 2
     is_per_row = is_matrix or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
     is_own = "bias" in norm.names and not_own.isdisjoint(norm.names.values())
@@ -222,15 +222,9 @@ def _unit(call: Call, size: int) -> Unit:
     )
 
 
-def is_turned(call: Call) -> bool:
-    """Whether the weight of a linear map lies the other way round, [K, O]."""
-    return isinstance(call, LinearCall) and call.transposed
-
-
-def as_map(weight: Tensor, unit: Unit, call: Call) -> Tensor:
+def as_map(weight: Tensor, unit: Unit) -> Tensor:
     """Return the weight of a unit as a matrix for each group [G, O, K]."""
-    rows = weight.T if is_turned(call) else weight
-    return rows.reshape(-1, unit.outputs, unit.unknowns)
+    return weight.reshape(-1, unit.outputs, unit.unknowns)
 
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
@@ -342,7 +336,7 @@ def fit_unit(
     weight = network.get_parameter(unit.weight)
     inputs = rows.inputs
     entries = rows.entries
-    matrix = as_map(weight, unit, call)  # [G, O, K]
+    matrix = as_map(weight, unit)  # [G, O, K]
     used = matrix[..., entries].to(inputs)
     outputs = inputs @ used.mT  # [G, P·q, O]
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
@@ -362,7 +356,7 @@ def fit_unit(
         if unit.unknowns <= WIDEST:
             whole = _whole_metric(metric(), entries, unit.unknowns)
         placed = _placed(step, entries, matrix)
-        taken = rounding.step(unit.weight, weight, placed, whole, is_turned(call))
+        taken = rounding.step(unit.weight, weight, placed, whole)
         return taken[..., entries]
 
     step, constant = fit_affine(
@@ -377,10 +371,7 @@ def fit_unit(
     if rounding is not None:
         weight.copy_(rounding.weight(unit.weight))
     else:
-        change = _placed(step, entries, matrix).flatten(0, 1)  # [G·O, K]
-        if is_turned(call):
-            change = change.T
-        weight.add_(change.reshape(weight.shape))
+        weight.add_(_placed(step, entries, matrix).reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
 

@@ -15,7 +15,7 @@ from coin.core.batches import Batch, joined, size_of
 from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
-from coin.networks.calling import Forward, as_input, called_by, clear_caches, explained_inputs
+from coin.networks.calling import Forward, as_input, called_by, clear_caches
 
 
 class BatchNormPolicy(StrEnum):
@@ -146,7 +146,7 @@ def recalibrate(
     network.eval()
     clear_caches(network)
     try:
-        with ExitStack() as hooks, disable_tf32(), explained_inputs(network, lambda: batch):
+        with ExitStack() as hooks, disable_tf32():
             for layer in layers:
                 layer.training = True
                 hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
