@@ -276,35 +276,21 @@ def _patches(
 ) -> tuple[Tensor, Tensor]:
     """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
     channels = inputs.shape[1]
-    size = tuple(inputs.shape[2:])
-    groups = geometry.groups
-    images_each = len(inputs) // samples  # k
-    outputs = prod(geometry.output_size(size))  # positions of one image
-    if places is None:
-        places = torch.arange(images_each * outputs, device=inputs.device)[None]  # [1, q]
-    # [P or 1, q, taps]: pixels of an image, and whether of it.
-    pixels, inside = geometry.met(places % outputs, size)
-    taps = inside.shape[2]
-    alive = inside.flatten(0, 1).any(0)  # [taps]
+    dims = len(geometry.kernel)
+    patches = geometry.patches(inputs)  # [P·k, *output, *kernel, C]
+    rows = _at(patches, dims, samples, places).flatten(1, dims)  # [P·q, taps, C]
+    ones = geometry.patches(torch.ones_like(inputs[:1, :1]))
+    meets = ones.flatten(0, dims).flatten(1)  # whether taps meet an image, by its outputs
+    if places is not None:
+        meets = meets[places.flatten() % len(meets)]
+    alive = meets.any(0)  # [taps]
     if not bool(alive.any()):
         alive[0] = True  # where no tap meets an image: one of zeros
-    unknowns = channels // groups * taps
-    columns = torch.arange(unknowns, device=inputs.device).view(-1, taps)  # [C/G, taps]
-    entries = columns[:, alive].T.flatten()
-
-    image = (places // outputs)[..., None]  # which of the sample's
-    first_pixel = image * prod(size)
-    of_images = first_pixel + pixels[..., alive]
-    met = of_images.expand(samples, -1, -1)  # of a sample's pixels [P, q, taps]
-    is_inside = inside[..., alive].expand_as(met).flatten(0, 1)  # [P·q, taps]
-    by_sample = inputs.reshape(samples, images_each, channels, -1)
-    by_channel = by_sample.movedim(2, 0).flatten(2)  # [C, P, k · pixels]
-    index = met.flatten(1).expand(channels, -1, -1)
-    values = by_channel.gather(2, index).view(channels, *is_inside.shape)
-    if not bool(is_inside.all()):
-        values *= is_inside
-    by_group = values.view(groups, -1, *is_inside.shape).movedim(1, 3)  # [G, P·q, taps, C/G]
-    return by_group.to(sum_type(values)).flatten(2), entries
+    values = rows[:, alive].permute(2, 0, 1).contiguous()  # [C, P·q, taps]
+    by_group = values.unflatten(0, (geometry.groups, -1)).movedim(1, 3)  # [G, P·q, taps, C/G]
+    unknowns = torch.arange(channels // geometry.groups * len(alive), device=inputs.device)
+    columns = unknowns.view(-1, len(alive))  # [C/G, taps]
+    return by_group.to(sum_type(inputs)).flatten(2), columns[:, alive].T.flatten()
 
 
 def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:

@@ -133,28 +133,12 @@ def pad_head(network: Network, num_outputs: int) -> Network:
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
-    """Return networks padded to the largest class count; HeadError where shapes differ elsewhere than in the head."""
-    first, *others = [_shapes(network) for network in networks]
-    if any(other.keys() != first.keys() for other in others):  # refused where they are merged
+    """Return networks with heads of the largest class count among them; raises as `pad_head`."""
+    shapes = [[parameter.shape for parameter in network.parameters()] for network in networks]
+    if all(each == shapes[0] for each in shapes):
         return list(networks)
-    differing: dict[str, list[int]] = {}
-    for other in others:
-        differing |= {name: shape for name, shape in other.items() if shape != first[name]}
-    if not differing:
-        return list(networks)
-    head = head_name(networks[0])
-    prefix = f"{head}.".lstrip(".")  # "" where a network is itself its head
-    for name, shape in sorted(differing.items()):
-        if not name.startswith(prefix):
-            found = f"tensor '{name}' is {shape} in one expert but {first[name]} in another"
-            raise HeadError(f"{found}, and their head is '{head}'; {ADVICE}")
     width = max(linear_head(network).out_features for network in networks)
     return [pad_head(network, width) for network in networks]
-
-
-def _shapes(network: nn.Module) -> dict[str, list[int]]:
-    every = network.named_parameters(remove_duplicate=False)
-    return {name: list(parameter.shape) for name, parameter in every}
 
 
 def with_head(network: Network, head: nn.Module) -> Network:

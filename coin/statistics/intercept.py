@@ -97,11 +97,8 @@ def _convolution(
     if padding == "same":
         totals = [dilations[dim] * (size - 1) for dim, size in enumerate(kernel)]
         sides = tuple(total // 2 for total in totals)
-        if any(total % 2 for total in totals):
-            further = []
-            for total in reversed(totals):
-                further += [0, total % 2]  # one more on the far side
-            input = F.pad(input, further)
+        if any(total % 2 for total in totals):  # one more on the far side
+            return None
     else:
         sides = _sizes(0 if padding == "valid" else padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)

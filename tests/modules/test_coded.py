@@ -19,10 +19,8 @@ from coin.coding import (
 )
 from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
-from coin.merging import Average, Coin, Refit, fit_adapters, merge_networks
-from coin.modules import Coded, evaluate
-from coin.networks import recalibrate
-from coin.statistics import fisher_diagonal, gram_sums
+from coin.merging import Average, merge_networks
+from coin.modules import Coded
 
 CODES = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]]
 
