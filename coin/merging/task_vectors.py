@@ -196,9 +196,7 @@ def _threshold(expert: State, initial: State, keep: float) -> float:
     for key, start in initial.items():
         delta = expert[key].double() - start.double()
         parts.append(delta.abs_().flatten())
-    sizes = torch.cat(parts).cpu()
+    sizes = torch.cat(parts)
     kept = max(1, round(keep * len(sizes)))
-    place = len(sizes) - kept
-    # In place: of a large network the entries are most of the memory.
-    sizes.numpy().partition(place)
-    return float(sizes[place])
+    smallest, _ = sizes.kthvalue(len(sizes) - kept + 1)
+    return float(smallest)

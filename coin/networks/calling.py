@@ -94,14 +94,10 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
             f"found a batch of type {type(batch).__name__}, expected a tensor [B, …], "
             "or tensors by name with forward=lambda network, batch: …"
         )
-    sizes: dict[str, int | str] = {}
-    for name, entry in batch.items():
-        sizes[name] = len(entry) if _is_batch(entry) else type(entry).__name__
-    found = {*sizes.values()}
-    is_sound = len(found) == 1 and all(isinstance(size, int) for size in found)
-    if not is_sound:
+    entries = batch.values()
+    if not all(map(_is_batch, entries)) or len(set(map(len, entries))) != 1:
         raise DataError(
-            f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else"
+            f"found a batch of {[*batch]}, expected tensors [B, …] of as many samples, and nothing else"
         )
     return batch
 

@@ -212,7 +212,7 @@ def test_statistics_and_recalibration_read_batches_by_name():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, r"found a batch of \{'a': 2, 'text': 'list'\}, expected tens"),
+        ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, r"found a batch of \['a', 'text'\], expected tens"),
         ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"of \{'a': 2, 'b': 3\}, expected tensors .* of as many"),
         ((torch.zeros(2, 3), torch.zeros(2)), "found a batch of type tuple, expected a tensor .*, or ten"),
     ],

@@ -126,8 +126,8 @@ NETWORKS = {
     "geometry": (lambda: [
         nn.Conv2d(2, 3, 3, stride=(2, 1), dilation=(1, 2), padding=(1, 2)), nn.BatchNorm2d(3), nn.Tanh(), *tail(),
     ], (2, 6, 5), "0+1 4"),
-    "same, uneven": (lambda: [
-        nn.Conv2d(2, 3, (2, 4), padding="same", bias=False), nn.BatchNorm2d(3), nn.Tanh(), *tail(),
+    "same": (lambda: [
+        nn.Conv2d(2, 3, (1, 5), padding="same", bias=False), nn.BatchNorm2d(3), nn.Tanh(), *tail(),
     ], (2, 4, 5), "0+1 4"),
     "conv1d": (lambda: [nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), *tail()], (3, 6), "0+1 4"),
     "linear and batchnorm": (
