@@ -153,6 +153,6 @@ def check_rows(unit: Unit, rows: int, samples: int) -> None:
     expected = samples * unit.shape[0]
     if rows != expected:
         raise StateError(
-            f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}; give a network that "
-            "runs a batch at once, not in chunks"
+            f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}; give networks that "
+            "make the same calls and run a batch at once, not in chunks"
         )

@@ -287,7 +287,9 @@ def _patches(
     if not bool(alive.any()):
         alive[0] = True  # where no tap meets an image: one of zeros
     values = rows[:, alive].permute(2, 0, 1).contiguous()  # [C, P·q, taps]
-    by_group = values.unflatten(0, (geometry.groups, -1)).movedim(1, 3)  # [G, P·q, taps, C/G]
+    by_group = values.view(geometry.groups, -1, *values.shape[1:]).movedim(
+        1, 3
+    )  # [G, P·q, taps, C/G]
     unknowns = torch.arange(channels // geometry.groups * len(alive), device=inputs.device)
     columns = unknowns.view(-1, len(alive))  # [C/G, taps]
     return by_group.to(sum_type(inputs)).flatten(2), columns[:, alive].T.flatten()

@@ -887,7 +887,7 @@ class Forks(nn.Module):
     ("way", "who", "message"),
     [
         *((way, 1, "an expert calls other layers than") for way in ("shorter", "shortest", "longer", "turned")),
-        ("wider", 1, r"'second.weight' gives \[1, 2, 6\] a sample in an expert and \[1, 6\] in the coded network"),
+        ("wider", 1, r"'second.weight' gives \[2, 6\] in an expert and \[6\] in the coded network"),
         ("by size", 0, "Forks makes other calls on two samples than on three, expected the same"),
     ],
 )
