@@ -1,7 +1,8 @@
 """How a network is called: in a user's way, as a copy, with a batch that fits it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -54,15 +55,25 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     return copied
 
 
+@contextmanager
+def same_modes(network: nn.Module) -> Iterator[None]:
+    """Run a block and restore the modes of a network's modules."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def clear_caches(network: nn.Module) -> None:
     """Clear what modules cache of their parameters in eval mode, as timm's LeViT does; their modes do not change."""
-    modes = {module: module.training for module in network.modules()}
-    for module, mode in modes.items():
-        if type(module).train is not nn.Module.train:  # where the caches are cleared
-            module.train()
-            module.train(mode)
-    for module, mode in modes.items():
-        module.training = mode
+    with same_modes(network):
+        for module in network.modules():
+            if type(module).train is not nn.Module.train:  # where the caches are cleared
+                training = module.training
+                module.train()
+                module.train(training)
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:

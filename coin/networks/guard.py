@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,9 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
-from coin.networks.calling import clear_caches
+from coin.networks.calling import clear_caches, same_modes
 
-_LOCK = threading.Lock()
-_EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
-"""The modules in blocks of `eval_mode`: in how many, and the mode in which the first found them."""
+_LOCK = threading.RLock()  # held in blocks of `eval_mode`
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -77,33 +74,22 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode.
 
-    Threads may be in blocks of the same network: its modules stay in eval mode until the last has left.
+    Threads take turns, since modes are the network's.
     """
-    # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
-    modules = list(network.modules())
 
+    # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
         clear_caches(network)
         # Which the network may change in place.
         return tree_map_only(Tensor, torch.clone, (arguments, options))
 
     with _LOCK:
-        for module in modules:
-            blocks, mode = _EVALUATED.get(module, (0, module.training))
-            _EVALUATED[module] = blocks + 1, mode
-            module.training = False
-        clear_caches(network)
-    try:
-        with network.register_forward_pre_hook(prepare, with_kwargs=True):
-            yield
-    finally:
-        with _LOCK:
-            for module in modules:
-                blocks, mode = _EVALUATED.pop(module)
-                if blocks > 1:
-                    _EVALUATED[module] = blocks - 1, mode
-                else:
-                    module.training = mode
+        try:
+            with same_modes(network), network.register_forward_pre_hook(prepare, with_kwargs=True):
+                for module in network.modules():
+                    module.training = False
+                yield
+        finally:
             clear_caches(network)
 
 
