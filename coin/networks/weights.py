@@ -37,30 +37,27 @@ def without_frozen(network: nn.Module) -> nn.Module:
     return clone(network).requires_grad_(True)
 
 
-def check_plain(network: nn.Module, *, meta: bool = False) -> None:
-    """Raise ConfigurationError for what is no module, StateError for a state not of dense parameters and buffers."""
+def check_plain(network: nn.Module) -> None:
+    """Raise ConfigurationError for what is no module, StateError for a state not of real parameters and buffers."""
     kind = type(network).__name__
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
         expected = "a torch.nn.Module; load a state dict into one, or compile it afterwards"
         raise ConfigurationError(f"found {kind}, expected {expected}")
-    odd = _odd_part(network, meta)
+    odd = _odd_part(network)
     if odd:
         raise StateError(
-            f"{odd} in {kind}, expected a module whose state is its real, dense parameters and buffers; drop "
+            f"{odd} in {kind}, expected a module whose state is its real parameters and buffers; drop "
             "get_extra_state and such functions, take the plain network of a compressed or adapted one, and call "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), for the old weight_norm "
             "remove_weight_norm(layer, 'weight'), for pruning prune.remove(layer, 'weight')"
         )
 
 
-def _odd_part(network: nn.Module, meta: bool) -> str | None:
-    """Name what has no average, or what a network's state does not hold; tensors may be on the meta device or not."""
+def _odd_part(network: nn.Module) -> str | None:
+    """Name what has no average, or what a network's state does not hold."""
     for name, tensor in network.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             return f"'{name}' is no tensor"
-        is_dense = tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
-        if not is_dense or (tensor.is_meta and not meta):
-            return f"'{name}' is sparse, lazy or on the meta device"
         if isinstance(tensor, nn.Parameter) and tensor.is_complex():
             return f"parameter '{name}' is complex"
     for name, module in network.named_modules():
@@ -70,8 +67,6 @@ def _odd_part(network: nn.Module, meta: bool) -> str | None:
             return f"a weight of layer '{name}' is computed at every pass"
         if type(module).__name__ == "Conv1D":  # of Hugging Face's GPT-2
             return f"the weight of layer '{name}' is stored transposed"
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"layer '{name}' is TorchScript"
     return None
 
 

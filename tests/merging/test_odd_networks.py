@@ -1,7 +1,6 @@
 """Networks that break naive merging: caches, masks, computed, complex and frozen weights."""
 
 from copy import deepcopy
-from functools import partial
 from operator import attrgetter
 
 import pytest
@@ -262,15 +261,6 @@ def test_a_network_that_mixes_samples_is_refused():
     experts = [nn.Sequential(*layers).double()] * 2
     with pytest.raises(StateError, match="gives a sample other outputs beside others than alone, or at every call"):
         merged(coin.Refit("own"), experts, calibration=batches(4, 3))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_networks_of_other_than_dense_tensors_are_refused():
-    odd = nn.ParameterList([torch.eye(3).to_sparse()]), nn.LazyLinear(3), torch.jit.script(nn.Linear(4, 3))
-    for network in (*odd, nn.Sequential(odd[2]), nn.Linear(4, 3, device="meta")):
-        for refused in (partial(coin.Experts, [network] * 2), partial(coin.compress, network, network, bits=3)):
-            with pytest.raises(StateError, match="expected a module whose state is its real, dense parameters"):
-                refused()
 
 
 def test_gpt_2_s_layers_whose_weights_are_stored_transposed_are_refused():
