@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State, not_finite
 from coin.merging.expert_sources import whole_state
-from coin.merging.units import Unit, UnitRows, as_map, folded_unit, is_turned
+from coin.merging.units import Unit, UnitRows, as_map, folded_unit
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.delta import Rounded, nearest, quantise
 from coin.networks.kept import BITS, Change
@@ -155,18 +155,18 @@ class AdapterFit:
         """
         weight = self._network.get_parameter(unit.weight)
         # The body's map, then with the correction.
-        fitted = _columns(weight, unit, call, entries, moments)
+        fitted = _columns(weight, unit, entries, moments)
         left = right = None
         if self._rank > 0 and unit.is_matrix:
-            own = _columns(self._own_weight(unit, expert), unit, call, entries, moments)
+            own = _columns(self._own_weight(unit, expert), unit, entries, moments)
             # Relative to the mean over all inputs, zeros too.
             damping = self._ridge * len(entries) / unit.unknowns
             outer, inner = _factors(fitted, own, damping, self._rank, moments)
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
             fitted = fitted + left_of_map @ right_of_map
-            inner = _with_all_entries(inner, entries, unit.unknowns)
-            left, right = (inner, outer) if is_turned(call) else (outer, inner)
+            left = outer
+            right = _with_all_entries(inner, entries, unit.unknowns)
         scale, shift = moments.scaled(fitted)  # [G·O] both
         shape = _shape_of_scale(weight, call)
         changes = {unit.weight: Change.of(scale.reshape(shape), left=left, right=right)}
@@ -187,9 +187,9 @@ class AdapterFit:
         return state[unit.weight]
 
 
-def _columns(weight: Tensor, unit: Unit, call: Call, entries: Tensor, moments: "Moments") -> Tensor:
+def _columns(weight: Tensor, unit: Unit, entries: Tensor, moments: "Moments") -> Tensor:
     """Return a weight's map, transposed, for the entries that meet inputs [G, K', O]."""
-    matrix = as_map(weight, unit, call)
+    matrix = as_map(weight, unit)
     return matrix[..., entries].mT.to(moments.cross)
 
 
@@ -217,8 +217,6 @@ def _shape_of_scale(weight: Tensor, call: Call) -> Sequence[int]:
     """Return the shape in which one scale for each output is multiplied with the weight."""
     if not isinstance(call, LinearCall):
         return weight.shape
-    if is_turned(call):
-        return (1, -1)
     ones = [1] * (weight.ndim - 1)
     return (-1, *ones)
 

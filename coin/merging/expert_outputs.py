@@ -129,12 +129,10 @@ class ExpertOutputs:
         self, unit: Unit, call: Call, output: Tensor, part: Tensor, mixture: Tensor
     ) -> None:
         """Add an expert's share of one unit's targets, given the output of its last call on the samples `part`."""
-        if len(output) % len(part) != 0:
-            check_rows(unit, len(output), len(part))
-        shape = [len(output) // len(part), *output.shape[1:]]  # of one sample
-        if shape != list(unit.shape):
+        check_rows(unit, len(output), len(part))
+        if output.shape[1:] != unit.shape[1:]:
             raise StateError(
-                f"'{unit.end}' gives {shape} a sample in an expert and {list(unit.shape)} in the coded network; "
+                f"'{unit.end}' gives {[*output.shape[1:]]} in an expert and {[*unit.shape[1:]]} in the coded network; "
                 f"{SAME_CALLS}"
             )
         places = self._rows.places[unit.weight]
@@ -155,6 +153,6 @@ def check_rows(unit: Unit, rows: int, samples: int) -> None:
     expected = samples * unit.shape[0]
     if rows != expected:
         raise StateError(
-            f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}; give a network that "
-            "runs a batch at once, not in chunks"
+            f"'{unit.weight}' is called on {rows} rows for {samples} samples, expected {expected}; give networks that "
+            "make the same calls and run a batch at once, not in chunks"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coin.core.batches import Batch, map_tensors, size_of, take
 from coin.data.samples import Calibration, pooled
-from coin.errors import ConfigurationError, DataError, StateError
+from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
 from coin.networks.calling import Forward, as_input, checked_batch
@@ -64,7 +64,7 @@ class Experts:
         forward: How networks are called, of `forward` above.
         passes: Forward-equivalents spent so far, the cost of the merge; `seconds` went into statistics made elsewhere.
 
-    Raises ConfigurationError for fewer than two experts or unlike ones, or arguments for other numbers; DataError if
+    Raises ConfigurationError for fewer than two experts, or arguments for other numbers; DataError if
     there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
 
     >>> every = coin.Experts([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)])
@@ -290,11 +290,7 @@ class Experts:
             networks = source.networks if which.kind is None else source.unpadded
             states = self.computed(which.kind, networks, self.samples(which.data))
         for index, (state, network) in enumerate(zip(states, source.unpadded, strict=True)):
-            found = check_statistic(state, network, f"the {which.name} of expert {index}")
-            if found is StatisticKind.gram and which.name is StatisticKind.fisher:
-                raise StateError(
-                    f"found Gram matrices of expert {index} as its Fisher; give them as grams"
-                )
+            check_statistic(state, network, f"the {which.name} of expert {index}")
         return states
 
     def computed(

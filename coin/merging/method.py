@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
+from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_finite
-from coin.merging.expert_sources import one_device
 from coin.merging.experts import Experts
 from coin.merging.passes import adapt
 from coin.networks.adapted import with_adapters
@@ -234,7 +234,7 @@ def merge_networks(
         raise ConfigurationError(
             f"found method {method!r}, expected an object of a method's class; give coin.Refit()"
         )
-    home = one_device(networks)
+    home = device_of(networks[0])
     networks = to_compute([*networks], home)
     if initial is not None:
         initial = to_compute([initial], home)[0]

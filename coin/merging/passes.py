@@ -14,7 +14,7 @@ from coin.errors import CoinWarning
 from coin.files.tensors import State, check_layout, weighted_sum
 from coin.merging.adapter_fit import AdapterFit, rank_of
 from coin.merging.expert_outputs import ExpertOutputs, check_rows, objective
-from coin.merging.expert_sources import one_device, whole_state
+from coin.merging.expert_sources import whole_state
 from coin.merging.experts import Experts
 from coin.merging.rows import Rows, chosen_rows
 from coin.merging.units import (
@@ -282,7 +282,7 @@ def fit_adapters(
     if rank is None and memory_mib is None:
         rank = 4
     options = AdapterOptions(rank, memory_mib, ridge)
-    home = one_device(experts)
+    home = device_of(experts[0])
     every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
     own = _without_head(body, parameters_of(body))
     expected = _without_head(body, every.parameters[0])

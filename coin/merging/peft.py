@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,10 +41,10 @@ def save_peft(adapter: Adapter, body: nn.Module, head: Mapping[str, Tensor], fol
         outputs, inputs = matrix.shape
         left, right = change.factors(outputs, inputs)  # [O, r], [r, K]
         rank = left.shape[1]
-        if rank == 0:  # which peft has not
-            rank = 1
-            left = torch.zeros(outputs, rank)
-            right = torch.zeros(rank, inputs)
+        if rank == 0:
+            raise ConfigurationError(
+                f"found no correction of '{name}', expected rank 1 at least, as peft's LoRA has"
+            )
         ranks[place] = rank
         magnitude = matrix.norm(dim=1)
         if change.scale is not None:

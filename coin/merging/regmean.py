@@ -14,7 +14,6 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts, in_all
-from coin.statistics import TRANSPOSED
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -117,7 +116,7 @@ def regmean_parameters(
     """
     merged = average_parameters(experts, weights)
     for name in progress_bar(RegMean.name, items=in_all(grams)):
-        is_linear = experts[0][name.removesuffix(TRANSPOSED)].ndim == 2
+        is_linear = experts[0][name].ndim == 2
         if is_linear or layers == RegMeanLayers.all:
             of_map = (gram[name] for gram in grams)  # one at a time: they may lie in files
             merged |= regmean_map(experts, of_map, weights, name, alpha, damping)
@@ -133,31 +132,29 @@ def regmean_map(
     damping: float,
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
-    key = name.removesuffix(TRANSPOSED)
-    is_turned = name != key  # the map is x ↦ x W
     bias: str | None = None
     average = pull = total = torch.empty(0)
     for index, (expert, gram, weight) in enumerate(zip(experts, grams, weights, strict=True)):
         if index == 0:
-            bias = _bias_of(gram, key, expert, is_turned)
+            bias = _bias_of(gram, name, expert)
             means = {
                 each: weighted_mean(experts, weights, each, torch.float64)
-                for each in (key, bias)
+                for each in (name, bias)
                 if each
             }
-            average = _joint_map(means, key, bias, len(gram), is_turned)  # W̄ [G, C_out/G, K]
+            average = _joint_map(means, name, bias, len(gram))  # W̄ [G, C_out/G, K]
             pull = torch.zeros_like(average)
             total = torch.zeros_like(gram, dtype=torch.float64)
         if gram.shape != total.shape:
             raise StateError(
-                f"the Gram matrices of '{key}' are not of one shape; give those of experts alike"
+                f"the Gram matrices of '{name}' are not of one shape; give those of experts alike"
             )
         diagonal = torch.diag_embed(gram.double().diagonal(dim1=1, dim2=2))
         shrunk = alpha * gram.double() + (1 - alpha) * diagonal
-        own = _joint_map(expert, key, bias, len(gram), is_turned)
+        own = _joint_map(expert, name, bias, len(gram))
         pull += weight * (own - average) @ shrunk
         total.add_(shrunk, alpha=weight)
-    solved = average + solve_damped(total, pull, damping, key)
+    solved = average + solve_damped(total, pull, damping, name)
     rows = solved.flatten(0, 1)  # [C_out, K], a column for the bias at last
     like = experts[0]
     merged = {}
@@ -165,14 +162,13 @@ def regmean_map(
         column = rows[:, -1]
         merged[bias] = column.reshape(like[bias].shape).to(like[bias].dtype)
         rows = rows[:, :-1]
-    matrix = rows.T if is_turned else rows
-    merged[key] = matrix.reshape(like[key].shape).to(like[key].dtype)
+    merged[name] = rows.reshape(like[name].shape).to(like[name].dtype)
     return merged
 
 
-def _bias_of(gram: Tensor, key: str, state: State, is_turned: bool) -> str | None:
+def _bias_of(gram: Tensor, key: str, state: State) -> str | None:
     """Return the bias that a Gram matrix ``[G, K, K]`` solves for too, if any; StateError unless it fits."""
-    weight = state[key].T if is_turned else state[key]
+    weight = state[key]
     outputs = len(weight)
     width = weight[0].numel()
     groups, rows, _ = gram.shape
@@ -187,10 +183,9 @@ def _bias_of(gram: Tensor, key: str, state: State, is_turned: bool) -> str | Non
     )
 
 
-def _joint_map(state: State, key: str, bias: str | None, groups: int, is_turned: bool) -> Tensor:
-    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``, also from ``[K, C_out]``."""
-    weight = state[key].T if is_turned else state[key]
-    joint = weight.double().flatten(1)
+def _joint_map(state: State, key: str, bias: str | None, groups: int) -> Tensor:
+    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``."""
+    joint = state[key].double().flatten(1)
     if bias is not None:
         shifts = state[bias].double()[:, None]
         joint = torch.cat([joint, shifts], dim=1)

@@ -15,7 +15,6 @@ from coin.merging.experts import Experts
 from coin.merging.regmean import regmean_map
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_weight
-from coin.statistics import TRANSPOSED
 from coin.statistics.gram import linear_maps
 
 
@@ -79,21 +78,19 @@ class Wudi(MergeMethod):
         network = experts.empty_model()
         left_out = None if self.head else head_weight(network)
         merged = average_parameters(every, row)
-        for name in progress_bar(self.label, items=list(linear_maps(network))):
-            key = name.removesuffix(TRANSPOSED)
-            has_unchanged = any(torch.equal(expert[key], initial[key]) for expert in every)
-            if has_unchanged or key == left_out:
+        for name in progress_bar(self.label, items=linear_maps(network)):
+            has_unchanged = any(torch.equal(expert[name], initial[name]) for expert in every)
+            if has_unchanged or name == left_out:
                 continue
-            is_turned = name != key
-            grams = (_delta_gram(expert[key], initial[key], is_turned) for expert in every)
+            grams = (_delta_gram(expert[name], initial[name]) for expert in every)
             merged |= regmean_map(every, grams, row, name, alpha=1.0, damping=self.damping)
         yield Candidate({}, merged)
 
 
-def _delta_gram(weight: Tensor, start: Tensor, is_turned: bool) -> Tensor:
-    """Return τᵀτ / ‖τ‖² ``[1, K, K]`` of a map's task vector, which may lie the other way round."""
+def _delta_gram(weight: Tensor, start: Tensor) -> Tensor:
+    """Return τᵀτ / ‖τ‖² ``[1, K, K]`` of a map's task vector."""
     delta = weight.double() - start.double()
-    rows = (delta.T if is_turned else delta).flatten(1)  # [C_out, K]
+    rows = delta.flatten(1)  # [C_out, K]
     gram = rows.T @ rows
     return (gram / rows.square().sum())[None]
 
@@ -199,9 +196,7 @@ def _threshold(expert: State, initial: State, keep: float) -> float:
     for key, start in initial.items():
         delta = expert[key].double() - start.double()
         parts.append(delta.abs_().flatten())
-    sizes = torch.cat(parts).cpu()
+    sizes = torch.cat(parts)
     kept = max(1, round(keep * len(sizes)))
-    place = len(sizes) - kept
-    # In place: of a large network the entries are most of the memory.
-    sizes.numpy().partition(place)
-    return float(sizes[place])
+    smallest, _ = sizes.kthvalue(len(sizes) - kept + 1)
+    return float(smallest)

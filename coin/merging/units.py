@@ -188,7 +188,7 @@ def _is_unit(call: Call, shape_of_two: tuple[int, ...], not_own: set[str]) -> bo
 
 def _is_norm_of(norm: Call, call: Call, network: nn.Module, not_own: set[str]) -> bool:
     """Whether a call is that of a BatchNorm which alone reads another call's output, whose channels are its own."""
-    is_matrix = isinstance(call, LinearCall) and not call.transposed and len(call.made) == 2
+    is_matrix = isinstance(call, LinearCall) and len(call.made) == 2
     is_per_row = is_matrix or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
     is_own = "bias" in norm.names and not_own.isdisjoint(norm.names.values())
@@ -222,15 +222,9 @@ def _unit(call: Call, size: int) -> Unit:
     )
 
 
-def is_turned(call: Call) -> bool:
-    """Whether the weight of a linear map lies the other way round, [K, O]."""
-    return isinstance(call, LinearCall) and call.transposed
-
-
-def as_map(weight: Tensor, unit: Unit, call: Call) -> Tensor:
+def as_map(weight: Tensor, unit: Unit) -> Tensor:
     """Return the weight of a unit as a matrix for each group [G, O, K]."""
-    rows = weight.T if is_turned(call) else weight
-    return rows.reshape(-1, unit.outputs, unit.unknowns)
+    return weight.reshape(-1, unit.outputs, unit.unknowns)
 
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
@@ -282,35 +276,23 @@ def _patches(
 ) -> tuple[Tensor, Tensor]:
     """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
     channels = inputs.shape[1]
-    size = tuple(inputs.shape[2:])
-    groups = geometry.groups
-    images_each = len(inputs) // samples  # k
-    outputs = prod(geometry.output_size(size))  # positions of one image
-    if places is None:
-        places = torch.arange(images_each * outputs, device=inputs.device)[None]  # [1, q]
-    # [P or 1, q, taps]: pixels of an image, and whether of it.
-    pixels, inside = geometry.met(places % outputs, size)
-    taps = inside.shape[2]
-    alive = inside.flatten(0, 1).any(0)  # [taps]
+    dims = len(geometry.kernel)
+    patches = geometry.patches(inputs)  # [P·k, *output, *kernel, C]
+    rows = _at(patches, dims, samples, places).flatten(1, dims)  # [P·q, taps, C]
+    ones = geometry.patches(torch.ones_like(inputs[:1, :1]))
+    meets = ones.flatten(0, dims).flatten(1)  # whether taps meet an image, by its outputs
+    if places is not None:
+        meets = meets[places.flatten() % len(meets)]
+    alive = meets.any(0)  # [taps]
     if not bool(alive.any()):
         alive[0] = True  # where no tap meets an image: one of zeros
-    unknowns = channels // groups * taps
-    columns = torch.arange(unknowns, device=inputs.device).view(-1, taps)  # [C/G, taps]
-    entries = columns[:, alive].T.flatten()
-
-    image = (places // outputs)[..., None]  # which of the sample's
-    first_pixel = image * prod(size)
-    of_images = first_pixel + pixels[..., alive]
-    met = of_images.expand(samples, -1, -1)  # of a sample's pixels [P, q, taps]
-    is_inside = inside[..., alive].expand_as(met).flatten(0, 1)  # [P·q, taps]
-    by_sample = inputs.reshape(samples, images_each, channels, -1)
-    by_channel = by_sample.movedim(2, 0).flatten(2)  # [C, P, k · pixels]
-    index = met.flatten(1).expand(channels, -1, -1)
-    values = by_channel.gather(2, index).view(channels, *is_inside.shape)
-    if not bool(is_inside.all()):
-        values *= is_inside
-    by_group = values.view(groups, -1, *is_inside.shape).movedim(1, 3)  # [G, P·q, taps, C/G]
-    return by_group.to(sum_type(values)).flatten(2), entries
+    values = rows[:, alive].permute(2, 0, 1).contiguous()  # [C, P·q, taps]
+    by_group = values.view(geometry.groups, -1, *values.shape[1:]).movedim(
+        1, 3
+    )  # [G, P·q, taps, C/G]
+    unknowns = torch.arange(channels // geometry.groups * len(alive), device=inputs.device)
+    columns = unknowns.view(-1, len(alive))  # [C/G, taps]
+    return by_group.to(sum_type(inputs)).flatten(2), columns[:, alive].T.flatten()
 
 
 def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
@@ -342,7 +324,7 @@ def fit_unit(
     weight = network.get_parameter(unit.weight)
     inputs = rows.inputs
     entries = rows.entries
-    matrix = as_map(weight, unit, call)  # [G, O, K]
+    matrix = as_map(weight, unit)  # [G, O, K]
     used = matrix[..., entries].to(inputs)
     outputs = inputs @ used.mT  # [G, P·q, O]
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
@@ -362,7 +344,7 @@ def fit_unit(
         if unit.unknowns <= WIDEST:
             whole = _whole_metric(metric(), entries, unit.unknowns)
         placed = _placed(step, entries, matrix)
-        taken = rounding.step(unit.weight, weight, placed, whole, is_turned(call))
+        taken = rounding.step(unit.weight, weight, placed, whole)
         return taken[..., entries]
 
     step, constant = fit_affine(
@@ -377,10 +359,7 @@ def fit_unit(
     if rounding is not None:
         weight.copy_(rounding.weight(unit.weight))
     else:
-        change = _placed(step, entries, matrix).flatten(0, 1)  # [G·O, K]
-        if is_turned(call):
-            change = change.T
-        weight.add_(change.reshape(weight.shape))
+        weight.add_(_placed(step, entries, matrix).reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
 

@@ -15,7 +15,7 @@ from coin.core.batches import Batch, joined, size_of
 from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
-from coin.networks.calling import Forward, as_input, called_by, clear_caches, explained_inputs
+from coin.networks.calling import Forward, as_input, called_by, clear_caches, same_modes
 
 
 class BatchNormPolicy(StrEnum):
@@ -128,7 +128,6 @@ def recalibrate(
             "found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two"
         )
     layers = batchnorms(network)
-    modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     rows_seen: Counter[nn.Module] = Counter()
 
@@ -143,10 +142,10 @@ def recalibrate(
         layer.momentum = rows / rows_seen[layer]
 
     samples = 0
-    network.eval()
     clear_caches(network)
     try:
-        with ExitStack() as hooks, disable_tf32(), explained_inputs(network, lambda: batch):
+        with ExitStack() as hooks, same_modes(network), disable_tf32():
+            network.eval()
             for layer in layers:
                 layer.training = True
                 hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
@@ -156,21 +155,19 @@ def recalibrate(
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
         clear_caches(network)
     return samples
 
 
 def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches, those of one sample joined to the next, the last to the one before it."""
-    held: list[Batch] = []
+    """Yield the batches, those of one sample joined to the one before, the first to the one after it."""
+    held: Batch | None = None
     for batch in batches:
-        if held and size_of(held[-1]) == 1:
-            held[-1] = joined([held[-1], batch])
-        else:
-            held.append(batch)
-        if len(held) == 2 and size_of(held[1]) > 1:
-            yield held.pop(0)
-    if held and size_of(joined(held)) > 1:
-        yield joined(held)
+        if held is not None and 1 in (size_of(held), size_of(batch)):
+            held = joined([held, batch])
+            continue
+        if held is not None:
+            yield held
+        held = batch
+    if held is not None and size_of(held) > 1:
+        yield held

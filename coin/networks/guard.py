@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,16 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
-from coin.networks.calling import check_tensors, clear_caches, explained_inputs
+from coin.networks.calling import clear_caches, same_modes
 
-_LOCK = threading.Lock()
-_EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
-"""The modules in blocks of `eval_mode`: in how many, and the mode in which the first found them."""
+_LOCK = threading.RLock()  # held in blocks of `eval_mode`
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
 
-    Raises ConfigurationError where there are none, or one is complex; else as `check_tensors`.
+    Raises ConfigurationError where there are none, or one is complex.
     """
-    check_tensors(network)
     every = dict(network.named_parameters())
     parameters = {name: p for name, p in every.items() if p.requires_grad}
     if not parameters:
@@ -78,43 +74,22 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode.
 
-    Images that a convolution refuses are a DataError.
-
-    Threads may be in blocks of the same network: its modules stay in eval mode until the last has left.
+    Threads take turns, since modes are the network's.
     """
+
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
-    modules = list(network.modules())
-    has_caches = any(type(module).train is not nn.Module.train for module in modules)
-
-    latest: list[Any] = []  # the inputs of the last call
-
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
-        if has_caches:
-            clear_caches(network)
-        latest[:] = arguments[:1]
+        clear_caches(network)
         # Which the network may change in place.
         return tree_map_only(Tensor, torch.clone, (arguments, options))
 
     with _LOCK:
-        for module in modules:
-            blocks, mode = _EVALUATED.get(module, (0, module.training))
-            _EVALUATED[module] = blocks + 1, mode
-            module.training = False
-        clear_caches(network)
-    try:
-        with (
-            network.register_forward_pre_hook(prepare, with_kwargs=True),
-            explained_inputs(network, lambda: next(iter(latest), None)),
-        ):
-            yield
-    finally:
-        with _LOCK:
-            for module in modules:
-                blocks, mode = _EVALUATED.pop(module)
-                if blocks > 1:
-                    _EVALUATED[module] = blocks - 1, mode
-                else:
-                    module.training = mode
+        try:
+            with same_modes(network), network.register_forward_pre_hook(prepare, with_kwargs=True):
+                for module in network.modules():
+                    module.training = False
+                yield
+        finally:
             clear_caches(network)
 
 
@@ -129,8 +104,8 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
     A caller's `torch.no_grad`, `torch.inference_mode` and autocast are suspended, as are TF32 and bfloat16 inside
-    products. Modes, and buffers that the block wrote to or replaced, are restored. With gradients attention runs on
-    its plain kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
+    products. Modes are restored. With gradients attention runs on its plain kernels: the fused ones can neither batch
+    their backward pass nor differentiate forwards.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     device = device_of(network)
@@ -138,7 +113,6 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         with (
             ExitStack() as hooks,
-            _same_buffers(network, device),
             eval_mode(network),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
@@ -152,22 +126,3 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def _same_buffers(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block, and restore the buffers of a network on this device that were replaced or written to."""
-    registered = [(module._buffers, dict(module._buffers)) for module in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    try:
-        yield
-    finally:
-        for own, found in registered:
-            own.update(found)
-        changed = [(buffer != before).any().to(device) for buffer, before in buffers]
-        # The device is waited for once, not for every buffer.
-        places = torch.stack(changed).nonzero().flatten().tolist() if changed else []
-        for place in places:
-            buffer, before = buffers[place]
-            with torch.no_grad():
-                buffer.copy_(before)

@@ -1,7 +1,7 @@
 """The classifier head of any network, a Linear layer: found by name, replaced, padded."""
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,31 +15,33 @@ ADVICE = "name the layer that gives the logits in an attribute 'head_name', or g
 
 
 def head_name(network: nn.Module) -> str:
-    """Return the dotted name of the classifier head.
+    """Return the dotted name of the classifier head, as of its parameters in `named_parameters`.
 
-    The head is the last `nn.Linear` in the order of registration; layers inside a Hugging Face base model, at any
-    depth, count as earlier than all others. A network with another head names it in an attribute ``head_name: str``.
-    Of a layer with several names it is the first, as of its parameters in `named_parameters`.
+    The head is the last `nn.Linear` in the order of registration outside of Hugging Face's base models. A network with
+    another head names it in an attribute ``head_name: str``.
     """
-    layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     kind = type(network).__name__
     own = getattr(network, "head_name", None)
     if isinstance(own, str):
+        layers = dict(network.named_modules(remove_duplicate=False))
         if own not in layers:
             raise StateError(f"found head_name '{own}', expected a layer of {kind}; name one")
-        return _names_of(network, layers[own])[0]
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+        first: str = next(name for name, each in network.named_modules() if each is layers[own])
+        return first
+    linear: list[str] = []
+    bases = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear):
+            linear.append(name)
+        base: str = getattr(layer, "base_model_prefix", "")  # the attribute with the base model
+        if base:
+            bases.append(f"{name}.{base}.".lstrip("."))
     if not linear:
         raise HeadError(
             f"found no Linear layer in {kind}; name the head by an attribute 'head_name'"
         )
-    bases = _base_models(layers)
-
-    def depth(name: str) -> int:  # in base models
-        return sum(f"{name}.".startswith(base) for base in bases)
-
-    last = min(reversed(linear), key=depth)
-    return _names_of(network, layers[last])[0]
+    outside = [name for name in linear if not name.startswith(tuple(bases))]
+    return (outside or linear)[-1]
 
 
 def head_weight(network: nn.Module) -> str:
@@ -51,26 +53,6 @@ def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the names without those of the head's parameters."""
     head = f"{head_name(network)}."
     return [name for name in names if not name.startswith(head)]
-
-
-def _names_of(network: nn.Module, layer: nn.Module) -> list[str]:
-    """Return all dotted names of a network's layer."""
-    return [name for name, each in network.named_modules(remove_duplicate=False) if each is layer]
-
-
-def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names, with a dot, of Hugging Face's base models: what a model calls so, or itself without one."""
-    found = set()
-    for name, layer in layers.items():
-        prefix = getattr(type(layer), "base_model_prefix", "")
-        if not prefix:
-            continue
-        inner = f"{name}.{prefix}" if name else prefix
-        if inner in layers:
-            found.add(f"{inner}.")
-        elif type(layer).__name__.endswith("Model"):
-            found.add(f"{name}." if name else "")
-    return found
 
 
 def linear_head(network: nn.Module) -> nn.Linear:
@@ -89,9 +71,7 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
     old = linear_head(network)
     new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
     initialise_head(new)
-    for name in _names_of(network, old):
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, new)
+    with_head(network, new)
 
 
 def initialise_head(head: nn.Module) -> None:
@@ -153,28 +133,12 @@ def pad_head(network: Network, num_outputs: int) -> Network:
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
-    """Return networks padded to the largest class count; HeadError where shapes differ elsewhere than in the head."""
-    first, *others = [_shapes(network) for network in networks]
-    if any(other.keys() != first.keys() for other in others):  # refused where they are merged
+    """Return networks with heads of the largest class count among them; raises as `pad_head`."""
+    shapes = [[parameter.shape for parameter in network.parameters()] for network in networks]
+    if all(each == shapes[0] for each in shapes):
         return list(networks)
-    differing: dict[str, list[int]] = {}
-    for other in others:
-        differing |= {name: shape for name, shape in other.items() if shape != first[name]}
-    if not differing:
-        return list(networks)
-    head = head_name(networks[0])
-    prefix = f"{head}.".lstrip(".")  # "" where a network is itself its head
-    for name, shape in sorted(differing.items()):
-        if not name.startswith(prefix):
-            found = f"tensor '{name}' is {shape} in one expert but {first[name]} in another"
-            raise HeadError(f"{found}, and their head is '{head}'; {ADVICE}")
     width = max(linear_head(network).out_features for network in networks)
     return [pad_head(network, width) for network in networks]
-
-
-def _shapes(network: nn.Module) -> dict[str, list[int]]:
-    every = network.named_parameters(remove_duplicate=False)
-    return {name: list(parameter.shape) for name, parameter in every}
 
 
 def with_head(network: Network, head: nn.Module) -> Network:

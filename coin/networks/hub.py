@@ -81,18 +81,20 @@ class HuggingFace(NetworkSource):
         return None
 
     def check_vocabulary(self, count: int) -> None:
-        """Refuse another number of tokens than its own tokenizer has, or more than it has embeddings."""
-        own, most = self.tokenizer, getattr(self.configuration, "vocab_size", None)
-        expected = (
-            None
-            if own is None
-            else extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
-        )
-        tokens = most if expected is None else expected.get_vocab_size()
-        if count != tokens and (expected is not None or count > (most or count)):
-            advice = f"tokenizer={own or 'its tokenizer.json'}"
-            told = f"found a task whose tokenizer has {count} tokens for the network '{self.name}'"
-            raise ConfigurationError(f"{told}, expected {tokens}; set the task's {advice}")
+        """Refuse another number of tokens than its own tokenizer has, or without one more than it has embeddings."""
+        own = self.tokenizer
+        if own is None:
+            expected = getattr(self.configuration, "vocab_size", count)
+            fits = count <= expected
+        else:
+            tokenizers = extra_module("tokenizers", "text")
+            expected = tokenizers.Tokenizer.from_file(str(own)).get_vocab_size()
+            fits = count == expected
+        if not fits:
+            raise ConfigurationError(
+                f"found a task whose tokenizer has {count} tokens for the network '{self.name}', expected {expected}; "
+                f"set the task's tokenizer={own or 'its tokenizer.json'}"
+            )
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""

@@ -5,12 +5,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import tensors_in
 from coin.networks.calling import clone
 from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, read
 
@@ -81,26 +80,25 @@ class Change:
     def as_read(self) -> dict[str, Tensor]:
         """Return its parts as a layer holds them: of the factors' scales what `coin.networks.delta.read` takes."""
         held = self.tensors
-        if self.left_scale is not None:
-            held["left_first"], held["left_scale"] = by_row(self.left_scale, BITS)
-        if self.right_scale is not None:
-            held["right_first"], held["right_scale"] = by_row(self.right_scale, BITS)
+        for side in ("left", "right"):
+            if side in held:
+                scale = held[f"{side}_scale"]
+                held[f"{side}_first"], held[f"{side}_scale"] = by_row(scale, BITS)
         return held
 
     @classmethod
     def stored(cls, held: Mapping[str, Tensor]) -> "Change":
         """Return the change of which these are the parts of `as_read`."""
-        parts = {
-            name: part for name, part in held.items() if name not in ("left_first", "right_first")
-        }
-        for name in ("left_scale", "right_scale"):
-            if name in parts:
-                parts[name] = parts[name].flatten().bfloat16()
+        parts = dict(held)
+        for side in ("left", "right"):
+            if side in parts:
+                del parts[f"{side}_first"]
+                parts[f"{side}_scale"] = parts[f"{side}_scale"].flatten().bfloat16()
         return cls(**parts)
 
     def __call__(self, value: Tensor) -> Tensor:
         """Return the parameter θ as the expert has it."""
-        return _changed(value, self.as_read(), in_place=False)
+        return _changed(value, self.as_read())
 
 
 def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -110,19 +108,13 @@ def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tens
     return left.T, right
 
 
-def _changed(value: Tensor, parts: Mapping[str, Tensor], in_place: bool) -> Tensor:
-    """Return a parameter changed by the parts of `Change.as_read`; the parameter itself if it is done in place."""
-    if len(parts) == 1 and "shift" in parts:  # a bias: no copy
-        added = torch.add(value, parts["shift"])
-        return added if added.dtype == value.dtype else added.to(value.dtype)
-    changed = value if in_place else value.clone()
+def _changed(value: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return a parameter changed by the parts of `Change.as_read`."""
+    changed = value.clone(memory_format=torch.contiguous_format)
     if "left" in parts:
         matrix = changed.flatten(1)
         left, right = _factors(parts, *matrix.shape)
-        if matrix.dtype != torch.float32:
-            left = left.to(matrix.dtype)
-            right = right.to(matrix.dtype)
-        matrix.addmm_(left, right)
+        matrix.addmm_(left.to(matrix.dtype), right.to(matrix.dtype))
     if "scale" in parts:
         changed.mul_(parts["scale"])
     if "shift" in parts:
@@ -141,6 +133,8 @@ class Kept(nn.Module):
     """
 
     codes: Tensor | None
+    codes_first: Tensor
+    codes_scale: Tensor
 
     def __init__(
         self,
@@ -217,21 +211,14 @@ class Kept(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the parameter, as the expert has it that answers."""
-        # It is called for every layer: attributes of modules, and `cast`, would take longer.
-        buffers: Any = self._buffers
-        value: Any = self._parameters["original"]
-        codes = buffers["codes"]
-        if codes is not None:
-            matrix = read(
-                codes, buffers["codes_first"], buffers["codes_scale"], self.bits, self.columns
-            )
-            matrix = matrix.view(self.shape)
-            value = matrix if value.dtype == torch.float32 else matrix.to(value.dtype)
+        value: Tensor = self.original
+        if self.codes is not None:
+            matrix = read(self.codes, self.codes_first, self.codes_scale, self.bits, self.columns)
+            value = matrix.view(self.shape).to(value.dtype)
         expert = ANSWERING.get()
-        if expert is not None and self._parts:
-            own = {part: buffers[part].select(0, expert) for part in self._parts}
-            value = _changed(value, own, in_place=codes is not None)
-        return cast(Tensor, value)
+        if expert is None or not self._parts:
+            return value
+        return _changed(value, {part: getattr(self, part)[expert] for part in self._parts})
 
 
 def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -308,19 +295,15 @@ def is_making(layer: nn.Module) -> bool:
 def not_makeable(network: nn.Module) -> set[str]:
     """Return the parameters that cannot be made when they are read.
 
-    Modules hold them in other attributes too, as LSTMs do, which would miss what is made; or a container owns them,
-    which would run what is kept as one of its layers.
+    LSTMs and their like hold them in a list too, which would miss what is made; and a container would run what is kept
+    as one of its layers.
     """
-    held: set[int] = set()  # the tensors in modules' other attributes
+    kinds = nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict
     found: set[str] = set()
-    for module in network.modules():
-        others = {name: value for name, value in vars(module).items() if name != "_parameters"}
-        held.update(id(tensor) for tensor in tensors_in(others))
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        owner = network.get_submodule(name.rpartition(".")[0])
-        is_in_container = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if is_in_container or id(parameter) in held:
-            found.add(name)
+    for place, module in network.named_modules():
+        if isinstance(module, kinds):
+            own = module.named_parameters(place, recurse=False, remove_duplicate=False)
+            found.update(name for name, _ in own)
     return found
 
 

@@ -76,16 +76,9 @@ class NetworkSource(ABC):
         """Call a constructor; what does not fit becomes one line."""
         try:
             network: nn.Module = builder(*arguments, **options)
-        except (
-            TypeError,
-            ValueError,
-            AssertionError,
-            ArithmeticError,
-            LookupError,
-            RuntimeError,
-        ) as error:
-            # Not every network can be built on the meta device.
-            if is_out_of_memory(error) or isinstance(error, NotImplementedError):
+        except Exception as error:
+            # A download has its own line, and not every network can be built on the meta device.
+            if is_out_of_memory(error) or isinstance(error, OSError | NotImplementedError):
                 raise
             inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
             found = f"cannot build {self.name} for {inputs} with options {self.options}"

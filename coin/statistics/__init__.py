@@ -9,9 +9,4 @@ from coin.statistics.fisher import (
     fisher_sums as fisher_sums,
 )
 from coin.statistics.gram import gram_sums as gram_sums
-from coin.statistics.sums import (
-    TRANSPOSED as TRANSPOSED,
-    Sums as Sums,
-    reduce_sums as reduce_sums,
-    shard as shard,
-)
+from coin.statistics.sums import Sums as Sums, reduce_sums as reduce_sums, shard as shard

@@ -16,7 +16,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.statistics.cotangents import FisherKind
 from coin.statistics.statistic import Statistic, StatisticKind
-from coin.statistics.sums import TRANSPOSED, Sums
+from coin.statistics.sums import Sums
 
 # The files of every expert's statistics, by task.
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
@@ -114,12 +114,12 @@ def check_statistic(state: State, network: nn.Module, what: str = "the statistic
     parameters = dict(network.named_parameters(remove_duplicate=False))
     kind = StatisticKind.fisher
     for name, tensor in state.items():
-        parameter = parameters.get(name.removesuffix(TRANSPOSED))
+        parameter = parameters.get(name)
         if parameter is None:
             raise StateError(
                 f"{what} has a tensor '{name}', which {type(network).__name__} has not; give its own"
             )
-        if name in parameters and tensor.shape == parameter.shape:
+        if tensor.shape == parameter.shape:
             continue
         if tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]:
             found = [*tensor.shape]

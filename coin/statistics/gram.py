@@ -16,7 +16,7 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.sums import TRANSPOSED, Sums, sum_type
+from coin.statistics.sums import Sums, sum_type
 
 _BLOCK = 1 << 24  # floats of unfolded patches formed at a time
 
@@ -35,8 +35,7 @@ def gram_sums(
     meets the padding), with a last entry 1 if the map has a trainable bias, named as the weight is.
 
     Arguments and errors are as of `fisher_sums`; a StateError where a weight is used with its bias and without it.
-    Returns the sums by the weights' names, [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias;
-    a weight [in, out], which multiplies as x @ W, by its name and `TRANSPOSED`.
+    Returns the sums by the weights' names, [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias.
 
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
@@ -53,12 +52,11 @@ def gram_sums(
             return
         own_bias = parameters.get(name.removesuffix("weight") + "bias")
         has_bias = call.bias is not None and call.bias is own_bias
-        key = name + TRANSPOSED if call.transposed else name
         for a in _rows(call):
             if has_bias:
                 ones = torch.ones_like(a[..., :1])
                 a = torch.cat([a, ones], -1)
-            _add(values, key, a)
+            _add(values, name, a)
 
     count = 0
     for batch in batches:
@@ -103,21 +101,20 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
 
 
 def linear_maps(network: nn.Module) -> list[str]:
-    """Return the weights of fully connected layers and convolutions of one group; Conv1D's end in `TRANSPOSED`."""
+    """Return the names of the weights of fully connected layers and convolutions of one group."""
     uses: Counter[int] = Counter()
     for module in network.modules():
         uses.update(map(id, module._parameters.values()))
     found = []
     for prefix, module in network.named_modules():
-        is_transposed = type(module).__name__ == "Conv1D"
         is_packed = isinstance(module, nn.MultiheadAttention)
         is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if is_convolution and module.groups > 1:
             continue
-        if not (is_transposed or is_packed or is_convolution or isinstance(module, nn.Linear)):
+        if not (is_packed or is_convolution or isinstance(module, nn.Linear)):
             continue
         ending = "proj_weight" if is_packed else "weight"
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if name.endswith(ending) and uses[id(parameter)] == 1:
-                found.append(name + TRANSPOSED if is_transposed else name)
+                found.append(name)
     return found

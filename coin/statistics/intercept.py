@@ -74,21 +74,10 @@ class Interceptor(TorchFunctionMode):
         return self._visit(call, names, function)
 
 
-def _linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
-) -> Call | None:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
         return None
-    return LinearCall(input, weight, bias, transposed)
-
-
-def _matmul(input: Tensor, other: Any = None, mat2: Any = None) -> Call | None:
-    return _linear(input, other if mat2 is None else mat2, transposed=True)
-
-
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Call | None:
-    outputs = mat2.shape[1:]
-    return _linear(mat1, mat2, input, transposed=True) if input.shape == outputs else None
+    return LinearCall(input, weight, bias)
 
 
 def _convolution(
@@ -108,11 +97,8 @@ def _convolution(
     if padding == "same":
         totals = [dilations[dim] * (size - 1) for dim, size in enumerate(kernel)]
         sides = tuple(total // 2 for total in totals)
-        if any(total % 2 for total in totals):
-            further = []
-            for total in reversed(totals):
-                further += [0, total % 2]  # one more on the far side
-            input = F.pad(input, further)
+        if any(total % 2 for total in totals):  # one more on the far side
+            return None
     else:
         sides = _sizes(0 if padding == "valid" else padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
@@ -139,13 +125,6 @@ def _embedding(
 
 _READERS: dict[Any, Callable[..., Call | None]] = {
     F.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
-    torch.addmm: _addmm,
-    Tensor.addmm: _addmm,
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
     torch.conv3d: _convolution,

@@ -9,9 +9,6 @@ from torch import Tensor, distributed
 from coin.core.processes import process_count
 from coin.errors import ConfigurationError, StateError
 
-TRANSPOSED = ":T"
-"""Ends the name of a Gram matrix of a weight [in, out] that multiplies from the right, x @ W."""
-
 
 @dataclass(frozen=True)
 class Sums:

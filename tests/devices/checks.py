@@ -212,12 +212,6 @@ def test_batches_may_lie_elsewhere(seen):
     torch.testing.assert_close(answers(here, inputs[0][0]), answers(own, inputs[0][0]), **CLOSE)
 
 
-def test_one_device_is_expected(seen):
-    experts, _, inputs = fleet()
-    with pytest.raises(coin.errors.ConfigurationError, match="found experts on pretend:0 and cpu, expected one device"):
-        coin.merge_networks(coin.Average(), [moved(experts[0]), *experts[1:]], coin.uniform(3), calibration=inputs)
-
-
 EVERY_METHOD = """
 network: {name: small_vit, image_size: 32, options: {patch_size: 8, depth: 1, heads: 2, width: 16}}
 base: {task: {class_path: Glyphs, init_args: {classes: K-T, train_samples: 64, validation_share: 0.1}}, epochs: 1}

@@ -27,17 +27,6 @@ from coin.serving.servers import NetworkServer, Request, run_together
 from coin.statistics.solvers import fit_affine
 
 
-class Turned(nn.Module):
-    """A fully connected layer as GPT-2 has it, its weight [in, out]."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(0.3 * torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x, self.weight)
-
-
 def convolutions():
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
@@ -48,7 +37,7 @@ def convolutions():
 
 def maps():
     return nn.Sequential(
-        nn.Linear(5, 7), nn.Tanh(), Turned(7, 7), nn.LayerNorm(7), nn.Linear(7, 6, bias=False), nn.Linear(6, 4)
+        nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.LayerNorm(7), nn.Linear(7, 6, bias=False), nn.Linear(6, 4)
     )
 
 

@@ -39,7 +39,7 @@ TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "tie
 DECODERS: list[Any] = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "survivors": False}]
 HEAD = ("head_fit", "refit_own", "refit_both")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
-POSITIONS = ("hugging_face/gpt2", "hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
+POSITIONS = ("hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
 READ_FEATURES = (*HEAD, "feature_ridge", "feature_ridge-alone")
 REFUSED: dict[str, dict[str, str]] = {
     "timm/resnetv2": dict.fromkeys((*READ_FEATURES, "wudi"), "found no Linear layer"),  # its head is a convolution

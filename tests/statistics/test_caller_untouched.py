@@ -57,25 +57,6 @@ def test_mode_is_restored_after_an_error(network: nn.Module) -> None:
     assert all(module.training for module in network.modules())
 
 
-def test_a_buffer_that_forward_writes_is_restored() -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(3, 2)
-            self.register_buffer("calls", torch.zeros(()))
-            self.register_buffer("last", None)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            self.last = x
-            return self.head(x)
-
-    network = Counting()
-    fisher_diagonal(network, [torch.randn(2, 3)])
-    assert network.calls == 0
-    assert network.last is None
-
-
 @pytest.mark.parametrize("name", ["fisher", "gram"])
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
 def test_under_a_callers_context(network: nn.Module, name: str, context: type) -> None:

@@ -101,6 +101,7 @@ class Spelled(nn.Module):
 
 UNRULED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "options": lambda n, x: torch.addmm(n.bias, torch.add(x, n.shift, alpha=2, out=None), n.weight, beta=2, alpha=3),
+    "from the right": lambda n, x: (x + n.shift) @ n.weight + n.bias,
     "a view": lambda n, x: F.linear(x + n.shift, n.weight.T, n.bias),
 }
 
@@ -209,46 +210,6 @@ def test_a_gradient_that_a_weight_of_zero_hides(zero: str) -> None:
     x = torch.randn(4, 4)
     assert_exact(network, x, zero=hidden)
     assert fisher_sums(network, [x.double()]).passes == 4 * (1 + 2 * CLASSES)
-
-
-MATMULS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], bool]] = {
-    # (call of x [B, T, I], weight [I, O], bias; whether there is a bias)
-    "addmm": (lambda x, w, b: torch.addmm(b, x.view(-1, x.shape[-1]), w).view(*x.shape[:2], -1), True),
-    "addmm of the bias": (lambda x, w, b: b.addmm(x.flatten(0, 1), w).view(*x.shape[:2], -1), True),
-    "@": (lambda x, w, b: x @ w, False),
-    "matmul": (lambda x, w, b: torch.matmul(input=x, other=w), False),
-    "mm": (lambda x, w, b: torch.mm(x.flatten(0, 1), w).view(*x.shape[:2], -1), False),
-    "mm by name": (lambda x, w, b: torch.mm(x.flatten(0, 1), mat2=w).view(*x.shape[:2], -1), False),
-}
-
-
-class Multiplied(nn.Module):
-    def __init__(self, name: str, width: int) -> None:
-        super().__init__()
-        self.call, bias = MATMULS[name]
-        self.first = nn.Linear(4, 4)
-        self.weight = nn.Parameter(torch.randn(4, width))
-        self.bias = nn.Parameter(torch.randn(width)) if bias else None
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.call(torch.tanh(self.first(x)), self.weight, self.bias)).mean(1))
-
-
-@pytest.mark.parametrize("width", [4, 5])
-@pytest.mark.parametrize("name", MATMULS)
-def test_a_matrix_that_multiplies_from_the_right(name: str, width: int) -> None:
-    torch.manual_seed(0)
-    network, x = Multiplied(name, width), torch.randn(4, 40, 4)
-    assert_exact(network, x)
-    assert_exact(network, x[:, :3])
-    assert fisher_sums(network, [x.double()]).passes == 4 * (1 + 2 * CLASSES), "by its rule, not by the slow route"
-    network = network.double()
-    a = torch.tanh(network.first(x.double())).detach().flatten(0, 1)
-    a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if network.bias is not None else a
-    sums = gram_sums(network, [x.double()])
-    assert sums.values.keys() == {"first.weight", "head.weight", "weight:T"}
-    torch.testing.assert_close(sums.values["weight:T"], (a.T @ a)[None])
 
 
 class Masked(nn.Module):

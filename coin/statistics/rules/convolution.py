@@ -51,35 +51,19 @@ class Geometry:
         shape = (samples, *output, *self.kernel, channels)
         return rows.as_strided(shape, (of_sample, *of_place, *of_tap, of_channel))
 
-    def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return where in an image (row by row) taps are at output places [...]: [..., taps]; whether they meet it."""
-        every_tap = torch.arange(prod(self.kernel), device=places.device)
-        taps = torch.unravel_index(every_tap, self.kernel)
-        rows = torch.unravel_index(places[..., None], self.output_size(size))
-        met = torch.zeros_like(places[..., None])
-        inside = met == 0
-        for dim, n in enumerate(size):
-            corner = rows[dim] * self.stride[dim] - self.padding[dim]
-            offset = taps[dim] * self.dilation[dim]
-            at = corner + offset
-            nearest = at.clamp(0, n - 1)
-            inside = inside & (at == nearest)
-            met = met * n + nearest
-        return met, inside
-
 
 @lru_cache(maxsize=256)
 def taps_of(
     geometry: Geometry, size: tuple[int, ...], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Return by tap the output's places, row by row, at which it meets an image, and the image's that it meets."""
-    places = torch.arange(prod(geometry.output_size(size)), device=device)
-    met, inside = geometry.met(places, size)
+    numbers = torch.arange(1, prod(size) + 1, device=device).view(1, 1, *size)
+    patches = geometry.patches(numbers)[0]  # [*output, *kernel, 1], 0 where a tap meets the padding
+    by_tap = patches.flatten(0, len(size) - 1).flatten(1).T  # [taps, places]
     found = []
-    for tap in range(prod(geometry.kernel)):
-        meets = inside[:, tap]
-        own_met = met[:, tap]
-        found.append((places[meets], own_met[meets]))
+    for met in by_tap:
+        places = met.nonzero().flatten()
+        found.append((places, met[places] - 1))
     return found
 
 

@@ -28,7 +28,6 @@ class LinearCall(Call):
     and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
     """
 
-    transposed: bool = False  # whether the weight is Wᵀ [I, O], as in a @ weight
     many_rows: ClassVar[bool] = True  # whether the Gram rule can take several rows a sample
     # Contracted cotangents [B, P, O], of pairs of positions.
     _pairs: Tensor | None = field(default=None, init=False)
@@ -67,11 +66,11 @@ class LinearCall(Call):
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        return g @ (weight.mT if self.transposed else weight)
+        return g @ weight
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(inputs, weight.T if self.transposed else weight, self.bias)
+        return F.linear(inputs, weight, self.bias)
 
     def positions(self, g: Tensor, samples: int) -> Tensor:
         """Return cotangents [V, B·k, …] as [V, B, T, O]."""
@@ -83,8 +82,7 @@ class LinearCall(Call):
 
     def matrices(self, total: Tensor) -> Tensor:
         """Return the weight's accumulator as a view [G, O/G, K]."""
-        matrix = total.mT if self.transposed else total
-        return matrix[None]
+        return total[None]
 
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
         """Add the products of contracted cotangents [B, P, O] with the inputs to a total [G, O/G, K]."""
