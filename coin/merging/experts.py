@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coin.core.batches import Batch, map_tensors, size_of, take
 from coin.data.samples import Calibration, pooled
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
 from coin.networks.calling import Forward, as_input, checked_batch
@@ -290,7 +290,11 @@ class Experts:
             networks = source.networks if which.kind is None else source.unpadded
             states = self.computed(which.kind, networks, self.samples(which.data))
         for index, (state, network) in enumerate(zip(states, source.unpadded, strict=True)):
-            check_statistic(state, network, f"the {which.name} of expert {index}")
+            found = check_statistic(state, network, f"the {which.name} of expert {index}")
+            if found is StatisticKind.gram and which.name is StatisticKind.fisher:
+                raise StateError(
+                    f"found Gram matrices of expert {index} as its Fisher; give them as grams"
+                )
         return states
 
     def computed(

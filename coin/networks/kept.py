@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coin.core.batches import tensors_in
 from coin.networks.calling import clone
 from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, read
 
@@ -295,15 +296,19 @@ def is_making(layer: nn.Module) -> bool:
 def not_makeable(network: nn.Module) -> set[str]:
     """Return the parameters that cannot be made when they are read.
 
-    LSTMs and their like hold them in a list too, which would miss what is made; and a container would run what is kept
-    as one of its layers.
+    Modules hold them in other attributes too, as LSTMs do, which would miss what is made; or a container owns them,
+    which would run what is kept as one of its layers.
     """
-    kinds = nn.RNNBase | nn.Sequential | nn.ModuleList | nn.ModuleDict
+    held: set[int] = set()  # the tensors in modules' other attributes
     found: set[str] = set()
-    for place, module in network.named_modules():
-        if isinstance(module, kinds):
-            own = module.named_parameters(place, recurse=False, remove_duplicate=False)
-            found.update(name for name, _ in own)
+    for module in network.modules():
+        others = {name: value for name, value in vars(module).items() if name != "_parameters"}
+        held.update(id(tensor) for tensor in tensors_in(others))
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owner = network.get_submodule(name.rpartition(".")[0])
+        is_in_container = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if is_in_container or id(parameter) in held:
+            found.add(name)
     return found
 
 
