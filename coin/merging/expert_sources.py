@@ -26,8 +26,8 @@ FAR = 0.0125
 class ExpertNetworks:
     """Experts in memory.
 
-    Raises ConfigurationError for fewer than two experts, HeadError if heads cannot be padded, StateError as
-    `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
+    Raises ConfigurationError for fewer than two experts or unlike ones, HeadError if heads cannot be padded, StateError
+    as `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
 
     Attributes:
         count: N.
@@ -51,6 +51,7 @@ class ExpertNetworks:
             check_plain(network)
         if initial is not None:
             check_plain(initial)
+        _check_alike(networks)
         self.count = len(networks)
         self.device = device_of(networks[0])
         self.unpadded = [called_by(network, forward) for network in networks]
@@ -98,6 +99,30 @@ class ExpertNetworks:
 def whole_state(tensors: tuple[State, State]) -> State:
     """Return a network's parameters and buffers as one state, still read on access."""
     return ChainMap(*cast(Any, tensors))  # never written to, so that any mapping will do
+
+
+def _check_alike(networks: Sequence[nn.Module]) -> None:
+    """Raise ConfigurationError where modules of a name are of different classes, or parameters of different types."""
+    first = _kinds(networks[0])
+    for network in networks[1:]:
+        for name, kind in _kinds(network).items():
+            expected = first.get(name, kind)
+            if kind != expected:
+                raise ConfigurationError(
+                    f"found experts with '{name or 'network'}' of {expected} and {kind}, "
+                    "expected one class and type; convert them"
+                )
+
+
+def _kinds(network: nn.Module) -> dict[str, str]:
+    """Return the classes of a network's modules, and its parameters' types, by name; dropout is an identity."""
+    kinds = {}
+    for name, module in network.named_modules():
+        kind = type(module).__qualname__
+        kinds[name] = "Identity" if "Drop" in kind else kind
+    for name, parameter in network.named_parameters():
+        kinds[name] = str(parameter.dtype)
+    return kinds
 
 
 class ExpertFiles:

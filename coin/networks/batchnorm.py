@@ -15,7 +15,14 @@ from coin.core.batches import Batch, joined, size_of
 from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
-from coin.networks.calling import Forward, as_input, called_by, clear_caches, same_modes
+from coin.networks.calling import (
+    Forward,
+    as_input,
+    called_by,
+    clear_caches,
+    explained_inputs,
+    same_modes,
+)
 
 
 class BatchNormPolicy(StrEnum):
@@ -144,7 +151,12 @@ def recalibrate(
     samples = 0
     clear_caches(network)
     try:
-        with ExitStack() as hooks, same_modes(network), disable_tf32():
+        with (
+            ExitStack() as hooks,
+            same_modes(network),
+            disable_tf32(),
+            explained_inputs(network, lambda: batch),
+        ):
             network.eval()
             for layer in layers:
                 layer.training = True

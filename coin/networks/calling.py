@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, map_tensors, tensors_in
-from coin.errors import DataError
+from coin.errors import DataError, StateError
 
 Forward = Callable[[Any, Any], Tensor]
 """(network, batch) → logits ``[B, C]``: how a network is called that does not take one tensor and return another."""
@@ -53,6 +53,22 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     copied = copy.deepcopy(network, memo)
     clear_caches(copied)
     return copied
+
+
+def check_tensors(network: nn.Module, *, meta: bool = False) -> None:
+    """Raise StateError for TorchScript, or where a tensor is sparse, lazy or, unless `meta`, on the meta device."""
+    found = None
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        found = "TorchScript"
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        is_dense = tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
+        if not is_dense or (tensor.is_meta and not meta):
+            found = f"'{name}', which is sparse, lazy or on the meta device,"
+            break
+    if found is not None:
+        raise StateError(
+            f"found {found} in {type(network).__name__}, expected a module of dense tensors; convert it"
+        )
 
 
 @contextmanager
@@ -111,6 +127,45 @@ def checked_batch(batch: Any, network: nn.Module) -> Batch:
             f"found a batch of {[*batch]}, expected tensors [B, …] of as many samples, and nothing else"
         )
     return batch
+
+
+@contextmanager
+def explained_inputs(network: nn.Module, batch: Callable[[], Any]) -> Iterator[None]:
+    """Turn a network's RuntimeError into a DataError where images [B, C, H, W] are not as its convolutions want them.
+
+    `batch` returns the inputs; it is called after an error only.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        images = batch()
+        expected = _expected_images(network, images)
+        if expected is None:
+            raise
+        dtype = str(images.dtype).removeprefix("torch.")
+        shape = [*images.shape]
+        raise DataError(f"found inputs {dtype} {shape}, expected {expected}") from error
+
+
+def _expected_images(network: nn.Module, images: Any) -> str | None:
+    """Say which images a network wants whose first layer with weights is a convolution; None for those it has."""
+    first = None
+    for first in network.modules():
+        if [*first.parameters(recurse=False)]:
+            break
+    if not isinstance(first, nn.Conv2d) or not isinstance(images, Tensor):
+        return None
+    channels = first.in_channels
+    if not images.is_floating_point():
+        return f"float images [B, {channels}, H, W]; normalise them as in training"
+    if images.ndim != 4:
+        return f"batches [B, {channels}, H, W]; give inputs[None] for one image"
+    _, second, _, last = images.shape
+    if second != channels and last == channels:
+        return f"channels first, [B, {channels}, H, W]; give inputs.permute(0, 3, 1, 2)"
+    return None
 
 
 def _is_batch(value: Any) -> bool:

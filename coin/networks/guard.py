@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
-from coin.networks.calling import clear_caches, same_modes
+from coin.networks.calling import check_tensors, clear_caches, explained_inputs, same_modes
 
 _LOCK = threading.RLock()  # held in blocks of `eval_mode`
 
@@ -22,8 +22,9 @@ _LOCK = threading.RLock()  # held in blocks of `eval_mode`
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
 
-    Raises ConfigurationError where there are none, or one is complex.
+    Raises ConfigurationError where there are none, or one is complex; else as `check_tensors`.
     """
+    check_tensors(network)
     every = dict(network.named_parameters())
     parameters = {name: p for name, p in every.items() if p.requires_grad}
     if not parameters:
@@ -74,18 +75,24 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode.
 
-    Threads take turns, since modes are the network's.
+    Threads take turns, since modes are the network's. Images that a convolution refuses are a DataError.
     """
+    latest: list[Any] = []  # the inputs of the last call
 
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
         clear_caches(network)
+        latest[:] = arguments[:1]
         # Which the network may change in place.
         return tree_map_only(Tensor, torch.clone, (arguments, options))
 
     with _LOCK:
         try:
-            with same_modes(network), network.register_forward_pre_hook(prepare, with_kwargs=True):
+            with (
+                same_modes(network),
+                network.register_forward_pre_hook(prepare, with_kwargs=True),
+                explained_inputs(network, lambda: next(iter(latest), None)),
+            ):
                 for module in network.modules():
                     module.training = False
                 yield

@@ -94,7 +94,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         network = config.source.build(num_classes)
     if config.source.channels_last:
         network.register_forward_pre_hook(_with_channels_last)
-    check_plain(network)
+    check_plain(network, meta=True)
     head_name(network)  # refuses a network without one
     return network
 

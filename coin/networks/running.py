@@ -13,6 +13,7 @@ from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
+from coin.networks.calling import explained_inputs
 from coin.networks.heads import head_name, linear_head
 
 
@@ -59,10 +60,11 @@ def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
     """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
     inputs = map_tensors(torch.clone, inputs)
     found = None
-    if features:
-        found, logits = features_and_logits(network, inputs)
-    else:
-        logits = network(inputs)
+    with explained_inputs(network, lambda: inputs):
+        if features:
+            found, logits = features_and_logits(network, inputs)
+        else:
+            logits = network(inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         kind = type(network).__name__
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from coin.core.devices import has_float64
 from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.files.atomic import how_to_redo
 from coin.files.tensors import State, check_layout
-from coin.networks.calling import clear_caches, clone
+from coin.networks.calling import check_tensors, clear_caches, clone
 from coin.networks.heads import head_name, initialise_head
 from coin.networks.kept import is_making
 
@@ -37,12 +38,13 @@ def without_frozen(network: nn.Module) -> nn.Module:
     return clone(network).requires_grad_(True)
 
 
-def check_plain(network: nn.Module) -> None:
-    """Raise ConfigurationError for what is no module, StateError for a state not of real parameters and buffers."""
+def check_plain(network: nn.Module, *, meta: bool = False) -> None:
+    """Raise ConfigurationError for what is no module, StateError for a state not of dense parameters and buffers."""
     kind = type(network).__name__
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
         expected = "a torch.nn.Module; load a state dict into one, or compile it afterwards"
         raise ConfigurationError(f"found {kind}, expected {expected}")
+    check_tensors(network, meta=meta)
     odd = _odd_part(network)
     if odd:
         raise StateError(
@@ -54,7 +56,7 @@ def check_plain(network: nn.Module) -> None:
 
 
 def _odd_part(network: nn.Module) -> str | None:
-    """Name what has no average, or what a network's state does not hold."""
+    """Name what a network's state does not hold, what has no average, or what copies would share; None without."""
     for name, tensor in network.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             return f"'{name}' is no tensor"
@@ -65,9 +67,24 @@ def _odd_part(network: nn.Module) -> str | None:
         is_wrapped = any(isinstance(hook, WeightNorm | SpectralNorm | Pruning) for hook in hooks)
         if is_making(module) or is_parametrized(module) or is_wrapped:
             return f"a weight of layer '{name}' is computed at every pass"
+        # In copies, as metrics do.
+        makes_functions_anew = type(module).__setstate__ is not nn.Module.__setstate__
+        if not makes_functions_anew and _holds_closure(module):
+            return f"layer '{name}' holds a function of a module, which copies would share,"
         if type(module).__name__ == "Conv1D":  # of Hugging Face's GPT-2
             return f"the weight of layer '{name}' is stored transposed"
     return None
+
+
+def _holds_closure(module: nn.Module) -> bool:
+    """Return whether an attribute or a hook is a function that refers to a module, or to a method of one."""
+    for value in vars(module).values():
+        for held in value.values() if isinstance(value, dict) else [value]:
+            cells = held.__closure__ or () if isinstance(held, FunctionType) else ()
+            contents = [cell.cell_contents for cell in cells]
+            if any(isinstance(getattr(each, "__self__", each), nn.Module) for each in contents):
+                return True
+    return False
 
 
 def with_own_head(

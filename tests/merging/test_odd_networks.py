@@ -1,11 +1,13 @@
 """Networks that break naive merging: caches, masks, computed, complex and frozen weights."""
 
 from copy import deepcopy
+from functools import partial
 from operator import attrgetter
 
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 import coin
 from coin.errors import StateError
@@ -282,3 +284,26 @@ def test_batches_of_one_list_functions_that_write_and_activations_that_stay():
             torch.equal(each, expected[name])
             for name, each in merged(coin.Coin(), experts, **options).state_dict().items()
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_networks_of_other_than_dense_tensors_are_refused():
+    odd = nn.ParameterList([torch.eye(3).to_sparse()]), nn.LazyLinear(3), torch.jit.script(nn.Linear(4, 3))
+    for network in (*odd, nn.Sequential(odd[2]), nn.Linear(4, 3, device="meta")):
+        merge, fisher = partial(coin.Experts, [network] * 2), partial(coin.fisher_diagonal, network, [])
+        for refused in (merge, fisher, partial(coin.compress, network, network, bits=3)):
+            with pytest.raises(StateError, match="expected a module of dense tensors; convert it"):
+                refused()
+
+
+def test_a_function_that_holds_the_network_is_refused():
+    """A copy's hook went on writing to expert 0: answers 79 % off."""
+    experts = [overwriting() for _ in range(2)]
+    for expert in experts:
+        expert[1].register_forward_hook(lambda module, inputs, output, expert=None, kept=expert: None)
+        expert.accuracy = MulticlassAccuracy(CLASSES)  # makes its functions anew in a copy
+    merged(coin.Average(), experts)
+    for expert in experts:
+        expert[1].register_forward_hook(lambda module, inputs, output: setattr(expert, "kept", output))  # noqa: B023
+    with pytest.raises(StateError, match="layer '1' holds a function of a module"):
+        merged(coin.Average(), experts)
