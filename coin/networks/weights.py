@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FunctionType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -145,14 +147,28 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if beginning.lstrip().startswith(b"<"):
+        raise FileError(
+            f"'{path}' is a web page (HTML), expected a network's weights; download the file itself"
+        )
     try:
         if path.suffix == ".safetensors":
             return without_prefix(load_file(path), names)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zip's and safetensors' errors share no base class
+    except UnpicklingError as error:
+        if beginning.startswith((b"PK", b"\x80")):  # PyTorch's formats
+            expected = "tensors by name; load it where its classes are, and save its state_dict()"
+            raise FileError(
+                f"'{path}' holds pickled objects, such as a whole network, expected {expected}"
+            ) from error
         raise FileError(
-            f"cannot read '{path}' ({first_line(error)[:160]}), expected a network's state_dict(); {how_to_redo(path)}"
+            f"'{path}' is no checkpoint, expected a network's weights; save them again"
         ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        found = f"cannot read '{path}' ({first_line(error)}), expected a checkpoint"
+        raise FileError(f"{found}; {how_to_redo(path)}") from error
     state = content
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -156,8 +156,15 @@ RUN = {
         "expected hf/ before it; write hf/hf_",
     ),
     "such a folder's weights": (["--expert.checkpoints={digits: hf_folder}"], "Hugging Face's write hf/hf_folder"),
-    "a pickled network": (["--expert.checkpoints={digits: whole.pt}"], "cannot read 'whole.pt' ("),
-    "no checkpoint": (["--expert.checkpoints={digits: text.pt}"], "cannot read 'text.pt' ("),
+    "a pickled network": (
+        ["--expert.checkpoints={digits: whole.pt}"],
+        "'whole.pt' holds pickled objects, such as a who",
+    ),
+    "a web page": (["--expert.checkpoints={digits: page.pt}"], "'page.pt' is a web page (HTML), expected a network's"),
+    "no checkpoint": (
+        ["--expert.checkpoints={digits: text.pt}"],
+        "'text.pt' is no checkpoint, expected a network's we",
+    ),
     "folder that cannot be made": (["--output=/proc/nope"], "/proc/nope"),
 }
 """Options of ``coin run -c small.yaml``."""
@@ -168,6 +175,7 @@ RUN = {
 def test_a_mistake_of_an_experiment_is_one_line(case: str, config: Path, capsys: Any) -> None:
     torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "other.pt")
     torch.save(torch.nn.Conv2d(3, 4, 3), "whole.pt")
+    Path("page.pt").write_text("<!DOCTYPE html>")
     Path("text.pt").write_text("no checkpoint")
     Path("hf_folder").mkdir()
     Path("hf_folder/config.json").write_text("{}")
