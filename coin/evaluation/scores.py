@@ -28,7 +28,7 @@ from coin.core.batches import Batch
 from coin.core.devices import disable_tf32
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, HeadError
-from coin.evaluation.variants import NONE, Replica, Variant
+from coin.evaluation.variants import NONE, ORACLE, Replica, Variant
 from coin.networks import answering, linear_heads, run_network
 
 
@@ -40,7 +40,10 @@ def server_answers(
     idle: Collection[int] = (),
     tasks: int | Tensor | None = None,
 ) -> Answers:
-    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
+    """Run every server once but those in `idle`, numbered as places are; see `Coded.answers`.
+
+    The places of servers are the experts' 0 … N − 1, then the coded models'.
+    """
     outputs = []
     with answering(coded, tasks):
         for index, network in enumerate((*experts, *coded)):
@@ -145,15 +148,53 @@ class Evaluation:
         self.residuals: dict[Variant, list[Residual]] = {}
         for variant in variants:
             # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
-            if variant.method != NONE and not variant.adapted:
+            has_output = variant.method != NONE and not variant.adapted
+            if has_output and variant.decoders(configs):
                 self.residuals[variant] = [Residual() for _ in class_counts]
         self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
         self.network_seconds = 0.0
 
+    def to_fit(self) -> list[FittedDecoder]:
+        """Return the decoders that need a fit."""
+        return [each for each in self.fitted if each.decoder.needs_fit]
+
+    def read_by_fit(self) -> set[int]:
+        """Return the places of the servers whose answers to calibration inputs `fit` reads (`server_answers`)."""
+        places: set[int] = set()
+        for each in self.to_fit():
+            places |= {*each.decoder.erased, *self._read(each)}
+        return places
+
+    def read_of_task(self, task: int) -> set[int]:
+        """Return the places of the servers whose answers to a task's test set `update` reads (`server_answers`)."""
+        places = {task}
+        for each in self.fitted:
+            if task in each.scores:
+                places |= self._read(each)
+        if self.residuals:  # of Σ_i β_i f_i
+            places |= self._everyone()
+        for variant in self.residuals:
+            places |= self._places(variant)
+        return places
+
+    def _read(self, fitted: FittedDecoder) -> set[int]:
+        """Return the places of the servers that a decoder reads."""
+        if fitted.variant.method == ORACLE:
+            return self._everyone()
+        return {*fitted.decoder.survivors, *self._places(fitted.variant)}
+
+    def _everyone(self) -> set[int]:
+        """Return the experts' places."""
+        return set(range(len(self.class_counts)))
+
+    def _places(self, variant: Variant) -> set[int]:
+        """Return the places of a variant's coded models."""
+        return {len(self.class_counts) + network for network in variant.networks}
+
     def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
-        """Fit every decoder on all servers' answers to calibration inputs; a network took so long for each of these."""
+        """Fit the decoders that need it on calibration inputs' answers; a network took so long for each of these."""
         self.network_seconds = network_seconds
-        for each in progress_bar("fitting decoders", items=self.fitted):
+        for each in progress_bar("fitting decoders", items=self.to_fit()):
             seen = each.variant.seen(answers)
             started = time.perf_counter()
             each.decoder.fit(seen)

@@ -52,15 +52,18 @@ class Variant:
     adapted: bool = False
 
     def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
-        """Return those of the decoders that apply; ``none`` has ``ridge`` at least, so that every table has it."""
+        """Return those of the decoders that apply; ``none`` has ``ridge`` at least where any reads survivors."""
         linear = [config for config in every if config.kind is DecoderKind.linear]
         if self.adapted:  # which has no one output for all experts, from which another is decoded
             return [config for config in every if config.kind is DecoderKind.expert_head]
         if self.method == ORACLE:
             return linear
         if self.method == NONE:
-            alone = [config for config in every if config.reads_survivors and config not in linear]
-            return alone or [DecoderConfig(DecoderKind.ridge)]
+            with_survivors = [config for config in every if config.reads_survivors]
+            regressions = [config for config in with_survivors if config not in linear]
+            if with_survivors and not regressions:
+                return [DecoderConfig(DecoderKind.ridge)]
+            return regressions
         return every
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:

@@ -16,12 +16,19 @@ from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_finite
 from coin.merging.experts import Experts
-from coin.merging.passes import adapt
+from coin.merging.passes import Body, fit_body, folded_body
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.calling import Forward, plain
-from coin.networks.compressed import Base, Compressed, Compression, compress
+from coin.networks.compressed import (
+    Base,
+    Compressed,
+    Compression,
+    Rounding,
+    compress,
+    reference_of,
+)
 from coin.networks.weights import fill_network, parameters_of, to_compute
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
@@ -37,7 +44,8 @@ Adapters = AdapterOptions | dict[str, Any] | None
 class CodedModel:
     """A method's result for one row of a code: a network in eval mode, and the options that were chosen, plain values.
 
-    `adapters` are what experts keep beside it. `body` is what a `Refit` began from; `Method.pack` begins there again.
+    `adapters` are what experts keep beside it. `body` is what it and they were fitted from, if they were; `Method.pack`
+    begins there again.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
@@ -47,7 +55,7 @@ class CodedModel:
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
     adapters: Sequence[Adapter] = ()
-    body: Any = None
+    body: Body | None = None
 
 
 class Merged(list[nn.Module]):
@@ -157,16 +165,33 @@ class Method(ABC):
         base: Base,
         compression: Compression,
     ) -> Compressed:
-        """Return the coded model of one row, compressed as a delta from a base; adapters are fitted to what is left."""
+        """Return the coded model of one row, compressed as a delta from a base.
+
+        What has a `body` is fitted once more, in order: a matrix is rounded column by column (`coin.networks.delta`),
+        its bias and the adapters are fitted to the rest, and the next layer to the inputs that follow. What is in no
+        unit of the body, and what has none, is rounded to the nearest.
+        """
+        bits = compression.bits
+        base_bits = compression.base_bits
+        if made.body is None:
+            return compress(made.network, base, bits=bits, base_bits=base_bits)
+        reference = reference_of(made.body.network, base, base_bits)
+        rounding = Rounding(reference, bits)
+        network, adapters = self.fit(experts, row, made.body, rounding)
         packed = compress(
-            made.network,
-            base,
-            bits=compression.bits,
-            base_bits=compression.base_bits,
+            network, reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded
         )
-        if self.adapters is not None:
-            _, packed.adapters = adapt(packed.network(), experts, row, self.label, self.adapters)
+        packed.adapters = adapters
         return packed
+
+    @torch.inference_mode(False)
+    def fit(
+        self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None
+    ) -> tuple[nn.Module, list[Adapter]]:
+        """Return a copy of a body, its matrices rounded if there is a rounding, and the adapters fitted to it."""
+        return fit_body(
+            body, experts, row, self.label, ridge=None, rounding=rounding, adapters=self.adapters
+        )
 
     def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row, and its adapters unless the method has fitted them beside it.
@@ -180,8 +205,10 @@ class Method(ABC):
         check_coded(made.network, experts, self.label)
         if self.adapters is None or made.adapters:
             return made
-        network, adapters = adapt(made.network, experts, row, self.label, self.adapters)
-        return replace(made, network=network, adapters=adapters)
+        with torch.inference_mode(False):
+            body = folded_body(made.network, experts, self.label)
+        network, adapters = self.fit(experts, row, body)
+        return replace(made, network=plain(network), adapters=adapters, body=body)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it needs."""

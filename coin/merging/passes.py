@@ -126,7 +126,7 @@ def fit_body(
         experts: The experts, with calibration samples.
         row: β.
         label: The method's, for messages.
-        ridge: λ of the units' regressions; without one they stay.
+        ridge: λ of the units' regressions; without one they are not refitted.
         own_share: That of `objective`.
         rounding: What rounds matrices, if they are.
         adapters: Options of adapters, which are fitted in the same pass; they leave the head to the experts' own.
@@ -208,7 +208,8 @@ def fit_in_order(
 ) -> None:
     """Run the coded network once, fitting every unit of its trace to its targets, in place just before its call.
 
-    Without a ridge the units stay; with `adapters` these are fitted too, and every sample goes on with its own.
+    Without a ridge the units stay, but for a rounding; with `adapters` these are fitted too, and every sample goes on
+    with its own.
     """
     units = {unit.weight: unit for unit in trace.units}
     tasks = None if adapters is None else adapters.tasks
@@ -226,8 +227,8 @@ def fit_in_order(
         if places is None and unit.weight in rows.weights:
             weights = weights * rows.weights[unit.weight].to(weights)
         regression = UnitRows(inputs, entries, target, weights)
-        if ridge is not None:
-            rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
+        rounds = rounding if rounding is not None and rounding.takes(unit.weight) else None
+        if ridge is not None or rounds is not None:
             fit_unit(network, unit, call, regression, ridge, rounds, tasks)
         return None if adapters is None else adapters.fit(unit, call, regression)
 
@@ -235,20 +236,13 @@ def fit_in_order(
         network(as_input(rows.inputs, network))
 
 
-@torch.inference_mode(False)
-def adapt(
-    network: nn.Module, experts: Experts, row: Sequence[float], label: str, options: AdapterOptions
-) -> tuple[nn.Module, list[Adapter]]:
-    """Return a copy of a network, its BatchNorms folded, and adapters for all experts that have a share in the row.
-
-    It is in eval mode and called in its own way; while it is fitted, as the experts are.
-    """
+def folded_body(network: nn.Module, experts: Experts, label: str) -> Body:
+    """Return a copy of a network in eval mode as a body, its BatchNorms folded; it is called as the experts are."""
     copied = plain(clone(network)).to(experts.source.device).eval()
-    called = called_by(copied, experts.forward)  # as the experts are
+    called = called_by(copied, experts.forward)
     body = Body.of(called, experts, [tensors_of(copied)], [1.0])
     body.warn_of_kept(label, NO_ADAPTERS)
-    fitted, adapters = fit_body(body, experts, row, label, ridge=None, adapters=options)
-    return plain(fitted), adapters
+    return body
 
 
 def fit_adapters(
@@ -288,8 +282,11 @@ def fit_adapters(
     expected = _without_head(body, every.parameters[0])
     check_layout(expected, own, "the body")
     row = [1 / every.count] * every.count
-    fitted, adapters = adapt(body, every, row, "fit_adapters", options)
-    return Adapted(fitted, adapters).to(home)
+    label = "fit_adapters"
+    with torch.inference_mode(False):
+        folded = folded_body(body, every, label)
+        fitted, adapters = fit_body(folded, every, row, label, ridge=None, adapters=options)
+    return Adapted(plain(fitted), adapters).to(home)
 
 
 def _without_head(body: nn.Module, state: State) -> State:

@@ -15,7 +15,7 @@ from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import NO_ADAPTERS, Body, fit_body
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Base, Compressed, Compression, Rounding, compress, reference_of
+from coin.networks.compressed import Rounding
 
 OWN_SHARE = 0.6  # N times the share of the experts' own targets in both: N answers are decoded from one for all
 
@@ -62,7 +62,7 @@ class Refit(Method):
         head: Whether the head is fitted at last; with adapters it is not, for the experts' own are read.
         memory_mib: Bound on the coded network's activations, in MiB; by default 8192, on a GPU half of what is free.
         label: Name of this variant in results.
-        compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
+        compress: As for every method (`MergeMethod`); it is rounded while it is refitted (`pack`).
 
     >>> coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs).chosen[0]["averaged"]
     []
@@ -102,42 +102,16 @@ class Refit(Method):
         buffers = weighted_sum(experts.buffers, row)
         fill(average, {**parameters, **buffers})
         body = Body.of(average, experts, list(experts.source.tensors), row)
-        network, adapters = self._refit(experts, row, body)
+        network, adapters = self.fit(experts, row, body)
         body.warn_of_kept(self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
         chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, adapters, body)
 
     @torch.inference_mode(False)
-    def pack(
-        self,
-        experts: Experts,
-        row: Sequence[float],
-        made: CodedModel,
-        base: Base,
-        compression: Compression,
-    ) -> Compressed:
-        """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
-
-        It is rounded column by column (`coin.networks.delta`), its bias fitted to the rest, and the next layer to the
-        inputs that follow. What cannot be refitted is rounded to the nearest first.
-        """
-        reference = reference_of(made.body.network, base, compression.base_bits)
-        rounding = Rounding(reference, compression.bits)
-        network, adapters = self._refit(experts, row, made.body, rounding)
-        packed = compress(
-            network,
-            reference,
-            bits=compression.bits,
-            base_bits=compression.base_bits,
-            rounded=rounding.rounded,
-        )
-        packed.adapters = adapters
-        return packed
-
-    def _refit(
+    def fit(
         self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None
     ) -> tuple[nn.Module, list[Adapter]]:
-        """Return a body refitted, with its head, and its adapters (`fit_body`)."""
+        """Return a body refitted, and rounded if there is a rounding, with its head; and its adapters (`fit_body`)."""
         own_share = OWN_SHARE / len(row) if self.target is Target.both else 1.0
         network, adapters = fit_body(
             body,

@@ -30,6 +30,7 @@ from coin.statistics.tape import Tape
 PROBES = 2 + 2 + 3 + 2 * 2 * 3
 SAME_CALLS = "give experts that make the same calls whatever their inputs"
 WIDEST = 5000  # unknowns up to which a matrix is rounded by its metric [K, K], whose inverse takes time as K³
+DAMPING = 0.1  # relative to the inputs' mean square, of the metric by which a body that is not fitted is rounded
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once
 
 
@@ -312,14 +313,15 @@ def fit_unit(
     unit: Unit,
     call: Call,
     rows: UnitRows,
-    ridge: float,
+    ridge: float | None,
     rounding: Rounding | None = None,
     tasks: Tensor | None = None,
 ) -> None:
     """Refit a unit in place to its rows' targets, at the call of its map in a forward pass.
 
-    The ridge is relative. With a rounding, which takes the weight, the matrix is rounded, and the bias fitted to what
-    that leaves. With the samples' tasks [P] each task has an intercept of its own.
+    The ridge is relative; without one the targets are the unit's own outputs. With a rounding, which takes the weight,
+    the matrix is rounded, and the bias fitted to what that leaves. With the samples' tasks [P] each task has an
+    intercept of its own.
     """
     weight = network.get_parameter(unit.weight)
     inputs = rows.inputs
@@ -332,7 +334,7 @@ def fit_unit(
     if bias is not None:
         outputs += bias.to(inputs).reshape(len(inputs), 1, -1)
     by_row = rows.targets.view(outputs.shape[1], len(inputs), -1)
-    targets = by_row.transpose(0, 1)  # [G, P·q, O]
+    targets = outputs if ridge is None else by_row.transpose(0, 1)  # [G, P·q, O]
     row_tasks = None
     if tasks is not None:
         by_sample = tasks[:, None].expand(rows.weights.shape)  # [P, q]
@@ -351,7 +353,7 @@ def fit_unit(
         inputs,
         targets - outputs,
         rows.weights.flatten(),
-        ridge * len(entries) / unit.unknowns,
+        (DAMPING if ridge is None else ridge) * len(entries) / unit.unknowns,
         intercept=shift is not None,
         change=None if rounding is None else rounded,
         tasks=row_tasks,

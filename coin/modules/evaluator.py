@@ -1,7 +1,8 @@
-"""The evaluator: measures how well lost experts are decoded (NDA), each network once per batch for all methods."""
+"""The evaluator: measures how well lost experts are decoded (NDA), for all methods in one pass of each network."""
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from coin.reporting.results import requested_policy
 class DecodingEvaluator(LightningModule):
     """Measures how well lost experts are decoded, on every task's test set. The data is a `coin.data.Tasks`.
 
-    Every network runs once per batch; decoders are fitted on the pooled calibration samples first. After
+    A network runs once a batch, where its answers are read: with ``expert_head`` alone an expert does on its own task's
+    test set only. Decoders are fitted on the pooled calibration samples first. After
     ``trainer.test`` the results are in `measurements`. Beside the methods stand ``none``, the surviving experts alone,
     and ``oracle``, Σβ_if_i as the coded output (NDA 1).
 
@@ -102,10 +104,20 @@ class DecodingEvaluator(LightningModule):
         self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
         self.eval().requires_grad_(False)
 
-    def forward(self, inputs: Tensor, tasks: int | Tensor | None = None) -> Answers:
-        """Return all experts' and coded models' answers to inputs ``[B, ...]``, with adapters those for the tasks."""
+    def forward(
+        self,
+        inputs: Tensor,
+        tasks: int | Tensor | None = None,
+        read: Collection[int] | None = None,
+    ) -> Answers:
+        """Return the experts' and coded models' answers to inputs ``[B, ...]``, with adapters those for the tasks.
+
+        Only the servers at the places in `read` run, by default all of them.
+        """
         features = any(each.reads_features for each in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features, tasks=tasks)
+        places = range(len(self.experts) + len(self.coded))
+        idle = set() if read is None else set(places) - set(read)
+        return server_answers(self.experts, self.coded, inputs, features, idle, tasks)
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -113,13 +125,6 @@ class DecodingEvaluator(LightningModule):
         self._check(data)
         calibration = data.calibration()
         promise = data.promise()
-        self.progress.total = calibration.num_samples
-        if promise is not None:
-            self.progress.total += promise.num_samples
-        for task in data.tasks.values():
-            samples = len(task.splits.test)
-            self.progress.total += math.ceil(samples / self.trainer.world_size)
-
         first = as_input(next(iter(calibration)), self.experts[0])
         needed = not self.takes_all_decoders
         experts = list(self.experts)
@@ -127,12 +132,25 @@ class DecodingEvaluator(LightningModule):
         self.evaluation = Evaluation(
             self.variants, self.decoders, self.class_counts, heads, self.replicas
         )
-        started = time.perf_counter()
-        answers = self._answers(calibration)
-        seconds = time.perf_counter() - started
-        # Networks run together; a decoder is charged with those that it needs.
-        num_networks = len(self.experts) + len(self.coded)
-        self.evaluation.fit(answers, seconds / num_networks / answers.num_samples)
+        if not self.evaluation.fitted and not self.replicas:
+            names = ", ".join(each.name for each in self.decoders)
+            raise ConfigurationError(
+                f"found nothing that the decoders {names} can measure, expected coded models, replicas, or a decoder "
+                "that reads survivors"
+            )
+        read = self.evaluation.read_by_fit()
+        samples = calibration.num_samples if read else 0
+        if promise is not None:
+            samples += promise.num_samples
+        for task in data.tasks.values():
+            samples += math.ceil(len(task.splits.test) / self.trainer.world_size)
+        self.progress.total = samples
+        if read:
+            started = time.perf_counter()
+            answers = self._answers(calibration, read)
+            seconds = time.perf_counter() - started
+            # Networks run together; a decoder is charged with those that it needs.
+            self.evaluation.fit(answers, seconds / len(read) / answers.num_samples)
         if promise is not None:
             self.evaluation.promise(self._answers(promise), self.alpha, self.confidence)
 
@@ -148,13 +166,13 @@ class DecodingEvaluator(LightningModule):
         for task in data.tasks.values():
             self.config.check_content(task.content, task.vocabulary)
 
-    def _answers(self, calibration: Calibration) -> Answers:
+    def _answers(self, calibration: Calibration, read: Collection[int] | None = None) -> Answers:
         parts: list[Answers] = []
         done = 0
         with self.trainer.precision_plugin.forward_context():  # as in the test
             for batch in calibration.on(self.device):
                 tasks = calibration.part[done : done + len(batch)]
-                parts.append(self(batch, tasks).cpu())
+                parts.append(self(batch, tasks, read).cpu())
                 done += len(batch)
                 self.progress.update(len(batch))
         return replace(Answers.concatenate(parts), tasks=calibration.part)
@@ -167,7 +185,7 @@ class DecodingEvaluator(LightningModule):
         inputs = batch[0]
         labels = batch[1].cpu()
         # Where the decoders were fitted; not every device has float64.
-        answers = self(inputs, task).cpu()
+        answers = self(inputs, task, self.evaluation.read_of_task(task)).cpu()
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:

@@ -105,24 +105,35 @@ def evaluate(
         raise ConfigurationError(
             "found no decoder that reads a body with adapters, expected expert_head"
         )
-    parts = []
-    for task, batches in enumerate(calibration or ()):
-        for batch in batches:
-            # Not all devices have float64.
-            answers = system.answers(batch, features=features, tasks=task).cpu()
-            task_of_each = torch.full((answers.num_samples,), task)
-            parts.append(replace(answers, tasks=task_of_each))
-    to_fit = [each.decoder.config.name for each in evaluation.fitted if each.decoder.needs_fit]
-    if to_fit and not parts:
-        raise ConfigurationError(
-            f"found no calibration samples to fit the decoder {to_fit[0]} on; give them"
+
+    def answers_of(inputs: Any, task: int, read: set[int]) -> Answers:
+        """Return the answers of the servers at these places to inputs of a task; not all devices have float64."""
+        idle = set(range(count)) - read
+        silent = [row for row in range(len(system.coded)) if count + row not in read]
+        answers = system.answers(
+            inputs, features=features, erased=sorted(idle), silent=silent, tasks=task
         )
-    if parts:
+        return answers.cpu()
+
+    to_fit = evaluation.to_fit()
+    if to_fit:
+        read = evaluation.read_by_fit()
+        parts = []
+        for task, batches in enumerate(calibration or ()):
+            for batch in batches:
+                answers = answers_of(batch, task, read)
+                task_of_each = torch.full((answers.num_samples,), task)
+                parts.append(replace(answers, tasks=task_of_each))
+        if not parts:
+            name = to_fit[0].decoder.config.name
+            raise ConfigurationError(
+                f"found no calibration samples to fit the decoder {name} on; give them"
+            )
         evaluation.fit(Answers.concatenate(parts))
     for task, pairs in tests.items():
+        read = evaluation.read_of_task(task)
         for inputs, labels in pairs:
-            answers = system.answers(inputs, features=features, tasks=task)
-            evaluation.update(task, answers.cpu(), labels.cpu())
+            evaluation.update(task, answers_of(inputs, task, read), labels.cpu())
     names = [config.name for config in configs]
     measured = evaluation.measurements(system.names)
     measured.sort(key=lambda each: names.index(each.columns["decoder"]))

@@ -33,9 +33,7 @@ from coin.networks.heads import head_name, replace_head
 from coin.networks.kept import Kept, keep, not_makeable, tied_names
 from coin.networks.weights import check_plain, fill_network
 
-SHORT = (
-    128  # values of a row below which `Refit` rounds it to 8 bits whatever the bits of the others
-)
+SHORT = 128  # values of a row below which bodies have it in 8 bits whatever the bits of the others
 _PACKED = "packed."  # before the names of the compressed tensors in a file
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
 
@@ -396,9 +394,7 @@ class Rounding:
         self.rounded[name] = rounded.cpu()
         return self.weight(name)
 
-    def step(
-        self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None, turned: bool = False
-    ) -> Tensor:
+    def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None) -> Tensor:
         """Round a weight after a step of a regression; return the step [G, O, K] from the weight to its rounded form.
 
         What is rounded is the delta from the reference, with the step in it. The step is the best one: another that is
@@ -407,33 +403,24 @@ class Rounding:
 
         Args:
             name: The weight's name.
-            weight: The weight before the step: [G·O, …], the rows of all G groups in turn, or `turned`.
+            weight: The weight before the step [G·O, …], the rows of all G groups in turn.
             step: The step of each group's map [G, O, K].
             metric: M [G, K, K]; without it every value is rounded to the nearest.
-            turned: Whether the weight is stored transposed, as [K, O].
         """
         delta = self._delta(name, weight)
-        stored_shape = matrix_shape(delta.shape)
         bits = self.bits(name)
-
-        def as_maps(stored: Tensor) -> Tensor:  # as the weight is stored → [G, O, K]
-            matrix = stored.T if turned else stored
-            return matrix.reshape(step.shape)
-
-        # [G, O, K] → the rows and columns that have scales and codes.
-        def as_stored(maps: Tensor) -> Tensor:
-            matrix = maps.flatten(0, 1)
-            return (matrix.T if turned else matrix).reshape(stored_shape)
-
-        before = as_maps(delta)
+        before = delta.reshape(step.shape)
         wanted = before + step
-        rounded = quantise(as_stored(wanted), bits)
-        if metric is not None:
-            scales = rounded.scale[:, None].expand(stored_shape)  # of every value
-            codes = round_columns(wanted, as_maps(scales), bits, metric)
-            rounded = Rounded(as_stored(codes), rounded.scale, bits)
+        rows = matrix_shape(delta.shape)  # each with a scale
+        rounded = quantise(wanted.reshape(rows), bits)
+        # A convolution with a single output has a scale for each of its inputs.
+        has_row_each = rows[0] == wanted.shape[0] * wanted.shape[1]
+        if metric is not None and has_row_each:
+            scales = rounded.scale.view(wanted.shape[:2])
+            codes = round_columns(wanted, scales, bits, metric)
+            rounded = Rounded(codes.reshape(rows), rounded.scale, bits)
         self.rounded[name] = rounded.cpu()
-        after = as_maps(rounded.dense())
+        after = rounded.dense().reshape(step.shape)
         return (after - before).to(step)
 
     def _delta(self, name: str, weight: Tensor) -> Tensor:

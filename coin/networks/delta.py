@@ -386,14 +386,14 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
 
     With M = metric [G, K, K] = R Rᵀ, positive definite, and U = R⁻¹, both upper triangular, column k is rounded to q_k
     and every later one l becomes w_l − (w_k − q_k) U_kl / U_kk, the minimiser of tr((q − w) M (q − w)ᵀ) given the
-    columns rounded so far. Columns go by falling M_kk. `scales` [G, O, K] are those of every entry (`Rounded`). Columns
-    after a block take the errors of all its columns in one matrix product.
+    columns rounded so far. Columns go by falling M_kk. `scales` [G, O] are those of the rows (`Rounded`). Columns after
+    a block take the errors of all its columns in one matrix product.
 
     Source: Frantar et al., *GPTQ* (ICLR 2023, arXiv 2210.17323), algorithm 1.
     """
     order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
     wanted = wanted[..., order].mT.contiguous()  # [G, K, O]
-    scales = scales[..., order].mT.float().contiguous()
+    scales = scales.float().unsqueeze(1)  # [G, 1, O]
     metric = metric[:, order][:, :, order]
     root = torch.linalg.cholesky(metric.flip(1, 2)).flip(1, 2)
     identity = torch.eye(len(order)).to(root)
@@ -416,11 +416,11 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
             earlier = errors[:, : k - start]
             own_shares = shares[:, now, start:k]
             column = torch.baddbmm(wanted[:, now], own_shares, earlier, alpha=-1)  # [G, 1, O]
-            ratio = column.float() / divisors[:, now]
-            place = _places(ratio, is_even[:, now], bits)
+            ratio = column.float() / divisors
+            place = _places(ratio, is_even, bits)
             level = known.index_select(0, place.flatten()).view(place.shape)
             places[:, now] = place
-            errors[:, in_block] = column - level * sizes[:, now]
+            errors[:, in_block] = column - level * sizes
         later_shares = shares[:, end:, start:end]
         wanted[:, end:] -= later_shares @ errors
     codes: Tensor = (places & 2**bits - 1).byte()

@@ -1,14 +1,15 @@
 """Rounding while refitting: against the method written out, and the packed file against what was fitted."""
 
 from copy import deepcopy
-from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from coin.errors import ConfigurationError
-from coin.merging import Average, Method, Refit, merge_networks
+from coin.errors import CoinWarning, ConfigurationError
+from coin.merging import Average, Base, Experts, Refit, fit_adapters, merge_networks
 from coin.networks import compressed
+from coin.networks.adapted import Adapted
 from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
@@ -28,25 +29,22 @@ def base_of(networks):
     return base
 
 
-@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("bits", [1, 3, 8])
-def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, turned, monkeypatch):
+def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, monkeypatch):
     monkeypatch.setattr("coin.networks.delta._BLOCK", 4)
     torch.manual_seed(bits)
     rows = torch.randn(2, 40, 9, dtype=torch.float64) @ torch.randn(2, 9, 9, dtype=torch.float64)
     metric, wanted = rows.mT @ rows / 40, torch.randn(2, 3, 9, dtype=torch.float64)
-    matrix = wanted.mT if turned else wanted  # of a row a scale
-    scale = quantise(matrix.flatten(0, 1), bits).scale
+    scale = quantise(wanted.flatten(0, 1), bits).scale
     scale = scale.abs() * torch.tensor([1, -1, -1])[torch.arange(len(scale)) % 3]  # levels of both kinds
-    scales = scale.view(2, -1, 1).expand(matrix.shape)
-    scales = scales.mT if turned else scales
+    scales = scale.view(2, 3)
     codes = round_columns(wanted, scales, bits, metric)
     order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True).tolist()
     for g in range(2):
         weight = wanted[g].clone()
         for place, k in enumerate(order):
             every = torch.arange(2**bits).byte().expand(3, -1)
-            candidates = Rounded(every, scales[g, :, k], bits).dense().double()  # [O, 2^b]
+            candidates = Rounded(every, scales[g], bits).dense().double()  # [O, 2^b]
             nearest = (weight[:, k, None] - candidates).abs().argmin(1, keepdim=True)
             assert torch.equal(codes[g, :, k].long(), nearest[:, 0])
             error, later = weight[:, k] - candidates.gather(1, nearest)[:, 0], order[place + 1 :]
@@ -68,7 +66,7 @@ def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tm
         fitted.append(network)
         return compress(network, *options, **named)
 
-    monkeypatch.setattr("coin.merging.refit.compress", recorded)
+    monkeypatch.setattr("coin.merging.method.compress", recorded)
     for bits, base_bits, tolerance in ((8, 32, 0.04), (3, 8, None), (3, 0, None)):
         packed = method.pack(experts, ROW, made, base, Compression(bits, base_bits=base_bits))
         network, own = packed.network(), dict(fitted.pop().named_parameters())
@@ -136,7 +134,82 @@ def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
         packed = [pack(experts, ROW, made, base, how).network() for base in bases for how in hows]
         return sum(map(error, packed)) - len(packed) * error(made.network)
 
-    assert added(method.pack) < 0.5 * added(partial(Method.pack, method))
+    def afterwards(experts, row, made, base, how):
+        return compress(made.network, base, bits=how.bits, base_bits=how.base_bits)
+
+    assert added(method.pack) < 0.5 * added(afterwards)
+
+
+class InNoUnit(nn.Module):
+    """A network with a layer that runs twice, which no unit has."""
+
+    def __init__(self, outputs: int = 3):
+        super().__init__()
+        self.first, self.twice, self.head = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, outputs)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.head(torch.relu(self.twice(torch.relu(self.twice(x)))))
+
+
+def fine_tuned(make, spread=0.05):
+    torch.manual_seed(0)
+    base = make()
+    experts = [deepcopy(base) for _ in range(3)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += spread * torch.randn_like(parameter)
+    return base, experts
+
+
+@pytest.mark.parametrize("name", ["average", "base"])
+def test_every_body_is_rounded_by_its_inputs(name):
+    """A body of three bits loses less than one rounded to the nearest, with adapters fitted to what either leaves."""
+    layers = [nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 4)]
+    base, experts = fine_tuned(lambda: nn.Sequential(*layers), spread=0.005)
+    mixing = torch.randn(40, 40) * torch.linspace(0.02, 2, 40)
+    inputs = [[torch.randn(200, 40) @ mixing] for _ in experts]
+    method = {"average": Average, "base": Base}[name](adapters={"rank": 0}, compress={"bits": 3, "base_bits": 0})
+    code = [[1 / 3] * 3]
+    merged = merge_networks(method, experts, code, calibration=inputs, initial=base)
+    packed = merged.compressed[f"{name}+rank0-3bit"][0]
+    whole = method.make(Experts(experts, initial=base), code[0]).network
+    nearest = compress(whole, None, bits=3, base_bits=0).network()
+    after = fit_adapters(nearest, experts, inputs, rank=0)
+    body = Adapted(packed.network(), packed.adapters)
+    tests = [torch.randn(500, 40) @ mixing for _ in experts]
+
+    def error(adapted):
+        total = 0.0
+        for place, (expert, x) in enumerate(zip(experts, tests, strict=True)):
+            total += float((adapted.network(place, head=expert[4])(x) - expert(x)).square().mean())
+        return total
+
+    assert error(body) < 0.7 * error(after)
+    assert packed.nbytes == compress(whole, None, bits=3, base_bits=0).nbytes + sum(
+        each.nbytes for each in packed.adapters
+    )
+
+
+def test_what_is_in_no_unit_of_a_body_is_rounded_to_the_nearest():
+    base, experts = fine_tuned(InNoUnit)
+    inputs = [[torch.randn(60, 8) @ torch.randn(8, 8)] for _ in experts]
+    method = Base(adapters={"rank": 1}, compress={"bits": 2, "base_bits": 0})
+    with pytest.warns(CoinWarning, match="has no adapters"):
+        merged = merge_networks(method, experts, [[1 / 3] * 3], calibration=inputs, initial=base)
+    found = merged.compressed["base+rank1-2bit"][0].network()
+    torch.testing.assert_close(found.twice.weight.detach(), quantise(base.twice.weight.detach(), 2).dense())
+    assert not torch.equal(found.first.weight, quantise(base.first.weight.detach(), 2).dense())
+
+
+def test_a_body_equal_to_its_base_takes_no_bytes_beside_it():
+    base, experts = fine_tuned(lambda: nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 4)))
+    inputs = [[torch.randn(60, 40)] for _ in experts]
+    method = Base(adapters={"rank": 2}, compress={"bits": 4})
+    merged = merge_networks(method, experts, [[1 / 3] * 3], calibration=inputs, initial=base)
+    packed = merged.compressed["base+rank2-4bit-delta"][0]
+    assert packed.nbytes == sum(adapter.nbytes for adapter in packed.adapters)
+    assert torch.equal(packed.network()[0].weight, base[0].weight)
 
 
 def test_what_is_no_section_of_a_compression_is_refused():

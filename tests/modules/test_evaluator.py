@@ -14,6 +14,7 @@ from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.merging import Average, Experts
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
 from coin.pipeline.steps.merge import compress_file
@@ -125,6 +126,48 @@ def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
     assert list(calls.values()) == [4 + 3 + 4 + 5] * 7 + tests
     assert len(evaluator.variants) == 4
     assert evaluator.progress.n == evaluator.progress.total == 60 + 23 + 29 + 35
+
+
+@pytest.fixture
+def body(experts, write_coded, tasks, small_config):
+    """The file of a body with adapters."""
+    networks = [load_network(Path(path)).network for path in experts.values()]
+    inputs = [[task.inputs()] for task in tasks.calibrations().values()]
+    method = Average(adapters={"rank": 1})
+    made = method.coded_model(Experts(networks, calibration=inputs), [1 / 3] * 3)
+    path = Path(write_coded([[1 / 3] * 3], experts, label=method.label)[0])
+    provenance = load_network(path).provenance
+    save_network(path, made.network, small_config, 3, provenance, made.adapters)
+    return str(path)
+
+
+@pytest.mark.parametrize("replicas", [False, True])
+def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
+    replicas, experts, body, tasks, make_trainer, tmp_path
+):
+    every = run(DecodingEvaluator(experts, [body], DECODERS), tasks, make_trainer)
+    copies = []
+    for task, path in experts.items():
+        copies.append(str(tmp_path / task))
+        compress_file(Path(path), Path(copies[-1]), None, Compression(bits=4, base_bits=0))
+    evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies if replicas else None)
+    calls = Counter()
+    for place, network in enumerate([*evaluator.experts, *evaluator.coded]):
+        network.register_forward_hook(lambda module, inputs, _, place=place: calls.update({place: len(inputs[0])}))
+    with progress_bar("evaluation") as evaluator.progress:
+        few = run(evaluator, tasks, make_trainer)
+    looked_at = 8  # calibration samples, which show whether heads give the logits
+    assert {place: calls[place] - looked_at for place in range(3)} == {0: 23, 1: 29, 2: 35}
+    assert calls[3] == 23 + 29 + 35
+    assert evaluator.progress.n == evaluator.progress.total == 23 + 29 + 35
+    own = [each.columns for each in every if each.columns["decoder"] == "expert_head"]
+    assert [each.columns for each in few if each.columns["decoder"] == "expert_head"] == own
+    assert {each.columns["decoder"] for each in few} == {"expert_head", *(["replica"] if replicas else [])}
+
+
+def test_an_evaluation_with_nothing_to_measure_is_refused(experts, tasks, make_trainer):
+    with pytest.raises(ConfigurationError, match="found nothing that the decoders expert_head can measure"):
+        run(DecodingEvaluator(experts, decoders=["expert_head"]), tasks, make_trainer)
 
 
 def test_the_references_stand_on_any_code(write_experts, write_coded, synthetic, experts, tasks, make_trainer):
