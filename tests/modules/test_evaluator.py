@@ -152,7 +152,7 @@ def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
         compress_file(Path(path), Path(copies[-1]), None, Compression(bits=4, base_bits=0))
     evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies if replicas else None)
     calls = Counter()
-    for place, network in enumerate([*evaluator.experts, *evaluator.coded]):
+    for place, network in enumerate([*evaluator.experts, evaluator.coded[0].body]):
         network.register_forward_hook(lambda module, inputs, _, place=place: calls.update({place: len(inputs[0])}))
     with progress_bar("evaluation") as evaluator.progress:
         few = run(evaluator, tasks, make_trainer)
@@ -160,8 +160,13 @@ def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
     assert {place: calls[place] - looked_at for place in range(3)} == {0: 23, 1: 29, 2: 35}
     assert calls[3] == 23 + 29 + 35
     assert evaluator.progress.n == evaluator.progress.total == 23 + 29 + 35
-    own = [each.columns for each in every if each.columns["decoder"] == "expert_head"]
-    assert [each.columns for each in few if each.columns["decoder"] == "expert_head"] == own
+    names = ("task", "expert_accuracy", "decoded_accuracy", "agreement", "memory_mib")
+    numbers = []
+    for measurements in (every, few):
+        rows = [each.columns for each in measurements if each.columns["decoder"] == "expert_head"]
+        numbers.append([[row[name] for name in names] for row in rows])
+    assert numbers[0] == numbers[1]
+    assert len(numbers[0]) == 3
     assert {each.columns["decoder"] for each in few} == {"expert_head", *(["replica"] if replicas else [])}
 
 
