@@ -8,6 +8,13 @@ features of a stand-in that knows whose answer it gives, whatever else is lost. 
 - ``average+svd`` and ``base+svd``: the experts' average or the shared initialisation, and of each expert its vectors
   (biases, scales, BatchNorm statistics) and W_i − W to rank r, from a singular value decomposition, in 4 bits a value
   as adapters are; without data (Lu et al., *Twin-Merging*, NeurIPS 2024, arXiv 2406.15479).
+- ``average+svd-mixed`` and ``base+svd-mixed``: the same with two directions in 8 bits and sixteen in 3 (Ping et al.,
+  *Delta-CoMe: training-free delta-compression with mixed-precision*, NeurIPS 2024, arXiv 2406.08903).
+- ``average+qera`` and ``base+qera``: as the first, but the SVD is that of (W_i − W) R^{1/2}, with R the mean outer
+  product of the expert's own inputs of the layer on its calibration samples, so that the outputs' error is smallest
+  where the inputs are the expert's (Zhang et al., *QERA: an analytical framework for quantization error
+  reconstruction*, ICLR 2025, arXiv 2410.06040; ESM's expert, 2606.19164; EoRA, 2410.21271). `Refit`'s adapters are
+  this, fitted in order on the body's own inputs, with the experts' outputs as targets, scales and shifts.
 - ``emr``: the initialisation and one elected difference from it, of each expert a bit a weight and a scale (Huang et
   al., *EMR-Merging: tuning-free high-performance model merging*, NeurIPS 2024, arXiv 2405.17461).
 - ``tall``: the initialisation and the sum of all differences from it, of each expert a bit a weight: whether its own
@@ -40,6 +47,8 @@ from coin.networks.compressed import Rounding, reference_of
 from coin.networks.delta import matrix_shape, quantise
 
 RANKS, TALL = (4, 16), 0.6
+MIXED = ((2, 8), (16, 3))  # how many directions, the largest first, have so many bits
+DAMPING = 0.01  # of R, relative to its mean diagonal entry
 
 
 def body_of(network):
@@ -94,48 +103,83 @@ def with_own(expert, body, names):
     return own.network(), own.nbytes
 
 
-def by_svd(experts, body):
-    """Yield (r, the networks, the bytes that experts keep beside the body) for the ranks r."""
-    found = []
-    for expert in experts:
+def roots_of(expert, calibration):
+    """Return R^{1/2} and its inverse [K, K] of every linear map without groups, from the expert's own inputs."""
+    found = {}
+    for name, gram in coin.gram_sums(expert, calibration).mean().items():
+        _, columns = matrix_shape(expert.get_parameter(name).shape)
+        if len(gram) > 1:
+            continue
+        matrix = gram[0, :columns, :columns].double()  # without the bias's entry
+        values, vectors = torch.linalg.eigh(matrix)
+        damping = DAMPING * matrix.diagonal().mean() + 1e-30
+        roots = (values.clamp(min=0) + damping).sqrt()
+        found[name] = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    return found
+
+
+def split(step, roots, rank):
+    """Return the largest singular directions of a difference [O, K], or of it times a root: factors [r, O], [r, K]."""
+    weighted = step if roots is None else (step.double() @ roots[0]).to(step)
+    u, s, v = torch.linalg.svd(weighted, False)
+    root = s[:rank, None].sqrt()
+    right = root * v[:rank]
+    if roots is not None:
+        right = (right.double() @ roots[1]).to(step)
+    return root * u.T[:rank].contiguous(), right
+
+
+def by_low_rank(experts, body, directions, calibration=None):
+    """Return the experts with their differences from a body to some rank, and the bytes that are kept beside it.
+
+    Args:
+        experts: The experts.
+        body: The body's tensors.
+        directions: How many directions, the largest first, have so many bits.
+        calibration: Every expert's samples, where its inputs weigh the differences.
+    """
+    networks, total = [], 0
+    for place, expert in enumerate(experts):
         own = body_of(expert)
-        matrices = [
-            name for name, weight in expert.named_parameters() if name in own and weight.ndim > 1
-        ]
+        parameters = dict(expert.named_parameters())
+        matrices = [name for name in own if name in parameters and own[name].ndim > 1]
+        roots = {} if calibration is None else roots_of(expert, calibration[place])
         network, size = with_own(expert, body, own.keys() - set(matrices))
-        steps = {
-            name: (own[name] - body[name]).reshape(matrix_shape(own[name].shape))
-            for name in matrices
-        }
-        found.append(
-            (
-                network,
-                size,
-                {name: (step, torch.linalg.svd(step, False)) for name, step in steps.items()},
-            )
-        )
+        total += size
+        state = {}
+        for name in matrices:
+            step = (own[name] - body[name]).reshape(matrix_shape(own[name].shape))
+            left, right = split(step, roots.get(name), sum(count for count, _ in directions))
+            kept, low_rank, first = [], torch.zeros_like(step), 0
+            for count, bits in directions:
+                last = first + count
+                pair = [quantise(factor[first:last], bits) for factor in (left, right)]
+                low_rank += pair[0].dense().T @ pair[1].dense()
+                kept += pair
+                first = last
+            size = sum(bytes_of(each) for each in kept)
+            whole = quantise(step, 4)
+            if size >= bytes_of(whole):  # then the difference itself is smaller
+                low_rank, size = whole.dense(), bytes_of(whole)
+            state[name] = body[name] + low_rank.reshape(body[name].shape)
+            total += size
+        networks.append(filled(network, state))
+    return networks, total
+
+
+def bytes_of(rounded):
+    """Return the bytes of a rounded matrix, its rows padded to bytes, with their scales."""
+    rows, columns = rounded.codes.shape
+    return rows * math.ceil(rounded.bits * columns / 8) + rounded.scale.nbytes
+
+
+def low_rank_ways(name, calibration):
+    """Yield (method, r, directions, calibration or none) of what is made of every expert's difference from a body."""
     for rank in RANKS:
-        networks, total = [], 0
-        for network, size, parts in found:
-            state, kept = {}, []
-            for name, (step, (u, s, v)) in parts.items():
-                root = s[:rank, None].sqrt()
-                factors = [
-                    quantise(root * u.T[:rank].contiguous(), 4),
-                    quantise(root * v[:rank], 4),
-                ]
-                # Then the difference itself is smaller.
-                if sum(each.codes.numel() for each in factors) >= step.numel():
-                    factors = [quantise(step, 4)]
-                step = (
-                    factors[0].dense().T @ factors[1].dense() if factors[1:] else factors[0].dense()
-                )
-                state[name], kept = body[name] + step.reshape(body[name].shape), kept + factors
-            networks.append(filled(network, state))
-            total += size + sum(
-                math.ceil(each.codes.numel() / 2) + each.scale.nbytes for each in kept
-            )
-        yield rank, networks, total
+        yield f"{name}+svd", rank, ((rank, 4),), None
+    yield f"{name}+svd-mixed", sum(count for count, _ in MIXED), MIXED, None
+    for rank in RANKS:
+        yield f"{name}+qera", rank, ((rank, 4),), calibration
 
 
 def by_masks(experts, base, bits, threshold):
@@ -164,14 +208,15 @@ def by_masks(experts, base, bits, threshold):
     return networks, size
 
 
-def stand_ins(experts, bodies, bits, svd_alone):
+def stand_ins(experts, bodies, bits, svd_alone, calibration):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
         if name not in ("average", "base"):  # one network for all
             yield name, None, [filled(expert, body) for expert in experts], size
             continue
-        for rank, networks, kept in by_svd(experts, body):
-            yield f"{name}+svd", rank, networks, size + kept
+        for method, rank, directions, inputs in low_rank_ways(name, calibration):
+            networks, kept = by_low_rank(experts, body, directions, inputs)
+            yield method, rank, networks, size + kept
     base, size = bodies["base"]
     for name, threshold in () if svd_alone else (("emr", None), ("tall", TALL)):
         networks, kept = by_masks(experts, base, bits, threshold)
@@ -189,14 +234,18 @@ def measure(folder, svd_alone):
     initial = f"initial-{max(file.num_classes for file in files)}.safetensors"
     base = load_network(folder.parent / "base" / initial).network
 
-    def accuracy(network, name):
+    def answers_of(network, name):
         batches = Calibration.of(tests[name], size)
-        answers = torch.cat(
+        return torch.cat(
             [run_network(network, batch, features=False).logits.argmax(1) for batch in batches]
         )
-        return float((answers == tests[name].targets).double().mean())
 
-    right = {name: accuracy(expert, name) for name, expert in zip(names, experts, strict=True)}
+    def share(equal):
+        return float(equal.double().mean())
+
+    wanted = {name: answers_of(expert, name) for name, expert in zip(names, experts, strict=True)}
+    right = {name: share(wanted[name] == tests[name].targets) for name in names}
+    samples = list(tasks.calibrations().values())
     every = [body_of(expert) for expert in experts]
     average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
     heads = nbytes(
@@ -211,7 +260,7 @@ def measure(folder, svd_alone):
         experts[0], {name: tensor * 0 for name, tensor in experts[0].state_dict().items()}
     )
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
-    given = {"calibration": list(tasks.calibrations().values()), "initial": base}
+    given = {"calibration": samples, "initial": base}
     for function in () if svd_alone else (feat_cal, magic, ace):
         merged = coin.merge_networks(
             coin.UserMethod(function), experts, coin.uniform(len(experts)), **given
@@ -220,9 +269,10 @@ def measure(folder, svd_alone):
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}
-        for method, rank, networks, kept in stand_ins(experts, bodies, bits, svd_alone):
+        for method, rank, networks, kept in stand_ins(experts, bodies, bits, svd_alone, samples):
             for name, network in zip(names, networks, strict=True):
-                decoded = accuracy(network, name)
+                answers = answers_of(network, name)
+                decoded = share(answers == tests[name].targets)
                 row = {
                     "experiment": folder.parent.name,
                     "seed": int(folder.name.removeprefix("seed-")),
@@ -235,6 +285,7 @@ def measure(folder, svd_alone):
                 }
                 row = rows.setdefault((method, rank, name), row)
                 row |= {f"decoded_accuracy{end}": decoded, f"nda{end}": decoded / right[name]}
+                row |= {f"agreement{end}": share(answers == wanted[name])}
                 row |= {
                     f"memory_mib{end}": (kept + heads) / 2**20,
                     f"networks{end}": (kept + heads) / whole_expert,

@@ -94,32 +94,9 @@ def network_mib(rows: pd.DataFrame) -> float:
 
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
-    """The rows of a suite of stand-ins, with both memories in networks; EfficientNet-Lite0's resident."""
+    """The rows of a suite of stand-ins, with their memory in networks."""
     rows = measured(f"stand-ins-{suite}")
-    size = network_mib(rows)
-    networks = pd.to_numeric(rows.memory_mib) / size
-    resident = (
-        networks + rows.method.map(working_networks)
-        if suite in ("imagenet-pair", "experts")
-        else math.nan
-    )
-    return rows.assign(networks=networks, resident=resident)
-
-
-def working_networks(method: str) -> float:
-    """Return how much more memory a method's stand-in takes while it answers than is stored, in networks.
-
-    The suites were measured before that was a column. Copies hold a whole network; a body with adapters takes as much
-    more as in the demo, which has the same network; others answer as they are stored.
-    """
-    if method.startswith("replica"):
-        return 1.0
-    summary = pd.read_csv(RESULTS / "demo" / "summary.csv", keep_default_na=False)
-    sizes = summary.drop_duplicates("method").set_index("method")
-    network = float(sizes.loc["average", "memory_mib_mean"])
-    like = "refit+rank16-4bit" if method.endswith("bit") else "refit+rank16"
-    more = float(sizes.loc[like, "resident_mib_mean"]) - float(sizes.loc[like, "memory_mib_mean"])
-    return more / network if method.endswith("bit") or "+" in method else 0.0
+    return rows.assign(networks=pd.to_numeric(rows.memory_mib) / network_mib(rows))
 
 
 def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:

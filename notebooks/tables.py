@@ -21,6 +21,7 @@ from stored import (
     markdown,
     measured,
     ndas,
+    network_mib,
     of_stand_ins,
     percent,
     rivals,
@@ -41,7 +42,7 @@ SUITES = {
     "imagenet-pair": "ImageNet pair",
     "small-pair": "small pair",
     "vit": "small ViT",
-    "experts": "eight experts",
+    "photos": "six on photos",
 }
 KEPT = {
     ("none", "feature_ridge"): "the survivors alone",
@@ -60,14 +61,36 @@ KEPT = {
     ("refit+rank4-5bit", "expert_head"): "`Refit` with adapters of rank 4, 5 bits",
     ("refit+rank16", "expert_head"): "`Refit` with adapters of rank 16",
     ("refit+rank16-4bit", "expert_head"): "**`Refit` with adapters, 4 bits**",
+    ("refit+rank16-5bit", "expert_head"): "`Refit` with adapters, 5 bits",
     ("average+rank16-4bit", "expert_head"): "the average with adapters, 4 bits",
+    ("average+rank16-5bit", "expert_head"): "the average with adapters, 5 bits",
     ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
+    ("base+rank16-5bit", "expert_head"): "the base with adapters, 5 bits",
     ("distillation+rank16", "expert_head"): "distillation with adapters",
     ("distillation+rank16-4bit", "expert_head"): "distillation with adapters, 4 bits",
     ("replica-2bit-int8base", "replica"): "copies of the experts, 2-bit deltas",
     ("replica-3bit-int8base", "replica"): "copies of the experts, 3-bit deltas",
 }
 """What may stand in for a lost expert: method and decoder, and how the tables call it; adapters are of rank 16."""
+
+REAL = [
+    ("none", "feature_ridge"),
+    ("coin", "linear"),
+    ("coin", "feature_ridge"),
+    ("distillation", "linear"),
+    ("distillation", "feature_ridge"),
+    ("refit", "expert_head"),
+    ("refit+rank16", "expert_head"),
+    ("refit+rank16-4bit", "expert_head"),
+    ("refit+rank16-5bit", "expert_head"),
+    ("average+rank16-4bit", "expert_head"),
+    ("average+rank16-5bit", "expert_head"),
+    ("base+rank16-4bit", "expert_head"),
+    ("base+rank16-5bit", "expert_head"),
+    ("replica-3bit-int8base", "replica"),
+    ("replica-2bit-int8base", "replica"),
+]
+"""The rows of the table of real fleets."""
 
 IN_SHORT = [
     ("none", "feature_ridge"),
@@ -78,6 +101,14 @@ IN_SHORT = [
     ("replica-3bit-int8base", "replica"),
 ]
 """The rows of the README's table but for the last, a spare."""
+
+FLEETS = {
+    "photos": ("six experts on photos", "stand-ins-photos", 6),
+    "resnet50": ("ResNet50, four experts", "stand-ins-resnet50", 4),
+    "resnet50-pair": ("ResNet50, the paper's pair", "stand-ins-resnet50", 2),
+    "intents": ("ten experts on intents", "stand-ins-intents", 10),
+}
+"""The real fleets: what tables call them, their suites, and of how many experts."""
 
 CLAIMED = [
     ("coin", "linear"),
@@ -116,7 +147,11 @@ DRAWN = {
 
 RIVALS = {
     "average+svd": "the average and SVD of W_i − W̄",
+    "average+svd-mixed": "the average and SVD, mixed bits",
+    "average+qera": "the average and SVD weighted by inputs",
     "base+svd": "the base and SVD of W_i − W₀",
+    "base+svd-mixed": "the base and SVD, mixed bits",
+    "base+qera": "the base and SVD weighted by inputs",
     "emr": "EMR-Merging",
     "tall": "TALL-masks",
     "feat_cal": "FeatCal, one network for all",
@@ -135,38 +170,100 @@ FLEET = {
 """What is measured from two experts to many."""
 
 
-def stand_ins(kept: list[tuple[str, str]], columns: list[str], short: bool = False) -> str:
-    """What stands in: its memory with two and with eight experts, networks run for an answer, losses, NDA by suite.
+def forwards_and_losses(method: str, decoder: str, rows: pd.DataFrame) -> list[str]:
+    """Return how many networks run for one lost answer, and how many experts may be lost."""
+    forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "one"
+    losses = "all" if float(rows.losses.iloc[0]) > 1 else "one"
+    return [forwards, losses]
 
-    In short its memory and resident memory with eight and no deviations, and a last row for a spare, whose NDA is 100
-    by definition.
-    """
+
+def stand_ins() -> str:
+    """What stands in: its memory with two and with six experts, networks run for an answer, losses, NDA by suite."""
     rows = []
     every = {suite: stood_in(suite) for suite in SUITES}
-    memories = {"networks": "memory"} | ({"resident": "resident"} if short else {})
-    for method, decoder in kept:
+    for method, decoder in KEPT:
         own = {suite: rows_of(part, method, decoder) for suite, part in every.items()}
-        if (first := next((part for part in own.values() if len(part)), None)) is None:
+        present = [part for part in own.values() if len(part)]
+        if not present:
             continue
-        sizes = (own["experts"],) if short else (first, own["experts"])
-        memory = []
-        for column in memories:
-            each = [f"{part[column].mean():.2f}" if len(part) else "–" for part in sizes]
-            memory.append(" / ".join(each))
-        forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "one"
-        losses = "all" if float(first.losses.iloc[0]) > 1 else "one"
-        found = [ndas(every[suite], method, decoder) for suite in columns]
-        shown = [f"{each.mean():.1f}" if short and len(each) else spread(each) for each in found]
-        rows.append([KEPT[method, decoder], *memory, forwards, losses, *shown])
-    if short:
-        whole = ["8"] * len(memories)
-        rows.append(
-            ["a spare server with all weights", *whole, "one", "all", *["100"] * len(columns)]
-        )
-    heads = [name if short else f"{name}, N = 2 / 8" for name in memories.values()]
-    return markdown(
-        ["what stands in", *heads, "forwards", "lost", *(SUITES[suite] for suite in columns)], rows
+        memory = [
+            f"{part.networks.mean():.2f}" if len(part) else "–"
+            for part in (present[0], own["photos"])
+        ]
+        found = [spread(ndas(part, method, decoder)) for part in every.values()]
+        runs = forwards_and_losses(method, decoder, present[0])
+        rows.append([KEPT[method, decoder], " / ".join(memory), *runs, *found])
+    heads = ["what stands in", "memory, N = 2 / 6", "forwards", "lost", *SUITES.values()]
+    return markdown(heads, rows)
+
+
+def of_fleet(fleet: str) -> pd.DataFrame:
+    """Return a real fleet's rows, with both memories in networks."""
+    _, suite, count = FLEETS[fleet]
+    rows = measured(suite)
+    own = rows[rows.groupby("experiment").task.transform("nunique") == count]
+    size = network_mib(own)
+    return own.assign(
+        networks=pd.to_numeric(own.memory_mib) / size,
+        resident=pd.to_numeric(own.resident_mib) / size,
     )
+
+
+def agreements(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
+    """The mean agreement with the experts over tasks in %, one number for each run of a suite."""
+    own = rows_of(rows, method, decoder)
+    return 100 * own.groupby("experiment").agreement.mean()
+
+
+def nda_and_agreement(rows: pd.DataFrame, method: str, decoder: str) -> str:
+    """Return both with one digit, their spread where there are several runs."""
+    both = ndas(rows, method, decoder), agreements(rows, method, decoder)
+    return ", ".join(map(spread, both)) if len(both[0]) else "–"
+
+
+def real_fleets() -> str:
+    """What stands in in real fleets: memory, NDA and agreement in each."""
+    every = {fleet: of_fleet(fleet) for fleet in FLEETS}
+    rows = []
+    for method, decoder in REAL:
+        own = rows_of(every["photos"], method, decoder)
+        memory = f"{own.networks.mean():.2f}"
+        both = [nda_and_agreement(part, method, decoder) for part in every.values()]
+        rows.append([KEPT[method, decoder], memory, *both])
+    names = [f"{name}: NDA, agreement" for name, _, _ in FLEETS.values()]
+    return markdown(["what stands in", "memory, photos", *names], rows)
+
+
+def real_in_short() -> str:
+    """The README's table: what stands in, its memory for six experts, and how near it is on photos and ResNet50."""
+    fleets = ("photos", "resnet50")
+    every = {fleet: of_fleet(fleet) for fleet in fleets}
+    rows = []
+    for method, decoder in IN_SHORT:
+        own = rows_of(every["photos"], method, decoder)
+        memory = [f"{own[column].mean():.2f}" for column in ("networks", "resident")]
+        found = []
+        for part in every.values():
+            both = [measure(part, method, decoder) for measure in (ndas, agreements)]
+            found += [f"{each.mean():.1f}" for each in both]
+        runs = forwards_and_losses(method, decoder, own)
+        rows.append([KEPT[method, decoder], *memory, *runs, *found])
+    rows.append(["a spare server with all weights", "6", "6", "one", "all", *["100"] * 4])
+    heads = ["what stands in", "memory", "resident", "forwards", "lost"]
+    for fleet in ("photos", "ResNet50"):
+        heads += [f"{fleet}: NDA", "agreement"]
+    return markdown(heads, rows)
+
+
+def fleets_experts() -> str:
+    """How good the experts of the real fleets are: the share of test samples that they are right on, by task."""
+    lines = []
+    for fleet, (name, _, _) in FLEETS.items():
+        rows = rows_of(of_fleet(fleet), "average", "expert_head")
+        right = 100 * rows.groupby("task", sort=False).expert_accuracy.mean()
+        each = ", ".join(f"{task} {share:.1f}" for task, share in right.items())
+        lines.append([name, str(rows.experiment.nunique()), each])
+    return markdown(["fleet", "seeds", "right on test samples, %"], lines)
 
 
 def claims(target: float = 97.5) -> str:
@@ -222,7 +319,9 @@ def rivals_table() -> str:
     """What the rivals keep of the experts of every suite, with bodies in 8 and in 4 bits, and their memory."""
     named = [suite for suite in SUITES if (RESULTS / f"stand-ins-{suite}/rivals.csv").exists()]
     every, rows = {suite: rivals(f"stand-ins-{suite}") for suite in named}, []
-    for (method, rank), _ in every[named[0]].groupby(["method", "rank"], sort=False):
+    found = pd.concat(list(every.values()))[["method", "rank"]].drop_duplicates()
+    order = found.sort_values("method", key=lambda names: names.map(list(RIVALS).index))
+    for method, rank in order.itertuples(index=False):
         for bits in (8, 4):
             own = {
                 s: part[(part.method == method) & (part["rank"] == rank)]
@@ -233,12 +332,12 @@ def rivals_table() -> str:
                 for part in own.values()
             ]
             sizes = [
-                f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own else "–"
-                for s in (named[0], "experts")
+                f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own and len(own[s]) else "–"
+                for s in (named[0], "photos")
             ]
             name = RIVALS[method] + (f" to rank {float(rank):.0f}" if rank else "")
             rows.append([f"{name}, {bits} bits", " / ".join(sizes), *shown])
-    return markdown(["rival", "memory, N = 2 / 8", *(SUITES[suite] for suite in named)], rows)
+    return markdown(["rival", "memory, N = 2 / 6", *(SUITES[suite] for suite in named)], rows)
 
 
 def fleets() -> pd.DataFrame:
@@ -402,8 +501,10 @@ def columns() -> str:
 
 TABLES = {
     "demo": demo,
-    "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "experts"], short=True),
-    "stand-ins": lambda: stand_ins(list(KEPT), list(SUITES)),
+    "real fleets in short": real_in_short,
+    "real fleets": real_fleets,
+    "experts": fleets_experts,
+    "stand-ins": stand_ins,
     "claims": claims,
     "rivals": rivals_table,
     "samples": samples,
