@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 RESULTS := notebooks/results
+# Suites of photos need folders that you make: see notebooks/BENCHMARK.md.
+PHOTOS := $(wildcard data/photos)
+OF_PHOTOS := stand-ins-photos stand-ins-resnet50
 SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
+SUITES := $(if $(PHOTOS),$(SUITES),$(filter-out $(OF_PHOTOS),$(SUITES)))
 SLOW := -m 'not slow'
 # Python compiles what it imports, and most of what torch and wandb bring it never does.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
@@ -78,9 +82,9 @@ study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables o
 	$(PIP) '.[demo,text]'
 	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES))
 	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
-	printf '%s\n' experts imagenet-pair small-pair vit | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'
+	printf '%s\n' imagenet-pair small-pair vit $(if $(PHOTOS),photos) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'
 	$(BIN)/python notebooks/rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
-	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-experts/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
+	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-$(if $(PHOTOS),photos,imagenet-pair)/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
