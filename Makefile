@@ -6,7 +6,7 @@ DEMO ?= -c configs/experiment/quickstart.yaml
 RESULTS := notebooks/results
 # Suites of photos need folders that you make: see notebooks/BENCHMARK.md.
 PHOTOS := $(wildcard data/photos)
-OF_PHOTOS := stand-ins-photos stand-ins-resnet50
+OF_PHOTOS := stand-ins-photos stand-ins-photos-lite1 stand-ins-resnet50
 SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
 SUITES := $(if $(PHOTOS),$(SUITES),$(filter-out $(OF_PHOTOS),$(SUITES)))
 SLOW := -m 'not slow'
@@ -79,7 +79,7 @@ notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 
 # Two suites at a time. A sweep goes on where it was killed; experts and bases that suites share are made once, in one store of steps.
 study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some hours
-	$(PIP) '.[demo,text]'
+	$(PIP) '.[demo,timm,text]'
 	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES))
 	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
 	printf '%s\n' imagenet-pair small-pair vit $(if $(PHOTOS),photos) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'

