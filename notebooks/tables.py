@@ -162,7 +162,9 @@ FAR = 5
 """What makes a method far cheaper than another: so many times fewer passes."""
 FLEET = {
     ("refit+rank16-4bit", "expert_head"): "`Refit` with adapters, 4 bits",
+    ("refit+rank4-4bit", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
     ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
+    ("base+rank4-4bit", "expert_head"): "the base with adapters of rank 4, 4 bits",
     ("refit-4bit", "expert_head"): "`Refit`, one network for all, 4 bits",
     ("replica-3bit-int8base", "replica"): "copies, 3-bit deltas",
     ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
@@ -378,6 +380,39 @@ def fleet() -> str:
     )
 
 
+def frontier() -> str:
+    """NDA, the worst task's and the memory by the body's bits and the adapters' rank; in bold what is Pareto-optimal."""
+    rows = measured("fleet")
+    network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
+    cells: dict[tuple[int, int], dict[int, str]] = {}
+    counts = rows.groupby("experiment").task.transform("nunique")
+    for count, part in rows.groupby(counts):
+        points = {}
+        for method in part.method.unique():
+            named = re.fullmatch(r"refit\+rank(\d+)-(\d)bit", method)
+            if named is None:
+                continue
+            measured_rows = rows_of(part, method, "expert_head")
+            rank, bits = map(int, named.groups())
+            memory = pd.to_numeric(measured_rows.memory_mib).mean() / network
+            nda = 100 * measured_rows.nda
+            points[rank, bits] = (memory, nda.mean(), nda.min())
+        for pair, (memory, nda, worst) in points.items():
+            own = (memory, nda, worst)
+            is_beaten = any(
+                other != own and other[0] <= memory and other[1] >= nda and other[2] >= worst
+                for other in points.values()
+            )
+            text = f"{nda:.1f} ({worst:.1f}), {memory:.2f}"
+            cells.setdefault(pair, {})[count] = text if is_beaten else f"**{text}**"
+    lines = []
+    for (rank, bits), found in sorted(cells.items()):
+        each = [found.get(count, "–") for count in sorted(counts.unique())]
+        lines.append([str(rank), str(bits), *each])
+    heads = [f"N = {count}" for count in sorted(counts.unique())]
+    return markdown(["rank", "bits of the body", *heads], lines)
+
+
 def promises() -> str:
     """What is accepted of the answers that the experts' own heads give, and how many of these differ."""
     rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
@@ -509,6 +544,7 @@ TABLES = {
     "rivals": rivals_table,
     "samples": samples,
     "fleet": fleet,
+    "frontier": frontier,
     "promises": promises,
     "wrong experts": wrong_experts,
     "failover": failover,

@@ -26,8 +26,9 @@ class NetworkConfig:
             `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the input images, in pixels.
         weights: The name of pretrained weights: torchvision's, such as ``IMAGENET1K_V2``; a tag of timm's, or
-            ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0``, or the same with 1, which packages ship;
-            ``ALL_MINILM_L6_V2`` for ``minilm``; ``pretrained`` for Hugging Face's. Null for random ones.
+            ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0`` and ``IMAGENET1K_LITE1`` for
+            ``timm/tf_efficientnet_lite1``, which packages ship; ``ALL_MINILM_L6_V2`` for ``minilm``; ``pretrained`` for
+            Hugging Face's. Null for random ones.
         options: Further arguments of the network's constructor.
     """
 
