@@ -20,6 +20,12 @@ features of a stand-in that knows whose answer it gives, whatever else is lost. 
 - ``tall``: the initialisation and the sum of all differences from it, of each expert a bit a weight: whether its own
   difference is at least `TALL` times what the others' sum to (Wang et al., *Localizing task information for improved
   model merging and compression*, ICML 2024, arXiv 2405.07813, TALL-masks).
+- ``ultradelta-0.01`` and ``-0.02``: the initialisation and of each expert's difference from it so few weights, in 4
+  bits, that they take this share of a network: drawn alike from weights of equal value, more of them in layers of large
+  variance (Wang et al., *Breaking the compression ceiling: data-free pipeline for ultra-efficient delta compression*,
+  NeurIPS 2025, arXiv 2505.13563, as its text describes it; its factor by the trace norm is chosen here from `FACTORS`
+  by the agreement with the expert on its calibration samples, which the paper does not have). Positions are counted at
+  their entropy.
 - ``feat_cal``, ``magic``, ``ace``: one network for all experts, as `coin.Refit` without adapters is, of
   ``foreign_methods.py``: *FeatCal* (arXiv 2605.13030), *MAGIC* (2512.19320) and *ACE-Merging* (2603.02945).
 
@@ -48,6 +54,8 @@ from coin.networks.delta import matrix_shape, quantise
 
 RANKS, TALL = (4, 16), 0.6
 MIXED = ((2, 8), (16, 3))  # how many directions, the largest first, have so many bits
+DENSITIES = {"0.01": 0.03, "0.02": 0.07}  # shares of a network that are kept → of weights
+FACTORS = (0.2, 0.4, 0.6, 0.8, 1.0)
 DAMPING = 0.01  # of R, relative to its mean diagonal entry
 
 
@@ -182,6 +190,50 @@ def low_rank_ways(name, calibration):
         yield f"{name}+qera", rank, ((rank, 4),), calibration
 
 
+def sparse(step, density):
+    """Return a difference in 4 bits of which so many weights are left, drawn alike from those of equal value."""
+    scale = step.abs().max().clamp(min=1e-38) / 7
+    codes = (step / scale).round()
+    kept = torch.zeros_like(step, dtype=torch.bool)
+    for level in codes.unique():
+        places = (codes == level).flatten().nonzero().flatten()
+        chosen = torch.randperm(len(places))[: round(density * len(places))]
+        kept.view(-1)[places[chosen]] = True
+    return codes * scale * kept / density
+
+
+def by_sparse(experts, base, body, density, calibration):
+    """Return the experts with sparse differences from the initialisation, and the bytes that are kept beside it."""
+    networks, total = [], 0
+    for expert, batches in zip(experts, calibration, strict=True):
+        own = body_of(expert)
+        parameters = dict(expert.named_parameters())
+        matrices = [name for name in own if name in parameters and own[name].ndim > 1]
+        network, size = with_own(expert, body, own.keys() - set(matrices))
+        total += size
+        steps = {name: own[name] - base[name] for name in matrices}
+        by_variance = sorted(matrices, key=lambda name, steps=steps: float(steps[name].var()))
+        torch.manual_seed(0)
+        left = {}
+        for place, name in enumerate(by_variance):
+            group = 3 * place // len(by_variance)  # low, middle, high
+            share = density * (0.5, 1.0, 1.5)[group]
+            left[name] = sparse(steps[name], share)
+            entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+            total += math.ceil(steps[name].numel() * (entropy + 4 * share) / 8)
+        candidates = []
+        for factor in FACTORS:
+            state = {name: body[name] + factor * left[name] for name in matrices}
+            candidates.append(filled(network, state))
+        networks.append(max(candidates, key=lambda each, e=expert, b=batches: agrees(each, e, b)))
+    return networks, total
+
+
+def agrees(network, expert, batches):
+    """Return on how many samples a network answers as an expert."""
+    return sum(int((network(x).argmax(1) == expert(x).argmax(1)).sum()) for x in batches)
+
+
 def by_masks(experts, base, bits, threshold):
     """Return the networks of TALL-masks, or of EMR-Merging without a threshold, and the bytes beside the base."""
     every = [body_of(expert) for expert in experts]
@@ -208,7 +260,7 @@ def by_masks(experts, base, bits, threshold):
     return networks, size
 
 
-def stand_ins(experts, bodies, bits, svd_alone, calibration):
+def stand_ins(experts, bodies, bits, svd_alone, calibration, initial):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
         if name not in ("average", "base"):  # one network for all
@@ -218,6 +270,9 @@ def stand_ins(experts, bodies, bits, svd_alone, calibration):
             networks, kept = by_low_rank(experts, body, directions, inputs)
             yield method, rank, networks, size + kept
     base, size = bodies["base"]
+    for name, density in () if svd_alone else DENSITIES.items():
+        networks, kept = by_sparse(experts, initial, base, density, calibration)
+        yield f"ultradelta-{name}", None, networks, size + kept
     for name, threshold in () if svd_alone else (("emr", None), ("tall", TALL)):
         networks, kept = by_masks(experts, base, bits, threshold)
         yield name, None, networks, size + kept
@@ -269,7 +324,9 @@ def measure(folder, svd_alone):
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}
-        for method, rank, networks, kept in stand_ins(experts, bodies, bits, svd_alone, samples):
+        for method, rank, networks, kept in stand_ins(
+            experts, bodies, bits, svd_alone, samples, body_of(base)
+        ):
             for name, network in zip(names, networks, strict=True):
                 answers = answers_of(network, name)
                 decoded = share(answers == tests[name].targets)

@@ -154,6 +154,8 @@ RIVALS = {
     "base+qera": "the base and SVD weighted by inputs",
     "emr": "EMR-Merging",
     "tall": "TALL-masks",
+    "ultradelta-0.01": "UltraDelta, 0.01 of a network each",
+    "ultradelta-0.02": "UltraDelta, 0.02 of a network each",
     "feat_cal": "FeatCal, one network for all",
     "magic": "MAGIC, one network for all",
     "ace": "ACE-Merging, one network for all",
@@ -381,7 +383,7 @@ def fleet() -> str:
 
 
 def frontier() -> str:
-    """NDA, the worst task's and the memory by the body's bits and the adapters' rank; in bold what is Pareto-optimal."""
+    """NDA, the worst task's and the memory by the body's bits and the adapters' rank; bold what is Pareto-optimal."""
     rows = measured("fleet")
     network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
     cells: dict[tuple[int, int], dict[int, str]] = {}
