@@ -43,7 +43,7 @@ _HOMES = {  # the rooms and their names
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
-    "Refit RegMean TaskArithmetic Ties UserMethod Wudi fit_adapters merge_networks",
+    "Refit RegMean TaskArithmetic Ties UserMethod Wudi extract_lora fit_adapters merge_networks",
     "modules": "Coded evaluate",
     "networks": "Adapted Adapter BatchNormPolicy Compressed answering compress recalibrate",
     "reporting.choice": "choose",

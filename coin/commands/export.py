@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
 from coin.merging.peft import save_peft
@@ -24,7 +24,8 @@ def export(
     """Write one expert of a body with adapters, or a network of Hugging Face's.
 
     The expert's is body, adapter and its own head in one: of Hugging Face's a folder that transformers loads, else a
-    safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads, with the body beside it.
+    safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads, with the body beside it; those
+    of all experts without ``expert``.
 
     Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
     ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1.
@@ -35,7 +36,8 @@ def export(
         experts: The experts' files by task, for the head of an expert, and the heads beside a coded vision tower; by
             default those of the run whose ``coded/`` the file lies in.
         expert: Of a body with adapters, the task whose expert is written, of whatever network.
-        peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``.
+        peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``: of all
+            experts, or of that one. Adapters that were fitted with ``scales: false`` are plain LoRA.
     """
     file = load_network(Path(network))
     if experts:
@@ -44,7 +46,7 @@ def export(
         run = file.path.absolute().parent.parent
         paths = sorted(run.glob("experts/*/expert.safetensors"))
         files = {path.parent.name: path for path in paths}
-    if file.adapters or expert is not None:
+    if file.adapters or expert is not None or peft:
         return _export_expert(file, expert, files, output, peft)
     source = file.config.source
     if not isinstance(source, HuggingFace):
@@ -65,35 +67,54 @@ def _export_expert(
     file: NetworkFile, expert: str | None, files: dict[str, Path], output: str | None, peft: bool
 ) -> Path:
     tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
-    if expert not in tasks or expert not in files:
-        known = (
-            f"one of {', '.join(tasks)}, whose files lie in experts/ or are given"
-            if tasks
-            else "none: no adapters"
-        )
-        raise ConfigurationError(f"found --expert={expert} for '{file.path}', expected {known}")
-    own = load_network(files[expert])
-    adapter = file.adapters[tasks.index(expert)]
-    path = file.path.with_name(f"{file.path.stem}-{expert}")
+    wanted = tasks if peft and expert is None else [str(expert)]
+    for each in wanted or [str(expert)]:
+        if each not in tasks or each not in files:
+            known = (
+                f"one of {', '.join(tasks)}, whose files lie in experts/ or are given"
+                if tasks
+                else "none: no adapters"
+            )
+            raise ConfigurationError(f"found --expert={each} for '{file.path}', expected {known}")
+    path = file.path.with_name(f"{file.path.stem}-{expert or 'peft'}")
     if output is not None:
         path = Path(output)
     if peft:
-        padded = pad_head(own.network, file.num_classes)
-        head = padded.get_submodule(head_name(padded))
-        save_peft(adapter, file.network, head.state_dict(), path / expert)
-        path = path / "body"
-        made = file.network
-        num_classes = file.num_classes
-    else:
-        head = own.network.get_submodule(head_name(own.network))
-        made = adapter.applied_to(file.network, head)
-        num_classes = own.num_classes
+        body = _write(file.network, file, file.num_classes, path / "body", expert)
+        for task in wanted:
+            padded = pad_head(load_network(files[task]).network, file.num_classes)
+            head = padded.get_submodule(head_name(padded))
+            adapter = file.adapters[tasks.index(task)]
+            is_text = file.config.source.reads == "texts"
+            save_peft(
+                adapter,
+                file.network,
+                head.state_dict(),
+                path / task,
+                base=str(body),
+                task_type="SEQ_CLS" if is_text and body.is_dir() else None,
+            )
+        return body
+    (task,) = wanted
+    own = load_network(files[task])
+    head = own.network.get_submodule(head_name(own.network))
+    adapter = file.adapters[tasks.index(task)]
+    made = adapter.applied_to(file.network, head)
+    return _write(made, file, own.num_classes, path, expert)
+
+
+def _write(
+    network: nn.Module, file: NetworkFile, num_classes: int, path: Path, expert: str | None
+) -> Path:
+    """Write a plain network like a file's, as a folder of transformers' or as coin's file, and return where."""
     if isinstance(file.config.source, HuggingFace):
-        file.config.source.save(made, path)
+        file.config.source.save(network, path)
         return path
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-    save_network(path, made, file.config, num_classes, {"made_by": "coin export", "task": expert})
+    save_network(
+        path, network, file.config, num_classes, {"made_by": "coin export", "task": expert}
+    )
     return path
 
 

@@ -31,20 +31,22 @@ def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
     for unit in units:
         highest = max(highest, min(unit.outputs, unit.unknowns))
     mib = 0.0
-    for rank in range(highest, -1, -1):
-        nbytes = sum(_nbytes(unit, rank) for unit in units)  # of one expert
+    lowest = 0 if options.scales else 1
+    least = "scales and biases" if options.scales else "corrections of rank 1"
+    for rank in range(highest, lowest - 1, -1):
+        nbytes = sum(_nbytes(unit, rank, options.scales) for unit in units)  # of one expert
         mib = count * nbytes / 2**20
         if mib <= options.memory_mib:
             return rank
     raise ConfigurationError(
         f"found memory_mib={options.memory_mib:g} for the adapters of {count} experts, "
-        f"expected at least {mib:.3g}, which scales and biases take"
+        f"expected at least {mib:.3g}, which {least} take"
     )
 
 
-def _nbytes(unit: Unit, rank: int) -> int:
+def _nbytes(unit: Unit, rank: int, has_scales: bool) -> int:
     """Return the bytes of one expert's adapter of a unit."""
-    scales = 2 * unit.channels  # in float16, as shifts are
+    scales = 2 * unit.channels if has_scales else 0  # in float16, as shifts are
     shifts = 0 if unit.shift is None else scales
     if not unit.is_matrix:
         return scales + shifts
@@ -72,7 +74,7 @@ class AdapterFit:
     Args:
         network: The body.
         rank: r.
-        ridge: μ, relative to the mean diagonal entry of cov(a).
+        options: μ (`ridge`), relative to the mean diagonal entry of cov(a), and whether there are scales and shifts.
         experts: The experts' parameters and buffers.
         tasks: Of which expert's task every sample is [P], in ascending order.
         row: β [N]; experts without a share have no adapters.
@@ -82,14 +84,14 @@ class AdapterFit:
         self,
         network: nn.Module,
         rank: int,
-        ridge: float,
+        options: AdapterOptions,
         experts: Sequence[tuple[State, State]],
         tasks: Tensor,
         row: Sequence[float],
     ) -> None:
         self._network = network
         self._rank = rank
-        self._ridge = ridge
+        self._options = options
         self._experts = [whole_state(tensors) for tensors in experts]
         self._row = row
         self.tasks = tasks
@@ -160,13 +162,15 @@ class AdapterFit:
         if self._rank > 0 and unit.is_matrix:
             own = _columns(self._own_weight(unit, expert), unit, entries, moments)
             # Relative to the mean over all inputs, zeros too.
-            damping = self._ridge * len(entries) / unit.unknowns
+            damping = self._options.ridge * len(entries) / unit.unknowns
             outer, inner = _factors(fitted, own, damping, self._rank, moments)
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
             fitted = fitted + left_of_map @ right_of_map
             left = outer
             right = _with_all_entries(inner, entries, unit.unknowns)
+        if not self._options.scales:
+            return {} if left is None else {unit.weight: Change.of(left=left, right=right)}
         scale, shift = moments.scaled(fitted)  # [G·O] both
         shape = _shape_of_scale(weight, call)
         changes = {unit.weight: Change.of(scale.reshape(shape), left=left, right=right)}

@@ -147,7 +147,7 @@ def fit_body(
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         rank = rank_of(adapters, trace.units, experts.count)
         fit = AdapterFit(
-            network, rank, adapters.ridge, experts.source.tensors, experts.tasks[chosen], row
+            network, rank, adapters, experts.source.tensors, experts.tasks[chosen], row
         )
     task = experts.tasks[chosen]
     mixtures, shares = objective(row, task, own_share)
@@ -253,6 +253,7 @@ def fit_adapters(
     rank: int | None = None,
     memory_mib: float | None = None,
     ridge: float = 0.1,
+    scales: bool = True,
     forward: Forward | None = None,
 ) -> Adapted:
     """Return a body, left as it is, with adapters for experts of its architecture; see `AdapterFit`.
@@ -264,6 +265,7 @@ def fit_adapters(
         rank: r of the corrections, 4 unless `memory_mib` is given.
         memory_mib: In place of a rank; see `AdapterOptions`.
         ridge: μ, relative.
+        scales: Whether there are scales and biases beside the corrections, as in `AdapterOptions`.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor. The result is
             called in the networks' own way; `coin.Coded` takes the same function.
 
@@ -275,7 +277,7 @@ def fit_adapters(
     """
     if rank is None and memory_mib is None:
         rank = 4
-    options = AdapterOptions(rank, memory_mib, ridge)
+    options = AdapterOptions(rank, memory_mib, ridge, scales)
     home = device_of(experts[0])
     every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
     own = _without_head(body, parameters_of(body))
