@@ -43,10 +43,8 @@ class ExpertNetworks:
         initial: nn.Module | None = None,
         forward: Forward | None = None,
     ) -> None:
-        if len(networks) < 2:
-            raise ConfigurationError(
-                f"found {len(networks)} experts, expected at least two; give those of two tasks"
-            )
+        if not networks:
+            raise ConfigurationError("found no experts, expected those of two tasks at least")
         for network in networks:
             check_plain(network)
         if initial is not None:

@@ -261,6 +261,10 @@ def merge_networks(
         raise ConfigurationError(
             f"found method {method!r}, expected an object of a method's class; give coin.Refit()"
         )
+    if len(networks) < 2:
+        raise ConfigurationError(
+            f"found {len(networks)} experts, expected at least two; give those of two tasks"
+        )
     home = device_of(networks[0])
     networks = to_compute([*networks], home)
     if initial is not None:

@@ -1,6 +1,5 @@
 """Adapters against regressions written out, and bodies with adapters from the fit to a file and to serving."""
 
-import json
 from copy import deepcopy
 
 import numpy as np
@@ -320,41 +319,6 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
         coin.evaluate(system, tests, decoders=["linear"])
     with pytest.raises(ConfigurationError, match=r"found no tasks, expected of which .*; give tasks="):
         system.accept(0.2, inputs=inputs[0], erased=[0])
-
-
-def near(body, moved, inputs):
-    """Two experts that differ from a body in one of its weights, and a fit of their adapters."""
-    draw = torch.Generator().manual_seed(0)
-    experts = [deepcopy(body) for _ in range(2)]
-    for expert in experts:
-        weight = expert.get_parameter(moved).data
-        weight += 0.1 * torch.randn(weight.shape, generator=draw)
-    batches = [[torch.randn(40, *inputs, generator=draw)] for _ in experts]
-    return fit_adapters(body, experts, batches, rank=1).adapters[0]
-
-
-@pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}])
-def test_convolutions_that_peft_makes_otherwise_are_refused(options, tmp_path):
-    convolution = nn.Conv2d(3, 4, 3, padding=1, **options)
-    body = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    adapter = near(body, "0.weight", (3, 8, 8))
-    with pytest.raises(ConfigurationError, match=r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --pe"):
-        save_peft(adapter, body, {}, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_peft_saves_the_head_whole_and_nothing_whose_name_ends_alike(tmp_path):
-    """Peft looks for the ends of names, in a model within a model."""
-    body = nn.Sequential()
-    body.add_module("pre_classifier", nn.Linear(6, 5))
-    body.add_module("relu", nn.ReLU())
-    body.add_module("classifier", nn.Linear(5, 3))
-    save_peft(near(body, "pre_classifier.weight", (6,)), body, body.classifier.state_dict(), tmp_path)
-    options = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "pre_classifier" in options["target_modules"]
-    inner = [f"base_model.model.{name}" for name, _ in body.named_modules() if name]
-    taken = [name for name in inner if any(name.endswith(end) for end in options["modules_to_save"])]
-    assert taken == ["base_model.model.classifier"]
 
 
 def test_what_has_no_adapters_is_refused_or_left(tmp_path):

@@ -319,7 +319,7 @@ def test_parts_are_of_every_expert():
     with pytest.raises(ConfigurationError, match="calibration of 1 experts, expected 3"):
         Experts(networks, calibration=[[torch.zeros(3, 2)]])
     with pytest.raises(ConfigurationError, match="found 1 experts, expected at least two"):
-        Experts(networks[:1])
+        merge_networks(Average(), networks[:1], [[1.0]])
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])

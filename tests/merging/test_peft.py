@@ -1,0 +1,157 @@
+"""Adapters as peft's: what is written, and what peft itself makes of it."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.errors import ConfigurationError
+from coin.merging import extract_lora, fit_adapters
+from coin.merging.peft import save_peft
+
+peft = pytest.importorskip("peft")
+
+
+def near(body, moved, inputs):
+    """Two experts that differ from a body in one of its weights, and a fit of their adapters."""
+    draw = torch.Generator().manual_seed(0)
+    experts = [deepcopy(body) for _ in range(2)]
+    for expert in experts:
+        weight = expert.get_parameter(moved).data
+        weight += 0.1 * torch.randn(weight.shape, generator=draw)
+    batches = [[torch.randn(40, *inputs, generator=draw)] for _ in experts]
+    return fit_adapters(body, experts, batches, rank=1).adapters[0]
+
+
+@pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}])
+def test_convolutions_that_peft_makes_otherwise_are_refused(options, tmp_path):
+    convolution = nn.Conv2d(3, 4, 3, padding=1, **options)
+    body = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    adapter = near(body, "0.weight", (3, 8, 8))
+    with pytest.raises(ConfigurationError, match=r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --pe"):
+        save_peft(adapter, body, {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_saves_the_head_whole_and_nothing_whose_name_ends_alike(tmp_path):
+    """Peft looks for the ends of names, in a model within a model."""
+    body = nn.Sequential()
+    body.add_module("pre_classifier", nn.Linear(6, 5))
+    body.add_module("relu", nn.ReLU())
+    body.add_module("classifier", nn.Linear(5, 3))
+    save_peft(near(body, "pre_classifier.weight", (6,)), body, body.classifier.state_dict(), tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "pre_classifier" in options["target_modules"]
+    inner = [f"base_model.model.{name}" for name, _ in body.named_modules() if name]
+    taken = [name for name in inner if any(name.endswith(end) for end in options["modules_to_save"])]
+    assert taken == ["base_model.model.classifier"]
+
+
+def test_names_that_end_as_another_layers_are_told_apart(tmp_path):
+    """A list of names would take every layer whose name ends with one."""
+    body = nn.ModuleDict({"deep": nn.ModuleDict({"map": nn.Conv2d(4, 4, 1, groups=2)}), "map": nn.Conv2d(3, 4, 1)})
+    body["head"] = nn.Linear(4, 3)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep, self.map, self.head = body["deep"], body["map"], body["head"]
+
+        def forward(self, x):
+            return self.head(torch.relu(self.deep["map"](torch.relu(self.map(x)))).mean((2, 3)))
+
+    base = Net().eval()
+    expert = deepcopy(base)
+    expert.map.weight.data += 0.1 * torch.randn_like(expert.map.weight)
+    inputs = torch.randn(60, 3, 4, 4)
+    adapter = extract_lora(expert, base, [inputs], 3, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), adapter.applied_to(base, expert.head)(inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(inputs), expert(inputs), rtol=0.1, atol=0.02)
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    options = {"vocab_size": 50, "max_position_embeddings": 20, "num_labels": 3, "hidden_size": 32}
+    options |= {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**options)).eval()
+
+
+def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path):
+    torch.manual_seed(0)
+    base = bert()
+    experts, texts = [], []
+    for _ in range(3):
+        expert = deepcopy(base)
+        for name, parameter in expert.named_parameters():
+            if parameter.ndim == 2 and "embeddings" not in name:
+                parameter.data += 0.1 * torch.randn(len(parameter), 1) * torch.randn_like(parameter[:1])
+        experts.append(expert)
+        texts.append(torch.randint(1, 50, (80, 12)))
+    adapted = fit_adapters(
+        base, experts, [[each] for each in texts], rank=4, scales=False, forward=lambda net, x: net(input_ids=x).logits
+    )
+    names = ["a", "b", "c"]
+    for name, adapter, expert in zip(names, adapted.adapters, experts, strict=True):
+        head = expert.classifier.state_dict()
+        save_peft(adapter, base, head, tmp_path / name, base="body", task_type="SEQ_CLS")
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    told = {"r": 4, "lora_alpha": 4, "bias": "none", "use_dora": False, "task_type": "SEQ_CLS"}
+    assert told.items() <= options.items()
+    model = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "a"), adapter_name="a")
+    for name in names[1:]:
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+    model.eval()
+    with torch.no_grad():
+        expected = []
+        for place, (expert, ids) in enumerate(zip(experts, texts, strict=True)):
+            expected.append(adapted.network(place, expert.classifier)(input_ids=ids[:4]).logits)
+        mixed = torch.cat([ids[:4] for ids in texts])
+        found = model(input_ids=mixed, adapter_names=[name for name in names for _ in range(4)]).logits
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+        own = [expert(input_ids=ids[:4]).logits for expert, ids in zip(experts, texts, strict=True)]
+        far = base(input_ids=mixed).logits
+        assert (found - torch.cat(own)).norm() < 0.5 * (far - torch.cat(own)).norm()
+        model.set_adapter("b")
+        torch.testing.assert_close(model(input_ids=texts[1][:4]).logits, expected[1], rtol=1e-4, atol=1e-4)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=texts[1][:4]).logits, expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    experts = [resnet18(num_classes=4).eval()]
+    experts.append(deepcopy(experts[0]))
+    for parameter in experts[1].parameters():
+        parameter.data *= 1 + 0.05 * torch.rand_like(parameter)
+    images = [[torch.rand(24, 3, 32, 32)] for _ in experts]
+    method = coin.Average(adapters={"rank": 2, "scales": False})
+    assert method.label == "average+lora2"
+    (adapted,) = coin.merge_networks(method, experts, coin.uniform(2), calibration=images)
+    body = adapted.network(0)
+    for name, change in adapted.adapters[0].changes.items():
+        body.get_parameter(name).data -= change(torch.zeros_like(body.get_parameter(name)))  # without the adapter
+    save_peft(adapted.adapters[1], body, experts[1].fc.state_dict(), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(body, str(tmp_path)).eval()
+    with torch.no_grad():
+        expected = adapted.network(1, experts[1].fc)(images[1][0])
+        torch.testing.assert_close(loaded(images[1][0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_plain_lora_cannot_keep_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="found rank=0, expected a whole number of at least 1"):
+        coin.Refit(adapters={"rank": 0, "scales": False})
+    norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(ConfigurationError, match="found BatchNorms in Sequential"):
+        extract_lora(norm, norm, [torch.randn(20, 4)], 2, tmp_path)
+    heads = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, outputs)) for outputs in (2, 3)]
+    with pytest.raises(ConfigurationError, match=r"found a head .*3, 4.*expected the base's"):
+        extract_lora(heads[1], heads[0], [torch.randn(20, 4)], 2, tmp_path)
+    assert not list(Path(tmp_path).iterdir())
