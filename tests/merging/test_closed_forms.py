@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import coin
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, Wudi
+from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import ties
