@@ -2,10 +2,10 @@
 
     python notebooks/lora.py runs/NAME/seed-* --output lora.csv
 
-For every expert and rank what `coin.extract_lora` keeps of it, and what a singular value decomposition of W_i − W₀ does,
-as peft's ``convert_to_lora`` cuts what it is given, both with the expert's own head and the base's biases and
-normalisations; and that decomposition with the expert's own biases and normalisations (``svd, own vectors``), which no
-LoRA has. Ours has factors in 4 bits, theirs in float32.
+For every expert and rank what `coin.extract_lora` keeps of it, and what a singular value decomposition of W_i − W₀
+does (``svd``), as peft's ``convert_to_lora`` cuts what it is given, both with the expert's own head and the base's
+biases and normalisations; and that decomposition with the expert's own ones (``svd, own vectors``), which no LoRA has.
+Ours has factors in 4 bits, theirs in float32.
 """
 
 import argparse
