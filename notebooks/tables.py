@@ -166,7 +166,6 @@ FLEET = {
     ("refit+rank16-4bit", "expert_head"): "`Refit` with adapters, 4 bits",
     ("refit+rank4-4bit", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
     ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
-    ("base+rank4-4bit", "expert_head"): "the base with adapters of rank 4, 4 bits",
     ("refit-4bit", "expert_head"): "`Refit`, one network for all, 4 bits",
     ("replica-3bit-int8base", "replica"): "copies, 3-bit deltas",
     ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
