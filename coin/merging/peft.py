@@ -148,6 +148,12 @@ def extract_lora(
 
     Raises ConfigurationError for a network with BatchNorm, whose statistics a LoRA has no place for, and for another
     head than the base's.
+
+    >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
+    >>> network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
+    >>> adapter = coin.extract_lora(network, base, [torch.randn(200, 64)], rank=4, folder="lora")
+    >>> adapter.nbytes  # 4 directions of 64 and of 32 values in 4 bits, with a scale each
+    208
     """
     if batchnorms(base):
         raise ConfigurationError(
