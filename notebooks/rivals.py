@@ -161,6 +161,8 @@ def by_low_rank(experts, body, directions, calibration=None):
             kept, low_rank, first = [], torch.zeros_like(step), 0
             for count, bits in directions:
                 last = first + count
+                if first >= len(left):  # of a matrix with fewer directions
+                    break
                 pair = [quantise(factor[first:last], bits) for factor in (left, right)]
                 low_rank += pair[0].dense().T @ pair[1].dense()
                 kept += pair

@@ -103,12 +103,10 @@ IN_SHORT = [
 """The rows of the README's table but for the last, a spare."""
 
 FLEETS = {
-    "photos": ("six experts on photos", "stand-ins-photos", 6),
-    "resnet50": ("ResNet50, four experts", "stand-ins-resnet50", 4),
-    "resnet50-pair": ("ResNet50, the paper's pair", "stand-ins-resnet50", 2),
-    "intents": ("ten experts on intents", "stand-ins-intents", 10),
+    "photos": ("six experts on photos", "stand-ins-photos"),
+    "resnet50": ("ResNet50, MNIST and signs", "stand-ins-resnet50"),
 }
-"""The real fleets: what tables call them, their suites, and of how many experts."""
+"""The real fleets: what tables call them, and their suites."""
 
 CLAIMED = [
     ("coin", "linear"),
@@ -164,7 +162,6 @@ FAR = 5
 """What makes a method far cheaper than another: so many times fewer passes."""
 FLEET = {
     ("refit+rank16-4bit", "expert_head"): "`Refit` with adapters, 4 bits",
-    ("refit+rank4-4bit", "expert_head"): "`Refit` with adapters of rank 4, 4 bits",
     ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
     ("refit-4bit", "expert_head"): "`Refit`, one network for all, 4 bits",
     ("replica-3bit-int8base", "replica"): "copies, 3-bit deltas",
@@ -202,13 +199,12 @@ def stand_ins() -> str:
 
 def of_fleet(fleet: str) -> pd.DataFrame:
     """Return a real fleet's rows, with both memories in networks."""
-    _, suite, count = FLEETS[fleet]
+    _, suite = FLEETS[fleet]
     rows = measured(suite)
-    own = rows[rows.groupby("experiment").task.transform("nunique") == count]
-    size = network_mib(own)
-    return own.assign(
-        networks=pd.to_numeric(own.memory_mib) / size,
-        resident=pd.to_numeric(own.resident_mib) / size,
+    size = network_mib(rows)
+    return rows.assign(
+        networks=pd.to_numeric(rows.memory_mib) / size,
+        resident=pd.to_numeric(rows.resident_mib) / size,
     )
 
 
@@ -229,18 +225,17 @@ def real_fleets() -> str:
     every = {fleet: of_fleet(fleet) for fleet in FLEETS}
     rows = []
     for method, decoder in REAL:
-        own = rows_of(every["photos"], method, decoder)
-        memory = f"{own.networks.mean():.2f}"
+        sizes = [rows_of(part, method, decoder).networks for part in every.values()]
+        memory = " / ".join(f"{each.mean():.2f}" if len(each) else "–" for each in sizes)
         both = [nda_and_agreement(part, method, decoder) for part in every.values()]
         rows.append([KEPT[method, decoder], memory, *both])
-    names = [f"{name}: NDA, agreement" for name, _, _ in FLEETS.values()]
-    return markdown(["what stands in", "memory, photos", *names], rows)
+    names = [f"{name}: NDA, agreement" for name, _ in FLEETS.values()]
+    return markdown(["what stands in", "memory", *names], rows)
 
 
 def real_in_short() -> str:
     """The README's table: what stands in, its memory for six experts, and how near it is on photos and ResNet50."""
-    fleets = ("photos", "resnet50")
-    every = {fleet: of_fleet(fleet) for fleet in fleets}
+    every = {fleet: of_fleet(fleet) for fleet in FLEETS}
     rows = []
     for method, decoder in IN_SHORT:
         own = rows_of(every["photos"], method, decoder)
@@ -261,7 +256,7 @@ def real_in_short() -> str:
 def fleets_experts() -> str:
     """How good the experts of the real fleets are: the share of test samples that they are right on, by task."""
     lines = []
-    for fleet, (name, _, _) in FLEETS.items():
+    for fleet, (name, _) in FLEETS.items():
         rows = rows_of(of_fleet(fleet), "average", "expert_head")
         right = 100 * rows.groupby("task", sort=False).expert_accuracy.mean()
         each = ", ".join(f"{task} {share:.1f}" for task, share in right.items())
@@ -383,8 +378,9 @@ def fleet() -> str:
 
 def frontier() -> str:
     """NDA, the worst task's and the memory by the body's bits and the adapters' rank; bold what is Pareto-optimal."""
-    rows = measured("fleet")
-    network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
+    rows = measured("frontier")
+    fleet_rows = measured("fleet")  # of the same network
+    network = pd.to_numeric(rows_of(fleet_rows, "refit", "expert_head").memory_mib).min()
     cells: dict[tuple[int, int], dict[int, str]] = {}
     counts = rows.groupby("experiment").task.transform("nunique")
     for count, part in rows.groupby(counts):
@@ -412,6 +408,23 @@ def frontier() -> str:
         lines.append([str(rank), str(bits), *each])
     heads = [f"N = {count}" for count in sorted(counts.unique())]
     return markdown(["rank", "bits of the body", *heads], lines)
+
+
+def layers() -> str:
+    """How far the outputs of blocks are from the experts', by what stands in."""
+    rows = pd.read_csv(RESULTS / "stand-ins-photos/layers.csv")
+    names = {
+        "weighted svd": "the SVD weighted by inputs, body rounded to the nearest",
+        "in order": "adapters fitted in order, the same body",
+        "rounded by inputs": "adapters fitted in order, body rounded knowing of its inputs",
+    }
+    means = rows.groupby(["method", "block"]).error.mean()
+    blocks = rows.block.unique()
+    lines = []
+    for method, name in names.items():
+        lines.append([name, *(f"{100 * means[method, block]:.2f}" for block in blocks)])
+    heads = [f"block {place}" for place in range(1, len(blocks) + 1)]
+    return markdown(["", *heads], lines)
 
 
 def promises() -> str:
@@ -546,6 +559,7 @@ TABLES = {
     "samples": samples,
     "fleet": fleet,
     "frontier": frontier,
+    "layers": layers,
     "promises": promises,
     "wrong experts": wrong_experts,
     "failover": failover,

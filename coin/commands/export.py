@@ -75,32 +75,45 @@ def _export_expert(
                 if tasks
                 else "none: no adapters"
             )
-            raise ConfigurationError(f"found --expert={each} for '{file.path}', expected {known}")
-    path = file.path.with_name(f"{file.path.stem}-{expert or 'peft'}")
+            raise ConfigurationError(f"found expert {each} for '{file.path}', expected {known}")
+    path = file.path.with_name(f"{file.path.stem}-{'peft' if peft else expert}")
     if output is not None:
         path = Path(output)
     if peft:
-        body = _write(file.network, file, file.num_classes, path / "body", expert)
-        for task in wanted:
-            padded = pad_head(load_network(files[task]).network, file.num_classes)
-            head = padded.get_submodule(head_name(padded))
-            adapter = file.adapters[tasks.index(task)]
-            is_text = file.config.source.reads == "texts"
-            save_peft(
-                adapter,
-                file.network,
-                head.state_dict(),
-                path / task,
-                base=str(body),
-                task_type="SEQ_CLS" if is_text and body.is_dir() else None,
-            )
-        return body
+        return _export_peft(file, {task: files[task] for task in wanted}, path)
     (task,) = wanted
     own = load_network(files[task])
     head = own.network.get_submodule(head_name(own.network))
     adapter = file.adapters[tasks.index(task)]
     made = adapter.applied_to(file.network, head)
     return _write(made, file, own.num_classes, path, expert)
+
+
+def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> Path:
+    """Write these experts' adapters for peft, and then the body, and return where that is."""
+    source = file.config.source
+    if isinstance(source, HuggingFace) and source.zero_shot:
+        raise ConfigurationError(
+            f"found '{file.path}' of a CLIP's vision tower, which peft cannot load with a head; leave out --peft"
+        )
+    head_place = head_name(file.network)
+    others = [name for name, _ in file.network.named_modules() if name != head_place]
+    # peft's class for them takes every layer whose name ends so as the head.
+    has_own_name = head_place in ("classifier", "score")
+    is_alone = not any(name.endswith(("classifier", "score")) for name in others)
+    is_text = isinstance(source, HuggingFace) and source.reads == "texts"
+    tasks = file.provenance["tasks"]
+    for task, path in experts.items():
+        padded = pad_head(load_network(path).network, file.num_classes)
+        save_peft(
+            file.adapters[tasks.index(task)],
+            file.network,
+            padded.get_submodule(head_name(padded)).state_dict(),
+            folder / task,
+            base=str(folder / "body"),
+            task_type="SEQ_CLS" if is_text and has_own_name and is_alone else None,
+        )
+    return _write(file.network, file, file.num_classes, folder / "body", None)
 
 
 def _write(

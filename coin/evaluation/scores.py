@@ -149,7 +149,12 @@ class Evaluation:
         for variant in variants:
             # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
             has_output = variant.method != NONE and not variant.adapted
-            if has_output and variant.decoders(configs):
+            of_sum = [
+                config
+                for config in variant.decoders(configs)
+                if config.kind is not DecoderKind.expert_head
+            ]
+            if has_output and of_sum:  # the sum takes every expert's answers
                 self.residuals[variant] = [Residual() for _ in class_counts]
         self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
         self.network_seconds = 0.0

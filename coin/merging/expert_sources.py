@@ -26,7 +26,7 @@ FAR = 0.0125
 class ExpertNetworks:
     """Experts in memory.
 
-    Raises ConfigurationError for fewer than two experts or unlike ones, HeadError if heads cannot be padded, StateError
+    Raises ConfigurationError for no experts or unlike ones, HeadError if heads cannot be padded, StateError
     as `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
 
     Attributes:
@@ -44,7 +44,7 @@ class ExpertNetworks:
         forward: Forward | None = None,
     ) -> None:
         if not networks:
-            raise ConfigurationError("found no experts, expected those of two tasks at least")
+            raise ConfigurationError("found no experts, expected at least one")
         for network in networks:
             check_plain(network)
         if initial is not None:

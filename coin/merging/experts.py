@@ -64,7 +64,7 @@ class Experts:
         forward: How networks are called, of `forward` above.
         passes: Forward-equivalents spent so far, the cost of the merge; `seconds` went into statistics made elsewhere.
 
-    Raises ConfigurationError for fewer than two experts or unlike ones, or arguments for other numbers; DataError if
+    Raises ConfigurationError for no experts or unlike ones, or arguments for other numbers; DataError if
     there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
 
     >>> every = coin.Experts([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)])

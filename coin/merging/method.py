@@ -174,7 +174,9 @@ class Method(ABC):
         bits = compression.bits
         base_bits = compression.base_bits
         if made.body is None:
-            return compress(made.network, base, bits=bits, base_bits=base_bits)
+            packed = compress(made.network, base, bits=bits, base_bits=base_bits)
+            packed.adapters = made.adapters
+            return packed
         reference = reference_of(made.body.network, base, base_bits)
         rounding = Rounding(reference, bits)
         network, adapters = self.fit(experts, row, made.body, rounding)

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.merging.passes import fit_adapters
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import batchnorms
+from coin.networks.calling import Forward, clone
 from coin.networks.heads import head_name
 from coin.networks.kept import Change
 
@@ -41,8 +43,9 @@ def save_peft(
         base: peft's `base_model_name_or_path`.
         task_type: peft's, such as SEQ_CLS.
 
-    Raises ConfigurationError for other layers than Linear and Conv2d.
+    Raises ConfigurationError for other layers than Linear and Conv2d, before anything is written.
     """
+    _check_attention(body)
     head_place = head_name(body)
     changed = adapter.applied_to(body)
     tensors = {f"{head_place}.{name}": tensor for name, tensor in head.items()}
@@ -131,6 +134,7 @@ def extract_lora(
     samples: Iterable[Any],
     rank: int,
     folder: Path | str,
+    forward: Forward | None = None,
 ) -> Adapter:
     """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads, and return the adapter.
 
@@ -145,9 +149,11 @@ def extract_lora(
         samples: Batches of inputs like those it is to answer, without labels: some 200 samples.
         rank: r.
         folder: Where the adapter is written.
+        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor or do not return
+            one: ``lambda network, ids: network(input_ids=ids).logits``.
 
-    Raises ConfigurationError for a network with BatchNorm, whose statistics a LoRA has no place for, and for another
-    head than the base's.
+    Raises ConfigurationError for a network with BatchNorm, whose statistics a LoRA has no place for, or
+    `nn.MultiheadAttention`, and for another head than the base's.
 
     >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
     >>> network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
@@ -160,24 +166,38 @@ def extract_lora(
             f"found BatchNorms in {type(base).__name__}, expected a network without, such as a transformer; "
             "keep a body with adapters, coin.fit_adapters(base, [network], [samples])"
         )
+    _check_attention(base)
     head = network.get_submodule(head_name(network)).state_dict()
     found = {name: list(tensor.shape) for name, tensor in head.items()}
     own = base.get_submodule(head_name(base)).state_dict()
     expected = {name: list(tensor.shape) for name, tensor in own.items()}
     if found != expected:
         raise ConfigurationError(f"found a head {found}, expected the base's, {expected}")
-    adapted = fit_adapters(base, [network], [samples], rank=rank, scales=False)
+    base = clone(base).to(device_of(network))
+    adapted = fit_adapters(base, [network], [samples], rank=rank, scales=False, forward=forward)
     (adapter,) = adapted.adapters
     save_peft(adapter, base, head, Path(folder))
     return adapter
 
 
+def _check_attention(body: nn.Module) -> None:
+    """Raise ConfigurationError for `nn.MultiheadAttention`, whose weights peft's LoRA does not adapt one by one."""
+    for name, layer in body.named_modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            raise ConfigurationError(
+                f"found '{name}', an nn.MultiheadAttention, expected attention of Linear layers, as timm's and "
+                "Hugging Face's, for peft"
+            )
+
+
 def _check_adapted(name: str, layer: nn.Module) -> None:
     """Raise ConfigurationError for a layer that peft's LoRA does not adapt as `coin` does."""
     if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
+        advice = "; fit adapters with scales: false, which leave grouped convolutions to the body"
+        is_grouped = getattr(layer, "groups", 1) > 1
         raise ConfigurationError(
-            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt; fit adapters with "
-            "scales: false, which leave what is no ungrouped map to the body"
+            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
+            f"{advice if is_grouped else ''}"
         )
     if isinstance(layer, nn.Linear):
         return

@@ -28,9 +28,9 @@ class DecodingEvaluator(LightningModule):
     """Measures how well lost experts are decoded, on every task's test set. The data is a `coin.data.Tasks`.
 
     A network runs once a batch, where its answers are read: with ``expert_head`` alone an expert does on its own task's
-    test set only. Decoders are fitted on the pooled calibration samples first. After
-    ``trainer.test`` the results are in `measurements`. Beside the methods stand ``none``, the surviving experts alone,
-    and ``oracle``, Σβ_if_i as the coded output (NDA 1).
+    test set only. Promises are made of what all networks answer. Decoders are fitted on the pooled calibration samples
+    first. After ``trainer.test`` the results are in `measurements`. Beside the methods stand ``none``, the surviving
+    experts alone, and ``oracle``, Σβ_if_i as the coded output (NDA 1), where a decoder that is asked for reads these.
 
     NDA is not logged through ``self.log``: it is one number per method and decoder, known when all is measured, and no
     curve. ``trainer.evaluate`` hands the results to `coin.trainer.record`, which writes ``results.csv`` and puts
@@ -140,6 +140,8 @@ class DecodingEvaluator(LightningModule):
             )
         read = self.evaluation.read_by_fit()
         samples = calibration.num_samples if read else 0
+        if not self.evaluation.fitted:
+            promise = None
         if promise is not None:
             samples += promise.num_samples
         for task in data.tasks.values():

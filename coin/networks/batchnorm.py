@@ -172,14 +172,20 @@ def recalibrate(
 
 
 def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches, those of one sample joined to the one before, the first to the one after it."""
-    held: Batch | None = None
+    """Yield the batches, one of a single sample joined to the next one, the last to the one before it."""
+    ready: Batch | None = None
+    single: Batch | None = None
     for batch in batches:
-        if held is not None and 1 in (size_of(held), size_of(batch)):
-            held = joined([held, batch])
+        if single is not None:
+            batch = joined([single, batch])
+            single = None
+        if size_of(batch) == 1:
+            single = batch
             continue
-        if held is not None:
-            yield held
-        held = batch
-    if held is not None and size_of(held) > 1:
-        yield held
+        if ready is not None:
+            yield ready
+        ready = batch
+    if ready is not None and single is not None:
+        ready = joined([ready, single])
+    if ready is not None:
+        yield ready

@@ -34,8 +34,10 @@ def head_name(network: nn.Module) -> str:
         if isinstance(layer, nn.Linear):
             linear.append(name)
         base: str = getattr(layer, "base_model_prefix", "")  # the attribute with the base model
-        if base:
+        if base and hasattr(layer, base):
             bases.append(f"{name}.{base}.".lstrip("."))
+        elif base and name:  # a base model itself, under whatever name
+            bases.append(f"{name}.")
     if not linear:
         raise HeadError(
             f"found no Linear layer in {kind}; name the head by an attribute 'head_name'"

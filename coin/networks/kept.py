@@ -99,7 +99,7 @@ class Change:
 
     def __call__(self, value: Tensor) -> Tensor:
         """Return the parameter θ as the expert has it."""
-        return _changed(value, self.as_read())
+        return _changed(value.clone(memory_format=torch.contiguous_format), self.as_read())
 
 
 def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -109,9 +109,8 @@ def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tens
     return left.T, right
 
 
-def _changed(value: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """Return a parameter changed by the parts of `Change.as_read`."""
-    changed = value.clone(memory_format=torch.contiguous_format)
+def _changed(changed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return a contiguous parameter changed by the parts of `Change.as_read`, in place."""
     if "left" in parts:
         matrix = changed.flatten(1)
         left, right = _factors(parts, *matrix.shape)
@@ -219,6 +218,8 @@ class Kept(nn.Module):
         expert = ANSWERING.get()
         if expert is None or not self._parts:
             return value
+        if self.codes is None:
+            value = value.clone(memory_format=torch.contiguous_format)
         return _changed(value, {part: getattr(self, part)[expert] for part in self._parts})
 
 

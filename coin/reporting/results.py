@@ -43,7 +43,7 @@ class Row:
         decoded_accuracy: The same for the decoded output.
         nda: decoded_accuracy / expert_accuracy; NaN where the expert is never right.
         agreement: Share of test samples where expert and decoded output predict the same class.
-        residual: ‖f_c − Σβ_i f_i‖ / ‖Σβ_i f_i‖; NaN where there is no coded model.
+        residual: ‖f_c − Σβ_i f_i‖ / ‖Σβ_i f_i‖; NaN where there is no coded model, or ``expert_head`` alone reads it.
         merge_seconds: Wall time of making the coded model: statistics, merging, training and tuning, in seconds.
         merge_passes: Forward-equivalents spent on it (forward 1, backward 2 per sample and cotangent).
         decoder_seconds: Wall time of fitting the decoder, the networks' answers to the calibration samples included.

@@ -15,18 +15,27 @@ from fusion_bench import BaseAlgorithm, auto_register_config
 from fusion_bench.dataset.clip_dataset import CLIPDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from transformers import CLIPVisionModel
 
 import coin
 
 
+class Same(nn.Linear):
+    """A head that returns its input, so that no layer of a tower is taken for one."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features."""
+        return features
+
+
 class Tower(nn.Module):
-    """A vision tower of transformers as a classifier: its pooled output stands for the logits, under an identity."""
+    """A CLIP's vision tower of transformers as a classifier: its pooled output stands for the logits."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
         width = tower.config.hidden_size
-        self.head = nn.Linear(width, width, bias=False)
+        self.head = Same(width, width, bias=False).requires_grad_(False)
         nn.init.eye_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ class Calibrated(BaseAlgorithm):
         calibration = []
         for name in names:
             network = modelpool.load_model(name)
-            is_tower = hasattr(getattr(network, "config", None), "hidden_size")
+            is_tower = isinstance(network, CLIPVisionModel)
             networks.append((Tower(network) if is_tower else network).eval())
             calibration.append(self._images(modelpool, name))
         return names, networks, calibration
