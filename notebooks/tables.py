@@ -318,7 +318,9 @@ def rivals_table() -> str:
     named = [suite for suite in SUITES if (RESULTS / f"stand-ins-{suite}/rivals.csv").exists()]
     every, rows = {suite: rivals(f"stand-ins-{suite}") for suite in named}, []
     found = pd.concat(list(every.values()))[["method", "rank"]].drop_duplicates()
-    order = found.sort_values("method", key=lambda names: names.map(list(RIVALS).index))
+    order = found.sort_values(
+        "method", key=lambda names: names.map(list(RIVALS).index), kind="stable"
+    )
     for method, rank in order.itertuples(index=False):
         for bits in (8, 4):
             own = {

@@ -148,8 +148,8 @@ def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: P
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(to_input(images, 16))[:, :6], found, rtol=1e-4, atol=1e-4)
     for wrong, told in (
-        (None, "found --expert=None .*, expected one of digits, le"),
-        ("cats", "expert=cats"),
+        (None, "found expert None .*, expected one of digits, le"),
+        ("cats", "expert cats"),
     ):
         with pytest.raises(ConfigurationError, match=told):
             export(str(body), expert=wrong)
