@@ -429,6 +429,23 @@ def layers() -> str:
     return markdown(["", *heads], lines)
 
 
+def lora() -> str:
+    """What a LoRA of a fully fine-tuned network keeps of it, by how it was made and its rank."""
+    rows = pd.read_csv(RESULTS / "lora/lora.csv")
+    names = {
+        "extract_lora": "`coin.extract_lora`, factors in 4 bits",
+        "svd": "SVD of W − W₀",
+        "svd, own vectors": "the same, with the network's own biases and normalisations",
+    }
+    means = rows.groupby(["way", "rank"])[["nda", "agreement"]].mean() * 100
+    ranks = rows["rank"].unique()
+    lines = []
+    for way, name in names.items():
+        cells = [means.loc[(way, rank)] for rank in ranks]
+        lines.append([name, *(f"{each.nda:.1f}, {each.agreement:.1f}" for each in cells)])
+    return markdown(["NDA, agreement", *(f"rank {rank}" for rank in ranks)], lines)
+
+
 def promises() -> str:
     """What is accepted of the answers that the experts' own heads give, and how many of these differ."""
     rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
@@ -562,6 +579,7 @@ TABLES = {
     "fleet": fleet,
     "frontier": frontier,
     "layers": layers,
+    "lora": lora,
     "promises": promises,
     "wrong experts": wrong_experts,
     "failover": failover,
