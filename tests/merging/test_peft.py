@@ -12,6 +12,7 @@ import coin
 from coin.errors import ConfigurationError
 from coin.merging import extract_lora, fit_adapters
 from coin.merging.peft import save_peft
+from coin.networks import head_name
 
 peft = pytest.importorskip("peft")
 
@@ -121,6 +122,45 @@ def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path
         torch.testing.assert_close(model(input_ids=texts[1][:4]).logits, expected[1], rtol=1e-4, atol=1e-4)
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=texts[1][:4]).logits, expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_heads_of_two_layers_are_loaded(kind, tmp_path):
+    """Peft's class for SEQ_CLS would take every layer whose name ends in classifier for the head."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "roberta":
+        options = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+        config = transformers.RobertaConfig(vocab_size=50, num_labels=3, **options)
+        base = transformers.RobertaForSequenceClassification(config).eval()
+    else:
+        options = {"n_layers": 1, "n_heads": 2, "hidden_dim": 24, "dim": 16}
+        config = transformers.DistilBertConfig(vocab_size=50, num_labels=3, **options)
+        base = transformers.DistilBertForSequenceClassification(config).eval()
+    expert = deepcopy(base)
+    for parameter in expert.parameters():
+        if parameter.ndim == 2 and len(parameter) < 50:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = torch.randint(3, 50, (60, 9))
+    adapter = extract_lora(expert, base, [ids], 8, tmp_path, forward=lambda net, x: net(input_ids=x).logits)
+    loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
+    head = expert.get_submodule(head_name(expert))
+    with torch.no_grad():
+        expected = adapter.applied_to(base, head)(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_whose_weights_are_no_layers_is_refused(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    with pytest.raises(ConfigurationError, match=r"found 'attention', an nn\.MultiheadAttention"):
+        extract_lora(Net(), Net(), [torch.randn(20, 4, 8)], 2, tmp_path)
 
 
 def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
