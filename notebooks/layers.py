@@ -14,18 +14,12 @@ What `Refit`'s adapters add to a singular value decomposition weighted by the ex
 ``error`` is E‖h − h_i‖² / E‖h_i − E h_i‖² of the outputs h of a block on the test images of a task, h_i the expert's.
 """
 
-import argparse
-from pathlib import Path
-
-import pandas as pd
 import torch
-from rivals import body_of, by_low_rank, filled, in_bits
-from silent_faults import tasks_of
+from rivals import average_of, by_low_rank, filled, finished, in_bits, place_of, roots_of, written
 
 import coin
 from coin.data.samples import Calibration
-from coin.files.yaml import read_yaml
-from coin.networks import head_name, load_network
+from coin.networks import head_name
 
 RANK, BITS = 16, 4
 
@@ -63,11 +57,10 @@ def errors(network, expert, batches, names):
 
 def stand_ins(experts, calibration):
     """Yield (method, a plain network for each expert)."""
-    every = [body_of(expert) for expert in experts]
-    average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
-    whole = filled(experts[0], average)
+    whole = filled(experts[0], average_of(experts))
     body, _ = in_bits(BITS, whole)
-    yield "weighted svd", by_low_rank(experts, body, ((RANK, 4),), calibration)[0]
+    weights = [roots_of(expert, own) for expert, own in zip(experts, calibration, strict=True)]
+    yield "weighted svd", by_low_rank(experts, body, ((RANK, 4),), weights)[0]
     heads = [expert.get_submodule(head_name(expert)) for expert in experts]
     adapted = coin.fit_adapters(filled(whole, body), experts, calibration, rank=RANK)
     yield "in order", [adapted.network(place, head) for place, head in enumerate(heads)]
@@ -84,19 +77,16 @@ def stand_ins(experts, calibration):
 @torch.no_grad()
 def measure(folder):
     """Yield a row for every stand-in, task and block of a seed's folder."""
-    names = list(read_yaml(folder / "config.yaml")["tasks"])
-    files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
-    experts, size = [file.network for file in files], files[0].config.image_size
-    tasks = tasks_of(folder, names, size)
+    found, tasks, _ = finished(folder)
+    experts = list(found.values())
     blocks = [f"blocks.{place}" for place in range(len(experts[0].blocks))]
     samples = list(tasks.calibrations().values())
     for method, networks in stand_ins(experts, samples):
-        for name, network, expert in zip(names, networks, experts, strict=True):
-            batches = Calibration.of(tasks.tasks[name].splits.test, size)
+        for (name, expert), network in zip(found.items(), networks, strict=True):
+            task = tasks.tasks[name]
+            batches = Calibration.of(task.splits.test, task.image_size)
             for block, error in errors(network, expert, batches, blocks).items():
-                yield {
-                    "experiment": folder.parent.name,
-                    "seed": int(folder.name.removeprefix("seed-")),
+                yield place_of(folder) | {
                     "method": method,
                     "task": name,
                     "block": block,
@@ -105,10 +95,5 @@ def measure(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
-    parser.add_argument("--output", type=Path, default=Path("layers.csv"), help="the CSV to write")
-    given = parser.parse_args()
-    found = pd.DataFrame([row for folder in given.folders for row in measure(folder)])
-    found.to_csv(given.output, index=False)
+    found = written(measure, __doc__, "layers.csv")
     print(found.pivot_table(index="block", columns="method", values="error").round(4).to_string())

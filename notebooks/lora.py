@@ -8,19 +8,12 @@ biases and normalisations; and that decomposition with the expert's own ones (``
 Ours has factors in 4 bits, theirs in float32.
 """
 
-import argparse
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pandas as pd
 import torch
-from rivals import body_of, filled
-from silent_faults import tasks_of
+from rivals import body_of, classes_of, filled, finished, place_of, written
 
 import coin
-from coin.data.samples import Calibration
-from coin.files.yaml import read_yaml
-from coin.networks import load_network, run_network
 from coin.networks.heads import replace_head
 
 RANKS = 4, 8, 16
@@ -53,31 +46,19 @@ def ways(expert, base, samples, rank):
 @torch.no_grad()
 def measure(folder):
     """Yield a row for every expert, rank and way of a seed's folder."""
-    names = list(read_yaml(folder / "config.yaml")["tasks"])
-    files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
-    size = files[0].config.image_size
-    tasks = tasks_of(folder, names, size)
-    initial = f"initial-{max(file.num_classes for file in files)}.safetensors"
-    base = load_network(folder.parent / "base" / initial).network
-    for name, file in zip(names, files, strict=True):
-        expert = file.network
-        replace_head(base, file.num_classes)
-        test = tasks.tasks[name].splits.test
-
-        def answers(network, test=test):
-            batches = Calibration.of(test, size)
-            return torch.cat([run_network(network, x, features=False).logits for x in batches])
-
-        wanted = answers(expert).argmax(1)
-        right = float((wanted == test.targets).double().mean())
+    experts, tasks, base = finished(folder)
+    for name, expert in experts.items():
+        task = tasks.tasks[name]
+        replace_head(base, task.num_classes)
+        labels = task.splits.test.targets
+        wanted = classes_of(expert, task)
+        right = float((wanted == labels).double().mean())
         samples = tasks.calibrations()[name]
         for rank in RANKS:
             for way, network in ways(expert, base, samples, rank):
-                found = answers(network).argmax(1)
-                decoded = float((found == test.targets).double().mean())
-                yield {
-                    "experiment": folder.parent.name,
-                    "seed": int(folder.name.removeprefix("seed-")),
+                found = classes_of(network, task)
+                decoded = float((found == labels).double().mean())
+                yield place_of(folder) | {
                     "way": way,
                     "rank": rank,
                     "task": name,
@@ -88,11 +69,6 @@ def measure(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
-    parser.add_argument("--output", type=Path, default=Path("lora.csv"), help="the CSV to write")
-    given = parser.parse_args()
-    found = pd.DataFrame([row for folder in given.folders for row in measure(folder)])
-    found.to_csv(given.output, index=False)
+    found = written(measure, __doc__, "lora.csv")
     columns = found.groupby(["rank", "way"])[["nda", "agreement"]].mean()
     print(columns.unstack("way").round(4).to_string())

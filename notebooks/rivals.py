@@ -76,6 +76,55 @@ def filled(network, state):
     return network
 
 
+def finished(folder):
+    """Return the experts of a seed's folder by task, their tasks, and the shared initialisation."""
+    names = list(read_yaml(folder / "config.yaml")["tasks"])
+    files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
+    tasks = tasks_of(folder, names, files[0].config.image_size)
+    initial = f"initial-{max(file.num_classes for file in files)}.safetensors"
+    base = load_network(folder.parent / "base" / initial).network
+    return {name: file.network for name, file in zip(names, files, strict=True)}, tasks, base
+
+
+def classes_of(network, task):
+    """Return the classes that a network answers on a task's test set."""
+    batches = Calibration.of(task.splits.test, task.image_size)
+    logits = [run_network(network, batch, features=False).logits for batch in batches]
+    return torch.cat(logits).argmax(1)
+
+
+def place_of(folder):
+    """Return the columns that say where a seed's folder is from."""
+    return {"experiment": folder.parent.name, "seed": int(folder.name.removeprefix("seed-"))}
+
+
+def written(measure, description, output, options=()):
+    """Measure the folders that the command line names, write the CSV, and return its rows."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
+    parser.add_argument("--output", type=Path, default=Path(output), help="the CSV to write")
+    for name, told in options:
+        parser.add_argument(f"--{name}", action="store_true", help=told)
+    given = parser.parse_args()
+    chosen = [getattr(given, name) for name, _ in options]
+    found = pd.DataFrame([row for folder in given.folders for row in measure(folder, *chosen)])
+    found.to_csv(given.output, index=False)
+    return found
+
+
+def average_of(experts):
+    """Return the mean of the experts' tensors but for their heads'."""
+    every = [body_of(expert) for expert in experts]
+    return {name: sum(own[name] for own in every) / len(every) for name in every[0]}
+
+
+def matrices_of(expert):
+    """Return the names of an expert's matrices and kernels but for its head's."""
+    own = body_of(expert)
+    parameters = dict(expert.named_parameters())
+    return [name for name in own if name in parameters and own[name].ndim > 1]
+
+
 def flat(state, names):
     """Return tensors as one vector."""
     return torch.cat([state[name].flatten() for name in names])
@@ -137,21 +186,20 @@ def split(step, roots, rank):
     return root * u.T[:rank].contiguous(), right
 
 
-def by_low_rank(experts, body, directions, calibration=None):
+def by_low_rank(experts, body, directions, weights=None):
     """Return the experts with their differences from a body to some rank, and the bytes that are kept beside it.
 
     Args:
         experts: The experts.
         body: The body's tensors.
         directions: How many directions, the largest first, have so many bits.
-        calibration: Every expert's samples, where its inputs weigh the differences.
+        weights: Every expert's `roots_of`, where its inputs weigh the differences.
     """
     networks, total = [], 0
     for place, expert in enumerate(experts):
         own = body_of(expert)
-        parameters = dict(expert.named_parameters())
-        matrices = [name for name in own if name in parameters and own[name].ndim > 1]
-        roots = {} if calibration is None else roots_of(expert, calibration[place])
+        matrices = matrices_of(expert)
+        roots = {} if weights is None else weights[place]
         network, size = with_own(expert, body, own.keys() - set(matrices))
         total += size
         state = {}
@@ -183,13 +231,13 @@ def bytes_of(rounded):
     return rows * math.ceil(rounded.bits * columns / 8) + rounded.scale.nbytes
 
 
-def low_rank_ways(name, calibration):
-    """Yield (method, r, directions, calibration or none) of what is made of every expert's difference from a body."""
+def low_rank_ways(name, weights):
+    """Yield (method, r, directions, weights or none) of what is made of every expert's difference from a body."""
     for rank in RANKS:
         yield f"{name}+svd", rank, ((rank, 4),), None
     yield f"{name}+svd-mixed", sum(count for count, _ in MIXED), MIXED, None
     for rank in RANKS:
-        yield f"{name}+qera", rank, ((rank, 4),), calibration
+        yield f"{name}+qera", rank, ((rank, 4),), weights
 
 
 def sparse(step, density):
@@ -209,8 +257,7 @@ def by_sparse(experts, base, body, density, calibration):
     networks, total = [], 0
     for expert, batches in zip(experts, calibration, strict=True):
         own = body_of(expert)
-        parameters = dict(expert.named_parameters())
-        matrices = [name for name in own if name in parameters and own[name].ndim > 1]
+        matrices = matrices_of(expert)
         network, size = with_own(expert, body, own.keys() - set(matrices))
         total += size
         steps = {name: own[name] - base[name] for name in matrices}
@@ -262,14 +309,14 @@ def by_masks(experts, base, bits, threshold):
     return networks, size
 
 
-def stand_ins(experts, bodies, bits, svd_alone, calibration, initial):
+def stand_ins(experts, bodies, bits, svd_alone, calibration, weights, initial):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
         if name not in ("average", "base"):  # one network for all
             yield name, None, [filled(expert, body) for expert in experts], size
             continue
-        for method, rank, directions, inputs in low_rank_ways(name, calibration):
-            networks, kept = by_low_rank(experts, body, directions, inputs)
+        for method, rank, directions, roots in low_rank_ways(name, weights):
+            networks, kept = by_low_rank(experts, body, directions, roots)
             yield method, rank, networks, size + kept
     base, size = bodies["base"]
     for name, density in () if svd_alone else DENSITIES.items():
@@ -283,28 +330,18 @@ def stand_ins(experts, bodies, bits, svd_alone, calibration, initial):
 @torch.no_grad()
 def measure(folder, svd_alone):
     """Yield a row for every method, or for the SVDs alone, and task of a seed's folder."""
-    names = list(read_yaml(folder / "config.yaml")["tasks"])
-    files = [load_network(folder / "experts" / name / "expert.safetensors") for name in names]
-    experts, size = [file.network for file in files], files[0].config.image_size
-    tasks = tasks_of(folder, names, size)
-    tests = {name: task.splits.test for name, task in tasks.tasks.items()}
-    initial = f"initial-{max(file.num_classes for file in files)}.safetensors"
-    base = load_network(folder.parent / "base" / initial).network
-
-    def answers_of(network, name):
-        batches = Calibration.of(tests[name], size)
-        return torch.cat(
-            [run_network(network, batch, features=False).logits.argmax(1) for batch in batches]
-        )
+    found, tasks, base = finished(folder)
+    names, experts = list(found), list(found.values())
 
     def share(equal):
         return float(equal.double().mean())
 
-    wanted = {name: answers_of(expert, name) for name, expert in zip(names, experts, strict=True)}
-    right = {name: share(wanted[name] == tests[name].targets) for name in names}
+    labels = {name: tasks.tasks[name].splits.test.targets for name in names}
+    wanted = {name: classes_of(expert, tasks.tasks[name]) for name, expert in found.items()}
+    right = {name: share(wanted[name] == labels[name]) for name in names}
     samples = list(tasks.calibrations().values())
-    every = [body_of(expert) for expert in experts]
-    average = {name: sum(own[name] for own in every) / len(every) for name in every[0]}
+    weights = [roots_of(expert, own) for expert, own in zip(experts, samples, strict=True)]
+    average = average_of(experts)
     heads = nbytes(
         tensor
         for each in experts
@@ -327,16 +364,12 @@ def measure(folder, svd_alone):
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}
         for method, rank, networks, kept in stand_ins(
-            experts, bodies, bits, svd_alone, samples, body_of(base)
+            experts, bodies, bits, svd_alone, samples, weights, body_of(base)
         ):
             for name, network in zip(names, networks, strict=True):
-                answers = answers_of(network, name)
-                decoded = share(answers == tests[name].targets)
-                row = {
-                    "experiment": folder.parent.name,
-                    "seed": int(folder.name.removeprefix("seed-")),
-                }
-                row |= {
+                answers = classes_of(network, tasks.tasks[name])
+                decoded = share(answers == labels[name])
+                row = place_of(folder) | {
                     "method": method,
                     "rank": rank,
                     "task": name,
@@ -353,13 +386,7 @@ def measure(folder, svd_alone):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
-    parser.add_argument("--output", type=Path, default=Path("rivals.csv"), help="the CSV to write")
-    parser.add_argument("--svd", action="store_true", help="the SVDs alone")
-    given = parser.parse_args()
-    found = pd.DataFrame([row for folder in given.folders for row in measure(folder, given.svd)])
-    found.to_csv(given.output, index=False)
+    found = written(measure, __doc__, "rivals.csv", [("svd", "the SVDs alone")])
     shown = {name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]}
     print(
         found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string()
