@@ -46,7 +46,7 @@ def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
 
 def _nbytes(unit: Unit, rank: int, has_scales: bool) -> int:
     """Return the bytes of one expert's adapter of a unit."""
-    scales = 2 * unit.channels if has_scales else 0  # in float16, as shifts are
+    scales = unit.channels + 4 if has_scales else 0  # a byte each and a step, as shifts take
     shifts = 0 if unit.shift is None else scales
     if not unit.is_matrix:
         return scales + shifts
@@ -171,10 +171,14 @@ class AdapterFit:
             right = _with_all_entries(inner, entries, unit.unknowns)
         if not self._options.scales:
             return {} if left is None else {unit.weight: Change.of(left=left, right=right)}
-        scale, shift = moments.scaled(fitted)  # [G·O] both
+        scale = moments.scale(fitted)  # [G·O]
         shape = _shape_of_scale(weight, call)
-        changes = {unit.weight: Change.of(scale.reshape(shape), left=left, right=right)}
+        change = Change.of(scale.reshape(shape), left=left, right=right)
+        changes = {unit.weight: change}
         if unit.shift is not None:
+            kept_scale = change.scales()
+            assert kept_scale is not None
+            shift = moments.shift(fitted, kept_scale.to(scale).flatten())
             before = self._network.get_parameter(unit.shift)
             changes[unit.shift] = Change.of(shift=shift.reshape(before.shape) - before)
         elif call.bias is not None:  # which is computed of other tensors
@@ -294,14 +298,16 @@ class Moments:
         vectors = basis @ rotation[..., -wanted:]
         return vectors[0], lacking[0].T
 
-    def scaled(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scale and the intercept [G·O] with which a map Wᵀ [G, K, O] gives the outputs wanted."""
+    def scale(self, columns: Tensor) -> Tensor:
+        """Return the scale [G·O] with which a map Wᵀ [G, K, O] gives the outputs wanted."""
         variance = (columns * self._times(columns)).sum(1)  # [G, O]
         covariance = (columns * self.cross).sum(1)
         ridge = _SHRUNK * variance.mean()
         damped = variance + ridge
         ratio = (covariance + ridge) / damped
-        scale = ratio.where(damped > 0, 1.0)
-        means = (self.mean_a[:, None] @ columns)[:, 0]
-        shift = self.mean_z - scale * means
-        return scale.flatten(), shift.flatten()
+        return ratio.where(damped > 0, 1.0).flatten()
+
+    def shift(self, columns: Tensor, scale: Tensor) -> Tensor:
+        """Return the intercept [G·O] with which a map Wᵀ [G, K, O] and these scales [G·O] give the outputs wanted."""
+        means = (self.mean_a[:, None] @ columns).flatten()
+        return self.mean_z.flatten() - scale * means

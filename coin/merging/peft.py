@@ -112,8 +112,9 @@ def _of_layer(change: Change, parameter: Tensor, rank: int, is_dora: bool) -> di
     }
     if is_dora:
         magnitude = matrix.norm(dim=1)
-        if change.scale is not None:
-            signs = change.scale.float().sign().flatten()
+        scales = change.scales()
+        if scales is not None:
+            signs = scales.sign().flatten()
             magnitude = signs * magnitude
         found["lora_magnitude_vector"] = magnitude.view(1, -1, *ones) if kernel else magnitude
     return found

@@ -27,8 +27,10 @@ class Change:
     θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are as they are stored.
 
     Args:
-        scale: In float16, of a shape that broadcasts over θ.
-        shift: Likewise.
+        scale: The codes of scale − 1, int8, of a shape that broadcasts over θ.
+        scale_step: What one step of these codes is [1], float32.
+        shift: The codes of the shift, likewise.
+        shift_step: Likewise.
         left: The packed codes of leftᵀ [r, O], `BITS` a value (`coin.networks.delta.pack`).
         left_scale: A scale for each of the r, bfloat16.
         right: Those of right [r, K].
@@ -36,7 +38,9 @@ class Change:
     """
 
     scale: Tensor | None = None
+    scale_step: Tensor | None = None
     shift: Tensor | None = None
+    shift_step: Tensor | None = None
     left: Tensor | None = None
     left_scale: Tensor | None = None
     right: Tensor | None = None
@@ -53,9 +57,9 @@ class Change:
         """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
         parts: dict[str, Tensor] = {}
         if scale is not None:
-            parts["scale"] = scale.detach().half()
+            parts["scale"], parts["scale_step"] = _in_bytes(scale.detach() - 1)
         if shift is not None:
-            parts["shift"] = shift.detach().half()
+            parts["shift"], parts["shift_step"] = _in_bytes(shift.detach())
         if isinstance(left, Tensor):
             left = quantise(left.detach().T.contiguous(), BITS)
         if isinstance(right, Tensor):
@@ -71,6 +75,12 @@ class Change:
     def tensors(self) -> dict[str, Tensor]:
         """Its parts that are there, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def scales(self) -> Tensor | None:
+        """Return the scale in float32, of the shape that it is stored in; None without one."""
+        if self.scale is None or self.scale_step is None:
+            return None
+        return 1 + self.scale * self.scale_step
 
     def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
@@ -102,6 +112,14 @@ class Change:
         return _changed(value.clone(memory_format=torch.contiguous_format), self.as_read())
 
 
+def _in_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes in int8 of values' shape, and what one step of them is [1], float32."""
+    step = values.float().abs().amax().reshape(1) / 127
+    divisor = step.where(step > 0, 1.0)
+    codes = values.float().div(divisor).round()
+    return codes.to(torch.int8), step
+
+
 def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return left [O, r] and right [r, K], of the parts of `Change.as_read`."""
     left = read(parts["left"], parts["left_first"], parts["left_scale"], BITS, rows)
@@ -116,9 +134,10 @@ def _changed(changed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         left, right = _factors(parts, *matrix.shape)
         matrix.addmm_(left.to(matrix.dtype), right.to(matrix.dtype))
     if "scale" in parts:
-        changed.mul_(parts["scale"])
+        beyond_one = parts["scale"] * parts["scale_step"]
+        changed.addcmul_(changed, beyond_one)
     if "shift" in parts:
-        changed.add_(parts["shift"])
+        changed.add_(parts["shift"] * parts["shift_step"])
     return changed
 
 
@@ -162,8 +181,8 @@ class Kept(nn.Module):
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
 
-        A tensor for each would take more memory than its values. Who lacks a part gets one that changes nothing: a
-        scale of one, a shift of zero; of a smaller rank, directions whose scales are zero.
+        A tensor for each would take more memory than its values. Who lacks a part gets zeros, which change nothing, and
+        of a smaller rank directions whose scales are zero.
         """
         self.num_experts = len(changes)
         every = [change.as_read() for change in changes]
@@ -177,10 +196,9 @@ class Kept(nn.Module):
         """Return the change by an expert, without parts that change nothing."""
         held = {part: self.get_buffer(part)[expert] for part in self._parts}
         parts = Change.stored(held).tensors
-        if "scale" in parts and bool((parts["scale"] == 1).all()):
-            del parts["scale"]
-        if "shift" in parts and not bool(parts["shift"].any()):
-            del parts["shift"]
+        for name in ("scale", "shift"):
+            if name in parts and not bool(parts[name].any()):
+                del parts[name], parts[f"{name}_step"]
         if "left" in parts:
             used = (parts["left_scale"] * parts["right_scale"]).nonzero()  # directions
             rank = int(used[-1]) + 1 if len(used) else 0
@@ -227,8 +245,7 @@ def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
     """Return the experts' own tensors of one part of their changes as one, of the largest shape among them."""
     there = [tensor for tensor in tensors if tensor is not None]
     largest = max(tensor.shape for tensor in there)
-    fill = 1.0 if part == "scale" else 0.0
-    stacked = there[0].new_full((len(tensors), *largest), fill)
+    stacked = there[0].new_zeros(len(tensors), *largest)
     for place, tensor in zip(stacked, tensors, strict=True):
         if tensor is None:
             continue

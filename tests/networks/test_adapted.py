@@ -283,7 +283,7 @@ def test_experts_of_other_ranks_and_without_parts_answer_as_their_own_and_lose_n
         again = adapted.adapters[place].tensors
         assert again.keys() == adapter.tensors.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in adapter.tensors.items())
-    assert len([*adapted.buffers()]) == 8  # seven parts of the weight's and the bias's, of all experts together
+    assert len([*adapted.buffers()]) == 10  # eight parts of the weight's and two of the bias's, of all experts together
     assert stored_nbytes(adapted) == sum(t.nbytes for t in network.parameters()) + sum(a.nbytes for a in adapters)
 
 
