@@ -1,6 +1,6 @@
-"""The tables and the figure of measured numbers in README.md and docs, made from the results in notebooks/results.
+"""The tables and figures of measured numbers in README.md and docs, made from the results in notebooks/results.
 
-    python notebooks/tables.py    # writes the tables, between <!-- table: NAME --> and <!-- end -->, and the figure
+    python notebooks/tables.py    # writes the tables, between <!-- table: NAME --> and <!-- end -->, and the figures
 
 NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a suite: seeds and draws of the base.
 """
@@ -616,6 +616,37 @@ def fleet_figure() -> Figure:
         return drawn
 
 
+SHOWN = {
+    "replica": "a spare server with all weights",
+    "standin-packed": "body with adapters, 4 bits",
+    "copies": "copies in 3-bit deltas",
+    "coded_hedged": "coded model, with the survivors",
+}
+"""What the figure of failover shows."""
+
+
+def failover_figure() -> Figure:
+    """What a client of three experts sees as these are killed: right answers, and the wait for the first of them."""
+    accuracy = pd.read_csv(RESULTS / "failover" / "accuracy.csv")
+    events = pd.read_csv(RESULTS / "failover" / "events.csv")
+    killed = events[events.event.isin(["1", "2", "all"])]
+    with style():
+        drawn = Figure(figsize=(WIDTH, 2.9))
+        left, right = drawn.subplots(1, 2)
+        for place, (setup, name) in enumerate(SHOWN.items()):
+            look = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
+            own = accuracy[accuracy.setup == setup]
+            left.plot(own.lost, 100 * own.accuracy, linewidth=1.3, **look)
+            waits = killed[(killed.setup == setup) & killed.first_right_ms.lt(math.inf)]
+            right.plot(waits.lost, waits.first_right_ms, label=name, linewidth=1.3, **look)
+        left.set(ylabel="right answers (%)", ylim=(0, 100), xticks=range(4))
+        right.set(ylabel="first answer after (ms)", ylim=(0, None), xticks=range(1, 4))
+        for axes in (left, right):
+            axes.set_xlabel("experts killed, of three")
+        legend_below(drawn, columns=2)
+        return drawn
+
+
 def labels(drawn: Figure) -> str:
     """What the points of a figure are called, with their numbers; its file has this text too."""
     return "; ".join(text.get_text() for axes in drawn.axes for text in axes.texts)
@@ -635,6 +666,11 @@ if __name__ == "__main__":
     for path in FILES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
     with style():
-        for name, drawn in (("stand-ins", figure()), ("fleet", fleet_figure())):
+        figures = {
+            "stand-ins": figure(),
+            "fleet": fleet_figure(),
+            "failover": failover_figure(),
+        }
+        for name, drawn in figures.items():
             metadata = {"Software": None, "Description": labels(drawn)}
             drawn.savefig(RESULTS / f"{name}.png", dpi=200, facecolor="white", metadata=metadata)
