@@ -62,6 +62,7 @@ KEPT = {
     ("refit+rank16", "expert_head"): "`Refit` with adapters of rank 16",
     ("refit+rank16-4bit", "expert_head"): "**`Refit` with adapters, 4 bits**",
     ("refit+rank16-5bit", "expert_head"): "`Refit` with adapters, 5 bits",
+    ("refit+lora16-4bit", "expert_head"): "`Refit` with plain LoRA, 4 bits",
     ("average+rank16-4bit", "expert_head"): "the average with adapters, 4 bits",
     ("average+rank16-5bit", "expert_head"): "the average with adapters, 5 bits",
     ("base+rank16-4bit", "expert_head"): "the base with adapters, 4 bits",
@@ -80,9 +81,11 @@ REAL = [
     ("distillation", "linear"),
     ("distillation", "feature_ridge"),
     ("refit", "expert_head"),
+    ("refit+rank4-4bit", "expert_head"),
     ("refit+rank16", "expert_head"),
     ("refit+rank16-4bit", "expert_head"),
     ("refit+rank16-5bit", "expert_head"),
+    ("refit+lora16-4bit", "expert_head"),
     ("average+rank16-4bit", "expert_head"),
     ("average+rank16-5bit", "expert_head"),
     ("base+rank16-4bit", "expert_head"),
@@ -186,9 +189,10 @@ def stand_ins() -> str:
         present = [part for part in own.values() if len(part)]
         if not present:
             continue
+        of_two = [own[suite] for suite in SUITES if suite != "photos" and len(own[suite])]
         memory = [
             f"{part.networks.mean():.2f}" if len(part) else "–"
-            for part in (present[0], own["photos"])
+            for part in (of_two[0] if of_two else [], own["photos"])
         ]
         found = [spread(ndas(part, method, decoder)) for part in every.values()]
         runs = forwards_and_losses(method, decoder, present[0])
@@ -377,31 +381,32 @@ def frontier() -> str:
     rows = measured("frontier")
     fleet_rows = measured("fleet")  # of the same network
     network = pd.to_numeric(rows_of(fleet_rows, "refit", "expert_head").memory_mib).min()
-    cells: dict[tuple[int, int], dict[int, str]] = {}
+    cells: dict[tuple[str, int, int], dict[int, str]] = {}
     counts = rows.groupby("experiment").task.transform("nunique")
     for count, part in rows.groupby(counts):
         points = {}
         for method in part.method.unique():
-            named = re.fullmatch(r"refit\+rank(\d+)-(\d)bit", method)
+            named = re.fullmatch(r"refit\+(rank|shared)(\d+)-(\d)bit", method)
             if named is None:
                 continue
             measured_rows = rows_of(part, method, "expert_head")
-            rank, bits = map(int, named.groups())
+            kind, rank, bits = named.groups()
             memory = pd.to_numeric(measured_rows.memory_mib).mean() / network
             nda = 100 * measured_rows.nda
-            points[rank, bits] = (memory, nda.mean(), nda.min())
-        for pair, (memory, nda, worst) in points.items():
+            points[kind, int(rank), int(bits)] = (memory, nda.mean(), nda.min())
+        for point, (memory, nda, worst) in points.items():
             own = (memory, nda, worst)
             is_beaten = any(
                 other != own and other[0] <= memory and other[1] >= nda and other[2] >= worst
                 for other in points.values()
             )
             text = f"{nda:.1f} ({worst:.1f}), {memory:.2f}"
-            cells.setdefault(pair, {})[count] = text if is_beaten else f"**{text}**"
+            cells.setdefault(point, {})[count] = text if is_beaten else f"**{text}**"
     lines = []
-    for (rank, bits), found in sorted(cells.items()):
+    for (kind, rank, bits), found in sorted(cells.items()):
         each = [found.get(count, "–") for count in sorted(counts.unique())]
-        lines.append([str(rank), str(bits), *each])
+        directions = f"{rank}, shared" if kind == "shared" else str(rank)
+        lines.append([directions, str(bits), *each])
     heads = [f"N = {count}" for count in sorted(counts.unique())]
     return markdown(["rank", "bits of the body", *heads], lines)
 
