@@ -14,7 +14,7 @@ SLOW := -m 'not slow'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu notebooks study docs clean
+.PHONY: help install demo demo-small test test-all test-lowest lint format types imports pytest bench bench-check bench-gpu notebooks study docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,14 @@ imports: $(VENV)/.dev  ## check that imports flow one way
 pytest: $(VENV)/.dev  ## run the tests that are quick, and list the 20 slowest
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
 
+# With Python 3.11: not every lowest version has wheels for newer ones.
+test-lowest:  ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[demo,dev]'
+	@touch .venv-lowest/.demo .venv-lowest/.dev
+	$(MAKE) pytest VENV=.venv-lowest
+
 bench: $(VENV)/.demo  ## time the exact Fisher against its limit and the simple ways
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
 
@@ -95,5 +103,5 @@ docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an er
 	@echo "open dist/site/index.html; for its search: $(BIN)/python -m http.server --directory dist/site"
 
 clean:  ## remove the environment and all caches; results in runs/ stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist
+	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist
 	find coin tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -83,7 +83,7 @@ class DecoderConfig:
     @property
     def name(self) -> str:
         """What results call the decoder: its kind, and ``-alone`` without survivors."""
-        return self.kind if self.survivors else f"{self.kind}-alone"
+        return self.kind.value if self.survivors else f"{self.kind.value}-alone"
 
     @property
     def reads_features(self) -> bool:

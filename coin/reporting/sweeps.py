@@ -51,8 +51,8 @@ def read_sweep_table(folder: Path) -> Sweep | None:
                 legend.append((option, shown[value], value))
         options[option] = options[option].map(shown)
     labels = []
-    for row in options.to_dict("records"):
-        words = [f"{option} {value}" for option, value in row.items()]
+    for _, *values in options.itertuples(name=None):  # without columns pandas 2 has no records
+        words = [f"{option} {value}" for option, value in zip(options, values, strict=True)]
         labels.append(", ".join(words) or name)
     rows = frame[list(COLUMNS)].assign(experiment=labels)
     return Sweep(

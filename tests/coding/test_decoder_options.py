@@ -46,6 +46,7 @@ NAMES = [
 def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
     config = DecoderConfig.of(options)
     assert config.name == name
+    assert type(config.name) is str  # a column of names in W&B's tables takes no enum beside strings
     assert DecoderConfig.named(name) == config
     decoder = make_decoder(config, CODE, [0])
     assert (decoder.config.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -323,8 +322,6 @@ def _choose_strategy(connector):
 
 def register() -> torch.device:
     """Register the device with torch and Lightning, once in a process, and return it."""
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip(f"torch {torch.__version__} takes no backend that is written in Python, torch 2.9 does")
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     # Autograd's thread, where `_Mode` is not, makes tensors too.
     _library.impl("empty.memory_format", _empty, "PrivateUse1")

@@ -139,7 +139,7 @@ def test_a_body_is_an_ordinary_module(made):
             assert moved(x.to("meta")).shape == (7, 5)
     with coin.answering([packed], 1):
         expected = packed(x)
-        exported = torch.export.export(packed, (x,)).module()
+        exported = torch.export.export(packed, (x,), strict=False).module()  # as newer torch does by itself
     torch.testing.assert_close(exported(x), expected)
     with pytest.raises(StateError, match="is computed at every pass"):
         coin.compress(packed, None, bits=4, base_bits=0)
