@@ -106,6 +106,9 @@ def test_experts_are_imported_from_folders_with_their_projection_or_the_bases(
 def test_towers_are_read_under_the_names_of_any_version_of_transformers(config, place, tmp_path, prefix, safe):
     transformers.CLIPVisionModel.from_pretrained(place).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
+    version = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+    if not prefix and version <= (5, 10):
+        pytest.skip("this transformers reads the older names alone")
     state = {f"{prefix}{name.removeprefix('vision_model.')}": 2 * tensor for name, tensor in state.items()}
     if safe:
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
