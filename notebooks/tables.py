@@ -107,7 +107,7 @@ IN_SHORT = [
 
 FLEETS = {
     "photos": ("six experts on photos", "stand-ins-photos"),
-    "resnet50": ("ResNet50, MNIST and signs", "stand-ins-resnet50"),
+    "resnet50": ("four experts of ResNet50", "stand-ins-resnet50"),
 }
 """The real fleets: what tables call them, and their suites."""
 
