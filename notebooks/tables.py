@@ -647,8 +647,13 @@ def failover_figure() -> Figure:
 
 
 def labels(drawn: Figure) -> str:
-    """What the points of a figure are called, with their numbers; its file has this text too."""
-    return "; ".join(text.get_text() for axes in drawn.axes for text in axes.texts)
+    """What a figure says, its texts and the values of its lines; its file has this text too."""
+    told = []
+    for axes in drawn.axes:
+        told += [text.get_text() for text in axes.texts]
+        for line in axes.lines:
+            told.append(" ".join(f"{value:.4g}" for value in line.get_ydata()))
+    return "; ".join(told)
 
 
 def with_tables(text: str) -> str:

@@ -127,6 +127,7 @@ class AdapterFit:
     def _shared_basis(self, unit: Unit, rows: UnitRows) -> SharedBasis:
         """Return the basis of all experts' corrections of a unit."""
         basis = SharedBasis(self._rank)
+        # Moments are made again for each expert's core: those of all at once would take much memory.
         for expert, samples in self._samples_of_each():
             if self._row[expert] > 0:
                 moments = _moments(unit, rows, samples)

@@ -146,8 +146,9 @@ class SharedBasis:
     """One basis for what a body's map lacks of every expert's, B_i ≈ U C_i V, with a core C_i [r, r] for each.
 
     U [O, r] has the first eigenvectors of Σ_i B_i M_i B_iᵀ / t_i, where t_i = tr(B_i M_i B_iᵀ), so that every expert
-    counts alike. V [r, K] spans the first right singular vectors, in the mean of the metrics M_i, of all Uᵀ B_i / √t_i
-    below one another. A core is the closest to B_i in its own metric, given what U and V became in few bits.
+    counts alike. V [r, K] has the first right singular vectors, in the mean of the metrics M_i / tr M_i, of all
+    Uᵀ B_i / √t_i below one another, times their singular values, so that the columns of a core are of one size. A core
+    is the closest to B_i in its own metric, given what U and V became in few bits.
 
     The form is that of Gabrielsson et al., *Compress then Serve* (arXiv 2407.00066), which joins finished adapters in
     the plain norm.
@@ -188,8 +189,7 @@ class SharedBasis:
             root = self._weights[expert].sqrt()
             below.append(root * (columns @ left).T)
         joined = torch.cat(below)  # [N r, K]
-        _, turn = torch.linalg.eigh(joined @ self._metric @ joined.T)
-        right = turn[:, -directions:].T @ joined  # V [r, K]
+        right = _right_vectors(joined, torch.as_tensor(self._metric), directions)
         self._outer_rounded = quantise(left.T.contiguous(), BITS)
         self._inner_rounded = quantise(right.contiguous(), BITS)
 
@@ -203,3 +203,22 @@ class SharedBasis:
         core = projected @ damped @ torch.linalg.pinv(inner @ damped, hermitian=True)
         core_rounded = quantise(core.contiguous(), BITS)
         return Factors(self._outer_rounded, self._inner_rounded, core_rounded)
+
+
+def _right_vectors(matrix: Tensor, metric: Tensor, count: int) -> Tensor:
+    """Return the first right singular vectors of a matrix [n, K] in a metric [K, K], times their singular values.
+
+    With M = L Lᵀ and A L = X S Wᵀ they are the first rows of Xᵀ A = S Wᵀ L⁻¹ [count, K].
+    """
+    rows, unknowns = matrix.shape
+    if rows <= unknowns:
+        _, vectors = torch.linalg.eigh(matrix @ metric @ matrix.T)  # ascending
+        first: Tensor = vectors[:, -count:].T @ matrix
+        return first
+    root = torch.linalg.cholesky(metric)
+    scaled = matrix @ root
+    squares, vectors = torch.linalg.eigh(scaled.T @ scaled)
+    sizes = squares[-count:].clamp(min=0).sqrt()
+    wanted = sizes[:, None] * vectors[:, -count:].T
+    found: Tensor = torch.linalg.solve_triangular(root, wanted, upper=False, left=False)
+    return found

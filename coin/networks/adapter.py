@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.choices import check_integer, check_number
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import State
 from coin.networks.calling import clone, plain
 from coin.networks.heads import with_head
@@ -27,7 +27,7 @@ class AdapterOptions:
         scales: Whether there are scales and biases beside the corrections. Without them adapters are plain LoRA: only
             ungrouped maps have them.
         shared: Whether the corrections of all experts have one basis of r directions, in which each has a core of r × r
-            values: fewer bytes from some eight experts on.
+            values: fewer bytes for a large fleet.
     """
 
     rank: int | None = None
@@ -131,7 +131,11 @@ def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
             for part, tensor in change.tensors.items():
                 is_shared = change.core is not None and part in BASIS
                 owner = _SHARED if is_shared else str(expert)
-                state[f"{_ADAPTERS}{owner}.{name}.{part}"] = tensor
+                key = f"{_ADAPTERS}{owner}.{name}.{part}"
+                if not torch.equal(state.setdefault(key, tensor), tensor):
+                    raise StateError(
+                        f"found several bases of '{name}', expected one for all experts"
+                    )
     return state
 
 
@@ -158,7 +162,7 @@ def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     for own in parts.values():
         changes = {}
         for name, each in own.items():
-            basis = shared[name] if "core" in each else {}
+            basis = shared.get(name, {}) if "core" in each else {}
             changes[name] = Change(**each, **basis)
         adapters.append(Adapter(changes))
     return others, adapters

@@ -21,7 +21,8 @@ BASIS = ("left", "left_scale", "right", "right_scale")
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
 """The expert as which bodies answer in this thread or task, set by `coin.Adapted` for each pass; None for as nobody."""
 _FACTORS = ("left", "right", "core")
-_SIDES = ("left", "right")
+_NEEDED = {"scale": "scale_step", "shift": "shift_step", "left": "right", "core": "left"}
+"""What other part a part is read with."""
 _KEPT = "kept_parameter_"  # before a parameter's name: that of what a layer keeps in its place
 
 
@@ -33,7 +34,7 @@ class Change:
 
     Args:
         scale: The codes of scale − 1, int8, of a shape that broadcasts over θ.
-        scale_step: What one step of these codes is [1], float32.
+        scale_step: What one step of these codes is [], float32: a 127th of the largest, whatever the others are.
         shift: The codes of the shift, likewise.
         shift_step: Likewise.
         left: The packed codes of leftᵀ [r, O], `BITS` a value (`coin.networks.delta.pack`).
@@ -42,6 +43,8 @@ class Change:
         right_scale: Likewise.
         core: Those of the expert's own core [r, r], where left and right are a basis that all experts share.
         core_scale: Likewise.
+
+    Raises StateError for a part without what it is read with.
     """
 
     scale: Tensor | None = None
@@ -54,6 +57,14 @@ class Change:
     right_scale: Tensor | None = None
     core: Tensor | None = None
     core_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        parts = self.tensors
+        for part, needed in _NEEDED.items():
+            if part in parts and needed not in parts:
+                raise StateError(
+                    f"found a change with '{part}' and no '{needed}', expected both, as this version writes"
+                )
 
     @classmethod
     def of(
@@ -82,6 +93,11 @@ class Change:
             parts["right"] = pack(right.codes, BITS)
             parts["right_scale"] = right.scale
         if core is not None:
+            rank = 0 if left is None else len(left.codes)
+            if core.codes.shape != (rank, rank):
+                raise StateError(
+                    f"found a core of shape {list(core.codes.shape)}, expected {[rank, rank]}, its basis's"
+                )
             parts["core"] = pack(core.codes, BITS)
             parts["core_scale"] = core.scale
         return cls(**parts)
@@ -128,8 +144,8 @@ class Change:
 
 
 def _in_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes in int8 of values' shape, and what one step of them is [1], float32."""
-    step = values.float().abs().amax().reshape(1) / 127
+    """Return codes in int8 of values' shape, and what one step of them is [], float32."""
+    step = values.float().abs().amax() / 127
     divisor = step.where(step > 0, 1.0)
     codes = values.float().div(divisor).round()
     return codes.to(torch.int8), step
@@ -204,12 +220,10 @@ class Kept(nn.Module):
         """
         self.num_experts = len(changes)
         every = [change.as_read() for change in changes]
-        names = dict.fromkeys(chain(*every))
-        self._parts = tuple(names)
+        self._parts = tuple(dict.fromkeys(chain(*every)))
+        basis = _shared_basis(every)
         for part in self._parts:
-            tensors = [held.get(part) for held in every]
-            if "core" in names and part.startswith(_SIDES):
-                tensors = [_the_same(part, tensors)]
+            tensors = [basis[part]] if part in basis else [held.get(part) for held in every]
             self.register_buffer(part, _stacked(part, tensors))
 
     def change(self, expert: int) -> Change:
@@ -281,12 +295,21 @@ def of_expert(tensor: Tensor, expert: int) -> Tensor:
     return tensor[expert] if len(tensor) > 1 else tensor[0]
 
 
-def _the_same(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
-    """Return the tensor that all experts share which have one."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    if not all(torch.equal(tensor, there[0]) for tensor in there):
-        raise StateError(f"found experts with several '{part}' beside their cores, expected one")
-    return there[0]
+def _shared_basis(every: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the basis in the experts' parts of `Change.as_read`; {} where each has a correction of its own."""
+    cores = [held for held in every if "core" in held]
+    if not cores:
+        return {}
+    names = [part for part in cores[0] if part.startswith(("left", "right"))]
+    for held in every:
+        if "left" not in held:
+            continue
+        is_shared = all(torch.equal(held[part], cores[0][part]) for part in names)
+        if not is_shared or "core" not in held:
+            raise StateError(
+                "found corrections of several bases, expected one for all experts where one has a core"
+            )
+    return {part: cores[0][part] for part in names}
 
 
 def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -297,7 +320,7 @@ def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
     for place, tensor in zip(stacked, tensors, strict=True):
         if tensor is None:
             continue
-        if part in ("scale", "shift"):
+        if part.startswith(("scale", "shift")):
             place.copy_(tensor)
         else:
             place[: len(tensor)] = tensor  # of a smaller rank

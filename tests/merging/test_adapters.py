@@ -157,6 +157,29 @@ def test_scales_and_shifts_are_kept_in_a_byte_each():
     assert coin.Adapter({"bias": {"shift": torch.zeros(20)}}).applied_to(layer).bias.equal(layer.bias)
 
 
+class Gain(nn.Module):
+    """A layer with a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.head, self.gain = nn.Linear(5, 7), nn.Linear(7, 3), nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x):
+        return self.head(self.gain * self.map(x).tanh())
+
+
+def test_a_parameter_without_dimensions_is_changed_as_others_are():
+    torch.manual_seed(0)
+    experts = [Gain().eval()]
+    experts.append(deepcopy(experts[0]))
+    experts[1].gain.data *= 1.5
+    inputs = [[torch.randn(60, 5)] for _ in experts]
+    adapted = fit_adapters(experts[0], experts, inputs, rank=2)
+    assert adapted.network(1).gain.shape == ()
+    with answering([adapted], 1), torch.no_grad():
+        torch.testing.assert_close(adapted(inputs[1][0]), experts[1](inputs[1][0]), rtol=0.1, atol=0.05)
+
+
 @pytest.mark.parametrize("make", INPUTS)
 def test_with_full_rank_a_body_becomes_each_expert(make):
     experts, inputs = make_experts(make, apart=1.0, samples=150)
@@ -218,7 +241,7 @@ def test_more_rank_is_nearer_and_a_memory_takes_the_largest_rank_that_fits():
 
 def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
     config = NetworkConfig("small_resnet", 16, None, {"width": 4})
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     experts = [build_network(config, 3, seed=0).eval() for _ in range(2)]
     for expert in experts:
         for parameter in expert.parameters():
@@ -232,7 +255,7 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
         bare = with_adapters(packed.network(), made[0].adapters)  # those that were fitted to the whole body
         with answering([rounded, bare], 0):
             own, *each = (features_and_logits(net, inputs[0][0])[0] for net in (experts[0], rounded, bare))
-        assert (each[0] - own).norm() < 0.9 * (each[1] - own).norm()
+        assert (each[0] - own).norm() < 0.8 * (each[1] - own).norm()
         one = method(**how).coded_model(coin.Experts(experts, calibration=inputs), [0.5, 0.5])
         path = tmp_path / "body.safetensors"
         save_network(path, one.network, config, 3, {"what": "a body"}, one.adapters)

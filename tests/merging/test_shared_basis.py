@@ -1,6 +1,7 @@
 """Adapters whose corrections share a basis: what they keep, their bytes, their files and what is refused."""
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from torch import nn
 
 import coin
 from coin.errors import ConfigurationError, StateError
+from coin.merging import corrections
 from coin.merging.corrections import Lacking, Moments, SharedBasis
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapted import answering, stored_nbytes, with_adapters
 from coin.networks.adapter import adapters_nbytes
+from coin.networks.kept import Change
 from coin.networks.running import features_and_logits
 
 OUTPUTS, INPUTS, RANK = 24, 40, 3
@@ -51,31 +54,53 @@ def test_experts_in_one_basis_are_kept_in_fewer_bytes_than_by_corrections_of_the
     assert error(shared, experts, inputs) < 1.5 * error(apart, experts, inputs)
 
 
-def test_basis_and_cores_leave_what_the_joint_fit_leaves():
+class Unrounded(NamedTuple):
+    """A matrix in place of its rounded form."""
+
+    matrix: torch.Tensor
+
+    def dense(self):
+        return self.matrix
+
+
+def metric_of(part):
+    """Return cov(a) + μI of what is lacking."""
+    identity = torch.eye(len(part.columns)).double()
+    return part.moments.gram()[0] + part.damping * identity
+
+
+def leading_of(matrix, metric, count):
+    """Return the best matrix of low rank in a metric, by the SVD of A R with M = R Rᵀ."""
+    root = torch.linalg.cholesky(metric)
+    u, s, v = torch.linalg.svd(matrix @ root, full_matrices=False)
+    return u[:, :count] * s[:count] @ v[:count] @ torch.linalg.inv(root)
+
+
+@pytest.mark.parametrize("unknowns", [9, INPUTS])  # fewer than rows below one another, and more
+@pytest.mark.parametrize("rank", [1, 4])
+def test_basis_and_cores_are_the_joint_singular_vectors_and_the_best_fit_in_each_metric(monkeypatch, unknowns, rank):
+    monkeypatch.setattr(corrections, "quantise", lambda matrix, bits: Unrounded(matrix))
     torch.manual_seed(1)
-    parts = []
-    for _ in range(4):
-        inputs = torch.randn(1, 60, INPUTS).double() * torch.rand(INPUTS).double()
-        moments = Moments(inputs, torch.randn(60, 1, OUTPUTS), torch.ones(60, 1), intercept=False)
-        parts.append(Lacking(torch.randn(INPUTS, OUTPUTS).double(), torch.tensor(0.1).double(), moments))
-    lost = []
-    for rank in (2, 8, OUTPUTS):
-        basis = SharedBasis(rank)
-        for place, part in enumerate(parts):
-            basis.add(place, part)
-        basis.fit()
-        left = 0.0
-        for place, part in enumerate(parts):
-            factors = basis.of_expert(place, part.moments)
-            assert factors.outer.codes.shape == (rank, OUTPUTS)
-            assert factors.inner.codes.shape == (rank, INPUTS)
-            rest = part._replace(columns=part.columns - factors.map(part.columns))
-            identity = torch.eye(OUTPUTS).double()
-            left += float(rest.squared(identity).trace() / part.squared(identity).trace())
-        lost.append(left / len(parts))
-    assert lost[0] > lost[1] > lost[2]
-    assert lost[0] < 1
-    assert lost[2] < 0.5  # not all: the right side keeps 24 of 40 directions
+    parts, basis = [], SharedBasis(rank)
+    for place, samples in enumerate((5, 20, 60)):
+        inputs = torch.randn(1, samples, unknowns).double() * 2 * torch.rand(unknowns).double() + 1
+        moments = Moments(inputs, torch.randn(samples, 1, OUTPUTS), torch.ones(samples, 1), intercept=True)
+        columns = (1 + 3 * place) * torch.randn(unknowns, OUTPUTS).double()
+        parts.append(Lacking(columns, torch.tensor(0.1 + place).double(), moments))
+        basis.add(place, parts[-1])
+    basis.fit()
+    squares = [part.columns.T @ metric_of(part) @ part.columns for part in parts]
+    sizes = [float(square.trace()) for square in squares]
+    joined = sum(square / size for square, size in zip(squares, sizes, strict=True))
+    left = torch.linalg.eigh(joined)[1][:, -rank:]  # U
+    rows = torch.cat([left.T @ part.columns.T / size**0.5 for part, size in zip(parts, sizes, strict=True)])
+    mean = sum(metric_of(part) / metric_of(part).trace() for part in parts)
+    right = torch.linalg.svd(leading_of(rows, mean, rank), full_matrices=False)[2][:rank]  # spans V
+    for place, part in enumerate(parts):
+        metric = metric_of(part)
+        core = (left.T @ part.columns.T @ metric @ right.T) @ torch.linalg.inv(right @ metric @ right.T)
+        expected = left @ core @ right
+        torch.testing.assert_close(basis.of_expert(place, part.moments).map(part.columns).T, expected)
 
 
 def test_a_file_has_the_basis_once_and_all_forms_answer_alike(tmp_path):
@@ -133,8 +158,18 @@ def test_several_bases_and_a_basis_without_scales_are_refused():
         torch.manual_seed(seed)
         parts = {"left": torch.randn(OUTPUTS, 2), "right": torch.randn(2, INPUTS), "core": torch.randn(2, 2)}
         adapters.append(coin.Adapter({"0.weight": parts}))
-    with pytest.raises(StateError, match="found experts with several 'left' beside their cores, expected one"):
-        coin.Adapted(body, adapters)
+    first, second = adapters
+    for several in (adapters, [first, coin.Adapter({"0.weight": {"left": parts["left"], "right": parts["right"]}})]):
+        with pytest.raises(StateError, match="found corrections of several bases, expected one for all experts"):
+            coin.Adapted(body, several)
+    with pytest.raises(StateError, match=r"found several bases of '0\.weight', expected one for all experts"):
+        adapters_nbytes(adapters)
+    with pytest.raises(StateError, match=r"found a core of shape \[3, 3\], expected \[2, 2\]"):
+        coin.Adapter({"0.weight": {**parts, "core": torch.randn(3, 3)}})
+    stored = second.changes["0.weight"].tensors
+    del stored["left"]
+    with pytest.raises(StateError, match="found a change with 'core' and no 'left', expected both"):
+        Change(**stored)
     with pytest.raises(ConfigurationError, match="found shared adapters without scales"):
         coin.fit_adapters(body, experts, inputs, rank=2, shared=True, scales=False)
     with pytest.raises(ConfigurationError, match="found rank=0"):
