@@ -108,6 +108,7 @@ IN_SHORT = [
 FLEETS = {
     "photos": ("six experts on photos", "stand-ins-photos"),
     "resnet50": ("four experts of ResNet50", "stand-ins-resnet50"),
+    "intents": ("ten experts for intents", "stand-ins-intents"),
 }
 """The real fleets: what tables call them, and their suites."""
 
@@ -265,6 +266,7 @@ def fleets_experts() -> str:
 def claims(target: float = 97.5) -> str:
     """The paper's claims: in how many runs they hold, where they hold best, and what that takes."""
     of_suites = {name: measured(f"stand-ins-{suite}") for suite, name in SUITES.items()}
+    of_suites |= {FLEETS[name][0]: measured(FLEETS[name][1]) for name in ("resnet50", "intents")}
     few, rows = measured("samples"), []
     for claim, parts in (
         (f"NDA above {target} % in some cases", of_suites),
