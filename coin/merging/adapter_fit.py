@@ -1,21 +1,25 @@
 """Adapters fitted in closed form, unit by unit, to the experts' outputs on the body's own inputs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State, not_finite
-from coin.merging.corrections import Lacking, Moments, SharedBasis, low_rank
 from coin.merging.expert_sources import whole_state
 from coin.merging.units import Unit, UnitRows, as_map, folded_unit
 from coin.networks.adapter import Adapter, AdapterOptions
-from coin.networks.delta import Rounded, nearest
+from coin.networks.delta import Rounded, nearest, quantise
 from coin.networks.kept import BITS, Change
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
+from coin.statistics.solvers import is_round_off, products, solve_ridge
+
+_SHRUNK = 0.01  # of the mean variance of a unit's outputs: the ridge that draws their scales to 1
+_MORE = 8  # directions beside the r wanted, in the search for singular vectors
+_ITERATIONS = 4  # of this search
 
 
 def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
@@ -27,10 +31,11 @@ def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
     for unit in units:
         highest = max(highest, min(unit.outputs, unit.unknowns))
     mib = 0.0
-    lowest = 0 if options.scales and not options.shared else 1
-    least = "corrections of rank 1" if lowest else "scales and biases"
+    lowest = 0 if options.scales else 1
+    least = "scales and biases" if options.scales else "corrections of rank 1"
     for rank in range(highest, lowest - 1, -1):
-        mib = sum(_nbytes(unit, rank, options, count) for unit in units) / 2**20
+        nbytes = sum(_nbytes(unit, rank, options.scales) for unit in units)  # of one expert
+        mib = count * nbytes / 2**20
         if mib <= options.memory_mib:
             return rank
     raise ConfigurationError(
@@ -39,20 +44,16 @@ def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
     )
 
 
-def _nbytes(unit: Unit, rank: int, options: AdapterOptions, count: int) -> int:
-    """Return the bytes of so many experts' adapters of a unit."""
-    scales = unit.channels + 4 if options.scales else 0  # a byte each and a step, as shifts take
+def _nbytes(unit: Unit, rank: int, has_scales: bool) -> int:
+    """Return the bytes of one expert's adapter of a unit."""
+    scales = unit.channels + 4 if has_scales else 0  # a byte each and a step, as shifts take
     shifts = 0 if unit.shift is None else scales
     if not unit.is_matrix:
-        return count * (scales + shifts)
+        return scales + shifts
+    left = math.ceil(BITS * unit.outputs / 8)  # of one direction
+    right = math.ceil(BITS * unit.unknowns / 8)
     directions = min(rank, unit.outputs, unit.unknowns)
-    left, right, core = (
-        directions * (math.ceil(BITS * values / 8) + 2)  # with a scale in bfloat16
-        for values in (unit.outputs, unit.unknowns, directions)
-    )
-    if options.shared:
-        return count * (scales + shifts + core) + left + right
-    return count * (scales + shifts + left + right)
+    return scales + shifts + directions * (left + right + 4)  # two scales in bfloat16
 
 
 class AdapterFit:
@@ -68,14 +69,12 @@ class AdapterFit:
     vectors of B M^{1/2} (reduced-rank ridge regression). With few samples it is the singular value decomposition of
     W_i − W, weighted by the inputs, and with many the fit. V is rounded as `Adapter` keeps it, to V̂, and V̂⁺ B then. At
     last every output has a scale and a shift, by least squares, the scale drawn to 1 by 0.01 of the mean variance. A
-    grouped convolution and a normalisation have these alone, a unit without a bias no shift. Where the options say so,
-    all experts' corrections have one basis (`SharedBasis`).
+    grouped convolution and a normalisation have these alone, a unit without a bias no shift.
 
     Args:
         network: The body.
         rank: r.
-        options: μ (`ridge`), relative to the mean diagonal entry of cov(a), whether there are scales and shifts, and
-            whether the basis is shared.
+        options: μ (`ridge`), relative to the mean diagonal entry of cov(a), and whether there are scales and shifts.
         experts: The experts' parameters and buffers.
         tasks: Of which expert's task every sample is [P], in ascending order.
         row: β [N]; experts without a share have no adapters.
@@ -100,48 +99,30 @@ class AdapterFit:
 
     def fit(self, unit: Unit, call: Call, rows: UnitRows) -> Tensor:
         """Fit a unit of every expert, and return the output [P·k, …] of its call on all samples, with all adapters."""
-        inputs_each = len(call.inputs) // len(rows.targets)  # k
-        basis = None
-        if self._options.shared and unit.is_matrix:
-            basis = self._shared_basis(unit, rows)
-        outputs = []
-        for expert, samples in self._samples_of_each():
-            changes: dict[str, Change] = {}
-            if self._row[expert] > 0:
-                moments = _moments(unit, rows, samples)
-                changes = self._changes(expert, unit, call, rows.entries, moments, basis)
-                self.adapters[expert].changes.update(changes)
-            own = slice(samples.start * inputs_each, samples.stop * inputs_each)
-            outputs.append(self._output(unit, call, call.inputs[own], changes))
-        return torch.cat(outputs)
-
-    def _samples_of_each(self) -> Iterator[tuple[int, slice]]:
-        """Yield the experts that have samples, and which these are."""
+        samples = len(rows.targets)
+        rows_each = rows.inputs.shape[1] // samples  # of one sample's regression
+        inputs_each = len(call.inputs) // samples  # k
         counts = torch.bincount(self.tasks, minlength=len(self._row))
+        outputs = []
         first = 0
         for expert, count in enumerate(counts.tolist()):
-            if count:
-                yield expert, slice(first, first + count)
-            first += count
-
-    def _shared_basis(self, unit: Unit, rows: UnitRows) -> SharedBasis:
-        """Return the basis of all experts' corrections of a unit."""
-        basis = SharedBasis(self._rank)
-        # Moments are made again for each expert's core: those of all at once would take much memory.
-        for expert, samples in self._samples_of_each():
+            if count == 0:
+                continue
+            last = first + count
+            changes: dict[str, Change] = {}
             if self._row[expert] > 0:
-                moments = _moments(unit, rows, samples)
-                basis.add(expert, self._lacking(expert, unit, rows.entries, moments))
-        basis.fit()
-        return basis
-
-    def _lacking(self, expert: int, unit: Unit, entries: Tensor, moments: Moments) -> Lacking:
-        """Return what the body's map of a unit lacks of an expert's."""
-        body = _columns(self._network.get_parameter(unit.weight), unit, entries, moments)
-        own = _columns(self._own_weight(unit, expert), unit, entries, moments)
-        # Relative to the mean over all inputs, zeros too.
-        ridge = self._options.ridge * len(entries) / unit.unknowns
-        return moments.lacking(body, own, ridge)
+                moments = Moments(
+                    inputs=rows.inputs[:, first * rows_each : last * rows_each],
+                    wanted=rows.targets[first:last],
+                    weights=rows.weights[first:last],
+                    intercept=unit.shift is not None,
+                )
+                changes = self._changes(expert, unit, call, rows.entries, moments)
+                self.adapters[expert].changes.update(changes)
+            inputs = call.inputs[first * inputs_each : last * inputs_each]
+            outputs.append(self._output(unit, call, inputs, changes))
+            first = last
+        return torch.cat(outputs)
 
     def _output(self, unit: Unit, call: Call, inputs: Tensor, changes: dict[str, Change]) -> Tensor:
         """Return the call's output for some of its inputs, its parameters changed as is stored."""
@@ -163,13 +144,7 @@ class AdapterFit:
                 raise NumericalError(f"the adapter's '{name}' is not finite; check the experts")
 
     def _changes(
-        self,
-        expert: int,
-        unit: Unit,
-        call: Call,
-        entries: Tensor,
-        moments: Moments,
-        basis: SharedBasis | None,
+        self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: "Moments"
     ) -> dict[str, Change]:
         """Return an expert's changes of a unit's weight, and of the parameter that carries its bias, if there is one.
 
@@ -179,27 +154,26 @@ class AdapterFit:
             call: Its call.
             entries: The entries [K'] of the weight's rows that meet inputs.
             moments: Of the expert's own samples.
-            basis: That of all experts' corrections, if they share one.
         """
         weight = self._network.get_parameter(unit.weight)
         # The body's map, then with the correction.
         fitted = _columns(weight, unit, entries, moments)
-        left = right = core = None
+        left = right = None
         if self._rank > 0 and unit.is_matrix:
-            if basis is None:
-                lacking = self._lacking(expert, unit, entries, moments)
-                factors = low_rank(lacking, self._rank)
-            else:
-                factors = basis.of_expert(expert, moments)
-            fitted = fitted + factors.map(fitted)
-            left = factors.outer
-            right = _with_all_entries(factors.inner, entries, unit.unknowns)
-            core = factors.core
+            own = _columns(self._own_weight(unit, expert), unit, entries, moments)
+            # Relative to the mean over all inputs, zeros too.
+            damping = self._options.ridge * len(entries) / unit.unknowns
+            outer, inner = _factors(fitted, own, damping, self._rank, moments)
+            left_of_map = inner.dense().to(fitted).T  # [K', r]
+            right_of_map = outer.dense().to(fitted)  # [r, O]
+            fitted = fitted + left_of_map @ right_of_map
+            left = outer
+            right = _with_all_entries(inner, entries, unit.unknowns)
         if not self._options.scales:
             return {} if left is None else {unit.weight: Change.of(left=left, right=right)}
         scale = moments.scale(fitted)  # [G·O]
         shape = _shape_of_scale(weight, call)
-        change = Change.of(scale.reshape(shape), left=left, right=right, core=core)
+        change = Change.of(scale.reshape(shape), left=left, right=right)
         changes = {unit.weight: change}
         if unit.shift is not None:
             kept_scale = change.scales()
@@ -221,21 +195,21 @@ class AdapterFit:
         return state[unit.weight]
 
 
-def _moments(unit: Unit, rows: UnitRows, samples: slice) -> Moments:
-    """Return the moments of some samples of a unit's regression."""
-    rows_each = rows.inputs.shape[1] // len(rows.targets)  # of one sample
-    return Moments(
-        inputs=rows.inputs[:, samples.start * rows_each : samples.stop * rows_each],
-        wanted=rows.targets[samples],
-        weights=rows.weights[samples],
-        intercept=unit.shift is not None,
-    )
-
-
-def _columns(weight: Tensor, unit: Unit, entries: Tensor, moments: Moments) -> Tensor:
+def _columns(weight: Tensor, unit: Unit, entries: Tensor, moments: "Moments") -> Tensor:
     """Return a weight's map, transposed, for the entries that meet inputs [G, K', O]."""
     matrix = as_map(weight, unit)
     return matrix[..., entries].mT.to(moments.cross)
+
+
+def _factors(
+    body: Tensor, own: Tensor, damping: float, rank: int, moments: "Moments"
+) -> tuple[Rounded, Rounded]:
+    """Return V̂ᵀ [r, O] and V̂⁺ B [r, K'] in few bits, of maps that are transposed [1, K', O]."""
+    vectors, best = moments.low_rank(body, own, damping, rank)  # V [O, r], B [O, K']
+    outer = quantise(vectors.T.contiguous(), BITS)
+    inverse = torch.linalg.pinv(outer.dense().to(best).T)  # of what V became [r, O]
+    inner = inverse @ best
+    return outer, quantise(inner.contiguous(), BITS)
 
 
 def _with_all_entries(inner: Rounded, entries: Tensor, unknowns: int) -> Rounded:
@@ -253,3 +227,87 @@ def _shape_of_scale(weight: Tensor, call: Call) -> Sequence[int]:
         return weight.shape
     ones = [1] * (weight.ndim - 1)
     return (-1, *ones)
+
+
+class Moments:
+    """The first two moments of a unit's inputs a [G, n, K] and wanted outputs z [P, q, G·O], of one expert's samples.
+
+    Args:
+        inputs: a.
+        wanted: z, as many rows as a.
+        weights: Of the rows [P, q].
+        intercept: Whether means are subtracted.
+    """
+
+    def __init__(self, inputs: Tensor, wanted: Tensor, weights: Tensor, intercept: bool) -> None:
+        groups, count, unknowns = inputs.shape
+        shares = (weights / weights.sum()).flatten().to(inputs)  # [n]
+        flat = wanted.to(inputs).reshape(count, groups, -1)
+        z = flat.transpose(0, 1)  # [G, n, O]
+        self.mean_a = shares @ inputs  # [G, K]
+        self.mean_z = shares @ z  # [G, O]
+        if not intercept:
+            self.mean_a.zero_()
+            self.mean_z.zero_()
+        root = shares.sqrt()[:, None]
+        self._a = (inputs - self.mean_a[:, None]) * root
+        self._z = (z - self.mean_z[:, None]) * root
+        if intercept:  # the round-off of constant inputs is no signal
+            scale = self._a.square().sum((1, 2)) / unknowns
+            is_constant = is_round_off(scale, self._a, self.mean_a[:, None], shares[None])
+            self._a.masked_fill_(is_constant[:, None, None], 0)
+        self.cross = self._a.mT @ self._z  # [G, K, O]
+        # With fewer rows products go by these.
+        self._gram = products(self._a) if count >= unknowns else None
+
+    def _times(self, x: Tensor) -> Tensor:
+        """Return cov(a) x for x [G, K, m]."""
+        if self._gram is None:
+            return self._a.mT @ (self._a @ x)
+        return self._gram @ x
+
+    def low_rank(self, body: Tensor, own: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+        """Return V [O, r] and B [O, K] of what a body's map lacks of an expert's, Wᵀ of both [1, K, O]."""
+        a = self._a
+        _, unknowns, outputs = body.shape
+        mean = a.square().sum((1, 2)) / unknowns
+        is_constant = mean == 0  # then the difference itself is cut
+        damping = (ridge * mean).masked_fill(is_constant, 1)
+        if self._gram is None:
+            residual = self._z - a @ own
+            step = a.mT @ solve_ridge(products(a.mT), residual, damping, is_constant)
+        else:
+            residual = self.cross - self._gram @ own
+            step = solve_ridge(self._gram, residual, damping, is_constant)
+        lacking = own + step - body  # Bᵀ [1, K, O]
+
+        def squared(x: Tensor) -> Tensor:
+            """Return B M Bᵀ x for x [1, O, m]."""
+            inner = lacking @ x
+            damped = self._times(inner) + damping[:, None, None] * inner  # M Bᵀ x
+            return lacking.mT @ damped
+
+        highest = min(unknowns, outputs)
+        wanted = min(rank, highest)
+        generator = torch.Generator().manual_seed(0)
+        directions = min(wanted + _MORE, highest)
+        basis = torch.randn(1, outputs, directions, generator=generator).to(lacking)
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(squared(basis)).Q
+        _, rotation = torch.linalg.eigh(basis.mT @ squared(basis))  # ascending
+        vectors = basis @ rotation[..., -wanted:]
+        return vectors[0], lacking[0].T
+
+    def scale(self, columns: Tensor) -> Tensor:
+        """Return the scale [G·O] with which a map Wᵀ [G, K, O] gives the outputs wanted."""
+        variance = (columns * self._times(columns)).sum(1)  # [G, O]
+        covariance = (columns * self.cross).sum(1)
+        ridge = _SHRUNK * variance.mean()
+        damped = variance + ridge
+        ratio = (covariance + ridge) / damped
+        return ratio.where(damped > 0, 1.0).flatten()
+
+    def shift(self, columns: Tensor, scale: Tensor) -> Tensor:
+        """Return the intercept [G·O] with which a map Wᵀ [G, K, O] and these scales [G·O] give the outputs wanted."""
+        means = (self.mean_a[:, None] @ columns).flatten()
+        return self.mean_z.flatten() - scale * means

@@ -254,7 +254,6 @@ def fit_adapters(
     memory_mib: float | None = None,
     ridge: float = 0.1,
     scales: bool = True,
-    shared: bool = False,
     forward: Forward | None = None,
 ) -> Adapted:
     """Return a body, left as it is, with adapters for experts of its architecture; see `AdapterFit`.
@@ -267,7 +266,6 @@ def fit_adapters(
         memory_mib: In place of a rank; see `AdapterOptions`.
         ridge: μ, relative.
         scales: Whether there are scales and biases beside the corrections, as in `AdapterOptions`.
-        shared: Whether all experts' corrections have one basis, likewise.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor. The result is
             called in the networks' own way; `coin.Coded` takes the same function.
 
@@ -279,7 +277,7 @@ def fit_adapters(
     """
     if rank is None and memory_mib is None:
         rank = 4
-    options = AdapterOptions(rank, memory_mib, ridge, scales, shared)
+    options = AdapterOptions(rank, memory_mib, ridge, scales)
     home = device_of(experts[0])
     every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
     own = _without_head(body, parameters_of(body))

@@ -17,7 +17,7 @@ from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
 from coin.networks import Adapted, Adapter
 from coin.networks.calling import clone
-from coin.networks.kept import Change, Kept, keep, kept_parameters, of_expert, tied_names
+from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
@@ -56,8 +56,9 @@ class Body:
             # Each [N, …].
             of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}
             for expert, own in enumerate(changes):
-                held = {part: of_expert(tensor, expert) for part, tensor in of_experts.items()}
-                own[name] = Change.stored(held)
+                own[name] = Change.stored(
+                    {part: tensor[expert] for part, tensor in of_experts.items()}
+                )
         adapters = [Adapter(own) for own in changes]
         return Adapted(body, adapters).to(device_of(like))
 

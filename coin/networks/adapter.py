@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.choices import check_integer, check_number
-from coin.errors import ConfigurationError, StateError
+from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.networks.calling import clone, plain
 from coin.networks.heads import with_head
-from coin.networks.kept import BASIS, Change
+from coin.networks.kept import Change
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,19 @@ class AdapterOptions:
         ridge: μ, relative to the mean diagonal entry of the inputs' covariance, above 0.
         scales: Whether there are scales and biases beside the corrections. Without them adapters are plain LoRA: only
             ungrouped maps have them.
-        shared: Whether the corrections of all experts have one basis of r directions, in which each has a core of r × r
-            values: fewer bytes for a large fleet.
     """
 
     rank: int | None = None
     memory_mib: float | None = None
     ridge: float = 0.1
     scales: bool = True
-    shared: bool = False
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.memory_mib is None):
             found = f"found rank={self.rank} and memory_mib={self.memory_mib} of adapters"
             raise ConfigurationError(f"{found}, expected one of them")
         if self.rank is not None:
-            needs_directions = self.shared or not self.scales
-            check_integer("rank", self.rank, 1 if needs_directions else 0)
-        if self.shared and not self.scales:
-            raise ConfigurationError(
-                "found shared adapters without scales, expected one of both: LoRA has no shared basis"
-            )
+            check_integer("rank", self.rank, 0 if self.scales else 1)
         if self.memory_mib is not None:
             check_number("memory_mib", self.memory_mib, low=0, strict=True)
         check_number("ridge", self.ridge, low=0, strict=True)
@@ -65,15 +57,10 @@ class AdapterOptions:
 
     @property
     def name(self) -> str:
-        """Their name in results and files: ``rank4``, ``1.5mib``; without scales ``lora4``, ``1.5mib-lora``.
-
-        With one basis it is ``shared16``, ``1.5mib-shared``.
-        """
-        kind = "shared" if self.shared else "rank" if self.scales else "lora"
+        """Their name in results and files: ``rank4``, ``1.5mib``; without scales ``lora4``, ``1.5mib-lora``."""
         if self.memory_mib is None:
-            return f"{kind}{self.rank}"
-        size = f"{self.memory_mib:g}mib"
-        return size if kind == "rank" else f"{size}-{kind}"
+            return f"rank{self.rank}" if self.scales else f"lora{self.rank}"
+        return f"{self.memory_mib:g}mib" + ("" if self.scales else "-lora")
 
 
 class Adapter:
@@ -106,7 +93,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in memory and in a file, with a basis that it shares (`adapters_nbytes`)."""
+        """Its bytes in memory and in a file."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @torch.no_grad()
@@ -120,49 +107,30 @@ class Adapter:
 
 
 _ADAPTERS = "adapters."  # before an expert's index and the tensor's name, in files
-_SHARED = "shared"  # in place of the index
 
 
 def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Return the tensors of adapters by name, as a file beside a body has them; a shared basis is there once."""
+    """Return the tensors of adapters by name, as a file beside a body has them."""
     state: dict[str, Tensor] = {}
     for expert, adapter in enumerate(adapters):
-        for name, change in adapter.changes.items():
-            for part, tensor in change.tensors.items():
-                is_shared = change.core is not None and part in BASIS
-                owner = _SHARED if is_shared else str(expert)
-                key = f"{_ADAPTERS}{owner}.{name}.{part}"
-                if not torch.equal(state.setdefault(key, tensor), tensor):
-                    raise StateError(
-                        f"found several bases of '{name}', expected one for all experts"
-                    )
+        state |= {f"{_ADAPTERS}{expert}.{name}": tensor for name, tensor in adapter.tensors.items()}
     return state
-
-
-def adapters_nbytes(adapters: Sequence[Adapter]) -> int:
-    """Return the bytes of adapters in a file, a shared basis counted once."""
-    return sum(tensor.nbytes for tensor in adapters_state(adapters).values())
 
 
 def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     """Return the names of the other tensors in a state, and the adapters of so many experts."""
-    # By owner, parameter and part.
-    parts: dict[str, dict[str, dict[str, Tensor]]] = {_SHARED: {}}
-    parts |= {str(expert): {} for expert in range(count)}
+    # By expert, parameter and part.
+    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]
     others = []
     for key in state:
         if count == 0 or not key.startswith(_ADAPTERS):
             others.append(key)
             continue
-        _, owner, place = key.split(".", maxsplit=2)
+        _, expert, place = key.split(".", maxsplit=2)
         name, _, part = place.rpartition(".")
-        parts[owner].setdefault(name, {})[part] = state[key].clone()
-    shared = parts.pop(_SHARED)
+        parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
     adapters = []
-    for own in parts.values():
-        changes = {}
-        for name, each in own.items():
-            basis = shared.get(name, {}) if "core" in each else {}
-            changes[name] = Change(**each, **basis)
+    for own in parts:
+        changes = {name: Change(**each) for name, each in own.items()}
         adapters.append(Adapter(changes))
     return others, adapters

@@ -13,7 +13,7 @@ from coin.core.devices import device_of
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
-from coin.networks.adapter import Adapter, adapters_nbytes, adapters_state, split_adapters
+from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded, folded_norms
 from coin.networks.calling import clone, plain
 from coin.networks.delta import (
@@ -107,7 +107,7 @@ class Compressed:
     def nbytes(self) -> int:
         """The network's bytes and its adapters', without the base."""
         own = sum(data.nbytes for data in self._data.values())
-        return own + adapters_nbytes(self.adapters)
+        return own + sum(adapter.nbytes for adapter in self.adapters)
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""

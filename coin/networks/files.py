@@ -16,7 +16,7 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite
 from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
-from coin.networks.adapter import Adapter, adapters_nbytes, adapters_state, split_adapters
+from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
@@ -46,7 +46,7 @@ class NetworkFile:
         own = self.provenance.get("nbytes")
         if own is None:
             own = sum(tensor.nbytes for tensor in stored(self.network).values())
-        return int(own) + adapters_nbytes(self.adapters)
+        return int(own) + sum(adapter.nbytes for adapter in self.adapters)
 
     @property
     def state(self) -> State:
@@ -152,7 +152,7 @@ def save_compressed(
         "network": asdict(config),
         "num_classes": num_classes,
         "compression": asdict(compression),
-        "nbytes": made.nbytes - adapters_nbytes(made.adapters),
+        "nbytes": made.nbytes - sum(adapter.nbytes for adapter in made.adapters),
         "base_nbytes": made.base_nbytes,
         "base_file": None if base is None else os.path.relpath(base, path.parent),
     }

@@ -11,24 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import tensors_in
-from coin.errors import StateError
 from coin.networks.calling import clone
 from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, read
 
 BITS = 4  # of the factors of a correction, a value
-BASIS = ("left", "left_scale", "right", "right_scale")
-"""The parts of a change that all experts share where it has a core."""
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
 """The expert as which bodies answer in this thread or task, set by `coin.Adapted` for each pass; None for as nobody."""
-_FACTORS = ("left", "right", "core")
-_NEEDED = {"scale": "scale_step", "shift": "shift_step", "left": "right", "core": "left"}
-"""What other part a part is read with."""
 _KEPT = "kept_parameter_"  # before a parameter's name: that of what a layer keeps in its place
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one expert changes of a parameter θ: (θ + left core right) ⊙ scale + shift, each part if it is there.
+    """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
 
     θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are as they are stored.
 
@@ -41,10 +35,6 @@ class Change:
         left_scale: A scale for each of the r, bfloat16.
         right: Those of right [r, K].
         right_scale: Likewise.
-        core: Those of the expert's own core [r, r], where left and right are a basis that all experts share.
-        core_scale: Likewise.
-
-    Raises StateError for a part without what it is read with.
     """
 
     scale: Tensor | None = None
@@ -55,16 +45,6 @@ class Change:
     left_scale: Tensor | None = None
     right: Tensor | None = None
     right_scale: Tensor | None = None
-    core: Tensor | None = None
-    core_scale: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        parts = self.tensors
-        for part, needed in _NEEDED.items():
-            if part in parts and needed not in parts:
-                raise StateError(
-                    f"found a change with '{part}' and no '{needed}', expected both, as this version writes"
-                )
 
     @classmethod
     def of(
@@ -73,7 +53,6 @@ class Change:
         shift: Tensor | None = None,
         left: Tensor | Rounded | None = None,
         right: Tensor | Rounded | None = None,
-        core: Tensor | Rounded | None = None,
     ) -> "Change":
         """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
         parts: dict[str, Tensor] = {}
@@ -85,21 +64,11 @@ class Change:
             left = quantise(left.detach().T.contiguous(), BITS)
         if isinstance(right, Tensor):
             right = quantise(right.detach(), BITS)
-        if isinstance(core, Tensor):
-            core = quantise(core.detach(), BITS)
         if left is not None and right is not None:
             parts["left"] = pack(left.codes, BITS)
             parts["left_scale"] = left.scale
             parts["right"] = pack(right.codes, BITS)
             parts["right_scale"] = right.scale
-        if core is not None:
-            rank = 0 if left is None else len(left.codes)
-            if core.codes.shape != (rank, rank):
-                raise StateError(
-                    f"found a core of shape {list(core.codes.shape)}, expected {[rank, rank]}, its basis's"
-                )
-            parts["core"] = pack(core.codes, BITS)
-            parts["core_scale"] = core.scale
         return cls(**parts)
 
     @property
@@ -122,20 +91,20 @@ class Change:
     def as_read(self) -> dict[str, Tensor]:
         """Return its parts as a layer holds them: of the factors' scales what `coin.networks.delta.read` takes."""
         held = self.tensors
-        for factor in _FACTORS:
-            if factor in held:
-                scale = held[f"{factor}_scale"]
-                held[f"{factor}_first"], held[f"{factor}_scale"] = by_row(scale, BITS)
+        for side in ("left", "right"):
+            if side in held:
+                scale = held[f"{side}_scale"]
+                held[f"{side}_first"], held[f"{side}_scale"] = by_row(scale, BITS)
         return held
 
     @classmethod
     def stored(cls, held: Mapping[str, Tensor]) -> "Change":
         """Return the change of which these are the parts of `as_read`."""
         parts = dict(held)
-        for factor in _FACTORS:
-            if factor in parts:
-                del parts[f"{factor}_first"]
-                parts[f"{factor}_scale"] = parts[f"{factor}_scale"].flatten().bfloat16()
+        for side in ("left", "right"):
+            if side in parts:
+                del parts[f"{side}_first"]
+                parts[f"{side}_scale"] = parts[f"{side}_scale"].flatten().bfloat16()
         return cls(**parts)
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -152,13 +121,10 @@ def _in_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return left [O, r], times the core if there is one, and right [r, K], of the parts of `Change.as_read`."""
-    left = read(parts["left"], parts["left_first"], parts["left_scale"], BITS, rows).T
+    """Return left [O, r] and right [r, K], of the parts of `Change.as_read`."""
+    left = read(parts["left"], parts["left_first"], parts["left_scale"], BITS, rows)
     right = read(parts["right"], parts["right_first"], parts["right_scale"], BITS, columns)
-    if "core" in parts:
-        core = read(parts["core"], parts["core_first"], parts["core_scale"], BITS, len(right))
-        left = left @ core
-    return left, right
+    return left.T, right
 
 
 def _changed(changed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -213,31 +179,27 @@ class Kept(nn.Module):
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
 
     def set_experts(self, changes: Sequence[Change]) -> None:
-        """Keep the changes by the experts: each part of all in one tensor ``[N, …]``, a shared basis in ``[1, …]``.
+        """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
 
         A tensor for each would take more memory than its values. Who lacks a part gets zeros, which change nothing, and
-        of a smaller rank directions whose scales are zero. Raises StateError for experts of several bases.
+        of a smaller rank directions whose scales are zero.
         """
         self.num_experts = len(changes)
         every = [change.as_read() for change in changes]
-        self._parts = tuple(dict.fromkeys(chain(*every)))
-        basis = _shared_basis(every)
+        names = dict.fromkeys(chain(*every))
+        self._parts = tuple(names)
         for part in self._parts:
-            tensors = [basis[part]] if part in basis else [held.get(part) for held in every]
+            tensors = [held.get(part) for held in every]
             self.register_buffer(part, _stacked(part, tensors))
 
     def change(self, expert: int) -> Change:
         """Return the change by an expert, without parts that change nothing."""
-        held = {part: of_expert(self.get_buffer(part), expert) for part in self._parts}
+        held = {part: self.get_buffer(part)[expert] for part in self._parts}
         parts = Change.stored(held).tensors
         for name in ("scale", "shift"):
             if name in parts and not bool(parts[name].any()):
                 del parts[name], parts[f"{name}_step"]
-        if "core" in parts:
-            if not bool(parts["core_scale"].any()):
-                for name in (*BASIS, "core", "core_scale"):
-                    del parts[name]
-        elif "left" in parts:
+        if "left" in parts:
             used = (parts["left_scale"] * parts["right_scale"]).nonzero()  # directions
             rank = int(used[-1]) + 1 if len(used) else 0
             for name in ("left", "left_scale", "right", "right_scale"):
@@ -252,8 +214,10 @@ class Kept(nn.Module):
         total = self.original.nbytes
         if self.codes is not None:
             total += self.codes.nbytes + 2 * len(self.codes)  # a scale a row
-        changes = [self.change(expert) for expert in range(self.num_experts)]
-        return total + changes_nbytes(changes)
+        for expert in range(self.num_experts):
+            parts = self.change(expert).tensors
+            total += sum(tensor.nbytes for tensor in parts.values())
+        return total
 
     @property
     def working_nbytes(self) -> int:
@@ -274,42 +238,7 @@ class Kept(nn.Module):
             return value
         if self.codes is None:
             value = value.clone(memory_format=torch.contiguous_format)
-        own = {part: of_expert(getattr(self, part), expert) for part in self._parts}
-        return _changed(value, own)
-
-
-def changes_nbytes(changes: Sequence[Change]) -> int:
-    """Return the bytes of the experts' changes of one parameter, a basis that they share counted once."""
-    total = 0
-    basis = 0
-    for change in changes:
-        nbytes = {part: tensor.nbytes for part, tensor in change.tensors.items()}
-        if change.core is not None:
-            basis = sum(nbytes.pop(part) for part in BASIS)
-        total += sum(nbytes.values())
-    return total + basis
-
-
-def of_expert(tensor: Tensor, expert: int) -> Tensor:
-    """Return an expert's own of a part that is kept for every expert ``[N, …]``, or the one of all ``[1, …]``."""
-    return tensor[expert] if len(tensor) > 1 else tensor[0]
-
-
-def _shared_basis(every: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the basis in the experts' parts of `Change.as_read`; {} where each has a correction of its own."""
-    cores = [held for held in every if "core" in held]
-    if not cores:
-        return {}
-    names = [part for part in cores[0] if part.startswith(("left", "right"))]
-    for held in every:
-        if "left" not in held:
-            continue
-        is_shared = all(torch.equal(held[part], cores[0][part]) for part in names)
-        if not is_shared or "core" not in held:
-            raise StateError(
-                "found corrections of several bases, expected one for all experts where one has a core"
-            )
-    return {part: cores[0][part] for part in names}
+        return _changed(value, {part: getattr(self, part)[expert] for part in self._parts})
 
 
 def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:

@@ -12,7 +12,7 @@ import coin
 from coin.coding import uniform
 from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
-from coin.merging.corrections import Moments, leading
+from coin.merging.adapter_fit import Moments
 from coin.merging.peft import save_peft
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
@@ -92,8 +92,7 @@ def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_ma
     )
     body, own = torch.randn(12, 8).double(), torch.randn(12, 8).double()
     moments = Moments(a[None], z[:, None], shares[:, None], intercept=True)
-    lacking = moments.lacking(body[None], own[None], 0.3)
-    left, best = leading(lacking, rank), lacking.columns.T
+    left, best = moments.low_rank(body[None], own[None], 0.3, rank)
     share = shares / shares.sum()
     centred = a - share @ a
     ridge = 0.3 * (share[:, None] * centred.square()).sum() / 12
