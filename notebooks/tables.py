@@ -109,6 +109,7 @@ FLEETS = {
     "photos": ("six experts on photos", "stand-ins-photos"),
     "resnet50": ("four experts of ResNet50", "stand-ins-resnet50"),
     "intents": ("ten experts for intents", "stand-ins-intents"),
+    "lite1": ("photos from EfficientNet-Lite1", "stand-ins-photos-lite1"),
 }
 """The real fleets: what tables call them, and their suites."""
 
