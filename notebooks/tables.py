@@ -649,6 +649,9 @@ def failover_figure() -> Figure:
         return drawn
 
 
+FIGURES = {"stand-ins": figure, "fleet": fleet_figure, "failover": failover_figure}
+
+
 def labels(drawn: Figure) -> str:
     """What a figure says, its texts and the values of its lines; its file has this text too."""
     told = []
@@ -673,11 +676,7 @@ if __name__ == "__main__":
     for path in FILES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
     with style():
-        figures = {
-            "stand-ins": figure(),
-            "fleet": fleet_figure(),
-            "failover": failover_figure(),
-        }
-        for name, drawn in figures.items():
+        for name, draw in FIGURES.items():
+            drawn = draw()
             metadata = {"Software": None, "Description": labels(drawn)}
             drawn.savefig(RESULTS / f"{name}.png", dpi=200, facecolor="white", metadata=metadata)

@@ -55,11 +55,7 @@ def test_pictures_are_what_their_script_draws() -> None:
 
 
 def test_figures_have_the_numbers_of_the_results(tables: ModuleType) -> None:
-    figures = {
-        "stand-ins": tables.figure(),
-        "fleet": tables.fleet_figure(),
-        "failover": tables.failover_figure(),
-    }
-    for name, drawn in figures.items():
+    assert {*tables.FIGURES} == {"stand-ins", "fleet", "failover"}
+    for name, draw in tables.FIGURES.items():
         with Image.open(NOTEBOOKS / f"results/{name}.png") as image:
-            assert image.info["Description"] == tables.labels(drawn)
+            assert image.info["Description"] == tables.labels(draw())

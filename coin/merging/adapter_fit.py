@@ -176,9 +176,8 @@ class AdapterFit:
         change = Change.of(scale.reshape(shape), left=left, right=right)
         changes = {unit.weight: change}
         if unit.shift is not None:
-            kept_scale = change.scales()
-            assert kept_scale is not None
-            shift = moments.shift(fitted, kept_scale.to(scale).flatten())
+            kept_scale = change.scales().to(scale).flatten()
+            shift = moments.shift(fitted, kept_scale)
             before = self._network.get_parameter(unit.shift)
             changes[unit.shift] = Change.of(shift=shift.reshape(before.shape) - before)
         elif call.bias is not None:  # which is computed of other tensors

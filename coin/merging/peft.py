@@ -111,11 +111,8 @@ def _of_layer(change: Change, parameter: Tensor, rank: int, is_dora: bool) -> di
         "lora_B.weight": left.reshape(outputs, rank, *ones),
     }
     if is_dora:
-        magnitude = matrix.norm(dim=1)
-        scales = change.scales()
-        if scales is not None:
-            signs = scales.sign().flatten()
-            magnitude = signs * magnitude
+        signs = change.scales().sign().flatten().to(matrix)
+        magnitude = signs * matrix.norm(dim=1)
         found["lora_magnitude_vector"] = magnitude.view(1, -1, *ones) if kernel else magnitude
     return found
 
@@ -193,9 +190,9 @@ def _check_attention(body: nn.Module) -> None:
 
 def _check_adapted(name: str, layer: nn.Module) -> None:
     """Raise ConfigurationError for a layer that peft's LoRA does not adapt as `coin` does."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) > 1:
+    is_grouped = getattr(layer, "groups", 1) > 1
+    if is_grouped or not isinstance(layer, nn.Linear | nn.Conv2d):
         advice = "; fit adapters with scales: false, which leave grouped convolutions to the body"
-        is_grouped = getattr(layer, "groups", 1) > 1
         raise ConfigurationError(
             f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
             f"{advice if is_grouped else ''}"

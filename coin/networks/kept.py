@@ -76,10 +76,10 @@ class Change:
         """Its parts that are there, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
-    def scales(self) -> Tensor | None:
-        """Return the scale in float32, of the shape that it is stored in; None without one."""
+    def scales(self) -> Tensor:
+        """Return the scale in float32, of the shape that it is stored in; 1 without one."""
         if self.scale is None or self.scale_step is None:
-            return None
+            return torch.ones(())
         return 1 + self.scale * self.scale_step
 
     def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
