@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from coin.networks import answering, linear_heads, run_network
 
 
 def server_answers(
-    experts: nn.ModuleList,
+    experts: Iterable[nn.Module | None],
     coded: nn.ModuleList,
     inputs: Batch,
     features: bool,
@@ -44,15 +44,17 @@ def server_answers(
 
     The places of servers are the experts' 0 … N − 1, then the coded models'.
     """
+    servers = [*experts, *coded]
     outputs = []
     with answering(coded, tasks):
-        for index, network in enumerate((*experts, *coded)):
-            outputs.append(None if index in idle else run_network(network, inputs, features))
-    return Answers.of_servers(outputs, len(experts))
+        for index, network in enumerate(servers):
+            is_idle = network is None or index in idle
+            outputs.append(None if is_idle else run_network(network, inputs, features))
+    return Answers.of_servers(outputs, len(servers) - len(coded))
 
 
 def with_heads(
-    decoders: list[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch, needed: bool
+    decoders: list[DecoderConfig], experts: Iterable[nn.Module], inputs: Batch, needed: bool
 ) -> tuple[list[DecoderConfig], list[Head] | None]:
     """Return the decoders, and the heads if one needs these; expert_head, unless needed, only if heads are linear."""
     others = [config for config in decoders if config.kind is not DecoderKind.expert_head]

@@ -11,7 +11,7 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
-from coin.networks import BatchNormPolicy, load_network, pad_head
+from coin.networks import BatchNormPolicy
 from coin.networks.adapted import resident_nbytes
 from coin.networks.files import NetworkFile, nbytes_together, open_network, resident_copies
 
@@ -99,11 +99,11 @@ class Variant:
 
 
 class Replica(NamedTuple):
-    """The compressed copy of the expert of one task; `variant` has the costs of all copies of its label."""
+    """The file of the compressed expert of one task; `variant` has the costs of all copies of its label."""
 
     variant: Variant
     task: int
-    network: nn.Module
+    path: Path
 
 
 def read_coded(
@@ -168,13 +168,11 @@ def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: in
     )
 
 
-def read_replicas(
-    paths: Sequence[Path], fingerprints: Sequence[str], width: int, code: Code
-) -> list[Replica]:
-    """Return compressed copies of experts, padded to `width`; a FileError where one has none of the `fingerprints`."""
+def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code) -> list[Replica]:
+    """Return the files of compressed experts; a FileError where one is of none of the `fingerprints`."""
     groups: dict[str, list[NetworkFile]] = {}
     for path in paths:
-        file = load_network(path)
+        file = open_network(path)
         if file.provenance.get("of") not in fingerprints:
             raise FileError(
                 f"'{path}' is not a compressed copy of these experts; compress them again"
@@ -194,6 +192,5 @@ def read_replicas(
         )
         for file in files:
             task = fingerprints.index(file.provenance["of"])
-            network = pad_head(file.network, width)
-            found.append(Replica(variant, task, network))
+            found.append(Replica(variant, task, file.path))
     return found

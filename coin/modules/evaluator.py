@@ -5,8 +5,9 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -15,12 +16,14 @@ from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
 from coin.data import Calibration
 from coin.data.tasks import Tasks, tasks_of
 from coin.errors import ConfigurationError
+from coin.evaluation.held import HeldNetworks
 from coin.evaluation.scores import Evaluation, Measurement, server_answers, with_heads
 from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded, read_replicas
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import SystemFile
-from coin.networks import load_network, pad_head
+from coin.networks import load_network
 from coin.networks.calling import as_input
+from coin.networks.files import open_network
 from coin.reporting.results import requested_policy
 
 
@@ -45,6 +48,8 @@ class DecodingEvaluator(LightningModule):
         replicas: The files of compressed experts, each of which replaces its own expert.
         alpha: α of the promises (`coin.promised_threshold`), if the datamodule has samples for these.
         confidence: The probability that a promise holds.
+        memory_mib: Bound on the experts and copies that are held, in MiB; where not all fit, those alone are held whose
+            answers are read next. By default 8192, on a GPU half of what is free.
 
     Raises ConfigurationError where there is nothing to evaluate, FileError where a coded model is of other experts.
     """
@@ -60,6 +65,7 @@ class DecodingEvaluator(LightningModule):
         replicas: list[str] | None = None,
         alpha: float = 0.02,
         confidence: float = 0.95,
+        memory_mib: int | None = None,
     ) -> None:
         super().__init__()
         if not experts:
@@ -71,13 +77,20 @@ class DecodingEvaluator(LightningModule):
         self.confidence = confidence
         self.measurements: list[Measurement] = []
 
-        files = [load_network(Path(path)) for path in experts.values()]
-        width = max(file.num_classes for file in files)
-        self.config = files[0].config
-        self.class_counts = [file.num_classes for file in files]
-        self.fingerprints = [fingerprint(file.network.state_dict()) for file in files]
-        networks = [pad_head(file.network, width) for file in files]
-        self.experts = nn.ModuleList(networks)
+        self.expert_files = [Path(path) for path in experts.values()]
+        described = [open_network(path) for path in self.expert_files]
+        self.config = described[0].config
+        self.class_counts = [file.num_classes for file in described]
+        width = max(self.class_counts)
+        self._networks = HeldNetworks(width, memory_mib)
+        self.fingerprints = []
+        for path in self.expert_files:
+            self._networks.make_room(self.device)
+            network = load_network(path).network
+            self.fingerprints.append(fingerprint(network.state_dict()))
+            padded = self._networks.keep(path, network)
+        state = padded.state_dict()  # of the same size for all
+        self.network_nbytes = sum(tensor.nbytes for tensor in state.values())
 
         self.coded_files = [Path(path) for path in coded or []]
         coded_networks, self.variants = read_coded(self.coded_files, self.fingerprints)
@@ -100,8 +113,7 @@ class DecodingEvaluator(LightningModule):
         self.variants.append(Variant(NONE, self.code))
         self.variants.append(Variant(ORACLE, self.code))
         copies = [Path(path) for path in replicas or []]
-        self.replicas = read_replicas(copies, self.fingerprints, width, self.code)
-        self.replica_networks = nn.ModuleList([replica.network for replica in self.replicas])
+        self.replicas = read_replicas(copies, self.fingerprints, self.code)
         self.eval().requires_grad_(False)
 
     def forward(
@@ -115,9 +127,22 @@ class DecodingEvaluator(LightningModule):
         Only the servers at the places in `read` run, by default all of them.
         """
         features = any(each.reads_features for each in self.decoders)
-        places = range(len(self.experts) + len(self.coded))
-        idle = set() if read is None else set(places) - set(read)
-        return server_answers(self.experts, self.coded, inputs, features, idle, tasks)
+        places = set(range(len(self.tasks) + len(self.coded)))
+        running = places if read is None else places & set(read)
+        experts = [
+            self._network(path) if place in running else None
+            for place, path in enumerate(self.expert_files)
+        ]
+        return server_answers(experts, self.coded, inputs, features, places - running, tasks)
+
+    def _network(self, path: Path) -> nn.Module:
+        """Return the expert or copy of a file, where this module is."""
+        return self._networks.network(path, self.device, cast(torch.dtype, self.dtype))
+
+    def _need(self, read: Collection[int], copies: Collection[Path] = ()) -> None:
+        """Read the experts among these places, and copies, that are not held."""
+        experts = [path for place, path in enumerate(self.expert_files) if place in read]
+        self._networks.need([*experts, *copies], self.device)
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -125,9 +150,9 @@ class DecodingEvaluator(LightningModule):
         self._check(data)
         calibration = data.calibration()
         promise = data.promise()
-        first = as_input(next(iter(calibration)), self.experts[0])
         needed = not self.takes_all_decoders
-        experts = list(self.experts)
+        experts = map(self._network, self.expert_files)
+        first = as_input(next(iter(calibration)), self._network(self.expert_files[0]))
         self.decoders, heads = with_heads(self.decoders, experts, first, needed=needed)
         self.evaluation = Evaluation(
             self.variants, self.decoders, self.class_counts, heads, self.replicas
@@ -148,12 +173,14 @@ class DecodingEvaluator(LightningModule):
             samples += math.ceil(len(task.splits.test) / self.trainer.world_size)
         self.progress.total = samples
         if read:
+            self._need(read)
             started = time.perf_counter()
             answers = self._answers(calibration, read)
             seconds = time.perf_counter() - started
             # Networks run together; a decoder is charged with those that it needs.
             self.evaluation.fit(answers, seconds / len(read) / answers.num_samples)
         if promise is not None:
+            self._need(range(len(self.tasks)))
             self.evaluation.promise(self._answers(promise), self.alpha, self.confidence)
 
     def _check(self, data: Tasks) -> None:
@@ -179,6 +206,13 @@ class DecodingEvaluator(LightningModule):
                 self.progress.update(len(batch))
         return replace(Answers.concatenate(parts), tasks=calibration.part)
 
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Read what the task's decoders read, and the copies of its expert, before its first batch."""
+        if batch_idx == 0:
+            task = dataloader_idx
+            copies = [replica.path for replica in self.replicas if replica.task == task]
+            self._need(self.evaluation.read_of_task(task), copies)
+
     def test_step(
         self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -191,7 +225,7 @@ class DecodingEvaluator(LightningModule):
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
-                decoded = replica.network(inputs).cpu()
+                decoded = self._network(replica.path)(inputs).cpu()
                 scores.update(decoded, answers.experts[task], labels)
         self.progress.update(len(labels))
 

@@ -94,7 +94,9 @@ def nbytes_together(files: Sequence[NetworkFile]) -> int:
 
 def resident_copies(files: Sequence[NetworkFile]) -> int:
     """Return the bytes of a process that keeps compressed copies: all as stored, and one of them whole to answer."""
-    return nbytes_together(files) + max(tensor_nbytes(file.network) for file in files)
+    # Each opened anew, so that none keeps its network.
+    whole = [tensor_nbytes(open_network(file.path).network) for file in files]
+    return nbytes_together(files) + max(whole)
 
 
 def save_network(

@@ -1,7 +1,7 @@
 """What networks answer: their logits beside the head's input, and whether the logits are the head's of it."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -134,7 +134,7 @@ _FEW = 8  # samples that tell whether logits are the head's of the features
 
 @torch.no_grad()
 def linear_heads(
-    networks: Sequence[nn.Module],
+    networks: Iterable[nn.Module],
     inputs: Batch | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.

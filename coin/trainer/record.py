@@ -47,12 +47,10 @@ def record_evaluation(
     warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, tasks)
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
-    state = model.experts[0].state_dict()
-    network_bytes = sum(tensor.nbytes for tensor in state.values())
     made = {
         "tasks": list(model.tasks),
         "code": model.code.matrix.tolist(),
-        "network_mib": network_bytes / 2**20,
+        "network_mib": model.network_nbytes / 2**20,
         **(configuration or {}),
     }
     url = urls[0] if urls else None
@@ -141,7 +139,7 @@ def example_table(model: DecodingEvaluator, tasks: Tasks, rows: Sequence[Row]) -
         draw = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(test), generator=draw)[:EXAMPLES]
         inputs = test.inputs(chosen, data.image_size)  # [n, 3, S, S]
-        answers = model(inputs.to(model.device), task).cpu()
+        answers = model(inputs.to(model.device), task, model.evaluation.read_of_task(task)).cpu()
         decoded = fitted.decode(task, fitted.variant.seen(answers), data.num_classes)  # [n, C_j]
         expert = answers.experts[task, :, : data.num_classes]
         labels = test.targets[chosen]

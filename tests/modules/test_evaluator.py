@@ -14,6 +14,7 @@ from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.evaluation.held import HeldNetworks
 from coin.merging import Average, Experts
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
@@ -116,14 +117,15 @@ def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
         compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
     paths = [*write_coded(PAIR, experts), *write_coded(PAIR, experts, label="other")]
     evaluator = DecodingEvaluator(experts, paths, DECODERS, replicas=copies)
+    networks = [evaluator._network(Path(path)) for path in [*experts.values(), *copies]]
     calls = Counter()
-    for network in [*evaluator.experts, *evaluator.coded, *evaluator.replica_networks]:
+    for network in [*evaluator.coded, *networks]:
         network.register_forward_hook(lambda module, *_: calls.update([module]))
     with progress_bar("evaluation") as evaluator.progress:
         run(evaluator, tasks, make_trainer)
     tests = [len(task.test_dataloader()) for task in tasks.tasks.values()]
     assert (len(tasks.calibration()), tests) == (4, [3, 4, 5])
-    assert list(calls.values()) == [4 + 3 + 4 + 5] * 7 + tests
+    assert [calls[network] for network in [*evaluator.coded, *networks]] == [4 + 3 + 4 + 5] * 7 + tests
     assert len(evaluator.variants) == 4
     assert evaluator.progress.n == evaluator.progress.total == 60 + 23 + 29 + 35
 
@@ -152,7 +154,8 @@ def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
         compress_file(Path(path), Path(copies[-1]), None, Compression(bits=4, base_bits=0))
     evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies if replicas else None)
     calls = Counter()
-    for place, network in enumerate([*evaluator.experts, evaluator.coded[0].body]):
+    networks = [evaluator._network(Path(path)) for path in experts.values()]
+    for place, network in enumerate([*networks, evaluator.coded[0].body]):
         network.register_forward_hook(lambda module, inputs, _, place=place: calls.update({place: len(inputs[0])}))
     with progress_bar("evaluation") as evaluator.progress:
         few = run(evaluator, tasks, make_trainer)
@@ -168,6 +171,37 @@ def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
     assert numbers[0] == numbers[1]
     assert len(numbers[0]) == 3
     assert {each.columns["decoder"] for each in few} == {"expert_head", *(["replica"] if replicas else [])}
+
+
+def test_where_not_all_fit_the_networks_of_one_task_alone_are_held_and_numbers_are_the_same(
+    experts, body, tasks, make_trainer, tmp_path, monkeypatch
+):
+    copies = [str(tmp_path / task) for task in experts]
+    for path, copy in zip(experts.values(), copies, strict=True):
+        compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
+    reads, most = Counter(), Counter()
+    keep = HeldNetworks.keep
+
+    def counted(self, path, network):
+        found = keep(self, path, network)
+        reads.update([str(path)])
+        most[id(self)] = max(most[id(self)], len(self._held))
+        return found
+
+    monkeypatch.setattr(HeldNetworks, "keep", counted)
+    numbers = []
+    for memory_mib in (None, 0):
+        reads.clear()
+        most.clear()
+        evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies, memory_mib=memory_mib)
+        measured = run(evaluator, tasks, make_trainer)
+        numbers.append([each.columns for each in measured])
+        (held,) = most.values()
+        assert held == (6 if memory_mib is None else 2)  # an expert and its copy
+        assert max(reads.values()) == (1 if memory_mib is None else 3)
+    for row in [*numbers[0], *numbers[1]]:
+        row.pop("decoder_seconds")
+    assert str(numbers[0]) == str(numbers[1])
 
 
 def test_an_evaluation_with_nothing_to_measure_is_refused(experts, tasks, make_trainer):
