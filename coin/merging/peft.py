@@ -89,8 +89,7 @@ def save_peft(
         "use_dora": is_dora,
         "bias": "all" if is_dora else "none",
         "target_modules": _targets(targets, body),
-        # Full names: peft takes every module whose name ends with one of these, `pre_classifier` by `classifier`.
-        "modules_to_save": sorted(f"base_model.model.{place}" for place in whole),
+        "modules_to_save": sorted(_name_of_whole(place, body) for place in whole),
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
@@ -124,6 +123,17 @@ def _targets(names: list[str], body: nn.Module) -> list[str] | str:
     if any(name.endswith(endings) for name in others):
         return "|".join(map(re.escape, names))
     return names
+
+
+def _name_of_whole(place: str, body: nn.Module) -> str:
+    """Return the name by which peft keeps one module whole, its own where no other module's name ends with it.
+
+    Peft takes every module whose name ends so, `pre_classifier` by `classifier`. vLLM reads `classifier` and `score`,
+    and refuses full names.
+    """
+    others = (name for name, _ in body.named_modules() if name != place)
+    is_alone = not any(name.endswith(place) for name in others)
+    return place if is_alone else f"base_model.model.{place}"
 
 
 def extract_lora(

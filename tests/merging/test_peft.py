@@ -104,6 +104,7 @@ def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path
     options = json.loads((tmp_path / "a/adapter_config.json").read_text())
     told = {"r": 4, "lora_alpha": 4, "bias": "none", "use_dora": False, "task_type": "SEQ_CLS"}
     assert told.items() <= options.items()
+    assert options["modules_to_save"] == ["classifier"]  # vLLM refuses other names than this and `score`
     model = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "a"), adapter_name="a")
     for name in names[1:]:
         model.load_adapter(str(tmp_path / name), adapter_name=name)
