@@ -379,39 +379,60 @@ def fleet() -> str:
     )
 
 
+Point = tuple[str, int, int]  # rank or shared, how many directions, bits of the body
+
+
 def frontier() -> str:
-    """NDA, the worst task's and the memory by the body's bits and the adapters' rank; bold what is Pareto-optimal."""
+    """NDA, agreement, the worst task's NDA and memory by rank and bits; bold what is Pareto-optimal in two of them."""
     rows = measured("frontier")
-    fleet_rows = measured("fleet")  # of the same network
-    network = pd.to_numeric(rows_of(fleet_rows, "refit", "expert_head").memory_mib).min()
-    cells: dict[tuple[str, int, int], dict[int, str]] = {}
     counts = rows.groupby("experiment").task.transform("nunique")
+    of_fleet = rows_of(measured("fleet"), "refit", "expert_head")
+    fleet_network = pd.to_numeric(of_fleet.memory_mib).min()
+    columns = {}
     for count, part in rows.groupby(counts):
-        points = {}
-        for method in part.method.unique():
-            named = re.fullmatch(r"refit\+(rank|shared)(\d+)-(\d)bit", method)
-            if named is None:
-                continue
-            measured_rows = rows_of(part, method, "expert_head")
-            kind, rank, bits = named.groups()
-            memory = pd.to_numeric(measured_rows.memory_mib).mean() / network
-            nda = 100 * measured_rows.nda
-            points[kind, int(rank), int(bits)] = (memory, nda.mean(), nda.min())
-        for point, (memory, nda, worst) in points.items():
-            own = (memory, nda, worst)
-            is_beaten = any(
-                other != own and other[0] <= memory and other[1] >= nda and other[2] >= worst
-                for other in points.values()
-            )
-            text = f"{nda:.1f} ({worst:.1f}), {memory:.2f}"
-            cells.setdefault(point, {})[count] = text if is_beaten else f"**{text}**"
+        columns[f"N = {count}"] = frontier_points(part, fleet_network)
+    photos_network = network_mib(measured("stand-ins-photos"))
+    columns["six on photos"] = frontier_points(measured("frontier-photos"), photos_network)
+    every = sorted({point for points in columns.values() for point in points})
     lines = []
-    for (kind, rank, bits), found in sorted(cells.items()):
-        each = [found.get(count, "–") for count in sorted(counts.unique())]
+    for point in every:
+        kind, rank, bits = point
+        cells = [
+            frontier_cell(points[point], points) if point in points else "–"
+            for points in columns.values()
+        ]
         directions = f"{rank}, shared" if kind == "shared" else str(rank)
-        lines.append([directions, str(bits), *each])
-    heads = [f"N = {count}" for count in sorted(counts.unique())]
-    return markdown(["rank", "bits of the body", *heads], lines)
+        lines.append([directions, str(bits), *cells])
+    return markdown(["rank", "bits of the body", *columns], lines)
+
+
+def frontier_points(rows: pd.DataFrame, network: float) -> dict[Point, dict[str, float]]:
+    """Return the memory in networks, and in % NDA, agreement and the worst task's NDA, by rank and bits."""
+    points = {}
+    for method in rows.method.unique():
+        named = re.fullmatch(r"refit\+(rank|shared)(\d+)-(\d)bit", method)
+        if named is None:
+            continue
+        kind, rank, bits = named.groups()
+        own = rows_of(rows, method, "expert_head")
+        points[kind, int(rank), int(bits)] = {
+            "memory": pd.to_numeric(own.memory_mib).mean() / network,
+            "nda": 100 * own.nda.mean(),
+            "agreement": 100 * own.agreement.mean(),
+            "worst": 100 * own.nda.min(),
+        }
+    return points
+
+
+def frontier_cell(own: dict[str, float], points: dict[Point, dict[str, float]]) -> str:
+    """Return the text of a point, in bold where none of the others agrees more in as little memory."""
+    text = f"{own['nda']:.1f}, {own['agreement']:.1f} ({own['worst']:.1f}), {own['memory']:.2f}"
+    is_beaten = any(
+        other["memory"] <= own["memory"] and other["agreement"] >= own["agreement"]
+        for other in points.values()
+        if other is not own
+    )
+    return text if is_beaten else f"**{text}**"
 
 
 def layers() -> str:
