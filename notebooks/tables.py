@@ -383,7 +383,7 @@ Point = tuple[str, int, int]  # rank or shared, how many directions, bits of the
 
 
 def frontier() -> str:
-    """NDA, agreement, the worst task's NDA and memory by rank and bits; bold what is Pareto-optimal in two of them."""
+    """NDA, agreement, the worst task's NDA and memory by rank and bits; bold: best in agreement and memory."""
     rows = measured("frontier")
     counts = rows.groupby("experiment").task.transform("nunique")
     of_fleet = rows_of(measured("fleet"), "refit", "expert_head")
@@ -425,12 +425,12 @@ def frontier_points(rows: pd.DataFrame, network: float) -> dict[Point, dict[str,
 
 
 def frontier_cell(own: dict[str, float], points: dict[Point, dict[str, float]]) -> str:
-    """Return the text of a point, in bold where none of the others agrees more in as little memory."""
+    """Return the text of a point, in bold where it is Pareto-optimal in agreement and memory."""
     text = f"{own['nda']:.1f}, {own['agreement']:.1f} ({own['worst']:.1f}), {own['memory']:.2f}"
+    pair = (-own["memory"], own["agreement"])
+    others = [(-other["memory"], other["agreement"]) for other in points.values()]
     is_beaten = any(
-        other["memory"] <= own["memory"] and other["agreement"] >= own["agreement"]
-        for other in points.values()
-        if other is not own
+        other != pair and other[0] >= pair[0] and other[1] >= pair[1] for other in others
     )
     return text if is_beaten else f"**{text}**"
 

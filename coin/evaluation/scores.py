@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,24 +33,19 @@ from coin.networks import answering, linear_heads, run_network
 
 
 def server_answers(
-    experts: Iterable[nn.Module | None],
-    coded: nn.ModuleList,
+    servers: Sequence[nn.Module | None],
+    num_experts: int,
     inputs: Batch,
     features: bool,
-    idle: Collection[int] = (),
     tasks: int | Tensor | None = None,
 ) -> Answers:
-    """Run every server once but those in `idle`, numbered as places are; see `Coded.answers`.
-
-    The places of servers are the experts' 0 … N − 1, then the coded models'.
-    """
-    servers = [*experts, *coded]
-    outputs = []
+    """Run every server once, experts first, then coded models; None is one that does not answer (`Coded.answers`)."""
+    coded = [server for server in servers[num_experts:] if server is not None]
     with answering(coded, tasks):
-        for index, network in enumerate(servers):
-            is_idle = network is None or index in idle
-            outputs.append(None if is_idle else run_network(network, inputs, features))
-    return Answers.of_servers(outputs, len(servers) - len(coded))
+        outputs = [
+            None if server is None else run_network(server, inputs, features) for server in servers
+        ]
+    return Answers.of_servers(outputs, num_experts)
 
 
 def with_heads(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
-from coin.networks import BatchNormPolicy
-from coin.networks.adapted import resident_nbytes
-from coin.networks.files import NetworkFile, nbytes_together, open_network, resident_copies
+from coin.networks import BatchNormPolicy, load_network
+from coin.networks.adapted import resident_nbytes, tensor_nbytes
+from coin.networks.files import NetworkFile, nbytes_together, open_network
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
@@ -171,24 +171,28 @@ def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: in
 def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code) -> list[Replica]:
     """Return the files of compressed experts; a FileError where one is of none of the `fingerprints`."""
     groups: dict[str, list[NetworkFile]] = {}
+    largest: dict[str, int] = {}  # bytes of a whole copy
     for path in paths:
-        file = open_network(path)
+        file = load_network(path)
         if file.provenance.get("of") not in fingerprints:
             raise FileError(
                 f"'{path}' is not a compressed copy of these experts; compress them again"
             )
         label = str(file.provenance.get("label", REPLICA))
-        groups.setdefault(label, []).append(file)
+        whole = tensor_nbytes(file.network)
+        largest[label] = max(whole, largest.get(label, 0))
+        groups.setdefault(label, []).append(replace(file, content={}))  # without its tensors
     found = []
     for label, files in groups.items():
+        memory = nbytes_together(files)
         variant = Variant(
             method=label,
             code=code,
             merge_seconds=sum(float(file.provenance["seconds"]) for file in files),
             chosen=(files[0].provenance["compression"],),
             kind=REPLICA,
-            memory=nbytes_together(files),
-            resident=resident_copies(files),
+            memory=memory,
+            resident=memory + largest[label],  # all as stored, and one of them whole to answer
         )
         for file in files:
             task = fingerprints.index(file.provenance["of"])

@@ -131,8 +131,8 @@ def _name_of_whole(place: str, body: nn.Module) -> str:
     Peft takes every module whose name ends so, `pre_classifier` by `classifier`. vLLM reads `classifier` and `score`,
     and refuses full names.
     """
-    others = (name for name, _ in body.named_modules() if name != place)
-    is_alone = not any(name.endswith(place) for name in others)
+    names = [name for name, _ in body.named_modules(remove_duplicate=False)]
+    is_alone = not any(name.endswith(place) for name in names if name != place)
     return place if is_alone else f"base_model.model.{place}"
 
 

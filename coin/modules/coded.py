@@ -166,11 +166,15 @@ class Coded(LightningModule):
         Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN. Bodies with
         adapters have to be told of which expert's task the inputs are: `tasks` [B], or one for all.
         """
-        idle = list(self._indices(erased))
-        idle += [len(self.experts) + row for row in silent]
+        count = len(self.experts)
+        servers: list[nn.Module | None] = [*self.experts, *self.coded]
+        for expert in self._indices(erased):
+            servers[expert] = None
+        for row in silent:
+            servers[count + row] = None
         with eval_mode(self):
             own = as_input(inputs, self.coded[0])
-            return server_answers(self.experts, self.coded, own, features, idle, tasks)
+            return server_answers(servers, count, own, features, tasks)
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -82,15 +82,16 @@ class DecodingEvaluator(LightningModule):
         self.config = described[0].config
         self.class_counts = [file.num_classes for file in described]
         width = max(self.class_counts)
-        self._networks = HeldNetworks(width, memory_mib)
+        self.networks = HeldNetworks(width, memory_mib)
         self.fingerprints = []
+        sizes = []
         for path in self.expert_files:
-            self._networks.make_room(self.device)
+            self.networks.make_room()
             network = load_network(path).network
             self.fingerprints.append(fingerprint(network.state_dict()))
-            padded = self._networks.keep(path, network)
-        state = padded.state_dict()  # of the same size for all
-        self.network_nbytes = sum(tensor.nbytes for tensor in state.values())
+            padded = self.networks.add(path, network)
+            sizes.append(sum(tensor.nbytes for tensor in padded.state_dict().values()))
+        self.network_nbytes = sizes[0]
 
         self.coded_files = [Path(path) for path in coded or []]
         coded_networks, self.variants = read_coded(self.coded_files, self.fingerprints)
@@ -127,22 +128,28 @@ class DecodingEvaluator(LightningModule):
         Only the servers at the places in `read` run, by default all of them.
         """
         features = any(each.reads_features for each in self.decoders)
-        places = set(range(len(self.tasks) + len(self.coded)))
-        running = places if read is None else places & set(read)
+        count = len(self.expert_files)
+        running = set(range(count + len(self.coded)) if read is None else read)
+        self._need(running)
         experts = [
-            self._network(path) if place in running else None
+            self.networks[path] if place in running else None
             for place, path in enumerate(self.expert_files)
         ]
-        return server_answers(experts, self.coded, inputs, features, places - running, tasks)
-
-    def _network(self, path: Path) -> nn.Module:
-        """Return the expert or copy of a file, where this module is."""
-        return self._networks.network(path, self.device, cast(torch.dtype, self.dtype))
+        coded = [
+            network if count + row in running else None for row, network in enumerate(self.coded)
+        ]
+        return server_answers([*experts, *coded], count, inputs, features, tasks)
 
     def _need(self, read: Collection[int], copies: Collection[Path] = ()) -> None:
         """Read the experts among these places, and copies, that are not held."""
         experts = [path for place, path in enumerate(self.expert_files) if place in read]
-        self._networks.need([*experts, *copies], self.device)
+        self.networks.need([*experts, *copies])
+
+    def _each_expert(self) -> Iterator[nn.Module]:
+        """Yield the experts, one after another."""
+        for path in self.expert_files:
+            self.networks.need([path])
+            yield self.networks[path]
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -150,10 +157,10 @@ class DecodingEvaluator(LightningModule):
         self._check(data)
         calibration = data.calibration()
         promise = data.promise()
+        self.networks.place(self.device, self.trainer.precision_plugin.convert_module)
         needed = not self.takes_all_decoders
-        experts = map(self._network, self.expert_files)
-        first = as_input(next(iter(calibration)), self._network(self.expert_files[0]))
-        self.decoders, heads = with_heads(self.decoders, experts, first, needed=needed)
+        first = as_input(next(iter(calibration)), next(self._each_expert()))
+        self.decoders, heads = with_heads(self.decoders, self._each_expert(), first, needed=needed)
         self.evaluation = Evaluation(
             self.variants, self.decoders, self.class_counts, heads, self.replicas
         )
@@ -225,7 +232,7 @@ class DecodingEvaluator(LightningModule):
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
-                decoded = self._network(replica.path)(inputs).cpu()
+                decoded = self.networks[replica.path](inputs).cpu()
                 scores.update(decoded, answers.experts[task], labels)
         self.progress.update(len(labels))
 
@@ -236,6 +243,10 @@ class DecodingEvaluator(LightningModule):
             for metric in self.evaluation.metrics:
                 metric.to(self.device)
         self.measurements = self.evaluation.measurements(self.tasks)
+
+    def teardown(self, stage: str) -> None:
+        """Take what is held from the device, as Lightning takes the module."""
+        self.networks.place(torch.device("cpu"))
 
     def save_systems(self, folder: Path) -> None:
         """Write every variant with its fitted decoders and promises to a file called as its coded models' are."""

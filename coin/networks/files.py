@@ -15,7 +15,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite
-from coin.networks.adapted import Adapted, tensor_nbytes, with_adapters
+from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.clip import zero_shot_head
@@ -90,13 +90,6 @@ def nbytes_together(files: Sequence[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
     bases = [int(file.provenance.get("base_nbytes", 0)) for file in files]
     return sum(file.nbytes for file in files) + max(bases, default=0)
-
-
-def resident_copies(files: Sequence[NetworkFile]) -> int:
-    """Return the bytes of a process that keeps compressed copies: all as stored, and one of them whole to answer."""
-    # Each opened anew, so that none keeps its network.
-    whole = [tensor_nbytes(open_network(file.path).network) for file in files]
-    return nbytes_together(files) + max(whole)
 
 
 def save_network(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from coin.core.batches import tensors_in
 from coin.networks.calling import clone
@@ -177,6 +178,7 @@ class Kept(nn.Module):
             self.register_buffer("codes_scale", row_scale)
         self.num_experts = 0
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
+        self.is_read_by_rows = False  # set by `keep`
 
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
@@ -221,7 +223,12 @@ class Kept(nn.Module):
 
     @property
     def working_nbytes(self) -> int:
-        """The bytes that making the parameter takes: the parameter and, of a packed one, an int32 for each byte."""
+        """The bytes that making the parameter takes: the parameter and, of a packed one, an int32 for each byte.
+
+        Rows that are looked up one by one are as small as the activations that they are, and count as none.
+        """
+        if self.is_read_by_rows and not self._parts:
+            return 0
         parameter = self.shape.numel() * self.original.element_size()
         if self.codes is None:
             return parameter
@@ -239,6 +246,17 @@ class Kept(nn.Module):
         if self.codes is None:
             value = value.clone(memory_format=torch.contiguous_format)
         return _changed(value, {part: getattr(self, part)[expert] for part in self._parts})
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows ``[…, K]`` of a matrix at an index […]; of packed codes these rows alone are read."""
+        if self.codes is None or self._parts:
+            return F.embedding(index, self.forward())
+        places = index.flatten()
+        codes = self.codes.index_select(0, places)
+        first = self.codes_first.index_select(0, places)
+        scale = self.codes_scale.index_select(0, places)
+        found = read(codes, first, scale, self.bits, self.columns)
+        return found.view(*index.shape, self.columns).to(self.original.dtype)
 
 
 def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -259,8 +277,13 @@ def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
 def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
     """Have a network, in place, make a parameter of what is kept whenever a layer reads it, by all its tied names.
 
-    The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled.
+    The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled. Of
+    an embedding those rows alone are made that it looks up.
     """
+    owners = [network.get_submodule(name.rpartition(".")[0]) for name in names]
+    kept.is_read_by_rows = all(
+        _looks_up(_plain_class(owner)) and owner.max_norm is None for owner in owners
+    )
     for name in names:
         place, _, parameter = name.rpartition(".")
         layer = network.get_submodule(place)
@@ -336,7 +359,23 @@ def _making(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
     attributes: dict[str, Any] = {"plain_class": kind}
     for parameter in parameters:
         attributes[parameter] = property(partial(_made, name=_KEPT + parameter))
+    if _looks_up(kind):
+        attributes["forward"] = _look_up
     return type(kind.__name__, (kind,), attributes)
+
+
+def _looks_up(kind: Any) -> bool:
+    """Say whether layers of a kind look up rows of their weight as `nn.Embedding` does."""
+    return getattr(kind, "forward", None) is nn.Embedding.forward
+
+
+def _look_up(layer: nn.Embedding, index: Tensor) -> Tensor:
+    """Return the rows of an embedding's weight at an index, of what it keeps in the weight's place."""
+    if layer.max_norm is not None:  # which changes the weight
+        return nn.Embedding.forward(layer, index)
+    kept: Any = layer._modules[_KEPT + "weight"]
+    found: Tensor = kept.rows(index)
+    return found
 
 
 def _made(layer: nn.Module, name: str) -> Tensor:

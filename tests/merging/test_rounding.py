@@ -166,6 +166,15 @@ def small_mlp():
     return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 4))
 
 
+def error_of(adapted, experts, tests):
+    """How far a body with adapters is from the experts."""
+    total = 0.0
+    for place, (expert, x) in enumerate(zip(experts, tests, strict=True)):
+        answer = adapted.network(place, head=expert[4])(x)
+        total += float((answer - expert(x)).square().mean())
+    return total
+
+
 @pytest.mark.parametrize("name", ["average", "base"])
 def test_every_body_is_rounded_by_its_inputs(name):
     """Three bits lose less than rounding to the nearest, with adapters fitted to what either leaves (four draws)."""
@@ -182,17 +191,9 @@ def test_every_body_is_rounded_by_its_inputs(name):
         whole = method.make(Experts(experts, initial=base), code[0]).network
         nearest = compress(whole, None, bits=3, base_bits=0)
         assert packed.nbytes == nearest.nbytes + sum(each.nbytes for each in packed.adapters)
-
-        def error(adapted, experts=experts, tests=tests):
-            total = 0.0
-            for place, (expert, x) in enumerate(zip(experts, tests, strict=True)):
-                answer = adapted.network(place, head=expert[4])(x)
-                total += float((answer - expert(x)).square().mean())
-            return total
-
-        by_inputs += error(Adapted(packed.network(), packed.adapters))
-        to_nearest += error(fit_adapters(nearest.network(), experts, inputs, rank=0))
-    assert by_inputs < 0.8 * to_nearest
+        by_inputs += error_of(Adapted(packed.network(), packed.adapters), experts, tests)
+        to_nearest += error_of(fit_adapters(nearest.network(), experts, inputs, rank=0), experts, tests)
+    assert by_inputs < 0.8 * to_nearest  # 0.55 to 0.77 of it in single draws
 
 
 def test_what_is_in_no_unit_of_a_body_is_rounded_to_the_nearest():

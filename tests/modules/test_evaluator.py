@@ -117,7 +117,9 @@ def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
         compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
     paths = [*write_coded(PAIR, experts), *write_coded(PAIR, experts, label="other")]
     evaluator = DecodingEvaluator(experts, paths, DECODERS, replicas=copies)
-    networks = [evaluator._network(Path(path)) for path in [*experts.values(), *copies]]
+    files = [Path(path) for path in [*experts.values(), *copies]]
+    evaluator.networks.need(files)
+    networks = [evaluator.networks[path] for path in files]
     calls = Counter()
     for network in [*evaluator.coded, *networks]:
         network.register_forward_hook(lambda module, *_: calls.update([module]))
@@ -154,7 +156,7 @@ def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
         compress_file(Path(path), Path(copies[-1]), None, Compression(bits=4, base_bits=0))
     evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies if replicas else None)
     calls = Counter()
-    networks = [evaluator._network(Path(path)) for path in experts.values()]
+    networks = [evaluator.networks[Path(path)] for path in experts.values()]
     for place, network in enumerate([*networks, evaluator.coded[0].body]):
         network.register_forward_hook(lambda module, inputs, _, place=place: calls.update({place: len(inputs[0])}))
     with progress_bar("evaluation") as evaluator.progress:
@@ -180,15 +182,15 @@ def test_where_not_all_fit_the_networks_of_one_task_alone_are_held_and_numbers_a
     for path, copy in zip(experts.values(), copies, strict=True):
         compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
     reads, most = Counter(), Counter()
-    keep = HeldNetworks.keep
+    add = HeldNetworks.add
 
     def counted(self, path, network):
-        found = keep(self, path, network)
+        found = add(self, path, network)
         reads.update([str(path)])
         most[id(self)] = max(most[id(self)], len(self._held))
         return found
 
-    monkeypatch.setattr(HeldNetworks, "keep", counted)
+    monkeypatch.setattr(HeldNetworks, "add", counted)
     numbers = []
     for memory_mib in (None, 0):
         reads.clear()
@@ -202,6 +204,23 @@ def test_where_not_all_fit_the_networks_of_one_task_alone_are_held_and_numbers_a
     for row in [*numbers[0], *numbers[1]]:
         row.pop("decoder_seconds")
     assert str(numbers[0]) == str(numbers[1])
+    with pytest.raises(ConfigurationError, match="found memory_mib=-1, expected a whole number of at least 0"):
+        DecodingEvaluator(experts, [body], memory_mib=-1)
+
+
+def test_with_survivors_all_are_held_whatever_the_bound_and_keep_their_type(experts, write_coded, tasks, make_trainer):
+    coded = write_coded(PAIR, experts)
+    numbers = []
+    for memory_mib in (None, 0):
+        evaluator = DecodingEvaluator(experts, coded, DECODERS, memory_mib=memory_mib)
+        for _ in range(2):  # a second time too
+            measured = run(evaluator, tasks, make_trainer)
+            numbers.append([(each.columns["nda"], each.columns["residual"]) for each in measured])
+    assert str(numbers[0]) == str(numbers[1]) == str(numbers[2]) == str(numbers[3])
+    path = evaluator.expert_files[0]
+    evaluator.networks.add(path, load_network(path).network.double())
+    evaluator.networks.place(torch.device("cpu"))
+    assert next(evaluator.networks[path].parameters()).dtype == torch.float64
 
 
 def test_an_evaluation_with_nothing_to_measure_is_refused(experts, tasks, make_trainer):

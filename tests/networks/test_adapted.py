@@ -8,6 +8,7 @@ from torch import nn
 import coin
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapted import resident_nbytes, stored_nbytes, tensor_nbytes
+from coin.networks.kept import kept_parameters
 from coin.networks.running import features_and_logits
 
 
@@ -308,3 +309,49 @@ def test_tied_tensors_are_stored_once():
     network = Network()
     once = sum(parameter.nbytes for parameter in network.parameters()) + sum(b.nbytes for b in network.buffers())
     assert stored_nbytes(network) == once
+
+
+class Texts(nn.Module):
+    """A classifier of tokens, whose embeddings are nearly all of it."""
+
+    def __init__(self, tied=False, **options):
+        super().__init__()
+        self.embed = nn.Embedding(2000, 12, **options)
+        self.map = nn.Linear(12, 12)
+        self.out = nn.Linear(12, 2000, bias=False) if tied else None
+        if tied:
+            self.out.weight = self.embed.weight
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, tokens):
+        features = self.map(self.embed(tokens)).relu().mean(1)
+        if self.out is not None:
+            features = features + self.out(features)[:, :12]
+        return self.head(features)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [3, 4])
+def test_of_a_packed_embedding_the_rows_that_are_looked_up_are_made_alone(bits):
+    torch.manual_seed(0)
+    network = Texts(padding_idx=0).eval()
+    packed = coin.Adapted(coin.compress(network, None, bits=bits, base_bits=0).packed())
+    plain = packed.network(0)
+    tokens = torch.randint(0, 2000, (7, 5))
+    kept = {name: own for name, _, own in kept_parameters(packed.body)}
+    whole = network.embed.weight.nbytes
+    assert resident_nbytes(packed) == tensor_nbytes(packed) + kept["map.weight"].working_nbytes < 0.4 * whole
+    kept["embed.weight"].forward = None  # the whole matrix is not made
+    assert torch.equal(packed(tokens), plain(tokens))
+    assert torch.equal(packed(tokens[:, 0:1]), plain(tokens[:, 0:1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"tied": True}, {"max_norm": 0.5}])
+def test_an_embedding_that_is_read_whole_too_counts_as_such(options):
+    torch.manual_seed(0)
+    network = Texts(**options).eval()
+    packed = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed())
+    tokens = torch.randint(0, 2000, (7, 5))
+    torch.testing.assert_close(packed(tokens), packed.network(0)(tokens))
+    assert resident_nbytes(packed) > network.embed.weight.nbytes
