@@ -92,6 +92,7 @@ study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables o
 	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
 	printf '%s\n' imagenet-pair small-pair vit $(if $(PHOTOS),photos) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'
 	$(BIN)/python notebooks/rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
+	$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-intents/*/seed-401 --svd --output $(RESULTS)/stand-ins-intents/rivals.csv
 	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-$(if $(PHOTOS),photos,imagenet-pair)/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
 	$(if $(PHOTOS),$(BIN)/python notebooks/layers.py $(RESULTS)/stand-ins-photos/*/seed-401 --output $(RESULTS)/stand-ins-photos/layers.csv)
 	mkdir -p $(RESULTS)/lora
