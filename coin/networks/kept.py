@@ -369,12 +369,12 @@ def _looks_up(kind: Any) -> bool:
     return getattr(kind, "forward", None) is nn.Embedding.forward
 
 
-def _look_up(layer: nn.Embedding, index: Tensor) -> Tensor:
-    """Return the rows of an embedding's weight at an index, of what it keeps in the weight's place."""
+def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
+    """Return the rows of an embedding's weight that are looked up, of what it keeps in the weight's place."""
     if layer.max_norm is not None:  # which changes the weight
-        return nn.Embedding.forward(layer, index)
+        return nn.Embedding.forward(layer, input)
     kept: Any = layer._modules[_KEPT + "weight"]
-    found: Tensor = kept.rows(index)
+    found: Tensor = kept.rows(input)
     return found
 
 

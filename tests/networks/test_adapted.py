@@ -344,6 +344,8 @@ def test_of_a_packed_embedding_the_rows_that_are_looked_up_are_made_alone(bits):
     kept["embed.weight"].forward = None  # the whole matrix is not made
     assert torch.equal(packed(tokens), plain(tokens))
     assert torch.equal(packed(tokens[:, 0:1]), plain(tokens[:, 0:1]))
+    exported = torch.export.export(packed, (tokens,), strict=False).module()
+    torch.testing.assert_close(exported(tokens), plain(tokens))
 
 
 @torch.no_grad()
