@@ -43,12 +43,13 @@ class ExpertHeadDecoder(Decoder):
 
     Exact where the coded model's features are the expert's. No other server is asked, so all experts may be lost.
     `decode` needs the `heads` of all experts, or of the lost ones by expert; the buffers are the lost ones' weights
-    ``[|erased|, C, F]`` and biases ``[|erased|, C]``, padded with zeros to the largest class count.
+    ``[ΣC_j, F]`` and biases ``[ΣC_j]``, one after another without their padding, and their class counts C_j.
     """
 
     needs_fit = False
     weight: Tensor
     bias: Tensor
+    class_counts: Tensor
 
     def __init__(
         self,
@@ -62,10 +63,12 @@ class ExpertHeadDecoder(Decoder):
         """Which coded model each lost expert is read from, the first of equals."""
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
+        self.register_buffer("class_counts", None)
         if heads:
-            own = [heads[expert] for expert in self.erased]
-            self.weight = pad_sequence([weight for weight, _ in own], batch_first=True)
-            self.bias = pad_sequence([bias for _, bias in own], batch_first=True)
+            own = [_without_padding(*heads[expert]) for expert in self.erased]
+            self.weight = torch.cat([weight for weight, _ in own])
+            self.bias = torch.cat([bias for _, bias in own])
+            self.class_counts = torch.tensor([len(bias) for _, bias in own])
 
     def rows(self, num_coded: int) -> tuple[int, ...]:
         """Return the coded models that the lost experts are read from."""
@@ -73,7 +76,7 @@ class ExpertHeadDecoder(Decoder):
 
     def _decode(self, answers: Answers) -> Tensor:
         assert answers.coded_features is not None
-        width = self.weight.shape[2]  # F
+        width = self.weight.shape[1]  # F
         features = []
         for row in self.row_of.values():
             # [B, F], or [B, 0] where the coded model is silent.
@@ -83,11 +86,21 @@ class ExpertHeadDecoder(Decoder):
                 own = own.new_full((len(own), width), torch.nan)
             features.append(own)
         every = torch.stack(features)  # [|erased|, B, F]
-        weight = self.weight.to(every)
-        bias = self.bias.to(every)
+        counts = self.class_counts.tolist()
+        weights = torch.split(self.weight.to(every), counts)
+        biases = torch.split(self.bias.to(every), counts)
+        weight = pad_sequence(list(weights), batch_first=True)  # [|erased|, ·, F]
+        bias = pad_sequence(list(biases), batch_first=True)
         logits = every @ weight.mT + bias[:, None]  # [|erased|, B, ·]
         missing_classes = max(0, answers.coded.shape[2] - logits.shape[2])
         return pad(logits, (0, missing_classes)).to(answers.experts)
+
+
+def _without_padding(weight: Tensor, bias: Tensor) -> Head:
+    """Return a head without its last rows that are zero, whose logits are as zero as padding is."""
+    is_used = weight.any(1) | (bias != 0)
+    last = int(is_used.nonzero().max()) if is_used.any() else 0
+    return weight[: last + 1], bias[: last + 1]
 
 
 def make_decoder(

@@ -71,6 +71,23 @@ def test_a_regression_alone_is_that_of_the_coded_models_answers(config):
         make_decoder(config, PAIR, [0]).fit(calibration.with_coded([]))
 
 
+def test_heads_are_kept_without_the_rows_that_pad_them():
+    answers, heads = linear_system(PAIR, 7)
+    for expert, classes in enumerate((4, 2, 0)):
+        for part in heads[expert]:
+            part[classes:] = 0
+    decoder = make_decoder("expert_head", PAIR, [2, 0, 1], heads)
+    assert decoder.nbytes == (1 + 4 + 2) * (5 + 1) * 8 + 3 * 8  # one row where all are zero
+    found = decoder.decode(answers)
+    for place, expert in enumerate(decoder.erased):
+        weight, bias = heads[expert]
+        row = decoder.row_of[expert]
+        torch.testing.assert_close(found[place], answers.coded_features[row] @ weight.T + bias)
+    again = make_decoder("expert_head", PAIR, [2, 0, 1])
+    again.load_state_dict(decoder.state_dict())
+    assert torch.equal(again.decode(answers), found)
+
+
 def test_what_a_stand_in_costs():
     (answers, heads), names = linear_system(PAIR, 40), ("linear", "ridge", "feature_ridge", "expert_head")
     configs = [*map(DecoderConfig.named, names), *ALONE]
@@ -83,7 +100,7 @@ def test_what_a_stand_in_costs():
         return make_decoder(config, PAIR, erased, heads).fit(answers).nbytes
 
     assert kept("linear", [0]) == 0
-    assert kept("expert_head", [0, 1, 2]) == 3 * kept("expert_head", [0]) == 3 * 8 * 4 * (5 + 1)
+    assert kept("expert_head", [0, 1, 2]) == 3 * kept("expert_head", [0]) == 3 * (8 * 4 * (5 + 1) + 8)
     assert kept(ALONE[0], [0, 1, 2]) == 8 * (12 * 8 + 8 + 12)
     assert kept("ridge", [0]) == 8 * (4 * 16 + 16 + 4)
     assert kept("ridge", [0, 2]) == 8 * (8 * 12 + 12 + 8)
@@ -98,4 +115,4 @@ def test_heads_of_unequal_class_counts_are_padded_and_read_back_to_the_last_bit(
     again = make_decoder("expert_head", PAIR, [1, 0])
     again.load_state_dict(decoder.state_dict())
     assert torch.equal(again.decode(answers), decoder.decode(answers))
-    assert (again.row_of, again.nbytes) == (decoder.row_of, 2 * 8 * 4 * (5 + 1))
+    assert (again.row_of, again.nbytes) == (decoder.row_of, 8 * (3 + 4) * (5 + 1) + 2 * 8)
