@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jsonargparse import ArgumentParser
-from torch import nn
 
 from coin.coding import Answers, make_decoder
 from coin.data import TaskData
@@ -110,10 +109,9 @@ def measure(folder, method, sizes, samples):
     inputs, labels, which = pooled(data.tasks, "test", samples)
 
     def answered(batches, experts, coded):
-        servers = nn.ModuleList(experts), nn.ModuleList(coded)
-        return Answers.concatenate(
-            [server_answers(*servers, batch, features=True) for batch in batches]
-        )
+        servers = [*experts, *coded]
+        parts = [server_answers(servers, len(experts), batch, features=True) for batch in batches]
+        return Answers.concatenate(parts)
 
     fit_on = answered(data.calibration(), experts, coded)
     decoders = {

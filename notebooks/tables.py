@@ -316,8 +316,9 @@ def samples() -> str:
 
 def rivals_table() -> str:
     """What the rivals keep of the experts of every suite, with bodies in 8 and in 4 bits, and their memory."""
-    named = [suite for suite in SUITES if (RESULTS / f"stand-ins-{suite}/rivals.csv").exists()]
-    every, rows = {suite: rivals(f"stand-ins-{suite}") for suite in named}, []
+    named = SUITES | {"intents": "ten for intents"}
+    every = {suite: rivals(f"stand-ins-{suite}") for suite in named}
+    rows = []
     found = pd.concat(list(every.values()))[["method", "rank"]].drop_duplicates()
     order = found.sort_values(
         "method", key=lambda names: names.map(list(RIVALS).index), kind="stable"
@@ -334,11 +335,11 @@ def rivals_table() -> str:
             ]
             sizes = [
                 f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own and len(own[s]) else "–"
-                for s in (named[0], "photos")
+                for s in ("imagenet-pair", "photos", "intents")
             ]
             name = RIVALS[method] + (f" to rank {float(rank):.0f}" if rank else "")
             rows.append([f"{name}, {bits} bits", " / ".join(sizes), *shown])
-    return markdown(["rival", "memory, N = 2 / 6", *(SUITES[suite] for suite in named)], rows)
+    return markdown(["rival", "memory, N = 2 / 6 / 10", *named.values()], rows)
 
 
 def fleets() -> pd.DataFrame:

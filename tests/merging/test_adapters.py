@@ -296,7 +296,7 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     assert table["decoder"].tolist() == ["expert_head"] * 3
     assert table["nda"].min() > 0.9
     assert table["residual"].isna().all()
-    heads = 4 * 3 * (4 * 6 + 4)
+    heads = 4 * 3 * (4 * 6 + 4) + 3 * 8  # with their class counts
     kept = stored_nbytes(made[0]) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
     largest = 4 * max(parameter.numel() for parameter in experts[0].parameters())  # is made while its layer runs
@@ -344,7 +344,7 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     head = coin.networks.linear_heads([experts[2]])[0]
     torch.testing.assert_close(system.decode(inputs[2][0], [2])[0], F.linear(features, *head))
     tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
-    heads = 4 * sum(tensor.numel() for tensor in head)
+    heads = 4 * sum(tensor.numel() for tensor in head) + 8  # with its class count
     table = coin.evaluate(system, tests)
     assert table["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
     working = max(kept.working_nbytes for _, _, kept in kept_parameters(system.coded[0].body))
