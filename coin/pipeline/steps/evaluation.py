@@ -53,6 +53,7 @@ def measured_tasks(tasks: dict[str, TaskData]) -> dict[str, TaskData]:
 class Evaluate(Step):
     """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders."""
 
+    version = 2  # heads without their padding
     collective: ClassVar[bool] = True
 
     experiment: str
