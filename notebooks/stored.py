@@ -108,7 +108,8 @@ def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:
 
 def rivals(suite: str) -> pd.DataFrame:
     """What `rivals.py` measured on a suite's experts."""
-    return pd.read_csv(RESULTS / suite / "rivals.csv", keep_default_na=False, dtype={"rank": str})
+    rows = pd.read_csv(RESULTS / suite / "rivals.csv", keep_default_na=False, dtype={"rank": str})
+    return rows.assign(rank=rows["rank"].str.removesuffix(".0"))
 
 
 def simulated(scenario: str) -> pd.DataFrame:

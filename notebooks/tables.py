@@ -337,7 +337,7 @@ def rivals_table() -> str:
                 f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own and len(own[s]) else "–"
                 for s in ("imagenet-pair", "photos", "intents")
             ]
-            name = RIVALS[method] + (f" to rank {float(rank):.0f}" if rank else "")
+            name = RIVALS[method] + (f" to rank {rank}" if rank else "")
             rows.append([f"{name}, {bits} bits", " / ".join(sizes), *shown])
     return markdown(["rival", "memory, N = 2 / 6 / 10", *named.values()], rows)
 
@@ -354,7 +354,7 @@ def fleets() -> pd.DataFrame:
             worst, mean = 100 * own.nda.min(), 100 * own.nda.mean()
             found.append([count, name, mean, worst, pd.to_numeric(own.memory_mib).mean() / network])
     every = rivals("fleet")
-    for _, own in every[(every.method == "average+svd") & (every["rank"] == "16.0")].groupby(
+    for _, own in every[(every.method == "average+svd") & (every["rank"] == "16")].groupby(
         "experiment"
     ):
         numbers = 100 * own.nda_8bit.mean(), 100 * own.nda_8bit.min(), own.networks_8bit.mean()
