@@ -187,7 +187,6 @@ class DecodingEvaluator(LightningModule):
             # Networks run together; a decoder is charged with those that it needs.
             self.evaluation.fit(answers, seconds / len(read) / answers.num_samples)
         if promise is not None:
-            self._need(range(len(self.tasks)))
             self.evaluation.promise(self._answers(promise), self.alpha, self.confidence)
 
     def _check(self, data: Tasks) -> None:
