@@ -211,7 +211,7 @@ def by_low_rank(experts, body, directions, weights=None):
                 last = first + count
                 if first >= len(left):  # of a matrix with fewer directions
                     break
-                pair = [quantise(factor[first:last], bits) for factor in (left, right)]
+                pair = [quantise(factor[first:last].contiguous(), bits) for factor in (left, right)]
                 low_rank += pair[0].dense().T @ pair[1].dense()
                 kept += pair
                 first = last

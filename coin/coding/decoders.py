@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_decodable, decode_linear
@@ -76,24 +74,18 @@ class ExpertHeadDecoder(Decoder):
 
     def _decode(self, answers: Answers) -> Tensor:
         assert answers.coded_features is not None
-        width = self.weight.shape[1]  # F
-        features = []
-        for row in self.row_of.values():
-            # [B, F], or [B, 0] where the coded model is silent.
-            own = double(answers.coded_features[row])
-            is_silent = own.shape[1] == 0
-            if is_silent:
-                own = own.new_full((len(own), width), torch.nan)
-            features.append(own)
-        every = torch.stack(features)  # [|erased|, B, F]
         counts = self.class_counts.tolist()
-        weights = torch.split(self.weight.to(every), counts)
-        biases = torch.split(self.bias.to(every), counts)
-        weight = pad_sequence(list(weights), batch_first=True)  # [|erased|, ·, F]
-        bias = pad_sequence(list(biases), batch_first=True)
-        logits = every @ weight.mT + bias[:, None]  # [|erased|, B, ·]
-        missing_classes = max(0, answers.coded.shape[2] - logits.shape[2])
-        return pad(logits, (0, missing_classes)).to(answers.experts)
+        heads = zip(torch.split(self.weight, counts), torch.split(self.bias, counts), strict=True)
+        width = max(answers.coded.shape[2], *counts)
+        decoded = answers.experts.new_zeros(len(counts), answers.num_samples, width)
+        for logits, row, (weight, bias) in zip(decoded, self.row_of.values(), heads, strict=True):
+            features = double(answers.coded_features[row])  # [B, F]
+            own = logits[:, : len(bias)]
+            if features.shape[1] == 0:  # the coded model is silent
+                own.fill_(torch.nan)
+            else:
+                own.copy_(features @ weight.to(features).T + bias.to(features))
+        return decoded
 
 
 def _without_padding(weight: Tensor, bias: Tensor) -> Head:
