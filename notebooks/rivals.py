@@ -215,10 +215,11 @@ def by_low_rank(experts, body, directions, weights=None):
                 low_rank += pair[0].dense().T @ pair[1].dense()
                 kept += pair
                 first = last
-            size = sum(bytes_of(each) for each in kept)
-            whole = quantise(step, 4)
-            if size >= bytes_of(whole):  # then the difference itself is smaller
-                low_rank, size = whole.dense(), bytes_of(whole)
+            size = sum(map(bytes_of, kept))
+            rows, columns = step.shape
+            whole_size = rows * (math.ceil(columns / 2) + kept[0].scale.element_size())
+            if size >= whole_size:  # then the difference itself is smaller, in 4 bits
+                low_rank, size = quantise(step, 4).dense(), whole_size
             state[name] = body[name] + low_rank.reshape(body[name].shape)
             total += size
         networks.append(filled(network, state))

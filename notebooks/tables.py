@@ -173,6 +173,8 @@ FLEET = {
     ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
 }
 """What is measured from two experts to many."""
+FLEET_RIVALS = (("average+qera", 4), ("average+svd", 8))
+"""The rivals in the table of fleets, and the bits of their bodies."""
 
 
 def forwards_and_losses(method: str, decoder: str, rows: pd.DataFrame) -> list[str]:
@@ -343,7 +345,7 @@ def rivals_table() -> str:
 
 
 def fleets() -> pd.DataFrame:
-    """Of fleets of N experts, for every stand-in: mean NDA and the worst task's in %, and its memory in networks."""
+    """Of fleets of N experts, for every stand-in: NDA, the worst task's and agreement in %, and memory in networks."""
     rows = measured("fleet")
     # With the heads of two experts.
     network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
@@ -351,33 +353,48 @@ def fleets() -> pd.DataFrame:
     for count, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
         for pair, name in FLEET.items():
             own = rows_of(part, *pair)
-            worst, mean = 100 * own.nda.min(), 100 * own.nda.mean()
-            found.append([count, name, mean, worst, pd.to_numeric(own.memory_mib).mean() / network])
+            found.append(
+                {
+                    "experts": count,
+                    "name": name,
+                    "nda": 100 * own.nda.mean(),
+                    "agreement": 100 * own.agreement.mean(),
+                    "worst": 100 * own.nda.min(),
+                    "networks": pd.to_numeric(own.memory_mib).mean() / network,
+                }
+            )
     every = rivals("fleet")
-    for _, own in every[(every.method == "average+svd") & (every["rank"] == "16")].groupby(
-        "experiment"
-    ):
-        numbers = 100 * own.nda_8bit.mean(), 100 * own.nda_8bit.min(), own.networks_8bit.mean()
-        found.append([len(own), f"{RIVALS['average+svd']} to rank 16, 8 bits", *numbers])
-    return pd.DataFrame(found, columns=["experts", "name", "nda", "worst", "networks"])
+    every = every[every["rank"] == "16"]
+    for method, bits in FLEET_RIVALS:
+        for _, own in every[every.method == method].groupby("experiment"):
+            found.append(
+                {
+                    "experts": len(own),
+                    "name": f"{RIVALS[method]} to rank 16, {bits} bits",
+                    "nda": 100 * own[f"nda_{bits}bit"].mean(),
+                    "worst": 100 * own[f"nda_{bits}bit"].min(),
+                    "networks": own[f"networks_{bits}bit"].mean(),
+                }
+            )
+    return pd.DataFrame(found)
 
 
 def fleet() -> str:
-    """NDA, the worst task's and the memory, from two experts to many."""
+    """NDA, agreement, the worst task's NDA and the memory, from two experts to many."""
     found, lines = fleets(), []
     for name, part in found.groupby("name", sort=False):
-        lines.append(
-            [
-                name,
-                *(
-                    f"{row.nda:.1f} ({row.worst:.1f}), {row.networks:.2f}"
-                    for row in part.itertuples()
-                ),
-            ]
-        )
-    return markdown(
-        ["what stands in", *(f"N = {count}" for count in found.experts.unique())], lines
-    )
+        cells = [
+            f"{row.nda:.1f}, {decimal(row.agreement)} ({row.worst:.1f}), {row.networks:.2f}"
+            for row in part.itertuples()
+        ]
+        lines.append([name, *cells])
+    counts = found.experts.unique()
+    return markdown(["what stands in", *(f"N = {count}" for count in counts)], lines)
+
+
+def decimal(number: float) -> str:
+    """Return a number with one digit, or a dash where it was not measured."""
+    return "–" if math.isnan(number) else f"{number:.1f}"
 
 
 Point = tuple[str, int, int]  # rank or shared, how many directions, bits of the body
