@@ -85,18 +85,28 @@ bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
+# What is measured on the suites' experts: a script of notebooks, the folders of seeds that it reads, and what it is given besides.
+define MEASURED
+rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
+rivals.py $(RESULTS)/stand-ins-imagenet-pair/*/seed-40[1-3] --output $(RESULTS)/stand-ins-imagenet-pair/rivals.csv
+rivals.py $(RESULTS)/stand-ins-small-pair/*/seed-40[1-3] --output $(RESULTS)/stand-ins-small-pair/rivals.csv
+rivals.py $(RESULTS)/stand-ins-vit/*/seed-40[1-3] --output $(RESULTS)/stand-ins-vit/rivals.csv
+rivals.py $(RESULTS)/stand-ins-intents/*/seed-401 --svd --output $(RESULTS)/stand-ins-intents/rivals.csv
+lora.py $(RESULTS)/stand-ins-intents/*/seed-401 --output $(RESULTS)/lora/lora.csv
+endef
+define MEASURED_ON_PHOTOS
+rivals.py $(RESULTS)/stand-ins-photos/*/seed-401 --output $(RESULTS)/stand-ins-photos/rivals.csv
+layers.py $(RESULTS)/stand-ins-photos/*/seed-401 --output $(RESULTS)/stand-ins-photos/layers.csv
+silent_faults.py $(RESULTS)/stand-ins-photos/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
+endef
+export MEASURED MEASURED_ON_PHOTOS
+
 # Two suites at a time. A sweep goes on where it was killed; experts and bases that suites share are made once, in one store of steps.
 study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some hours
 	$(PIP) '.[demo,timm,text]'
-	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES))
+	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES) lora)
 	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
-	printf '%s\n' imagenet-pair small-pair vit $(if $(PHOTOS),photos) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-%/*/seed-40[1-3] --output $(RESULTS)/stand-ins-%/rivals.csv'
-	$(BIN)/python notebooks/rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
-	$(BIN)/python notebooks/rivals.py $(RESULTS)/stand-ins-intents/*/seed-401 --svd --output $(RESULTS)/stand-ins-intents/rivals.csv
-	$(BIN)/python notebooks/silent_faults.py $(RESULTS)/stand-ins-$(if $(PHOTOS),photos,imagenet-pair)/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
-	$(if $(PHOTOS),$(BIN)/python notebooks/layers.py $(RESULTS)/stand-ins-photos/*/seed-401 --output $(RESULTS)/stand-ins-photos/layers.csv)
-	mkdir -p $(RESULTS)/lora
-	$(BIN)/python notebooks/lora.py $(RESULTS)/stand-ins-intents/*/seed-401 --output $(RESULTS)/lora/lora.csv
+	printf '%s\n' "$$MEASURED" $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
