@@ -65,23 +65,30 @@ def pooled(tasks, split, samples=None):
     return inputs, torch.cat([part.targets for part in parts]), which
 
 
-def odds(decoders, answers, calibration, size, batches=1000):
+def distances(decoders, answers):
+    """Return how far every expert's answers are from those decoded from the others: squared, in float64 [N, B]."""
+    apart = []
+    for index, each in enumerate(decoders):
+        decoded = each.decode(answers)[0]
+        apart.append((decoded - answers.experts[index]).double().square().sum(1))
+    return torch.stack(apart)
+
+
+def odds(wrong, usual, size, batches=1000):
     """Return how much every expert's answers disagree with those decoded from the others [batches, N].
 
-    Expert j's is the root mean square of f̂_j − f_j over a random batch, relative to the same on calibration inputs.
+    Expert j's is the root mean square of f̂_j − f_j over a random batch, relative to the same on unread inputs.
+
+    Args:
+        wrong: The `distances` of the answers that are judged [N, B].
+        usual: Their means on unread inputs [N].
+        size: Inputs in a batch.
+        batches: How many are drawn.
     """
-    wrong, usual = (
-        torch.stack(
-            [
-                (each.decode(seen)[0] - seen.experts[j]).double().square().sum(1)
-                for j, each in enumerate(decoders)
-            ]
-        )
-        for seen in (answers, calibration)
-    )
     draw = torch.Generator().manual_seed(size)
-    chosen = [torch.randperm(answers.num_samples, generator=draw)[:size] for _ in range(batches)]
-    return (wrong.T[torch.stack(chosen)].mean(1) / usual.mean(1)).sqrt()
+    samples = wrong.shape[1]
+    chosen = [torch.randperm(samples, generator=draw)[:size] for _ in range(batches)]
+    return (wrong.T[torch.stack(chosen)].mean(1) / usual).sqrt()
 
 
 def tasks_of(folder, names, image_size):
@@ -122,19 +129,28 @@ def measure(folder, method, sizes, samples):
         for name, seen in {method: fit_on, "none": fit_on.with_coded([])}.items()
     }
 
-    unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
+    def apart(answers, name):
+        seen = answers.with_coded([]) if name == "none" else answers
+        return distances(decoders[name], seen)
 
-    def found(answers, name, size):
-        seen = [each.with_coded([]) if name == "none" else each for each in (answers, unread)]
-        return odds(decoders[name], *seen, size)
+    unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
+    on_unread = {name: apart(unread, name) for name in decoders}
+    threshold = {
+        (name, size): odds(wrong, wrong.mean(1), size).amax(1).quantile(0.99)
+        for name, wrong in on_unread.items()
+        for size in sizes
+    }
 
     def accuracy(answers, index):
         own = which == index
         return float((answers.experts[index, own].argmax(1) == labels[own]).float().mean())
 
     working = answered(inputs.split(256), experts, coded)
-    usual = {(name, size): found(working, name, size) for name in decoders for size in sizes}
-    threshold = {key: found(unread, *key).amax(1).quantile(0.99) for key in usual}
+    usual = {}
+    for name, before in on_unread.items():
+        wrong = apart(working, name)
+        for size in sizes:
+            usual[name, size] = odds(wrong, before.mean(1), size)
     for index, (task, classes) in enumerate(zip(system.names, system.classes, strict=True)):
         start = load_network(folder.parent / "base" / f"initial-{classes}.safetensors").network
         start = pad_head(start, working.experts.shape[2])
@@ -148,8 +164,10 @@ def measure(folder, method, sizes, samples):
                 "expert_accuracy": accuracy(working, index),
                 "faulty_accuracy": accuracy(answers, index),
             }
+            wrong = {name: apart(answers, name) for name in decoders}
             for (name, size), before in usual.items():
-                odd, most = found(answers, name, size), threshold[name, size]
+                odd = odds(wrong[name], on_unread[name].mean(1), size)
+                most = threshold[name, size]
                 yield {
                     "experiment": folder.parent.name, "experts": len(experts),
                     "seed": int(folder.name.removeprefix("seed-")), "method": name, "task": task, "fault": fault,

@@ -502,16 +502,21 @@ def promises() -> str:
 
 
 def wrong_experts() -> str:
-    """An expert half-way back to its start: how right it is, and how often batches of 8 expose it."""
+    """An expert half-way back to its start: how right it is, and how often batches of 8 and 32 expose it."""
     rows = pd.read_csv(RESULTS / "silent-faults/faults.csv", keep_default_na=False)
-    half = rows[(rows.fault == "half-way") & (rows.batch == 8)]
-    right = " → ".join(
-        percent(half[column].mean()) for column in ("expert_accuracy", "faulty_accuracy")
-    )
-    found = half.groupby("method")[["alarm", "named", "false_alarm"]].mean()
+    half = rows[rows.fault == "half-way"]
+    before, after = half.expert_accuracy.mean(), half.faulty_accuracy.mean()
+    right = f"{percent(before)} → {percent(after)}"
+    found = half.groupby(["batch", "method"])[["alarm", "named", "false_alarm"]].mean()
     names = {"refit": "with a coded model (`Refit`)", "none": "without"}
-    cells = [[name, right, *map(percent, found.loc[method])] for method, name in names.items()]
-    return markdown(["", "the expert is right", "exposed", "named", "false alarms"], cells)
+    cells = []
+    for size in (8, 32):
+        for method, name in names.items():
+            shares = map(percent, found.loc[(size, method)])
+            cells.append([str(size), name, right, *shares])
+    return markdown(
+        ["inputs", "", "the expert is right", "exposed", "named", "false alarms"], cells
+    )
 
 
 def demo() -> str:
