@@ -88,13 +88,14 @@ def fit_ridge(
     projected = u.T @ y  # [K, T]
     outside = y - u @ projected  # what no combination of the inputs explains [P, T]
     share_of_mean = 1 / samples if intercept else 0.0
-    leverage_left = (1 - share_of_mean - u.square().sum(1)).clamp_min(0.0)  # [P]
+    squared = u.square()
+    leverage_left = (1 - share_of_mean - squared.sum(1)).clamp_min(0.0)  # [P]
 
     def left_out_errors(ridge: Tensor) -> Tensor:
         """Return every sample's error where it is left out of the fit ``[P, G, T/G]``."""
         shrunk = ridge / (s.square() + ridge)
         residual = outside + u @ (shrunk[:, None] * projected)  # [P, T]
-        slack = leverage_left + u.square() @ shrunk  # 1 − H_ii [P]
+        slack = leverage_left + squared @ shrunk  # 1 − H_ii [P]
         errors = residual / slack[:, None]
         return errors.reshape(samples, groups, -1)
 
