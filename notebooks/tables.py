@@ -372,6 +372,7 @@ def fleets() -> pd.DataFrame:
                     "experts": len(own),
                     "name": f"{RIVALS[method]} to rank 16, {bits} bits",
                     "nda": 100 * own[f"nda_{bits}bit"].mean(),
+                    "agreement": 100 * own[f"agreement_{bits}bit"].mean(),
                     "worst": 100 * own[f"nda_{bits}bit"].min(),
                     "networks": own[f"networks_{bits}bit"].mean(),
                 }
@@ -384,17 +385,12 @@ def fleet() -> str:
     found, lines = fleets(), []
     for name, part in found.groupby("name", sort=False):
         cells = [
-            f"{row.nda:.1f}, {decimal(row.agreement)} ({row.worst:.1f}), {row.networks:.2f}"
+            f"{row.nda:.1f}, {row.agreement:.1f} ({row.worst:.1f}), {row.networks:.2f}"
             for row in part.itertuples()
         ]
         lines.append([name, *cells])
     counts = found.experts.unique()
     return markdown(["what stands in", *(f"N = {count}" for count in counts)], lines)
-
-
-def decimal(number: float) -> str:
-    """Return a number with one digit, or a dash where it was not measured."""
-    return "–" if math.isnan(number) else f"{number:.1f}"
 
 
 Point = tuple[str, int, int]  # rank or shared, how many directions, bits of the body
