@@ -6,7 +6,7 @@ DEMO ?= -c configs/experiment/quickstart.yaml
 RESULTS := notebooks/results
 # Suites of photos need folders that you make: see notebooks/BENCHMARK.md.
 PHOTOS := $(wildcard data/photos)
-OF_PHOTOS := stand-ins-photos stand-ins-photos-lite1 stand-ins-resnet50 frontier-photos
+OF_PHOTOS := stand-ins-photos stand-ins-photos-lite1 stand-ins-resnet50 frontier-photos frontier-resnet50
 SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
 SUITES := $(if $(PHOTOS),$(SUITES),$(filter-out $(OF_PHOTOS),$(SUITES)))
 SLOW := -m 'not slow'

@@ -407,6 +407,8 @@ def frontier() -> str:
         columns[f"N = {count}"] = frontier_points(part, fleet_network)
     photos_network = network_mib(measured("stand-ins-photos"))
     columns["six on photos"] = frontier_points(measured("frontier-photos"), photos_network)
+    resnet50_network = network_mib(measured("stand-ins-resnet50"))
+    columns["two of ResNet50"] = frontier_points(measured("frontier-resnet50"), resnet50_network)
     every = sorted({point for points in columns.values() for point in points})
     lines = []
     for point in every:
