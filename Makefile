@@ -10,6 +10,8 @@ OF_PHOTOS := stand-ins-photos stand-ins-photos-lite1 stand-ins-resnet50 frontier
 SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
 SUITES := $(if $(PHOTOS),$(SUITES),$(filter-out $(OF_PHOTOS),$(SUITES)))
 SLOW := -m 'not slow'
+# For one of several processes side by side: threads that wait do not spin, and memory that was freed is kept.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 # Python compiles what it imports, and most of what torch and wandb bring it never does.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
@@ -63,7 +65,7 @@ imports: $(VENV)/.dev  ## check that imports flow one way
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev  ## run the tests that are quick, and list the 20 slowest
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
+	$(ONE_THREAD) $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
 
 # With Python 3.11: not every lowest version has wheels for newer ones.
 test-lowest:  ## the quick tests with the lowest versions that pyproject.toml allows, in .venv-lowest
@@ -106,7 +108,7 @@ study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables o
 	$(PIP) '.[demo,timm,text]'
 	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES) lora)
 	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
-	printf '%s\n' "$$MEASURED" $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
+	printf '%s\n' "$$MEASURED" $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | $(ONE_THREAD) xargs -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
