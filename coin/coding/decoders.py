@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_decodable, decode_linear
@@ -77,15 +78,15 @@ class ExpertHeadDecoder(Decoder):
         counts = self.class_counts.tolist()
         heads = zip(torch.split(self.weight, counts), torch.split(self.bias, counts), strict=True)
         width = max(answers.coded.shape[2], *counts)
-        decoded = answers.experts.new_zeros(len(counts), answers.num_samples, width)
-        for logits, row, (weight, bias) in zip(decoded, self.row_of.values(), heads, strict=True):
+        decoded = []
+        for row, (weight, bias) in zip(self.row_of.values(), heads, strict=True):
             features = double(answers.coded_features[row])  # [B, F]
-            own = logits[:, : len(bias)]
             if features.shape[1] == 0:  # the coded model is silent
-                own.fill_(torch.nan)
+                logits = features.new_full((len(features), len(bias)), torch.nan)
             else:
-                own.copy_(features @ weight.to(features).T + bias.to(features))
-        return decoded
+                logits = features @ weight.to(features).T + bias.to(features)
+            decoded.append(pad(logits, (0, width - len(bias))))
+        return torch.stack(decoded).to(answers.experts)
 
 
 def _without_padding(weight: Tensor, bias: Tensor) -> Head:
