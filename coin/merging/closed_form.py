@@ -133,6 +133,12 @@ class MergeMethod(Method):
                 stacklevel=3,
             )
             return [str(BatchNormPolicy.average)]
+        samples = experts.pooled.num_samples
+        if samples < 3:
+            raise ConfigurationError(
+                f"found {samples} calibration samples in all, expected at least 3 to choose a BatchNorm policy, "
+                "of which one is held out; give more, or set the method's batchnorm"
+            )
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 
     def _build(

@@ -21,12 +21,12 @@ DISTILLATION = {"class_path": "Distillation", "init_args": {"steps": 3, "lr": 1e
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_one_sample_a_task_serves_every_method_and_decoder(
+def test_two_samples_a_task_serve_every_method_and_decoder(
     run_small: Callable[..., Path], trained: dict[str, Any]
 ) -> None:
     methods = [*({"class_path": name} for name in METHODS), DISTILLATION]
     methods.append({"class_path": "Average", "init_args": {"batchnorm": "recalibrate"}})
-    seed = run_small(**trained, methods=methods, calibration={"samples_per_task": 1})
+    seed = run_small(**trained, methods=methods, calibration={"samples_per_task": 2})
     coded = sorted((seed / "coded").glob("*.safetensors"))
     assert len(coded) == 8
     for path in coded:
@@ -37,9 +37,9 @@ def test_one_sample_a_task_serves_every_method_and_decoder(
 
 
 FAILURES = {
-    "a rate chosen on two samples": (
-        ["--methods=[{class_path: Distillation}]"],
-        "found 1 calibration samples, expected",
+    "a BatchNorm policy chosen on two samples": (
+        ["--calibration.samples_per_task=1"],
+        "found 2 calibration samples in all, expected at least 3 to choose a BatchNorm policy",
     ),
     "a distillation that diverges": (
         ["--methods=[{class_path: Distillation, init_args: {steps: 5, lr: 1.0e+30}}]"],
@@ -68,7 +68,7 @@ def test_what_cannot_work_is_one_line_and_writes_no_network(
     options, message = FAILURES[case]
     methods = [{"class_path": "Average"}]
     document = yaml.safe_load(config.read_text()) | trained | {"methods": methods, "name": "damaged"}
-    Path("one.yaml").write_text(json.dumps(document | {"calibration": {"samples_per_task": 1}}))
+    Path("one.yaml").write_text(json.dumps(document | {"calibration": {"samples_per_task": 2}}))
     assert main(["run", "-c", "one.yaml", f"--output={tmp_path}", *options]) == 2
     error = capsys.readouterr().err
     line = error.strip().splitlines()[-1]

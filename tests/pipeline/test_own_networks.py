@@ -204,7 +204,7 @@ def test_a_method_of_the_users_own_is_a_line_and_is_made_anew_when_its_source_ch
     assert (rows.loc["tilted"].residual != rows.loc["merge"].residual).all()
     assert (rows.loc["dare"].merge_seconds > 0).all()
     assert (rows.loc["merge"].merge_passes == 0).all()
-    assert (rows.loc["distil"].merge_passes == 2 * 48 + 5 * 64 * 3).all()
+    assert (rows.loc["distil"].merge_passes == 2 * 48 + 5 * 64).all()
     assert (rows.loc["merge"].batchnorm == "").all()
     assert load_provenance(seed / "coded/tilted.safetensors")["method"]["options"]["options"] == {"share": 0.9}
     Path("mine.py").write_text(MINE + "# changed\n")
