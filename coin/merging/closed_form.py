@@ -133,11 +133,11 @@ class MergeMethod(Method):
                 stacklevel=3,
             )
             return [str(BatchNormPolicy.average)]
-        samples = experts.pooled.num_samples
-        if samples < 3:
+        if experts.split[0].num_samples < 2:
             raise ConfigurationError(
-                f"found {samples} calibration samples in all, expected at least 3 to choose a BatchNorm policy, "
-                "of which one is held out; give more, or set the method's batchnorm"
+                f"found {experts.pooled.num_samples} calibration samples in all, "
+                "expected at least 3 to choose a BatchNorm policy, of which one is held out; "
+                "give more, or set the method's batchnorm"
             )
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 

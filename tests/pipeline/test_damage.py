@@ -41,6 +41,10 @@ FAILURES = {
         ["--calibration.samples_per_task=1"],
         "found 2 calibration samples in all, expected at least 3 to choose a BatchNorm policy",
     ),
+    "a rate chosen on two samples": (
+        ["--methods=[{class_path: Distillation}]", "--calibration.samples_per_task=1"],
+        "found 1 calibration samples, expected",
+    ),
     "a distillation that diverges": (
         ["--methods=[{class_path: Distillation, init_args: {steps: 5, lr: 1.0e+30}}]"],
         "distillation diverged with lr=1e+30",
