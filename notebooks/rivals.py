@@ -215,9 +215,8 @@ def by_low_rank(experts, body, directions, weights=None):
                 low_rank += pair[0].dense().T @ pair[1].dense()
                 kept += pair
                 first = last
-            size = sum(map(bytes_of, kept))
-            rows, columns = step.shape
-            whole_size = rows * (math.ceil(columns / 2) + kept[0].scale.element_size())
+            size = sum(bytes_of(each.codes.shape, each.bits, each.scale) for each in kept)
+            whole_size = bytes_of(step.shape, 4, kept[0].scale)
             if size >= whole_size:  # then the difference itself is smaller, in 4 bits
                 low_rank, size = quantise(step, 4).dense(), whole_size
             state[name] = body[name] + low_rank.reshape(body[name].shape)
@@ -226,10 +225,10 @@ def by_low_rank(experts, body, directions, weights=None):
     return networks, total
 
 
-def bytes_of(rounded):
-    """Return the bytes of a rounded matrix, its rows padded to bytes, with their scales."""
-    rows, columns = rounded.codes.shape
-    return rows * math.ceil(rounded.bits * columns / 8) + rounded.scale.nbytes
+def bytes_of(shape, bits, scale):
+    """Return the bytes of a rounded matrix, its rows padded to bytes, each with a scale of the type of these."""
+    rows, columns = shape
+    return rows * (math.ceil(bits * columns / 8) + scale.element_size())
 
 
 def low_rank_ways(name, weights):

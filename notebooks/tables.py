@@ -9,6 +9,7 @@ import math
 import re
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import docstring_parser
 import pandas as pd
@@ -350,34 +351,33 @@ def fleets() -> pd.DataFrame:
     # With the heads of two experts.
     network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
     found = []
-    for count, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
+    for _, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
         for pair, name in FLEET.items():
             own = rows_of(part, *pair)
-            found.append(
-                {
-                    "experts": count,
-                    "name": name,
-                    "nda": 100 * own.nda.mean(),
-                    "agreement": 100 * own.agreement.mean(),
-                    "worst": 100 * own.nda.min(),
-                    "networks": pd.to_numeric(own.memory_mib).mean() / network,
-                }
-            )
+            networks = pd.to_numeric(own.memory_mib) / network
+            found.append(fleet_row(name, own.nda, own.agreement, networks))
     every = rivals("fleet")
     every = every[every["rank"] == "16"]
     for method, bits in FLEET_RIVALS:
         for _, own in every[every.method == method].groupby("experiment"):
-            found.append(
-                {
-                    "experts": len(own),
-                    "name": f"{RIVALS[method]} to rank 16, {bits} bits",
-                    "nda": 100 * own[f"nda_{bits}bit"].mean(),
-                    "agreement": 100 * own[f"agreement_{bits}bit"].mean(),
-                    "worst": 100 * own[f"nda_{bits}bit"].min(),
-                    "networks": own[f"networks_{bits}bit"].mean(),
-                }
-            )
+            name = f"{RIVALS[method]} to rank 16, {bits} bits"
+            measures = (own[f"{each}_{bits}bit"] for each in ("nda", "agreement", "networks"))
+            found.append(fleet_row(name, *measures))
     return pd.DataFrame(found)
+
+
+def fleet_row(
+    name: str, nda: pd.Series, agreement: pd.Series, networks: pd.Series
+) -> dict[str, Any]:
+    """Return what `fleets` has of a stand-in, given its measures on every task."""
+    return {
+        "experts": len(nda),
+        "name": name,
+        "nda": 100 * nda.mean(),
+        "agreement": 100 * agreement.mean(),
+        "worst": 100 * nda.min(),
+        "networks": networks.mean(),
+    }
 
 
 def fleet() -> str:
