@@ -1,13 +1,13 @@
 """Plain averaging, as it is and with its head fitted to the coding objective."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from coin.coding import fit_ridge
 from coin.files.tensors import State, weighted_mean
-from coin.merging.closed_form import Candidate, MergeMethod
+from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
 from coin.networks.compressed import Rounding
@@ -27,9 +27,9 @@ class Average(MergeMethod):
 
     name = "average"
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the one average."""
-        yield Candidate({}, average_parameters(experts.parameters, row))
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the average."""
+        return average_parameters(experts.parameters, row)
 
 
 def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -68,13 +68,7 @@ def fit_head(
     layer, or the logits are not the head of its inputs.
     """
     head = linear_head(network)
-    fitted = experts.runs(0)
-    held_out = experts.runs(1)
-    logits = []
-    for first, last in zip(fitted, held_out, strict=True):
-        logits.append(torch.cat([first.logits, last.logits]))
-    every = torch.stack(logits)  # [N, P, C]
-    target = torch.tensordot(every.new_tensor(row), every, dims=1).double()
+    target = experts.mixture(row, 0, 1).double()
     run = experts.run(network, experts.pooled, features=True)
     check_head(network, run.features, run.logits)
     features = run.features.double()

@@ -1,7 +1,7 @@
 """COIN: the closed form with the diagonal Fisher."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from coin.core.choices import check_number, parse_enum
 from coin.errors import CoinWarning
 from coin.files.tensors import State, weighted_mean
-from coin.merging.closed_form import Candidate, MergeMethod
+from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts, in_all
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -20,8 +20,7 @@ class Coin(MergeMethod):
     """The KL barycentre of the experts with each KL replaced by its diagonal second-order form; see `coin_parameters`.
 
     With ``pooled`` Fishers the objective is the coding objective E_x‖f_θ − Σ_i β_i f_i‖² to second order (exactly for
-    one linear layer); with ``own`` ones Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖². ``auto`` makes both and keeps the one with the
-    smaller error of decoded answers on held-out samples.
+    one linear layer); with ``own`` ones Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖².
 
     Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
     models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.
@@ -29,10 +28,10 @@ class Coin(MergeMethod):
     Args:
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
         fisher_kind: Which Fisher; by default the experiment's, or ``exact``.
-        fisher_data: The Fisher's data, ``own``, ``pooled`` or ``auto``; by default the experiment's, or ``auto``.
+        fisher_data: The Fisher's data, ``own`` or ``pooled``; by default the experiment's, or ``own``.
         **options: See `MergeMethod`.
 
-    >>> coin.merge_networks(coin.Coin(fisher_data="own"), experts, code, calibration=inputs).passes  # 7 a sample
+    >>> coin.merge_networks(coin.Coin(), experts, code, calibration=inputs).passes  # 7 a sample
     1260.0
     """
 
@@ -56,33 +55,28 @@ class Coin(MergeMethod):
             None if fisher_data is None else parse_enum(DataChoice, "fisher_data", fisher_data)
         )
 
-    def fisher(self, data: DataChoice) -> Statistic:
-        """Return the statistic on this data."""
-        return Statistic(StatisticKind.fisher, data, self.fisher_kind or FisherKind.exact)
-
     def statistics(self) -> tuple[Statistic, ...]:
-        """Return the Fishers requested by the options."""
-        choices = (self.fisher_data or DataChoice.auto).alternatives
-        return tuple(self.fisher(data) for data in choices)
+        """Return the Fisher."""
+        data = self.fisher_data or DataChoice.own
+        kind = self.fisher_kind or FisherKind.exact
+        return (Statistic(StatisticKind.fisher, data, kind),)
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the closed form for the Fishers of every kind of data that the option allows."""
-        for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
-            fishers = experts.statistic(self.fisher(data))
-            zero = [
-                str(index)
-                for index, fisher in enumerate(fishers)
-                if not any(map(torch.any, fisher.values()))
-            ]
-            if zero:
-                warnings.warn(
-                    f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone; "
-                    "check the expert's outputs on the calibration data",
-                    CoinWarning,
-                    stacklevel=4,
-                )
-            merged = coin_parameters(experts.parameters, fishers, row, self.damping)
-            yield Candidate({"fisher_data": str(data)}, merged)
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the closed form; warns where an expert's Fisher is zero."""
+        (which,) = self.statistics()
+        fishers = experts.statistic(which)
+        zero = []
+        for index, fisher in enumerate(fishers):
+            if not any(map(torch.any, fisher.values())):
+                zero.append(str(index))
+        if zero:
+            warnings.warn(
+                f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone; "
+                "check the expert's outputs on the calibration data",
+                CoinWarning,
+                stacklevel=4,
+            )
+        return coin_parameters(experts.parameters, fishers, row, self.damping)
 
 
 def coin_parameters(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, map_tensors, size_of, take
+from coin.core.batches import Batch, map_tensors
 from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
@@ -103,7 +103,7 @@ class Experts:
         self.statistic_paths = statistics or {}
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         self._statistics: dict[Statistic, Sequence[State]] = {}
-        self._outputs: dict[tuple[int, bool], list[Run]] = {}
+        self._outputs: dict[int, Tensor] = {}  # by the part of `split`
         self.is_calibrated = calibration is not None
         self._calibration = [self._samples_of(each) for each in calibration or ()]
         if self.is_calibrated:
@@ -187,15 +187,6 @@ class Experts:
             )
         return self._calibration
 
-    def fitted(self, data: DataChoice) -> Sequence[Calibration]:
-        """Return the same as `samples`, without the held-out samples."""
-        fitted, _ = self.split
-        if data is DataChoice.pooled:
-            return [fitted] * self.count
-        tasks = self.tasks[: fitted.num_samples]
-        own = [(tasks == task).nonzero().flatten() for task in range(self.count)]
-        return [fitted.subset(places) for places in own]
-
     @cached_property
     def pooled(self) -> Calibration:
         """All tasks' calibration samples, evenly interleaved."""
@@ -223,41 +214,22 @@ class Experts:
         self.passes += len(run.logits)
         return run
 
-    def runs(self, part: int, features: bool = False) -> list[Run]:
-        """Return all experts' answers to a part of `split`; they run once."""
-        with_features = self._outputs.get((part, True))  # which have the logits too
-        known = with_features or self._outputs.get((part, features))
-        if known is not None:
-            return known
-        runs = []
-        for index, network in enumerate(self.source.each_network()):
-            run = self.run(network, self.split[part], features)
-            check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
-            runs.append(run)
-        self._outputs[part, features] = runs
-        return runs
+    def mixture(self, row: Sequence[float], *parts: int) -> Tensor:
+        """Return Σ_i β_i f_i ``[P, C]`` on parts of `split`; the experts run once."""
+        outputs = [self._run_experts(part) for part in parts]
+        every = torch.cat(outputs, dim=1)  # [N, P, C]
+        return torch.tensordot(every.new_tensor(row), every, dims=1)
 
-    @cached_property
-    def heads(self) -> list[tuple[Tensor, Tensor]]:
-        """All experts' heads, checked on a few samples to give their logits; see `coin.networks.heads.linear_heads`."""
-        _, held_out = self.split
-        few = take(next(iter(held_out)), slice(0, 8))
-        heads = []
-        for network in self.source.each_network():
-            with evaluating(network, gradients=False):
-                heads += linear_heads([network], as_input(few, network))
-            self.passes += size_of(few)
-        return heads
-
-    def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return the data, own or pooled, that a method's option allows: for ``auto`` those of which there are files.
-
-        Statistics in memory are of the option's data, for ``auto`` own; those that are computed are of both.
-        """
-        if self._given[name] is not None:
-            return data.alternatives[:1]
-        stored = [which.data for which in self.statistic_paths if which.name is name]
-        return [each for each in data.alternatives if each in stored] or data.alternatives
+    def _run_experts(self, part: int) -> Tensor:
+        """Return all experts' logits ``[N, P, C]`` on a part of `split`."""
+        if part not in self._outputs:
+            logits = []
+            for index, network in enumerate(self.source.each_network()):
+                run = self.run(network, self.split[part])
+                check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
+                logits.append(run.logits)
+            self._outputs[part] = torch.stack(logits)
+        return self._outputs[part]
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import Code
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_finite
@@ -115,20 +115,15 @@ class Method(ABC):
     reads_initial: bool = False
     compress: Sequence[Compression] = ()
     adapters: AdapterOptions | None = None
-    decoders: list[str] | None = None
     samples_per_task: int | None = None  # its own P; by default the experiment's
     augmentation: str = "none"  # of calibration samples in its training
     label: str
     batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 
     def __init__(
-        self, label: str | None = None, compress: Compress = None, decoders: list[str] | None = None,
-        adapters: Adapters = None,
-    ) -> None:  # fmt: skip
+        self, label: str | None = None, compress: Compress = None, adapters: Adapters = None
+    ) -> None:
         """Set the options that every method has; raises ConfigurationError where results cannot have the label."""
-        self.decoders = (
-            None if decoders is None else [each.name for each in distinct_decoders(decoders)]
-        )
         self.adapters = AdapterOptions.of(adapters)
         if label is not None:
             self.label = label
@@ -216,23 +211,14 @@ class Method(ABC):
         """Return the statistics of the experts that it needs."""
         return ()
 
-    def with_defaults(
-        self,
-        fisher_kind: FisherKind,
-        fisher_data: DataChoice,
-        decoders: Sequence[DecoderConfig] = (),
-    ) -> Self:
-        """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
+    def with_defaults(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+        """Return the method with the experiment's statistics where an option is None."""
         method = copy(self)
         if getattr(self, "fisher_kind", fisher_kind) is None:
             method.fisher_kind = fisher_kind  # type: ignore[attr-defined]
         for name in ("fisher_data", "gram_data"):
             if getattr(self, name, fisher_data) is None:
                 setattr(method, name, fisher_data)
-        if self.decoders is None and self.adapters is not None:
-            method.decoders = [DecoderKind.expert_head.value]
-        elif self.decoders is None and decoders:
-            method.decoders = [each.name for each in decoders]
         return method
 
 
@@ -246,13 +232,12 @@ def merge_networks(
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     forward: Forward | None = None,
-    decoders: Sequence[DecoderKind | str | DecoderConfig] = (DecoderKind.linear,),
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
-    `decoders` are those for which the method makes its choices; see `Experts` for the other arguments. The networks are
-    of the experts' class and called in its way, not by `forward`. They are made, and left, on the experts' device;
-    where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.coded_model`.
+    See `Experts` for the other arguments. The networks are of the experts' class and called in its way, not by
+    `forward`. They are made, and left, on the experts' device; where that has no float64, as Apple's MPS, they are made
+    on the CPU. Raises as `Method.coded_model`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
@@ -280,7 +265,6 @@ def merge_networks(
         forward=forward,
     )
     began = time.perf_counter()
-    method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if any(each.base_bits for each in method.compress):
         experts.initial()  # refuses, before anything is merged, that there is none
     made = []

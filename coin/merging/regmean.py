@@ -1,6 +1,6 @@
 """RegMean: each linear map fitted to the outputs of the experts' maps on their inputs."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -12,7 +12,7 @@ from coin.core.progress import progress_bar
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
-from coin.merging.closed_form import Candidate, MergeMethod
+from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts, in_all
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -29,7 +29,7 @@ class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
     With 200 samples the Gram matrix of a wide layer is nearly singular, and weak damping fits noise; the defaults were
-    tuned on calibration samples of the embedded tasks. The data are chosen as in `coin.merging.Coin`.
+    tuned on calibration samples of the embedded tasks.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2, §3.3.
 
@@ -37,11 +37,11 @@ class RegMean(MergeMethod):
         layers: ``linear`` or ``all``.
         alpha: The factor on off-diagonal entries of the Gram matrices, in [0, 1].
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0.
-        gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        gram_data: On which data, ``own`` or ``pooled``; by default the experiment's, or ``own``.
         **options: See `MergeMethod`.
 
-    >>> coin.merge_networks(coin.RegMean(), experts, code, calibration=inputs).chosen[0].keys()
-    dict_keys(['gram_data', 'held_out_error'])
+    >>> coin.merge_networks(coin.RegMean(), experts, code, calibration=inputs).passes
+    180.0
     """
 
     name = "regmean"
@@ -66,31 +66,13 @@ class RegMean(MergeMethod):
         )
 
     def statistics(self) -> tuple[Statistic, ...]:
-        """Return the Gram matrices that the option asks for."""
-        choices = (self.gram_data or DataChoice.auto).alternatives
-        return tuple(Statistic(StatisticKind.gram, data) for data in choices)
+        """Return the Gram matrices."""
+        return (Statistic(StatisticKind.gram, self.gram_data or DataChoice.own),)
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the solution for the Gram matrices of every kind of data that the option allows.
-
-        Where there are several, each is judged by one of Gram matrices without the held-out samples, unless a task has
-        no other sample.
-        """
-        choices = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
-        is_judged = False
-        if len(choices) > 1 and experts.is_calibrated:
-            is_judged = all(samples.num_samples for samples in experts.fitted(DataChoice.own))
-        for data in choices:
-            grams = experts.statistic(Statistic(StatisticKind.gram, data))
-            trial = None
-            if is_judged:
-                networks = experts.source.each_network()
-                trial = self._solved(
-                    experts, experts.computed(None, networks, experts.fitted(data)), row
-                )
-            yield Candidate({"gram_data": str(data)}, self._solved(experts, grams, row), trial)
-
-    def _solved(self, experts: Experts, grams: Sequence[State], row: Sequence[float]) -> State:
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the solution."""
+        (which,) = self.statistics()
+        grams = experts.statistic(which)
         return regmean_parameters(
             experts.parameters, grams, row, self.alpha, self.damping, self.layers
         )

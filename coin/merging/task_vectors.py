@@ -1,6 +1,6 @@
 """Data-free merges of task vectors, what each expert added to the shared initialisation; and that one itself."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from coin.core.choices import check_number
 from coin.core.progress import progress_bar
 from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
-from coin.merging.closed_form import Candidate, MergeMethod
+from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.regmean import regmean_map
 from coin.networks.batchnorm import BatchNormPolicy
@@ -34,9 +34,9 @@ class Base(MergeMethod):
     ) -> None:
         super().__init__(batchnorm=batchnorm, **options)
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the initialisation."""
-        yield Candidate({}, experts.initial()[0])
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the initialisation."""
+        return experts.initial()[0]
 
 
 class Wudi(MergeMethod):
@@ -71,8 +71,8 @@ class Wudi(MergeMethod):
         self.damping = damping
         self.head = head
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the one merge."""
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the merge."""
         initial, _ = experts.initial()
         every = experts.parameters
         network = experts.empty_model()
@@ -84,7 +84,7 @@ class Wudi(MergeMethod):
                 continue
             grams = (_delta_gram(expert[name], initial[name]) for expert in every)
             merged |= regmean_map(every, grams, row, name, alpha=1.0, damping=self.damping)
-        yield Candidate({}, merged)
+        return merged
 
 
 def _delta_gram(weight: Tensor, start: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class TaskArithmetic(MergeMethod):
         check_number("scale", scale)
         self.scale = scale
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the one sum."""
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the sum."""
         initial, _ = experts.initial()
         every = experts.parameters
         merged = {}
@@ -129,7 +129,7 @@ class TaskArithmetic(MergeMethod):
             step = weighted_mean(every, row, key, torch.float64) - theta_0
             theta = theta_0 + self.scale * len(row) * step
             merged[key] = theta.to(every[0][key].dtype)
-        yield Candidate({}, merged)
+        return merged
 
 
 class Ties(MergeMethod):
@@ -160,10 +160,10 @@ class Ties(MergeMethod):
         self.keep = keep
         self.scale = scale
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the one merge."""
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the merge."""
         initial, _ = experts.initial()
-        yield Candidate({}, ties(experts.parameters, initial, row, self.keep, self.scale))
+        return ties(experts.parameters, initial, row, self.keep, self.scale)
 
 
 def ties(

@@ -121,7 +121,7 @@ class DistillationModule(LightningModule):
         name, made = self._merge(experts)
         self.passes += experts.passes
         self.chosen = made.chosen | {"start": name}
-        self.chosen.pop("held_out_error", None)
+        self.chosen.pop("held_out_residual", None)
         state: dict[str, Tensor] = made.network.state_dict()
         if self.trainer.world_size > 1:
             on_cpu = {key: tensor.cpu() for key, tensor in state.items()}

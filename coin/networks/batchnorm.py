@@ -29,7 +29,7 @@ class BatchNormPolicy(StrEnum):
     """The policy for a merged network's BatchNorm buffers.
 
     * ``auto``: the experts' buffers if all are equal; otherwise ``average`` or ``recalibrate``, whichever has the
-      smaller error of decoded answers on held-out calibration samples.
+      smaller residual ‖f_c − Σ_i β_i f_i‖ on held-out calibration samples.
     * ``average``: the experts' running means and variances, averaged with the code's weights β.
     * ``recalibrate``: running statistics reset and re-estimated in the merged network, by a cumulative average over the
       pooled calibration samples.

@@ -80,7 +80,7 @@ class CalibrationConfig:
     Args:
         samples_per_task: P, the number of calibration samples of each task.
         fisher_data: The samples of the experts' statistics, for methods that do not set it: each expert's ``own`` task,
-            all tasks (``pooled``), or ``auto``: both, and the better one is used for each method.
+            or all tasks (``pooled``).
         fisher_kind: Which Fisher diagonal.
         fisher_mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind only.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.

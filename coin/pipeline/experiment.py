@@ -101,7 +101,7 @@ class Experiment:
         self.decoders = distinct_decoders(decoders)
         self.takes_all_decoders = decoders is None
         self.replicas = [Compression.of(section) for section in replicas or []]
-        defaults = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
+        defaults = (calibration.fisher_kind, calibration.fisher_data)
         self.methods = [method.with_defaults(*defaults) for method in methods]
         self._check_variants()
         self._check_content()

@@ -268,10 +268,8 @@ class _Plan:
     def _file_name(self, which: Statistic) -> str:
         """Return a statistic's name in files, with kind and data if they are not the experiment's."""
         calibration = self.experiment.calibration
-        usual_data = (
-            DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
-        )
-        if which.data == usual_data and which.kind in (None, calibration.fisher_kind):
+        is_usual_kind = which.kind in (None, calibration.fisher_kind)
+        if which.data == calibration.fisher_data and is_usual_kind:
             return str(which.name)
         return "-".join(str(part) for part in (which.name, which.kind, which.data) if part)
 

@@ -30,14 +30,6 @@ class DataChoice(StrEnum):
     pooled = "pooled"
     """Each expert's on all tasks' samples: then it is E_x‖f_θ − Σ_i β_i f_i‖², up to a constant."""
 
-    auto = "auto"
-    """Both, and the merge with the smaller error of decoded answers on held-out calibration samples."""
-
-    @property
-    def alternatives(self) -> "list[DataChoice]":
-        """The concrete data that it includes."""
-        return [DataChoice.own, DataChoice.pooled] if self is DataChoice.auto else [self]
-
 
 @dataclass(frozen=True)
 class Statistic:

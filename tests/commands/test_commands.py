@@ -26,7 +26,6 @@ TASKS = (
 )
 CALLBACKS = ["--trainer.callbacks+=ExpertExport", "--trainer.callbacks+=FisherEstimator"]
 CALLBACKS += ["--trainer.callbacks.init_args.samples_per_task=24"]
-CHOSEN_FOR = "--method.decoders=[linear, ridge, feature_ridge]"
 CALIBRATION = [f"--tasks={TASKS}", "--samples_per_task=24", "--batch_size=16"]
 NETWORK = ["--model=Expert", "--model.network=small_resnet", "--model.options={width: 4}", "--model.image_size=16"]
 
@@ -63,8 +62,8 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
 ) -> None:
     coded = route / "coded"
     shared = [f"--experts={experts_of(route)}", "--code=[[0.4, 0.6]]", f"--output={coded}", *CALIBRATION]
-    assert main(["merge", *shared, "--method=Average", CHOSEN_FOR]) == 0
-    assert main(["merge", *shared, "--method=Coin", CHOSEN_FOR, f"--fisher={fishers_of(route)}"]) == 0
+    assert main(["merge", *shared, "--method=Average"]) == 0
+    assert main(["merge", *shared, "--method=Coin", f"--fisher={fishers_of(route)}"]) == 0
     recalibrated = ["--method=Coin", "--method.batchnorm=recalibrate", f"--fisher={fishers_of(route)}"]
     assert main(["merge", *shared, *recalibrated]) == 0
     files = f"[{coded}/average.safetensors, {coded}/coin.safetensors, {coded}/coin-recalibrate.safetensors]"
@@ -116,9 +115,9 @@ def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(fin
 
 def test_a_merge_with_tasks_records_what_it_chose(finished: Path, tmp_path: Path) -> None:
     command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", "--code=[[0.4, 0.6]]"]
-    assert main([*command, "--method=Average", CHOSEN_FOR, f"--output={tmp_path}", *CALIBRATION]) == 0
+    assert main([*command, "--method=Average", f"--output={tmp_path}", *CALIBRATION]) == 0
     chosen = load_provenance(tmp_path / "average.safetensors")["chosen"]
-    residuals = chosen["held_out_error"]
+    residuals = chosen["held_out_residual"]
     assert set(residuals) == {"average", "recalibrate"}
     assert chosen["batchnorm"] == min(residuals, key=residuals.__getitem__)
     assert chosen == load_provenance(finished / "seed-0/coded/average.safetensors")["chosen"]

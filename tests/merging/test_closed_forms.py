@@ -367,8 +367,8 @@ def test_damaged_and_mismatched_statistics_are_named():
         (lambda: Refit(ridge=math.inf), "found ridge=inf"),
         (lambda: Refit(memory_mib=0), "found memory_mib=0, expected a whole number of at least 1"),
         (lambda: Average(batchnorm="reset"), "batchnorm='reset'"),
-        (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled, auto"),
-        (lambda: Coin(fisher_data="mixed"), "^found fisher_data='mixed', expected one of own, pooled, auto$"),
+        (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled"),
+        (lambda: Coin(fisher_data="mixed"), "^found fisher_data='mixed', expected one of own, pooled$"),
         (lambda: Coin(fisher_kind="mc"), "^found fisher_kind='mc', expected one of exact, monte_carlo, "),
     ],
 )

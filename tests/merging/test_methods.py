@@ -111,7 +111,7 @@ def test_permuting_experts_with_their_weights_changes_nothing(kind, name):
     )
     assert_parameters_close(one.network, two.network, tolerance)
     if kind != "linear":  # whose residuals are rounding, as then are choices by them
-        residuals = [made.chosen.get("held_out_error", {}) for made in (one, two)]
+        residuals = [made.chosen.get("held_out_residual", {}) for made in (one, two)]
         assert residuals[1] == pytest.approx(residuals[0], rel=1e-6)
 
 

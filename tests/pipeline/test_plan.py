@@ -76,7 +76,7 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
         ),
         ("--calibration.promise_samples=60", {"evaluate"}),
         ("--code=[[0.5,0.5]]", MERGES | {"evaluate"}),
-        ("--decoders=[linear]", MERGES - {"coded-distillation"} | {"evaluate"}),
+        ("--decoders=[linear]", {"evaluate"}),
         ("--name=other", {"evaluate"}),
         ("--replicas=[{bits: 2}]", {"replicas-2bit-delta", "evaluate"}),
     ],

@@ -73,8 +73,8 @@ def test_costs_count_statistics_and_choices(finished: Path) -> None:
     chosen = {(method["label"], method["batchnorm"].partition(":")[0]): method["chosen"] for method in said}
 
     def choice(label: str) -> int:
-        """Two experts and two networks on all samples, for the decoders; one recalibrated on some, at last on all."""
-        return 4 * 48 + 38 + 48 * (chosen[label, "auto"]["batchnorm"] == "recalibrate")
+        """Two experts and two networks on the held-out samples; one recalibrated on the others, at last on all."""
+        return 4 * 10 + 38 + 48 * (chosen[label, "auto"]["batchnorm"] == "recalibrate")
 
     # Average: its choice of a BatchNorm policy. COIN: a forward and ten (or six) backward passes a sample as well.
     assert frame["average", "auto", "linear", "digits"] == choice("average")
@@ -138,11 +138,12 @@ def test_distilled_model_keeps_the_statistics_of_its_start(finished: Path) -> No
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_their_own(
+def test_what_auto_chose_stands_in_the_results_and_other_statistics_in_files_of_their_own(
     copied: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = copied / "seed-0"
-    extra = ["--calibration.fisher_data=auto", "--methods=[{class_path: Coin}]", "--decoders=[linear]"]
+    methods = "[{class_path: Coin}, {class_path: Coin, init_args: {fisher_data: pooled, label: pooled}}]"
+    extra = [f"--methods={methods}", "--decoders=[linear]"]
     assert main(["run", "-c", str(config), f"--output={copied.parent}", *extra]) == 0
     told = capsys.readouterr().err
     assert "Fisher (exact, own) of digits: up to date" in told  # of these samples already
@@ -151,17 +152,17 @@ def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_th
             made = load_provenance(seed / f"statistics/{task}.{name}.safetensors")
             assert (made["task"], made["data"], made["kind"], made["samples"]) == (task, data, "exact", samples)
             assert made["passes"] == samples * (1 + 2 * classes)
-    (said,) = json.loads((seed / "results.json").read_text())["methods"]
-    residuals = said["chosen"]["held_out_error"]
-    assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
-    best = min(residuals, key=residuals.__getitem__)
-    assert f"{said['chosen']['fisher_data']}/{said['chosen']['batchnorm']}" == best
-    assert said["chosen"] == load_provenance(seed / "coded/coin.safetensors")["chosen"]
-    rows = read_results(seed).query("method == 'coin'")
-    assert set(rows.batchnorm) == {f"auto:{said['chosen']['batchnorm']}"}
-    # Both statistics count, whichever was taken: (24 + 48) samples an expert; 2 experts and 4 networks are held out.
-    choice = (2 + 4) * 10 + 2 * 38 + 48 * (said["chosen"]["batchnorm"] == "recalibrate")
-    assert set(rows.merge_passes) == {(24 + 48) * ((1 + 2 * 10) + (1 + 2 * 6)) + choice}
+    said = json.loads((seed / "results.json").read_text())["methods"]
+    for label, samples, each in zip(("coin", "pooled"), (24, 48), said, strict=True):
+        chosen = each["chosen"]
+        residuals = chosen["held_out_residual"]
+        assert set(residuals) == {"average", "recalibrate"}
+        assert chosen["batchnorm"] == min(residuals, key=residuals.__getitem__)
+        assert chosen == load_provenance(seed / f"coded/{label}.safetensors")["chosen"]
+        rows = read_results(seed).query(f"method == '{label}'")
+        assert set(rows.batchnorm) == {f"auto:{chosen['batchnorm']}"}
+        choice = (2 + 2) * 10 + 38 + 48 * (chosen["batchnorm"] == "recalibrate")  # experts and both networks, held out
+        assert set(rows.merge_passes) == {samples * ((1 + 2 * 10) + (1 + 2 * 6)) + choice}
 
 
 def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
