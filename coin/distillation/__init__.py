@@ -1,3 +1,3 @@
-"""Merge methods that train a coded model: distillation of the experts, its search and its training in memory."""
+"""Merge methods that train a coded model: distillation of the experts, and its training in memory."""
 
 from coin.distillation.method import Distillation as Distillation

@@ -18,8 +18,7 @@ from coin.core.processes import rank_zero_info
 from coin.data import Augmentation, Calibration, pooled
 from coin.data.samples import BatchDataset
 from coin.data.sampling import batch_loader
-from coin.distillation.search import TRIALS, SearchResult, search_grid
-from coin.errors import CoinWarning, ConfigurationError, NumericalError
+from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method
 from coin.merging.method import Adapters, Compress
@@ -28,7 +27,7 @@ from coin.networks import BatchNormPolicy
 from coin.networks.calling import as_input, clear_caches, clone
 from coin.networks.guard import differentiable, trainable
 
-HELD_OUT = 0.2  # the share of the calibration samples that the search is judged on
+HELD_OUT = 0.2  # the share of the calibration samples on which learning rates are judged
 
 
 class Distillation(Method):
@@ -38,16 +37,16 @@ class Distillation(Method):
     dropout is off. With `augmentation` every epoch has new views of the samples, on which the experts run too; held-out
     samples are never augmented.
 
-    Without `lr`, learning rate and number of steps are chosen by the loss on held-out calibration samples, and the
-    final run is on all samples; the method's cost includes this search.
+    Without `lr`, the learning rate is chosen by the loss on held-out calibration samples, and the final run is on all
+    samples; the method's cost includes these trials.
 
     Source: the baseline of arXiv 2409.01420, after Lin et al., *Ensemble Distillation for Robust Model Fusion in
     Federated Learning*, NeurIPS 2020; the schedule: Smith and Topin, *Super-convergence* (2018).
 
     Args:
-        lr: Adam's peak learning rate; None chooses it together with the number of steps.
-        learning_rates: The learning rates that the search starts with, ascending.
-        steps: The number of optimiser steps; in a search the first number tried.
+        lr: Adam's peak learning rate; None chooses it.
+        learning_rates: The learning rates to choose from; by default 3e-4, 1e-3 and 3e-3.
+        steps: The number of optimiser steps.
         batch_size: Samples per step and process.
         samples_per_task: P, at least 1; by default the experiment's.
         augmentation: The augmentation in training: ``none``, ``crop``, ``crop_flip`` or ``shift``; by default ``shift``
@@ -82,8 +81,8 @@ class Distillation(Method):
         rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
         for rate in rates:
             check_number("learning_rates", rate, low=0.0, strict=True)
-        if not rates or rates != sorted(set(rates)):
-            raise ConfigurationError(f"found learning_rates={rates}, expected at least one, rising")
+        if not rates:
+            raise ConfigurationError("found learning_rates=[], expected at least one")
         if lr is not None:
             check_number("lr", lr, low=0.0, strict=True)
         check_integer("steps", steps, 1)
@@ -115,19 +114,21 @@ class Distillation(Method):
                 "found augmentation or samples_per_task for batches in memory, taken as they are"
             )
         with torch.inference_mode(False), torch.enable_grad():
-            if self.lr is None:
-                choice, trial = self._search(experts, row)
-                lr, steps = choice.best
-                module = self._run(experts, row, lr, steps, trial)
-                chosen = choice.config_dict | module.chosen
-            else:
-                lr = self.lr
-                module = self._run(experts, row, lr, self.steps)
-                chosen = module.chosen
+            lr = self.lr
+            trial = None
+            chosen: dict[str, Any] = {}
+            if lr is None:
+                losses, trial = self._try_rates(experts, row)
+                lr = min(losses, key=losses.__getitem__)
+                chosen = {
+                    "lr": lr,
+                    "held_out_loss": {str(rate): loss for rate, loss in losses.items()},
+                }
+            module = self._run(experts, row, lr, trial)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
         clear_caches(module.student)
-        return CodedModel(module.student, chosen)
+        return CodedModel(module.student, chosen | module.chosen)
 
     def module(
         self, row: Sequence[float], experts: Sequence[str] | None = None, **options: Any
@@ -146,42 +147,28 @@ class Distillation(Method):
             list(row), None if experts is None else list(experts), **own | options
         )
 
-    def _search(
+    def _try_rates(
         self, experts: Experts, row: Sequence[float]
-    ) -> tuple[SearchResult, DistillationModule]:
-        """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
-        trials: list[DistillationModule] = []
-
-        def loss(lr: float, steps: int) -> float:
-            number = len(trials) + 1
-            rank_zero_info(
-                f"{self.label}: trial {number}, at most {TRIALS}: lr={lr:.3g}, {steps} steps"
-            )
-            last = trials[-1] if trials else None
-            trial = self._run(experts, row, lr, steps, last, is_trial=True)
-            trials.append(trial)
-            return trial.held_out_loss if math.isfinite(trial.held_out_loss) else math.inf
-
-        choice = search_grid(loss, self.learning_rates, self.steps)
-        lr, steps = choice.best
-        if math.isinf(choice.losses[lr, steps]):
+    ) -> tuple[dict[float, float], DistillationModule]:
+        """Return the held-out loss by learning rate, infinite where training diverged; and the last trial."""
+        losses: dict[float, float] = {}
+        trial: DistillationModule | None = None
+        for lr in self.learning_rates:
+            rank_zero_info(f"{self.label}: trial of lr={lr:.3g}")
+            trial = self._run(experts, row, lr, trial, is_trial=True)
+            loss = trial.held_out_loss
+            losses[lr] = loss if math.isfinite(loss) else math.inf
+        assert trial is not None
+        if math.isinf(min(losses.values())):
             expected = f"every learning rate of {self.learning_rates}"
             raise NumericalError(f"{self.label} diverged with {expected}; give smaller ones")
-        if choice.at_edge:
-            warnings.warn(
-                f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the edge of "
-                "what it tried; begin nearer with learning_rates and steps",
-                CoinWarning,
-                stacklevel=2,
-            )
-        return choice, trials[-1]
+        return losses, trial
 
     def _run(
         self,
         experts: Experts,
         row: Sequence[float],
         lr: float,
-        steps: int,
         last: DistillationModule | None = None,
         is_trial: bool = False,
     ) -> DistillationModule:
@@ -191,12 +178,7 @@ class Distillation(Method):
         """
         in_memory = experts.train is None
         own = {"augmentation": "none"} if in_memory else experts.train.run_options(experts, self)
-        module = self.module(
-            row,
-            **own,
-            lr=lr,
-            steps=steps,
-        )
+        module = self.module(row, **own, lr=lr)
         if last is not None:
             module.teachers = last.teachers
             module.student = clone(last.student)
@@ -208,11 +190,11 @@ class Distillation(Method):
             module.outputs = last.outputs
             module.held_out_outputs = last.held_out_outputs
         options = {
-            "max_steps": steps,
+            "max_steps": self.steps,
             "max_epochs": -1,
-            "log_every_n_steps": max(1, steps // 10),
+            "log_every_n_steps": max(1, self.steps // 10),
             "check_val_every_n_epoch": None if is_trial else 1,
-            "val_check_interval": steps if is_trial else None,  # once, at the end
+            "val_check_interval": self.steps if is_trial else None,  # once, at the end
             "limit_val_batches": 1.0 if is_trial else 0,
             "num_sanity_val_steps": 0,
         }

@@ -93,7 +93,7 @@ class EstimateStatistic(Step):
 class Merge(Step):
     """Makes a method's coded models, one a row of the code, and their compressed variants."""
 
-    version = 2  # adapters' scales and shifts in 8 bits
+    version = 3  # distillation chooses among its learning rates alone
 
     method: Method
     code: Code = keyed_by(code_key)
