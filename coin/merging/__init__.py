@@ -12,7 +12,7 @@ from coin.merging.method import (
 )
 from coin.merging.passes import fit_adapters as fit_adapters
 from coin.merging.peft import extract_lora as extract_lora
-from coin.merging.refit import Refit as Refit, Target as Target
+from coin.merging.refit import Refit as Refit
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
 from coin.merging.task_vectors import (
     Base as Base,

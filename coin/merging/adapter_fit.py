@@ -1,6 +1,5 @@
 """Adapters fitted in closed form, unit by unit, to the experts' outputs on the body's own inputs."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,40 +21,6 @@ _MORE = 8  # directions beside the r wanted, in the search for singular vectors
 _ITERATIONS = 4  # of this search
 
 
-def rank_of(options: AdapterOptions, units: Sequence[Unit], count: int) -> int:
-    """Return the rank for the units of so many experts; a ConfigurationError where not even rank 0 fits."""
-    if options.rank is not None:
-        return options.rank
-    assert options.memory_mib is not None
-    highest = 0
-    for unit in units:
-        highest = max(highest, min(unit.outputs, unit.unknowns))
-    mib = 0.0
-    lowest = 0 if options.scales else 1
-    least = "scales and biases" if options.scales else "corrections of rank 1"
-    for rank in range(highest, lowest - 1, -1):
-        nbytes = sum(_nbytes(unit, rank, options.scales) for unit in units)  # of one expert
-        mib = count * nbytes / 2**20
-        if mib <= options.memory_mib:
-            return rank
-    raise ConfigurationError(
-        f"found memory_mib={options.memory_mib:g} for the adapters of {count} experts, "
-        f"expected at least {mib:.3g}, which {least} take"
-    )
-
-
-def _nbytes(unit: Unit, rank: int, has_scales: bool) -> int:
-    """Return the bytes of one expert's adapter of a unit."""
-    scales = unit.channels + 4 if has_scales else 0  # a byte each and a step, as shifts take
-    shifts = 0 if unit.shift is None else scales
-    if not unit.is_matrix:
-        return scales + shifts
-    left = math.ceil(BITS * unit.outputs / 8)  # of one direction
-    right = math.ceil(BITS * unit.unknowns / 8)
-    directions = min(rank, unit.outputs, unit.unknowns)
-    return scales + shifts + directions * (left + right + 4)  # two scales in bfloat16
-
-
 class AdapterFit:
     """Fits adapters while the body runs on all tasks' samples, each with the adapter of its own expert so far.
 
@@ -73,8 +38,8 @@ class AdapterFit:
 
     Args:
         network: The body.
-        rank: r.
-        options: μ (`ridge`), relative to the mean diagonal entry of cov(a), and whether there are scales and shifts.
+        options: r (`rank`), μ (`ridge`), relative to the mean diagonal entry of cov(a), and whether there are scales
+            and shifts.
         experts: The experts' parameters and buffers.
         tasks: Of which expert's task every sample is [P], in ascending order.
         row: β [N]; experts without a share have no adapters.
@@ -83,14 +48,12 @@ class AdapterFit:
     def __init__(
         self,
         network: nn.Module,
-        rank: int,
         options: AdapterOptions,
         experts: Sequence[tuple[State, State]],
         tasks: Tensor,
         row: Sequence[float],
     ) -> None:
         self._network = network
-        self._rank = rank
         self._options = options
         self._experts = [whole_state(tensors) for tensors in experts]
         self._row = row
@@ -159,11 +122,11 @@ class AdapterFit:
         # The body's map, then with the correction.
         fitted = _columns(weight, unit, entries, moments)
         left = right = None
-        if self._rank > 0 and unit.is_matrix:
+        if self._options.rank > 0 and unit.is_matrix:
             own = _columns(self._own_weight(unit, expert), unit, entries, moments)
             # Relative to the mean over all inputs, zeros too.
             damping = self._options.ridge * len(entries) / unit.unknowns
-            outer, inner = _factors(fitted, own, damping, self._rank, moments)
+            outer, inner = _factors(fitted, own, damping, self._options.rank, moments)
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
             fitted = fitted + left_of_map @ right_of_map

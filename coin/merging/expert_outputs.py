@@ -16,33 +16,26 @@ from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type
 
 
-def objective(row: Sequence[float], task: Tensor, own_share: float) -> tuple[Tensor, Tensor]:
-    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P].
+def sample_weights(row: Sequence[float], tasks: Tensor) -> Tensor:
+    """Return what samples of these tasks [P] weigh: those of task i together β_i.
 
-    The objective is `own_share` times the sum over tasks, each with its own expert, and for the rest the β-average on
-    all samples. A sum of squares with several targets is, up to a constant, one with the targets' weighted mean.
     Raises DataError where a task that has a share in the row has no samples.
     """
     beta = torch.tensor(row, dtype=torch.float64)
-    counts = torch.bincount(task, minlength=len(row))
+    counts = torch.bincount(tasks, minlength=len(row))
     is_missing = (beta > 0) & (counts == 0)
     missing = is_missing.nonzero().flatten().tolist()
-    if own_share == 1 and missing:
+    if missing:
         raise DataError(
             f"found no calibration samples of task {missing[0]}, which has a share in the code row {list(row)}, "
-            "expected at least one; give some, raise memory_mib, or use target=both"
+            "expected at least one; give some, or raise memory_mib"
         )
-    own = own_share * (beta / counts)[task]  # a task's samples weigh β_i together
-    mixed = torch.full_like(own, (1 - own_share) / len(task))  # all samples weigh alike
-    shares = own + mixed
-    mixtures = torch.outer(beta, mixed)
-    mixtures[task, torch.arange(len(task))] += own
-    return mixtures / shares.where(shares > 0, 1), shares
+    return (beta / counts)[tasks]
 
 
 def grouped(units: Iterable[Unit], rows: Rows, budget: float) -> list[list[Unit]]:
     """Return units in groups whose targets take at most `budget` bytes together; a group has one unit at least."""
-    samples = rows.mixtures.shape[1]
+    samples = len(rows.tasks)
     groups: list[list[Unit]] = []
     used = 0
     for unit in units:
@@ -58,10 +51,10 @@ def grouped(units: Iterable[Unit], rows: Rows, budget: float) -> list[list[Unit]
 
 
 class ExpertOutputs:
-    """The mixtures of the experts' outputs to which the units of a trace are fitted, made in the units' order.
+    """The experts' outputs to which the units of a trace are fitted, made in the units' order.
 
-    For each group of units (`grouped`) every expert runs on the samples of whose mixtures it is part, `batch_size` at
-    once.
+    For each group of units (`grouped`) every expert runs on its own task's samples, `batch_size` at once, if they weigh
+    anything.
 
     Attributes:
         passes: The samples that pass through experts, in all.
@@ -81,7 +74,7 @@ class ExpertOutputs:
         self._batch_size = batch_size
         self._groups = grouped(trace.units, rows, budget)
         self._made: dict[str, Tensor] = {}
-        self.passes = len(self._groups) * int(rows.mixtures.count_nonzero())
+        self.passes = len(self._groups) * int(rows.shares.count_nonzero())
 
     def each_unit(self, advance: Callable[[int], None]) -> Iterator[Tensor]:
         """Yield every unit's targets [P, q, ·], in the order of `output_rows`; `advance` gets the samples that passed.
@@ -90,19 +83,18 @@ class ExpertOutputs:
         """
         for group in self._groups:
             ends = {unit.end: unit for unit in group}
-            for network, mixture in zip(self._experts(), self._rows.mixtures, strict=True):
-                samples = mixture.nonzero().flatten()
+            for expert, network in enumerate(self._experts()):
+                is_read = (self._rows.tasks == expert) & (self._rows.shares > 0)
+                samples = is_read.nonzero().flatten()
                 for part in samples.split(self._batch_size):
                     if len(part) > 0:
-                        self._add(network, ends, part, mixture)
+                        self._add(network, ends, part)
                         advance(len(part))
             for unit in group:
                 yield self._made.pop(unit.weight)
 
-    def _add(
-        self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor, mixture: Tensor
-    ) -> None:
-        """Run an expert on the samples `part` [p], and add its share of the units' targets by its mixture [P]."""
+    def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor) -> None:
+        """Run an expert on the samples `part` [p], and add their targets of the units."""
         calls: list[str] = []
 
         def visit(
@@ -114,7 +106,7 @@ class ExpertOutputs:
             calls.append(weight)
             output = function()
             if weight in ends:
-                self._add_rows(ends[weight], call, output, part, mixture)
+                self._add_rows(ends[weight], call, output, part)
             return output
 
         with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
@@ -125,10 +117,8 @@ class ExpertOutputs:
                 f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}"
             )
 
-    def _add_rows(
-        self, unit: Unit, call: Call, output: Tensor, part: Tensor, mixture: Tensor
-    ) -> None:
-        """Add an expert's share of one unit's targets, given the output of its last call on the samples `part`."""
+    def _add_rows(self, unit: Unit, call: Call, output: Tensor, part: Tensor) -> None:
+        """Add one unit's targets, given the output of its last call on the samples `part`."""
         check_rows(unit, len(output), len(part))
         if output.shape[1:] != unit.shape[1:]:
             raise StateError(
@@ -142,10 +132,8 @@ class ExpertOutputs:
         in_sums = flat.to(sum_type(flat))
         rows = in_sums.view(len(part), -1, flat.shape[1])  # [p, q, O]
         if unit.weight not in self._made:
-            self._made[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
-        share = mixture[part].to(rows)[:, None, None]
-        index = part.to(rows.device)
-        self._made[unit.weight].index_add_(0, index, rows * share)
+            self._made[unit.weight] = rows.new_zeros(len(self._rows.tasks), *rows.shape[1:])
+        self._made[unit.weight].index_copy_(0, part.to(rows.device), rows)
 
 
 def check_rows(unit: Unit, rows: int, samples: int) -> None:

@@ -239,7 +239,7 @@ def merge_networks(
     `forward`. They are made, and left, on the experts' device; where that has no float64, as Apple's MPS, they are made
     on the CPU. Raises as `Method.coded_model`.
 
-    >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
+    >>> coded = coin.merge_networks(coin.Refit(), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
     (1, [], True)
     """

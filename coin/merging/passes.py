@@ -12,8 +12,8 @@ from coin.core.devices import device_of
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning
 from coin.files.tensors import State, check_layout, weighted_sum
-from coin.merging.adapter_fit import AdapterFit, rank_of
-from coin.merging.expert_outputs import ExpertOutputs, check_rows, objective
+from coin.merging.adapter_fit import AdapterFit
+from coin.merging.expert_outputs import ExpertOutputs, check_rows, sample_weights
 from coin.merging.expert_sources import whole_state
 from coin.merging.experts import Experts
 from coin.merging.rows import Rows, chosen_rows
@@ -112,12 +112,11 @@ def fit_body(
     label: str,
     *,
     ridge: float | None,
-    own_share: float = 1.0,
     rounding: Rounding | None = None,
     adapters: AdapterOptions | None = None,
     memory_mib: int | None = None,
 ) -> tuple[nn.Module, list[Adapter]]:
-    """Return a copy of a body, refitted to the `objective`, its matrices rounded, if so; and its adapters.
+    """Return a copy of a body, refitted to the experts' outputs, its matrices rounded, if so; and its adapters.
 
     Where memory runs out, the error's note says what `memory_mib` to set.
 
@@ -127,7 +126,6 @@ def fit_body(
         row: β.
         label: The method's, for messages.
         ridge: λ of the units' regressions; without one they are not refitted.
-        own_share: That of `objective`.
         rounding: What rounds matrices, if they are.
         adapters: Options of adapters, which are fitted in the same pass; they leave the head to the experts' own.
         memory_mib: Bound on activations; by default that of `default_memory_mib`.
@@ -145,14 +143,11 @@ def fit_body(
         chosen = chosen[experts.tasks[chosen].argsort(stable=True)]
         head = head_weight(network)
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
-        rank = rank_of(adapters, trace.units, experts.count)
-        fit = AdapterFit(
-            network, rank, adapters, experts.source.tensors, experts.tasks[chosen], row
-        )
+        fit = AdapterFit(network, adapters, experts.source.tensors, experts.tasks[chosen], row)
     task = experts.tasks[chosen]
-    mixtures, shares = objective(row, task, own_share)
+    shares = sample_weights(row, task)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
-    rows = chosen_rows(network, trace, pooled.inputs(chosen), task, mixtures, shares, budget)
+    rows = chosen_rows(network, trace, pooled.inputs(chosen), task, shares, budget)
     outputs = ExpertOutputs(experts.source.each_network, trace, rows, pooled.batch_size, budget)
     doing = "layers" if rounding is None else "layers again, rounded"
     with progress_bar(f"{label}, {doing}", outputs.passes) as bar:
@@ -250,8 +245,7 @@ def fit_adapters(
     experts: Sequence[nn.Module],
     calibration: Sequence[Iterable[Any]],
     *,
-    rank: int | None = None,
-    memory_mib: float | None = None,
+    rank: int = 4,
     ridge: float = 0.1,
     scales: bool = True,
     forward: Forward | None = None,
@@ -262,8 +256,7 @@ def fit_adapters(
         body: Any network of the experts' architecture: a coded model, a compressed one, the experts' common base.
         experts: The N experts.
         calibration: For every expert the batches of its own task's samples, without labels.
-        rank: r of the corrections, 4 unless `memory_mib` is given.
-        memory_mib: In place of a rank; see `AdapterOptions`.
+        rank: r of the corrections.
         ridge: μ, relative.
         scales: Whether there are scales and biases beside the corrections, as in `AdapterOptions`.
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor. The result is
@@ -275,9 +268,7 @@ def fit_adapters(
     >>> torch.allclose(again(inputs[2][0]), networks[2](inputs[2][0]), atol=0.2)  # corrections in 4 bits
     True
     """
-    if rank is None and memory_mib is None:
-        rank = 4
-    options = AdapterOptions(rank, memory_mib, ridge, scales)
+    options = AdapterOptions(rank, ridge, scales)
     home = device_of(experts[0])
     every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
     own = _without_head(body, parameters_of(body))

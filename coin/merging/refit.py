@@ -1,13 +1,11 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 
 import torch
 from torch import nn
 
-from coin.core.choices import check_integer, check_number, parse_enum
-from coin.errors import ConfigurationError
+from coin.core.choices import check_integer, check_number
 from coin.files.tensors import weighted_sum
 from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
@@ -17,18 +15,6 @@ from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Rounding
 
-OWN_SHARE = 0.6  # N times the share of the experts' own targets in both: N answers are decoded from one for all
-
-
-class Target(StrEnum):
-    """What the layers of the coded network are fitted to."""
-
-    own = "own"
-    """On every task's samples, what that task's expert makes of them at this layer."""
-
-    both = "both"
-    """Beside that, on all samples, the β-average of what all experts make of them."""
-
 
 class Refit(Method):
     """Every layer of the β-average refitted on the coded network's own inputs, then the head.
@@ -37,34 +23,31 @@ class Refit(Method):
     the layer for the same sample, with the BatchNorm behind it, and W̄ the β-average of the experts' maps with their
     BatchNorms folded in, γ/σ·W. The layer becomes the minimiser of
 
-        own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
-        both: `OWN_SHARE` / N (0.6 / N) of that sum, and the rest of E_{x pooled} ‖W a(x) + b − Σ_i β_i z_i(x)‖²
+        Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖² + λ ‖W − W̄‖²
 
     over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is a regression for each group, a normalisation that follows no linear map one for each channel.
     A BatchNorm becomes an identity that carries b. What cannot be refitted (an embedding, a weight that is used twice)
     stays averaged, and is named. At last the head is fitted to Σ_i β_i f_i (`fit_head`). No labels, no training.
 
-    It takes one forward pass of every expert (``own``: on its own task's samples alone), and one of the coded network,
+    It takes one forward pass of every expert, on its own task's samples alone, and one of the coded network,
     in which every layer is fitted just before it is called, at some positions of every sample (`chosen_places`). Where
     activations do not fit `memory_mib`, it takes as many samples as fit, with a warning; where experts' outputs do not
     fit a quarter of it, experts run several times.
 
     With `adapters` (`AdapterFit`) b is every expert's own, and a sample goes on through its own expert's: the network
-    need not be right for all experts at once, and only the lost expert's head reads it. Without them ``own`` is best
-    near a strong base, ``both`` far from it.
+    need not be right for all experts at once, and only the lost expert's head reads it.
 
     Source: this project's. Related, none of which codes: RegMean++ (the merged network's inputs), Chain of Merges, LOT.
 
     Args:
-        target: ``own`` or ``both``; with adapters ``own``.
         ridge: λ, relative and dimensionless, above 0.
         head: Whether the head is fitted at last; with adapters it is not, for the experts' own are read.
         memory_mib: Bound on the coded network's activations, in MiB; by default 8192, on a GPU half of what is free.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); it is rounded while it is refitted (`pack`).
 
-    >>> coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs).chosen[0]["averaged"]
+    >>> coin.merge_networks(coin.Refit(), experts, code, calibration=inputs).chosen[0]["averaged"]
     []
     """
 
@@ -73,7 +56,6 @@ class Refit(Method):
 
     def __init__(
         self,
-        target: Target = Target.own,
         ridge: float = 0.1,
         *,
         head: bool = True,
@@ -82,17 +64,12 @@ class Refit(Method):
         compress: Compress = None,
         adapters: Adapters = None,
     ) -> None:
-        self.target = parse_enum(Target, "target", target)
         check_number("ridge", ridge, low=0, strict=True)
         check_integer("memory_mib", 1 if memory_mib is None else memory_mib, 1)
         self.ridge = ridge
         self.head = head
         self.memory_mib = memory_mib
         super().__init__(label, compress, adapters=adapters)
-        if self.adapters is not None and self.target is not Target.own:
-            raise ConfigurationError(
-                "found target=both with adapters, expected own; each expert has its own"
-            )
 
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -104,7 +81,7 @@ class Refit(Method):
         body = Body.of(average, experts, list(experts.source.tensors), row)
         network, adapters = self.fit(experts, row, body)
         body.warn_of_kept(self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
-        chosen = {"target": str(self.target), "ridge": self.ridge, "averaged": body.kept}
+        chosen = {"ridge": self.ridge, "averaged": body.kept}
         return CodedModel(network, chosen, adapters, body)
 
     @torch.inference_mode(False)
@@ -112,14 +89,12 @@ class Refit(Method):
         self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None
     ) -> tuple[nn.Module, list[Adapter]]:
         """Return a body refitted, and rounded if there is a rounding, with its head; and its adapters (`fit_body`)."""
-        own_share = OWN_SHARE / len(row) if self.target is Target.both else 1.0
         network, adapters = fit_body(
             body,
             experts,
             row,
             self.label,
             ridge=self.ridge,
-            own_share=own_share,
             rounding=rounding,
             adapters=self.adapters,
             memory_mib=self.memory_mib,

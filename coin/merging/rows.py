@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     """What units are fitted to on P samples; `places` and `weights` are by the names of the units' weights."""
 
     inputs: Batch
-    mixtures: Tensor  # every sample's mixture of the N experts' outputs [N, P]
+    tasks: Tensor  # the samples' [P]
     shares: Tensor  # the samples' weights [P]
     places: Mapping[str, Tensor | None]  # of `chosen_places`
     weights: Mapping[str, Tensor]  # of `position_weights`
@@ -39,25 +39,24 @@ def chosen_rows(
     network: nn.Module,
     trace: Trace,
     inputs: Batch,
-    task: Tensor,
-    mixtures: Tensor,
+    tasks: Tensor,
     shares: Tensor,
     budget: float,
 ) -> Rows:
-    """Choose the rows of all units of a network on P samples, which are of these tasks [P]; see `Rows`.
+    """Choose the rows of all units of a network on P samples; see `Rows`.
 
     Rows drawn alike from all positions, as many for each unknown, lost 0.3 points of NDA on a small ViT.
     """
-    experts = len(mixtures)
-    order = torch.zeros_like(task)  # each sample's place within its task
-    for own in set(task.tolist()):
-        is_own = task == own
+    order = torch.zeros_like(tasks)  # each sample's place within its task
+    present = set(tasks.tolist())
+    for task in present:
+        is_own = tasks == task
         order[is_own] = torch.arange(int(is_own.sum()))
-    probed = (order < math.ceil(PROBED / experts)).nonzero().flatten()
+    probed = (order < math.ceil(PROBED / len(present))).nonzero().flatten()
     weights = position_weights(network, trace, take(inputs, probed))
     places = chosen_places(trace.units, order, weights, device_of(network), budget)
     passes = 3 * len(probed) if weights else 0
-    return Rows(inputs, mixtures, shares, places, weights, passes)
+    return Rows(inputs, tasks, shares, places, weights, passes)
 
 
 def chosen_places(

@@ -21,26 +21,17 @@ class AdapterOptions:
 
     Args:
         rank: r of the correction of every matrix; 0 for scales and biases alone.
-        memory_mib: In place of a rank, the MiB of the adapters of all experts beside one body (there is a body for each
-            row of the code); the largest rank is taken that fits.
         ridge: μ, relative to the mean diagonal entry of the inputs' covariance, above 0.
         scales: Whether there are scales and biases beside the corrections. Without them adapters are plain LoRA: only
             ungrouped maps have them.
     """
 
-    rank: int | None = None
-    memory_mib: float | None = None
+    rank: int
     ridge: float = 0.1
     scales: bool = True
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.memory_mib is None):
-            found = f"found rank={self.rank} and memory_mib={self.memory_mib} of adapters"
-            raise ConfigurationError(f"{found}, expected one of them")
-        if self.rank is not None:
-            check_integer("rank", self.rank, 0 if self.scales else 1)
-        if self.memory_mib is not None:
-            check_number("memory_mib", self.memory_mib, low=0, strict=True)
+        check_integer("rank", self.rank, 0 if self.scales else 1)
         check_number("ridge", self.ridge, low=0, strict=True)
 
     @classmethod
@@ -57,10 +48,8 @@ class AdapterOptions:
 
     @property
     def name(self) -> str:
-        """Their name in results and files: ``rank4``, ``1.5mib``; without scales ``lora4``, ``1.5mib-lora``."""
-        if self.memory_mib is None:
-            return f"rank{self.rank}" if self.scales else f"lora{self.rank}"
-        return f"{self.memory_mib:g}mib" + ("" if self.scales else "-lora")
+        """Their name in results and files: ``rank4``; without scales ``lora4``."""
+        return f"rank{self.rank}" if self.scales else f"lora{self.rank}"
 
 
 class Adapter:

@@ -102,7 +102,7 @@ def refit_steps(experts: list[nn.Module], tasks: list[list[Tensor]], memory_mib:
     forwards = 2 * sum(len(batch) for task in tasks for batch in task)
 
     def refit() -> None:
-        coin.merge_networks(coin.Refit("own", memory_mib=memory_mib), experts, coin.uniform(2), calibration=tasks)
+        coin.merge_networks(coin.Refit(memory_mib=memory_mib), experts, coin.uniform(2), calibration=tasks)
 
     yield Step("refit", "float32", forwards, refit)
 

@@ -32,7 +32,6 @@ METHODS = {
     "ties": coin.Ties(),
     "wudi": coin.Wudi(),
     "refit": coin.Refit(),
-    "refit, both": coin.Refit("both"),
     "refit, adapters": coin.Refit(adapters={"rank": 2}),
     "base, adapters": coin.Base(adapters={"rank": 2}),
     "user": coin.merging.UserMethod(lambda experts, calibration, initial: deepcopy(experts[0])),

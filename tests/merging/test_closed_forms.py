@@ -362,7 +362,6 @@ def test_damaged_and_mismatched_statistics_are_named():
         (lambda: Ties(keep=0), "keep=0, expected a number above 0 and at most 1"),
         (lambda: TaskArithmetic(scale=math.inf), "scale=inf, expected a number that is finite"),
         (lambda: Wudi(damping=0.0), "damping=0.0, expected a number above 0"),
-        (lambda: Refit("all"), "found target='all', expected one of own, both"),
         (lambda: Refit(ridge=0.0), "found ridge=0.0, expected a number above 0"),
         (lambda: Refit(ridge=math.inf), "found ridge=inf"),
         (lambda: Refit(memory_mib=0), "found memory_mib=0, expected a whole number of at least 1"),

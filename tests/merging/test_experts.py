@@ -190,7 +190,7 @@ NAMED = [[named(batch) for batch in batches] for batches in STACKED]
 
 @pytest.mark.parametrize(
     "method",
-    [Average(batchnorm="recalibrate"), Coin(), RegMean(), HeadFit(), Refit("both")],
+    [Average(batchnorm="recalibrate"), Coin(), RegMean(), HeadFit(), Refit()],
     ids=by_label,
 )
 def test_batches_by_name_merge_as_one_tensor_does(method):

@@ -46,8 +46,7 @@ METHODS = {
     "ties": (Ties(keep=1, scale=1), 1e-12),
     "wudi": (Wudi(), 1e-10),
     "head_fit": (HeadFit(), 1e-8),
-    "refit own": (Refit(), 1e-8),
-    "refit both": (Refit("both"), 1e-8),
+    "refit": (Refit(), 1e-8),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "vit" else ()) for kind in NETWORKS]
@@ -192,7 +191,7 @@ def test_averages_are_of_parameters_and_of_statistics_or_keep_those_of_the_initi
 @pytest.mark.parametrize("method", [Average, Refit])
 def test_compressed_coded_models_stand_beside_the_whole_ones(method):
     initial, networks, calibration = setup("batchnorm")
-    options = {"target": "own"} if method is Refit else {"batchnorm": "average"}
+    options = {} if method is Refit else {"batchnorm": "average"}
     packed = method(**options, compress=[{"bits": 8}, {"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}])
     with pytest.raises(ConfigurationError, match=r"found no shared initialisation, which .* or its compression needs"):
         merge_networks(packed, networks, [WEIGHTS], calibration=calibration)

@@ -105,7 +105,7 @@ class Causal(nn.Module):
 
 
 @pytest.mark.parametrize("row", [(1 / 3, 2 / 3), (0.0, 1.0)])
-@pytest.mark.parametrize("method", [coin.Average(), coin.Coin(), coin.Refit("own")], ids=by_label)
+@pytest.mark.parametrize("method", [coin.Average(), coin.Coin(), coin.Refit()], ids=by_label)
 @pytest.mark.filterwarnings("ignore:method 'refit' kept the average")
 def test_a_mask_that_all_experts_share_stays_and_buffers_that_are_not_persistent_are_averaged(method, row):
     networks, calibration = [Causal(seed=1), Causal(seed=2)], batches(4, 5, dtype=torch.float32)
@@ -215,7 +215,7 @@ def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method):
         assert torch.equal(tensor, experts[0].state_dict()[name]) == (name not in HEAD)
 
 
-@pytest.mark.parametrize("method", [coin.Coin(), coin.RegMean(), coin.Refit("both")], ids=by_label)
+@pytest.mark.parametrize("method", [coin.Coin(), coin.RegMean(), coin.Refit()], ids=by_label)
 def test_networks_that_are_frozen_altogether_merge_as_if_they_were_not(method):
     experts = frozen(3)
     whole = [deepcopy(expert).requires_grad_(False) for expert in experts]
@@ -240,7 +240,7 @@ def overwriting(inplace=True):
     return nn.Sequential(nn.SiLU(inplace), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
 
 
-@pytest.mark.parametrize("method", [coin.Coin(), coin.RegMean(), coin.Refit("own")], ids=by_label)
+@pytest.mark.parametrize("method", [coin.Coin(), coin.RegMean(), coin.Refit()], ids=by_label)
 def test_inputs_that_a_network_writes_over_are_its_own(method):
     """The second expert read what the first had left: 11 % off; and so did the caller."""
     torch.manual_seed(0)
@@ -262,7 +262,7 @@ def test_a_network_that_mixes_samples_is_refused():
     layers = nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6, track_running_stats=False), nn.Flatten(), nn.Linear(18, CLASSES)
     experts = [nn.Sequential(*layers).double()] * 2
     with pytest.raises(StateError, match="gives a sample other outputs beside others than alone, or at every call"):
-        merged(coin.Refit("own"), experts, calibration=batches(4, 3))
+        merged(coin.Refit(), experts, calibration=batches(4, 3))
 
 
 def test_gpt_2_s_layers_whose_weights_are_stored_transposed_are_refused():

@@ -17,7 +17,6 @@ import coin
 from coin.errors import CoinWarning, DataError, NumericalError, StateError
 from coin.merging import Average, Experts, Refit
 from coin.merging.average import average_parameters
-from coin.merging.refit import OWN_SHARE
 from coin.merging.rows import LEAST, PROBED, chosen_places, position_weights
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.small import SmallViT
@@ -163,7 +162,6 @@ ATTENTION = {
     ),
 }
 every_network = pytest.mark.parametrize("kind", NETWORKS)
-every_target = pytest.mark.parametrize("target", ["own", "both"])
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +273,7 @@ def ridge_step(a, r, w, ridge, intercept):
 
 
 @torch.no_grad()
-def reference(networks, tasks, row, target, ridge, units, places=None, order=None):
+def reference(networks, tasks, row, ridge, units, places=None, order=None):
     """Refit by the book: every layer's rows from the inputs anew, maps with their BatchNorm replaced by biased ones.
 
     By the names of weights `places` has the positions of every pooled sample, and `order` each task's among these.
@@ -303,20 +301,15 @@ def reference(networks, tasks, row, target, ridge, units, places=None, order=Non
         rows = []
         for index, x in enumerate(tasks):
             given, output = watched(coded, name, x)
-            theirs = [watched(one, norm or name, x)[1] for one in networks]
+            wanted = watched(networks[index], norm or name, x)[1]
             module = coded.get_submodule(name)
-            mixed = sum(b * z for b, z in zip(row, theirs, strict=True))
-            own_share = 1.0 if target == "own" else OWN_SHARE / len(networks)
-            objectives = [(theirs[index], own_share * row[index] / len(x))] if own_share else []
-            objectives += [(mixed, (1 - own_share) / sum(map(len, tasks)))] if own_share < 1 else []
-            for wanted, share in objectives:
-                a, r = design(module, given), by_group(module, wanted - output)
-                if places is not None:
-                    weight = f"{name}.{'gamma' if isinstance(module, Scale) else 'weight'}"
-                    at = places[weight][order[index]]
-                    at = (torch.arange(len(x))[:, None] * (len(a) // len(x)) + at).flatten()
-                    a, r = a[at], r[at]
-                rows.append((a, r, torch.full((len(a),), share, dtype=torch.float64)))
+            a, r = design(module, given), by_group(module, wanted - output)
+            if places is not None:
+                weight = f"{name}.{'gamma' if isinstance(module, Scale) else 'weight'}"
+                at = places[weight][order[index]]
+                at = (torch.arange(len(x))[:, None] * (len(a) // len(x)) + at).flatten()
+                a, r = a[at], r[at]
+            rows.append((a, r, torch.full((len(a),), row[index] / len(x), dtype=torch.float64)))
         a, r, w = (torch.cat(each) for each in zip(*rows, strict=True))
         bias = getattr(module, "bias", None)
         steps = [ridge_step(a[:, g], r[:, g], w, ridge, bias is not None) for g in range(a.shape[1])]
@@ -329,9 +322,8 @@ def reference(networks, tasks, row, target, ridge, units, places=None, order=Non
 
 
 @pytest.mark.parametrize("rows", ["all", "drawn"])
-@every_target
 @every_network
-def test_it_is_the_regression_of_every_layer_in_turn(kind, target, rows, monkeypatch):
+def test_it_is_the_regression_of_every_layer_in_turn(kind, rows, monkeypatch):
     networks, tasks = kind_of(kind)
     units = [(name, norm or None) for name, _, norm in (each.partition("+") for each in NETWORKS[kind][2].split())]
     experts, drawn = experts_of(networks, tasks), {}
@@ -345,32 +337,31 @@ def test_it_is_the_regression_of_every_layer_in_turn(kind, target, rows, monkeyp
 
     if rows == "drawn":  # at half of the positions
         monkeypatch.setattr("coin.merging.rows.chosen_places", places)
-    made = Refit(target, RIDGE, head=False).make(experts, ROW)
+    made = Refit(RIDGE, head=False).make(experts, ROW)
     order = [(experts.tasks == task).nonzero().flatten() for task in range(3)]
-    wanted = reference(networks, tasks, ROW, target, RIDGE, units, drawn or None, order)
+    wanted = reference(networks, tasks, ROW, RIDGE, units, drawn or None, order)
     assert_answers_close(made.network, wanted, tasks, 1e-9)
     modules = tuple(f"{each}." for unit in units for each in unit if each)
     kept = [name for name, _ in networks[0].named_parameters() if not name.startswith(modules)]
-    assert made.chosen == {"target": target, "ridge": RIDGE, "averaged": sorted(kept)}
+    assert made.chosen == {"ridge": RIDGE, "averaged": sorted(kept)}
 
 
 # Exact properties
 
 
-@every_target
 @pytest.mark.parametrize("kind", [*NETWORKS, *ATTENTION])
-def test_identical_experts_give_themselves(kind, target):
+def test_identical_experts_give_themselves(kind):
     head = kind != "one layer, no bias"  # which cannot be fitted
     (network, *_), tasks = kind_of(kind)
     experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
-    made = Refit(target, RIDGE, head=head).make(experts, ROW)
+    made = Refit(RIDGE, head=head).make(experts, ROW)
     assert_answers_close(made.network, network, tasks, 1e-10)
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
     networks, tasks = kind_of(kind)
-    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    made = Refit(RIDGE, head=False).make(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == sorted(ATTENTION[kind][2])
     average = average_parameters([dict(network.named_parameters()) for network in networks], ROW)
     for name, parameter in made.network.named_parameters():
@@ -384,9 +375,7 @@ def test_of_drawn_rows_the_order_of_the_experts_does_not_matter(kind, monkeypatc
     monkeypatch.setattr("coin.merging.rows.DEAR", 0)
     networks, tasks = kind_of(kind)
     one, two = (
-        Refit("both", RIDGE).make(
-            experts_of([networks[i] for i in order], [tasks[i] for i in order]), [ROW[i] for i in order]
-        )
+        Refit(RIDGE).make(experts_of([networks[i] for i in order], [tasks[i] for i in order]), [ROW[i] for i in order])
         for order in ((0, 1, 2), (2, 0, 1))
     )
     assert_answers_close(one.network, two.network, tasks, 1e-9)
@@ -396,7 +385,7 @@ def test_a_deep_linear_network_reaches_the_mixture():
     make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 3))  # noqa: E731
     networks, tasks = setup(make, (4,))
     tasks = [torch.cat(tasks)] * len(tasks)  # on one set of samples all targets are the mixture
-    made = Refit("own", 1e-12, head=False).make(experts_of(networks, tasks), ROW)
+    made = Refit(1e-12, head=False).make(experts_of(networks, tasks), ROW)
     for x in (tasks[0], torch.randn(5, 4, dtype=torch.float64)):
         wanted = sum(share * answers(network, x) for share, network in zip(ROW, networks, strict=True))
         torch.testing.assert_close(answers(made.network, x), wanted, rtol=1e-8, atol=1e-8)
@@ -469,15 +458,13 @@ def wide(seen=None):
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
-@every_target
-def test_every_network_runs_once_and_its_passes_are_counted(target, head):
+def test_every_network_runs_once_and_its_passes_are_counted(head):
     total, fitted = sum(SIZES), (3 + 1) * sum(SIZES) if head else 0
-    parts = total if target == "own" else 3 * total
     seen = []
     experts = experts_of(*setup(lambda: wide(seen), (1, 8, 8)))
     seen.clear()
-    Refit(target, RIDGE, head=head).make(experts, ROW)
-    assert experts.passes == PROBES + parts + total + fitted
+    Refit(RIDGE, head=head).make(experts, ROW)
+    assert experts.passes == PROBES + 2 * total + fitted
     backward = 2 * 3 * 2  # two cotangents of three samples, in the search for units
     assert sum(seen) == experts.passes - backward
 
@@ -533,11 +520,11 @@ def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
     networks, tasks = kind_of("vit")
     monkeypatch.undo()
     experts = experts_of(networks, tasks)
-    made = Refit("own", RIDGE, head=False).make(experts, ROW)
+    made = Refit(RIDGE, head=False).make(experts, ROW)
     assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * sum(min(size, -(-PROBED // 3)) for size in SIZES)
-    assert_answers_close(networks[0], Refit("own").make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
+    assert_answers_close(networks[0], Refit().make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
     monkeypatch.setattr("coin.merging.rows.position_weights", lambda *_: {})
-    alike = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    alike = Refit(RIDGE, head=False).make(experts_of(networks, tasks), ROW)
     own = [(answers(each, x), x) for each, x in zip(networks, tasks, strict=True)]
     weighed, not_weighed = (
         sum(float((answers(one.network, x) - y).square().mean()) for y, x in own) for one in (made, alike)
@@ -551,17 +538,16 @@ def test_samples_that_do_not_fit_the_memory_are_left_out_with_a_warning():
     experts = experts_of(networks, tasks)
     message = r"method 'refit' fits its layers on (\d+) of 408 calibration samples, which need memory_mib=(\d+)"
     with pytest.warns(CoinWarning, match=message) as told:
-        Refit("own", RIDGE, head=False, memory_mib=2).make(experts, ROW)
+        Refit(RIDGE, head=False, memory_mib=2).make(experts, ROW)
     samples, needed = map(int, re.search(message, str(told[0].message)).groups())
     assert experts.passes == PROBES + 2 * samples
     assert 2 / needed == pytest.approx(samples / 408, rel=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Refit("own", RIDGE, head=False, memory_mib=needed).make(experts_of(networks, tasks), ROW)
+        Refit(RIDGE, head=False, memory_mib=needed).make(experts_of(networks, tasks), ROW)
 
 
-@every_target
-def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(target, monkeypatch):
+def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(monkeypatch):
     @contextmanager
     def progress(what, total):
         done = []
@@ -575,45 +561,43 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
     found, told = [], []
     for groups, mib in ((1, 8192), (2, 3)):
         experts = experts_of(networks, tasks)
-        found.append(Refit(target, head=False, memory_mib=mib).make(experts, ROW).network.state_dict())
-        every = groups * (1 if target == "own" else 3) * sum(SIZES)
+        found.append(Refit(head=False, memory_mib=mib).make(experts, ROW).network.state_dict())
+        every = groups * sum(SIZES)
         assert experts.passes == PROBES + every + sum(SIZES)
         assert told.pop() == ("refit, layers", every, every)
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
-    packed = Refit(target, head=False, compress={"bits": 4, "base_bits": 0})
+    packed = Refit(head=False, compress={"bits": 4, "base_bits": 0})
     coin.merge_networks(packed, networks, coin.Code([ROW]), calibration=[[task] for task in tasks])
     assert [what for what, *_ in told] == ["refit, layers", "refit, layers again, rounded"]
 
 
-@every_target
-def test_an_expert_that_has_no_share_of_the_row_is_not_run(target):
+def test_an_expert_that_has_no_share_of_the_row_is_not_run():
     networks, tasks = kind_of("convolutions")
     experts, ran = experts_of(networks, tasks), []
     experts.networks[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    made = Refit(target, RIDGE, head=False).make(experts, (0.4, 0.0, 0.6))
+    made = Refit(RIDGE, head=False).make(experts, (0.4, 0.0, 0.6))
     assert not ran
-    if target == "own":
-        without = Refit(target, RIDGE, head=False).make(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
-        assert_answers_close(made.network, without.network, tasks, 1e-9)
+    without = Refit(RIDGE, head=False).make(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
+    assert_answers_close(made.network, without.network, tasks, 1e-9)
 
 
 def test_no_sample_of_a_task_with_a_share_and_a_ridge_that_is_too_small_are_one_line():
     networks, tasks = kind_of("two layers")
     experts = experts_of(networks, [tasks[0][:0], *tasks[1:]])
     for row in ((1.0, 0.0, 0.0), ROW):
-        with pytest.raises(DataError, match=r"found no calibration samples of task 0, .* share in .* target=both"):
-            Refit("own", RIDGE, head=False).make(experts, row)
+        with pytest.raises(DataError, match=r"found no calibration samples of task 0, .* share in .* raise memory_mib"):
+            Refit(RIDGE, head=False).make(experts, row)
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 60), nn.Linear(60, 3)) for _ in "ab"]
     tasks = [torch.randn(200, 3) @ torch.randn(3, 40) for _ in networks]
     with pytest.raises(NumericalError, match="give a larger ridge"):
-        Refit("own", 1e-10).make(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.5))
+        Refit(1e-10).make(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.5))
 
 
 def test_a_convolution_whose_taps_meet_no_image_keeps_its_weight():
     make = lambda: nn.Sequential(nn.Conv1d(2, 2, 2, padding=1, dilation=2), nn.Flatten(), nn.Linear(2, 3))  # noqa: E731
     networks, tasks = setup(make, (2, 1))
-    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    made = Refit(RIDGE, head=False).make(experts_of(networks, tasks), ROW)
     assert all(bool(torch.isfinite(answers(made.network, task)).all()) for task in tasks)
 
 
@@ -630,7 +614,7 @@ class ComputedBias(nn.Linear):
 def test_a_layer_whose_bias_is_computed_keeps_the_average():
     (network, *_), tasks = setup(lambda: nn.Sequential(ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3)), (6,))
     experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
-    made = Refit("own", RIDGE, head=False).make(experts, ROW)
+    made = Refit(RIDGE, head=False).make(experts, ROW)
     assert made.chosen["averaged"] == ["0.bias", "0.weight"]
     assert_answers_close(made.network, network, tasks, 1e-10)
 
@@ -660,19 +644,18 @@ AVERAGED = ["bias.weight", "capped.weight", "embedding.weight", "place", "read.b
 AVERAGED += ["twice.bias", "twice.weight"]
 
 
-@every_target
-def test_what_cannot_be_refitted_keeps_the_average_and_is_named(target):
+def test_what_cannot_be_refitted_keeps_the_average_and_is_named():
     torch.manual_seed(1)
     networks = [Tied().double() for _ in ROW]
     tasks = [torch.randint(7, (size, 5), generator=torch.Generator().manual_seed(size)) for size in SIZES]
-    made = Refit(target, RIDGE).make(experts_of(networks, tasks), ROW)
+    made = Refit(RIDGE).make(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == AVERAGED
     average = average_parameters([dict(network.named_parameters()) for network in networks], ROW)
     for name, parameter in made.network.named_parameters():
         assert torch.equal(parameter, average[name]) == (name in AVERAGED), name
     same = experts_of([networks[0], *(deepcopy(networks[0]) for _ in range(2))], tasks)
     wanted = answers(networks[0], tasks[0])
-    torch.testing.assert_close(answers(Refit(target).make(same, ROW).network, tasks[0]), wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(answers(Refit().make(same, ROW).network, tasks[0]), wanted, rtol=0, atol=1e-10)
 
 
 class Arranged(nn.Module):
@@ -717,7 +700,7 @@ def test_rows_that_are_not_of_the_sample_that_they_are_taken_for_are_left_alone(
     """One function in three layouts: it took row r for sample r // k and looked at shapes alone."""
     networks, tasks = setup(lambda: Arranged(arrange), (3, 4))
     residuals = []
-    for method in (Refit("both", head=False), Average()):
+    for method in (Refit(head=False), Average()):
         made, x = method.make(experts_of(networks, tasks), ROW), torch.cat(tasks)
         wanted = sum(share * answers(network, x) for share, network in zip(ROW, networks, strict=True))
         residuals.append(float((answers(made.network, x) - wanted).norm()))
@@ -785,14 +768,14 @@ class Unbatched(torch.autograd.Function):
 
 def test_networks_whose_backward_pass_cannot_be_batched():
     networks, tasks = setup(lambda: nn.Sequential(nn.Linear(4, 6), Apply(Unbatched.apply), nn.Linear(6, 3)), (4,))
-    assert Refit("both").make(experts_of(networks, tasks), ROW).chosen["averaged"] == []
+    assert Refit().make(experts_of(networks, tasks), ROW).chosen["averaged"] == []
 
 
 def test_a_network_without_a_layer_that_can_be_refitted_is_averaged():
     layer = nn.Linear(4, 4)
     experts = experts_of(*setup(lambda: nn.Sequential(layer, nn.Tanh(), layer), (4,)))
     with pytest.warns(CoinWarning, match="kept the average of 100% of the parameters of Sequential"):
-        made = Refit("own", head=False).make(experts, ROW)
+        made = Refit(head=False).make(experts, ROW)
     assert made.chosen["averaged"] == ["0.bias", "0.weight"]
 
 
@@ -805,7 +788,7 @@ def test_bfloat16_is_fitted_in_float32(monkeypatch):
         return fit_affine(a, r, *options, **named)
 
     monkeypatch.setattr("coin.merging.units.fit_affine", recorded)
-    made = Refit("own", RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
+    made = Refit(RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
     assert types == {torch.float32}
     assert {parameter.dtype for parameter in made.network.parameters()} == {torch.bfloat16}
 
@@ -836,7 +819,7 @@ def test_the_caller_finds_everything_as_it_was(broken, monkeypatch):
         monkeypatch.setattr("coin.merging.passes.fit_unit", breaks)
     before, states = flags(), [deepcopy(network.state_dict()) for network in networks]
     with nullcontext() if broken == "nothing" else pytest.raises(RuntimeError, match=r"^broken off$"):
-        Refit("own", RIDGE).make(experts_of(networks, tasks), ROW)
+        Refit(RIDGE).make(experts_of(networks, tasks), ROW)
     assert flags() == before
     for network, state in zip(networks, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
@@ -895,7 +878,7 @@ def test_networks_that_make_other_calls_are_told_in_a_line(way, who, message):
     networks, tasks = setup(Forks, (6,))
     networks[who].way = way
     with pytest.raises(StateError, match=message) as caught:
-        Refit("own", RIDGE).make(experts_of(networks, tasks), ROW)
+        Refit(RIDGE).make(experts_of(networks, tasks), ROW)
     assert "\n" not in str(caught.value)
 
 
@@ -960,5 +943,5 @@ def test_rows_that_inputs_place_are_not_fitted_though_the_first_samples_lie_in_o
         inputs.append([x])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoinWarning)
-        made = Refit("own").make(Experts(networks, calibration=inputs), (0.5, 0.5))
+        made = Refit().make(Experts(networks, calibration=inputs), (0.5, 0.5))
     assert made.chosen["averaged"] == ["first.bias", "first.weight"]

@@ -58,7 +58,7 @@ def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tm
     if is_half := "bfloat16" in kind:
         networks, tasks = [each.bfloat16() for each in networks], [task.bfloat16() for task in tasks]
     base, experts = base_of(networks), experts_of(networks, tasks)
-    method = Refit("own", RIDGE, head=False)
+    method = Refit(RIDGE, head=False)
     made = method.make(experts, ROW)
     fitted = []
 
@@ -82,7 +82,7 @@ def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tm
 
 def test_short_rows_are_rounded_to_eight_bits(monkeypatch):
     networks, tasks = kind_of("convolutions")
-    experts, method = experts_of(networks, tasks), Refit("own", RIDGE, head=False)
+    experts, method = experts_of(networks, tasks), Refit(RIDGE, head=False)
     made, bits = method.make(experts, ROW), {}
     for short in (0, 64):
         monkeypatch.setattr(compressed, "SHORT", short)
@@ -94,7 +94,7 @@ def test_short_rows_are_rounded_to_eight_bits(monkeypatch):
 def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
     networks, tasks = kind_of("vit")
     base, experts, name = base_of(networks), experts_of(networks, tasks), "encoder.pos_embedding"
-    method = Refit("own", RIDGE, head=False)
+    method = Refit(RIDGE, head=False)
     made = method.make(experts, ROW)
     found = method.pack(experts, ROW, made, base, Compression(2)).network()
     start, before = (each.get_parameter(name).detach() for each in (made.network, base))
@@ -106,7 +106,7 @@ def test_a_matrix_of_many_inputs_is_rounded_to_the_nearest_without_its_metric(mo
     """A layer of 9,216 inputs took 7.6 GB and 48 s where it takes 0.4 GB and 6 s."""
     networks, tasks = kind_of("vit")
     base, experts = base_of(networks), experts_of(networks, tasks)
-    method = Refit("own", RIDGE, head=False)
+    method = Refit(RIDGE, head=False)
     made = method.make(experts, ROW)
     monkeypatch.setattr("coin.merging.units.WIDEST", 1)
     monkeypatch.setattr("coin.networks.compressed.round_columns", None)  # is not called
@@ -119,7 +119,7 @@ def test_a_matrix_of_many_inputs_is_rounded_to_the_nearest_without_its_metric(mo
 
 def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
     networks, tasks = kind_of("convolutions")
-    method, experts = Refit("own", RIDGE, head=False), experts_of(networks, tasks)
+    method, experts = Refit(RIDGE, head=False), experts_of(networks, tasks)
     made = method.make(experts, ROW)
     bases = [torch.manual_seed(seed) and base_of(networks) for seed in range(3)]
 

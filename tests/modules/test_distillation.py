@@ -84,10 +84,10 @@ def test_it_goes_on_from_a_refit_which_a_checkpoint_keeps(experts, tasks, make_t
     trainer.fit(module, datamodule=data)
     samples = data.training_calibration()
     parts = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(2)]
-    expected = Refit("own").make(Experts(list(module.teachers), calibration=parts), ROW)
+    expected = Refit().make(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
-    assert (module.chosen["start"], module.chosen["target"]) == ("refit", "own")
+    assert module.chosen["start"] == "refit"
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     again = DistillationModule.load_from_checkpoint(tmp_path / "kept.ckpt", weights_only=True)
     assert again.hparams["start"] == "refit"

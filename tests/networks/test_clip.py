@@ -168,7 +168,7 @@ def test_an_experts_own_head_reads_a_merged_tower_as_text_similarities(config):
     experts = [tower(config, noise=1), tower(config, LETTERS, noise=2)]
     heads = [expert.head.weight.clone() for expert in experts]
     code = Code([[0.5, 0.5]])
-    coded = merge_networks(Refit("own"), experts, code, calibration=batches())
+    coded = merge_networks(Refit(), experts, code, calibration=batches())
     assert all(torch.equal(expert.head.weight, head) for expert, head in zip(experts, heads, strict=True))
     system = Coded(code, experts, coded)
     system.fit_decoder([each for own in batches() for each in own], erased=[0, 1], kind="expert_head")

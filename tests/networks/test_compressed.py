@@ -103,7 +103,7 @@ def test_folded_batchnorms_are_known_in_any_order_of_registration_and_control_fl
     for norm in (base.b1, base.b2):
         norm.running_var.uniform_(3, 33)
     experts, inputs = [near(base), near(base)], torch.randn(60, 3, 9, 9)
-    merged = coin.merge_networks(coin.Refit("own"), experts, [[0.5, 0.5]], calibration=[[inputs[:30]], [inputs[30:]]])
+    merged = coin.merge_networks(coin.Refit(), experts, [[0.5, 0.5]], calibration=[[inputs[:30]], [inputs[30:]]])
     made = coin.compress(merged[0], base, bits=3)
     assert made._folded == {"b1": "c1.weight", "b2": "c2.weight"}
     assert apart(merged[0], made.network(), inputs) < 0.1 * apart(merged[0], base, inputs)
@@ -112,7 +112,7 @@ def test_folded_batchnorms_are_known_in_any_order_of_registration_and_control_fl
 
 def test_a_file_says_which_batchnorms_are_folded(base, tmp_path):
     experts, inputs = [near(base), near(base, 0.1)], [[torch.randn(30, 3, 16, 16)] for _ in range(2)]
-    merged = coin.merge_networks(coin.Refit("own"), experts, [[0.5, 0.5]], calibration=inputs)[0]
+    merged = coin.merge_networks(coin.Refit(), experts, [[0.5, 0.5]], calibration=inputs)[0]
     save_network(tmp_path / "merged.safetensors", merged, CONFIG, 6, {})
     again = coin.compress(load_network(tmp_path / "merged.safetensors").network, base, bits=3)
     assert again._folded["stages.0.0.bn1"] == "stages.0.0.conv1.weight"

@@ -27,17 +27,16 @@ METHODS: dict[str, Callable[[], Method]] = {
     "regmean_linear": lambda: coin.RegMean("linear", gram_data="own", **KEPT),
     "regmean_all": lambda: coin.RegMean("all", gram_data="own", **KEPT),
     "head_fit": lambda: coin.HeadFit(**KEPT),
-    "refit_own": lambda: coin.Refit("own"),
-    "refit_both": lambda: coin.Refit("both"),
+    "refit": lambda: coin.Refit(),
     "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5, **KEPT),
     "ties": lambda: coin.Ties(keep=1.0, **KEPT),
     "wudi": lambda: coin.Wudi(**KEPT),
     "distillation": lambda: coin.Distillation(**TRAINED),
 }
-SWAPPED = ("average", "regmean_all", "refit_own")  # one a way to depend on the order, to save time
-TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "ties", "wudi")
+SWAPPED = ("average", "regmean_all", "refit")  # one a way to depend on the order, to save time
+TWINS = ("coin", "regmean_all", "head_fit", "refit", "task_arithmetic", "ties", "wudi")
 DECODERS: list[Any] = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "survivors": False}]
-HEAD = ("head_fit", "refit_own", "refit_both")
+HEAD = ("head_fit", "refit")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
 POSITIONS = ("hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
 READ_FEATURES = (*HEAD, "feature_ridge", "feature_ridge-alone")

@@ -33,7 +33,7 @@ def test_a_classifier_of_torchvision_goes_all_the_way(name: str, tmp_path: Path)
         if merged.is_floating_point():
             torch.testing.assert_close(merged, 0.4 * own[0] + 0.6 * own[1], msg=key)
 
-    system = coin.Coded(code, experts, coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs))
+    system = coin.Coded(code, experts, coin.merge_networks(coin.Refit(), experts, code, calibration=inputs))
     decoded = system.fit_decoder(inputs[0], [0], "linear").decode(inputs[0][0])
     with torch.no_grad():
         by_hand = (system.coded[0](inputs[0][0]) - 0.6 * experts[1](inputs[0][0])) / 0.4
