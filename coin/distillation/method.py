@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
 from coin.core.batches import joined, take
 from coin.core.choices import check_integer, check_number, parse_enum
@@ -131,9 +132,13 @@ class Distillation(Method):
         return CodedModel(module.student, chosen | module.chosen)
 
     def module(
-        self, row: Sequence[float], experts: Sequence[str] | None = None, **options: Any
+        self,
+        row: Sequence[float],
+        student: nn.Module,
+        teachers: nn.ModuleList | list[nn.Module],
+        **options: Any,
     ) -> DistillationModule:
-        """Return a new training for one row of the code, of experts in these files, with some options changed."""
+        """Return a new training for one row of the code, with some options changed."""
         own = {
             "lr": self.learning_rates[0] if self.lr is None else self.lr,
             "steps": self.steps,
@@ -143,9 +148,7 @@ class Distillation(Method):
             "start": self.start,
             "seed": self.seed,
         }
-        return DistillationModule(
-            list(row), None if experts is None else list(experts), **own | options
-        )
+        return DistillationModule(student, teachers, list(row), **own | options)
 
     def _try_rates(
         self, experts: Experts, row: Sequence[float]
@@ -177,14 +180,20 @@ class Distillation(Method):
         It reuses the experts of the `last` trial, and its start and their outputs if it is a trial too.
         """
         in_memory = experts.train is None
-        own = {"augmentation": "none"} if in_memory else experts.train.run_options(experts, self)
-        module = self.module(row, **own, lr=lr)
+        own = {"augmentation": "none"} if in_memory else experts.train.run_options(self)
+        teachers: nn.ModuleList | list[nn.Module]
         if last is not None:
-            module.teachers = last.teachers
-            module.student = clone(last.student)
+            student = clone(last.student)
+            teachers = last.teachers
         elif in_memory:
-            module.teachers = [clone(network, shared=True).eval() for network in experts.networks]
-            module.student = experts.empty_model().eval()
+            student = experts.empty_model().eval()
+            teachers = [clone(network, shared=True).eval() for network in experts.networks]
+        else:
+            student = experts.empty_model().eval()
+            student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Of its own, which go where the Trainer is.
+            teachers = nn.ModuleList(experts.source.each_network()).requires_grad_(False)
+        module = self.module(row, student, teachers, **own, lr=lr)
         if last is not None and is_trial:
             module.begun = last.begun
             module.outputs = last.outputs

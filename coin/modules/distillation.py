@@ -1,7 +1,6 @@
 """The LightningModule that trains a coded model on the experts' weighted outputs."""
 
 import math
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,10 +15,9 @@ from coin.data import Augmentation
 from coin.data.tasks import tasks_of
 from coin.errors import HeadError
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean
-from coin.merging.experts import check_row
 from coin.merging.method import CodedModel, Method
 from coin.modules.recipe import OneCycle
-from coin.networks import build_network, fill_network, load_network, pad_head
+from coin.networks import fill_network
 from coin.networks.calling import as_input, clear_caches
 from coin.networks.running import full_precision
 from coin.networks.weights import to_compute
@@ -37,14 +35,16 @@ class DistillationModule(LightningModule):
     `samples`.
 
     Args:
+        student: The network that is trained, in eval mode; its weights are replaced by the start.
+        teachers: The experts, in eval mode.
         code_row: β, one weight per expert, non-negative and summing to 1.
-        experts: The experts' safetensors files; None for networks in memory, set as `teachers` and `student`.
     """
 
     def __init__(
         self,
+        student: nn.Module,
+        teachers: nn.ModuleList | list[nn.Module],
         code_row: list[float],
-        experts: list[str] | None,
         lr: float,
         steps: int,
         augmentation: str,
@@ -54,11 +54,9 @@ class DistillationModule(LightningModule):
         seed: int | None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.student: Any = (
-            None  # the network that is trained, in eval mode; its weights are replaced by the start
-        )
-        self.teachers: nn.ModuleList | list[nn.Module] = []  # the experts, in eval mode
+        self.save_hyperparameters(ignore=["student", "teachers"])
+        self.student = student
+        self.teachers = teachers
         self.samples: Any = None  # the Calibration to train on, in the order of their positions; or the datamodule's
         self.passes = 0.0
         self.held_out_loss = math.inf
@@ -68,19 +66,6 @@ class DistillationModule(LightningModule):
         self.begun: dict[str, Tensor] | None = None
         self.outputs: Tensor | None = None
         self.held_out_outputs: dict[int, Tensor] = {}
-
-    def configure_model(self) -> None:
-        """Load the experts and build the student; its weights are replaced when training starts."""
-        if self.student is not None:
-            return
-        paths = self.hparams["experts"] or []
-        check_row(self.hparams["code_row"], len(paths))
-        files = [load_network(Path(path)) for path in paths]
-        width = max(file.num_classes for file in files)
-        teachers = [pad_head(file.network, width) for file in files]
-        self.teachers = nn.ModuleList(teachers).requires_grad_(False)
-        student = build_network(files[0].config, width).eval()
-        self.student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def setup(self, stage: str) -> None:
         """Take the samples of the datamodule, and set its augmentation."""
@@ -97,12 +82,11 @@ class DistillationModule(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Initialise the student unless a checkpoint did, and run the experts once on unaugmented samples."""
+        """Initialise the student, and run the experts once on unaugmented samples."""
         plot_against_epochs(self, ["train/loss", "val/loss"])
-        if self.trainer.ckpt_path is None:
-            if self.begun is None:
-                self.begun = self._start()
-            fill_network(self.student, self.begun, "the start of the distillation")
+        if self.begun is None:
+            self.begun = self._start()
+        fill_network(self.student, self.begun, "the start of the distillation")
         if self.hparams["augmentation"] == Augmentation.none and self.outputs is None:
             with torch.no_grad():
                 inputs = [as_input(batch, self.student) for batch in self.samples]
@@ -156,8 +140,7 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the held-out loss."""
-        if not self.trainer.sanity_checking:
-            self.held_out_loss = float(self.trainer.callback_metrics["val/loss"])
+        self.held_out_loss = float(self.trainer.callback_metrics["val/loss"])
 
     def configure_optimizers(self) -> Any:
         """Return Adam over the trained parameters, and one cycle of its rate, which advances every step."""

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from coin.coding.metrics import DecodingAccuracy
 from coin.core.devices import multiplies_in_bfloat16
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError
+from coin.merging.expert_sources import ExpertFiles
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import load_network
 from coin.statistics.files import open_statistic
@@ -84,8 +87,10 @@ def test_torch_s_newer_settings_of_precision_are_taken_and_left():
 
 
 def test_distillation_in_bf16_has_losses_in_full(make_trainer, write_experts, tasks_of):
-    experts = list(write_experts([3, 2]).values())
-    module = Distillation(lr=1e-3, steps=4, batch_size=8).module([0.5, 0.5], experts)
+    source = ExpertFiles({task: Path(path) for task, path in write_experts([3, 2]).items()})
+    teachers = nn.ModuleList(source.each_network())
+    method = Distillation(lr=1e-3, steps=4, batch_size=8)
+    module = method.module([0.5, 0.5], source.empty_model().eval(), teachers)
     trainer = make_trainer(precision="bf16-mixed", max_steps=4, max_epochs=-1)
     trainer.fit(module, datamodule=tasks_of([3, 2]))
     loss = trainer.callback_metrics["train/loss"]

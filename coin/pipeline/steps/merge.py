@@ -163,11 +163,9 @@ class Training:
     options: Mapping[str, Any] = field(default_factory=dict)  # the experiment's ``trainer`` section
     loggers: Sequence[Logger] = ()  # of the final run
 
-    def run_options(self, experts: Experts, method: Any) -> dict[str, Any]:
-        """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
-        assert isinstance(experts.source, ExpertFiles)
+    def run_options(self, method: Any) -> dict[str, Any]:
+        """Return the experiment's number of samples and seed unless the method sets them."""
         return {
-            "experts": list(map(str, experts.source.paths.values())),
             "samples_per_task": method.samples_per_task or self.tasks.samples_per_task,
             "seed": self.seed if method.seed is None else method.seed,
         }
