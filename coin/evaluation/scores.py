@@ -76,11 +76,12 @@ class Scores:
     def update(
         self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None
     ) -> None:
-        """Add a batch of logits ``[B, C]`` with C ≥ C_j; see `DecodingAccuracy`."""
+        """Add a batch of logits ``[B, C]`` with C ≥ C_j (`DecodingAccuracy`); NaN is counted for no class."""
         self.accuracy.update(decoded, expert, labels, accepted)
-        answered = decoded[:, : self.num_classes].argmax(1)
-        own = expert[:, : self.num_classes].argmax(1)
-        self.confusion.update(answered, own)
+        answered = decoded[:, : self.num_classes]
+        own = expert[:, : self.num_classes]
+        is_finite = torch.isfinite(answered).all(1)
+        self.confusion.update(answered[is_finite].argmax(1), own[is_finite].argmax(1))
 
 
 @dataclass(eq=False)

@@ -194,7 +194,15 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code
             memory=memory,
             resident=memory + largest[label],  # all as stored, and one of them whole to answer
         )
+        # Of equal experts each has a copy.
+        without_copy = list(fingerprints)
         for file in files:
-            task = fingerprints.index(file.provenance["of"])
+            of = file.provenance["of"]
+            if of not in without_copy:
+                raise FileError(
+                    f"'{file.path}' is a second copy of an expert, expected one of each; leave it out"
+                )
+            task = without_copy.index(of)
+            without_copy[task] = ""
             found.append(Replica(variant, task, file.path))
     return found

@@ -21,7 +21,7 @@ from coin.evaluation.scores import Evaluation, Measurement, server_answers, with
 from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded, read_replicas
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import SystemFile
-from coin.networks import load_network
+from coin.networks import load_network, run_network
 from coin.networks.calling import as_input
 from coin.networks.files import open_network
 from coin.reporting.results import requested_policy
@@ -231,8 +231,8 @@ class DecodingEvaluator(LightningModule):
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
-                decoded = self.networks[replica.path](inputs).cpu()
-                scores.update(decoded, answers.experts[task], labels)
+                run = run_network(self.networks[replica.path], inputs, features=False)
+                scores.update(run.logits.cpu(), answers.experts[task], labels)
         self.progress.update(len(labels))
 
     def on_test_epoch_end(self) -> None:

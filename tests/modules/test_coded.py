@@ -120,6 +120,28 @@ def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(input
     assert (coded.names, pair_system().names) == (("a", "b"), ("0", "1"))
 
 
+@pytest.mark.parametrize("kind", ["linear", "ridge", "expert_head"])
+def test_networks_that_change_their_inputs_answer_as_others(inputs, kind):
+    def decoded(system, given):
+        system.fit_decoder(given.split(7), [0, 2], kind)
+        return system.decode(given)
+
+    wanted = decoded(triple_system(), inputs)
+    changing = triple_system()
+    for network in [*changing.experts, *changing.coded]:
+        network.register_forward_pre_hook(spoil)
+    given = inputs.clone()
+    assert torch.equal(decoded(changing, given), wanted)
+    assert torch.equal(given, inputs)
+
+
+def spoil(network, arguments):
+    """Change the inputs in place as soon as the network has its own copy of them."""
+    copied = arguments[0].clone()
+    arguments[0].sub_(1)
+    return (copied,)
+
+
 def test_what_does_not_fit_is_refused(inputs):
     with pytest.raises(ConfigurationError, match="1 experts and 1 coded models, expected 2 and 1, as the code has"):
         Coded(Code(CODES[0]), [linear(0)], [linear(1)])

@@ -228,6 +228,46 @@ def test_with_survivors_all_are_held_whatever_the_bound_and_keep_their_type(expe
     assert next(evaluator.networks[path].parameters()).dtype == torch.float64
 
 
+def spoil(network, arguments):
+    """Change the inputs in place as soon as the network has its own copy of them."""
+    copied = arguments[0].clone()
+    arguments[0].sub_(1)
+    return (copied,)
+
+
+def test_a_network_that_changes_its_inputs_does_not_change_the_next_ones(
+    experts, write_coded, tasks, make_trainer, tmp_path
+):
+    copies = []
+    for bits in (4, 8):
+        for task, path in experts.items():
+            copies.append(str(tmp_path / f"{task}-{bits}"))
+            compress_file(Path(path), Path(copies[-1]), None, Compression(bits=bits, base_bits=0))
+    files = [Path(path) for path in [*experts.values(), *copies]]
+    numbers = []
+    for hooked in (False, True):
+        evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), [*DECODERS, "expert_head"], replicas=copies)
+        evaluator.networks.need(files)
+        networks = [*evaluator.coded, *(evaluator.networks[path] for path in files)]
+        if hooked:
+            for network in networks:
+                network.register_forward_pre_hook(spoil, prepend=True)
+        rows = [each.columns for each in run(evaluator, tasks, make_trainer)]
+        numbers.append([(row["decoder"], row["agreement"], row["decoded_accuracy"]) for row in rows])
+    assert numbers[0] == numbers[1]
+
+
+def test_each_of_two_equal_experts_has_a_copy_of_its_own(experts, tasks, make_trainer, tmp_path):
+    experts["task2"] = shutil.copy(experts["task0"], tmp_path / "equal")
+    copies = [str(tmp_path / task) for task in experts]
+    for path, copy in zip(experts.values(), copies, strict=True):
+        compress_file(Path(path), Path(copy), None, Compression(bits=8, base_bits=0))
+    measured = run(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies), tasks, make_trainer)
+    assert [each.columns["task"] for each in measured] == ["task0", "task1", "task2"]
+    with pytest.raises(FileError, match="task1' is a second copy of an expert, expected one of each"):
+        DecodingEvaluator(experts, replicas=[copies[1], copies[1]])
+
+
 def test_an_evaluation_with_nothing_to_measure_is_refused(experts, tasks, make_trainer):
     with pytest.raises(ConfigurationError, match="found nothing that the decoders expert_head can measure"):
         run(DecodingEvaluator(experts, decoders=["expert_head"]), tasks, make_trainer)

@@ -44,6 +44,14 @@ def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samp
         assert layer.num_batches_tracked.item() == 3
 
 
+def test_a_network_that_changes_its_inputs_leaves_the_batches_as_they_are(batches):
+    net = network()
+    net.register_forward_pre_hook(lambda module, arguments: (arguments[0].sub_(1),))
+    before = [batch.clone() for batch in batches]
+    recalibrate(net, batches)
+    assert all(map(torch.equal, batches, before))
+
+
 def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(batches):
     net = network().train()
     net[5].eval()
