@@ -88,6 +88,15 @@ def test_heads_are_kept_without_the_rows_that_pad_them():
     assert torch.equal(again.decode(answers), found)
 
 
+def test_a_last_class_with_a_bias_alone_is_no_padding():
+    answers, heads = linear_system(PAIR, 7)
+    weight, bias = heads[1]
+    weight[3] = 0
+    bias[3] = 5
+    decoded = make_decoder("expert_head", PAIR, [1], heads).decode(answers)
+    torch.testing.assert_close(decoded[0, :, 3], torch.full((7,), 5.0, dtype=torch.float64))
+
+
 def test_what_a_stand_in_costs():
     (answers, heads), names = linear_system(PAIR, 40), ("linear", "ridge", "feature_ridge", "expert_head")
     configs = [*map(DecoderConfig.named, names), *ALONE]

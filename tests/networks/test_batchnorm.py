@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks.batchnorm import batchnorms, recalibrate
+from coin.networks.batchnorm import batchnorms, folded, recalibrate
 
 
 def network():
@@ -142,3 +142,16 @@ def test_a_layer_that_stays_in_eval_mode_is_recalibrated_and_one_that_never_runs
     torch.testing.assert_close(net[0].running_var, usual[0].running_var)
     assert not net[0].training
     assert net.unused.running_mean.tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=bias), nn.BatchNorm2d(3)).double().eval()
+    norm = net[1]
+    for tensor in [norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var]:
+        tensor.uniform_(0.5, 2)
+    wanted = net(batches[0])
+    state = net.state_dict()
+    net.load_state_dict(state | folded(state, "0.weight", "0.bias" if bias else None, "1", norm.eps))
+    torch.testing.assert_close(net(batches[0]), wanted, rtol=1e-12, atol=1e-12)
