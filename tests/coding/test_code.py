@@ -110,7 +110,7 @@ def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_o
     assert worst <= float(1 / smallest.max()) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(("experts", "coded"), [(0, 1), (3, 0), (3, 4)])
+@pytest.mark.parametrize(("experts", "coded"), [(0, 1), (3, 0), (3, 4), (9, 2), (7, 5)])
 def test_sizes_are_checked(experts, coded):
     with pytest.raises(ConfigurationError, match=f"{coded} coded models for {experts} experts"):
         convex(experts, coded)
