@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
+from coin.coding import Answers, DecoderKind, make_decoder, uniform
 from coin.core.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import State, weighted_sum
@@ -18,8 +18,6 @@ from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Method, fill
 from coin.networks.batchnorm import BatchNormPolicy, batchnorms, recalibrate
 from coin.networks.running import centred
-
-LINEAR = DecoderConfig(DecoderKind.linear)
 
 
 class Candidate(NamedTuple):
@@ -98,7 +96,7 @@ class MergeMethod(Method):
         self, experts: Experts, row: Sequence[float], choices: Sequence[tuple[Candidate, str]]
     ) -> dict[str, float]:
         """Return the `held_out_error` of candidates and BatchNorm policies, by the data and policy that they name."""
-        judges = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
+        judges = [DecoderKind(name) for name in self.decoders or ["linear"]]
         errors = {}
         for candidate, policy in choices:
             parameters = candidate.parameters if candidate.trial is None else candidate.trial
@@ -166,7 +164,7 @@ def held_out_error(
     experts: Experts,
     coded: nn.Module,
     row: Sequence[float],
-    decoders: Sequence[DecoderConfig] = (LINEAR,),
+    decoders: Sequence[DecoderKind] = (DecoderKind.linear,),
 ) -> float:
     """Return the mean cosine distance of decoded answers to the experts' own on held-out samples, in [0, 2].
 
@@ -186,11 +184,11 @@ def held_out_error(
     for task, samples in _samples_of_tasks(row, held_out_tasks).items():
         own = held_out.select(samples)
         truth = centred(held_out.experts[task, samples])
-        for config in decoders:
-            if config.kind is DecoderKind.linear:
+        for kind in decoders:
+            if kind is DecoderKind.linear:
                 decoded = _subtracted(own, row, task)
             else:
-                decoder = make_decoder(config, uniform(experts.count), [task], heads)
+                decoder = make_decoder(kind, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
                     if fitted is None:
                         fitted = _answers(experts, coded, 0, fitted_tasks, features)
@@ -212,13 +210,13 @@ def _subtracted(answers: Answers, row: Sequence[float], task: int) -> Tensor:
 
 
 def _usable(
-    experts: Experts, decoders: Sequence[DecoderConfig], fitted_tasks: Tensor
-) -> tuple[Sequence[DecoderConfig], Any]:
+    experts: Experts, decoders: Sequence[DecoderKind], fitted_tasks: Tensor
+) -> tuple[Sequence[DecoderKind], Any]:
     """Return the decoders that can judge, and the experts' heads if one reads them."""
     counts = torch.bincount(fitted_tasks, minlength=experts.count)
     if int(counts.min()) < 2:
-        decoders = [LINEAR]
-    others = [each for each in decoders if each.kind is not DecoderKind.expert_head]
+        decoders = [DecoderKind.linear]
+    others = [each for each in decoders if each is not DecoderKind.expert_head]
     if len(others) == len(decoders):
         return decoders, None
     try:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import Code, DecoderKind, distinct_decoders
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_finite
@@ -220,7 +220,7 @@ class Method(ABC):
         self,
         fisher_kind: FisherKind,
         fisher_data: DataChoice,
-        decoders: Sequence[DecoderConfig] = (),
+        decoders: Sequence[DecoderKind] = (),
     ) -> Self:
         """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
         method = copy(self)
@@ -246,7 +246,7 @@ def merge_networks(
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     forward: Forward | None = None,
-    decoders: Sequence[DecoderKind | str | DecoderConfig] = (DecoderKind.linear,),
+    decoders: Sequence[DecoderKind | str] = (DecoderKind.linear,),
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 

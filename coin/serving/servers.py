@@ -151,8 +151,8 @@ class System:
 
         Replicas hold the experts' files, or their `copies`.
         """
-        decoder = next(iter(coded.decoders.values())).config
-        every_row = decoder.kind is not DecoderKind.expert_head
+        decoder = next(iter(coded.decoders.values())).kind
+        every_row = decoder is not DecoderKind.expert_head
         experts = [f"expert-{task}" for task in coded.names]
         stand_ins = StandIns(policy.which, experts, coded.code, every_row, coded.is_adapted)
         networks = [*experts, *stand_ins.coded]
@@ -238,7 +238,7 @@ class System:
     def _decoder(self, missing: tuple[int, ...], is_whole: bool) -> Decoder | None:
         """Return the fitted decoder of missing experts, if there is one; `is_whole`: all coded models have answered."""
         for decoder in self.decoders.values():
-            if not decoder.config.reads_survivors:
+            if not decoder.kind.reads_survivors:
                 return decoder
         return self.decoders.get(missing) if is_whole else None
 

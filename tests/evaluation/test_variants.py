@@ -1,6 +1,6 @@
 import pytest
 
-from coin.coding import Code, DecoderConfig
+from coin.coding import Code, DecoderKind
 from coin.evaluation.variants import NONE, Variant
 
 
@@ -8,4 +8,4 @@ from coin.evaluation.variants import NONE, Variant
 def test_without_a_coded_model_the_loss_of_every_expert_is_none_to_survive(method, losses):
     code = Code([[0.7, 0.3], [0.3, 0.7]])
     variant = Variant(method, code, networks=() if method == NONE else (0, 1))
-    assert variant.costs(DecoderConfig("ridge"), kept=0, num_lost=1)["losses"] == losses
+    assert variant.costs(DecoderKind.ridge, kept=0, num_lost=1)["losses"] == losses
